@@ -1,0 +1,62 @@
+"""Small trained reference models of the same classes as the large ones, shipped with the package.
+
+`load("emoji-flux")` gives an unmodified diffusers pipeline, prompts, and a way to grade its pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from hasten.errors import unknown
+
+__all__ = ["ReferenceModel", "load", "names"]
+
+
+@dataclass(frozen=True)
+class ReferenceModel:
+    """A pipeline and what is needed to measure on it.
+
+    Attributes:
+        name: as in `load`.
+        pipe: an unmodified diffusers pipeline.
+        prompts: prompts that the model knows, in an order fit for taking the first few.
+        call: arguments for calls, such as height, width and the number of steps.
+        grade: for pictures `[B, 3, H, W]` in [0, 1] and their prompts, whether each is what its prompt asks for; None
+            if the model has no ground truth.
+    """
+
+    name: str
+    pipe: Any
+    prompts: list[str]
+    call: dict[str, Any] = field(default_factory=dict)
+    grade: Callable[[Tensor, list[str]], list[bool]] | None = None
+
+
+def _emoji_flux() -> ReferenceModel:
+    from hasten.zoo.emoji_flux import load_emoji_flux
+
+    return load_emoji_flux()
+
+
+_MODELS: dict[str, Callable[[], ReferenceModel]] = {"emoji-flux": _emoji_flux}
+
+
+def names() -> list[str]:
+    """Names that `load` knows."""
+    return list(_MODELS)
+
+
+def load(name: str) -> ReferenceModel:
+    """Load a reference model from the files that the package ships (nothing is downloaded).
+
+    Raises:
+        UnknownNameError: for another name.
+        ModelError: if the files are missing or damaged.
+    """
+    if name not in _MODELS:
+        raise unknown("reference model", name, _MODELS)
+    return _MODELS[name]()

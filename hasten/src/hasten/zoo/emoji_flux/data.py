@@ -1,9 +1,9 @@
 """The pictures and captions that `emoji-flux` learns: 3-D emoji, re-shipped under their MIT licence.
 
-The package carries a 64x64 copy of the pictures that the model was trained on (one lossless atlas, `training_set.png`, and
-the captions beside it), so that anybody can retrain the model or measure how often it draws the right thing without
-downloading anything. `python -m hasten.zoo.emoji_flux.data` makes that copy again from the two published archives
-(`npm pack @lobehub/fluent-emoji-3d@1.1.0 emoji-datasource@16.0.0`).
+The package carries a 64x64 copy of the pictures that the model was trained on (one lossless atlas,
+`training_set.png`, and the captions beside it), so that anybody can retrain the model or measure how often it draws
+the right thing without downloading anything. `python -m hasten.zoo.emoji_flux.data` makes that copy again from the
+two published archives (`npm pack @lobehub/fluent-emoji-3d@1.1.0 emoji-datasource@16.0.0`).
 
 Shapes: pictures are `[N, 3, R, R]` float32 in [0, 1].
 """

@@ -1,8 +1,8 @@
 """What `emoji-flux` is made of: the classes of FLUX.1 at a fiftieth of the width, and an exact "VAE" for pixels.
 
-Everything is an unmodified class of diffusers or transformers except `PixelVAE`, so that an unmodified `FluxPipeline` runs it:
-`FluxTransformer2DModel`, `T5EncoderModel` (text tokens), `CLIPTextModel` (pooled text), a word-level tokenizer and
-`FlowMatchEulerDiscreteScheduler` with the dynamic shift of FLUX.1-dev.
+Everything is an unmodified class of diffusers or transformers except `PixelVAE`, so that an unmodified `FluxPipeline`
+runs it: `FluxTransformer2DModel`, `T5EncoderModel` (text tokens), `CLIPTextModel` (pooled text), a word-level
+tokenizer and `FlowMatchEulerDiscreteScheduler` with the dynamic shift of FLUX.1-dev.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-__all__ = ["EmojiTokenizer", "PixelVAE", "build_pipeline"]
+__all__ = ["EmojiTokenizer", "PixelVAE", "build_pipeline", "load_pipeline"]
 
 TEXT_TOKENS = 8
 PATCH = 2  # FluxPipeline packs another 2x2 on top, so that a token covers 4x4 pixels
@@ -34,7 +34,7 @@ class PixelVAE(ModelMixin, ConfigMixin):
     pictures and give them unit variance.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         block_out_channels: tuple[int, ...] = (3, 12),
@@ -131,7 +131,12 @@ def build_pipeline(captions: list[str], pictures: Tensor, width: int = 128) -> F
     signal = pictures * 2 - 1
     vae = PixelVAE(shift_factor=float(signal.mean()), scaling_factor=float(1 / signal.std()))
     scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
     )
     return FluxPipeline(
         scheduler=scheduler,
@@ -144,8 +149,8 @@ def build_pipeline(captions: list[str], pictures: Tensor, width: int = 128) -> F
     )
 
 
-def pipeline_components(folder: Path) -> FluxPipeline:
-    """Load the pipeline that `save_pipeline` wrote; only local files are read."""
+def load_pipeline(folder: Path) -> FluxPipeline:
+    """Load a pipeline folder that the training script exported; only local files are read."""
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         vae=PixelVAE.from_pretrained(folder / "vae"),

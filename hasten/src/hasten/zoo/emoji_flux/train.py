@@ -2,9 +2,9 @@
 
     python -m hasten.zoo.emoji_flux.train --out runs/emoji-flux
 
-Rectified flow: `x_t = (1 - t) x_0 + t eps`, target `eps - x_0`, mean squared error; times logit-normal, shifted as the sampler
-shifts them. Most samples are spent at 32x32 pixels (8x8 tokens), the rest at 64x64 (16x16 tokens) with a quarter of the
-batches still coarse. The transformer and both text encoders learn together; one caption in ten is empty, so that
+Rectified flow: `x_t = (1 - t) x_0 + t eps`, target `eps - x_0`, mean squared error; times logit-normal, shifted as the
+sampler shifts them. Most samples are spent at 32x32 pixels (8x8 tokens), the rest at 64x64 (16x16 tokens) with a quarter
+of the batches still coarse. The transformer and both text encoders learn together; one caption in ten is empty, so that
 classifier-free guidance works. The averaged (EMA) weights are what is shipped.
 """
 
@@ -43,7 +43,7 @@ class Recipe:
 
 
 def shifted_times(n: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Logit-normal times in (0, 1), shifted like `FluxPipeline` shifts a picture of `tokens` tokens; a fifth uniform."""
+    """Logit-normal times in (0, 1), shifted as `FluxPipeline` does for `tokens` tokens; a fifth uniform."""
     u = torch.sigmoid(torch.randn(n, generator=generator))
     uniform = torch.rand(n, generator=generator)
     u = torch.where(torch.rand(n, generator=generator) < 0.2, uniform, u)
@@ -61,11 +61,14 @@ class Trainer:
         self.pipe: FluxPipeline = build_pipeline(data.captions, data.pictures)
         vae = self.pipe.vae
         self.latents = {
-            r: (vae.encode(data.at(r) * 2 - 1, return_dict=False)[0] - vae.config.shift_factor) * vae.config.scaling_factor
+            r: (vae.encode(data.at(r) * 2 - 1, return_dict=False)[0] - vae.config.shift_factor)
+            * vae.config.scaling_factor
             for r in (32, 64)
         }
         texts = [*data.captions, ""]
-        tokens = self.pipe.tokenizer(texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+        tokens = self.pipe.tokenizer(
+            texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+        )
         self.ids = tokens.input_ids
         self.net = nn.ModuleDict(
             {name: getattr(self.pipe, name) for name in ("transformer", "text_encoder", "text_encoder_2")}

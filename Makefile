@@ -1,0 +1,99 @@
+# `make` lists the targets. Everything happens in .venv; nothing outside this folder is touched.
+
+# The torch that `make setup` installs when .venv has none. It is pinned here, and not in the package (which wants torch>=2.6),
+# because a bare `torch` may download gigabytes of GPU libraries. Both can be set: make setup TORCH=2.10.0
+# TORCH_ARGS goes to that one pip command, for instance TORCH_ARGS="--index-url URL-of-the-CPU-wheels".
+TORCH ?= 2.13.0
+TORCH_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_MODEL ?= emoji-flux
+BENCH_METHODS ?= reuse,taylorseer,hicache
+BENCH_FULL_STEPS ?= 12,9,7
+BENCH_PROMPTS ?= 16
+BENCH_OUT ?= out/bench
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PROJECTS := hasten drape
+# One pytest run for both projects, with the settings of hasten and paths as seen from here. Names of test files have to
+# differ between the two projects.
+PYTEST_CONFIG := -c hasten/pyproject.toml --rootdir .
+METADATA := $(PROJECTS:%=%/pyproject.toml)
+STAMP := $(VENV)/.setup-done
+DOCS_STAMP := $(VENV)/.docs-done
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all lint types bench docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## create .venv and install both projects into it (only if missing or stale)
+	@echo "ready: $(BIN)/hasten --help"
+
+# A Python counts only if it runs: version managers leave python3.13 commands that do nothing but complain.
+$(STAMP): $(METADATA)
+	@usable='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
+	if ! $(BIN)/python -c "$$usable" >/dev/null 2>&1; then \
+	  found=; \
+	  for candidate in python3.13 python3.12 python3.11 python3; do \
+	    if "$$candidate" -c "$$usable" >/dev/null 2>&1; then found=$$candidate; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "error: hasten needs Python 3.11 or newer with its venv module, and none of python3.13, python3.12," >&2; \
+	    echo "       python3.11 and python3 is one. Install one (on Debian and Ubuntu also its package python3-venv)," >&2; \
+	    echo "       then run make setup again." >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "== creating $(VENV) with $$("$$found" --version) ($$found)"; \
+	  "$$found" -m venv --clear $(VENV); \
+	fi
+	@if $(BIN)/python -c 'import importlib.metadata as m; print("== torch", m.version("torch"), "is installed already")' 2>/dev/null; \
+	then :; else \
+	  echo "== installing torch $(TORCH) (the large part; a few minutes)"; \
+	  $(PIP) install $(TORCH_ARGS) "torch==$(TORCH)"; \
+	fi
+	@echo "== installing $(PROJECTS), editable, with what their tests need"
+	@$(PIP) install $(PROJECTS:%=-e "./%[test]")
+	@touch $@
+
+demo: $(STAMP) ## draw pictures with and without acceleration into out/demo
+	$(BIN)/hasten demo --out out/demo
+
+test: $(STAMP) ## run the tests but for the slow ones
+	$(BIN)/python -m pytest $(PYTEST_CONFIG) hasten/tests drape/tests -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## run all tests
+	$(BIN)/python -m pytest $(PYTEST_CONFIG) hasten/tests drape/tests $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check style, formatting and types
+	$(BIN)/ruff check $(PROJECTS)
+	$(BIN)/ruff format --check $(PROJECTS)
+	@$(MAKE) --no-print-directory types
+
+types: $(STAMP) ## check types (mypy, strict)
+	cd hasten && ../$(BIN)/mypy src
+	cd drape && ../$(BIN)/mypy src
+
+bench: $(STAMP) ## measure the methods on the reference model, then write the report into out/bench
+	@mkdir -p $(BENCH_OUT)
+	$(BIN)/hasten bench --model $(BENCH_MODEL) --methods $(BENCH_METHODS) --full-steps $(BENCH_FULL_STEPS) \
+	  --prompts $(BENCH_PROMPTS) --seed 0 --json $(BENCH_OUT)/$(BENCH_MODEL).json
+	$(BIN)/hasten report $(BENCH_OUT)/$(BENCH_MODEL).json
+
+$(DOCS_STAMP): $(STAMP)
+	@echo "== installing what the site needs"
+	@$(PIP) install -e "./hasten[docs]"
+	@touch $@
+
+docs: $(DOCS_STAMP) ## build the site into site/
+	$(BIN)/python -m mkdocs build --strict --site-dir site
+
+clean: ## remove .venv, caches, out/ and site/ (runs/ stays)
+	rm -rf $(VENV) out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(foreach p,$(PROJECTS),$(p)/.pytest_cache $(p)/.mypy_cache $(p)/.ruff_cache $(p)/.hypothesis $(p)/dist)
+	find $(PROJECTS) -name __pycache__ -type d -prune -exec rm -rf {} +

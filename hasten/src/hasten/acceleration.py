@@ -1,0 +1,233 @@
+"""`accelerate`: one line that makes a pipeline faster, and the handle that reports on it and takes it away again."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from hasten import registry
+from hasten.caching.engine import CachingEngine
+from hasten.caching.method import CachingMethod
+from hasten.errors import ConfigError, TargetError, unknown
+from hasten.steps import StepRecord, StepTracker
+
+__all__ = ["Acceleration", "Summary", "accelerate"]
+
+TRANSFORMERS = ("transformer", "transformer_2")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one run saved.
+
+    Attributes:
+        method: name of the method's class.
+        steps: sampler steps of the run.
+        full: steps whose blocks ran.
+        cached: steps whose features were forecast.
+        passes: names of the forwards within a step.
+        flops_ratio: `steps / full`, the figure that papers call the FLOPs ratio (it leaves out the embeddings and the
+            final layer that a cached step still runs).
+        cache_bytes: most bytes of features held at once.
+        full_ms: median milliseconds of a full forward.
+        cached_ms: median milliseconds of a cached forward, None if there was none.
+    """
+
+    method: str
+    steps: int
+    full: int
+    cached: int
+    passes: tuple[str, ...]
+    flops_ratio: float
+    cache_bytes: int
+    full_ms: float
+    cached_ms: float | None
+
+    def __str__(self) -> str:
+        cached = "-" if self.cached_ms is None else f"{self.cached_ms:.2f} ms"
+        return (
+            f"{self.method}: {self.full} of {self.steps} steps computed ({self.flops_ratio:.2f}x fewer), "
+            f"{self.cached} forecast; full {self.full_ms:.2f} ms, cached {cached}; "
+            f"cache {self.cache_bytes / 2**20:.2f} MiB; passes {', '.join(self.passes)}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as plain data."""
+        return asdict(self)
+
+
+def _median(values: list[float]) -> float | None:
+    return float(torch.tensor(values, dtype=torch.float64).median()) if values else None
+
+
+class Acceleration:
+    """Handle of an accelerated pipeline or transformer; also a context manager that removes itself at the end."""
+
+    def __init__(self, engines: dict[str, CachingEngine]) -> None:
+        self._engines = engines
+
+    @property
+    def method(self) -> CachingMethod:
+        """The method at work."""
+        return next(iter(self._engines.values())).method
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """One record for each forward since `accelerate` or `reset`, in order."""
+        return [record for engine in self._engines.values() for record in engine.records]
+
+    def summary(self, run: int = -1) -> Summary:
+        """What a run saved; the latest one unless told otherwise. With two transformers their steps add up.
+
+        Raises:
+            ConfigError: if there was no such run.
+        """
+        chosen: list[StepRecord] = []
+        steps: dict[tuple[str, int], bool] = {}
+        held: defaultdict[str, int] = defaultdict(int)
+        for name, engine in self._engines.items():
+            runs = sorted({record.run for record in engine.records})
+            if not -len(runs) <= run < len(runs):
+                continue
+            for record in engine.records:
+                if record.run == runs[run]:
+                    chosen.append(record)
+                    # A pass that comes late has to run though the step is cached; the step counts as cached.
+                    steps[name, record.step] = steps.get((name, record.step), True) and record.full
+                    held[name] = max(held[name], record.cache_bytes)
+        if not chosen:
+            raise ConfigError(f"there is no run {run} to sum up: call the pipeline first")
+        full = sum(steps.values())
+        return Summary(
+            method=type(self.method).__name__,
+            steps=len(steps),
+            full=full,
+            cached=len(steps) - full,
+            passes=tuple(dict.fromkeys(record.pass_name for record in chosen)),
+            flops_ratio=len(steps) / max(full, 1),
+            cache_bytes=sum(held.values()),
+            full_ms=_median([record.ms for record in chosen if record.full]) or 0.0,
+            cached_ms=_median([record.ms for record in chosen if not record.full]),
+        )
+
+    def estimate_bytes(
+        self,
+        image_tokens: int,
+        *,
+        text_tokens: int = 0,
+        batch: int = 1,
+        passes: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> int:
+        """Bytes of features that a run will hold, before it is run.
+
+        Args:
+            image_tokens: tokens of the picture between the blocks (FLUX.1 at 1024x1024: 4096).
+            text_tokens: tokens of the prompt (only the module site keeps features of them).
+            batch: pictures at a time.
+            passes: forwards within a step (2 with classifier-free guidance in two calls).
+            dtype: of the model's activations.
+        """
+        return sum(
+            engine.estimate_bytes(image_tokens, text_tokens, batch, passes, dtype) for engine in self._engines.values()
+        )
+
+    def reset(self) -> None:
+        """Forget all features and records: the next forward starts a new run."""
+        for engine in self._engines.values():
+            engine.reset_state(engine.model)
+            engine.records.clear()
+
+    def remove(self) -> None:
+        """Take the acceleration away and leave the modules as they were found; records stay readable."""
+        for engine in self._engines.values():
+            engine.detach()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Acceleration({self.method!r} on {', '.join(self._engines)})"
+
+
+def _transformers(target: Any) -> dict[str, nn.Module]:
+    if isinstance(target, nn.Module):
+        return {type(target).__name__: target}
+    found = {name: getattr(target, name, None) for name in TRANSFORMERS}
+    modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    if not modules:
+        kind = type(target).__name__
+        has = (
+            " (it has a `unet`, which hasten does not accelerate)" if getattr(target, "unet", None) is not None else ""
+        )
+        raise TargetError(
+            f"{kind} has no transformer{has}; give a diffusers pipeline with a `transformer`, or the transformer itself"
+        )
+    return modules
+
+
+def _method(methods: tuple[Any, ...], params: dict[str, Any]) -> CachingMethod:
+    if len(methods) != 1:
+        raise ConfigError(f"give exactly one method, got {len(methods)}: {', '.join(map(str, methods)) or 'none'}")
+    (chosen,) = methods
+    if isinstance(chosen, str):
+        chosen = registry.build(chosen, **params)
+    elif isinstance(chosen, CachingMethod) and params:
+        for name in params:
+            if name not in chosen.__dataclass_fields__:
+                raise unknown(f"parameter of {type(chosen).__name__}", name, chosen.__dataclass_fields__)
+        chosen = replace(chosen, **params)
+    if not isinstance(chosen, CachingMethod):
+        raise ConfigError(f"a method is a name or a method object such as hasten.HiCache(), got {chosen!r}")
+    return chosen
+
+
+def accelerate(target: Any, *methods: Any, **params: Any) -> Acceleration:
+    """Make a diffusers pipeline (or a bare transformer) faster. The pipeline is called as before.
+
+    Args:
+        target: a pipeline with a `transformer` (and perhaps a `transformer_2`), or a transformer.
+        methods: a method's name or object, such as `"hicache"` or `hasten.HiCache(interval=7)`.
+        params: parameters of the method; common ones are `interval`, `warmup`, `order`, `site` and `steps`.
+
+    Returns:
+        a handle with `.records`, `.summary()`, `.estimate_bytes()`, `.reset()` and `.remove()`; also a context manager.
+
+    Raises:
+        UnknownNameError, ConfigError: for a method or parameter that cannot work.
+        TargetError: if there is no transformer.
+        HostError: if the transformer's wiring is not known and cannot be found out.
+        AlreadyAcceleratedError: if it is accelerated already.
+
+    Example:
+        >>> run = hasten.accelerate(pipe, "hicache", interval=7)
+        >>> image = pipe("a red apple").images[0]
+        >>> print(run.summary())
+        >>> run.remove()
+    """
+    method = _method(methods, params)
+
+    def timesteps() -> Tensor | None:
+        return getattr(getattr(target, "scheduler", None), "timesteps", None)
+
+    def begin_index() -> int | None:
+        return getattr(getattr(target, "scheduler", None), "begin_index", None)
+
+    bare = isinstance(target, nn.Module)
+    engines: dict[str, CachingEngine] = {}
+    try:
+        for name, module in _transformers(target).items():
+            tracker = StepTracker() if bare else StepTracker(timesteps, begin_index)
+            engines[name] = CachingEngine(module, method, tracker)
+    except BaseException:
+        for engine in engines.values():
+            engine.detach()
+        raise
+    return Acceleration(engines)

@@ -1,0 +1,1 @@
+"""Honest numbers: methods, plain samplers and peers on the same model, prompts and seeds, interleaved in one run."""

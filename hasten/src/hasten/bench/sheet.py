@@ -1,0 +1,64 @@
+"""Contact sheets: pictures side by side with captions, as one PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ["bench_sheet", "contact_sheet"]
+
+MARGIN, GAP = 12, 6
+INK, PAPER, FAINT = (32, 32, 36), (255, 255, 255), (120, 120, 128)
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    while font.getlength(text) > width and len(text) > 2:
+        text = text[:-2] + "…"
+    return text
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Path]], row_labels: Sequence[str], column_labels: Sequence[str], side: int = 128
+) -> Image.Image:
+    """A grid of pictures, one row a caption, one column a method; small pictures are enlarged without smoothing.
+
+    Args:
+        rows: picture files, `len(row_labels)` rows of `len(column_labels)`.
+        row_labels: written to the left.
+        column_labels: written above; `|` breaks a line.
+        side: size of a picture on the sheet in pixels.
+    """
+    font = ImageFont.load_default(size=13)
+    left = MARGIN + max(int(font.getlength(label)) for label in row_labels) + GAP
+    lines = max(label.count("|") + 1 for label in column_labels)
+    top = MARGIN + 17 * lines + GAP
+    size = (left + len(column_labels) * (side + GAP) + MARGIN, top + len(rows) * (side + GAP) + MARGIN)
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, label in enumerate(column_labels):
+        x = left + column * (side + GAP) + side // 2
+        for k, line in enumerate(label.split("|")):
+            draw.text((x, MARGIN + 17 * k), _fit(line, font, side), fill=FAINT if k else INK, font=font, anchor="mt")
+    for y, (paths, label) in enumerate(zip(rows, row_labels, strict=True)):
+        draw.text((left - GAP, top + y * (side + GAP) + side // 2), label, fill=INK, font=font, anchor="rm")
+        for x, path in enumerate(paths):
+            with Image.open(path) as picture:
+                scaled = picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(scaled, (left + x * (side + GAP), top + y * (side + GAP)))
+    return sheet
+
+
+def bench_sheet(result: dict[str, Any], folder: Path, full_steps: int, most: int = 8) -> Image.Image:
+    """The contact sheet of a bench result at one number of full steps: the baseline, then each row."""
+    rows = [row for row in result["rows"] if row["full_steps"] == full_steps and row.get("images")]
+    columns = [result["baseline"]["images"], *(row["images"] for row in rows)]
+    labels = [f"plain|{result['baseline']['steps']} steps"]
+    for row in rows:
+        quality = "" if row["psnr"] is None else f", {row['psnr']:.1f} dB"
+        labels.append(f"{row['method']}|{row['full_steps']} full{quality}")
+    prompts = result["settings"]["prompts"][:most]
+    pictures = [[folder / column[i] for column in columns] for i in range(len(prompts))]
+    return contact_sheet(pictures, prompts, labels)

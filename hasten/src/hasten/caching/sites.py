@@ -1,0 +1,270 @@
+"""Where a feature is taken and put back: `output`, `hidden` or `module`.
+
+A site runs the transformer's own forward. For the length of that one forward it puts stand-ins in the places of some
+child modules, and takes them out again whatever happens; between forwards the model is exactly as the user made it.
+Block code is neither copied nor hooked, so compiled blocks, LoRA layers, attention processors and offload hooks keep
+working.
+
+Slots: a site names each tensor it remembers; `hidden` and `output` have one slot, `module` one for every tensor that a
+described submodule returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hasten import hosts
+from hasten.caching.memory import PassMemory
+from hasten.errors import HostError
+from hasten.hosts import HostSpec, StackSpec
+
+__all__ = ["HiddenSite", "ModuleSite", "OutputSite", "Site", "make_site"]
+
+Forward = Callable[..., Any]
+
+
+class Site(Protocol):
+    """One way to skip a transformer's work."""
+
+    def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        """Run the forward and record its features."""
+        ...
+
+    def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        """Produce the forward's result from forecast features."""
+        ...
+
+    def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
+        """Numbers (not bytes) that one anchor of one pass holds."""
+        ...
+
+
+@contextmanager
+def _swapped(changes: list[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
+    """Put modules in the places of children, and the children back in the end."""
+    originals = [parent._modules[name] for parent, name, _ in changes]
+    try:
+        for parent, name, module in changes:
+            parent._modules[name] = module
+        yield
+    finally:
+        for (parent, name, _), original in zip(changes, originals, strict=True):
+            parent._modules[name] = original
+
+
+class _Recorder(nn.Module):
+    """Runs the module that it stands for and records what comes out."""
+
+    def __init__(self, module: nn.Module, record: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.module, self.record = module, record
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.module(*args, **kwargs)
+        self.record(output)
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read attributes of their submodules (an attention's processor, a block's type).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+class _PassThrough(nn.Module):
+    """A block that does nothing: returns what it was given, in the order in which its stack returns it."""
+
+    def __init__(self, stack: StackSpec) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = kwargs[self.stack.hidden] if self.stack.hidden in kwargs else args[0]
+        return self.answer(hidden, args, kwargs)
+
+    def answer(self, hidden: Tensor, args: Any, kwargs: Any) -> Any:
+        if self.stack.returns == ("hidden",):
+            return hidden
+        assert self.stack.encoder is not None
+        encoder = kwargs[self.stack.encoder] if self.stack.encoder in kwargs else args[1]
+        return tuple(hidden if stream == "hidden" else encoder for stream in self.stack.returns)
+
+
+class _Forecast(_PassThrough):
+    """The last block of a skipped forward: returns the forecast image tokens."""
+
+    def __init__(self, stack: StackSpec, forecast: Callable[[], Tensor]) -> None:
+        super().__init__(stack)
+        self.forecast = forecast
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answer(self.forecast(), args, kwargs)
+
+
+class _Answer(nn.Module):
+    """A submodule that returns a ready answer."""
+
+    def __init__(self, answer: Callable[[], Any]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answer()
+
+
+class OutputSite:
+    """The transformer's result, after the final layer: nothing of the model runs on a cached step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._template: Any = None
+
+    def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        result = forward(*args, **kwargs)
+        memory.record("output", result if isinstance(result, Tensor) else result[0])
+        # Only the kind of the result is kept, for the steps that have to make one.
+        self._template = None if isinstance(result, Tensor) else type(result)
+        return result
+
+    def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        sample = memory.forecast("output")
+        if self._template is None:
+            return sample
+        return (sample,) if self._template is tuple else self._template(sample=sample)
+
+    def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
+        config: Any = self._model.config
+        patch = getattr(config, "patch_size", None) or 1
+        channels = getattr(config, "out_channels", None) or config.in_channels
+        return int(batch * image_tokens * channels * (patch * patch if isinstance(patch, int) else 1))
+
+
+class HiddenSite:
+    """The image tokens after the last block.
+
+    A cached step runs the embeddings and the final layer, with this step's modulation.
+    """
+
+    def __init__(self, model: nn.Module, host: HostSpec | None) -> None:
+        self._model, self._host = model, host
+
+    def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        if self._host is None:
+            result, self._host, hidden = hosts.trace(self._model, forward, args, kwargs)
+            memory.record("hidden", hidden)
+            return result
+        stack = self._host.used(self._model)[-1]
+        blocks = stack.blocks(self._model)
+        index = stack.returns.index("hidden")
+
+        def record(output: Any) -> None:
+            memory.record("hidden", output[index] if isinstance(output, tuple) else output)
+
+        last = str(len(blocks) - 1)
+        with _swapped([(blocks, last, _Recorder(blocks[-1], record))]):
+            return forward(*args, **kwargs)
+
+    def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        assert self._host is not None
+        changes: list[tuple[nn.Module, str, nn.Module]] = []
+        stacks = self._host.used(self._model)
+        for stack in stacks:
+            # As many stand-ins as blocks, since some models read the length of the list or count along.
+            skipped: list[nn.Module] = [_PassThrough(stack)] * len(stack.blocks(self._model))
+            if stack is stacks[-1]:
+                skipped[-1] = _Forecast(stack, lambda: memory.forecast("hidden"))
+            changes.append((self._model, stack.name, nn.ModuleList(skipped)))
+        with _swapped(changes):
+            return forward(*args, **kwargs)
+
+    def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
+        host = self._host or HostSpec(stacks=())
+        return batch * image_tokens * host.width_of(self._model)
+
+
+class ModuleSite:
+    """Every attention and feed-forward output, before its gate: the papers' form, and the one that costs memory."""
+
+    def __init__(self, model: nn.Module, host: HostSpec) -> None:
+        self._model, self._host = model, host
+        missing = [stack.name for stack in host.stacks if stack.modules is None]
+        if missing:
+            raise HostError(
+                f"site 'module' is not described for {type(model).__name__} (no ModuleSpec for {', '.join(missing)}); "
+                "use site='hidden', or register the family with StackSpec(..., modules=ModuleSpec(...))"
+            )
+
+    def _places(self) -> Iterator[tuple[nn.Module, str, str, int]]:
+        """(block, submodule's name, slot, number of tensors that are forecast: 0 for a skipped submodule)."""
+        for stack in self._host.used(self._model):
+            assert stack.modules is not None
+            for i, block in enumerate(stack.blocks(self._model)):
+                for name, tokens in stack.modules.forecast:
+                    yield block, name, f"{stack.name}.{i}.{name}", len(tokens)
+                for name in stack.modules.skip:
+                    yield block, name, f"{stack.name}.{i}.{name}", 0
+
+    def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        def recorder(slot: str, size: int) -> Callable[[Any], None]:
+            def record(output: Any) -> None:
+                if size == 0:
+                    memory.skipped[slot] = (output.shape, output.dtype, output.device)
+                elif isinstance(output, tuple):
+                    for i, tensor in enumerate(output):
+                        memory.record(f"{slot}/{i}", tensor)
+                else:
+                    memory.record(f"{slot}/0", output)
+
+            return record
+
+        changes: list[tuple[nn.Module, str, nn.Module]] = [
+            (block, name, _Recorder(getattr(block, name), recorder(slot, size)))
+            for block, name, slot, size in self._places()
+        ]
+        with _swapped(changes):
+            return forward(*args, **kwargs)
+
+    def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        def answer(slot: str, size: int) -> Callable[[], Any]:
+            if size == 0:
+                shape, dtype, device = memory.skipped[slot]
+                # Never read: everything that it feeds is forecast.
+                return lambda: torch.empty(shape, dtype=dtype, device=device)
+            if size == 1:
+                return lambda: memory.forecast(f"{slot}/0")
+            return lambda: tuple(memory.forecast(f"{slot}/{i}") for i in range(size))
+
+        with _swapped([(block, name, _Answer(answer(slot, size))) for block, name, slot, size in self._places()]):
+            return forward(*args, **kwargs)
+
+    def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
+        tokens = {"image": image_tokens, "text": text_tokens, "joint": image_tokens + text_tokens}
+        count = 0
+        for stack in self._host.used(self._model):
+            assert stack.modules is not None
+            per_block = sum(tokens[kind] for _, kinds in stack.modules.forecast for kind in kinds)
+            count += per_block * len(stack.blocks(self._model))
+        return batch * count * self._host.width_of(self._model)
+
+
+def make_site(name: str, model: nn.Module, host: HostSpec | None) -> Site:
+    """The site called `name` on `model`; `host` is None for a family that the probe has yet to trace."""
+    if name == "output":
+        return OutputSite(model)
+    if name == "hidden":
+        if host is None:
+            hosts.require_stacks(model)
+        return HiddenSite(model, host)
+    if host is None:
+        raise HostError(
+            f"site 'module' needs a registered family and {type(model).__name__} is none; "
+            "use site='hidden' or 'output', "
+            "or describe the family with hasten.hosts.register"
+        )
+    return ModuleSite(model, host)

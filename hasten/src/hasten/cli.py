@@ -1,0 +1,239 @@
+"""The `hasten` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from hasten.errors import ConfigError, HastenError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Faster visual generation on diffusers pipelines, without retraining.\n\n"
+    "Start with [bold]hasten demo[/bold]: it draws with the bundled model, plain and accelerated, and shows both.",
+)
+console = Console()
+
+Seed = Annotated[int, typer.Option(help="Prompt i is drawn with seed SEED + i.")]
+ModelName = Annotated[
+    str, typer.Option("--model", help="A reference model (emoji-flux), a pipeline folder, or a hub id.")
+]
+
+
+def _quiet() -> None:
+    """Other libraries' notices about optional parts would bury our own output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"{option} takes whole numbers with commas, such as 12,9,7; got {text!r}") from None
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _table(result: dict[str, Any]) -> Table:
+    """The figures of a bench result, one section for each number of full steps."""
+    table = Table(
+        title=f"{result['model']}: {len(result['settings']['prompts'])} prompts, medians", title_justify="left"
+    )
+    headings = (
+        "method",
+        "full steps",
+        "FLOPs ratio",
+        "seconds",
+        "latency ratio",
+        "PSNR dB",
+        "SSIM",
+        "LPIPS",
+        "FLIP",
+        "cache KiB",
+        "top-1",
+    )
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 else "right")
+
+    def cell(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    base = result["baseline"]
+    table.add_row(
+        "[bold]plain[/bold]",
+        str(base["steps"]),
+        "1.00",
+        cell(base["seconds"], 3),
+        "1.00",
+        *["-"] * 5,
+        cell(base["top1"], 2),
+    )
+    for count in sorted({row["full_steps"] for row in result["rows"]}, reverse=True):
+        table.add_section()
+        for row in result["rows"]:
+            if row["full_steps"] != count:
+                continue
+            name = (
+                f"[dim]{row['method']} (plain, {row['steps']} steps)[/dim]"
+                if row["library"] == "plain"
+                else row["method"]
+            )
+            table.add_row(
+                name, str(count), cell(row["flops_ratio"], 2), cell(row["seconds"], 3), cell(row["latency_ratio"], 2),
+                cell(row["psnr"], 2), cell(row["ssim"], 4), cell(row["lpips"], 4), cell(row["flip"], 4),
+                cell(row["cache_bytes"] / 1024, 0), cell(row["top1"], 2),
+            )  # fmt: skip
+    return table
+
+
+def _bench(model_name: str, settings: Any, out: Path, device: str | None = None) -> dict[str, Any]:
+    from hasten.bench.runner import open_model, run_bench
+
+    with console.status(f"loading {model_name}"):
+        model = open_model(model_name, device=device)
+    columns = (
+        TextColumn("{task.description:44.44}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("measuring", total=None)
+        return run_bench(
+            model,
+            settings,
+            out,
+            lambda done, total, label: bar.update(task, completed=done, total=total, description=label),
+        )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures, the figures and the report.")] = Path("out/demo"),
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 6,
+    full_steps: Annotated[str, typer.Option(help="How many of the 50 steps are computed.")] = "9",
+    seed: Seed = 0,
+) -> None:
+    """Draw with the bundled model, plain and accelerated; show the table, a contact sheet and a report."""
+    from hasten.bench.report import render_report
+    from hasten.bench.runner import BenchSettings
+    from hasten.bench.sheet import bench_sheet
+
+    counts = _numbers(full_steps, "--full-steps")
+    result_file = out / "result.json"
+    result = _bench("emoji-flux", BenchSettings(full_steps=tuple(counts), prompts=prompts, seed=seed), result_file)
+    console.print(_table(result))
+    for count in sorted({row["full_steps"] for row in result["rows"]}, reverse=True):
+        path = out / f"contact_sheet_{count}.png"
+        bench_sheet(result, out, count).save(path)
+        console.print(f"contact sheet: [bold]{path}[/bold]")
+    console.print(f"report:        [bold]{render_report(result_file, out / 'report.html')}[/bold]")
+
+
+@app.command("methods")
+def list_methods() -> None:
+    """List the methods with their papers and parameters."""
+    from hasten import methods
+
+    table = Table()
+    for heading in ("name", "kind", "what it does", "paper", "parameters and defaults", "calibration"):
+        table.add_column(heading, overflow="fold")
+    for info in methods():
+        parameters = ", ".join(f"{k}={v}" for k, v in info.parameters.items() if v is not None)
+        table.add_row(
+            f"[bold]{info.name}[/bold]",
+            info.kind,
+            info.summary,
+            info.paper,
+            parameters,
+            "needed" if info.needs_calibration else "-",
+        )
+    console.print(table)
+
+
+@app.command()
+def bench(
+    model: ModelName = "emoji-flux",
+    methods: Annotated[
+        str, typer.Option(help="Names with commas; parameters after colons: hicache:order=1:sigma=0.7.")
+    ] = "reuse,taylorseer,hicache",
+    full_steps: Annotated[
+        str, typer.Option(help="How many steps are computed; each method takes the schedule of its kind with so many.")
+    ] = "12,9,7",
+    prompts: Annotated[int, typer.Option(help="How many prompts.")] = 16,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="Own prompts, one a line.", exists=True, dir_okay=False)
+    ] = None,
+    seed: Seed = 0,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of the plain sampler and of every cached method.")] = 50,
+    height: Annotated[int | None, typer.Option(help="Height in pixels; the model's own by default.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels; the model's own by default.")] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="True classifier-free guidance (two forwards a step) with an empty negative prompt."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda.")] = None,
+    json_file: Annotated[Path, typer.Option("--json", help="Where the figures go; pictures go beside it.")] = Path(
+        "out/bench.json"
+    ),
+) -> None:
+    """Measure methods against the plain sampler on the same prompts and seeds, and write JSON.
+
+    Example: hasten bench --model emoji-flux --methods reuse,taylorseer,hicache --full-steps 12,9,7 --prompts 16
+        --seed 0 --json out.json
+    """
+    from hasten.bench.runner import BenchSettings
+
+    call: dict[str, Any] = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    if guidance is not None:
+        call |= {"true_cfg_scale": guidance, "negative_prompt": ""}
+    own = tuple(line.strip() for line in prompts_file.read_text().splitlines() if line.strip()) if prompts_file else ()
+    settings = BenchSettings(
+        methods=tuple(_names(methods)),
+        full_steps=tuple(_numbers(full_steps, "--full-steps")),
+        prompts=prompts,
+        prompt_list=own,
+        seed=seed,
+        steps=steps,
+        call=call,
+    )
+    console.print(_table(_bench(model, settings, json_file, device)))
+    console.print(f"figures: [bold]{json_file}[/bold]   report: hasten report {json_file}")
+
+
+@app.command()
+def report(
+    result: Annotated[Path, typer.Argument(help="A JSON file that `hasten bench` wrote.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The HTML file; beside the JSON by default.")] = None,
+) -> None:
+    """Make one self-contained HTML file of a result: table, curves and pictures side by side."""
+    from hasten.bench.report import render_report
+
+    console.print(f"report: [bold]{render_report(result, out or result.with_suffix('.html'))}[/bold]")
+
+
+def main() -> None:
+    """Entry point: purposeful errors are shown as one line, without a traceback."""
+    _quiet()
+    try:
+        app(standalone_mode=True)
+    except HastenError as error:
+        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+        sys.exit(2)

@@ -1,0 +1,67 @@
+"""One family of errors: each says what was wrong, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AlreadyAcceleratedError",
+    "ConfigError",
+    "HastenError",
+    "HastenWarning",
+    "HostError",
+    "ModelError",
+    "ReportError",
+    "ScheduleError",
+    "TargetError",
+    "UnknownNameError",
+]
+
+
+class HastenError(Exception):
+    """Base of every error that hasten raises on purpose."""
+
+
+class ConfigError(HastenError, ValueError):
+    """A parameter of a method has a value that cannot work."""
+
+
+class ScheduleError(ConfigError):
+    """The schedule does not fit the run, such as a warm-up that is longer than the run."""
+
+
+class UnknownNameError(HastenError, ValueError):
+    """A method, model or parameter of that name does not exist; the message names the nearest ones."""
+
+
+class AlreadyAcceleratedError(HastenError, ValueError):
+    """The transformer is accelerated already, by hasten or by another cache."""
+
+
+class TargetError(HastenError, TypeError):
+    """The object given to `accelerate` is neither a pipeline with a transformer nor a module."""
+
+
+class HostError(HastenError, TypeError):
+    """The wiring of a transformer is not known and cannot be found out."""
+
+
+class ModelError(HastenError, ValueError):
+    """A model's files are missing, damaged or of another kind than expected."""
+
+
+class ReportError(HastenError, ValueError):
+    """A result file cannot be read or is not a result of `hasten bench`."""
+
+
+class HastenWarning(UserWarning):
+    """Something will work but save nothing, or save less than the user expects."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """An `UnknownNameError` that suggests the nearest known name."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return UnknownNameError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

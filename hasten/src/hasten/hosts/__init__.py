@@ -1,0 +1,18 @@
+"""How transformers are wired: one data entry a family, and a probe for families that have none."""
+
+from hasten.hosts import flux as _flux  # noqa: F401  (registers the family)
+from hasten.hosts.probe import require_stacks, root_arguments, trace
+from hasten.hosts.registry import find, register, registered
+from hasten.hosts.spec import HostSpec, ModuleSpec, StackSpec
+
+__all__ = [
+    "HostSpec",
+    "ModuleSpec",
+    "StackSpec",
+    "find",
+    "register",
+    "registered",
+    "require_stacks",
+    "root_arguments",
+    "trace",
+]
