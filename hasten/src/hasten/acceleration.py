@@ -139,7 +139,7 @@ class Acceleration:
     def reset(self) -> None:
         """Forget all features and records: the next forward starts a new run."""
         for engine in self._engines.values():
-            engine.reset_state(engine.model)
+            engine.forget()
             engine.records.clear()
 
     def remove(self) -> None:

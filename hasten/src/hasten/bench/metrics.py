@@ -77,7 +77,7 @@ def ssim(image: Picture, reference: Picture) -> float:
     first, second = _pair(image, reference)
     side = min(first.shape[1:])
     window = min(SSIM_WINDOW, side - (side + 1) % 2)
-    value = structural_similarity(  # type: ignore[no-untyped-call]
+    value = structural_similarity(
         first.numpy(),
         second.numpy(),
         win_size=window,

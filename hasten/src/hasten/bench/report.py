@@ -1,55 +1,42 @@
-"""Render the JSON of `hasten bench` as one HTML file that needs nothing else: no network, no scripts, no other files."""
+"""Render the JSON of `hasten bench` as one HTML file that needs nothing else: no network, scripts or other files."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable
+import base64
+import io
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import matplotlib
+import matplotlib as mpl
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
-from hasten.errors import ReportError
+from hasten.bench.schema import Result, Row, read_result
 
 __all__ = ["render_report"]
 
-SCHEMA = 1
-REMEDY = "Make it again with `hasten bench`."
 TEMPLATES = Path(__file__).parent / "templates"
-PLAIN = "plain"  # `library` of the rows made by the sampler alone, with fewer steps
+SHEET_PROMPTS = 12  # rows of a contact sheet; nobody looks at more
 
-SHEET_PROMPTS = 16  # rows of a contact sheet; more pictures than that are not looked at
-SHEET_PIXELS = 320  # longest side of an embedded picture: twice the size at which it is shown
-PIXELATED_BELOW = 129  # pictures this small are enlarged without smoothing, so that their errors stay visible
-
-# The charts are drawn in these stand-in colours, which are then replaced by the CSS variables of the page, so that one
-# drawing serves the light and the dark scheme.
-INK, RULE, PLAIN_COLOUR = "#010101", "#020202", "#030303"
-COLOURS = [f"#0401{number:02x}" for number in range(8)]
-CSS_COLOURS = {
-    INK: "var(--muted)",
-    RULE: "var(--rule)",
-    PLAIN_COLOUR: "var(--plain)",
-    **{colour: f"var(--c{number})" for number, colour in enumerate(COLOURS)},
-}
-MARKERS = "osD^vPX*"
-DASHES = ("--", ":", "-.")
-CHART_STYLE: dict[str, Any] = {
+# Charts are drawn in stand-in colours that become CSS variables, so that one drawing serves light and dark pages.
+INK, RULE = "#010101", "#020202"
+SERIES = [f"#0401{number:02x}" for number in range(8)]
+CSS = {INK: "var(--ink)", RULE: "var(--rule)"} | {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
+STYLE: Any = {
     "axes.edgecolor": RULE,
     "axes.grid": True,
     "axes.labelcolor": INK,
-    "axes.labelsize": 12,
-    "axes.prop_cycle": matplotlib.rcParamsDefault["axes.prop_cycle"],
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlesize": 13,
-    "font.size": 12,
+    "font.size": 11,
     "grid.color": RULE,
-    "grid.linewidth": 0.8,
     "svg.fonttype": "none",  # text stays text and takes the font of the page
+    "svg.hashsalt": "hasten",
     "text.color": INK,
     "text.parse_math": False,  # a name with two dollar signs is not a formula
     "xtick.color": INK,
@@ -57,239 +44,203 @@ CHART_STYLE: dict[str, Any] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- reading the JSON
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """Typed access to one JSON object; a missing or mistyped field raises `ReportError` naming the file and the field."""
-
-    file: Path
-    where: str
-    values: dict[str, Any]
-
-    def error(self, key: str, problem: str) -> ReportError:
-        return ReportError(f"{self.file}: {self.where}{key} {problem}. {REMEDY}")
-
-    def get(self, key: str, optional: bool = False) -> Any:
-        if key not in self.values and not optional:
-            raise self.error(key, "is missing")
-        return self.values.get(key)
-
-    def text(self, key: str, optional: bool = False) -> str:
-        value = self.get(key, optional)
-        if value is None and optional:
-            return ""
-        if not isinstance(value, str):
-            raise self.error(key, "is not a string")
-        return value
-
-    def number(self, key: str, optional: bool = False) -> float | None:
-        value = self.get(key, optional)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise self.error(key, "is neither a number nor null")
-        return value
-
-    def integer(self, key: str) -> int:
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(key, "is not a whole number")
-        return value
-
-    def numbers(self, key: str) -> list[float | None]:
-        """A list of numbers and nulls; empty where the list itself is null or absent."""
-        value = self.get(key, optional=True)
-        if value is None:
-            return []
-        if not isinstance(value, list):
-            raise self.error(key, "is neither a list nor null")
-        items = _Fields(self.file, f"{self.where}{key}.", {str(number): item for number, item in enumerate(value)})
-        return [items.number(number) for number in items.values]
-
-    def texts(self, key: str) -> list[str]:
-        value = self.get(key)
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(key, "is not a list of strings")
-        return value
-
-    def child(self, key: str, optional: bool = False) -> _Fields:
-        value = self.get(key, optional)
-        if value is None and optional:
-            value = {}
-        if not isinstance(value, dict):
-            raise self.error(key, "is not an object")
-        return _Fields(self.file, f"{self.where}{key}.", value)
-
-    def children(self, key: str, optional: bool = False) -> list[_Fields]:
-        value = self.get(key, optional)
-        if value is None and optional:
-            return []
-        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise self.error(key, "is not a list of objects")
-        return [_Fields(self.file, f"{self.where}{key}[{number}].", item) for number, item in enumerate(value)]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One method at one setting; `error` is not empty if it could not run, and then there are no figures."""
-
-    id: str
-    method: str
-    library: str
-    params: dict[str, Any]
-    full_steps: int | None
-    note: str
-    error: str
-    figures: dict[str, float | None]
-    error_per_step: list[float | None]
-    prompt_psnr: list[float | None]
-    images: list[str]
-
-    @property
-    def plain(self) -> bool:
-        return self.library == PLAIN
-
-    @property
-    def settings(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self.params.items())
-
-
-@dataclass(frozen=True)
-class _Result:
-    created: str
-    model: str
-    environment: dict[str, str]
-    prompts: list[str]
-    settings: dict[str, str]
-    baseline_steps: int
-    baseline: dict[str, float | None]
-    baseline_images: list[str]
-    rows: list[_Row]
-
-
-def _read(file: Path) -> _Result:
-    """The checked content of a result file; raises `ReportError` for anything that is not one."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ReportError(f"{file}: no such file. Give the JSON that `hasten bench` wrote.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(
-            f"{file}: cannot be read as text ({error}). Give the JSON that `hasten bench` wrote."
-        ) from error
-    try:
-        # NaN and Infinity are not JSON but Python writes them; a figure that is not finite is one that is not known.
-        content = json.loads(text, parse_constant=lambda _: None)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ReportError(f"{file}: not valid JSON, perhaps cut off while being written ({error}). {REMEDY}") from error
-    if not isinstance(content, dict):
-        raise ReportError(f"{file}: not a result of `hasten bench`. {REMEDY}")
-    top = _Fields(file, "", content)
-    schema = top.get("schema")
-    if schema != SCHEMA:
-        raise ReportError(
-            f"{file}: schema {schema!r}, but this version of hasten reads schema {SCHEMA}. "
-            "Upgrade hasten, or make the file again with `hasten bench`."
-        )
-    settings, baseline, environment = top.child("settings"), top.child("baseline"), top.child("environment")
-    return _Result(
-        created=_date(top.text("created")),
-        model=top.text("model"),
-        environment={name: str(value) for name, value in environment.values.items()},
-        prompts=settings.texts("prompts"),
-        settings={name: str(value) for name, value in settings.values.items() if name != "prompts"},
-        baseline_steps=baseline.integer("steps"),
-        baseline={
-            **{name: baseline.number(name) for name in ("seconds", "flops")},
-            "top1": baseline.number("top1", optional=True),
-        },
-        baseline_images=baseline.texts("images"),
-        rows=[_read_row(fields) for fields in top.children("rows")],
-    )
-
-
-def _read_row(fields: _Fields) -> _Row:
-    error = fields.text("error", optional=True)
-    figures: dict[str, float | None] = {}
-    if not error:
-        required = ("flops_ratio", "seconds", "latency_ratio", "cache_bytes", "psnr", "ssim", "flip")
-        figures = {name: fields.number(name) for name in required}
-        figures |= {name: fields.number(name, optional=True) for name in ("lpips", "top1", "flops_ratio_measured")}
-    return _Row(
-        id=fields.text("id"),
-        method=fields.text("method"),
-        library=fields.text("library"),
-        params=fields.child("params", optional=True).values,
-        full_steps=None if error and fields.get("full_steps", optional=True) is None else fields.integer("full_steps"),
-        note=fields.text("note", optional=True),
-        error=error,
-        figures=figures,
-        error_per_step=[] if error else fields.numbers("error_per_step"),
-        prompt_psnr=[item.number("psnr", optional=True) for item in fields.children("per_prompt", optional=True)],
-        images=[] if error else fields.texts("images"),
-    )
-
-
-# ---------------------------------------------------------------------------------------------- figures as text
-
-
-def _date(text: str) -> str:
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        return text
-    return f"{moment.day} {moment:%B %Y, %H:%M} {moment.tzname() or ''}".rstrip()
-
-
-def _bytes(value: float) -> str:
-    """Bytes in binary units; "none" for 0."""
-    if value == 0:
-        return "none"
-    power = min(int(math.log(max(value, 1), 1024)), 4)
-    scaled = value / 1024**power
-    return (
-        f"{scaled:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-        if scaled < 1000
-        else f"{scaled:.0f} "
-        + (
-            "B",
-            "KiB",
-            "MiB",
-            "GiB",
-            "TiB",
-        )[power]
-    )
-
-
-def _flops(value: float) -> str:
-    """A count of floating-point operations in decimal units."""
-    power = min(max(int(math.log10(max(value, 1)) // 3), 0), 6)
-    return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}FLOP"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f}" if value >= 100 else f"{value:.3g}"
-
-
 @dataclass(frozen=True)
 class _Column:
-    """A column of the table: `better` is the direction of improvement, None where there is none."""
+    """A column of the table; `best` picks the best of a group, or is None where there is no better and worse."""
 
-    key: str
+    field: str
     title: str
-    show: Callable[[float], str]
-    better: Literal["more", "less"]
-    optional: bool = False
+    digits: int
+    best: Any = None
+
+    def text(self, row: Row) -> str:
+        value = getattr(row, self.field)
+        if value is None:
+            return "–"
+        return _bytes(value) if self.field == "cache_bytes" else f"{value:.{self.digits}f}"
 
 
 COLUMNS = (
-    _Column("flops_ratio", "FLOPs ratio", lambda value: f"{value:.2f}×", "more"),
-    _Column("seconds", "Seconds", _seconds, "less"),
-    _Column("latency_ratio", "Latency ratio", lambda value: f"{value:.2f}×", "more"),
-    _Column("psnr", "PSNR, dB", lambda value: f"{value:.1f}", "more"),
-    _Column("ssim", "SSIM", lambda value: f"{value:.3f}", "more"),
-    _Column("lpips", "LPIPS", lambda value: f"{value:.4f}", "less", optional=True),
-    _Column("flip", "FLIP", lambda value: f"{value:.4f}", "less"),
-    _Column("top1", "Top-1", lambda value: f"{value:.0%}", "more", optional=True),
-    _Column("cache_bytes", "Cache", _bytes, "less"),
+    _Column("flops_ratio", "FLOPs ratio", 2),
+    _Column("seconds", "seconds", 3, min),
+    _Column("latency_ratio", "latency ratio", 2, max),
+    _Column("psnr", "PSNR dB", 2, max),
+    _Column("ssim", "SSIM", 4, max),
+    _Column("lpips", "LPIPS", 4, min),
+    _Column("flip", "FLIP", 4, min),
+    _Column("top1", "top-1", 2),
+    _Column("cache_bytes", "cache", 0),
 )
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def _name(row: Row) -> str:
+    return f"plain {row.method}" if row.library == "plain" else row.method
+
+
+def _groups(result: Result) -> dict[int, list[Row]]:
+    """Rows that ran, by number of full steps, most first."""
+    counts = sorted(
+        {row.full_steps for row in result.rows if row.full_steps is not None and not row.error}, reverse=True
+    )
+    return {count: [row for row in result.rows if row.full_steps == count and not row.error] for count in counts}
+
+
+def _table(rows: list[Row], columns: Sequence[_Column]) -> list[dict[str, Any]]:
+    bests = {}
+    for column in columns:
+        values = [getattr(row, column.field) for row in rows if getattr(row, column.field) is not None]
+        if column.best is not None and len(values) > 1:
+            bests[column.field] = column.best(values)
+    return [
+        {
+            "name": _name(row),
+            "library": row.library,
+            "params": ", ".join(f"{k}={v}" for k, v in row.params.items()),
+            "note": row.note,
+            "cells": [(c.text(row), bests.get(c.field, row) == getattr(row, c.field)) for c in columns],
+        }
+        for row in rows
+    ]
+
+
+# --- charts
+
+
+def _colours(result: Result) -> dict[str, str]:
+    names = list(dict.fromkeys(_name(row) for row in result.rows if not row.error))
+    return {name: SERIES[i % len(SERIES)] for i, name in enumerate(names)}
+
+
+def _svg(figure: Figure, label: str) -> Markup:
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None}
+    )
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for colour, variable in CSS.items():
+        text = text.replace(colour, variable)
+    # The page scales the drawing, but never beyond the size at which its text is as large as the page's.
+    width = 96 * figure.get_figwidth()
+    head = f'<svg role="img" aria-label="{Markup.escape(label)}" style="max-width: {width:.0f}px"'
+    return Markup(re.sub(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', rf"{head} \1>", text, count=1))
+
+
+def _panels(count: int) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(5.2 * count, 3.6), layout="constrained")
+    return figure, [figure.add_subplot(1, count, i + 1) for i in range(count)]
+
+
+def _line(axes: Any, xs: Sequence[float], ys: Sequence[float], name: str, colour: str, marker: str = "") -> None:
+    axes.plot(xs, ys, color=colour, label=name, marker=marker, linestyle="--" if name.startswith("plain ") else "-")
+
+
+def _quality_chart(result: Result) -> Markup | None:
+    """PSNR and FLIP against the number of full steps, one line a method."""
+    colours = _colours(result)
+    with mpl.rc_context(STYLE):
+        figure, panels = _panels(2)
+        drawn = False
+        for axes, (field, title) in zip(
+            panels, (("psnr", "PSNR, dB (more is better)"), ("flip", "FLIP (less is better)")), strict=True
+        ):
+            for name, colour in colours.items():
+                points = sorted(
+                    (row.full_steps, getattr(row, field))
+                    for row in result.rows
+                    if _name(row) == name and row.full_steps is not None and getattr(row, field) is not None
+                )
+                if points:
+                    _line(axes, [x for x, _ in points], [y for _, y in points], name, colour, "o")
+                    drawn = True
+            axes.set_title(title)
+            axes.set_xlabel("computed steps")
+            axes.set_xticks(sorted(_groups(result)))
+        if not drawn:
+            return None
+        panels[0].legend(frameon=False)
+        return _svg(figure, "quality against the number of computed steps")
+
+
+def _error_chart(result: Result) -> Markup | None:
+    """Relative error of the latents after each step, one panel for each number of full steps."""
+    colours = _colours(result)
+    groups = {count: [row for row in rows if row.error_per_step] for count, rows in _groups(result).items()}
+    groups = {count: rows for count, rows in groups.items() if rows}
+    if not groups:
+        return None
+    with mpl.rc_context(STYLE):
+        figure, panels = _panels(len(groups))
+        for axes, (count, rows) in zip(panels, groups.items(), strict=True):
+            for row in rows:
+                values = [float("nan") if v is None else v for v in row.error_per_step or []]
+                _line(axes, range(len(values)), values, _name(row), colours[_name(row)])
+            axes.set_title(f"{count} computed steps")
+            axes.set_xlabel("sampler step")
+            axes.set_ylim(bottom=0)
+        panels[0].set_ylabel("relative error of the latents")
+        panels[0].legend(frameon=False)
+        return _svg(figure, "error of the latents over the steps")
+
+
+# --- pictures
+
+
+def _data_uri(path: Path) -> str | None:
+    """The picture as a data URI, or None if it is not there."""
+    if not path.is_file():
+        return None
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _sheet(result: Result, rows: list[Row], folder: Path) -> dict[str, Any]:
+    """Columns of names and rows of pictures; a picture that is missing is None."""
+    heads = [("plain", f"{result.baseline.steps} steps")]
+    heads += [(_name(row), "" if row.psnr is None else f"{row.psnr:.1f} dB") for row in rows]
+    columns = [result.baseline.images, *(row.images for row in rows)]
+    prompts = result.settings.prompts[:SHEET_PROMPTS]
+    lines = [
+        (prompt, [_data_uri(folder / column[i]) if i < len(column) else None for column in columns])
+        for i, prompt in enumerate(prompts)
+    ]
+    return {"heads": heads, "lines": lines}
+
+
+def render_report(result_file: Path, out: Path) -> Path:
+    """Make the HTML report of a bench result.
+
+    Args:
+        result_file: JSON that `hasten bench` wrote; its pictures are looked for beside it.
+        out: the HTML file to write (atomically).
+
+    Raises:
+        ReportError: if the file cannot be read or is no result.
+    """
+    result = read_result(result_file)
+    columns = [c for c in COLUMNS if any(getattr(row, c.field) is not None for row in result.rows)]
+    groups = _groups(result)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("report.html.j2").render(
+        result=result,
+        columns=columns,
+        groups={count: _table(rows, columns) for count, rows in groups.items()},
+        failed=[row for row in result.rows if row.error],
+        quality=_quality_chart(result),
+        errors=_error_chart(result),
+        sheets={count: _sheet(result, rows, result_file.parent) for count, rows in groups.items()},
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_suffix(out.suffix + ".tmp")
+    unfinished.write_text(page, encoding="utf-8")
+    os.replace(unfinished, out)
+    return out

@@ -21,7 +21,6 @@ from typing import Any
 
 import diffusers
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,10 +28,11 @@ import hasten
 from hasten import zoo
 from hasten.bench import metrics
 from hasten.bench.arms import Arm, method_arms, plain_arms
+from hasten.bench.sheet import to_pil
 from hasten.errors import ConfigError, ModelError, unknown
 from hasten.zoo import ReferenceModel
 
-__all__ = ["BenchSettings", "open_model", "run_bench"]
+__all__ = ["BenchSettings", "environment", "open_model", "run_bench"]
 
 SCHEMA = 1
 Progress = Callable[[int, int, str], None]
@@ -147,7 +147,8 @@ def _device() -> str:
     return f"cpu: {name}, {torch.get_num_threads()} threads"
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Versions and device, as every result states them."""
     return {
         "hasten": hasten.__version__,
         "torch": torch.__version__,
@@ -159,16 +160,11 @@ def _environment() -> dict[str, str]:
 
 def _save(picture: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+    to_pil(picture).save(path)
 
 
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 6)
-
-
-def _median(values: list[float | None]) -> float | None:
-    finite = [v for v in values if v is not None]
-    return round(statistics.median(finite), 6) if finite else None
 
 
 def _top1(model: ReferenceModel, shots: list[_Shot], prompts: list[str]) -> float | None:
@@ -234,6 +230,10 @@ def run_bench(
             _per_prompt(shot, reference, prompt, settings.seed + i, lpips)
             for i, (shot, reference, prompt) in enumerate(zip(own, shots["baseline"], prompts, strict=True))
         ]
+        spread = {
+            key: metrics.summary_statistics(p[key] for p in per_prompt)
+            for key in ("psnr", "ssim", "lpips", "flip", "seconds")
+        }
         own_seconds = statistics.median(shot.seconds for shot in own)
         rows.append(
             {
@@ -249,14 +249,13 @@ def run_bench(
                 "seconds": round(own_seconds, 6),
                 "latency_ratio": round(seconds / own_seconds, 4),
                 "cache_bytes": max(shot.cache_bytes for shot in own),
-                **{key: _median([row[key] for row in per_prompt]) for key in ("psnr", "ssim", "lpips", "flip")},
+                **{key: _finite(spread[key]["median"]) for key in ("psnr", "ssim", "lpips", "flip")},
                 "top1": _top1(model, own, prompts),
-                "spread": {
-                    key: metrics.summary_statistics([row[key] for row in per_prompt])
-                    for key in ("psnr", "ssim", "lpips", "flip", "seconds")
-                },
+                "spread": spread,
                 "error_per_step": _error_per_step(own, shots["baseline"]),
-                "per_prompt": per_prompt,
+                "per_prompt": [
+                    {k: _finite(v) if isinstance(v, float) else v for k, v in p.items()} for p in per_prompt
+                ],
                 "images": _image_paths(images, arm, len(own)),
                 "note": "",
             }
@@ -265,7 +264,7 @@ def run_bench(
     result = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": _environment(),
+        "environment": environment(),
         "model": model.name,
         "settings": {
             "prompts": prompts,
@@ -304,11 +303,11 @@ def _per_prompt(shot: _Shot, reference: _Shot, prompt: str, seed: int, lpips: me
     return {
         "prompt": prompt,
         "seed": seed,
-        "psnr": _finite(metrics.psnr(shot.picture, reference.picture)),
-        "ssim": _finite(metrics.ssim(shot.picture, reference.picture)),
-        "lpips": None if lpips is None else _finite(lpips(shot.picture, reference.picture)),
-        "flip": _finite(metrics.flip(shot.picture, reference.picture)),
-        "seconds": round(shot.seconds, 6),
+        "psnr": metrics.psnr(shot.picture, reference.picture),
+        "ssim": metrics.ssim(shot.picture, reference.picture),
+        "lpips": None if lpips is None else lpips(shot.picture, reference.picture),
+        "flip": metrics.flip(shot.picture, reference.picture),
+        "seconds": shot.seconds,
     }
 
 
@@ -318,4 +317,6 @@ def _error_per_step(own: list[_Shot], reference: list[_Shot]) -> list[float | No
         return None
     steps = range(len(own[0].latents))
     pairs = list(zip(own, reference, strict=True))
-    return [_median([_finite(metrics.relative_l2(a.latents[s], b.latents[s])) for a, b in pairs]) for s in steps]
+    return [
+        _finite(statistics.median(metrics.relative_l2(a.latents[s], b.latents[s]) for a, b in pairs)) for s in steps
+    ]

@@ -6,12 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-__all__ = ["bench_sheet", "contact_sheet"]
+__all__ = ["bench_sheet", "contact_sheet", "picture_grid", "to_pil"]
 
 MARGIN, GAP = 12, 6
 INK, PAPER, FAINT = (32, 32, 36), (255, 255, 255), (120, 120, 128)
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    """`[3, H, W]` in [0, 1] as an 8-bit image."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def picture_grid(pictures: Tensor, columns: int) -> Image.Image:
+    """`[B, 3, H, W]` in [0, 1] as one image, row by row, without captions."""
+    count, _, height, width = pictures.shape
+    grid = Image.new("RGB", (columns * width, -(-count // columns) * height), PAPER)
+    for i, picture in enumerate(pictures):
+        grid.paste(to_pil(picture), (i % columns * width, i // columns * height))
+    return grid
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

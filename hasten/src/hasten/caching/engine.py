@@ -41,6 +41,15 @@ class _PassName(StateManager):
         self.current = None if context is None else getattr(context, "name", context)
 
 
+def _signature(hidden: Any) -> Hashable:
+    """What has to stay the same for features to be of use; some models take a list of latents."""
+    if isinstance(hidden, Tensor):
+        return (hidden.shape, hidden.dtype, hidden.device)
+    if isinstance(hidden, (list, tuple)):
+        return tuple(map(_signature, hidden))
+    return None
+
+
 class CachingEngine(ModelHook):
     """Accelerates one transformer with one caching method.
 
@@ -72,7 +81,7 @@ class CachingEngine(ModelHook):
         self.pass_name = _PassName()
         self.records: list[StepRecord] = []
         self._warned = False
-        self._begin_run()
+        self.forget()
         self._attach()
 
     # --- attaching and detaching
@@ -115,15 +124,13 @@ class CachingEngine(ModelHook):
             del model._diffusers_hook
         else:
             registry.invalidate_child_registries_cache()
-        self._begin_run()
+        self.forget()
 
     # --- diffusers' hook interface
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        timestep = float(self._argument(self._timestep, args, kwargs).max())
-        hidden = self._argument(self._hidden, args, kwargs)
-        # A list of latents (some models) has no shape of its own; its runs are told apart by the timesteps.
-        signature = (hidden.shape, hidden.dtype, hidden.device) if isinstance(hidden, Tensor) else None
+        timestep = float(torch.as_tensor(self._argument(self._timestep, args, kwargs)).max())
+        signature = _signature(self._argument(self._hidden, args, kwargs))
         info = self.tracker.begin(timestep, signature, self.pass_name.current)
         started = time.perf_counter()
         try:
@@ -133,7 +140,7 @@ class CachingEngine(ModelHook):
             run = self.site.full if decision.full else self.site.cached
             result = run(self.fn_ref.original_forward, args, kwargs, memory)
         except BaseException:
-            self._begin_run()
+            self.forget()
             raise
         held = sum(memory.bytes for memory in self._memories.values())
         ms = 1e3 * (time.perf_counter() - started)
@@ -145,12 +152,13 @@ class CachingEngine(ModelHook):
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Called by a pipeline at the end of a run: frees the features."""
         self._warn_if_idle()
-        self._begin_run()
+        self.forget()
         return module
 
     # --- decisions
 
-    def _begin_run(self) -> None:
+    def forget(self) -> None:
+        """Drop the features and the current run: the next forward starts a new one."""
         self.tracker.finish()
         self._memories: dict[str, PassMemory] = {}
         self._signature: Hashable = None

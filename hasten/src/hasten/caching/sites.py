@@ -153,6 +153,8 @@ class HiddenSite:
 
     def __init__(self, model: nn.Module, host: HostSpec | None) -> None:
         self._model, self._host = model, host
+        self._memory: PassMemory | None = None  # of the forward under way
+        self._skipped: dict[str, nn.ModuleList] = {}
 
     def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         if self._host is None:
@@ -172,16 +174,27 @@ class HiddenSite:
 
     def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         assert self._host is not None
-        changes: list[tuple[nn.Module, str, nn.Module]] = []
+        self._memory = memory
         stacks = self._host.used(self._model)
-        for stack in stacks:
-            # As many stand-ins as blocks, since some models read the length of the list or count along.
-            skipped: list[nn.Module] = [_PassThrough(stack)] * len(stack.blocks(self._model))
-            if stack is stacks[-1]:
-                skipped[-1] = _Forecast(stack, lambda: memory.forecast("hidden"))
-            changes.append((self._model, stack.name, nn.ModuleList(skipped)))
-        with _swapped(changes):
-            return forward(*args, **kwargs)
+        try:
+            with _swapped([(self._model, stack.name, self._stand_ins(stack, stack is stacks[-1])) for stack in stacks]):
+                return forward(*args, **kwargs)
+        finally:
+            self._memory = None
+
+    def _stand_ins(self, stack: StackSpec, last: bool) -> nn.ModuleList:
+        """As many stand-ins as blocks, since some models read the length of the list or count along; made once."""
+        count = len(stack.blocks(self._model))
+        if len(self._skipped.get(stack.name, ())) != count:
+            skipped: list[nn.Module] = [_PassThrough(stack)] * count
+            if last:
+                skipped[-1] = _Forecast(stack, self._forecast)
+            self._skipped[stack.name] = nn.ModuleList(skipped)
+        return self._skipped[stack.name]
+
+    def _forecast(self) -> Tensor:
+        assert self._memory is not None
+        return self._memory.forecast("hidden")
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         host = self._host or HostSpec(stacks=())

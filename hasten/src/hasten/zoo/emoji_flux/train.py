@@ -2,10 +2,10 @@
 
     python -m hasten.zoo.emoji_flux.train --out runs/emoji-flux
 
-Rectified flow: `x_t = (1 - t) x_0 + t eps`, target `eps - x_0`, mean squared error; times logit-normal, shifted as the
-sampler shifts them. Most samples are spent at 32x32 pixels (8x8 tokens), the rest at 64x64 (16x16 tokens) with a quarter
-of the batches still coarse. The transformer and both text encoders learn together; one caption in ten is empty, so that
-classifier-free guidance works. The averaged (EMA) weights are what is shipped.
+Rectified flow: `x_t = (1 - t) x_0 + t eps`, target `eps - x_0`, mean squared error; times logit-normal, shifted as
+the sampler shifts them. Most samples are spent at 32x32 pixels (8x8 tokens), the rest at 64x64 (16x16 tokens) with a
+quarter of the batches still coarse. The transformer and both text encoders learn together; one caption in ten is
+empty, so that classifier-free guidance works. The averaged (EMA) weights are what is shipped.
 """
 
 from __future__ import annotations

@@ -1,0 +1,105 @@
+"""The JSON of `hasten bench` as types: what a report reads is checked against them.
+
+Fields that a result has beyond these are kept and ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from hasten.errors import ReportError
+
+__all__ = ["Baseline", "Result", "Row", "Settings", "read_result"]
+
+REMEDY = "Make it again with `hasten bench`."
+
+
+class Settings(BaseModel):
+    """What was drawn."""
+
+    prompts: list[str]
+    seed: int
+    height: int
+    width: int
+    steps: int
+    guidance: float
+
+
+class Baseline(BaseModel):
+    """The plain sampler with all its steps: the reference of every figure."""
+
+    steps: int
+    seconds: float
+    flops: float
+    top1: float | None = None
+    images: list[str] = []
+
+
+class Row(BaseModel):
+    """One way of sampling; with `error` it could not run and has no figures."""
+
+    id: str
+    method: str
+    library: str
+    params: dict[str, Any] = {}
+    full_steps: int | None = None
+    flops_ratio: float | None = None
+    flops_ratio_measured: float | None = None
+    seconds: float | None = None
+    latency_ratio: float | None = None
+    cache_bytes: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    lpips: float | None = None
+    flip: float | None = None
+    top1: float | None = None
+    error_per_step: list[float | None] | None = None
+    images: list[str] = []
+    note: str = ""
+    error: str = ""
+
+
+class Result(BaseModel):
+    """A whole file."""
+
+    created: str
+    environment: dict[str, str]
+    model: str
+    settings: Settings
+    baseline: Baseline
+    rows: list[Row]
+
+
+def read_result(file: Path) -> Result:
+    """Read and check a result.
+
+    Raises:
+        ReportError: if the file is missing, cut off, no result of `hasten bench`, or of another schema.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReportError(f"{file}: no such file. Give the JSON that `hasten bench` wrote.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(
+            f"{file}: cannot be read as text ({error}). Give the JSON that `hasten bench` wrote."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ReportError(f"{file}: not valid JSON, perhaps cut off while being written ({error}). {REMEDY}") from error
+    if not isinstance(content, dict) or "schema" not in content:
+        raise ReportError(f"{file}: not a result of `hasten bench`. {REMEDY}")
+    if content["schema"] != 1:
+        raise ReportError(
+            f"{file}: schema {content['schema']!r}, but this version of hasten reads schema 1. "
+            "Upgrade hasten, or make the file again."
+        )
+    try:
+        return Result.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ReportError(f"{file}: {where}: {first['msg'].lower()}. {REMEDY}") from error

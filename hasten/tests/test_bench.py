@@ -1,0 +1,196 @@
+"""The bench and the command line, on the trained reference model."""
+
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from hasten import cli, zoo
+from hasten.bench.arms import method_arms, parse_method, plain_arms
+from hasten.bench.runner import BenchSettings, open_model, run_bench
+from hasten.bench.sheet import bench_sheet, contact_sheet
+from hasten.caching import HiCache
+from hasten.errors import ConfigError, ModelError, ScheduleError, UnknownNameError
+from hasten.zoo.emoji_flux import load_emoji_flux
+
+
+def command(monkeypatch, capsys, *arguments):
+    """Run the command; returns (exit code, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["hasten", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def result(emoji, tmp_path_factory):
+    """One small bench: 20 steps at 32x32, two prompts."""
+    out = tmp_path_factory.mktemp("bench") / "out.json"
+    settings = BenchSettings(
+        methods=("reuse", "hicache:order=1"),
+        full_steps=(8, 6),
+        prompts=2,
+        steps=20,
+        call={"height": 32, "width": 32},
+    )
+    content = run_bench(emoji, settings, out)
+    assert json.loads(out.read_text()) == json.loads(json.dumps(content))
+    return content, out
+
+
+def test_the_result_has_the_contracts_fields(result):
+    content, out = result
+    assert content["schema"] == 1
+    assert {"hasten", "torch", "diffusers", "device"} <= set(content["environment"])
+    assert content["baseline"].keys() >= {"steps", "seconds", "flops"}
+    for row in content["rows"]:
+        assert row.keys() >= {
+            "method", "library", "params", "steps", "full_steps", "flops_ratio", "seconds",
+            "latency_ratio", "cache_bytes", "psnr", "ssim", "lpips", "flip", "per_prompt",
+        }  # fmt: skip
+        assert len(row["per_prompt"]) == 2
+        for image in row["images"]:
+            assert Image.open(out.parent / image).size == (32, 32)
+
+
+def test_plain_samplers_stand_beside_every_number_of_full_steps(result):
+    content, _ = result
+    counts = {row["full_steps"] for row in content["rows"] if row["library"] == "hasten"}
+    for count in counts:
+        plain = {row["method"] for row in content["rows"] if row["library"] == "plain" and row["full_steps"] == count}
+        assert plain == {"euler", "unipc"}
+
+
+def test_counted_operations_follow_the_computed_steps(result):
+    content, _ = result
+    for row in content["rows"]:
+        assert row["flops_ratio"] == pytest.approx(row["steps"] and 20 / row["full_steps"], abs=1e-3)
+        # Embeddings and final layer still run on skipped steps, so the counted ratio is a little lower.
+        assert 0.8 * row["flops_ratio"] < row["flops_ratio_measured"] <= 1.001 * row["flops_ratio"]
+
+
+def test_errors_per_step_begin_with_zero_and_grow(result):
+    content, _ = result
+    for row in content["rows"]:
+        if row["library"] == "plain":
+            assert row["error_per_step"] is None
+        else:
+            assert len(row["error_per_step"]) == 20
+            assert row["error_per_step"][:3] == [0, 0, 0]
+            assert row["error_per_step"][-1] > 0
+
+
+def test_the_sheet_shows_every_picture(result):
+    content, out = result
+    count = content["rows"][-1]["full_steps"]
+    columns = 1 + sum(row["full_steps"] == count for row in content["rows"])
+    sheet = bench_sheet(content, out.parent, count)
+    assert sheet.width > columns * 128
+    assert sheet.height > 2 * 128
+    one = contact_sheet([[out.parent / content["baseline"]["images"][0]]], ["a"], ["b|c"], side=32)
+    assert one.size[0] < sheet.width
+
+
+@pytest.mark.parametrize(("n", "interval"), [(12, 5), (9, 7), (7, 10)])
+def test_full_step_counts_and_ratios_are_those_of_the_papers(n, interval):
+    for arm in method_arms(["reuse", "taylorseer", "hicache"], [n], 50):
+        assert (arm.full_steps, arm.params["interval"]) == (n, interval)
+    assert [arm.full_steps for arm in plain_arms([n])] == [n, n]
+
+
+def test_methods_are_read_with_their_parameters():
+    assert parse_method("hicache:order=1:sigma=0.7:site=module")[1] == HiCache(order=1, sigma=0.7, site="module")
+    with pytest.raises(ConfigError, match="param=value"):
+        parse_method("hicache:order")
+    with pytest.raises(UnknownNameError, match="taylorseer"):
+        parse_method("taylorser")
+    with pytest.raises(ScheduleError):
+        method_arms(["hicache"], [1], 50)
+
+
+def test_second_order_sampler_leaves_the_pipelines_own_in_place(emoji):
+    scheduler = emoji.pipe.scheduler
+    arm = next(arm for arm in plain_arms([4]) if arm.method == "unipc")
+    with arm.attach(emoji.pipe):
+        assert emoji.pipe.scheduler is not scheduler
+        assert emoji.pipe.scheduler.config.use_flow_sigmas
+    assert emoji.pipe.scheduler is scheduler
+
+
+# --- the command
+
+
+def test_bench_and_report_commands(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "out.json"
+    arguments = ["--methods", "taylorseer", "--full-steps", "5", "--steps", "12", "--prompts", "1"]
+    code, text, _ = command(
+        monkeypatch, capsys, "bench", *arguments, "--height", "32", "--width", "32", "--guidance", "2", "--json", out
+    )
+    assert code == 0
+    assert "taylorseer" in text
+    assert json.loads(out.read_text())["settings"]["guidance"] == 2
+    code, text, _ = command(monkeypatch, capsys, "report", out)
+    assert code == 0
+    assert "taylorseer" in out.with_suffix(".html").read_text()
+
+
+def test_methods_command_names_every_method_and_paper(monkeypatch, capsys):
+    code, text, _ = command(monkeypatch, capsys, "methods")
+    assert code == 0
+    for word in ("reuse", "taylorseer", "hicache", "sigma"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["bench", "--model", "emoji-flx"], "Did you mean 'emoji-flux'"),
+        (["bench", "--methods", "hicahce"], "Did you mean 'hicache'"),
+        (["bench", "--full-steps", "nine"], "whole numbers with commas"),
+        (["bench", "--full-steps", "2"], "warm-up"),
+        (["bench", "--prompts", "100000"], "asks for more than"),
+        (["bench", "--prompts", "0"], "at least 1"),
+        (["report", "nowhere.json"], "nowhere.json"),
+        (["demo", "--full-steps", "x"], "whole numbers"),
+    ],
+)
+def test_bad_input_is_one_line_without_a_traceback(monkeypatch, capsys, tmp_path, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    code, text, error = command(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert says in " ".join((text + error).split())
+    assert "Traceback" not in text + error
+
+
+def test_a_model_that_cannot_be_loaded_says_so(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="cannot load"):
+        open_model(str(tmp_path / "empty"))
+    with pytest.raises(ModelError, match="no emoji-flux weights"):
+        load_emoji_flux(tmp_path)
+    with pytest.raises(UnknownNameError):
+        zoo.load("emoji")
+
+
+# --- quality, on the trained model
+
+
+def test_the_reference_model_draws_what_it_is_asked(emoji):
+    prompts = emoji.prompts[:10]
+    call = emoji.call | {"num_inference_steps": 20, "output_type": "pt"}
+    pictures = emoji.pipe(prompts, generator=torch.Generator().manual_seed(0), **call).images
+    assert sum(emoji.grade(pictures, prompts)) >= 9
+
+
+@pytest.mark.slow
+def test_forecasting_beats_reuse_and_the_plain_sampler_at_equal_full_steps(emoji, tmp_path):
+    settings = BenchSettings(methods=("reuse", "taylorseer", "hicache"), full_steps=(9,), prompts=6)
+    rows = {row["method"]: row for row in run_bench(emoji, settings, tmp_path / "out.json")["rows"]}
+    assert rows["taylorseer"]["psnr"] > rows["reuse"]["psnr"] + 1
+    assert rows["hicache"]["psnr"] > rows["reuse"]["psnr"] + 1
+    assert rows["taylorseer"]["psnr"] > rows["euler"]["psnr"] + 1
+    assert rows["taylorseer"]["flip"] < rows["reuse"]["flip"]
+    assert rows["hicache"]["top1"] >= 0.8

@@ -1,0 +1,144 @@
+"""The HTML report: complete, self-contained, safe, and clear about bad input."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from hasten.bench.report import render_report
+from hasten.errors import ReportError
+
+
+def row(method, full_steps, psnr, library="hasten", **more):
+    figures = {"flops_ratio": 50 / full_steps, "seconds": 0.2, "latency_ratio": 4.0, "cache_bytes": 98304}
+    quality = {"psnr": psnr, "ssim": 0.98, "lpips": None, "flip": 0.03, "top1": 1.0}
+    name = f"{method}-{full_steps}"
+    curve = None if library == "plain" else [0.0, 0.01, 0.02]
+    return {
+        "id": name,
+        "method": method,
+        "library": library,
+        "params": {"interval": 7},
+        "steps": 50,
+        "full_steps": full_steps,
+        **figures,
+        **quality,
+        "error_per_step": curve,
+        "per_prompt": [],
+        "images": [f"out.images/{name}/00.png"],
+        "note": "",
+        **more,
+    }
+
+
+@pytest.fixture
+def content(tmp_path):
+    rows = [
+        row("euler", 9, 41.111, "plain"),
+        row("hicache", 9, 44.444),
+        row("reuse", 9, None),
+        row("hicache", 7, 40.5),
+        {"id": "peer-9", "method": "peer", "library": "cache-dit", "error": "not installed"},
+    ]
+    for name in ("baseline", "euler-9", "hicache-9", "reuse-9"):  # hicache-7 has no picture
+        path = tmp_path / "out.images" / name / "00.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), "orange").save(path)
+    return {
+        "schema": 1,
+        "created": "2026-11-23T03:00:00+00:00",
+        "environment": {"hasten": "0.1.0", "device": "cpu: a processor, 2 threads"},
+        "model": "emoji-flux",
+        "settings": {
+            "prompts": ["a <script>alert(1)</script> & co"],
+            "seed": 0,
+            "height": 64,
+            "width": 64,
+            "steps": 50,
+            "guidance": 1.0,
+        },
+        "baseline": {
+            "steps": 50,
+            "seconds": 0.9,
+            "flops": 1.2e9,
+            "top1": 0.95,
+            "images": ["out.images/baseline/00.png"],
+        },
+        "rows": rows,
+    }
+
+
+def render(tmp_path, content):
+    source = tmp_path / "out.json"
+    source.write_text(content if isinstance(content, str) else json.dumps(content))
+    return render_report(source, tmp_path / "deep" / "report.html").read_text()
+
+
+def test_everything_is_there(tmp_path, content):
+    page = render(tmp_path, content)
+    for word in (
+        "emoji-flux",
+        "hicache",
+        "reuse",
+        "plain euler",
+        "cpu: a processor",
+        "96 KiB",
+        "9 computed steps",
+        "7 computed steps",
+    ):
+        assert word in page
+    assert page.count("<svg") == 2
+    assert page.count("data:image/png;base64,") == 5  # baseline twice, once for each sheet
+    assert page.count('class="missing"') == 1
+    assert "cache-dit) could not run: not installed" in page
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_best_of_a_group_is_bold_and_plain_rows_are_marked(tmp_path, content):
+    page = render(tmp_path, content)
+    assert '<td class="best">44.44</td>' in page
+    assert "<td>41.11</td>" in page
+    assert '<tr class="plain">' in page
+
+
+def test_nothing_is_loaded_from_elsewhere_and_prompts_are_escaped(tmp_path, content):
+    page = render(tmp_path, content)
+    assert "http" not in page
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_a_result_without_curves_or_methods_still_renders(tmp_path, content):
+    content["rows"] = content["rows"][:1]
+    assert page_has_no_error_chart(render(tmp_path, content))
+    content["rows"] = []
+    assert "emoji-flux" in render(tmp_path, content)
+
+
+def page_has_no_error_chart(page):
+    return "Error over the steps" not in page
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda c: "{", "cut off"),
+        (lambda c: json.dumps(c)[:200], "cut off"),
+        (lambda c: "[1, 2]", "not a result"),
+        (lambda c: json.dumps(c | {"schema": 2}), "schema 2"),
+        (lambda c: json.dumps({k: v for k, v in c.items() if k != "baseline"}), "baseline: field required"),
+        (lambda c: json.dumps(c | {"rows": [{"id": "x"}]}), "rows.0.method: field required"),
+        (lambda c: json.dumps(c | {"baseline": c["baseline"] | {"seconds": "fast"}}), "baseline.seconds"),
+    ],
+)
+def test_bad_files_are_named_with_the_remedy(tmp_path, content, damage, says):
+    with pytest.raises(ReportError, match=r"out\.json") as caught:
+        render(tmp_path, damage(content))
+    assert says in str(caught.value)
+    assert "hasten" in str(caught.value)
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ReportError, match="no such file"):
+        render_report(tmp_path / "nowhere.json", tmp_path / "r.html")
