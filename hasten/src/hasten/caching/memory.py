@@ -37,6 +37,11 @@ class PassMemory:
         return not self._features
 
     @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of what has been recorded, in order."""
+        return tuple(self._features)
+
+    @property
     def bytes(self) -> int:
         """Bytes of the features held."""
         return sum(f.numel() * f.element_size() for slot in self._features.values() for _, f in slot)

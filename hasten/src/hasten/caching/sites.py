@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hasten import hosts
 from hasten.caching.memory import PassMemory
 from hasten.errors import HostError
-from hasten.hosts import HostSpec, StackSpec
+from hasten.hosts import HostSpec, StackSpec, StandIn
 
 __all__ = ["HiddenSite", "ModuleSite", "OutputSite", "Site", "make_site"]
 
@@ -57,31 +57,24 @@ def _swapped(changes: list[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
             parent._modules[name] = original
 
 
-class _Recorder(nn.Module):
+class _Recorder(StandIn):
     """Runs the module that it stands for and records what comes out."""
 
-    def __init__(self, module: nn.Module, record: Callable[[Any], None]) -> None:
-        super().__init__()
-        self.module, self.record = module, record
+    def __init__(self, original: nn.Module, record: Callable[[Any], None]) -> None:
+        super().__init__(original)
+        self.record = record
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.module(*args, **kwargs)
+        output = self.original(*args, **kwargs)
         self.record(output)
         return output
 
-    def __getattr__(self, name: str) -> Any:
-        # Models read attributes of their submodules (an attention's processor, a block's type).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
 
-
-class _PassThrough(nn.Module):
+class _PassThrough(StandIn):
     """A block that does nothing: returns what it was given, in the order in which its stack returns it."""
 
-    def __init__(self, stack: StackSpec) -> None:
-        super().__init__()
+    def __init__(self, original: nn.Module, stack: StackSpec) -> None:
+        super().__init__(original)
         self.stack = stack
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,19 +92,19 @@ class _PassThrough(nn.Module):
 class _Forecast(_PassThrough):
     """The last block of a skipped forward: returns the forecast image tokens."""
 
-    def __init__(self, stack: StackSpec, forecast: Callable[[], Tensor]) -> None:
-        super().__init__(stack)
+    def __init__(self, original: nn.Module, stack: StackSpec, forecast: Callable[[], Tensor]) -> None:
+        super().__init__(original, stack)
         self.forecast = forecast
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.answer(self.forecast(), args, kwargs)
 
 
-class _Answer(nn.Module):
+class _Answer(StandIn):
     """A submodule that returns a ready answer."""
 
-    def __init__(self, answer: Callable[[], Any]) -> None:
-        super().__init__()
+    def __init__(self, original: nn.Module, answer: Callable[[], Any]) -> None:
+        super().__init__(original)
         self.answer = answer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,20 +116,25 @@ class OutputSite:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._template: Any = None
+        self._kind: type[Any] = Tensor
+        self._list = False
 
     def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         result = forward(*args, **kwargs)
-        memory.record("output", result if isinstance(result, Tensor) else result[0])
         # Only the kind of the result is kept, for the steps that have to make one.
-        self._template = None if isinstance(result, Tensor) else type(result)
+        self._kind = Tensor if isinstance(result, Tensor) else type(result)
+        sample = result if isinstance(result, Tensor) else result[0]
+        self._list = isinstance(sample, list)  # some models return one tensor for each picture
+        for i, tensor in enumerate(sample if self._list else [sample]):
+            memory.record(f"output/{i}", tensor)
         return result
 
     def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        sample = memory.forecast("output")
-        if self._template is None:
+        tensors = [memory.forecast(slot) for slot in memory.slots]
+        sample = tensors if self._list else tensors[0]
+        if self._kind is Tensor:
             return sample
-        return (sample,) if self._template is tuple else self._template(sample=sample)
+        return (sample,) if self._kind is tuple else self._kind(sample=sample)
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         config: Any = self._model.config
@@ -186,9 +184,10 @@ class HiddenSite:
         """As many stand-ins as blocks, since some models read the length of the list or count along; made once."""
         count = len(stack.blocks(self._model))
         if len(self._skipped.get(stack.name, ())) != count:
-            skipped: list[nn.Module] = [_PassThrough(stack)] * count
+            blocks = stack.blocks(self._model)
+            skipped: list[nn.Module] = [_PassThrough(block, stack) for block in blocks]
             if last:
-                skipped[-1] = _Forecast(stack, self._forecast)
+                skipped[-1] = _Forecast(blocks[-1], stack, self._forecast)
             self._skipped[stack.name] = nn.ModuleList(skipped)
         return self._skipped[stack.name]
 
@@ -253,7 +252,12 @@ class ModuleSite:
                 return lambda: memory.forecast(f"{slot}/0")
             return lambda: tuple(memory.forecast(f"{slot}/{i}") for i in range(size))
 
-        with _swapped([(block, name, _Answer(answer(slot, size))) for block, name, slot, size in self._places()]):
+        with _swapped(
+            [
+                (block, name, _Answer(getattr(block, name), answer(slot, size)))
+                for block, name, slot, size in self._places()
+            ]
+        ):
             return forward(*args, **kwargs)
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:

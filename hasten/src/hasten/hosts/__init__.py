@@ -4,11 +4,13 @@ from hasten.hosts import flux as _flux  # noqa: F401  (registers the family)
 from hasten.hosts.probe import require_stacks, root_arguments, trace
 from hasten.hosts.registry import find, register, registered
 from hasten.hosts.spec import HostSpec, ModuleSpec, StackSpec
+from hasten.hosts.standin import StandIn
 
 __all__ = [
     "HostSpec",
     "ModuleSpec",
     "StackSpec",
+    "StandIn",
     "find",
     "register",
     "registered",

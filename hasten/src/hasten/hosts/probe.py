@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hasten.errors import HostError
 from hasten.hosts.spec import HostSpec, StackSpec, Stream
+from hasten.hosts.standin import StandIn
 
 __all__ = ["candidate_stacks", "require_stacks", "root_arguments", "trace"]
 
@@ -77,16 +78,16 @@ def root_arguments(model: nn.Module) -> tuple[str, str]:
     return hidden, timestep
 
 
-class _Watch(nn.Module):
+class _Watch(StandIn):
     """Stands in for one block while the forward is watched."""
 
     def __init__(self, block: nn.Module, stack: str, log: _Log) -> None:
-        super().__init__()
-        self.block, self.stack, self.log = block, stack, log
+        super().__init__(block)
+        self.stack, self.log = stack, log
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.block(*args, **kwargs)
-        self.log.note(self.stack, self.block, args, kwargs, output)
+        output = self.original(*args, **kwargs)
+        self.log.note(self.stack, self.original, args, kwargs, output)
         return output
 
 

@@ -1,0 +1,27 @@
+"""A module that takes the place of another for the length of one forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["StandIn"]
+
+
+class StandIn(nn.Module):
+    """Base of the stand-ins: whatever it does not define itself, it takes from the module that it stands for.
+
+    Models read attributes of their submodules (an attention's processor, the norm of the first block), and a stand-in
+    must have them. The original is kept out of the module tree, so that it is not registered twice.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["original"] = original
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["original"], name)

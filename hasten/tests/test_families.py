@@ -1,0 +1,65 @@
+"""Sixteen families of diffusers transformers, found by their entry or by the probe."""
+
+import pytest
+import tiny
+import torch
+from test_engine import leftovers
+from torch import nn
+
+import hasten
+from hasten.caching import Uniform, full_steps
+
+SITES = ("hidden", "output")
+
+
+@pytest.fixture(scope="module", params=tiny.TINY)
+def family(request):
+    model = tiny.build(request.param)
+    return request.param, model, tiny.sample(request.param, model)
+
+
+def count_blocks(model):
+    """Hooks every block of every list of blocks; returns the list that grows with each block that runs."""
+    ran, handles = [], []
+    for name, child in model.named_children():
+        if (isinstance(child, nn.ModuleList) and "block" in name) or name == "layers":
+            handles += [block.register_forward_hook(lambda *_: ran.append(1)) for block in child]
+    return ran, handles
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_interval_one_is_bit_identical(family, site):
+    name, model, plain = family
+    with hasten.accelerate(model, "taylorseer", interval=1, site=site):
+        assert torch.equal(tiny.sample(name, model), plain)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_skip_skips_and_removal_is_exact(family, site):
+    name, model, plain = family
+    before = leftovers(model)
+    ran, handles = count_blocks(model)
+    tiny.sample(name, model, steps=1)
+    per_forward = len(ran)
+    assert per_forward >= 4
+    with hasten.accelerate(model, "taylorseer", interval=4, site=site) as run:
+        ran.clear()
+        fast = tiny.sample(name, model)
+        assert len(ran) == per_forward * len(full_steps(Uniform(4, 3), 12))
+        assert torch.equal(tiny.sample(name, model), fast)
+        assert run.summary().cached == 7
+        assert run.summary().cache_bytes > 0
+    for handle in handles:
+        handle.remove()
+    # How far a forecast may be off says little on random weights; garbage is off by all of it.
+    assert 0 < (fast - plain).norm() / plain.norm() < 0.2
+    assert leftovers(model) == before
+    assert torch.equal(tiny.sample(name, model), plain)
+
+
+def test_two_forwards_a_step_have_one_schedule(family):
+    name, model, _ = family
+    with hasten.accelerate(model, "reuse", interval=4) as run:
+        tiny.sample(name, model, guided=True)
+    for name in ("pass0", "pass1"):
+        assert [r.step for r in run.records if r.full and r.pass_name == name] == full_steps(Uniform(4, 3), 12)
