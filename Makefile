@@ -72,7 +72,9 @@ test-all: $(STAMP) ## run all tests
 
 lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check $(PROJECTS)
+	$(BIN)/ruff check --config hasten/pyproject.toml benchmarks
 	$(BIN)/ruff format --check $(PROJECTS)
+	$(BIN)/ruff format --check --config hasten/pyproject.toml benchmarks
 	@$(MAKE) --no-print-directory types
 
 types: $(STAMP) ## check types (mypy, strict)

@@ -2,8 +2,9 @@
 
     python benchmarks/overhead.py --json benchmarks/overhead.json
 
-For each site, the time of a cached forward, beside that of a plain forward and of the same transformer with no blocks at all (the
-embeddings and the final layer, which the hidden site has to run). The overhead is the difference to what has to run.
+For each site, the time of a cached forward, beside that of a plain forward and of the same transformer with no blocks at
+all (the embeddings and the final layer, which the hidden site has to run). The overhead is the difference to what has to
+run.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import hasten
 import torch
 from diffusers import FluxTransformer2DModel
-from rich.progress import track
-
-import hasten
 from hasten.bench.runner import environment
+from rich.progress import track
 
 TOKENS, TEXT, STEPS = 64, 8, 50
 

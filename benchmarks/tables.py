@@ -1,7 +1,7 @@
 """The tables of the README, made from the JSON files that `hasten bench` and the scripts here wrote.
 
-    python benchmarks/tables.py          write them into README.md
-    python benchmarks/tables.py --check  exit 1 if README.md does not hold what the JSON files say
+python benchmarks/tables.py          write them into README.md
+python benchmarks/tables.py --check  exit 1 if README.md does not hold what the JSON files say
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ def _cell(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def bench_table(result: dict[str, Any]) -> str:
     """Markdown of one bench result, a block of rows for each number of full steps, plain samplers first."""
     base, environment, settings = result["baseline"], result["environment"], result["settings"]
-    lines = [
-        "| sampler | steps computed | FLOPs ratio | s / picture | speed-up | PSNR dB | SSIM | LPIPS | FLIP | cache KiB | top-1 |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-        f"| plain Euler | {base['steps']} | 1.00 | {base['seconds']:.3f} | 1.00 | - | - | - | - | 0 | {_cell(base['top1'], 2)} |",
-    ]
+    heads = ["sampler", "steps computed", "FLOPs ratio", "s / picture", "speed-up", "PSNR dB", "SSIM", "LPIPS", "FLIP"]
+    heads += ["cache KiB", "top-1"]
+    first = ["plain Euler", str(base["steps"]), "1.00", _cell(base["seconds"], 3), "1.00", "-", "-", "-", "-", "0"]
+    lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|", _row([*first, _cell(base["top1"], 2)])]
     for count in sorted({row["full_steps"] for row in result["rows"]}, reverse=True):
         for row in (r for r in result["rows"] if r["full_steps"] == count):
             plain = row["library"] == "plain"
@@ -44,7 +47,7 @@ def bench_table(result: dict[str, Any]) -> str:
                 _cell(row["cache_bytes"] / 1024, 0),
                 _cell(row["top1"], 2),
             ]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(_row(cells))
     lines.append("")
     lines.append(
         f"{result['model']}, {settings['width']}x{settings['height']}, {len(settings['prompts'])} prompts, medians; "
@@ -59,7 +62,7 @@ def overhead_table(result: dict[str, Any]) -> str:
     lines = ["| site | method | cached forward ms | of that Python overhead ms | cache KiB |", "|---|---|--:|--:|--:|"]
     for row in result["rows"]:
         cells = [row["site"], row["method"], _cell(row["cached_ms"], 2), _cell(row["overhead_ms"], 2)]
-        lines.append("| " + " | ".join([*cells, _cell(row["cache_bytes"] / 1024, 0)]) + " |")
+        lines.append(_row([*cells, _cell(row["cache_bytes"] / 1024, 0)]))
     lines.append("")
     lines.append(
         f"{result['model']}; plain forward {result['plain_ms']:.1f} ms, embeddings and final layer alone "

@@ -1,15 +1,16 @@
-"""Sixteen families of diffusers transformers, found by their entry or by the probe."""
+"""Sixteen families of diffusers transformers, by their entry and by the probe."""
 
 import pytest
 import tiny
 import torch
 from test_engine import leftovers
-from torch import nn
 
 import hasten
+from hasten import hosts
 from hasten.caching import Uniform, full_steps
+from hasten.hosts import registry as host_registry
 
-SITES = ("hidden", "output")
+SITES = ("hidden", "output", "module")
 
 
 @pytest.fixture(scope="module", params=tiny.TINY)
@@ -18,13 +19,16 @@ def family(request):
     return request.param, model, tiny.sample(request.param, model)
 
 
-def count_blocks(model):
-    """Hooks every block of every list of blocks; returns the list that grows with each block that runs."""
-    ran, handles = [], []
-    for name, child in model.named_children():
-        if (isinstance(child, nn.ModuleList) and "block" in name) or name == "layers":
-            handles += [block.register_forward_hook(lambda *_: ran.append(1)) for block in child]
-    return ran, handles
+def count_work(model, site):
+    """Hooks what the site has to skip; returns the list that grows each time it runs, and the hooks."""
+    ran, modules = [], []
+    for stack in hosts.find(model).stacks:
+        for block in stack.blocks(model):
+            if site == "module":
+                modules += [getattr(block, name, None) for name, _ in stack.modules.forecast]
+            else:
+                modules.append(block)
+    return ran, [m.register_forward_hook(lambda *_: ran.append(1)) for m in modules if m is not None]
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -38,7 +42,7 @@ def test_interval_one_is_bit_identical(family, site):
 def test_a_skip_skips_and_removal_is_exact(family, site):
     name, model, plain = family
     before = leftovers(model)
-    ran, handles = count_blocks(model)
+    ran, handles = count_work(model, site)
     tiny.sample(name, model, steps=1)
     per_forward = len(ran)
     assert per_forward >= 4
@@ -63,3 +67,17 @@ def test_two_forwards_a_step_have_one_schedule(family):
         tiny.sample(name, model, guided=True)
     for name in ("pass0", "pass1"):
         assert [r.step for r in run.records if r.full and r.pass_name == name] == full_steps(Uniform(4, 3), 12)
+
+
+def test_the_probe_wires_every_family_as_its_entry_does(family, monkeypatch):
+    name, model, _ = family
+    with hasten.accelerate(model, "taylorseer", interval=4):
+        known = tiny.sample(name, model)
+    entry = hosts.find(model)
+    monkeypatch.delitem(host_registry._HOSTS, name)
+    with hasten.accelerate(model, "taylorseer", interval=4) as run:
+        assert torch.equal(tiny.sample(name, model), known)
+        (engine,) = run._engines.values()
+        found = {stack.name: stack for stack in engine.site._host.stacks}
+    for stack in entry.stacks:
+        assert (found[stack.name].returns, found[stack.name].hidden) == (stack.returns, stack.hidden)

@@ -118,6 +118,23 @@ def _bench(model_name: str, settings: Any, out: Path, device: str | None = None)
         )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from hasten import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures, the figures and the report.")] = Path("out/demo"),

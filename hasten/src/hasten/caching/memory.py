@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from hasten.caching.predictors import Predictor
@@ -28,8 +28,8 @@ class PassMemory:
         self._features: dict[str, deque[tuple[int, Tensor]]] = {}
         self._weights: dict[tuple[int, tuple[int, ...]], dict[str, list[float]]] = {}
         self.step = 0
-        # Shape, dtype and device of outputs that are skipped and never read (module site).
-        self.skipped: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}
+        # What the module site has to know of each submodule's outputs beside their features.
+        self.forms: dict[str, list[Any]] = {}
 
     @property
     def empty(self) -> bool:

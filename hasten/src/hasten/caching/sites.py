@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -111,6 +112,30 @@ class _Answer(StandIn):
         return self.answer()
 
 
+class _Form:
+    """What one call of a submodule returned, without the numbers."""
+
+    def __init__(self, output: Any) -> None:
+        self.is_tuple = isinstance(output, tuple)
+        tensors = output if self.is_tuple else (output,)
+        self._likes = [None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+
+    def build(self, make: Callable[[int], Tensor]) -> Any:
+        """An output of that form, `make(i)` giving its tensors."""
+        tensors = tuple(None if like is None else make(i) for i, like in enumerate(self._likes))
+        return tensors if self.is_tuple else tensors[0]
+
+    def filler(self) -> Any:
+        """An output of that form that nobody reads, since everything that it feeds is forecast."""
+
+        def make(i: int) -> Tensor:
+            like = self._likes[i]
+            assert like is not None
+            return torch.empty(like[0], dtype=like[1], device=like[2])
+
+        return self.build(make)
+
+
 class OutputSite:
     """The transformer's result, after the final layer: nothing of the model runs on a cached step."""
 
@@ -182,9 +207,8 @@ class HiddenSite:
 
     def _stand_ins(self, stack: StackSpec, last: bool) -> nn.ModuleList:
         """As many stand-ins as blocks, since some models read the length of the list or count along; made once."""
-        count = len(stack.blocks(self._model))
-        if len(self._skipped.get(stack.name, ())) != count:
-            blocks = stack.blocks(self._model)
+        blocks = stack.blocks(self._model)
+        if len(self._skipped.get(stack.name, ())) != len(blocks):
             skipped: list[nn.Module] = [_PassThrough(block, stack) for block in blocks]
             if last:
                 skipped[-1] = _Forecast(blocks[-1], stack, self._forecast)
@@ -212,62 +236,64 @@ class ModuleSite:
                 "use site='hidden', or register the family with StackSpec(..., modules=ModuleSpec(...))"
             )
 
-    def _places(self) -> Iterator[tuple[nn.Module, str, str, int]]:
-        """(block, submodule's name, slot, number of tensors that are forecast: 0 for a skipped submodule)."""
+    def _places(self) -> Iterator[tuple[nn.Module, str, str, bool]]:
+        """(block, submodule's name, slot, whether its output is forecast rather than skipped)."""
         for stack in self._host.used(self._model):
             assert stack.modules is not None
+            forecast = [name for name, _ in stack.modules.forecast]
             for i, block in enumerate(stack.blocks(self._model)):
-                for name, tokens in stack.modules.forecast:
-                    yield block, name, f"{stack.name}.{i}.{name}", len(tokens)
-                for name in stack.modules.skip:
-                    yield block, name, f"{stack.name}.{i}.{name}", 0
+                for name in (*forecast, *stack.modules.skip):
+                    if getattr(block, name, None) is not None:
+                        yield block, name, f"{stack.name}.{i}.{name}", name in forecast
 
     def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        def recorder(slot: str, size: int) -> Callable[[Any], None]:
+        def recorder(slot: str, forecast: bool) -> Callable[[Any], None]:
+            calls = count()
+            memory.forms[slot] = []
+
             def record(output: Any) -> None:
-                if size == 0:
-                    memory.skipped[slot] = (output.shape, output.dtype, output.device)
-                elif isinstance(output, tuple):
-                    for i, tensor in enumerate(output):
-                        memory.record(f"{slot}/{i}", tensor)
-                else:
-                    memory.record(f"{slot}/0", output)
+                call = next(calls)
+                memory.forms[slot].append(_Form(output))
+                if forecast:
+                    for i, tensor in enumerate(output if isinstance(output, tuple) else (output,)):
+                        if tensor is not None:
+                            memory.record(f"{slot}/{call}/{i}", tensor)
 
             return record
 
         changes: list[tuple[nn.Module, str, nn.Module]] = [
-            (block, name, _Recorder(getattr(block, name), recorder(slot, size)))
-            for block, name, slot, size in self._places()
+            (block, name, _Recorder(getattr(block, name), recorder(slot, forecast)))
+            for block, name, slot, forecast in self._places()
         ]
         with _swapped(changes):
             return forward(*args, **kwargs)
 
     def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        def answer(slot: str, size: int) -> Callable[[], Any]:
-            if size == 0:
-                shape, dtype, device = memory.skipped[slot]
-                # Never read: everything that it feeds is forecast.
-                return lambda: torch.empty(shape, dtype=dtype, device=device)
-            if size == 1:
-                return lambda: memory.forecast(f"{slot}/0")
-            return lambda: tuple(memory.forecast(f"{slot}/{i}") for i in range(size))
+        def answer(slot: str, forecast: bool) -> Callable[[], Any]:
+            calls = count()
 
-        with _swapped(
-            [
-                (block, name, _Answer(getattr(block, name), answer(slot, size)))
-                for block, name, slot, size in self._places()
-            ]
-        ):
+            def respond() -> Any:
+                call = next(calls)
+                form: _Form = memory.forms[slot][call]
+                return form.build(lambda i: memory.forecast(f"{slot}/{call}/{i}")) if forecast else form.filler()
+
+            return respond
+
+        changes: list[tuple[nn.Module, str, nn.Module]] = [
+            (block, name, _Answer(getattr(block, name), answer(slot, forecast)))
+            for block, name, slot, forecast in self._places()
+        ]
+        with _swapped(changes):
             return forward(*args, **kwargs)
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         tokens = {"image": image_tokens, "text": text_tokens, "joint": image_tokens + text_tokens}
-        count = 0
+        numbers = 0
         for stack in self._host.used(self._model):
             assert stack.modules is not None
             per_block = sum(tokens[kind] for _, kinds in stack.modules.forecast for kind in kinds)
-            count += per_block * len(stack.blocks(self._model))
-        return batch * count * self._host.width_of(self._model)
+            numbers += per_block * len(stack.blocks(self._model))
+        return batch * numbers * self._host.width_of(self._model)
 
 
 def make_site(name: str, model: nn.Module, host: HostSpec | None) -> Site:

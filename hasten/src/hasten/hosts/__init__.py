@@ -1,6 +1,8 @@
 """How transformers are wired: one data entry a family, and a probe for families that have none."""
 
-from hasten.hosts import flux as _flux  # noqa: F401  (registers the family)
+from hasten.hosts import flux as _flux  # noqa: F401  (these three register the families)
+from hasten.hosts import image as _image  # noqa: F401
+from hasten.hosts import video as _video  # noqa: F401
 from hasten.hosts.probe import require_stacks, root_arguments, trace
 from hasten.hosts.registry import find, register, registered
 from hasten.hosts.spec import HostSpec, ModuleSpec, StackSpec

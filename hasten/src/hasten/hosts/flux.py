@@ -1,22 +1,46 @@
-"""FLUX.1: double-stream blocks, then single-stream blocks; both take and return text and image tokens apart."""
+"""FLUX.1, FLUX.2 and Chroma: double-stream blocks, then single-stream blocks."""
+
+from __future__ import annotations
 
 from hasten.hosts.registry import register
 from hasten.hosts.spec import HostSpec, ModuleSpec, StackSpec
 
+DOUBLE = StackSpec(
+    "transformer_blocks",
+    modules=ModuleSpec(forecast=(("attn", ("image", "text")), ("ff", ("image",)), ("ff_context", ("text",)))),
+)
+# One pre-gate output; attention and the first half of the MLP only feed it.
+SINGLE_OUTPUT = ModuleSpec(forecast=(("proj_out", ("joint",)),), skip=("attn", "proj_mlp", "act_mlp"))
+
 FLUX = register(
     "FluxTransformer2DModel",
+    HostSpec(stacks=(DOUBLE, StackSpec("single_transformer_blocks", modules=SINGLE_OUTPUT))),
+)
+
+# From here on the single blocks see text and image tokens in one sequence; the hidden site forecasts all of it.
+FLUX2 = register(
+    "Flux2Transformer2DModel",
     HostSpec(
         stacks=(
-            StackSpec(
-                "transformer_blocks",
-                modules=ModuleSpec(
-                    forecast=(("attn", ("image", "text")), ("ff", ("image",)), ("ff_context", ("text",))),
-                ),
-            ),
+            DOUBLE,
             StackSpec(
                 "single_transformer_blocks",
-                # The block's one pre-gate output; attention and MLP only feed it.
-                modules=ModuleSpec(forecast=(("proj_out", ("joint",)),), skip=("attn", "proj_mlp", "act_mlp")),
+                returns=("hidden",),
+                encoder=None,
+                joint=True,
+                modules=ModuleSpec(forecast=(("attn", ("joint",)),)),
+            ),
+        ),
+    ),
+)
+
+CHROMA = register(
+    "ChromaTransformer2DModel",
+    HostSpec(
+        stacks=(
+            DOUBLE,
+            StackSpec(
+                "single_transformer_blocks", returns=("hidden",), encoder=None, joint=True, modules=SINGLE_OUTPUT
             ),
         ),
     ),

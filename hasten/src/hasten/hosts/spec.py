@@ -23,9 +23,11 @@ Tokens = Literal["image", "text", "joint"]
 class ModuleSpec:
     """What the module site does inside one block.
 
+    Submodules that a block lacks (a last block often lacks some) are passed over.
+
     Attributes:
-        forecast: submodules whose outputs are forecast, each with the tokens that each of its output tensors covers
-            (one entry for a plain tensor, several for a tuple).
+        forecast: submodules whose outputs are forecast, each with the tokens that its output tensors cover: one entry
+            for a plain tensor, several for a tuple or for a submodule that runs more than once in a block.
         skip: submodules whose outputs feed only forecast ones, so that a cached step need not run them.
     """
 
@@ -42,6 +44,7 @@ class StackSpec:
         returns: what a block returns, in order.
         hidden: name of the block's argument with the image tokens.
         encoder: name of the block's argument with the text tokens, or None.
+        joint: whether the image tokens come with the text tokens in one sequence.
         modules: submodules for the module site, or None if that site is not described.
     """
 
@@ -49,6 +52,7 @@ class StackSpec:
     returns: tuple[Stream, ...] = ("encoder", "hidden")
     hidden: str = "hidden_states"
     encoder: str | None = "encoder_hidden_states"
+    joint: bool = False
     modules: ModuleSpec | None = None
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
