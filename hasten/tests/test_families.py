@@ -81,3 +81,14 @@ def test_the_probe_wires_every_family_as_its_entry_does(family, monkeypatch):
         found = {stack.name: stack for stack in engine.site._host.stacks}
     for stack in entry.stacks:
         assert (found[stack.name].returns, found[stack.name].hidden) == (stack.returns, stack.hidden)
+
+
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "Flux2Transformer2DModel", "WanTransformer3DModel"])
+@pytest.mark.parametrize("site", SITES)
+def test_memory_is_what_was_estimated(name, site):
+    model = tiny.build(name)
+    tokens = {"WanTransformer3DModel": 2 * 4 * 4}.get(name, 4 * 4)
+    with hasten.accelerate(model, "taylorseer", interval=4, site=site) as run:
+        tiny.sample(name, model)
+        expected = run.estimate_bytes(tokens, text_tokens=tiny.TEXT, dtype=torch.float32)
+        assert run.summary().cache_bytes == expected

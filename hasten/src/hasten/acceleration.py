@@ -127,7 +127,8 @@ class Acceleration:
 
         Args:
             image_tokens: tokens of the picture between the blocks (FLUX.1 at 1024x1024: 4096).
-            text_tokens: tokens of the prompt (only the module site keeps features of them).
+            text_tokens: tokens of the prompt (the module site keeps features of them, and the hidden site where a model
+                puts text and image in one sequence).
             batch: pictures at a time.
             passes: forwards within a step (2 with classifier-free guidance in two calls).
             dtype: of the model's activations.

@@ -11,6 +11,7 @@ described submodule returns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -164,8 +165,10 @@ class OutputSite:
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         config: Any = self._model.config
         patch = getattr(config, "patch_size", None) or 1
+        per_token = patch * patch if isinstance(patch, int) else math.prod(patch)
+        per_token *= getattr(config, "patch_size_t", None) or 1
         channels = getattr(config, "out_channels", None) or config.in_channels
-        return int(batch * image_tokens * channels * (patch * patch if isinstance(patch, int) else 1))
+        return int(batch * image_tokens * channels * per_token)
 
 
 class HiddenSite:
@@ -220,8 +223,10 @@ class HiddenSite:
         return self._memory.forecast("hidden")
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
-        host = self._host or HostSpec(stacks=())
-        return batch * image_tokens * host.width_of(self._model)
+        if self._host is None:
+            return batch * image_tokens * HostSpec(stacks=()).width_of(self._model)
+        joint = self._host.used(self._model)[-1].joint
+        return batch * (image_tokens + joint * text_tokens) * self._host.width_of(self._model)
 
 
 class ModuleSite:

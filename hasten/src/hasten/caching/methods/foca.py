@@ -1,0 +1,104 @@
+"""FoCa: forecast by BDF2, then calibrate by Heun's rule. Zheng et al., "Forecast then Calibrate: Feature Caching as
+ODE for Efficient Diffusion Transformers", arXiv:2508.16211.
+
+Equations 6 to 8, with `h` the step and `F'` slopes of the feature as a function of the step:
+
+    P       = 4/3 F_k - 1/3 F_{k-1} + 2h/3 F'_k              forecast (BDF2)
+    P'      = (3 P - 4 F_k + F_{k-1}) / (2h)                 slope at the forecast
+    F_{k+1} = F_k + h/2 (F'(last full step) + P')            calibrate (Heun)
+
+The text leaves open which slope `F'_k` is and whether `F_k` may be forecasts. Three readings, as `form`:
+
+* `"anchored"`: all from full steps, variable-step BDF2 with the 3-point slope, then Heun. Keeps 3 features.
+* `"literal"`: the recursion as printed, one sampler step at a time on the two newest values of any kind, `F'_k` their
+  difference. After `m` cached steps it is `F0 + m S + (1 - 2^-m)(d - S)`, with `S` the slope between the last two
+  full steps and `d` the difference of the last full step to the value before it, which was a forecast. Because
+  forecasts are weighted sums of full steps, so is this, but of all of them: it keeps every full feature of the run.
+* `"author"`: the constant form of a snippet by the authors, `7/6 F0 - 1/6 F1` for the whole interval. Keeps 2 features.
+
+Departures: the default site is the hidden one (the paper's is `"module"`); slopes between full steps are divided by
+    their gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from hasten.caching.method import CachingMethod
+from hasten.caching.multistep import Anchors, Vector, bdf, three_point_weights
+from hasten.caching.predictors import Predictor
+from hasten.errors import unknown
+from hasten.registry import method
+
+__all__ = ["FoCa", "FoCaPredictor"]
+
+Form = Literal["anchored", "literal", "author"]
+FORMS = ("anchored", "literal", "author")
+ALL = 1024  # more full steps than any run has
+
+
+def anchored(a: Anchors) -> Vector:
+    """BDF2 from full steps, then the mean of the slopes at the last full step and at the forecast."""
+    secant = (bdf(a) - a.F0) / a.x
+    slope_there = secant + a.x * (secant - a.s0) / (a.x + a.g0)
+    return a.F0 + a.x / 2 * (a.slope + slope_there)
+
+
+def literal_weights(target: int, anchors: Sequence[int]) -> Vector:
+    """The recursion's closed form, unrolled over the earlier full steps."""
+    size = len(anchors)
+    unit = np.eye(size)
+    if size == 1:
+        return unit[0]
+    m = target - anchors[0]
+    slope = (unit[0] - unit[1]) / (anchors[0] - anchors[1])
+    if anchors[0] - anchors[1] == 1:
+        before = unit[1]
+    else:
+        before = np.concatenate([[0.0], literal_weights(anchors[0] - 1, anchors[1:])])
+    return unit[0] + m * slope + (1 - 0.5**m) * (unit[0] - before - slope)
+
+
+@dataclass(frozen=True)
+class FoCaPredictor:
+    """FoCa's forecast in one of its forms."""
+
+    form: Form = "anchored"
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise unknown("form of FoCa", self.form, FORMS)
+
+    @property
+    def memory(self) -> int:
+        return {"anchored": 3, "literal": ALL, "author": 2}[self.form]
+
+    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
+        if self.form == "anchored":
+            return three_point_weights(anchored, target, anchors)
+        if self.form == "literal":
+            return [float(w) for w in literal_weights(target, anchors)]
+        return [1.0] if len(anchors) == 1 else [7 / 6, -1 / 6, *[0.0] * (len(anchors) - 2)]
+
+
+@method("foca", kind="caching", paper="FoCa, arXiv:2508.16211")
+@dataclass(frozen=True, kw_only=True)
+class FoCa(CachingMethod):
+    """Forecast the features of skipped steps by BDF2 and calibrate by Heun's rule (FoCa).
+
+    Args:
+        form: `"anchored"`, `"literal"` or `"author"`; see the top of the file.
+    """
+
+    form: Form = "anchored"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.predictors()  # validates the form
+
+    def predictors(self) -> Mapping[str, Predictor]:
+        return {"whole": FoCaPredictor(self.form)}

@@ -1,0 +1,126 @@
+"""Multistep ODE formulas as forecasts: `F^(target) = sum_k w_k F_k` with slopes taken from computed features only.
+
+Spacing-aware forms: anchors at `a_0 > a_1 > a_2`, gaps `g0 = a_0 - a_1`, `g1 = a_1 - a_2`, horizon `x = target - a_0`,
+`w = x / g0`, slopes `s0 = (F0 - F1) / g0`, `s1 = (F1 - F2) / g1`. Each reduces to its textbook form at `x = g0 = g1` and
+is exact on straight lines at any gaps, except the damped one. With two anchors all of them are the straight line, with
+one they are reuse. None uses its own forecasts as history: such a recursion amplifies its errors from interval to
+interval for all of these but the damped one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.errors import unknown
+
+__all__ = ["SOLVERS", "Anchors", "Multistep", "Vector"]
+
+Vector = npt.NDArray[np.float64]
+
+
+class Anchors(NamedTuple):
+    """Three anchors as unit vectors of weights, and their geometry."""
+
+    F0: Vector
+    F1: Vector
+    F2: Vector
+    g0: float
+    g1: float
+    x: float
+
+    @property
+    def w(self) -> float:
+        return self.x / self.g0
+
+    @property
+    def s0(self) -> Vector:
+        return (self.F0 - self.F1) / self.g0
+
+    @property
+    def s1(self) -> Vector:
+        return (self.F1 - self.F2) / self.g1
+
+    @property
+    def slope(self) -> Vector:
+        """Slope at `a_0` of the parabola through the three anchors (3-point backward differentiation)."""
+        return self.s0 + self.g0 * (self.s0 - self.s1) / (self.g0 + self.g1)
+
+
+def newton(a: Anchors) -> Vector:
+    """The parabola through the three anchors (Newton's form): exact on quadratics."""
+    return a.F0 + a.x * a.s0 + a.x * (a.x + a.g0) * (a.s0 - a.s1) / (a.g0 + a.g1)
+
+
+def adams_bashforth(a: Anchors) -> Vector:
+    """AB2; unit step 5/2, -2, 1/2."""
+    return a.F0 + a.x * ((1 + a.w / 2) * a.s0 - (a.w / 2) * a.s1)
+
+
+def runge_kutta(a: Anchors) -> Vector:
+    """RK2 in the midpoint sense: the mean slope over both gaps; unit step 3/2, 0, -1/2."""
+    return a.F0 + a.x * (a.F0 - a.F2) / (a.g0 + a.g1)
+
+
+def bdf(a: Anchors) -> Vector:
+    """Variable-step BDF2 with the 3-point slope at the newest anchor."""
+    return ((1 + a.w) ** 2 * a.F0 - a.w**2 * a.F1 + (1 + a.w) * a.x * a.slope) / (1 + 2 * a.w)
+
+
+def bdf_damped(a: Anchors) -> Vector:
+    """BDF2 without its slope term; unit step 4/3, -1/3: a third of the slope, at most half a gap of it."""
+    return a.F0 + min(a.w / 3, 0.5) * (a.F0 - a.F1)
+
+
+def adams_moulton(a: Anchors) -> Vector:
+    """AM2 with an AB2 predictor; unit step 55/24, -19/12, 7/24."""
+    new = (adams_bashforth(a) - a.F0) / a.x
+    w = a.w
+    return a.F0 + a.x * ((2 * w + 3) / (6 * (w + 1)) * new + (w + 3) / 6 * a.s0 - w**2 / (6 * (w + 1)) * a.s1)
+
+
+SOLVERS: dict[str, Callable[[Anchors], Vector]] = {
+    "newton": newton,
+    "ab2": adams_bashforth,
+    "rk2": runge_kutta,
+    "bdf2": bdf,
+    "bdf2-damped": bdf_damped,
+    "am2": adams_moulton,
+}
+
+
+@dataclass(frozen=True)
+class Multistep:
+    """A predictor by one of the formulas of this file.
+
+    Args:
+        solver: `"newton"`, `"ab2"`, `"rk2"`, `"bdf2"`, `"bdf2-damped"` or `"am2"`.
+    """
+
+    solver: str
+    memory = 3
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise unknown("solver", self.solver, SOLVERS)
+
+    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
+        return three_point_weights(SOLVERS[self.solver], target, anchors)
+
+
+def three_point_weights(formula: Callable[[Anchors], Vector], target: int, anchors: Sequence[int]) -> list[float]:
+    """Weights of a three-anchor formula, with the fall-backs of a short history; anchors beyond the third get 0."""
+    unit = np.eye(len(anchors))
+    x = float(target - anchors[0])
+    if len(anchors) == 1:
+        return [1.0]
+    g0 = float(anchors[0] - anchors[1])
+    if len(anchors) == 2:
+        weights = unit[0] + x * (unit[0] - unit[1]) / g0
+    else:
+        weights = formula(Anchors(unit[0], unit[1], unit[2], g0, float(anchors[1] - anchors[2]), x))
+    return [float(w) for w in weights]
