@@ -187,10 +187,10 @@ def test_the_reference_model_draws_what_it_is_asked(emoji):
 
 @pytest.mark.slow
 def test_forecasting_beats_reuse_and_the_plain_sampler_at_equal_full_steps(emoji, tmp_path):
-    settings = BenchSettings(methods=("reuse", "taylorseer", "hicache"), full_steps=(9,), prompts=6)
+    settings = BenchSettings(methods=("reuse", "taylorseer", "hicache", "foca"), full_steps=(12,), prompts=6)
     rows = {row["method"]: row for row in run_bench(emoji, settings, tmp_path / "out.json")["rows"]}
-    assert rows["taylorseer"]["psnr"] > rows["reuse"]["psnr"] + 1
-    assert rows["hicache"]["psnr"] > rows["reuse"]["psnr"] + 1
-    assert rows["taylorseer"]["psnr"] > rows["euler"]["psnr"] + 1
-    assert rows["taylorseer"]["flip"] < rows["reuse"]["flip"]
-    assert rows["hicache"]["top1"] >= 0.8
+    for method in ("taylorseer", "hicache", "foca"):
+        assert rows[method]["psnr"] > rows["reuse"]["psnr"] + 2
+        assert rows[method]["psnr"] > rows["euler"]["psnr"] + 1
+        assert rows[method]["flip"] < rows["reuse"]["flip"]
+        assert rows[method]["top1"] >= 0.8

@@ -83,11 +83,7 @@ def _table(result: dict[str, Any]) -> Table:
         for row in result["rows"]:
             if row["full_steps"] != count:
                 continue
-            name = (
-                f"[dim]{row['method']} (plain, {row['steps']} steps)[/dim]"
-                if row["library"] == "plain"
-                else row["method"]
-            )
+            name = f"[dim]plain {row['method']}[/dim]" if row["library"] == "plain" else row["method"]
             table.add_row(
                 name, str(count), cell(row["flops_ratio"], 2), cell(row["seconds"], 3), cell(row["latency_ratio"], 2),
                 cell(row["psnr"], 2), cell(row["ssim"], 4), cell(row["lpips"], 4), cell(row["flip"], 4),
@@ -184,7 +180,7 @@ def bench(
     model: ModelName = "emoji-flux",
     methods: Annotated[
         str, typer.Option(help="Names with commas; parameters after colons: hicache:order=1:sigma=0.7.")
-    ] = "reuse,taylorseer,hicache",
+    ] = "reuse,taylorseer,hicache,foca",
     full_steps: Annotated[
         str, typer.Option(help="How many steps are computed; each method takes the schedule of its kind with so many.")
     ] = "12,9,7",

@@ -52,7 +52,7 @@ class BenchSettings:
         call: further arguments of the pipeline's call, such as `true_cfg_scale`.
     """
 
-    methods: tuple[str, ...] = ("reuse", "taylorseer", "hicache")
+    methods: tuple[str, ...] = ("reuse", "taylorseer", "hicache", "foca")
     full_steps: tuple[int, ...] = (12, 9, 7)
     prompts: int = 16
     prompt_list: tuple[str, ...] = ()

@@ -7,6 +7,8 @@ tokenizer and `FlowMatchEulerDiscreteScheduler` with the dynamic shift of FLUX.1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 __all__ = ["EmojiTokenizer", "PixelVAE", "build_pipeline", "load_pipeline"]
 
@@ -149,14 +152,28 @@ def build_pipeline(captions: list[str], pictures: Tensor, width: int = 128) -> F
     )
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """The bars of transformers are of no use for files that load in milliseconds."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def load_pipeline(folder: Path) -> FluxPipeline:
     """Load a pipeline folder that the training script exported; only local files are read."""
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        vae=PixelVAE.from_pretrained(folder / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        tokenizer=(tokenizer := EmojiTokenizer.from_pretrained(folder / "tokenizer")),
-        text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2"),
-        tokenizer_2=tokenizer,
-        transformer=FluxTransformer2DModel.from_pretrained(folder / "transformer"),
-    )
+    tokenizer = EmojiTokenizer.from_pretrained(folder / "tokenizer")
+    with _without_bars():
+        return FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+            vae=PixelVAE.from_pretrained(folder / "vae"),
+            text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+            tokenizer=tokenizer,
+            text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2"),
+            tokenizer_2=tokenizer,
+            transformer=FluxTransformer2DModel.from_pretrained(folder / "transformer"),
+        )
