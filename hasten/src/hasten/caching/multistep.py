@@ -2,8 +2,8 @@
 
 Spacing-aware forms: anchors at `a_0 > a_1 > a_2`, gaps `g0 = a_0 - a_1`, `g1 = a_1 - a_2`, horizon `x = target - a_0`,
 `w = x / g0`, slopes `s0 = (F0 - F1) / g0`, `s1 = (F1 - F2) / g1`. Each reduces to its textbook form at `x = g0 = g1`
-and is exact on straight lines at any gaps, except the damped one. With two anchors all of them are the straight line, with
-one they are reuse. None uses its own forecasts as history: such a recursion amplifies its errors from interval to
+and is exact on straight lines at any gaps, except the damped one. With two anchors all of them are the straight line,
+with one they are reuse. None uses its own forecasts as history: such a recursion amplifies its errors from interval to
 interval for all of these but the damped one.
 """
 
