@@ -3,8 +3,8 @@
     python benchmarks/overhead.py --json benchmarks/overhead.json
 
 For each site, the time of a cached forward, beside that of a plain forward and of the same transformer with no blocks
-at all (the embeddings and the final layer, which the hidden site has to run). The overhead is the difference to what has
-to run.
+at all (the embeddings and the final layer, which the hidden site has to run). The overhead is the difference to what
+has to run.
 """
 
 from __future__ import annotations
