@@ -53,15 +53,15 @@ DIT = register(
     ),
 )
 
-_CROSS_ATTENTION = StackSpec(
+CROSS_ATTENTION = StackSpec(
     "transformer_blocks",
     returns=("hidden",),
     modules=ModuleSpec(forecast=(("attn1", ("image",)), ("attn2", ("image",)), ("ff", ("image",)))),
 )
 
-PIXART = register("PixArtTransformer2DModel", HostSpec(stacks=(_CROSS_ATTENTION,)))
+PIXART = register("PixArtTransformer2DModel", HostSpec(stacks=(CROSS_ATTENTION,)))
 
-SANA = register("SanaTransformer2DModel", HostSpec(stacks=(_CROSS_ATTENTION,)))
+SANA = register("SanaTransformer2DModel", HostSpec(stacks=(CROSS_ATTENTION,)))
 
 # The refiners before `layers` are small and prepare the text and image tokens: they run on every step.
 Z_IMAGE = register(

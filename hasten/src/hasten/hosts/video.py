@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hasten.hosts.image import CROSS_ATTENTION
 from hasten.hosts.registry import register
 from hasten.hosts.spec import HostSpec, ModuleSpec, StackSpec
 
@@ -40,18 +41,7 @@ WAN = register(
     ),
 )
 
-LTX_VIDEO = register(
-    "LTXVideoTransformer3DModel",
-    HostSpec(
-        stacks=(
-            StackSpec(
-                "transformer_blocks",
-                returns=("hidden",),
-                modules=ModuleSpec(forecast=(("attn1", ("image",)), ("attn2", ("image",)), ("ff", ("image",)))),
-            ),
-        ),
-    ),
-)
+LTX_VIDEO = register("LTXVideoTransformer3DModel", HostSpec(stacks=(CROSS_ATTENTION,)))
 
 COGVIDEOX = register(
     "CogVideoXTransformer3DModel",
