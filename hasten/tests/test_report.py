@@ -139,6 +139,25 @@ def test_bad_files_are_named_with_the_remedy(tmp_path, content, damage, says):
     assert not (tmp_path / "deep").exists()
 
 
+def test_nothing_outside_the_folder_and_nothing_but_pictures_is_embedded(tmp_path, content):
+    (tmp_path / "out.images" / "secret.png").write_text("a password")
+    Image.new("RGB", (8, 8)).save(tmp_path.parent / "outside.png")
+    content["baseline"]["images"] = ["out.images/secret.png"]
+    content["rows"][0]["images"] = ["../outside.png"]
+    content["rows"] = content["rows"][:1]
+    assert render(tmp_path, content).count("data:image") == 0
+
+
+def test_the_result_is_never_replaced_and_a_bad_place_is_named(tmp_path, content):
+    source = tmp_path / "out.json"
+    source.write_text(json.dumps(content))
+    with pytest.raises(ReportError, match="would replace"):
+        render_report(source, source)
+    assert json.loads(source.read_text()) == content
+    with pytest.raises(ReportError, match="cannot be written"):
+        render_report(source, source / "report.html")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ReportError, match="no such file"):
         render_report(tmp_path / "nowhere.json", tmp_path / "r.html")

@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from hasten.bench.schema import Result, Row, read_result
+from hasten.errors import ReportError
 
 __all__ = ["render_report"]
 
 TEMPLATES = Path(__file__).parent / "templates"
+PNG = b"\x89PNG\r\n"
 SHEET_PROMPTS = 12  # rows of a contact sheet; nobody looks at more
 
 # Charts are drawn in stand-in colours that become CSS variables, so that one drawing serves light and dark pages.
@@ -82,7 +85,9 @@ def _bytes(value: float) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"plain {row.method}" if row.library == "plain" else row.method
+    if row.library == "plain":
+        return f"plain {row.method}"
+    return row.method if row.library == "hasten" else f"{row.method} ({row.library})"
 
 
 def _groups(result: Result) -> dict[int, list[Row]]:
@@ -194,11 +199,14 @@ def _error_chart(result: Result) -> Markup | None:
 # --- pictures
 
 
-def _data_uri(path: Path) -> str | None:
-    """The picture as a data URI, or None if it is not there."""
-    if not path.is_file():
+def _data_uri(folder: Path, name: str) -> str | None:
+    """A PNG of the result's folder as a data URI, or None if there is none of that name."""
+    path = (folder / name).resolve()
+    # A result may come from somebody else: nothing outside its folder, and nothing but pictures, goes into the page.
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
         return None
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    content = path.read_bytes()
+    return "data:image/png;base64," + base64.b64encode(content).decode() if content.startswith(PNG) else None
 
 
 def _sheet(result: Result, rows: list[Row], folder: Path) -> dict[str, Any]:
@@ -208,7 +216,7 @@ def _sheet(result: Result, rows: list[Row], folder: Path) -> dict[str, Any]:
     columns = [result.baseline.images, *(row.images for row in rows)]
     prompts = result.settings.prompts[:SHEET_PROMPTS]
     lines = [
-        (prompt, [_data_uri(folder / column[i]) if i < len(column) else None for column in columns])
+        (prompt, [_data_uri(folder, column[i]) if i < len(column) else None for column in columns])
         for i, prompt in enumerate(prompts)
     ]
     return {"heads": heads, "lines": lines}
@@ -224,6 +232,8 @@ def render_report(result_file: Path, out: Path) -> Path:
     Raises:
         ReportError: if the file cannot be read or is no result.
     """
+    if out.resolve() == result_file.resolve():
+        raise ReportError(f"{out}: the report would replace the result it is made from. Name another file with --out.")
     result = read_result(result_file)
     columns = [c for c in COLUMNS if any(getattr(row, c.field) is not None for row in result.rows)]
     groups = _groups(result)
@@ -239,8 +249,13 @@ def render_report(result_file: Path, out: Path) -> Path:
         errors=_error_chart(result),
         sheets={count: _sheet(result, rows, result_file.parent) for count, rows in groups.items()},
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_suffix(out.suffix + ".tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(page, encoding="utf-8")
+        os.replace(unfinished, out)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise ReportError(f"{out}: cannot be written ({error}). Name another file with --out.") from error
     return out

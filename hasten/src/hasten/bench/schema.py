@@ -88,7 +88,7 @@ def read_result(file: Path) -> Result:
         raise ReportError(
             f"{file}: cannot be read as text ({error}). Give the JSON that `hasten bench` wrote."
         ) from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ReportError(f"{file}: not valid JSON, perhaps cut off while being written ({error}). {REMEDY}") from error
     if not isinstance(content, dict) or "schema" not in content:
         raise ReportError(f"{file}: not a result of `hasten bench`. {REMEDY}")
