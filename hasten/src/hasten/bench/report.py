@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from matplotlib.figure import Figure
 
 from hasten.bench.schema import Result, Row, read_result
 from hasten.errors import ReportError
+from hasten.files import write_whole
 
 __all__ = ["render_report"]
 
@@ -249,13 +248,8 @@ def render_report(result_file: Path, out: Path) -> Path:
         errors=_error_chart(result),
         sheets={count: _sheet(result, rows, result_file.parent) for count, rows in groups.items()},
     )
-    unfinished = out.with_suffix(out.suffix + ".tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, out)
+        write_whole(out, page)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
         raise ReportError(f"{out}: cannot be written ({error}). Name another file with --out.") from error
     return out

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,14 @@ import hasten
 from hasten import zoo
 from hasten.bench import metrics
 from hasten.bench.arms import Arm, method_arms, plain_arms
+from hasten.bench.schema import SCHEMA
 from hasten.bench.sheet import to_pil
 from hasten.errors import ConfigError, ModelError, unknown
+from hasten.files import write_whole
 from hasten.zoo import ReferenceModel
 
 __all__ = ["BenchSettings", "environment", "open_model", "run_bench"]
 
-SCHEMA = 1
 Progress = Callable[[int, int, str], None]
 
 
@@ -190,9 +190,8 @@ def run_bench(
     prompts = available[: settings.prompts]
     methods = method_arms(list(settings.methods), list(settings.full_steps), settings.steps)
     counts = list(dict.fromkeys(arm.full_steps for arm in methods))
-    baseline = Arm(
-        "baseline", "euler", "plain", {}, settings.steps, settings.steps, plain_arms([settings.steps])[0].attach
-    )
+    (plain,) = plain_arms([settings.steps], ("euler",))
+    baseline = replace(plain, id="baseline")
     arms = [baseline, *plain_arms(counts), *methods]
     arms = list({arm.id: arm for arm in arms}.values())  # two requests may come to the same schedule
     total = len(arms) * (len(prompts) + 1)
@@ -284,10 +283,7 @@ def run_bench(
         },
         "rows": rows,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_suffix(out.suffix + ".tmp")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, out)
+    write_whole(out, json.dumps(result, indent=1) + "\n")
     return result
 
 

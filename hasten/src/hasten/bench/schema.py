@@ -13,8 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from hasten.errors import ReportError
 
-__all__ = ["Baseline", "Result", "Row", "Settings", "read_result"]
+__all__ = ["SCHEMA", "Baseline", "Result", "Row", "Settings", "read_result"]
 
+SCHEMA = 1
 REMEDY = "Make it again with `hasten bench`."
 
 
@@ -92,9 +93,9 @@ def read_result(file: Path) -> Result:
         raise ReportError(f"{file}: not valid JSON, perhaps cut off while being written ({error}). {REMEDY}") from error
     if not isinstance(content, dict) or "schema" not in content:
         raise ReportError(f"{file}: not a result of `hasten bench`. {REMEDY}")
-    if content["schema"] != 1:
+    if content["schema"] != SCHEMA:
         raise ReportError(
-            f"{file}: schema {content['schema']!r}, but this version of hasten reads schema 1. "
+            f"{file}: schema {content['schema']!r}, but this version of hasten reads schema {SCHEMA}. "
             "Upgrade hasten, or make the file again."
         )
     try:

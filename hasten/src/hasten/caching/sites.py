@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from typing import Any, Protocol
 
@@ -251,6 +251,15 @@ class ModuleSite:
                     if getattr(block, name, None) is not None:
                         yield block, name, f"{stack.name}.{i}.{name}", name in forecast
 
+    def _stand_ins(self, make: Callable[[nn.Module, str, bool], StandIn]) -> AbstractContextManager[None]:
+        """Every described submodule replaced by `make(submodule, slot, forecast)`."""
+        return _swapped(
+            [
+                (block, name, make(getattr(block, name), slot, forecast))
+                for block, name, slot, forecast in self._places()
+            ]
+        )
+
     def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         def recorder(slot: str, forecast: bool) -> Callable[[Any], None]:
             calls = count()
@@ -266,11 +275,7 @@ class ModuleSite:
 
             return record
 
-        changes: list[tuple[nn.Module, str, nn.Module]] = [
-            (block, name, _Recorder(getattr(block, name), recorder(slot, forecast)))
-            for block, name, slot, forecast in self._places()
-        ]
-        with _swapped(changes):
+        with self._stand_ins(lambda module, slot, forecast: _Recorder(module, recorder(slot, forecast))):
             return forward(*args, **kwargs)
 
     def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
@@ -284,11 +289,7 @@ class ModuleSite:
 
             return respond
 
-        changes: list[tuple[nn.Module, str, nn.Module]] = [
-            (block, name, _Answer(getattr(block, name), answer(slot, forecast)))
-            for block, name, slot, forecast in self._places()
-        ]
-        with _swapped(changes):
+        with self._stand_ins(lambda module, slot, forecast: _Answer(module, answer(slot, forecast))):
             return forward(*args, **kwargs)
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
