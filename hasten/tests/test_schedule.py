@@ -1,11 +1,11 @@
 """Which steps are full: the counts that the papers' FLOPs columns rest on, and what is refused."""
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hasten.caching import Explicit, TaylorSeer, Uniform, full_steps
-from hasten.errors import ConfigError, ScheduleError
+from hasten.caching import Explicit, Spread, TaylorSeer, Uniform, full_steps
+from hasten.errors import ConfigError, ScheduleError, UnknownNameError
 
 COUNTS_E3 = {2: 26, 3: 18, 4: 14, 5: 12, 6: 10, 7: 9, 8: 8, 9: 8, 10: 7, 12: 6}
 COUNTS_E2 = {3: 18, 4: 14, 5: 11, 6: 10, 7: 8, 8: 8, 9: 7}
@@ -29,6 +29,7 @@ def test_full_steps_are_where_the_official_rule_puts_them():
 
 @given(st.integers(1, 30), st.integers(1, 10), st.integers(1, 80))
 def test_warmup_is_full_and_no_gap_exceeds_the_interval(interval, warmup, total):
+    assume(warmup <= total)
     fulls = full_steps(Uniform(interval, warmup), total)
     assert fulls[: min(warmup, total)] == list(range(min(warmup, total)))
     gaps = [b - a for a, b in zip(fulls[warmup - 1 :], fulls[warmup:], strict=False)]
@@ -47,7 +48,7 @@ def test_explicit_steps_are_exactly_those():
 def test_smallest_interval_with_no_more_full_steps(count, interval, actual):
     method = TaylorSeer().with_full_steps(count, 50)
     assert method.interval == interval
-    assert len(full_steps(method.schedule(), 50)) == actual
+    assert len(full_steps(method.plan(), 50)) == actual
 
 
 def test_fewer_full_steps_than_the_warmup_are_refused_with_the_remedy():
@@ -69,6 +70,29 @@ def test_explicit_steps_must_begin_with_zero_and_increase(steps):
 
 def test_schedules_that_do_not_fit_the_run_are_refused():
     with pytest.raises(ScheduleError, match="longer than the run of 2"):
-        Uniform(5, 3).check(2)
+        Uniform(5, 3).for_run(2)
     with pytest.raises(ScheduleError, match="outside the run of 10"):
-        Explicit((0, 10)).check(10)
+        Explicit((0, 10)).for_run(10)
+
+
+def test_last_adds_the_last_step_and_needs_its_number():
+    assert full_steps(Uniform(7, 3, last=True), 50) == [0, 1, 2, 9, 16, 23, 30, 37, 44, 49]
+    assert full_steps(Uniform(5, 1, last=True), 11) == [0, 5, 10]
+    with pytest.raises(ScheduleError, match="bare transformer"):
+        Uniform(5, 3, last=True).for_run(None)
+    with pytest.raises(ScheduleError, match="bare transformer"):
+        Spread(5, 3).for_run(None)
+
+
+def test_named_schedules_spend_the_same_number_of_full_steps_elsewhere():
+    lists = {}
+    for name in ("uniform", "last", "even", "early"):
+        method = TaylorSeer(schedule=name).with_full_steps(9, 50)
+        lists[name] = full_steps(method.plan(), 50)
+        assert len(lists[name]) <= 9
+        assert lists[name][0] == 0
+    assert lists["even"] == [0, 6, 12, 18, 24, 31, 37, 43, 49]
+    assert lists["last"][-1] == lists["early"][-1] == 49
+    assert lists["early"][4] < lists["even"][4]
+    with pytest.raises(UnknownNameError, match="Did you mean 'even'"):
+        TaylorSeer(schedule="evn")

@@ -1,25 +1,56 @@
 """hasten: faster visual generation on diffusers pipelines, without retraining."""
 
 from hasten.acceleration import Acceleration, Summary, accelerate
-from hasten.caching import FoCa, HiCache, Reuse, TaylorSeer
+from hasten.caching import (
+    L2P,
+    Calibration,
+    EasyCache,
+    FBCache,
+    FoCa,
+    FreqCa,
+    HiCache,
+    HyCa,
+    MagCache,
+    Reuse,
+    SpeCa,
+    SVDCache,
+    TaylorSeer,
+    TeaCache,
+)
 from hasten.errors import HastenError, HastenWarning
+from hasten.recording import calibrate, fit, record
 from hasten.registry import MethodInfo, methods
 from hasten.steps import StepRecord
+from hasten.tuning import tune_steps
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "L2P",
     "Acceleration",
+    "Calibration",
+    "EasyCache",
+    "FBCache",
     "FoCa",
+    "FreqCa",
     "HastenError",
     "HastenWarning",
     "HiCache",
+    "HyCa",
+    "MagCache",
     "MethodInfo",
     "Reuse",
+    "SVDCache",
+    "SpeCa",
     "StepRecord",
     "Summary",
     "TaylorSeer",
+    "TeaCache",
     "__version__",
     "accelerate",
+    "calibrate",
+    "fit",
     "methods",
+    "record",
+    "tune_steps",
 ]

@@ -71,6 +71,11 @@ class Acceleration:
         self._engines = engines
 
     @property
+    def engines(self) -> dict[str, CachingEngine]:
+        """What is at work on each transformer, by its name in the pipeline."""
+        return self._engines
+
+    @property
     def method(self) -> CachingMethod:
         """The method at work."""
         return next(iter(self._engines.values())).method
@@ -221,12 +226,16 @@ def accelerate(target: Any, *methods: Any, **params: Any) -> Acceleration:
     def begin_index() -> int | None:
         return getattr(getattr(target, "scheduler", None), "begin_index", None)
 
+    def guidance() -> float | None:
+        scale = getattr(target, "_guidance_scale", None)
+        return float(scale) if isinstance(scale, (int, float)) else None
+
     bare = isinstance(target, nn.Module)
     engines: dict[str, CachingEngine] = {}
     try:
         for name, module in _transformers(target).items():
             tracker = StepTracker() if bare else StepTracker(timesteps, begin_index)
-            engines[name] = CachingEngine(module, method, tracker)
+            engines[name] = CachingEngine(module, method, tracker, guidance)
     except BaseException:
         for engine in engines.values():
             engine.detach()

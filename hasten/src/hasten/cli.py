@@ -10,11 +10,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from hasten.errors import ConfigError, HastenError
+from hasten import cli_fit
+from hasten.cli_common import BAR, ModelName, Seed, console, names, numbers, own_prompts
+from hasten.errors import HastenError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,14 +26,8 @@ app = typer.Typer(
     help="Faster visual generation on diffusers pipelines, without retraining.\n\n"
     "Start with [bold]hasten demo[/bold]: it draws with the bundled model, plain and accelerated, and shows both.",
 )
-console = Console()
-if not console.is_terminal:
-    console.width = max(console.width, 110)  # a table in a log or a file need not be squeezed
-
-Seed = Annotated[int, typer.Option(help="Prompt i is drawn with seed SEED + i.")]
-ModelName = Annotated[
-    str, typer.Option("--model", help="A reference model (emoji-flux), a pipeline folder, or a hub id.")
-]
+app.command()(cli_fit.calibrate)
+app.command()(cli_fit.tune)
 
 
 def _quiet() -> None:
@@ -39,17 +35,6 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ConfigError(f"{option} takes whole numbers with commas, such as 12,9,7; got {text!r}") from None
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _table(result: dict[str, Any]) -> Table:
@@ -97,14 +82,7 @@ def _bench(model_name: str, settings: Any, out: Path, device: str | None = None)
 
     with console.status(f"loading {model_name}"):
         model = open_model(model_name, device=device)
-    columns = (
-        TextColumn("{task.description:44.44}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*BAR, console=console) as bar:
         task = bar.add_task("measuring", total=None)
         return run_bench(
             model,
@@ -143,7 +121,7 @@ def demo(
     from hasten.bench.runner import BenchSettings
     from hasten.bench.sheet import bench_sheet
 
-    counts = _numbers(full_steps, "--full-steps")
+    counts = numbers(full_steps, "--full-steps")
     result_file = out / "result.json"
     result = _bench("emoji-flux", BenchSettings(full_steps=tuple(counts), prompts=prompts, seed=seed), result_file)
     console.print(_table(result))
@@ -211,10 +189,10 @@ def bench(
     call: dict[str, Any] = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     if guidance is not None:
         call |= {"true_cfg_scale": guidance, "negative_prompt": ""}
-    own = tuple(line.strip() for line in prompts_file.read_text().splitlines() if line.strip()) if prompts_file else ()
+    own = own_prompts(prompts_file)
     settings = BenchSettings(
-        methods=tuple(_names(methods)),
-        full_steps=tuple(_numbers(full_steps, "--full-steps")),
+        methods=tuple(names(methods)),
+        full_steps=tuple(numbers(full_steps, "--full-steps")),
         prompts=prompts,
         prompt_list=own,
         seed=seed,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "AlreadyAcceleratedError",
+    "CalibrationError",
     "ConfigError",
     "HastenError",
     "HastenWarning",
@@ -25,6 +26,10 @@ class HastenError(Exception):
 
 class ConfigError(HastenError, ValueError):
     """A parameter of a method has a value that cannot work."""
+
+
+class CalibrationError(ConfigError):
+    """A calibration is missing, damaged, or belongs to something else; the message spells out the difference."""
 
 
 class ScheduleError(ConfigError):

@@ -50,6 +50,7 @@ class StepRecord:
         reason: why, in words, such as `"warm-up"`, `"interval"` or `"forecast"`.
         ms: wall-clock milliseconds of the forward as seen by the host (asynchronous devices may still be computing).
         cache_bytes: bytes of features held after this forward, for all passes together.
+        indicator: the number that an adaptive gate went by; None where the schedule was known beforehand.
     """
 
     run: int
@@ -60,6 +61,7 @@ class StepRecord:
     reason: str
     ms: float
     cache_bytes: int
+    indicator: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         """The record as plain data."""
@@ -133,7 +135,12 @@ class StepTracker:
         assert self._value is not None
         return (timestep - self._value) * self._direction < 0
 
-    def _total(self) -> int | None:
+    def timesteps(self) -> tuple[float, ...] | None:
+        """The timesteps of the run under way, where the scheduler tells."""
         if self._sampler_timesteps is None:
             return None
-        return len(self._sampler_timesteps) - (self._begin_index() or 0)
+        return tuple(self._sampler_timesteps[self._begin_index() or 0 :].tolist())
+
+    def _total(self) -> int | None:
+        timesteps = self._sampler_timesteps
+        return None if timesteps is None else len(timesteps) - (self._begin_index() or 0)

@@ -73,7 +73,7 @@ def method_arms(texts: list[str], counts: list[int], total: int) -> list[Arm]:
     """Every method at every number of full steps: the smallest interval that has no more."""
 
     def arm(label: str, method: CachingMethod) -> Arm:
-        count = len(full_steps(method.schedule(), total))
+        count = len(full_steps(method.plan(), total))
         params = {k: v for k, v in asdict(method).items() if v is not None}
         return Arm(f"{label}-{count}", label, "hasten", params, total, count, lambda pipe: accelerate(pipe, method))
 

@@ -1,21 +1,54 @@
 """Compute few denoising steps and forecast the features of the others: schedule x site x predictor x projector."""
 
+from hasten.caching.calibration import Calibration, Fit, Trace
+from hasten.caching.gates import Gate
 from hasten.caching.method import CachingMethod
-from hasten.caching.methods import FoCa, HiCache, Reuse, TaylorSeer
+from hasten.caching.methods import (
+    L2P,
+    EasyCache,
+    FBCache,
+    FoCa,
+    FreqCa,
+    HiCache,
+    HyCa,
+    MagCache,
+    Reuse,
+    SpeCa,
+    SVDCache,
+    TaylorSeer,
+    TeaCache,
+)
+from hasten.caching.parts import Parts, Place
 from hasten.caching.predictors import Predictor
 from hasten.caching.projectors import Projector
-from hasten.caching.schedule import Explicit, Schedule, Uniform, full_steps
+from hasten.caching.schedule import Explicit, Schedule, Spread, Uniform, full_steps
 
 __all__ = [
+    "L2P",
     "CachingMethod",
+    "Calibration",
+    "EasyCache",
     "Explicit",
+    "FBCache",
+    "Fit",
     "FoCa",
+    "FreqCa",
+    "Gate",
     "HiCache",
+    "HyCa",
+    "MagCache",
+    "Parts",
+    "Place",
     "Predictor",
     "Projector",
     "Reuse",
+    "SVDCache",
     "Schedule",
+    "SpeCa",
+    "Spread",
     "TaylorSeer",
+    "TeaCache",
+    "Trace",
     "Uniform",
     "full_steps",
 ]

@@ -7,9 +7,11 @@ casting and parallelism hooks and goes away without a trace.
 from __future__ import annotations
 
 import inspect
+import math
 import time
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +19,22 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
-from hasten import hosts
-from hasten.caching.memory import PassMemory
+from hasten import hosts, parallel
+from hasten.caching.calibration import RunFacts
+from hasten.caching.gates import relative_change
+from hasten.caching.memory import Listener, PassMemory
 from hasten.caching.method import CachingMethod
-from hasten.caching.schedule import Decision, full_steps
-from hasten.caching.sites import make_site
-from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenWarning
+from hasten.caching.parts import Place
+from hasten.caching.schedule import Decision
+from hasten.caching.sites import HiddenSite, ModuleSite, OutputSite, Site
+from hasten.caching.span import SpanSite
+from hasten.errors import AlreadyAcceleratedError, HastenWarning
 from hasten.steps import StepInfo, StepRecord, StepTracker
 
 __all__ = ["CachingEngine"]
 
 HOOK_NAME = "hasten"
+LARGE = 256 * 2**20  # bytes that are worth a word before they are kept
 
 
 class _PassName(StateManager):
@@ -50,6 +57,18 @@ def _signature(hidden: Any) -> Hashable:
     return None
 
 
+def _tensor(result: Any) -> Tensor:
+    """The prediction in a transformer's result; of a list of pictures the first."""
+    sample = result if isinstance(result, Tensor) else result[0]
+    return sample[0] if isinstance(sample, list) else sample
+
+
+def _mean(model: nn.Module, mean: Tensor) -> Tensor:
+    """Means over each device's tokens as means over all of them; context parallelism shares tokens evenly."""
+    members = parallel.group(model)
+    return mean if members is None else parallel.sum_over(model, mean) / members.size()
+
+
 class CachingEngine(ModelHook):
     """Accelerates one transformer with one caching method.
 
@@ -57,6 +76,7 @@ class CachingEngine(ModelHook):
         model: the transformer.
         method: what to do.
         tracker: labels the forwards of this transformer.
+        guidance: the guidance scale of the run under way, as far as the pipeline tells.
 
     Raises:
         HostError: if the transformer's wiring is unknown and cannot be probed.
@@ -65,22 +85,28 @@ class CachingEngine(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, model: nn.Module, method: CachingMethod, tracker: StepTracker) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: CachingMethod,
+        tracker: StepTracker,
+        guidance: Callable[[], float | None] = lambda: None,
+    ) -> None:
         super().__init__()
-        self.model, self.method, self.tracker = model, method, tracker
-        host = hosts.find(model)
-        self._hidden, self._timestep = (host.hidden, host.timestep) if host else hosts.root_arguments(model)
+        method.check_model(model)
+        self.model, self.method, self.tracker, self._guidance = model, method, tracker, guidance
+        self._host = hosts.find(model)
+        names = (self._host.hidden, self._host.timestep) if self._host else hosts.root_arguments(model)
+        self._hidden, self._timestep = names
         self._parameters = list(inspect.signature(model.forward).parameters)
-        self.site = make_site(method.site, model, host)
-        self._schedule, self._predictors, self._projector = method.schedule(), method.predictors(), method.projector()
-        if set(self._predictors) != set(self._projector.parts):
-            raise ConfigError(
-                f"{type(method).__name__} splits features into {sorted(self._projector.parts)} "
-                f"but has predictors for {sorted(self._predictors)}; give each part one predictor"
-            )
+        self._gate = method.gate()
+        self._gate.reduce = partial(parallel.sum_over, model)
+        self.site = self._make_site()
         self.pass_name = _PassName()
         self.records: list[StepRecord] = []
-        self._warned = False
+        self.listener: Listener | None = None
+        self.facts = RunFacts()
+        self._warned = self._stated = False
         self.forget()
         self._attach()
 
@@ -133,19 +159,39 @@ class CachingEngine(ModelHook):
         signature = _signature(self._argument(self._hidden, args, kwargs))
         info = self.tracker.begin(timestep, signature, self.pass_name.current)
         started = time.perf_counter()
+        taken: list[Decision] = []
+
+        def decide(seen: Tensor | None) -> bool:
+            taken.append(self._decide(info, seen))
+            return taken[0].full
+
         try:
-            decision = self._decide(info, signature)
-            memory = self._memories.setdefault(info.pass_name, PassMemory(self._predictors, self._projector))
-            memory.step = info.step
-            run = self.site.full if decision.full else self.site.cached
-            result = run(self.fn_ref.original_forward, args, kwargs, memory)
+            self._prepare(info, signature, args, kwargs)
+            memory = self._memory(info)
+            result = self.site.run(self.fn_ref.original_forward, args, kwargs, memory, decide)
+            decision = taken[0]
+            if decision.full and info.first_pass:
+                self._gate.computed(info.step, _tensor(result))
+            if self.listener is not None:
+                self.listener(info.pass_name, info.step, "output", _tensor(result))
         except BaseException:
             self.forget()
             raise
         held = sum(memory.bytes for memory in self._memories.values())
+        held += sum(tensor.numel() * tensor.element_size() for tensor in self._gate.held())
         ms = 1e3 * (time.perf_counter() - started)
         self.records.append(
-            StepRecord(info.run, info.step, info.pass_name, timestep, decision.full, decision.reason, ms, held)
+            StepRecord(
+                info.run,
+                info.step,
+                info.pass_name,
+                timestep,
+                decision.full,
+                decision.reason,
+                ms,
+                held,
+                decision.indicator,
+            )
         )
         return result
 
@@ -163,40 +209,106 @@ class CachingEngine(ModelHook):
         self._memories: dict[str, PassMemory] = {}
         self._signature: Hashable = None
         self._last_full: int | None = None
+        self._layout: hosts.TokenLayout | None = None
+        self._step = 0
         self._decision = Decision(True, "first step")
 
-    def _decide(self, info: StepInfo, signature: Hashable) -> Decision:
-        """The step's decision, made at its first pass; a pass without features has to run all the same."""
+    def _prepare(self, info: StepInfo, signature: Hashable, args: Any, kwargs: Any) -> None:
+        """Start a run, or start afresh where what is remembered fits the forward no more."""
         if info.first_step:
             self._memories, self._last_full = {}, None
-            self._check_length(info.total)
+            self.facts = RunFacts(info.total, self.tracker.timesteps(), self._guidance())
+            self.method.check_run(self.facts)
+            self._gate.begin(info.total)
+            if info.total is not None:
+                self._check_length(info.total)
+        elif info.step == 1 and info.first_pass:
+            self.method.check_passes(list(self._memories))
         if signature != self._signature:
             self._memories, self._signature = {}, signature
+            self._layout = self._find_layout(args, kwargs) if self.method.needs_layout else None
+            if self.method.site == "module":
+                self._state_cost(args, kwargs)
+
+    def _memory(self, info: StepInfo) -> PassMemory:
+        """What is remembered of the pass."""
+        if info.pass_name not in self._memories:
+            self._memories[info.pass_name] = PassMemory(
+                self.method.parts, info.pass_name, self._layout, partial(_mean, self.model), self.listener
+            )
+        memory = self._memories[info.pass_name]
+        memory.step = info.step
+        return memory
+
+    def _decide(self, info: StepInfo, seen: Tensor | None) -> Decision:
+        """The step's decision, made at its first pass; a pass without features has to run all the same."""
         if info.first_pass:
-            self._decision = self._schedule.decide(info.step, self._last_full)
+            self._step = info.step
+            self._decision = self._gate.decide(info.step, self._last_full, seen)
             if self._decision.full:
                 self._last_full = info.step
-        memory = self._memories.get(info.pass_name)
-        if not self._decision.full and (memory is None or memory.empty):
+        if not self._decision.full and self._memories[info.pass_name].empty:
             return Decision(True, "nothing to forecast from")
         return self._decision
 
-    def _check_length(self, total: int | None) -> None:
-        if total is None:
+    def _verified(self, checked: Tensor, draft: Tensor) -> None:
+        self._gate.verified(self._step, relative_change(draft, checked, self._gate.reduce))
+
+    def _find_layout(self, args: Any, kwargs: Any) -> hosts.TokenLayout:
+        arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
+        return hosts.layout_of(self.model, self._host, arguments)
+
+    def _state_cost(self, args: Any, kwargs: Any) -> None:
+        """Say what the module site is going to keep, before it is kept."""
+        if self._host is None or self._host.layout is None:
             return
-        self._schedule.check(total)
-        if self.method.saves and len(full_steps(self._schedule, total)) == total:
+        hidden = self._argument(self._hidden, args, kwargs)
+        dtype = (hidden if isinstance(hidden, Tensor) else hidden[0]).dtype
+        encoder = (dict(zip(self._parameters, args, strict=False)) | kwargs).get("encoder_hidden_states")
+        image_tokens = math.prod(self._find_layout(args, kwargs).grid)
+        text_tokens = encoder.shape[1] if isinstance(encoder, Tensor) else 0
+        cost = self.estimate_bytes(image_tokens, text_tokens, len(hidden), 1, dtype)
+        if cost >= LARGE and not self._stated:
+            self._stated = True
+            warnings.warn(
+                f"site 'module' will keep {cost / 2**30:.1f} GiB of features for each forward within a step "
+                f"({type(self.method).__name__}, {image_tokens} image tokens); site='hidden' keeps one tensor instead",
+                HastenWarning,
+                stacklevel=2,
+            )
+
+    def _make_site(self) -> Site:
+        feature = self.method.feature()
+        if self.method.site == "output":
+            return OutputSite(self.model, feature.change, partial(self._argument, self._hidden))
+        if self.method.site == "module":
+            return ModuleSite(self.model, self._host)
+        if feature != type(feature)():
+            return SpanSite(self.model, self._host, feature, self._verified)
+        return HiddenSite(self.model, self._host)
+
+    def _check_length(self, total: int) -> None:
+        if self.method.saves and self._gate.skips_nothing(total):
             self._warn(
                 f"{type(self.method).__name__} skips nothing in a run of {total} steps: all of them are full. "
                 "Use a shorter warmup, a longer interval, or explicit steps=..."
             )
 
     def _warn_if_idle(self) -> None:
-        """For a bare transformer, whose number of steps is known only in the end."""
+        """For a bare transformer, whose number of steps is known only in the end, and for gates."""
         run = [r for r in self.records if r.run == self.records[-1].run] if self.records else []
-        if run and self.method.saves and all(r.full for r in run):
+        if not run or not self.method.saves or not all(r.full for r in run):
+            return
+        name, steps = type(self.method).__name__, run[-1].step + 1
+        seen = [r.indicator for r in run if r.indicator is not None]
+        if seen:
             self._warn(
-                f"{type(self.method).__name__} skipped nothing in a run of {run[-1].step + 1} steps. "
+                f"the gate of {name} let no step of {steps} be skipped: the smallest value that it saw was "
+                f"{min(seen):.3g}. Use a larger threshold than that"
+            )
+        else:
+            self._warn(
+                f"{name} skipped nothing in a run of {steps} steps. "
                 "Use a shorter warmup, a longer interval, or explicit steps=..."
             )
 
@@ -212,5 +324,6 @@ class CachingEngine(ModelHook):
 
     def estimate_bytes(self, image_tokens: int, text_tokens: int, batch: int, passes: int, dtype: torch.dtype) -> int:
         """Bytes of features that a run will hold at most."""
-        anchors = max(predictor.memory for predictor in self._predictors.values())
+        parts = self.method.parts(Place())
+        anchors = max(predictor.memory for predictor in parts.predictors.values())
         return passes * anchors * dtype.itemsize * self.site.estimate(image_tokens, text_tokens, batch)

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from functools import cached_property
+from typing import ClassVar, Literal, Self
 
+from torch import nn
+
+from hasten.caching.calibration import Calibration, RunFacts
+from hasten.caching.gates import Gate, Scheduled
+from hasten.caching.parts import Parts, Place
 from hasten.caching.predictors import Predictor
 from hasten.caching.projectors import Projector, Whole
-from hasten.caching.schedule import Explicit, Schedule, Uniform, full_steps
-from hasten.errors import ConfigError, ScheduleError, unknown
+from hasten.caching.schedule import SCHEDULES, Explicit, Schedule, Spread, Uniform, full_steps
+from hasten.errors import CalibrationError, ConfigError, ScheduleError, unknown
 
-__all__ = ["SITES", "CachingMethod", "SiteName"]
+__all__ = ["SITES", "CachingMethod", "Feature", "ScheduleName", "SiteName"]
 
 SiteName = Literal["hidden", "output", "module"]
-SITES = ("hidden", "output", "module")
+SITES: tuple[SiteName, ...] = ("hidden", "output", "module")
+ScheduleName = Literal["uniform", "last", "even", "early"]
+TUNED = "steps"  # what a calibration of lists of full steps is called
+EARLY = 1.3  # power of the schedule that is dense early
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What of the site is remembered, for methods that look before they skip.
+
+    Attributes:
+        change: remember the change that the skipped part makes (out - in) instead of what comes out of it.
+        front: blocks of the first stack that always run.
+        sees: what the gate is shown before it decides: nothing, the transformer's input (`"input"`), the first
+            block's modulated input (`"modulated"`), or the change that the front blocks made (`"front"`).
+        verify: run the last block on a drafted input and show the gate how far it is from the draft.
+    """
+
+    change: bool = False
+    front: int = 0
+    sees: Literal["nothing", "input", "modulated", "front"] = "nothing"
+    verify: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,26 +53,87 @@ class CachingMethod:
         warmup: full steps at the start.
         site: `"hidden"` (image tokens after the last block: one tensor a pass), `"output"` (after the final layer) or
             `"module"` (every attention and feed-forward output, the papers' original form).
-        steps: explicit full steps instead of interval and warm-up.
+        schedule: where the full steps fall. `"uniform"`: warm-up, then every `interval` steps (the papers' rule);
+            `"last"`: the same, and the last step; `"even"`: as many as uniform has, spread evenly from the first step
+            to the last; `"early"`: spread so, but denser early. The last three need a pipeline, which tells how many
+            steps there are.
+        steps: explicit full steps instead of all that.
+        tuned: lists of full steps that `hasten tune` found for the model, or the path of the file; the longest that is
+            no longer than the uniform schedule is used.
     """
+
+    sites: ClassVar[tuple[SiteName, ...]] = SITES
+    adaptive: ClassVar[bool] = False  # whether a gate decides, by a parameter `threshold`
+    needs_layout: ClassVar[bool] = False  # whether parts() has to know where the picture's tokens lie
 
     interval: int = 5
     warmup: int = 3
     site: SiteName = "hidden"
+    schedule: ScheduleName = "uniform"
     steps: tuple[int, ...] | None = None
+    tuned: Calibration | str | None = None
 
     def __post_init__(self) -> None:
-        if self.site not in SITES:
-            raise unknown("site", self.site, SITES)
+        if self.site not in self.sites:
+            raise unknown(f"site of {type(self).__name__}", self.site, self.sites)
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
         if self.steps is not None:
             object.__setattr__(self, "steps", tuple(self.steps))
-        self.schedule()
+        if self.tuned is not None:
+            object.__setattr__(self, "tuned", Calibration.of(TUNED, self.tuned))
+        self.plan()
 
-    def schedule(self) -> Schedule:
+    def plan(self) -> Schedule:
         """Which steps are full."""
         if self.steps is not None:
             return Explicit(self.steps)
-        return Uniform(self.interval, self.warmup)
+        if isinstance(self.tuned, Calibration):
+            return self._tuned_plan(self.tuned)
+        if self.schedule in ("even", "early"):
+            return Spread(self.interval, self.warmup, EARLY if self.schedule == "early" else 1.0)
+        return Uniform(self.interval, self.warmup, last=self.schedule == "last")
+
+    def _tuned_plan(self, tuned: Calibration) -> Schedule:
+        lists = [tuple(steps.tolist()) for steps in tuned.tensors.values()]
+        most = len(full_steps(Uniform(self.interval, self.warmup), tuned.fingerprint.steps))
+        fitting = [steps for steps in lists if len(steps) <= most]
+        if not fitting:
+            known = ", ".join(str(len(steps)) for steps in lists)
+            raise ScheduleError(
+                f"interval={self.interval} with warmup={self.warmup} asks for {most} full steps, but lists were tuned "
+                f"for {known}; use a shorter interval, or tune for fewer"
+            )
+        return Explicit(max(fitting, key=len))
+
+    def gate(self) -> Gate:
+        """What decides, step by step; a fresh object for each transformer."""
+        return Scheduled(self.plan())
+
+    def feature(self) -> Feature:
+        """What of the site is remembered."""
+        return Feature()
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise an error if the method cannot serve the model; called when it is attached."""
+
+    def check_run(self, run: RunFacts) -> None:
+        """Raise an error if the method cannot serve the run; called at its first step."""
+        if isinstance(self.tuned, Calibration) and run.total is not None:
+            differences = self.tuned.check_run(RunFacts(run.total))
+            if differences:
+                raise CalibrationError(f"the full steps were {differences[0]}. Tune again, or use schedule='even'")
+
+    def check_passes(self, passes: Sequence[str]) -> None:
+        """Raise an error if the method cannot serve these forwards within a step; called at the second step."""
+
+    def parts(self, place: Place) -> Parts:
+        """Split and predictors of a place; the same everywhere unless the method says otherwise."""
+        return self._parts
+
+    @cached_property
+    def _parts(self) -> Parts:
+        return Parts(self.projector(), self.predictors())
 
     def projector(self) -> Projector:
         """How features are split; whole unless the method says otherwise."""
@@ -54,6 +142,11 @@ class CachingMethod:
     def predictors(self) -> Mapping[str, Predictor]:
         """One predictor for each part of the projector."""
         raise NotImplementedError
+
+    @property
+    def first_difference(self) -> int:
+        """The first step whose change from the step before it counts: the last of a uniform schedule's warm-up."""
+        return self.warmup - 1 if isinstance(self.plan(), Uniform) else 0
 
     @property
     def saves(self) -> bool:
@@ -69,8 +162,9 @@ class CachingMethod:
         if count < 1 or count > total:
             raise ConfigError(f"full steps must be between 1 and the {total} steps of the run, got {count}")
         for interval in range(1, total + 1):
-            if len(full_steps(Uniform(interval, self.warmup), total)) <= count:
-                return replace(self, interval=interval, steps=None)
+            method = replace(self, interval=interval, steps=None)
+            if len(full_steps(method.plan(), total)) <= count:
+                return method
         raise ScheduleError(
             f"{count} full steps are fewer than the warm-up of {self.warmup}; "
             f"use warmup={max(1, count - 1)} or more full steps"

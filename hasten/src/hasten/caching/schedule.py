@@ -10,15 +10,18 @@ from typing import Protocol
 
 from hasten.errors import ConfigError, ScheduleError
 
-__all__ = ["Decision", "Explicit", "Schedule", "Uniform", "full_steps"]
+__all__ = ["SCHEDULES", "Decision", "Explicit", "Schedule", "Spread", "Uniform", "full_steps"]
+
+SCHEDULES = ("uniform", "last", "even", "early")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a step is full, and why."""
+    """Whether a step is full, and why; `indicator` is the number that an adaptive gate went by."""
 
     full: bool
     reason: str
+    indicator: float | None = None
 
 
 class Schedule(Protocol):
@@ -28,8 +31,12 @@ class Schedule(Protocol):
         """Decide for `step`, given the latest full step of the run (None before the first)."""
         ...
 
-    def check(self, total: int) -> None:
-        """Raise `ScheduleError` if the schedule cannot serve a run of `total` steps."""
+    def for_run(self, total: int | None) -> Schedule:
+        """The schedule as it serves a run of `total` steps (None: nobody knows how many).
+
+        Raises:
+            ScheduleError: if it cannot serve such a run.
+        """
         ...
 
 
@@ -39,10 +46,16 @@ class Uniform:
 
     The rule of TaylorSeer's, HiCache's and FreqCa's code: no step is forced at the end. With 50 steps and a warm-up
     of 3, interval 5 gives the full steps 0, 1, 2, 7, 12, ..., 47. A warm-up of 1 gives 0, N, 2N, ... (FORA's rule).
+
+    Args:
+        interval: steps from one full step to the next; 1 computes every step.
+        warmup: full steps at the start.
+        last: compute the last step as well, where detail forms.
     """
 
     interval: int
     warmup: int = 3
+    last: bool = False
 
     def __post_init__(self) -> None:
         if self.interval < 1:
@@ -57,12 +70,64 @@ class Uniform:
             return Decision(True, "interval")
         return Decision(False, "forecast")
 
-    def check(self, total: int) -> None:
+    def for_run(self, total: int | None) -> Schedule:
+        if total is None:
+            if self.last:
+                raise _needs_total("schedule 'last'")
+            return self
         if self.warmup > total:
             raise ScheduleError(
                 f"a warm-up of {self.warmup} full steps is longer than the run of {total} steps; "
                 f"use warmup={max(1, total // 3)} or run more steps"
             )
+        return Explicit((*sorted({*_follow(self, total), total - 1}),)) if self.last else self
+
+
+@dataclass(frozen=True)
+class Spread:
+    """As many full steps as `Uniform(interval, warmup)` has, spread from the first step to the last.
+
+    Step `i` of `n` falls on `(T - 1) (i / (n - 1))^power`: a power of 1 spreads them evenly, a larger one puts more of
+    them early. The usual schedules spend their warm-up at the start and leave the end, where detail forms, to
+    extrapolation.
+    """
+
+    interval: int
+    warmup: int = 3
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        Uniform(self.interval, self.warmup)  # validates both
+        if self.power <= 0:
+            raise ConfigError(f"power must be positive, got {self.power}")
+
+    def decide(self, step: int, last_full: int | None) -> Decision:
+        raise ScheduleError("a spread schedule decides nothing before `for_run` told it the number of steps")
+
+    def for_run(self, total: int | None) -> Schedule:
+        if total is None:
+            raise _needs_total("a spread schedule")
+        count = len(full_steps(Uniform(self.interval, self.warmup), total))
+        return Explicit(spread(count, total, self.power))
+
+
+def spread(count: int, total: int, power: float = 1.0) -> tuple[int, ...]:
+    """`count` different steps from 0 to `total - 1`, near `(total - 1) (i / (count - 1))^power`."""
+    if count < 2:
+        return (0,)
+    steps = [round((total - 1) * (i / (count - 1)) ** power) for i in range(count)]
+    for i in range(1, count):  # the dense end may round to the same step
+        steps[i] = max(steps[i], steps[i - 1] + 1)
+    for i in range(count - 1, 0, -1):
+        steps[i] = min(steps[i], total - count + i)
+    return tuple(steps)
+
+
+def _needs_total(what: str) -> ScheduleError:
+    return ScheduleError(
+        f"{what} has to know how many steps a run has, which a bare transformer does not tell; "
+        "accelerate the pipeline instead, or list the full steps with steps=..."
+    )
 
 
 @dataclass(frozen=True)
@@ -83,13 +148,22 @@ class Explicit:
         full = step in self.steps
         return Decision(full, "listed" if full else "forecast")
 
-    def check(self, total: int) -> None:
-        if self.steps[-1] >= total:
+    def for_run(self, total: int | None) -> Schedule:
+        if total is not None and self.steps[-1] >= total:
             raise ScheduleError(f"full step {self.steps[-1]} lies outside the run of {total} steps (0 to {total - 1})")
+        return self
 
 
 def full_steps(schedule: Schedule, total: int) -> list[int]:
-    """The full steps of a run of `total` steps."""
+    """The full steps of a run of `total` steps.
+
+    Raises:
+        ScheduleError: if the schedule cannot serve such a run.
+    """
+    return _follow(schedule.for_run(total), total)
+
+
+def _follow(schedule: Schedule, total: int) -> list[int]:
     fulls: list[int] = []
     for step in range(total):
         if schedule.decide(step, fulls[-1] if fulls else None).full:

@@ -12,51 +12,60 @@ described submodule returns.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hasten import hosts
+from hasten.caching.blocks import answer, hidden_in, hidden_of, swapped
 from hasten.caching.memory import PassMemory
 from hasten.errors import HostError
 from hasten.hosts import HostSpec, StackSpec, StandIn
 
-__all__ = ["HiddenSite", "ModuleSite", "OutputSite", "Site", "make_site"]
+__all__ = ["Decide", "Forward", "HiddenSite", "ModuleSite", "OutputSite", "Site"]
 
 Forward = Callable[..., Any]
+Decide = Callable[[Tensor | None], bool]
+Latents = Callable[[Any, Any], Any]
 
 
-class Site(Protocol):
+class Site(ABC):
     """One way to skip a transformer's work."""
 
-    def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        """Run the forward and record its features."""
-        ...
+    @abstractmethod
+    def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> Any:
+        """The transformer's result, computed or forecast as `decide` says.
 
-    def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        """Produce the forward's result from forecast features."""
-        ...
+        Args:
+            forward: the transformer's own forward.
+            args, kwargs: of the call.
+            memory: of this pass.
+            decide: called once, with what the gate is to see; True means compute.
+        """
 
+    @abstractmethod
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         """Numbers (not bytes) that one anchor of one pass holds."""
-        ...
 
 
-@contextmanager
-def _swapped(changes: list[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
-    """Put modules in the places of children, and the children back in the end."""
-    originals = [parent._modules[name] for parent, name, _ in changes]
-    try:
-        for parent, name, module in changes:
-            parent._modules[name] = module
-        yield
-    finally:
-        for (parent, name, _), original in zip(changes, originals, strict=True):
-            parent._modules[name] = original
+class _PlainSite(Site):
+    """A site whose decision does not depend on what happens inside the forward."""
+
+    def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> Any:
+        return (self.full if decide(None) else self.cached)(forward, args, kwargs, memory)
+
+    @abstractmethod
+    def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        """Run the forward and record its features."""
+
+    @abstractmethod
+    def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        """Produce the forward's result from forecast features."""
 
 
 class _Recorder(StandIn):
@@ -80,15 +89,7 @@ class _PassThrough(StandIn):
         self.stack = stack
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = kwargs[self.stack.hidden] if self.stack.hidden in kwargs else args[0]
-        return self.answer(hidden, args, kwargs)
-
-    def answer(self, hidden: Tensor, args: Any, kwargs: Any) -> Any:
-        if self.stack.returns == ("hidden",):
-            return hidden
-        assert self.stack.encoder is not None
-        encoder = kwargs[self.stack.encoder] if self.stack.encoder in kwargs else args[1]
-        return tuple(hidden if stream == "hidden" else encoder for stream in self.stack.returns)
+        return answer(self.stack, hidden_of(self.stack, args, kwargs), args, kwargs)
 
 
 class _Forecast(_PassThrough):
@@ -99,7 +100,7 @@ class _Forecast(_PassThrough):
         self.forecast = forecast
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.answer(self.forecast(), args, kwargs)
+        return answer(self.stack, self.forecast(), args, kwargs)
 
 
 class _Answer(StandIn):
@@ -137,13 +138,28 @@ class _Form:
         return self.build(make)
 
 
-class OutputSite:
-    """The transformer's result, after the final layer: nothing of the model runs on a cached step."""
+class OutputSite(_PlainSite):
+    """The transformer's result, after the final layer: nothing of the model runs on a cached step.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    Args:
+        model: the transformer.
+        change: remember the change from the transformer's input to its result instead of the result.
+        latents: gives the transformer's input from the arguments of a call.
+    """
+
+    def __init__(self, model: nn.Module, change: bool = False, latents: Latents | None = None) -> None:
+        self._model, self._change = model, change
+        self._latents = latents or (lambda args, kwargs: args[0])
         self._kind: type[Any] = Tensor
         self._list = False
+
+    def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> Any:
+        seen = self._inputs(args, kwargs)[0] if self._change else None
+        return (self.full if decide(seen) else self.cached)(forward, args, kwargs, memory)
+
+    def _inputs(self, args: Any, kwargs: Any) -> list[Tensor]:
+        latents = self._latents(args, kwargs)
+        return latents if isinstance(latents, list) else [latents]
 
     def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         result = forward(*args, **kwargs)
@@ -152,11 +168,14 @@ class OutputSite:
         sample = result if isinstance(result, Tensor) else result[0]
         self._list = isinstance(sample, list)  # some models return one tensor for each picture
         for i, tensor in enumerate(sample if self._list else [sample]):
-            memory.record(f"output/{i}", tensor)
+            start = _like(self._inputs(args, kwargs)[i], tensor) if self._change else None
+            memory.record(f"output/{i}", tensor if start is None else tensor - start)
         return result
 
     def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         tensors = [memory.forecast(slot) for slot in memory.slots]
+        if self._change:
+            tensors = [t + _like(x, t) for x, t in zip(self._inputs(args, kwargs), tensors, strict=False)]
         sample = tensors if self._list else tensors[0]
         if self._kind is Tensor:
             return sample
@@ -171,13 +190,15 @@ class OutputSite:
         return int(batch * image_tokens * channels * per_token)
 
 
-class HiddenSite:
+class HiddenSite(_PlainSite):
     """The image tokens after the last block.
 
     A cached step runs the embeddings and the final layer, with this step's modulation.
     """
 
     def __init__(self, model: nn.Module, host: HostSpec | None) -> None:
+        if host is None:
+            hosts.require_stacks(model)
         self._model, self._host = model, host
         self._memory: PassMemory | None = None  # of the forward under way
         self._skipped: dict[str, nn.ModuleList] = {}
@@ -189,13 +210,12 @@ class HiddenSite:
             return result
         stack = self._host.used(self._model)[-1]
         blocks = stack.blocks(self._model)
-        index = stack.returns.index("hidden")
 
         def record(output: Any) -> None:
-            memory.record("hidden", output[index] if isinstance(output, tuple) else output)
+            memory.record("hidden", hidden_in(stack, output))
 
         last = str(len(blocks) - 1)
-        with _swapped([(blocks, last, _Recorder(blocks[-1], record))]):
+        with swapped([(blocks, last, _Recorder(blocks[-1], record))]):
             return forward(*args, **kwargs)
 
     def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
@@ -203,7 +223,7 @@ class HiddenSite:
         self._memory = memory
         stacks = self._host.used(self._model)
         try:
-            with _swapped([(self._model, stack.name, self._stand_ins(stack, stack is stacks[-1])) for stack in stacks]):
+            with swapped([(self._model, stack.name, self._stand_ins(stack, stack is stacks[-1])) for stack in stacks]):
                 return forward(*args, **kwargs)
         finally:
             self._memory = None
@@ -229,10 +249,15 @@ class HiddenSite:
         return batch * (image_tokens + joint * text_tokens) * self._host.width_of(self._model)
 
 
-class ModuleSite:
+class ModuleSite(_PlainSite):
     """Every attention and feed-forward output, before its gate: the papers' form, and the one that costs memory."""
 
-    def __init__(self, model: nn.Module, host: HostSpec) -> None:
+    def __init__(self, model: nn.Module, host: HostSpec | None) -> None:
+        if host is None:
+            raise HostError(
+                f"site 'module' needs a registered family and {type(model).__name__} is none; "
+                "use site='hidden' or 'output', or describe the family with hasten.hosts.register"
+            )
         self._model, self._host = model, host
         missing = [stack.name for stack in host.stacks if stack.modules is None]
         if missing:
@@ -253,7 +278,7 @@ class ModuleSite:
 
     def _stand_ins(self, make: Callable[[nn.Module, str, bool], StandIn]) -> AbstractContextManager[None]:
         """Every described submodule replaced by `make(submodule, slot, forecast)`."""
-        return _swapped(
+        return swapped(
             [
                 (block, name, make(getattr(block, name), slot, forecast))
                 for block, name, slot, forecast in self._places()
@@ -302,18 +327,15 @@ class ModuleSite:
         return batch * numbers * self._host.width_of(self._model)
 
 
-def make_site(name: str, model: nn.Module, host: HostSpec | None) -> Site:
-    """The site called `name` on `model`; `host` is None for a family that the probe has yet to trace."""
-    if name == "output":
-        return OutputSite(model)
-    if name == "hidden":
-        if host is None:
-            hosts.require_stacks(model)
-        return HiddenSite(model, host)
-    if host is None:
-        raise HostError(
-            f"site 'module' needs a registered family and {type(model).__name__} is none; "
-            "use site='hidden' or 'output', "
-            "or describe the family with hasten.hosts.register"
-        )
-    return ModuleSite(model, host)
+def _like(latents: Tensor, result: Tensor) -> Tensor:
+    """The part of the transformer's input that its result corresponds to, in the shape of the result.
+
+    Inputs may carry more (tokens of reference pictures, channels of a condition; both come after the latents), results
+    may (channels of a learned variance). What has no counterpart is zero.
+    """
+    if latents.shape == result.shape:
+        return latents
+    overlap = tuple(slice(min(a, b)) for a, b in zip(latents.shape, result.shape, strict=True))
+    like = torch.zeros_like(result)
+    like[overlap] = latents[overlap].to(result.dtype)
+    return like

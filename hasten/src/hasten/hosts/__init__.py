@@ -3,6 +3,7 @@
 from hasten.hosts import flux as _flux  # noqa: F401  (these three register the families)
 from hasten.hosts import image as _image  # noqa: F401
 from hasten.hosts import video as _video  # noqa: F401
+from hasten.hosts.layout import TokenLayout, layout_of
 from hasten.hosts.probe import require_stacks, root_arguments, trace
 from hasten.hosts.registry import find, register, registered
 from hasten.hosts.spec import HostSpec, ModuleSpec, StackSpec
@@ -13,7 +14,9 @@ __all__ = [
     "ModuleSpec",
     "StackSpec",
     "StandIn",
+    "TokenLayout",
     "find",
+    "layout_of",
     "register",
     "registered",
     "require_stacks",

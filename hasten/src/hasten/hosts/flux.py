@@ -14,7 +14,7 @@ SINGLE_OUTPUT = ModuleSpec(forecast=(("proj_out", ("joint",)),), skip=("attn", "
 
 FLUX = register(
     "FluxTransformer2DModel",
-    HostSpec(stacks=(DOUBLE, StackSpec("single_transformer_blocks", modules=SINGLE_OUTPUT))),
+    HostSpec(stacks=(DOUBLE, StackSpec("single_transformer_blocks", modules=SINGLE_OUTPUT)), layout="ids"),
 )
 
 # From here on the single blocks see text and image tokens in one sequence; the hidden site forecasts all of it.
@@ -31,6 +31,7 @@ FLUX2 = register(
                 modules=ModuleSpec(forecast=(("attn", ("joint",)),)),
             ),
         ),
+        layout="ids",
     ),
 )
 
@@ -43,5 +44,6 @@ CHROMA = register(
                 "single_transformer_blocks", returns=("hidden",), encoder=None, joint=True, modules=SINGLE_OUTPUT
             ),
         ),
+        layout="ids",
     ),
 )

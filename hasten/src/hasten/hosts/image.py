@@ -16,6 +16,7 @@ QWEN_IMAGE = register(
                 ),
             ),
         ),
+        layout="shapes",
     ),
 )
 
@@ -36,6 +37,7 @@ SD3 = register(
                 ),
             ),
         ),
+        layout="latent",
     ),
 )
 
@@ -50,6 +52,7 @@ DIT = register(
                 modules=ModuleSpec(forecast=(("attn1", ("image",)), ("ff", ("image",)))),
             ),
         ),
+        layout="latent",
     ),
 )
 
@@ -59,9 +62,9 @@ CROSS_ATTENTION = StackSpec(
     modules=ModuleSpec(forecast=(("attn1", ("image",)), ("attn2", ("image",)), ("ff", ("image",)))),
 )
 
-PIXART = register("PixArtTransformer2DModel", HostSpec(stacks=(CROSS_ATTENTION,)))
+PIXART = register("PixArtTransformer2DModel", HostSpec(stacks=(CROSS_ATTENTION,), layout="latent"))
 
-SANA = register("SanaTransformer2DModel", HostSpec(stacks=(CROSS_ATTENTION,)))
+SANA = register("SanaTransformer2DModel", HostSpec(stacks=(CROSS_ATTENTION,), layout="latent"))
 
 # The refiners before `layers` are small and prepare the text and image tokens: they run on every step.
 Z_IMAGE = register(
@@ -80,6 +83,7 @@ Z_IMAGE = register(
         timestep="t",
         hidden="x",
         width="dim",
+        layout="list",
     ),
 )
 
@@ -94,5 +98,6 @@ COGVIEW4 = register(
                 modules=ModuleSpec(forecast=(("attn1", ("image", "text")), ("ff", ("image", "text")))),
             ),
         ),
+        layout="latent",
     ),
 )

@@ -7,16 +7,17 @@ perhaps the text tokens ("encoder"), by name or by position, and returns one or 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from hasten.errors import HostError
+from hasten.errors import HostError, unknown
 
-__all__ = ["HostSpec", "ModuleSpec", "StackSpec"]
+__all__ = ["HostSpec", "LayoutKind", "ModuleSpec", "StackSpec"]
 
 Stream = Literal["encoder", "hidden"]
 Tokens = Literal["image", "text", "joint"]
+LayoutKind = Literal["latent", "frames", "history", "ids", "shapes", "sizes", "list"]
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,24 @@ class HostSpec:
         hidden: name of the transformer's argument whose shape identifies the picture's size.
         width: name of the attribute (of the model or its config) with the width of the image tokens, for estimates;
             without one, heads times head width is tried.
+        layout: which arguments of the transformer tell where the tokens of the picture lie, or None if that is unknown:
+            `"latent"` (latents `[B, C, H, W]` or `[B, C, T, H, W]`), `"frames"` (`[B, T, C, H, W]`), `"history"` (as
+            latent, after latents of the clip so far), `"ids"` (`img_ids`), `"shapes"` (`img_shapes`), `"sizes"`
+            (`num_frames`, `height`, `width` or `video_coords`) or `"list"` (a latent `[C, T, H, W]` for each picture).
+
+    Raises:
+        UnknownNameError: for a layout of another name.
     """
 
     stacks: tuple[StackSpec, ...]
     timestep: str = "timestep"
     hidden: str = "hidden_states"
     width: str = "inner_dim"
+    layout: LayoutKind | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout is not None and self.layout not in get_args(LayoutKind):
+            raise unknown("layout", self.layout, get_args(LayoutKind))
 
     def used(self, model: nn.Module) -> list[StackSpec]:
         """The stacks of this model that have blocks (a family may allow an empty one)."""

@@ -1,4 +1,4 @@
-"""Video transformers: HunyuanVideo and 1.5, Wan, LTX-Video, CogVideoX and Mochi."""
+"""Video transformers: HunyuanVideo, 1.5 and FramePack, Wan and VACE, Sana-Video, LTX-Video, CogVideoX and Mochi."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ _HUNYUAN_DOUBLE = StackSpec(
     modules=ModuleSpec(forecast=(("attn", ("image", "text")), ("ff", ("image",)), ("ff_context", ("text",)))),
 )
 
+_HUNYUAN_SINGLE = StackSpec(
+    "single_transformer_blocks",
+    returns=("hidden", "encoder"),
+    modules=ModuleSpec(forecast=(("proj_out", ("joint",)),), skip=("attn", "proj_mlp", "act_mlp")),
+)
+
 HUNYUAN_VIDEO = register(
-    "HunyuanVideoTransformer3DModel",
-    HostSpec(
-        stacks=(
-            _HUNYUAN_DOUBLE,
-            StackSpec(
-                "single_transformer_blocks",
-                returns=("hidden", "encoder"),
-                modules=ModuleSpec(forecast=(("proj_out", ("joint",)),), skip=("attn", "proj_mlp", "act_mlp")),
-            ),
-        ),
-    ),
+    "HunyuanVideoTransformer3DModel", HostSpec(stacks=(_HUNYUAN_DOUBLE, _HUNYUAN_SINGLE), layout="latent")
 )
 
-HUNYUAN_VIDEO_15 = register("HunyuanVideo15Transformer3DModel", HostSpec(stacks=(_HUNYUAN_DOUBLE,)))
-
-WAN = register(
-    "WanTransformer3DModel",
-    HostSpec(
-        stacks=(
-            StackSpec(
-                "blocks",
-                returns=("hidden",),
-                modules=ModuleSpec(forecast=(("attn1", ("image",)), ("attn2", ("image",)), ("ffn", ("image",)))),
-            ),
-        ),
-    ),
+# The same blocks; tokens of the clip so far come first and are forecast with the others.
+FRAMEPACK = register(
+    "HunyuanVideoFramepackTransformer3DModel",
+    HostSpec(stacks=(_HUNYUAN_DOUBLE, _HUNYUAN_SINGLE), layout="history"),
 )
 
-LTX_VIDEO = register("LTXVideoTransformer3DModel", HostSpec(stacks=(CROSS_ATTENTION,)))
+HUNYUAN_VIDEO_15 = register("HunyuanVideo15Transformer3DModel", HostSpec(stacks=(_HUNYUAN_DOUBLE,), layout="latent"))
+
+_WAN = StackSpec(
+    "blocks",
+    returns=("hidden",),
+    modules=ModuleSpec(forecast=(("attn1", ("image",)), ("attn2", ("image",)), ("ffn", ("image",)))),
+)
+
+WAN = register("WanTransformer3DModel", HostSpec(stacks=(_WAN,), layout="latent"))
+
+# The control blocks (8 beside 40 in the 14B model) run on every step: what they add may reach the last block's output.
+WAN_VACE = register("WanVACETransformer3DModel", HostSpec(stacks=(_WAN,), layout="latent"))
+
+SANA_VIDEO = register("SanaVideoTransformer3DModel", HostSpec(stacks=(CROSS_ATTENTION,), layout="latent"))
+
+LTX_VIDEO = register("LTXVideoTransformer3DModel", HostSpec(stacks=(CROSS_ATTENTION,), layout="sizes"))
 
 COGVIDEOX = register(
     "CogVideoXTransformer3DModel",
@@ -53,6 +55,7 @@ COGVIDEOX = register(
                 modules=ModuleSpec(forecast=(("attn1", ("image", "text")), ("ff", ("joint",)))),
             ),
         ),
+        layout="frames",
     ),
 )
 
@@ -69,5 +72,6 @@ MOCHI = register(
                 ),
             ),
         ),
+        layout="latent",
     ),
 )

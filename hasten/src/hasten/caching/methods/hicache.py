@@ -44,4 +44,4 @@ class HiCache(CachingMethod):
         self.predictors()  # validates order, sigma and ladder
 
     def predictors(self) -> Mapping[str, Predictor]:
-        return {"whole": Hermite(self.order, first=self.warmup - 1, ladder=self.ladder, sigma=self.sigma)}
+        return {"whole": Hermite(self.order, first=self.first_difference, ladder=self.ladder, sigma=self.sigma)}

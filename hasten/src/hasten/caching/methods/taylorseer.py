@@ -42,4 +42,4 @@ class TaylorSeer(CachingMethod):
         self.predictors()  # validates order and ladder
 
     def predictors(self) -> Mapping[str, Predictor]:
-        return {"whole": Taylor(self.order, first=self.warmup - 1, ladder=self.ladder)}
+        return {"whole": Taylor(self.order, first=self.first_difference, ladder=self.ladder)}

@@ -1,0 +1,66 @@
+"""How a site speaks with blocks: putting stand-ins in their places, reading and answering their calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from hasten.hosts import StackSpec
+
+__all__ = ["answer", "encoder_of", "hidden_in", "hidden_of", "swapped", "with_streams"]
+
+
+@contextmanager
+def swapped(changes: list[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
+    """Put modules in the places of children, and the children back in the end."""
+    originals = [parent._modules[name] for parent, name, _ in changes]
+    try:
+        for parent, name, module in changes:
+            parent._modules[name] = module
+        yield
+    finally:
+        for (parent, name, _), original in zip(changes, originals, strict=True):
+            parent._modules[name] = original
+
+
+def hidden_of(stack: StackSpec, args: Any, kwargs: Any) -> Tensor:
+    """The image tokens in a call of one of the stack's blocks."""
+    return kwargs[stack.hidden] if stack.hidden in kwargs else args[0]
+
+
+def encoder_of(stack: StackSpec, args: Any, kwargs: Any) -> Tensor | None:
+    """The text tokens in a call of one of the stack's blocks, if it has any."""
+    if stack.encoder is None:
+        return None
+    return kwargs.get(stack.encoder, args[1] if len(args) > 1 else None)
+
+
+def with_streams(
+    stack: StackSpec, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, encoder: Tensor | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with other image tokens and, unless None, other text tokens."""
+    positional, named = list(args), dict(kwargs)
+    for index, (name, value) in enumerate(((stack.hidden, hidden), (stack.encoder, encoder))):
+        if value is None or name is None:
+            continue
+        if name in named:
+            named[name] = value
+        else:
+            positional[index] = value
+    return tuple(positional), named
+
+
+def hidden_in(stack: StackSpec, output: Any) -> Tensor:
+    """The image tokens in what one of the stack's blocks returned."""
+    return output[stack.returns.index("hidden")] if isinstance(output, tuple) else output
+
+
+def answer(stack: StackSpec, hidden: Tensor, args: Any, kwargs: Any) -> Any:
+    """What a block of the stack would return with these image tokens and the text tokens that it was given."""
+    if stack.returns == ("hidden",):
+        return hidden
+    encoder = encoder_of(stack, args, kwargs)
+    return tuple(hidden if stream == "hidden" else encoder for stream in stack.returns)

@@ -1,0 +1,114 @@
+"""What the methods that are fitted to a model have in common: a calibration, checked against the model and the run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from hasten.caching.calibration import Calibration, RunFacts
+from hasten.caching.method import CachingMethod
+from hasten.caching.schedule import full_steps
+from hasten.errors import CalibrationError, HastenWarning, ScheduleError
+
+__all__ = ["CalibratedMethod", "Gram", "forecast_error", "gram_of"]
+
+Gram = npt.NDArray[np.float64]
+
+
+def gram_of(steps: Tensor) -> Gram:
+    """Inner products of the features of a run's steps, summed over runs, divided by the numbers in a feature.
+
+    Args:
+        steps: `[S, T, ...]`.
+    """
+    flat = steps.flatten(2).float()
+    gram = sum((run @ run.T).double() for run in flat)
+    assert isinstance(gram, Tensor)
+    return np.asarray(gram / (flat.shape[0] * flat.shape[2]))
+
+
+def forecast_error(gram: Gram, target: int, anchors: Sequence[int], weights: Iterable[float]) -> float:
+    """Mean squared error of the forecast `sum_k w_k F_k` of step `target`, from the Gram matrix alone."""
+    steps = [target, *anchors]
+    signed = np.asarray([-1.0, *weights])
+    return float(max(signed @ gram[np.ix_(steps, steps)] @ signed, 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedMethod(CachingMethod):
+    """Base of the methods that need a calibration.
+
+    Args:
+        calibration: a `hasten.Calibration` or the path of one.
+        strict: refuse another sampling than the calibrated one; False warns instead.
+    """
+
+    name: ClassVar[str]
+    bound_to_run: ClassVar[bool] = False  # whether the fit holds for one sampling only
+
+    calibration: Calibration | str | None = None
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        calibration = Calibration.of(self.name, self.calibration)
+        object.__setattr__(self, "calibration", calibration)
+        super().__post_init__()
+
+    @property
+    def fitted(self) -> Calibration:
+        """The calibration."""
+        assert isinstance(self.calibration, Calibration)
+        return self.calibration
+
+    def check_model(self, model: nn.Module) -> None:
+        differences = self.fitted.check_model(model)
+        if differences and "other weights" in differences[0] and not self.bound_to_run:
+            warnings.warn(f"{self.name}: {differences[0]}", HastenWarning, stacklevel=2)
+            return
+        self._refuse(differences)
+        if self.fitted.fingerprint.site != self.site:
+            self._refuse([f"calibrated at site {self.fitted.fingerprint.site!r}, used at {self.site!r}"])
+
+    def check_run(self, run: RunFacts) -> None:
+        super().check_run(run)
+        if self.bound_to_run:
+            self._refuse(self.fitted.check_run(run))
+
+    def check_passes(self, passes: Sequence[str]) -> None:
+        if self.bound_to_run:
+            self._refuse(self.fitted.check_passes(passes))
+
+    def _refuse(self, differences: list[str]) -> None:
+        if not differences:
+            return
+        message = f"{self.name}: {'; '.join(differences)}"
+        if not self.strict:
+            warnings.warn(message, HastenWarning, stacklevel=2)
+            return
+        raise CalibrationError(
+            f"{message}. Calibrate again with `hasten calibrate`, or use strict=False to go on at your own risk"
+        )
+
+    def full_steps(self) -> list[int]:
+        """The full steps of a run as long as the calibrated ones."""
+        total = self.fitted.fingerprint.steps
+        try:
+            return full_steps(self.plan(), total)
+        except ScheduleError as error:
+            raise ScheduleError(f"{error} (calibrated for {total} steps)") from None
+
+    def mean_error(self, gram: Gram, weigh: Callable[[int, list[int]], Sequence[float]]) -> float:
+        """Mean squared error of a predictor over the cached steps of this schedule, on the calibrated runs."""
+        fulls = self.full_steps()
+        errors = []
+        for step in range(self.fitted.fingerprint.steps):
+            anchors = [full for full in reversed(fulls) if full < step]
+            if step not in fulls:
+                errors.append(forecast_error(gram, step, anchors, weigh(step, anchors)))
+        return float(np.mean(errors)) if errors else 0.0

@@ -1,0 +1,134 @@
+"""Gates decide step by step whether to compute: by a schedule, or by looking at what the sampler is doing.
+
+A gate decides at the first pass of a step, for all passes of it. One gate serves one transformer; `begin` starts a run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from hasten.caching.schedule import Decision, Schedule, full_steps
+from hasten.errors import ScheduleError
+
+__all__ = ["Gate", "Scheduled", "ThresholdGate", "relative_change"]
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Gate(ABC):
+    """Decides which steps are full."""
+
+    total: int | None = None
+    reduce: Reduce = staticmethod(lambda sums: sums)
+
+    def begin(self, total: int | None) -> None:
+        """A run of `total` steps begins (None: nobody knows how many).
+
+        Raises:
+            ScheduleError: if the gate cannot serve such a run.
+        """
+        self.total = total
+
+    @abstractmethod
+    def decide(self, step: int, last_full: int | None, seen: Tensor | None) -> Decision:
+        """Decide for `step`, given the latest full step and what the method's `Feature.sees` asks for."""
+
+    def computed(self, step: int, output: Tensor) -> None:  # noqa: B027
+        """Shown the transformer's result after the first pass of a full step."""
+
+    def verified(self, step: int, error: float) -> None:  # noqa: B027
+        """Told how far a draft was from what the last block makes of it."""
+
+    def skips_nothing(self, total: int) -> bool:
+        """Whether it is known beforehand that every step of a run will be full."""
+        return False
+
+    def held(self) -> Iterable[Tensor]:
+        """Tensors that the gate keeps from step to step."""
+        return ()
+
+
+class Scheduled(Gate):
+    """Full steps that are known beforehand."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = self._now = schedule
+
+    def begin(self, total: int | None) -> None:
+        super().begin(total)
+        self._now = self._schedule.for_run(total)
+
+    def decide(self, step: int, last_full: int | None, seen: Tensor | None) -> Decision:
+        return self._now.decide(step, last_full)
+
+    def skips_nothing(self, total: int) -> bool:
+        return len(full_steps(self._schedule, total)) == total
+
+
+class ThresholdGate(Gate):
+    """Computes a step when a measured value exceeds a threshold.
+
+    Args:
+        threshold: largest value at which a step is still skipped.
+        interval: longest distance from one full step to the next; 1 computes every step.
+        warmup: full steps at the start.
+        last: compute the last step as well, where the number of steps is known.
+    """
+
+    def __init__(self, threshold: float, interval: int, warmup: int, last: bool) -> None:
+        self._threshold, self._interval, self._warmup, self._last = threshold, interval, warmup, last
+
+    def begin(self, total: int | None) -> None:
+        super().begin(total)
+        if total is not None and self._warmup > total:
+            raise ScheduleError(
+                f"a warm-up of {self._warmup} full steps is longer than the run of {total} steps; "
+                f"use warmup={max(1, total // 3)} or run more steps"
+            )
+
+    @abstractmethod
+    def measure(self, step: int, seen: Tensor | None) -> float | None:
+        """The value at `step`; None where nothing can be measured yet. Called once for every step."""
+
+    def settle(self, full: bool, seen: Tensor | None) -> None:
+        """Told what was decided from the measured value."""
+
+    def decide(self, step: int, last_full: int | None, seen: Tensor | None) -> Decision:
+        value = self.measure(step, seen)
+        decision = self._rule(step, last_full, value)
+        self.settle(decision.full, seen)
+        return decision
+
+    def _rule(self, step: int, last_full: int | None, value: float | None) -> Decision:
+        if step < self._warmup or last_full is None or value is None:
+            return Decision(True, "warm-up")
+        if self._last and self.total is not None and step == self.total - 1:
+            return Decision(True, "last step")
+        if step - last_full >= self._interval:
+            return Decision(True, "interval")
+        if value > self._threshold:
+            return Decision(True, "above threshold", value)
+        return Decision(False, "below threshold", value)
+
+    def skips_nothing(self, total: int) -> bool:
+        return self._interval == 1 or total <= self._warmup
+
+
+def relative_change(new: Tensor, old: Tensor, reduce: Reduce, per_sample: bool = False) -> float:
+    """`mean |new - old| / mean |old|`, the measure of FBCache and TeaCache, in float32.
+
+    Args:
+        new, old: `[B, ...]`.
+        reduce: adds up sums over the devices that share the tokens of one picture.
+        per_sample: measure each picture of the batch by itself and return the largest change, so that the neediest
+            picture decides; otherwise the batch is measured as one.
+    """
+    difference, size = (new.float() - old.float()).abs(), old.float().abs()
+    dims = tuple(range(1, new.ndim)) if per_sample and new.ndim > 1 else tuple(range(new.ndim))
+    sums = reduce(torch.stack([difference.sum(dims), size.sum(dims)]))
+    ratio = sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny)
+    return float(ratio.max())

@@ -1,0 +1,78 @@
+"""FBCache and DBCache: skip while the change that the first blocks make stays the same. ParaAttention's first-block
+cache, as in diffusers' `FirstBlockCacheConfig`; with more front blocks and a forecast, DBCache of cache-dit.
+
+    skip if mean|r - r_full| / mean|r_full| <= threshold,     r = change that the front blocks make
+    out  = (hidden tokens after the front blocks) + (change of the other blocks at the last full step)
+
+`r_full` is that change at the last full step. The front blocks run at every step.
+
+Departures: the text tokens after the last block are not rebuilt, since no final layer of the families here reads them.
+Deciding per batch or per picture is a choice (`per_sample`). The other blocks' change may be forecast (`order=1`: what
+cache-dit calls DBCache + TaylorSeer) and not only reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hasten.caching.adaptive import AdaptiveMethod
+from hasten.caching.gates import Gate, ThresholdGate, relative_change
+from hasten.caching.method import Feature
+from hasten.errors import ConfigError
+from hasten.registry import method
+
+__all__ = ["FBCache"]
+
+
+class FrontGate(ThresholdGate):
+    """Compares the change that the front blocks make with that of the last full step."""
+
+    def __init__(self, config: FBCache) -> None:
+        super().__init__(config.threshold, config.interval, config.warmup, config.last)
+        self._per_sample = config.per_sample
+
+    def begin(self, total: int | None) -> None:
+        super().begin(total)
+        self._reference: Tensor | None = None
+
+    def measure(self, step: int, seen: Tensor | None) -> float | None:
+        if self._reference is None or seen is None or seen.shape != self._reference.shape:
+            return None
+        return relative_change(seen, self._reference, self.reduce, self._per_sample)
+
+    def settle(self, full: bool, seen: Tensor | None) -> None:
+        if full:
+            self._reference = seen
+
+    def held(self) -> Iterable[Tensor]:
+        return () if self._reference is None else (self._reference,)
+
+
+@method("fbcache", kind="caching", paper="first-block cache of ParaAttention and diffusers; DBCache of cache-dit")
+@dataclass(frozen=True, kw_only=True)
+class FBCache(AdaptiveMethod):
+    """Skip while the change that the first blocks make stays the same (FBCache, DBCache).
+
+    Args:
+        front: blocks that run at every step (DBCache's Fn).
+        per_sample: let the picture of a batch that changed most decide, instead of the batch's mean.
+    """
+
+    threshold: float = 0.05
+    warmup: int = 1
+    front: int = 1
+    per_sample: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.front < 1:
+            raise ConfigError(f"front must be at least 1, because the front blocks decide, got {self.front}")
+
+    def feature(self) -> Feature:
+        return Feature(change=True, front=self.front, sees="front")
+
+    def gate(self) -> Gate:
+        return FrontGate(self)

@@ -1,0 +1,202 @@
+"""HyCa: channels that move alike share the solver that forecasts them best. "HyCa: Hybrid feature caching", ICLR 2026,
+arXiv:2510.04188.
+
+Once for a model, on a probe run: describe each channel by how it moves (differences of first to third order, their
+ratios, cosine of successive changes, energy, share of low frequencies, spectral flatness), cluster the channels by
+k-means, and find for each cluster the solver with the least squared error (equation 4). Afterwards
+
+    F^[..., d] = alpha_d(x) F0[..., d] + beta_d(x) F1[..., d] + gamma_d(x) F2[..., d]
+
+with one coefficient vector of length D for each kept feature: one pass over memory, whatever the number of clusters.
+
+The error of any solver on a cluster follows from the Gram matrix of the cluster's channels, which is what the
+calibration keeps, so that solvers are chosen when the method is built, for the schedule in use. `criterion`:
+
+* `"rollout"`: error over the cached steps of the schedule in use, at the true horizons;
+* `"one-step"`: the paper's, one step ahead from three successive steps.
+
+Departures: solvers are built on full steps alone, with their true spacing, because recursion on forecasts amplifies
+errors; clusters are per slot; indicators are z-scored over channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+from hasten.caching.calibrated import CalibratedMethod, Gram, forecast_error, gram_of
+from hasten.caching.calibration import Fit, Trace
+from hasten.caching.method import SiteName
+from hasten.caching.multistep import SOLVERS, Multistep
+from hasten.caching.parts import Parts, Place
+from hasten.caching.predictors import Hermite, Predictor, Reuse, Taylor
+from hasten.caching.projectors import Whole
+from hasten.errors import CalibrationError, ConfigError, unknown
+from hasten.registry import method
+
+__all__ = ["CANDIDATES", "ChannelClusters", "HyCa", "descriptors"]
+
+CANDIDATES: dict[str, Predictor] = {
+    "hold": Reuse(),
+    "taylor1": Taylor(1),
+    "taylor2": Taylor(2),
+    "hermite": Hermite(2, sigma=0.5),
+    **{name: Multistep(name) for name in SOLVERS},
+}
+
+
+class ChannelClusters:
+    """Splits features by clusters of channels.
+
+    Args:
+        labels: `[D]`, the cluster of each channel.
+        count: number of clusters.
+    """
+
+    def __init__(self, labels: Tensor, count: int) -> None:
+        self._labels = labels
+        self.parts: tuple[str, ...] = tuple(f"cluster{c}" for c in range(count))
+
+    def combine(self, features: Sequence[Tensor], weights: Mapping[str, Sequence[float]]) -> Tensor:
+        first = features[0]
+        if first.shape[-1] != len(self._labels):
+            raise CalibrationError(f"clusters are of {len(self._labels)} channels, got {tuple(first.shape)}")
+        table = torch.tensor([list(weights[part]) for part in self.parts], dtype=torch.float32)  # [C, K]
+        vectors = table[self._labels].T.to(first.device)  # [K, D]
+        total = first.float() * vectors[0]
+        for feature, vector in zip(features[1:], vectors[1:], strict=True):
+            total.addcmul_(feature.float(), vector)
+        return total.to(first.dtype)
+
+
+def descriptors(steps: Tensor) -> Tensor:
+    """How each channel moves, `[D, 10]`, z-scored over channels.
+
+    Args:
+        steps: `[S, T, N, D]`.
+    """
+    flat = steps.float().movedim(1, 0).flatten(1, 2)  # [T, S N, D]
+    tiny = 1e-12
+
+    def norm(x: Tensor) -> Tensor:
+        return x.square().mean((0, 1)).sqrt()
+
+    first, second, third = flat.diff(dim=0), flat.diff(dim=0, n=2), flat.diff(dim=0, n=3)
+    d1, d2, d3, energy = norm(first), norm(second), norm(third), norm(flat)
+    cosine = (first[1:] * first[:-1]).sum((0, 1)) / (first[1:].norm(dim=(0, 1)) * first[:-1].norm(dim=(0, 1)) + tiny)
+    power = torch.fft.rfft(flat - flat.mean(0), dim=0).abs().square().mean(1)[1:] + tiny  # [f, D]
+    low = power[: max(1, len(power) // 5)].sum(0) / power.sum(0)
+    flatness = power.log().mean(0).exp() / power.mean(0)
+    magnitudes = torch.stack([d1, d2, d3, energy], 1).add(tiny).log()
+    ratios = torch.stack([d2 / (d1 + tiny), d3 / (d2 + tiny), cosine, d1 / (energy + tiny), low, flatness], 1)
+    table = torch.cat([magnitudes, ratios], 1)
+    return (table - table.mean(0)) / table.std(0).clamp_min(tiny)
+
+
+def _one_step_errors(grams: Sequence[Gram], sizes: Sequence[int]) -> list[float]:
+    """Relative error, one step ahead, of the best solver of each cluster; zero where there is no history yet."""
+    errors = [0.0] * 3
+    for t in range(3, len(grams[0])):
+        past = (t - 1, t - 2, t - 3)
+        best = [min(forecast_error(g, t, past, s.weights(t, past)) for s in CANDIDATES.values()) for g in grams]
+        size = sum(n * g[t, t] for n, g in zip(sizes, grams, strict=True))
+        errors.append(float(np.sqrt(sum(n * e for n, e in zip(sizes, best, strict=True)) / max(size, 1e-300))))
+    return errors
+
+
+@method("hyca", kind="caching", paper="HyCa, arXiv:2510.04188", needs_calibration=True)
+@dataclass(frozen=True, kw_only=True)
+class HyCa(CalibratedMethod):
+    """Forecast each cluster of channels by the solver that suits it (HyCa).
+
+    Args:
+        criterion: `"rollout"` or `"one-step"`; see the top of the file.
+        solvers: names of the solvers to choose from; None is all.
+    """
+
+    name: ClassVar[str] = "hyca"
+    sites: ClassVar[tuple[SiteName, ...]] = ("hidden", "module")
+
+    criterion: Literal["rollout", "one-step"] = "rollout"
+    solvers: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.criterion not in ("rollout", "one-step"):
+            raise unknown("criterion of HyCa", self.criterion, ("rollout", "one-step"))
+        for name in self.solvers or ():
+            if name not in CANDIDATES:
+                raise unknown("solver", name, CANDIDATES)
+
+    @cached_property
+    def chosen(self) -> dict[str, tuple[str, ...]]:
+        """The solver of each cluster, by slot."""
+        chosen = {}
+        for key, grams in self.fitted.tensors.items():
+            kind, _, slot = key.partition("/")
+            if kind == "grams":
+                chosen[slot] = tuple(self._best(np.asarray(gram)) for gram in grams)
+        return chosen
+
+    def _best(self, gram: Gram) -> str:
+        errors = {name: self._error(gram, CANDIDATES[name]) for name in self.solvers or CANDIDATES}
+        return min(errors, key=lambda name: errors[name])
+
+    def _error(self, gram: Gram, solver: Predictor) -> float:
+        if self.criterion == "rollout":
+            return self.mean_error(gram, solver.weights)
+        last = len(gram)
+        return sum(
+            forecast_error(gram, t, (t - 1, t - 2, t - 3), solver.weights(t, (t - 1, t - 2, t - 3)))
+            for t in range(3, last)
+        )
+
+    @cached_property
+    def _by_slot(self) -> dict[str, Parts]:
+        parts = {}
+        for slot, solvers in self.chosen.items():
+            labels = self.fitted.tensors[f"clusters/{slot}"].long()
+            predictors = {f"cluster{c}": CANDIDATES[name] for c, name in enumerate(solvers)}
+            parts[slot] = Parts(ChannelClusters(labels, len(solvers)), predictors)
+        return parts
+
+    def parts(self, place: Place) -> Parts:
+        if place.slot in self._by_slot:
+            return self._by_slot[place.slot]
+        return Parts(Whole(), {"whole": Taylor(2)})
+
+    @staticmethod
+    def fit(trace: Trace, clusters: int = 2, seed: int = 0, site: SiteName = "hidden") -> Fit:
+        """Clusters of channels and their Gram matrices.
+
+        Args:
+            trace: uncached runs; one is enough.
+            clusters: how many.
+            seed: of k-means.
+            site: whose slots.
+        """
+        if clusters < 1:
+            raise ConfigError(f"clusters must be at least 1, got {clusters}")
+        tensors, report = {}, {}
+        for slot in trace.slots(site):
+            steps = torch.cat([slots[slot].float() for slots in trace.features.values()])
+            table = descriptors(steps).double().numpy()
+            labels = np.zeros(len(table), dtype=np.int64)
+            if clusters > 1:
+                found = kmeans2(table, clusters, minit="++", seed=seed)[1]
+                labels = np.unique(found, return_inverse=True)[1].astype(np.int64)  # an empty cluster is none
+            grams = [gram_of(steps[..., torch.from_numpy(labels == c)]) for c in range(labels.max() + 1)]
+            tensors[f"clusters/{slot}"] = torch.from_numpy(labels).to(torch.int32)
+            tensors[f"grams/{slot}"] = torch.from_numpy(np.stack(grams))
+            report[slot] = {
+                "channels": np.bincount(labels).tolist(),
+                "one_step_error_per_step": _one_step_errors(grams, np.bincount(labels)),
+            }
+        return Fit(tensors, report)

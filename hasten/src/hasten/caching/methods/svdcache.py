@@ -1,0 +1,177 @@
+"""SVD-Cache: forecast in the subspace that holds the energy, reuse the rest. "SVD-Cache", arXiv:2601.07396.
+
+    F = F V V^T + R,   V = [D, k] leading right singular vectors of a probe run's features, k by their share of energy
+    F^ = forecast(F V) V^T + R(a_0)
+
+The singular values cancel, so a calibration is V alone. Because projection and forecasts are linear, whole features are
+kept and a cached step projects one tensor: `F^ = reuse + (forecast - reuse) V V^T`.
+
+The paper speaks of an exponential moving average with weight 0.9 and of extrapolation. The readings, as `mode`:
+
+* `"velocity"`: a moving average of the slopes between full steps, extrapolated from the newest feature,
+  `F0 + x v`, `v <- beta v + (1 - beta) (F0 - F1) / gap`, corrected for its start;
+* `"taylor"`: the Taylor forecast of order `order`;
+* `"new-heavy"`: a moving average of features that gives the newest a weight of `beta`;
+* `"literal"`: a moving average of features that gives the newest a weight of `1 - beta`, as printed: it lags.
+
+Departures: averages run over the full steps that are kept (`window`), started anew at the oldest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hasten.caching.calibrated import CalibratedMethod
+from hasten.caching.calibration import Fit, Trace
+from hasten.caching.method import SiteName
+from hasten.caching.multistep import Vector
+from hasten.caching.parts import Parts, Place
+from hasten.caching.predictors import Predictor, Reuse, Taylor
+from hasten.caching.projectors import Whole, weighted_sum
+from hasten.errors import CalibrationError, ConfigError, unknown
+from hasten.registry import method
+
+__all__ = ["MovingAverage", "SVDCache", "Subspace"]
+
+Mode = Literal["velocity", "taylor", "new-heavy", "literal"]
+MODES = ("velocity", "taylor", "new-heavy", "literal")
+
+
+class Subspace:
+    """Splits channels into a subspace and its complement.
+
+    Args:
+        basis: `[D, k]` with orthonormal columns.
+    """
+
+    parts: tuple[str, ...] = ("principal", "residual")
+
+    def __init__(self, basis: Tensor) -> None:
+        self._basis = basis
+
+    def combine(self, features: Sequence[Tensor], weights: Mapping[str, Sequence[float]]) -> Tensor:
+        if features[0].shape[-1] != len(self._basis):
+            raise CalibrationError(
+                f"the basis is for features of {len(self._basis)} channels, got {tuple(features[0].shape)}"
+            )
+        if self._basis.device != features[0].device:
+            self._basis = self._basis.to(features[0].device)
+        wide = [feature.float() for feature in features]
+        whole = weighted_sum(wide, weights["residual"])
+        gap = [p - r for p, r in zip(weights["principal"], weights["residual"], strict=True)]
+        change = weighted_sum(wide, gap)
+        return (whole + (change @ self._basis) @ self._basis.T).to(features[0].dtype)
+
+
+@dataclass(frozen=True)
+class MovingAverage:
+    """The forecasts of `mode` that average over full steps."""
+
+    mode: Mode
+    beta: float
+    window: int
+
+    @property
+    def memory(self) -> int:
+        return self.window
+
+    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
+        unit = np.eye(len(anchors))
+        if self.mode == "velocity":
+            if len(anchors) < 2:
+                return [1.0]
+            slopes = [(unit[i] - unit[i + 1]) / (anchors[i] - anchors[i + 1]) for i in range(len(anchors) - 1)]
+            return (unit[0] + (target - anchors[0]) * _average(slopes, 1 - self.beta)).tolist()
+        newest = self.beta if self.mode == "new-heavy" else 1 - self.beta
+        return _average(list(unit), newest).tolist()
+
+
+def _average(values: Sequence[Vector], newest: float) -> Vector:
+    """Exponential moving average of values, newest first, corrected for its start."""
+    shares = np.asarray([newest * (1 - newest) ** i for i in range(len(values))])
+    return np.asarray(sum(share * value for share, value in zip(shares / shares.sum(), values, strict=True)))
+
+
+@method("svdcache", kind="caching", paper="SVD-Cache, arXiv:2601.07396", needs_calibration=True)
+@dataclass(frozen=True, kw_only=True)
+class SVDCache(CalibratedMethod):
+    """Forecast the principal subspace of the channels and reuse the rest (SVD-Cache).
+
+    Args:
+        mode: `"velocity"`, `"taylor"`, `"new-heavy"` or `"literal"`; see the top of the file.
+        beta: weight of the past in the moving average.
+        order: of the Taylor forecast.
+        window: how many full steps are kept for the average.
+    """
+
+    name: ClassVar[str] = "svdcache"
+    sites: ClassVar[tuple[SiteName, ...]] = ("hidden", "module")
+
+    mode: Mode = "velocity"
+    beta: float = 0.5
+    order: int = 2
+    window: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in MODES:
+            raise unknown("mode of SVD-Cache", self.mode, MODES)
+        if not 0 < self.beta < 1:
+            raise ConfigError(f"beta must be between 0 and 1, got {self.beta}")
+        if self.window < 2:
+            raise ConfigError(f"window must be at least 2, got {self.window}")
+
+    def _principal(self) -> Predictor:
+        if self.mode == "taylor":
+            return Taylor(self.order, first=self.first_difference)
+        return MovingAverage(self.mode, self.beta, self.window)
+
+    def parts(self, place: Place) -> Parts:
+        basis = self.fitted.tensors.get(f"basis/{place.slot}")
+        if basis is None:  # a small tensor that was not worth a basis, such as one that a module returns once a run
+            return Parts(Whole(), {"whole": self._principal()})
+        return Parts(Subspace(basis), {"principal": self._principal(), "residual": Reuse()})
+
+    @staticmethod
+    def fit(trace: Trace, energy: float = 0.85, of: str = "features", site: SiteName = "hidden") -> Fit:
+        """A basis for each slot from all steps, tokens and passes.
+
+        Args:
+            trace: uncached runs.
+            energy: share of the energy that the subspace holds.
+            of: `"features"` (the paper) or `"changes"` from step to step, which are what a forecast has to follow.
+            site: whose slots.
+        """
+        if not 0 < energy <= 1:
+            raise ConfigError(f"energy must be in (0, 1], got {energy}")
+        if of not in ("features", "changes"):
+            raise unknown("kind of basis", of, ("features", "changes"))
+        tensors, report = {}, {}
+        for slot in trace.slots(site):
+            rows = []
+            for slots in trace.features.values():
+                steps = slots[slot].float()
+                rows.append((steps.diff(dim=1) if of == "changes" else steps).flatten(0, -2))
+            covariance = torch.zeros(rows[0].shape[-1], rows[0].shape[-1], dtype=torch.float64)
+            for row in rows:
+                covariance += (row.T @ row).double()
+            values, vectors = torch.linalg.eigh(covariance)
+            shares = values.flip(0).clamp_min(0).cumsum(0) / values.clamp_min(0).sum().clamp_min(1e-300)
+            k = int((shares < energy - 1e-12).sum()) + 1
+            tensors[f"basis/{slot}"] = vectors.flip(1)[:, :k].float().contiguous()
+            basis = tensors[f"basis/{slot}"]
+            steps = torch.cat([slots[slot].float() for slots in trace.features.values()]).movedim(1, 0).flatten(1, -2)
+            held = (steps @ basis).square().sum((1, 2)) / steps.square().sum((1, 2)).clamp_min(1e-30)
+            report[slot] = {
+                "k": k,
+                "width": len(values),
+                "energy": float(shares[k - 1]),
+                "energy_per_step": held.tolist(),
+            }
+        return Fit(tensors, report)

@@ -1,0 +1,529 @@
+"""Recording, fitting, saving and refusing calibrations; L2P, HyCa and SVD-Cache."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw, make_pipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hasten
+from hasten.caching import full_steps
+from hasten.caching.calibrated import forecast_error, gram_of
+from hasten.caching.calibration import Calibration, Fingerprint, Trace
+from hasten.caching.methods.hyca import CANDIDATES
+from hasten.caching.methods.l2p import (
+    PUBLISHED,
+    FullHistory,
+    MaskedHistory,
+    closed_rows,
+    gradient_rows,
+)
+from hasten.caching.methods.svdcache import MovingAverage
+from hasten.caching.predictors import Hermite, Reuse, Taylor
+from hasten.caching.schedule import Explicit, Uniform
+from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError, UnknownNameError
+
+STEPS = 12
+FITTED = ("l2p", "hyca", "svdcache", "magcache", "teacache")
+
+
+def call(seed=0, **more):
+    return {
+        "prompt": "red apple",
+        "height": 32,
+        "width": 32,
+        "output_type": "latent",
+        "max_sequence_length": 8,
+        "num_inference_steps": STEPS,
+        "generator": torch.Generator().manual_seed(seed),
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    pipe = make_pipe()
+    return pipe, hasten.record(pipe, [call(0), call(1)])
+
+
+@pytest.fixture(scope="module")
+def calibrations(recorded):
+    _, trace = recorded
+    return {name: hasten.fit(trace, name) for name in FITTED}
+
+
+def accelerated(pipe):
+    registry = getattr(pipe.transformer, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("hasten") is not None
+
+
+def smooth(seed, steps=STEPS, size=200, waves=3):
+    """Features that move along a few sine waves, `[1, T, N]`."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(steps)[:, None]
+    total = sum(
+        rng.normal(size=size) * np.sin(rng.uniform(0.05, 0.4) * t + rng.uniform(0, 6, size=size)) for _ in range(waves)
+    )
+    return torch.from_numpy(total)[None]
+
+
+# --- recording
+
+
+def test_a_trace_holds_every_step_of_every_call(recorded):
+    _, trace = recorded
+    slots = trace.features["cond"]
+    assert {name: tuple(t.shape) for name, t in slots.items()} == {
+        "modulated": (2, STEPS, 64, 32),
+        "entry": (2, STEPS, 64, 32),
+        "hidden": (2, STEPS, 64, 32),
+        "output": (2, STEPS, 64 * 48),
+    }
+    assert trace.fingerprint.steps == STEPS
+    assert trace.fingerprint.scheduler == "FlowMatchEulerDiscreteScheduler"
+    assert not torch.equal(slots["hidden"][0], slots["hidden"][1])
+
+
+def test_recording_leaves_pictures_and_pipeline_as_they_are(recorded):
+    pipe, _ = recorded
+    plain = draw(pipe, STEPS)
+    seen = []
+    trace = hasten.record(pipe, [lambda: seen.append(draw(pipe, STEPS))])
+    assert torch.equal(seen[0], plain)
+    assert torch.equal(draw(pipe, STEPS), plain)
+    assert not accelerated(pipe)
+    assert len(trace.features["cond"]["hidden"]) == 1
+
+
+def test_recorded_features_are_those_of_the_model(recorded):
+    pipe, trace = recorded
+    seen = {"entry": [], "hidden": []}
+    first = pipe.transformer.x_embedder.register_forward_hook(lambda _m, _a, out: seen["entry"].append(out[0].clone()))
+    last = pipe.transformer.norm_out.register_forward_hook(
+        lambda _m, args, _o: seen["hidden"].append(args[0][0].clone())
+    )
+    pipe(**call(1))
+    first.remove()
+    last.remove()
+    for name, tensors in seen.items():
+        assert torch.equal(torch.stack(tensors), trace.features["cond"][name][1])
+
+
+def test_few_tokens_are_sampled_evenly(recorded):
+    pipe, trace = recorded
+    few = hasten.record(pipe, [call(0)], tokens=16)
+    assert torch.equal(few.features["cond"]["hidden"][0], trace.features["cond"]["hidden"][0][:, ::4])
+
+
+def test_every_pass_has_its_own_features(recorded):
+    pipe, _ = recorded
+    trace = hasten.record(pipe, [call(0, true_cfg_scale=3.0, negative_prompt="banana")])
+    assert trace.passes == ("cond", "uncond")
+    assert not torch.equal(trace.features["cond"]["hidden"], trace.features["uncond"]["hidden"])
+
+
+def test_calls_that_differ_and_no_calls_are_refused(recorded):
+    pipe, _ = recorded
+    with pytest.raises(CalibrationError, match="nothing to record"):
+        hasten.record(pipe, [])
+    with pytest.raises(CalibrationError, match="differ in steps"):
+        hasten.record(pipe, [call(0), call(0, num_inference_steps=6)])
+    with pytest.raises(CalibrationError, match="never ran"):
+        hasten.record(pipe, [lambda: None])
+    draw(pipe, 2)
+
+
+def test_a_pipeline_with_two_transformers_is_refused(recorded):
+    pipe, _ = recorded
+
+    class Pair:
+        transformer, transformer_2, scheduler = pipe.transformer, make_pipe(1).transformer, pipe.scheduler
+
+    with pytest.raises(CalibrationError, match="2 transformers"):
+        hasten.record(Pair(), [lambda: None])
+    assert not accelerated(pipe)
+
+
+def test_unknown_methods_and_options_are_refused(recorded):
+    _, trace = recorded
+    with pytest.raises(UnknownNameError, match="Did you mean 'l2p'"):
+        hasten.fit(trace, "lp2")
+    with pytest.raises(UnknownNameError, match="Did you mean 'clusters'"):
+        hasten.fit(trace, "hyca", cluster=3)
+    with pytest.raises(ConfigError, match="nothing to calibrate; the methods that have are"):
+        hasten.fit(trace, "taylorseer")
+    with pytest.raises(CalibrationError, match="nothing of site 'module'"):
+        hasten.fit(trace, "hyca", site="module")
+
+
+# --- files
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_saved_calibration_gives_the_same_picture(recorded, calibrations, name, tmp_path):
+    pipe, _ = recorded
+    path = calibrations[name].save(tmp_path / "deep" / f"{name}.safetensors")
+    loaded = Calibration.load(path)
+    assert loaded.fingerprint == calibrations[name].fingerprint
+    assert loaded.report == json.loads(json.dumps(calibrations[name].report))
+    params = {"threshold": 0.3} if name in ("magcache", "teacache") else {"interval": 3}
+    pictures = []
+    for given_ in (calibrations[name], loaded, path, str(path)):
+        with hasten.accelerate(pipe, name, calibration=given_, **params) as run:
+            pictures.append(draw(pipe, STEPS))
+            assert run.summary().cached > 0
+    assert all(torch.equal(pictures[0], picture) for picture in pictures)
+    assert not list(path.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100, -1])
+def test_a_broken_file_is_named(calibrations, tmp_path, cut):
+    path = calibrations["l2p"].save(tmp_path / "l2p.safetensors")
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CalibrationError, match=r"l2p\.safetensors.*hasten calibrate"):
+        hasten.L2P(calibration=path)
+
+
+def test_other_files_are_no_calibrations(calibrations, tmp_path):
+    from safetensors.torch import save_file
+
+    missing = tmp_path / "none.safetensors"
+    with pytest.raises(CalibrationError, match="no such file"):
+        Calibration.load(missing)
+    other = tmp_path / "weights.safetensors"
+    save_file({"w": torch.ones(2)}, other)
+    with pytest.raises(CalibrationError, match=r"weights\.safetensors: not a calibration"):
+        Calibration.load(other)
+    save_file({"w": torch.ones(2)}, other, metadata={"hasten": json.dumps({"format": 1, "method": "l2p"})})
+    with pytest.raises(CalibrationError, match="header is incomplete"):
+        Calibration.load(other)
+    with pytest.raises(CalibrationError, match="of 'hyca', not of 'l2p'"):
+        hasten.L2P(calibration=calibrations["hyca"])
+    with pytest.raises(CalibrationError, match="has to be fitted"):
+        hasten.accelerate(make_pipe(), "l2p")
+
+
+# --- mismatches
+
+
+def refused(pipe, calibration, says, run=None, **params):
+    before = set(pipe.transformer.__dict__)
+    with (
+        pytest.raises(CalibrationError, match=says),
+        hasten.accelerate(pipe, calibration.method, calibration=calibration, **params),
+    ):
+        (run or (lambda: draw(pipe, STEPS)))()
+    assert set(pipe.transformer.__dict__) == before
+    draw(pipe, 2)
+
+
+def test_another_model_is_refused(calibrations):
+    other = make_pipe(5)
+    refused(other, calibrations["l2p"], "other weights of the same architecture")
+    with pytest.warns(HastenWarning, match="other weights"):
+        hasten.accelerate(other, "hyca", calibration=calibrations["hyca"]).remove()
+    wide = hasten.zoo.load("emoji-flux").pipe if hasattr(hasten, "zoo") else None
+    if wide is not None:
+        refused(wide, calibrations["hyca"], "another configuration")
+
+
+def test_another_sampling_is_refused_with_the_difference(calibrations):
+    pipe, l2p = make_pipe(), calibrations["l2p"]
+    refused(pipe, l2p, "calibrated for 12 steps, this run has 10", lambda: draw(pipe, 10))
+    refused(pipe, l2p, "another resolution, shift or scheduler", lambda: draw(pipe, STEPS, height=64, width=64))
+    refused(pipe, l2p, "calibrated with guidance 3.5, this run has 2", lambda: draw(pipe, STEPS, guidance_scale=2.0))
+    refused(
+        pipe,
+        l2p,
+        "passes cond, this run has cond, uncond",
+        lambda: draw(pipe, STEPS, true_cfg_scale=3.0, negative_prompt="banana"),
+    )
+
+
+def test_not_strict_is_a_warning(calibrations):
+    pipe = make_pipe()
+    with hasten.accelerate(pipe, "l2p", calibration=calibrations["l2p"], strict=False, interval=3):
+        with pytest.warns(HastenWarning, match="this run has 20"):
+            assert torch.isfinite(draw(pipe, 20)).all()
+        with pytest.warns(HastenWarning, match="uncond"):
+            draw(pipe, STEPS, true_cfg_scale=3.0, negative_prompt="banana")
+
+
+def test_another_site_is_refused(calibrations):
+    refused(make_pipe(), calibrations["l2p"], "calibrated at site 'output', used at 'hidden'", site="hidden")
+
+
+def test_methods_that_do_not_depend_on_the_sampler_go_anywhere(calibrations):
+    pipe = make_pipe()
+    for name in ("hyca", "svdcache"):
+        with hasten.accelerate(pipe, name, calibration=calibrations[name], interval=3) as run:
+            draw(pipe, 8, height=64, width=64)
+            assert run.summary().cached > 0
+
+
+# --- l2p
+
+
+def test_gram_gives_the_error_of_any_forecast():
+    features = smooth(0)
+    gram = gram_of(features)
+    weights = [1.3, -0.5, 0.1]
+    forecast = sum(w * features[0, s] for w, s in zip(weights, (7, 4, 1), strict=True))
+    assert forecast_error(gram, 9, (7, 4, 1), weights) == pytest.approx(
+        float((forecast - features[0, 9]).square().mean()), rel=1e-4
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 5), st.floats(0.01, 2.0))
+def test_the_closed_form_is_never_worse_than_a_fixed_predictor(seed, interval, noise):
+    """On the data that it was fitted to, at every cached step of a schedule."""
+    features = smooth(seed) + noise * torch.randn(1, STEPS, 200, generator=torch.Generator().manual_seed(seed))
+    gram = gram_of(features)
+    fulls = full_steps(Uniform(interval, 2), STEPS)
+    learned = MaskedHistory(gram, ridge=0.0)
+    fixed = [Reuse(), Taylor(1), Taylor(2), Hermite(2, sigma=0.5), *CANDIDATES.values()]
+    for step in set(range(STEPS)) - set(fulls):
+        anchors = [full for full in reversed(fulls) if full < step]
+        best = min(forecast_error(gram, step, anchors, p.weights(step, anchors)) for p in fixed)
+        own = forecast_error(gram, step, anchors, learned.weights(step, anchors))
+        assert own <= best * (1 + 1e-6) + 1e-9
+
+
+def test_a_large_ridge_is_reuse():
+    learned = MaskedHistory(gram_of(smooth(1)), ridge=1e6)
+    assert np.allclose(learned.weights(9, (7, 4, 1)), [1, 0, 0], atol=1e-4)
+
+
+def test_steps_beyond_the_calibrated_ones_are_reused():
+    gram = gram_of(smooth(1))
+    assert MaskedHistory(gram, 0.0).weights(STEPS + 3, (7, 4)) == [1.0, 0.0]
+    assert FullHistory(closed_rows(gram, 1e-3)).weights(STEPS + 3, (7, 4)) == [1.0, 0.0]
+
+
+def test_full_history_is_the_recursion_on_forecasts():
+    """As published: the forecast of a cached step goes into the history of the later ones."""
+    features = smooth(3)[0]
+    rows = closed_rows(gram_of(features[None]), 1e-3)
+    fulls = [0, 1, 2, 5, 9]
+    history = []
+    for step in range(STEPS):
+        known = step in fulls
+        history.append(features[step] if known else sum(rows[step, j] * history[j] for j in range(step)))
+    learned = FullHistory(rows)
+    for step in range(STEPS):
+        if step not in fulls:
+            anchors = [full for full in reversed(fulls) if full < step]
+            ours = sum(w * features[a] for w, a in zip(learned.weights(step, anchors), anchors, strict=True))
+            assert torch.allclose(ours, history[step], atol=1e-6)
+
+
+def test_training_starts_at_reuse_and_approaches_the_closed_form():
+    gram = gram_of(smooth(4))
+
+    def loss(rows):
+        return sum(forecast_error(gram, t, list(range(t)), rows[t, :t]) for t in range(1, STEPS))
+
+    start, early, late = (gradient_rows(gram, epochs) for epochs in (0, 20, 201))
+    assert np.allclose(start[1:], np.eye(STEPS)[:-1])
+    assert loss(start) > loss(early) > loss(late) >= loss(closed_rows(gram, 0.0)) - 1e-9
+
+
+def test_training_agrees_with_torch():
+    gram = gram_of(smooth(5))
+    unit = torch.from_numpy(gram / np.mean(np.diag(gram)))
+    size = STEPS - 1
+    lower = torch.ones(size, size, dtype=torch.float64).tril()
+    weights = torch.eye(size, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.Adam([weights], lr=0.01)
+    for _ in range(30):
+        optimiser.zero_grad()
+        rows = weights * lower
+        (((rows @ unit[:size, :size]) * rows).sum() - 2 * (rows * unit[1:, :size]).sum()).backward()
+        optimiser.step()
+    assert np.allclose((weights * lower).detach().numpy(), gradient_rows(gram, 30)[1:, :size], atol=1e-6)
+
+
+def test_published_lists(calibrations):
+    assert {count: len(steps) for count, steps in PUBLISHED.items()} == {count: count for count in PUBLISHED}
+    long = replace(calibrations["l2p"].fingerprint, timesteps=tuple(range(50)))
+    calibration = Calibration("l2p", {"gram/cond": torch.eye(50, dtype=torch.float64)}, long)
+    for count, steps in PUBLISHED.items():
+        method = hasten.L2P(calibration=calibration, published=True).with_full_steps(count, 50)
+        assert method.plan() == Explicit(steps)
+    with pytest.raises(ScheduleError, match="50 steps"):
+        hasten.L2P(calibration=calibrations["l2p"], published=True)
+
+
+@pytest.mark.parametrize(
+    ("params", "error"),
+    [
+        ({"history": "ful"}, UnknownNameError),
+        ({"fit_by": "closd"}, UnknownNameError),
+        ({"fit_by": "gradient"}, ConfigError),
+        ({"ridge": -1.0}, ConfigError),
+        ({"window": 0}, ConfigError),
+        ({"history": "full", "window": 3}, ConfigError),
+    ],
+)
+def test_bad_parameters_of_l2p_are_refused(calibrations, params, error):
+    with pytest.raises(error):
+        hasten.L2P(calibration=calibrations["l2p"], **params)
+
+
+# --- hyca
+
+
+def hyca_of(features, labels, **params):
+    grams = torch.from_numpy(np.stack([gram_of(features[..., labels == c]) for c in range(int(labels.max()) + 1)]))
+    fingerprint = Fingerprint("M", "", "", "", tuple(range(features.shape[1])), ("cond",), None, "hidden")
+    tensors = {"clusters/hidden": labels.to(torch.int32), "grams/hidden": grams}
+    return hasten.HyCa(calibration=Calibration("hyca", tensors, fingerprint), **params)
+
+
+def test_each_cluster_gets_the_solver_that_suits_it():
+    """Straight lines want a line, noise around a level wants to be held."""
+    t = torch.arange(30.0)[None, :, None, None]
+    lines = t * torch.randn(1, 1, 50, 3, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 30, 50, 3, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    for criterion in ("rollout", "one-step"):
+        method = hyca_of(torch.cat([lines, noise], -1), labels, criterion=criterion, interval=4)
+        straight, held = method.chosen["hidden"]
+        assert straight not in ("hold", "hermite", "bdf2-damped")
+        assert held in ("hold", "bdf2-damped", "hermite")
+
+
+def test_the_chosen_mixture_is_no_worse_than_any_single_solver(recorded):
+    _, trace = recorded
+    calibration = hasten.fit(trace, "hyca", clusters=3)
+    mixed = hasten.HyCa(calibration=calibration, interval=4)
+    grams = [np.asarray(gram) for gram in calibration.tensors["grams/hidden"]]
+    sizes = calibration.report["hidden"]["channels"]
+
+    def error(names):
+        return sum(
+            size * mixed.mean_error(gram, CANDIDATES[name].weights)
+            for gram, name, size in zip(grams, names, sizes, strict=True)
+        )
+
+    own = error(mixed.chosen["hidden"])
+    assert all(own <= error([name] * len(grams)) + 1e-9 for name in CANDIDATES)
+
+
+def test_clusters_are_found_again():
+    t = torch.linspace(0, 1, 24)[None, :, None, None]
+    smooth_part = t * torch.randn(1, 1, 40, 5, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 24, 40, 3, generator=torch.Generator().manual_seed(1))
+    fingerprint = Fingerprint("M", "", "", "", tuple(range(24)), ("cond",), None, "hidden")
+    trace = Trace({"cond": {"hidden": torch.cat([smooth_part, noise], -1)}}, fingerprint)
+    labels = hasten.fit(trace, "hyca", clusters=2).tensors["clusters/hidden"].tolist()
+    assert len(set(labels[:5])) == len(set(labels[5:])) == 1
+    assert labels[0] != labels[5]
+
+
+def test_one_solver_for_all_is_that_method(recorded, calibrations):
+    pipe, _ = recorded
+    with hasten.accelerate(pipe, "hyca", calibration=calibrations["hyca"], solvers=("taylor1",), interval=3):
+        mixed = draw(pipe, STEPS)
+    with hasten.accelerate(pipe, "taylorseer", interval=3, warmup=3):
+        pass
+    from hasten.caching.methods.taylorseer import TaylorSeer
+
+    class Line(TaylorSeer):
+        def predictors(self):
+            return {"whole": Taylor(1)}
+
+    with hasten.accelerate(pipe, Line(interval=3)):
+        assert torch.allclose(draw(pipe, STEPS), mixed, atol=1e-4)
+
+
+# --- svd-cache
+
+
+def test_the_whole_space_is_the_forecast_and_an_empty_one_is_reuse(recorded):
+    pipe, trace = recorded
+    whole = hasten.fit(trace, "svdcache", energy=1.0)
+    assert whole.report["hidden"]["k"] == 32
+    with hasten.accelerate(pipe, "svdcache", calibration=whole, mode="taylor", interval=3):
+        principal = draw(pipe, STEPS)
+    with hasten.accelerate(pipe, "taylorseer", order=2, interval=3):
+        assert torch.allclose(draw(pipe, STEPS), principal, atol=1e-4)
+    nothing = replace(whole, tensors={"basis/hidden": torch.zeros(32, 0)})
+    with hasten.accelerate(pipe, "svdcache", calibration=nothing, mode="taylor", interval=3):
+        rest = draw(pipe, STEPS)
+    with hasten.accelerate(pipe, "reuse", interval=3):
+        assert torch.allclose(draw(pipe, STEPS), rest, atol=1e-4)
+
+
+@pytest.mark.parametrize("of", ["features", "changes"])
+def test_more_energy_takes_more_directions(recorded, of):
+    _, trace = recorded
+    sizes = [hasten.fit(trace, "svdcache", energy=e, of=of).report["hidden"]["k"] for e in (0.5, 0.85, 0.99)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+    basis = hasten.fit(trace, "svdcache", energy=0.85, of=of).tensors["basis/hidden"]
+    assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-5)
+
+
+def test_the_basis_holds_the_energy_that_was_asked_for(recorded):
+    _, trace = recorded
+    basis = hasten.fit(trace, "svdcache", energy=0.9).tensors["basis/hidden"]
+    features = trace.features["cond"]["hidden"].flatten(0, 2)
+    assert 0.9 <= float((features @ basis).square().sum() / features.square().sum()) < 1
+
+
+def test_moving_averages_by_hand():
+    velocity = MovingAverage("velocity", beta=0.5, window=4)
+    # slopes 2 (gap 5) and 1 (gap 2), newest first, shares 2/3 and 1/3
+    values = {10: 20.0, 5: 10.0, 3: 8.0}
+    weights = velocity.weights(13, (10, 5, 3))
+    assert sum(w * v for w, v in zip(weights, values.values(), strict=True)) == pytest.approx(20 + 3 * (2 * 2 + 1) / 3)
+    assert velocity.weights(13, (10,)) == [1.0]
+    assert MovingAverage("new-heavy", 0.9, 3).weights(9, (8, 4, 2)) == pytest.approx(
+        np.array([0.9, 0.09, 0.009]) / 0.999
+    )
+    assert MovingAverage("literal", 0.9, 3).weights(9, (8, 4, 2)) == pytest.approx(np.array([0.1, 0.09, 0.081]) / 0.271)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "says"),
+    [
+        ("svdcache", {"energy": 0.0}, ConfigError, "energy must be in"),
+        ("svdcache", {"of": "change"}, UnknownNameError, "Did you mean 'changes'"),
+        ("hyca", {"clusters": 0}, ConfigError, "clusters must be at least 1"),
+        ("teacache", {"degree": 0}, ConfigError, "degree must be at least 1"),
+    ],
+)
+def test_bad_fit_options_are_refused(recorded, name, options, error, says):
+    with pytest.raises(error, match=says):
+        hasten.fit(recorded[1], name, **options)
+
+
+@pytest.mark.parametrize("params", [{"mode": "velocty"}, {"beta": 1.0}, {"window": 1}])
+def test_bad_parameters_of_svdcache_are_refused(calibrations, params):
+    with pytest.raises((ConfigError, UnknownNameError)):
+        hasten.SVDCache(calibration=calibrations["svdcache"], **params)
+
+
+# --- at the module site
+
+
+@pytest.mark.parametrize("name", ["hyca", "svdcache"])
+def test_calibrated_methods_at_the_module_site(name):
+    pipe = make_pipe()
+    plain = draw(pipe, STEPS)
+    calibration = hasten.calibrate(pipe, name, [call(0)], site="module", tokens=32)
+    slots = {key.split("/", 1)[1] for key in calibration.tensors}
+    assert (
+        len(slots) == 2 * 4 + 4
+    )  # attention for two streams and two networks a double block, one output a single block
+    with hasten.accelerate(pipe, name, calibration=calibration, site="module", interval=3) as run:
+        fast = draw(pipe, STEPS)
+        assert run.summary().cached == 6
+    assert 0 < (fast - plain).norm() / plain.norm() < 0.2
+    assert torch.equal(draw(pipe, STEPS), plain)

@@ -1,0 +1,275 @@
+"""Gates and the methods that have one: FBCache, TeaCache, MagCache, EasyCache, SpeCa."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from conftest import draw
+
+import hasten
+from hasten.caching.calibration import Calibration, Fingerprint
+from hasten.caching.gates import ThresholdGate, relative_change
+from hasten.caching.methods.magcache import MagnitudeGate
+from hasten.caching.methods.teacache import AccumulatingGate
+from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError, UnknownNameError
+
+FINGERPRINT = Fingerprint("FluxTransformer2DModel", "", "", "", tuple(range(10)), ("cond",), None, "hidden")
+
+
+def same(sums):
+    return sums
+
+
+def ratios(*values):
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return Calibration("magcache", {"ratios": tensor}, FINGERPRINT)
+
+
+def follow(gate, seen, total=None):
+    """Decisions of a gate that is shown `seen`, one a step."""
+    gate.begin(total)
+    last, decisions = None, []
+    for step, tensor in enumerate(seen):
+        decision = gate.decide(step, last, tensor)
+        if decision.full:
+            last = step
+            gate.computed(step, tensor)
+        decisions.append(decision)
+    return decisions
+
+
+def fulls(decisions):
+    return [step for step, decision in enumerate(decisions) if decision.full]
+
+
+# --- what is measured
+
+
+def test_relative_change_is_the_ratio_of_mean_magnitudes():
+    old, new = torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, -2.0]])
+    assert relative_change(new, old, same) == pytest.approx(0.5)
+
+
+def test_the_neediest_picture_decides_where_asked():
+    old = torch.ones(2, 4)
+    new = old + torch.tensor([[0.0], [0.8]])
+    assert relative_change(new, old, same) == pytest.approx(0.4)
+    assert relative_change(new, old, same, per_sample=True) == pytest.approx(0.8)
+
+
+def test_a_reduction_makes_shards_agree():
+    """Two devices with half of the tokens each add up sums, not ratios."""
+    old, new = torch.rand(1, 8, 3), torch.rand(1, 8, 3)
+    sums = []
+    for half in (slice(0, 4), slice(4, 8)):
+        relative_change(new[:, half], old[:, half], lambda s: sums.append(s) or s)
+    whole = relative_change(new, old, same)
+    assert relative_change(new[:, :4], old[:, :4], lambda s: sums[0] + sums[1]) == pytest.approx(whole, rel=1e-5)
+
+
+# --- rules
+
+
+class Given(ThresholdGate):
+    """A gate that measures what it is told."""
+
+    def __init__(self, values, **params):
+        super().__init__(**{"threshold": 0.1, "interval": 100, "warmup": 1, "last": False, **params})
+        self.values = values
+
+    def measure(self, step, seen):
+        return self.values[step]
+
+
+def test_warmup_threshold_interval_and_last_step():
+    values = [0.0] * 4 + [0.2] + [0.0] * 15
+    gate = Given(values, warmup=2, interval=6, last=True)
+    decisions = follow(gate, [None] * 20, total=20)
+    assert fulls(decisions) == [0, 1, 4, 10, 16, 19]
+    assert [d.reason for d in decisions if d.full] == ["warm-up", "warm-up", "above threshold", "interval",
+                                                       "interval", "last step"]  # fmt: skip
+    assert decisions[4].indicator == 0.2
+    assert decisions[5].indicator == 0.0
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(ScheduleError, match="longer than the run of 3"):
+        Given([], warmup=5).begin(3)
+
+
+def test_teacache_adds_up_changes_and_a_full_step_starts_anew():
+    config = hasten.TeaCache(threshold=0.25, schedule="uniform")
+    steps = [torch.full((1, 4), 1.1**i) for i in range(8)]  # every change is 0.1 of what was before
+    decisions = follow(AccumulatingGate(config, (1.0, 0.0)), steps)
+    assert fulls(decisions) == [0, 3, 6]
+    assert [round(d.indicator, 6) for d in decisions if d.indicator is not None] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.1], abs=1e-5
+    )
+
+
+def test_teacache_polynomial_is_applied_to_each_change():
+    config = hasten.TeaCache(threshold=0.25)
+    steps = [torch.full((1, 4), 1.1**i) for i in range(3)]
+    (_, one, two) = follow(AccumulatingGate(config, (2.0, 0.0, 0.01)), steps)
+    assert one.indicator == pytest.approx(2 * 0.1**2 + 0.01, rel=1e-4)
+    assert two.indicator == pytest.approx(2 * one.indicator, rel=1e-4)
+
+
+def test_magcache_follows_its_curve():
+    config = hasten.MagCache(threshold=0.25, interval=50, retention=0.0, calibration=ratios(*[1.0] + [0.9] * 9))
+    decisions = follow(MagnitudeGate(config, [1.0] + [0.9] * 9), [None] * 10, total=10)
+    # after a full step: |1 - .9| = .1, then |1 - .81| more = .29 > .25
+    assert fulls(decisions) == [0, 2, 4, 6, 8]
+
+
+def test_magcache_curve_stretches_to_other_numbers_of_steps():
+    gate = MagnitudeGate(hasten.MagCache(threshold=9.0, retention=0.0, calibration=ratios(1.0, 0.5)), [1.0, 0.5])
+    decisions = follow(gate, [None] * 10, total=10)
+    assert [d.indicator is not None and d.indicator > 0.1 for d in decisions[1:4]] == [False] * 3
+    assert decisions[6].indicator is not None or decisions[6].full
+
+
+def test_magcache_computes_the_first_part_of_a_run():
+    config = hasten.MagCache(threshold=9.0, interval=50, retention=0.3, calibration=ratios(*[1.0] * 10))
+    assert fulls(follow(MagnitudeGate(config, [1.0] * 10), [None] * 20, total=20)) == list(range(6))
+
+
+# --- on a pipeline
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("fbcache", 0.1, 0.6), ("teacache", 0.02, 0.5), ("easycache", 0.05, 1.0), ("speca", 0.01, 0.5)],
+)
+def test_a_larger_threshold_skips_more(pipe, name, low, high):
+    plain = draw(pipe)
+    counts, errors = [], []
+    for threshold in (low, high):
+        with hasten.accelerate(pipe, name, threshold=threshold) as run:
+            fast = draw(pipe)
+            assert torch.equal(draw(pipe), fast)  # a gate starts every run anew
+            counts.append(run.summary().full)
+            errors.append(float((fast - plain).norm() / plain.norm()))
+            assert any(record.indicator is not None for record in run.records)
+    assert counts[1] < counts[0] <= 12
+    assert 0 <= errors[0] < errors[1] < 0.5
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_a_gate_that_never_fires_says_which_threshold_would(pipe):
+    with hasten.accelerate(pipe, "fbcache", threshold=1e-6) as run, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        draw(pipe)
+        draw(pipe)
+    (message,) = [str(w.message) for w in caught if issubclass(w.category, HastenWarning)]
+    smallest = min(r.indicator for r in run.records if r.indicator is not None)
+    assert f"{smallest:.3g}" in message
+    assert "larger threshold" in message
+
+
+@pytest.mark.parametrize("name", ["fbcache", "teacache", "easycache", "speca"])
+def test_all_passes_of_a_step_share_one_decision(pipe, name):
+    with hasten.accelerate(pipe, name, threshold=0.3) as run:
+        draw(pipe, true_cfg_scale=3.0, negative_prompt="banana")
+    by_pass = {n: [r.full for r in run.records if r.pass_name == n] for n in ("cond", "uncond")}
+    assert by_pass["cond"] == by_pass["uncond"]
+    assert not all(by_pass["cond"])
+
+
+def test_front_blocks_run_at_every_step_and_the_others_do_not(pipe):
+    model = pipe.transformer
+    calls = {"front": 0, "double": 0, "single": 0}
+
+    def count(name):
+        return lambda *_: calls.__setitem__(name, calls[name] + 1)
+
+    model.transformer_blocks[0].attn.register_forward_hook(count("front"))
+    model.transformer_blocks[1].attn.register_forward_hook(count("double"))
+    model.single_transformer_blocks[3].attn.register_forward_hook(count("single"))
+    with hasten.accelerate(pipe, "fbcache", threshold=0.5) as run:
+        draw(pipe)
+        full = run.summary().full
+    assert calls == {"front": 12, "double": full, "single": full}
+    assert full < 12
+
+
+def test_looking_at_the_modulated_input_runs_no_attention(pipe):
+    calls = []
+    pipe.transformer.transformer_blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
+    with hasten.accelerate(pipe, "teacache", threshold=0.3) as run:
+        draw(pipe)
+        assert len(calls) == run.summary().full < 12
+
+
+def test_speca_runs_one_block_to_check_a_draft(pipe):
+    model, calls = pipe.transformer, []
+    model.single_transformer_blocks[3].attn.register_forward_hook(lambda *_: calls.append("last"))
+    model.single_transformer_blocks[2].attn.register_forward_hook(lambda *_: calls.append("other"))
+    with hasten.accelerate(pipe, "speca", threshold=0.05) as run:
+        draw(pipe)
+        assert calls.count("last") == 12
+        assert calls.count("other") == run.summary().full < 12
+
+
+def test_easycache_runs_nothing_of_the_model_on_a_skipped_step(pipe):
+    calls = []
+    pipe.transformer.x_embedder.register_forward_hook(lambda *_: calls.append(1))
+    with hasten.accelerate(pipe, "easycache", threshold=1.0) as run:
+        draw(pipe)
+        assert len(calls) == run.summary().full < 12
+
+
+def test_a_skip_adds_the_remembered_change_to_what_enters(pipe):
+    """With everything reused, the hidden tokens of a skipped step are entry + change of the last full step."""
+    seen = []
+    pipe.transformer.norm_out.register_forward_hook(lambda _m, args, _o: seen.append(args[0].clone()))
+    entries = []
+    pipe.transformer.x_embedder.register_forward_hook(lambda _m, _a, output: entries.append(output.clone()))
+    with hasten.accelerate(pipe, "teacache", threshold=100.0, schedule="uniform") as run:
+        draw(pipe, 6)
+    assert run.summary().full == 1
+    change = seen[0] - entries[0]
+    for entry, hidden in zip(entries[1:], seen[1:], strict=True):
+        assert torch.allclose(hidden, entry + change, atol=1e-5)
+
+
+def test_a_forecast_of_the_change_is_not_its_reuse(pipe):
+    with hasten.accelerate(pipe, "fbcache", threshold=0.5):
+        reused = draw(pipe)
+    with hasten.accelerate(pipe, "fbcache", threshold=0.5, order=1):
+        assert not torch.equal(draw(pipe), reused)
+
+
+def test_the_gates_own_tensors_are_counted(pipe):
+    with hasten.accelerate(pipe, "fbcache", threshold=0.5) as run:
+        draw(pipe)
+        assert run.summary().cache_bytes == 2 * 64 * 32 * 4  # the change of the blocks, and the front's reference
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "error", "says"),
+    [
+        ("fbcache", {"threshold": -1}, ConfigError, "threshold must not be negative"),
+        ("fbcache", {"front": 0}, ConfigError, "front must be at least 1"),
+        ("fbcache", {"front": 9}, ConfigError, "front must be less than the 2 blocks"),
+        ("fbcache", {"steps": (0, 3)}, ConfigError, "not by a list of steps"),
+        ("fbcache", {"site": "module"}, UnknownNameError, "site of FBCache"),
+        ("teacache", {"coefficients": "fulx"}, UnknownNameError, "Did you mean 'flux'"),
+        ("easycache", {"site": "hidden"}, UnknownNameError, "site of EasyCache"),
+        ("speca", {"decay": 0.0}, ConfigError, "decay"),
+        ("magcache", {}, CalibrationError, "hasten calibrate"),
+        ("magcache", {"calibration": ratios(1.0), "retention": 1.5}, ConfigError, "retention"),
+    ],
+)
+def test_bad_input_is_refused(pipe, name, params, error, says):
+    with pytest.raises(error, match=says), hasten.accelerate(pipe, name, **params):
+        draw(pipe, 4)
+    draw(pipe, 2)  # and the pipeline still works
+
+
+def test_thresholds_decide_and_numbers_of_steps_do_not():
+    with pytest.raises(ConfigError, match="threshold"):
+        hasten.FBCache().with_full_steps(9, 50)
+    assert hasten.FBCache.adaptive
+    assert math.isclose(hasten.FBCache().threshold, 0.05)

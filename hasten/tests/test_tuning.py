@@ -1,0 +1,113 @@
+"""The search of full steps, alone and on a pipeline."""
+
+import pytest
+import torch
+from conftest import draw, make_pipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hasten
+from hasten.caching.schedule import Explicit, full_steps, spread
+from hasten.errors import CalibrationError, ConfigError, ScheduleError
+from hasten.search import search_steps
+
+
+def distance(goal):
+    return lambda steps: float(sum(abs(a - b) for a, b in zip(steps, goal, strict=True)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sets(st.integers(1, 29), min_size=3, max_size=6), st.integers(0, 100))
+def test_a_smooth_loss_is_followed_to_its_minimum(goal, seed):
+    goal = (0, *sorted(goal))
+    found = search_steps(spread(len(goal), 30), 30, distance(goal), trials=2000, seed=seed)
+    assert found.steps == goal
+    assert found.settled
+    assert found.loss == 0 <= found.start_loss
+
+
+def test_no_list_is_looked_at_twice_and_all_of_them_are_valid():
+    seen = []
+
+    def loss(steps):
+        seen.append(steps)
+        return float(sum(steps) % 7)
+
+    found = search_steps((0, 5, 11), 12, loss, trials=40)
+    assert len(seen) == len(set(seen)) == found.trials <= 40
+    assert all(s[0] == 0 and s[-1] < 12 and list(s) == sorted(set(s)) for s in seen)
+
+
+def test_trials_run_out():
+    found = search_steps((0, 3, 6, 9), 50, distance((0, 20, 30, 40)), trials=5)
+    assert found.trials == 5
+    assert not found.settled
+    assert found.loss < found.start_loss
+
+
+@pytest.mark.parametrize("start", [(), (1, 2), (0, 5, 5), (0, 30)])
+def test_bad_starts_are_refused(start):
+    with pytest.raises(ConfigError, match="increasing steps"):
+        search_steps(start, 30, lambda steps: 0.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 40), st.integers(0, 40), st.floats(0.3, 3.0))
+def test_a_spread_has_the_asked_for_steps_and_both_ends(count, more, power):
+    total = count + more
+    steps = spread(count, total, power)
+    assert len(set(steps)) == len(steps) == count
+    assert list(steps) == sorted(steps)
+    assert (steps[0], steps[-1]) == (0, total - 1)
+
+
+def call(*seeds):
+    return {
+        "prompt": ["red apple"] * len(seeds),
+        "height": 32,
+        "width": 32,
+        "max_sequence_length": 8,
+        "num_inference_steps": 12,
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+    }
+
+
+def test_tuned_steps_are_better_than_the_spread_they_start_from(tmp_path):
+    pipe = make_pipe()
+    plain = draw(pipe, 12)
+    seen = []
+    tuned = hasten.tune_steps(pipe, "taylorseer", [call(0, 1)], [4, 5], trials=25, progress=lambda *a: seen.append(a))
+    assert torch.equal(draw(pipe, 12), plain)
+    assert {count for count, *_ in seen} == {4, 5}
+    for count in (4, 5):
+        figures = tuned.report[str(count)]
+        assert figures["relative_squared_error"] < figures["at_the_start"]
+        assert len(figures["steps"]) == count
+        # what is reported is what a run with these steps gives
+        with hasten.accelerate(pipe, "taylorseer", steps=figures["steps"], warmup=1):
+            fast = draw(pipe, 12, prompt=["red apple"] * 2, generator=call(0, 1)["generator"])
+        exact = draw(pipe, 12, prompt=["red apple"] * 2, generator=call(0, 1)["generator"])
+        error = float((fast - exact).square().mean() / exact.square().mean())
+        assert error == pytest.approx(figures["relative_squared_error"], rel=1e-3)
+    path = tuned.save(tmp_path / "steps.safetensors")
+    with hasten.accelerate(pipe, "foca", tuned=path, interval=3, warmup=2) as run:
+        draw(pipe, 12)
+        assert [r.step for r in run.records if r.full] == tuned.report["5"]["steps"]
+        with pytest.raises(CalibrationError, match="calibrated for 12 steps, this run has 8"):
+            draw(pipe, 8)
+    assert hasten.FoCa(tuned=tuned, interval=3, warmup=1).plan() == Explicit(tuple(tuned.report["4"]["steps"]))
+    assert len(full_steps(hasten.FoCa(tuned=tuned).with_full_steps(5, 12).plan(), 12)) == 5
+    with pytest.raises(ScheduleError, match="lists were tuned for 4, 5"):
+        hasten.FoCa(tuned=tuned, interval=12, warmup=1)
+
+
+def test_calls_that_cannot_be_repeated_and_bad_numbers_are_refused():
+    pipe = make_pipe()
+    unseeded = {k: v for k, v in call(0).items() if k != "generator"}
+    with pytest.raises(CalibrationError, match="generator or latents"):
+        hasten.tune_steps(pipe, "taylorseer", [unseeded], [4])
+    with pytest.raises(CalibrationError, match="nothing to tune on"):
+        hasten.tune_steps(pipe, "taylorseer", [], [4])
+    with pytest.raises(ConfigError, match="fewer than the 12 of the run, got 12"):
+        hasten.tune_steps(pipe, "taylorseer", [call(0)], [12], trials=2)
+    draw(pipe, 2)
