@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from hasten import registry
-from hasten.caching.engine import CachingEngine
+from hasten.caching.engine import WHOLE, CachingEngine
 from hasten.caching.method import CachingMethod
-from hasten.errors import ConfigError, TargetError, unknown
+from hasten.errors import ConfigError, HastenWarning, TargetError, unknown
 from hasten.steps import StepRecord, StepTracker
 
 __all__ = ["Acceleration", "Summary", "accelerate"]
@@ -226,6 +228,14 @@ def accelerate(target: Any, *methods: Any, **params: Any) -> Acceleration:
     def begin_index() -> int | None:
         return getattr(getattr(target, "scheduler", None), "begin_index", None)
 
+    def share(name: str, timesteps: Tensor) -> Tensor:
+        """The timesteps of one of two experts, which take over from each other at a boundary (Wan 2.2)."""
+        ratio = getattr(getattr(target, "config", None), "boundary_ratio", None)
+        if ratio is None or None in (getattr(target, expert, None) for expert in TRANSFORMERS):
+            return timesteps
+        first = timesteps >= ratio * target.scheduler.config.num_train_timesteps
+        return timesteps[first if name == "transformer" else ~first]
+
     def guidance() -> float | None:
         scale = getattr(target, "_guidance_scale", None)
         return float(scale) if isinstance(scale, (int, float)) else None
@@ -234,7 +244,10 @@ def accelerate(target: Any, *methods: Any, **params: Any) -> Acceleration:
     engines: dict[str, CachingEngine] = {}
     try:
         for name, module in _transformers(target).items():
-            tracker = StepTracker() if bare else StepTracker(timesteps, begin_index)
+            if hasattr(module, "_orig_mod"):
+                warnings.warn(WHOLE, HastenWarning, stacklevel=2)
+                module = module.get_submodule("_orig_mod")
+            tracker = StepTracker() if bare else StepTracker(timesteps, begin_index, partial(share, name))
             engines[name] = CachingEngine(module, method, tracker, guidance)
     except BaseException:
         for engine in engines.values():

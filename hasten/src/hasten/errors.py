@@ -44,6 +44,10 @@ class AlreadyAcceleratedError(HastenError, ValueError):
     """The transformer is accelerated already, by hasten or by another cache."""
 
 
+class CopyError(HastenError, TypeError):
+    """An accelerated transformer was to be copied or pickled."""
+
+
 class TargetError(HastenError, TypeError):
     """The object given to `accelerate` is neither a pipeline with a transformer nor a module."""
 

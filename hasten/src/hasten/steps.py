@@ -74,15 +74,19 @@ class StepTracker:
     Args:
         timesteps: returns the `timesteps` tensor of the pipeline's scheduler, or None if there is no pipeline.
         begin_index: returns the index in that tensor at which the run starts (image-to-image), or None.
+        mine: picks, of a run's timesteps, those of this transformer (one of two experts).
     """
 
     def __init__(
         self,
         timesteps: Callable[[], Tensor | None] | None = None,
         begin_index: Callable[[], int | None] | None = None,
+        mine: Callable[[Tensor], Tensor] = lambda timesteps: timesteps,
     ) -> None:
         self._timesteps = timesteps or (lambda: None)
         self._begin_index = begin_index or (lambda: None)
+        self._mine = mine
+        self._total: int | None = None
         self._run = -1
         self.finish()
 
@@ -111,6 +115,7 @@ class StepTracker:
             self._run += 1
             self._running = True
             self._sampler_timesteps = self._timesteps()
+            self._total = None if self._sampler_timesteps is None else len(self.timesteps() or ())
         repeated = timestep == self._value and name not in self._names
         if not repeated:
             if self._value is not None and self._direction == 0.0:
@@ -121,8 +126,9 @@ class StepTracker:
         first_pass = not self._names
         self._names.append(pass_name)
         self._value = timestep
-        self._shape = shape
-        return StepInfo(self._run, self._step, pass_name, first_pass, first_step, self._total())
+        if first_pass:
+            self._shape = shape
+        return StepInfo(self._run, self._step, pass_name, first_pass, first_step, self._total)
 
     def _starts_run(self, timestep: float, shape: Hashable) -> bool:
         if not self._running:
@@ -130,7 +136,7 @@ class StepTracker:
         timesteps = self._timesteps()
         if timesteps is not None:
             return timesteps is not self._sampler_timesteps
-        if shape != self._shape:
+        if shape != self._shape and timestep != self._value:
             return True
         assert self._value is not None
         return (timestep - self._value) * self._direction < 0
@@ -139,8 +145,4 @@ class StepTracker:
         """The timesteps of the run under way, where the scheduler tells."""
         if self._sampler_timesteps is None:
             return None
-        return tuple(self._sampler_timesteps[self._begin_index() or 0 :].tolist())
-
-    def _total(self) -> int | None:
-        timesteps = self._sampler_timesteps
-        return None if timesteps is None else len(timesteps) - (self._begin_index() or 0)
+        return tuple(self._mine(self._sampler_timesteps[self._begin_index() or 0 :]).tolist())

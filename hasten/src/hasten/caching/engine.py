@@ -28,12 +28,16 @@ from hasten.caching.parts import Place
 from hasten.caching.schedule import Decision
 from hasten.caching.sites import HiddenSite, ModuleSite, OutputSite, Site
 from hasten.caching.span import SpanSite
-from hasten.errors import AlreadyAcceleratedError, HastenWarning
+from hasten.errors import AlreadyAcceleratedError, CopyError, HastenWarning
 from hasten.steps import StepInfo, StepRecord, StepTracker
 
 __all__ = ["CachingEngine"]
 
 HOOK_NAME = "hasten"
+WHOLE = (
+    "the transformer is compiled as a whole, and hasten runs it uncompiled; "
+    "compile its blocks instead: transformer.compile_repeated_blocks()"
+)
 LARGE = 256 * 2**20  # bytes that are worth a word before they are kept
 
 
@@ -124,6 +128,8 @@ class CachingEngine(ModelHook):
             raise AlreadyAcceleratedError(
                 f"a diffusers cache is enabled on this {type(model).__name__}; call disable_cache() on it first"
             )
+        if getattr(model, "_compiled_call_impl", None) is not None:
+            self._warn(WHOLE)
         self._made_registry = registry is None
         self._instance_forward = model.__dict__.get("forward")
         registry = HookRegistry.check_if_exists_or_initialize(model)
@@ -154,6 +160,7 @@ class CachingEngine(ModelHook):
 
     # --- diffusers' hook interface
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         timestep = float(torch.as_tensor(self._argument(self._timestep, args, kwargs)).max())
         signature = _signature(self._argument(self._hidden, args, kwargs))
@@ -195,6 +202,12 @@ class CachingEngine(ModelHook):
         )
         return result
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CopyError(
+            f"this {type(self.model).__name__} is accelerated, and a copy would run the original; "
+            "call .remove() on the handle that accelerate() returned before you copy or pickle it"
+        )
+
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Called by a pipeline at the end of a run: frees the features."""
         self._warn_if_idle()
@@ -207,7 +220,7 @@ class CachingEngine(ModelHook):
         """Drop the features and the current run: the next forward starts a new one."""
         self.tracker.finish()
         self._memories: dict[str, PassMemory] = {}
-        self._signature: Hashable = None
+        self._signatures: dict[str, Hashable] = {}
         self._last_full: int | None = None
         self._layout: hosts.TokenLayout | None = None
         self._step = 0
@@ -216,7 +229,7 @@ class CachingEngine(ModelHook):
     def _prepare(self, info: StepInfo, signature: Hashable, args: Any, kwargs: Any) -> None:
         """Start a run, or start afresh where what is remembered fits the forward no more."""
         if info.first_step:
-            self._memories, self._last_full = {}, None
+            self._memories, self._signatures, self._last_full = {}, {}, None
             self.facts = RunFacts(info.total, self.tracker.timesteps(), self._guidance())
             self.method.check_run(self.facts)
             self._gate.begin(info.total)
@@ -224,8 +237,9 @@ class CachingEngine(ModelHook):
                 self._check_length(info.total)
         elif info.step == 1 and info.first_pass:
             self.method.check_passes(list(self._memories))
-        if signature != self._signature:
-            self._memories, self._signature = {}, signature
+        if signature != self._signatures.get(info.pass_name):
+            self._memories.pop(info.pass_name, None)
+            self._signatures[info.pass_name] = signature
             self._layout = self._find_layout(args, kwargs) if self.method.needs_layout else None
             if self.method.site == "module":
                 self._state_cost(args, kwargs)

@@ -270,6 +270,11 @@ class ModuleSite(_PlainSite):
         """(block, submodule's name, slot, whether its output is forecast rather than skipped)."""
         for stack in self._host.used(self._model):
             assert stack.modules is not None
+            if any(hasattr(b, "_orig_mod") or b._compiled_call_impl is not None for b in stack.blocks(self._model)):
+                raise HostError(
+                    f"site 'module' works inside the blocks of {stack.name}, which are compiled; "
+                    "use site='hidden', or do not compile them"
+                )
             forecast = [name for name, _ in stack.modules.forecast]
             for i, block in enumerate(stack.blocks(self._model)):
                 for name in (*forecast, *stack.modules.skip):

@@ -135,7 +135,7 @@ class SpanSite(Site):
             return answer(stack, hidden, args, kwargs)
         if self._full:
             return self._record(block, hidden, encoder, args, kwargs)
-        return self._forecast(block, hidden, args, kwargs)
+        return self._forecast(block, args, kwargs)
 
     def _enter(self, block: _Block, hidden: Tensor, encoder: Tensor | None, args: Any, kwargs: Any) -> None:
         """The front blocks have run: show the gate what it wants to see, and have it decide."""
@@ -174,14 +174,15 @@ class SpanSite(Site):
             return torch.cat([encoder, hidden], dim=1)  # text first, in all families with a joint second stack
         return hidden
 
-    def _forecast(self, block: _Block, hidden: Tensor, args: Any, kwargs: Any) -> Any:
+    def _forecast(self, block: _Block, args: Any, kwargs: Any) -> Any:
         assert self._memory is not None
         new = self._memory.forecast("hidden")
         if self._feature.verify:
             draft = {name: self._memory.forecast(name) for name in self._memory.slots if name != "hidden"}
             args_, kwargs_ = with_streams(block.stack, args, kwargs, draft["input"], draft.get("encoder"))
             self._verified(hidden_in(block.stack, block.original(*args_, **kwargs_)), new)
-        return answer(block.stack, hidden + new if self._feature.change else new, args, kwargs)
+        # Not `hidden`: what a ControlNet adds between the blocks is in it, and in the remembered change already.
+        return answer(block.stack, self._joined(block.stack) + new if self._feature.change else new, args, kwargs)
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         host = self._host or HostSpec(stacks=())
