@@ -23,6 +23,7 @@ from hasten.caching.methods.l2p import (
     gradient_rows,
 )
 from hasten.caching.methods.svdcache import MovingAverage
+from hasten.caching.parts import Place
 from hasten.caching.predictors import Hermite, Reuse, Taylor
 from hasten.caching.schedule import Explicit, Uniform
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError, UnknownNameError
@@ -54,6 +55,9 @@ def recorded():
 def calibrations(recorded):
     _, trace = recorded
     return {name: hasten.fit(trace, name) for name in FITTED}
+
+
+LINEAR = Fingerprint("FluxTransformer2DModel", "", "", "", tuple(range(STEPS)), ("cond",), None, "hidden")
 
 
 def accelerated(pipe):
@@ -346,6 +350,17 @@ def test_training_agrees_with_torch():
         (((rows @ unit[:size, :size]) * rows).sum() - 2 * (rows * unit[1:, :size]).sum()).backward()
         optimiser.step()
     assert np.allclose((weights * lower).detach().numpy(), gradient_rows(gram, 30)[1:, :size], atol=1e-6)
+
+
+def test_a_recursion_that_runs_away_is_refused():
+    """Features that are nearly determined by their past give large weights of either sign."""
+    calibration = Calibration(
+        "l2p", {"gram/cond": torch.from_numpy(gram_of(smooth(6, waves=6)))}, replace(LINEAR, site="output")
+    )
+    method = hasten.L2P(calibration=calibration, history="full", ridge=1e-12, interval=4, strict=False)
+    with pytest.raises(ConfigError, match="amplify errors up to"):
+        method.parts(Place("cond"))
+    hasten.L2P(calibration=calibration, history="full", ridge=0.1, interval=4).parts(Place("cond"))
 
 
 def test_published_lists(calibrations):

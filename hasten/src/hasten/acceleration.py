@@ -229,7 +229,10 @@ def accelerate(target: Any, *methods: Any, **params: Any) -> Acceleration:
         return getattr(getattr(target, "scheduler", None), "begin_index", None)
 
     def share(name: str, timesteps: Tensor) -> Tensor:
-        """The timesteps of one of two experts, which take over from each other at a boundary (Wan 2.2)."""
+        """The timesteps at which this transformer runs."""
+        if type(target.scheduler).__name__ == "SCMScheduler":  # its list ends with the time of the finished picture
+            return timesteps[:-1]
+        # Two experts take over from each other at a boundary (Wan 2.2).
         ratio = getattr(getattr(target, "config", None), "boundary_ratio", None)
         if ratio is None or None in (getattr(target, expert, None) for expert in TRANSFORMERS):
             return timesteps

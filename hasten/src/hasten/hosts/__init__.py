@@ -6,11 +6,12 @@ from hasten.hosts import video as _video  # noqa: F401
 from hasten.hosts.layout import TokenLayout, layout_of
 from hasten.hosts.probe import require_stacks, root_arguments, trace
 from hasten.hosts.registry import find, register, registered
-from hasten.hosts.spec import HostSpec, ModuleSpec, StackSpec
+from hasten.hosts.spec import HostSpec, LayoutKind, ModuleSpec, StackSpec
 from hasten.hosts.standin import StandIn
 
 __all__ = [
     "HostSpec",
+    "LayoutKind",
     "ModuleSpec",
     "StackSpec",
     "StandIn",

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from hasten.errors import HostError
@@ -22,6 +24,7 @@ from hasten.hosts.spec import HostSpec, LayoutKind
 __all__ = ["TokenLayout", "layout_of"]
 
 Arguments = Mapping[str, Any]
+Positions = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -83,24 +86,30 @@ def _still(grid: tuple[int, ...]) -> tuple[int, ...]:
     return grid[1:] if grid[0] == 1 else grid
 
 
-def _row_major(model: Any, coordinates: Tensor) -> tuple[int, ...]:
-    """Sizes of the grid whose points have these coordinates `[N, A]`, on the host.
+def _on_host(positions: Tensor) -> Positions:
+    """Positions as an array: one copy from the device, and quicker to look at than a tensor."""
+    array: Positions = positions.float().cpu().numpy()
+    return array
+
+
+def _row_major(model: Any, coordinates: Positions) -> tuple[int, ...]:
+    """Sizes of the grid whose points have these coordinates `[N, A]`.
 
     Counts how long the outer axes stand still instead of reading the largest coordinate, because coordinates may come
     in bfloat16, which rounds integers above 256.
     """
-    axes = coordinates.shape[1]
+    count, axes = coordinates.shape
     sizes: list[int] = []
     inner = 1
     for axis in reversed(range(axes)):
-        moved = (coordinates[:, :axis] != coordinates[0, :axis]).any(1).nonzero()
-        run = int(moved[0]) if len(moved) else len(coordinates)
+        moved = (coordinates[:, :axis] != coordinates[0, :axis]).any(1)
+        run = int(moved.argmax()) or count  # argmax of all False is 0
         sizes.insert(0, run // inner)
         inner = run
-    if math.prod(sizes) == len(coordinates):
-        points = coordinates.float().reshape(*sizes, axes)
+    if math.prod(sizes) == count:
+        points = coordinates.reshape(*sizes, axes)
         # [size, others]: one coordinate along its own axis
-        lines = [points.movedim(axis, 0)[..., axis].flatten(1) for axis in range(axes)]
+        lines = [np.moveaxis(points[..., axis], axis, 0).reshape(sizes[axis], -1) for axis in range(axes)]
         if all((line == line[:, :1]).all() and _rises(line[:, 0]) for line in lines):
             return tuple(sizes)
     raise HostError(
@@ -109,9 +118,9 @@ def _row_major(model: Any, coordinates: Tensor) -> tuple[int, ...]:
     )
 
 
-def _rises(line: Tensor) -> bool:
+def _rises(line: Positions) -> bool:
     """Whether coordinates `[N]` go up; rounding may make neighbours equal."""
-    return len(line) == 1 or bool((line.diff() >= 0).all() and line[-1] > line[0])
+    return len(line) == 1 or bool((np.diff(line) >= 0).all() and line[-1] > line[0])
 
 
 def _from_latent(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayout:
@@ -139,8 +148,8 @@ def _from_history(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayo
 def _from_ids(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayout:
     """`img_ids` `[N, 3]`, `[N, 4]` or `[B, N, .]`: (picture, row, column, ...); picture 0 is the one that is made."""
     ids = _argument(model, arguments, "img_ids")
-    ids = (ids[0] if ids.ndim == 3 else ids).cpu()
-    own = (ids[:, 0] == 0).nonzero().flatten()
+    ids = _on_host(ids[0] if ids.ndim == 3 else ids)
+    own = np.flatnonzero(ids[:, 0] == 0)
     if not len(own) or int(own[-1] - own[0]) + 1 != len(own):
         raise HostError(
             f"expected img_ids of {type(model).__name__} that begin with 0 for the tokens of the picture that is made, "
@@ -167,8 +176,8 @@ def _from_sizes(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayout
     """
     if arguments.get("video_coords") is None:
         return TokenLayout(tuple(int(_argument(model, arguments, n)) for n in ("num_frames", "height", "width")))
-    coordinates = arguments["video_coords"][0].T.cpu()
-    origins = (coordinates == coordinates.amin(0)).all(1).nonzero()
+    coordinates = _on_host(arguments["video_coords"][0].T)
+    origins = np.flatnonzero((coordinates == coordinates.min(0)).all(1))
     first = int(origins[-1]) if len(origins) else 0
     return TokenLayout(_row_major(model, coordinates[first:]), first)
 

@@ -38,7 +38,8 @@ _WAN = StackSpec(
 
 WAN = register("WanTransformer3DModel", HostSpec(stacks=(_WAN,), layout="latent"))
 
-# The control blocks (8 beside 40 in the 14B model) run on every step: what they add may reach the last block's output.
+# The control blocks (8 beside 40 blocks in the 14B model) run on skipped steps too: `vace_layers` may name the last
+# block, and what a control block adds comes after the block of its layer.
 WAN_VACE = register("WanVACETransformer3DModel", HostSpec(stacks=(_WAN,), layout="latent"))
 
 SANA_VIDEO = register("SanaVideoTransformer3DModel", HostSpec(stacks=(CROSS_ATTENTION,), layout="latent"))

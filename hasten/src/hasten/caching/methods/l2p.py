@@ -53,6 +53,7 @@ PUBLISHED = {
     7: (0, 1, 2, 4, 12, 24, 38),
     6: (0, 1, 2, 4, 16, 32),
 }
+MOST_GAIN = 100
 ALL = 1024  # more full steps than any run has
 
 
@@ -146,7 +147,8 @@ class L2P(CalibratedMethod):
     Args:
         fit_by: `"closed"` or `"gradient"`; see the top of the file.
         history: `"masked"` or `"full"`.
-        ridge: of the closed form; larger stays nearer to reuse.
+        ridge: of the closed form; larger stays nearer to reuse. None is 1e-5 for a masked history and 1e-3 for a full
+            one, whose forecasts feed on forecasts.
         window: how many full steps a masked forecast uses; None is all of them.
         published: take the longest published list of full steps that is no longer than the schedule's.
     """
@@ -158,7 +160,7 @@ class L2P(CalibratedMethod):
     site: SiteName = "output"
     fit_by: Literal["closed", "gradient"] = "closed"
     history: Literal["masked", "full"] = "masked"
-    ridge: float = 1e-5
+    ridge: float | None = None
     window: int | None = None
     published: bool = False
 
@@ -170,7 +172,9 @@ class L2P(CalibratedMethod):
             raise unknown("history of L2P", self.history, ("masked", "full"))
         if self.fit_by == "gradient" and self.history == "masked":
             raise ConfigError("the gradient form learns from the full history; use history='full' with it")
-        if self.ridge < 0:
+        if self.ridge is None:
+            object.__setattr__(self, "ridge", 1e-5 if self.history == "masked" else 1e-3)
+        if self.ridge is not None and self.ridge < 0:
             raise ConfigError(f"ridge must not be negative, got {self.ridge}")
         if self.window is not None and (self.window < 1 or self.history == "full"):
             raise ConfigError("window must be at least 1, and belongs to history='masked'")
@@ -193,10 +197,25 @@ class L2P(CalibratedMethod):
         known = self.fitted.fingerprint.passes
         # A pass that was not calibrated is refused by check_passes, or forecast like the first one with strict=False.
         gram = np.asarray(self.fitted.tensors[f"gram/{place.pass_name if place.pass_name in known else known[0]}"])
+        assert self.ridge is not None
         if self.history == "masked":
             return Parts(Whole(), {"whole": MaskedHistory(gram, self.ridge, self.window or ALL)})
         rows = closed_rows(gram, self.ridge) if self.fit_by == "closed" else gradient_rows(gram)
-        return Parts(Whole(), {"whole": FullHistory(rows)})
+        predictor = FullHistory(rows)
+        self._refuse_growth(predictor)
+        return Parts(Whole(), {"whole": predictor})
+
+    def _refuse_growth(self, predictor: FullHistory) -> None:
+        """Forecasts that feed on forecasts may amplify every error; say so instead of drawing noise."""
+        fulls = self.full_steps()
+        cached = [step for step in range(fulls[0], self.fitted.fingerprint.steps) if step not in fulls]
+        weights = [predictor.weights(step, [f for f in reversed(fulls) if f < step]) for step in cached]
+        gain = max((sum(map(abs, row)) for row in weights), default=1.0)
+        if gain > MOST_GAIN:
+            raise ConfigError(
+                f"with the full history these weights amplify errors up to {gain:.0f} times (more than {MOST_GAIN}); "
+                "use a larger ridge, fit_by='gradient', or history='masked'"
+            )
 
     @staticmethod
     def fit(trace: Trace, site: SiteName = "output") -> Fit:
