@@ -2,7 +2,9 @@
 
 from hasten.acceleration import Acceleration, Summary, accelerate
 from hasten.caching import (
+    DMD,
     L2P,
+    ABCache,
     Calibration,
     EasyCache,
     FBCache,
@@ -13,6 +15,7 @@ from hasten.caching import (
     MagCache,
     Reuse,
     SpeCa,
+    Spectrum,
     SVDCache,
     TaylorSeer,
     TeaCache,
@@ -26,7 +29,9 @@ from hasten.tuning import tune_steps
 __version__ = "0.1.0"
 
 __all__ = [
+    "DMD",
     "L2P",
+    "ABCache",
     "Acceleration",
     "Calibration",
     "EasyCache",
@@ -42,6 +47,7 @@ __all__ = [
     "Reuse",
     "SVDCache",
     "SpeCa",
+    "Spectrum",
     "StepRecord",
     "Summary",
     "TaylorSeer",

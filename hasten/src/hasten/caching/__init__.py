@@ -4,7 +4,9 @@ from hasten.caching.calibration import Calibration, Fit, Trace
 from hasten.caching.gates import Gate
 from hasten.caching.method import CachingMethod
 from hasten.caching.methods import (
+    DMD,
     L2P,
+    ABCache,
     EasyCache,
     FBCache,
     FoCa,
@@ -14,6 +16,7 @@ from hasten.caching.methods import (
     MagCache,
     Reuse,
     SpeCa,
+    Spectrum,
     SVDCache,
     TaylorSeer,
     TeaCache,
@@ -24,7 +27,9 @@ from hasten.caching.projectors import Projector
 from hasten.caching.schedule import Explicit, Schedule, Spread, Uniform, full_steps
 
 __all__ = [
+    "DMD",
     "L2P",
+    "ABCache",
     "CachingMethod",
     "Calibration",
     "EasyCache",
@@ -45,6 +50,7 @@ __all__ = [
     "SVDCache",
     "Schedule",
     "SpeCa",
+    "Spectrum",
     "Spread",
     "TaylorSeer",
     "TeaCache",

@@ -9,19 +9,71 @@ Taylor's; at the default 0.5 it is half of it, so that much of the method's stea
 slope. The horizon is positive in the order of execution and `D_i` are backward differences: with the opposite sign of
 either the odd orders would point the wrong way.
 
-Departures: the default site is the hidden one (the paper's is `"module"`); sums are in float32.
+With `scale="adaptive"` the scale follows the features, `sigma = min(sigma_max, alpha / (sqrt(2) q))`, so that
+`sigma sqrt(2) q`, on which the paper's error bound rests, stays near a constant. `q^2` is an exponential mean of the
+squared first differences.
+
+Departures: the default site is the hidden one (the paper's is `"module"`); sums are in float32. The adaptive scale
+takes differences relative to the newest feature, over a whole gap, so that it does not depend on the unit of the
+features (`alpha` is therefore not the published 1.28); its mean runs over the features that are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from hasten.caching.method import CachingMethod
 from hasten.caching.predictors import Hermite, Ladder, Predictor
+from hasten.errors import ConfigError, unknown
 from hasten.registry import method
 
-__all__ = ["HiCache"]
+__all__ = ["AdaptiveHermite", "HiCache"]
+
+SMALLEST_SCALE = 0.1
+
+
+@dataclass(frozen=True)
+class AdaptiveHermite(Hermite):
+    """A Hermite forecast whose scale follows the size of the newest differences.
+
+    Args:
+        sigma: serves while there is no difference yet; the largest scale afterwards is `sigma_max`.
+        alpha: what `sigma sqrt(2) q` is kept near.
+        beta: weight of the newest difference in the mean.
+        sigma_max: largest scale.
+    """
+
+    alpha: float = 0.15
+    beta: float = 0.5
+    sigma_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha <= 0:
+            raise ConfigError(f"alpha must be positive, got {self.alpha}")
+        if not 0 < self.beta <= 1 or not SMALLEST_SCALE <= self.sigma_max <= 1:
+            raise ConfigError(
+                f"beta must be in (0, 1] and sigma_max in [{SMALLEST_SCALE}, 1], got {self.beta} and {self.sigma_max}"
+            )
+
+    def scale(self, gram: npt.NDArray[np.float64]) -> float:
+        """The scale for features with these inner products, newest first."""
+        squares = [float(gram[i, i] - 2 * gram[i, i + 1] + gram[i + 1, i + 1]) for i in range(len(gram) - 1)]
+        if not squares or gram[0, 0] <= 0:
+            return self.sigma
+        shares = np.asarray([self.beta * (1 - self.beta) ** i for i in range(len(squares))])
+        q = sqrt(max(float(shares @ np.asarray(squares) / shares.sum() / gram[0, 0]), 1e-24))
+        return float(np.clip(self.alpha / (sqrt(2) * q), SMALLEST_SCALE, self.sigma_max))
+
+    def fitted(self, target: int, anchors: Sequence[int], gram: npt.NDArray[np.float64]) -> list[float]:
+        fixed = Hermite(self.order, first=self.first, ladder=self.ladder, sigma=self.scale(gram))
+        return fixed.weights(target, anchors)
 
 
 @method("hicache", kind="caching", paper="HiCache, arXiv:2508.16984")
@@ -33,15 +85,24 @@ class HiCache(CachingMethod):
         order: highest difference; `order + 1` features are kept. 0 is reuse.
         sigma: scale of the basis in (0, 1]; smaller trusts the slope less. 0.5 is the paper's choice for FLUX.1-dev.
         ladder: `"recursive"` (official) or `"divided"` (true differences at irregular gaps).
+        scale: `"fixed"` (`sigma`), or `"adaptive"`: the scale follows the features; see the top of the file.
+        alpha: of the adaptive scale; larger trusts the slope more.
     """
 
     order: int = 2
     sigma: float = 0.5
     ladder: Ladder = "recursive"
+    scale: Literal["fixed", "adaptive"] = "fixed"
+    alpha: float = 0.15
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.predictors()  # validates order, sigma and ladder
+        if self.scale not in ("fixed", "adaptive"):
+            raise unknown("scale of HiCache", self.scale, ("fixed", "adaptive"))
+        self.predictors()  # validates order, sigma, ladder and alpha
 
     def predictors(self) -> Mapping[str, Predictor]:
-        return {"whole": Hermite(self.order, first=self.first_difference, ladder=self.ladder, sigma=self.sigma)}
+        first = self.first_difference
+        if self.scale == "adaptive":
+            return {"whole": AdaptiveHermite(self.order, first, self.ladder, self.sigma, self.alpha)}
+        return {"whole": Hermite(self.order, first=first, ladder=self.ladder, sigma=self.sigma)}

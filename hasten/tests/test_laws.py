@@ -1,0 +1,334 @@
+"""Laws of the predictors: what each is exact on, and what no predictor may depend on."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw, make_pipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hasten
+from hasten.caching.methods.ab_cache import AdamsBashforth
+from hasten.caching.methods.dmd import DynamicModes, uniform_stretch
+from hasten.caching.methods.foca import FoCaPredictor
+from hasten.caching.methods.hicache import AdaptiveHermite
+from hasten.caching.methods.spectrum import ChebyshevRidge
+from hasten.caching.methods.svdcache import MovingAverage
+from hasten.caching.multistep import SOLVERS, Multistep
+from hasten.caching.predictors import Hermite, Reuse, Taylor
+from hasten.errors import ConfigError, UnknownNameError
+
+LINE = {
+    "taylor1": Taylor(1),
+    "taylor2": Taylor(2),
+    "taylor2 divided": Taylor(2, ladder="divided"),
+    "foca anchored": FoCaPredictor("anchored"),
+    "ab-cache": AdamsBashforth(3),
+    "svd velocity": MovingAverage("velocity", 0.5, 4),
+    **{name: Multistep(name) for name in SOLVERS if name != "bdf2-damped"},
+}
+NOT_LINE = {
+    "reuse": Reuse(),
+    "hermite": Hermite(1, sigma=0.5),
+    "foca author": FoCaPredictor("author"),
+    "bdf2-damped": Multistep("bdf2-damped"),
+    "svd literal": MovingAverage("literal", 0.5, 4),
+}
+SPECTRUM = ChebyshevRidge(4, 0.1, 0.5, 8)
+EVERY = {**LINE, **NOT_LINE, "foca literal": FoCaPredictor("literal"), "spectrum": SPECTRUM}
+# The regression is drawn towards zero by its ridge, so that its weights need not add up to 1.
+AVERAGES = {name: predictor for name, predictor in EVERY.items() if name != "spectrum"}
+
+gaps = st.lists(st.integers(1, 9), min_size=3, max_size=5)
+
+
+def anchors_of(steps_between, start=0):
+    """Anchors, newest first, from the distances between them."""
+    return tuple(reversed(np.cumsum([start, *steps_between]).tolist()))
+
+
+def forecast(predictor, target, anchors, function):
+    weights = predictor.weights(target, anchors)
+    assert len(weights) == len(anchors)
+    return sum(w * function(a) for w, a in zip(weights, anchors, strict=True))
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+@given(steps_between=gaps, x=st.integers(1, 9))
+def test_a_feature_that_stands_still_is_forecast_exactly(name, steps_between, x):
+    anchors = anchors_of(steps_between)
+    assert sum(AVERAGES[name].weights(anchors[0] + x, anchors)) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", LINE)
+@given(steps_between=gaps, x=st.integers(1, 9), slope=st.floats(-3, 3))
+def test_straight_lines_are_exact_at_any_distances(name, steps_between, x, slope):
+    anchors = anchors_of(steps_between)
+    target = anchors[0] + x
+    assert forecast(LINE[name], target, anchors, lambda t: 1 + slope * t) == pytest.approx(1 + slope * target, abs=1e-4)
+
+
+@given(steps_between=gaps, x=st.integers(1, 9))
+def test_focas_recursion_is_exact_on_lines_that_begin_with_adjacent_steps(steps_between, x):
+    """It begins with the change from the step before, which is known only between adjacent full steps."""
+    anchors = anchors_of([1, *steps_between])
+    assert forecast(FoCaPredictor("literal"), anchors[0] + x, anchors, float) == pytest.approx(anchors[0] + x, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", NOT_LINE)
+def test_the_others_are_not_exact_on_lines(name):
+    """Which is what tells them apart, and is not to change unseen."""
+    assert abs(forecast(NOT_LINE[name], 13, (10, 5, 0), float) - 13) > 0.3
+
+
+@pytest.mark.parametrize("predictor", [Multistep("newton"), AdamsBashforth(3)], ids=["newton", "ab-cache"])
+@given(steps_between=gaps, x=st.integers(1, 9))
+def test_parabolas_are_exact_for_polynomials_through_three_steps(predictor, steps_between, x):
+    anchors = anchors_of(steps_between)
+    target = anchors[0] + x
+    assert forecast(predictor, target, anchors, lambda t: (t - anchors[0]) ** 2) == pytest.approx(x**2, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in LINE if n not in ("newton", "ab-cache")])
+@pytest.mark.parametrize("anchors", [(15, 10, 5, 0), (17, 9, 2, 1)], ids=["even", "uneven"])
+def test_parabolas_are_not_exact_for_the_others(name, anchors):
+    assert abs(forecast(LINE[name], anchors[0] + 3, anchors, lambda t: (t - anchors[0]) ** 2) - 9) > 0.5
+
+
+@given(spacing=st.integers(1, 8), x=st.integers(1, 8))
+def test_taylors_bias_on_parabolas_is_the_known_one(spacing, x):
+    """-N x / 2 f'' at even spacing."""
+    anchors = (2 * spacing, spacing, 0)
+    error = forecast(Taylor(2), 2 * spacing + x, anchors, lambda t: t**2) - (2 * spacing + x) ** 2
+    assert error == pytest.approx(-spacing * x / 2 * 2)
+
+
+@given(spacing=st.integers(1, 8))
+def test_the_literal_relation_of_ab_cache_is_right_one_spacing_ahead(spacing):
+    anchors = (3 * spacing, 2 * spacing, spacing, 0)
+    literal, spaced = AdamsBashforth(3, "literal"), AdamsBashforth(3, "spaced")
+    assert literal.weights(4 * spacing, anchors) == [3, -3, 1, 0]
+    assert spaced.weights(4 * spacing, anchors) == pytest.approx([3, -3, 1, 0])
+    assert literal.weights(3 * spacing + 1, anchors) == [3, -3, 1, 0]
+
+
+@pytest.mark.parametrize("name", EVERY)
+@given(steps_between=gaps, x=st.integers(1, 9), start=st.integers(1, 100))
+def test_where_a_run_begins_does_not_matter(name, steps_between, x, start):
+    here, there = anchors_of(steps_between), anchors_of(steps_between, start)
+    assert EVERY[name].weights(here[0] + x, here) == pytest.approx(EVERY[name].weights(there[0] + x, there), abs=1e-7)
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("hermite", "foca literal")])
+@given(steps_between=gaps, x=st.integers(1, 9), factor=st.integers(2, 4))
+def test_the_unit_of_steps_does_not_matter(name, steps_between, x, factor):
+    """All but two: Hermite's scale and FoCa's recursion count steps."""
+    here = anchors_of(steps_between)
+    there = tuple(factor * a for a in here)
+    assert EVERY[name].weights(here[0] + x, here) == pytest.approx(
+        EVERY[name].weights(there[0] + factor * x, there), rel=1e-6, abs=1e-7
+    )
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("reuse", "svd literal", "foca literal", "spectrum")])
+@given(steps_between=gaps, x=st.integers(1, 9))
+def test_what_rises_is_forecast_to_rise(name, steps_between, x):
+    """The trap of counting timesteps downwards: with one sign turned, these go down."""
+    anchors = anchors_of(steps_between)
+    assert forecast(EVERY[name], anchors[0] + x, anchors, lambda t: float(t - anchors[0])) > 0
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_one_anchor_is_reused(name):
+    assert EVERY[name].weights(9, (4,)) == [1.0]
+
+
+def recursion(values, interval, wrong=0.0):
+    """Equations 6 to 8 of FoCa, step by step; `wrong` is added to the last forecast of the first interval."""
+    fulls = [0, 1, 2, *range(2 + interval, len(values), interval)]
+    history, slope = [], 0.0
+    for step, value in enumerate(values):
+        if step in fulls:
+            before = [f for f in fulls if f < step]
+            slope = (value - values[before[-1]]) / (step - before[-1]) if before else 0.0
+            history.append(value)
+            continue
+        f1, f0 = history[-2:]
+        there = (3 * (4 / 3 * f0 - f1 / 3 + 2 / 3 * (f0 - f1)) - 4 * f0 + f1) / 2
+        history.append(f0 + (slope + there) / 2)
+        if step == 1 + interval:
+            history[-1] += wrong
+    return history
+
+
+@pytest.mark.parametrize(
+    ("interval", "gain"), [(2, 0.5), (3, 0.75), (4, 0.875), (5, 0.9375), (6, 0.96875), (8, 0.9921875)]
+)
+def test_the_only_recursion_damps_its_errors(interval, gain):
+    """FoCa's literal form feeds on its forecasts: an error comes back an interval later, but smaller."""
+    values = np.random.default_rng(0).normal(size=3 + 4 * interval).tolist()
+    clean, disturbed = recursion(values, interval), recursion(values, interval, wrong=1.0)
+    later = [disturbed[1 + k * interval] - clean[1 + k * interval] for k in (1, 2, 3)]
+    assert later[0] == pytest.approx(1)
+    assert abs(later[1]) == pytest.approx(gain, abs=1e-9)
+    assert abs(later[2]) == pytest.approx(gain**2, abs=1e-9)
+    assert gain < 1
+
+
+@pytest.mark.parametrize("interval", [2, 4, 7])
+def test_focas_weights_are_its_recursion(interval):
+    values = np.random.default_rng(1).normal(size=3 + 4 * interval).tolist()
+    history = recursion(values, interval)
+    fulls = [0, 1, 2, *range(2 + interval, len(values), interval)]
+    for step in range(3, len(values)):
+        anchors = tuple(f for f in reversed(fulls) if f < step)
+        if step not in fulls:
+            ours = forecast(FoCaPredictor("literal"), step, anchors, lambda a: values[a])
+            assert ours == pytest.approx(history[step], abs=1e-8)
+
+
+# --- spectrum
+
+
+def test_the_regression_agrees_with_scikit_style_normal_equations():
+    steps = np.array([0.0, 3, 7, 12, 20])
+    anchors = tuple(int(s) for s in steps[::-1])
+    target = 24
+    pure = ChebyshevRidge(3, 0.05, 1.0, 8)
+    map_ = lambda t: 2 * t / target - 1  # noqa: E731
+    phi = np.stack([np.cos(m * np.arccos(np.clip(map_(steps), -1, 1))) for m in range(4)], 1)
+    here = np.array([1.0, 1.0, 1.0, 1.0])  # T_m(1)
+    expected = here @ np.linalg.inv(phi.T @ phi + 0.05 * np.eye(4)) @ phi.T
+    assert pure.weights(target, anchors) == pytest.approx(expected[::-1], abs=1e-8)
+
+
+def test_a_small_ridge_interpolates():
+    pure = ChebyshevRidge(4, 1e-10, 1.0, 8)
+    assert forecast(pure, 20, (16, 11, 7, 3, 0), lambda t: 0.01 * t**3 - t) == pytest.approx(
+        0.01 * 20**3 - 20, rel=1e-4
+    )
+
+
+def test_a_ridge_tames_noise_at_long_horizons():
+    anchors = (30, 24, 18, 12, 6, 0)
+    wild = sum(map(abs, ChebyshevRidge(4, 1e-9, 1.0, 8).weights(40, anchors)))
+    tame = sum(map(abs, ChebyshevRidge(4, 0.1, 1.0, 8).weights(40, anchors)))
+    assert tame < 0.2 * wild
+
+
+# --- forecasts from inner products
+
+
+def gram_of(features):
+    stack = np.stack(features).reshape(len(features), -1)
+    return stack @ stack.T / stack.shape[1]
+
+
+def exponentials(rates, anchors, target, size=200, seed=0):
+    rng = np.random.default_rng(seed)
+    modes = rng.normal(size=(len(rates), size))
+
+    def feature(t):
+        return sum(rate**t * mode for rate, mode in zip(rates, modes, strict=True))
+
+    return [feature(a) for a in anchors], feature(target)
+
+
+@pytest.mark.parametrize("x", [1, 2, 4, 7])
+def test_dynamic_modes_are_exact_on_sums_of_exponentials(x):
+    anchors = (16, 12, 8, 4, 0)
+    features, truth = exponentials([0.98, 0.9, 0.8], anchors, 16 + x)
+    predictor = DynamicModes(5, 0.0, Hermite(2))
+    weights = predictor.fitted(16 + x, anchors, gram_of(features))
+    ours = sum(w * f for w, f in zip(weights, features, strict=True))
+    assert np.linalg.norm(ours - truth) < 1e-4 * np.linalg.norm(truth)
+    straight = sum(w * f for w, f in zip(Taylor(1).weights(16 + x, anchors), features, strict=True))
+    assert np.linalg.norm(straight - truth) > 10 * np.linalg.norm(ours - truth)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_dynamic_modes_agree_with_hicache_pp(seed):
+    theirs = pytest.importorskip("hicache_pp")
+    generator = torch.Generator().manual_seed(seed)
+    smooth = torch.randn(3, 400, generator=generator, dtype=torch.float64)
+    t = torch.arange(30.0, dtype=torch.float64)[:, None]
+    features = torch.sin(0.1 * t) * smooth[0] + 0.95**t * smooth[1] + torch.cos(0.2 * t) * smooth[2]
+    anchors = (20, 16, 12, 8, 4)
+    kept = [features[a] for a in anchors]
+    for x in (1, 2, 4):
+        weights = DynamicModes(5, 1e-8, Hermite(2)).fitted(20 + x, anchors, gram_of([f.numpy() for f in kept]))
+        ours = sum(w * f for w, f in zip(weights, kept, strict=True))
+        other = theirs.dmd_forecast([f.float() for f in kept[::-1]], x / 4)
+        assert float((ours - other).norm() / other.norm()) < 1e-4
+
+
+def test_uneven_or_short_histories_fall_back():
+    assert [uniform_stretch(a) for a in ((9, 7, 5, 3), (9, 7, 5, 0), (9,), (9, 3), (20, 15, 10, 2, 1))] == [
+        4,
+        3,
+        1,
+        2,
+        3,
+    ]
+    predictor = DynamicModes(5, 1e-8, Hermite(2))
+    gram = np.eye(4)
+    assert predictor.fitted(12, (9, 7, 5, 0), gram) == Hermite(2).weights(12, (9, 7, 5, 0))
+    assert predictor.fitted(12, (9, 7, 5, 3), gram) != Hermite(2).weights(12, (9, 7, 5, 3))
+
+
+@settings(max_examples=40)
+@given(unit=st.floats(0.01, 100), steps_between=gaps)
+def test_an_adaptive_scale_does_not_depend_on_the_unit_of_features(unit, steps_between):
+    anchors = anchors_of(steps_between)[:3]
+    features, _ = exponentials([0.97, 0.8], anchors, 0)
+    predictor = AdaptiveHermite(2, alpha=0.1)
+    assert predictor.scale(gram_of(features)) == pytest.approx(predictor.scale(gram_of([unit * f for f in features])))
+
+
+def test_a_fast_feature_gets_a_small_scale():
+    predictor = AdaptiveHermite(2, alpha=0.1)
+    slow, _ = exponentials([0.999], (10, 5, 0), 0)
+    fast, _ = exponentials([0.8], (10, 5, 0), 0)
+    assert predictor.scale(gram_of(fast)) < predictor.scale(gram_of(slow)) == predictor.sigma_max
+    # and by hand: |f(10) - f(5)| / |f(10)| for f = 0.8^t is 0.8^-5 - 1
+    q = 0.8**-5 - 1
+    single = predictor.scale(gram_of(fast)[:2, :2])
+    assert single == pytest.approx(max(0.1 / (math.sqrt(2) * q), 0.1))
+
+
+@pytest.mark.parametrize("name", ["dmd", "hicache"])
+def test_fitted_weights_reach_the_picture(name):
+    """On a pipeline: the same fixed weights would give another picture, and the anchors are found again."""
+    pipe = make_pipe()
+    plain = draw(pipe, 24)
+    params = {"dmd": {"warmup": 1}, "hicache": {"scale": "adaptive", "alpha": 0.05, "warmup": 1}}[name]
+    with hasten.accelerate(pipe, name, interval=3, **params) as run:
+        fitted = draw(pipe, 24)
+        assert torch.equal(draw(pipe, 24), fitted)
+        assert run.summary().cached == 16
+    with hasten.accelerate(pipe, "hicache", interval=3, warmup=1, sigma=0.7 if name == "dmd" else 0.5):
+        fixed = draw(pipe, 24)
+    assert not torch.equal(fixed, fitted)
+    assert (fitted - plain).norm() < 0.2 * plain.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "error"),
+    [
+        ("ab-cache", {"order": 0}, ConfigError),
+        ("ab-cache", {"form": "litteral"}, UnknownNameError),
+        ("spectrum", {"degree": -1}, ConfigError),
+        ("spectrum", {"ridge": 0.0}, ConfigError),
+        ("spectrum", {"blend": 1.5}, ConfigError),
+        ("spectrum", {"window": 1}, ConfigError),
+        ("dmd", {"history": 3}, ConfigError),
+        ("dmd", {"ridge": -1.0}, ConfigError),
+        ("hicache", {"scale": "adaptiv"}, UnknownNameError),
+        ("hicache", {"scale": "adaptive", "alpha": 0.0}, ConfigError),
+    ],
+)
+def test_bad_parameters_are_refused(name, params, error):
+    with pytest.raises(error):
+        hasten.registry.build(name, **params)
