@@ -1,6 +1,8 @@
 """The bench and the command line, on the trained reference model."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from PIL import Image
 
 from hasten import cli, zoo
-from hasten.bench.arms import method_arms, parse_method, plain_arms
+from hasten.bench.arms import method_arms, parse_method, parse_options, plain_arms
 from hasten.bench.runner import BenchSettings, open_model, run_bench
 from hasten.bench.sheet import bench_sheet, contact_sheet
 from hasten.caching import HiCache
@@ -111,6 +113,31 @@ def test_methods_are_read_with_their_parameters():
         method_arms(["hicache"], [1], 50)
 
 
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("hicache", {}),
+        ("hicache:order=1:sigma=0.7", {"order": 1, "sigma": 0.7}),
+        ("reuse:steps=0/1/2/4/9", {"steps": (0, 1, 2, 4, 9)}),
+        ("fbcache:per_sample=true:x=false", {"per_sample": True, "x": False}),
+        ("l2p:calibration=runs/l2p.safetensors", {"calibration": "runs/l2p.safetensors"}),
+        ("l2p:calibration=/runs/1/2", {"calibration": "/runs/1/2"}),
+    ],
+)
+def test_values_are_read_by_their_look(text, options):
+    name, found = parse_options(text)
+    assert name == text.split(":")[0]
+    assert found == options
+    assert {key: type(value) for key, value in found.items()} == {key: type(v) for key, v in options.items()}
+
+
+def test_listed_steps_are_kept_as_they_are():
+    (arm,) = method_arms(["reuse:steps=0/1/2/4/9"], [3], 12)
+    assert arm.full_steps == 5
+    assert arm.params["steps"] == (0, 1, 2, 4, 9)
+    assert "sites" not in arm.params
+
+
 def test_second_order_sampler_leaves_the_pipelines_own_in_place(emoji):
     scheduler = emoji.pipe.scheduler
     arm = next(arm for arm in plain_arms([4]) if arm.method == "unipc")
@@ -173,6 +200,39 @@ def test_a_model_that_cannot_be_loaded_says_so(tmp_path):
         load_emoji_flux(tmp_path)
     with pytest.raises(UnknownNameError):
         zoo.load("emoji")
+
+
+# --- several processes
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_prompts(monkeypatch, capsys, tmp_path):
+    arguments = ["bench", "--methods", "taylorseer,fbcache", "--full-steps", "5", "--steps", "12", "--prompts", "3"]
+    arguments += ["--height", "32", "--width", "32", "--seed", "4", "--json"]
+    script = tmp_path / "script.py"
+    script.write_text("from hasten.cli import main\n\nmain()\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    ran = subprocess.run(
+        [*map(str, launch), *arguments, str(tmp_path / "two.json")],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("figures:") == 1  # one of them reports
+    assert command(monkeypatch, capsys, *arguments, tmp_path / "one.json")[0] == 0
+    two, one = (json.loads((tmp_path / name).read_text()) for name in ("two.json", "one.json"))
+    assert (two["settings"].pop("processes"), one["settings"].pop("processes")) == (2, 1)
+    assert two["settings"] == one["settings"]
+    for row, same in zip(two["rows"], one["rows"], strict=True):
+        assert row["id"] == same["id"]
+        assert row["computed_steps"] == same["computed_steps"]
+        assert [p["seed"] for p in row["per_prompt"]] == [4, 5, 6]
+        assert row["psnr"] == pytest.approx(same["psnr"], abs=1e-3)
+        assert row["error_per_step"] == pytest.approx(same["error_per_step"], abs=1e-4)
+        for image, again in zip(row["images"], same["images"], strict=True):
+            assert (tmp_path / image).read_bytes() == (tmp_path / again).read_bytes()
 
 
 # --- quality, on the trained model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -37,52 +39,78 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    """The cells of a row; a peer is named with its library."""
+    library, method = row["library"], row["method"]
+    name = {"plain": f"[dim]plain {method}[/dim]", "hasten": method}.get(library, f"[cyan]{library}[/cyan] {method}")
+    held = row["cache_bytes"]
+    return [
+        name, f"{row['computed_steps']:.3g}", _cell(row["flops_ratio_measured"], 2), _cell(row["seconds"], 3),
+        _cell(row["latency_ratio"], 2), _cell(row["psnr"], 2), _cell(row["ssim"], 4), _cell(row["lpips"], 4),
+        _cell(row["flip"], 4), _cell(None if held is None else held / 1024, 0), _cell(row["top1"], 2),
+    ]  # fmt: skip
+
+
 def _table(result: dict[str, Any]) -> Table:
-    """The figures of a bench result, one section for each number of full steps."""
+    """The figures of a bench result, one section for each number of full steps, best PSNR first."""
     table = Table(
-        title=f"{result['model']}: {len(result['settings']['prompts'])} prompts, medians", title_justify="left"
+        title=f"{result['model']}: {len(result['settings']['prompts'])} prompts, medians",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     headings = ("method", "full", "FLOPs", "seconds", "speed", "PSNR", "SSIM", "LPIPS", "FLIP", "cache", "top-1")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
     table.caption = (
-        "full: steps computed; FLOPs and speed: times less than plain; PSNR (dB), SSIM, LPIPS and FLIP "
+        "full: steps computed, mean; FLOPs (counted) and speed: times less than plain; PSNR (dB), SSIM, LPIPS and FLIP "
         "(0 is identical) against the plain sampler's picture; cache in KiB; top-1: drew what the prompt names"
     )
-
-    def cell(value: float | None, digits: int) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
     base = result["baseline"]
     table.add_row(
         "[bold]plain[/bold]",
         str(base["steps"]),
         "1.00",
-        cell(base["seconds"], 3),
+        _cell(base["seconds"], 3),
         "1.00",
         *["-"] * 5,
-        cell(base["top1"], 2),
+        _cell(base["top1"], 2),
     )
-    for count in sorted({row["full_steps"] for row in result["rows"]}, reverse=True):
+    measured = [row for row in result["rows"] if not row["error"]]
+    for count in sorted({row["full_steps"] for row in measured}, reverse=True):
         table.add_section()
-        for row in result["rows"]:
-            if row["full_steps"] != count:
-                continue
-            name = f"[dim]plain {row['method']}[/dim]" if row["library"] == "plain" else row["method"]
-            table.add_row(
-                name, str(count), cell(row["flops_ratio"], 2), cell(row["seconds"], 3), cell(row["latency_ratio"], 2),
-                cell(row["psnr"], 2), cell(row["ssim"], 4), cell(row["lpips"], 4), cell(row["flip"], 4),
-                cell(row["cache_bytes"] / 1024, 0), cell(row["top1"], 2),
-            )  # fmt: skip
+        table.add_row(f"[bold]{count} full steps[/bold]")
+        group = [row for row in measured if row["full_steps"] == count]
+        for row in sorted(group, key=lambda row: math.inf if row["psnr"] is None else row["psnr"], reverse=True):
+            table.add_row(*_row(row))
     return table
 
 
-def _bench(model_name: str, settings: Any, out: Path, device: str | None = None) -> dict[str, Any]:
-    from hasten.bench.runner import open_model, run_bench
+def _show(result: dict[str, Any]) -> None:
+    """The table, and a line for each row that has no figures."""
+    console.print(_table(result))
+    for row in result["rows"]:
+        if row["error"]:
+            name = row["method"] if row["library"] == "hasten" else f"{row['library']} {row['method']}"
+            console.print(
+                Text.assemble((f"not measured: {name}, {row['full_steps']} full steps: ", "yellow"), row["error"])
+            )
 
+
+def _bench(model_name: str, settings: Any, out: Path, device: str | None = None) -> dict[str, Any]:
+    """Measure; of several processes, each has a device of its own, and only the main one shows how far it is."""
+    from hasten.bench.runner import open_model, processes, run_bench
+
+    state = processes()
+    if device is None and state.num_processes > 1:
+        device = str(state.device)
     with console.status(f"loading {model_name}"):
         model = open_model(model_name, device=device)
-    with Progress(*BAR, console=console) as bar:
+    with Progress(*BAR, console=console, disable=not state.is_main_process) as bar:
         task = bar.add_task("measuring", total=None)
         return run_bench(
             model,
@@ -124,7 +152,7 @@ def demo(
     counts = numbers(full_steps, "--full-steps")
     result_file = out / "result.json"
     result = _bench("emoji-flux", BenchSettings(full_steps=tuple(counts), prompts=prompts, seed=seed), result_file)
-    console.print(_table(result))
+    _show(result)
     for count in sorted({row["full_steps"] for row in result["rows"]}, reverse=True):
         path = out / f"contact_sheet_{count}.png"
         bench_sheet(result, out, count).save(path)
@@ -175,16 +203,22 @@ def bench(
         typer.Option(help="True classifier-free guidance (two forwards a step) with an empty negative prompt."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda.")] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also cache-dit, diffusers' caches and hicache-pp, at as many full steps.")
+    ] = False,
     json_file: Annotated[Path, typer.Option("--json", help="Where the figures go; pictures go beside it.")] = Path(
         "out/bench.json"
     ),
 ) -> None:
     """Measure methods against the plain sampler on the same prompts and seeds, and write JSON.
 
+    A method with a threshold gets the one at which it computes as many steps, found on the first two prompts. Under
+    `accelerate launch` the prompts are shared among the processes.
+
     Example: hasten bench --model emoji-flux --methods reuse,taylorseer,hicache --full-steps 12,9,7 --prompts 16
         --seed 0 --json out.json
     """
-    from hasten.bench.runner import BenchSettings
+    from hasten.bench.runner import BenchSettings, processes
 
     call: dict[str, Any] = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     if guidance is not None:
@@ -198,8 +232,12 @@ def bench(
         seed=seed,
         steps=steps,
         call=call,
+        peers=peers,
     )
-    console.print(_table(_bench(model, settings, json_file, device)))
+    result = _bench(model, settings, json_file, device)
+    if not processes().is_main_process:
+        return
+    _show(result)
     console.print(f"figures: [bold]{json_file}[/bold]   report: hasten report {json_file}")
 
 

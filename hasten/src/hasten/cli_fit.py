@@ -49,11 +49,11 @@ def calibrate(
 
     Example: hasten calibrate --model emoji-flux --methods l2p,hyca:clusters=4 --prompts 12 --out calibrations
     """
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
     from hasten import recording
     from hasten.bench.arms import parse_options
+    from hasten.bench.runner import processes
 
     wanted = [parse_options(text) for text in names(methods)]
     sites = {"module" if options.get("site") == "module" else "hidden" for _, options in wanted}
@@ -61,7 +61,7 @@ def calibrate(
         raise ConfigError("methods at site=module are recorded apart: calibrate them in a command of their own")
     (site,) = sites
     model_, calls = _calls(model, prompts, prompts_file, seed, steps, height, width, guidance, device)
-    state = PartialState()
+    state = processes()
     with state.split_between_processes(calls) as own, Progress(*BAR, console=console) as bar:
         task = bar.add_task("recording", total=len(own))
         trace = recording.record(

@@ -1,22 +1,26 @@
-"""What is compared: one `Arm` for each way of sampling, each switched on for one call and off again."""
+"""What is compared: one `Arm` for each way of sampling, each switched on for one call and off again.
+
+Arms can be pickled, so that several processes can work with the same ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from diffusers import UniPCMultistepScheduler
 
 from hasten import registry
 from hasten.acceleration import Acceleration, accelerate
+from hasten.bench.budget import Trials, match_full_steps
+from hasten.bench.sampling import Attach, plain
 from hasten.caching import CachingMethod, full_steps
+from hasten.caching.calibration import Calibration
 from hasten.errors import ConfigError, unknown
 
-__all__ = ["Arm", "method_arms", "parse_method", "plain_arms"]
-
-Attach = Callable[[Any], AbstractContextManager[Acceleration | None]]
+__all__ = ["Arm", "Attach", "method_arms", "parse_method", "parse_options", "plain_arms"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,10 @@ class Arm:
         library: `"hasten"`, `"plain"` or a peer's name.
         params: parameters, as they are reported.
         steps: sampler steps.
-        full_steps: steps whose blocks run.
+        full_steps: steps whose blocks run; where a threshold decides, the number that it was matched to.
         attach: switches the arm on for a pipeline, for the length of a `with`.
+        note: what a reader has to know about the figures.
+        error: why it cannot run; it then has a row without figures.
     """
 
     id: str
@@ -39,10 +45,26 @@ class Arm:
     params: dict[str, Any]
     steps: int
     full_steps: int
-    attach: Attach
+    attach: Attach = plain
+    note: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Accelerated:
+    """Switches a method of hasten on."""
+
+    method: CachingMethod
+
+    def __call__(self, pipe: Any) -> Acceleration:
+        return accelerate(pipe, self.method)
 
 
 def _value(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    if "/" in text and all(part.isdigit() for part in text.split("/")):
+        return tuple(int(part) for part in text.split("/"))
     for kind in (int, float):
         try:
             return kind(text)
@@ -51,14 +73,14 @@ def _value(text: str) -> Any:
     return text
 
 
-def parse_method(text: str) -> tuple[str, CachingMethod]:
-    """Read `name` or `name:param=value:param=value`, such as `hicache:order=1:site=module`.
+def parse_options(text: str) -> tuple[str, dict[str, Any]]:
+    """Read `name` or `name:param=value:param=value` as a name and values.
 
-    Returns:
-        the text as a label, and the method.
+    A value is a whole or a decimal number, `true` or `false`, whole numbers with slashes (`steps=0/1/2/4/9`), or else a
+    text, such as a path.
     """
     name, *assignments = text.strip().split(":")
-    params = {}
+    params: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals:
@@ -66,23 +88,65 @@ def parse_method(text: str) -> tuple[str, CachingMethod]:
                 f"{assignment!r} in {text!r} is not param=value; write for instance hicache:order=1:sigma=0.7"
             )
         params[key.strip()] = _value(value.strip())
+    return name, params
+
+
+def parse_method(text: str) -> tuple[str, CachingMethod]:
+    """Read a method such as `hicache:order=1:site=module` (see `parse_options`).
+
+    Returns:
+        the text as a label, and the method.
+    """
+    name, params = parse_options(text)
     return text.strip(), registry.build(name, **params)
 
 
-def method_arms(texts: list[str], counts: list[int], total: int) -> list[Arm]:
-    """Every method at every number of full steps: the smallest interval that has no more."""
-
-    def arm(label: str, method: CachingMethod) -> Arm:
-        count = len(full_steps(method.plan(), total))
-        params = {k: v for k, v in asdict(method).items() if v is not None}
-        return Arm(f"{label}-{count}", label, "hasten", params, total, count, lambda pipe: accelerate(pipe, method))
-
-    return [arm(label, m.with_full_steps(n, total)) for n in counts for label, m in map(parse_method, texts)]
+def _reported(method: CachingMethod) -> dict[str, Any]:
+    """Parameters as plain data; of a calibration, only that there is one."""
+    params = {item.name: getattr(method, item.name) for item in fields(method)}
+    calibrated = {name: "given" for name, value in params.items() if isinstance(value, Calibration)}
+    return {name: value for name, value in (params | calibrated).items() if value is not None}
 
 
-@contextmanager
-def _as_it_is(pipe: Any) -> Iterator[None]:
-    yield
+def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials | None = None) -> list[Arm]:
+    """Every method at every number of full steps.
+
+    A method with a schedule takes the smallest interval that has no more; one with listed steps (`steps=`) keeps them;
+    one with a threshold is matched by `trials`.
+
+    Raises:
+        ConfigError: if a method has a threshold and there are no trials to match it with.
+        ScheduleError: if a schedule cannot have so few full steps.
+    """
+    methods = [parse_method(text) for text in texts]
+    arms = []
+    for wanted in counts:
+        for label, method in methods:
+            if method.adaptive:
+                arms.append(_adaptive_arm(label, method, wanted, total, trials))
+                continue
+            fitted = method if method.steps is not None else method.with_full_steps(wanted, total)
+            count = len(full_steps(fitted.plan(), total))
+            arms.append(Arm(f"{label}-{count}", label, "hasten", _reported(fitted), total, count, Accelerated(fitted)))
+    return arms
+
+
+def _adaptive_arm(label: str, method: CachingMethod, wanted: int, total: int, trials: Trials | None) -> Arm:
+    if trials is None:
+        raise ConfigError(f"{label} decides by a threshold: give trials to find the one for {wanted} full steps")
+    trials.progress(f"matching {label} to {wanted} full steps")
+    arm = Arm(f"{label}-{wanted}", label, "hasten", _reported(method), total, wanted)
+    try:
+        found = match_full_steps(lambda value: trials.run(Accelerated(_with(method, value))), wanted)
+    except ConfigError as error:
+        return replace(arm, error=f"{error} (interval= and warmup= of the method)")
+    fitted = _with(method, found.threshold)
+    return replace(arm, params=_reported(fitted), attach=Accelerated(fitted))
+
+
+def _with(method: CachingMethod, threshold: float) -> CachingMethod:
+    changes: dict[str, Any] = {"threshold": threshold}  # a field that only methods with a gate have
+    return replace(method, **changes)
 
 
 @contextmanager
@@ -102,7 +166,7 @@ def _unipc(pipe: Any) -> Iterator[None]:
         pipe.scheduler = original
 
 
-_PLAIN: dict[str, Attach] = {"euler": _as_it_is, "unipc": _unipc}
+_PLAIN: dict[str, Attach] = {"euler": plain, "unipc": _unipc}
 
 
 def plain_arms(counts: list[int], samplers: tuple[str, ...] = ("euler", "unipc")) -> list[Arm]:

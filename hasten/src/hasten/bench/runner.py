@@ -2,40 +2,51 @@
 
 All arms see the same prompts and seeds in one process; for each prompt the arms take turns in a rotating order, so
 that the machine's drift hits all alike. The reference of every quality figure is the plain sampler's picture of the
-same prompt and seed in the same run.
+same prompt and seed in the same process. Several processes (`accelerate launch`, `torchrun`) share the prompts.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
 import hasten
 from hasten import zoo
-from hasten.bench import metrics
 from hasten.bench.arms import Arm, method_arms, plain_arms
+from hasten.bench.budget import Trials
+from hasten.bench.peers import one_line, peer_arms
+from hasten.bench.rows import (
+    Figures,
+    failed_row,
+    figures_of,
+    image_name,
+    image_paths,
+    measured_row,
+    median_seconds,
+    save_picture,
+    top1,
+)
+from hasten.bench.sampling import Shot, count_flops, shoot
 from hasten.bench.schema import SCHEMA
-from hasten.bench.sheet import to_pil
 from hasten.errors import ConfigError, ModelError, unknown
 from hasten.files import write_whole
 from hasten.zoo import ReferenceModel
 
-__all__ = ["BenchSettings", "environment", "open_model", "run_bench"]
+__all__ = ["BenchSettings", "environment", "open_model", "processes", "run_bench"]
 
 Progress = Callable[[int, int, str], None]
+TRIAL_PROMPTS = 2  # on which thresholds and settings are matched to a number of full steps
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class BenchSettings:
         seed: prompt `i` is drawn with seed `seed + i`.
         steps: steps of the baseline and of every cached method.
         call: further arguments of the pipeline's call, such as `true_cfg_scale`.
+        peers: measure the other libraries too.
     """
 
     methods: tuple[str, ...] = ("reuse", "taylorseer", "hicache", "foca")
@@ -59,6 +71,7 @@ class BenchSettings:
     seed: int = 0
     steps: int = 50
     call: dict[str, Any] = field(default_factory=dict)
+    peers: bool = False
 
     def __post_init__(self) -> None:
         if self.prompts < 1:
@@ -67,14 +80,9 @@ class BenchSettings:
             raise ConfigError("give at least one method and one number of full steps")
 
 
-@dataclass
-class _Shot:
-    """One picture of one arm."""
-
-    picture: Tensor
-    latents: list[Tensor]
-    seconds: float
-    cache_bytes: int
+def processes() -> PartialState:
+    """The processes that share the work; one, unless `accelerate launch` or `torchrun` started more."""
+    return PartialState(cpu=not torch.accelerator.is_available())  # it has to be told, to find processes without one
 
 
 def open_model(name: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> ReferenceModel:
@@ -106,37 +114,6 @@ def open_model(name: str, *, dtype: torch.dtype | None = None, device: str | Non
     return model
 
 
-def _sync() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _shoot(model: ReferenceModel, arm: Arm, prompt: str, seed: int, call: dict[str, Any]) -> _Shot:
-    latents: list[Tensor] = []
-
-    def keep(_pipe: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        latents.append(kwargs["latents"])
-        return kwargs
-
-    arguments = {**model.call, **call, "num_inference_steps": arm.steps, "output_type": "pt"}
-    generator = torch.Generator("cpu").manual_seed(seed)
-    with arm.attach(model.pipe) as acceleration:
-        _sync()
-        started = time.perf_counter()
-        pictures = model.pipe(prompt, generator=generator, callback_on_step_end=keep, **arguments).images
-        _sync()
-        seconds = time.perf_counter() - started
-        held = acceleration.summary().cache_bytes if acceleration is not None else 0
-    return _Shot(pictures[0].float().cpu(), [x.float().cpu() for x in latents], seconds, held)
-
-
-def _flops(model: ReferenceModel, arm: Arm, prompt: str, seed: int, call: dict[str, Any]) -> int:
-    """Counted operations of one whole call (matrix products, attention); also the arm's warm-up."""
-    with FlopCounterMode(display=False) as counter:
-        _shoot(model, arm, prompt, seed, call)
-    return int(counter.get_total_flops())
-
-
 def _device() -> str:
     if torch.cuda.is_available():
         return f"cuda: {torch.cuda.get_device_name()}"
@@ -155,22 +132,98 @@ def environment() -> dict[str, str]:
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),
         "device": _device(),
+        "processes": str(processes().num_processes),
     }
 
 
-def _save(picture: Tensor, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(picture).save(path)
+@dataclass
+class _Measured:
+    """What one process measured."""
+
+    figures: dict[str, list[Figures]]
+    flops: dict[str, int]
+    failures: dict[str, str]
 
 
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else round(value, 6)
+def _prompts(model: ReferenceModel, settings: BenchSettings) -> list[str]:
+    available = list(settings.prompt_list) or model.prompts
+    if settings.prompts > len(available):
+        raise ConfigError(f"--prompts {settings.prompts} asks for more than the {len(available)} prompts there are")
+    return available[: settings.prompts]
 
 
-def _top1(model: ReferenceModel, shots: list[_Shot], prompts: list[str]) -> float | None:
-    if model.grade is None:
-        return None
-    return statistics.fmean(model.grade(torch.stack([shot.picture for shot in shots]), prompts))
+def _arms(model: ReferenceModel, settings: BenchSettings, prompts: list[str], say: Callable[[str], None]) -> list[Arm]:
+    """The baseline, then all others; those with a threshold are matched to their number of full steps here."""
+    trials = Trials(model, prompts[:TRIAL_PROMPTS], settings.seed, settings.steps, settings.call, say)
+    methods = method_arms(list(settings.methods), list(settings.full_steps), settings.steps, trials)
+    counts = list(dict.fromkeys(arm.full_steps for arm in methods))
+    (plain,) = plain_arms([settings.steps], ("euler",))
+    arms = [replace(plain, id="baseline"), *plain_arms(counts), *methods]
+    if settings.peers:
+        arms += peer_arms(counts, trials)
+    return list({arm.id: arm for arm in arms}.values())  # two requests may come to the same schedule
+
+
+def _measure(
+    model: ReferenceModel,
+    settings: BenchSettings,
+    arms: list[Arm],
+    mine: list[tuple[int, str]],
+    images: Path,
+    progress: Progress,
+) -> _Measured:
+    """Warm every arm up, then draw this process's prompts (number, prompt) with all of them in turn."""
+    measured = _Measured({arm.id: [] for arm in arms}, {}, {})
+    total, done = len(arms) * (len(mine) + 1), 0
+
+    def attempt(arm: Arm, label: str, action: Callable[[], Any]) -> Any:
+        """A peer that raises loses its row, and nothing else is lost; an error of our own ends the bench."""
+        nonlocal done
+        done += 1
+        progress(done, total, f"{label}: {arm.id}")
+        if arm.id in measured.failures:
+            return None
+        try:
+            return action()
+        except Exception as error:
+            if arm.library in ("plain", "hasten"):
+                raise
+            measured.failures[arm.id] = one_line(error)
+            return None
+
+    first = (_prompts(model, settings)[0], settings.seed, settings.call)
+    for arm in arms:
+        counted = attempt(arm, "warm-up", partial(count_flops, model, arm.attach, arm.steps, *first))
+        if counted is not None:
+            measured.flops[arm.id] = counted[0]
+    for number, prompt in mine:
+        turn, seed = number % len(arms), settings.seed + number
+        shots: dict[str, Shot] = {}
+        for arm in arms[turn:] + arms[:turn]:
+            draw = partial(shoot, model, arm.attach, arm.steps, prompt, seed, settings.call)
+            shot = attempt(arm, prompt, draw)
+            if shot is not None:
+                shots[arm.id] = shot
+        for arm in arms:
+            if arm.id in shots:
+                shot, reference = shots[arm.id], shots["baseline"]
+                save_picture(shot, images / image_name(arm) / f"{number:02d}.png")
+                found = figures_of(model, shot, reference, prompt, number, seed, settings.steps)
+                measured.figures[arm.id].append(found)
+    return measured
+
+
+def _gather(own: _Measured) -> _Measured:
+    """What all processes measured together, in the order of the prompts; operations are the first process's."""
+    parts: list[_Measured] = gather_object([own])
+    return _Measured(
+        {
+            name: sorted((f for part in parts for f in part.figures[name]), key=lambda f: f.prompt)
+            for name in own.figures
+        },
+        parts[0].flops,
+        {name: error for part in parts for name, error in part.failures.items()},
+    )
 
 
 def run_bench(
@@ -178,141 +231,73 @@ def run_bench(
 ) -> dict[str, Any]:
     """Measure and write `out` (JSON) and a folder of pictures beside it; returns the JSON's content.
 
+    Under `accelerate launch` or `torchrun` the processes share the prompts and the main one writes the file (pictures
+    are written by the process that drew them, so that all have to see the same folder); all of them return it.
+
     Args:
         model: from `open_model`.
         settings: what to measure.
         out: path of the JSON file; pictures go to `<stem>.images/`.
         progress: called with (done, total, label) as the work goes on.
     """
-    available = list(settings.prompt_list) or model.prompts
-    if settings.prompts > len(available):
-        raise ConfigError(f"--prompts {settings.prompts} asks for more than the {len(available)} prompts there are")
-    prompts = available[: settings.prompts]
-    methods = method_arms(list(settings.methods), list(settings.full_steps), settings.steps)
-    counts = list(dict.fromkeys(arm.full_steps for arm in methods))
-    (plain,) = plain_arms([settings.steps], ("euler",))
-    baseline = replace(plain, id="baseline")
-    arms = [baseline, *plain_arms(counts), *methods]
-    arms = list({arm.id: arm for arm in arms}.values())  # two requests may come to the same schedule
-    total = len(arms) * (len(prompts) + 1)
-    done = 0
-
-    def tick(label: str) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total, label)
-
-    flops: dict[str, int] = {}
-    for arm in arms:
-        flops[arm.id] = _flops(model, arm, prompts[0], settings.seed, settings.call)
-        tick(f"warm-up: {arm.id}")
-
-    shots: dict[str, list[_Shot]] = {arm.id: [] for arm in arms}
-    for i, prompt in enumerate(prompts):
-        turn = i % len(arms)
-        for arm in arms[turn:] + arms[:turn]:
-            shots[arm.id].append(_shoot(model, arm, prompt, settings.seed + i, settings.call))
-            tick(f"{prompt}: {arm.id}")
-
+    state = processes()
+    tick = progress or (lambda done, total, label: None)
+    prompts = _prompts(model, settings)
+    # Every process searches, so that none waits in a collective for longer than its time limit, and all use what the
+    # main one found.
+    found = [_arms(model, settings, prompts, lambda label: tick(0, 1, label))]
+    arms: list[Arm] = broadcast_object_list(found)[0]
+    running = [arm for arm in arms if not arm.error]
     images = out.parent / f"{out.stem}.images"
-    for arm in arms:
-        for i, shot in enumerate(shots[arm.id]):
-            _save(shot.picture, images / _file_name(arm.id) / f"{i:02d}.png")
+    mine = list(enumerate(prompts))[state.process_index :: state.num_processes]
+    measured = _gather(_measure(model, settings, running, mine, images, tick))
+    result = _result(model, settings, arms, measured, images, state.num_processes)
+    if state.is_main_process:
+        write_whole(out, json.dumps(result, indent=1) + "\n")
+    return result
 
-    lpips = metrics.Lpips() if metrics.Lpips.available() else None
-    seconds = statistics.median(shot.seconds for shot in shots["baseline"])
+
+def _result(
+    model: ReferenceModel,
+    settings: BenchSettings,
+    arms: list[Arm],
+    measured: _Measured,
+    images: Path,
+    processes: int,
+) -> dict[str, Any]:
+    """The content of the JSON file."""
+    baseline, *others = arms
+    plain = measured.figures["baseline"]
     rows = []
-    for arm in arms[1:]:
-        own = shots[arm.id]
-        per_prompt = [
-            _per_prompt(shot, reference, prompt, settings.seed + i, lpips)
-            for i, (shot, reference, prompt) in enumerate(zip(own, shots["baseline"], prompts, strict=True))
-        ]
-        spread = {
-            key: metrics.summary_statistics(p[key] for p in per_prompt)
-            for key in ("psnr", "ssim", "lpips", "flip", "seconds")
-        }
-        own_seconds = statistics.median(shot.seconds for shot in own)
-        rows.append(
-            {
-                "id": arm.id,
-                "method": arm.method,
-                "library": arm.library,
-                "params": arm.params,
-                "steps": arm.steps,
-                "full_steps": arm.full_steps,
-                "flops": flops[arm.id],
-                "flops_ratio": round(settings.steps / arm.full_steps, 4),
-                "flops_ratio_measured": round(flops["baseline"] / flops[arm.id], 4),
-                "seconds": round(own_seconds, 6),
-                "latency_ratio": round(seconds / own_seconds, 4),
-                "cache_bytes": max(shot.cache_bytes for shot in own),
-                **{key: _finite(spread[key]["median"]) for key in ("psnr", "ssim", "lpips", "flip")},
-                "top1": _top1(model, own, prompts),
-                "spread": spread,
-                "error_per_step": _error_per_step(own, shots["baseline"]),
-                "per_prompt": [
-                    {k: _finite(v) if isinstance(v, float) else v for k, v in p.items()} for p in per_prompt
-                ],
-                "images": _image_paths(images, arm, len(own)),
-                "note": "",
-            }
-        )
-    height, width = shots["baseline"][0].picture.shape[-2:]
-    result = {
+    for arm in others:
+        error = arm.error or measured.failures.get(arm.id, "")
+        if error:
+            rows.append(failed_row(arm, error))
+            continue
+        flops = (measured.flops[arm.id], measured.flops["baseline"])
+        rows.append(measured_row(arm, measured.figures[arm.id], plain, settings.steps, flops, images))
+    height, width = plain[0].size
+    return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(),
         "model": model.name,
         "settings": {
-            "prompts": prompts,
+            "prompts": _prompts(model, settings),
             "seed": settings.seed,
             "height": height,
             "width": width,
             "steps": settings.steps,
             "guidance": float(settings.call.get("true_cfg_scale", settings.call.get("guidance_scale", 1.0))),
             "call": settings.call,
+            "processes": processes,
         },
         "baseline": {
             "steps": settings.steps,
-            "seconds": round(seconds, 6),
-            "flops": flops["baseline"],
-            "top1": _top1(model, shots["baseline"], prompts),
-            "images": _image_paths(images, baseline, len(prompts)),
+            "seconds": round(median_seconds(plain), 6),
+            "flops": measured.flops["baseline"],
+            "top1": top1(plain),
+            "images": image_paths(images, baseline, len(plain)),
         },
         "rows": rows,
     }
-    write_whole(out, json.dumps(result, indent=1) + "\n")
-    return result
-
-
-def _file_name(arm_id: str) -> str:
-    return arm_id.replace(":", "_").replace("=", "_")
-
-
-def _image_paths(images: Path, arm: Arm, count: int) -> list[str]:
-    return [f"{images.name}/{_file_name(arm.id)}/{i:02d}.png" for i in range(count)]
-
-
-def _per_prompt(shot: _Shot, reference: _Shot, prompt: str, seed: int, lpips: metrics.Lpips | None) -> dict[str, Any]:
-    return {
-        "prompt": prompt,
-        "seed": seed,
-        "psnr": metrics.psnr(shot.picture, reference.picture),
-        "ssim": metrics.ssim(shot.picture, reference.picture),
-        "lpips": None if lpips is None else lpips(shot.picture, reference.picture),
-        "flip": metrics.flip(shot.picture, reference.picture),
-        "seconds": shot.seconds,
-    }
-
-
-def _error_per_step(own: list[_Shot], reference: list[_Shot]) -> list[float | None] | None:
-    """Median over prompts of the latents' relative error after each step; None where the steps do not correspond."""
-    if len(own[0].latents) != len(reference[0].latents):
-        return None
-    steps = range(len(own[0].latents))
-    pairs = list(zip(own, reference, strict=True))
-    return [
-        _finite(statistics.median(metrics.relative_l2(a.latents[s], b.latents[s]) for a, b in pairs)) for s in steps
-    ]

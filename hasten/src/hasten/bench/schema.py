@@ -48,6 +48,7 @@ class Row(BaseModel):
     library: str
     params: dict[str, Any] = {}
     full_steps: int | None = None
+    computed_steps: float | None = None
     flops_ratio: float | None = None
     flops_ratio_measured: float | None = None
     seconds: float | None = None

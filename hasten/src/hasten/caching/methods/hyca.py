@@ -197,6 +197,6 @@ class HyCa(CalibratedMethod):
             tensors[f"grams/{slot}"] = torch.from_numpy(np.stack(grams))
             report[slot] = {
                 "channels": np.bincount(labels).tolist(),
-                "one_step_error_per_step": _one_step_errors(grams, np.bincount(labels)),
+                "one_step_error_per_step": _one_step_errors(grams, np.bincount(labels).tolist()),
             }
         return Fit(tensors, report)

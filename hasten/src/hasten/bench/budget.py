@@ -1,0 +1,126 @@
+"""Equal budgets: the threshold at which a method computes as many steps as the others do.
+
+A method with a threshold decides by itself how many steps it computes. To stand beside methods with a schedule it has
+to be given the threshold that costs as much; it is searched on a few prompts, and what was then really computed is
+reported beside the number that was asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from hasten.bench.metrics import psnr
+from hasten.bench.sampling import Attach, Shot, plain, shoot
+from hasten.errors import ConfigError, HastenWarning
+from hasten.zoo import ReferenceModel
+
+__all__ = ["Match", "Trial", "Trials", "match_full_steps"]
+
+PSNR_CEILING = 100.0  # dB; stands for infinity where identical pictures enter a mean
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one setting did: mean number of computed steps and mean PSNR (dB) over the trial's prompts."""
+
+    computed: float
+    psnr: float
+
+
+@dataclass(frozen=True)
+class Match:
+    """The threshold that was found and what it did."""
+
+    threshold: float
+    trial: Trial
+
+
+@dataclass
+class Trials:
+    """Runs settings on the first prompts of a bench.
+
+    Args:
+        model: what draws.
+        prompts: the prompts of the trials.
+        seed: prompt `i` is drawn with seed `seed + i`.
+        steps: sampler steps.
+        call: further arguments of the pipeline's call.
+        progress: called with a line on what is being tried.
+    """
+
+    model: ReferenceModel
+    prompts: list[str]
+    seed: int
+    steps: int
+    call: dict[str, Any]
+    progress: Callable[[str], None] = field(default=lambda _: None)
+
+    @cached_property
+    def _references(self) -> list[Shot]:
+        return [self._shoot(plain, i) for i in range(len(self.prompts))]
+
+    def _shoot(self, attach: Attach, index: int) -> Shot:
+        return shoot(self.model, attach, self.steps, self.prompts[index], self.seed + index, self.call)
+
+    @property
+    def passes(self) -> int:
+        """Forwards within a step of the plain sampler."""
+        return round(self._references[0].forwards / self.steps)
+
+    def run(self, attach: Attach) -> Trial:
+        """Draw the trial's prompts and count."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", HastenWarning)  # a threshold that skips nothing is part of the search
+            shots = [self._shoot(attach, i) for i in range(len(self.prompts))]
+        pairs = list(zip(shots, self._references, strict=True))
+        return Trial(
+            statistics.fmean(self.steps * shot.layer_calls / reference.layer_calls for shot, reference in pairs),
+            statistics.fmean(min(psnr(shot.picture, reference.picture), PSNR_CEILING) for shot, reference in pairs),
+        )
+
+
+def match_full_steps(
+    run: Callable[[float], Trial], wanted: int, low: float = 1e-4, high: float = 1e3, trials: int = 10
+) -> Match:
+    """Bisect a threshold, on a logarithmic scale, for the most computed steps that are at most `wanted`.
+
+    Args:
+        run: tries a threshold; a larger one has to compute fewer steps.
+        wanted: mean number of computed steps that must not be exceeded.
+        low, high: where to search, both positive.
+        trials: most thresholds to try.
+
+    Returns:
+        of the thresholds that were tried and did not exceed it, the one with the most computed steps, and among equals
+        the one with the best PSNR.
+
+    Raises:
+        ConfigError: if even `high` computes more.
+    """
+    if not 0 < low < high:
+        raise ConfigError(f"the range of thresholds must be 0 < low < high, got {low} to {high}")
+    loosest = run(high)
+    if loosest.computed > wanted:
+        raise ConfigError(
+            f"even at the loosest threshold {loosest.computed:g} steps are computed, more than {wanted}; "
+            "allow more skipped steps in a row, a shorter warm-up, or more full steps"
+        )
+    best = Match(high, loosest)
+    for _ in range(trials - 1):
+        if best.trial.computed == wanted:
+            break
+        middle = float(f"{math.sqrt(low * high):.4g}")  # what is reported is what was tried
+        trial = run(middle)
+        if trial.computed > wanted:
+            low = middle
+            continue
+        high = middle
+        if (trial.computed, trial.psnr) > (best.trial.computed, best.trial.psnr):
+            best = Match(middle, trial)
+    return best

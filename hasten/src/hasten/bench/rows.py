@@ -1,0 +1,196 @@
+"""From pictures to the rows of a result: figures of each picture, then medians and spread over the prompts."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten.bench import metrics
+from hasten.bench.arms import Arm
+from hasten.bench.sampling import Shot
+from hasten.bench.sheet import to_pil
+from hasten.zoo import ReferenceModel
+
+__all__ = [
+    "Figures",
+    "failed_row",
+    "figures_of",
+    "image_name",
+    "image_paths",
+    "measured_row",
+    "median_seconds",
+    "save_picture",
+    "top1",
+]
+
+COMPARED = ("psnr", "ssim", "lpips", "flip")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured on one picture of one arm.
+
+    Attributes:
+        prompt: the prompt's number.
+        figures: as they stand in `per_prompt`.
+        errors: relative error of the latents after each step; None where the steps do not correspond.
+        cache_bytes: most bytes of features held at once; None where the library does not tell.
+        computed: steps that were computed.
+        right: whether the picture is what the prompt asks for; None if the model has no ground truth.
+        size: (height, width) in pixels.
+    """
+
+    prompt: int
+    figures: dict[str, Any]
+    errors: list[float] | None
+    cache_bytes: int | None
+    computed: float
+    right: bool | None
+    size: tuple[int, int]
+
+
+@cache
+def _lpips() -> metrics.Lpips | None:
+    return metrics.Lpips() if metrics.Lpips.available() else None
+
+
+def figures_of(
+    model: ReferenceModel, shot: Shot, reference: Shot, prompt: str, number: int, seed: int, steps: int
+) -> Figures:
+    """Compare a picture with the plain sampler's of the same prompt and seed.
+
+    Args:
+        model: grades the picture, if it can.
+        shot: the picture.
+        reference: the plain sampler's.
+        prompt: what was to be drawn.
+        number: the prompt's number.
+        seed: what it was drawn with.
+        steps: of the plain sampler.
+    """
+    lpips = _lpips()
+    pair = (shot.picture, reference.picture)
+    height, width = shot.picture.shape[-2:]
+    return Figures(
+        prompt=number,
+        figures={
+            "prompt": prompt,
+            "seed": seed,
+            "psnr": metrics.psnr(*pair),
+            "ssim": metrics.ssim(*pair),
+            "lpips": None if lpips is None else lpips(*pair),
+            "flip": metrics.flip(*pair),
+            "seconds": shot.seconds,
+        },
+        errors=_errors(shot, reference),
+        cache_bytes=shot.cache_bytes,
+        computed=steps * shot.layer_calls / reference.layer_calls,
+        right=None if model.grade is None else model.grade(torch.stack([shot.picture]), [prompt])[0],
+        size=(int(height), int(width)),
+    )
+
+
+def _errors(shot: Shot, reference: Shot) -> list[float] | None:
+    if len(shot.latents) != len(reference.latents):
+        return None
+    return [metrics.relative_l2(a, b) for a, b in zip(shot.latents, reference.latents, strict=True)]
+
+
+def save_picture(shot: Shot, path: Path) -> None:
+    """Write a picture as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_pil(shot.picture).save(path)
+
+
+def image_name(arm: Arm) -> str:
+    """Folder of an arm's pictures."""
+    return "".join("_" if sign in ":=/\\" else sign for sign in arm.id)
+
+
+def image_paths(images: Path, arm: Arm, count: int) -> list[str]:
+    """An arm's pictures, relative to the JSON file."""
+    return [f"{images.name}/{image_name(arm)}/{i:02d}.png" for i in range(count)]
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 6)
+
+
+def median_seconds(own: Sequence[Figures]) -> float:
+    """Median time of an arm's calls."""
+    return statistics.median(f.figures["seconds"] for f in own)
+
+
+def top1(own: Sequence[Figures]) -> float | None:
+    """Share of the pictures that are what their prompt asks for."""
+    right = [f.right for f in own if f.right is not None]
+    return statistics.fmean(right) if right else None
+
+
+def _errors_per_step(own: Sequence[Figures]) -> list[float | None] | None:
+    """Median over the prompts."""
+    known = [f.errors for f in own if f.errors is not None]
+    return [_finite(statistics.median(at_step)) for at_step in zip(*known, strict=True)] if known else None
+
+
+def _head(arm: Arm) -> dict[str, Any]:
+    return {
+        "id": arm.id,
+        "method": arm.method,
+        "library": arm.library,
+        "params": arm.params,
+        "steps": arm.steps,
+        "full_steps": arm.full_steps,
+    }
+
+
+def measured_row(
+    arm: Arm, own: Sequence[Figures], plain: Sequence[Figures], steps: int, flops: tuple[int, int], images: Path
+) -> dict[str, Any]:
+    """The row of an arm.
+
+    Args:
+        arm: what was measured.
+        own: its figures, one a prompt.
+        plain: the baseline's.
+        steps: of the baseline.
+        flops: counted operations of one call of the arm and of the baseline.
+        images: folder of the pictures.
+    """
+    spread = {key: metrics.summary_statistics(f.figures[key] for f in own) for key in (*COMPARED, "seconds")}
+    seconds, computed = median_seconds(own), statistics.fmean(f.computed for f in own)
+    held = [f.cache_bytes for f in own if f.cache_bytes is not None]
+    nothing = 0 if arm.library == "plain" else None
+    return _head(arm) | {
+        "computed_steps": round(computed, 4),
+        "flops": flops[0],
+        "flops_ratio": round(steps / computed, 4),
+        "flops_ratio_measured": round(flops[1] / flops[0], 4),
+        "seconds": round(seconds, 6),
+        "latency_ratio": round(median_seconds(plain) / seconds, 4),
+        "cache_bytes": max(held) if held else nothing,
+        **{key: _finite(spread[key]["median"]) for key in COMPARED},
+        "top1": top1(own),
+        "spread": spread,
+        "error_per_step": _errors_per_step(own),
+        "per_prompt": [{k: _finite(v) if isinstance(v, float) else v for k, v in f.figures.items()} for f in own],
+        "images": image_paths(images, arm, len(own)),
+        "note": arm.note,
+        "error": "",
+    }
+
+
+def failed_row(arm: Arm, error: str) -> dict[str, Any]:
+    """The row of an arm that could not run: no figures, and why."""
+    absent = (
+        "computed_steps", "flops", "flops_ratio", "flops_ratio_measured", "seconds", "latency_ratio", "cache_bytes",
+        *COMPARED, "top1", "spread", "error_per_step",
+    )  # fmt: skip
+    return _head(arm) | dict.fromkeys(absent) | {"per_prompt": [], "images": [], "note": arm.note, "error": error}

@@ -1,0 +1,269 @@
+"""Other libraries beside ours: equal budgets, no traces, and a row instead of a crash."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+from conftest import draw
+
+import hasten
+from hasten import cli
+from hasten.bench import runner
+from hasten.bench.arms import Accelerated, method_arms
+from hasten.bench.budget import Trial, Trials, match_full_steps
+from hasten.bench.peers import PEERS, OnACopy, Peer, _hook, peer_arms, shared_copy
+from hasten.bench.report import render_report
+from hasten.bench.runner import BenchSettings, run_bench
+from hasten.bench.sampling import counted_layer, plain, shoot
+from hasten.errors import ConfigError, HostError, ModelError
+from hasten.zoo import ReferenceModel
+
+STEPS = 12
+CALL = {"height": 32, "width": 32, "max_sequence_length": 8}
+PROMPTS = ["red apple", "blue fish"]
+
+
+@pytest.fixture
+def model(pipe):
+    return ReferenceModel("tiny", pipe, PROMPTS, CALL)
+
+
+@pytest.fixture
+def trials(model):
+    return Trials(model, PROMPTS, 0, STEPS, {})
+
+
+def state_of(pipe):
+    """Everything that a library could leave behind."""
+    modules = {name: sorted(vars(module)) for name, module in pipe.transformer.named_modules()}
+    return modules, type(pipe).__call__, sorted(vars(type(pipe))), sorted(vars(pipe)), dict(pipe.config)
+
+
+def nothing(model, params):
+    """Switches nothing on."""
+
+
+def raises(model, params):
+    raise RuntimeError("no kernel\nfor this device")
+
+
+# --- budgets
+
+
+@pytest.mark.parametrize("wanted", [1, 7, 9, 30])
+def test_a_threshold_is_found_within_the_trials(wanted):
+    tried = []
+
+    def run(threshold):
+        tried.append(threshold)
+        return Trial(max(1, round(30 - 4.3 * torch.tensor(threshold / 1e-4).log().item())), 30.0)
+
+    found = match_full_steps(run, wanted)
+    assert len(tried) <= 10
+    assert wanted - 1 <= found.trial.computed <= wanted
+    assert run(found.threshold) == found.trial
+
+
+def test_among_equal_counts_the_better_picture_is_kept():
+    def run(threshold):
+        return Trial(4.0 if threshold > 0.01 else 20.0, 100 - threshold)
+
+    found = match_full_steps(run, 5)
+    assert found.trial.computed == 4
+    assert found.threshold < 0.02
+
+
+def test_a_budget_out_of_reach_says_what_to_do():
+    with pytest.raises(ConfigError, match=r"loosest threshold 16 steps.*more than 9.*skipped steps in a row"):
+        match_full_steps(lambda threshold: Trial(16.0, 30.0), 9)
+    with pytest.raises(ConfigError, match="0 < low < high"):
+        match_full_steps(lambda threshold: Trial(1.0, 30.0), 9, low=0.0)
+
+
+@pytest.mark.parametrize("method", ["taylorseer", "taylorseer:site=module", "fbcache:threshold=0.3", "speca"])
+def test_computed_steps_are_counted_as_the_records_have_them(model, method):
+    """SpeCa runs the last block at every step and FBCache the first: neither may count."""
+    _, chosen = hasten.bench.arms.parse_method(method)
+    reference = shoot(model, plain, STEPS, PROMPTS[0], 0, {})
+    assert reference.layer_calls == reference.forwards == STEPS
+    full = []
+
+    def attach(pipe):
+        full.append(hasten.accelerate(pipe, chosen))
+        return full[0]
+
+    shot = shoot(model, attach, STEPS, PROMPTS[0], 0, {})
+    assert shot.layer_calls == full[0].summary().full
+    assert 0 < shot.layer_calls < STEPS
+
+
+def test_the_counted_layer_belongs_to_the_last_block_but_one(pipe):
+    blocks = len(pipe.transformer.single_transformer_blocks)
+    assert counted_layer(pipe.transformer) == f"single_transformer_blocks.{blocks - 2}.attn.to_q"
+
+
+@pytest.mark.parametrize("method", ["fbcache", "easycache"])
+def test_methods_with_a_threshold_are_matched(trials, method):
+    (arm,) = method_arms([method], [6], STEPS, trials)
+    assert not arm.error
+    assert arm.full_steps == 6
+    assert arm.params["threshold"] == arm.attach.method.threshold
+    assert 4 <= trials.run(arm.attach).computed <= 6
+
+
+def test_a_threshold_needs_trials_and_reach(trials):
+    with pytest.raises(ConfigError, match="threshold"):
+        method_arms(["fbcache"], [6], STEPS)
+    (arm,) = method_arms(["fbcache:interval=2"], [3], STEPS, trials)
+    assert "loosest threshold" in arm.error
+    assert "interval=" in arm.error
+
+
+def test_two_passes_count_as_one_step(pipe):
+    call = {"true_cfg_scale": 2.0, "negative_prompt": ""}
+    trials = Trials(ReferenceModel("tiny", pipe, PROMPTS, CALL), PROMPTS[:1], 0, STEPS, call)
+    assert trials.passes == 2
+    peers = tuple(peer for peer in PEERS if peer.name in ("hermite", "dbcache", "first-block"))
+    for peer in peers:
+        if peer.library != "diffusers":
+            pytest.importorskip(peer.module)
+    for arm in peer_arms([6], trials, peers):
+        assert not arm.error, arm.error
+        assert 3 <= trials.run(arm.attach).computed <= 6
+
+
+# --- peers
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: f"{peer.library}-{peer.name}")
+def test_a_peer_keeps_the_budget_and_leaves_no_trace(peer, trials):
+    pytest.importorskip(peer.module)
+    pipe = trials.model.pipe
+    picture, transformer = draw(pipe), pipe.transformer
+    before = state_of(pipe)  # after a call, which leaves diffusers' own registry behind
+    (arm,) = peer_arms([6], trials, (peer,))
+    assert not arm.error, arm.error
+    assert arm.params
+    again = pickle.loads(pickle.dumps(arm))  # as it travels to other processes
+    trial = trials.run(again.attach)
+    assert 3 <= trial.computed <= 6
+    assert trial.psnr < 100  # it did something
+    assert pipe.transformer is transformer
+    assert state_of(pipe) == before
+    assert torch.equal(draw(pipe), picture)
+
+
+def test_a_copy_shares_weights_and_nothing_else(pipe):
+    copy = shared_copy(pipe.transformer)
+    assert all(a is b for a, b in zip(copy.parameters(), pipe.transformer.parameters(), strict=True))
+    assert not {id(m) for m in copy.modules()} & {id(m) for m in pipe.transformer.modules()}
+    assert torch.equal(copy.proj_out.weight, pipe.transformer.proj_out.weight)
+
+
+def test_a_hooked_transformer_is_refused(pipe):
+    pipe.transformer.forward = pipe.transformer.forward
+    with pytest.raises(HostError, match="hooked already"):
+        shared_copy(pipe.transformer)
+
+
+def test_an_error_within_the_call_brings_the_transformer_back(pipe):
+    transformer = pipe.transformer
+    with pytest.raises(TypeError), OnACopy(nothing, {})(pipe):
+        pipe(no_such_argument=1)
+    with OnACopy(nothing, {})(pipe):
+        assert pipe.transformer is not transformer
+    assert pipe.transformer is transformer
+    with pytest.raises(RuntimeError, match="kernel"), OnACopy(raises, {})(pipe):
+        pass
+    assert pipe.transformer is transformer
+
+
+def test_hermite_of_hicache_pp_is_our_hicache_at_the_output(model, trials):
+    """Two implementations of one formula on the same schedule."""
+    pytest.importorskip("hicache_pp")
+    (peer,) = [peer for peer in PEERS if peer.name == "hermite"]
+    params = {"num_steps": STEPS, "interval": 4, "first_enhance": 3, "max_order": 1, "sigma": 0.5, "passes": 1}
+    theirs = shoot(model, OnACopy(peer.switch, params), STEPS, PROMPTS[0], 0, {})
+    own = hasten.HiCache(order=1, sigma=0.5, interval=4, warmup=3, site="output")
+    ours = shoot(model, Accelerated(own), STEPS, PROMPTS[0], 0, {})
+    assert theirs.layer_calls == ours.layer_calls
+    assert torch.allclose(theirs.latents[-1], ours.latents[-1], atol=1e-4)
+
+
+def test_peers_that_cannot_run_say_why(trials):
+    peers = (
+        Peer("absent", "no-such", "no_such_package", nothing, lambda search, wanted: [{}]),
+        Peer("broken", "torch", "torch", raises, lambda search, wanted: [{}]),
+        Peer("idle", "torch", "torch", nothing, lambda search, wanted: [{}]),
+        Peer("picky", "torch", "torch", nothing, lambda search, wanted: []),
+    )
+    absent, broken, idle, picky = (arm.error for arm in peer_arms([6], trials, peers))
+    assert 'pip install "hasten[peers]"' in absent
+    assert broken == "RuntimeError: no kernel for this device"
+    assert idle == "12 steps are computed, more than the 6 asked for"
+    assert "only 6 steps" in picky
+
+
+def test_a_cache_that_hooks_nothing_is_an_error(pipe):
+    with pytest.raises(ModelError, match="hooks no module of FluxTransformer2DModel"):
+        _hook(shared_copy(pipe.transformer), lambda model, config: None, object())
+
+
+# --- the bench
+
+
+class LateFailure:
+    """Works in the trials and fails in the bench."""
+
+    def __init__(self, allowed):
+        self.allowed = allowed
+
+    def __call__(self, model, params):
+        self.allowed -= 1
+        if self.allowed < 0:
+            raise RuntimeError("out of memory")
+        hasten.accelerate(model, "reuse", interval=8)
+
+
+def test_failed_peers_are_rows_and_the_rest_is_measured(model, monkeypatch, tmp_path, capsys):
+    peers = (
+        Peer("absent", "no-such", "no_such_package", nothing, lambda search, wanted: [{}]),
+        Peer("late", "torch", "torch", LateFailure(2), lambda search, wanted: [{}]),
+    )
+    monkeypatch.setattr(runner, "peer_arms", lambda counts, trials: peer_arms(counts, trials, peers))
+    out = tmp_path / "out.json"
+    settings = BenchSettings(methods=("taylorseer", "fbcache"), full_steps=(5,), prompts=1, steps=STEPS, peers=True)
+    result = run_bench(model, settings, out)
+    rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["euler", "unipc", "taylorseer", "fbcache", "absent", "late"]
+    assert rows["late"]["error"] == "RuntimeError: out of memory"
+    assert "hasten[peers]" in rows["absent"]["error"]
+    for name in ("absent", "late"):
+        assert rows[name].keys() == rows["euler"].keys()
+        assert rows[name]["psnr"] is None
+        assert rows[name]["full_steps"] == 5
+    for name in ("euler", "unipc", "taylorseer", "fbcache"):
+        assert not rows[name]["error"]
+        assert 3 <= rows[name]["computed_steps"] <= 5
+        assert rows[name]["flops_ratio"] == pytest.approx(STEPS / rows[name]["computed_steps"], abs=1e-3)
+    cli._show(result)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "not measured: torch late, 5 full steps: RuntimeError: out of memory" in text
+    assert "out of memory" in render_report(out, tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_peers_on_the_trained_model(emoji, tmp_path):
+    for module in ("cache_dit", "hicache_pp"):
+        pytest.importorskip(module)
+    settings = BenchSettings(methods=("taylorseer",), full_steps=(5,), prompts=1, steps=20, peers=True)
+    rows = run_bench(emoji, settings, tmp_path / "out.json")["rows"]
+    peers = [row for row in rows if row["library"] not in ("plain", "hasten")]
+    assert [row["method"] for row in peers] == [peer.name for peer in PEERS]
+    for row in peers:
+        assert not row["error"]
+        assert row["computed_steps"] <= row["full_steps"]
+        assert row["psnr"] > 15
