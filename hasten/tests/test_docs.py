@@ -1,0 +1,113 @@
+"""What the documentation tells people to write is run as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import draw, make_pipe
+
+import hasten
+from hasten import registry
+from hasten.hosts import registry as host_registry
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def blocks(page):
+    """The Python blocks of a page, in order."""
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def lines(code):
+    """Lines of code, without blank ones."""
+    return [line for line in code.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def untouched():
+    """Methods and families that a page registers are forgotten again."""
+    methods, hosts = dict(registry._METHODS), dict(host_registry._HOSTS)
+    yield
+    registry._METHODS.clear()
+    registry._METHODS.update(methods)
+    host_registry._HOSTS.clear()
+    host_registry._HOSTS.update(hosts)
+
+
+def test_adding_a_method_takes_under_forty_lines(untouched):
+    pipe = make_pipe()
+    plain = draw(pipe)
+    first, *more = blocks("add-a-method.md")
+    # The page attaches its method twice to the same pipeline to show both ways; a reader uses one of them.
+    again = "run = hasten.accelerate(pipe, DampedLineCache"
+    assert again in first
+    first = first.replace(again, f"run.remove()\n{again}")
+    assert len(lines(first)) < 40
+    scope = {"pipe": pipe}
+    exec(first, scope)
+    assert not torch.equal(draw(pipe), plain)
+    assert scope["run"].summary().cached > 0
+    scope["run"].remove()
+    assert "damped-line" in {info.name for info in hasten.methods()}
+    for block in more:
+        assert len(lines(block)) < 40
+        exec(block, scope)
+    with hasten.accelerate(pipe, scope["HalfAndHalf"](interval=3)) as run:
+        assert not torch.equal(draw(pipe), plain)
+        assert run.summary().cached == 6
+    with hasten.accelerate(pipe, scope["InputCache"](threshold=0.3)) as run:
+        first_run = draw(pipe)
+        assert torch.equal(draw(pipe), first_run)
+        assert 0 < run.summary().cached < 12
+
+    class Early(scope["CachingMethod"]):
+        def plan(self):
+            return scope["DenseEarly"](dense=4, interval=3)
+
+        def predictors(self):
+            return {"whole": scope["DampedLine"](0.5)}
+
+    with hasten.accelerate(pipe, Early()) as run:
+        draw(pipe)
+        assert [r.step for r in run.records if r.full] == [0, 1, 2, 3, 6, 9]
+    assert torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "WanTransformer3DModel"])
+def test_adding_a_model_takes_under_forty_lines(untouched, name):
+    model = tiny.build(name)
+    plain = tiny.sample(name, model)
+    (described,) = [block for block in blocks("add-a-model.md") if f'"{name}"' in block]
+    assert len(lines(described)) < 40
+    host_registry._HOSTS.pop(name)
+    exec(described, {})
+    sites = ("hidden", "module") if "ModuleSpec" in described else ("hidden",)
+    for site in sites:
+        with hasten.accelerate(model, "taylorseer", interval=4, site=site) as run:
+            fast = tiny.sample(name, model)
+            assert run.summary().cached == 7
+        assert 0 < (fast - plain).norm() < 0.2 * plain.norm()
+    assert torch.equal(tiny.sample(name, model), plain)
+
+
+def test_every_method_has_a_page_in_the_navigation():
+    navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    for info in hasten.methods():
+        if info.kind == "caching" and info.config.__module__.startswith("hasten."):
+            page = DOCS / "methods" / f"{info.name}.md"
+            assert page.is_file()
+            assert f"methods/{info.name}.md" in navigation
+            text = page.read_text(encoding="utf-8")
+            assert f"<!-- curve {info.name} -->" in text
+            for parameter in set(info.parameters) - {
+                "schedule",
+                "tuned",
+                "site",
+                "interval",
+                "warmup",
+                "steps",
+                "strict",
+            }:
+                assert f"`{parameter}`" in text, f"{info.name}: {parameter}"
