@@ -26,7 +26,9 @@ def draw(result: dict[str, Any], name: str, labels: list[str]) -> None:
     """One figure: the arms of a method in colour, the plain samplers in grey."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.9), layout="constrained")
-        for index, (field, title) in enumerate((("psnr", "PSNR, dB (more is better)"), ("flip", "FLIP (less is better)"))):
+        for index, (field, title) in enumerate(
+            (("psnr", "PSNR, dB (more is better)"), ("flip", "FLIP (less is better)"))
+        ):
             axes = figure.add_subplot(1, 2, index + 1)
             for label, grey in (("euler", "0.7"), ("unipc", "0.45")):
                 xy = points(result["rows"], label, field)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import track
-
 from hasten.bench.runner import environment
 from hasten.files import write_whole
+from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "hasten" / "tests"))
 import matrix as checks

@@ -9,11 +9,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import hasten
 import torch
 import typer
 from diffusers import FluxTransformer2DModel
-
-import hasten
 from hasten import registry
 from hasten.caching.calibration import Calibration, Fingerprint, model_digest
 from hasten.errors import UnknownNameError

@@ -1,7 +1,7 @@
-"""The tables of the README, made from the JSON files that `hasten bench` and the scripts here wrote.
+"""The tables of the README and the docs, made from the JSON files that `hasten bench` and the scripts here wrote.
 
-python benchmarks/tables.py          write them into README.md
-python benchmarks/tables.py --check  exit 1 if README.md does not hold what the JSON files say
+python benchmarks/tables.py          write them into README.md and docs/
+python benchmarks/tables.py --check  exit 1 if a page does not hold what the JSON files say
 """
 
 from __future__ import annotations
@@ -71,10 +71,127 @@ def overhead_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def short(label: str) -> str:
+    """A method's text without the paths of its files."""
+    name, *params = label.split(":")
+    words = []
+    for param in params:
+        key, _, value = param.partition("=")
+        if key != "calibration":
+            words.append({"tuned": "tuned steps", "schedule": f"{value} steps"}.get(key, param))
+    return ", ".join([name, *words])
+
+
+def _title(row: dict[str, Any]) -> str:
+    if row["library"] == "plain":
+        return f"plain {'Euler' if row['method'] == 'euler' else 'UniPC'}"
+    return f"**{short(row['method'])}**" if row["library"] == "hasten" else f"{short(row['method'])} ({row['library']})"
+
+
+def _arms(result: dict[str, Any]) -> tuple[list[int], dict[str, dict[int, dict[str, Any]]]]:
+    """Numbers of computed steps, and the rows of each arm by that number."""
+    arms: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        arms.setdefault(_title(row), {})[row["full_steps"]] = row
+    return sorted({row["full_steps"] for row in result["rows"]}, reverse=True), arms
+
+
+def overview_table(result: dict[str, Any]) -> str:
+    """Markdown of one bench result, a line an arm, best first: quality at each budget, cost at the middle one."""
+    counts, arms = _arms(result)
+    middle = counts[len(counts) // 2]
+    heads = ["sampler", *(f"PSNR, {n} steps" for n in counts), *(f"LPIPS, {n}" for n in counts), f"FLIP, {middle}"]
+    heads += [f"s, {middle}", "speed-up", "FLOPs, counted", "cache KiB"]
+    lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
+
+    def quality(rows: dict[int, dict[str, Any]]) -> float:
+        values = [rows[n].get("psnr") for n in counts if n in rows]
+        return -sum(v for v in values if v is not None) / max(len([v for v in values if v is not None]), 1)
+
+    failed = []
+    for title, rows in sorted(arms.items(), key=lambda item: quality(item[1])):
+        failed += [f"{title} at {n}: {row['error']}" for n, row in rows.items() if row.get("error")]
+        if all(row.get("error") for row in rows.values()):
+            continue
+        cost = rows.get(middle, {})
+        cache = cost.get("cache_bytes")
+        cells = [title, *(_cell(rows.get(n, {}).get("psnr"), 1) for n in counts)]
+        cells += [_cell(rows.get(n, {}).get("lpips"), 4) for n in counts]
+        cells += [_cell(cost.get("flip"), 4), _cell(cost.get("seconds"), 3), _cell(cost.get("latency_ratio"), 2)]
+        cells += [_cell(cost.get("flops_ratio_measured"), 2), _cell(None if cache is None else cache / 1024, 0)]
+        lines.append(_row(cells))
+    lines.append("")
+    lines += [f"Not measured: {text}." for text in failed]
+    environment, settings, base = result["environment"], result["settings"], result["baseline"]
+    processes = int(environment.get("processes", 1))
+    shared = f", prompts shared by {processes} processes" if processes > 1 else ""
+    lines.append(
+        f"{result['model']}, {settings['width']}x{settings['height']}, {len(settings['prompts'])} prompts, medians, "
+        f"against {base['steps']} plain steps ({base['seconds']:.2f} s a picture); hasten {environment['hasten']}, torch "
+        f"{environment['torch']}, diffusers {environment['diffusers']}, {environment['device']}{shared}, "
+        f"{result['created'][:10]}."
+    )
+    return "\n".join(lines)
+
+
+def curve(name: str) -> str:
+    """A method's own figures: its chart, and its best form beside the plain samplers."""
+    counts, arms = _arms(_read("emoji-flux.json"))
+
+    def line(title: str) -> str:
+        return " / ".join(_cell(arms[title].get(n, {}).get("psnr"), 1) for n in counts)
+
+    own = [title for title in arms if re.match(rf"\*\*{re.escape(name)}(,|\*)", title)]
+    figures = "; ".join(f"{title} {line(title)}" for title in [*own, "plain Euler", "plain UniPC"])
+    budget = " / ".join(map(str, counts))
+    return (
+        f"![{name} on emoji-flux, against the number of computed steps](../images/curves/{name}.svg)\n\n"
+        f"Measured on `emoji-flux`, PSNR in dB at {budget} computed steps: {figures}."
+    )
+
+
+def matrix_table(result: dict[str, Any]) -> str:
+    """Markdown of `matrix.json`: linear layers that ran, as a share of the plain run's."""
+    methods = list(next(iter(result["cells"].values())))
+    lines = [_row(["transformer", *methods]), "|---" + "|--:" * len(methods) + "|"]
+    for family, cells in result["cells"].items():
+        texts = []
+        for cell in (cells[m] for m in methods):
+            texts.append(f"{cell['linears']:.2f}" if cell["exact"] and not cell["traces"] else "**fails**")
+        lines.append(_row([family.replace("Transformer2DModel", "").replace("Transformer3DModel", ""), *texts]))
+    environment = result["environment"]
+    lines += [
+        "",
+        f"torch {environment['torch']}, diffusers {environment['diffusers']}, {result['steps']} steps, "
+        "about half of them computed.",
+    ]
+    return "\n".join(lines)
+
+
+def memory_table(result: dict[str, Any]) -> str:
+    """Markdown of `memory.json`."""
+    sites = ("output", "hidden", "module")
+    held: dict[str, dict[str, int]] = {}
+    for row in result["rows"]:
+        name = row["method"] if row["order"] is None else f"{row['method']}, order {row['order']}"
+        held.setdefault(name, {})[row["site"]] = row["bytes"]
+    lines = [_row(["method", *(f"`{site}`" for site in sites)]), "|---" + "|--:" * len(sites) + "|"]
+    for name, by_site in held.items():
+        lines.append(_row([name, *("-" if s not in by_site else f"{by_site[s] / 2**20:.1f} MiB" for s in sites)]))
+    lines += [
+        "",
+        f"{result['model']}, {result['image_tokens']} image and {result['text_tokens']} text tokens, {result['dtype']}, "
+        "one pass; computed.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
-    "emoji-flux": lambda: bench_table(_read("emoji-flux.json")),
+    "emoji-flux": lambda: overview_table(_read("emoji-flux.json")),
     "demo": lambda: bench_table(_read("demo.json")),
     "overhead": lambda: overhead_table(_read("overhead.json")),
+    "matrix": lambda: matrix_table(_read("matrix.json")),
+    "memory": lambda: memory_table(_read("memory.json")),
 }
 
 
@@ -84,18 +201,23 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def fill(text: str) -> str:
-    """`text` with every table between `<!-- table NAME -->` and `<!-- end -->` made anew."""
+    """`text` with everything between `<!-- table NAME -->` or `<!-- curve NAME -->` and `<!-- end -->` made anew."""
 
-    def table(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+    def made(match: re.Match[str]) -> str:
+        content = TABLES[match[3]]() if match[2] == "table" else curve(match[3])
+        return f"{match[1]}\n{content}\n{match[4]}"
 
-    return re.sub(r"(<!-- table ([\w-]+) -->)\n.*?\n?(<!-- end -->)", table, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- (table|curve) ([\w-]+) -->)\n.*?\n?(<!-- end -->)", made, text, flags=re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """The pages that hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    current = readme.read_text()
-    wanted = fill(current)
+    stale = [page for page in pages() if fill(page.read_text()) != page.read_text()]
     if "--check" in sys.argv:
-        sys.exit("README.md differs from the JSON files: run python benchmarks/tables.py" if wanted != current else 0)
-    readme.write_text(wanted)
+        sys.exit(f"made from older JSON files: {', '.join(map(str, stale))}; run benchmarks/tables.py" if stale else 0)
+    for page in stale:
+        page.write_text(fill(page.read_text()))

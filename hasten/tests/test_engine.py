@@ -417,3 +417,29 @@ def test_configurations_are_values():
     assert HiCache(interval=7) == HiCache(interval=7)
     with pytest.raises(AttributeError):
         HiCache().order = 3
+
+
+def test_the_module_sites_cost_is_stated_before_it_is_paid(pipe, monkeypatch):
+    """Once, with the number of bytes that the run then holds."""
+    from hasten.caching import engine
+
+    monkeypatch.setattr(engine, "LARGE", 1)
+    with hasten.accelerate(pipe, "taylorseer", interval=3, site="module") as run:
+        stated = []
+
+        def blocked(*_):
+            stated.extend(str(w.message) for w in caught)
+
+        handle = pipe.transformer.transformer_blocks[0].register_forward_hook(blocked)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            draw(pipe)
+            draw(pipe)
+        handle.remove()
+        expected = run.estimate_bytes(64, text_tokens=8, dtype=torch.float32)
+        assert run.summary().cache_bytes == expected
+    messages = [str(w.message) for w in caught if issubclass(w.category, HastenWarning)]
+    assert len(messages) == 1
+    assert f"{expected / 2**30:.1f} GiB" in messages[0]
+    assert "64 image tokens" in messages[0]
+    assert stated, "the first block ran before anything was said"

@@ -1,13 +1,21 @@
-"""The README's tables say what the JSON files say."""
+"""The tables of the README and the docs say what the JSON files say."""
 
 import runpy
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def test_tables_are_those_of_the_json_files():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_tables_are_those_of_the_json_files(page):
     fill = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["fill"]
-    readme = (ROOT / "README.md").read_text()
-    assert readme.count("<!-- table ") == readme.count("<!-- end -->") > 0
-    assert fill(readme) == readme
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<!-- table ") + text.count("<!-- curve ") == text.count("<!-- end -->")
+    assert fill(text) == text
+
+
+def test_the_readme_has_tables():
+    assert (ROOT / "README.md").read_text(encoding="utf-8").count("<!-- table ") >= 3
