@@ -127,8 +127,8 @@ def overview_table(result: dict[str, Any]) -> str:
     shared = f", prompts shared by {processes} processes" if processes > 1 else ""
     lines.append(
         f"{result['model']}, {settings['width']}x{settings['height']}, {len(settings['prompts'])} prompts, medians, "
-        f"against {base['steps']} plain steps ({base['seconds']:.2f} s a picture); hasten {environment['hasten']}, torch "
-        f"{environment['torch']}, diffusers {environment['diffusers']}, {environment['device']}{shared}, "
+        f"against {base['steps']} plain steps ({base['seconds']:.2f} s a picture); hasten {environment['hasten']}, "
+        f"torch {environment['torch']}, diffusers {environment['diffusers']}, {environment['device']}{shared}, "
         f"{result['created'][:10]}."
     )
     return "\n".join(lines)
@@ -180,8 +180,8 @@ def memory_table(result: dict[str, Any]) -> str:
         lines.append(_row([name, *("-" if s not in by_site else f"{by_site[s] / 2**20:.1f} MiB" for s in sites)]))
     lines += [
         "",
-        f"{result['model']}, {result['image_tokens']} image and {result['text_tokens']} text tokens, {result['dtype']}, "
-        "one pass; computed.",
+        f"{result['model']}, {result['image_tokens']} image and {result['text_tokens']} text tokens, "
+        f"{result['dtype']}, one pass; computed.",
     ]
     return "\n".join(lines)
 

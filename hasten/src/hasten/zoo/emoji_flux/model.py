@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -48,10 +49,10 @@ class PixelVAE(ModelMixin, ConfigMixin):
         super().__init__()
         self.anchor = nn.Buffer(torch.zeros(()), persistent=True)  # gives the module a dtype and a device
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Tensor]:
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
         """`[B, 3, H, W]` pixels to `[B, 12, H/2, W/2]` latents (not yet shifted and scaled)."""
         latent = nn.functional.pixel_unshuffle(x, PATCH)
-        return EncoderOutput(latent=latent) if return_dict else (latent,)
+        return AutoencoderTinyOutput(latents=latent) if return_dict else (latent,)
 
     def decode(self, z: Tensor, return_dict: bool = True, **_: Any) -> DecoderOutput | tuple[Tensor]:
         """`[B, 12, H/2, W/2]` latents (shift and scale undone) to `[B, 3, H, W]` pixels in [-1, 1]."""

@@ -1,0 +1,337 @@
+"""LEAP: the closed form, the search of times, and the scheduler on pipelines."""
+
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import draw, make_pipe
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from hasten.caching.calibration import Calibration
+from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
+from hasten.solvers import LeapScheduler, fit_leap
+from hasten.solvers.fit import NormalEquations, advance
+from hasten.solvers.leap import Fitter, record_references
+
+STEPS = 20
+
+
+class Toy:
+    """The smallest pipeline: a velocity field in the place of the transformer, an unmodified scheduler."""
+
+    def __init__(self, field, scheduler=None):
+        self.field, self.transformer = field, torch.nn.Identity()
+        self.scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+    def __call__(self, latents=None, generator=None, num_inference_steps=STEPS, output_type="latent"):
+        if latents is None:
+            latents = torch.randn(4, 16, generator=generator, dtype=torch.float32)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            latents = self.scheduler.step(self.field(latents, float(t)), t, latents, return_dict=False)[0]
+        return (latents,)
+
+
+def toy_call(seed=0):
+    return {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": STEPS}
+
+
+def curved(x, t):
+    """A field that bends with time and depends on the state."""
+    return torch.sin(x + t / 200) - 0.3 * x + t / 1000
+
+
+def fitter(pipe, calls, ridge=0.0):
+    return Fitter(pipe, calls, record_references(pipe, calls), ridge)
+
+
+def error(pipe, calls, steps, ridge=0.0):
+    own = fitter(pipe, calls, ridge)
+    with own.probing():
+        return own.fit(steps).error
+
+
+# --- the closed form
+
+
+def test_normal_equations_agree_with_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    batches = [[torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(5)] for _ in range(3)]
+    equations = NormalEquations(3)
+    for start, goal, *velocities in batches:
+        equations.add(start, velocities, goal)
+    left = torch.cat([torch.stack([v.flatten() for v in velocities], 1) for _, _, *velocities in batches]).double()
+    right = torch.cat([(goal - start).flatten() for start, goal, *_ in batches]).double()
+    expected = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+    assert equations.solve([0.0] * 3, 0.0) == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+def test_a_large_ridge_is_the_prior_and_the_order_of_a_batch_does_not_matter():
+    generator = torch.Generator().manual_seed(1)
+    start, goal, *velocities = [torch.randn(6, 9, generator=generator) for _ in range(5)]
+    plain, turned = NormalEquations(3), NormalEquations(3)
+    plain.add(start, velocities, goal)
+    order = torch.randperm(6, generator=generator)
+    turned.add(start[order], [v[order] for v in velocities], goal[order])
+    assert plain.solve([0, 0, 0], 1e-6) == pytest.approx(turned.solve([0, 0, 0], 1e-6))
+    assert plain.solve([1.0, -2.0, 0.5], 1e12) == pytest.approx([1.0, -2.0, 0.5], abs=1e-6)
+
+
+def test_advancing_is_the_formula_and_keeps_what_others_did():
+    x0, v0, v1 = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)
+    x1 = advance(x0, [v0], [0.5], [])
+    assert x1 == 1 + 0.5 * 2
+    assert advance(x1, [v0, v1], [0.2, 0.7], [0.5]) == x0 + 0.2 * v0 + 0.7 * v1
+    assert advance(x1 + 10, [v0, v1], [0.2, 0.7], [0.5]) == x0 + 10 + 0.2 * v0 + 0.7 * v1
+    assert advance(x1, [None, v1], [0.2, 0.7], [0.5]) == x1 + (0.7 - 0.3) * v1  # a later start: the share is passed on
+
+
+# --- fits on fields that are known
+
+
+def test_a_constant_velocity_is_exact_with_one_evaluation():
+    pull = torch.randn(16, generator=torch.Generator().manual_seed(3))
+    assert error(Toy(lambda x, t: pull.expand_as(x)), [toy_call()], (0,)) < 1e-12
+
+
+def test_a_velocity_linear_in_sigma_is_exact_with_two_evaluations():
+    a, b = torch.randn(2, 16, generator=torch.Generator().manual_seed(3))
+    pipe = Toy(lambda x, t: (a + b * t / 1000).expand_as(x))
+    assert error(pipe, [toy_call()], (0, 9)) < 1e-12
+    assert error(pipe, [toy_call()], (0,)) > 1e-6
+
+
+@pytest.mark.parametrize("steps", [(0, 10), (0, 5, 12), (0, 3, 8, 15)])
+def test_the_fit_is_no_worse_than_euler_on_its_batch(steps):
+    pipe, calls = Toy(curved), [toy_call(0), toy_call(1)]
+    references = record_references(pipe, calls)
+    states = torch.cat([s[0] for s in references.states])
+    for k, step in enumerate(steps):
+        goal = (*steps[1:], STEPS)[k]
+        states = states + (references.sigmas[goal] - references.sigmas[step]) * curved(
+            states, references.timesteps[step]
+        )
+    truth = torch.cat([s[-1] for s in references.states])
+    euler = float((states - truth).square().sum() / truth.square().sum())
+    assert error(pipe, calls, steps) < euler
+
+
+def test_more_evaluations_are_no_worse():
+    nested = [(0,), (0, 10), (0, 5, 10), (0, 5, 10, 15), (0, 3, 5, 10, 15, 18)]
+    errors = [error(Toy(curved), [toy_call()], steps) for steps in nested]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01 * errors[1]
+
+
+def test_all_steps_with_the_samplers_coefficients_are_the_sampler():
+    found = fitter(Toy(curved), [toy_call()], ridge=1e6)
+    with found.probing():
+        every = found.fit(tuple(range(STEPS)))
+    assert every.error < 1e-10
+
+
+def test_evaluations_that_two_lists_share_are_made_once():
+    own = fitter(Toy(curved), [toy_call()])
+    with own.probing():
+        own.loss((0, 5, 10, 15))
+        assert own.evaluations == 4
+        again = own.fit((0, 5, 10, 16))
+        assert own.evaluations == 5
+    fresh = fitter(Toy(curved), [toy_call()])
+    with fresh.probing():
+        assert fresh.fit((0, 5, 10, 16)).error == pytest.approx(again.error, rel=1e-9)
+
+
+def test_the_search_improves_on_the_spread():
+    pipe, calls = Toy(curved), [toy_call(0), toy_call(1)]
+    one = fit_leap_toy(pipe, calls, trials=1)
+    many = fit_leap_toy(pipe, calls, trials=40)
+    assert many < one
+
+
+def fit_leap_toy(pipe, calls, trials):
+    own = fitter(pipe, calls)
+    with own.probing():
+        return own.search(4, trials, 0, None).error
+
+
+# --- the scheduler on pipelines
+
+
+def euler_tables(scheduler):
+    """Tables with the plain sampler's own coefficients."""
+    sigmas = scheduler.sigmas
+    moves = [float(b - a) for a, b in pairwise(sigmas)]
+    rows = [moves[: k + 1] for k in range(len(moves))]
+    return {
+        str(len(rows)): {
+            "timesteps": scheduler.timesteps.tolist(),
+            "sigmas": sigmas[:-1].tolist(),
+            "coefficients": rows,
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    "guidance", [{}, {"true_cfg_scale": 3.0, "negative_prompt": "banana"}], ids=["plain", "guided"]
+)
+def test_all_steps_with_eulers_coefficients_are_bit_identical(guidance):
+    pipe = make_pipe()
+    plain = draw(pipe, 12, **guidance)
+    pipe.scheduler = LeapScheduler(euler_tables(pipe.scheduler))
+    assert torch.equal(draw(pipe, 12, **guidance), plain)
+    assert torch.equal(draw(pipe, 12, **guidance), plain)  # and a second run begins anew
+
+
+def call(*seeds, **more):
+    return {
+        "prompt": ["red apple"] * len(seeds),
+        "height": 32,
+        "width": 32,
+        "max_sequence_length": 8,
+        "num_inference_steps": 12,
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    pipe = make_pipe()
+    return fit_leap(pipe, [call(0, 1), call(2, 3)], [3, 5], trials=10)
+
+
+def norm_error(pipe, scheduler, steps, reference, **more):
+    original, pipe.scheduler = pipe.scheduler, scheduler
+    try:
+        result = draw(pipe, steps, prompt=["red apple"] * 2, generator=call(7, 8)["generator"], **more)
+    finally:
+        pipe.scheduler = original
+    return float((result - reference).norm() / reference.norm())
+
+
+def test_a_fit_beats_the_plain_sampler_on_other_seeds(fitted):
+    pipe = make_pipe()
+    reference = draw(pipe, 12, prompt=["red apple"] * 2, generator=call(7, 8)["generator"])
+    for count in (3, 5):
+        leap = norm_error(pipe, LeapScheduler.of(fitted, pipe), count, reference)
+        plain = norm_error(pipe, pipe.scheduler, count, reference)
+        assert leap < 0.6 * plain
+    assert torch.equal(draw(pipe, 12), draw(make_pipe(), 12))  # fitting and drawing left the pipeline as it was
+
+
+def test_guidance_is_learned_with_the_pipelines_own(fitted):
+    pipe = make_pipe()
+    guided = {"true_cfg_scale": 3.0, "negative_prompt": ["banana"] * 2}
+    own = fit_leap(pipe, [call(0, 1, **guided), call(2, 3, **guided)], [4], trials=6)
+    reference = draw(pipe, 12, prompt=["red apple"] * 2, generator=call(7, 8)["generator"], **guided)
+    assert own.fingerprint.passes == ("cond", "uncond")
+    assert norm_error(pipe, LeapScheduler.of(own), 4, reference, **guided) < 0.8 * norm_error(
+        pipe, pipe.scheduler, 4, reference, **guided
+    )
+
+
+def test_a_saved_file_draws_the_same(fitted, tmp_path):
+    pipe = make_pipe()
+    path = fitted.save(tmp_path / "leap.safetensors")
+    pipe.scheduler = LeapScheduler.of(fitted)
+    picture = draw(pipe, 5)
+    pipe.scheduler = LeapScheduler.load(path, pipe)
+    assert torch.equal(draw(pipe, 5), picture)
+    pipe.scheduler.save_pretrained(tmp_path / "scheduler")
+    pipe.scheduler = LeapScheduler.from_pretrained(tmp_path / "scheduler")
+    assert torch.allclose(draw(pipe, 5), picture, atol=1e-6)
+
+
+def test_another_model_another_number_and_another_size(fitted, tmp_path):
+    with pytest.raises(CalibrationError, match="other weights"):
+        LeapScheduler.of(fitted, make_pipe(5))
+    pipe = make_pipe()
+    pipe.scheduler = LeapScheduler.of(fitted, pipe)
+    with pytest.raises(ScheduleError, match="fitted for 3, 5 evaluations, not for 9"):
+        draw(pipe, 9)
+    with pytest.warns(HastenWarning, match="another picture size"):
+        draw(pipe, 5, height=64, width=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HastenWarning)
+        draw(pipe, 5)
+    path = fitted.save(tmp_path / "leap.safetensors")
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(CalibrationError, match="damaged"):
+        LeapScheduler.load(path)
+    with pytest.raises(CalibrationError, match="not of 'leap'"):
+        LeapScheduler.of(Calibration.of("leap", Calibration("l2p", {}, fitted.fingerprint)))
+
+
+def test_image_to_image_starts_later(fitted):
+    from diffusers import FluxImg2ImgPipeline
+
+    pipe = make_pipe()
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    both = FluxImg2ImgPipeline(**pipe.components)
+    both.set_progress_bar_config(disable=True)
+    both.scheduler = LeapScheduler.of(fitted)
+    arguments = {"image": image, "height": 32, "width": 32, "max_sequence_length": 8, "output_type": "latent"}
+    seen = []
+    pipe.transformer.register_forward_hook(lambda *_: seen.append(1))
+    result = both(
+        "red apple", num_inference_steps=5, strength=0.6, generator=torch.Generator().manual_seed(0), **arguments
+    )
+    assert len(seen) == 3
+    assert torch.isfinite(result.images).all()
+
+
+def test_variance_preserving_models():
+    """Epsilon prediction with DDIM: the plain sampler is linear in x / alpha, and so is the fit."""
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+    )
+
+    def epsilon(x, t):
+        return torch.tanh(x) * (0.5 + t / 2000)
+
+    pipe = Toy(epsilon, scheduler)
+    own = fitter(pipe, [toy_call()], ridge=1e6)
+    with own.probing():
+        assert own.fit(tuple(range(STEPS))).error < 1e-6
+    free = fitter(pipe, [toy_call()])
+    with free.probing():
+        leap = free.search(5, 20, 0, None)
+    references = record_references(pipe, [toy_call(9)])
+    options = {"prediction_type": "epsilon", "num_train_timesteps": 1000, "shift_mu": None}
+    table = {
+        "timesteps": [references.timesteps[s] for s in leap.steps],
+        "sigmas": [references.sigmas[s] for s in leap.steps],
+        "coefficients": leap.coefficients,
+    }
+    truth = references.states[0][-1]
+    (plain,) = Toy(epsilon, scheduler)(**{**toy_call(9), "num_inference_steps": 5})
+    (fast,) = Toy(epsilon, LeapScheduler({"5": table}, **options))(**{**toy_call(9), "num_inference_steps": 5})
+    assert (fast - truth).norm() < 0.5 * (plain - truth).norm()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({}, "needs tables"),
+        ({"tables": {"2": {"timesteps": [1.0], "sigmas": [1.0], "coefficients": [[1.0]]}}}, "2 times"),
+        (
+            {"tables": {"1": {"timesteps": [1.0], "sigmas": [1.0], "coefficients": [[1.0]]}}, "prediction_type": "x"},
+            "flow",
+        ),
+    ],
+)
+def test_bad_tables_are_refused(arguments, says):
+    with pytest.raises(ConfigError, match=says):
+        LeapScheduler(**arguments)
+
+
+def test_bad_fits_are_refused():
+    pipe = make_pipe()
+    with pytest.raises(CalibrationError, match="nothing to learn from"):
+        fit_leap(pipe, [], [4])
+    with pytest.raises(ConfigError, match="between 1 and the 12 steps"):
+        fit_leap(pipe, [call(0)], [13], trials=1)
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    draw(pipe, 2)
