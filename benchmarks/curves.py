@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from hasten.bench.schema import short_label
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +37,7 @@ def draw(result: dict[str, Any], name: str, labels: list[str]) -> None:
             for label in labels:
                 xy = points(result["rows"], label, field)
                 if xy:
-                    axes.plot(*zip(*xy, strict=True), marker="o", label=_short(label))
+                    axes.plot(*zip(*xy, strict=True), marker="o", label=short_label(label))
             axes.set_title(title, fontsize=10)
             axes.set_xlabel("computed steps of 50")
             axes.set_xticks(sorted({r["full_steps"] for r in result["rows"]}))
@@ -44,12 +45,6 @@ def draw(result: dict[str, Any], name: str, labels: list[str]) -> None:
         figure.axes[0].legend(frameon=False, fontsize=8)
         OUT.mkdir(parents=True, exist_ok=True)
         figure.savefig(OUT / f"{name}.svg", metadata={"Date": None, "Creator": None}, facecolor="white")
-
-
-def _short(label: str) -> str:
-    return ":".join(part for part in label.split(":") if not part.startswith("calibration")).replace(
-        "tuned=runs/cal/steps.safetensors", "tuned"
-    )
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hasten.bench.schema import short_label
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -71,21 +73,14 @@ def overhead_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def short(label: str) -> str:
-    """A method's text without the paths of its files."""
-    name, *params = label.split(":")
-    words = []
-    for param in params:
-        key, _, value = param.partition("=")
-        if key != "calibration":
-            words.append({"tuned": "tuned steps", "schedule": f"{value} steps"}.get(key, param))
-    return ", ".join([name, *words])
-
-
 def _title(row: dict[str, Any]) -> str:
     if row["library"] == "plain":
         return f"plain {'Euler' if row['method'] == 'euler' else 'UniPC'}"
-    return f"**{short(row['method'])}**" if row["library"] == "hasten" else f"{short(row['method'])} ({row['library']})"
+    return (
+        f"**{short_label(row['method'])}**"
+        if row["library"] == "hasten"
+        else f"{short_label(row['method'])} ({row['library']})"
+    )
 
 
 def _arms(result: dict[str, Any]) -> tuple[list[int], dict[str, dict[int, dict[str, Any]]]]:

@@ -1,5 +1,6 @@
 """`hasten calibrate` and `hasten tune` on the trained reference model, at a small size."""
 
+import json
 import os
 import subprocess
 import sys
@@ -57,6 +58,23 @@ def test_tune_finds_lists_that_methods_take(emoji, monkeypatch, capsys, tmp_path
         assert tuned.report[count]["relative_squared_error"] <= tuned.report[count]["at_the_start"]
         assert " ".join(map(str, tuned.report[count]["steps"])) in out
     assert hasten.TaylorSeer(tuned=file, interval=2, warmup=1).plan().steps == tuple(tuned.report["5"]["steps"])
+
+
+def test_tune_makes_a_scheduler_and_bench_measures_it(monkeypatch, capsys, tmp_path):
+    file, result = tmp_path / "leap.safetensors", tmp_path / "out.json"
+    tuning = ("--full-steps", 4, "--prompts", 2, *SMALL, "--trials", 3, "--out", file)
+    code, out, _ = command(monkeypatch, capsys, "tune", "--method", "leap", *tuning)
+    assert code == 0
+    assert "LeapScheduler.load" in out
+    methods = f"leap:calibration={file},taylorseer:warmup=1"
+    measuring = ("--full-steps", "4,3", "--prompts", 2, *SMALL, "--json", result)
+    code, out, _ = command(monkeypatch, capsys, "bench", "--methods", methods, *measuring)
+    assert code == 0
+    rows = {(row["method"].split(":")[0], row["full_steps"]): row for row in json.loads(result.read_text())["rows"]}
+    assert rows["leap", 4]["steps"] == rows["leap", 4]["computed_steps"] == 4
+    assert rows["leap", 4]["psnr"] > rows["euler", 4]["psnr"]
+    assert "fitted for 4 evaluations" in rows["leap", 3]["error"]
+    assert "not measured: leap" in out
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_the_search_improves_on_the_spread():
 def fit_leap_toy(pipe, calls, trials):
     own = fitter(pipe, calls)
     with own.probing():
-        return own.search(4, trials, 0, None).error
+        return own.search(4, trials, 0, None)[0].error
 
 
 # --- the scheduler on pipelines
@@ -297,7 +297,7 @@ def test_variance_preserving_models():
         assert own.fit(tuple(range(STEPS))).error < 1e-6
     free = fitter(pipe, [toy_call()])
     with free.probing():
-        leap = free.search(5, 20, 0, None)
+        leap, _ = free.search(5, 20, 0, None)
     references = record_references(pipe, [toy_call(9)])
     options = {"prediction_type": "epsilon", "num_train_timesteps": 1000, "shift_mu": None}
     table = {

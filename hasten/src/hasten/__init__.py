@@ -23,6 +23,7 @@ from hasten.caching import (
 from hasten.errors import HastenError, HastenWarning
 from hasten.recording import calibrate, fit, record
 from hasten.registry import MethodInfo, methods
+from hasten.solvers import LeapScheduler, fit_leap
 from hasten.steps import StepRecord
 from hasten.tuning import tune_steps
 
@@ -42,6 +43,7 @@ __all__ = [
     "HastenWarning",
     "HiCache",
     "HyCa",
+    "LeapScheduler",
     "MagCache",
     "MethodInfo",
     "Reuse",
@@ -56,6 +58,7 @@ __all__ = [
     "accelerate",
     "calibrate",
     "fit",
+    "fit_leap",
     "methods",
     "record",
     "tune_steps",

@@ -45,7 +45,9 @@ def _cell(value: float | None, digits: int) -> str:
 
 def _row(row: dict[str, Any]) -> list[str]:
     """The cells of a row; a peer is named with its library."""
-    library, method = row["library"], row["method"]
+    from hasten.bench.schema import short_label
+
+    library, method = row["library"], short_label(row["method"])
     name = {"plain": f"[dim]plain {method}[/dim]", "hasten": method}.get(library, f"[cyan]{library}[/cyan] {method}")
     held = row["cache_bytes"]
     return [
@@ -92,10 +94,12 @@ def _table(result: dict[str, Any]) -> Table:
 
 def _show(result: dict[str, Any]) -> None:
     """The table, and a line for each row that has no figures."""
+    from hasten.bench.schema import short_label
+
     console.print(_table(result))
     for row in result["rows"]:
         if row["error"]:
-            name = row["method"] if row["library"] == "hasten" else f"{row['library']} {row['method']}"
+            name = short_label(row["method"]) if row["library"] == "hasten" else f"{row['library']} {row['method']}"
             console.print(
                 Text.assemble((f"not measured: {name}, {row['full_steps']} full steps: ", "yellow"), row["error"])
             )

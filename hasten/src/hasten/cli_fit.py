@@ -82,7 +82,9 @@ def calibrate(
 
 def tune(
     model: ModelName = "emoji-flux",
-    method: Annotated[str, typer.Option(help="The caching method to search with, as for bench.")] = "foca",
+    method: Annotated[
+        str, typer.Option(help="leap (a scheduler), or the caching method to search steps with, as for bench.")
+    ] = "foca",
     full_steps: Annotated[str, typer.Option(help="Numbers of computed steps to find lists for.")] = "12,9,7",
     prompts: Prompts = 8,
     prompts_file: PromptsFile = None,
@@ -93,19 +95,25 @@ def tune(
     guidance: Guidance = None,
     trials: Annotated[int, typer.Option(min=2, help="Lists to look at for each number.")] = 80,
     device: Device = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file.")] = Path("calibrations/steps.safetensors"),
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file; calibrations/steps or leap.safetensors by default.")
+    ] = None,
 ) -> None:
     """Find the steps at which a model is best computed, for each number of computed steps.
 
     A trial draws all prompts with another list of steps and compares with the plain sampler. The lists serve every
-    caching method: give the file as `tuned=...`.
+    caching method: give the file as `tuned=...`. With `--method leap` the file holds a scheduler instead, with
+    learned coefficients: `pipe.scheduler = hasten.LeapScheduler.load(file)`.
 
     Example: hasten tune --model emoji-flux --method foca --full-steps 12,9,7 --prompts 8 --trials 80
     """
     from hasten.bench.arms import parse_method
+    from hasten.solvers import fit_leap
     from hasten.tuning import tune_steps
 
-    _, chosen = parse_method(method)
+    leap = method == "leap"
+    chosen = None if leap else parse_method(method)[1]
+    out = out or Path("calibrations") / ("leap.safetensors" if leap else "steps.safetensors")
     model_, calls = _calls(model, prompts, prompts_file, seed, steps, height, width, guidance, device, BATCH)
     counts = numbers(full_steps, "--full-steps")
     with Progress(*BAR, console=console) as bar:
@@ -114,7 +122,10 @@ def tune(
         def tick(count: int, done: int, most: int, best: float) -> None:
             bar.update(tasks[count], completed=done, description=f"{count} computed: {_decibels(best):.1f} dB")
 
-        calibration = tune_steps(model_.pipe, chosen, calls, counts, trials=trials, progress=tick)
+        if chosen is None:
+            calibration = fit_leap(model_.pipe, calls, counts, trials=trials, progress=tick)
+        else:
+            calibration = tune_steps(model_.pipe, chosen, calls, counts, trials=trials, progress=tick)
         for task in tasks.values():
             bar.update(task, completed=trials)
     path = calibration.save(out)
@@ -131,7 +142,8 @@ def tune(
             f"{figures['trials']}{'' if figures['settled'] else ' (all used)'}",
         )
     console.print(table)
-    console.print(f"use: [bold]hasten.accelerate(pipe, 'foca', tuned='{path}', interval=7)[/bold]")
+    use = f"hasten.accelerate(pipe, 'foca', tuned='{path}', interval=7)"
+    console.print(f"use: [bold]{f'pipe.scheduler = hasten.LeapScheduler.load({str(path)!r})' if leap else use}[/bold]")
 
 
 def _decibels(relative_squared_error: float) -> float:

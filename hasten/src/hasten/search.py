@@ -10,10 +10,11 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from hasten.errors import ConfigError
 
-__all__ = ["Search", "search_steps"]
+__all__ = ["Search", "figures", "search_steps"]
 
 Steps = tuple[int, ...]
 MOVES = (-1, 1, -2, 2)
@@ -36,6 +37,17 @@ class Search:
     start_loss: float
     trials: int
     settled: bool
+
+
+def figures(found: Search) -> dict[str, Any]:
+    """A search as plain data, where the loss is a relative squared error."""
+    return {
+        "steps": list(found.steps),
+        "relative_squared_error": found.loss,
+        "at_the_start": found.start_loss,
+        "trials": found.trials,
+        "settled": found.settled,
+    }
 
 
 def _moves(steps: Steps, total: int, rng: random.Random) -> Iterator[Steps]:

@@ -16,7 +16,7 @@ from hasten.caching.method import TUNED, CachingMethod
 from hasten.caching.schedule import spread
 from hasten.errors import CalibrationError, ConfigError
 from hasten.recording import fingerprint_of
-from hasten.search import Search, search_steps
+from hasten.search import figures, search_steps
 
 __all__ = ["tune_steps"]
 
@@ -93,19 +93,9 @@ def tune_steps(
 
         found = search_steps(spread(count, total, START), total, loss_of, trials=trials, seed=seed, progress=tick)
         tensors[f"steps/{count}"] = torch.tensor(found.steps)
-        report[str(count)] = _figures(found)
+        report[str(count)] = figures(found)
     options = {"method": type(chosen).__name__, "trials": trials, "seed": seed, "calls": len(calls)}
     return Calibration(TUNED, tensors, fingerprint, report, options)
-
-
-def _figures(found: Search) -> dict[str, Any]:
-    return {
-        "steps": list(found.steps),
-        "relative_squared_error": found.loss,
-        "at_the_start": found.start_loss,
-        "trials": found.trials,
-        "settled": found.settled,
-    }
 
 
 def _generators(call: Mapping[str, Any]) -> list[torch.Generator]:

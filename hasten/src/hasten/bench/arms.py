@@ -19,6 +19,7 @@ from hasten.bench.sampling import Attach, plain
 from hasten.caching import CachingMethod, full_steps
 from hasten.caching.calibration import Calibration
 from hasten.errors import ConfigError, unknown
+from hasten.solvers.scheduler import LEAP, LeapScheduler
 
 __all__ = ["Arm", "Attach", "method_arms", "parse_method", "parse_options", "plain_arms"]
 
@@ -58,6 +59,22 @@ class Accelerated:
 
     def __call__(self, pipe: Any) -> Acceleration:
         return accelerate(pipe, self.method)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Puts a LEAP scheduler in the place of the pipeline's own."""
+
+    calibration: Calibration
+
+    @contextmanager
+    def __call__(self, pipe: Any) -> Iterator[None]:
+        original = pipe.scheduler
+        pipe.scheduler = LeapScheduler.of(self.calibration, pipe)
+        try:
+            yield
+        finally:
+            pipe.scheduler = original
 
 
 def _value(text: str) -> Any:
@@ -112,15 +129,17 @@ def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials 
     """Every method at every number of full steps.
 
     A method with a schedule takes the smallest interval that has no more; one with listed steps (`steps=`) keeps them;
-    one with a threshold is matched by `trials`.
+    one with a threshold is matched by `trials`. `leap:calibration=FILE` samples with a LEAP scheduler.
 
     Raises:
         ConfigError: if a method has a threshold and there are no trials to match it with.
         ScheduleError: if a schedule cannot have so few full steps.
     """
-    methods = [parse_method(text) for text in texts]
+    solvers = [text.strip() for text in texts if parse_options(text)[0] == LEAP]
+    methods = [parse_method(text) for text in texts if text.strip() not in solvers]
     arms = []
     for wanted in counts:
+        arms += [_solver_arm(label, wanted) for label in solvers]
         for label, method in methods:
             if method.adaptive:
                 arms.append(_adaptive_arm(label, method, wanted, total, trials))
@@ -129,6 +148,17 @@ def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials 
             count = len(full_steps(fitted.plan(), total))
             arms.append(Arm(f"{label}-{count}", label, "hasten", _reported(fitted), total, count, Accelerated(fitted)))
     return arms
+
+
+def _solver_arm(label: str, wanted: int) -> Arm:
+    """LEAP with as many evaluations; an arm with an error where it was not fitted for them."""
+    _, params = parse_options(label)
+    calibration = Calibration.of(LEAP, params.get("calibration"))
+    arm = Arm(f"{label}-{wanted}", label, "hasten", {"calibration": "given"}, wanted, wanted, Solved(calibration))
+    fitted = sorted(int(count) for count in calibration.report)
+    if wanted in fitted:
+        return arm
+    return replace(arm, error=f"fitted for {', '.join(map(str, fitted))} evaluations; run hasten tune --method leap")
 
 
 def _adaptive_arm(label: str, method: CachingMethod, wanted: int, total: int, trials: Trials | None) -> Arm:

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from hasten.bench.schema import Result, Row, read_result
+from hasten.bench.schema import Result, Row, read_result, short_label
 from hasten.errors import ReportError
 from hasten.files import write_whole
 
@@ -63,7 +63,9 @@ class _Column:
 
 
 COLUMNS = (
+    _Column("computed_steps", "computed", 1),
     _Column("flops_ratio", "FLOPs ratio", 2),
+    _Column("flops_ratio_measured", "counted", 2),
     _Column("seconds", "seconds", 3, min),
     _Column("latency_ratio", "latency ratio", 2, max),
     _Column("psnr", "PSNR dB", 2, max),
@@ -86,7 +88,8 @@ def _bytes(value: float) -> str:
 def _name(row: Row) -> str:
     if row.library == "plain":
         return f"plain {row.method}"
-    return row.method if row.library == "hasten" else f"{row.method} ({row.library})"
+    name = short_label(row.method)
+    return name if row.library == "hasten" else f"{name} ({row.library})"
 
 
 def _groups(result: Result) -> dict[int, list[Row]]:
@@ -119,8 +122,16 @@ def _table(rows: list[Row], columns: Sequence[_Column]) -> list[dict[str, Any]]:
 
 
 def _colours(result: Result) -> dict[str, str]:
-    names = list(dict.fromkeys(_name(row) for row in result.rows if not row.error))
-    return {name: SERIES[i % len(SERIES)] for i, name in enumerate(names)}
+    """A colour for each line of the charts: the plain samplers, and as many of the best others as there are colours."""
+    qualities: dict[str, list[float]] = {}
+    for row in result.rows:
+        if not row.error:
+            qualities.setdefault(_name(row), []).append(row.psnr if row.psnr is not None else 0.0)
+    plain = [name for name in qualities if name.startswith("plain ")]
+    others = [name for name in qualities if name not in plain]
+    best = sorted(others, key=lambda name: -sum(qualities[name]) / len(qualities[name]))[: len(SERIES) - len(plain)]
+    names = [*plain, *(name for name in others if name in best)]
+    return dict(zip(names, SERIES, strict=False))
 
 
 def _svg(figure: Figure, label: str) -> Markup:
@@ -184,7 +195,7 @@ def _error_chart(result: Result) -> Markup | None:
     with mpl.rc_context(STYLE):
         figure, panels = _panels(len(groups))
         for axes, (count, rows) in zip(panels, groups.items(), strict=True):
-            for row in rows:
+            for row in (row for row in rows if _name(row) in colours):
                 values = [float("nan") if v is None else v for v in row.error_per_step or []]
                 _line(axes, range(len(values)), values, _name(row), colours[_name(row)])
             axes.set_title(f"{count} computed steps")
@@ -245,6 +256,7 @@ def render_report(result_file: Path, out: Path) -> Path:
         groups={count: _table(rows, columns) for count, rows in groups.items()},
         failed=[row for row in result.rows if row.error],
         quality=_quality_chart(result),
+        hidden_lines=len({_name(row) for row in result.rows if not row.error}) - len(_colours(result)),
         errors=_error_chart(result),
         sheets={count: _sheet(result, rows, result_file.parent) for count, rows in groups.items()},
     )

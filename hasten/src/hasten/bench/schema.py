@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from hasten.errors import ReportError
 
-__all__ = ["SCHEMA", "Baseline", "Result", "Row", "Settings", "read_result"]
+__all__ = ["SCHEMA", "Baseline", "Result", "Row", "Settings", "read_result", "short_label"]
 
 SCHEMA = 1
 REMEDY = "Make it again with `hasten bench`."
@@ -74,6 +74,17 @@ class Result(BaseModel):
     settings: Settings
     baseline: Baseline
     rows: list[Row]
+
+
+def short_label(label: str) -> str:
+    """A method's text as people read it: without the paths of its files."""
+    name, *params = label.split(":")
+    words = []
+    for param in params:
+        key, _, value = param.partition("=")
+        if key != "calibration":
+            words.append({"tuned": "tuned steps", "schedule": f"{value} steps"}.get(key, param))
+    return ", ".join([name, *words])
 
 
 def read_result(file: Path) -> Result:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from hasten.bench.schema import short_label
+
 __all__ = ["bench_sheet", "contact_sheet", "picture_grid", "to_pil"]
 
 MARGIN, GAP = 12, 6
@@ -74,7 +76,7 @@ def bench_sheet(result: dict[str, Any], folder: Path, full_steps: int, most: int
     labels = [f"plain|{result['baseline']['steps']} steps"]
     for row in rows:
         quality = "" if row["psnr"] is None else f", {row['psnr']:.1f} dB"
-        labels.append(f"{row['method']}|{row['full_steps']} full{quality}")
+        labels.append(f"{short_label(row['method'])}|{row['full_steps']} full{quality}")
     prompts = result["settings"]["prompts"][:most]
     pictures = [[folder / column[i] for column in columns] for i in range(len(prompts))]
     return contact_sheet(pictures, prompts, labels)

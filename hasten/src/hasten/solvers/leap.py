@@ -33,7 +33,7 @@ from hasten.caching.calibration import Calibration
 from hasten.caching.schedule import spread
 from hasten.errors import CalibrationError, ConfigError
 from hasten.recording import fingerprint_of
-from hasten.search import search_steps
+from hasten.search import Search, figures, search_steps
 from hasten.solvers.fit import NormalEquations, advance
 from hasten.solvers.scheduler import LEAP
 
@@ -237,13 +237,15 @@ class Fitter:
             self._best = found
         return found.error
 
-    def search(self, count: int, trials: int, seed: int, progress: Callable[[int, int, float], None] | None) -> Leap:
-        """The best list of `count` steps that a search finds."""
+    def search(
+        self, count: int, trials: int, seed: int, progress: Callable[[int, int, float], None] | None
+    ) -> tuple[Leap, Search]:
+        """The best list of `count` steps that a search finds, and how it went."""
         self._best = None
-        start = spread(count, len(self._references.timesteps), START)
-        search_steps(start, len(self._references.timesteps), self.loss, trials=trials, seed=seed, progress=progress)
+        total = len(self._references.timesteps)
+        found = search_steps(spread(count, total, START), total, self.loss, trials=trials, seed=seed, progress=progress)
         assert self._best is not None
-        return self._best
+        return self._best, found
 
 
 def fit_leap(
@@ -293,14 +295,14 @@ def fit_leap(
                 if progress is not None:
                     progress(count, done, most, best)
 
-            found = fitter.search(count, trials, seed, tick)
+            found, search = fitter.search(count, trials, seed, tick)
             rows = torch.zeros(count, count, dtype=torch.float64)
             for k, row in enumerate(found.coefficients):
                 rows[k, : k + 1] = torch.tensor(row, dtype=torch.float64)
             tensors[f"{count}/coefficients"] = rows
             tensors[f"{count}/timesteps"] = torch.tensor([references.timesteps[s] for s in found.steps])
             tensors[f"{count}/sigmas"] = torch.tensor([references.sigmas[s] for s in found.steps])
-            report[str(count)] = {"steps": list(found.steps), "relative_squared_error": found.error}
+            report[str(count)] = figures(search)
     options = {
         "prediction_type": references.prediction_type,
         "num_train_timesteps": int(pipe.scheduler.config.num_train_timesteps),
