@@ -185,6 +185,7 @@ TABLES = {
     "emoji-flux": lambda: overview_table(_read("emoji-flux.json")),
     "demo": lambda: bench_table(_read("demo.json")),
     "overhead": lambda: overhead_table(_read("overhead.json")),
+    "leap": lambda: overview_table(_read("leap.json")),
     "matrix": lambda: matrix_table(_read("matrix.json")),
     "memory": lambda: memory_table(_read("memory.json")),
 }
