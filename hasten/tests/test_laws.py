@@ -36,7 +36,7 @@ NOT_LINE = {
     "bdf2-damped": Multistep("bdf2-damped"),
     "svd literal": MovingAverage("literal", 0.5, 4),
 }
-SPECTRUM = ChebyshevRidge(4, 0.1, 0.5, 8)
+SPECTRUM = ChebyshevRidge(4, 0.1, 0.5, 8, 50)
 EVERY = {**LINE, **NOT_LINE, "foca literal": FoCaPredictor("literal"), "spectrum": SPECTRUM}
 # The regression is drawn towards zero by its ridge, so that its weights need not add up to 1.
 AVERAGES = {name: predictor for name, predictor in EVERY.items() if name != "spectrum"}
@@ -121,10 +121,10 @@ def test_where_a_run_begins_does_not_matter(name, steps_between, x, start):
     assert EVERY[name].weights(here[0] + x, here) == pytest.approx(EVERY[name].weights(there[0] + x, there), abs=1e-7)
 
 
-@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("hermite", "foca literal")])
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("hermite", "foca literal", "spectrum")])
 @given(steps_between=gaps, x=st.integers(1, 9), factor=st.integers(2, 4))
 def test_the_unit_of_steps_does_not_matter(name, steps_between, x, factor):
-    """All but two: Hermite's scale and FoCa's recursion count steps."""
+    """All but three: Hermite's scale, FoCa's recursion and Spectrum's span count steps."""
     here = anchors_of(steps_between)
     there = tuple(factor * a for a in here)
     assert EVERY[name].weights(here[0] + x, here) == pytest.approx(
@@ -192,20 +192,22 @@ def test_focas_weights_are_its_recursion(interval):
 # --- spectrum
 
 
-def test_the_regression_agrees_with_scikit_style_normal_equations():
+@pytest.mark.parametrize(("span", "end"), [(50, 50), (1, 24), (20, 24)])
+def test_the_regression_agrees_with_scikit_style_normal_equations(span, end):
     steps = np.array([0.0, 3, 7, 12, 20])
     anchors = tuple(int(s) for s in steps[::-1])
     target = 24
-    pure = ChebyshevRidge(3, 0.05, 1.0, 8)
-    map_ = lambda t: 2 * t / target - 1  # noqa: E731
-    phi = np.stack([np.cos(m * np.arccos(np.clip(map_(steps), -1, 1))) for m in range(4)], 1)
-    here = np.array([1.0, 1.0, 1.0, 1.0])  # T_m(1)
-    expected = here @ np.linalg.inv(phi.T @ phi + 0.05 * np.eye(4)) @ phi.T
+    phi, here = (
+        np.cos(np.outer(np.arccos(np.clip(2 * np.atleast_1d(t) / end - 1, -1, 1)), np.arange(4)))
+        for t in (steps, target)
+    )
+    expected = (here @ np.linalg.inv(phi.T @ phi + 0.05 * np.eye(4)) @ phi.T)[0]
+    pure = ChebyshevRidge(3, 0.05, 1.0, 8, span)
     assert pure.weights(target, anchors) == pytest.approx(expected[::-1], abs=1e-8)
 
 
 def test_a_small_ridge_interpolates():
-    pure = ChebyshevRidge(4, 1e-10, 1.0, 8)
+    pure = ChebyshevRidge(4, 1e-10, 1.0, 8, 50)
     assert forecast(pure, 20, (16, 11, 7, 3, 0), lambda t: 0.01 * t**3 - t) == pytest.approx(
         0.01 * 20**3 - 20, rel=1e-4
     )
@@ -213,9 +215,16 @@ def test_a_small_ridge_interpolates():
 
 def test_a_ridge_tames_noise_at_long_horizons():
     anchors = (30, 24, 18, 12, 6, 0)
-    wild = sum(map(abs, ChebyshevRidge(4, 1e-9, 1.0, 8).weights(40, anchors)))
-    tame = sum(map(abs, ChebyshevRidge(4, 0.1, 1.0, 8).weights(40, anchors)))
+    wild = sum(map(abs, ChebyshevRidge(4, 1e-9, 1.0, 8, 50).weights(40, anchors)))
+    tame = sum(map(abs, ChebyshevRidge(4, 0.1, 1.0, 8, 50).weights(40, anchors)))
     assert tame < 0.2 * wild
+
+
+@given(steps_between=gaps, x=st.integers(1, 9))
+def test_a_run_longer_than_the_span_does_not_explode(steps_between, x):
+    anchors = anchors_of([30, *steps_between])
+    weights = ChebyshevRidge(4, 0.1, 1.0, 8, 10).weights(anchors[0] + x, anchors)
+    assert sum(map(abs, weights)) < 10
 
 
 # --- forecasts from inner products
@@ -236,32 +245,99 @@ def exponentials(rates, anchors, target, size=200, seed=0):
     return [feature(a) for a in anchors], feature(target)
 
 
+def polynomial(degree, seed=0, size=400):
+    """A random feature at steps 0 to 39, `[40, size]`."""
+    modes = np.random.default_rng(seed).normal(size=(degree + 1, size))
+    return (0.1 * np.arange(40.0)[:, None]) ** np.arange(degree + 1) @ modes
+
+
+def dynamic(kept, target, anchors, ridge=1e-8):
+    weights = DynamicModes(5, ridge, Hermite(2)).fitted(target, anchors, gram_of(kept))
+    return sum(w * f for w, f in zip(weights, kept, strict=True))
+
+
+def distance(ours, truth):
+    return float(np.linalg.norm(ours - truth) / np.linalg.norm(truth))
+
+
 @pytest.mark.parametrize("x", [1, 2, 4, 7])
 def test_dynamic_modes_are_exact_on_sums_of_exponentials(x):
     anchors = (16, 12, 8, 4, 0)
     features, truth = exponentials([0.98, 0.9, 0.8], anchors, 16 + x)
-    predictor = DynamicModes(5, 0.0, Hermite(2))
-    weights = predictor.fitted(16 + x, anchors, gram_of(features))
-    ours = sum(w * f for w, f in zip(weights, features, strict=True))
-    assert np.linalg.norm(ours - truth) < 1e-4 * np.linalg.norm(truth)
+    ours = dynamic(features, 16 + x, anchors, ridge=0.0)
+    assert distance(ours, truth) < 1e-4
     straight = sum(w * f for w, f in zip(Taylor(1).weights(16 + x, anchors), features, strict=True))
-    assert np.linalg.norm(straight - truth) > 10 * np.linalg.norm(ours - truth)
+    assert distance(straight, truth) > 10 * distance(ours, truth)
 
 
+@pytest.mark.parametrize("degree", [0, 1, 2])
+@pytest.mark.parametrize("x", [1, 3, 8])
+def test_dynamic_modes_follow_polynomials(degree, x):
+    """The hard case for the amplitudes: a line has the rate 1 twice, a parabola three times."""
+    features, anchors = polynomial(degree), (20, 16, 12, 8, 4)
+    assert distance(dynamic(features[list(anchors)], 20 + x, anchors), features[20 + x]) < 1e-3
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.05])
 @pytest.mark.parametrize("seed", range(5))
-def test_dynamic_modes_agree_with_hicache_pp(seed):
-    theirs = pytest.importorskip("hicache_pp")
-    generator = torch.Generator().manual_seed(seed)
-    smooth = torch.randn(3, 400, generator=generator, dtype=torch.float64)
-    t = torch.arange(30.0, dtype=torch.float64)[:, None]
-    features = torch.sin(0.1 * t) * smooth[0] + 0.95**t * smooth[1] + torch.cos(0.2 * t) * smooth[2]
+@pytest.mark.parametrize(
+    ("anchors", "horizons", "bound"),
+    [((20, 16, 12, 8, 4), (1, 2, 3, 4), 4), ((20, 19, 18, 17, 16), (1, 2, 4, 6), 8)],
+    ids=["within a spacing", "after a long warm-up"],
+)
+def test_noise_does_not_make_dynamic_modes_explode(noise, seed, anchors, horizons, bound):
+    """Rates are not clamped; yet the error stays near that of the noise, and below that of a line."""
+    rng, smooth = np.random.default_rng(seed), polynomial(2, seed)
+    kept = (smooth + noise * smooth.std() * rng.normal(size=smooth.shape))[list(anchors)]
+    for x in horizons:
+        error = distance(dynamic(kept, 20 + x, anchors), smooth[20 + x])
+        line = sum(w * f for w, f in zip(Taylor(1).weights(20 + x, anchors), kept, strict=True))
+        assert error < min(bound * noise, distance(line, smooth[20 + x]))
+
+
+def test_growth_is_followed():
+    """A clamp of the rates at 1 would lose a third here."""
     anchors = (20, 16, 12, 8, 4)
-    kept = [features[a] for a in anchors]
+    features, truth = exponentials([1.05, 0.9], anchors, 28)
+    assert distance(dynamic(features, 28, anchors), truth) < 1e-3
+
+
+def smooth_features(seed):
+    """Three changing modes at steps 0 to 29, `[30, 400]`."""
+    modes = np.random.default_rng(seed).normal(size=(3, 400))
+    t = np.arange(30.0)[:, None]
+    return np.sin(0.1 * t) * modes[0] + 0.95**t * modes[1] + np.cos(0.2 * t) * modes[2]
+
+
+def by_hicache_pp(kept, horizon):
+    theirs = pytest.importorskip("hicache_pp")
+    return theirs.dmd_forecast([torch.from_numpy(f).float() for f in kept], horizon).numpy()
+
+
+def by_cache_dit(kept, horizon):
+    theirs = pytest.importorskip("cache_dit.caching.cache_contexts.calibrators.dmd")
+    fit = theirs._dmd_fit([torch.from_numpy(f)[None] for f in kept])
+    return theirs._dmd_eval(fit, horizon)[0].numpy()
+
+
+@pytest.mark.parametrize("theirs", [by_hicache_pp, by_cache_dit])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "features", [smooth_features, lambda seed: polynomial(1, seed), lambda seed: polynomial(2, seed)]
+)
+def test_dynamic_modes_agree_with_other_libraries(theirs, seed, features):
+    """Theirs work on the features, ours on their inner products."""
+    anchors = (20, 16, 12, 8, 4)
+    kept = features(seed)[list(anchors)]
     for x in (1, 2, 4):
-        weights = DynamicModes(5, 1e-8, Hermite(2)).fitted(20 + x, anchors, gram_of([f.numpy() for f in kept]))
-        ours = sum(w * f for w, f in zip(weights, kept, strict=True))
-        other = theirs.dmd_forecast([f.float() for f in kept[::-1]], x / 4)
-        assert float((ours - other).norm() / other.norm()) < 1e-4
+        assert distance(dynamic(kept, 20 + x, anchors), theirs(kept[::-1].copy(), x / 4)) < 1e-4
+
+
+def test_features_that_are_zero_or_not_numbers_fall_back():
+    """Blocks that begin at zero give such features; the error or the NaN is then the model's, not ours."""
+    predictor, anchors = DynamicModes(5, 1e-8, Hermite(2)), (9, 7, 5, 3)
+    for value in (0.0, math.nan, math.inf):
+        assert predictor.fitted(12, anchors, np.full((4, 4), value)) == Hermite(2).weights(12, anchors)
 
 
 def test_uneven_or_short_histories_fall_back():
@@ -285,6 +361,12 @@ def test_an_adaptive_scale_does_not_depend_on_the_unit_of_features(unit, steps_b
     features, _ = exponentials([0.97, 0.8], anchors, 0)
     predictor = AdaptiveHermite(2, alpha=0.1)
     assert predictor.scale(gram_of(features)) == pytest.approx(predictor.scale(gram_of([unit * f for f in features])))
+
+
+def test_the_adaptive_scale_never_goes_beyond_the_whole_slope():
+    features, _ = exponentials([0.9999], (10, 5, 0), 0)
+    predictor = AdaptiveHermite(1)
+    assert predictor.fitted(13, (10, 5, 0), gram_of(features)) == pytest.approx(Taylor(1).weights(13, (10, 5, 0)))
 
 
 def test_a_fast_feature_gets_a_small_scale():
@@ -323,6 +405,7 @@ def test_fitted_weights_reach_the_picture(name):
         ("spectrum", {"ridge": 0.0}, ConfigError),
         ("spectrum", {"blend": 1.5}, ConfigError),
         ("spectrum", {"window": 1}, ConfigError),
+        ("spectrum", {"span": 0}, ConfigError),
         ("dmd", {"history": 3}, ConfigError),
         ("dmd", {"ridge": -1.0}, ConfigError),
         ("hicache", {"scale": "adaptiv"}, UnknownNameError),

@@ -4,11 +4,15 @@ hicache-pp and cache-dit; the decomposition is Schmid's (Journal of Fluid Mechan
     X = [f_1 .. f_{m-1}],  Y = [f_2 .. f_m],  X = U S V^T,  A = U^T Y V S^-1 = W diag(l) W^-1
     F^(a_0 + x) = Re Phi (l^(x / spacing) b),   Phi = Y V S^-1 W,   Phi b ~ f_m
 
-Everything here follows from the m x m inner products of the kept features, and the forecast lies in their span, so that
-it is again a weighted sum of features: only the weights depend on the data.
+Everything here follows from the m x m inner products of the kept features: a square root of them gives the features in
+an orthonormal basis of their span, and the forecast lies in that span, so that it is again a weighted sum of features.
+Only the weights depend on the data.
 
 The operator carries a feature one spacing further, hence it takes evenly spaced full steps: the newest stretch of equal
-distances is used. With fewer than four, the forecast is Hermite's. Small singular values are dropped.
+distances is used. With fewer than four, the forecast is Hermite's. Small singular values are dropped. Growing modes are
+not clamped: features that grow, or run along a line (a double rate of 1), need rates of 1 and above. After the warm-up
+of an even schedule a forecast stays within one spacing, so that no mode grows by more than it did between full steps;
+in a long warm-up's wake it reaches several, and the tests bound what noise does there.
 
 Departures: one decomposition serves a whole batch.
 """
@@ -35,8 +39,8 @@ SMALLEST = 1e-4  # of the singular values, relative to the largest
 def uniform_stretch(anchors: Sequence[int]) -> int:
     """How many of the newest anchors are evenly spaced."""
     gaps = -np.diff(np.asarray(anchors))
-    equal = np.flatnonzero(gaps != gaps[0]) if len(gaps) else np.asarray([])
-    return len(anchors) if len(equal) == 0 else int(equal[0]) + 1
+    other = np.flatnonzero(gaps != gaps[0]) if len(gaps) else np.asarray([])
+    return len(anchors) if len(other) == 0 else int(other[0]) + 1
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class DynamicModes:
 
     Args:
         history: how many features are kept.
-        ridge: of the amplitudes, relative to the largest.
-        fallback: serves while the history is short or uneven.
+        ridge: added to the singular values, relative to the largest.
+        fallback: serves while the history is short or uneven, and for features that are all zero.
     """
 
     history: int
@@ -68,9 +72,9 @@ class DynamicModes:
 
     def fitted(self, target: int, anchors: Sequence[int], gram: npt.NDArray[np.float64]) -> list[float]:
         m = uniform_stretch(anchors)
-        if m < FEWEST:
-            return self.weights(target, anchors)
         inner = gram[:m, :m][::-1, ::-1]  # oldest first
+        if m < FEWEST or not np.isfinite(inner).all() or inner[:-1, :-1].trace() <= 0:
+            return self.weights(target, anchors)
         horizon = (target - anchors[0]) / (anchors[0] - anchors[1])
         own = _modes(inner, horizon, self.ridge)
         return [*own[::-1].tolist(), *[0.0] * (len(anchors) - m)]
@@ -78,17 +82,18 @@ class DynamicModes:
 
 def _modes(inner: npt.NDArray[np.float64], horizon: float, ridge: float) -> npt.NDArray[np.float64]:
     """Weights on the features whose inner products are given, oldest first, for a forecast `horizon` spacings ahead."""
-    squares, vectors = np.linalg.eigh(inner[:-1, :-1])
-    kept = squares > max(squares[-1], 0.0) * SMALLEST**2
-    scaled = vectors[:, kept] / np.sqrt(squares[kept])  # V S^-1
-    operator = scaled.T @ inner[:-1, 1:] @ scaled
-    eigenvalues, eigenvectors = np.linalg.eig(operator)
-    modes = scaled @ eigenvectors  # as weights on Y
-    overlap = modes.conj().T @ inner[1:, 1:] @ modes
-    pull = ridge * np.abs(overlap).max() * np.eye(len(overlap))
-    amplitudes = np.linalg.solve(overlap + pull, modes.conj().T @ inner[1:, -1])
-    on_y = (modes @ (eigenvalues.astype(complex) ** horizon * amplitudes)).real
-    return np.concatenate([[0.0], on_y])
+    squares, vectors = np.linalg.eigh(inner)
+    features = np.sqrt(np.maximum(squares, 0.0))[:, None] * vectors.T  # columns: in a basis of their span
+    past, next_ = features[:, :-1], features[:, 1:]
+    left, sizes, right = np.linalg.svd(past, full_matrices=False)
+    kept = sizes > SMALLEST * sizes[0]
+    inverse = right[kept].T / (sizes[kept] + ridge * sizes[0])  # V S^-1
+    rates, eigenvectors = np.linalg.eig(left[:, kept].T @ next_ @ inverse)
+    modes = inverse @ eigenvectors  # as weights on Y
+    # Not by the normal equations: two nearly equal rates, as on a straight line, make the modes nearly parallel.
+    amplitudes = np.linalg.lstsq(next_ @ modes, features[:, -1].astype(complex), rcond=None)[0]
+    on_next = (modes @ (rates.astype(complex) ** horizon * amplitudes)).real
+    return np.concatenate([[0.0], on_next])
 
 
 @method("dmd", kind="caching", paper="dynamic mode decomposition, as in hicache-pp and cache-dit")
@@ -98,7 +103,7 @@ class DMD(CachingMethod):
 
     Args:
         history: how many features are kept.
-        ridge: of the amplitudes.
+        ridge: added to the singular values, relative to the largest.
         sigma: of the Hermite forecast while the history is short or uneven.
     """
 

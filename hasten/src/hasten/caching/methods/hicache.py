@@ -11,11 +11,12 @@ either the odd orders would point the wrong way.
 
 With `scale="adaptive"` the scale follows the features, `sigma = min(sigma_max, alpha / (sqrt(2) q))`, so that
 `sigma sqrt(2) q`, on which the paper's error bound rests, stays near a constant. `q^2` is an exponential mean of the
-squared first differences.
+squared first differences, corrected for its short history.
 
 Departures: the default site is the hidden one (the paper's is `"module"`); sums are in float32. The adaptive scale
 takes differences relative to the newest feature, over a whole gap, so that it does not depend on the unit of the
-features (`alpha` is therefore not the published 1.28); its mean runs over the features that are kept.
+features (`alpha` is therefore not the published 1.28); its mean runs over the features that are kept; its largest scale
+is `1/sqrt(2)`, the whole slope, in place of 1, which overshoots.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class AdaptiveHermite(Hermite):
         sigma_max: largest scale.
     """
 
-    alpha: float = 0.15
+    alpha: float = 0.3
     beta: float = 0.5
-    sigma_max: float = 1.0
+    sigma_max: float = sqrt(0.5)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +94,7 @@ class HiCache(CachingMethod):
     sigma: float = 0.5
     ladder: Ladder = "recursive"
     scale: Literal["fixed", "adaptive"] = "fixed"
-    alpha: float = 0.15
+    alpha: float = 0.3
 
     def __post_init__(self) -> None:
         super().__post_init__()
