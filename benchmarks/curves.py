@@ -42,7 +42,7 @@ def draw(result: dict[str, Any], name: str, labels: list[str]) -> None:
             axes.set_xlabel("computed steps of 50")
             axes.set_xticks(sorted({r["full_steps"] for r in result["rows"]}))
             axes.grid(color="0.92")
-        figure.axes[0].legend(frameon=False, fontsize=8)
+        figure.axes[1].legend(frameon=False, fontsize=8)
         OUT.mkdir(parents=True, exist_ok=True)
         figure.savefig(OUT / f"{name}.svg", metadata={"Date": None, "Creator": None}, facecolor="white")
 
