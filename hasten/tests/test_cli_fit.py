@@ -46,33 +46,74 @@ def test_calibrate_writes_one_file_a_method_that_the_methods_take(emoji, monkeyp
             assert run.summary().cached > 0
 
 
-def test_tune_finds_lists_that_methods_take(emoji, monkeypatch, capsys, tmp_path):
-    file = tmp_path / "steps.safetensors"
-    code, out, _ = command(
-        monkeypatch, capsys, "tune", "--method", "taylorseer:order=2", "--full-steps", "4,5", "--prompts", 2, *SMALL,
-        "--trials", 6, "--out", file,
-    )  # fmt: skip
-    assert code == 0
-    tuned = Calibration.load(file)
-    for count in ("4", "5"):
-        assert tuned.report[count]["relative_squared_error"] <= tuned.report[count]["at_the_start"]
-        assert " ".join(map(str, tuned.report[count]["steps"])) in out
-    assert hasten.TaylorSeer(tuned=file, interval=2, warmup=1).plan().steps == tuple(tuned.report["5"]["steps"])
+TUNE = ("--prompts", 2, "--held-out", 2, *SMALL, "--trials", 3, "--rounds", 1)
 
 
-def test_tune_makes_a_scheduler_and_bench_measures_it(monkeypatch, capsys, tmp_path):
-    file, result = tmp_path / "leap.safetensors", tmp_path / "out.json"
-    tuning = ("--full-steps", 4, "--prompts", 2, *SMALL, "--trials", 3, "--out", file)
-    code, out, _ = command(monkeypatch, capsys, "tune", "--method", "leap", *tuning)
+def test_tune_learns_compares_and_goes_on_where_it_was(emoji, monkeypatch, capsys, tmp_path):
+    arguments = ("tune", "--full-steps", "5,4", *TUNE, "--out", tmp_path)
+    code, out, _ = command(monkeypatch, capsys, *arguments)
     assert code == 0
-    assert "LeapScheduler.load" in out
-    methods = f"leap:calibration={file},taylorseer:warmup=1"
+    result = json.loads((tmp_path / "tune.json").read_text())
+    rows = {(row["method"].split(":")[0], row["full_steps"]): row for row in result["rows"]}
+    assert {"leap", "leapcache", "foca", "taylorseer", "euler", "unipc"} == {name for name, _ in rows}
+    assert not [row["error"] for row in result["rows"] if row["error"]]
+    learned = set(emoji.prompts[-2:])
+    assert not learned & set(result["settings"]["prompts"])
+    for count in (4, 5):
+        assert rows["leap", count]["computed_steps"] == count
+        assert rows["leap", count]["psnr"] > rows["euler", count]["psnr"]
+        best = next(row for row in result["rows"] if row["id"] == result["tune"]["best"][str(count)])
+        assert best["psnr"] == max(r["psnr"] for (_, n), r in rows.items() if n == count and r["library"] == "hasten")
+    assert "computed steps" in out
+    assert "num_inference_steps=5" in out.replace("\n", " ")
+    assert "<svg" in (tmp_path / "tune.html").read_text()
+    steps = Calibration.load(tmp_path / "steps.safetensors")
+    leap = Calibration.load(tmp_path / "leap.safetensors")
+    assert steps.tensors["steps/4"].tolist() == leap.report["4"]["steps"]
+    before = (tmp_path / "leap.safetensors").stat().st_mtime_ns
+    command(monkeypatch, capsys, "tune", "--full-steps", "5", "--methods", "leap", *TUNE, "--out", tmp_path)
+    assert (tmp_path / "leap.safetensors").stat().st_mtime_ns == before  # nothing had to be learned again
+
+
+def test_tune_takes_a_bound_instead_of_a_number(monkeypatch, capsys, tmp_path):
+    arguments = ("tune", "--methods", "leap", "--max-error", 0.03, *TUNE, "--out", tmp_path)
+    code, _, _ = command(monkeypatch, capsys, *arguments)
+    assert code == 0
+    result = json.loads((tmp_path / "tune.json").read_text())
+    (count,) = result["tune"]["best"]
+    leap = Calibration.load(tmp_path / "leap.safetensors")
+    assert max(map(int, leap.report)) == int(count)  # and nothing beyond was fitted
+    (row,) = [row for row in result["rows"] if row["library"] == "hasten"]
+    errors = [10 ** (-figures["psnr"] / 10) for figures in row["per_prompt"]]
+    assert (sum(errors) / len(errors)) ** 0.5 <= 0.03
+    code, _, err = command(
+        monkeypatch, capsys, "tune", "--methods", "leap", "--max-error", 1e-9, *TUNE[:-1], 0, "--out", tmp_path
+    )
+    assert code == 2
+    assert "allow more" in " ".join(err.split())
+
+
+def test_tune_searches_with_a_cache_and_fits_what_needs_it(monkeypatch, capsys, tmp_path):
+    arguments = ("--methods", "hyca,l2p:schedule=even,reuse", "--search", "taylorseer:order=2", "--full-steps", "4")
+    code, _, _ = command(monkeypatch, capsys, "tune", *arguments, *TUNE, "--out", tmp_path)
+    assert code == 0
+    assert {path.stem for path in tmp_path.glob("*.safetensors")} == {"hyca", "l2p", "steps"}
+    steps = Calibration.load(tmp_path / "steps.safetensors").report["4"]["steps"]
+    rows = {row["method"].split(":")[0]: row for row in json.loads((tmp_path / "tune.json").read_text())["rows"]}
+    assert rows["hyca"]["params"]["tuned"] == "given"
+    assert len(steps) == 4
+    assert "tuned" not in rows["l2p"]["params"]
+
+
+def test_bench_measures_a_scheduler_where_it_was_fitted(monkeypatch, capsys, tmp_path):
+    command(monkeypatch, capsys, "tune", "--full-steps", 4, "--methods", "leap", *TUNE, "--out", tmp_path)
+    result = tmp_path / "out.json"
+    methods = f"leap:calibration={tmp_path / 'leap.safetensors'},taylorseer:warmup=1"
     measuring = ("--full-steps", "4,3", "--prompts", 2, *SMALL, "--json", result)
     code, out, _ = command(monkeypatch, capsys, "bench", "--methods", methods, *measuring)
     assert code == 0
     rows = {(row["method"].split(":")[0], row["full_steps"]): row for row in json.loads(result.read_text())["rows"]}
     assert rows["leap", 4]["steps"] == rows["leap", 4]["computed_steps"] == 4
-    assert rows["leap", 4]["psnr"] > rows["euler", 4]["psnr"]
     assert "fitted for 4 evaluations" in rows["leap", 3]["error"]
     assert "not measured: leap" in out
 
@@ -87,8 +128,11 @@ def test_tune_makes_a_scheduler_and_bench_measures_it(monkeypatch, capsys, tmp_p
         (("calibrate", "--prompts", 9999), "more than the 245 prompts"),
         (("calibrate", "--model", "emoji-fulx"), "Did you mean 'emoji-flux'"),
         (("tune", "--full-steps", "4,x"), "whole numbers with commas"),
-        (("tune", "--full-steps", "10", "--prompts", 1, *SMALL), "fewer than the 10 of the run"),
-        (("tune", "--method", "fcoa"), "Did you mean 'foca'"),
+        (("tune", "--full-steps", "11", "--prompts", 1, *SMALL), "between 1 and the 10 steps"),
+        (("tune", "--methods", "leap,fcoa"), "Did you mean 'foca'"),
+        (("tune", "--search", "fcoa"), "Did you mean 'foca'"),
+        (("tune", "--prompts", 240, "--held-out", 9), "more than the 245 prompts"),
+        (("tune", "--max-error", -1), "must be positive"),
     ],
 )
 def test_wrong_input_is_one_line(monkeypatch, capsys, arguments, says):

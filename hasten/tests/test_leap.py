@@ -12,7 +12,9 @@ from hasten.caching.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
 from hasten.solvers import LeapScheduler, fit_leap
 from hasten.solvers.fit import NormalEquations, advance
-from hasten.solvers.leap import Fitter, record_references
+from hasten.solvers.fitter import Fitter
+from hasten.solvers.references import record_references
+from hasten.solvers.refine import refine
 
 STEPS = 20
 
@@ -135,9 +137,9 @@ def test_evaluations_that_two_lists_share_are_made_once():
     own = fitter(Toy(curved), [toy_call()])
     with own.probing():
         own.loss((0, 5, 10, 15))
-        assert own.evaluations == 4
+        assert own.evaluations == 4 * 4  # four pictures
         again = own.fit((0, 5, 10, 16))
-        assert own.evaluations == 5
+        assert own.evaluations == 5 * 4
     fresh = fitter(Toy(curved), [toy_call()])
     with fresh.probing():
         assert fresh.fit((0, 5, 10, 16)).error == pytest.approx(again.error, rel=1e-9)
@@ -154,6 +156,98 @@ def fit_leap_toy(pipe, calls, trials):
     own = fitter(pipe, calls)
     with own.probing():
         return own.search(4, trials, 0, None)[0].error
+
+
+# --- the joint refinement
+
+
+def test_a_damped_step_is_least_squares_at_no_damping_and_nothing_at_much():
+    generator = torch.Generator().manual_seed(2)
+    start, goal, *columns = [torch.randn(40, generator=generator, dtype=torch.float64) for _ in range(5)]
+    equations = NormalEquations(3)
+    equations.add(start, columns, goal)
+    expected = torch.linalg.lstsq(torch.stack(columns, 1), (goal - start)[:, None]).solution[:, 0]
+    assert equations.damped(1e-12) == pytest.approx(expected.tolist(), rel=1e-6)
+    assert equations.damped(1e9) == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+def test_refinement_lowers_the_error_and_moves_the_times_between_the_steps():
+    own = fitter(Toy(curved), [toy_call(0), toy_call(1)], ridge=1e-9)
+    seen = []
+    with own.probing():
+        closed = own.fit((0, 6, 12, 17))
+        better = refine(own, closed, 3, seen.append)
+    assert better.error < 0.5 * closed.error
+    assert seen == sorted(seen, reverse=True)
+    assert better.timesteps[0] == closed.timesteps[0]
+    assert all(a > b > 0 for a, b in pairwise(better.timesteps))
+    assert any(t not in own.references.timesteps for t in better.timesteps[1:])
+    assert better.sigmas == pytest.approx([t / 1000 for t in better.timesteps], rel=1e-5)
+    other = record_references(Toy(curved), [toy_call(7)])
+    held_out = Fitter(Toy(curved), [toy_call(7)], other, 0.0)
+    with held_out.probing():
+        before = final_error(held_out, closed)
+        assert final_error(held_out, better) < before
+
+
+def final_error(own, leap):
+    """The error of a solver on other references, with its own last row."""
+    (velocities,) = [own.follow(0, leap.timesteps, leap.sigmas, leap.coefficients, ())]
+    (path,) = own.references.states
+    return float((advance(path[0], velocities, leap.coefficients[-1], ()) - path[-1]).square().sum())
+
+
+def test_the_columns_of_the_refinement_are_derivatives():
+    """On a linear field the final state is a polynomial in the parameters; differences of another size agree."""
+    from hasten.solvers.refine import _Columns
+
+    own = fitter(Toy(lambda x, t: 0.5 * x + t / 1000), [toy_call()], ridge=1e-9)
+    with own.probing():
+        leap = own.fit((0, 8, 14))
+        columns = _Columns(own, leap, 0)
+        for k, j in ((0, 0), (1, 0), (1, 1), (2, 1)):
+            rows = [list(row) for row in leap.coefficients]
+            rows[k][j] += 0.05
+            velocities = own.follow(0, leap.timesteps, leap.sigmas, rows, ())
+            moved = advance(own.references.states[0][0], velocities, rows[-1], ())
+            assert torch.allclose((moved - columns.final) / 0.05, columns.coefficient(k, j), atol=2e-3)
+        times = [*leap.timesteps[:2], leap.timesteps[2] + 5]
+        velocities = own.follow(0, times, leap.sigmas, leap.coefficients, ())
+        moved = advance(own.references.states[0][0], velocities, leap.coefficients[-1], ())
+        assert torch.allclose((moved - columns.final) / 5, columns.time(2), atol=1e-4)
+
+
+def test_a_variance_preserving_model_keeps_its_times():
+    scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
+    own = fitter(Toy(lambda x, t: torch.tanh(x) * (0.5 + t / 2000), scheduler), [toy_call()], ridge=1e-9)
+    with own.probing():
+        closed = own.fit((0, 6, 12, 17))
+        better = refine(own, closed, 2)
+    assert better.timesteps == closed.timesteps
+    assert better.error < closed.error
+
+
+# --- a fit that is cut short
+
+
+def test_a_fit_goes_on_where_it_was_cut_short():
+    pipe, kept = make_pipe(), []
+    options = {"trials": 2, "rounds": 0}
+    fit_leap(pipe, [call(0)], [3, 4], keep=kept.append, **options)
+    assert [sorted(result.report) for result in kept] == [["3"], ["3", "4"]]
+    seen = []
+    again = fit_leap(pipe, [call(0)], [3, 4], known=kept[0], progress=lambda *p: seen.append(p[0]), **options)
+    assert set(seen) == {4}
+    assert torch.equal(again.tensors["3/coefficients"], kept[0].tensors["3/coefficients"])
+    for other, settings in (([call(1)], options), ([call(0)], options | {"trials": 3})):
+        afresh = fit_leap(pipe, other, [4], known=kept[0], **settings)
+        assert sorted(afresh.report) == ["4"]
+
+
+def test_the_same_calls_can_be_fitted_twice():
+    pipe, calls = make_pipe(), [call(0)]
+    first, second = (fit_leap(pipe, calls, [3], trials=1, rounds=1) for _ in range(2))
+    assert torch.equal(first.tensors["3/coefficients"], second.tensors["3/coefficients"])
 
 
 # --- the scheduler on pipelines

@@ -12,6 +12,7 @@ from hasten.caching import (
     FreqCa,
     HiCache,
     HyCa,
+    LeapCache,
     MagCache,
     Reuse,
     SpeCa,
@@ -23,7 +24,7 @@ from hasten.caching import (
 from hasten.errors import HastenError, HastenWarning
 from hasten.recording import calibrate, fit, record
 from hasten.registry import MethodInfo, methods
-from hasten.solvers import LeapScheduler, fit_leap
+from hasten.solvers import LeapScheduler, fit_leap, fit_leapcache
 from hasten.steps import StepRecord
 from hasten.tuning import tune_steps
 
@@ -43,6 +44,7 @@ __all__ = [
     "HastenWarning",
     "HiCache",
     "HyCa",
+    "LeapCache",
     "LeapScheduler",
     "MagCache",
     "MethodInfo",
@@ -59,6 +61,7 @@ __all__ = [
     "calibrate",
     "fit",
     "fit_leap",
+    "fit_leapcache",
     "methods",
     "record",
     "tune_steps",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from hasten.errors import ConfigError
 
-__all__ = ["BAR", "ModelName", "Seed", "console", "names", "numbers", "own_prompts"]
+__all__ = ["BAR", "ModelName", "Seed", "bench_table", "console", "names", "numbers", "own_prompts"]
 
 console = Console()
 if not console.is_terminal:
@@ -52,3 +55,56 @@ def own_prompts(file: Path | None) -> tuple[str, ...]:
     if file is None:
         return ()
     return tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    """The cells of a row; a peer is named with its library."""
+    from hasten.bench.schema import short_label
+
+    library, method = row["library"], short_label(row["method"])
+    name = {"plain": f"[dim]plain {method}[/dim]", "hasten": method}.get(library, f"[cyan]{library}[/cyan] {method}")
+    held = row["cache_bytes"]
+    return [
+        name, f"{row['computed_steps']:.3g}", _cell(row["flops_ratio_measured"], 2), _cell(row["seconds"], 3),
+        _cell(row["latency_ratio"], 2), _cell(row["psnr"], 2), _cell(row["ssim"], 4), _cell(row["lpips"], 4),
+        _cell(row["flip"], 4), _cell(None if held is None else held / 1024, 0), _cell(row["top1"], 2),
+    ]  # fmt: skip
+
+
+def bench_table(result: dict[str, Any]) -> Table:
+    """The figures of a bench result, one section for each number of full steps, best PSNR first."""
+    table = Table(
+        title=f"{result['model']}: {len(result['settings']['prompts'])} prompts, medians",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    headings = ("method", "full", "FLOPs", "seconds", "speed", "PSNR", "SSIM", "LPIPS", "FLIP", "cache", "top-1")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
+    table.caption = (
+        "full: steps computed, mean; FLOPs (counted) and speed: times less than plain; PSNR (dB), SSIM, LPIPS and FLIP "
+        "(0 is identical) against the plain sampler's picture; cache in KiB; top-1: drew what the prompt names"
+    )
+    base = result["baseline"]
+    table.add_row(
+        "[bold]plain[/bold]",
+        str(base["steps"]),
+        "1.00",
+        _cell(base["seconds"], 3),
+        "1.00",
+        *["-"] * 5,
+        _cell(base["top1"], 2),
+    )
+    measured = [row for row in result["rows"] if not row["error"]]
+    for count in sorted({row["full_steps"] for row in measured}, reverse=True):
+        table.add_section()
+        table.add_row(f"[bold]{count} full steps[/bold]")
+        group = [row for row in measured if row["full_steps"] == count]
+        for row in sorted(group, key=lambda row: math.inf if row["psnr"] is None else row["psnr"], reverse=True):
+            table.add_row(*_row(row))
+    return table

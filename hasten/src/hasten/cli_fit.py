@@ -1,29 +1,29 @@
-"""`hasten calibrate` and `hasten tune`: fit methods, and the steps at which to compute, to a model."""
+"""`hasten calibrate` and `hasten tune`: what is learned of a model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from hasten.cli_common import BAR, ModelName, console, names, numbers, own_prompts
+from hasten.cli_common import BAR, ModelName, bench_table, console, names, numbers, own_prompts
 from hasten.errors import ConfigError
 
 Prompts = Annotated[int, typer.Option(min=1, help="How many prompts to learn from (the model's last ones).")]
-PromptsFile = Annotated[Path | None, typer.Option(help="Own prompts, one a line.", exists=True, dir_okay=False)]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option("--prompts-file", "--from-prompts", help="Own prompts, one a line.", exists=True, dir_okay=False),
+]
 SeedFrom = Annotated[int, typer.Option("--seed", help="Prompt i is drawn with seed SEED + i.")]
 Steps = Annotated[int, typer.Option(min=2, help="Steps of the plain sampler.")]
 Height = Annotated[int | None, typer.Option(help="Height in pixels; the model's own by default.")]
 Width = Annotated[int | None, typer.Option(help="Width in pixels; the model's own by default.")]
 Guidance = Annotated[float | None, typer.Option(help="True classifier-free guidance with an empty negative prompt.")]
 Device = Annotated[str | None, typer.Option(help="Such as cuda.")]
-BATCH = 4  # prompts that a trial of `tune` draws at a time
 
 
 def calibrate(
@@ -54,13 +54,18 @@ def calibrate(
     from hasten import recording
     from hasten.bench.arms import parse_options
     from hasten.bench.runner import processes
+    from hasten.bench.tune import tuning_calls
 
     wanted = [parse_options(text) for text in names(methods)]
     sites = {"module" if options.get("site") == "module" else "hidden" for _, options in wanted}
     if len(sites) > 1:
         raise ConfigError("methods at site=module are recorded apart: calibrate them in a command of their own")
     (site,) = sites
-    model_, calls = _calls(model, prompts, prompts_file, seed, steps, height, width, guidance, device)
+    model_ = _opened(model, device)
+    known = own_prompts(prompts_file) or model_.prompts
+    if prompts > len(known):
+        raise ConfigError(f"--prompts {prompts} asks for more than the {len(known)} prompts there are")
+    calls = tuning_calls(model_, known[-prompts:], seed, steps, _call(height, width, guidance), batch=1)
     state = processes()
     with state.split_between_processes(calls) as own, Progress(*BAR, console=console) as bar:
         task = bar.add_task("recording", total=len(own))
@@ -82,105 +87,98 @@ def calibrate(
 
 def tune(
     model: ModelName = "emoji-flux",
-    method: Annotated[
-        str, typer.Option(help="leap (a scheduler), or the caching method to search steps with, as for bench.")
-    ] = "foca",
-    full_steps: Annotated[str, typer.Option(help="Numbers of computed steps to find lists for.")] = "12,9,7",
-    prompts: Prompts = 8,
+    full_steps: Annotated[str, typer.Option(help="Numbers of computed steps.")] = "12,9,7",
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a number: the largest root mean squared error of a picture, 0 to 1 (0.01 is 40 dB)."
+        ),
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Candidates, as for bench; leap is a scheduler, the others are caches.")
+    ] = "leap,leapcache,foca,taylorseer:order=2",
+    search: Annotated[
+        str, typer.Option(help="What finds the steps for the caches: leap, or a caching method to search with.")
+    ] = "leap",
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to learn from (the last ones).")] = 16,
+    held_out: Annotated[int, typer.Option(min=1, help="How many other prompts to compare on.")] = 8,
     prompts_file: PromptsFile = None,
     seed: SeedFrom = 1000,
     steps: Steps = 50,
     height: Height = None,
     width: Width = None,
     guidance: Guidance = None,
-    trials: Annotated[int, typer.Option(min=2, help="Lists to look at for each number.")] = 80,
+    trials: Annotated[int, typer.Option(min=1, help="Lists of steps to look at for each number.")] = 40,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of LEAP's refinement.")] = 3,
     device: Device = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The file; calibrations/steps or leap.safetensors by default.")
-    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files.")] = Path("calibrations"),
 ) -> None:
-    """Find the steps at which a model is best computed, for each number of computed steps.
+    """Find the best picture that a budget can buy on a model: learn, compare on other prompts, say what to take.
 
-    A trial draws all prompts with another list of steps and compares with the plain sampler. The lists serve every
-    caching method: give the file as `tuned=...`. With `--method leap` the file holds a scheduler instead, with
-    learned coefficients: `pipe.scheduler = hasten.LeapScheduler.load(file)`.
+    Learns LEAP (a scheduler with learned times and coefficients), gives its times to the caches, and measures all of
+    them against the plain samplers. Started again with the same options, it goes on where it was cut short.
 
-    Example: hasten tune --model emoji-flux --method foca --full-steps 12,9,7 --prompts 8 --trials 80
+    Example: hasten tune --model emoji-flux --full-steps 9
     """
-    from hasten.bench.arms import parse_method
-    from hasten.solvers import fit_leap
-    from hasten.tuning import tune_steps
+    from hasten.bench.tune import TuneSettings, run_tune
 
-    leap = method == "leap"
-    chosen = None if leap else parse_method(method)[1]
-    out = out or Path("calibrations") / ("leap.safetensors" if leap else "steps.safetensors")
-    model_, calls = _calls(model, prompts, prompts_file, seed, steps, height, width, guidance, device, BATCH)
-    counts = numbers(full_steps, "--full-steps")
+    settings = TuneSettings(
+        full_steps=tuple(numbers(full_steps, "--full-steps")),
+        max_error=max_error,
+        methods=tuple(names(methods)),
+        search=search,
+        prompts=prompts,
+        held_out=held_out,
+        prompt_list=own_prompts(prompts_file),
+        seed=seed,
+        steps=steps,
+        call=_call(height, width, guidance),
+        trials=trials,
+        rounds=rounds,
+    )
+    model_ = _opened(model, device)
     with Progress(*BAR, console=console) as bar:
-        tasks = {count: bar.add_task(f"{count} computed steps", total=trials) for count in counts}
+        tasks: dict[str, TaskID] = {}
 
-        def tick(count: int, done: int, most: int, best: float) -> None:
-            bar.update(tasks[count], completed=done, description=f"{count} computed: {_decibels(best):.1f} dB")
+        def tick(label: str, done: int, total: int) -> None:
+            phase = label.partition(":")[0]
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(label, total=total)
+            bar.update(tasks[phase], description=label, completed=done, total=total)
 
-        if chosen is None:
-            calibration = fit_leap(model_.pipe, calls, counts, trials=trials, progress=tick)
-        else:
-            calibration = tune_steps(model_.pipe, chosen, calls, counts, trials=trials, progress=tick)
-        for task in tasks.values():
-            bar.update(task, completed=trials)
-    path = calibration.save(out)
-    table = Table("computed", "steps", "spread", "found", "trials", title=f"{model_.name}, searched with {method}")
-    table.caption = "spread, found: signal to error in dB over the final latents, before and after the search"
-    for count in counts:
-        figures = calibration.report[str(count)]
-        before, after = figures["at_the_start"], figures["relative_squared_error"]
-        table.add_row(
-            str(count),
-            " ".join(map(str, figures["steps"])),
-            f"{_decibels(before):.1f}",
-            f"{_decibels(after):.1f}",
-            f"{figures['trials']}{'' if figures['settled'] else ' (all used)'}",
-        )
-    console.print(table)
-    use = f"hasten.accelerate(pipe, 'foca', tuned='{path}', interval=7)"
-    console.print(f"use: [bold]{f'pipe.scheduler = hasten.LeapScheduler.load({str(path)!r})' if leap else use}[/bold]")
+        result = run_tune(model_, settings, out, tick)
+    console.print(bench_table(result))
+    for count, best in result["tune"]["best"].items():
+        row = next((row for row in result["rows"] if row["id"] == best), None)
+        if row is not None:
+            console.print(f"[bold]{count} computed steps[/bold]: {_use(row, out)}", highlight=False)
+    console.print(f"figures: [bold]{out / 'tune.json'}[/bold]   report: [bold]{out / 'tune.html'}[/bold]")
 
 
-def _decibels(relative_squared_error: float) -> float:
-    return -10 * math.log10(max(relative_squared_error, 1e-30))
+def _use(row: dict[str, Any], folder: Path) -> str:
+    """How to use what a row measured, as Python."""
+    from hasten.bench.arms import parse_options
+
+    name, options = parse_options(row["method"])
+    if name == "leap":
+        file = folder / "leap.safetensors"
+        return f"pipe.scheduler = hasten.LeapScheduler.load('{file}', pipe)   # num_inference_steps={row['steps']}"
+    interval = row["params"]["interval"]
+    arguments = [f"{key}={value!r}" for key, value in (options | {"interval": interval}).items()]
+    return f"hasten.accelerate(pipe, '{name}', {', '.join(arguments)})"
 
 
-def _calls(
-    name: str,
-    prompts: int,
-    prompts_file: Path | None,
-    seed: int,
-    steps: int,
-    height: int | None,
-    width: int | None,
-    guidance: float | None,
-    device: str | None,
-    batch: int = 1,
-) -> tuple[Any, list[dict[str, Any]]]:
-    """The model, and one call for each batch of prompts; the last prompts, since `bench` takes the first ones."""
+def _opened(name: str, device: str | None) -> Any:
     from hasten.bench.runner import open_model
 
     with console.status(f"loading {name}"):
-        model = open_model(name, device=device)
-    chosen: Sequence[str] = own_prompts(prompts_file) or model.prompts
-    if prompts > len(chosen):
-        raise ConfigError(f"--prompts {prompts} asks for more than the {len(chosen)} prompts there are")
-    common = {**model.call, "num_inference_steps": steps, "output_type": "latent"}
-    common |= {key: value for key, value in (("height", height), ("width", width)) if value is not None}
-    if guidance is not None:
-        common |= {"true_cfg_scale": guidance, "negative_prompt": ""}
-    picked, calls = list(chosen[-prompts:]), []
-    for first in range(0, prompts, batch):
-        group = picked[first : first + batch]
-        seeds = [torch.Generator().manual_seed(seed + first + i) for i in range(len(group))]
-        negative = {"negative_prompt": [""] * len(group)} if guidance is not None else {}
-        calls.append({**common, **negative, "prompt": group, "generator": seeds})
-    return model, calls
+        return open_model(name, device=device)
+
+
+def _call(height: int | None, width: int | None, guidance: float | None) -> dict[str, Any]:
+    """Arguments of the pipeline's call that the user gave."""
+    call: dict[str, Any] = {key: value for key, value in (("height", height), ("width", width)) if value is not None}
+    return call if guidance is None else call | {"true_cfg_scale": guidance, "negative_prompt": ""}
 
 
 def _figures(report: dict[str, Any]) -> str:

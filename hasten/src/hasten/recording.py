@@ -17,7 +17,7 @@ from hasten.caching.method import Feature
 from hasten.caching.methods import Reuse
 from hasten.errors import CalibrationError, ConfigError, unknown
 
-__all__ = ["calibrate", "fingerprint_of", "fit", "merge", "record"]
+__all__ = ["Tape", "calibrate", "fingerprint_of", "fit", "merge", "record"]
 
 Call = Mapping[str, Any] | Callable[[], Any]
 Progress = Callable[[int, int], None]
@@ -34,7 +34,7 @@ class _Watch(Reuse):
         return Feature(sees="modulated") if self.look else Feature()
 
 
-class _Tape:
+class Tape:
     """Collects what the engine's listener is shown, a run at a time.
 
     Args:
@@ -100,7 +100,7 @@ def record(
         raise CalibrationError("there is nothing to record: give at least one call, such as {'prompt': 'a red apple'}")
     if tokens < 1:
         raise ConfigError(f"tokens must be at least 1, got {tokens}")
-    tape = _Tape(tokens)
+    tape = Tape(tokens)
     with _watch(target, site) as run:
         if len(run.engines) != 1:
             raise CalibrationError(
@@ -178,19 +178,17 @@ def fit(trace: Trace, method: str, **options: Any) -> Calibration:
         UnknownNameError: for a method or an option that does not exist.
         ConfigError: for a method that needs no calibration.
     """
-    infos = {info.name: info for info in registry.methods()}
-    if method not in infos:
-        raise unknown("method", method, infos)
-    fitter = getattr(infos[method].config, "fit", None)
+    info = registry.info(method)
+    fitter = getattr(info.config, "fit", None)
     if fitter is None:
-        able = [name for name, info in infos.items() if hasattr(info.config, "fit")]
+        able = [other.name for other in registry.methods() if hasattr(other.config, "fit")]
         raise ConfigError(f"{method} has nothing to calibrate; the methods that have are {', '.join(able)}")
     known = [name for name in inspect.signature(fitter).parameters if name != "trace"]
     for name in options:
         if name not in known:
             raise unknown(f"fit option of {method}", name, known)
     fitted = fitter(trace, **options)
-    site = options.get("site", infos[method].parameters["site"])
+    site = options.get("site", info.parameters["site"])
     fingerprint = Fingerprint(**{**vars(trace.fingerprint), "site": site})
     return Calibration(method, fitted.tensors, fingerprint, fitted.report, dict(options))
 

@@ -59,16 +59,25 @@ def methods() -> list[MethodInfo]:
     return list(_METHODS.values())
 
 
+def info(name: str) -> MethodInfo:
+    """What is known of the method called `name`.
+
+    Raises:
+        UnknownNameError: for a method that does not exist.
+    """
+    if name not in _METHODS:
+        raise unknown("method", name, _METHODS)
+    return _METHODS[name]
+
+
 def build(name: str, **params: Any) -> Any:
     """The configuration of the method called `name`.
 
     Raises:
         UnknownNameError: for a method or a parameter that does not exist.
     """
-    if name not in _METHODS:
-        raise unknown("method", name, _METHODS)
-    info = _METHODS[name]
+    known = info(name)
     for parameter in params:
-        if parameter not in info.parameters:
-            raise unknown(f"parameter of {name}", parameter, info.parameters)
-    return info.config(**params)
+        if parameter not in known.parameters:
+            raise unknown(f"parameter of {name}", parameter, known.parameters)
+    return known.config(**params)

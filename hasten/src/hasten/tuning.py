@@ -16,6 +16,7 @@ from hasten.caching.method import TUNED, CachingMethod
 from hasten.caching.schedule import spread
 from hasten.errors import CalibrationError, ConfigError
 from hasten.recording import fingerprint_of
+from hasten.replay import Replay
 from hasten.search import figures, search_steps
 
 __all__ = ["tune_steps"]
@@ -60,12 +61,10 @@ def tune_steps(
     if not calls:
         raise CalibrationError("there is nothing to tune on: give at least one call")
     chosen = registry.build(method) if isinstance(method, str) else method
-    states = [_generator_states(call) for call in calls]
+    replay = Replay(calls)
 
     def sample(index: int) -> Tensor:
-        _restore(calls[index], states[index])
-        output = target(**{**calls[index], "output_type": "latent"})
-        return torch.as_tensor(output[0]).float()
+        return torch.as_tensor(target(**replay[index])[0]).float()
 
     with accelerate(target, "reuse", interval=1) as run:
         references = [sample(i) for i in range(len(calls))]
@@ -96,17 +95,3 @@ def tune_steps(
         report[str(count)] = figures(found)
     options = {"method": type(chosen).__name__, "trials": trials, "seed": seed, "calls": len(calls)}
     return Calibration(TUNED, tensors, fingerprint, report, options)
-
-
-def _generators(call: Mapping[str, Any]) -> list[torch.Generator]:
-    given = call.get("generator")
-    return [given] if isinstance(given, torch.Generator) else list(given or [])
-
-
-def _generator_states(call: Mapping[str, Any]) -> list[Tensor]:
-    return [generator.get_state() for generator in _generators(call)]
-
-
-def _restore(call: Mapping[str, Any], states: list[Tensor]) -> None:
-    for generator, state in zip(_generators(call), states, strict=True):
-        generator.set_state(state)

@@ -158,7 +158,7 @@ def _solver_arm(label: str, wanted: int) -> Arm:
     fitted = sorted(int(count) for count in calibration.report)
     if wanted in fitted:
         return arm
-    return replace(arm, error=f"fitted for {', '.join(map(str, fitted))} evaluations; run hasten tune --method leap")
+    return replace(arm, error=f"fitted for {', '.join(map(str, fitted))} evaluations; run hasten tune")
 
 
 def _adaptive_arm(label: str, method: CachingMethod, wanted: int, total: int, trials: Trials | None) -> Arm:

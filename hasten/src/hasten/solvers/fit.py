@@ -36,6 +36,13 @@ class NormalEquations:
         right = (self._right + pull * towards)[:, None]
         return torch.linalg.lstsq(left, right, driver="gelsd").solution[:, 0].tolist()
 
+    def damped(self, damping: float) -> list[float]:
+        """The step of Levenberg and Marquardt: each coefficient is pulled to 0, by `damping` times its own weight."""
+        scale = self._gram.diagonal().clamp_min(1e-300).sqrt()
+        left = self._gram / scale[:, None] / scale + damping * torch.eye(len(scale), dtype=torch.float64)
+        solution = torch.linalg.lstsq(left, (self._right / scale)[:, None], driver="gelsd").solution[:, 0]
+        return (solution / scale).tolist()
+
 
 def advance(
     state: Tensor, velocities: Sequence[Tensor | None], now: Sequence[float], before: Sequence[float]

@@ -9,6 +9,7 @@ from hasten.caching.methods.freqca import FreqCa
 from hasten.caching.methods.hicache import HiCache
 from hasten.caching.methods.hyca import HyCa
 from hasten.caching.methods.l2p import L2P
+from hasten.caching.methods.leapcache import LeapCache
 from hasten.caching.methods.magcache import MagCache
 from hasten.caching.methods.reuse import Reuse
 from hasten.caching.methods.speca import SpeCa
@@ -27,6 +28,7 @@ __all__ = [
     "FreqCa",
     "HiCache",
     "HyCa",
+    "LeapCache",
     "MagCache",
     "Reuse",
     "SVDCache",

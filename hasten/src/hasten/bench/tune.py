@@ -1,0 +1,288 @@
+"""`hasten tune`: fit what can be fitted to a model, compare on other prompts, and say what to take for a budget.
+
+Everything that is learned goes to one folder, file by file as it is finished, so that a run that was cut short goes on
+where it stopped. The comparison is a `hasten bench` on held-out prompts, written beside the files with its report.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten import registry
+from hasten.bench.arms import Solved, parse_method, parse_options
+from hasten.bench.report import render_report
+from hasten.bench.runner import BenchSettings, run_bench
+from hasten.bench.sampling import plain, shoot
+from hasten.caching.calibration import Calibration, Fingerprint
+from hasten.caching.method import TUNED
+from hasten.caching.methods.leapcache import LeapCache
+from hasten.errors import ConfigError
+from hasten.files import write_whole
+from hasten.recording import fit, record
+from hasten.replay import Replay
+from hasten.solvers import fit_leap, fit_leapcache
+from hasten.solvers.scheduler import LEAP
+from hasten.tuning import tune_steps
+from hasten.zoo import ReferenceModel
+
+__all__ = ["TuneSettings", "run_tune", "tuning_calls"]
+
+Progress = Callable[[str, int, int], None]
+LADDER = (4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 25)  # numbers of evaluations that a bound on the error is tried with
+SWEEPS = 3
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """What to learn, from what, and what to compare.
+
+    Args:
+        full_steps: numbers of computed steps; or
+        max_error: the largest root mean squared error of a picture (0 to 1) that is allowed; the fewest evaluations of
+            LEAP that stay below it are searched.
+        methods: candidates, as `parse_method` reads them; those that have to be fitted are, and those with a schedule
+            get the learned steps.
+        search: `"leap"`, whose steps the other methods take over, or a caching method to search their lists with.
+        prompts: how many prompts to learn from: the last of the list.
+        held_out: how many prompts to compare on: those before them.
+        prompt_list: own prompts instead of the model's.
+        seed: prompt `i` of those to learn from is drawn with seed `seed + i`; the held-out ones start from 0.
+        steps: of the plain sampler.
+        call: further arguments of the pipeline's call, such as `true_cfg_scale`.
+        batch: prompts that are drawn at a time while learning.
+        trials: lists of steps to look at for each number.
+        rounds: of LEAP's refinement.
+    """
+
+    full_steps: tuple[int, ...] = (12, 9, 7)
+    max_error: float | None = None
+    methods: tuple[str, ...] = ("leap", "leapcache", "foca", "taylorseer:order=2")
+    search: str = LEAP
+    prompts: int = 16
+    held_out: int = 8
+    prompt_list: tuple[str, ...] = ()
+    seed: int = 1000
+    steps: int = 50
+    call: dict[str, Any] = field(default_factory=dict)
+    batch: int = 4
+    trials: int = 40
+    rounds: int = 3
+
+    def __post_init__(self) -> None:
+        if self.prompts < 1 or self.held_out < 1:
+            raise ConfigError("--prompts and --held-out must be at least 1")
+        if self.max_error is not None and not self.max_error > 0:
+            raise ConfigError(f"--max-error must be positive, got {self.max_error}")
+        if not self.methods:
+            raise ConfigError("give at least one method")
+
+
+def tuning_calls(
+    model: ReferenceModel, prompts: Sequence[str], seed: int, steps: int, call: dict[str, Any], batch: int
+) -> list[dict[str, Any]]:
+    """One call for each batch of prompts, each with generators of its own."""
+    calls = []
+    for first in range(0, len(prompts), batch):
+        group = list(prompts[first : first + batch])
+        own = {**model.call, **call, "num_inference_steps": steps, "output_type": "latent", "prompt": group}
+        if "negative_prompt" in own:
+            own["negative_prompt"] = [own["negative_prompt"]] * len(group)
+        own["generator"] = [torch.Generator().manual_seed(seed + first + i) for i in range(len(group))]
+        calls.append(own)
+    return calls
+
+
+def run_tune(
+    model: ReferenceModel, settings: TuneSettings, folder: Path, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Learn, compare, write; returns the content of `tune.json`: a bench result with `"tune"` beside it.
+
+    Args:
+        model: from `open_model`.
+        settings: what to do.
+        folder: where `leap.safetensors`, `steps.safetensors`, other calibrations, `tune.json` and `tune.html` go.
+        progress: called with (what is being done, done, of how many).
+
+    Raises:
+        ConfigError: if there are too few prompts, or no number of evaluations keeps the bound.
+    """
+    return _Tuning(model, settings, folder, progress or (lambda label, done, total: None)).run()
+
+
+class _Tuning:
+    """One run of `hasten tune`."""
+
+    def __init__(self, model: ReferenceModel, settings: TuneSettings, folder: Path, progress: Progress) -> None:
+        self._model, self._settings, self._folder, self._progress = model, settings, folder, progress
+        wanted = settings.prompts + settings.held_out
+        known = list(settings.prompt_list) or model.prompts
+        if wanted > len(known):
+            raise ConfigError(
+                f"--prompts {settings.prompts} and --held-out {settings.held_out} ask for more than the {len(known)} "
+                "prompts there are"
+            )
+        learn = known[-settings.prompts :]
+        self._held_out = known[-wanted : -settings.prompts]
+        self._calls = tuning_calls(model, learn, settings.seed, settings.steps, settings.call, settings.batch)
+        self._names = [parse_options(text)[0] for text in settings.methods]
+        for name in {*self._names, parse_options(settings.search)[0]} - {LEAP}:
+            registry.info(name)  # a wrong name is told before anything is drawn
+        self._fitted: Calibration | None = None
+
+    def run(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        counts = self._settings.full_steps if self._settings.max_error is None else (self._enough(),)
+        if LEAP in self._names or self._settings.search == LEAP:
+            self._leap(counts)
+        lists = self._lists(counts)
+        texts = [self._prepared(text, lists) for text in self._settings.methods]
+        learned = time.perf_counter() - started
+        bench = BenchSettings(
+            methods=tuple(texts),
+            full_steps=tuple(counts),
+            prompts=len(self._held_out),
+            prompt_list=tuple(self._held_out),
+            steps=self._settings.steps,
+            call=self._settings.call,
+        )
+        file = self._folder / "tune.json"
+        result = run_bench(
+            self._model, bench, file, lambda done, total, label: self._progress("comparing", done, total)
+        )
+        result["tune"] = {
+            "best": {str(count): _best(result, count) for count in counts},
+            "learned_from": self._settings.prompts,
+            "seconds_to_learn": round(learned, 1),
+            "max_error": self._settings.max_error,
+        }
+        write_whole(file, json.dumps(result, indent=1) + "\n")
+        render_report(file, file.with_suffix(".html"))
+        return result
+
+    # --- what is learned
+
+    def _leap(self, counts: Sequence[int]) -> Calibration:
+        if self._fitted is not None and {str(count) for count in counts} <= self._fitted.report.keys():
+            return self._fitted
+        file = self._folder / "leap.safetensors"
+
+        def tick(count: int, done: int, total: int, error: float) -> None:
+            self._progress(f"leap, {count} evaluations: {-10 * math.log10(max(error, 1e-30)):.1f} dB", done, total)
+
+        self._progress("drawing the plain sampler's trajectories", 0, 1)
+        self._fitted = fit_leap(
+            self._model.pipe,
+            self._calls,
+            counts,
+            trials=self._settings.trials,
+            rounds=self._settings.rounds,
+            known=Calibration.load(file) if file.exists() else None,
+            keep=lambda result: result.save(file),
+            progress=tick,
+        )
+        return self._fitted
+
+    def _lists(self, counts: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        """Full steps for the caching methods, written to `steps.safetensors`."""
+        if set(self._names) == {LEAP}:
+            return {}
+        if self._settings.search != LEAP:
+
+            def tick(count: int, done: int, total: int, error: float) -> None:
+                self._progress(f"{self._settings.search}, {count} steps", done, total)
+
+            chosen = parse_method(self._settings.search)[1]
+            found = tune_steps(
+                self._model.pipe, chosen, self._calls, counts, trials=self._settings.trials, progress=tick
+            )
+        else:
+            found = _steps_of(self._leap(counts), counts)
+        found.save(self._folder / "steps.safetensors")
+        return {int(count): tuple(figures["steps"]) for count, figures in found.report.items()}
+
+    def _prepared(self, text: str, lists: dict[int, tuple[int, ...]]) -> str:
+        """The text of a method with the files that it needs, which are made where they are missing."""
+        name, options = parse_options(text)
+        if name == LEAP:
+            return f"{text}:calibration={self._folder / 'leap.safetensors'}"
+        info, given = registry.info(name), set(options)
+        if info.needs_calibration and "calibration" not in given:
+            text += f":calibration={self._calibrated(name, lists)}"
+        takes_lists = name != LeapCache.name and "interval" in info.parameters and "threshold" not in info.parameters
+        if takes_lists and not given & {"tuned", "steps", "schedule"}:
+            text += f":tuned={self._folder / 'steps.safetensors'}"
+        return text
+
+    def _calibrated(self, name: str, lists: dict[int, tuple[int, ...]]) -> Path:
+        self._progress(f"fitting {name}", 0, 1)
+        if name == LeapCache.name:
+
+            def tick(count: int, done: int, error: float) -> None:
+                self._progress(f"leapcache, {count} steps", done, SWEEPS)
+
+            made = fit_leapcache(self._model.pipe, self._calls, list(lists.values()), sweeps=SWEEPS, progress=tick)
+        else:
+            made = fit(self._trace, name)
+        return made.save(self._folder / f"{name}.safetensors")
+
+    @cached_property
+    def _trace(self) -> Any:
+        replay, pipe = Replay(self._calls), self._model.pipe
+        return record(pipe, [partial(lambda i: pipe(**replay[i]), i) for i in range(len(replay))])
+
+    # --- a bound instead of a number
+
+    def _enough(self) -> int:
+        """The fewest evaluations with which LEAP stays below the bound on the held-out prompts."""
+        bound = self._settings.max_error
+        assert bound is not None
+        ladder = [count for count in LADDER if count < self._settings.steps]
+        error = math.inf
+        for count in ladder:
+            error = self._error(self._leap([count]), count)
+            self._progress(f"{count} evaluations: error {error:.4f}", 1, 1)
+            if error <= bound:
+                return count
+        raise ConfigError(
+            f"with {ladder[-1]} evaluations the error is still {error:.4f}, more than --max-error {bound:g}; allow "
+            "more, or use the plain sampler"
+        )
+
+    def _error(self, leap: Calibration, count: int) -> float:
+        """Root mean squared error of the held-out pictures."""
+        squares = []
+        for i, (prompt, reference) in enumerate(zip(self._held_out, self._references, strict=True)):
+            shot = shoot(self._model, Solved(leap), count, prompt, i, self._settings.call)
+            squares.append(float((shot.picture - reference).square().mean()))
+        return math.sqrt(sum(squares) / len(squares))
+
+    @cached_property
+    def _references(self) -> list[torch.Tensor]:
+        pictures = []
+        for i, prompt in enumerate(self._held_out):
+            self._progress("drawing the held-out prompts", i, len(self._held_out))
+            pictures.append(shoot(self._model, plain, self._settings.steps, prompt, i, self._settings.call).picture)
+        return pictures
+
+
+def _steps_of(leap: Calibration, counts: Sequence[int]) -> Calibration:
+    """The steps that LEAP's search found, as lists for caching methods."""
+    report = {str(count): leap.report[str(count)] for count in counts}
+    tensors = {f"steps/{count}": torch.tensor(figures["steps"]) for count, figures in report.items()}
+    fingerprint = Fingerprint(**{**vars(leap.fingerprint), "site": "hidden"})
+    return Calibration(TUNED, tensors, fingerprint, report, {"method": LEAP})
+
+
+def _best(result: dict[str, Any], count: int) -> str | None:
+    """Id of the row of hasten that comes nearest to the plain sampler at a number of full steps."""
+    rows = [r for r in result["rows"] if r["full_steps"] == count and r["library"] == "hasten" and not r["error"]]
+    return max(rows, key=lambda row: math.inf if row["psnr"] is None else row["psnr"])["id"] if rows else None

@@ -1,0 +1,148 @@
+"""LEAP at a cache's site: learned weights on the full steps, fitted on the states that the fast sampler visits. Ours.
+
+    F^_t = sum_k w_tk F_k        k over the full steps before t
+
+Every step of the sampler runs, the skipped ones as the final layer on a forecast hidden state, with the modulation of
+their own step. Where L2P fits its weights to features of the uncached sampler, here `F_k` are those that the
+accelerated sampler itself computes, and the goal is the uncached sampler's feature:
+
+    w_t = argmin || sum_k w_k F_k - F*_t ||^2 + ridge mean(diag G) || w - e ||^2,      G = F F^T
+
+with `e` the newest full step. `hasten.fit_leapcache` makes the calibration, for lists of full steps that were searched
+before; `hasten calibrate` makes a first one of recorded features alone, in which `F_k` are the uncached sampler's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hasten.caching.calibrated import CalibratedMethod
+from hasten.caching.calibration import Fit, Trace
+from hasten.caching.method import SiteName
+from hasten.caching.parts import Parts, Place
+from hasten.caching.projectors import Whole
+from hasten.caching.schedule import Explicit, Schedule, full_steps, spread
+from hasten.errors import ConfigError, ScheduleError
+from hasten.registry import method
+
+__all__ = ["LeapCache", "LearnedWeights", "learned_table"]
+
+COUNTS = (12, 9, 7, 5)  # of full steps that a fit to a trace is made for
+WINDOW = 4
+RIDGE = 1e-6
+
+
+class LearnedWeights:
+    """Weights from a table.
+
+    Args:
+        steps: the full steps, increasing.
+        table: `[T, n]`, the weights of step `t` on the `n` full steps.
+    """
+
+    def __init__(self, steps: Sequence[int], table: npt.NDArray[np.float64]) -> None:
+        self._column = {step: k for k, step in enumerate(steps)}
+        self._table = table
+
+    @property
+    def memory(self) -> int:
+        """The largest number of newest full steps that a row reaches back."""
+        past = [sum(step < t for step in self._column) for t in range(len(self._table))]
+        oldest = [int(np.flatnonzero(row)[0]) if row.any() else 0 for row in self._table]
+        return max(1, *(p - o for p, o in zip(past, oldest, strict=True)))
+
+    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
+        if target >= len(self._table):  # beyond the calibrated steps there is nothing but reuse
+            return [1.0] + [0.0] * (len(anchors) - 1)
+        return [float(self._table[target, self._column[anchor]]) for anchor in anchors]
+
+
+def learned_table(
+    known: Tensor, goal: Tensor, steps: Sequence[int], window: int = WINDOW, ridge: float = RIDGE
+) -> Tensor:
+    """Weights of all steps by least squares, `[T, n]` in float64; zeros where nothing is to be forecast.
+
+    Args:
+        known: features of the full steps, `[S, n, ...]`.
+        goal: features to be forecast, `[S, T, ...]`.
+        steps: the `n` full steps.
+        window: how many newest full steps a forecast uses.
+        ridge: pull towards reuse.
+    """
+    own, aim = known.flatten(2).float(), goal.flatten(2).float()
+    gram = torch.stack([run @ run.T for run in own]).sum(0, dtype=torch.float64).numpy()
+    cross = (
+        torch.stack([run @ other.T for run, other in zip(own, aim, strict=True)]).sum(0, dtype=torch.float64).numpy()
+    )
+    table = np.zeros((aim.shape[1], len(steps)))
+    for t in range(len(table)):
+        past = [k for k, step in enumerate(steps) if step < t][-window:]
+        if t in steps:
+            continue
+        inner = gram[np.ix_(past, past)]
+        pull = ridge * max(float(np.trace(inner)) / len(past), 1e-300)
+        right = cross[past, t] + pull * np.eye(len(past))[-1]
+        table[t, past] = np.linalg.lstsq(inner + pull * np.eye(len(past)), right, rcond=None)[0]
+    return torch.from_numpy(table)
+
+
+@method("leapcache", kind="caching", paper="ours", needs_calibration=True)
+@dataclass(frozen=True, kw_only=True)
+class LeapCache(CalibratedMethod):
+    """Forecast by weights and at steps that were learned on the accelerated sampler's own path (LEAP).
+
+    The steps come with the calibration: the longest list that is no longer than the uniform schedule of `interval` and
+    `warmup`. `schedule`, `tuned` and `steps` belong to methods that do not bring their own.
+    """
+
+    name: ClassVar[str] = "leapcache"
+    bound_to_run: ClassVar[bool] = True
+    sites: ClassVar[tuple[SiteName, ...]] = ("hidden",)
+
+    def __post_init__(self) -> None:
+        if self.steps is not None or self.tuned is not None or self.schedule != "uniform":
+            raise ConfigError("leapcache learned its full steps with its weights: leave out steps, tuned and schedule")
+        super().__post_init__()
+
+    def plan(self) -> Schedule:
+        return Explicit(self._list()) if self.interval > 1 else super().plan()
+
+    def _list(self) -> tuple[int, ...]:
+        most = len(full_steps(super().plan(), self.fitted.fingerprint.steps))
+        lists = [tuple(t.tolist()) for name, t in self.fitted.tensors.items() if name.endswith("/steps")]
+        fitting = [steps for steps in lists if len(steps) <= most]
+        if not fitting:
+            known = ", ".join(str(len(steps)) for steps in lists)
+            raise ScheduleError(
+                f"interval={self.interval} with warmup={self.warmup} asks for {most} full steps, but leapcache was "
+                f"fitted for {known}; use a shorter interval, or fit it for fewer"
+            )
+        return max(fitting, key=len)
+
+    def parts(self, place: Place) -> Parts:
+        steps, known = self._list(), self.fitted.fingerprint.passes
+        # A pass that was not calibrated is refused by check_passes, or forecast like the first one with strict=False.
+        name = place.pass_name if place.pass_name in known else known[0]
+        table = np.asarray(self.fitted.tensors[f"{len(steps)}/{name}"], dtype=np.float64)
+        return Parts(Whole(), {"whole": LearnedWeights(steps, table)})
+
+    @staticmethod
+    def fit(trace: Trace, steps: tuple[int, ...] | None = None, window: int = WINDOW, ridge: float = RIDGE) -> Fit:
+        """Weights from features of the uncached sampler, on a list of full steps or on even spreads."""
+        total = trace.fingerprint.steps
+        lists = [steps] if steps is not None else [spread(count, total) for count in COUNTS if count < total]
+        tensors: dict[str, Tensor] = {}
+        for chosen in lists:
+            tensors[f"{len(chosen)}/steps"] = torch.tensor(chosen)
+            for name, slots in trace.features.items():
+                goal = slots["hidden"]
+                table = learned_table(goal[:, list(chosen)], goal, chosen, window, ridge)
+                tensors[f"{len(chosen)}/{name}"] = table
+        return Fit(tensors, {"lists": len(lists), "window": window})
