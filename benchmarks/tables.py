@@ -7,6 +7,7 @@ python benchmarks/tables.py --check  exit 1 if a page does not hold what the JSO
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -132,7 +133,7 @@ def overview_table(result: dict[str, Any]) -> str:
 
 def curve(name: str) -> str:
     """A method's own figures: its chart, and its best form beside the plain samplers."""
-    counts, arms = _arms(emoji_flux())
+    counts, arms = _arms(_read("emoji-flux.json"))
 
     def line(title: str) -> str:
         return " / ".join(_cell(arms[title].get(n, {}).get("psnr"), 1) for n in counts)
@@ -182,22 +183,40 @@ def memory_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def emoji_flux() -> dict[str, Any]:
-    """The large run on emoji-flux, with the rows that were measured again after a correction of their method."""
-    result, again = _read("emoji-flux.json"), _read("emoji-flux-again.json")
-    newer = {(row["method"], row["full_steps"]): row for row in again["rows"] if row["library"] == "hasten"}
-    result["rows"] = [newer.get((row["method"], row["full_steps"]), row) for row in result["rows"]]
-    plain = {(row["method"], row["full_steps"]): row["psnr"] for row in again["rows"] if row["library"] == "plain"}
-    checks = ", ".join(f"{value:.1f} dB at {count}" for (name, count), value in plain.items() if name == "unipc")
-    names = " and ".join(dict.fromkeys(name for name, _ in newer))
-    result["remark"] = (
-        f"{names} were corrected after the run and measured again in one of their own; plain UniPC had {checks} in it."
+def ablation_table(result: dict[str, Any]) -> str:
+    """Markdown of `leap-ablation.json`: a line a part, PSNR in dB."""
+    lines = ["| what | PSNR, dB |", "|---|---|"]
+    for name, part in result["parts"].items():
+        figures = {key: value for key, value in part.items() if key not in HIDDEN}
+        lines.append(_row([name, "; ".join(f"{key}: {value:.1f}" for key, value in figures.items())]))
+    environment = result["environment"]
+    lines.append("")
+    lines.append(
+        f"{result['model']}, medians over {result['held_out']} held-out prompts, learned from {result['learned_from']} "
+        f"where nothing else is said; torch {environment['torch']}, {environment['device']}."
     )
-    return result
+    return "\n".join(lines)
 
 
+def cost_table(result: dict[str, Any]) -> str:
+    """Markdown of `leap-fits.json`: model evaluations and errors of the fits."""
+    heads = ["fit", "evaluations", "steps found", "spread, dB", "searched, dB", "refined, dB", "model evaluations"]
+    lines = [_row(heads), "|---|--:|---|--:|--:|--:|--:|"]
+    for name, fit in result["fits"].items():
+        for count, row in fit.items():
+            errors = [row[key] for key in ("at_the_start", "closed_form", "relative_squared_error")]
+            cells = [name, count, " ".join(map(str, row["steps"])), *(f"{-10 * math.log10(e):.1f}" for e in errors)]
+            lines.append(_row([*cells, str(row["evaluations_of_references"] + row["evaluations_of_fit"])]))
+    lines += ["", result["remark"]]
+    return "\n".join(lines)
+
+
+HIDDEN = ("seconds", "closed_form", "relative_squared_error", "evaluations")
 TABLES = {
-    "emoji-flux": lambda: overview_table(emoji_flux()),
+    "emoji-flux": lambda: overview_table(_read("emoji-flux.json")),
+    "leap-guided": lambda: overview_table(_read("emoji-flux-guided.json")),
+    "leap-ablation": lambda: ablation_table(_read("leap-ablation.json")),
+    "leap-cost": lambda: cost_table(_read("leap-fits.json")),
     "demo": lambda: bench_table(_read("demo.json")),
     "overhead": lambda: overhead_table(_read("overhead.json")),
     "matrix": lambda: matrix_table(_read("matrix.json")),

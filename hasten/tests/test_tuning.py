@@ -97,6 +97,9 @@ def test_tuned_steps_are_better_than_the_spread_they_start_from(tmp_path):
             draw(pipe, 8)
     assert hasten.FoCa(tuned=tuned, interval=3, warmup=1).plan() == Explicit(tuple(tuned.report["4"]["steps"]))
     assert len(full_steps(hasten.FoCa(tuned=tuned).with_full_steps(5, 12).plan(), 12)) == 5
+    assert hasten.FoCa(schedule="tuned", tuned=tuned).plan() == hasten.FoCa(tuned=tuned).plan()
+    with pytest.raises(ConfigError, match="give tuned="):
+        hasten.FoCa(schedule="tuned")
     with pytest.raises(ScheduleError, match="lists were tuned for 4, 5"):
         hasten.FoCa(tuned=tuned, interval=12, warmup=1)
 

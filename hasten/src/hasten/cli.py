@@ -30,6 +30,9 @@ app.command()(cli_fit.calibrate)
 app.command()(cli_fit.tune)
 
 
+DEMO = ("reuse", "taylorseer", "hicache", "foca", "foca:schedule=even", "leap")
+
+
 def _quiet() -> None:
     """Other libraries' notices about optional parts would bury our own output."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -100,7 +103,8 @@ def demo(
 
     counts = numbers(full_steps, "--full-steps")
     result_file = out / "result.json"
-    result = _bench("emoji-flux", BenchSettings(full_steps=tuple(counts), prompts=prompts, seed=seed), result_file)
+    settings = BenchSettings(methods=DEMO, full_steps=tuple(counts), prompts=prompts, seed=seed)
+    result = _bench("emoji-flux", settings, result_file)
     _show(result)
     for count in sorted({row["full_steps"] for row in result["rows"]}, reverse=True):
         path = out / f"contact_sheet_{count}.png"

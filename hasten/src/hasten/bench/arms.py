@@ -129,7 +129,8 @@ def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials 
     """Every method at every number of full steps.
 
     A method with a schedule takes the smallest interval that has no more; one with listed steps (`steps=`) keeps them;
-    one with a threshold is matched by `trials`. `leap:calibration=FILE` samples with a LEAP scheduler.
+    one with a threshold is matched by `trials`. `leap:calibration=FILE` samples with a LEAP scheduler, `leap` alone
+    with the one that comes with a reference model.
 
     Raises:
         ConfigError: if a method has a threshold and there are no trials to match it with.
@@ -139,7 +140,7 @@ def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials 
     methods = [parse_method(text) for text in texts if text.strip() not in solvers]
     arms = []
     for wanted in counts:
-        arms += [_solver_arm(label, wanted) for label in solvers]
+        arms += [_solver_arm(label, wanted, trials) for label in solvers]
         for label, method in methods:
             if method.adaptive:
                 arms.append(_adaptive_arm(label, method, wanted, total, trials))
@@ -150,10 +151,11 @@ def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials 
     return arms
 
 
-def _solver_arm(label: str, wanted: int) -> Arm:
+def _solver_arm(label: str, wanted: int, trials: Trials | None) -> Arm:
     """LEAP with as many evaluations; an arm with an error where it was not fitted for them."""
     _, params = parse_options(label)
-    calibration = Calibration.of(LEAP, params.get("calibration"))
+    shipped = trials.model.learned.get(LEAP) if trials is not None else None
+    calibration = Calibration.of(LEAP, params.get("calibration", shipped))
     arm = Arm(f"{label}-{wanted}", label, "hasten", {"calibration": "given"}, wanted, wanted, Solved(calibration))
     fitted = sorted(int(count) for count in calibration.report)
     if wanted in fitted:

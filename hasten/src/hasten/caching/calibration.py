@@ -175,10 +175,10 @@ class Calibration:
             CalibrationError: if there is none, or it is of another method.
         """
         if given is None:
-            raise CalibrationError(
-                f"{method} has to be fitted to the model first: `hasten calibrate --methods {method}` or "
-                f"hasten.calibrate(pipe, {method!r}, calls), then give calibration=..."
-            )
+            how = f"`hasten calibrate --methods {method}` or hasten.calibrate(pipe, {method!r}, calls)"
+            if method in ("leap", "leapcache"):
+                how = f"`hasten tune --methods {method}` or hasten.fit_{method}(pipe, calls, ...)"
+            raise CalibrationError(f"{method} has to be fitted to the model first: {how}, then give calibration=...")
         calibration = given if isinstance(given, Calibration) else cls.load(given)
         if calibration.method != method:
             raise CalibrationError(f"this is a calibration of {calibration.method!r}, not of {method!r}")

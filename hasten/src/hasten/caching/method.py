@@ -21,7 +21,7 @@ __all__ = ["SITES", "CachingMethod", "Feature", "ScheduleName", "SiteName"]
 
 SiteName = Literal["hidden", "output", "module"]
 SITES: tuple[SiteName, ...] = ("hidden", "output", "module")
-ScheduleName = Literal["uniform", "last", "even", "early"]
+ScheduleName = Literal["uniform", "last", "even", "early", "tuned"]
 TUNED = "steps"  # what a calibration of lists of full steps is called
 EARLY = 1.3  # power of the schedule that is dense early
 
@@ -55,8 +55,8 @@ class CachingMethod:
             `"module"` (every attention and feed-forward output, the papers' original form).
         schedule: where the full steps fall. `"uniform"`: warm-up, then every `interval` steps (the papers' rule);
             `"last"`: the same, and the last step; `"even"`: as many as uniform has, spread evenly from the first step
-            to the last; `"early"`: spread so, but denser early. The last three need a pipeline, which tells how many
-            steps there are.
+            to the last; `"early"`: spread so, but denser early; these three need a pipeline, which tells how many steps
+            there are. `"tuned"`: the lists in `tuned`, which are taken whenever they are given.
         steps: explicit full steps instead of all that.
         tuned: lists of full steps that `hasten tune` found for the model, or the path of the file; the longest that is
             no longer than the uniform schedule is used.
@@ -80,6 +80,11 @@ class CachingMethod:
             raise unknown("schedule", self.schedule, SCHEDULES)
         if self.steps is not None:
             object.__setattr__(self, "steps", tuple(self.steps))
+        if self.schedule == "tuned" and self.tuned is None:
+            raise ConfigError(
+                "schedule='tuned' takes the full steps that `hasten tune` found: give "
+                "tuned='calibrations/steps.safetensors'"
+            )
         if self.tuned is not None:
             object.__setattr__(self, "tuned", Calibration.of(TUNED, self.tuned))
         self.plan()

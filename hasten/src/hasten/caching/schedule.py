@@ -12,7 +12,7 @@ from hasten.errors import ConfigError, ScheduleError
 
 __all__ = ["SCHEDULES", "Decision", "Explicit", "Schedule", "Spread", "Uniform", "full_steps"]
 
-SCHEDULES = ("uniform", "last", "even", "early")
+SCHEDULES = ("uniform", "last", "even", "early", "tuned")
 
 
 @dataclass(frozen=True)

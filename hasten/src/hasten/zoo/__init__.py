@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,7 @@ class ReferenceModel:
         call: arguments for calls, such as height, width and the number of steps.
         grade: for pictures `[B, 3, H, W]` in [0, 1] and their prompts, whether each is what its prompt asks for; None
             if the model has no ground truth.
+        learned: files that were fitted to the model and come with it, by name of the method (`"leap"`).
     """
 
     name: str
@@ -34,6 +36,7 @@ class ReferenceModel:
     prompts: list[str]
     call: dict[str, Any] = field(default_factory=dict)
     grade: Callable[[Tensor, list[str]], list[bool]] | None = None
+    learned: dict[str, Path] = field(default_factory=dict)
 
 
 def _emoji_flux() -> ReferenceModel:

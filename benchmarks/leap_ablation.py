@@ -1,0 +1,295 @@
+"""What each part of LEAP is worth, how many trajectories it needs, and where a fit may be used.
+
+    python benchmarks/leap_ablation.py --plain calibrations/leap.safetensors --guided guided/leap.safetensors
+
+The files are what `hasten tune --full-steps 12,9,7,5` wrote without guidance and with `--guidance 3`. Figures are
+medians over held-out prompts: PSNR in dB against the plain sampler's picture of the same prompt and seed. Writes
+benchmarks/leap-ablation.json part by part, and goes on where it was cut short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hasten import Calibration, LeapScheduler, fit_leap, zoo
+from hasten.bench.metrics import psnr
+from hasten.bench.runner import environment
+from hasten.bench.tune import tuning_calls
+from hasten.caching.schedule import spread
+from hasten.replay import Replay
+from hasten.search import search_steps
+from hasten.solvers.fit import NormalEquations
+from hasten.solvers.fitter import START, Fitter
+from hasten.solvers.references import record_references
+from torch import Tensor
+
+OUT = Path(__file__).parent / "leap-ablation.json"
+LEARN, HELD_OUT, STEPS, BATCH, SEED = 16, 32, 50, 4, 1000
+GUIDED = {"true_cfg_scale": 3.0, "negative_prompt": ""}
+RIDGE, EULER = 1e-6, 1e9  # a huge ridge leaves the plain sampler's coefficients
+BANDS = (
+    3,
+    7,
+)  # limits of three bands of the 16 x 16 tokens' DCT, by the larger of the two frequencies
+
+
+class Ablation:
+    """The model, prompts, and the parts that were measured so far."""
+
+    def __init__(self, plain: Path, guided: Path) -> None:
+        self.model = zoo.load("emoji-flux")
+        self.model.pipe.set_progress_bar_config(disable=True)
+        self.files = {
+            "plain": Calibration.load(plain),
+            "guided": Calibration.load(guided),
+        }
+        self.parts: dict[str, Any] = json.loads(OUT.read_text())["parts"] if OUT.exists() else {}
+
+    def part(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        if name in self.parts:
+            return
+        started = time.perf_counter()
+        self.parts[name] = measure() | {"seconds": round(time.perf_counter() - started, 1)}
+        about = {
+            "model": "emoji-flux",
+            "learned_from": LEARN,
+            "held_out": HELD_OUT,
+            "steps": STEPS,
+        }
+        OUT.write_text(json.dumps({"environment": environment(), **about, "parts": self.parts}, indent=1) + "\n")
+        print(name, json.dumps(self.parts[name]), flush=True)
+
+    # --- drawing
+
+    def learn(self, count: int = LEARN, prompts: Sequence[str] = (), **call: Any) -> list[dict[str, Any]]:
+        return tuning_calls(self.model, prompts or self.model.prompts[-count:], SEED, STEPS, call, BATCH)
+
+    def held_out(self, prompts: Sequence[str] = (), **call: Any) -> list[dict[str, Any]]:
+        return tuning_calls(self.model, prompts or self.model.prompts[:HELD_OUT], 0, STEPS, call, 8)
+
+    def draw(self, calls: Sequence[dict[str, Any]], scheduler: Any = None, steps: int = STEPS) -> Tensor:
+        pipe = self.model.pipe
+        original, replay = pipe.scheduler, Replay(calls)
+        pipe.scheduler = scheduler or original
+        try:
+            own = {"output_type": "pt", "num_inference_steps": steps}
+            return torch.cat([pipe(**{**arguments, **own}).images for arguments in replay])
+        finally:
+            pipe.scheduler = original
+
+    def quality(
+        self,
+        calls: Sequence[dict[str, Any]],
+        reference: Tensor,
+        scheduler: Any,
+        steps: int,
+    ) -> float:
+        drawn = self.draw(calls, scheduler, steps)
+        return round(
+            statistics.median(psnr(a, b) for a, b in zip(drawn, reference, strict=True)),
+            2,
+        )
+
+    def solver(self, fit: Calibration) -> LeapScheduler:
+        return LeapScheduler.of(fit, self.model.pipe)
+
+    # --- parts
+
+    def components(self, count: int) -> dict[str, Any]:
+        """Coefficients, times, both, bands, refinement."""
+        fitted = self.files["plain"]
+        held = self.held_out()
+        reference, calls = self.draw(held), self.learn()
+        even, found = (
+            spread(count, STEPS, START),
+            tuple(fitted.report[str(count)]["steps"]),
+        )
+        result: dict[str, Any] = {"plain Euler": self.quality(held, reference, None, count)}
+        for name, steps, ridge in (
+            ("neither (Euler on the spread that a search starts from)", even, EULER),
+            ("coefficients only", even, RIDGE),
+            ("times only", self._searched(calls, count), EULER),
+            ("both", found, RIDGE),
+        ):
+            result[name] = self.quality(held, reference, self._closed(calls, steps, ridge), count)
+        result["both + bands"] = self._bands(calls, held, reference, found)
+        result["both + refinement"] = self.quality(held, reference, self.solver(fitted), count)
+        return result
+
+    def _closed(self, calls: list[dict[str, Any]], steps: tuple[int, ...], ridge: float) -> LeapScheduler:
+        """The closed form on a list of steps."""
+        replay = Replay(calls)
+        references = record_references(self.model.pipe, list(replay))
+        fitter = Fitter(self.model.pipe, list(replay), references, ridge)
+        with fitter.probing():
+            leap = fitter.fit(steps)
+        table = {
+            "timesteps": leap.timesteps,
+            "sigmas": leap.sigmas,
+            "coefficients": leap.coefficients,
+        }
+        return LeapScheduler({str(len(steps)): table}, shift_mu=references.mu)
+
+    def _searched(self, calls: list[dict[str, Any]], count: int) -> tuple[int, ...]:
+        """Steps that are best with the plain sampler's coefficients."""
+        replay = Replay(calls)
+        fitter = Fitter(
+            self.model.pipe,
+            list(replay),
+            record_references(self.model.pipe, list(replay)),
+            EULER,
+        )
+        with fitter.probing():
+            return search_steps(spread(count, STEPS, START), STEPS, fitter.loss, trials=40).steps
+
+    def _bands(
+        self,
+        calls: list[dict[str, Any]],
+        held: list[dict[str, Any]],
+        reference: Tensor,
+        steps: tuple[int, ...],
+    ) -> float:
+        """The closed form with coefficients of their own for each of three frequency bands over the token grid."""
+        pipe, goals = self.model.pipe, (*steps[1:], STEPS)
+        learn, test = Replay(calls), Replay(held)
+        known, other = (
+            record_references(pipe, list(learn)),
+            record_references(pipe, list(test)),
+        )
+        fitters = [
+            Fitter(pipe, list(learn), known, RIDGE),
+            Fitter(pipe, list(test), other, RIDGE),
+        ]
+        starts = [torch.cat([path[0] for path in r.states]) for r in (known, other)]
+        states, velocities = list(starts), [[], []]
+        for step, goal in zip(steps, goals, strict=True):
+            for i, fitter in enumerate(fitters):
+                chunks = states[i].split([path.shape[1] for path in fitter.references.states])
+                timestep, sigma = known.timesteps[step], known.sigmas[step]
+                with fitter.probing():
+                    found = [
+                        fitter._evaluate(c, x, timestep, sigma) for c, x in zip(fitter._calls, chunks, strict=True)
+                    ]
+                velocities[i].append(torch.cat(found))
+            aim = torch.cat([path[goal] for path in known.states]) - starts[0]
+            plain = [known.sigmas[b] - known.sigmas[a] for a, b in zip(steps, goals, strict=True)][: len(velocities[0])]
+            states = [x.clone() for x in starts]
+            for band in range(len(BANDS) + 1):
+                equations = NormalEquations(len(plain))
+                split = [_band(v, band) for v in velocities[0]]
+                equations.add(torch.zeros_like(aim), split, _band(aim, band))
+                row = equations.solve(plain, RIDGE)
+                for i, own in enumerate(velocities):
+                    states[i] = states[i] + sum(c * _band(v, band) for c, v in zip(row, own, strict=True))
+        latents = pipe._unpack_latents(states[1], 64, 64, pipe.vae_scale_factor)
+        latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        drawn = (pipe.vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        return round(
+            statistics.median(psnr(a, b) for a, b in zip(drawn, reference, strict=True)),
+            2,
+        )
+
+    def trajectories(self, count: int, learn: int) -> dict[str, Any]:
+        """A fit to another number of prompts."""
+        held = self.held_out()
+        fit = fit_leap(self.model.pipe, self.learn(learn), [count], trials=40, rounds=3)
+        figures = fit.report[str(count)]
+        return {
+            "held out": self.quality(held, self.draw(held), self.solver(fit), count),
+            "closed_form": figures["closed_form"],
+            "relative_squared_error": figures["relative_squared_error"],
+            "evaluations": figures["evaluations_of_references"] + figures["evaluations_of_fit"],
+        }
+
+    def elsewhere(self, fit: Calibration, counts: Sequence[int], **call: Any) -> dict[str, Any]:
+        """A fit used with other settings than it was made for, beside the plain sampler there."""
+        held = self.held_out(**call)
+        reference = self.draw(held)
+        result: dict[str, Any] = {}
+        for count in counts:
+            result[f"leap, {count}"] = self.quality(held, reference, self.solver(fit), count)
+            result[f"plain Euler, {count}"] = self.quality(held, reference, None, count)
+        return result
+
+    def domains(self, count: int) -> dict[str, Any]:
+        """Fitted to animals and plants, used on food and drink, and the other way round."""
+        from hasten.zoo.emoji_flux.data import load_emoji_set
+
+        captions = (
+            load_emoji_set().captions
+        )  # in the order of the emoji tables: animals and plants, then food and drink
+        first_food = captions.index("grapes")
+        groups = {
+            "animals and plants": [p for p in self.model.prompts if captions.index(p) < first_food],
+            "food and drink": [p for p in self.model.prompts if captions.index(p) >= first_food],
+        }
+        result: dict[str, Any] = {}
+        for learned, own in groups.items():
+            fit = fit_leap(
+                self.model.pipe,
+                self.learn(prompts=own[-LEARN:]),
+                [count],
+                trials=40,
+                rounds=2,
+            )
+            for used, others in groups.items():
+                held = self.held_out(prompts=others[:HELD_OUT])
+                quality = self.quality(held, self.draw(held), self.solver(fit), count)
+                result[f"learned on {learned}, used on {used}"] = quality
+        return result
+
+
+def _band(x: Tensor, band: int) -> Tensor:
+    """A band of the two-dimensional DCT over the token grid of `[B, 256, C]`."""
+    size = int(x.shape[1] ** 0.5)
+    k = torch.arange(size, dtype=torch.float64)
+    basis = torch.cos(torch.pi * (k[None] + 0.5) * k[:, None] / size) * (2 / size) ** 0.5
+    basis[0] /= 2**0.5
+    limits = (0, *BANDS, size)
+    radius = torch.maximum(k[:, None], k[None])
+    mask = ((radius >= limits[band]) & (radius < limits[band + 1])).to(x)[None, :, :, None]
+    both = basis.to(x)
+    spectrum = torch.einsum("uh,vw,bhwc->buvc", both, both, x.unflatten(1, (size, size)))
+    return torch.einsum("uh,vw,buvc->bhwc", both, both, spectrum * mask).flatten(1, 2)
+
+
+def main() -> None:
+    """Measure what is not measured yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plain", type=Path, required=True)
+    parser.add_argument("--guided", type=Path, required=True)
+    paths = parser.parse_args()
+    own = Ablation(paths.plain, paths.guided)
+    plain, guided = own.files["plain"], own.files["guided"]
+    for count in (9, 7):
+        own.part(f"components, {count}", lambda count=count: own.components(count))
+    own.part("at home", lambda: own.elsewhere(plain, (12, 9, 7, 5)))
+    own.part(
+        "other resolution (32x32)",
+        lambda: own.elsewhere(plain, (9, 7), height=32, width=32),
+    )
+    own.part("guided, at home (3)", lambda: own.elsewhere(guided, (12, 9, 7, 5), **GUIDED))
+    for scale in (2.1, 3.9):
+        name = f"guided, at guidance {scale}"
+        own.part(
+            name,
+            lambda scale=scale: own.elsewhere(guided, (9, 7), **GUIDED | {"true_cfg_scale": scale}),
+        )
+    own.part(
+        "without guidance's fit used with guidance 3",
+        lambda: own.elsewhere(plain, (9, 7), **GUIDED),
+    )
+    for learn in (4, 8, 16, 32):
+        own.part(f"trajectories, {learn}", lambda learn=learn: own.trajectories(7, learn))
+    own.part("prompt domains, 9", lambda: own.domains(9))
+
+
+if __name__ == "__main__":
+    main()
