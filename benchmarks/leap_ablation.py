@@ -34,10 +34,7 @@ OUT = Path(__file__).parent / "leap-ablation.json"
 LEARN, HELD_OUT, STEPS, BATCH, SEED = 16, 32, 50, 4, 1000
 GUIDED = {"true_cfg_scale": 3.0, "negative_prompt": ""}
 RIDGE, EULER = 1e-6, 1e9  # a huge ridge leaves the plain sampler's coefficients
-BANDS = (
-    3,
-    7,
-)  # limits of three bands of the 16 x 16 tokens' DCT, by the larger of the two frequencies
+BANDS = (3, 7)  # limits of three bands of the 16 x 16 tokens' DCT, by the larger of the two frequencies
 
 
 class Ablation:
@@ -126,8 +123,8 @@ class Ablation:
     def _closed(self, calls: list[dict[str, Any]], steps: tuple[int, ...], ridge: float) -> LeapScheduler:
         """The closed form on a list of steps."""
         replay = Replay(calls)
-        references = record_references(self.model.pipe, list(replay))
-        fitter = Fitter(self.model.pipe, list(replay), references, ridge)
+        references = record_references(self.model.pipe, replay)
+        fitter = Fitter(self.model.pipe, replay, references, ridge)
         with fitter.probing():
             leap = fitter.fit(steps)
         table = {
@@ -143,7 +140,7 @@ class Ablation:
         fitter = Fitter(
             self.model.pipe,
             list(replay),
-            record_references(self.model.pipe, list(replay)),
+            record_references(self.model.pipe, replay),
             EULER,
         )
         with fitter.probing():
@@ -164,8 +161,8 @@ class Ablation:
             record_references(pipe, list(test)),
         )
         fitters = [
-            Fitter(pipe, list(learn), known, RIDGE),
-            Fitter(pipe, list(test), other, RIDGE),
+            Fitter(pipe, learn, known, RIDGE),
+            Fitter(pipe, test, other, RIDGE),
         ]
         starts = [torch.cat([path[0] for path in r.states]) for r in (known, other)]
         states, velocities = list(starts), [[], []]
@@ -199,7 +196,7 @@ class Ablation:
     def trajectories(self, count: int, learn: int) -> dict[str, Any]:
         """A fit to another number of prompts."""
         held = self.held_out()
-        fit = fit_leap(self.model.pipe, self.learn(learn), [count], trials=40, rounds=3)
+        fit = fit_leap(self.model.pipe, self.learn(learn), [count], trials=20, rounds=2)
         figures = fit.report[str(count)]
         return {
             "held out": self.quality(held, self.draw(held), self.solver(fit), count),
@@ -288,7 +285,7 @@ def main() -> None:
     )
     for learn in (4, 8, 16, 32):
         own.part(f"trajectories, {learn}", lambda learn=learn: own.trajectories(7, learn))
-    own.part("prompt domains, 9", lambda: own.domains(9))
+    own.part("prompt domains, 7", lambda: own.domains(7))
 
 
 if __name__ == "__main__":

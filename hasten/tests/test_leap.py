@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from hasten.caching.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
+from hasten.replay import Replay
 from hasten.solvers import LeapScheduler, fit_leap
 from hasten.solvers.fit import NormalEquations, advance
 from hasten.solvers.fitter import Fitter
@@ -23,7 +24,7 @@ class Toy:
     """The smallest pipeline: a velocity field in the place of the transformer, an unmodified scheduler."""
 
     def __init__(self, field, scheduler=None):
-        self.field, self.transformer = field, torch.nn.Identity()
+        self.field, self.transformer = field, torch.nn.Identity()  # asked for a fingerprint only
         self.scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0)
 
     def __call__(self, latents=None, generator=None, num_inference_steps=STEPS, output_type="latent"):
@@ -45,7 +46,8 @@ def curved(x, t):
 
 
 def fitter(pipe, calls, ridge=0.0):
-    return Fitter(pipe, calls, record_references(pipe, calls), ridge)
+    replay = Replay(calls)
+    return Fitter(pipe, replay, record_references(pipe, replay), ridge)
 
 
 def error(pipe, calls, steps, ridge=0.0):
@@ -107,7 +109,7 @@ def test_a_velocity_linear_in_sigma_is_exact_with_two_evaluations():
 @pytest.mark.parametrize("steps", [(0, 10), (0, 5, 12), (0, 3, 8, 15)])
 def test_the_fit_is_no_worse_than_euler_on_its_batch(steps):
     pipe, calls = Toy(curved), [toy_call(0), toy_call(1)]
-    references = record_references(pipe, calls)
+    references = record_references(pipe, Replay(calls))
     states = torch.cat([s[0] for s in references.states])
     for k, step in enumerate(steps):
         goal = (*steps[1:], STEPS)[k]
@@ -183,8 +185,7 @@ def test_refinement_lowers_the_error_and_moves_the_times_between_the_steps():
     assert all(a > b > 0 for a, b in pairwise(better.timesteps))
     assert any(t not in own.references.timesteps for t in better.timesteps[1:])
     assert better.sigmas == pytest.approx([t / 1000 for t in better.timesteps], rel=1e-5)
-    other = record_references(Toy(curved), [toy_call(7)])
-    held_out = Fitter(Toy(curved), [toy_call(7)], other, 0.0)
+    held_out = fitter(Toy(curved), [toy_call(7)])
     with held_out.probing():
         before = final_error(held_out, closed)
         assert final_error(held_out, better) < before
@@ -392,7 +393,7 @@ def test_variance_preserving_models():
     free = fitter(pipe, [toy_call()])
     with free.probing():
         leap, _ = free.search(5, 20, 0, None)
-    references = record_references(pipe, [toy_call(9)])
+    references = record_references(pipe, Replay([toy_call(9)]))
     options = {"prediction_type": "epsilon", "num_train_timesteps": 1000, "shift_mu": None}
     table = {
         "timesteps": [references.timesteps[s] for s in leap.steps],

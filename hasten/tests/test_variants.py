@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,9 +28,10 @@ from torch import Tensor, nn
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 import hasten
-from hasten import hosts
+from hasten import LeapScheduler, fit_leap, hosts
 from hasten.caching import Uniform, full_steps
 from hasten.caching.blocks import hidden_in
+from hasten.errors import HastenWarning
 from hasten.hosts import TokenLayout
 from hasten.hosts import registry as host_registry
 
@@ -702,3 +704,29 @@ def test_a_run_of_as_many_tokens_in_another_grid_has_its_own_layout():
         second = wide(model, 8, 2)
     with hasten.accelerate(model, "freqca", interval=3):
         assert torch.equal(wide(model, 8, 2), second)
+
+
+# Its first step reads the reference picture into a memory that the others use: no step can be evaluated alone.
+NOT_LEARNED = {"flux2 klein with remembered keys of a reference picture"}
+
+
+def test_a_learned_scheduler_serves_them(built):
+    """LEAP is fitted through the pipeline itself, whatever it conditions on and however it keeps its latents."""
+    variant, pipe, original = built.variant, built.pipe, built.pipe.scheduler
+    name = next(name for name, other in VARIANTS.items() if other is variant)
+    if list(variant.runs.values()) != [(STEPS,)] or name in NOT_LEARNED:
+        pytest.skip("starts later, or has several transformers or runs")
+    call = {**variant.call, "num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(0)}
+    fit = fit_leap(pipe, [call], [4], trials=1, rounds=0)
+    assert pipe.scheduler is original
+    assert torch.equal(built.call(), built.plain)
+    few = {**variant.call, "num_inference_steps": 4}
+    plain = run_once(pipe, few)
+    pipe.scheduler = LeapScheduler.of(fit, pipe)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", HastenWarning)
+            learned = run_once(pipe, few)
+    finally:
+        pipe.scheduler = original
+    assert (learned - built.plain).norm() < 0.8 * (plain - built.plain).norm()

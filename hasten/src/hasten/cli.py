@@ -159,6 +159,9 @@ def bench(
     peers: Annotated[
         bool, typer.Option("--peers", help="Also cache-dit, diffusers' caches and hicache-pp, at as many full steps.")
     ] = False,
+    only_peers: Annotated[
+        str, typer.Option(help="Names of the peers to measure with --peers, with commas; all of them by default.")
+    ] = "",
     json_file: Annotated[Path, typer.Option("--json", help="Where the figures go; pictures go beside it.")] = Path(
         "out/bench.json"
     ),
@@ -186,6 +189,7 @@ def bench(
         steps=steps,
         call=call,
         peers=peers,
+        only_peers=tuple(names(only_peers)),
     )
     result = _bench(model, settings, json_file, device)
     if not processes().is_main_process:

@@ -26,9 +26,17 @@ class Replay:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The arguments of a call, for latents as the result."""
+        self._rewind(index)
+        return {**self._calls[index], "output_type": "latent"}
+
+    def rewind(self) -> None:
+        """Leave all generators as they were at first."""
+        for index in range(len(self)):
+            self._rewind(index)
+
+    def _rewind(self, index: int) -> None:
         for generator, state in zip(_generators(self._calls[index]), self._states[index], strict=True):
             generator.set_state(state)
-        return {**self._calls[index], "output_type": "latent"}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))

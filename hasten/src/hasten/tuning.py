@@ -93,5 +93,6 @@ def tune_steps(
         found = search_steps(spread(count, total, START), total, loss_of, trials=trials, seed=seed, progress=tick)
         tensors[f"steps/{count}"] = torch.tensor(found.steps)
         report[str(count)] = figures(found)
+    replay.rewind()
     options = {"method": type(chosen).__name__, "trials": trials, "seed": seed, "calls": len(calls)}
     return Calibration(TUNED, tensors, fingerprint, report, options)

@@ -18,7 +18,7 @@ import importlib.util
 import io
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -30,9 +30,9 @@ from hasten.acceleration import TRANSFORMERS
 from hasten.bench.arms import Arm
 from hasten.bench.budget import Match, Trial, Trials, match_full_steps
 from hasten.caching import Uniform, full_steps
-from hasten.errors import ConfigError, HostError, ModelError
+from hasten.errors import ConfigError, HostError, ModelError, unknown
 
-__all__ = ["PEERS", "OnACopy", "Peer", "peer_arms", "shared_copy"]
+__all__ = ["PEERS", "OnACopy", "Peer", "chosen_peers", "peer_arms", "shared_copy"]
 
 WARMUP = 3  # full steps at the start, as in hasten's own schedule
 Params = dict[str, Any]
@@ -357,6 +357,19 @@ def peer_arms(counts: list[int], trials: Trials, peers: tuple[Peer, ...] = PEERS
     """Every peer at every number of full steps; one that cannot run is an arm with an `error`."""
     search = Search(trials)
     return [_arm(peer, search, wanted) for wanted in counts for peer in peers]
+
+
+def chosen_peers(names: Sequence[str]) -> tuple[Peer, ...]:
+    """The peers with these names; all of them if there are none.
+
+    Raises:
+        UnknownNameError: for another name.
+    """
+    known = {peer.name: peer for peer in PEERS}
+    for name in names:
+        if name not in known:
+            raise unknown("peer", name, known)
+    return tuple(known[name] for name in names) or PEERS
 
 
 def _arm(peer: Peer, search: Search, wanted: int) -> Arm:

@@ -25,7 +25,7 @@ import hasten
 from hasten import zoo
 from hasten.bench.arms import Arm, method_arms, plain_arms
 from hasten.bench.budget import Trials
-from hasten.bench.peers import one_line, peer_arms
+from hasten.bench.peers import chosen_peers, one_line, peer_arms
 from hasten.bench.rows import (
     Figures,
     failed_row,
@@ -62,6 +62,7 @@ class BenchSettings:
         steps: steps of the baseline and of every cached method.
         call: further arguments of the pipeline's call, such as `true_cfg_scale`.
         peers: measure the other libraries too.
+        only_peers: names of those to measure; all of them if empty.
     """
 
     methods: tuple[str, ...] = ("reuse", "taylorseer", "hicache", "foca")
@@ -72,6 +73,7 @@ class BenchSettings:
     steps: int = 50
     call: dict[str, Any] = field(default_factory=dict)
     peers: bool = False
+    only_peers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prompts < 1:
@@ -160,7 +162,7 @@ def _arms(model: ReferenceModel, settings: BenchSettings, prompts: list[str], sa
     (plain,) = plain_arms([settings.steps], ("euler",))
     arms = [replace(plain, id="baseline"), *plain_arms(counts), *methods]
     if settings.peers:
-        arms += peer_arms(counts, trials)
+        arms += peer_arms(counts, trials, chosen_peers(settings.only_peers))
     return list({arm.id: arm for arm in arms}.values())  # two requests may come to the same schedule
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor, nn
 
+from hasten.acceleration import TRANSFORMERS
 from hasten.caching.schedule import spread
+from hasten.errors import CalibrationError
+from hasten.replay import Replay
 from hasten.search import Search, search_steps
 from hasten.solvers.fit import NormalEquations, advance
 from hasten.solvers.references import References
@@ -46,7 +50,12 @@ class Leap:
 
 
 class _Probe(SchedulerMixin, ConfigMixin):
-    """Stands in for a scheduler, for one evaluation at one time; keeps what the pipeline hands to `step`."""
+    """Stands in for a scheduler, for a run of two steps at one time: the first puts a state into the pipeline's loop in
+    the place of the noise that it drew, the second shows what the pipeline makes of the model's answer to it.
+
+    A pipeline's `latents` argument would do the same, but not every pipeline takes there what it hands to its
+    scheduler, and one that is given latents draws other random numbers for the rest (encoded pictures).
+    """
 
     config_name = "scheduler_config.json"
     order = 1
@@ -54,17 +63,28 @@ class _Probe(SchedulerMixin, ConfigMixin):
 
     def __init__(self, config: Any) -> None:
         self._internal_dict = config
-        self.timesteps = torch.zeros(1)
-        self.sigmas = torch.zeros(2)
-        self.seen: Tensor | None = None
+        self.timesteps = torch.zeros(2)
+        self.sigmas = torch.zeros(3)
         self.begin_index: int | None = None
+        self.mu: float | None = None
 
-    def at(self, timestep: float) -> None:
-        """The next call of the pipeline evaluates the model at this time."""
-        self._timestep = timestep
+    def at(self, timestep: float, state: Tensor) -> None:
+        """The next call of the pipeline evaluates the model at this time and state."""
+        self._timestep, self._state = timestep, state
+        self.waiting = True  # whether the state has still to be put in
+        self.seen: Tensor | None = None
 
-    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, **_: Any) -> None:
-        self.timesteps = torch.tensor([self._timestep], dtype=torch.float32, device=device)
+    def set_timesteps(
+        self,
+        num_inference_steps: Any = None,
+        device: Any = None,
+        sigmas: Any = None,
+        timesteps: Any = None,
+        mu: float | None = None,
+        **_: Any,
+    ) -> None:
+        self.mu = None if mu is None else float(mu)
+        self.timesteps = torch.full((2,), self._timestep, dtype=torch.float32, device=device)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         self.begin_index = begin_index
@@ -72,9 +92,43 @@ class _Probe(SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample
 
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
+        return sample
+
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **_: Any) -> Any:
-        self.seen = model_output
-        return (sample,)
+        if self.waiting:
+            self.waiting = False
+            sample = self._state.to(sample)
+        else:
+            self.seen = model_output
+        return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+
+class _Bypass:
+    """Lets a transformer answer the probe's first step with an earlier answer, since nothing is made of it."""
+
+    def __init__(self, model: nn.Module, probe: _Probe) -> None:
+        self._model, self._probe = model, probe
+        self._own = vars(model).get("forward")  # of an offload hook, perhaps
+        self._forward = model.forward
+        self._answers: dict[int, Any] = {}
+        self.call = 0
+
+    def __enter__(self) -> None:
+        @wraps(self._forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._probe.waiting and self.call in self._answers:
+                return self._answers[self.call]
+            answer = self._forward(*args, **kwargs)
+            self._answers.setdefault(self.call, answer)
+            return answer
+
+        self._model.forward = forward
+
+    def __exit__(self, *_: object) -> None:
+        del self._model.forward
+        if self._own is not None:
+            self._model.forward = self._own
 
 
 class Fitter:
@@ -82,12 +136,12 @@ class Fitter:
 
     Args:
         pipe: the pipeline; its scheduler is changed only while `probing()` lasts.
-        calls: the arguments that the references were drawn with.
+        calls: those that the references were drawn with.
         references: the trajectories.
         ridge: pull of the coefficients towards the plain sampler's, see `fit.py`.
     """
 
-    def __init__(self, pipe: Any, calls: Sequence[Mapping[str, Any]], references: References, ridge: float) -> None:
+    def __init__(self, pipe: Any, calls: Replay, references: References, ridge: float) -> None:
         self._pipe, self._calls, self._ridge = pipe, calls, ridge
         self.references = references
         self._best: Leap | None = None
@@ -99,24 +153,41 @@ class Fitter:
         """While this lasts, the pipeline's scheduler is a probe."""
         original = self._pipe.scheduler
         self._probe = _Probe(original.config)
-        self._pipe.scheduler = self._probe
-        try:
+        models = [getattr(self._pipe, name, None) for name in TRANSFORMERS]
+        self._bypasses = [_Bypass(model, self._probe) for model in models if isinstance(model, nn.Module)]
+        with ExitStack() as stack:
+            stack.callback(setattr, self._pipe, "scheduler", original)
+            self._pipe.scheduler = self._probe
+            for bypass in self._bypasses:
+                stack.enter_context(bypass)
             yield self
-        finally:
-            self._pipe.scheduler = original
 
-    def _evaluate(self, call: Mapping[str, Any], state: Tensor, timestep: float, sigma: float) -> Tensor:
-        """The velocity at a state, with the pipeline's guidance: a call of the pipeline with one step."""
+    def _evaluate(self, call: int, state: Tensor, timestep: float, sigma: float) -> Tensor:
+        """The velocity at a state, with the pipeline's guidance: a call of the pipeline."""
         kind = self.references.prediction_type
-        self._probe.at(timestep)
         alpha = 1.0 if kind == "flow" else (1 + sigma * sigma) ** -0.5
-        latents = (alpha * state).to(self.dtype)
-        self._pipe(**{**call, "latents": latents, "num_inference_steps": 1, "output_type": "latent"})
-        assert self._probe.seen is not None
+        self._probe.at(timestep, alpha * state)
+        for bypass in self._bypasses:
+            bypass.call = call
+        self._pipe(**{**self._calls[call], "num_inference_steps": 2})
+        if self._probe.seen is None:
+            raise CalibrationError(
+                f"{type(self._pipe).__name__} does not take one step for each timestep of its scheduler; LEAP cannot "
+                "be fitted to it"
+            )
         self.dtype = self._probe.seen.dtype
         output = self._probe.seen.float().cpu()
         self.evaluations += len(state)
-        return alpha * output + sigma * alpha * latents.float() if kind == "v_prediction" else output
+        return alpha * output + sigma * alpha * alpha * state if kind == "v_prediction" else output
+
+    def shift_mu(self) -> float | None:
+        """The resolution-dependent shift that the pipeline gives its scheduler, if it depends on nothing else.
+
+        FLUX.2's depends on the number of steps too, and tells nothing of the picture's size then.
+        """
+        references = self.references
+        self._evaluate(0, references.states[0][0], references.timesteps[0], references.sigmas[0])
+        return references.mu if self._probe.mu == references.mu else None
 
     def follow(
         self, call: int, timesteps: Sequence[float], sigmas: Sequence[float], rows: Rows, known: Sequence[Tensor]
@@ -125,7 +196,7 @@ class Fitter:
         start, velocities = self.references.states[call][0], list(known)
         for k in range(len(velocities), len(timesteps)):
             state = advance(start, velocities, rows[k - 1], ()) if k else start
-            velocities.append(self._evaluate(self._calls[call], state, timesteps[k], sigmas[k]))
+            velocities.append(self._evaluate(call, state, timesteps[k], sigmas[k]))
         return velocities
 
     def score(self, steps: Steps, timesteps: list[float], sigmas: list[float], rows: Rows) -> Leap:

@@ -13,7 +13,7 @@ and training sees what it will meet in use. The steps themselves are searched by
 error; what comes before the first changed step need not be evaluated again. At last coefficients and times are refined
 together (`refine.py`).
 
-The pipeline evaluates the model, with its own guidance: each evaluation is a call of it with one step.
+The pipeline evaluates the model, with its own guidance.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def fit_leap(
     """Learn a solver for each number of evaluations.
 
     Args:
-        pipe: a text-to-image or text-to-video pipeline that takes `latents`.
+        pipe: a pipeline of a flow-matching or variance-preserving model.
         calls: arguments of its calls, with the steps, size and guidance that the references are to have, each with
             generators or latents. Give batches: each evaluation of the fit runs every call once.
         evaluations: numbers of evaluations.
@@ -79,7 +79,7 @@ def fit_leap(
     if not calls:
         raise CalibrationError("there is nothing to learn from: give at least one call")
     replay = Replay(calls)
-    references = record_references(pipe, list(replay))
+    references = record_references(pipe, replay)
     for count in evaluations:
         if not 1 <= count <= references.total:
             raise ConfigError(
@@ -88,10 +88,13 @@ def fit_leap(
     with accelerate(pipe, "reuse", interval=1) as run:
         pipe(**replay[0])
         fingerprint = fingerprint_of(pipe, run, "output")
+    fitter = Fitter(pipe, replay, references, ridge)
+    with fitter.probing():
+        shift_mu = fitter.shift_mu()
     options = {
         "prediction_type": references.prediction_type,
         "num_train_timesteps": int(pipe.scheduler.config.num_train_timesteps),
-        "shift_mu": None if references.mu is None else float(references.mu),
+        "shift_mu": shift_mu,
         "prompts": references.prompts,
         "learned_from": references.digest,
         "trials": trials,
@@ -102,7 +105,6 @@ def fit_leap(
     result = Calibration(LEAP, {}, fingerprint, {}, options)
     if known is not None and (known.fingerprint, known.options) == (fingerprint, options):
         result = known
-    fitter = Fitter(pipe, list(replay), references, ridge)
     with fitter.probing():
         for count in evaluations:
             if str(count) in result.report:
@@ -120,6 +122,7 @@ def fit_leap(
             tick(trials + rounds, found.error)
             if keep is not None:
                 keep(result)
+    replay.rewind()
     return result
 
 

@@ -83,6 +83,7 @@ def fit_leapcache(
         assert best is not None
         tensors |= _calibration(best[1], steps, fingerprint).tensors
         report[str(len(steps))] = {"steps": list(steps), "relative_squared_error": best[0], "error_per_sweep": errors}
+    replay.rewind()
     options = {"sweeps": sweeps, "window": window, "ridge": ridge, "prompts": sum(map(len, finals))}
     return Calibration(LeapCache.name, tensors, fingerprint, report, options)
 

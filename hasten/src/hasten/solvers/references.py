@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import CalibrationError, ConfigError
+from hasten.replay import Replay
 
 __all__ = ["References", "record_references"]
 
@@ -62,13 +63,13 @@ def _prediction_type(scheduler: Any) -> str:
     return str(kind)
 
 
-def _digest(calls: Sequence[Mapping[str, Any]], states: Sequence[Tensor]) -> str:
+def _digest(calls: Replay, states: Sequence[Tensor]) -> str:
     prompts = json.dumps([call.get("prompt") for call in calls], default=str)
     noise = b"".join(path[0].numpy().tobytes() for path in states)
     return hashlib.sha256(prompts.encode() + noise).hexdigest()[:16]
 
 
-def record_references(pipe: Any, calls: Sequence[Mapping[str, Any]]) -> References:
+def record_references(pipe: Any, calls: Replay) -> References:
     """Draw the plain trajectories, watching the scheduler of this pipeline.
 
     Raises:
@@ -91,14 +92,14 @@ def record_references(pipe: Any, calls: Sequence[Mapping[str, Any]]) -> Referenc
     @wraps(plain_set)
     def set_timesteps(*args: Any, **kwargs: Any) -> Any:
         nonlocal mu
-        mu = kwargs.get("mu")
+        mu = None if kwargs.get("mu") is None else float(kwargs["mu"])
         return plain_set(*args, **kwargs)
 
     scheduler.step, scheduler.set_timesteps = step, set_timesteps
     try:
         for call in calls:
             path.clear()
-            pipe(**{**call, "output_type": "latent"})
+            pipe(**call)
             states.append(torch.stack(path))
     finally:
         del scheduler.step, scheduler.set_timesteps
