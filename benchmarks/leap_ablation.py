@@ -43,10 +43,7 @@ class Ablation:
     def __init__(self, plain: Path, guided: Path) -> None:
         self.model = zoo.load("emoji-flux")
         self.model.pipe.set_progress_bar_config(disable=True)
-        self.files = {
-            "plain": Calibration.load(plain),
-            "guided": Calibration.load(guided),
-        }
+        self.files = {"plain": Calibration.load(plain), "guided": Calibration.load(guided)}
         self.parts: dict[str, Any] = json.loads(OUT.read_text())["parts"] if OUT.exists() else {}
 
     def part(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
@@ -54,14 +51,14 @@ class Ablation:
             return
         started = time.perf_counter()
         self.parts[name] = measure() | {"seconds": round(time.perf_counter() - started, 1)}
-        about = {
-            "model": "emoji-flux",
-            "learned_from": LEARN,
-            "held_out": HELD_OUT,
-            "steps": STEPS,
-        }
-        OUT.write_text(json.dumps({"environment": environment(), **about, "parts": self.parts}, indent=1) + "\n")
+        self.write()
         print(name, json.dumps(self.parts[name]), flush=True)
+
+    def write(self) -> None:
+        about = {"model": "emoji-flux", "learned_from": LEARN, "held_out": HELD_OUT, "steps": STEPS}
+        fits = {name: fit.report for name, fit in self.files.items()}
+        content = {"environment": environment(), **about, "fits": fits, "parts": self.parts}
+        OUT.write_text(json.dumps(content, indent=1) + "\n")
 
     # --- drawing
 
@@ -81,18 +78,9 @@ class Ablation:
         finally:
             pipe.scheduler = original
 
-    def quality(
-        self,
-        calls: Sequence[dict[str, Any]],
-        reference: Tensor,
-        scheduler: Any,
-        steps: int,
-    ) -> float:
+    def quality(self, calls: Sequence[dict[str, Any]], reference: Tensor, scheduler: Any, steps: int) -> float:
         drawn = self.draw(calls, scheduler, steps)
-        return round(
-            statistics.median(psnr(a, b) for a, b in zip(drawn, reference, strict=True)),
-            2,
-        )
+        return round(statistics.median(psnr(a, b) for a, b in zip(drawn, reference, strict=True)), 2)
 
     def solver(self, fit: Calibration) -> LeapScheduler:
         return LeapScheduler.of(fit, self.model.pipe)
@@ -104,10 +92,7 @@ class Ablation:
         fitted = self.files["plain"]
         held = self.held_out()
         reference, calls = self.draw(held), self.learn()
-        even, found = (
-            spread(count, STEPS, START),
-            tuple(fitted.report[str(count)]["steps"]),
-        )
+        even, found = (spread(count, STEPS, START), tuple(fitted.report[str(count)]["steps"]))
         result: dict[str, Any] = {"plain Euler": self.quality(held, reference, None, count)}
         for name, steps, ridge in (
             ("neither (Euler on the spread that a search starts from)", even, EULER),
@@ -127,43 +112,24 @@ class Ablation:
         fitter = Fitter(self.model.pipe, replay, references, ridge)
         with fitter.probing():
             leap = fitter.fit(steps)
-        table = {
-            "timesteps": leap.timesteps,
-            "sigmas": leap.sigmas,
-            "coefficients": leap.coefficients,
-        }
+        table = {"timesteps": leap.timesteps, "sigmas": leap.sigmas, "coefficients": leap.coefficients}
         return LeapScheduler({str(len(steps)): table}, shift_mu=references.mu)
 
     def _searched(self, calls: list[dict[str, Any]], count: int) -> tuple[int, ...]:
         """Steps that are best with the plain sampler's coefficients."""
         replay = Replay(calls)
-        fitter = Fitter(
-            self.model.pipe,
-            list(replay),
-            record_references(self.model.pipe, replay),
-            EULER,
-        )
+        fitter = Fitter(self.model.pipe, list(replay), record_references(self.model.pipe, replay), EULER)
         with fitter.probing():
             return search_steps(spread(count, STEPS, START), STEPS, fitter.loss, trials=40).steps
 
     def _bands(
-        self,
-        calls: list[dict[str, Any]],
-        held: list[dict[str, Any]],
-        reference: Tensor,
-        steps: tuple[int, ...],
+        self, calls: list[dict[str, Any]], held: list[dict[str, Any]], reference: Tensor, steps: tuple[int, ...]
     ) -> float:
         """The closed form with coefficients of their own for each of three frequency bands over the token grid."""
         pipe, goals = self.model.pipe, (*steps[1:], STEPS)
         learn, test = Replay(calls), Replay(held)
-        known, other = (
-            record_references(pipe, list(learn)),
-            record_references(pipe, list(test)),
-        )
-        fitters = [
-            Fitter(pipe, learn, known, RIDGE),
-            Fitter(pipe, test, other, RIDGE),
-        ]
+        known, other = (record_references(pipe, list(learn)), record_references(pipe, list(test)))
+        fitters = [Fitter(pipe, learn, known, RIDGE), Fitter(pipe, test, other, RIDGE)]
         starts = [torch.cat([path[0] for path in r.states]) for r in (known, other)]
         states, velocities = list(starts), [[], []]
         for step, goal in zip(steps, goals, strict=True):
@@ -188,10 +154,7 @@ class Ablation:
         latents = pipe._unpack_latents(states[1], 64, 64, pipe.vae_scale_factor)
         latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         drawn = (pipe.vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
-        return round(
-            statistics.median(psnr(a, b) for a, b in zip(drawn, reference, strict=True)),
-            2,
-        )
+        return round(statistics.median(psnr(a, b) for a, b in zip(drawn, reference, strict=True)), 2)
 
     def trajectories(self, count: int, learn: int) -> dict[str, Any]:
         """A fit to another number of prompts."""
@@ -229,13 +192,7 @@ class Ablation:
         }
         result: dict[str, Any] = {}
         for learned, own in groups.items():
-            fit = fit_leap(
-                self.model.pipe,
-                self.learn(prompts=own[-LEARN:]),
-                [count],
-                trials=40,
-                rounds=2,
-            )
+            fit = fit_leap(self.model.pipe, self.learn(prompts=own[-LEARN:]), [count], trials=40, rounds=2)
             for used, others in groups.items():
                 held = self.held_out(prompts=others[:HELD_OUT])
                 quality = self.quality(held, self.draw(held), self.solver(fit), count)
@@ -268,24 +225,16 @@ def main() -> None:
     for count in (9, 7):
         own.part(f"components, {count}", lambda count=count: own.components(count))
     own.part("at home", lambda: own.elsewhere(plain, (12, 9, 7, 5)))
-    own.part(
-        "other resolution (32x32)",
-        lambda: own.elsewhere(plain, (9, 7), height=32, width=32),
-    )
+    own.part("other resolution (32x32)", lambda: own.elsewhere(plain, (9, 7), height=32, width=32))
     own.part("guided, at home (3)", lambda: own.elsewhere(guided, (12, 9, 7, 5), **GUIDED))
     for scale in (2.1, 3.9):
         name = f"guided, at guidance {scale}"
-        own.part(
-            name,
-            lambda scale=scale: own.elsewhere(guided, (9, 7), **GUIDED | {"true_cfg_scale": scale}),
-        )
-    own.part(
-        "without guidance's fit used with guidance 3",
-        lambda: own.elsewhere(plain, (9, 7), **GUIDED),
-    )
+        own.part(name, lambda scale=scale: own.elsewhere(guided, (9, 7), **GUIDED | {"true_cfg_scale": scale}))
+    own.part("without guidance's fit used with guidance 3", lambda: own.elsewhere(plain, (9, 7), **GUIDED))
     for learn in (4, 8, 16, 32):
         own.part(f"trajectories, {learn}", lambda learn=learn: own.trajectories(7, learn))
     own.part("prompt domains, 7", lambda: own.domains(7))
+    own.write()
 
 
 if __name__ == "__main__":
