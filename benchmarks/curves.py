@@ -5,13 +5,13 @@ python benchmarks/curves.py     writes docs/images/curves/NAME.svg from benchmar
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from hasten.bench.schema import short_label
 from matplotlib.figure import Figure
+from tables import emoji_flux
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "images" / "curves"
@@ -49,7 +49,7 @@ def draw(result: dict[str, Any], name: str, labels: list[str]) -> None:
 
 def main() -> None:
     """Draw all of them."""
-    result = json.loads((ROOT / "benchmarks" / "emoji-flux.json").read_text())
+    result = emoji_flux()
     labels = [r["method"] for r in result["rows"] if r["library"] == "hasten"]
     for name in dict.fromkeys(label.split(":")[0] for label in labels):
         draw(result, name, list(dict.fromkeys(label for label in labels if label.split(":")[0] == name)))

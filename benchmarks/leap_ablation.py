@@ -31,7 +31,7 @@ from hasten.solvers.references import record_references
 from torch import Tensor
 
 OUT = Path(__file__).parent / "leap-ablation.json"
-LEARN, HELD_OUT, STEPS, BATCH, SEED = 16, 32, 50, 4, 1000
+LEARN, HELD_OUT, STEPS, BATCH, SEED = 16, 24, 50, 4, 1000
 GUIDED = {"true_cfg_scale": 3.0, "negative_prompt": ""}
 RIDGE, EULER = 1e-6, 1e9  # a huge ridge leaves the plain sampler's coefficients
 BANDS = (3, 7)  # limits of three bands of the 16 x 16 tokens' DCT, by the larger of the two frequencies
@@ -77,6 +77,7 @@ class Ablation:
             return torch.cat([pipe(**{**arguments, **own}).images for arguments in replay])
         finally:
             pipe.scheduler = original
+            replay.rewind()  # the next draw begins with the same noise
 
     def quality(self, calls: Sequence[dict[str, Any]], reference: Tensor, scheduler: Any, steps: int) -> float:
         drawn = self.draw(calls, scheduler, steps)
@@ -112,6 +113,7 @@ class Ablation:
         fitter = Fitter(self.model.pipe, replay, references, ridge)
         with fitter.probing():
             leap = fitter.fit(steps)
+        replay.rewind()
         table = {"timesteps": leap.timesteps, "sigmas": leap.sigmas, "coefficients": leap.coefficients}
         return LeapScheduler({str(len(steps)): table}, shift_mu=references.mu)
 
@@ -120,7 +122,9 @@ class Ablation:
         replay = Replay(calls)
         fitter = Fitter(self.model.pipe, list(replay), record_references(self.model.pipe, replay), EULER)
         with fitter.probing():
-            return search_steps(spread(count, STEPS, START), STEPS, fitter.loss, trials=40).steps
+            found = search_steps(spread(count, STEPS, START), STEPS, fitter.loss, trials=20)
+        replay.rewind()
+        return found.steps
 
     def _bands(
         self, calls: list[dict[str, Any]], held: list[dict[str, Any]], reference: Tensor, steps: tuple[int, ...]
@@ -151,6 +155,8 @@ class Ablation:
                 row = equations.solve(plain, RIDGE)
                 for i, own in enumerate(velocities):
                     states[i] = states[i] + sum(c * _band(v, band) for c, v in zip(row, own, strict=True))
+        learn.rewind()
+        test.rewind()
         latents = pipe._unpack_latents(states[1], 64, 64, pipe.vae_scale_factor)
         latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         drawn = (pipe.vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
@@ -222,8 +228,6 @@ def main() -> None:
     paths = parser.parse_args()
     own = Ablation(paths.plain, paths.guided)
     plain, guided = own.files["plain"], own.files["guided"]
-    for count in (9, 7):
-        own.part(f"components, {count}", lambda count=count: own.components(count))
     own.part("at home", lambda: own.elsewhere(plain, (12, 9, 7, 5)))
     own.part("other resolution (32x32)", lambda: own.elsewhere(plain, (9, 7), height=32, width=32))
     own.part("guided, at home (3)", lambda: own.elsewhere(guided, (12, 9, 7, 5), **GUIDED))
@@ -231,6 +235,8 @@ def main() -> None:
         name = f"guided, at guidance {scale}"
         own.part(name, lambda scale=scale: own.elsewhere(guided, (9, 7), **GUIDED | {"true_cfg_scale": scale}))
     own.part("without guidance's fit used with guidance 3", lambda: own.elsewhere(plain, (9, 7), **GUIDED))
+    for count in (9, 7):
+        own.part(f"components, {count}", lambda count=count: own.components(count))
     for learn in (4, 8, 16, 32):
         own.part(f"trajectories, {learn}", lambda learn=learn: own.trajectories(7, learn))
     own.part("prompt domains, 7", lambda: own.domains(7))

@@ -105,6 +105,17 @@ def test_tune_searches_with_a_cache_and_fits_what_needs_it(monkeypatch, capsys, 
     assert "tuned" not in rows["l2p"]["params"]
 
 
+@pytest.mark.slow
+def test_tune_compares_all_methods(monkeypatch, capsys, tmp_path):
+    arguments = ("tune", "--methods", "all", "--full-steps", "4", *TUNE, "--out", tmp_path)
+    code, out, _ = command(monkeypatch, capsys, *arguments)
+    assert code == 0
+    rows = json.loads((tmp_path / "tune.json").read_text())["rows"]
+    caches = {info.name for info in hasten.methods() if info.kind == "caching"}
+    assert {row["method"].split(":")[0] for row in rows} == {"leap", "euler", "unipc", *caches}
+    assert all(row["method"] in out or not row["error"] for row in rows)
+
+
 def test_bench_measures_a_scheduler_where_it_was_fitted(monkeypatch, capsys, tmp_path):
     command(monkeypatch, capsys, "tune", "--full-steps", 4, "--methods", "leap", *TUNE, "--out", tmp_path)
     result = tmp_path / "out.json"

@@ -14,11 +14,11 @@ from hasten import cli
 from hasten.bench import runner
 from hasten.bench.arms import Accelerated, method_arms
 from hasten.bench.budget import Trial, Trials, match_full_steps
-from hasten.bench.peers import PEERS, OnACopy, Peer, _hook, peer_arms, shared_copy
+from hasten.bench.peers import PEERS, OnACopy, Peer, _hook, chosen_peers, peer_arms, shared_copy
 from hasten.bench.report import render_report
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sampling import counted_layer, plain, shoot
-from hasten.errors import ConfigError, HostError, ModelError
+from hasten.errors import ConfigError, HostError, ModelError, UnknownNameError
 from hasten.zoo import ReferenceModel
 
 STEPS = 12
@@ -267,3 +267,23 @@ def test_peers_on_the_trained_model(emoji, tmp_path):
         assert not row["error"]
         assert row["computed_steps"] <= row["full_steps"]
         assert row["psnr"] > 15
+
+
+def test_peers_are_chosen_by_name():
+    assert chosen_peers(()) == PEERS
+    assert [peer.name for peer in chosen_peers(("hermite", "dbcache"))] == ["hermite", "dbcache"]
+    with pytest.raises(UnknownNameError, match="Did you mean 'hermite'"):
+        chosen_peers(("hermit",))
+
+
+def test_the_reference_model_brings_a_leap_fit(emoji):
+    trials = Trials(emoji, emoji.prompts[:1], 0, 50, {})
+    fitted, absent = method_arms(["leap"], [9, 10], 50, trials)
+    assert (fitted.steps, fitted.full_steps, fitted.error) == (9, 9, "")
+    assert "fitted for 5, 7, 9, 12 evaluations" in absent.error
+    shot, few, whole = (
+        shoot(emoji, attach, steps, emoji.prompts[0], 0, {"max_sequence_length": 8})
+        for attach, steps in ((fitted.attach, 9), (plain, 9), (plain, 50))
+    )
+    assert shot.forwards == 9
+    assert (shot.picture - whole.picture).square().mean() < 0.05 * (few.picture - whole.picture).square().mean()

@@ -24,6 +24,7 @@ from hasten.caching import (
 from hasten.errors import HastenError, HastenWarning
 from hasten.recording import calibrate, fit, record
 from hasten.registry import MethodInfo, methods
+from hasten.resolution import DVG
 from hasten.solvers import LeapScheduler, fit_leap, fit_leapcache
 from hasten.steps import StepRecord
 from hasten.tuning import tune_steps
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DMD",
+    "DVG",
     "L2P",
     "ABCache",
     "Acceleration",

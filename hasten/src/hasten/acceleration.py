@@ -15,6 +15,8 @@ from hasten import registry
 from hasten.caching.engine import WHOLE, CachingEngine
 from hasten.caching.method import CachingMethod
 from hasten.errors import ConfigError, HastenWarning, TargetError, unknown
+from hasten.resolution.plan import StagedMethod
+from hasten.resolution.stages import StagesEngine
 from hasten.steps import StepRecord, StepTracker
 
 __all__ = ["Acceleration", "Summary", "accelerate"]
@@ -69,17 +71,28 @@ def _median(values: list[float]) -> float | None:
 class Acceleration:
     """Handle of an accelerated pipeline or transformer; also a context manager that removes itself at the end."""
 
-    def __init__(self, engines: dict[str, CachingEngine]) -> None:
-        self._engines = engines
+    def __init__(self, engines: dict[str, CachingEngine], stages: StagesEngine | None = None) -> None:
+        self._engines, self._stages = engines, stages
 
     @property
     def engines(self) -> dict[str, CachingEngine]:
-        """What is at work on each transformer, by its name in the pipeline."""
+        """What forecasts features on each transformer, by its name in the pipeline; empty without a cache."""
         return self._engines
 
     @property
+    def stages(self) -> StagesEngine | None:
+        """What runs the pipeline in coarse and fine stages, with `.records` and `.plans`; None without it."""
+        return self._stages
+
+    @property
     def method(self) -> CachingMethod:
-        """The method at work."""
+        """The caching method at work.
+
+        Raises:
+            ConfigError: if there is none, but stages alone.
+        """
+        if not self._engines:
+            raise ConfigError("no caching method is at work here; the stages and their plan are in .stages")
         return next(iter(self._engines.values())).method
 
     @property
@@ -149,9 +162,14 @@ class Acceleration:
         for engine in self._engines.values():
             engine.forget()
             engine.records.clear()
+        if self._stages is not None:
+            self._stages.records.clear()
+            self._stages.plans.clear()
 
     def remove(self) -> None:
         """Take the acceleration away and leave the modules as they were found; records stay readable."""
+        if self._stages is not None:
+            self._stages.remove()
         for engine in self._engines.values():
             engine.detach()
 
@@ -162,7 +180,9 @@ class Acceleration:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Acceleration({self.method!r} on {', '.join(self._engines)})"
+        own = [repr(self.method)] if self._engines else []
+        own += [repr(self._stages.method)] if self._stages is not None else []
+        return f"Acceleration({', '.join(own)})"
 
 
 def _transformers(target: Any) -> dict[str, nn.Module]:
@@ -181,18 +201,28 @@ def _transformers(target: Any) -> dict[str, nn.Module]:
     return modules
 
 
-def _method(methods: tuple[Any, ...], params: dict[str, Any]) -> CachingMethod:
-    if len(methods) != 1:
-        raise ConfigError(f"give exactly one method, got {len(methods)}: {', '.join(map(str, methods)) or 'none'}")
-    (chosen,) = methods
+def _methods(methods: tuple[Any, ...], params: dict[str, Any]) -> tuple[CachingMethod | None, StagedMethod | None]:
+    """The caching method and the method with stages, of which there may be one each."""
+    if len(methods) > 1 and params:
+        raise ConfigError(f"with several methods, give each its own parameters: {', '.join(params)} could be of any")
+    chosen = [_method(method, params) for method in methods]
+    caching = [method for method in chosen if isinstance(method, CachingMethod)]
+    staged = [method for method in chosen if isinstance(method, StagedMethod)]
+    if not chosen or len(caching) > 1 or len(staged) > 1:
+        given = ", ".join(map(str, methods)) or "none"
+        raise ConfigError(f"give one caching method, one method with stages (dvg), or one of each; got {given}")
+    return next(iter(caching), None), next(iter(staged), None)
+
+
+def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | StagedMethod:
     if isinstance(chosen, str):
         chosen = registry.build(chosen, **params)
-    elif isinstance(chosen, CachingMethod) and params:
+    elif isinstance(chosen, (CachingMethod, StagedMethod)) and params:
         for name in params:
             if name not in chosen.__dataclass_fields__:
                 raise unknown(f"parameter of {type(chosen).__name__}", name, chosen.__dataclass_fields__)
         chosen = replace(chosen, **params)
-    if not isinstance(chosen, CachingMethod):
+    if not isinstance(chosen, (CachingMethod, StagedMethod)):
         raise ConfigError(f"a method is a name or a method object such as hasten.HiCache(), got {chosen!r}")
     return chosen
 
@@ -202,11 +232,13 @@ def accelerate(target: Any, *methods: Any, **params: Any) -> Acceleration:
 
     Args:
         target: a pipeline with a `transformer` (and perhaps a `transformer_2`), or a transformer.
-        methods: a method's name or object, such as `"hicache"` or `hasten.HiCache(interval=7)`.
-        params: parameters of the method; common ones are `interval`, `warmup`, `order`, `site` and `steps`.
+        methods: a method's name or object, such as `"hicache"` or `hasten.HiCache(interval=7)`; or a caching method and
+            one with stages, `hasten.DVG(), hasten.FoCa(interval=3)`: the cache then starts afresh in each stage.
+        params: parameters of a single method; common ones of caches are `interval`, `warmup`, `site` and `steps`.
 
     Returns:
-        a handle with `.records`, `.summary()`, `.estimate_bytes()`, `.reset()` and `.remove()`; also a context manager.
+        a handle with `.records`, `.summary()`, `.stages`, `.estimate_bytes()`, `.reset()` and `.remove()`; also a
+        context manager.
 
     Raises:
         UnknownNameError, ConfigError: for a method or parameter that cannot work.
@@ -220,7 +252,7 @@ def accelerate(target: Any, *methods: Any, **params: Any) -> Acceleration:
         >>> print(run.summary())
         >>> run.remove()
     """
-    method = _method(methods, params)
+    method, staged = _methods(methods, params)
 
     def timesteps() -> Tensor | None:
         return getattr(getattr(target, "scheduler", None), "timesteps", None)
@@ -243,17 +275,22 @@ def accelerate(target: Any, *methods: Any, **params: Any) -> Acceleration:
         scale = getattr(target, "_guidance_scale", None)
         return float(scale) if isinstance(scale, (int, float)) else None
 
-    bare = isinstance(target, nn.Module)
+    def engine(name: str, module: nn.Module, method: CachingMethod) -> CachingEngine:
+        if hasattr(module, "_orig_mod"):
+            warnings.warn(WHOLE, HastenWarning, stacklevel=3)
+            module = module.get_submodule("_orig_mod")
+        bare = isinstance(target, nn.Module)
+        tracker = StepTracker() if bare else StepTracker(timesteps, begin_index, partial(share, name))
+        return CachingEngine(module, method, tracker, guidance)
+
     engines: dict[str, CachingEngine] = {}
     try:
-        for name, module in _transformers(target).items():
-            if hasattr(module, "_orig_mod"):
-                warnings.warn(WHOLE, HastenWarning, stacklevel=2)
-                module = module.get_submodule("_orig_mod")
-            tracker = StepTracker() if bare else StepTracker(timesteps, begin_index, partial(share, name))
-            engines[name] = CachingEngine(module, method, tracker, guidance)
+        if method is not None:
+            for name, module in _transformers(target).items():
+                engines[name] = engine(name, module, method)
+        stages = StagesEngine(target, staged) if staged is not None else None  # around the caches, hence after them
     except BaseException:
-        for engine in engines.values():
-            engine.detach()
+        for attached in engines.values():
+            attached.detach()
         raise
-    return Acceleration(engines)
+    return Acceleration(engines, stages)

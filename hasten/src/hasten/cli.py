@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hasten import cli_fit
-from hasten.cli_common import BAR, ModelName, Seed, bench_table, console, names, numbers, own_prompts
+from hasten.cli_common import BAR, ModelName, Seed, console, names, numbers, own_prompts, show_result
 from hasten.errors import HastenError
 
 app = typer.Typer(
@@ -38,19 +38,6 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def _show(result: dict[str, Any]) -> None:
-    """The table, and a line for each row that has no figures."""
-    from hasten.bench.schema import short_label
-
-    console.print(bench_table(result))
-    for row in result["rows"]:
-        if row["error"]:
-            name = short_label(row["method"]) if row["library"] == "hasten" else f"{row['library']} {row['method']}"
-            console.print(
-                Text.assemble((f"not measured: {name}, {row['full_steps']} full steps: ", "yellow"), row["error"])
-            )
 
 
 def _bench(model_name: str, settings: Any, out: Path, device: str | None = None) -> dict[str, Any]:
@@ -105,7 +92,7 @@ def demo(
     result_file = out / "result.json"
     settings = BenchSettings(methods=DEMO, full_steps=tuple(counts), prompts=prompts, seed=seed)
     result = _bench("emoji-flux", settings, result_file)
-    _show(result)
+    show_result(result)
     for count in sorted({row["full_steps"] for row in result["rows"]}, reverse=True):
         path = out / f"contact_sheet_{count}.png"
         bench_sheet(result, out, count).save(path)
@@ -194,7 +181,7 @@ def bench(
     result = _bench(model, settings, json_file, device)
     if not processes().is_main_process:
         return
-    _show(result)
+    show_result(result)
     console.print(f"figures: [bold]{json_file}[/bold]   report: hasten report {json_file}")
 
 

@@ -11,10 +11,11 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from hasten.errors import ConfigError
 
-__all__ = ["BAR", "ModelName", "Seed", "bench_table", "console", "names", "numbers", "own_prompts"]
+__all__ = ["BAR", "ModelName", "Seed", "console", "names", "numbers", "own_prompts", "show_result"]
 
 console = Console()
 if not console.is_terminal:
@@ -75,7 +76,7 @@ def _row(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def bench_table(result: dict[str, Any]) -> Table:
+def _bench_table(result: dict[str, Any]) -> Table:
     """The figures of a bench result, one section for each number of full steps, best PSNR first."""
     table = Table(
         title=f"{result['model']}: {len(result['settings']['prompts'])} prompts, medians",
@@ -108,3 +109,16 @@ def bench_table(result: dict[str, Any]) -> Table:
         for row in sorted(group, key=lambda row: math.inf if row["psnr"] is None else row["psnr"], reverse=True):
             table.add_row(*_row(row))
     return table
+
+
+def show_result(result: dict[str, Any]) -> None:
+    """The table, and a line for each row that has no figures."""
+    from hasten.bench.schema import short_label
+
+    console.print(_bench_table(result))
+    for row in result["rows"]:
+        if row["error"]:
+            name = short_label(row["method"]) if row["library"] == "hasten" else f"{row['library']} {row['method']}"
+            console.print(
+                Text.assemble((f"not measured: {name}, {row['full_steps']} full steps: ", "yellow"), row["error"])
+            )

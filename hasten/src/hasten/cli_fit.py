@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from hasten.cli_common import BAR, ModelName, bench_table, console, names, numbers, own_prompts
+from hasten.cli_common import BAR, ModelName, console, names, numbers, own_prompts, show_result
 from hasten.errors import ConfigError
 
 Prompts = Annotated[int, typer.Option(min=1, help="How many prompts to learn from (the model's last ones).")]
@@ -95,7 +95,7 @@ def tune(
         ),
     ] = None,
     methods: Annotated[
-        str, typer.Option(help="Candidates, as for bench; leap is a scheduler, the others are caches.")
+        str, typer.Option(help="Candidates, as for bench, or all; leap is a scheduler, the others are caches.")
     ] = "leap,leapcache,foca,taylorseer:order=2",
     search: Annotated[
         str, typer.Option(help="What finds the steps for the caches: leap, or a caching method to search with.")
@@ -147,7 +147,7 @@ def tune(
             bar.update(tasks[phase], description=label, completed=done, total=total)
 
         result = run_tune(model_, settings, out, tick)
-    console.print(bench_table(result))
+    show_result(result)
     for count, best in result["tune"]["best"].items():
         row = next((row for row in result["rows"] if row["id"] == best), None)
         if row is not None:

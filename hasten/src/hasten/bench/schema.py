@@ -77,14 +77,22 @@ class Result(BaseModel):
 
 
 def short_label(label: str) -> str:
-    """A method's text as people read it: without the paths of its files."""
+    """A method's text as people read it: without the paths of its files, but with names that tell them apart."""
     name, *params = label.split(":")
     words = []
     for param in params:
         key, _, value = param.partition("=")
-        if key != "calibration":
-            words.append({"tuned": "tuned steps", "schedule": f"{value} steps"}.get(key, param))
-    return ", ".join([name, *words])
+        if key == "calibration":
+            words += [_spoken(value)] if Path(value).stem.startswith(f"{name}-") else []
+        elif key == "tuned":
+            words.append("tuned steps" if Path(value).stem == "steps" else _spoken(value))
+        else:
+            words.append(f"{value} steps" if key == "schedule" else param)
+    return ", ".join([name, *(word.removeprefix(f"{name} ") for word in words)])
+
+
+def _spoken(path: str) -> str:
+    return Path(path).stem.replace("-", " ")
 
 
 def read_result(file: Path) -> Result:

@@ -49,8 +49,8 @@ class TuneSettings:
         full_steps: numbers of computed steps; or
         max_error: the largest root mean squared error of a picture (0 to 1) that is allowed; the fewest evaluations of
             LEAP that stay below it are searched.
-        methods: candidates, as `parse_method` reads them; those that have to be fitted are, and those with a schedule
-            get the learned steps.
+        methods: candidates, as `parse_method` reads them, or `("all",)`; those that have to be fitted are, and those
+            with a schedule get the learned steps.
         search: `"leap"`, whose steps the other methods take over, or a caching method to search their lists with.
         prompts: how many prompts to learn from: the last of the list.
         held_out: how many prompts to compare on: those before them.
@@ -84,6 +84,9 @@ class TuneSettings:
             raise ConfigError(f"--max-error must be positive, got {self.max_error}")
         if not self.methods:
             raise ConfigError("give at least one method")
+        if self.methods == ("all",):
+            caches = (info.name for info in registry.methods() if info.kind == "caching")
+            object.__setattr__(self, "methods", (LEAP, *caches))
 
 
 def tuning_calls(

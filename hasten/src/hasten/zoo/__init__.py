@@ -8,13 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from hasten.errors import unknown
 
-__all__ = ["ReferenceModel", "load", "names"]
+__all__ = ["Edit", "ReferenceModel", "load", "names"]
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """An instruction with the picture that it is for and the picture that it asks for.
+
+    Attributes:
+        prompt: the instruction.
+        source: `[3, H, W]` float32 in [0, 1].
+        target: what a perfect model returns, of the same shape.
+        mask: `[H, W]` bool, True where the edit may change something; True everywhere for a global edit.
+        kind: whether the edit concerns one object or the whole picture.
+    """
+
+    prompt: str
+    source: Tensor
+    target: Tensor
+    mask: Tensor
+    kind: Literal["local", "global"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +45,9 @@ class ReferenceModel:
         pipe: an unmodified diffusers pipeline.
         prompts: prompts that the model knows, in an order fit for taking the first few.
         call: arguments for calls, such as height, width and the number of steps.
-        grade: for pictures `[B, 3, H, W]` in [0, 1] and their prompts, whether each is what its prompt asks for; None
-            if the model has no ground truth.
+        grade: for pictures `[B, 3, H, W]` (videos `[B, F, 3, H, W]`) in [0, 1] and their prompts, whether each is what
+            its prompt asks for; None if the model has no ground truth.
+        edits: for an editing model, one per prompt and in the same order: the sources, targets and masks; else empty.
         learned: files that were fitted to the model and come with it, by name of the method (`"leap"`).
     """
 
@@ -36,6 +56,7 @@ class ReferenceModel:
     prompts: list[str]
     call: dict[str, Any] = field(default_factory=dict)
     grade: Callable[[Tensor, list[str]], list[bool]] | None = None
+    edits: list[Edit] = field(default_factory=list)
     learned: dict[str, Path] = field(default_factory=dict)
 
 
@@ -45,6 +66,7 @@ def _emoji_flux() -> ReferenceModel:
     return load_emoji_flux()
 
 
+# The editing and the video model join when they are trained; their folders hold the code and the commands.
 _MODELS: dict[str, Callable[[], ReferenceModel]] = {"emoji-flux": _emoji_flux}
 
 
