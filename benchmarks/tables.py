@@ -95,7 +95,7 @@ def _arms(result: dict[str, Any]) -> tuple[list[int], dict[str, dict[int, dict[s
 def overview_table(result: dict[str, Any]) -> str:
     """Markdown of one bench result, a line an arm, best first: quality at each budget, cost at the middle one."""
     counts, arms = _arms(result)
-    middle = counts[len(counts) // 2]
+    middle = counts[(len(counts) - 1) // 2]
     heads = ["sampler", *(f"PSNR, {n} steps" for n in counts), *(f"LPIPS, {n}" for n in counts), f"FLIP, {middle}"]
     heads += [f"s, {middle}", "speed-up", "FLOPs, counted", "cache KiB"]
     lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]

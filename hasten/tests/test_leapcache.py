@@ -78,7 +78,7 @@ def test_the_interval_chooses_the_list_and_one_computes_everything(learned):
     assert lists(interval=2) == list(LISTS[1])
     assert lists(interval=3, warmup=1) == list(LISTS[0])
     assert lists(interval=1) == list(range(STEPS))
-    with pytest.raises(ScheduleError, match="fitted for 4, 6"):
+    with pytest.raises(ScheduleError, match="tuned for 4, 6"):
         lists(interval=12, warmup=1)
 
 

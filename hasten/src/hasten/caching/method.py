@@ -14,7 +14,7 @@ from hasten.caching.gates import Gate, Scheduled
 from hasten.caching.parts import Parts, Place
 from hasten.caching.predictors import Predictor
 from hasten.caching.projectors import Projector, Whole
-from hasten.caching.schedule import SCHEDULES, Explicit, Schedule, Spread, Uniform, full_steps
+from hasten.caching.schedule import SCHEDULES, Explicit, Schedule, Spread, Uniform, full_steps, longest_within
 from hasten.errors import CalibrationError, ConfigError, ScheduleError, unknown
 
 __all__ = ["SITES", "CachingMethod", "Feature", "ScheduleName", "SiteName"]
@@ -100,16 +100,8 @@ class CachingMethod:
         return Uniform(self.interval, self.warmup, last=self.schedule == "last")
 
     def _tuned_plan(self, tuned: Calibration) -> Schedule:
-        lists = [tuple(steps.tolist()) for steps in tuned.tensors.values()]
-        most = len(full_steps(Uniform(self.interval, self.warmup), tuned.fingerprint.steps))
-        fitting = [steps for steps in lists if len(steps) <= most]
-        if not fitting:
-            known = ", ".join(str(len(steps)) for steps in lists)
-            raise ScheduleError(
-                f"interval={self.interval} with warmup={self.warmup} asks for {most} full steps, but lists were tuned "
-                f"for {known}; use a shorter interval, or tune for fewer"
-            )
-        return Explicit(max(fitting, key=len))
+        lists = [steps.tolist() for steps in tuned.tensors.values()]
+        return Explicit(longest_within(lists, Uniform(self.interval, self.warmup), tuned.fingerprint.steps))
 
     def gate(self) -> Gate:
         """What decides, step by step; a fresh object for each transformer."""

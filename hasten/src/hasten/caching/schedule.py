@@ -5,12 +5,13 @@ Steps count up from 0 in the order of execution. A schedule decides once per ste
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from hasten.errors import ConfigError, ScheduleError
 
-__all__ = ["SCHEDULES", "Decision", "Explicit", "Schedule", "Spread", "Uniform", "full_steps"]
+__all__ = ["SCHEDULES", "Decision", "Explicit", "Schedule", "Spread", "Uniform", "full_steps", "longest_within"]
 
 SCHEDULES = ("uniform", "last", "even", "early", "tuned")
 
@@ -169,3 +170,20 @@ def _follow(schedule: Schedule, total: int) -> list[int]:
         if schedule.decide(step, fulls[-1] if fulls else None).full:
             fulls.append(step)
     return fulls
+
+
+def longest_within(lists: Iterable[Sequence[int]], asked: Uniform, total: int) -> tuple[int, ...]:
+    """The longest of some learned lists of full steps that has no more of them than a uniform schedule.
+
+    Raises:
+        ScheduleError: if all are longer.
+    """
+    most = len(full_steps(asked, total))
+    known = sorted((tuple(steps) for steps in lists), key=len)
+    fitting = [steps for steps in known if len(steps) <= most]
+    if not fitting:
+        raise ScheduleError(
+            f"interval={asked.interval} with warmup={asked.warmup} asks for {most} full steps, but lists were tuned "
+            f"for {', '.join(str(len(steps)) for steps in known)}; use a shorter interval, or tune for fewer"
+        )
+    return fitting[-1]

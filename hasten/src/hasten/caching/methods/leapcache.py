@@ -28,8 +28,8 @@ from hasten.caching.calibration import Fit, Trace
 from hasten.caching.method import SiteName
 from hasten.caching.parts import Parts, Place
 from hasten.caching.projectors import Whole
-from hasten.caching.schedule import Explicit, Schedule, full_steps, spread
-from hasten.errors import ConfigError, ScheduleError
+from hasten.caching.schedule import Explicit, Schedule, Uniform, longest_within, spread
+from hasten.errors import ConfigError
 from hasten.registry import method
 
 __all__ = ["LeapCache", "LearnedWeights", "learned_table"]
@@ -115,16 +115,8 @@ class LeapCache(CalibratedMethod):
         return Explicit(self._list()) if self.interval > 1 else super().plan()
 
     def _list(self) -> tuple[int, ...]:
-        most = len(full_steps(super().plan(), self.fitted.fingerprint.steps))
-        lists = [tuple(t.tolist()) for name, t in self.fitted.tensors.items() if name.endswith("/steps")]
-        fitting = [steps for steps in lists if len(steps) <= most]
-        if not fitting:
-            known = ", ".join(str(len(steps)) for steps in lists)
-            raise ScheduleError(
-                f"interval={self.interval} with warmup={self.warmup} asks for {most} full steps, but leapcache was "
-                f"fitted for {known}; use a shorter interval, or fit it for fewer"
-            )
-        return max(fitting, key=len)
+        lists = [steps.tolist() for name, steps in self.fitted.tensors.items() if name.endswith("/steps")]
+        return longest_within(lists, Uniform(self.interval, self.warmup), self.fitted.fingerprint.steps)
 
     def parts(self, place: Place) -> Parts:
         steps, known = self._list(), self.fitted.fingerprint.passes
