@@ -35,10 +35,8 @@ def bench_table(result: dict[str, Any]) -> str:
     lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|", _row([*first, _cell(base["top1"], 2)])]
     for count in sorted({row["full_steps"] for row in result["rows"]}, reverse=True):
         for row in (r for r in result["rows"] if r["full_steps"] == count):
-            plain = row["library"] == "plain"
-            name = f"plain {'Euler' if row['method'] == 'euler' else 'UniPC'}" if plain else f"**{row['method']}**"
             cells = [
-                name,
+                _title(row),
                 str(count),
                 _cell(row["flops_ratio"], 2),
                 _cell(row["seconds"], 3),
@@ -47,7 +45,7 @@ def bench_table(result: dict[str, Any]) -> str:
                 _cell(row["ssim"], 4),
                 _cell(row["lpips"], 4),
                 _cell(row["flip"], 4),
-                _cell(row["cache_bytes"] / 1024, 0),
+                _cell(None if row["cache_bytes"] is None else row["cache_bytes"] / 1024, 0),
                 _cell(row["top1"], 2),
             ]
             lines.append(_row(cells))

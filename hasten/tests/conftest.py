@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from hasten.zoo.emoji_flux.data import load_emoji_set
 from hasten.zoo.emoji_flux.model import build_pipeline
 
 Draw = Callable[..., Tensor]
+
+# A busy machine is slow, and that is no error of the code.
+hypothesis.settings.register_profile("hasten", deadline=None)
+hypothesis.settings.load_profile("hasten")
 
 
 def make_pipe(seed: int = 0) -> Any:

@@ -10,7 +10,6 @@ import torch
 from conftest import draw
 
 import hasten
-from hasten import cli
 from hasten.bench import runner
 from hasten.bench.arms import Accelerated, method_arms
 from hasten.bench.budget import Trial, Trials, match_full_steps
@@ -18,6 +17,7 @@ from hasten.bench.peers import PEERS, OnACopy, Peer, _hook, chosen_peers, peer_a
 from hasten.bench.report import render_report
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sampling import counted_layer, plain, shoot
+from hasten.cli_common import show_result
 from hasten.errors import ConfigError, HostError, ModelError, UnknownNameError
 from hasten.zoo import ReferenceModel
 
@@ -233,7 +233,7 @@ def test_failed_peers_are_rows_and_the_rest_is_measured(model, monkeypatch, tmp_
         Peer("absent", "no-such", "no_such_package", nothing, lambda search, wanted: [{}]),
         Peer("late", "torch", "torch", LateFailure(2), lambda search, wanted: [{}]),
     )
-    monkeypatch.setattr(runner, "peer_arms", lambda counts, trials: peer_arms(counts, trials, peers))
+    monkeypatch.setattr(runner, "peer_arms", lambda counts, trials, _: peer_arms(counts, trials, peers))
     out = tmp_path / "out.json"
     settings = BenchSettings(methods=("taylorseer", "fbcache"), full_steps=(5,), prompts=1, steps=STEPS, peers=True)
     result = run_bench(model, settings, out)
@@ -249,7 +249,7 @@ def test_failed_peers_are_rows_and_the_rest_is_measured(model, monkeypatch, tmp_
         assert not rows[name]["error"]
         assert 3 <= rows[name]["computed_steps"] <= 5
         assert rows[name]["flops_ratio"] == pytest.approx(STEPS / rows[name]["computed_steps"], abs=1e-3)
-    cli._show(result)
+    show_result(result)
     text = " ".join(capsys.readouterr().out.split())
     assert "not measured: torch late, 5 full steps: RuntimeError: out of memory" in text
     assert "out of memory" in render_report(out, tmp_path / "report.html").read_text()
