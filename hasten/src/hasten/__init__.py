@@ -24,7 +24,7 @@ from hasten.caching import (
 from hasten.errors import HastenError, HastenWarning
 from hasten.recording import calibrate, fit, record
 from hasten.registry import MethodInfo, methods
-from hasten.resolution import DVG
+from hasten.resolution import DVG, RALU, Bottleneck, Fresco, Spectral
 from hasten.solvers import LeapScheduler, fit_leap, fit_leapcache
 from hasten.steps import StepRecord
 from hasten.tuning import tune_steps
@@ -35,13 +35,16 @@ __all__ = [
     "DMD",
     "DVG",
     "L2P",
+    "RALU",
     "ABCache",
     "Acceleration",
+    "Bottleneck",
     "Calibration",
     "EasyCache",
     "FBCache",
     "FoCa",
     "FreqCa",
+    "Fresco",
     "HastenError",
     "HastenWarning",
     "HiCache",
@@ -53,6 +56,7 @@ __all__ = [
     "Reuse",
     "SVDCache",
     "SpeCa",
+    "Spectral",
     "Spectrum",
     "StepRecord",
     "Summary",

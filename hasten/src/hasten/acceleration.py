@@ -15,8 +15,7 @@ from hasten import registry
 from hasten.caching.engine import WHOLE, CachingEngine
 from hasten.caching.method import CachingMethod
 from hasten.errors import ConfigError, HastenWarning, TargetError, unknown
-from hasten.resolution.plan import StagedMethod
-from hasten.resolution.stages import StagesEngine
+from hasten.resolution.method import ResolutionEngine, ResolutionMethod
 from hasten.steps import StepRecord, StepTracker
 
 __all__ = ["Acceleration", "Summary", "accelerate"]
@@ -71,7 +70,7 @@ def _median(values: list[float]) -> float | None:
 class Acceleration:
     """Handle of an accelerated pipeline or transformer; also a context manager that removes itself at the end."""
 
-    def __init__(self, engines: dict[str, CachingEngine], stages: StagesEngine | None = None) -> None:
+    def __init__(self, engines: dict[str, CachingEngine], stages: ResolutionEngine | None = None) -> None:
         self._engines, self._stages = engines, stages
 
     @property
@@ -80,7 +79,7 @@ class Acceleration:
         return self._engines
 
     @property
-    def stages(self) -> StagesEngine | None:
+    def stages(self) -> ResolutionEngine | None:
         """What runs the pipeline in coarse and fine stages, with `.records` and `.plans`; None without it."""
         return self._stages
 
@@ -201,28 +200,28 @@ def _transformers(target: Any) -> dict[str, nn.Module]:
     return modules
 
 
-def _methods(methods: tuple[Any, ...], params: dict[str, Any]) -> tuple[CachingMethod | None, StagedMethod | None]:
+def _methods(methods: tuple[Any, ...], params: dict[str, Any]) -> tuple[CachingMethod | None, ResolutionMethod | None]:
     """The caching method and the method with stages, of which there may be one each."""
     if len(methods) > 1 and params:
         raise ConfigError(f"with several methods, give each its own parameters: {', '.join(params)} could be of any")
     chosen = [_method(method, params) for method in methods]
     caching = [method for method in chosen if isinstance(method, CachingMethod)]
-    staged = [method for method in chosen if isinstance(method, StagedMethod)]
+    staged = [method for method in chosen if isinstance(method, ResolutionMethod)]
     if not chosen or len(caching) > 1 or len(staged) > 1:
         given = ", ".join(map(str, methods)) or "none"
-        raise ConfigError(f"give one caching method, one method with stages (dvg), or one of each; got {given}")
+        raise ConfigError(f"give one caching method, one resolution method (dvg, fresco), or one of each; got {given}")
     return next(iter(caching), None), next(iter(staged), None)
 
 
-def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | StagedMethod:
+def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | ResolutionMethod:
     if isinstance(chosen, str):
         chosen = registry.build(chosen, **params)
-    elif isinstance(chosen, (CachingMethod, StagedMethod)) and params:
+    elif isinstance(chosen, (CachingMethod, ResolutionMethod)) and params:
         for name in params:
             if name not in chosen.__dataclass_fields__:
                 raise unknown(f"parameter of {type(chosen).__name__}", name, chosen.__dataclass_fields__)
         chosen = replace(chosen, **params)
-    if not isinstance(chosen, (CachingMethod, StagedMethod)):
+    if not isinstance(chosen, (CachingMethod, ResolutionMethod)):
         raise ConfigError(f"a method is a name or a method object such as hasten.HiCache(), got {chosen!r}")
     return chosen
 
@@ -288,7 +287,7 @@ def accelerate(target: Any, *methods: Any, **params: Any) -> Acceleration:
         if method is not None:
             for name, module in _transformers(target).items():
                 engines[name] = engine(name, module, method)
-        stages = StagesEngine(target, staged) if staged is not None else None  # around the caches, hence after them
+        stages = staged.attach(target) if staged is not None else None  # around the caches, hence after them
     except BaseException:
         for attached in engines.values():
             attached.detach()

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from hasten.errors import ConfigError, ScheduleError, unknown
+from hasten.resolution.method import ResolutionMethod
 
 __all__ = [
     "Grid",
@@ -148,7 +149,7 @@ def choose(plans: Sequence[Plan], budget: float, space: float, time: float) -> P
 
 
 @dataclass(frozen=True, kw_only=True)
-class StagedMethod:
+class StagedMethod(ResolutionMethod):
     """Base of the methods whose stages are uniform grids.
 
     Args:

@@ -1,0 +1,63 @@
+"""Two uniform stages: coarse, then full size. What region-wise methods are compared with.
+
+In the manner of "Bottleneck Sampling", arXiv:2503.18940, of which only the abstract was read: low resolution at first,
+then the clean estimate is enlarged and noised anew for the rest of the steps. Departures: its first stage at full size
+is left out, which costs more than it gives where the noise of both stages is bound together; `noise="independent"` is
+the method's own, `"field"` takes the pipeline's noise, of which the coarse one is the low-pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from hasten.errors import ConfigError, unknown
+from hasten.registry import method
+from hasten.resolution.jumps import up
+from hasten.resolution.positions import pack, unpack
+from hasten.resolution.regions import Promotion, RegionMethod, Stage
+from hasten.resolution.seams import MixedState
+
+__all__ = ["Bottleneck"]
+
+Noise = Literal["independent", "field"]
+
+
+@method("bottleneck", kind="resolution", paper="Bottleneck Sampling, arXiv:2503.18940")
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck(RegionMethod):
+    """Some steps coarse, the rest at full size (uniform two-stage sampling).
+
+    Args:
+        stages: steps of the two stages.
+        noise: what noises the enlarged picture, see above.
+    """
+
+    stages: tuple[int, int] = (9, 9)
+    noise: Noise = "independent"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        if self.noise not in get_args(Noise):
+            raise unknown("noise", self.noise, get_args(Noise))
+        if len(self.stages) != 2 or min(self.stages) < 1:
+            raise ConfigError(f"stages are two numbers of steps from 1, got {self.stages}")
+
+    @property
+    def evaluations(self) -> int:
+        """Steps of a run."""
+        return sum(self.stages)
+
+    def promotions(self, sigmas: Tensor, size: tuple[int, int]) -> tuple[Promotion, ...]:
+        return (Promotion(self.stages[0]),)
+
+    def scores(self, stage: Stage) -> Tensor:
+        raise AssertionError("all tokens are promoted at once")
+
+    def promote(self, state: MixedState, new: Tensor, stage: Stage) -> float:
+        if self.noise == "independent":
+            state.noise = stage.draw()
+        state.promote(new, pack(up(unpack(stage.clean, stage.size))), stage.level)
+        return stage.level

@@ -1,0 +1,80 @@
+"""Spectral progressive diffusion: coarse until details begin to show, then all of the spectrum. arXiv:2605.18736.
+
+Clean latents have the power `A w^-b`; frequencies beyond the coarse grid begin to show below the level at which
+`delta` of their power does (`ladders.switch_level`). There the state is enlarged in its DCT-II coefficients, with
+noise in the place of those that it does not have, and goes back to `2 sigma / (1 + sigma)`.
+
+Departures: the noise of both grids is the pipeline's own, the coarse one's its lower coefficients, where the method
+draws anew; the levels after the switch are spread with `shift`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.errors import ConfigError, ScheduleError
+from hasten.registry import method
+from hasten.resolution.jumps import Rewind, dct_enlarge, dct_low
+from hasten.resolution.ladders import descend, switch_level
+from hasten.resolution.positions import TokenSet, pack, unpack
+from hasten.resolution.regions import Promotion, RegionMethod, Stage
+from hasten.resolution.seams import MixedState
+
+__all__ = ["Spectral"]
+
+
+@method("spectral", kind="resolution", paper="Spectral progressive diffusion, arXiv:2605.18736")
+@dataclass(frozen=True, kw_only=True)
+class Spectral(RegionMethod):
+    """Coarse until details begin to show, then all of the spectrum (spectral progressive diffusion).
+
+    Any number of steps will do.
+
+    Args:
+        delta: how much of a detail's power counts as showing; the greater, the longer the run stays coarse.
+        power: `(A, b)` of the clean latents' spectrum `A w^-b`; FLUX.1's by default, (219.485, 2.4227) for Wan.
+        coarse: steps of the coarse stage, instead of the switch by `delta`.
+        shift: of the levels after the switch.
+    """
+
+    delta: float = 0.05
+    power: tuple[float, float] = (203.615, 1.9155)
+    coarse: int | None = None
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "power", tuple(self.power))
+        if self.delta <= 0 or self.shift <= 0 or len(self.power) != 2 or min(self.power) <= 0:
+            raise ConfigError(f"delta, shift and the two numbers of power are above 0: {self}")
+        if self.coarse is not None and self.coarse < 1:
+            raise ConfigError(f"coarse is a number of steps from 1, got {self.coarse}")
+
+    def promotions(self, sigmas: Tensor, size: tuple[int, int]) -> tuple[Promotion, ...]:
+        if self.coarse is not None:
+            return (Promotion(self.coarse),)
+        level = switch_level(min(size), self.delta, self.power)  # half the tokens, of two latent pixels each
+        done = int((sigmas[1:-1] >= level).sum())
+        if not 1 <= done < len(sigmas) - 1:
+            raise ScheduleError(
+                f"details show below sigma {level:.3f}, which leaves no coarse step in this run; take another delta or "
+                "the number of coarse steps, coarse=..."
+            )
+        return (Promotion(done),)
+
+    def coarse_noise(self, noise: Tensor) -> Tensor:
+        return dct_low(noise)
+
+    def levels(self, step: int, level: float, sigmas: Tensor) -> Tensor | None:
+        return descend(level, 0.0, len(sigmas) - 1 - step, self.shift) if step else None
+
+    def scores(self, stage: Stage) -> Tensor:
+        raise AssertionError("all tokens are promoted at once")
+
+    def promote(self, state: MixedState, new: Tensor, stage: Stage) -> float:
+        noise = unpack(state.noise, stage.fine_size)
+        state.fine = pack(dct_enlarge(unpack(state.coarse, stage.size), noise, stage.level))
+        state.tokens = TokenSet(torch.ones_like(state.tokens.fine))
+        return Rewind(stage.level).level

@@ -1,0 +1,150 @@
+"""Positions of mixed tokens: FLUX's ids, and Qwen-Image's rotary factors for the time of one forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedLayer3DRope, QwenEmbedRope
+from torch import Tensor
+
+from hasten.errors import ConfigError, HostError, UnknownNameError
+from hasten.resolution.positions import Picture, flux_ids, qwen_positions, rotary, standing_in, token_positions
+
+AXES = [16, 56, 56]
+QWEN = "QwenImageTransformer2DModel"
+
+
+def coarse(rows: int, columns: int, units: Any = "lr_units") -> Picture:
+    """Coarse tokens only, on a fine grid of twice the size."""
+    anchors = 2 * torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    return Picture((2 * rows, 2 * columns), anchors, units)
+
+
+def model_factors(shapes: list[tuple[int, int, int]], text: int) -> tuple[Tensor, Tensor]:
+    rope = QwenEmbedRope(theta=10000, axes_dim=AXES, scale_rope=True)
+    return rope([shapes], device=torch.device("cpu"), max_txt_seq_len=text)
+
+
+@pytest.mark.parametrize("sizes", [[(4, 6)], [(5, 7)], [(64, 64), (40, 90)], [(6, 6), (5, 9), (12, 2)]])
+def test_uniform_grids_have_the_models_own_positions(sizes: list[tuple[int, int]]) -> None:
+    positions, start = qwen_positions([Picture.uniform(*size) for size in sizes])
+    images, text = model_factors([(1, *size) for size in sizes], 9)
+    torch.testing.assert_close(rotary(positions, AXES, 10000), images, atol=1e-6, rtol=0)
+    along = torch.arange(start, start + 9, dtype=torch.float32)[:, None].expand(-1, 3)
+    torch.testing.assert_close(rotary(along, AXES, 10000), text, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7)])
+def test_coarse_tokens_in_lr_units_have_the_positions_of_a_small_picture(size: tuple[int, int]) -> None:
+    positions, start = qwen_positions([coarse(*size)])
+    small, small_start = qwen_positions([Picture.uniform(*size)])
+    assert torch.equal(positions, small)
+    assert start == small_start
+
+
+def test_children_lie_between_their_parent_and_its_neighbour() -> None:
+    anchors = torch.tensor([[0, 0], [2, 4], [2, 5], [3, 4], [3, 5]])  # one coarse token and four children
+    half = token_positions(Picture((4, 6), anchors, "lr_units"))
+    assert half.tolist() == [[0, 0], [1, 2], [1, 2.5], [1.5, 2], [1.5, 2.5]]
+    assert token_positions(Picture((4, 6), anchors, "hr_units")).tolist() == anchors.tolist()
+    assert half.dtype == torch.float32
+
+
+def test_flux_ids_number_the_pictures() -> None:
+    ids = flux_ids([Picture.uniform(2, 2), coarse(1, 2)])
+    assert ids.tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [1, 0, 0], [1, 0, 1]]
+    assert ids.dtype == torch.float32
+
+
+def test_positions_beyond_bfloat16_are_exact() -> None:
+    anchors = torch.tensor([[401, 3], [402, 3]])
+    ids = flux_ids([Picture((512, 512), anchors, "lr_units")])
+    assert ids[:, 1].tolist() == [200.5, 201.0]
+
+
+# --- a forward
+
+
+def arguments(shapes: list[tuple[int, int, int]], tokens: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(1, tokens, 16, generator=generator)
+    return tiny.TINY[QWEN].arguments(hidden, 0.5) | {"img_shapes": [shapes]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [[(4, 4)], [(4, 4), (4, 6)], [(4, 4), (4, 6), (2, 2)]])
+def test_a_forward_with_the_same_positions_is_the_same(sizes: list[tuple[int, int]]) -> None:
+    model = tiny.build(QWEN)
+    own = model.pos_embed
+    called = arguments([(1, *size) for size in sizes], sum(h * w for h, w in sizes))
+    plain = tiny.first(model(**called))
+    with standing_in(model, [Picture.uniform(*size) for size in sizes]):
+        assert model.pos_embed is not own
+        assert torch.equal(tiny.first(model(**called)), plain)
+    assert model.pos_embed is own
+    assert torch.equal(tiny.first(model(**called)), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_order_of_tokens_does_not_matter(zero_cond_t: bool) -> None:
+    torch.manual_seed(0)
+    from diffusers import QwenImageTransformer2DModel
+
+    model = QwenImageTransformer2DModel(**tiny.TINY[QWEN].config, zero_cond_t=zero_cond_t).eval()
+    anchors = torch.cat([coarse(2, 2).anchors[1:], torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])])
+    reference = Picture.uniform(3, 3)
+    tokens = len(anchors)
+    called = arguments([(1, 1, tokens), (1, 3, 3)], tokens + 9)
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))
+    with standing_in(model, [Picture((4, 4), anchors, "lr_units"), reference]):
+        straight = tiny.first(model(**called))[:, :tokens]
+    hidden = called["hidden_states"]
+    called["hidden_states"] = torch.cat([hidden[:, :tokens][:, order], hidden[:, tokens:]], 1)
+    with standing_in(model, [Picture((4, 4), anchors[order], "lr_units"), reference]):
+        permuted = tiny.first(model(**called))[:, :tokens]
+    torch.testing.assert_close(permuted, straight[:, order], atol=1e-5, rtol=1e-5)
+    with standing_in(model, [Picture((4, 4), anchors, "lr_units"), reference]):
+        misplaced = tiny.first(model(**called))[:, :tokens]
+    assert not torch.allclose(misplaced, straight[:, order], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_failed_forward_leaves_the_model_as_it_was() -> None:
+    model = tiny.build(QWEN)
+    own, names = model.pos_embed, [name for name, _ in model.named_modules()]
+    called = arguments([(1, 4, 4)], 15)  # one token less than positions
+    with pytest.raises(RuntimeError), standing_in(model, [Picture.uniform(4, 4)]):
+        model(**called)
+    assert model.pos_embed is own
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_other_positions_are_refused() -> None:
+    model = tiny.build(QWEN)
+    model.pos_embed = QwenEmbedLayer3DRope(theta=10000, axes_dim=[4, 6, 6], scale_rope=True)
+    with pytest.raises(HostError, match="QwenEmbedLayer3DRope"), standing_in(model, [Picture.uniform(4, 4)]):
+        pass
+    with pytest.raises(HostError, match="Linear"), standing_in(torch.nn.Linear(1, 1), [Picture.uniform(4, 4)]):
+        pass
+
+
+def test_bad_pictures() -> None:
+    anchors = torch.zeros(1, 2, dtype=torch.long)
+    with pytest.raises(ConfigError, match="5x4 tokens cannot be counted"):
+        Picture((5, 4), anchors, "lr_units")
+    with pytest.raises(ConfigError, match="must lie on the fine grid of 4x4"):
+        Picture((4, 4), anchors + 4, "hr_units")
+    with pytest.raises(ConfigError, match=r"\[S, 2\]"):
+        Picture((4, 4), anchors[0], "hr_units")
+    with pytest.raises(UnknownNameError, match="lr_units"):
+        Picture((4, 4), anchors, "lr_unit")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="at least one picture"):
+        qwen_positions([])
+    with pytest.raises(ConfigError, match="at least one picture"):
+        flux_ids([])
+    with pytest.raises(ConfigError, match=r"\[S, 3\]"):
+        rotary(torch.zeros(4, 2), AXES, 10000)

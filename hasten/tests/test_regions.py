@@ -1,0 +1,315 @@
+"""Fresco and what it is compared with: pipelines that begin coarse and refine region by region."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from conftest import draw, make_pipe
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxImg2ImgPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from test_variants import VARIANTS, run_once
+from torch import Tensor
+
+import hasten
+from hasten import RALU, Bottleneck, Fresco, Spectral
+from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenError, ScheduleError, TargetError
+from hasten.resolution import RegionMethod, fit_stages
+from hasten.resolution.jumps import low_noise
+from hasten.resolution.positions import pack, unpack
+
+METHODS = {
+    "fresco": Fresco(stages=(3, 3, 3), jump="r1"),
+    "fresco r2": Fresco(stages=(3, 3, 3), jump="r2"),
+    "fresco, two promotions": Fresco(stages=(2, 2, 2, 3), shares=(0.25, 0.5), units="hr_units"),
+    "bottleneck": Bottleneck(stages=(4, 5)),
+    "ralu": RALU(stages=fit_stages((3, 3, 3), (0.7, 0.55, 0.0)), share=0.25),
+    "spectral": Spectral(coarse=4),
+}
+STEPS = 9
+GUIDED = {"true_cfg_scale": 3.0, "negative_prompt": "green leaf"}
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return make_pipe()
+
+
+def paint(pipe: Any, steps: int = STEPS, **kwargs: Any) -> Tensor:
+    return draw(pipe, steps, **{"height": 64, "width": 64, **kwargs})
+
+
+# --- identity and removal
+
+
+@pytest.mark.parametrize("guided", [{}, GUIDED], ids=["plain", "guided"])
+def test_everything_fine_from_the_start_is_the_plain_pipeline(pipe: Any, guided: dict[str, Any]) -> None:
+    plain = paint(pipe, **guided)
+    with hasten.accelerate(pipe, Fresco(stages=(0, 4, 5), shares=(0.3,))) as run:
+        assert torch.equal(paint(pipe, **guided), plain)
+    assert [(record.coarse, record.fine) for record in run.stages.records] == [(0, 256)] * STEPS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_stages_layouts_and_removal(pipe: Any, name: str) -> None:
+    method, plain = METHODS[name], paint(pipe, **GUIDED)
+    signature = inspect.signature(pipe.scheduler.step)
+    run = hasten.accelerate(pipe, method)
+    assert inspect.signature(pipe.scheduler.step) == signature
+    first = paint(pipe, **GUIDED)
+    assert first.shape == plain.shape
+    assert first.isfinite().all()
+    assert not torch.equal(first, plain)
+    assert torch.equal(paint(pipe, **GUIDED), first)
+    records = [record for record in run.stages.records if record.run == 1]
+    assert [record.step for record in records] == list(range(STEPS))
+    assert records[0].coarse == 64
+    assert records[0].fine == 0
+    assert records[-1].coarse == 0
+    assert records[-1].fine == 256
+    for before, after in pairwise(records):
+        assert before.next_sigma == after.sigma
+        assert before.switched == (after.coarse < before.coarse)
+        assert after.fine - before.fine == 4 * (before.coarse - after.coarse)
+        assert before.switched or before.next_sigma < before.sigma
+    layouts = [layout.fine for layout in run.stages.plans if layout.run == 1]
+    assert len(layouts) == sum(record.switched for record in records)
+    assert layouts[-1].all()
+    run.remove()
+    assert torch.equal(paint(pipe, **GUIDED), plain)
+    assert "step" not in vars(pipe.scheduler)
+    assert "forward" not in vars(pipe.transformer)
+    assert not getattr(getattr(pipe.transformer, "_diffusers_hook", None), "hooks", {})
+
+
+def test_a_share_that_rises_promotes_more_of_the_same_tokens(pipe: Any) -> None:
+    with hasten.accelerate(pipe, METHODS["fresco, two promotions"]) as run:
+        paint(pipe)
+    first, second, last = (layout.fine for layout in run.stages.plans)
+    assert (int(first.sum()), int(second.sum()), int(last.sum())) == (16, 32, 64)
+    assert not (first & ~second).any()
+
+
+def test_the_coarse_stage_is_the_plain_pipeline_at_half_size(pipe: Any) -> None:
+    """Nothing is promoted before the last step: the coarse latents are those of a run at half size."""
+    seen: list[Tensor] = []
+    noise = torch.randn(1, 256, 48, generator=torch.Generator().manual_seed(5))
+    low = pack(low_noise(unpack(noise, (16, 16))))
+    small: list[Tensor] = []
+    pipe.scheduler.register_to_config(use_dynamic_shifting=False, shift=3.0)
+    pipe.scheduler.set_shift(3.0)
+
+    def keep(into: list[Tensor]) -> Any:
+        def callback(_: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            into.append(tensors["latents"].clone())
+            return {}
+
+        return callback
+
+    draw(pipe, STEPS, latents=low, callback_on_step_end=keep(small))
+    with hasten.accelerate(pipe, Bottleneck(stages=(8, 1))):
+        paint(pipe, latents=noise, callback_on_step_end=keep(seen))
+    shown, own = unpack(seen[6], (16, 16)), unpack(small[6], (8, 8))
+    assert torch.allclose(shown[..., ::2, ::2], own, atol=1e-5)
+    assert torch.equal(shown[..., ::2, ::2], shown[..., 1::2, 1::2])
+    assert {tuple(latents.shape) for latents in seen} == {(1, 256, 48)}
+
+
+# --- what a promotion does
+
+
+@pytest.mark.parametrize("score", ["temporal_low", "temporal_high", "channel_low", "channel_high", "edges", "random"])
+def test_scores(pipe: Any, score: Any) -> None:
+    with hasten.accelerate(pipe, Fresco(stages=(3, 3, 3), score=score)) as run:
+        paint(pipe)
+    assert int(run.stages.plans[0].fine.sum()) == 19
+
+
+def test_opposite_scores_choose_other_tokens(pipe: Any) -> None:
+    chosen = []
+    for score in ("temporal_low", "temporal_high"):
+        with hasten.accelerate(pipe, Fresco(stages=(3, 3, 3), score=score)) as run:
+            paint(pipe)
+        chosen.append(run.stages.plans[0].fine)
+    assert not (chosen[0] & chosen[1]).any()
+
+
+def test_a_batch_shares_its_layout_and_counts(pipe: Any) -> None:
+    with hasten.accelerate(pipe, METHODS["fresco"]) as run:
+        both = draw(
+            pipe,
+            STEPS,
+            ["red apple", "red apple"],
+            height=64,
+            width=64,
+            generator=[torch.Generator().manual_seed(seed) for seed in (0, 0)],
+        )
+        one = paint(pipe)
+    assert torch.allclose(both[0], both[1], atol=1e-5)
+    assert torch.allclose(both[:1], one, atol=1e-4)
+    assert len(run.stages.plans) == 4
+
+
+def test_the_rewind_goes_back_as_far_as_it_must(pipe: Any) -> None:
+    with hasten.accelerate(pipe, METHODS["fresco r2"]) as run:
+        paint(pipe)
+    with hasten.accelerate(pipe, METHODS["fresco"]) as other:
+        paint(pipe)
+    target, raised = other.stages.records[2].next_sigma, run.stages.records[2].next_sigma
+    assert raised == pytest.approx(2 * target / (1 + target), abs=1e-5)
+    assert run.stages.records[-1].next_sigma == 0
+
+
+# --- life
+
+
+def test_an_exception_leaves_the_pipeline_usable(pipe: Any) -> None:
+    plain = paint(pipe)
+    run = hasten.accelerate(pipe, METHODS["fresco"])
+    first = paint(pipe)
+
+    def fail(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("callback")
+
+    with pytest.raises(RuntimeError, match="callback"):
+        paint(pipe, callback_on_step_end=fail)
+    assert torch.equal(paint(pipe), first)
+    run.remove()
+    assert torch.equal(paint(pipe), plain)
+
+
+def test_latents_that_a_callback_changed_are_refused_while_tokens_are_coarse(pipe: Any) -> None:
+    def change(_: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": tensors["latents"] + 1}
+
+    with (
+        hasten.accelerate(pipe, METHODS["fresco"]),
+        pytest.raises(ConfigError, match="the latents were changed between steps 0 and 1"),
+    ):
+        paint(pipe, callback_on_step_end=change)
+
+
+def test_caches_start_afresh_in_each_stage(pipe: Any) -> None:
+    plain = paint(pipe, 18)
+    with hasten.accelerate(pipe, Fresco(preset="18"), hasten.TaylorSeer(interval=3, warmup=1, order=1)) as run:
+        first = paint(pipe, 18)
+        assert torch.equal(paint(pipe, 18), first)
+    full = {record.step for record in run.records if record.run == 0 and record.full}
+    assert {0, 6, 12} <= full < set(range(18))
+    with hasten.accelerate(pipe, Fresco(preset="18")) as alone:
+        uncached = paint(pipe, 18)
+    assert not torch.equal(first, uncached)
+    with hasten.accelerate(pipe, Fresco(preset="18"), hasten.TaylorSeer(interval=1)):
+        assert torch.equal(paint(pipe, 18), uncached)
+    assert len(alone.stages.records) == 18
+    assert torch.equal(paint(pipe, 18), plain)
+
+
+@pytest.mark.parametrize("name", ["flux kontext", "qwen edit", "qwen edit plus"])
+def test_editing_pipelines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # These pipelines scale what they are given to a megapixel.
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (64, 32, None))
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "calculate_dimensions", lambda area, ratio: (64, 32))
+    variant = VARIANTS[name]
+    pipe, call = variant.make(), {**variant.call, "num_inference_steps": STEPS}
+    plain = run_once(pipe, call)
+    with hasten.accelerate(pipe, Fresco(stages=(0, 4, 5), shares=(0.3,))):
+        assert torch.equal(run_once(pipe, call), plain)
+    with hasten.accelerate(pipe, METHODS["fresco"]) as run:
+        first = run_once(pipe, call)
+        assert torch.equal(run_once(pipe, call), first)
+    assert first.shape == plain.shape
+    assert not torch.equal(first, plain)
+    coarse = [record.coarse for record in run.stages.records if record.run == 0]
+    assert coarse[0] == coarse[2] > coarse[3] == coarse[5] > coarse[6] == 0
+    assert torch.equal(run_once(pipe, call), plain)
+
+
+# --- bad input
+
+
+def test_presets() -> None:
+    assert [Fresco(preset=name).evaluations for name in ("30", "18", "11", "9")] == [30, 18, 11, 9]
+    assert [RALU(preset=name).evaluations for name in ("18", "10")] == [18, 10]
+    assert Bottleneck().evaluations == 18
+    assert Spectral().evaluations is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Fresco(preset="17"), "preset"),  # type: ignore[arg-type]
+        (lambda: Fresco(stages=(3, 3, 3, 3)), "shares"),
+        (lambda: Fresco(stages=(3, 0, 3)), "stages"),
+        (lambda: Fresco(shares=(1.2,)), "shares"),
+        (lambda: Fresco(stages=(1, 3, 3)), "2 coarse steps"),
+        (lambda: Fresco(window=1), "window"),
+        (lambda: Fresco(noise="independent", jump="r2"), "independent"),
+        (lambda: Fresco(smooth=2.0), "smooth"),
+        (lambda: Bottleneck(stages=(0, 4)), "stages"),
+        (lambda: RALU(share=1.0), "share"),
+        (lambda: Spectral(delta=0.0), "delta"),
+        (lambda: Spectral(coarse=0), "coarse"),
+    ],
+)
+def test_bad_parameters(make: Any, message: str) -> None:
+    with pytest.raises(HastenError, match=message):
+        make()
+
+
+def test_a_run_of_another_length_is_refused(pipe: Any) -> None:
+    with (
+        hasten.accelerate(pipe, Fresco(preset="18")),
+        pytest.raises(ScheduleError, match="num_inference_steps=18"),
+    ):
+        paint(pipe, 12)
+    with (
+        hasten.accelerate(pipe, Spectral(coarse=9)),
+        pytest.raises(ConfigError, match="a step at full size has to follow"),
+    ):
+        paint(pipe)
+
+
+def test_sizes_that_do_not_divide_are_refused(pipe: Any) -> None:
+    with (
+        hasten.accelerate(pipe, METHODS["fresco"]),
+        pytest.raises(ConfigError, match="7x8 tokens"),
+    ):
+        paint(pipe, height=28, width=32)
+
+
+def test_a_share_that_promotes_nothing_is_refused(pipe: Any) -> None:
+    with (
+        hasten.accelerate(pipe, Fresco(stages=(3, 3, 3), shares=(0.01,))),
+        pytest.raises(ConfigError, match="which is none"),
+    ):
+        paint(pipe, height=32, width=32)
+
+
+def test_other_schedulers_pipelines_and_starts_are_refused(pipe: Any) -> None:
+    own = pipe.scheduler
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(own.config)
+    with pytest.raises(ConfigError, match=r"FlowMatchEulerDiscreteScheduler\.from_config"):
+        hasten.accelerate(pipe, METHODS["fresco"])
+    pipe.scheduler = own
+    other = FluxImg2ImgPipeline(**pipe.components)
+    with pytest.raises(TargetError, match="cannot run Fresco"):
+        hasten.accelerate(other, METHODS["fresco"])
+    with hasten.accelerate(pipe, METHODS["fresco"]):
+        with pytest.raises(AlreadyAcceleratedError):
+            METHODS["bottleneck"].attach(pipe)
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(own.config)
+        with pytest.raises(ConfigError, match="another scheduler"):
+            paint(pipe)
+        pipe.scheduler = own
+        with pytest.raises(ConfigError, match="begins with pure noise"):
+            paint(pipe, sigmas=[0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05])
+
+
+def test_every_method_is_known_by_name() -> None:
+    names = {info.name: info.config for info in hasten.methods()}
+    for name in ("fresco", "bottleneck", "ralu", "spectral"):
+        assert issubclass(names[name], RegionMethod)
