@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_bench import command
 
 import hasten
 from hasten.caching.calibration import Calibration
+from hasten.cli_fit import _use
 
 SMALL = ("--steps", 10, "--height", 32, "--width", 32)
 
@@ -167,3 +169,29 @@ def test_two_processes_record_what_one_does(tmp_path):
     one, two = (Calibration.load(tmp_path / name / "l2p.safetensors") for name in ("one", "two"))
     assert one.fingerprint == two.fingerprint
     assert torch.allclose(one.tensors["gram/cond"], two.tensors["gram/cond"], rtol=1e-5)
+
+
+def test_tune_measures_resolution_methods_beside_the_others(emoji, monkeypatch, capsys, tmp_path):
+    arguments = ("--methods", "foca,dvg", "--search", "foca", "--full-steps", 4, *TUNE, "--out", tmp_path)
+    code, out, _ = command(monkeypatch, capsys, "tune", *arguments)
+    assert code == 0
+    result = json.loads((tmp_path / "tune.json").read_text())
+    (dvg,) = [row for row in result["rows"] if row["method"] == "dvg"]
+    assert "FluxPipeline cannot run in stages" in dvg["error"]
+    assert result["tune"]["best"]["4"].startswith("foca")
+    assert "not measured: dvg" in out
+
+
+def test_the_line_to_use_names_the_objects_of_a_combination():
+    row = {"method": "dvg:budget=0.5+foca:interval=4", "staged": True, "steps": 50}
+    line = _use(row, Path("calibrations"))
+    assert line == "hasten.accelerate(pipe, hasten.DVG(budget=0.5), hasten.FoCa(interval=4))   # num_inference_steps=50"
+    assert hasten.DVG(budget=0.5).budget == 0.5
+
+
+@pytest.mark.parametrize(("search", "says"), [("dvg", "no caching method"), ("focca", "Did you mean 'foca'")])
+def test_a_search_that_cannot_be_is_told_before_anything_is_drawn(monkeypatch, capsys, tmp_path, search, says):
+    code, out, error = command(monkeypatch, capsys, "tune", "--search", search, *TUNE, "--out", tmp_path)
+    assert code == 2
+    assert says in " ".join((out + error).split())
+    assert not list(tmp_path.iterdir())

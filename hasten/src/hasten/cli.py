@@ -31,6 +31,11 @@ app.command()(cli_fit.tune)
 
 
 DEMO = ("reuse", "taylorseer", "hicache", "foca", "foca:schedule=even", "leap")
+DEMOS = {
+    "emoji-flux": DEMO,
+    "emoji-kontext": ("reuse", "taylorseer", "hicache", "foca"),
+    "sprites-wan": ("reuse", "taylorseer", "foca", "dvg", "dvg+foca:interval=3"),
+}
 
 
 def _quiet() -> None:
@@ -80,20 +85,25 @@ def common(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures, the figures and the report.")] = Path("out/demo"),
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 6,
-    full_steps: Annotated[str, typer.Option(help="How many of the 50 steps are computed.")] = "9",
+    full_steps: Annotated[str, typer.Option(help="How many of the steps are computed.")] = "9",
     seed: Seed = 0,
+    model: Annotated[str, typer.Option(help="A reference model: pictures, edits or clips.")] = "emoji-flux",
+    steps: Annotated[int, typer.Option(min=2, help="Steps of the plain sampler.")] = 50,
 ) -> None:
-    """Draw with the bundled model, plain and accelerated; show the table, a contact sheet and a report."""
+    """Draw with a bundled model, plain and accelerated; show the table, a contact sheet and a report."""
     from hasten.bench.report import render_report
     from hasten.bench.runner import BenchSettings
     from hasten.bench.sheet import bench_sheet
 
     counts = numbers(full_steps, "--full-steps")
     result_file = out / "result.json"
-    settings = BenchSettings(methods=DEMO, full_steps=tuple(counts), prompts=prompts, seed=seed)
-    result = _bench("emoji-flux", settings, result_file)
+    settings = BenchSettings(
+        methods=DEMOS.get(model, DEMO), full_steps=tuple(counts), prompts=prompts, seed=seed, steps=steps
+    )
+    result = _bench(model, settings, result_file)
     show_result(result)
-    for count in sorted({row["full_steps"] for row in result["rows"]}, reverse=True):
+    drawn = [row for row in result["rows"] if not row["error"]]
+    for count in sorted({count for row in drawn for count in row["groups"]}, reverse=True):
         path = out / f"contact_sheet_{count}.png"
         bench_sheet(result, out, count).save(path)
         console.print(f"contact sheet: [bold]{path}[/bold]")
@@ -125,7 +135,11 @@ def list_methods() -> None:
 def bench(
     model: ModelName = "emoji-flux",
     methods: Annotated[
-        str, typer.Option(help="Names with commas; parameters after colons: hicache:order=1:sigma=0.7.")
+        str,
+        typer.Option(
+            help="Names with commas; parameters after colons: hicache:order=1:sigma=0.7; a resolution method and a "
+            "cache with a plus: dvg:budget=0.5+foca:interval=4."
+        ),
     ] = "reuse,taylorseer,hicache,foca",
     full_steps: Annotated[
         str, typer.Option(help="How many steps are computed; each method takes the schedule of its kind with so many.")
@@ -149,14 +163,19 @@ def bench(
     only_peers: Annotated[
         str, typer.Option(help="Names of the peers to measure with --peers, with commas; all of them by default.")
     ] = "",
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Own source picture for an editing pipeline.", exists=True, dir_okay=False),
+    ] = None,
     json_file: Annotated[Path, typer.Option("--json", help="Where the figures go; pictures go beside it.")] = Path(
         "out/bench.json"
     ),
 ) -> None:
     """Measure methods against the plain sampler on the same prompts and seeds, and write JSON.
 
-    A method with a threshold gets the one at which it computes as many steps, found on the first two prompts. Under
-    `accelerate launch` the prompts are shared among the processes.
+    A method with a threshold gets the one at which it computes as many steps, found on the first two prompts. A
+    resolution method runs at its own number of steps, beside plain samplers with as many evaluations and as many
+    counted operations. Under `accelerate launch` the prompts are shared among the processes.
 
     Example: hasten bench --model emoji-flux --methods reuse,taylorseer,hicache --full-steps 12,9,7 --prompts 16
         --seed 0 --json out.json
@@ -177,6 +196,7 @@ def bench(
         call=call,
         peers=peers,
         only_peers=tuple(names(only_peers)),
+        image=image,
     )
     result = _bench(model, settings, json_file, device)
     if not processes().is_main_process:

@@ -19,11 +19,15 @@ __all__ = ["BAR", "ModelName", "Seed", "console", "names", "numbers", "own_promp
 
 console = Console()
 if not console.is_terminal:
-    console.width = max(console.width, 110)  # a table in a log or a file need not be squeezed
+    console.width = max(console.width, 130)  # a table in a log or a file need not be squeezed
 
 Seed = Annotated[int, typer.Option(help="Prompt i is drawn with seed SEED + i.")]
 ModelName = Annotated[
-    str, typer.Option("--model", help="A reference model (emoji-flux), a pipeline folder, or a hub id.")
+    str,
+    typer.Option(
+        "--model",
+        help="A reference model (emoji-flux, or one that edits or makes clips), a pipeline folder, or a hub id.",
+    ),
 ]
 BAR = (
     TextColumn("{task.description:44.44}"),
@@ -62,7 +66,11 @@ def _cell(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _row(row: dict[str, Any]) -> list[str]:
+LONGEST = 36  # characters of a method's name on a line of the table
+EXTRA = {"psnr_unedited": ("unedited", 2), "psnr_edited": ("edited", 2), "temporal_error": ("temporal", 4)}
+
+
+def _row(row: dict[str, Any], extra: list[str]) -> list[str]:
     """The cells of a row; a peer is named with its library."""
     from hasten.bench.schema import short_label
 
@@ -71,9 +79,31 @@ def _row(row: dict[str, Any]) -> list[str]:
     held = row["cache_bytes"]
     return [
         name, f"{row['computed_steps']:.3g}", _cell(row["flops_ratio_measured"], 2), _cell(row["seconds"], 3),
-        _cell(row["latency_ratio"], 2), _cell(row["psnr"], 2), _cell(row["ssim"], 4), _cell(row["lpips"], 4),
-        _cell(row["flip"], 4), _cell(None if held is None else held / 1024, 0), _cell(row["top1"], 2),
+        _cell(row["latency_ratio"], 2), _cell(row["latency_share"], 2), _cell(row["psnr"], 2), _cell(row["ssim"], 4),
+        _cell(row["lpips"], 4), _cell(row["flip"], 4), *(_cell(row[key], EXTRA[key][1]) for key in extra),
+        _cell(None if held is None else held / 1024, 0), _cell(row["top1"], 2),
     ]  # fmt: skip
+
+
+def _baseline(base: dict[str, Any], extra: list[str]) -> list[str]:
+    seconds, quality = _cell(base["seconds"], 3), ["-"] * 4
+    own = [_cell(base.get(key), EXTRA[key][1]) for key in extra]
+    return ["[bold]plain[/bold]", str(base["steps"]), "1.00", seconds, "1.00", "1.00", *quality, *own, "-",
+            _cell(base["top1"], 2)]  # fmt: skip
+
+
+def _caption(base: dict[str, Any], extra: list[str]) -> str:
+    text = (
+        "full: steps computed, mean; FLOPs (counted) and speed: times less than plain; share: speed over FLOPs; PSNR "
+        "(dB), SSIM, LPIPS and FLIP (0 is identical) against the plain sampler's picture; cache in KiB; top-1: drew "
+        "what the prompt names"
+    )
+    if "psnr_unedited" in extra:
+        vae = _cell(base["psnr_unedited_vae"], 1)
+        text += f"; unedited: PSNR to the source outside the edit ({vae} after the VAE alone); edited: to the target"
+    if "temporal_error" in extra:
+        text += "; figures are means over the frames; temporal: relative error of the differences between frames"
+    return text
 
 
 def _bench_table(result: dict[str, Any]) -> Table:
@@ -84,30 +114,19 @@ def _bench_table(result: dict[str, Any]) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    headings = ("method", "full", "FLOPs", "seconds", "speed", "PSNR", "SSIM", "LPIPS", "FLIP", "cache", "top-1")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
-    table.caption = (
-        "full: steps computed, mean; FLOPs (counted) and speed: times less than plain; PSNR (dB), SSIM, LPIPS and FLIP "
-        "(0 is identical) against the plain sampler's picture; cache in KiB; top-1: drew what the prompt names"
-    )
-    base = result["baseline"]
-    table.add_row(
-        "[bold]plain[/bold]",
-        str(base["steps"]),
-        "1.00",
-        _cell(base["seconds"], 3),
-        "1.00",
-        *["-"] * 5,
-        _cell(base["top1"], 2),
-    )
     measured = [row for row in result["rows"] if not row["error"]]
-    for count in sorted({row["full_steps"] for row in measured}, reverse=True):
+    extra = [key for key in EXTRA if any(row[key] is not None for row in measured)]
+    headings = ("method", "full", "FLOPs", "seconds", "speed", "share", "PSNR", "SSIM", "LPIPS", "FLIP")
+    for i, heading in enumerate([*headings, *(EXTRA[key][0] for key in extra), "cache", "top-1"]):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0, max_width=None if i else LONGEST)
+    table.caption = _caption(result["baseline"], extra)
+    table.add_row(*_baseline(result["baseline"], extra))
+    for count in sorted({count for row in measured for count in row["groups"]}, reverse=True):
         table.add_section()
         table.add_row(f"[bold]{count} full steps[/bold]")
-        group = [row for row in measured if row["full_steps"] == count]
+        group = [row for row in measured if count in row["groups"]]
         for row in sorted(group, key=lambda row: math.inf if row["psnr"] is None else row["psnr"], reverse=True):
-            table.add_row(*_row(row))
+            table.add_row(*_row(row, extra))
     return table
 
 

@@ -157,15 +157,23 @@ def tune(
 
 def _use(row: dict[str, Any], folder: Path) -> str:
     """How to use what a row measured, as Python."""
+    from hasten import registry
     from hasten.bench.arms import parse_options
+    from hasten.bench.schema import split_methods
 
     name, options = parse_options(row["method"])
     if name == "leap":
         file = folder / "leap.safetensors"
         return f"pipe.scheduler = hasten.LeapScheduler.load('{file}', pipe)   # num_inference_steps={row['steps']}"
-    interval = row["params"]["interval"]
-    arguments = [f"{key}={value!r}" for key, value in (options | {"interval": interval}).items()]
-    return f"hasten.accelerate(pipe, '{name}', {', '.join(arguments)})"
+    if row["staged"]:
+        parts = [parse_options(part) for part in split_methods(row["method"])]
+        built = [f"hasten.{registry.info(part).config.__name__}({_arguments(given)})" for part, given in parts]
+        return f"hasten.accelerate(pipe, {', '.join(built)})   # num_inference_steps={row['steps']}"
+    return f"hasten.accelerate(pipe, '{name}', {_arguments(options | {'interval': row['params']['interval']})})"
+
+
+def _arguments(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in values.items())
 
 
 def _opened(name: str, device: str | None) -> Any:

@@ -5,10 +5,11 @@ Arms can be pickled, so that several processes can work with the same ones.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from diffusers import UniPCMultistepScheduler
 
@@ -21,7 +22,21 @@ from hasten.caching.calibration import Calibration
 from hasten.errors import ConfigError, unknown
 from hasten.solvers.scheduler import LEAP, LeapScheduler
 
-__all__ = ["Arm", "Attach", "method_arms", "parse_method", "parse_options", "plain_arms"]
+__all__ = [
+    "Accelerated",
+    "Arm",
+    "Attach",
+    "build_method",
+    "merged",
+    "method_arms",
+    "parse_method",
+    "parse_options",
+    "plain_arms",
+    "reported",
+]
+
+WORDS = {"true": True, "false": False, "none": None}
+NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class Arm:
         attach: switches the arm on for a pipeline, for the length of a `with`.
         note: what a reader has to know about the figures.
         error: why it cannot run; it then has a row without figures.
+        staged: whether steps run on fewer tokens, so that only counted operations tell what it saves.
+        groups: numbers of full steps that a table shows it under; its own if empty.
     """
 
     id: str
@@ -49,16 +66,19 @@ class Arm:
     attach: Attach = plain
     note: str = ""
     error: str = ""
+    staged: bool = False
+    groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Accelerated:
-    """Switches a method of hasten on."""
+    """Switches a cache of hasten on, a resolution method, or both."""
 
-    method: CachingMethod
+    method: CachingMethod | None
+    staged: Any = None
 
     def __call__(self, pipe: Any) -> Acceleration:
-        return accelerate(pipe, self.method)
+        return accelerate(pipe, *(method for method in (self.staged, self.method) if method is not None))
 
 
 @dataclass(frozen=True)
@@ -78,10 +98,10 @@ class Solved:
 
 
 def _value(text: str) -> Any:
-    if text in ("true", "false"):
-        return text == "true"
-    if "/" in text and all(part.isdigit() for part in text.split("/")):
-        return tuple(int(part) for part in text.split("/"))
+    if text in WORDS:
+        return WORDS[text]
+    if "/" in text and all(NUMBER.fullmatch(part) for part in text.split("/")):
+        return tuple(_value(part) for part in text.split("/"))
     for kind in (int, float):
         try:
             return kind(text)
@@ -93,8 +113,8 @@ def _value(text: str) -> Any:
 def parse_options(text: str) -> tuple[str, dict[str, Any]]:
     """Read `name` or `name:param=value:param=value` as a name and values.
 
-    A value is a whole or a decimal number, `true` or `false`, whole numbers with slashes (`steps=0/1/2/4/9`), or else a
-    text, such as a path.
+    A value is a whole or a decimal number, `true`, `false` or `none`, numbers with slashes (`steps=0/1/2/4/9`), or else
+    a text, such as a path.
     """
     name, *assignments = text.strip().split(":")
     params: dict[str, Any] = {}
@@ -113,16 +133,39 @@ def parse_method(text: str) -> tuple[str, CachingMethod]:
 
     Returns:
         the text as a label, and the method.
+
+    Raises:
+        UnknownNameError: for a method or parameter that does not exist.
+        ConfigError: for a method that is no cache.
     """
     name, params = parse_options(text)
-    return text.strip(), registry.build(name, **params)
+    method = build_method(name, params)
+    if not isinstance(method, CachingMethod):
+        raise ConfigError(f"{name} is no caching method, and one is needed here, such as foca")
+    return text.strip(), method
 
 
-def _reported(method: CachingMethod) -> dict[str, Any]:
-    """Parameters as plain data; of a calibration, only that there is one."""
-    params = {item.name: getattr(method, item.name) for item in fields(method)}
-    calibrated = {name: "given" for name, value in params.items() if isinstance(value, Calibration)}
-    return {name: value for name, value in (params | calibrated).items() if value is not None}
+def build_method(name: str, params: dict[str, Any]) -> Any:
+    """A method with values that were read from text; `18` stays a text where a parameter takes only texts.
+
+    Raises:
+        UnknownNameError: for a method or a parameter that does not exist.
+    """
+    hints = get_type_hints(registry.info(name).config)
+    values = {key: str(value) if _only_text(hints.get(key)) else value for key, value in params.items()}
+    return registry.build(name, **values)
+
+
+def _only_text(hint: Any) -> bool:
+    """Whether a type takes texts alone, such as `str` and `Literal["18", "9"]`."""
+    return hint is str or (get_origin(hint) is Literal and all(isinstance(value, str) for value in get_args(hint)))
+
+
+def reported(method: Any) -> dict[str, Any]:
+    """Parameters as plain data; of a calibration, only that there is one; without those left at None."""
+    params = {item.name: (getattr(method, item.name), item.default) for item in fields(method)}
+    calibrated = {name: ("given", None) for name, (value, _) in params.items() if isinstance(value, Calibration)}
+    return {name: value for name, (value, usual) in (params | calibrated).items() if value is not None or usual}
 
 
 def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials | None = None) -> list[Arm]:
@@ -147,7 +190,7 @@ def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials 
                 continue
             fitted = method if method.steps is not None else method.with_full_steps(wanted, total)
             count = len(full_steps(fitted.plan(), total))
-            arms.append(Arm(f"{label}-{count}", label, "hasten", _reported(fitted), total, count, Accelerated(fitted)))
+            arms.append(Arm(f"{label}-{count}", label, "hasten", reported(fitted), total, count, Accelerated(fitted)))
     return arms
 
 
@@ -167,13 +210,13 @@ def _adaptive_arm(label: str, method: CachingMethod, wanted: int, total: int, tr
     if trials is None:
         raise ConfigError(f"{label} decides by a threshold: give trials to find the one for {wanted} full steps")
     trials.progress(f"matching {label} to {wanted} full steps")
-    arm = Arm(f"{label}-{wanted}", label, "hasten", _reported(method), total, wanted)
+    arm = Arm(f"{label}-{wanted}", label, "hasten", reported(method), total, wanted)
     try:
         found = match_full_steps(lambda value: trials.run(Accelerated(_with(method, value))), wanted)
     except ConfigError as error:
         return replace(arm, error=f"{error} (interval= and warmup= of the method)")
     fitted = _with(method, found.threshold)
-    return replace(arm, params=_reported(fitted), attach=Accelerated(fitted))
+    return replace(arm, params=reported(fitted), attach=Accelerated(fitted))
 
 
 def _with(method: CachingMethod, threshold: float) -> CachingMethod:
@@ -211,3 +254,15 @@ def plain_arms(counts: list[int], samplers: tuple[str, ...] = ("euler", "unipc")
         if name not in _PLAIN:
             raise unknown("sampler", name, _PLAIN)
     return [Arm(f"{name}-{n}", name, "plain", {}, n, n, _PLAIN[name]) for n in counts for name in samplers]
+
+
+def merged(arms: list[Arm]) -> list[Arm]:
+    """The arms without repetitions: two requests may come to the same schedule, or to the same plain sampler."""
+    kept: dict[str, Arm] = {}
+    for arm in arms:
+        first = kept.setdefault(arm.id, arm)
+        if first is not arm:
+            groups = dict.fromkeys([*(first.groups or (first.full_steps,)), *(arm.groups or (arm.full_steps,))])
+            notes = dict.fromkeys(note for note in (first.note, arm.note) if note)
+            kept[arm.id] = replace(first, groups=tuple(groups), note="; ".join(notes))
+    return list(kept.values())

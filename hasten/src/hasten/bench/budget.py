@@ -15,14 +15,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from hasten.bench.metrics import psnr
+from hasten.bench.metrics import PSNR_CEILING, over_frames, psnr
 from hasten.bench.sampling import Attach, Shot, plain, shoot
 from hasten.errors import ConfigError, HastenWarning
 from hasten.zoo import ReferenceModel
 
 __all__ = ["Match", "Trial", "Trials", "match_full_steps"]
-
-PSNR_CEILING = 100.0  # dB; stands for infinity where identical pictures enter a mean
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,9 @@ class Trials:
         pairs = list(zip(shots, self._references, strict=True))
         return Trial(
             statistics.fmean(self.steps * shot.layer_calls / reference.layer_calls for shot, reference in pairs),
-            statistics.fmean(min(psnr(shot.picture, reference.picture), PSNR_CEILING) for shot, reference in pairs),
+            statistics.fmean(
+                min(over_frames(psnr, shot.picture, reference.picture), PSNR_CEILING) for shot, reference in pairs
+            ),
         )
 
 

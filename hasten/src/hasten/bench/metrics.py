@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,22 @@ from torch.nn import functional as F
 
 from hasten.errors import ModelError
 
-__all__ = ["Lpips", "flip", "psnr", "relative_l2", "ssim", "summary_statistics"]
+__all__ = [
+    "PSNR_CEILING",
+    "Lpips",
+    "flip",
+    "over_frames",
+    "psnr",
+    "relative_l2",
+    "ssim",
+    "summary_statistics",
+    "temporal_error",
+]
 
 Picture = Tensor | npt.NDArray[np.floating[Any]]
 
 RANGE_TOLERANCE = 1e-4  # rounding of half-precision decoders; values within it are clamped
+PSNR_CEILING = 100.0  # dB; stands for infinity where identical pictures enter a mean
 SSIM_WINDOW = 11  # side of a Gaussian of sigma 1.5 cut at 3.5 sigma
 LPIPS_MIN_SIDE = 64  # the deepest layer still sees 8x8 positions
 LPIPS_WEIGHTS = ("weights", "vST0.0", "alex_shift_tolerant.pth")
@@ -54,16 +65,48 @@ def _pair(image: Picture, reference: Picture) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def psnr(image: Picture, reference: Picture) -> float:
+def psnr(image: Picture, reference: Picture, mask: Tensor | None = None) -> float:
     """Peak signal-to-noise ratio in dB, `-10 log10(mean squared error)` for a peak of 1; `math.inf` if identical.
 
-    Computed in float64 over all pixels and channels of two `[3, H, W]` pictures in [0, 1]. Published evaluation scripts
-    of this field subtract uint8 arrays; that difference wraps around modulo 256 (black against white then has an error
-    of 1 instead of 255), so 8-bit input is refused here.
+    Computed in float64 over all channels and pixels of two `[3, H, W]` pictures in [0, 1], or over the pixels of a mask
+    (`[H, W]` bool) alone. Published evaluation scripts of this field subtract uint8 arrays; that difference wraps
+    around modulo 256 (black against white then has an error of 1 instead of 255), so 8-bit input is refused here.
     """
     first, second = _pair(image, reference)
-    error = float(torch.mean((first - second) ** 2))
+    squares = (first - second) ** 2
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape != first.shape[1:] or not bool(mask.any()):
+            raise ValueError(
+                f"mask: {mask.dtype} {tuple(mask.shape)}; give bool {tuple(first.shape[1:])} with a pixel that is True"
+            )
+        squares = squares[:, mask.cpu()]
+    error = float(torch.mean(squares))
     return -10 * math.log10(error) if error > 0 else math.inf
+
+
+def over_frames(metric: Callable[[Tensor, Tensor], float], image: Tensor, reference: Tensor) -> float:
+    """A metric of two pictures `[3, H, W]`, or its mean over the frames of two clips `[F, 3, H, W]`.
+
+    A frame that is identical to the reference's counts as a PSNR of 100 dB, unless all of them are.
+    """
+    if image.ndim == 3:
+        return metric(image, reference)
+    values = [metric(frame, other) for frame, other in zip(image, reference, strict=True)]
+    if all(value == math.inf for value in values):
+        return math.inf
+    return math.fsum(min(value, PSNR_CEILING) for value in values) / len(values)
+
+
+def temporal_error(clip: Tensor, reference: Tensor) -> float:
+    """How wrong a clip moves: relative error (L2) of the differences between neighbouring frames; unitless.
+
+    Args:
+        clip, reference: `[F, 3, H, W]` of at least two frames.
+
+    Returns:
+        0 if both change alike; 1 for a still picture in the place of a moving one; `math.inf` if only `clip` moves.
+    """
+    return relative_l2(clip.diff(dim=0), reference.diff(dim=0))
 
 
 def ssim(image: Picture, reference: Picture) -> float:

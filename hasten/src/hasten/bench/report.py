@@ -68,10 +68,14 @@ COLUMNS = (
     _Column("flops_ratio_measured", "counted", 2),
     _Column("seconds", "seconds", 3, min),
     _Column("latency_ratio", "latency ratio", 2, max),
+    _Column("latency_share", "latency share", 2),
     _Column("psnr", "PSNR dB", 2, max),
     _Column("ssim", "SSIM", 4, max),
     _Column("lpips", "LPIPS", 4, min),
     _Column("flip", "FLIP", 4, min),
+    _Column("psnr_unedited", "unedited dB", 2, max),
+    _Column("psnr_edited", "edited dB", 2, max),
+    _Column("temporal_error", "temporal", 4, min),
     _Column("top1", "top-1", 2),
     _Column("cache_bytes", "cache", 0),
 )
@@ -93,11 +97,10 @@ def _name(row: Row) -> str:
 
 
 def _groups(result: Result) -> dict[int, list[Row]]:
-    """Rows that ran, by number of full steps, most first."""
-    counts = sorted(
-        {row.full_steps for row in result.rows if row.full_steps is not None and not row.error}, reverse=True
-    )
-    return {count: [row for row in result.rows if row.full_steps == count and not row.error] for count in counts}
+    """Rows that ran, by number of full steps, most first; plain samplers stand beside all that they compare with."""
+    measured = [row for row in result.rows if not row.error]
+    counts = sorted({count for row in measured for count in row.sections()}, reverse=True)
+    return {count: [row for row in measured if count in row.sections()] for count in counts}
 
 
 def _table(rows: list[Row], columns: Sequence[_Column]) -> list[dict[str, Any]]:
@@ -158,31 +161,30 @@ def _line(axes: Any, xs: Sequence[float], ys: Sequence[float], name: str, colour
     axes.plot(xs, ys, color=colour, label=name, marker=marker, linestyle="--" if name.startswith("plain ") else "-")
 
 
-def _quality_chart(result: Result) -> Markup | None:
-    """PSNR and FLIP against the number of full steps, one line a method."""
+def _quality_chart(result: Result, field: str, title: str) -> Markup | None:
+    """PSNR and FLIP against the number of full steps (or another field of the rows), one line a method."""
     colours = _colours(result)
+    measured = [row for row in result.rows if not row.error and getattr(row, field) is not None]
     with mpl.rc_context(STYLE):
         figure, panels = _panels(2)
         drawn = False
-        for axes, (field, title) in zip(
+        for axes, (quality, heading) in zip(
             panels, (("psnr", "PSNR, dB (more is better)"), ("flip", "FLIP (less is better)")), strict=True
         ):
             for name, colour in colours.items():
-                points = sorted(
-                    (row.full_steps, getattr(row, field))
-                    for row in result.rows
-                    if _name(row) == name and row.full_steps is not None and getattr(row, field) is not None
-                )
+                own = [row for row in measured if _name(row) == name and getattr(row, quality) is not None]
+                points = sorted((getattr(row, field), getattr(row, quality)) for row in own)
                 if points:
                     _line(axes, [x for x, _ in points], [y for _, y in points], name, colour, "o")
                     drawn = True
-            axes.set_title(title)
-            axes.set_xlabel("computed steps")
-            axes.set_xticks(sorted(_groups(result)))
+            axes.set_title(heading)
+            axes.set_xlabel(title)
+            if field == "full_steps":
+                axes.set_xticks(sorted({getattr(row, field) for row in measured}))
         if not drawn:
             return None
         panels[0].legend(frameon=False)
-        return _svg(figure, "quality against the number of computed steps")
+        return _svg(figure, f"quality against {title}")
 
 
 def _error_chart(result: Result) -> Markup | None:
@@ -247,6 +249,7 @@ def render_report(result_file: Path, out: Path) -> Path:
     result = read_result(result_file)
     columns = [c for c in COLUMNS if any(getattr(row, c.field) is not None for row in result.rows)]
     groups = _groups(result)
+    staged = any(row.staged for row in result.rows)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -255,7 +258,9 @@ def render_report(result_file: Path, out: Path) -> Path:
         columns=columns,
         groups={count: _table(rows, columns) for count, rows in groups.items()},
         failed=[row for row in result.rows if row.error],
-        quality=_quality_chart(result),
+        quality=_quality_chart(result, "full_steps", "number of computed steps"),
+        # Steps that run on fewer tokens cost less than their number says.
+        costs=_quality_chart(result, "flops_ratio_measured", "FLOPs ratio, counted") if staged else None,
         hidden_lines=len({_name(row) for row in result.rows if not row.error}) - len(_colours(result)),
         errors=_error_chart(result),
         sheets={count: _sheet(result, rows, result_file.parent) for count, rows in groups.items()},

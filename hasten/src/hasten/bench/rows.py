@@ -14,12 +14,14 @@ import torch
 
 from hasten.bench import metrics
 from hasten.bench.arms import Arm
+from hasten.bench.edits import edit_figures
 from hasten.bench.sampling import Shot
-from hasten.bench.sheet import to_pil
+from hasten.bench.sheet import film_strip, to_pil
 from hasten.zoo import ReferenceModel
 
 __all__ = [
     "Figures",
+    "extra_figures",
     "failed_row",
     "figures_of",
     "image_name",
@@ -31,11 +33,12 @@ __all__ = [
 ]
 
 COMPARED = ("psnr", "ssim", "lpips", "flip")
+EXTRA = ("psnr_unedited", "psnr_edited", "temporal_error")  # of editing and video models; None of others
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured on one picture of one arm.
+    """What was measured on one picture or clip of one arm.
 
     Attributes:
         prompt: the prompt's number.
@@ -45,6 +48,8 @@ class Figures:
         computed: steps that were computed.
         right: whether the picture is what the prompt asks for; None if the model has no ground truth.
         size: (height, width) in pixels.
+        frames: of a clip; None of a picture.
+        flops: counted operations of the call, where they depend on the picture.
     """
 
     prompt: int
@@ -54,6 +59,8 @@ class Figures:
     computed: float
     right: bool | None
     size: tuple[int, int]
+    frames: int | None = None
+    flops: int | None = None
 
 
 @cache
@@ -62,39 +69,62 @@ def _lpips() -> metrics.Lpips | None:
 
 
 def figures_of(
-    model: ReferenceModel, shot: Shot, reference: Shot, prompt: str, number: int, seed: int, steps: int
+    model: ReferenceModel,
+    shot: Shot,
+    reference: Shot,
+    prompt: str,
+    number: int,
+    seed: int,
+    steps: int,
+    flops: int | None = None,
 ) -> Figures:
-    """Compare a picture with the plain sampler's of the same prompt and seed.
+    """Compare a picture, or the frames of a clip, with the plain sampler's of the same prompt and seed.
 
     Args:
-        model: grades the picture, if it can.
+        model: grades the picture, if it can, and knows the edit that was asked for.
         shot: the picture.
         reference: the plain sampler's.
         prompt: what was to be drawn.
         number: the prompt's number.
         seed: what it was drawn with.
         steps: of the plain sampler.
+        flops: counted operations, where they depend on the picture.
     """
     lpips = _lpips()
     pair = (shot.picture, reference.picture)
     height, width = shot.picture.shape[-2:]
+    grade = model.grade if prompt in model.prompts else None
     return Figures(
         prompt=number,
         figures={
             "prompt": prompt,
             "seed": seed,
-            "psnr": metrics.psnr(*pair),
-            "ssim": metrics.ssim(*pair),
-            "lpips": None if lpips is None else lpips(*pair),
-            "flip": metrics.flip(*pair),
+            "psnr": metrics.over_frames(metrics.psnr, *pair),
+            "ssim": metrics.over_frames(metrics.ssim, *pair),
+            "lpips": None if lpips is None else metrics.over_frames(lpips, *pair),
+            "flip": metrics.over_frames(metrics.flip, *pair),
             "seconds": shot.seconds,
-        },
+        }
+        | _extra(model, shot, reference, prompt)
+        | ({} if flops is None else {"flops": flops}),
         errors=_errors(shot, reference),
         cache_bytes=shot.cache_bytes,
         computed=steps * shot.layer_calls / reference.layer_calls,
-        right=None if model.grade is None else model.grade(torch.stack([shot.picture]), [prompt])[0],
+        right=None if grade is None else grade(torch.stack([shot.picture]), [prompt])[0],
         size=(int(height), int(width)),
+        frames=len(shot.picture) if shot.picture.ndim == 4 else None,
+        flops=flops,
     )
+
+
+def _extra(model: ReferenceModel, shot: Shot, reference: Shot, prompt: str) -> dict[str, Any]:
+    """Figures of a clip, an edit, or a run in planned stages."""
+    figures: dict[str, Any] = {}
+    if shot.picture.ndim == 4 and len(shot.picture) > 1:
+        figures["temporal_error"] = metrics.temporal_error(shot.picture, reference.picture)
+    if shot.picture.ndim == 3:
+        figures |= edit_figures(model, prompt, shot.picture)
+    return figures | ({"plan": shot.plan} if shot.plan else {})
 
 
 def _errors(shot: Shot, reference: Shot) -> list[float] | None:
@@ -104,14 +134,14 @@ def _errors(shot: Shot, reference: Shot) -> list[float] | None:
 
 
 def save_picture(shot: Shot, path: Path) -> None:
-    """Write a picture as PNG."""
+    """Write a picture as PNG; of a clip, a few frames in a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(shot.picture).save(path)
+    (to_pil if shot.picture.ndim == 3 else film_strip)(shot.picture).save(path)
 
 
 def image_name(arm: Arm) -> str:
     """Folder of an arm's pictures."""
-    return "".join("_" if sign in ":=/\\" else sign for sign in arm.id)
+    return "".join("_" if sign in ":=/\\+" else sign for sign in arm.id)
 
 
 def image_paths(images: Path, arm: Arm, count: int) -> list[str]:
@@ -134,6 +164,15 @@ def top1(own: Sequence[Figures]) -> float | None:
     return statistics.fmean(right) if right else None
 
 
+def extra_figures(own: Sequence[Figures]) -> dict[str, float | None]:
+    """Medians over the prompts of what editing and video models are measured by; None for other models."""
+    return {key: _finite(_spread(own, key)["median"]) for key in EXTRA}
+
+
+def _spread(own: Sequence[Figures], key: str) -> dict[str, float | int | None]:
+    return metrics.summary_statistics(f.figures.get(key) for f in own)
+
+
 def _errors_per_step(own: Sequence[Figures]) -> list[float | None] | None:
     """Median over the prompts."""
     known = [f.errors for f in own if f.errors is not None]
@@ -148,6 +187,8 @@ def _head(arm: Arm) -> dict[str, Any]:
         "params": arm.params,
         "steps": arm.steps,
         "full_steps": arm.full_steps,
+        "staged": arm.staged,
+        "groups": list(arm.groups or (arm.full_steps,)),
     }
 
 
@@ -161,25 +202,32 @@ def measured_row(
         own: its figures, one a prompt.
         plain: the baseline's.
         steps: of the baseline.
-        flops: counted operations of one call of the arm and of the baseline.
+        flops: counted operations of one call of the arm and of the baseline; where they depend on the picture, the mean
+            over the prompts takes the place of the arm's.
         images: folder of the pictures.
     """
-    spread = {key: metrics.summary_statistics(f.figures[key] for f in own) for key in (*COMPARED, "seconds")}
+    extra = {key: value for key, value in extra_figures(own).items() if any(key in f.figures for f in own)}
+    spread = {key: _spread(own, key) for key in (*COMPARED, "seconds", *extra)}
     seconds, computed = median_seconds(own), statistics.fmean(f.computed for f in own)
     held = [f.cache_bytes for f in own if f.cache_bytes is not None]
     nothing = 0 if arm.library == "plain" else None
+    own_flops = [f.flops for f in own if f.flops is not None] or [flops[0]]
+    counted, faster = flops[1] / statistics.fmean(own_flops), median_seconds(plain) / seconds
     return _head(arm) | {
         "computed_steps": round(computed, 4),
-        "flops": flops[0],
-        "flops_ratio": round(steps / computed, 4),
-        "flops_ratio_measured": round(flops[1] / flops[0], 4),
+        "flops": round(statistics.fmean(own_flops)),
+        "flops_ratio": round(counted if arm.staged else steps / computed, 4),
+        "flops_ratio_measured": round(counted, 4),
         "seconds": round(seconds, 6),
-        "latency_ratio": round(median_seconds(plain) / seconds, 4),
+        "latency_ratio": round(faster, 4),
+        "latency_share": round(faster / counted, 4),
         "cache_bytes": max(held) if held else nothing,
         **{key: _finite(spread[key]["median"]) for key in COMPARED},
+        **dict.fromkeys(EXTRA),
+        **extra,
         "top1": top1(own),
         "spread": spread,
-        "error_per_step": _errors_per_step(own),
+        "error_per_step": None if arm.staged else _errors_per_step(own),
         "per_prompt": [{k: _finite(v) if isinstance(v, float) else v for k, v in f.figures.items()} for f in own],
         "images": image_paths(images, arm, len(own)),
         "note": arm.note,
@@ -190,7 +238,7 @@ def measured_row(
 def failed_row(arm: Arm, error: str) -> dict[str, Any]:
     """The row of an arm that could not run: no figures, and why."""
     absent = (
-        "computed_steps", "flops", "flops_ratio", "flops_ratio_measured", "seconds", "latency_ratio", "cache_bytes",
-        *COMPARED, "top1", "spread", "error_per_step",
+        "computed_steps", "flops", "flops_ratio", "flops_ratio_measured", "seconds", "latency_ratio",
+        "latency_share", "cache_bytes", *COMPARED, *EXTRA, "top1", "spread", "error_per_step",
     )  # fmt: skip
     return _head(arm) | dict.fromkeys(absent) | {"per_prompt": [], "images": [], "note": arm.note, "error": error}

@@ -23,11 +23,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 import hasten
 from hasten import zoo
-from hasten.bench.arms import Arm, method_arms, plain_arms
+from hasten.bench.arms import Arm, merged, method_arms, plain_arms
 from hasten.bench.budget import Trials
+from hasten.bench.edits import vae_unedited, with_image
+from hasten.bench.metrics import summary_statistics
 from hasten.bench.peers import chosen_peers, one_line, peer_arms
 from hasten.bench.rows import (
     Figures,
+    extra_figures,
     failed_row,
     figures_of,
     image_name,
@@ -39,7 +42,8 @@ from hasten.bench.rows import (
 )
 from hasten.bench.sampling import Shot, count_flops, shoot
 from hasten.bench.schema import SCHEMA
-from hasten.errors import ConfigError, ModelError, unknown
+from hasten.bench.staged import is_staged, parse_combination, staged_arms
+from hasten.errors import ConfigError, HastenError, ModelError, unknown
 from hasten.files import write_whole
 from hasten.zoo import ReferenceModel
 
@@ -54,7 +58,7 @@ class BenchSettings:
     """What to measure.
 
     Args:
-        methods: as `parse_method` reads them.
+        methods: caches as `parse_method` reads them, resolution methods and combinations as `parse_combination` does.
         full_steps: numbers of full steps.
         prompts: how many prompts (the model's first ones, or those of `prompt_list`).
         prompt_list: own prompts instead of the model's.
@@ -63,6 +67,7 @@ class BenchSettings:
         call: further arguments of the pipeline's call, such as `true_cfg_scale`.
         peers: measure the other libraries too.
         only_peers: names of those to measure; all of them if empty.
+        image: the user's own source picture for an editing pipeline, in the place of the model's.
     """
 
     methods: tuple[str, ...] = ("reuse", "taylorseer", "hicache", "foca")
@@ -74,6 +79,7 @@ class BenchSettings:
     call: dict[str, Any] = field(default_factory=dict)
     peers: bool = False
     only_peers: tuple[str, ...] = ()
+    image: Path | None = None
 
     def __post_init__(self) -> None:
         if self.prompts < 1:
@@ -157,13 +163,16 @@ def _prompts(model: ReferenceModel, settings: BenchSettings) -> list[str]:
 def _arms(model: ReferenceModel, settings: BenchSettings, prompts: list[str], say: Callable[[str], None]) -> list[Arm]:
     """The baseline, then all others; those with a threshold are matched to their number of full steps here."""
     trials = Trials(model, prompts[:TRIAL_PROMPTS], settings.seed, settings.steps, settings.call, say)
-    methods = method_arms(list(settings.methods), list(settings.full_steps), settings.steps, trials)
+    staged = [text for text in settings.methods if is_staged(text)]
+    caches = [text for text in settings.methods if text not in staged]
+    combinations = [parse_combination(text) for text in staged]  # a wrong name is told before anything is drawn
+    methods = method_arms(caches, list(settings.full_steps), settings.steps, trials)
     counts = list(dict.fromkeys(arm.full_steps for arm in methods))
     (plain,) = plain_arms([settings.steps], ("euler",))
-    arms = [replace(plain, id="baseline"), *plain_arms(counts), *methods]
+    arms = [replace(plain, id="baseline"), *plain_arms(counts), *methods, *staged_arms(combinations, trials)]
     if settings.peers:
         arms += peer_arms(counts, trials, chosen_peers(settings.only_peers))
-    return list({arm.id: arm for arm in arms}.values())  # two requests may come to the same schedule
+    return merged(arms)
 
 
 def _measure(
@@ -179,7 +188,10 @@ def _measure(
     total, done = len(arms) * (len(mine) + 1), 0
 
     def attempt(arm: Arm, label: str, action: Callable[[], Any]) -> Any:
-        """A peer that raises loses its row, and nothing else is lost; an error of our own ends the bench."""
+        """A peer that raises loses its row, and so does a resolution method that refuses the model, and nothing more.
+
+        Another error of our own ends the bench.
+        """
         nonlocal done
         done += 1
         progress(done, total, f"{label}: {arm.id}")
@@ -188,7 +200,8 @@ def _measure(
         try:
             return action()
         except Exception as error:
-            if arm.library in ("plain", "hasten"):
+            refused = arm.staged and isinstance(error, HastenError)
+            if arm.library in ("plain", "hasten") and not refused:
                 raise
             measured.failures[arm.id] = one_line(error)
             return None
@@ -210,9 +223,19 @@ def _measure(
             if arm.id in shots:
                 shot, reference = shots[arm.id], shots["baseline"]
                 save_picture(shot, images / image_name(arm) / f"{number:02d}.png")
-                found = figures_of(model, shot, reference, prompt, number, seed, settings.steps)
+                flops = _flops(model, settings, arm, prompt, seed, measured.flops[arm.id], number)
+                found = figures_of(model, shot, reference, prompt, number, seed, settings.steps, flops)
                 measured.figures[arm.id].append(found)
     return measured
+
+
+def _flops(
+    model: ReferenceModel, settings: BenchSettings, arm: Arm, prompt: str, seed: int, first: int, number: int
+) -> int | None:
+    """Counted operations where they depend on the picture, in a call apart, since counting takes time."""
+    if not arm.staged:
+        return None
+    return first if number == 0 else count_flops(model, arm.attach, arm.steps, prompt, seed, settings.call)[0]
 
 
 def _gather(own: _Measured) -> _Measured:
@@ -244,6 +267,7 @@ def run_bench(
     """
     state = processes()
     tick = progress or (lambda done, total, label: None)
+    model = with_image(model, settings.image)
     prompts = _prompts(model, settings)
     # Every process searches, so that none waits in a collective for longer than its time limit, and all use what the
     # main one found.
@@ -269,6 +293,7 @@ def _result(
 ) -> dict[str, Any]:
     """The content of the JSON file."""
     baseline, *others = arms
+    prompts = _prompts(model, settings)
     plain = measured.figures["baseline"]
     rows = []
     for arm in others:
@@ -285,13 +310,15 @@ def _result(
         "environment": environment(),
         "model": model.name,
         "settings": {
-            "prompts": _prompts(model, settings),
+            "prompts": prompts,
             "seed": settings.seed,
             "height": height,
             "width": width,
+            "frames": plain[0].frames,
             "steps": settings.steps,
             "guidance": float(settings.call.get("true_cfg_scale", settings.call.get("guidance_scale", 1.0))),
             "call": settings.call,
+            "image": None if settings.image is None else settings.image.name,
             "processes": processes,
         },
         "baseline": {
@@ -299,6 +326,8 @@ def _result(
             "seconds": round(median_seconds(plain), 6),
             "flops": measured.flops["baseline"],
             "top1": top1(plain),
+            **extra_figures(plain),
+            "psnr_unedited_vae": summary_statistics(vae_unedited(model, prompts, plain[0].size))["median"],
             "images": image_paths(images, baseline, len(plain)),
         },
         "rows": rows,

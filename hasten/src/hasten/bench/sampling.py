@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hasten import hosts
 from hasten.acceleration import TRANSFORMERS, Acceleration
+from hasten.bench.edits import source_arguments
 from hasten.hosts.probe import require_stacks
+from hasten.resolution.plan import Plan
 from hasten.zoo import ReferenceModel
 
-__all__ = ["Attach", "Shot", "count_flops", "counted_layer", "plain", "shoot"]
+__all__ = ["Attach", "Shot", "call_arguments", "count_flops", "counted_layer", "plain", "shoot"]
 
 Attach = Callable[[Any], AbstractContextManager[Acceleration | None]]
 
@@ -31,15 +34,16 @@ def plain(pipe: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture and what it cost.
+    """One picture or clip and what it cost.
 
     Attributes:
-        picture: `[3, H, W]` in [0, 1], on the CPU.
+        picture: `[3, H, W]`, or the frames `[F, 3, H, W]`, in [0, 1], on the CPU.
         latents: after each step, on the CPU.
         seconds: wall-clock time of the pipeline's call.
         cache_bytes: most bytes of features held at once; None where the library does not tell.
         layer_calls: calls of the counted layer, all transformers together.
         forwards: calls of the transformers.
+        plan: the grids of the stages, where a method with stages planned them.
     """
 
     picture: Tensor
@@ -48,6 +52,7 @@ class Shot:
     cache_bytes: int | None
     layer_calls: int
     forwards: int
+    plan: str = ""
 
 
 def counted_layer(model: nn.Module) -> str:
@@ -89,8 +94,38 @@ def _sync() -> None:
         torch.cuda.synchronize()
 
 
+def call_arguments(model: ReferenceModel, prompts: Sequence[str], call: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call for some prompts, apart from the prompts themselves.
+
+    Args:
+        model: its own arguments are the defaults; one with edits gets the source pictures of the prompts.
+        prompts: of the call.
+        call: the user's arguments. `true_cfg_scale` becomes `guidance_scale` where a pipeline calls it so.
+    """
+    known = inspect.signature(type(model.pipe).__call__).parameters
+    given = dict(call)
+    if "true_cfg_scale" in given and "true_cfg_scale" not in known:
+        given["guidance_scale"] = given.pop("true_cfg_scale")
+    arguments = {**model.call, **given}
+    if "max_area" in known and {"height", "width"} <= arguments.keys():  # or the pipeline would draw at its own size
+        arguments["max_area"] = arguments["height"] * arguments["width"]
+    return arguments | source_arguments(model, prompts, arguments)
+
+
+def _held(acceleration: Acceleration | None) -> int | None:
+    """Most bytes of features that a cache held; 0 for stages without one, None where nothing is known."""
+    if acceleration is None:
+        return None
+    return acceleration.summary().cache_bytes if acceleration.engines else 0
+
+
+def _plan(acceleration: Acceleration | None) -> str:
+    plans = getattr(acceleration.stages, "plans", None) if acceleration is not None else None
+    return str(plans[-1]) if plans and isinstance(plans[-1], Plan) else ""  # a map of regions is no text
+
+
 def shoot(model: ReferenceModel, attach: Attach, steps: int, prompt: str, seed: int, call: dict[str, Any]) -> Shot:
-    """Draw one prompt.
+    """Draw one prompt: a picture, an edited picture, or a clip.
 
     Args:
         model: what draws.
@@ -106,22 +141,24 @@ def shoot(model: ReferenceModel, attach: Attach, steps: int, prompt: str, seed: 
         latents.append(kwargs["latents"])
         return kwargs
 
-    arguments = {**model.call, **call, "num_inference_steps": steps, "output_type": "pt"}
+    arguments = call_arguments(model, [prompt], call) | {"num_inference_steps": steps, "output_type": "pt"}
     generator = torch.Generator("cpu").manual_seed(seed)
     with _counting(model.pipe, attach) as (acceleration, counts):
         _sync()
         started = time.perf_counter()
-        pictures = model.pipe(prompt, generator=generator, callback_on_step_end=keep, **arguments).images
+        output = model.pipe(prompt=prompt, generator=generator, callback_on_step_end=keep, **arguments)
         _sync()
         seconds = time.perf_counter() - started
-        held = acceleration.summary().cache_bytes if acceleration is not None else None
+        held, plan = _held(acceleration), _plan(acceleration)
+    drawn = output.frames if hasattr(output, "frames") else output.images
     return Shot(
-        picture=pictures[0].float().cpu(),
+        picture=drawn[0].float().cpu(),
         latents=[x.float().cpu() for x in latents],
         seconds=seconds,
         cache_bytes=held,
         layer_calls=counts["layer"],
         forwards=counts["forward"],
+        plan=plan,
     )
 
 

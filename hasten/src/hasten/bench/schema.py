@@ -6,6 +6,7 @@ Fields that a result has beyond these are kept and ignored.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from pydantic import BaseModel, ValidationError
 
 from hasten.errors import ReportError
 
-__all__ = ["SCHEMA", "Baseline", "Result", "Row", "Settings", "read_result", "short_label"]
+__all__ = ["SCHEMA", "Baseline", "Result", "Row", "Settings", "read_result", "short_label", "split_methods"]
 
 SCHEMA = 1
+# A plus before a name, not one within a number (1e+3) or a file's name.
+PLUS = re.compile(r"\+(?=[A-Za-z][\w-]*(?:[:+]|$))")
 REMEDY = "Make it again with `hasten bench`."
 
 
@@ -28,6 +31,7 @@ class Settings(BaseModel):
     width: int
     steps: int
     guidance: float
+    frames: int | None = None
 
 
 class Baseline(BaseModel):
@@ -37,6 +41,9 @@ class Baseline(BaseModel):
     seconds: float
     flops: float
     top1: float | None = None
+    psnr_unedited: float | None = None
+    psnr_edited: float | None = None
+    psnr_unedited_vae: float | None = None
     images: list[str] = []
 
 
@@ -48,21 +55,32 @@ class Row(BaseModel):
     library: str
     params: dict[str, Any] = {}
     full_steps: int | None = None
+    staged: bool = False
+    groups: list[int] = []
     computed_steps: float | None = None
     flops_ratio: float | None = None
     flops_ratio_measured: float | None = None
     seconds: float | None = None
     latency_ratio: float | None = None
+    latency_share: float | None = None
     cache_bytes: float | None = None
     psnr: float | None = None
     ssim: float | None = None
     lpips: float | None = None
     flip: float | None = None
+    psnr_unedited: float | None = None
+    psnr_edited: float | None = None
+    temporal_error: float | None = None
     top1: float | None = None
     error_per_step: list[float | None] | None = None
     images: list[str] = []
     note: str = ""
     error: str = ""
+
+    def sections(self) -> list[int]:
+        """Numbers of full steps that a table shows the row under."""
+        own = [] if self.full_steps is None else [self.full_steps]
+        return self.groups or own
 
 
 class Result(BaseModel):
@@ -76,8 +94,17 @@ class Result(BaseModel):
     rows: list[Row]
 
 
+def split_methods(text: str) -> list[str]:
+    """`dvg:budget=0.5+foca:interval=4` as the texts of its methods."""
+    return PLUS.split(text.strip())
+
+
 def short_label(label: str) -> str:
     """A method's text as people read it: without the paths of its files, but with names that tell them apart."""
+    return " + ".join(_short(part) for part in split_methods(label))
+
+
+def _short(label: str) -> str:
     name, *params = label.split(":")
     words = []
     for param in params:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from hasten.bench.schema import short_label
 
-__all__ = ["bench_sheet", "contact_sheet", "picture_grid", "to_pil"]
+__all__ = ["bench_sheet", "contact_sheet", "film_strip", "picture_grid", "to_pil"]
 
 MARGIN, GAP = 12, 6
+STRIP_FRAMES = 5  # of a clip, from the first to the last
+SIDE, STRIP_SIDE = 128, 64  # height on a sheet of a picture and of a strip of frames, pixels
 INK, PAPER, FAINT = (32, 32, 36), (255, 255, 255), (120, 120, 128)
 
 
@@ -32,6 +34,12 @@ def picture_grid(pictures: Tensor, columns: int) -> Image.Image:
     return grid
 
 
+def film_strip(clip: Tensor, frames: int = STRIP_FRAMES) -> Image.Image:
+    """A few frames of a clip `[F, 3, H, W]` in [0, 1], evenly spread, in a row."""
+    shown = torch.linspace(0, len(clip) - 1, min(frames, len(clip))).round().long()
+    return picture_grid(clip[shown], columns=len(shown))
+
+
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     while font.getlength(text) > width and len(text) > 2:
         text = text[:-2] + "…"
@@ -39,39 +47,44 @@ def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Path]], row_labels: Sequence[str], column_labels: Sequence[str], side: int = 128
+    rows: Sequence[Sequence[Path]], row_labels: Sequence[str], column_labels: Sequence[str], side: int = SIDE
 ) -> Image.Image:
     """A grid of pictures, one row a caption, one column a method; small pictures are enlarged without smoothing.
 
     Args:
-        rows: picture files, `len(row_labels)` rows of `len(column_labels)`.
+        rows: picture files, `len(row_labels)` rows of `len(column_labels)`; all of the shape of the first one.
         row_labels: written to the left.
         column_labels: written above; `|` breaks a line.
-        side: size of a picture on the sheet in pixels.
+        side: height of a picture on the sheet in pixels; a square is as wide.
     """
     font = ImageFont.load_default(size=13)
+    with Image.open(rows[0][0]) as first:
+        wide = round(side * first.width / first.height)
     left = MARGIN + max(int(font.getlength(label)) for label in row_labels) + GAP
     lines = max(label.count("|") + 1 for label in column_labels)
     top = MARGIN + 17 * lines + GAP
-    size = (left + len(column_labels) * (side + GAP) + MARGIN, top + len(rows) * (side + GAP) + MARGIN)
+    size = (left + len(column_labels) * (wide + GAP) + MARGIN, top + len(rows) * (side + GAP) + MARGIN)
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, label in enumerate(column_labels):
-        x = left + column * (side + GAP) + side // 2
+        x = left + column * (wide + GAP) + wide // 2
         for k, line in enumerate(label.split("|")):
-            draw.text((x, MARGIN + 17 * k), _fit(line, font, side), fill=FAINT if k else INK, font=font, anchor="mt")
+            draw.text((x, MARGIN + 17 * k), _fit(line, font, wide), fill=FAINT if k else INK, font=font, anchor="mt")
     for y, (paths, label) in enumerate(zip(rows, row_labels, strict=True)):
         draw.text((left - GAP, top + y * (side + GAP) + side // 2), label, fill=INK, font=font, anchor="rm")
         for x, path in enumerate(paths):
             with Image.open(path) as picture:
-                scaled = picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(scaled, (left + x * (side + GAP), top + y * (side + GAP)))
+                scaled = picture.convert("RGB").resize((wide, side), Image.Resampling.NEAREST)
+            sheet.paste(scaled, (left + x * (wide + GAP), top + y * (side + GAP)))
     return sheet
 
 
 def bench_sheet(result: dict[str, Any], folder: Path, full_steps: int, most: int = 8) -> Image.Image:
-    """The contact sheet of a bench result at one number of full steps: the baseline, then each row."""
-    rows = [row for row in result["rows"] if row["full_steps"] == full_steps and row.get("images")]
+    """The contact sheet of a bench result at one number of full steps: the baseline, then each row.
+
+    Clips are shown as a few frames in a row.
+    """
+    rows = [row for row in result["rows"] if full_steps in row["groups"] and row.get("images")]
     columns = [result["baseline"]["images"], *(row["images"] for row in rows)]
     labels = [f"plain|{result['baseline']['steps']} steps"]
     for row in rows:
@@ -79,4 +92,5 @@ def bench_sheet(result: dict[str, Any], folder: Path, full_steps: int, most: int
         labels.append(f"{short_label(row['method'])}|{row['full_steps']} full{quality}")
     prompts = result["settings"]["prompts"][:most]
     pictures = [[folder / column[i] for column in columns] for i in range(len(prompts))]
-    return contact_sheet(pictures, prompts, labels)
+    clips = result["settings"].get("frames") is not None
+    return contact_sheet(pictures, prompts, labels, STRIP_SIDE if clips else SIDE)

@@ -21,7 +21,8 @@ from hasten import registry
 from hasten.bench.arms import Solved, parse_method, parse_options
 from hasten.bench.report import render_report
 from hasten.bench.runner import BenchSettings, run_bench
-from hasten.bench.sampling import plain, shoot
+from hasten.bench.sampling import call_arguments, plain, shoot
+from hasten.bench.staged import is_staged
 from hasten.caching.calibration import Calibration, Fingerprint
 from hasten.caching.method import TUNED
 from hasten.caching.methods.leapcache import LeapCache
@@ -96,7 +97,8 @@ def tuning_calls(
     calls = []
     for first in range(0, len(prompts), batch):
         group = list(prompts[first : first + batch])
-        own = {**model.call, **call, "num_inference_steps": steps, "output_type": "latent", "prompt": group}
+        own = call_arguments(model, group, call)
+        own |= {"num_inference_steps": steps, "output_type": "latent", "prompt": group}
         if "negative_prompt" in own:
             own["negative_prompt"] = [own["negative_prompt"]] * len(group)
         own["generator"] = [torch.Generator().manual_seed(seed + first + i) for i in range(len(group))]
@@ -136,9 +138,9 @@ class _Tuning:
         learn = known[-settings.prompts :]
         self._held_out = known[-wanted : -settings.prompts]
         self._calls = tuning_calls(model, learn, settings.seed, settings.steps, settings.call, settings.batch)
-        self._names = [parse_options(text)[0] for text in settings.methods]
-        for name in {*self._names, parse_options(settings.search)[0]} - {LEAP}:
-            registry.info(name)  # a wrong name is told before anything is drawn
+        self._names = [parse_options(text)[0] for text in settings.methods if not is_staged(text)]
+        if settings.search != LEAP:
+            parse_method(settings.search)  # a wrong name is told before anything is drawn
         self._fitted: Calibration | None = None
 
     def run(self) -> dict[str, Any]:
@@ -214,6 +216,8 @@ class _Tuning:
 
     def _prepared(self, text: str, lists: dict[int, tuple[int, ...]]) -> str:
         """The text of a method with the files that it needs, which are made where they are missing."""
+        if is_staged(text):
+            return text
         name, options = parse_options(text)
         if name == LEAP:
             return f"{text}:calibration={self._folder / 'leap.safetensors'}"
