@@ -13,11 +13,13 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from hasten import Calibration, LeapScheduler, fit_leap, zoo
 from hasten.bench.metrics import psnr
 from hasten.bench.runner import environment
@@ -26,14 +28,16 @@ from hasten.caching.schedule import spread
 from hasten.replay import Replay
 from hasten.search import search_steps
 from hasten.solvers.fit import NormalEquations
-from hasten.solvers.fitter import START, Fitter
-from hasten.solvers.references import record_references
+from hasten.solvers.fitter import STARTS, Fitter
+from hasten.solvers.references import References, record_references
 from torch import Tensor
+from torch.nn import functional
 
 OUT = Path(__file__).parent / "leap-ablation.json"
 LEARN, HELD_OUT, STEPS, BATCH, SEED = 16, 24, 50, 4, 1000
 GUIDED = {"true_cfg_scale": 3.0, "negative_prompt": ""}
 RIDGE, EULER = 1e-6, 1e9  # a huge ridge leaves the plain sampler's coefficients
+BOUND = 12  # pictures that get coefficients of their own
 BANDS = (3, 7)  # limits of three bands of the 16 x 16 tokens' DCT, by the larger of the two frequencies
 
 
@@ -57,7 +61,8 @@ class Ablation:
     def write(self) -> None:
         about = {"model": "emoji-flux", "learned_from": LEARN, "held_out": HELD_OUT, "steps": STEPS}
         fits = {name: fit.report for name, fit in self.files.items()}
-        content = {"environment": environment(), **about, "fits": fits, "parts": self.parts}
+        prompts = {name: fit.options["prompts"] for name, fit in self.files.items()}
+        content = {"environment": environment(), **about, "fits": fits, "fit_prompts": prompts, "parts": self.parts}
         OUT.write_text(json.dumps(content, indent=1) + "\n")
 
     # --- drawing
@@ -93,7 +98,7 @@ class Ablation:
         fitted = self.files["plain"]
         held = self.held_out()
         reference, calls = self.draw(held), self.learn()
-        even, found = (spread(count, STEPS, START), tuple(fitted.report[str(count)]["steps"]))
+        even, found = (spread(count, STEPS, STARTS[0]), tuple(fitted.report[str(count)]["steps"]))
         result: dict[str, Any] = {"plain Euler": self.quality(held, reference, None, count)}
         for name, steps, ridge in (
             ("neither (Euler on the spread that a search starts from)", even, EULER),
@@ -109,7 +114,9 @@ class Ablation:
     def _closed(self, calls: list[dict[str, Any]], steps: tuple[int, ...], ridge: float) -> LeapScheduler:
         """The closed form on a list of steps."""
         replay = Replay(calls)
-        references = record_references(self.model.pipe, replay)
+        return self._solver(replay, record_references(self.model.pipe, replay), steps, ridge)
+
+    def _solver(self, replay: Replay, references: References, steps: tuple[int, ...], ridge: float) -> LeapScheduler:
         fitter = Fitter(self.model.pipe, replay, references, ridge)
         with fitter.probing():
             leap = fitter.fit(steps)
@@ -120,9 +127,9 @@ class Ablation:
     def _searched(self, calls: list[dict[str, Any]], count: int) -> tuple[int, ...]:
         """Steps that are best with the plain sampler's coefficients."""
         replay = Replay(calls)
-        fitter = Fitter(self.model.pipe, list(replay), record_references(self.model.pipe, replay), EULER)
+        fitter = Fitter(self.model.pipe, replay, record_references(self.model.pipe, replay), EULER)
         with fitter.probing():
-            found = search_steps(spread(count, STEPS, START), STEPS, fitter.loss, trials=20)
+            found = search_steps(spread(count, STEPS, STARTS[0]), STEPS, fitter.loss, trials=20)
         replay.rewind()
         return found.steps
 
@@ -132,7 +139,7 @@ class Ablation:
         """The closed form with coefficients of their own for each of three frequency bands over the token grid."""
         pipe, goals = self.model.pipe, (*steps[1:], STEPS)
         learn, test = Replay(calls), Replay(held)
-        known, other = (record_references(pipe, list(learn)), record_references(pipe, list(test)))
+        known, other = record_references(pipe, learn), record_references(pipe, test)
         fitters = [Fitter(pipe, learn, known, RIDGE), Fitter(pipe, test, other, RIDGE)]
         starts = [torch.cat([path[0] for path in r.states]) for r in (known, other)]
         states, velocities = list(starts), [[], []]
@@ -141,9 +148,7 @@ class Ablation:
                 chunks = states[i].split([path.shape[1] for path in fitter.references.states])
                 timestep, sigma = known.timesteps[step], known.sigmas[step]
                 with fitter.probing():
-                    found = [
-                        fitter._evaluate(c, x, timestep, sigma) for c, x in zip(fitter._calls, chunks, strict=True)
-                    ]
+                    found = [fitter._evaluate(call, x, timestep, sigma) for call, x in enumerate(chunks)]
                 velocities[i].append(torch.cat(found))
             aim = torch.cat([path[goal] for path in known.states]) - starts[0]
             plain = [known.sigmas[b] - known.sigmas[a] for a, b in zip(steps, goals, strict=True)][: len(velocities[0])]
@@ -161,6 +166,19 @@ class Ablation:
         latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         drawn = (pipe.vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
         return round(statistics.median(psnr(a, b) for a, b in zip(drawn, reference, strict=True)), 2)
+
+    def coarse(self, fit: Calibration, count: int, numbers: Sequence[int]) -> dict[str, Any]:
+        """The closed form where the first evaluations see a quarter of the tokens."""
+        held, replay = self.held_out(), Replay(self.learn())
+        steps, pipe = tuple(fit.report[str(count)]["steps"]), self.model.pipe
+        reference, references = self.draw(held), record_references(pipe, replay)
+        result = {}
+        for coarse in numbers:
+            levels = [references.sigmas[step] for step in steps[:coarse]]
+            with _coarse_grid(pipe.transformer, levels):
+                scheduler = self._solver(replay, references, steps, RIDGE)
+                result[f"{coarse} of {count} coarse"] = self.quality(held, reference, scheduler, count)
+        return result
 
     def trajectories(self, count: int, learn: int) -> dict[str, Any]:
         """A fit to another number of prompts."""
@@ -184,6 +202,23 @@ class Ablation:
             result[f"plain Euler, {count}"] = self.quality(held, reference, None, count)
         return result
 
+    def bound(self, fit: Calibration, count: int, **call: Any) -> dict[str, Any]:
+        """What no multistep formula with these steps can pass by much: coefficients fitted to each picture itself."""
+        steps = tuple(fit.report[str(count)]["steps"])
+        pictures = tuning_calls(self.model, self.model.prompts[:BOUND], 0, STEPS, call, 1)
+        references = [self.draw([one]) for one in pictures]
+        shared = self._closed(self.learn(**call), steps, RIDGE)
+
+        def over_pictures(solver_of: Callable[[dict[str, Any]], LeapScheduler]) -> float:
+            pairs = zip(pictures, references, strict=True)
+            return statistics.median(self.quality([one], drawn, solver_of(one), count) for one, drawn in pairs)
+
+        return {
+            "one formula for all": over_pictures(lambda _: shared),
+            "each picture its own": over_pictures(lambda one: self._closed([one], steps, RIDGE)),
+            "one for all, refined": over_pictures(lambda _: self.solver(fit)),
+        }
+
     def domains(self, count: int) -> dict[str, Any]:
         """Fitted to animals and plants, used on food and drink, and the other way round."""
         from hasten.zoo.emoji_flux.data import load_emoji_set
@@ -204,6 +239,36 @@ class Ablation:
                 quality = self.quality(held, self.draw(held), self.solver(fit), count)
                 result[f"learned on {learned}, used on {used}"] = quality
         return result
+
+
+@contextmanager
+def _coarse_grid(transformer: Any, levels: Sequence[float]) -> Iterator[None]:
+    """While this lasts, the transformer answers at these noise levels from a quarter of the tokens.
+
+    Averages of 2x2 latent pixels of `(1 - s) x_0 + s e` have the noise `s / 2`: scaled to unit sum they are what the
+    model knows at `s / (2 - s)`. Its clean estimate there, enlarged, gives the velocity on the fine grid.
+    """
+    plain = transformer.forward
+
+    def forward(hidden_states: Tensor, timestep: Tensor, img_ids: Tensor, **others: Any) -> Any:
+        sigma = float(timestep[0])
+        if all(abs(sigma - level) > 1e-4 for level in levels):
+            return plain(hidden_states=hidden_states, timestep=timestep, img_ids=img_ids, **others)
+        side = int(hidden_states.shape[1] ** 0.5)
+        pixels = rearrange(hidden_states, "b (h w) (c i j) -> b c (h i) (w j)", h=side, i=2, j=2)
+        level, small = sigma / (2 - sigma), functional.avg_pool2d(pixels, 2) / (1 - sigma / 2)
+        tokens = rearrange(small, "b c (h i) (w j) -> b (h w) (c i j)", i=2, j=2)
+        grid = img_ids.unflatten(0, (side, side))[: side // 2, : side // 2].flatten(0, 1)
+        velocity = plain(hidden_states=tokens, timestep=timestep * (level / sigma), img_ids=grid, **others)[0]
+        clean = small - level * rearrange(velocity, "b (h w) (c i j) -> b c (h i) (w j)", h=side // 2, i=2, j=2)
+        large = functional.interpolate(clean, scale_factor=2, mode="nearest")
+        return (rearrange((pixels - large) / sigma, "b c (h i) (w j) -> b (h w) (c i j)", i=2, j=2),)
+
+    transformer.forward = forward
+    try:
+        yield
+    finally:
+        del transformer.forward
 
 
 def _band(x: Tensor, band: int) -> Tensor:
@@ -237,6 +302,9 @@ def main() -> None:
     own.part("without guidance's fit used with guidance 3", lambda: own.elsewhere(plain, (9, 7), **GUIDED))
     for count in (9, 7):
         own.part(f"components, {count}", lambda count=count: own.components(count))
+    own.part("bound, 9", lambda: own.bound(plain, 9))
+    own.part("bound with guidance 3, 9", lambda: own.bound(guided, 9, **GUIDED))
+    own.part("early evaluations on a coarse grid, 9", lambda: own.coarse(plain, 9, (0, 1, 2, 3)))
     for learn in (4, 8, 16, 32):
         own.part(f"trajectories, {learn}", lambda learn=learn: own.trajectories(7, learn))
     own.part("prompt domains, 7", lambda: own.domains(7))

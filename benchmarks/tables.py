@@ -210,17 +210,32 @@ def ablation_table(result: dict[str, Any]) -> str:
 
 def fits_table(result: dict[str, Any]) -> str:
     """Markdown of the fits in `leap-ablation.json`: what was found, and model evaluations."""
-    heads = ["fit", "evaluations", "steps found", "spread, dB", "searched, dB", "refined, dB", "model evaluations"]
-    lines = [_row(heads), "|---|--:|---|--:|--:|--:|--:|"]
+    heads = [
+        "fit",
+        "prompts",
+        "evaluations",
+        "steps found",
+        "spread, dB",
+        "searched, dB",
+        "refined, dB",
+        "model evaluations",
+    ]
+    lines = [_row(heads), "|---|--:|--:|---|--:|--:|--:|--:|"]
     for name, fit in result["fits"].items():
         for count, row in fit.items():
             errors = [row[key] for key in ("at_the_start", "closed_form", "relative_squared_error")]
-            cells = [name, count, " ".join(map(str, row["steps"])), *(f"{-10 * math.log10(e):.1f}" for e in errors)]
+            cells = [
+                name,
+                str(result["fit_prompts"][name]),
+                count,
+                " ".join(map(str, row["steps"])),
+                *(f"{-10 * math.log10(e):.1f}" for e in errors),
+            ]
             lines.append(_row([*cells, str(row["evaluations_of_references"] + row["evaluations_of_fit"])]))
     lines.append("")
     lines.append(
-        f"{result['model']}; dB of signal to error in the final latents of the {result['learned_from']} prompts that "
-        "were learned from; evaluations count pictures, those of the reference trajectories included."
+        f"{result['model']}; dB of signal to error in the final latents of the prompts that were learned from; "
+        "evaluations count pictures, those of the reference trajectories included."
     )
     return "\n".join(lines)
 
@@ -229,6 +244,7 @@ HIDDEN = ("seconds", "closed_form", "relative_squared_error", "evaluations")
 TABLES = {
     "emoji-flux": lambda: overview_table(emoji_flux()),
     "leap-guided": lambda: overview_table(_read("emoji-flux-guided.json")),
+    "leap-100": lambda: bench_table(_read("emoji-flux-100.json")),
     "leap-ablation": lambda: ablation_table(_read("leap-ablation.json")),
     "leap-fits": lambda: fits_table(_read("leap-ablation.json")),
     "demo": lambda: bench_table(_read("demo.json")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
@@ -21,11 +21,11 @@ from hasten.search import Search, search_steps
 from hasten.solvers.fit import NormalEquations, advance
 from hasten.solvers.references import References
 
-__all__ = ["START", "Fitter", "Leap"]
+__all__ = ["STARTS", "Fitter", "Leap"]
 
 Steps = tuple[int, ...]
 Rows = list[list[float]]
-START = 1.15  # power of the spread that a search starts from: a little denser early
+STARTS = (1.15, 1.0, 1.3)  # powers of the spreads that a search chooses its start from; the first alone for one trial
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,8 @@ class Fitter:
         """The best list of `count` steps that a search finds, and how it went."""
         self._best = None
         total = self.references.total
-        found = search_steps(spread(count, total, START), total, self.loss, trials=trials, seed=seed, progress=progress)
+        starts = list(dict.fromkeys(spread(count, total, power) for power in STARTS[:trials]))
+        start = min(starts, key=self.loss)
+        found = search_steps(start, total, self.loss, trials=trials - len(starts) + 1, seed=seed, progress=progress)
         assert self._best is not None
-        return self._best, found
+        return self._best, replace(found, trials=found.trials + len(starts) - 1)
