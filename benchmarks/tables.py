@@ -58,6 +58,36 @@ def bench_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def resolution_table(result: dict[str, Any]) -> str:
+    """Markdown of a bench result with resolution methods, by what a picture costs."""
+    heads = [
+        "sampler",
+        "evaluations",
+        "FLOPs, times fewer",
+        "speed-up",
+        "share of it",
+        "PSNR dB",
+        "LPIPS",
+        "FLIP",
+        "top-1",
+    ]
+    lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
+    rows = [row for row in result["rows"] if not row.get("error")]
+    for row in sorted(rows, key=lambda row: row["flops_ratio_measured"]):
+        cells = [_title(row), str(row["steps"]), _cell(row["flops_ratio_measured"], 2), _cell(row["latency_ratio"], 2)]
+        cells += [_cell(row["latency_share"], 2), _cell(row["psnr"], 1), _cell(row["lpips"], 4)]
+        lines.append(_row([*cells, _cell(row["flip"], 4), _cell(row["top1"], 2)]))
+    lines.append("")
+    lines += [f"Not measured: {_title(row)}: {row['error']}." for row in result["rows"] if row.get("error")]
+    environment, settings = result["environment"], result["settings"]
+    lines.append(
+        f"{result['model']}, {settings['width']}x{settings['height']}, {len(settings['prompts'])} prompts, medians, "
+        f"against {settings['steps']} plain steps from the same noise; share: speed-up over FLOPs ratio; hasten "
+        f"{environment['hasten']}, torch {environment['torch']}, {environment['device']}, {result['created'][:10]}."
+    )
+    return "\n".join(lines)
+
+
 def overhead_table(result: dict[str, Any]) -> str:
     """Markdown of `overhead.json`."""
     lines = ["| site | method | cached forward ms | of that Python overhead ms | cache KiB |", "|---|---|--:|--:|--:|"]
@@ -247,6 +277,7 @@ TABLES = {
     "leap-100": lambda: bench_table(_read("emoji-flux-100.json")),
     "leap-ablation": lambda: ablation_table(_read("leap-ablation.json")),
     "leap-fits": lambda: fits_table(_read("leap-ablation.json")),
+    "resolution": lambda: resolution_table(_read("emoji-flux-resolution.json")),
     "demo": lambda: bench_table(_read("demo.json")),
     "overhead": lambda: overhead_table(_read("overhead.json")),
     "matrix": lambda: matrix_table(_read("matrix.json")),

@@ -111,3 +111,13 @@ def test_every_method_has_a_page_in_the_navigation():
                 "strict",
             }:
                 assert f"`{parameter}`" in text, f"{info.name}: {parameter}"
+
+
+def test_every_resolution_method_has_a_page_in_the_navigation():
+    navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    for info in hasten.methods():
+        if info.kind == "resolution":
+            text = (DOCS / "methods" / f"{info.name}.md").read_text(encoding="utf-8")
+            assert f"methods/{info.name}.md" in navigation
+            for parameter in info.parameters:
+                assert f"`{parameter}`" in text, f"{info.name}: {parameter}"

@@ -27,7 +27,7 @@ METHODS = {
     "fresco, two promotions": Fresco(stages=(2, 2, 2, 3), shares=(0.25, 0.5), units="hr_units"),
     "bottleneck": Bottleneck(stages=(4, 5)),
     "ralu": RALU(stages=fit_stages((3, 3, 3), (0.7, 0.55, 0.0)), share=0.25),
-    "spectral": Spectral(coarse=4),
+    "spectral": Spectral(stages=(4, 5)),
 }
 STEPS = 9
 GUIDED = {"true_cfg_scale": 3.0, "negative_prompt": "green leaf"}
@@ -235,7 +235,15 @@ def test_presets() -> None:
     assert [Fresco(preset=name).evaluations for name in ("30", "18", "11", "9")] == [30, 18, 11, 9]
     assert [RALU(preset=name).evaluations for name in ("18", "10")] == [18, 10]
     assert Bottleneck().evaluations == 18
+    assert Spectral(stages=(6, 12)).evaluations == 18
     assert Spectral().evaluations is None
+
+
+def test_the_spectral_switch_takes_any_number_of_steps(pipe: Any) -> None:
+    for steps in (9, 12):
+        with hasten.accelerate(pipe, Spectral(delta=0.3, power=(20.0, 2.0))) as run:
+            paint(pipe, steps)
+        assert sum(record.switched for record in run.stages.records) == 1
 
 
 @pytest.mark.parametrize(
@@ -252,7 +260,7 @@ def test_presets() -> None:
         (lambda: Bottleneck(stages=(0, 4)), "stages"),
         (lambda: RALU(share=1.0), "share"),
         (lambda: Spectral(delta=0.0), "delta"),
-        (lambda: Spectral(coarse=0), "coarse"),
+        (lambda: Spectral(stages=(0, 3)), "stages"),
     ],
 )
 def test_bad_parameters(make: Any, message: str) -> None:
@@ -267,8 +275,8 @@ def test_a_run_of_another_length_is_refused(pipe: Any) -> None:
     ):
         paint(pipe, 12)
     with (
-        hasten.accelerate(pipe, Spectral(coarse=9)),
-        pytest.raises(ConfigError, match="a step at full size has to follow"),
+        hasten.accelerate(pipe, Spectral(delta=1e-3)),
+        pytest.raises(ScheduleError, match="leaves no coarse step"),
     ):
         paint(pipe)
 

@@ -24,7 +24,7 @@ from hasten.caching import (
 from hasten.errors import HastenError, HastenWarning
 from hasten.recording import calibrate, fit, record
 from hasten.registry import MethodInfo, methods
-from hasten.resolution import DVG, RALU, Bottleneck, Fresco, Spectral
+from hasten.resolution import DVG, RALU, Bottleneck, Fresco, SpecEdit, Spectral
 from hasten.solvers import LeapScheduler, fit_leap, fit_leapcache
 from hasten.steps import StepRecord
 from hasten.tuning import tune_steps
@@ -56,6 +56,7 @@ __all__ = [
     "Reuse",
     "SVDCache",
     "SpeCa",
+    "SpecEdit",
     "Spectral",
     "Spectrum",
     "StepRecord",

@@ -62,7 +62,7 @@ class Fresco(RegionMethod):
         preset: number of evaluations of a published setting; `stages` and `shares` go before it.
         stages: steps of each stage, coarse ones first; a first stage of 0 steps is the plain pipeline.
         shares: of the coarse tokens that are fine from each promotion on, but for the last, which takes all; one for
-            each stage between the first and the last.
+            each stage between the first and the last, or a single number.
         score: which tokens are promoted first.
         snapshot: what the variance over steps is taken of: clean estimates, states or velocities.
         window: steps that it looks back.
@@ -76,7 +76,7 @@ class Fresco(RegionMethod):
 
     preset: Preset = "18"
     stages: tuple[int, ...] | None = None
-    shares: tuple[float, ...] | None = None
+    shares: tuple[float, ...] | float | None = None
     score: Score = "temporal_low"
     snapshot_of: Snapshot = "x0"
     window: int = 4
@@ -101,7 +101,8 @@ class Fresco(RegionMethod):
         if self.stages is not None and self.shares is None and len(self.stages) != len(stages):
             raise ConfigError(f"stages={self.stages} need shares, one for each of the {len(self.stages) - 2} between")
         object.__setattr__(self, "stages", tuple(stages if self.stages is None else self.stages))
-        object.__setattr__(self, "shares", tuple(shares if self.shares is None else self.shares))
+        given = (self.shares,) if isinstance(self.shares, (int, float)) else self.shares
+        object.__setattr__(self, "shares", tuple(shares if given is None else given))
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -125,7 +126,7 @@ class Fresco(RegionMethod):
     @property
     def _split(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         assert self.stages is not None
-        assert self.shares is not None
+        assert isinstance(self.shares, tuple)
         return self.stages, self.shares
 
     @property

@@ -31,36 +31,41 @@ __all__ = ["Spectral"]
 class Spectral(RegionMethod):
     """Coarse until details begin to show, then all of the spectrum (spectral progressive diffusion).
 
-    Any number of steps will do.
-
     Args:
         delta: how much of a detail's power counts as showing; the greater, the longer the run stays coarse.
         power: `(A, b)` of the clean latents' spectrum `A w^-b`; FLUX.1's by default, (219.485, 2.4227) for Wan.
-        coarse: steps of the coarse stage, instead of the switch by `delta`.
+        stages: steps of the coarse and of the full-size stage, instead of a switch by `delta` in a run of any length.
         shift: of the levels after the switch.
     """
 
     delta: float = 0.05
     power: tuple[float, float] = (203.615, 1.9155)
-    coarse: int | None = None
+    stages: tuple[int, int] | None = None
     shift: float = 3.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "power", tuple(self.power))
         if self.delta <= 0 or self.shift <= 0 or len(self.power) != 2 or min(self.power) <= 0:
             raise ConfigError(f"delta, shift and the two numbers of power are above 0: {self}")
-        if self.coarse is not None and self.coarse < 1:
-            raise ConfigError(f"coarse is a number of steps from 1, got {self.coarse}")
+        if self.stages is not None:
+            object.__setattr__(self, "stages", tuple(self.stages))
+            if len(self.stages) != 2 or min(self.stages) < 1:
+                raise ConfigError(f"stages are two numbers of steps from 1, got {self.stages}")
+
+    @property
+    def evaluations(self) -> int | None:
+        """Steps of a run; None for any number."""
+        return None if self.stages is None else sum(self.stages)
 
     def promotions(self, sigmas: Tensor, size: tuple[int, int]) -> tuple[Promotion, ...]:
-        if self.coarse is not None:
-            return (Promotion(self.coarse),)
+        if self.stages is not None:
+            return (Promotion(self.stages[0]),)
         level = switch_level(min(size), self.delta, self.power)  # half the tokens, of two latent pixels each
         done = int((sigmas[1:-1] >= level).sum())
         if not 1 <= done < len(sigmas) - 1:
             raise ScheduleError(
-                f"details show below sigma {level:.3f}, which leaves no coarse step in this run; take another delta or "
-                "the number of coarse steps, coarse=..."
+                f"details show below sigma {level:.3f}, which leaves no coarse step in this run; take another delta, "
+                "or the steps of both stages, stages=(...)"
             )
         return (Promotion(done),)
 

@@ -1,0 +1,355 @@
+"""SpecEdit: draft an edit in small, verify where it differs from the source, compute only that at full size.
+
+"SpecEdit", arXiv:2605.02152. A run has three parts, with `sigma` the noise level before a step and `sigma'` after it:
+
+    draft    all tokens coarse, and those of the source picture, too
+    verify   D = discrepancy(x0, source) for every coarse token, x0 = x - sigma v; S = selected tokens, dilated by one;
+             U = an evenly spread coverage set. S and U are promoted: x' = (1 - sigma') Up(x0) + sigma' E
+    mixed    fine tokens in S and U; the rest coarse and held on their way to the source, v = (x - source) / sigma.
+             Halfway D is taken again from what the model would have done; what exceeds it now is promoted, too
+    final    the canvas: fine tokens in S, the source elsewhere, blended over a ring; noised, and denoised at full size
+
+`E` is the pipeline's own noise, and the draft begins with its low-pass.
+
+The paper's abstract and conclusion are all that this rests on; selectors, guards, promotion, locking and the canvas are
+a reconstruction (perceptual distance and locking as in SpotEdit, arXiv:2512.22323). Departures that are decided here:
+    the coverage set's own result stays out of the canvas unless `keep_cover`, since it was verified as unchanged;
+    a batch shares one layout: what is selected in any of its pictures is promoted in all;
+    a global edit (more tokens selected than the bound, or a median token that has changed by half of its size, which
+    the subtraction of the median hides) is promoted as a whole, and nothing is locked.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from hasten.errors import ConfigError, HastenWarning, unknown
+from hasten.registry import method
+from hasten.resolution.discrepancy import (
+    Discrepancy,
+    above_floor,
+    discrepancy,
+    global_shift,
+    has_features,
+    median_change,
+    resized,
+)
+from hasten.resolution.method import ResolutionMethod
+from hasten.resolution.packed import PackedEngine, PackedRun, Part, check_even, check_total
+from hasten.resolution.positions import TokenSet, Units, pack, unpack
+from hasten.resolution.seams import MixedState, blend, children, enlarge_tokens, locked_velocity
+from hasten.resolution.select import EditMap, Selector, dilate, everything, select
+
+__all__ = ["EditMap", "EditRecord", "SpecEdit", "SpecEditEngine"]
+
+Reference = Literal["mix", "lr", "hr"]
+By = Literal["pixels", "latents"]
+PartName = Literal["draft", "mixed", "final"]
+
+
+@method("specedit", kind="resolution", paper="SpecEdit, arXiv:2605.02152")
+@dataclass(frozen=True, kw_only=True)
+class SpecEdit(ResolutionMethod):
+    """Draft an edit in small and compute at full size only what it changes (SpecEdit).
+
+    Call the pipeline with `num_inference_steps=draft + mixed + final`.
+
+    Args:
+        draft: steps with coarse tokens; 0 for the plain pipeline, everything fine from the start.
+        mixed: steps with fine tokens where the edit is.
+        final: steps at full size at the end, which repair seams.
+        discrepancy: `"perceptual"` (features of the VAE's decoder; falls back to `"latent"`, with a warning, where the
+            decoder was not learned), `"latent"` or `"cosine"`.
+        floor: whether the picture's median is taken from the discrepancy.
+        selector: `"two-means"`, `"threshold"` or `"top"`.
+        threshold: least discrepancy of a selected token, with `selector="threshold"`.
+        share: of the tokens, with `selector="top"`.
+        bounds: least and greatest share of selected tokens; with more the edit counts as global.
+        global_change: change of the median token, in units of the root mean square of the source's, from which an edit
+            counts as global, too; None for never. The floor hides such edits from the selectors.
+        coverage: one token in so many along rows and columns is promoted wherever it lies; None for none.
+        cover_init: clean estimate that promoted coverage tokens begin with: the source's or the draft's.
+        keep_cover: whether the coverage tokens' own result is kept.
+        reference: tokens of the source picture in the mixed part: `"mix"` fine where the picture's are, `"lr"` all
+            coarse, `"hr"` all fine. Further reference pictures are coarse unless `"hr"`.
+        lock: whether the rest is held to the source; without it the rest is the coarse result, enlarged.
+        reverify: whether the locked tokens are looked at again in the middle of the mixed part.
+        ring: width of the blend around the selected tokens, in coarse tokens: 0 or 1 (the dilation).
+        units: frame of the positions in the mixed part.
+        enlarge: how a clean estimate is made larger: `"latents"` copies latent pixels, `"pixels"` decodes, resizes and
+            encodes.
+        shrink: the same for the source picture, `"latents"` being the mean of 2x2.
+        source: number of the reference picture that is edited, from 0.
+    """
+
+    draft: int = 8
+    mixed: int = 10
+    final: int = 2
+    discrepancy: Discrepancy = "perceptual"
+    floor: bool = True
+    selector: Selector = "two-means"
+    threshold: float = 0.2
+    share: float = 0.2
+    bounds: tuple[float, float] = (0.05, 0.6)
+    global_change: float | None = 0.5
+    coverage: int | None = 4
+    cover_init: Literal["source", "draft"] = "source"
+    keep_cover: bool = False
+    reference: Reference = "mix"
+    lock: bool = True
+    reverify: bool = True
+    ring: int = 1
+    units: Units = "lr_units"
+    enlarge: By = "latents"
+    shrink: By = "pixels"
+    source: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bounds", tuple(self.bounds))
+        for name in ("draft", "mixed", "final", "source"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ConfigError(f"{name} is a whole number from 0, got {getattr(self, name)!r}")
+        if self.draft == 0 and self.mixed:
+            raise ConfigError("without a draft there is nothing to verify: give draft=1 or more, or mixed=0 as well")
+        if not self.evaluations:
+            raise ConfigError("draft, mixed and final are all 0; a run needs steps")
+        for name, known in (
+            ("discrepancy", get_args(Discrepancy)),
+            ("selector", get_args(Selector)),
+            ("cover_init", ("source", "draft")),
+            ("reference", get_args(Reference)),
+            ("units", get_args(Units)),
+            ("enlarge", get_args(By)),
+            ("shrink", get_args(By)),
+        ):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        if len(self.bounds) != 2 or not 0 <= self.bounds[0] <= self.bounds[1] <= 1:
+            raise ConfigError(f"bounds are two shares, such as (0.05, 0.6), got {self.bounds}")
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share is above 0 and up to 1, got {self.share}")
+        if self.threshold < 0:
+            raise ConfigError(f"threshold is a discrepancy from 0, got {self.threshold}")
+        if self.global_change is not None and self.global_change <= 0:
+            raise ConfigError(f"global_change is a positive share or None, got {self.global_change}")
+        if self.coverage is not None and (not isinstance(self.coverage, int) or self.coverage < 1):
+            raise ConfigError(f"coverage is one token in how many, from 1, or None, got {self.coverage!r}")
+        if self.ring not in (0, 1):
+            raise ConfigError(f"ring is 0 or 1, the width by which the selection is dilated, got {self.ring!r}")
+
+    @property
+    def evaluations(self) -> int:
+        """Steps of a run."""
+        return self.draft + self.mixed + self.final
+
+    def attach(self, pipe: Any) -> SpecEditEngine:
+        """Make the pipeline edit in this way, until `.remove()` or the end of the `with`."""
+        return SpecEditEngine(pipe, self)
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """One sampler step.
+
+    Attributes:
+        run: counts runs from 0.
+        step: counts steps from 0.
+        part: `"draft"`, `"mixed"` or `"final"`; a global edit has no mixed part.
+        coarse: coarse tokens of the picture that the transformer saw.
+        fine: fine tokens.
+        locked: coarse tokens that were held to the source.
+        sigma: noise level before the step.
+        next_sigma: noise level after it.
+        switched: whether tokens were promoted at the end of the step.
+    """
+
+    run: int
+    step: int
+    part: PartName
+    coarse: int
+    fine: int
+    locked: int
+    sigma: float
+    next_sigma: float
+    switched: bool
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A reference picture: size of its coarse grid, coarse tokens `[B, n, C]` and fine ones `[B, 4 n, C]`."""
+
+    size: tuple[int, int]
+    coarse: Tensor
+    fine: Tensor
+
+
+@dataclass
+class _Run(PackedRun):
+    """What is remembered of the call under way, with the reference pictures."""
+
+    sources: list[_Source] = field(default_factory=list)
+
+
+class SpecEditEngine(PackedEngine[_Run]):
+    """Runs one editing pipeline as `SpecEdit` says; see `PackedEngine`.
+
+    Args:
+        pipe: a `FluxKontextPipeline`, `QwenImageEditPipeline` or `QwenImageEditPlusPipeline`.
+        method: what to do.
+
+    Attributes:
+        records: one for each step.
+        plans: what the verification of a run's draft found.
+    """
+
+    pipelines = ("FluxKontextPipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline")
+
+    def __init__(self, pipe: Any, method: SpecEdit) -> None:
+        super().__init__(pipe, "SpecEdit")
+        self.method = method
+        self.records: list[EditRecord] = []
+        self.plans: list[EditMap] = []
+        self._kind: Discrepancy = method.discrepancy
+        if self._kind == "perceptual" and not has_features(pipe.vae):
+            self._kind = "latent"
+            warnings.warn(
+                f"{type(pipe.vae).__name__} has no learned decoder, and SpecEdit compares latents instead; "
+                "give discrepancy='latent' to say so yourself",
+                HastenWarning,
+                stacklevel=3,
+            )
+
+    def begin(self, number: int, total: int, sizes: Sequence[tuple[int, int]], hidden: Tensor) -> _Run:
+        method = self.method
+        check_total(self.name, f"{method.draft} + {method.mixed} + {method.final}", method.evaluations, total)
+        if len(sizes) < 2 + method.source:
+            raise ConfigError(
+                f"SpecEdit edits reference picture {method.source}, but the call has {len(sizes) - 1}; give image=..."
+            )
+        run = _Run(number, total, None)
+        if method.draft:
+            check_even(self.name, sizes)
+            noise, *references = hidden.split([rows * columns for rows, columns in sizes], 1)
+            run.state = MixedState.begin(noise, sizes[0])
+            for tokens, size in zip(references, sizes[1:], strict=True):
+                wanted = sizes[0] if len(run.sources) == method.source else size
+                run.sources.append(self._source(unpack(tokens, size), wanted))
+        return run
+
+    def _source(self, latents: Tensor, size: tuple[int, int]) -> _Source:
+        """A reference in both sizes; `size` is that of the fine grid of tokens that is wanted."""
+        if latents.shape[2:] != (2 * size[0], 2 * size[1]):
+            latents = resized(self.pipe, latents, (2 * size[0], 2 * size[1]))
+        small = resized(self.pipe, latents, size) if self.method.shrink == "pixels" else avg_pool2d(latents, 2)
+        return _Source((size[0] // 2, size[1] // 2), pack(small), pack(latents))
+
+    def units(self, run: _Run) -> Units:
+        return self.method.units if run.step >= self.method.draft else "lr_units"
+
+    def references(self, run: _Run, hidden: Tensor) -> list[Part]:
+        assert run.state is not None
+        own, mixed, parts = run.state.tokens, run.step >= self.method.draft, list[Part]()
+        for number, source in enumerate(run.sources):
+            tokens = TokenSet(own.fine.new_full(source.size, mixed and self.method.reference == "hr"))
+            if mixed and self.method.reference == "mix" and number == self.method.source:
+                tokens = own
+            parts.append((tokens, self.units(run), tokens.gather(source.coarse, source.fine)))
+        return parts
+
+    def record(self, run: _Run, coarse: int, fine: int, sigma: float, after: float, switched: bool) -> None:
+        mixed = coarse > 0 and run.step >= self.method.draft
+        part: PartName = "mixed" if mixed else "draft" if coarse else "final"
+        locked = coarse if mixed and self.method.lock else 0
+        self.records.append(EditRecord(run.number, run.step, part, coarse, fine, locked, sigma, after, switched))
+
+    def move(self, run: _Run, state: MixedState, velocity: tuple[Tensor, Tensor], sigma: float, after: float) -> None:
+        method, done, source = self.method, run.step + 1, run.sources[self.method.source]
+        coarse, fine = velocity
+        clean, fine_clean = state.coarse - sigma * coarse, state.fine - sigma * fine
+        if method.lock and run.step >= method.draft:
+            coarse = locked_velocity(state.coarse, source.coarse, sigma)
+        state.move(coarse, fine, after - sigma)
+        if done == method.draft:
+            self._verify(run.number, state, source, clean, after)
+        elif done == method.draft + method.mixed:
+            self._complete(state, source, clean, fine_clean, after)
+        elif method.lock and method.reverify and done == method.draft + (method.mixed + 1) // 2:
+            self._verify_again(state, source, clean, fine_clean, after)
+
+    def _verify(self, run: int, state: MixedState, source: _Source, clean: Tensor, sigma: float) -> None:
+        """Compare the draft with the source and promote what the edit touches."""
+        method = self.method
+        large = self._enlarged(clean, source.size)
+        if method.mixed == 0:
+            state.promote(torch.ones_like(state.tokens.fine), large, sigma)
+            return
+        distance = self._distance(clean, source)
+        changes = median_change(unpack(clean, source.size), unpack(source.coarse, source.size))
+        selections = [
+            select(scores, method.selector, threshold=method.threshold, share=method.share, bounds=method.bounds)
+            if method.global_change is None or change < method.global_change
+            else everything(scores)
+            for scores, change in zip(distance, changes.tolist(), strict=True)
+        ]
+        found = EditMap.of(run, distance, selections, method.coverage)
+        self.plans.append(found)
+        if found.everywhere and method.share < 1:
+            moved = global_shift(unpack(clean, source.size), unpack(source.coarse, source.size))
+            warnings.warn(
+                "the edit touches most of the picture and is computed at full size everywhere; the draft is most like "
+                f"the source moved by {moved} coarse latent pixels (down, right)",
+                HastenWarning,
+                stacklevel=2,
+            )
+        if not found.everywhere and method.cover_init == "source":
+            large = torch.where(children(found.fine & ~found.edited), source.fine, large)
+        state.promote(found.fine, large, sigma)
+
+    def _verify_again(
+        self, state: MixedState, source: _Source, clean: Tensor, fine_clean: Tensor, sigma: float
+    ) -> None:
+        """Promote locked tokens that the model would have changed as much as those that were selected."""
+        found = self.plans[-1]
+        size = (2 * source.size[0], 2 * source.size[1])
+        small = pack(avg_pool2d(unpack(fine_clean, size), 2))
+        clean = torch.where(state.tokens.fine.reshape(-1, 1), small, clean)
+        cuts = clean.new_tensor(found.cuts)[:, None, None]
+        later = (self._distance(clean, source) > cuts).any(0) & ~state.tokens.fine
+        if bool(later.any()):
+            state.promote(dilate(later) & ~state.tokens.fine, self._enlarged(clean, source.size), sigma)
+            self.plans[-1] = replace(found, fine=state.tokens.fine, later=later)
+
+    def _complete(self, state: MixedState, source: _Source, clean: Tensor, fine_clean: Tensor, sigma: float) -> None:
+        """The canvas, noised to `sigma`, in the place of all tokens."""
+        found = self.plans[-1]
+        size = (2 * source.size[0], 2 * source.size[1])
+        outer = source.fine if self.method.lock else self._enlarged(clean, source.size)
+        if self.method.keep_cover or not self.method.lock:
+            outer = torch.where(children(state.tokens.fine & ~found.edited), fine_clean, outer)
+        inner = torch.where(children(state.tokens.fine), fine_clean, outer)
+        inside = found.chosen | found.later if self.method.ring else found.edited
+        canvas = blend(unpack(inner, size), unpack(outer, size), inside, self.method.ring)
+        state.promote(torch.ones_like(state.tokens.fine), pack(canvas), sigma)
+
+    def _distance(self, clean: Tensor, source: _Source) -> Tensor:
+        """Discrepancy `[B, h, w]` of coarse clean tokens and the source."""
+        distance = discrepancy(
+            self._kind, self.pipe.vae, unpack(clean, source.size), unpack(source.coarse, source.size)
+        )
+        return above_floor(distance) if self.method.floor else distance
+
+    def _enlarged(self, clean: Tensor, size: tuple[int, int]) -> Tensor:
+        """Clean coarse tokens as fine ones."""
+        if self.method.enlarge == "latents":
+            return enlarge_tokens(clean, size)
+        return pack(resized(self.pipe, unpack(clean, size), (4 * size[0], 4 * size[1])))

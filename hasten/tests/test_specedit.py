@@ -1,0 +1,751 @@
+"""SpecEdit: distances, selectors, seams, and editing pipelines that draft in small."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from test_variants import VARIANTS, autoencoder, flux, image_vae, picture, qwen_vae, randn
+from torch import Tensor
+
+import hasten
+from hasten.errors import (
+    AlreadyAcceleratedError,
+    ConfigError,
+    HastenError,
+    HastenWarning,
+    HostError,
+    ScheduleError,
+    TargetError,
+    UnknownNameError,
+)
+from hasten.resolution.discrepancy import (
+    above_floor,
+    cosine_distance,
+    global_shift,
+    latent_distance,
+    median_change,
+    perceptual_distance,
+    resized,
+)
+from hasten.resolution.methods.specedit import SpecEdit
+from hasten.resolution.positions import TokenSet, pack, unpack
+from hasten.resolution.seams import (
+    MixedState,
+    blend,
+    children,
+    enlarge_tokens,
+    locked_velocity,
+    ring_weights,
+    seam_steps,
+)
+from hasten.resolution.select import above, coverage, dilate, select, top, two_means
+from hasten.zoo.emoji_flux.model import PixelVAE
+
+# --- distances
+
+
+def square(size: int = 16, rows: slice = slice(4, 8), columns: slice = slice(8, 12)) -> Tensor:
+    """A map of tokens, `[size, size]` bool, with a rectangle."""
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    mask[rows, columns] = True
+    return mask
+
+
+def edited(source: Tensor, mask: Tensor, seed: int = 5) -> Tensor:
+    """Latents that differ from the source in the tokens of the mask, and a little everywhere."""
+    pixels = mask.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    return source + 0.02 * randn(*source.shape, seed=seed) + pixels * randn(*source.shape, seed=seed + 1)
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "latent": latent_distance,
+    "cosine": cosine_distance,
+    "perceptual": lambda draft, source: perceptual_distance(image_vae(), draft, source),
+    "perceptual with frames": lambda draft, source: perceptual_distance(qwen_vae(), draft, source),
+}
+
+
+def overlap(a: Tensor, b: Tensor) -> float:
+    """Intersection over union."""
+    return float((a & b).sum() / (a | b).sum())
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_a_square_edit_is_found(kind: str) -> None:
+    source, mask = randn(2, 4, 32, 32), square()
+    distance = DISTANCES[kind](edited(source, mask), source)
+    assert distance.shape == (2, 16, 16)
+    assert distance.dtype == torch.float32
+    for scores in above_floor(distance):
+        chosen = select(scores).chosen
+        assert chosen[mask].float().mean() > 0.8
+        assert not (chosen & ~dilate(mask)).any()
+        assert kind.startswith("perceptual") or overlap(chosen, mask) > 0.8
+        assert not (mask & ~dilate(chosen)).any()
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_equal_pictures_are_at_no_distance_and_fall_to_the_guard_set(kind: str) -> None:
+    source = randn(1, 4, 32, 32)
+    distance = above_floor(DISTANCES[kind](source.clone(), source))
+    assert distance.abs().max() < 1e-5
+    selection = select(torch.zeros(16, 16))
+    assert int(selection.chosen.sum()) == math.ceil(0.05 * 256)
+    assert not selection.everywhere
+
+
+def test_the_latent_distance_is_relative_to_the_median() -> None:
+    source = torch.zeros(1, 4, 8, 8)
+    draft = torch.ones(1, 4, 8, 8)
+    draft[..., :2, :2] = 3
+    distance = latent_distance(draft, source)[0]
+    assert distance[0, 0] == pytest.approx(3)
+    assert distance[1:].eq(1).all()
+    assert above_floor(distance[None])[0].flatten().tolist() == pytest.approx([2.0, *[0.0] * 15])
+    source[..., :2, :2] = 3  # all tokens are equal but the ones that were 1
+    assert latent_distance(torch.zeros(1, 4, 8, 8), source)[0, 0, 0] == pytest.approx(16)
+
+
+def test_the_cosine_distance_does_not_mind_length() -> None:
+    source = randn(1, 4, 8, 8)
+    assert cosine_distance(3 * source, source).max() < 1e-6
+    assert cosine_distance(-source, source).min() == pytest.approx(2)
+    assert cosine_distance(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)).max() == 0
+
+
+def test_the_perceptual_distance_undoes_the_scaling() -> None:
+    """A VAE that says how its latents were scaled sees the same pictures as one that needs no scaling."""
+    plain, scaled = image_vae(), image_vae()
+    scaled.register_to_config(scaling_factor=0.5, shift_factor=0.1)
+    draft, source = randn(1, 4, 8, 8), randn(1, 4, 8, 8, seed=1)
+    expected = perceptual_distance(plain, draft, source)
+    torch.testing.assert_close(perceptual_distance(scaled, (draft - 0.1) * 0.5, (source - 0.1) * 0.5), expected)
+    video, shifted = qwen_vae(), qwen_vae()
+    shifted.register_to_config(latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+    expected = perceptual_distance(video, draft, source)
+    torch.testing.assert_close(perceptual_distance(shifted, (draft - 0.1) / 2, (source - 0.1) / 2), expected)
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (3, -5), (-2, 7), (8, 0)])
+def test_a_picture_that_was_moved(shift: tuple[int, int]) -> None:
+    source = randn(2, 4, 16, 24)
+    draft = source.roll(shift, (2, 3)) + 0.3 * randn(2, 4, 16, 24, seed=1)
+    assert global_shift(draft, source) == [shift] * 2
+
+
+def test_bad_pictures() -> None:
+    with pytest.raises(ConfigError, match="one shape and even sides"):
+        latent_distance(randn(1, 4, 8, 8), randn(1, 4, 8, 6))
+    with pytest.raises(ConfigError, match="one shape and even sides"):
+        cosine_distance(randn(1, 4, 7, 8), randn(1, 4, 7, 8))
+    with pytest.raises(HostError, match="PixelVAE has no learned decoder"):
+        perceptual_distance(PixelVAE(), randn(1, 12, 8, 8), randn(1, 12, 8, 8))
+    odd = autoencoder("AutoencoderTiny")
+    odd.register_to_config(scaling_factor=None)
+    odd.decoder.conv_in = odd.decoder.mid_block = odd.decoder.up_blocks = torch.nn.Identity()
+    with pytest.raises(HostError, match="neither scaling_factor nor latents_mean"):
+        perceptual_distance(odd, randn(1, 4, 8, 8), randn(1, 4, 8, 8))
+
+
+# --- selectors
+
+
+def test_two_means_parts_two_heaps() -> None:
+    scores = torch.tensor([[0.0, 0.1, 0.2, 5.0], [0.1, 4.0, 0.0, 6.0]])
+    assert two_means(scores).tolist() == [[False, False, False, True], [False, True, False, True]]
+    assert not two_means(torch.full((2, 2), 0.7)).any()
+
+
+def test_top_takes_the_share_and_settles_ties_by_order() -> None:
+    assert top(torch.tensor([[1.0, 3.0], [2.0, 3.0]]), 0.5).tolist() == [[False, True], [False, True]]
+    assert top(torch.zeros(2, 5), 0.3).flatten().tolist() == [True] * 3 + [False] * 7
+    for count in (1, 3, 7, 10):
+        assert int(top(torch.rand(2, 5), count / 10).sum()) == count
+    assert above(torch.tensor([[0.1, 0.3]]), 0.2).tolist() == [[False, True]]
+
+
+def test_bounds_of_the_selection() -> None:
+    ramp = torch.arange(100.0).reshape(10, 10)
+    few = (ramp >= 99).float()
+    assert int(select(few, bounds=(0.1, 0.6)).chosen.sum()) == 10
+    assert int(select(few, bounds=(0.0, 0.6)).chosen.sum()) == 1
+    many = select((ramp >= 20).float())
+    assert many.everywhere
+    assert many.chosen.all()
+    assert select((ramp >= 20).float(), bounds=(0.05, 0.9)).chosen.sum() == 80
+    assert int(select(ramp, "threshold", threshold=94.5).chosen.sum()) == 5
+    assert int(select(ramp, "threshold", threshold=1e3).chosen.sum()) == 5
+    assert select(ramp, "top", share=0.9).chosen.sum() == 90
+    assert select(ramp, "top", share=0.9).cut == 10
+    with pytest.raises(ConfigError, match="finite map"):
+        select(torch.tensor([[float("nan")]]))
+    with pytest.raises(UnknownNameError, match="two-means"):
+        select(ramp, "two_means")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 14), (32, 32), (5, 3)])
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+def test_coverage_count(size: tuple[int, int], stride: int) -> None:
+    expected = math.prod(math.ceil((side - stride // 2) / stride) for side in size)
+    assert int(coverage(size, stride).sum()) == max(expected, 0)
+    assert not coverage(size, None).any()
+    with pytest.raises(ConfigError, match="positive"):
+        coverage(size, 0)
+
+
+def test_dilation_takes_diagonals() -> None:
+    dot = torch.zeros(5, 5, dtype=torch.bool)
+    dot[2, 2] = True
+    assert torch.equal(dilate(dot), square(5, slice(1, 4), slice(1, 4)))
+    assert dilate(dot, 2).all()
+
+
+# --- tokens and seams
+
+
+def test_tokens_of_two_resolutions_find_their_places() -> None:
+    fine_map = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) > 0.6
+    tokens = TokenSet(fine_map)
+    assert tokens.count == 24 + 3 * int(fine_map.sum())
+    size = tokens.size
+    places = torch.arange(size[0] * size[1]).float()
+    full = torch.stack([places // size[1], places % size[1]], 1)[None]
+    coarse = torch.stack([torch.arange(24.0) // 6 * 2, torch.arange(24.0) % 6 * 2], 1)[None]
+    sequence = tokens.gather(coarse, full)
+    assert torch.equal(sequence[0].long(), tokens.picture("hr_units").anchors)
+    spread = tokens.spread(sequence)
+    assert torch.equal(tokens.collect(spread), sequence)
+    under = children(fine_map)[:, 0]
+    assert torch.equal(spread[0, under], full[0, under])
+    assert torch.equal(spread[0, ~under], (full[0, ~under] // 2) * 2)
+    back_coarse, back_fine = tokens.scatter(sequence)
+    assert torch.equal(tokens.gather(back_coarse, back_fine), sequence)
+
+
+def test_enlargement_is_of_latent_pixels() -> None:
+    latents = randn(2, 3, 4, 6)
+    larger = unpack(enlarge_tokens(pack(latents), (2, 3)), (4, 6))
+    assert torch.equal(larger, torch.nn.functional.interpolate(latents, scale_factor=2))
+    assert torch.equal(unpack(pack(latents), (2, 3)), latents)
+
+
+def test_a_state_begins_with_unit_noise_and_is_promoted_onto_the_straight_path() -> None:
+    noise = randn(1, 64 * 64, 16)
+    state = MixedState.begin(noise, (64, 64))
+    assert state.coarse.std() == pytest.approx(1, abs=0.03)
+    new = square(32)
+    clean = randn(1, 64 * 64, 16, seed=1)
+    state.promote(new, clean, 0.6)
+    under = children(new)[:, 0]
+    torch.testing.assert_close(state.fine[:, under], 0.4 * clean[:, under] + 0.6 * noise[:, under])
+    assert not state.complete
+    assert torch.equal(state.shown()[:, under], state.fine[:, under])
+    state.promote(~new, clean, 0.6)
+    assert state.complete
+
+
+def test_locked_tokens_stay_on_the_way_to_the_source() -> None:
+    source, noise = randn(1, 9, 8), randn(1, 9, 8, seed=1)
+    levels = [1.0, 0.8, 0.55, 0.2, 0.0]
+    state = noise
+    for sigma, after in pairwise(levels):
+        state = state + (after - sigma) * locked_velocity(state, source, sigma)
+        torch.testing.assert_close(state, (1 - after) * source + after * noise, atol=1e-6, rtol=0)
+
+
+def test_weights_of_a_ring() -> None:
+    line = torch.zeros(1, 7, dtype=torch.bool)
+    line[0, 3] = True
+    expected = [0, math.cos(math.pi / 3) ** 2, math.cos(math.pi / 6) ** 2, 1]
+    assert ring_weights(line, 2)[0].tolist() == pytest.approx([*expected, *expected[2::-1]])
+    assert torch.equal(ring_weights(line, 0), line.float())
+
+
+def test_a_blend_leaves_both_sides_alone_and_lowers_the_seam() -> None:
+    inner, outer, mask = torch.ones(3, 64, 64), torch.zeros(3, 64, 64), square()
+    hard, soft = blend(inner, outer, mask, 0), blend(inner, outer, mask, 1)
+    pixels = mask.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    beyond = ~dilate(mask).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    for mixed in (hard, soft):
+        assert mixed[:, pixels].eq(1).all()
+        assert mixed[:, beyond].eq(0).all()
+    seam, rest = seam_steps(hard, mask)
+    assert (seam, rest) == (1, 0)
+    assert seam_steps(soft, mask)[0] < 0.15
+
+
+def test_the_seam_statistic_sees_a_seam_and_none_where_there_is_none() -> None:
+    image, mask = randn(3, 64, 64), square()
+    seam, rest = seam_steps(image, mask)
+    assert seam == pytest.approx(rest, rel=0.2)
+    pixels = mask.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    seam, rest = seam_steps(image + 3 * pixels, mask)
+    assert seam > 2 * rest
+    for wrong in (torch.zeros(16, 16, dtype=torch.bool), torch.ones(16, 16, dtype=torch.bool)):
+        with pytest.raises(ConfigError, match="no seam to measure"):
+            seam_steps(image, wrong)
+    with pytest.raises(ConfigError, match=r"cannot be divided into the cells of a map \[15, 16\]"):
+        seam_steps(image, mask[1:])
+    with pytest.raises(ConfigError, match=r"picture \[C, H, W\]"):
+        seam_steps(image[None], mask)
+    with pytest.raises(ConfigError, match="bool map"):
+        ring_weights(mask.float(), 1)
+
+
+# --- pipelines
+
+STEPS = 6
+SPLIT = {"draft": 2, "mixed": 3, "final": 1}
+# Random weights change everything, and the share of the edit has to be said.
+LOCAL: dict[str, Any] = {**SPLIT, "selector": "top", "share": 0.1, "coverage": None, "global_change": None}
+GUIDED = {"negative_prompt_embeds": randn(1, tiny.TEXT, 32, seed=4), "true_cfg_scale": 4.0}
+NEGATIVE_MASK = {"negative_prompt_embeds_mask": torch.ones(1, tiny.TEXT, dtype=torch.long)}
+CALLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kontext": ("flux kontext", {"height": 16, "width": 24, "max_area": 384, "image": picture(16, 24)}),
+    "kontext guided": (
+        "flux kontext",
+        {
+            **{"height": 16, "width": 24, "max_area": 384, "image": picture(16, 24), **GUIDED},
+            "negative_pooled_prompt_embeds": randn(1, 32, seed=5),
+        },
+    ),
+    "kontext, source of another size": (
+        "flux kontext",
+        {"height": 16, "width": 24, "max_area": 384, "image": picture(24, 16)},
+    ),
+    "qwen edit": ("qwen edit", {"height": 64, "width": 96}),
+    "qwen edit guided": ("qwen edit", {"height": 64, "width": 96, **GUIDED, **NEGATIVE_MASK}),
+    "qwen edit plus": ("qwen edit plus", {"height": 64, "width": 96}),
+}
+HOSTS = list(CALLS)
+
+
+@pytest.fixture(autouse=True)
+def small_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen's editing pipelines bring their sources to a megapixel; here to 64x64 pixels."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda *_: (96, 64, None))
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)
+
+
+def make(host: str) -> Any:
+    return VARIANTS[CALLS[host][0]].make()
+
+
+def draw(pipe: Any, host: str, steps: int = STEPS, seed: int = 1, **kwargs: Any) -> Tensor:
+    """Latents of one call, and without gradients."""
+    variant, changes = CALLS[host]
+    call = {**VARIANTS[variant].call, **changes, "output_type": "latent", **kwargs}
+    call.setdefault("generator", torch.Generator().manual_seed(seed))
+    latents: Tensor = pipe(num_inference_steps=steps, **call).images
+    return latents
+
+
+def test_the_calls_are_what_they_say() -> None:
+    pipe = make("qwen edit plus")
+    shapes = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["img_shapes"][0]), with_kwargs=True
+    )
+    draw(pipe, "qwen edit plus")
+    assert shapes[0][0] == (1, 8, 12)
+    assert len(shapes[0]) == 3
+    assert shapes[0][1] != shapes[0][2]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_everything_fine_from_the_start_is_the_plain_pipeline(host: str) -> None:
+    pipe = make(host)
+    plain = draw(pipe, host)
+    with SpecEdit(draft=0, mixed=0, final=STEPS).attach(pipe) as engine:
+        assert torch.equal(draw(pipe, host), plain)
+        assert {(record.part, record.coarse) for record in engine.records} == {("final", 0)}
+    assert torch.equal(draw(pipe, host), plain)
+
+
+@pytest.mark.parametrize(
+    ("host", "reference"),
+    [
+        *((host, "mix") for host in HOSTS),
+        *((host, reference) for host in ("kontext", "qwen edit plus") for reference in ("lr", "hr")),
+    ],
+)
+def test_parts_of_a_run(host: str, reference: Any) -> None:
+    pipe = make(host)
+    plain = draw(pipe, host)
+    seen: list[int] = []
+    method = SpecEdit(**LOCAL, reference=reference)
+    with method.attach(pipe) as engine:
+        pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((args or tuple(kwargs.values()))[0].shape[1]), with_kwargs=True
+        )
+        latents = draw(pipe, host, method.evaluations)
+    assert latents.shape == plain.shape
+    assert torch.isfinite(latents).all()
+    assert not torch.equal(latents, plain)
+    fine = int(engine.plans[0].fine.sum())
+    total = engine.plans[0].fine.numel()
+    assert 0 < fine < total
+    assert [record.part for record in engine.records] == ["draft"] * 2 + ["mixed"] * 3 + ["final"]
+    assert [(record.coarse, record.fine, record.locked) for record in engine.records] == [
+        *[(total, 0, 0)] * 2,
+        *[(total - fine, 4 * fine, total - fine)] * 3,
+        (0, 4 * total, 0),
+    ]
+    assert [record.switched for record in engine.records] == [False, True, False, False, True, False]
+    mixed = total + 3 * fine
+    others = seen[0] - 2 * total  # further references, coarse
+    expected = {"mix": mixed + others, "lr": total + others, "hr": 4 * (total + others)}[reference]
+    passes = 2 if "guided" in host else 1
+    assert seen[: 2 * passes] == [2 * total + others] * 2 * passes
+    assert seen[2 * passes : 5 * passes] == [mixed + expected] * 3 * passes
+
+
+def test_a_draft_alone_is_the_small_picture() -> None:
+    """Drafting with coarse tokens is what the pipeline does at half size, with the low-pass noise."""
+    pipe = make("kontext")
+    method = SpecEdit(draft=4, mixed=0, final=0)
+    with method.attach(pipe):
+        tokens: list[Tensor] = []
+        handle = pipe.transformer.x_embedder.register_forward_pre_hook(lambda _, args: tokens.append(args[0]))
+        large = draw(pipe, "kontext", 4)
+        handle.remove()
+    target, source = tokens[0].split(24, 1)
+    half = {"height": 8, "width": 12, "max_area": 96, "latents": target, "image": unpack(source, (4, 6))}
+    small = pipe(
+        **{**VARIANTS["flux kontext"].call, **half}, num_inference_steps=4, output_type="latent", generator=None
+    ).images
+    torch.testing.assert_close(enlarge_tokens(small, (4, 6)), large, atol=1e-4, rtol=1e-4)
+
+
+def test_the_floor_hides_a_global_edit_and_the_median_change_shows_it() -> None:
+    source = randn(2, 4, 32, 32)
+    local = edited(source, square())
+    changed = torch.cat([local[:1], -source[1:] + 0.02 * randn(1, 4, 32, 32, seed=8)])
+    assert select(above_floor(latent_distance(changed, source))[1]).share < 0.6
+    change = median_change(changed, source)
+    assert change[0] < 0.05
+    assert change[1] == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize("found", [{"selector": "two-means", "bounds": (0.0, 0.001)}, {"global_change": 0.01}])
+def test_a_global_edit_is_promoted_as_a_whole_with_a_warning(found: dict[str, Any]) -> None:
+    pipe = make("kontext")
+    said = pytest.warns(HastenWarning, match="at full size everywhere")
+    with SpecEdit(**{**LOCAL, **found}).attach(pipe) as engine, said:
+        draw(pipe, "kontext")
+    assert engine.plans[0].everywhere
+    assert [record.part for record in engine.records] == ["draft"] * 2 + ["final"] * 4
+    assert {record.locked for record in engine.records} == {0}
+
+
+def test_where_nothing_was_selected_the_source_is_kept() -> None:
+    """With the canvas as the end, tokens beyond the dilated selection are the source's own."""
+    pipe = make("kontext")
+    method = SpecEdit(**{**LOCAL, "final": 0, "mixed": 4, "reverify": False, "coverage": 2})
+    source = pack(pipe._encode_vae_image(2 * picture(16, 24) - 1, None))
+    with method.attach(pipe) as engine:
+        latents = draw(pipe, "kontext")
+        kept = ~children(engine.plans[0].edited)[:, 0]
+        assert kept.any()
+        assert not kept.all()
+        torch.testing.assert_close(latents[:, kept], source[:, kept])
+        assert not torch.isclose(latents[:, ~kept], source[:, ~kept]).all(-1).any()
+    with SpecEdit(**{**LOCAL, "final": 0, "mixed": 4, "reverify": False, "coverage": 2, "keep_cover": True}).attach(
+        pipe
+    ) as engine:
+        latents = draw(pipe, "kontext")
+        cover = children(engine.plans[0].fine & ~engine.plans[0].edited)[:, 0]
+        assert cover.any()
+        assert not torch.isclose(latents[:, cover], source[:, cover]).all(-1).any()
+    with SpecEdit(**{**LOCAL, "final": 0, "mixed": 4, "lock": False}).attach(pipe) as engine:
+        latents = draw(pipe, "kontext")
+        rest = ~children(engine.plans[0].fine)[:, 0]
+        assert not torch.isclose(latents[:, rest], source[:, rest]).all(-1).any()
+        assert {record.locked for record in engine.records} == {0}
+
+
+def test_locked_tokens_are_looked_at_again() -> None:
+    pipe = make("kontext")
+    method = SpecEdit(**{**LOCAL, "share": 0.04, "mixed": 4})
+    with method.attach(pipe) as engine:
+
+        def lower(_: Any, step: int, *__: Any) -> dict[str, Tensor]:
+            if step == 1:  # as if the least of the selected tokens had hardly differed
+                engine.plans[-1] = replace(engine.plans[-1], cuts=(0.2,))
+            return {}
+
+        draw(pipe, "kontext", 7)
+        draw(pipe, "kontext", 7, callback_on_step_end=lower)
+    once, again = engine.plans
+    assert not once.later.any()
+    assert again.later.any()
+    assert not (again.later & dilate(again.chosen)).any()
+    assert torch.equal(again.fine, again.edited)
+    for found, run in ((once, 0), (again, 1)):
+        mixed = [record for record in engine.records if record.run == run and record.part == "mixed"]
+        at_first, later = int((~dilate(found.chosen)).sum()), int((~found.fine).sum())
+        assert [record.coarse for record in mixed] == [at_first] * 2 + [later] * 2
+        assert [record.switched for record in mixed] == [False, run == 1, False, True]
+
+
+def test_settings_change_what_comes_out() -> None:
+    pipe = make("kontext")
+    base = {**LOCAL, "share": 0.04, "coverage": 2}
+    results = {}
+    for name, change in {
+        "base": {},
+        "cover_init": {"cover_init": "draft"},
+        "reference": {"reference": "lr"},
+        "units": {"units": "hr_units"},
+        "enlarge": {"enlarge": "pixels"},
+        "shrink": {"shrink": "latents"},
+        "ring": {"ring": 0},
+        "lock": {"lock": False},
+        "keep_cover": {"keep_cover": True},
+    }.items():
+        with SpecEdit(**{**base, **change}).attach(pipe):
+            results[name] = draw(pipe, "kontext")
+    for name, latents in results.items():
+        assert name == "base" or not torch.equal(latents, results["base"]), name
+
+
+@pytest.mark.parametrize("host", ["kontext", "qwen edit plus"])
+def test_half_precision_stays_what_it_is(host: str) -> None:
+    pipe = make(host).to(torch.bfloat16)
+    call = VARIANTS[CALLS[host][0]].call
+    half = {name: value.bfloat16() for name, value in call.items() if name.endswith("prompt_embeds")}
+    types = set()
+    pipe.transformer.register_forward_hook(lambda _, __, output: types.add(output[0].dtype))
+    with SpecEdit(**LOCAL).attach(pipe) as engine:
+        latents = draw(pipe, host, **half)
+        assert torch.equal(draw(pipe, host, **half), latents)
+    assert types == {torch.bfloat16}
+    assert latents.dtype == torch.bfloat16
+    assert torch.isfinite(latents).all()
+    assert engine.plans[0].distance.dtype == torch.float32
+
+
+def test_a_batch_shares_its_layout() -> None:
+    """What is selected in any of the pictures is promoted in all of them."""
+    pipe = make("kontext")
+    call: dict[str, Any] = {
+        "image": torch.cat([picture(16, 24), picture(16, 24, seed=9)]),
+        "prompt_embeds": randn(1, tiny.TEXT, 32).repeat(2, 1, 1),
+        "pooled_prompt_embeds": VARIANTS["flux kontext"].call["pooled_prompt_embeds"].repeat(2, 1),
+    }
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    with SpecEdit(**LOCAL).attach(pipe) as engine:
+        both = draw(pipe, "kontext", generator=generators, **call)
+        first = draw(pipe, "kontext", seed=1)
+        second = draw(pipe, "kontext", seed=2, image=call["image"][1:])
+    together, one, two = engine.plans
+    assert together.distance.shape == (2, 4, 6)
+    torch.testing.assert_close(together.distance, torch.cat([one.distance, two.distance]), atol=1e-4, rtol=1e-4)
+    assert torch.equal(together.chosen, one.chosen | two.chosen)
+    assert not torch.equal(one.chosen, two.chosen)
+    assert both.shape == (2, *first.shape[1:])
+    assert second.shape == first.shape
+
+
+def test_callbacks_see_full_size_latents_and_may_not_change_mixed_ones() -> None:
+    pipe = make("kontext")
+    shapes: list[tuple[int, ...]] = []
+
+    def look(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        shapes.append(tuple(tensors["latents"].shape))
+        return {}
+
+    def change(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": tensors["latents"] + 1} if step == at else {}
+
+    with SpecEdit(**LOCAL).attach(pipe):
+        plain = draw(pipe, "kontext", callback_on_step_end=look)
+        assert shapes == [(1, 96, 16)] * STEPS
+        at = 3
+        with pytest.raises(ConfigError, match="changed between steps 3 and 4"):
+            draw(pipe, "kontext", callback_on_step_end=change)
+        at = 4  # the last mixed step: the true latents are the pipeline's from here on
+        assert not torch.equal(draw(pipe, "kontext", callback_on_step_end=change), plain)
+        assert torch.equal(draw(pipe, "kontext"), plain)
+
+
+@pytest.mark.parametrize("host", ["kontext", "qwen edit"])
+def test_removal_is_exact(host: str) -> None:
+    pipe = make(host)
+    plain = draw(pipe, host)
+    module, scheduler = pipe.transformer, pipe.scheduler
+    before, step_before = set(vars(module)), set(vars(scheduler))
+    own = getattr(module, "pos_embed", None)
+    engine = SpecEdit(**LOCAL).attach(pipe)
+    assert inspect.signature(scheduler.step) == inspect.signature(type(scheduler)().step)
+    with pytest.raises(AlreadyAcceleratedError, match="tokens of two sizes already"):
+        SpecEdit(**LOCAL).attach(pipe)
+    draw(pipe, host)
+    engine.remove()
+    engine.remove()
+    assert (set(vars(module)), set(vars(scheduler))) == (before, step_before)
+    assert module.pos_embed is own
+    assert len(engine.records) == STEPS
+    assert torch.equal(draw(pipe, host), plain)
+
+
+@pytest.mark.parametrize("host", ["kontext", "qwen edit"])
+def test_an_exception_in_mid_run_leaves_the_pipeline_usable(host: str) -> None:
+    pipe = make(host)
+    plain, own = draw(pipe, host), pipe.transformer.pos_embed
+
+    class BrokenError(Exception):
+        pass
+
+    def broken(_: Any, step: int, *__: Any) -> dict[str, Tensor]:
+        if step == 2:
+            raise BrokenError
+        return {}
+
+    def fail(*_: Any) -> None:
+        raise BrokenError
+
+    with SpecEdit(**LOCAL).attach(pipe) as engine:
+        expected = draw(pipe, host)
+        with pytest.raises(BrokenError):
+            draw(pipe, host, callback_on_step_end=broken)
+        assert torch.equal(draw(pipe, host), expected)
+        handle = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(fail)
+        with pytest.raises(BrokenError):
+            draw(pipe, host)
+        handle.remove()
+        assert torch.equal(draw(pipe, host), expected)
+        handle = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(fail)
+        with pytest.raises(BrokenError):
+            draw(pipe, host)
+        handle.remove()
+        engine.remove()
+    assert pipe.transformer.pos_embed is own
+    assert torch.equal(draw(pipe, host), plain)
+
+
+@pytest.mark.parametrize("host", ["kontext", "qwen edit guided"])
+def test_a_cache_inside_starts_afresh_where_the_tokens_change(host: str) -> None:
+    pipe = make(host)
+    method = SpecEdit(**{**LOCAL, "draft": 4, "mixed": 4, "final": 3, "reverify": False})
+    with method.attach(pipe):
+        alone = draw(pipe, host, 11)
+    with hasten.accelerate(pipe, hasten.Reuse(interval=1), method) as run:
+        assert torch.equal(draw(pipe, host, 11), alone)
+        assert run.stages is not None
+        assert [record.part for record in run.stages.records] == ["draft"] * 4 + ["mixed"] * 4 + ["final"] * 3
+    with hasten.accelerate(pipe, hasten.TaylorSeer(interval=3, warmup=1), method) as cached:
+        latents = draw(pipe, host, 11)
+    computed = {record.step for record in cached.records if record.full}
+    assert {0, 4, 8} <= computed
+    assert len(computed) < 11
+    assert torch.isfinite(latents).all()
+    late = pytest.raises(ConfigError, match="attach caching first")
+    with method.attach(pipe), late, hasten.accelerate(pipe, "reuse", interval=3):
+        draw(pipe, host, 11)
+
+
+def test_without_a_learned_decoder_latents_are_compared_and_that_is_said() -> None:
+    pipe = flux("FluxKontextPipeline")()
+    pipe.register_modules(vae=PixelVAE(block_out_channels=(3,), latent_channels=4))
+    with pytest.warns(HastenWarning, match="PixelVAE has no learned decoder"):
+        SpecEdit().attach(pipe).remove()
+
+
+def test_resizing_goes_by_way_of_pixels() -> None:
+    """With a VAE that keeps every pixel, halving is the mean of 2x2 pixels."""
+    pipe = make("kontext")
+    pipe.register_modules(vae=PixelVAE(scaling_factor=2.0, shift_factor=0.1))
+    image = 2 * picture(16, 24) - 1
+    small = resized(pipe, pipe._encode_vae_image(image, None), (4, 6))
+    expected = pipe._encode_vae_image(torch.nn.functional.avg_pool2d(image, 2), None)
+    torch.testing.assert_close(small, expected)
+
+
+# --- what cannot work
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"draft": -1}, "draft is a whole number"),
+        ({"mixed": 1.5}, "mixed is a whole number"),
+        ({"draft": 0}, "nothing to verify"),
+        ({"draft": 0, "mixed": 0, "final": 0}, "a run needs steps"),
+        ({"discrepancy": "lpips"}, "unknown discrepancy 'lpips'"),
+        ({"selector": "kmeans"}, "unknown selector"),
+        ({"reference": "full"}, "unknown reference"),
+        ({"units": "pma"}, "unknown units"),
+        ({"cover_init": "noise"}, "unknown cover_init"),
+        ({"bounds": (0.6, 0.05)}, "bounds are two shares"),
+        ({"bounds": (0.1,)}, "bounds are two shares"),
+        ({"share": 0.0}, "share is above 0"),
+        ({"global_change": 0.0}, "global_change is a positive share"),
+        ({"threshold": -0.1}, "threshold is a discrepancy"),
+        ({"coverage": 0}, "coverage is one token in how many"),
+        ({"ring": 2}, "ring is 0 or 1"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(HastenError, match=message):
+        SpecEdit(**settings)
+
+
+def test_bad_pipelines_and_schedulers() -> None:
+    with pytest.raises(TargetError, match="FluxPipeline cannot run SpecEdit"):
+        SpecEdit().attach(flux("FluxPipeline")())
+    pipe = make("kontext")
+    for scheduler in (UniPCMultistepScheduler(), DPMSolverMultistepScheduler()):
+        pipe.scheduler = scheduler
+        with pytest.raises(ConfigError, match=r"FlowMatchEulerDiscreteScheduler\.from_config"):
+            SpecEdit().attach(pipe)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(ConfigError, match="stochastic_sampling"):
+        SpecEdit().attach(pipe)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe.transformer._compiled_call_impl = pipe.transformer.forward  # as .compile() leaves it
+    with pytest.raises(TargetError, match="compile_repeated_blocks"):
+        SpecEdit().attach(pipe)
+
+
+def test_bad_calls_name_the_remedy_and_leave_the_pipeline_usable() -> None:
+    pipe = make("kontext")
+    with SpecEdit(**LOCAL).attach(pipe):
+        expected = draw(pipe, "kontext")
+        with pytest.raises(ScheduleError, match=r"2 \+ 3 \+ 1 = 6 steps.*num_inference_steps=6"):
+            draw(pipe, "kontext", 8)
+        with pytest.raises(ConfigError, match="half size with pictures of 7x12 and 7x12 tokens"):
+            draw(pipe, "kontext", height=14, max_area=14 * 24, image=picture(14, 24))
+        with pytest.raises(ConfigError, match="give image="):
+            draw(pipe, "kontext", image=None)
+        with pytest.raises(ConfigError, match="begins with pure noise"):
+            draw(pipe, "kontext", sigmas=[0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+        assert torch.equal(draw(pipe, "kontext"), expected)
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+        with pytest.raises(ConfigError, match="another scheduler"):
+            draw(pipe, "kontext")
+    pipe = make("kontext")
+    missing = pytest.raises(ConfigError, match="edits reference picture 1, but the call has 1")
+    with SpecEdit(**LOCAL, source=1).attach(pipe), missing:
+        draw(pipe, "kontext")
+
+
+def test_another_source_of_several() -> None:
+    pipe = make("qwen edit plus")
+    results = []
+    for source in (0, 1):
+        with SpecEdit(**LOCAL, source=source).attach(pipe) as engine:
+            results.append(draw(pipe, "qwen edit plus"))
+            assert len(engine.plans) == 1
+    assert not torch.equal(*results)
