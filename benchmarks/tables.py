@@ -74,7 +74,12 @@ def resolution_table(result: dict[str, Any]) -> str:
     lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
     rows = [row for row in result["rows"] if not row.get("error")]
     for row in sorted(rows, key=lambda row: row["flops_ratio_measured"]):
-        cells = [_title(row), str(row["steps"]), _cell(row["flops_ratio_measured"], 2), _cell(row["latency_ratio"], 2)]
+        cells = [
+            _title(row),
+            _cell(row["computed_steps"], 0),
+            _cell(row["flops_ratio_measured"], 2),
+            _cell(row["latency_ratio"], 2),
+        ]
         cells += [_cell(row["latency_share"], 2), _cell(row["psnr"], 1), _cell(row["lpips"], 4)]
         lines.append(_row([*cells, _cell(row["flip"], 4), _cell(row["top1"], 2)]))
     lines.append("")

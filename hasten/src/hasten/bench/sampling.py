@@ -18,7 +18,6 @@ from hasten import hosts
 from hasten.acceleration import TRANSFORMERS, Acceleration
 from hasten.bench.edits import source_arguments
 from hasten.hosts.probe import require_stacks
-from hasten.resolution.plan import Plan
 from hasten.zoo import ReferenceModel
 
 __all__ = ["Attach", "Shot", "call_arguments", "count_flops", "counted_layer", "plain", "shoot"]
@@ -121,7 +120,7 @@ def _held(acceleration: Acceleration | None) -> int | None:
 
 def _plan(acceleration: Acceleration | None) -> str:
     plans = getattr(acceleration.stages, "plans", None) if acceleration is not None else None
-    return str(plans[-1]) if plans and isinstance(plans[-1], Plan) else ""  # a map of regions is no text
+    return str(plans[-1]) if plans else ""
 
 
 def shoot(model: ReferenceModel, attach: Attach, steps: int, prompt: str, seed: int, call: dict[str, Any]) -> Shot:

@@ -46,6 +46,9 @@ class Layout:
     step: int
     fine: Tensor
 
+    def __str__(self) -> str:
+        return f"{int(self.fine.sum())} of {self.fine.numel()} coarse tokens fine after step {self.step}"
+
 
 @dataclass(frozen=True)
 class RegionRecord:

@@ -73,6 +73,11 @@ class EditMap:
     cuts: tuple[float, ...]
     later: Tensor
 
+    def __str__(self) -> str:
+        edited, promoted = int(self.edited.sum()), int(self.fine.sum())
+        kind = "global edit, " if self.everywhere else ""
+        return f"{kind}{edited} of {self.fine.numel()} coarse tokens edited, {promoted} fine"
+
     @classmethod
     def of(cls, run: int, distance: Tensor, selections: Sequence[Selection], stride: int | None) -> EditMap:
         """The map of a batch: what is selected in any picture, dilated, and the coverage set of `stride`."""
