@@ -1,0 +1,250 @@
+"""The frames that a causal video model remembers, for one layer.
+
+Frames are the unit: they are appended, chosen and evicted whole. Keys lie as the layer attends to them, that is, after
+the rotary embedding if the model has one; `unrotate`, or plain keys given along, lets a score compare frames without
+their places in time.
+
+Shape legend: `B` batch, `F` frames held, `L` tokens of a frame, `H` heads, `D` width of a head. Callers hand in
+`[B, F, L, H, D]`; inside, heads come first, `[B, H, F, L, D]`, so that one head's frames are read in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hasten.errors import ConfigError
+
+__all__ = ["FrameCache", "Unrotate", "check_frames", "turned_back"]
+
+Unrotate = Callable[[Tensor, Tensor], Tensor]
+"""Undoes the rotary embedding along time: keys `[B, H, F, L, D]` and absolute frame numbers `[F]` to keys."""
+
+
+def check_frames(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
+    """Refuse what is not `[B, F, L, H, D]`, or does not match another tensor but in its number of frames."""
+    if tensor.ndim != 5 or 0 in tensor.shape:
+        raise ConfigError(
+            f"expected {name} of shape [B, F, L, H, D] (batch, frames, tokens of a frame, heads, width of a head), "
+            f"none of them 0, got {list(tensor.shape)}; split the tokens into frames with unflatten"
+        )
+    if like is None:
+        return
+    same = [axis for axis in range(5) if axis != 1]
+    if any(tensor.shape[axis] != like.shape[axis] for axis in same):
+        raise ConfigError(
+            f"expected {name} to agree in batch, tokens, heads and width with {list(like.shape)}, got "
+            f"{list(tensor.shape)}; a cache serves one layer and one size of frame, so call reset() for another"
+        )
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ConfigError(
+            f"expected {name} in {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}; convert it first"
+        )
+
+
+def turned_back(keys: Tensor, rotations: Tensor) -> Tensor:
+    """Undo a rotation along time that takes neighbouring channels for complex numbers.
+
+    Args:
+        keys: `[B, H, F, L, D]`.
+        rotations: complex64 `[F, R]`, what the first `R` pairs of channels of each frame were multiplied by.
+
+    Returns:
+        float32, of the shape of `keys`.
+    """
+    plain = keys.float().clone()
+    pairs = torch.view_as_complex(plain[..., : 2 * rotations.shape[1]].unflatten(-1, (-1, 2)))
+    pairs *= rotations.conj()[:, None]
+    return plain
+
+
+class FrameCache:
+    """Keys and values of the frames so far, with the means by which frames are compared.
+
+    Args:
+        rotated: whether the keys carry a rotary embedding along time.
+        unrotate: takes it off again; without it, plain keys must be given to `append` where a method asks for them.
+    """
+
+    def __init__(self, *, rotated: bool = False, unrotate: Unrotate | None = None) -> None:
+        self.rotated = rotated or unrotate is not None
+        self._unrotate = unrotate
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything and free the memory."""
+        self._keys: Tensor | None = None  # [B, H, F + room, L, D]; the room at the end is for the current chunk
+        self._values: Tensor | None = None
+        self._plain: Tensor | None = None  # [B, H, F, L, D]
+        self._means: Tensor | None = None  # [B, H, F, D] float32
+        self._lengths: Tensor | None = None  # [B, H, F, L] float32
+        self.frames: list[int] = []
+        self.next_frame = 0
+        self.whole = 0  # frames that full attention would see: all so far, or those that the host still keeps
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def keys(self) -> Tensor:
+        """`[B, H, F, L, D]`, as they are attended to."""
+        assert self._keys is not None
+        return self._keys[:, :, : len(self)]
+
+    @property
+    def values(self) -> Tensor:
+        """`[B, H, F, L, D]`."""
+        assert self._values is not None
+        return self._values[:, :, : len(self)]
+
+    @property
+    def means(self) -> Tensor:
+        """Mean key of each frame `[B, H, F, D]`, float32; computed once, when the frame came."""
+        assert self._means is not None
+        return self._means
+
+    @property
+    def lengths(self) -> Tensor:
+        """Euclidean norm of each key `[B, H, F, L]`, float32; computed once as well."""
+        assert self._lengths is not None
+        return self._lengths
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a frame; 0 while empty."""
+        return 0 if self._keys is None else self._keys.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: keys, values, plain keys, means and lengths."""
+        held = (self._keys, self._values, self._plain, self._means, self._lengths)
+        return sum(t.untyped_storage().nbytes() for t in held if t is not None)
+
+    def plain_keys(self, step: int = 1) -> Tensor:
+        """Keys without the rotary embedding along time, `[B, H, F, L, D]`, of every `step`-th token.
+
+        Raises:
+            ConfigError: if the keys are rotated and there is no way back.
+        """
+        if not self.rotated:
+            return self.keys[:, :, :, ::step]
+        if self._plain is not None:
+            return self._plain[:, :, :, ::step]
+        if self._unrotate is None:
+            raise ConfigError(
+                "frames were to be compared by keys without rotary embedding, but the cache has only rotated ones; "
+                'give plain_keys to append, or unrotate to the policy, or choose diversity_on="cached"'
+            )
+        return self._unrotate(self.keys[:, :, :, ::step], torch.tensor(self.frames, device=self.keys.device))
+
+    def append(self, keys: Tensor, values: Tensor, plain_keys: Tensor | None = None) -> None:
+        """Remember the frames of a finished chunk.
+
+        Args:
+            keys: `[B, F, L, H, D]` as they are attended to.
+            values: of the same shape.
+            plain_keys: the keys without rotary embedding; costs half as much memory again.
+
+        Raises:
+            ConfigError: for another shape, dtype or device than before.
+        """
+        old = None if self._keys is None else self.keys.permute(0, 2, 3, 1, 4)
+        check_frames("keys", keys, old)
+        check_frames("values", values, keys)
+        if values.shape != keys.shape or (plain_keys is not None and plain_keys.shape != keys.shape):
+            raise ConfigError(f"expected values and plain keys of the keys' shape {list(keys.shape)}")
+        if len(self) and (plain_keys is None) != (self._plain is None):
+            raise ConfigError("plain keys came with some chunks and not with others; give them always or never")
+        added = keys.shape[1]
+        means, lengths = _measured(keys)
+        self._means = means if self._means is None else torch.cat([self._means, means], 2)
+        self._lengths = lengths if self._lengths is None else torch.cat([self._lengths, lengths], 2)
+        if plain_keys is not None:
+            plain = plain_keys.permute(0, 3, 1, 2, 4)
+            self._plain = plain.contiguous() if self._plain is None else torch.cat([self._plain, plain], 2)
+        self._keys = self._extended(self._keys, keys, room=added)
+        self._values = self._extended(self._values, values, room=added)
+        self.frames += range(self.next_frame, self.next_frame + added)
+        self.next_frame += added
+        self.whole += added
+
+    def _extended(self, old: Tensor | None, new: Tensor, room: int) -> Tensor:
+        """Old frames, new frames and room for the next chunk, in one tensor."""
+        B, F, L, H, D = new.shape
+        held = len(self)
+        grown = new.new_empty(B, H, held + F + room, L, D)
+        if old is not None:
+            grown[:, :, :held] = old[:, :, :held]
+        grown[:, :, held : held + F] = new.permute(0, 3, 1, 2, 4)
+        return grown
+
+    def view(self, keys: Tensor, values: Tensor, frames: Sequence[int], plain_keys: Tensor | None = None) -> None:
+        """Look at a cache that somebody else keeps, without a copy; replaces what was held.
+
+        The other side must leave these frames alone until the next `view`.
+
+        Args:
+            keys, values, plain_keys: `[B, F, L, H, D]`, as for `append`; may be strided.
+            frames: absolute number of each frame, rising.
+        """
+        check_frames("keys", keys)
+        check_frames("values", values, keys)
+        if len(frames) != keys.shape[1] or list(frames) != sorted(set(frames)):
+            raise ConfigError(f"expected {keys.shape[1]} rising frame numbers, got {list(frames)}")
+        self.clear()
+        self._keys, self._values = keys.permute(0, 3, 1, 2, 4), values.permute(0, 3, 1, 2, 4)
+        self._plain = None if plain_keys is None else plain_keys.permute(0, 3, 1, 2, 4)
+        self._means, self._lengths = _measured(keys)
+        self.frames, self.next_frame, self.whole = list(frames), frames[-1] + 1, len(frames)
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Evict all frames but those at these places (0 is the oldest held); their memory is freed.
+
+        Raises:
+            ConfigError: for places that do not exist or do not rise.
+        """
+        if list(places) != sorted(set(places)) or (places and not 0 <= places[0] <= places[-1] < len(self)):
+            raise ConfigError(f"expected rising places from 0 to {len(self) - 1}, got {list(places)}")
+        if len(places) == len(self):
+            return
+        if not places:
+            upcoming, whole = self.next_frame, self.whole
+            self.clear()
+            self.next_frame, self.whole = upcoming, whole
+            return
+        room = self._keys.shape[2] - len(self) if self._keys is not None else 0
+        index = torch.tensor(places, device=self.keys.device)
+        self._keys, self._values = (self._kept(t, index, room) for t in (self.keys, self.values))
+        self._means, self._lengths = self.means.index_select(2, index), self.lengths.index_select(2, index)
+        self._plain = None if self._plain is None else self._plain.index_select(2, index)
+        self.frames = [self.frames[place] for place in places]
+
+    @staticmethod
+    def _kept(frames: Tensor, index: Tensor, room: int) -> Tensor:
+        B, H, _, L, D = frames.shape
+        kept = frames.new_empty(B, H, len(index) + room, L, D)
+        kept[:, :, : len(index)] = frames.index_select(2, index)
+        return kept
+
+    def with_current(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """History and current chunk `[B, H, F + F_q, L, D]`: written into the room behind the history if that fits.
+
+        The result is valid until the next call.
+        """
+        current = [t.permute(0, 3, 1, 2, 4) for t in (keys, values)]
+        if self._keys is None or self._values is None:
+            return current[0], current[1]
+        held, end = len(self), len(self) + keys.shape[1]
+        if self._keys.shape[2] < end or torch.is_grad_enabled():
+            return torch.cat([self.keys, current[0]], 2), torch.cat([self.values, current[1]], 2)
+        for buffer, new in zip((self._keys, self._values), current, strict=True):
+            buffer[:, :, held:end] = new
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
+def _measured(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean key of each frame `[B, H, F, D]` and norm of each key `[B, H, F, L]` of keys `[B, F, L, H, D]`."""
+    exact = keys.float()
+    return exact.mean(2).transpose(1, 2), exact.norm(dim=-1).permute(0, 3, 1, 2)

@@ -1,0 +1,110 @@
+"""Dummy Forcing: heads that look at the present only need no past. "Dummy Forcing", arXiv:2601.20499.
+
+Once, early in the rollout, each head's attention mass on the first frame, on the rest of the history and on the current
+chunk is measured with a sample of the queries. The share `dummy_share` of all heads of all layers with the most mass on
+the current chunk become dummy heads: they see the last `local` frames and the current chunk, nothing else. The others
+see the first frame and the last `history` frames.
+
+Departures: the paper's three kinds of heads with packed calls are two here, because heads of one kind make one batch in
+any case. Heads are measured in the first forward of chunk `begin` and are split before its second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.errors import ConfigError
+from hasten.registry import method
+from hasten.streaming.kv_policy import LayerView, StreamingMethod
+from hasten.streaming.methods.sliding_window import recency, sink_and_window
+from hasten.streaming.selection import Selection, frames_at
+
+__all__ = ["DummyForcing", "current_mass"]
+
+
+def current_mass(view: LayerView, queries: Tensor, keys: Tensor, samples: int) -> Tensor:
+    """Attention mass that each head puts on the current chunk, `[H]` on the CPU, from `samples` queries.
+
+    Args:
+        queries, keys: of the current chunk, `[B, q, L, H, D]`.
+    """
+    flat = queries.flatten(1, 2)
+    places = torch.linspace(0, flat.shape[1] - 1, min(samples, flat.shape[1]), device=flat.device).long()
+    sample = flat[:, places].transpose(1, 2).float()  # [B, H, samples, D]
+    present = keys.flatten(1, 2).transpose(1, 2).float()
+    logits = torch.cat([sample @ present.mT, sample @ view.cache.keys.flatten(2, 3).float().mT], 3)
+    mass = (logits / queries.shape[-1] ** 0.5).softmax(3)[..., : present.shape[2]].sum(3)
+    return mass.mean((0, 2)).cpu()
+
+
+@method("dummy-forcing", kind="streaming", paper="Dummy Forcing, arXiv:2601.20499")
+@dataclass(frozen=True, kw_only=True)
+class DummyForcing(StreamingMethod):
+    """Half of the heads see only the present, the others a window with the first frame (Dummy Forcing).
+
+    Args:
+        dummy_share: of all heads, between 0 and 1.
+        local: frames of history that dummy heads see.
+        history: last frames that the others see beside the first; None for all.
+        begin: chunks of history at which the heads are measured; until then all see everything.
+        samples: queries to measure with.
+    """
+
+    dummy_share: float = 0.5
+    local: int = 1
+    history: int | None = 9
+    begin: int = 1
+    samples: int = 64
+    refresh_every: int | None = 1  # heads are split while chunk `begin` is under way; looking that up costs nothing
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.dummy_share <= 1:
+            raise ConfigError(f"expected dummy_share between 0 and 1, got {self.dummy_share}")
+        if self.local < 0 or (self.history is not None and self.history < 0) or self.begin < 1 or self.samples < 1:
+            raise ConfigError(
+                "expected local and history of 0 or more frames, begin and samples of 1 or more, got "
+                f"{self.local}, {self.history}, {self.begin} and {self.samples}"
+            )
+
+    def score(self, view: LayerView, queries: Tensor) -> Tensor:
+        return recency(view, queries, 1)
+
+    def select(self, view: LayerView, queries: Tensor, keys: Tensor) -> Selection | None:
+        if view.chunk < self.begin:
+            return None
+        measured = view.shared.setdefault("mass", {})
+        if view.layer not in measured:
+            measured[view.layer] = current_mass(view, queries, keys, self.samples)
+            return None
+        if len(measured) < view.layers:
+            return None
+        if "split" not in view.memo:
+            dummies = view.shared.setdefault("dummies", _highest(measured, self.dummy_share))[view.layer]
+            view.memo["split"] = self._split(view, queries, dummies)
+        split: Selection = view.memo["split"]
+        return split
+
+    def _split(self, view: LayerView, queries: Tensor, dummies: set[int]) -> Selection:
+        B, H, frames = queries.shape[0], queries.shape[3], view.cache.frames
+        far = len(frames) if self.history is None else self.history
+        kinds = (
+            ([h for h in range(H) if h in dummies], sink_and_window(frames, 0, self.local)),
+            ([h for h in range(H) if h not in dummies], sink_and_window(frames, 1, far)),
+        )
+        groups = tuple(frames_at(places, heads, B, queries.device) for heads, places in kinds if heads)
+        return Selection(groups, len(frames))
+
+
+def _highest(mass: dict[int, Tensor], share: float) -> dict[int, set[int]]:
+    """Heads of each layer that are among the `share` of all heads with the highest mass."""
+    ranked = sorted(
+        ((float(value), layer, head) for layer, row in mass.items() for head, value in enumerate(row)), reverse=True
+    )
+    chosen: dict[int, set[int]] = {layer: set() for layer in mass}
+    for _, layer, head in ranked[: round(share * len(ranked))]:
+        chosen[layer].add(head)
+    return chosen

@@ -1,0 +1,139 @@
+"""Focused Forcing: each frame and head attends to the past that it needs. "Focused Forcing", arXiv:2605.18346.
+
+For a query frame `q`, a head `h` and a history frame `k`, with mean queries and keys of frames (see `scores`):
+
+    A[q,h,k] = <mean_l Q, mean_l K> / sqrt(D)                          relevance
+    R[h,k]   = mean_l cos(K_l^k, mean_k' K_l^k')                       redundancy
+    S = lambda A~ + (1 - lambda) D~,   D = -R,   ~ standardised over k
+
+Head `h` keeps the `b_h` frames of the highest `S`. The current chunk is always seen whole. Redundancy depends neither
+on the query nor on the noise, so it is computed once a chunk; frames up to the budget need no score at all.
+
+Departures: neither the paper's text nor its code was at hand, only a reading note of it, which does not give the
+numbers `b_min`, `b_max`, `gamma` and `lambda`; the defaults are ours. Frames are compared by keys without their
+rotation along time (`diversity_on="unrotated"`), because with it equal frames look different and far ones always
+diverse; `"cached"` is the formula as printed. The choice of a chunk's first forward holds for the chunk
+(`refresh_every`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hasten.errors import ConfigError, unknown
+from hasten.registry import method
+from hasten.streaming.budgets import HeadBudgets
+from hasten.streaming.kv_policy import LayerView, StreamingMethod
+from hasten.streaming.methods.sliding_window import sink_and_window
+from hasten.streaming.scores import redundancy, relevance, standardised
+from hasten.streaming.selection import Selection, top_frames
+
+__all__ = ["FocusedForcing"]
+
+Choice = Literal["frame", "chunk"]
+DiversityOn = Literal["unrotated", "cached"]
+FORCED_FROM = 3  # the smallest budget of which one frame can be given to the first
+
+
+@method("focused-forcing", kind="streaming", paper="Focused Forcing, arXiv:2605.18346")
+@dataclass(frozen=True, kw_only=True)
+class FocusedForcing(StreamingMethod):
+    """Each frame and head sees the frames that matter to it and differ from each other (Focused Forcing).
+
+    Args:
+        budget: frames of history for every head, or for each head: `HeadBudgets` or the path of their file.
+        mix: `lambda`, the weight of relevance against diversity; 1 is relevance alone, 0 diversity alone.
+        choice: whether every query frame chooses for itself (`"frame"`) or the chunk as one (`"chunk"`).
+        diversity_on: keys by which frames are compared: `"unrotated"` or `"cached"` (as they lie in the cache).
+        diversity_tokens: tokens of a frame, evenly spread, by which frames are compared, at the most; None for all.
+            Small frames need few, or choosing costs as much as it saves.
+        keep_first: heads with a budget of three or more always see the first frame, which anchors identity.
+        window: frames to choose from, beside the first; older ones are evicted. None keeps all.
+    """
+
+    budget: int | HeadBudgets | str = 6
+    mix: float = 0.5
+    choice: Choice = "frame"
+    diversity_on: DiversityOn = "unrotated"
+    diversity_tokens: int | None = None
+    keep_first: bool = False
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mix <= 1:
+            raise ConfigError(f"expected mix between 0 (diversity alone) and 1 (relevance alone), got {self.mix}")
+        for name, value, known in (
+            ("choice", self.choice, get_args(Choice)),
+            ("diversity_on", self.diversity_on, get_args(DiversityOn)),
+        ):
+            if value not in known:
+                raise unknown(name, value, known)
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"expected a window of at least one frame, or None, got {self.window}")
+        if self.diversity_tokens is not None and self.diversity_tokens < 1:
+            raise ConfigError(
+                f"expected diversity_tokens of at least one, or None for all, got {self.diversity_tokens}"
+            )
+        if isinstance(self.budget, int) and self.budget < 0:
+            raise ConfigError(f"expected a budget of 0 or more frames, got {self.budget}")
+        _ = self._table  # reads the file now, not in the middle of a rollout
+
+    @cached_property
+    def _table(self) -> HeadBudgets | None:
+        if isinstance(self.budget, int):
+            return None
+        return self.budget if isinstance(self.budget, HeadBudgets) else HeadBudgets.load(self.budget)
+
+    def budgets(self, layer: int, heads: int) -> tuple[int, ...]:
+        """Frames for each head of a layer."""
+        if isinstance(self.budget, int):
+            return (self.budget,) * heads
+        assert self._table is not None
+        return self._table.of(layer, heads)
+
+    def check(self, layers: int, facts: Mapping[str, object]) -> None:
+        if self._table is not None:
+            self._table.check(layers, facts)
+
+    def retained(self, view: LayerView) -> Sequence[int]:
+        frames = view.cache.frames
+        return range(len(frames)) if self.window is None else sink_and_window(frames, 1, self.window)
+
+    def score(self, view: LayerView, queries: Tensor) -> Tensor:
+        """`S` of every frame: `[B, q, H, F]`, or `[B, 1, H, F]` where the chunk chooses as one."""
+        fit = relevance(queries, view.cache.means)
+        if self.choice == "chunk":
+            fit = fit.mean(1, keepdim=True)
+        if self.mix == 1:
+            return standardised(fit)
+        return self.mix * standardised(fit) + (1 - self.mix) * self._diversity(view)[:, None]
+
+    def _diversity(self, view: LayerView) -> Tensor:
+        """`D~`, `[B, H, F]`, once a chunk."""
+        if "diversity" not in view.memo:
+            cache = view.cache
+            step = 1 if self.diversity_tokens is None else math.ceil(cache.tokens / self.diversity_tokens)
+            keys = cache.keys[:, :, :, ::step] if self.diversity_on == "cached" else cache.plain_keys(step)
+            view.memo["diversity"] = standardised(-redundancy(keys, cache.lengths[..., ::step]))
+        diversity: Tensor = view.memo["diversity"]
+        return diversity
+
+    def select(self, view: LayerView, queries: Tensor, keys: Tensor) -> Selection | None:
+        budgets = self.budgets(view.layer, queries.shape[3])
+        if len(view.cache) <= min(budgets):
+            return None
+        scores = self.score(view, queries)
+        if self.keep_first and view.cache.frames[0] == 0:
+            able = [b >= FORCED_FROM for b in budgets]
+            first = torch.zeros_like(scores, dtype=torch.bool)
+            first[..., 0] = torch.tensor(able, device=scores.device)
+            scores = scores.masked_fill(first, torch.inf)
+        return top_frames(scores, budgets)

@@ -1,0 +1,130 @@
+"""Forcing-KV: static heads keep a short context, dynamic heads keep what moves. "Forcing-KV", arXiv:2605.09681.
+
+Once, early in the rollout, each head's attention mass on the last `recent` frames (the current chunk counted in) is
+measured. Heads with a mass of `threshold` or more are static: they see the first frame and the last `context` frames.
+The others are dynamic: of the frames in between they see only the patches (bands of tokens) that changed most against
+the frame before, by the cosine of their keys; the share `retention` of them.
+
+Departures: "style" because the official code was read, not ported. Which patches changed is found on the first layer's
+keys and shared by all layers, as there. Heads are measured when the history first has more frames than `recent`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from hasten.errors import ConfigError
+from hasten.registry import method
+from hasten.streaming.kv_policy import LayerView, StreamingMethod
+from hasten.streaming.methods.sliding_window import recency, sink_and_window
+from hasten.streaming.selection import HeadGroup, Selection, frames_at
+
+__all__ = ["ForcingKV", "changed_patches", "recent_mass"]
+
+EPSILON = 1e-6
+
+
+def recent_mass(view: LayerView, queries: Tensor, keys: Tensor, recent: int, samples: int) -> Tensor:
+    """Attention mass of each head on the last `recent` frames, the current chunk counted in, `[H]` on the CPU."""
+    flat = queries.flatten(1, 2)
+    places = torch.linspace(0, flat.shape[1] - 1, min(samples, flat.shape[1]), device=flat.device).long()
+    sample = flat[:, places].transpose(1, 2).float()
+    present = keys.flatten(1, 2).transpose(1, 2).float()
+    logits = torch.cat([sample @ view.cache.keys.flatten(2, 3).float().mT, sample @ present.mT], 3)
+    last = min(recent, len(view.cache) + keys.shape[1]) * keys.shape[2]
+    mass = (logits / queries.shape[-1] ** 0.5).softmax(3)[..., -last:].sum(3)
+    return mass.mean((0, 2)).cpu()
+
+
+def changed_patches(plain_keys: Tensor, patches: int, kept: int) -> Tensor:
+    """The `kept` patches of each frame that are least like the same patch of the frame before, `[B, F - 1, kept]`.
+
+    Args:
+        plain_keys: `[B, H, F, L, D]`; `patches` must divide `L`.
+    """
+    keys = plain_keys.float().movedim(1, 3).flatten(3)  # [B, F, L, H * D]
+    likeness = cosine_similarity(keys[:, 1:], keys[:, :-1], dim=-1, eps=EPSILON)  # [B, F - 1, L]
+    likeness = likeness.unflatten(2, (patches, -1)).mean(3)
+    return likeness.sort(dim=2, stable=True).indices[..., :kept].sort(dim=2).values
+
+
+@method("forcing-kv", kind="streaming", paper="Forcing-KV, arXiv:2605.09681")
+@dataclass(frozen=True, kw_only=True)
+class ForcingKV(StreamingMethod):
+    """Static heads see a short context, dynamic heads the parts of frames that changed (Forcing-KV style).
+
+    Args:
+        threshold: mass on recent frames from which on a head is static.
+        recent: frames that count as recent, the current chunk counted in.
+        context: last frames that all heads see whole, beside the first.
+        patches: bands into which the tokens of a frame are cut; must divide their number.
+        retention: share of the patches that dynamic heads see of the other frames.
+        samples: queries to measure with.
+    """
+
+    threshold: float = 0.8
+    recent: int = 4
+    context: int = 3
+    patches: int = 8
+    retention: float = 0.33
+    samples: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.threshold <= 1 and 0 < self.retention <= 1):
+            raise ConfigError(
+                f"expected threshold in [0, 1] and retention in (0, 1], got {self.threshold} and {self.retention}"
+            )
+        if min(self.recent, self.patches, self.samples) < 1 or self.context < 0:
+            raise ConfigError("expected recent, patches and samples of 1 or more and context of 0 or more")
+
+    def score(self, view: LayerView, queries: Tensor) -> Tensor:
+        return recency(view, queries, 1)
+
+    def select(self, view: LayerView, queries: Tensor, keys: Tensor) -> Selection | None:
+        if keys.shape[2] % self.patches:
+            raise ConfigError(
+                f"the {keys.shape[2]} tokens of a frame cannot be cut into {self.patches} equal patches; "
+                "choose a number that divides them"
+            )
+        if len(view.cache) <= max(self.recent, self.context + 1):
+            return None
+        if "mass" not in view.notes:
+            view.notes["mass"] = recent_mass(view, queries, keys, self.recent, self.samples)
+        static = view.notes["mass"] >= self.threshold
+        B, H = queries.shape[0], queries.shape[3]
+        whole = sink_and_window(view.cache.frames, 1, self.context)
+        kinds = [[h for h in range(H) if static[h]], [h for h in range(H) if not static[h]]]
+        groups = [frames_at(whole, kinds[0], B, queries.device)] if kinds[0] else []
+        if kinds[1]:
+            groups.append(self._dynamic(view, kinds[1], whole, B))
+        return Selection(tuple(groups), len(view.cache))
+
+    def _dynamic(self, view: LayerView, heads: list[int], whole: list[int], batch: int) -> HeadGroup:
+        """All frames: those of `whole` as they are, the others in part."""
+        held, tokens, device = len(view.cache), view.cache.tokens, view.cache.keys.device
+        kept = max(1, round(self.retention * self.patches))
+        patches = self._shared_patches(view, kept)  # [B, F - 1, kept]; row i is of frame i + 1
+        between = [place for place in range(1, held) if place not in whole]
+        within = torch.arange(tokens // self.patches, device=device)
+        rows = patches[:, [place - 1 for place in between]]
+        starts = torch.tensor(between, device=device)[None, :, None] * tokens + rows * (tokens // self.patches)
+        parts = (starts[..., None] + within).flatten(1)  # [B, tokens of the parts]
+        full = torch.tensor(whole, device=device)[:, None] * tokens + torch.arange(tokens, device=device)
+        seen = torch.cat([full.flatten().expand(batch, -1), parts], 1).sort(dim=1).values
+        n = len(heads)
+        frames = torch.arange(held, device=device).expand(batch, 1, n, held)
+        return HeadGroup(tuple(heads), frames, seen[:, None, None].expand(batch, 1, n, -1))
+
+    def _shared_patches(self, view: LayerView, kept: int) -> Tensor:
+        """Found by the first layer of a chunk that needs them and used by the others."""
+        found = view.shared.get("patches")
+        if found is None or found[0] != view.chunk:
+            found = view.chunk, changed_patches(view.cache.plain_keys(), self.patches, kept)
+            view.shared["patches"] = found
+        places: Tensor = found[1]
+        return places

@@ -1,0 +1,122 @@
+"""Which frames of the history each head sees.
+
+A selection is a list of groups of heads that see equally much, so that each group is one dense batch. The current chunk
+is no part of it: every query sees the current chunk whole.
+
+Shape legend: `B` batch, `Q` query frames, or 1 where all frames of the chunk share a choice, `H` heads, `n` heads of a
+group, `b` frames chosen, `F` frames held, `L` tokens of a frame, `T` tokens chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.errors import ConfigError
+
+__all__ = ["HeadGroup", "Selection", "frames_at", "top_frames"]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadGroup:
+    """Heads that see the same number of tokens of the history.
+
+    Attributes:
+        heads: their numbers.
+        frames: places in the cache `[B, Q, n, b]`, rising; `b` may be 0.
+        tokens: places in the cache's tokens `[B, Q, n, T]` (frame times `L` plus token) where only parts of the frames
+            are seen; None where they are seen whole.
+    """
+
+    heads: tuple[int, ...]
+    frames: Tensor
+    tokens: Tensor | None = None
+
+    def history_tokens(self, tokens: int) -> int:
+        """Tokens of the history that one query sees, given the tokens of a frame."""
+        return self.frames.shape[3] * tokens if self.tokens is None else self.tokens.shape[3]
+
+    def token_places(self, tokens: int) -> Tensor:
+        """`[B, Q, n, T]`: the places of all tokens seen, in order of time."""
+        if self.tokens is not None:
+            return self.tokens
+        within = torch.arange(tokens, device=self.frames.device)
+        return (self.frames[..., None] * tokens + within).flatten(3)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The choice of one layer for one forward.
+
+    Attributes:
+        groups: each head is in exactly one.
+        held: frames that there were to choose from, `F`.
+
+    Raises:
+        ConfigError: if a head is missing or there twice.
+    """
+
+    groups: tuple[HeadGroup, ...]
+    held: int
+
+    def __post_init__(self) -> None:
+        heads = sorted(head for group in self.groups for head in group.heads)
+        if heads != list(range(len(heads))):
+            raise ConfigError(f"expected each head in one group of the selection, got heads {heads}")
+
+    @property
+    def everything(self) -> bool:
+        """Whether every head sees every token of the history."""
+        return all(g.tokens is None and g.frames.shape[3] == self.held for g in self.groups)
+
+    @property
+    def heads(self) -> int:
+        return sum(len(group.heads) for group in self.groups)
+
+    def table(self) -> Tensor:
+        """`[B, Q, H, F]` bool: which frames are seen, whole or in part. `Q` is 1 if every group shares its choice."""
+        return self._spread([g.frames for g in self.groups], self.held)
+
+    def token_table(self, tokens: int) -> Tensor:
+        """`[B, Q, H, F * L]` bool: which tokens are seen."""
+        return self._spread([g.token_places(tokens) for g in self.groups], self.held * tokens)
+
+    def _spread(self, places: Sequence[Tensor], size: int) -> Tensor:
+        B = places[0].shape[0]
+        Q = max(p.shape[1] for p in places)
+        table = torch.zeros(B, Q, self.heads, size, dtype=torch.bool, device=places[0].device)
+        for group, chosen in zip(self.groups, places, strict=True):
+            n = len(group.heads)
+            part = torch.zeros(B, Q, n, size, dtype=torch.bool, device=table.device)
+            part.scatter_(3, chosen.expand(B, Q, n, chosen.shape[3]), True)
+            table[:, :, list(group.heads)] = part
+        return table
+
+
+def frames_at(places: Sequence[int], heads: Sequence[int], batch: int, device: torch.device) -> HeadGroup:
+    """A group whose heads all see the frames at these places."""
+    index = torch.tensor(sorted(places), dtype=torch.long, device=device)
+    return HeadGroup(tuple(heads), index.expand(batch, 1, len(heads), len(index)))
+
+
+def top_frames(scores: Tensor, budgets: Sequence[int]) -> Selection:
+    """Each head's best frames, as many as its budget (all of them if there are no more), in order of time.
+
+    Equal scores go to the older frame, so that every device and every way to sort chooses alike.
+
+    Args:
+        scores: `[B, Q, H, F]`.
+        budgets: frames for each of the `H` heads; 0 and more.
+    """
+    H, F = scores.shape[2:]
+    if len(budgets) != H or min(budgets) < 0:
+        raise ConfigError(f"expected a budget of 0 or more frames for each of {H} heads, got {list(budgets)}")
+    order = scores.sort(dim=3, descending=True, stable=True).indices
+    groups = []
+    for size in sorted({min(b, F) for b in budgets}):
+        heads = tuple(h for h, b in enumerate(budgets) if min(b, F) == size)
+        groups.append(HeadGroup(heads, order[:, :, list(heads), :size].sort(dim=3).values))
+    return Selection(tuple(groups), F)

@@ -1,0 +1,75 @@
+"""Write frames as a file that plays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from hasten.errors import ConfigError
+
+__all__ = ["best_suffix", "write_video"]
+
+SUFFIXES = (".mp4", ".webp", ".gif")
+
+
+def _has_ffmpeg() -> bool:
+    try:
+        import imageio_ffmpeg  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def best_suffix() -> str:
+    """`".mp4"` if imageio-ffmpeg is installed, else `".webp"`, which every browser plays."""
+    return ".mp4" if _has_ffmpeg() else ".webp"
+
+
+def write_video(video: Tensor, path: str | Path, fps: int = 12, enlarge: int = 1) -> Path:
+    """Write a video as mp4 (needs imageio-ffmpeg), webp (lossless) or gif, by the ending of the path.
+
+    Args:
+        video: `[F, 3, H, W]` in [0, 1].
+        path: where to; folders are made.
+        fps: frames per second.
+        enlarge: copies of each pixel along both axes.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: for another shape or ending, or mp4 without imageio-ffmpeg.
+    """
+    path = Path(path)
+    if video.ndim != 4 or video.shape[1] != 3 or not len(video) or fps < 1 or enlarge < 1:
+        raise ConfigError(
+            f"expected a video [F, 3, H, W] with at least one frame and fps and enlarge of 1 or more, got "
+            f"{list(video.shape)}, {fps} and {enlarge}"
+        )
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"expected a path that ends in {', '.join(SUFFIXES)}, got {path.name}")
+    if path.suffix == ".mp4" and not _has_ffmpeg():
+        raise ConfigError("writing mp4 needs imageio-ffmpeg; pip install it, or take a path that ends in .webp or .gif")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    large = interpolate(video.detach().float().cpu().clamp(0, 1), scale_factor=enlarge, mode="nearest")
+    frames = (large * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    if path.suffix == ".mp4":
+        _write_mp4([frame.tobytes() for frame in frames], (frames.shape[2], frames.shape[1]), path, fps)
+        return path
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    # "lossless" means something to webp only; gif passes it over.
+    first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, lossless=True)
+    return path
+
+
+def _write_mp4(frames: list[bytes], size: tuple[int, int], path: Path, fps: int) -> None:
+    import imageio_ffmpeg
+
+    writer = imageio_ffmpeg.write_frames(str(path), size, fps=fps, macro_block_size=2)
+    writer.send(None)
+    for frame in frames:
+        writer.send(frame)
+    writer.close()

@@ -1,0 +1,272 @@
+"""The transformer of `sprites-stream`: chunk-wise causal video diffusion on pixels.
+
+A chunk of three frames is denoised at once and sees itself and all finished chunks, whose keys and values are kept from
+a last pass over the clean chunk. Rotary positions are (frame, row, column); what is known of a frame and the noise
+level modulate the norms (adaptive layer norm). Rectified flow: `x_t = (1 - t) x_0 + t eps`, the output is `eps - x_0`.
+
+Training runs all chunks at once: a clean copy and a noisy copy of the video, under a mask by which a clean chunk sees
+clean chunks up to itself, and a noisy chunk sees itself and the clean chunks before it (teacher forcing).
+
+Shape legend: `B` batch, `F` frames, `L` tokens of a frame, `H` heads, `D` width of a head, `W` width of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from hasten.errors import ConfigError, ModelError
+from hasten.streaming.attention import Backend
+from hasten.streaming.cache import turned_back
+from hasten.streaming.kv_policy import KVStream, StreamingMethod
+from hasten.zoo.sprites_stream.data import PERIODS, UNNAMED
+
+__all__ = ["CausalVideoTransformer", "ModelConfig", "load_model", "new_stream", "save_model", "teacher_mask"]
+
+TIME_BASE, PLACE_BASE = 1000.0, 100.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes. `side` and `patch` in pixels; `chunk` in frames."""
+
+    side: int = 48
+    patch: int = 6
+    chunk: int = 3
+    width: int = 192
+    heads: int = 6
+    layers: int = 6
+    mlp: int = 3
+
+    def __post_init__(self) -> None:
+        if self.side % self.patch or self.width % self.heads or (self.width // self.heads) % 8:
+            raise ConfigError(
+                "expected patches that fill the side, and heads that divide the width into multiples of 8, got "
+                f"side {self.side}, patch {self.patch}, width {self.width}, heads {self.heads}"
+            )
+
+    @property
+    def grid(self) -> int:
+        return self.side // self.patch
+
+    @property
+    def tokens(self) -> int:
+        return self.grid**2
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+class Rotary(nn.Module):
+    """Rotation of queries and keys by (frame, row, column): a quarter of the channels for time, the rest for place."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        pairs = config.head_width // 2
+        self.time = pairs // 4
+        place = (pairs - self.time) // 2
+        self.register_buffer("rates", TIME_BASE ** -(torch.arange(self.time) / self.time), persistent=False)
+        rates = PLACE_BASE ** -(torch.arange(place) / place)
+        at = torch.arange(config.grid, dtype=torch.float32)[:, None] * rates
+        rows, columns = at[:, None].expand(-1, config.grid, -1), at[None].expand(config.grid, -1, -1)
+        spare = torch.zeros(config.grid, config.grid, pairs - self.time - 2 * place)
+        self.register_buffer("places", torch.cat([rows, columns, spare], 2).flatten(0, 1), persistent=False)
+        self.rates: Tensor
+        self.places: Tensor
+
+    def forward(self, tokens: Tensor, frames: Tensor) -> Tensor:
+        """Rotate `[B, F, L, H, D]` of these frames `[F]`."""
+        time = frames[:, None].float() * self.rates
+        angles = torch.cat([time[:, None].expand(-1, len(self.places), -1), self.places.expand(len(frames), -1, -1)], 2)
+        return _turned(tokens, angles[:, :, None])
+
+    def unrotate(self, keys: Tensor, frames: Tensor) -> Tensor:
+        """Undo the rotation along time of keys `[B, H, F, L, D]`; float32."""
+        return turned_back(
+            keys, torch.polar(torch.ones_like(frames[:, None] * self.rates), frames[:, None] * self.rates)
+        )
+
+
+def _turned(tokens: Tensor, angles: Tensor) -> Tensor:
+    """Neighbouring channels as complex numbers, turned by angles that broadcast over `[..., D / 2]`."""
+    x, y = tokens.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angles.cos().to(tokens), angles.sin().to(tokens)
+    return torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(-2)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, modulated by the frame."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        W = config.width
+        self.config = config
+        self.norm1 = nn.LayerNorm(W, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(W, elementwise_affine=False)
+        self.qkv, self.out = nn.Linear(W, 3 * W), nn.Linear(W, W)
+        self.norm_q, self.norm_k = nn.RMSNorm(config.head_width), nn.RMSNorm(config.head_width)
+        self.mlp = nn.Sequential(nn.Linear(W, config.mlp * W), nn.GELU("tanh"), nn.Linear(config.mlp * W, W))
+        self.modulation = nn.Parameter(torch.zeros(6, W))
+
+    def project(self, x: Tensor, parts: Tensor) -> list[Tensor]:
+        """Queries, keys and values `[B, F, L, H, D]` of tokens `[B, F, L, W]`; queries and keys not yet rotated."""
+        modulated = self.norm1(x) * (1 + parts[:, :, 0]) + parts[:, :, 1]
+        q, k, v = self.qkv(modulated).unflatten(-1, (3, self.config.heads, -1)).unbind(3)
+        return [self.norm_q(q), self.norm_k(k), v]
+
+    def finish(self, x: Tensor, attended: Tensor, parts: Tensor) -> Tensor:
+        """Add the attention's output `[B, F, L, H, D]` and the feed-forward."""
+        x = x + parts[:, :, 2] * self.out(attended.flatten(3))
+        return x + parts[:, :, 5] * self.mlp(self.norm2(x) * (1 + parts[:, :, 3]) + parts[:, :, 4])
+
+
+class CausalVideoTransformer(nn.Module):
+    """See the head of the file."""
+
+    def __init__(self, config: ModelConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or ModelConfig()
+        W, pixels = config.width, 3 * config.patch**2
+        self.embed, self.head = nn.Linear(pixels, W), nn.Linear(W, pixels)
+        self.norm = nn.LayerNorm(W, elementwise_affine=False)
+        sizes = (*(n + 1 for n in UNNAMED), len(PERIODS), len(PERIODS))
+        self.words = nn.ModuleList(nn.Embedding(size, W) for size in sizes)
+        self.times = nn.Sequential(nn.Linear(64, W), nn.SiLU(), nn.Linear(W, W))
+        self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(W, 6 * W))
+        self.last = nn.Sequential(nn.SiLU(), nn.Linear(W, 2 * W))
+        self.rotary = Rotary(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        for layer in (self.modulate[1], self.last[1], self.head):
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def _tokens(self, video: Tensor) -> Tensor:
+        """Patches `[B, F, L, W]` of videos `[B, F, 3, side, side]`."""
+        p = self.config.patch
+        patches = video.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 3, 5, 2, 4, 6)
+        return self.embed(patches.flatten(4).flatten(2, 3))
+
+    def _pixels(self, tokens: Tensor) -> Tensor:
+        """The reverse, through the output layer."""
+        p, g = self.config.patch, self.config.grid
+        patches = self.head(tokens).unflatten(3, (3, p, p)).unflatten(2, (g, g))
+        return patches.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+
+    def _frame_state(self, t: Tensor, words: Tensor) -> Tensor:
+        """`[B, F, W]` from noise levels `[B, F]` and words `[B, F, 5]`."""
+        rates = torch.exp(-math.log(1000.0) * torch.arange(32, device=t.device) / 32)
+        angles = 1000 * t[..., None].float() * rates
+        state: Tensor = self.times(torch.cat([angles.cos(), angles.sin()], -1).to(self.embed.weight.dtype))
+        for i, table in enumerate(self.words):
+            state = state + table(words[..., i])
+        return state
+
+    def _parts(self, state: Tensor) -> Tensor:
+        """Modulations `[B, F, 6, 1, W]` shared by the blocks; the gates are at 2 and 5."""
+        return self.modulate(state).unflatten(2, (6, 1, -1))
+
+    def _end(self, x: Tensor, state: Tensor) -> Tensor:
+        scale, shift = self.last(state)[:, :, None].chunk(2, -1)
+        return self._pixels(self.norm(x) * (1 + scale) + shift)
+
+    def forward(
+        self, video: Tensor, t: Tensor, words: Tensor, stream: KVStream, first: int, keep: bool = False
+    ) -> Tensor:
+        """The velocity of one chunk.
+
+        Args:
+            video: noisy frames `[B, F, 3, side, side]`.
+            t: noise levels `[B, F]` in [0, 1].
+            words: `[B, F, 5]`, see `conditions`.
+            stream: what came before; see `new_stream`.
+            first: number of the first of these frames.
+            keep: append the chunk's keys and values to the stream (the last pass, over the clean chunk).
+
+        Returns:
+            Of the shape of `video`.
+        """
+        frames = torch.arange(first, first + video.shape[1], device=video.device)
+        x, state = self._tokens(video), self._frame_state(t, words)
+        shared = self._parts(state)
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            parts = shared + block.modulation[:, None]
+            q, k, v = block.project(x, parts)
+            q, k = self.rotary(q, frames), self.rotary(k, frames)
+            attended = stream.attend(layer, q, k, v)
+            if keep:
+                stream[layer].append(k, v)
+            x = block.finish(x, attended, parts)
+        return self._end(x, state)
+
+    def teach(self, clean: Tensor, t_clean: Tensor, noisy: Tensor, t: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        """The velocities of all chunks at once, given clean (or nearly clean) copies of those before.
+
+        Args:
+            clean, noisy: `[B, F, 3, side, side]`.
+            t_clean, t: `[B, F]`.
+            words: `[B, F, 5]`.
+            mask: of `teacher_mask`.
+        """
+        F = clean.shape[1]
+        frames = torch.arange(F, device=clean.device).repeat(2)
+        x = self._tokens(torch.cat([clean, noisy], 1))
+        state = self._frame_state(torch.cat([t_clean, t], 1), torch.cat([words, words], 1))
+        shared = self._parts(state)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            parts = shared + block.modulation[:, None]
+            q, k, v = block.project(x, parts)
+            q, k = self.rotary(q, frames), self.rotary(k, frames)
+            q, k, v = (part.flatten(1, 2).transpose(1, 2) for part in (q, k, v))
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = block.finish(x, out.transpose(1, 2).unflatten(1, (2 * F, -1)), parts)
+        return self._end(x[:, F:], state[:, F:])
+
+
+def teacher_mask(frames: int, config: ModelConfig) -> Tensor:
+    """`[2 F L, 2 F L]` bool: clean sees clean up to its own chunk; noisy sees its own chunk and clean ones before."""
+    chunk = (torch.arange(frames) // config.chunk).repeat_interleave(config.tokens)
+    query, key = chunk[:, None], chunk[None]
+    nothing = torch.zeros(len(chunk), len(chunk), dtype=torch.bool)
+    return torch.cat([torch.cat([key <= query, nothing], 1), torch.cat([key < query, key == query], 1)])
+
+
+def new_stream(model: CausalVideoTransformer, method: StreamingMethod, backend: Backend = "grouped") -> KVStream:
+    """An empty memory for one rollout of the model."""
+    config = model.config
+    facts = {"model": "sprites-stream", "layers": config.layers, "heads": config.heads, "chunk": config.chunk}
+    return KVStream(method, config.layers, backend=backend, unrotate=model.rotary.unrotate, facts=facts)
+
+
+def save_model(model: CausalVideoTransformer, folder: Path) -> None:
+    """Write `config.json` and half-precision `model.safetensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(model.config), indent=1), encoding="utf-8")
+    save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+
+
+def load_model(folder: Path) -> CausalVideoTransformer:
+    """Read what `save_model` wrote, as float32.
+
+    Raises:
+        ModelError: if the files are missing or damaged.
+    """
+    try:
+        config = ModelConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        model = CausalVideoTransformer(config)
+        model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ModelError(
+            f"the sprites-stream files in {folder} cannot be read ({error}); train and export them with "
+            "python -m hasten.zoo.sprites_stream.train"
+        ) from error
+    return model.eval()

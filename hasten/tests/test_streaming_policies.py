@@ -1,0 +1,554 @@
+"""What each method keeps and looks at, what is counted, and that memory is freed."""
+
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hasten
+from hasten.errors import CalibrationError, ConfigError, UnknownNameError
+from hasten.streaming import (
+    DummyForcing,
+    FocusedForcing,
+    ForcingKV,
+    FrameCache,
+    FullHistory,
+    HeadBudgets,
+    KVPolicy,
+    KVStream,
+    SlidingWindow,
+    TopKAttention,
+)
+from hasten.streaming.methods.forcing_kv import changed_patches
+from hasten.streaming.scores import pooled_relevance, redundancy, relevance, standardised
+
+B, q, L, H, D = 2, 3, 8, 4, 16
+
+
+def frames(count, seed=0, B=B, L=L, H=H, D=D):
+    return torch.randn(B, count, L, H, D, generator=torch.Generator().manual_seed(seed))
+
+
+def begun(method, held=9, **arguments):
+    """A policy with `held` random frames, appended three at a time."""
+    policy = KVPolicy(method, **arguments)
+    keys, values = frames(held, 1), frames(held, 2)
+    for start in range(0, held, 3):
+        policy.append(keys[:, start : start + 3], values[:, start : start + 3])
+    return policy
+
+
+def step(policy, seed=3):
+    with torch.no_grad():
+        return policy.attend(frames(q, seed), frames(q, seed + 1), frames(q, seed + 2))
+
+
+def seen(policy, seed=3):
+    """Frames that each batch entry, query frame and head sees, as a table."""
+    return policy.select(frames(q, seed), frames(q, seed + 1)).table()
+
+
+# ---------------------------------------------------------------- scores
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(0, 50))
+def test_pooling_does_not_change_relevance(pools, seed):
+    queries, keys = frames(q, seed), frames(5, seed + 1)
+    fast = relevance(queries, keys.mean(2).transpose(1, 2))
+    assert torch.allclose(pooled_relevance(queries, keys, pools), fast, atol=1e-5)
+
+
+def test_relevance_is_the_mean_logit():
+    queries, keys = frames(q, 0), frames(5, 1)
+    logits = torch.einsum("bqlhd,bfmhd->bqhflm", queries, keys) / D**0.5
+    assert torch.allclose(relevance(queries, keys.mean(2).transpose(1, 2)), logits.mean((4, 5)), atol=1e-5)
+
+
+def test_pools_must_divide_the_frame():
+    with pytest.raises(ConfigError, match="divides the 8 tokens"):
+        pooled_relevance(frames(1), frames(1), 3)
+
+
+@given(st.integers(5, 8), st.integers(0, 50))
+def test_copies_of_a_frame_are_the_least_diverse(copies, seed):
+    """Copies that are most of the frames pull the mean towards themselves."""
+    keys = frames(8, seed).permute(0, 3, 1, 2, 4).clone()
+    keys[:, :, :copies] = keys[:, :, :1]
+    diversity = standardised(-redundancy(keys, keys.norm(dim=-1)))
+    if copies < 8:
+        assert (diversity[..., :copies].amax(-1) < diversity[..., copies:].amin(-1)).all()
+    else:
+        assert torch.equal(diversity, torch.zeros_like(diversity))
+
+
+def test_standardised_scores_have_mean_zero_and_deviation_one():
+    scores = standardised(torch.randn(3, 7, generator=torch.Generator().manual_seed(0)) * 40 + 9)
+    assert torch.allclose(scores.mean(-1), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(scores.std(-1, correction=0), torch.ones(3), atol=1e-4)
+    assert torch.equal(standardised(torch.full((2, 1), 5.0)), torch.zeros(2, 1))  # one frame: no deviation
+
+
+# ---------------------------------------------------------------- methods
+
+
+def test_the_window_is_the_sink_and_the_last_frames():
+    policy = begun(SlidingWindow(window=2, sink=1), held=12)
+    assert policy.cache.frames == [0, 10, 11]
+    assert policy.stats().frames == 3
+    assert begun(SlidingWindow(window=0, sink=0)).cache.frames == []
+    assert begun(SlidingWindow(window=4, sink=2)).cache.frames == [0, 1, 5, 6, 7, 8]
+
+
+def test_a_window_of_nothing_is_attention_to_the_chunk_alone():
+    empty, fresh = begun(SlidingWindow(window=0, sink=0)), KVPolicy(FullHistory())
+    assert torch.equal(step(empty), step(fresh))
+
+
+def test_top_k_is_the_most_relevant_frames_for_each_query_frame():
+    policy = begun(TopKAttention(k=2))
+    best = relevance(frames(q, 3), policy.cache.means).topk(2, dim=3).indices
+    assert torch.equal(seen(policy), torch.zeros(B, q, H, 9, dtype=torch.bool).scatter_(3, best, True))
+
+
+def test_focused_forcing_without_diversity_is_top_k():
+    assert torch.equal(seen(begun(FocusedForcing(budget=3, mix=1.0))), seen(begun(TopKAttention(k=3))))
+
+
+def test_diversity_alone_is_the_same_for_every_query_frame():
+    table = seen(begun(FocusedForcing(budget=3, mix=0.0)))
+    assert torch.equal(table, table[:, :1].expand_as(table))
+    assert not torch.equal(table, seen(begun(FocusedForcing(budget=3, mix=1.0))))
+
+
+def test_a_chunk_can_choose_as_one():
+    per_frame, per_chunk = (begun(FocusedForcing(budget=3, choice=name)) for name in ("frame", "chunk"))
+    assert seen(per_frame).shape[1] == q
+    assert seen(per_chunk).shape[1] == 1
+    for policy in (per_frame, per_chunk):
+        step(policy)
+    assert per_frame.stats().pairs == per_chunk.stats().pairs
+    assert per_frame.stats().kv_bytes == q * per_chunk.stats().kv_bytes
+
+
+def test_heads_get_their_own_budgets():
+    budgets = HeadBudgets(((0, 1, 4, 20),))
+    assert seen(begun(FocusedForcing(budget=budgets))).sum(3).unique(dim=0).tolist() == [[[0, 1, 4, 9]] * q]
+
+
+def test_the_first_frame_can_be_forced_on_heads_that_can_afford_it():
+    budgets = HeadBudgets(((2, 3, 3, 4),))
+    forced, free = (seen(begun(FocusedForcing(budget=budgets, keep_first=keep))) for keep in (True, False))
+    assert forced[:, :, 1:, 0].all()
+    assert torch.equal(forced[:, :, 0], free[:, :, 0])
+    assert not free[:, :, 1:, 0].all()
+    assert torch.equal(forced.sum(3), free.sum(3))
+
+
+def test_the_pool_of_frames_can_be_a_window():
+    policy = begun(FocusedForcing(budget=2, window=4), held=12)
+    assert policy.cache.frames == [0, 8, 9, 10, 11]
+    assert seen(policy).shape == (B, q, H, 5)
+
+
+def rotate(keys, numbers):
+    """Turns the first two channels of `[B, H, F, L, D]` by the frame's number."""
+    angle = numbers[:, None].to(keys)
+    x, y = keys[..., 0], keys[..., 1]
+    turned = torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], -1)
+    return torch.cat([turned, keys[..., 2:]], -1)
+
+
+@pytest.mark.parametrize("way", ["unrotate", "plain keys"])
+def test_frames_are_compared_without_their_rotation(way):
+    plain = frames(9, 1)
+    rotated = rotate(plain.permute(0, 3, 1, 2, 4), torch.arange(9)).permute(0, 2, 3, 1, 4)
+    undo = (lambda keys, numbers: rotate(keys, -numbers)) if way == "unrotate" else None
+    policies = []
+    for keys, arguments in ((plain, {}), (rotated, {"rotated": True, "unrotate": undo})):
+        policy = KVPolicy(FocusedForcing(budget=3, mix=0.0), **arguments)
+        policy.append(keys, frames(9, 2), plain if way == "plain keys" and arguments else None)
+        policies.append(policy)
+    assert torch.equal(seen(policies[0]), seen(policies[1]))
+    cached = KVPolicy(FocusedForcing(budget=3, mix=0.0, diversity_on="cached"), rotated=True)
+    cached.append(rotated, frames(9, 2))
+    assert not torch.equal(seen(cached), seen(policies[0]))
+
+
+def test_rotated_keys_without_a_way_back_are_refused():
+    policy = KVPolicy(FocusedForcing(budget=2), rotated=True)
+    policy.append(frames(9), frames(9))
+    with pytest.raises(ConfigError, match='diversity_on="cached"'):
+        step(policy)
+
+
+def test_the_choice_holds_for_the_chunk_or_is_refreshed():
+    kept, renewed, second = (begun(FocusedForcing(budget=2, refresh_every=n)) for n in (None, 1, 2))
+    tables = {}
+    for name, policy in (("kept", kept), ("renewed", renewed), ("second", second)):
+        tables[name] = []
+        for seed in (3, 30, 300):
+            tables[name].append(seen(policy, seed))
+            step(policy, seed)
+    assert torch.equal(tables["kept"][0], tables["kept"][2])
+    assert not torch.equal(tables["renewed"][0], tables["renewed"][1])
+    assert torch.equal(tables["second"][0], tables["second"][1])
+    assert torch.equal(tables["second"][2], tables["renewed"][2])
+    kept.append(frames(3, 7), frames(3, 8))
+    assert seen(kept).shape[3] == 12
+
+
+def test_a_refreshed_choice_is_attended_to():
+    """The copies of chosen frames are thrown away with the choice."""
+    grouped, masked = (begun(FocusedForcing(budget=2, refresh_every=1), backend=name) for name in ("grouped", "masked"))
+    for seed in (3, 30, 300):
+        assert torch.allclose(step(grouped, seed), step(masked, seed), atol=1e-5)
+
+
+def dummy_stream(method, layers=2):
+    """Two layers; the first head of each looks at the present only, the others at the past."""
+    stream = KVStream(method, layers)
+    keys = torch.ones(B, 9, L, H, D)
+    for layer in range(layers):
+        stream[layer].append(keys, frames(9, 2))
+    return stream
+
+
+def test_dummy_heads_are_those_that_look_at_the_present():
+    stream = dummy_stream(DummyForcing(dummy_share=0.25, local=1, history=3))
+    queries, keys = torch.ones(B, q, L, H, D), torch.ones(B, q, L, H, D)
+    keys[:, :, :, 0] = 5
+    for layer in range(2):
+        stream[layer].attend(queries, keys, keys)
+    assert stream.stats().work_ratio == 1  # while they are measured all see everything
+    for layer in range(2):
+        table = stream[layer].select(queries, keys).table()[0, 0]
+        assert table[0].nonzero().flatten().tolist() == [8]
+        for head in range(1, H):
+            assert table[head].nonzero().flatten().tolist() == [0, 6, 7, 8]
+
+
+def test_dummy_forcing_begins_at_its_chunk():
+    policy = KVPolicy(DummyForcing(begin=2, history=0, local=0))
+    for chunk in range(3):
+        before = policy.stats()
+        step(policy)
+        step(policy)
+        after = policy.stats()
+        assert (after.pairs - before.pairs < after.full_pairs - before.full_pairs) == (chunk >= 2)
+        policy.append(frames(3), frames(3))
+
+
+def test_static_heads_keep_a_short_context_and_dynamic_ones_what_changed():
+    policy = KVPolicy(ForcingKV(threshold=0.5, recent=4, context=2, patches=4, retention=0.5))
+    keys = torch.zeros(B, 9, L, H, D)
+    keys[:, :, :, 1] = 1.0  # head 1 has looked at the past all the time
+    keys[:, 4, 2:6, 1] = torch.randn(
+        B, 4, D, generator=torch.Generator().manual_seed(0)
+    )  # frame 4 differs in its middle
+    policy.append(keys, frames(9, 2))
+    queries, now = torch.ones(B, q, L, H, D), torch.zeros(B, q, L, H, D)
+    now[:, :, :, [0, 2, 3]] = 4.0
+    selection = policy.select(queries, now)
+    tokens = selection.token_table(L)[0, 0].view(H, 9, L)
+    for head in (0, 2, 3):
+        assert tokens[head].all(1).nonzero().flatten().tolist() == [0, 7, 8]
+        assert tokens[head].sum() == 3 * L
+    assert tokens[1].sum(1).tolist() == [L, *[L // 2] * 6, L, L]
+    assert tokens[1, 4].nonzero().flatten().tolist() == [2, 3, 4, 5]
+
+
+def test_changed_patches_are_those_least_like_the_frame_before():
+    keys = torch.ones(1, 1, 3, 8, 2)
+    keys[0, 0, 1, 4:6] = -1.0
+    assert changed_patches(keys, patches=4, kept=1)[0, :, 0].tolist() == [2, 2]
+
+
+def test_patches_must_divide_the_frame():
+    with pytest.raises(ConfigError, match="8 tokens"):
+        step(begun(ForcingKV(patches=3)))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        FullHistory(),
+        SlidingWindow(),
+        TopKAttention(),
+        FocusedForcing(),
+        FocusedForcing(choice="chunk"),
+        DummyForcing(),
+        ForcingKV(),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_every_method_scores_the_frames_it_holds(method):
+    policy = begun(method)
+    scores = policy.score(frames(q, 3))
+    assert scores.shape in {(B, 1, H, len(policy.cache)), (B, q, H, len(policy.cache))}
+    assert scores.dtype == torch.float32
+    with pytest.raises(ConfigError, match="append a chunk"):
+        KVPolicy(method).score(frames(q))
+
+
+def test_methods_are_known_by_name():
+    known = {info.name: info for info in hasten.methods() if info.kind == "streaming"}
+    wanted = {"full-history", "sliding-window", "topk-attention", "focused-forcing", "dummy-forcing", "forcing-kv"}
+    assert set(known) == wanted
+    assert known["focused-forcing"].parameters["mix"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong"),
+    [
+        (FocusedForcing, {"mix": 1.2}),
+        (FocusedForcing, {"budget": -1}),
+        (FocusedForcing, {"window": 0}),
+        (FocusedForcing, {"diversity_tokens": 0}),
+        (FocusedForcing, {"refresh_every": 0}),
+        (SlidingWindow, {"window": -1}),
+        (TopKAttention, {"k": -1}),
+        (DummyForcing, {"dummy_share": 2}),
+        (DummyForcing, {"begin": 0}),
+        (ForcingKV, {"retention": 0}),
+        (ForcingKV, {"patches": 0}),
+    ],
+)
+def test_impossible_parameters_are_refused(method, wrong):
+    with pytest.raises(ConfigError, match="expected"):
+        method(**wrong)
+
+
+def test_misspelt_choices_are_refused():
+    with pytest.raises(UnknownNameError, match="chunk"):
+        FocusedForcing(choice="chunks")
+    with pytest.raises(UnknownNameError, match="unrotated"):
+        FocusedForcing(diversity_on="unrotatd")
+
+
+# ---------------------------------------------------------------- budgets
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=30), st.integers(0, 5), st.integers(0, 9), st.floats(0.2, 5))
+def test_budgets_rise_with_importance_within_their_range(values, b_min, more, gamma):
+    importance = torch.tensor([values])
+    table = HeadBudgets.from_importance(importance, b_min, b_min + more, gamma).table[0]
+    assert all(b_min <= b <= b_min + more for b in table)
+    ranked = [b for _, b in sorted(zip(values, table, strict=True))]
+    assert ranked == sorted(ranked)
+
+
+def test_budgets_are_the_papers_rule():
+    importance = torch.tensor([[0.0, 1.0], [2.0, 4.0]])
+    assert HeadBudgets.from_importance(importance, 2, 10, 1.0, clip=1.0).table == ((2, 4), (6, 10))
+    assert HeadBudgets.from_importance(importance, 2, 10, 2.0, clip=1.0).table == ((2, 2), (4, 10))
+
+
+def test_one_outlier_does_not_take_everything():
+    importance = torch.cat([torch.linspace(0, 1, 200), torch.tensor([1e6])])[None]
+    assert HeadBudgets.from_importance(importance, clip=1.0).mean < 2.1
+    assert HeadBudgets.from_importance(importance).mean > 5
+
+
+@given(st.integers(0, 99), st.floats(3.5, 8))
+def test_budgets_of_a_wanted_mean_cost_no_more(seed, mean):
+    importance = torch.rand(4, 6, generator=torch.Generator().manual_seed(seed))
+    budgets = HeadBudgets.with_mean(importance, mean, 2, 9)
+    assert mean - 0.5 < budgets.mean <= mean
+    with pytest.raises(ConfigError, match="lower b_min"):
+        HeadBudgets.with_mean(importance, 1.5, 2, 9)
+
+
+def test_budgets_are_saved_and_refuse_another_model(tmp_path):
+    path = tmp_path / "budgets.json"
+    budgets = HeadBudgets(((1, 2), (3, 4)), {"model": "ours", "chunk": 3})
+    budgets.save(path)
+    assert HeadBudgets.load(path) == budgets
+    method = FocusedForcing(budget=str(path))
+    assert KVStream(method, 2, facts={"model": "ours", "layers": 2})[1].method.budgets(1, 2) == (3, 4)
+    with pytest.raises(CalibrationError, match="model 'ours' instead of 'theirs'"):
+        KVStream(method, 2, facts={"model": "theirs"})
+    with pytest.raises(CalibrationError, match="2 layers"):
+        KVStream(method, 3)
+    with pytest.raises(CalibrationError, match="2 heads"):
+        step(begun(method))
+
+
+@pytest.mark.parametrize("content", [None, "no json", json.dumps({"schema": 1}), json.dumps([1])])
+def test_a_damaged_file_of_budgets_is_refused(tmp_path, content):
+    path = tmp_path / "budgets.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(CalibrationError, match="no file of head budgets"):
+        FocusedForcing(budget=str(path))
+
+
+@pytest.mark.parametrize("table", [(), ((),), ((1, 2), (1,)), ((-1,),), ((1.5,),)])
+def test_impossible_tables_are_refused(table):
+    with pytest.raises(ConfigError, match="whole frames"):
+        HeadBudgets(table)
+
+
+def test_impossible_importance_is_refused():
+    with pytest.raises(ConfigError, match="finite"):
+        HeadBudgets.from_importance(torch.tensor([[1.0, torch.nan]]))
+    with pytest.raises(ConfigError, match="b_min"):
+        HeadBudgets.from_importance(torch.ones(1, 2), 5, 4)
+
+
+# ---------------------------------------------------------------- counting and memory
+
+
+def test_work_is_counted_in_pairs_and_bytes():
+    policy = begun(TopKAttention(k=2))
+    step(policy)
+    stats = policy.stats()
+    assert stats.pairs == B * H * (q * L) * (2 + q) * L
+    assert stats.full_pairs == B * H * (q * L) * (9 + q) * L
+    assert stats.work_ratio == 12 / 5
+    assert stats.kv_bytes == 2 * B * H * q * (2 + q) * L * D * 4
+    assert stats.full_kv_bytes == 2 * B * H * (9 + q) * L * D * 4
+    assert stats.forwards == 1
+    assert stats.attention_seconds > 0
+    assert stats.select_seconds > 0
+    assert stats.overhead > 0
+
+
+def test_evicted_frames_still_count_as_full_work():
+    policy = begun(SlidingWindow(window=2, sink=1))
+    step(policy)
+    assert policy.stats().work_ratio == 12 / 6
+
+
+def test_a_stream_adds_its_layers_up_and_gates_its_heads():
+    stream = KVStream(FocusedForcing(budget=2), 2)
+    for layer in range(2):
+        stream[layer].append(frames(9, 1), frames(9, 2))
+    plain = stream.attend(0, *(frames(q, s) for s in (3, 4, 5)))
+    stream.gates = torch.tensor([[1.0, 0.0, 2.0, 1.0], [1.0] * 4])
+    gated = stream.attend(0, *(frames(q, s) for s in (3, 4, 5)))
+    assert torch.equal(gated, plain * torch.tensor([1.0, 0.0, 2.0, 1.0])[:, None])
+    stream.attend(1, *(frames(q, s) for s in (3, 4, 5)))
+    assert stream.stats().forwards == 3
+    assert stream.stats().pairs == 3 * stream[1].stats().pairs
+    stream.reset()
+    assert stream.stats().cache_bytes == 0
+    assert stream.stats().forwards == 3
+
+
+def tensors_of(policy):
+    return [thing for thing in vars(policy.cache).values() if isinstance(thing, torch.Tensor)]
+
+
+def test_eviction_frees_memory():
+    policy = KVPolicy(FullHistory())
+    for _ in range(10):
+        policy.append(frames(3), frames(3))
+    old = [weakref.ref(tensor) for tensor in tensors_of(policy)]
+    full = policy.stats().cache_bytes
+    policy.evict([0, 28, 29])
+    gc.collect()
+    assert len(old) == 4
+    assert all(tensor() is None for tensor in old)
+    assert policy.cache.frames == [0, 28, 29]
+    assert policy.stats().cache_bytes == sum(t.untyped_storage().nbytes() for t in tensors_of(policy)) < 0.25 * full
+    policy.evict([])
+    assert tensors_of(policy) == []
+    policy.append(frames(3), frames(3))
+    assert policy.cache.frames == [30, 31, 32]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [SlidingWindow(window=4), FocusedForcing(budget=2, window=6), FocusedForcing(budget=2, window=6, choice="chunk")],
+)
+def test_a_thousand_frames_in_constant_memory(method):
+    policy, sizes = KVPolicy(method), []
+    chunk = [frames(2, s, B=1, L=4, H=2, D=8) for s in range(5)]
+    with torch.no_grad():
+        for _ in range(500):
+            policy.attend(*chunk[:3])
+            policy.append(*chunk[3:])
+            sizes.append(policy.stats().cache_bytes)
+    assert policy.cache.next_frame == 1000
+    assert max(sizes[10:]) == min(sizes[10:]) == sizes[-1]
+    assert sizes[-1] == sum(t.untyped_storage().nbytes() for t in tensors_of(policy))
+
+
+def test_appending_keeps_what_was_there():
+    cache, keys, values = FrameCache(), frames(9, 1), frames(9, 2)
+    for start in (0, 1, 4):
+        stop = {0: 1, 1: 4, 4: 9}[start]
+        cache.append(keys[:, start:stop], values[:, start:stop])
+        cache.with_current(frames(2, 7), frames(2, 8))  # scribbles behind the history only
+    assert torch.equal(cache.keys, keys.permute(0, 3, 1, 2, 4))
+    assert torch.equal(cache.values, values.permute(0, 3, 1, 2, 4))
+    assert torch.allclose(cache.means, keys.mean(2).transpose(1, 2))
+
+
+def test_a_view_copies_nothing_but_means():
+    cache, keys, values = FrameCache(), frames(9, 1), frames(9, 2)
+    cache.view(keys, values, range(4, 13))
+    assert cache.keys.data_ptr() == keys.data_ptr()
+    assert cache.frames == list(range(4, 13))
+    with pytest.raises(ConfigError, match="rising"):
+        cache.view(keys, values, range(3))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: frames(3)[0], r"\[B, F, L, H, D\]"),
+        (lambda: frames(3, L=4), "agree in batch"),
+        (lambda: frames(3).double(), "float32"),
+        (lambda: frames(3)[:, :0], "none of them 0"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(wrong, message):
+    policy = begun(FullHistory())
+    with pytest.raises(ConfigError, match=message):
+        policy.append(wrong(), wrong())
+    with pytest.raises(ConfigError, match=message):
+        policy.attend(wrong(), wrong(), wrong())
+
+
+def test_frames_to_keep_must_exist():
+    policy = begun(FullHistory())
+    for places in ([9], [3, 1], [-1], [2, 2]):
+        with pytest.raises(ConfigError, match="rising places from 0 to 8"):
+            policy.evict(places)
+
+
+def test_plain_keys_come_always_or_never():
+    policy = KVPolicy(FullHistory(), rotated=True)
+    policy.append(frames(3), frames(3), frames(3))
+    with pytest.raises(ConfigError, match="always or never"):
+        policy.append(frames(3), frames(3))
+    with pytest.raises(ConfigError, match="keys' shape"):
+        policy.append(frames(3), frames(2), frames(3))
+
+
+def test_redundancy_is_the_mean_cosine_with_the_mean_key():
+    keys = frames(6).permute(0, 3, 1, 2, 4)
+    wanted = torch.nn.functional.cosine_similarity(keys, keys.mean(2, keepdim=True), dim=-1).mean(-1)
+    assert torch.allclose(redundancy(keys, keys.norm(dim=-1)), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_frames_can_be_compared_by_some_of_their_tokens(rotated):
+    """With `diversity_tokens=2` of 8, every fourth token counts; the others may be anything."""
+    policies = []
+    for seed in (1, 50):
+        keys = frames(9, seed)
+        keys[:, :, ::4] = frames(9, 1)[:, :, ::4]
+        arguments = {"unrotate": lambda keys, numbers: rotate(keys, -numbers)} if rotated else {}
+        policy = KVPolicy(FocusedForcing(budget=3, mix=0.0, diversity_tokens=2), **arguments)
+        policy.append(keys, frames(9, 2))
+        policies.append(policy)
+    assert torch.equal(seen(policies[0]), seen(policies[1]))
+    everything = KVPolicy(FocusedForcing(budget=3, mix=0.0, diversity_tokens=8), **arguments)
+    everything.append(frames(9, 1), frames(9, 2))
+    assert not torch.equal(seen(everything), seen(policies[0]))

@@ -1,0 +1,421 @@
+"""The small causal video model, its data, training and grades, and what is measured on it; at tiny size."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+from random import Random
+
+import pytest
+import torch
+from PIL import Image
+
+from hasten.errors import ConfigError, ModelError
+from hasten.streaming import FocusedForcing, FullHistory, HeadBudgets, SlidingWindow, StreamStats
+from hasten.streaming.importance import DistributionMatching, first_order_importance, masked_importance
+from hasten.streaming.measure import REFERENCE, Rolled, fidelity, markdown, measure
+from hasten.streaming.video import best_suffix, write_video
+from hasten.zoo.sprites_stream import ModelConfig, conditions, draw, new_stream, paths, random_world, roll_out
+from hasten.zoo.sprites_stream import evaluate as evaluation
+from hasten.zoo.sprites_stream.data import NAMED, UNNAMED
+from hasten.zoo.sprites_stream.grade import grade
+from hasten.zoo.sprites_stream.model import CausalVideoTransformer, load_model, save_model, teacher_mask
+from hasten.zoo.sprites_stream.rollout import noise_levels
+from hasten.zoo.sprites_stream.train import Recipe, Trainer, export, main, run
+from hasten.zoo.sprites_wan.data import SIDE
+
+TINY = ModelConfig(patch=12, width=32, heads=2, layers=2)
+WORLD = random_world(Random(0))
+
+
+def tiny(seed=0):
+    """A model with random weights whose gates and output layer are open."""
+    torch.manual_seed(seed)
+    model = CausalVideoTransformer(TINY)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@torch.no_grad()
+def roll(model, method=None, frames=12, steps=2, backend="grouped", worlds=(WORLD,)):
+    return roll_out(model, worlds, new_stream(model, method or FullHistory(), backend), frames, steps).video
+
+
+# ---------------------------------------------------------------- data and grades
+
+
+def test_objects_leave_and_come_back():
+    for seed in range(20):
+        world = random_world(Random(seed))
+        for centres in paths(world, 96):
+            gone = ((centres[:, 1] - SIDE / 2).abs() > 34).tolist()
+            assert not all(gone[:NAMED])  # everybody is seen while named
+            changes = sum(a != b for a, b in pairwise(gone))
+            assert changes >= 4  # away and back twice or more
+            assert sum(gone) >= 30
+
+
+def test_a_video_is_its_world():
+    video = draw(WORLD, 10)
+    assert video.shape == (10, 3, SIDE, SIDE)
+    assert video.min() >= 0
+    assert video.max() <= 1
+    assert torch.equal(draw(WORLD, 20)[:10], video)
+    assert not torch.equal(draw(replace(WORLD, phases=(0.1, 0.2)), 10), draw(replace(WORLD, phases=(0.3, 0.4)), 10))
+
+
+def test_names_are_told_at_first_only():
+    words = conditions(WORLD, NAMED - 3, 6)
+    assert words[:3, :3].tolist() == [[*WORLD.items, WORLD.background]] * 3
+    assert words[3:, :3].tolist() == [list(UNNAMED)] * 3
+    assert words[:, 3:].tolist() == [list(WORLD.periods)] * 6
+
+
+def test_worlds_for_training_and_for_grading_differ():
+    rng = Random(0)
+    assert not any(random_world(rng).held_out for _ in range(30))
+    assert all(random_world(rng, held_out=True).held_out for _ in range(5))
+
+
+def test_the_true_video_has_the_best_grades():
+    curves = grade(WORLD, draw(WORLD, 12))
+    seen = [v for v in curves["identity"] if not math.isnan(v)]
+    assert seen
+    assert all(v == 1 for v in seen)
+    assert all(v < 0.01 for v in curves["motion"] if not math.isnan(v))
+    assert all(v < 1e-6 for v in curves["background"])
+
+
+def test_grades_see_another_object_another_place_and_another_background():
+    others = [i for i in range(8) if i not in WORLD.items][:2]
+    replaced = grade(WORLD, draw(replace(WORLD, items=tuple(others)), 12))
+    assert all(v == 0 for v in replaced["identity"] if not math.isnan(v))
+    late = grade(WORLD, torch.cat([draw(WORLD, 13)[1:]]))
+    assert any(v > 1 for v in late["motion"] if not math.isnan(v))
+    moved = grade(WORLD, draw(replace(WORLD, background=(WORLD.background + 1) % 4), 12))
+    assert all(v > 0.02 for v in moved["background"])
+    with pytest.raises(ConfigError, match="48, 48"):
+        grade(WORLD, torch.zeros(3, 3, 8, 8))
+
+
+# ---------------------------------------------------------------- model
+
+
+def test_training_in_parallel_is_the_rollout_chunk_by_chunk():
+    """What a chunk sees under the mask is what the stream of clean chunks gives it."""
+    model, frames = tiny(), 9
+    clean = draw(WORLD, frames)[None] * 2 - 1
+    noisy = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    t, words = torch.full((1, frames), 0.6), conditions(WORLD, 0, frames)[None]
+    with torch.no_grad():
+        wanted = model.teach(clean, torch.zeros(1, frames), noisy, t, words, teacher_mask(frames, TINY))
+        stream = new_stream(model, FullHistory())
+        for first in range(0, frames, 3):
+            now = slice(first, first + 3)
+            got = model(noisy[:, now], t[:, now], words[:, now], stream, first)
+            assert torch.allclose(got, wanted[:, now], atol=1e-4)
+            model(clean[:, now], torch.zeros(1, 3), words[:, now], stream, first, keep=True)
+
+
+def test_history_matters_and_the_future_does_not():
+    mask = teacher_mask(6, TINY)
+    L = TINY.tokens
+    noisy_first, noisy_second = 6 * L, 9 * L
+    assert mask[noisy_first].nonzero().flatten().tolist() == list(range(6 * L, 9 * L))
+    assert mask[noisy_second].nonzero().flatten().tolist() == [*range(3 * L), *range(9 * L, 12 * L)]
+    assert mask[0].nonzero().flatten().tolist() == list(range(3 * L))
+
+
+def test_rotation_depends_on_differences_and_is_undone():
+    rotary = tiny().rotary
+    tokens = torch.randn(1, 1, TINY.tokens, 2, 16, generator=torch.Generator().manual_seed(0))
+    logits = [
+        torch.einsum("bflhd,bfmhd->lmh", rotary(tokens, torch.tensor([a])), rotary(tokens, torch.tensor([b])))
+        for a, b in ((5, 2), (9, 6), (9, 2))
+    ]
+    assert torch.allclose(logits[0], logits[1], atol=1e-4)
+    assert not torch.allclose(logits[0], logits[2], atol=1e-2)
+    numbers = torch.tensor([3, 40])
+    turned = rotary(tokens.expand(1, 2, -1, -1, -1), numbers).permute(0, 3, 1, 2, 4)
+    undone = rotary.unrotate(turned, numbers)
+    still = rotary(tokens, torch.tensor([0])).permute(0, 3, 1, 2, 4)
+    assert torch.allclose(undone, still.expand_as(undone), atol=1e-5)
+
+
+def test_rollouts_with_the_whole_history_are_equal_and_others_are_not():
+    model = tiny()
+    plain = roll(model)
+    assert plain.shape == (1, 12, 3, SIDE, SIDE)
+    assert torch.equal(roll(model, FocusedForcing(budget=9)), plain)
+    chosen = roll(model, FocusedForcing(budget=2))
+    assert torch.allclose(chosen, roll(model, FocusedForcing(budget=2), backend="masked"), atol=1e-4)
+    assert torch.equal(chosen[:, :3], plain[:, :3])  # the first chunk has no history
+    assert not torch.allclose(chosen[:, 9:], plain[:, 9:], atol=1e-3)
+
+
+def test_a_batch_is_its_videos():
+    other = random_world(Random(5))
+    model = tiny()
+    both = roll(model, FocusedForcing(budget=2), worlds=(WORLD, other))
+    assert both.shape[0] == 2
+    assert not torch.equal(both[0], both[1])
+
+
+def test_frames_come_in_chunks():
+    model = tiny()
+    with pytest.raises(ConfigError, match="multiples of 3"):
+        roll(model, frames=10)
+    with pytest.raises(ConfigError, match="one step"):
+        roll(model, steps=0)
+    with pytest.raises(ConfigError, match="heads that divide"):
+        ModelConfig(width=100)
+
+
+def test_noise_levels_fall_from_one_to_zero():
+    levels = noise_levels(5, 3.0)
+    assert levels[0] == 1
+    assert levels[-1] == 0
+    assert levels == sorted(levels, reverse=True)
+    assert noise_levels(4, 1.0) == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_models_are_saved_and_loaded(tmp_path):
+    model = tiny()
+    save_model(model, tmp_path)
+    assert torch.allclose(roll(load_model(tmp_path)), roll(model), atol=0.1)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="train"):
+        load_model(tmp_path)
+    with pytest.raises(ModelError, match="train"):
+        load_model(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------- training
+
+QUICK = Recipe(short_clips=48, long_clips=8, short=6, long=9, short_batch=8, long_batch=4, warmup_steps=2, lr=3e-3)
+
+
+def test_training_lowers_the_loss_and_goes_through_both_kinds():
+    trainer = Trainer(QUICK, TINY)
+    kinds, losses = zip(*(trainer.step() for _ in range(8)), strict=True)
+    assert kinds == ("short",) * 6 + ("long",) * 2
+    assert trainer.done
+    assert trainer.progress == 1
+    assert sum(losses[4:6]) < 0.95 * sum(losses[:2])
+
+
+def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(tmp_path):
+    whole, first = Trainer(QUICK, TINY), Trainer(QUICK, TINY)
+    for _ in range(4):
+        expected = whole.step()
+    for _ in range(2):
+        first.step()
+    torch.save(first.state(), tmp_path / "checkpoint.pt")
+    second = Trainer(replace(QUICK), TINY)
+    second.restore(torch.load(tmp_path / "checkpoint.pt", weights_only=False))
+    second.step()
+    assert second.step() == expected
+    assert all(torch.equal(whole.average[k], second.average[k]) for k in whole.average)
+
+
+def test_a_run_writes_a_log_and_a_checkpoint_to_export(tmp_path):
+    run(Trainer(QUICK, TINY), tmp_path, minutes=10)
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert row["seen"] == {"short": 48, "long": 8}
+    run(Trainer(QUICK, TINY), tmp_path, minutes=10)  # nothing is left to do
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+    main(["--out", str(tmp_path), "--export", str(tmp_path / "weights")])
+    assert load_model(tmp_path / "weights").config == TINY
+    export(torch.load(tmp_path / "checkpoint.pt", weights_only=False), tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").exists()
+
+
+def test_a_run_stops_when_its_time_is_up(tmp_path):
+    run(Trainer(QUICK, TINY), tmp_path, minutes=0)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=False)["steps"] == 0
+
+
+# ---------------------------------------------------------------- importance
+
+
+def gated(model, frames=6):
+    def rollout(gates):
+        stream = new_stream(model, FullHistory())
+        stream.gates = gates
+        return roll_out(model, (WORLD,), stream, frames, 1, seed=0).video
+
+    return rollout
+
+
+def test_masking_and_first_order_find_the_head_that_does_nothing():
+    model = tiny()
+    with torch.no_grad():
+        model.blocks[1].out.weight[:, 16:] = 0  # the second head of the second layer is not read
+    for importance in (
+        masked_importance(gated(model), 2, 2),
+        first_order_importance(gated(model), 2, 2),
+        first_order_importance(gated(model), 2, 2, loss=lambda video: video.square().mean()),
+    ):
+        assert importance.shape == (2, 2)
+        assert importance[1, 1] == 0
+        assert (importance.flatten()[:3] > 0).all()
+    budgets = HeadBudgets.from_importance(importance, 0, 5)
+    assert budgets.table[1][1] == 0
+
+
+def test_first_order_is_the_slope_of_masking():
+    """For latents that are linear in the gates both are the mean square of each head's part."""
+    parts = torch.randn(2, 3, 400, generator=torch.Generator().manual_seed(9)) * torch.tensor([0.1, 1.0, 3.0])[:, None]
+
+    def rollout(gates):
+        return (gates[..., None] * parts).sum((0, 1))
+
+    masked = masked_importance(rollout, 2, 3)
+    assert torch.allclose(masked, parts.square().mean(2), rtol=1e-4)
+    assert torch.allclose(first_order_importance(rollout, 2, 3, probes=300), masked, rtol=0.3)
+
+
+def test_the_distribution_matching_loss_is_its_formula():
+    latents = torch.ones(1, 4)
+    loss = DistributionMatching(real=lambda x, t: torch.full_like(x, 0.5), fake=lambda x, t: torch.full_like(x, 1.5))
+    assert loss(latents).item() == pytest.approx((1.0 / 0.5) ** 2 / 2)
+    seen = []
+
+    def real(noisy, t):
+        seen.append((noisy.clone(), t.clone()))
+        return torch.zeros_like(noisy)
+
+    again = DistributionMatching(real=real, fake=real, times=3)
+    assert again(latents) == 0
+    levels = [float(t) for _, t in seen]
+    assert len(set(levels)) == 3
+    assert all(0 < t < 1 for t in levels)
+    again(latents)
+    assert [float(t) for _, t in seen[6:]] == levels  # the same noise in every call
+    assert torch.equal(seen[0][0], seen[6][0])
+
+
+def test_importance_is_not_made_up():
+    with pytest.raises(ConfigError, match="seed the noise"):
+        masked_importance(lambda gates: torch.randn(3), 1, 2)
+    with pytest.raises(ConfigError, match="no gate changes"):
+        masked_importance(lambda gates: torch.ones(3), 1, 2)
+    with pytest.raises(ConfigError, match="no gradient"):
+        first_order_importance(lambda gates: torch.ones(3), 1, 2)
+    with pytest.raises(ConfigError, match="at least one layer"):
+        masked_importance(lambda gates: gates, 0, 2)
+    with pytest.raises(ConfigError, match="times"):
+        DistributionMatching(real=torch.add, fake=torch.add, times=0)
+
+
+# ---------------------------------------------------------------- measuring and video files
+
+
+def test_fidelity_is_psnr_frame_by_frame():
+    reference = torch.rand(1, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    video = reference.clone()
+    video[:, 1] += 0.1
+    assert fidelity(video, reference)[0].tolist() == pytest.approx([100.0, 20.0], abs=1e-3)
+    with pytest.raises(ConfigError, match="two videos"):
+        fidelity(video[0], reference[0])
+
+
+def fake_roll(calls):
+    """A quarter of the work for any method but the full one, which takes twice the time."""
+
+    def roll(method, seed):
+        calls.append((type(method).__name__, seed))
+        full = isinstance(method, FullHistory)
+        video = torch.full((1, 2, 3, 4, 4), 0.5 if full else 0.6)
+        work = 100 if full else 25
+        stats = StreamStats(
+            forwards=1, pairs=work, full_pairs=100, kv_bytes=work, full_kv_bytes=200, attention_seconds=work / 100
+        )
+        grades = [{"identity": [1.0, float("nan")]}, {"identity": [0.0, float("nan")]}]
+        return Rolled(video, [2.0, 4.0] if full else [1.0, 2.0], stats, grades)
+
+    return roll
+
+
+def test_rows_compare_each_method_with_the_full_history():
+    calls = []
+    rows = measure(fake_roll(calls), {"window": SlidingWindow()}, [3, 4, 5])
+    assert calls[1:] == [(name, seed) for seed in (3, 4, 5) for name in ("FullHistory", "SlidingWindow")]
+    full, window = rows
+    assert (full.method, window.method) == (REFERENCE, "window")
+    assert (full.speedup, full.work_ratio, full.psnr) == (1, 1, 100)
+    assert (window.speedup, window.work_ratio, window.kv_ratio, window.attention_speedup) == (2, 4, 8, 4)
+    assert window.seconds_per_frame == 1.5
+    assert window.seconds_curve == [1, 2]
+    assert window.psnr_curve == pytest.approx([20, 20], abs=1e-3)
+    assert window.drift["identity"][0] == 0.5
+    plain = json.loads(json.dumps(window.to_dict(), allow_nan=False))
+    assert plain["drift"]["identity"] == [0.5, None]
+    table = markdown(rows).splitlines()
+    assert len(table) == 4
+    assert "2.00x" in table[3]
+    assert "identity" in table[0]
+
+
+def test_measuring_needs_seeds_and_names():
+    with pytest.raises(ConfigError, match="at least one seed"):
+        measure(fake_roll([]), {}, [])
+    with pytest.raises(ConfigError, match="full history"):
+        measure(fake_roll([]), {REFERENCE: FullHistory()}, [1])
+
+
+def test_the_evaluation_runs_and_writes_a_table_and_videos(tmp_path, monkeypatch):
+    save_model(tiny(), tmp_path / "weights")
+    few = {"focused forcing": FocusedForcing(budget=2), "sliding window": SlidingWindow(window=1)}
+    monkeypatch.setattr(evaluation, "comparators", lambda budget: few)
+    monkeypatch.setattr(evaluation, "ablations", lambda budget, budgets: {"fitted": FocusedForcing(budget=budgets)})
+    arguments = f"--weights {tmp_path / 'weights'} --out {tmp_path} --worlds 1 --frames 9 --steps 1 --budget 4"
+    evaluation.main([*arguments.split(), "--budgets", str(tmp_path / "budgets.json")])
+    rows = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [row["method"] for row in rows] == [REFERENCE, "focused forcing", "sliding window", "fitted"]
+    assert rows[0]["work_ratio"] == 1
+    assert all(row["work_ratio"] > 1 for row in rows[1:3])
+    assert "focused forcing" in (tmp_path / "evaluation.md").read_text()
+    assert HeadBudgets.load(tmp_path / "budgets.json").mean <= 4
+    assert (tmp_path / f"focused-forcing{best_suffix()}").stat().st_size > 500
+
+
+def test_the_issues_methods_are_compared_at_one_budget():
+    for name, method in {**evaluation.comparators(6), **evaluation.ablations(6, None)}.items():
+        assert name
+        if isinstance(method, FocusedForcing):
+            assert method.budget == 6
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif", ".mp4"])
+def test_a_video_is_written_as_a_file_that_plays(tmp_path, suffix):
+    if suffix == ".mp4":
+        pytest.importorskip("imageio_ffmpeg")
+    video = draw(WORLD, 6)
+    path = write_video(video, tmp_path / "new" / f"clip{suffix}", fps=10, enlarge=2)
+    if suffix == ".mp4":
+        assert path.stat().st_size > 500
+        return
+    with Image.open(path) as file:
+        assert file.n_frames == 6
+        assert file.size == (2 * SIDE, 2 * SIDE)
+        file.seek(3)
+        shown = torch.tensor(list(file.convert("RGB").resize((SIDE, SIDE), 0).getdata())).view(SIDE, SIDE, 3)
+    error = (shown.permute(2, 0, 1) / 255 - video[3]).abs().mean()
+    assert error < (0.003 if suffix == ".webp" else 0.05)
+
+
+def test_bad_videos_and_paths_are_refused(tmp_path, monkeypatch):
+    video = draw(WORLD, 2)
+    with pytest.raises(ConfigError, match="ends in"):
+        write_video(video, tmp_path / "clip.avi")
+    with pytest.raises(ConfigError, match=r"\[F, 3, H, W\]"):
+        write_video(video[0], tmp_path / "clip.gif")
+    with pytest.raises(ConfigError, match="fps"):
+        write_video(video, tmp_path / "clip.gif", fps=0)
+    monkeypatch.setattr("hasten.streaming.video._has_ffmpeg", lambda: False)
+    assert best_suffix() == ".webp"
+    with pytest.raises(ConfigError, match="imageio-ffmpeg"):
+        write_video(video, tmp_path / "clip.mp4")
