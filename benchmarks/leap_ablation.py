@@ -290,12 +290,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plain", type=Path, required=True)
     parser.add_argument("--guided", type=Path, required=True)
+    parser.add_argument("--larger", type=Path, required=True, help="a guided fit to more prompts, with a longer search")
     paths = parser.parse_args()
     own = Ablation(paths.plain, paths.guided)
     plain, guided = own.files["plain"], own.files["guided"]
     own.part("at home", lambda: own.elsewhere(plain, (12, 9, 7, 5)))
     own.part("other resolution (32x32)", lambda: own.elsewhere(plain, (9, 7), height=32, width=32))
     own.part("guided, at home (3)", lambda: own.elsewhere(guided, (12, 9, 7, 5), **GUIDED))
+    larger = Calibration.load(paths.larger)
+    facts = f"{larger.options['prompts']} prompts, {larger.options['trials']} trials, {larger.options['rounds']} rounds"
+    own.part(f"guided, {facts}", lambda: own.elsewhere(larger, (12, 9, 7, 5), **GUIDED))
     for scale in (2.1, 3.9):
         name = f"guided, at guidance {scale}"
         own.part(name, lambda scale=scale: own.elsewhere(guided, (9, 7), **GUIDED | {"true_cfg_scale": scale}))
