@@ -100,7 +100,7 @@ def tune(
     search: Annotated[
         str, typer.Option(help="What finds the steps for the caches: leap, or a caching method to search with.")
     ] = "leap",
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to learn from (the last ones).")] = 16,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to learn from (the last ones).")] = 8,
     held_out: Annotated[int, typer.Option(min=1, help="How many other prompts to compare on.")] = 8,
     prompts_file: PromptsFile = None,
     seed: SeedFrom = 1000,

@@ -68,7 +68,7 @@ class TuneSettings:
     max_error: float | None = None
     methods: tuple[str, ...] = ("leap", "leapcache", "foca", "taylorseer:order=2")
     search: str = LEAP
-    prompts: int = 16
+    prompts: int = 8
     held_out: int = 8
     prompt_list: tuple[str, ...] = ()
     seed: int = 1000

@@ -158,6 +158,7 @@ class _Run(PackedRun):
     promotions: dict[int, float] = field(default_factory=dict)
     snapshots: list[Tensor] = field(default_factory=list)
     sizes: Sequence[tuple[int, int]] = ()
+    generator: torch.Generator | None = None
 
 
 class RegionEngine(PackedEngine[_Run]):
@@ -261,8 +262,9 @@ class RegionEngine(PackedEngine[_Run]):
     @staticmethod
     def _draw(run: _Run, state: MixedState) -> Tensor:
         # The seed hangs on the user's own noise, so that a seeded call can be repeated.
-        generator = torch.Generator().manual_seed(int(state.noise.flatten()[:1].cpu().view(torch.int32)) + run.step)
-        return torch.randn(state.noise.shape, generator=generator).to(state.noise.device)
+        if run.generator is None:
+            run.generator = torch.Generator().manual_seed(int(state.noise.flatten()[:1].cpu().view(torch.int32)))
+        return torch.randn(state.noise.shape, generator=run.generator).to(state.noise.device)
 
 
 def _check_promotions(name: str, promotions: Sequence[Promotion], total: int) -> None:
