@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hasten import cli, registry, zoo
 from hasten.bench import rows
-from hasten.bench.arms import Arm, build_method, merged, parse_method, parse_options
+from hasten.bench.arms import Arm, build_method, merged, parse_method, parse_options, reported
 from hasten.bench.budget import Trials
 from hasten.bench.edits import at_size, edit_figures, edit_of, source_arguments, vae_unedited, with_image
 from hasten.bench.metrics import over_frames, psnr, temporal_error
@@ -436,3 +436,9 @@ def test_a_picture_for_a_text_model_is_refused(monkeypatch: pytest.MonkeyPatch, 
     assert code == 2
     assert "takes no source picture" in " ".join((out + error).split())
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("info", [i for i in registry.methods() if not i.needs_calibration], ids=lambda info: info.name)
+def test_reported_parameters_are_plain_data(info: registry.MethodInfo) -> None:
+    """They are written when everything has been measured, which is too late to find out."""
+    assert json.loads(json.dumps(reported(registry.build(info.name))))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from diffusers import UniPCMultistepScheduler
@@ -164,8 +164,14 @@ def _only_text(hint: Any) -> bool:
 def reported(method: Any) -> dict[str, Any]:
     """Parameters as plain data; of a calibration, only that there is one; without those left at None."""
     params = {item.name: (getattr(method, item.name), item.default) for item in fields(method)}
-    calibrated = {name: ("given", None) for name, (value, _) in params.items() if isinstance(value, Calibration)}
-    return {name: value for name, (value, usual) in (params | calibrated).items() if value is not None or usual}
+    return {name: _plain(value) for name, (value, usual) in params.items() if value is not None or usual}
+
+
+def _plain(value: Any) -> Any:
+    """A parameter as plain data."""
+    if isinstance(value, Calibration):
+        return "given"
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials | None = None) -> list[Arm]:
