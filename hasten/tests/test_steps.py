@@ -56,6 +56,22 @@ def test_times_that_wander_stay_in_the_run_that_the_scheduler_knows():
     assert [step for _, step, _ in labels(tracker, [(float(t), None) for t in times])] == [0, 1, 2, 3]
 
 
+def test_a_repeated_time_with_other_latents_is_the_next_step():
+    # Stages of several sizes that go back in time may meet a value twice, in bfloat16 above all.
+    times = torch.tensor([1.0, 0.6, 0.6, 0.2])
+    tracker = StepTracker(lambda: times)
+    calls = [(1.0, 64, 1), (0.6, 64, 1), (0.6, 64, 2), (0.6, 256, 1), (0.6, 256, 1), (0.2, 256, 1)]
+    infos = [tracker.begin(time, (batch, tokens, 48), None, (tokens, 48)) for time, tokens, batch in calls]
+    assert [(info.step, info.pass_name) for info in infos] == [
+        (0, "pass0"),
+        (1, "pass0"),
+        (1, "pass1"),  # a pass may have a batch of its own
+        (2, "pass0"),
+        (2, "pass1"),
+        (3, "pass0"),
+    ]
+
+
 def test_finish_begins_anew():
     tracker = StepTracker()
     labels(tracker, [(1.0, None), (0.5, None)])

@@ -5,8 +5,9 @@ unconditional, ...). Three sources are used, the best one that is there:
 
 * the pipeline's scheduler: a run starts when its `timesteps` tensor is another object than before;
 * the pipeline's cache context, if it sets one: it names the pass;
-* the timestep argument itself: another value is another step, the same value again is the next pass of the same step,
-  and a value that goes back against the direction of travel is a new run.
+* the timestep argument itself: another value is another step, the same value again is the next pass of the same step
+  (unless it comes with other latents: stages of several sizes may meet the same value twice), and a value that goes
+  back against the direction of travel is a new run.
 """
 
 from __future__ import annotations
@@ -100,14 +101,18 @@ class StepTracker:
         # Holding the tensor keeps its identity from being given to another one.
         self._sampler_timesteps: Tensor | None = None
         self._shape: Hashable = None
+        self._sample: Hashable = None
 
-    def begin(self, timestep: float, shape: Hashable, name: str | None = None) -> StepInfo:
+    def begin(
+        self, timestep: float, shape: Hashable, name: str | None = None, sample: Hashable | None = None
+    ) -> StepInfo:
         """Label the forward that is about to run.
 
         Args:
             timestep: the timestep argument as a number; only differences matter.
             shape: whatever identifies the shape of the image tokens; without a pipeline another shape is a new run.
             name: the pass, if the pipeline names it.
+            sample: `shape` of one picture of the batch; the passes of a step may differ in their batch, not in this.
         """
         first_step = self._starts_run(timestep, shape)
         if first_step:
@@ -116,7 +121,7 @@ class StepTracker:
             self._running = True
             self._sampler_timesteps = self._timesteps()
             self._total = None if self._sampler_timesteps is None else len(self.timesteps() or ())
-        repeated = timestep == self._value and name not in self._names
+        repeated = timestep == self._value and sample == self._sample and name not in self._names
         if not repeated:
             if self._value is not None and self._direction == 0.0:
                 self._direction = timestep - self._value
@@ -125,7 +130,7 @@ class StepTracker:
         pass_name = name if name is not None else f"pass{len(self._names)}"
         first_pass = not self._names
         self._names.append(pass_name)
-        self._value = timestep
+        self._value, self._sample = timestep, sample
         if first_pass:
             self._shape = shape
         return StepInfo(self._run, self._step, pass_name, first_pass, first_step, self._total)

@@ -52,6 +52,13 @@ class _PassName(StateManager):
         self.current = None if context is None else getattr(context, "name", context)
 
 
+def _sample(hidden: Any) -> Hashable:
+    """The shape of one picture's latents, whatever the batch."""
+    if isinstance(hidden, (list, tuple)):
+        return _sample(hidden[0]) if hidden else None
+    return hidden.shape[1:] if isinstance(hidden, Tensor) else None
+
+
 def _signature(hidden: Any) -> Hashable:
     """What has to stay the same for features to be of use; some models take a list of latents."""
     if isinstance(hidden, Tensor):
@@ -163,8 +170,9 @@ class CachingEngine(ModelHook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         timestep = float(torch.as_tensor(self._argument(self._timestep, args, kwargs)).max())
-        signature = _signature(self._argument(self._hidden, args, kwargs))
-        info = self.tracker.begin(timestep, signature, self.pass_name.current)
+        hidden = self._argument(self._hidden, args, kwargs)
+        signature = _signature(hidden)
+        info = self.tracker.begin(timestep, signature, self.pass_name.current, _sample(hidden))
         started = time.perf_counter()
         taken: list[Decision] = []
 
