@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from hasten.errors import AlreadyAcceleratedError, CalibrationError, HostError
+import hasten
+from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError, HostError
 from hasten.streaming import FocusedForcing, FullHistory, HeadBudgets, SlidingWindow
 from hasten.streaming.hosts import attach_anyflow, attach_causal_wan
 from hasten.streaming.hosts.causal_wan import wan_unrotate
@@ -103,6 +104,11 @@ def test_anyflow_is_attached_once_and_is_anyflow():
         attach_anyflow(pipe.transformer, FullHistory())
     with pytest.raises(HostError, match="AnyFlowFARPipeline"):
         attach_anyflow(nn.Linear(1, 1), FullHistory())
+
+
+def test_accelerate_says_where_streaming_methods_go():
+    with pytest.raises(ConfigError, match="attach_anyflow"):
+        hasten.accelerate(anyflow(), "focused-forcing", budget=2)
 
 
 def test_budgets_of_another_model_are_refused():

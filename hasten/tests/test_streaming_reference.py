@@ -10,18 +10,23 @@ import pytest
 import torch
 from PIL import Image
 
+from hasten import cli, cli_stream, zoo
+from hasten.bench.report import render_report
+from hasten.bench.streams import DEFAULT_METHODS, StreamSettings, parse_streaming
 from hasten.errors import ConfigError, ModelError
 from hasten.streaming import FocusedForcing, FullHistory, HeadBudgets, SlidingWindow, StreamStats
 from hasten.streaming.importance import DistributionMatching, first_order_importance, masked_importance
-from hasten.streaming.measure import REFERENCE, Rolled, fidelity, markdown, measure
-from hasten.streaming.video import best_suffix, write_video
+from hasten.streaming.measure import REFERENCE, Rolled, fidelity, measure
+from hasten.streaming.video import best_suffix, side_by_side, write_video
+from hasten.zoo.fit import Level, Rates, run
 from hasten.zoo.sprites_stream import ModelConfig, conditions, draw, new_stream, paths, random_world, roll_out
 from hasten.zoo.sprites_stream import evaluate as evaluation
 from hasten.zoo.sprites_stream.data import NAMED, UNNAMED
 from hasten.zoo.sprites_stream.grade import grade
 from hasten.zoo.sprites_stream.model import CausalVideoTransformer, load_model, save_model, teacher_mask
+from hasten.zoo.sprites_stream.reference import load_sprites_stream
 from hasten.zoo.sprites_stream.rollout import noise_levels
-from hasten.zoo.sprites_stream.train import Recipe, Trainer, export, main, run
+from hasten.zoo.sprites_stream.train import export, main, make_fit
 from hasten.zoo.sprites_wan.data import SIDE
 
 TINY = ModelConfig(patch=12, width=32, heads=2, layers=2)
@@ -194,47 +199,53 @@ def test_models_are_saved_and_loaded(tmp_path):
 
 # ---------------------------------------------------------------- training
 
-QUICK = Recipe(short_clips=48, long_clips=8, short=6, long=9, short_batch=8, long_batch=4, warmup_steps=2, lr=3e-3)
+QUICK = [Level("6", 48, 8, 1.0), Level("9", 8, 4, 3.0)]
 
 
-def test_training_lowers_the_loss_and_goes_through_both_kinds():
-    trainer = Trainer(QUICK, TINY)
-    kinds, losses = zip(*(trainer.step() for _ in range(8)), strict=True)
-    assert kinds == ("short",) * 6 + ("long",) * 2
-    assert trainer.done
-    assert trainer.progress == 1
+def test_training_lowers_the_loss_and_goes_through_both_lengths():
+    fit = make_fit(QUICK, TINY)
+    fit.rates = Rates(lr=3e-3, warmup_steps=2)
+    frames, losses = [], []
+    while not fit.done:
+        level, loss = fit.step()
+        frames.append(level)
+        losses.append(loss)
+    assert frames[:6] == ["6"] * 6
+    assert frames.count("9") == 2
     assert sum(losses[4:6]) < 0.95 * sum(losses[:2])
 
 
-def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(tmp_path):
-    whole, first = Trainer(QUICK, TINY), Trainer(QUICK, TINY)
-    for _ in range(4):
-        expected = whole.step()
-    for _ in range(2):
-        first.step()
-    torch.save(first.state(), tmp_path / "checkpoint.pt")
-    second = Trainer(replace(QUICK), TINY)
-    second.restore(torch.load(tmp_path / "checkpoint.pt", weights_only=False))
-    second.step()
-    assert second.step() == expected
-    assert all(torch.equal(whole.average[k], second.average[k]) for k in whole.average)
+def test_the_history_that_is_learned_from_is_nearly_clean(monkeypatch):
+    seen = []
+
+    def teach(self, clean, t_clean, noisy, t, words, mask):
+        seen.append((clean, t_clean, noisy, t))
+        return torch.zeros_like(clean)
+
+    monkeypatch.setattr(CausalVideoTransformer, "teach", teach)
+    make_fit(QUICK, TINY).loss("6", 8, torch.Generator().manual_seed(0))
+    ((_, near, _, t),) = seen
+    assert near.max() <= 0.1
+    assert torch.equal(t[:, ::3].repeat_interleave(3, 1), t)  # one level a chunk
+    assert t.std(1).min() > 0
 
 
 def test_a_run_writes_a_log_and_a_checkpoint_to_export(tmp_path):
-    run(Trainer(QUICK, TINY), tmp_path, minutes=10)
+    run(make_fit(QUICK, TINY), tmp_path)
     row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    assert row["seen"] == {"short": 48, "long": 8}
-    run(Trainer(QUICK, TINY), tmp_path, minutes=10)  # nothing is left to do
+    assert row["seen"]["9"] == 8
+    run(make_fit(QUICK, TINY), tmp_path)  # nothing is left to do
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
-    main(["--out", str(tmp_path), "--export", str(tmp_path / "weights")])
+    export(tmp_path, TINY, tmp_path / "weights")
     assert load_model(tmp_path / "weights").config == TINY
-    export(torch.load(tmp_path / "checkpoint.pt", weights_only=False), tmp_path / "again")
-    assert (tmp_path / "again" / "model.safetensors").exists()
 
 
-def test_a_run_stops_when_its_time_is_up(tmp_path):
-    run(Trainer(QUICK, TINY), tmp_path, minutes=0)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=False)["steps"] == 0
+def test_the_training_command_stops_when_its_time_is_up_and_exports(tmp_path):
+    sizes = f"--out {tmp_path} --width 32 --layers 1 --device cpu"
+    main([*sizes.split(), "--minutes", "0"])
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["steps"] == 0
+    main([*sizes.split(), "--export", str(tmp_path / "weights")])
+    assert load_model(tmp_path / "weights").config.layers == 1
 
 
 # ---------------------------------------------------------------- importance
@@ -353,10 +364,6 @@ def test_rows_compare_each_method_with_the_full_history():
     assert window.drift["identity"][0] == 0.5
     plain = json.loads(json.dumps(window.to_dict(), allow_nan=False))
     assert plain["drift"]["identity"] == [0.5, None]
-    table = markdown(rows).splitlines()
-    assert len(table) == 4
-    assert "2.00x" in table[3]
-    assert "identity" in table[0]
 
 
 def test_measuring_needs_seeds_and_names():
@@ -366,27 +373,111 @@ def test_measuring_needs_seeds_and_names():
         measure(fake_roll([]), {REFERENCE: FullHistory()}, [1])
 
 
-def test_the_evaluation_runs_and_writes_a_table_and_videos(tmp_path, monkeypatch):
+@pytest.fixture
+def weights(tmp_path):
     save_model(tiny(), tmp_path / "weights")
-    few = {"focused forcing": FocusedForcing(budget=2), "sliding window": SlidingWindow(window=1)}
-    monkeypatch.setattr(evaluation, "comparators", lambda budget: few)
+    return tmp_path / "weights"
+
+
+def test_the_evaluation_fits_budgets_and_measures_the_parts(tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(evaluation, "DEFAULT_METHODS", ("focused-forcing:budget=2", "sliding-window:window=1"))
     monkeypatch.setattr(evaluation, "ablations", lambda budget, budgets: {"fitted": FocusedForcing(budget=budgets)})
-    arguments = f"--weights {tmp_path / 'weights'} --out {tmp_path} --worlds 1 --frames 9 --steps 1 --budget 4"
-    evaluation.main([*arguments.split(), "--budgets", str(tmp_path / "budgets.json")])
-    rows = json.loads((tmp_path / "evaluation.json").read_text())
-    assert [row["method"] for row in rows] == [REFERENCE, "focused forcing", "sliding window", "fitted"]
-    assert rows[0]["work_ratio"] == 1
-    assert all(row["work_ratio"] > 1 for row in rows[1:3])
-    assert "focused forcing" in (tmp_path / "evaluation.md").read_text()
-    assert HeadBudgets.load(tmp_path / "budgets.json").mean <= 4
-    assert (tmp_path / f"focused-forcing{best_suffix()}").stat().st_size > 500
+    file = tmp_path / "result.json"
+    evaluation.main(f"--weights {weights} --json {file} --worlds 1 --frames 9 --steps 1".split())
+    assert HeadBudgets.load(weights / "budgets.json").mean <= evaluation.BUDGET
+    names = [row["method"] for row in json.loads(file.read_text())["rows"]]
+    assert names == [REFERENCE, "focused-forcing:budget=2", "sliding-window:window=1", "fitted"]
 
 
-def test_the_issues_methods_are_compared_at_one_budget():
-    for name, method in {**evaluation.comparators(6), **evaluation.ablations(6, None)}.items():
-        assert name
-        if isinstance(method, FocusedForcing):
-            assert method.budget == 6
+def test_the_parts_are_compared_at_one_budget():
+    methods = [parse_streaming(text) for text in DEFAULT_METHODS] + [*evaluation.ablations(6, None).values()]
+    assert {method.budget for method in methods if isinstance(method, FocusedForcing)} == {6}
+
+
+# ---------------------------------------------------------------- hasten bench, hasten demo --video
+
+
+@pytest.fixture
+def shipped(weights, monkeypatch):
+    """A model of random weights in the place of the trained one."""
+    monkeypatch.setitem(zoo._STREAMING, "sprites-stream", lambda: load_sprites_stream(weights))
+
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["hasten", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.mark.usefixtures("shipped")
+def test_bench_writes_figures_videos_and_a_report(tmp_path, monkeypatch, capsys):
+    out, methods = tmp_path / "bench.json", "focused-forcing:budget=1,sliding-window:window=1,dummy-forcing:history=2"
+    words = f"bench --model sprites-stream --methods {methods} --prompts 2 --frames 9 --steps 1 --json {out}"
+    assert command(monkeypatch, *words.split()) == 0
+    result = json.loads(out.read_text())
+    assert result["kind"] == "streaming"
+    assert result["settings"] == {"worlds": 2, "frames": 9, "steps": 1, "seed": 0}
+    full, focused, windowed, _ = result["rows"]
+    assert full["method"] == REFERENCE
+    assert full["work_ratio"] == full["kv_ratio"] == 1
+    assert focused["params"]["budget"] == 1
+    assert focused["work_ratio"] > 1
+    assert windowed["kv_ratio"] > 1  # a choice for each frame of a chunk reads more than one for all
+    assert len(focused["psnr_curve"]) == 9
+    assert len(focused["seconds_curve"]) == 3
+    assert set(focused["drift"]) == {"identity", "motion", "background"}
+    for row in result["rows"]:
+        assert (tmp_path / row["video"]).stat().st_size > 500
+    shown = capsys.readouterr().out
+    assert "dummy-forcing" in shown
+    assert "background" in shown
+    page = render_report(out, tmp_path / "report.html").read_text()
+    assert page.count("data:image/webp") + page.count("data:video/mp4") == 4
+    assert page.count("<svg") == 3
+    assert "sliding-window, window=1" in page
+
+
+@pytest.mark.usefixtures("shipped")
+def test_the_demo_writes_a_video_that_plays(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_stream, "DEMO", ("focused-forcing:budget=1",))
+    monkeypatch.setattr(StreamSettings.__init__, "__defaults__", (8, 6, 1, 0))  # six frames, one step
+    video, out = tmp_path / "walk.webp", tmp_path / "demo"
+    assert command(monkeypatch, "demo", "--video", video, "--out", out) == 0
+    with Image.open(video) as file:
+        assert file.n_frames == 6
+        assert file.size == (2 * 6 * SIDE + 8, 6 * SIDE + 28)
+    assert "<svg" in (out / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [("foca", "chooses no history"), ("focused-forsing", "focused-forcing"), ("topk-attention:k=-1", "k")],
+)
+def test_bench_says_which_methods_fit_a_stream(tmp_path, monkeypatch, capsys, methods, message):
+    out = tmp_path / "bench.json"
+    assert command(monkeypatch, "bench", "--model", "sprites-stream", "--methods", methods, "--json", out) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+
+
+def test_pictures_cannot_be_streamed(tmp_path, monkeypatch, capsys):
+    words = f"bench --methods focused-forcing --prompts 1 --full-steps 9 --json {tmp_path / 'out.json'}"
+    assert command(monkeypatch, *words.split()) == 2
+    assert "focused-forcing is no caching method" in " ".join(capsys.readouterr().err.split())
+
+
+def test_videos_side_by_side_carry_their_names():
+    video = draw(WORLD, 3)
+    both = side_by_side({"full history": video, "less": video}, enlarge=2)
+    assert both.shape == (3, 3, 2 * SIDE + 28, 4 * SIDE + 8)
+    assert torch.equal(both[:, :, 28:, : 2 * SIDE], both[:, :, 28:, -2 * SIDE :])
+    assert not torch.equal(both[:, :, :28, : 2 * SIDE], both[:, :, :28, -2 * SIDE :])  # the names differ
+    with pytest.raises(ConfigError, match="one shape"):
+        side_by_side({"a": video, "b": video[:2]})
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif", ".mp4"])

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from hasten import zoo
 from hasten.errors import ConfigError, ModelError
 from hasten.zoo import emoji_kontext, sprites_wan
+from hasten.zoo import fit as fits
 from hasten.zoo.emoji_flux import WEIGHTS as EMOJI_FLUX
 from hasten.zoo.emoji_flux.model import load_pipeline as load_emoji_flux
 from hasten.zoo.emoji_kontext import data as edits_data
 from hasten.zoo.emoji_kontext import evaluate as edits_evaluate
-from hasten.zoo.emoji_kontext import fit as fits
 from hasten.zoo.emoji_kontext import model as edits_model
 from hasten.zoo.emoji_kontext import train as edits_train
 from hasten.zoo.sprites_wan import data as clips_data

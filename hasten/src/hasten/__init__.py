@@ -27,6 +27,7 @@ from hasten.registry import MethodInfo, methods
 from hasten.resolution import DVG, RALU, Bottleneck, Fresco, SpecEdit, Spectral
 from hasten.solvers import LeapScheduler, fit_leap, fit_leapcache
 from hasten.steps import StepRecord
+from hasten.streaming import FocusedForcing, KVStream
 from hasten.tuning import tune_steps
 
 __version__ = "0.1.0"
@@ -43,12 +44,14 @@ __all__ = [
     "EasyCache",
     "FBCache",
     "FoCa",
+    "FocusedForcing",
     "FreqCa",
     "Fresco",
     "HastenError",
     "HastenWarning",
     "HiCache",
     "HyCa",
+    "KVStream",
     "LeapCache",
     "LeapScheduler",
     "MagCache",

@@ -17,6 +17,7 @@ from hasten.caching.method import CachingMethod
 from hasten.errors import ConfigError, HastenWarning, TargetError, unknown
 from hasten.resolution.method import ResolutionEngine, ResolutionMethod
 from hasten.steps import StepRecord, StepTracker
+from hasten.streaming.kv_policy import StreamingMethod
 
 __all__ = ["Acceleration", "Summary", "accelerate"]
 
@@ -221,6 +222,11 @@ def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | ResolutionMe
             if name not in chosen.__dataclass_fields__:
                 raise unknown(f"parameter of {type(chosen).__name__}", name, chosen.__dataclass_fields__)
         chosen = replace(chosen, **params)
+    if isinstance(chosen, StreamingMethod):
+        raise ConfigError(
+            f"{type(chosen).__name__} chooses the history of a streaming model; put it on one with "
+            "hasten.streaming.hosts.attach_anyflow or attach_causal_wan, or call hasten.KVStream in your own loop"
+        )
     if not isinstance(chosen, (CachingMethod, ResolutionMethod)):
         raise ConfigError(f"a method is a name or a method object such as hasten.HiCache(), got {chosen!r}")
     return chosen

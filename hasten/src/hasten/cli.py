@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from hasten import cli_fit
+from hasten import cli_fit, cli_stream
 from hasten.cli_common import BAR, ModelName, Seed, console, names, numbers, own_prompts, show_result
 from hasten.errors import HastenError
 
@@ -30,6 +30,7 @@ app.command()(cli_fit.calibrate)
 app.command()(cli_fit.tune)
 
 
+CACHES = "reuse,taylorseer,hicache,foca"
 DEMO = ("reuse", "taylorseer", "hicache", "foca", "foca:schedule=even", "leap")
 DEMOS = {
     "emoji-flux": DEMO,
@@ -89,8 +90,17 @@ def demo(
     seed: Seed = 0,
     model: Annotated[str, typer.Option(help="A reference model: pictures, edits or clips.")] = "emoji-flux",
     steps: Annotated[int, typer.Option(min=2, help="Steps of the plain sampler.")] = 50,
+    video: Annotated[
+        Path | None,
+        typer.Option(
+            help="Stream a video instead, with all of its history and with less, into this .mp4, .webp or .gif."
+        ),
+    ] = None,
 ) -> None:
     """Draw with a bundled model, plain and accelerated; show the table, a contact sheet and a report."""
+    if video is not None:
+        cli_stream.demo_video("sprites-stream" if model == "emoji-flux" else model, video, out, seed)
+        return
     from hasten.bench.report import render_report
     from hasten.bench.runner import BenchSettings
     from hasten.bench.sheet import bench_sheet
@@ -138,9 +148,10 @@ def bench(
         str,
         typer.Option(
             help="Names with commas; parameters after colons: hicache:order=1:sigma=0.7; a resolution method and a "
-            "cache with a plus: dvg:budget=0.5+foca:interval=4."
+            "cache with a plus: dvg:budget=0.5+foca:interval=4. For a streaming model all that choose history, unless "
+            "told otherwise."
         ),
-    ] = "reuse,taylorseer,hicache,foca",
+    ] = CACHES,
     full_steps: Annotated[
         str, typer.Option(help="How many steps are computed; each method takes the schedule of its kind with so many.")
     ] = "12,9,7",
@@ -149,7 +160,13 @@ def bench(
         Path | None, typer.Option(help="Own prompts, one a line.", exists=True, dir_okay=False)
     ] = None,
     seed: Seed = 0,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of the plain sampler and of every cached method.")] = 50,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Steps of the plain sampler and of every cached method, 50; of each chunk of a stream, 8."
+        ),
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of a streaming model's videos.")] = 48,
     height: Annotated[int | None, typer.Option(help="Height in pixels; the model's own by default.")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels; the model's own by default.")] = None,
     guidance: Annotated[
@@ -177,11 +194,17 @@ def bench(
     resolution method runs at its own number of steps, beside plain samplers with as many evaluations and as many
     counted operations. Under `accelerate launch` the prompts are shared among the processes.
 
+    On a streaming model --prompts are worlds, and the reference is the whole history.
+
     Example: hasten bench --model emoji-flux --methods reuse,taylorseer,hicache --full-steps 12,9,7 --prompts 16
         --seed 0 --json out.json
     """
+    from hasten import zoo
     from hasten.bench.runner import BenchSettings, processes
 
+    if model in zoo.streaming_names():
+        _bench_streams(model, "" if methods == CACHES else methods, prompts, frames, steps or 8, seed, json_file)
+        return
     call: dict[str, Any] = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     if guidance is not None:
         call |= {"true_cfg_scale": guidance, "negative_prompt": ""}
@@ -192,7 +215,7 @@ def bench(
         prompts=prompts,
         prompt_list=own,
         seed=seed,
-        steps=steps,
+        steps=steps or 50,
         call=call,
         peers=peers,
         only_peers=tuple(names(only_peers)),
@@ -203,6 +226,13 @@ def bench(
         return
     show_result(result)
     console.print(f"figures: [bold]{json_file}[/bold]   report: hasten report {json_file}")
+
+
+def _bench_streams(model: str, methods: str, worlds: int, frames: int, steps: int, seed: int, out: Path) -> None:
+    from hasten.bench.streams import StreamSettings
+
+    cli_stream.bench_streams(model, names(methods), StreamSettings(worlds, frames, steps, seed), out)
+    console.print(f"figures: [bold]{out}[/bold]   report: hasten report {out}")
 
 
 @app.command()

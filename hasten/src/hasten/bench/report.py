@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from hasten.bench.schema import Result, Row, read_result, short_label
+from hasten.bench.pages import SERIES, STYLE, byte_size, data_uri, line, panels_of, svg, template
+from hasten.bench.schema import Result, Row, StreamResult, read_result, short_label
+from hasten.bench.stream_report import streams_page
 from hasten.errors import ReportError
 from hasten.files import write_whole
 
 __all__ = ["render_report"]
 
-TEMPLATES = Path(__file__).parent / "templates"
-PNG = b"\x89PNG\r\n"
 SHEET_PROMPTS = 12  # rows of a contact sheet; nobody looks at more
-
-# Charts are drawn in stand-in colours that become CSS variables, so that one drawing serves light and dark pages.
-INK, RULE = "#010101", "#020202"
-SERIES = [f"#0401{number:02x}" for number in range(8)]
-CSS = {INK: "var(--ink)", RULE: "var(--rule)"} | {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
-STYLE: Any = {
-    "axes.edgecolor": RULE,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 11,
-    "grid.color": RULE,
-    "svg.fonttype": "none",  # text stays text and takes the font of the page
-    "svg.hashsalt": "hasten",
-    "text.color": INK,
-    "text.parse_math": False,  # a name with two dollar signs is not a formula
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +34,7 @@ class _Column:
         value = getattr(row, self.field)
         if value is None:
             return "–"
-        return _bytes(value) if self.field == "cache_bytes" else f"{value:.{self.digits}f}"
+        return byte_size(value) if self.field == "cache_bytes" else f"{value:.{self.digits}f}"
 
 
 COLUMNS = (
@@ -79,14 +54,6 @@ COLUMNS = (
     _Column("top1", "top-1", 2),
     _Column("cache_bytes", "cache", 0),
 )
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
 
 
 def _name(row: Row) -> str:
@@ -137,36 +104,12 @@ def _colours(result: Result) -> dict[str, str]:
     return dict(zip(names, SERIES, strict=False))
 
 
-def _svg(figure: Figure, label: str) -> Markup:
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None}
-    )
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    for colour, variable in CSS.items():
-        text = text.replace(colour, variable)
-    # The page scales the drawing, but never beyond the size at which its text is as large as the page's.
-    width = 96 * figure.get_figwidth()
-    head = f'<svg role="img" aria-label="{Markup.escape(label)}" style="max-width: {width:.0f}px"'
-    return Markup(re.sub(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', rf"{head} \1>", text, count=1))
-
-
-def _panels(count: int) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(5.2 * count, 3.6), layout="constrained")
-    return figure, [figure.add_subplot(1, count, i + 1) for i in range(count)]
-
-
-def _line(axes: Any, xs: Sequence[float], ys: Sequence[float], name: str, colour: str, marker: str = "") -> None:
-    axes.plot(xs, ys, color=colour, label=name, marker=marker, linestyle="--" if name.startswith("plain ") else "-")
-
-
 def _quality_chart(result: Result, field: str, title: str) -> Markup | None:
     """PSNR and FLIP against the number of full steps (or another field of the rows), one line a method."""
     colours = _colours(result)
     measured = [row for row in result.rows if not row.error and getattr(row, field) is not None]
     with mpl.rc_context(STYLE):
-        figure, panels = _panels(2)
+        figure, panels = panels_of(2)
         drawn = False
         for axes, (quality, heading) in zip(
             panels, (("psnr", "PSNR, dB (more is better)"), ("flip", "FLIP (less is better)")), strict=True
@@ -175,7 +118,7 @@ def _quality_chart(result: Result, field: str, title: str) -> Markup | None:
                 own = [row for row in measured if _name(row) == name and getattr(row, quality) is not None]
                 points = sorted((getattr(row, field), getattr(row, quality)) for row in own)
                 if points:
-                    _line(axes, [x for x, _ in points], [y for _, y in points], name, colour, "o")
+                    line(axes, [x for x, _ in points], [y for _, y in points], name, colour, "o")
                     drawn = True
             axes.set_title(heading)
             axes.set_xlabel(title)
@@ -184,7 +127,7 @@ def _quality_chart(result: Result, field: str, title: str) -> Markup | None:
         if not drawn:
             return None
         panels[0].legend(frameon=False)
-        return _svg(figure, f"quality against {title}")
+        return svg(figure, f"quality against {title}")
 
 
 def _error_chart(result: Result) -> Markup | None:
@@ -195,30 +138,20 @@ def _error_chart(result: Result) -> Markup | None:
     if not groups:
         return None
     with mpl.rc_context(STYLE):
-        figure, panels = _panels(len(groups))
+        figure, panels = panels_of(len(groups))
         for axes, (count, rows) in zip(panels, groups.items(), strict=True):
             for row in (row for row in rows if _name(row) in colours):
                 values = [float("nan") if v is None else v for v in row.error_per_step or []]
-                _line(axes, range(len(values)), values, _name(row), colours[_name(row)])
+                line(axes, range(len(values)), values, _name(row), colours[_name(row)])
             axes.set_title(f"{count} computed steps")
             axes.set_xlabel("sampler step")
             axes.set_ylim(bottom=0)
         panels[0].set_ylabel("relative error of the latents")
         panels[0].legend(frameon=False)
-        return _svg(figure, "error of the latents over the steps")
+        return svg(figure, "error of the latents over the steps")
 
 
 # --- pictures
-
-
-def _data_uri(folder: Path, name: str) -> str | None:
-    """A PNG of the result's folder as a data URI, or None if there is none of that name."""
-    path = (folder / name).resolve()
-    # A result may come from somebody else: nothing outside its folder, and nothing but pictures, goes into the page.
-    if not path.is_relative_to(folder.resolve()) or not path.is_file():
-        return None
-    content = path.read_bytes()
-    return "data:image/png;base64," + base64.b64encode(content).decode() if content.startswith(PNG) else None
 
 
 def _sheet(result: Result, rows: list[Row], folder: Path) -> dict[str, Any]:
@@ -228,7 +161,7 @@ def _sheet(result: Result, rows: list[Row], folder: Path) -> dict[str, Any]:
     columns = [result.baseline.images, *(row.images for row in rows)]
     prompts = result.settings.prompts[:SHEET_PROMPTS]
     lines = [
-        (prompt, [_data_uri(folder, column[i]) if i < len(column) else None for column in columns])
+        (prompt, [data_uri(folder, column[i]) if i < len(column) else None for column in columns])
         for i, prompt in enumerate(prompts)
     ]
     return {"heads": heads, "lines": lines}
@@ -247,13 +180,21 @@ def render_report(result_file: Path, out: Path) -> Path:
     if out.resolve() == result_file.resolve():
         raise ReportError(f"{out}: the report would replace the result it is made from. Name another file with --out.")
     result = read_result(result_file)
+    folder = result_file.parent
+    page = streams_page(result, folder) if isinstance(result, StreamResult) else _page(result, folder)
+    try:
+        write_whole(out, page)
+    except OSError as error:
+        raise ReportError(f"{out}: cannot be written ({error}). Name another file with --out.") from error
+    return out
+
+
+def _page(result: Result, folder: Path) -> str:
+    """Pictures: tables by number of computed steps, charts, contact sheets."""
     columns = [c for c in COLUMNS if any(getattr(row, c.field) is not None for row in result.rows)]
     groups = _groups(result)
     staged = any(row.staged for row in result.rows)
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         result=result,
         columns=columns,
         groups={count: _table(rows, columns) for count, rows in groups.items()},
@@ -263,10 +204,5 @@ def render_report(result_file: Path, out: Path) -> Path:
         costs=_quality_chart(result, "flops_ratio_measured", "FLOPs ratio, counted") if staged else None,
         hidden_lines=len({_name(row) for row in result.rows if not row.error}) - len(_colours(result)),
         errors=_error_chart(result),
-        sheets={count: _sheet(result, rows, result_file.parent) for count, rows in groups.items()},
+        sheets={count: _sheet(result, rows, folder) for count, rows in groups.items()},
     )
-    try:
-        write_whole(out, page)
-    except OSError as error:
-        raise ReportError(f"{out}: cannot be written ({error}). Name another file with --out.") from error
-    return out

@@ -14,7 +14,18 @@ from pydantic import BaseModel, ValidationError
 
 from hasten.errors import ReportError
 
-__all__ = ["SCHEMA", "Baseline", "Result", "Row", "Settings", "read_result", "short_label", "split_methods"]
+__all__ = [
+    "SCHEMA",
+    "Baseline",
+    "Result",
+    "Row",
+    "Settings",
+    "StreamResult",
+    "StreamRow",
+    "read_result",
+    "short_label",
+    "split_methods",
+]
 
 SCHEMA = 1
 # A plus before a name, not one within a number (1e+3) or a file's name.
@@ -94,6 +105,45 @@ class Result(BaseModel):
     rows: list[Row]
 
 
+class StreamRow(BaseModel):
+    """One method on a streaming model; the fields are those of `hasten.streaming.measure.StreamRow`."""
+
+    method: str
+    seconds_per_frame: float
+    attention_seconds: float
+    speedup: float
+    attention_speedup: float
+    work_ratio: float
+    kv_ratio: float
+    overhead: float
+    cache_bytes: float
+    psnr: float
+    psnr_curve: list[float]
+    seconds_curve: list[float]
+    drift: dict[str, list[float | None]] = {}
+    params: dict[str, Any] = {}
+    video: str = ""
+
+
+class StreamSettings(BaseModel):
+    """What was rolled out."""
+
+    worlds: int
+    frames: int
+    steps: int
+    seed: int
+
+
+class StreamResult(BaseModel):
+    """A whole file of a streaming model; the first row is the full history's."""
+
+    created: str
+    environment: dict[str, str]
+    model: str
+    settings: StreamSettings
+    rows: list[StreamRow]
+
+
 def split_methods(text: str) -> list[str]:
     """`dvg:budget=0.5+foca:interval=4` as the texts of its methods."""
     return PLUS.split(text.strip())
@@ -122,8 +172,8 @@ def _spoken(path: str) -> str:
     return Path(path).stem.replace("-", " ")
 
 
-def read_result(file: Path) -> Result:
-    """Read and check a result.
+def read_result(file: Path) -> Result | StreamResult:
+    """Read and check a result, of pictures or of a streaming model.
 
     Raises:
         ReportError: if the file is missing, cut off, no result of `hasten bench`, or of another schema.
@@ -146,7 +196,7 @@ def read_result(file: Path) -> Result:
             "Upgrade hasten, or make the file again."
         )
     try:
-        return Result.model_validate(content)
+        return (StreamResult if content.get("kind") == "streaming" else Result).model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -19,7 +19,7 @@ from hasten.streaming.kv_policy import StreamingMethod
 from hasten.streaming.methods.full import FullHistory
 from hasten.streaming.stats import StreamStats
 
-__all__ = ["REFERENCE", "Rolled", "StreamRow", "fidelity", "markdown", "mean_curves", "measure"]
+__all__ = ["REFERENCE", "RollOut", "Rolled", "StreamRow", "Watch", "fidelity", "mean_curves", "measure"]
 
 REFERENCE = "full history"
 BEST = 100.0  # dB, for equal pictures
@@ -44,6 +44,9 @@ class Rolled:
 
 RollOut = Callable[[StreamingMethod, int], Rolled]
 """Rolls out with a method and a seed; the seed alone decides the noise and what is drawn."""
+
+Watch = Callable[[str, int, Rolled], None]
+"""Is told of every rollout: its method's name, the seed, what came of it."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +110,16 @@ def mean_curves(curves: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, li
     }
 
 
-def measure(roll_out: RollOut, methods: Mapping[str, StreamingMethod], seeds: Sequence[int]) -> list[StreamRow]:
+def measure(
+    roll_out: RollOut, methods: Mapping[str, StreamingMethod], seeds: Sequence[int], watch: Watch | None = None
+) -> list[StreamRow]:
     """A row for the full history and for each method.
 
     Args:
         roll_out: see `RollOut`; it is called once for each method and seed, and once before as a warm-up.
         methods: by the names that the table gives them.
         seeds: at least one.
+        watch: see `Watch`.
 
     Raises:
         ConfigError: without seeds, or for a method named like the reference.
@@ -132,6 +138,8 @@ def measure(roll_out: RollOut, methods: Mapping[str, StreamingMethod], seeds: Se
             reference = rolled[REFERENCE][-1].video if name != REFERENCE else result.video
             likeness[name].append(fidelity(result.video, reference))
             rolled[name].append(result)
+            if watch is not None:
+                watch(name, seed, result)
     return [_row(name, rolled[name], torch.cat(likeness[name]), rolled[REFERENCE]) for name in arms]
 
 
@@ -160,22 +168,3 @@ def _row(name: str, rolled: Sequence[Rolled], likeness: Tensor, reference: Seque
         seconds_curve=[median(times) for times in zip(*(r.chunk_seconds for r in rolled), strict=True)],
         drift=mean_curves([grades for r in rolled for grades in r.grades]),
     )
-
-
-def markdown(rows: Sequence[StreamRow]) -> str:
-    """The rows as a table; drift as the mean of the last third of each curve."""
-    names = sorted({name for row in rows for name in row.drift})
-    head = ["method", "s/frame", "speed-up", "attention", "work", "KV bytes", "choosing", "PSNR", *names]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in rows:
-        cells = [row.method, f"{row.seconds_per_frame:.3f}"]
-        cells += [f"{v:.2f}x" for v in (row.speedup, row.attention_speedup, row.work_ratio, row.kv_ratio)]
-        cells += [f"{row.overhead:.1%}", f"{row.psnr:.1f}"]
-        cells += [f"{_late(row.drift[name]):.3f}" if name in row.drift else "-" for name in names]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _late(curve: Sequence[float]) -> float:
-    last = [v for v in curve[-max(len(curve) // 3, 1) :] if not math.isnan(v)]
-    return sum(last) / len(last) if last else float("nan")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from hasten.errors import ConfigError
 
-__all__ = ["best_suffix", "write_video"]
+__all__ = ["best_suffix", "side_by_side", "write_video"]
 
 SUFFIXES = (".mp4", ".webp", ".gif")
+BAR, GAP = 28, 8  # pixels: height of the line with the names, distance between videos
 
 
 def _has_ffmpeg() -> bool:
@@ -26,6 +30,34 @@ def _has_ffmpeg() -> bool:
 def best_suffix() -> str:
     """`".mp4"` if imageio-ffmpeg is installed, else `".webp"`, which every browser plays."""
     return ".mp4" if _has_ffmpeg() else ".webp"
+
+
+def side_by_side(videos: Mapping[str, Tensor], enlarge: int = 6) -> Tensor:
+    """Several videos as one, each under its name.
+
+    Args:
+        videos: `[F, 3, H, W]` in [0, 1] by name, all of one shape.
+        enlarge: copies of each pixel along both axes.
+
+    Returns:
+        `[F, 3, BAR + enlarge H, ...]` in [0, 1].
+
+    Raises:
+        ConfigError: for none, or for different shapes.
+    """
+    shapes = {tuple(video.shape) for video in videos.values()}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 4:
+        raise ConfigError(f"expected videos [F, 3, H, W] of one shape, got {sorted(shapes)}")
+    columns = []
+    for name, video in videos.items():
+        large = interpolate(video.detach().float().cpu().clamp(0, 1), scale_factor=enlarge, mode="nearest")
+        frames, _, _, width = large.shape
+        heading = Image.new("RGB", (width, BAR), "white")
+        ImageDraw.Draw(heading).text((4, 6), name, "black", ImageFont.load_default(size=14))
+        line = torch.from_numpy(np.asarray(heading).copy()).permute(2, 0, 1) / 255
+        column = torch.cat([line.expand(frames, -1, -1, -1), large], 2)
+        columns += [column, torch.ones(*column.shape[:3], GAP)]
+    return torch.cat(columns[:-1], 3)
 
 
 def write_video(video: Tensor, path: str | Path, fps: int = 12, enlarge: int = 1) -> Path:
@@ -52,7 +84,9 @@ def write_video(video: Tensor, path: str | Path, fps: int = 12, enlarge: int = 1
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"expected a path that ends in {', '.join(SUFFIXES)}, got {path.name}")
     if path.suffix == ".mp4" and not _has_ffmpeg():
-        raise ConfigError("writing mp4 needs imageio-ffmpeg; pip install it, or take a path that ends in .webp or .gif")
+        raise ConfigError(
+            "writing mp4 needs imageio-ffmpeg; pip install 'hasten[video]', or take a path that ends in .webp or .gif"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     large = interpolate(video.detach().float().cpu().clamp(0, 1), scale_factor=enlarge, mode="nearest")
     frames = (large * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from hasten.errors import unknown
 
-__all__ = ["Edit", "ReferenceModel", "load", "names"]
+if TYPE_CHECKING:
+    from hasten.streaming.measure import RollOut
+
+__all__ = ["Edit", "ReferenceModel", "StreamingModel", "load", "load_streaming", "names", "streaming_names"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,19 @@ class ReferenceModel:
     learned: dict[str, Path] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class StreamingModel:
+    """A causal video model, which has no diffusers pipeline.
+
+    Attributes:
+        name: as in `load_streaming`.
+        roller: from frames and steps of the sampler to a way to roll out; see `hasten.streaming.measure`.
+    """
+
+    name: str
+    roller: Callable[[int, int], RollOut]
+
+
 def _emoji_flux() -> ReferenceModel:
     from hasten.zoo.emoji_flux import load_emoji_flux
 
@@ -68,6 +84,7 @@ def _emoji_flux() -> ReferenceModel:
 
 # The editing and the video model join when they are trained; their folders hold the code and the commands.
 _MODELS: dict[str, Callable[[], ReferenceModel]] = {"emoji-flux": _emoji_flux}
+_STREAMING: dict[str, Callable[[], StreamingModel]] = {}
 
 
 def names() -> list[str]:
@@ -85,3 +102,20 @@ def load(name: str) -> ReferenceModel:
     if name not in _MODELS:
         raise unknown("reference model", name, _MODELS)
     return _MODELS[name]()
+
+
+def streaming_names() -> list[str]:
+    """Names that `load_streaming` knows."""
+    return list(_STREAMING)
+
+
+def load_streaming(name: str) -> StreamingModel:
+    """Load a streaming reference model from the files that the package ships (nothing is downloaded).
+
+    Raises:
+        UnknownNameError: for another name.
+        ModelError: if the files are missing or damaged.
+    """
+    if name not in _STREAMING:
+        raise unknown("streaming model", name, _STREAMING)
+    return _STREAMING[name]()

@@ -23,8 +23,8 @@ from torch.nn import functional
 from hasten.zoo.emoji_flux import WEIGHTS as EMOJI_FLUX
 from hasten.zoo.emoji_flux.train import shifted_times
 from hasten.zoo.emoji_kontext.data import EditPlan, draw_plan, painter
-from hasten.zoo.emoji_kontext.fit import Fit, Level, Rates, averaged, run, save_half
 from hasten.zoo.emoji_kontext.model import LEARNED, TEXT_TOKENS, build_pipeline
+from hasten.zoo.fit import Fit, Level, Rates, averaged, run, save_half
 
 __all__ = ["levels", "main", "make_fit"]
 

@@ -19,7 +19,7 @@ from diffusers import WanPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hasten.zoo.emoji_kontext.fit import Fit, Level, Rates, averaged, logit_normal_times, run, save_half
+from hasten.zoo.fit import Fit, Level, Rates, averaged, logit_normal_times, run, save_half
 from hasten.zoo.sprites_wan.data import all_clips, draw, jittered
 from hasten.zoo.sprites_wan.model import LEARNED, TEXT_TOKENS, build_pipeline
 

@@ -8,6 +8,7 @@ from the last checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -141,7 +142,7 @@ class Fit:
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a saved state; levels may have been added or resized since."""
         self.net.load_state_dict(state["net"])
-        self.average = state["average"]
+        self.average = {k: v.to(self.average[k].device) for k, v in state["average"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
@@ -157,7 +158,7 @@ def averaged(folder: Path) -> dict[str, Tensor]:
     checkpoint = folder / "checkpoint.pt"
     if not checkpoint.exists():
         raise ModelError(f"no checkpoint in {folder}; run the training script with --out {folder} first")
-    average: dict[str, Tensor] = torch.load(checkpoint, weights_only=True)["average"]
+    average: dict[str, Tensor] = torch.load(checkpoint, weights_only=True, map_location="cpu")["average"]
     return average
 
 
@@ -169,25 +170,33 @@ def save_half(pipe: Any, names: Sequence[str], average: dict[str, Tensor], out: 
         (part.half() if name in names else part).save_pretrained(out / name)
 
 
-def run(fit: Fit, folder: Path, checkpoint_minutes: float = 4.0, log_every: int = 50) -> None:
-    """Train to the end, or go on from `folder/checkpoint.pt`; writes `folder/log.jsonl` as it goes."""
+def run(
+    fit: Fit, folder: Path, checkpoint_minutes: float = 4.0, log_every: int = 50, minutes: float = math.inf
+) -> None:
+    """Train to the end or for a time, or go on from `folder/checkpoint.pt`; writes `folder/log.jsonl` as it goes."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
-        fit.restore(torch.load(checkpoint, weights_only=True))
+        fit.restore(torch.load(checkpoint, weights_only=True, map_location="cpu"))
     started = saved = time.monotonic()
     losses: dict[str, list[float]] = {}
-    while not fit.done:
+    while not fit.done and time.monotonic() - started < 60 * minutes:
         name, loss = fit.step()
         losses.setdefault(name, []).append(loss)
-        if fit.steps % log_every == 0:
+        if fit.steps % log_every == 0 or fit.done:
             row: dict[str, object] = {"step": fit.steps, "seen": fit.seen}
             row["loss"] = {k: round(sum(v) / len(v), 5) for k, v in losses.items()}
             row |= {"lr": fit.optimizer.param_groups[0]["lr"], "seconds": round(time.monotonic() - started, 1)}
             with (folder / "log.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             losses = {}
-        if fit.done or time.monotonic() - saved > 60 * checkpoint_minutes:
-            torch.save(fit.state(), checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        if time.monotonic() - saved > 60 * checkpoint_minutes:
+            _save(fit, checkpoint)
             saved = time.monotonic()
+    _save(fit, checkpoint)
+
+
+def _save(fit: Fit, checkpoint: Path) -> None:
+    """Whole or not at all."""
+    torch.save(fit.state(), checkpoint.with_suffix(".tmp"))
+    os.replace(checkpoint.with_suffix(".tmp"), checkpoint)

@@ -1,0 +1,99 @@
+"""What the reports share: templates, pictures as text, and charts in colours that follow the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+__all__ = ["SERIES", "STYLE", "byte_size", "data_uri", "line", "panels_of", "svg", "template"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+PNG, WEBP, MP4 = b"\x89PNG\r\n", b"WEBP", b"ftyp"
+
+# Charts are drawn in stand-in colours that become CSS variables, so that one drawing serves light and dark pages.
+INK, RULE = "#010101", "#020202"
+SERIES = [f"#0401{number:02x}" for number in range(8)]
+CSS = {INK: "var(--ink)", RULE: "var(--rule)"} | {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
+STYLE: Any = {
+    "axes.edgecolor": RULE,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 11,
+    "grid.color": RULE,
+    "svg.fonttype": "none",  # text stays text and takes the font of the page
+    "svg.hashsalt": "hasten",
+    "text.color": INK,
+    "text.parse_math": False,  # a name with two dollar signs is not a formula
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def template(name: str) -> Template:
+    """A page's template; everything that goes into it is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(name)
+
+
+def data_uri(folder: Path, name: str) -> str | None:
+    """A picture or a video of the result's folder as a data URI, or None if there is none of that name."""
+    path = (folder / name).resolve()
+    # A result may come from somebody else: nothing outside its folder, and nothing but pictures, goes into the page.
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        return None
+    content = path.read_bytes()
+    kinds = {
+        "image/png": content.startswith(PNG),
+        "image/webp": content[8:12] == WEBP,
+        "video/mp4": content[4:8] == MP4,
+    }
+    kind = next((name for name, fits in kinds.items() if fits), None)
+    return kind and f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def byte_size(value: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def svg(figure: Figure, label: str) -> Markup:
+    """The drawing as a tag for a page that has the colours `--ink`, `--rule`, `--s0`, `--s1`, ..."""
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None}
+    )
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for colour, variable in CSS.items():
+        text = text.replace(colour, variable)
+    # The page scales the drawing, but never beyond the size at which its text is as large as the page's.
+    width = 96 * figure.get_figwidth()
+    head = f'<svg role="img" aria-label="{Markup.escape(label)}" style="max-width: {width:.0f}px"'
+    return Markup(re.sub(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', rf"{head} \1>", text, count=1))
+
+
+def panels_of(count: int) -> tuple[Figure, list[Any]]:
+    """A figure of so many axes side by side."""
+    figure = Figure(figsize=(5.2 * count, 3.6), layout="constrained")
+    return figure, [figure.add_subplot(1, count, i + 1) for i in range(count)]
+
+
+def line(axes: Any, xs: Sequence[float], ys: Sequence[float], name: str, colour: str, marker: str = "") -> None:
+    """A line of the chart, broken where it belongs to a plain sampler."""
+    axes.plot(xs, ys, color=colour, label=name, marker=marker, linestyle="--" if name.startswith("plain ") else "-")
