@@ -531,6 +531,28 @@ def test_plain_keys_come_always_or_never():
         policy.append(frames(3), frames(2), frames(3))
 
 
+def test_samples_of_plain_keys_grow_and_go_with_the_frames():
+    """A frame is turned back once, and gives the same as turning all of them back anew."""
+    turned = []
+
+    def undo(keys, numbers):
+        turned.extend(numbers.tolist())
+        return rotate(keys, -numbers)
+
+    cache = FrameCache(unrotate=undo)
+    for start in (0, 3, 6):
+        cache.append(frames(3, start), frames(3))
+        cache.plain_keys(4)
+    assert turned == list(range(9))
+    cache.append(frames(3, 9), frames(3))
+    cache.keep([0, 4, 8, 9, 11])  # the last two were never asked for
+    kept = cache.plain_keys(4)
+    assert turned == [*range(9), 9, 11]
+    assert torch.allclose(kept, rotate(cache.keys[:, :, :, ::4], -torch.tensor(cache.frames)), atol=1e-5)
+    cache.clear()
+    assert cache.nbytes == 0
+
+
 def test_redundancy_is_the_mean_cosine_with_the_mean_key():
     keys = frames(6).permute(0, 3, 1, 2, 4)
     wanted = torch.nn.functional.cosine_similarity(keys, keys.mean(2, keepdim=True), dim=-1).mean(-1)

@@ -80,6 +80,7 @@ class FrameCache:
         self._plain: Tensor | None = None  # [B, H, F, L, D]
         self._means: Tensor | None = None  # [B, H, F, D] float32
         self._lengths: Tensor | None = None  # [B, H, F, L] float32
+        self._samples: dict[int, Tensor] = {}  # [B, H, up to F, L / step, D] by step, unrotated
         self.frames: list[int] = []
         self.next_frame = 0
         self.whole = 0  # frames that full attention would see: all so far, or those that the host still keeps
@@ -118,12 +119,14 @@ class FrameCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: keys, values, plain keys, means and lengths."""
-        held = (self._keys, self._values, self._plain, self._means, self._lengths)
+        """Bytes held: keys, values, plain keys and samples of them, means and lengths."""
+        held = (self._keys, self._values, self._plain, self._means, self._lengths, *self._samples.values())
         return sum(t.untyped_storage().nbytes() for t in held if t is not None)
 
     def plain_keys(self, step: int = 1) -> Tensor:
         """Keys without the rotary embedding along time, `[B, H, F, L, D]`, of every `step`-th token.
+
+        Samples (`step` above 1) are small and kept, so that each frame is turned back once.
 
         Raises:
             ConfigError: if the keys are rotated and there is no way back.
@@ -137,7 +140,16 @@ class FrameCache:
                 "frames were to be compared by keys without rotary embedding, but the cache has only rotated ones; "
                 'give plain_keys to append, or unrotate to the policy, or choose diversity_on="cached"'
             )
-        return self._unrotate(self.keys[:, :, :, ::step], torch.tensor(self.frames, device=self.keys.device))
+        known = self._samples.get(step)
+        done = 0 if known is None else known.shape[2]
+        if known is not None and done == len(self):
+            return known
+        numbers = torch.tensor(self.frames[done:], device=self.keys.device)
+        fresh = self._unrotate(self.keys[:, :, done:, ::step], numbers)
+        plain = fresh if known is None else torch.cat([known, fresh], 2)
+        if step > 1:
+            self._samples[step] = plain
+        return plain
 
     def append(self, keys: Tensor, values: Tensor, plain_keys: Tensor | None = None) -> None:
         """Remember the frames of a finished chunk.
@@ -219,6 +231,8 @@ class FrameCache:
         self._keys, self._values = (self._kept(t, index, room) for t in (self.keys, self.values))
         self._means, self._lengths = self.means.index_select(2, index), self.lengths.index_select(2, index)
         self._plain = None if self._plain is None else self._plain.index_select(2, index)
+        # Samples cover the oldest frames, those that were there when they were last asked for.
+        self._samples = {step: t.index_select(2, index[index < t.shape[2]]) for step, t in self._samples.items()}
         self.frames = [self.frames[place] for place in places]
 
     @staticmethod
