@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.bench.schema import short_label
+from hasten.bench.stream_report import late
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,21 +59,22 @@ def bench_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# What some models add to the figures of a resolution method: the field, its heading, digits.
+EXTRA = (("psnr_unedited", "unedited dB", 1), ("psnr_edited", "edited dB", 1), ("temporal_error", "temporal", 3))
+
+
 def resolution_table(result: dict[str, Any]) -> str:
     """Markdown of a bench result with resolution methods, by what a picture costs."""
-    heads = [
-        "sampler",
-        "evaluations",
-        "FLOPs, times fewer",
-        "speed-up",
-        "share of it",
-        "PSNR dB",
-        "LPIPS",
-        "FLIP",
-        "top-1",
-    ]
-    lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
     rows = [row for row in result["rows"] if not row.get("error")]
+    extra = [column for column in EXTRA if any(row.get(column[0]) is not None for row in rows)]
+    heads = ["sampler", "evaluations", "FLOPs, times fewer", "speed-up", "share of it", "PSNR dB", "LPIPS", "FLIP"]
+    heads += [*(heading for _, heading, _ in extra), "top-1"]
+    lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
+    base, environment, settings = result["baseline"], result["environment"], result["settings"]
+    first = ["plain Euler", str(base["steps"]), "1.00", "1.00", "1.00", "-", "-", "-"]
+    lines.append(
+        _row([*first, *(_cell(base.get(field), digits) for field, _, digits in extra), _cell(base["top1"], 2)])
+    )
     for row in sorted(rows, key=lambda row: row["flops_ratio_measured"]):
         cells = [
             _title(row),
@@ -80,16 +82,59 @@ def resolution_table(result: dict[str, Any]) -> str:
             _cell(row["flops_ratio_measured"], 2),
             _cell(row["latency_ratio"], 2),
         ]
-        cells += [_cell(row["latency_share"], 2), _cell(row["psnr"], 1), _cell(row["lpips"], 4)]
-        lines.append(_row([*cells, _cell(row["flip"], 4), _cell(row["top1"], 2)]))
+        cells += [_cell(row["latency_share"], 2), _cell(row["psnr"], 1), _cell(row["lpips"], 4), _cell(row["flip"], 4)]
+        cells += [_cell(row[field], digits) for field, _, digits in extra]
+        lines.append(_row([*cells, _cell(row["top1"], 2)]))
     lines.append("")
-    lines += [f"Not measured: {_title(row)}: {row['error']}." for row in result["rows"] if row.get("error")]
-    environment, settings = result["environment"], result["settings"]
-    lines.append(
-        f"{result['model']}, {settings['width']}x{settings['height']}, {len(settings['prompts'])} prompts, medians, "
-        f"against {settings['steps']} plain steps from the same noise; share: speed-up over FLOPs ratio; hasten "
-        f"{environment['hasten']}, torch {environment['torch']}, {environment['device']}, {result['created'][:10]}."
+    lines += [f"Not measured: {_title(row)}: {row['error']}" for row in result["rows"] if row.get("error")]
+    clips = f", {settings['frames']} frames" if settings.get("frames") else ""
+    vae = (
+        f"; the way through the VAE alone: {_cell(base['psnr_unedited_vae'], 1)} dB"
+        if base.get("psnr_unedited")
+        else ""
     )
+    lines.append(
+        f"{result['model']}, {settings['width']}x{settings['height']}{clips}, {len(settings['prompts'])} prompts, "
+        f"medians, against {settings['steps']} plain steps from the same noise{vae}; share: speed-up over FLOPs ratio; "
+        f"hasten {environment['hasten']}, torch {environment['torch']}, {environment['device']}, "
+        f"{result['created'][:10]}."
+    )
+    return "\n".join(lines)
+
+
+def streaming_table(result: dict[str, Any]) -> str:
+    """Markdown of `hasten bench` on a streaming model."""
+    names = sorted({name for row in result["rows"] for name in row["drift"]})
+    heads = ["method", "s / frame", "speed-up", "attention time", "work", "KV read", "choosing", "PSNR dB", *names]
+    lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
+    for i, row in enumerate(result["rows"]):
+        cells = [short_label(row["method"]), _cell(row["seconds_per_frame"], 3)]
+        cells += [_cell(row[key], 2) for key in ("speedup", "attention_speedup", "work_ratio", "kv_ratio")]
+        cells += [f"{row['overhead']:.1%}", _cell(row["psnr"] if i else None, 1)]
+        lines.append(_row([*cells, *(_cell(late(row["drift"].get(name, [])), 3) for name in names)]))
+    settings, environment = result["settings"], result["environment"]
+    lines += [
+        "",
+        f"{result['model']}, {settings['worlds']} worlds of {settings['frames']} frames, {settings['steps']} steps a "
+        "chunk; times less than the full history; what drifts: means over the last third; hasten "
+        f"{environment['hasten']}, torch {environment['torch']}, {environment['device']}, {result['created'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+def shape_table(result: dict[str, Any]) -> str:
+    """Markdown of `streaming-shape.json`."""
+    lines = [_row(["method", "seconds", "times less", "work", "choosing", "copying"]), "|---|--:|--:|--:|--:|--:|"]
+    for row in result["rows"]:
+        cells = [short_label(row["method"]), _cell(row["seconds"], 1), _cell(row["times_less"], 2)]
+        lines.append(_row([*cells, _cell(row["work_ratio"], 2), f"{row['choosing']:.2%}", f"{row['copying']:.1%}"]))
+    shape, environment = result["shape"], result["environment"]
+    lines += [
+        "",
+        f"One layer of {shape['heads']} heads of width {shape['width']}, {shape['tokens']} tokens a frame, "
+        f"{result['chunks']} chunks of {shape['chunk']} frames, {result['steps']} forwards and a clean pass each, "
+        f"{result['dtype']}, random tensors; torch {environment['torch']}, {environment['device']}.",
+    ]
     return "\n".join(lines)
 
 
@@ -283,6 +328,10 @@ TABLES = {
     "leap-ablation": lambda: ablation_table(_read("leap-ablation.json")),
     "leap-fits": lambda: fits_table(_read("leap-ablation.json")),
     "resolution": lambda: resolution_table(_read("emoji-flux-resolution.json")),
+    "edit": lambda: resolution_table(_read("emoji-kontext.json")),
+    "video": lambda: resolution_table(_read("sprites-wan.json")),
+    "streaming": lambda: streaming_table(_read("sprites-stream.json")),
+    "streaming-shape": lambda: shape_table(_read("streaming-shape.json")),
     "demo": lambda: bench_table(_read("demo.json")),
     "overhead": lambda: overhead_table(_read("overhead.json")),
     "matrix": lambda: matrix_table(_read("matrix.json")),
