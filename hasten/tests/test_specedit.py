@@ -47,7 +47,7 @@ from hasten.resolution.seams import (
     ring_weights,
     seam_steps,
 )
-from hasten.resolution.select import above, coverage, dilate, select, top, two_means
+from hasten.resolution.select import above, coverage, dilate, select, told_apart, top, two_means
 from hasten.zoo.emoji_flux.model import PixelVAE
 
 # --- distances
@@ -452,7 +452,8 @@ def test_a_global_edit_is_promoted_as_a_whole_with_a_warning(found: dict[str, An
 def test_where_nothing_was_selected_the_source_is_kept() -> None:
     """With the canvas as the end, tokens beyond the dilated selection are the source's own."""
     pipe = make("kontext")
-    method = SpecEdit(**{**LOCAL, "final": 0, "mixed": 4, "reverify": False, "coverage": 2})
+    base = {**LOCAL, "final": 0, "mixed": 4, "reverify": False, "coverage": 2, "restore": False}
+    method = SpecEdit(**base)
     source = pack(pipe._encode_vae_image(2 * picture(16, 24) - 1, None))
     with method.attach(pipe) as engine:
         latents = draw(pipe, "kontext")
@@ -461,9 +462,7 @@ def test_where_nothing_was_selected_the_source_is_kept() -> None:
         assert not kept.all()
         torch.testing.assert_close(latents[:, kept], source[:, kept])
         assert not torch.isclose(latents[:, ~kept], source[:, ~kept]).all(-1).any()
-    with SpecEdit(**{**LOCAL, "final": 0, "mixed": 4, "reverify": False, "coverage": 2, "keep_cover": True}).attach(
-        pipe
-    ) as engine:
+    with SpecEdit(**{**base, "keep_cover": True}).attach(pipe) as engine:
         latents = draw(pipe, "kontext")
         cover = children(engine.plans[0].fine & ~engine.plans[0].edited)[:, 0]
         assert cover.any()
@@ -473,6 +472,42 @@ def test_where_nothing_was_selected_the_source_is_kept() -> None:
         rest = ~children(engine.plans[0].fine)[:, 0]
         assert not torch.isclose(latents[:, rest], source[:, rest]).all(-1).any()
         assert {record.locked for record in engine.records} == {0}
+
+
+def test_what_stands_out_of_the_region_is_told_apart_by_the_unedited_tokens() -> None:
+    source, edited, cover = randn(2, 64, 8), torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 4, dtype=torch.bool)
+    edited[:2, :2], cover[3, 1], cover[1, 3] = True, True, True
+    clean = source + 0.1 * randn(2, 64, 8, seed=1)
+    clean[1].unflatten(0, (8, 8))[1:3, 1:3] += 1  # in one picture of the batch
+    found = told_apart(clean, source, edited, edited | cover)
+    wanted = torch.zeros(8, 8, dtype=torch.bool)
+    wanted[1:3, 1:3] = True
+    assert torch.equal(found, wanted)
+    region = torch.zeros(8, 8, dtype=torch.bool)
+    region[:4, :4] = True
+    assert torch.equal(told_apart(clean, source, edited, edited), region)  # nobody to compare with
+    assert torch.equal(told_apart(source, source, edited, edited | cover), region)  # an edit that nothing shows
+
+
+@pytest.mark.parametrize("final", [0, 2])
+def test_at_the_end_all_that_was_not_told_apart_is_the_source(final: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = make("kontext")
+    source = pack(pipe._encode_vae_image(2 * picture(16, 24) - 1, None))
+    method = SpecEdit(**{**LOCAL, "mixed": 4, "final": final, "coverage": 2})
+    apart: list[Tensor] = []
+
+    def one(clean: Tensor, source: Tensor, edited: Tensor, fine: Tensor) -> Tensor:
+        apart.append(torch.zeros(2 * fine.shape[0], 2 * fine.shape[1], dtype=torch.bool))
+        row, column = edited.nonzero()[0]
+        apart[0][2 * row, 2 * column] = True
+        return apart[0]
+
+    monkeypatch.setattr("hasten.resolution.methods.specedit.told_apart", one)
+    with method.attach(pipe):
+        latents = draw(pipe, "kontext", method.evaluations)
+    changed = ~torch.isclose(latents, source).all(-1)[0].view(apart[0].shape)
+    assert changed[apart[0]].all()
+    assert not (changed & ~dilate(apart[0])).any()  # nothing but the token and the blend around it
 
 
 def test_locked_tokens_are_looked_at_again() -> None:
@@ -501,13 +536,14 @@ def test_locked_tokens_are_looked_at_again() -> None:
 
 def test_settings_change_what_comes_out() -> None:
     pipe = make("kontext")
-    base = {**LOCAL, "share": 0.04, "coverage": 2}
+    base = {**LOCAL, "share": 0.04, "coverage": 2, "restore": False}
     results = {}
     for name, change in {
         "base": {},
         "cover_init": {"cover_init": "draft"},
         "reference": {"reference": "lr"},
-        "units": {"units": "hr_units"},
+        "units": {"units": "lr_units"},
+        "restore": {"restore": True},
         "enlarge": {"enlarge": "pixels"},
         "shrink": {"shrink": "latents"},
         "ring": {"ring": 0},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten import zoo
+from hasten.bench.metrics import psnr
 from hasten.errors import ConfigError, ModelError
 from hasten.zoo import emoji_kontext, sprites_wan
 from hasten.zoo import fit as fits
@@ -354,4 +355,19 @@ def test_missing_and_damaged_weights_are_named(load: object, tmp_path: Path) -> 
 
 
 def test_the_zoo_names_the_models() -> None:
-    assert zoo.names() == ["emoji-flux"]  # the others join when their weights are shipped
+    assert zoo.names() == ["emoji-flux", "emoji-kontext"]  # the video model joins when its weights are shipped
+
+
+def test_the_shipped_editing_model_does_held_out_edits() -> None:
+    model = zoo.load("emoji-kontext")
+    model.pipe.set_progress_bar_config(disable=True)
+    assert len(model.edits) == 64
+    prompts, pictures = [], []
+    for seed, edit in enumerate(model.edits[:4]):
+        call = model.call | {"num_inference_steps": 8, "generator": torch.Generator().manual_seed(seed)}
+        pictures.append(model.pipe(edit.source[None], edit.prompt, output_type="pt", **call).images[0])
+        prompts.append(edit.prompt)
+        assert psnr(pictures[-1], edit.target) > 20
+    assert model.grade is not None
+    assert sum(model.grade(torch.stack(pictures), prompts)) >= 3
+    assert not any(model.grade(torch.stack([edit.source for edit in model.edits[:4]]), prompts))

@@ -34,7 +34,12 @@ CACHES = "reuse,taylorseer,hicache,foca"
 DEMO = ("reuse", "taylorseer", "hicache", "foca", "foca:schedule=even", "leap")
 DEMOS = {
     "emoji-flux": DEMO,
-    "emoji-kontext": ("reuse", "taylorseer", "hicache", "foca"),
+    "emoji-kontext": (
+        "taylorseer",
+        "foca",
+        "specedit:discrepancy=latent",
+        "specedit:discrepancy=latent+foca:interval=2",
+    ),
     "sprites-wan": ("reuse", "taylorseer", "foca", "dvg", "dvg+foca:interval=3"),
 }
 

@@ -22,6 +22,7 @@ __all__ = [
     "dilate",
     "everything",
     "select",
+    "told_apart",
     "top",
     "two_means",
 ]
@@ -29,6 +30,7 @@ __all__ = [
 Selector = Literal["two-means", "threshold", "top"]
 ROUNDS = 20
 LEAST = 0.05  # share that is taken where nothing stands out
+UNEDITED, MARGIN = 0.95, 4.0  # quantile of unedited tokens' squared distances, and how far beyond it an edit begins
 
 
 @dataclass(frozen=True)
@@ -186,3 +188,30 @@ def coverage(size: tuple[int, int], stride: int | None, device: torch.device | N
         raise ConfigError(f"the stride of the coverage set is a positive number or None, got {stride}")
     rows, columns = (torch.arange(side, device=device) % stride == stride // 2 for side in size)
     return rows[:, None] & columns[None]
+
+
+def told_apart(clean: Tensor, source: Tensor, edited: Tensor, fine: Tensor) -> Tensor:
+    """Fine tokens of the edited region that differ from the source by more than tokens do that no edit touches.
+
+    Args:
+        clean: estimate of the clean fine tokens, `[B, 4 h w, C]`.
+        source: the source's.
+        edited: `[h, w]` bool, coarse tokens of the region.
+        fine: `[h, w]` bool, coarse tokens for which `clean` is known; those outside the region are unedited.
+
+    Returns:
+        `[2 h, 2 w]` bool, in any picture of the batch; the whole region if no unedited token is known, or if nothing
+        of it stands out.
+    """
+    region, control = _spread(edited), _spread(fine & ~edited)
+    if not bool(control.any()):
+        return region
+    distance = (clean - source).float().square().mean(-1).unflatten(1, region.shape)
+    floor = distance[:, control].quantile(UNEDITED, dim=1)
+    apart = region & (distance > MARGIN * floor[:, None, None]).any(0)
+    return apart if bool(apart.any()) else region
+
+
+def _spread(mask: Tensor) -> Tensor:
+    """`[h, w]` of coarse tokens as `[2 h, 2 w]` of fine ones."""
+    return mask.repeat_interleave(2, 0).repeat_interleave(2, 1)

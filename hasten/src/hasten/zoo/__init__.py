@@ -82,8 +82,14 @@ def _emoji_flux() -> ReferenceModel:
     return load_emoji_flux()
 
 
-# The editing and the video model join when they are trained; their folders hold the code and the commands.
-_MODELS: dict[str, Callable[[], ReferenceModel]] = {"emoji-flux": _emoji_flux}
+def _emoji_kontext() -> ReferenceModel:
+    from hasten.zoo.emoji_kontext import load_emoji_kontext
+
+    return load_emoji_kontext()
+
+
+# The video model joins when it is trained; its folder holds the code and the commands.
+_MODELS: dict[str, Callable[[], ReferenceModel]] = {"emoji-flux": _emoji_flux, "emoji-kontext": _emoji_kontext}
 _STREAMING: dict[str, Callable[[], StreamingModel]] = {}
 
 

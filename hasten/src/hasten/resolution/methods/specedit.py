@@ -8,6 +8,8 @@
     mixed    fine tokens in S and U; the rest coarse and held on their way to the source, v = (x - source) / sigma.
              Halfway D is taken again from what the model would have done; what exceeds it now is promoted, too
     final    the canvas: fine tokens in S, the source elsewhere, blended over a ring; noised, and denoised at full size
+    restore  the source again, except in fine tokens of S whose x0, at the end of the mixed part, was farther from it
+             than that of the coverage set, which no edit touches: |x0 - source|^2 > 4 Q95 over U
 
 `E` is the pipeline's own noise, and the draft begins with its low-pass.
 
@@ -16,7 +18,9 @@ a reconstruction (perceptual distance and locking as in SpotEdit, arXiv:2512.223
     the coverage set's own result stays out of the canvas unless `keep_cover`, since it was verified as unchanged;
     a batch shares one layout: what is selected in any of its pictures is promoted in all;
     a global edit (more tokens selected than the bound, or a median token that has changed by half of its size, which
-    the subtraction of the median hides) is promoted as a whole, and nothing is locked.
+    the subtraction of the median hides) is promoted as a whole, and nothing is locked;
+    the last line of the list above is ours: S is dilated and coarse, so that most of it is not edited, and the final
+    steps draw the whole picture again.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -45,7 +50,7 @@ from hasten.resolution.method import ResolutionMethod
 from hasten.resolution.packed import PackedEngine, PackedRun, Part, check_even, check_total
 from hasten.resolution.positions import TokenSet, Units, pack, unpack
 from hasten.resolution.seams import MixedState, blend, children, enlarge_tokens, locked_velocity
-from hasten.resolution.select import EditMap, Selector, dilate, everything, select
+from hasten.resolution.select import EditMap, Selector, dilate, everything, select, told_apart
 
 __all__ = ["EditMap", "EditRecord", "SpecEdit", "SpecEditEngine"]
 
@@ -79,10 +84,11 @@ class SpecEdit(ResolutionMethod):
         keep_cover: whether the coverage tokens' own result is kept.
         reference: tokens of the source picture in the mixed part: `"mix"` fine where the picture's are, `"lr"` all
             coarse, `"hr"` all fine. Further reference pictures are coarse unless `"hr"`.
+        restore: whether what is no more unlike the source than unedited tokens is the source again at the end.
         lock: whether the rest is held to the source; without it the rest is the coarse result, enlarged.
         reverify: whether the locked tokens are looked at again in the middle of the mixed part.
         ring: width of the blend around the selected tokens, in coarse tokens: 0 or 1 (the dilation).
-        units: frame of the positions in the mixed part.
+        units: frame of the positions in the mixed part: that of fine tokens, or of coarse ones (`"lr_units"`).
         enlarge: how a clean estimate is made larger: `"latents"` copies latent pixels, `"pixels"` decodes, resizes and
             encodes.
         shrink: the same for the source picture, `"latents"` being the mean of 2x2.
@@ -104,9 +110,10 @@ class SpecEdit(ResolutionMethod):
     keep_cover: bool = False
     reference: Reference = "mix"
     lock: bool = True
+    restore: bool = True
     reverify: bool = True
     ring: int = 1
-    units: Units = "lr_units"
+    units: Units = "hr_units"
     enlarge: By = "latents"
     shrink: By = "pixels"
     source: int = 0
@@ -195,9 +202,10 @@ class _Source:
 
 @dataclass
 class _Run(PackedRun):
-    """What is remembered of the call under way, with the reference pictures."""
+    """What is remembered of the call under way, with the reference pictures, and what is not restored at the end."""
 
     sources: list[_Source] = field(default_factory=list)
+    kept: Tensor | None = None
 
 
 class SpecEditEngine(PackedEngine[_Run]):
@@ -282,9 +290,24 @@ class SpecEditEngine(PackedEngine[_Run]):
         if done == method.draft:
             self._verify(run.number, state, source, clean, after)
         elif done == method.draft + method.mixed:
+            if method.restore and method.lock and not self.plans[-1].everywhere:
+                own = state.tokens.fine if method.keep_cover else self.plans[-1].edited
+                run.kept = told_apart(fine_clean, source.fine, own, state.tokens.fine)
             self._complete(state, source, clean, fine_clean, after)
         elif method.lock and method.reverify and done == method.draft + (method.mixed + 1) // 2:
             self._verify_again(state, source, clean, fine_clean, after)
+
+    def _advance(
+        self, run: _Run, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        output = super()._advance(run, model_output, timestep, sample, *args, **kwargs)
+        if run.kept is None or run.step + 1 < run.total:
+            return output
+        latents, source = output[0], run.sources[self.method.source]
+        size = (2 * source.size[0], 2 * source.size[1])
+        restored = blend(unpack(latents.float(), size), unpack(source.fine, size), run.kept, ring=1)
+        latents = pack(restored).to(latents.dtype)
+        return SchedulerOutput(prev_sample=latents) if kwargs.get("return_dict", True) else (latents,)
 
     def _verify(self, run: int, state: MixedState, source: _Source, clean: Tensor, sigma: float) -> None:
         """Compare the draft with the source and promote what the edit touches."""

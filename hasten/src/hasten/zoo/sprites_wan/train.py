@@ -26,7 +26,7 @@ from hasten.zoo.sprites_wan.model import LEARNED, TEXT_TOKENS, build_pipeline
 __all__ = ["levels", "main", "make_fit"]
 
 SHIFT, DROPOUT = 3.0, 0.1
-SHARES = {"24x5": (1.0, 32, 1.0), "24x9": (0.2, 16, 1.9), "36x7": (0.2, 16, 3.6), "48x9": (0.25, 8, 10.0)}
+SHARES = {"24x5": (1.0, 32, 1.0), "24x9": (0.2, 16, 1.9), "36x7": (0.2, 16, 3.6), "48x9": (0.5, 8, 10.0)}
 
 
 def levels(samples: int, largest_batch: int = 32) -> list[Level]:
