@@ -1,4 +1,4 @@
-"""The package can be imported and knows its version; there is nothing else in it yet."""
+"""The package can be imported, knows its version, and states its ground rules."""
 
 from importlib.metadata import version
 
@@ -9,6 +9,7 @@ def test_version_is_that_of_the_installed_package() -> None:
     assert drape.__version__ == version("drape")
 
 
-def test_docstring_says_that_there_is_nothing_to_call_yet() -> None:
+def test_docstring_states_the_ground_rules() -> None:
     assert drape.__doc__ is not None
-    assert "no functions yet" in drape.__doc__
+    assert "Simulation only" in drape.__doc__
+    assert "paired with defences" in drape.__doc__
