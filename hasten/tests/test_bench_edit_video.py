@@ -441,4 +441,4 @@ def test_a_picture_for_a_text_model_is_refused(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("info", [i for i in registry.methods() if not i.needs_calibration], ids=lambda info: info.name)
 def test_reported_parameters_are_plain_data(info: registry.MethodInfo) -> None:
     """They are written when everything has been measured, which is too late to find out."""
-    assert json.loads(json.dumps(reported(registry.build(info.name))))
+    assert isinstance(json.loads(json.dumps(reported(registry.build(info.name)))), dict)

@@ -17,6 +17,7 @@ from rich.text import Text
 from hasten import cli_fit, cli_stream
 from hasten.cli_common import BAR, ModelName, Seed, console, names, numbers, own_prompts, show_result
 from hasten.errors import HastenError
+from hasten.tokens import cli_tokens
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(cli_fit.calibrate)
 app.command()(cli_fit.tune)
+app.add_typer(cli_tokens.app, name="tokens")
 
 
 CACHES = "reuse,taylorseer,hicache,foca"

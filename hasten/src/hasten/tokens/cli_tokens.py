@@ -1,0 +1,232 @@
+"""`hasten tokens fit|inspect|map|train|sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.progress import Progress
+from rich.table import Table
+
+from hasten.cli_common import BAR, console, numbers
+from hasten.errors import ConfigError, ModelError
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Smaller vocabularies for autoregressive image models (MASC).")
+
+Codebook = Annotated[
+    Path, typer.Argument(help="A codebook [codes, width]: .npy, or .safetensors with one matrix.", dir_okay=False)
+]
+TreeFile = Annotated[Path, typer.Argument(help="A tree that `hasten tokens fit` wrote.")]
+MapFile = Annotated[Path, typer.Option("--map", help="A map that `hasten tokens map` wrote.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+
+
+def read_codebook(path: Path, name: str | None = None) -> NDArray[Any]:
+    """The matrix of a `.npy` or `.safetensors` file.
+
+    Raises:
+        ModelError: if there is none, or it is not clear which.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; give a codebook as .npy or .safetensors")
+    try:
+        if path.suffix == ".npy":
+            return np.asarray(np.load(path))
+        from safetensors.torch import load_file
+
+        matrices = {key: value for key, value in load_file(path).items() if value.ndim == 2}
+    except Exception as error:  # whatever the two readers raise, the file is no codebook
+        raise ModelError(f"{path}: cannot be read as a codebook ({error})") from error
+    if name is None and len(matrices) == 1:
+        (name,) = matrices
+    if name not in matrices:
+        raise ModelError(f"{path} holds the matrices {', '.join(sorted(matrices))}; say which with --tensor")
+    return matrices[name].float().numpy()
+
+
+@app.command()
+def fit(
+    codebook: Codebook,
+    out: Out = Path("tree.safetensors"),
+    tensor: Annotated[str | None, typer.Option(help="Name of the matrix in a safetensors file.")] = None,
+    normalize: Annotated[str, typer.Option(help="unit for tokenizers that look up normalized codes; none")] = "none",
+    tokens: Annotated[
+        Path | None, typer.Option(help="Shards of tokens: codes that never occur are left out of the tree.")
+    ] = None,
+    exact: Annotated[bool | None, typer.Option(help="Exact by default up to 32,768 codes.")] = None,
+) -> None:
+    """Fit the semantic tree of a codebook.
+
+    Example: hasten tokens fit codebook.npy --normalize unit --out tree.safetensors
+    """
+    from hasten.tokens.shards import TokenShards
+    from hasten.tokens.tree import SemanticTree
+
+    codes = read_codebook(codebook, tensor)
+    used = None if tokens is None else TokenShards.open(tokens).token_counts()
+    with Progress(*BAR, console=console) as bar:
+        task = bar.add_task("distances", total=None)
+        tree = SemanticTree.fit(
+            codes,
+            normalize=normalize,  # type: ignore[arg-type]
+            used=used,
+            exact=exact,
+            progress=lambda done, total: bar.update(task, completed=done, total=total, description="merging"),
+        )
+    tree.save(out)
+    kind = "exact" if tree.exact else "approximate"
+    console.print(f"{len(codes)} codes, {tree.leaves} used, {kind} tree: [bold]{out}[/bold]")
+
+
+@app.command()
+def inspect(
+    tree: TreeFile,
+    k: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "",
+    plots: Annotated[Path | None, typer.Option(help="Folder for pictures of the tree and the sizes.")] = None,
+) -> None:
+    """Show cuts of a tree: sizes of clusters and the distance at which the cut lies.
+
+    Example: hasten tokens inspect tree.safetensors --k 8192,4096,2048 --plots plots
+    """
+    from hasten.tokens.plots import plot_sizes, plot_tree
+    from hasten.tokens.tree import SemanticTree
+
+    tree_ = SemanticTree.load(tree)
+    ks = numbers(k, "--k") or [max(1, tree_.leaves // 2**i) for i in range(1, 5)]
+    table = Table("k", "largest", "median", "of one code", "height", title=f"{tree.name}: {tree_.leaves} used codes")
+    maps = {f"cut {i}": tree_.map(value) for i, value in enumerate(ks)}
+    for value, mapping in zip(ks, maps.values(), strict=True):
+        merged = tree_.leaves - value
+        height = f"{tree_.heights[merged - 1]:.4g}" if merged else "0"
+        sizes = mapping.sizes
+        table.add_row(str(value), str(sizes.max()), f"{np.median(sizes):g}", str((sizes == 1).sum()), height)
+    console.print(table)
+    if plots is not None:
+        console.print(f"sizes: [bold]{plot_sizes(maps, plots / 'sizes.png')}[/bold]")
+        if tree_.exact:
+            console.print(f"tree:  [bold]{plot_tree(tree_, plots / 'tree.png')}[/bold]")
+
+
+@app.command("map")
+def map_(
+    tree: TreeFile,
+    k: Annotated[int, typer.Option(min=1, help="Clusters.")],
+    out: Out = Path("map.safetensors"),
+    max_size: Annotated[int | None, typer.Option(min=1, help="Most used codes of a cluster.")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="Shards of tokens that are to be mapped.")] = None,
+    mapped: Annotated[Path | None, typer.Option(help="Folder for the mapped shards.")] = None,
+) -> None:
+    """Cut a tree into a map, and map token shards with it.
+
+    Example: hasten tokens map tree.safetensors --k 4096 --max-size 32 --tokens fine --mapped coarse
+    """
+    from hasten.tokens.shards import TokenShards
+    from hasten.tokens.tree import SemanticTree
+
+    if (tokens is None) != (mapped is None):
+        raise ConfigError("--tokens and --mapped belong together: the shards to read, and the folder to write")
+    mapping = SemanticTree.load(tree).map(k, max_size)
+    mapping.save(out)
+    console.print(f"{mapping.tokens} tokens to {mapping.clusters} clusters: [bold]{out}[/bold]")
+    if tokens is not None and mapped is not None:
+        with Progress(*BAR, console=console) as bar:
+            task = bar.add_task("mapping", total=None)
+            shards = TokenShards.open(tokens).mapped(
+                mapping, mapped, lambda done, total: bar.update(task, completed=done, total=total)
+            )
+        console.print(f"{len(shards)} images of {shards.length} clusters: [bold]{mapped}[/bold]")
+
+
+@app.command()
+def train(
+    tokens: Annotated[Path, typer.Argument(help="Shards of fine tokens.")],
+    mapping: MapFile,
+    out: Out = Path("runs/tokens"),
+    held_out: Annotated[Path | None, typer.Option(help="Shards to measure on.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a step, over all processes.")] = 64,
+    width: Annotated[int, typer.Option(min=1)] = 256,
+    layers: Annotated[int, typer.Option(min=1)] = 6,
+    heads: Annotated[int, typer.Option(min=1)] = 4,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    seed: Seed = 0,
+) -> None:
+    """Train a class-conditional model on clusters; resumable, and under `accelerate launch` data parallel.
+
+    Example: hasten tokens train fine --map map.safetensors --held-out val --steps 5000 --out runs/masc
+    """
+    from hasten.tokens.mapping import TokenMap
+    from hasten.tokens.replace import export_model
+    from hasten.tokens.shards import TokenShards
+    from hasten.tokens.train import Recipe, Trainer
+
+    recipe = Recipe(steps=steps, batch=batch, width=width, layers=layers, heads=heads, lr=lr, seed=seed)
+    trainer = Trainer(TokenShards.open(tokens), TokenMap.load(mapping), recipe)
+    other = None if held_out is None else TokenShards.open(held_out)
+    main = trainer.accelerator.is_main_process
+    with Progress(*BAR, console=console, disable=not main) as bar:
+        task = bar.add_task("training", total=steps)
+        done = trainer.run(
+            out,
+            other,
+            minutes,
+            progress=lambda now, total, loss: bar.update(task, completed=now, description=f"loss {loss:.3f}"),
+        )
+    if not main:
+        return
+    if done:
+        export_model(trainer.plain, trainer.mapping, out / "model")
+        console.print(f"model: [bold]{out / 'model'}[/bold]")
+    else:
+        console.print(f"stopped at step {trainer.steps} of {steps}; the same command goes on")
+
+
+@app.command()
+def sample(
+    model: Annotated[Path, typer.Argument(help="The folder `model` that `hasten tokens train` wrote.")],
+    classes: Annotated[str, typer.Option(help="One class an image, with commas.")],
+    length: Annotated[int, typer.Option(min=1, help="Tokens of an image.")],
+    out: Out = Path("samples.npy"),
+    members: Annotated[str, typer.Option(help="uniform, frequency, medoid or centroid.")] = "uniform",
+    codebook: Annotated[Path | None, typer.Option(help="For medoid and centroid.")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="Shards of fine tokens, for frequency.")] = None,
+    temperature: Annotated[float, typer.Option()] = 1.0,
+    top_k: Annotated[int, typer.Option(help="In fine tokens; scaled to the clusters. 0 for no limit.")] = 0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Draw fine tokens, [images, length] as .npy, for a tokenizer to decode.
+
+    Example: hasten tokens sample runs/masc/model --classes 0,0,3 --length 256 --guidance 2
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hasten.tokens.mapping import TokenMap
+    from hasten.tokens.members import MemberSampler
+    from hasten.tokens.sample import Sampling, sample_clusters, scaled_top_k
+    from hasten.tokens.shards import TokenShards
+
+    mapping = TokenMap.load(model / "token_map.safetensors")
+    limit = scaled_top_k(top_k, mapping.tokens, mapping.clusters)
+    sampling = Sampling(temperature=temperature, top_k=limit, top_p=top_p, guidance=guidance)
+    counts = None if tokens is None else TokenShards.open(tokens).token_counts()
+    codes = None if codebook is None else read_codebook(codebook)
+    sampler = MemberSampler.make(mapping, members, codebook=codes, counts=counts)  # type: ignore[arg-type]
+    lm = AutoModelForCausalLM.from_pretrained(model)
+    wanted = torch.tensor(numbers(classes, "--classes"))
+    if not len(wanted):
+        raise ConfigError("--classes needs at least one class, such as 0,0,3")
+    with console.status("drawing"):
+        clusters, _ = sample_clusters(lm, wanted, mapping.clusters, length, sampling, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.save(out, sampler(clusters.numpy(), seed))
+    console.print(f"{len(wanted)} images of {length} tokens: [bold]{out}[/bold]")

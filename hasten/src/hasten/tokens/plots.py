@@ -1,0 +1,81 @@
+"""Pictures of a tree and its cuts: the top of the tree, cluster sizes, swatches of decoded clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import dendrogram
+
+from hasten.errors import ConfigError
+from hasten.tokens.mapping import TokenMap
+from hasten.tokens.tree import SemanticTree
+
+__all__ = ["plot_sizes", "plot_swatches", "plot_tree"]
+
+# Pictures `[n, H, W, 3]` in [0, 1] of n tokens, each token alone.
+Decode = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+
+
+def plot_tree(tree: SemanticTree, path: str | Path, top: int = 60) -> Path:
+    """Draw the last `top` merges as a dendrogram; numbers in brackets count codes.
+
+    Raises:
+        ConfigError: if `top` is below 2, or the tree is not exact, as its heights do not ascend.
+    """
+    if top < 2:
+        raise ConfigError(f"top must be at least 2, got {top}")
+    if not tree.exact:
+        raise ConfigError("heights of an approximate tree do not ascend, so it cannot be drawn; fit with exact=True")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots()
+    table = np.column_stack([tree.merges, np.maximum.accumulate(tree.heights), tree.sizes]).astype(float)
+    dendrogram(table, p=top, truncate_mode="lastp", ax=axes, no_labels=top > 80, leaf_rotation=90)
+    axes.set(ylabel="mean distance", title=f"{tree.leaves} used codes")
+    return _saved(figure, path)
+
+
+def plot_sizes(maps: dict[str, TokenMap], path: str | Path) -> Path:
+    """Draw how many clusters have how many members, one line a map."""
+    if not maps:
+        raise ConfigError("there is no map to draw")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, mapping in maps.items():
+        sizes, clusters = np.unique(mapping.sizes, return_counts=True)
+        axes.plot(sizes, clusters, marker="o", markersize=3, label=f"{name}, k = {mapping.clusters}")
+    axes.set(xlabel="members of a cluster", ylabel="clusters", xscale="log", yscale="log")
+    axes.legend()
+    return _saved(figure, path)
+
+
+def plot_swatches(mapping: TokenMap, decode: Decode, path: str | Path, clusters: int = 12, members: int = 12) -> Path:
+    """Draw members of the largest clusters, decoded alone: one row a cluster.
+
+    Raises:
+        ConfigError: if no row or column is asked for.
+    """
+    if clusters < 1 or members < 1:
+        raise ConfigError(f"clusters and members must be at least 1, got {clusters} and {members}")
+    largest = np.argsort(-mapping.sizes, kind="stable")[:clusters].tolist()
+    columns = min(members, int(mapping.sizes.max()))
+    figure = Figure(figsize=(0.6 * columns + 1, 0.6 * len(largest)), layout="constrained")
+    grid = figure.subplots(len(largest), columns, squeeze=False)
+    for row, cluster in zip(grid, largest, strict=True):
+        pictures = decode(mapping.of(cluster)[:columns])
+        for i, axes in enumerate(row):
+            axes.set(xticks=[], yticks=[], frame_on=False)
+            if i < len(pictures):
+                axes.imshow(pictures[i].clip(0, 1), interpolation="nearest")
+        row[0].set_ylabel(f"{cluster}\n({mapping.sizes[cluster]})", fontsize=6)
+    return _saved(figure, path)
+
+
+def _saved(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    return path

@@ -1,0 +1,103 @@
+"""The refiner: given the main model's hidden state and the drawn cluster, which member it is.
+
+The paper (arXiv:2510.04220) names one transformer decoder layer of width 512 with 4 heads; its code has an interface
+only, so the rest is our reading. Query: embedding of the cluster plus the projected hidden state. Logits over all `N`
+tokens, minus infinity outside the cluster; cross-entropy with the true token where a cluster has more than one member;
+the main model stays as it is.
+
+Shapes: `B` batch, `L` positions, `H` width of the main model, `N` tokens, `k` clusters, `W` width of the refiner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hasten.errors import ConfigError
+from hasten.tokens.mapping import TokenMap
+
+__all__ = ["Refiner", "RefinerConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerConfig:
+    """Size of a refiner.
+
+    Attributes:
+        hidden: width of the main model's hidden states, `H`.
+        width: of the refiner, `W`.
+        heads: of attention; divides the width.
+        layers: of the decoder.
+
+    Raises:
+        ConfigError: if a size is not positive or the heads do not divide the width.
+    """
+
+    hidden: int
+    width: int = 512
+    heads: int = 4
+    layers: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.hidden, self.width, self.heads, self.layers) < 1:
+            raise ConfigError(f"all sizes must be at least 1, got {self}")
+        if self.width % self.heads:
+            raise ConfigError(f"heads must divide the width, got {self.heads} and {self.width}")
+
+
+class Refiner(nn.Module):
+    """`p(token | hidden states up to here, clusters up to here)`, within each position's cluster."""
+
+    labels: Tensor
+    sizes: Tensor
+
+    def __init__(self, mapping: TokenMap, config: RefinerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("labels", torch.from_numpy(mapping.labels).long())
+        self.register_buffer("sizes", torch.from_numpy(mapping.sizes).long())
+        self.cluster = nn.Embedding(mapping.clusters, config.width)
+        self.project = nn.Linear(config.hidden, config.width)
+        layer = nn.TransformerEncoderLayer(
+            config.width, config.heads, 4 * config.width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        norm = nn.LayerNorm(config.width)
+        self.layers = nn.TransformerEncoder(layer, config.layers, norm, enable_nested_tensor=False)
+        self.head = nn.Linear(config.width, mapping.tokens)
+
+    def forward(self, hidden: Tensor, clusters: Tensor) -> Tensor:
+        """Logits `[B, L, N]`, minus infinity outside each position's cluster.
+
+        Args:
+            hidden: `[B, L, H]`, the states from which the main model predicts `clusters`.
+            clusters: `[B, L]` int64.
+
+        Raises:
+            ConfigError: if the shapes do not fit.
+        """
+        if hidden.shape != (*clusters.shape, self.config.hidden):
+            raise ConfigError(
+                f"hidden must be [B, L, {self.config.hidden}] for clusters [B, L]; got {tuple(hidden.shape)} "
+                f"and {tuple(clusters.shape)}"
+            )
+        query = self.cluster(clusters) + self.project(hidden)
+        mask = nn.Transformer.generate_square_subsequent_mask(query.shape[1], device=query.device, dtype=query.dtype)
+        logits = self.head(self.layers(query, mask=mask, is_causal=True))
+        return logits.masked_fill(self.labels != clusters[..., None], -torch.inf)
+
+    def loss(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Mean cross-entropy in nats over positions whose cluster has several members; zero if there are none."""
+        clusters = self.labels[tokens]
+        open_ = self.sizes[clusters] > 1
+        logits = self(hidden.detach(), clusters)
+        if not bool(open_.any()):
+            return logits[torch.isfinite(logits)].sum() * 0.0
+        return nn.functional.cross_entropy(logits[open_], tokens[open_])
+
+    @torch.no_grad()
+    def sample(self, hidden: Tensor, clusters: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A member for each position, `[B, L]` int64."""
+        chances = self(hidden, clusters).softmax(dim=-1)
+        return torch.multinomial(chances.flatten(0, 1), 1, generator=generator).reshape(clusters.shape)

@@ -1,0 +1,259 @@
+"""Training of class-conditional autoregressive models on shards of fine tokens, under any map; resumable.
+
+The model is a `LlamaForCausalLM` with `k` cluster rows, one row a class and one for "no class". A sequence is the
+class followed by the clusters of an image; the loss is the cross-entropy over the `k` clusters, in nats a token.
+AdamW with the paper's settings (betas 0.9 and 0.95, weight decay 0.05, gradients clipped to 1, cosine to a tenth);
+one image in ten loses its class, so that classifier-free guidance works.
+
+Under `accelerate launch` or `torchrun` each process takes its own images of a batch, and gradients are averaged.
+
+Shapes: `B` batch, `L` tokens of an image, `k` clusters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hasten.errors import ConfigError, ModelError
+from hasten.tokens.mapping import TokenMap
+from hasten.tokens.shards import TokenShards
+
+__all__ = ["Recipe", "Trainer", "build_model", "sequences"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: images of a step, over all processes.
+        lr: peak learning rate.
+        warmup: steps until it is reached.
+        class_dropout: share of images that are trained without their class.
+        width, layers, heads: of the model.
+        seed: of the weights and the order of the images.
+
+    Raises:
+        ConfigError: if a value cannot work.
+    """
+
+    steps: int = 2000
+    batch: int = 64
+    lr: float = 1e-3
+    warmup: int = 100
+    class_dropout: float = 0.1
+    width: int = 256
+    layers: int = 6
+    heads: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.width, self.layers, self.heads) < 1 or self.warmup < 0 or self.lr <= 0:
+            raise ConfigError(f"sizes, steps and the learning rate must be positive, got {self}")
+        if self.width % (2 * self.heads):
+            raise ConfigError(f"twice the heads must divide the width, got {self.heads} and {self.width}")
+        if not 0 <= self.class_dropout < 1:
+            raise ConfigError(f"class_dropout must be in [0, 1), got {self.class_dropout}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: linear warm-up, then cosine to a tenth."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        share = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.55 + 0.45 * math.cos(math.pi * min(1.0, share)))
+
+
+def build_model(clusters: int, classes: int, length: int, recipe: Recipe) -> Any:
+    """A `LlamaForCausalLM` with `clusters + classes + 1` rows for `length` tokens, with seeded weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(recipe.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=clusters + classes + 1,
+            hidden_size=recipe.width,
+            intermediate_size=8 * recipe.width // 3,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            max_position_embeddings=length + 1,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+            use_cache=True,
+        )
+    )
+
+
+def sequences(clusters: Tensor, classes: Tensor, k: int) -> Tensor:
+    """Model inputs `[B, 1 + L]`: class row `k + class`, then the clusters `[B, L]`."""
+    return torch.cat([k + classes[:, None], clusters], dim=1)
+
+
+class Trainer:
+    """Model, optimizer and position in the data; `step` is one optimizer step.
+
+    Raises:
+        ConfigError: if the map is of another vocabulary than the shards, or processes do not divide the batch.
+    """
+
+    def __init__(self, shards: TokenShards, mapping: TokenMap, recipe: Recipe, cpu: bool = False) -> None:
+        if mapping.tokens != shards.vocabulary:
+            raise ConfigError(f"the map has {mapping.tokens} tokens, the shards a vocabulary of {shards.vocabulary}")
+        self.accelerator = Accelerator(cpu=cpu)
+        if recipe.batch % self.accelerator.num_processes:
+            raise ConfigError(f"{self.accelerator.num_processes} processes do not divide the batch of {recipe.batch}")
+        self.shards, self.mapping, self.recipe = shards, mapping, recipe
+        self.classes = 1 + max((int(c.max()) for c in shards.classes), default=0)
+        self.k = mapping.clusters
+        self.plain = build_model(self.k, self.classes, shards.length, recipe)
+        parameters = list(self.plain.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), eps=1e-8)
+        self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
+        self.steps = 0
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's images of a step: clusters `[B, L]` and classes `[B]`; a function of seed and step alone."""
+        rng = np.random.default_rng([self.recipe.seed, step])
+        pick = rng.integers(len(self.shards), size=self.recipe.batch)
+        dropped = rng.random(self.recipe.batch) < self.recipe.class_dropout
+        own = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        classes = np.where(dropped, self.classes, self.shards.labels(pick))[own]
+        clusters = self.mapping(self.shards.take(pick[own]))
+        device = self.accelerator.device
+        return torch.from_numpy(clusters).long().to(device), torch.from_numpy(classes).to(device)
+
+    def loss(self, clusters: Tensor, classes: Tensor) -> Tensor:
+        """Mean cross-entropy over the clusters, in nats a token."""
+        logits = self.model(input_ids=sequences(clusters, classes, self.k)[:, :-1], use_cache=False).logits
+        return nn.functional.cross_entropy(logits[..., : self.k].flatten(0, 1).float(), clusters.flatten())
+
+    def step(self) -> float:
+        """One optimizer step; the loss of this process's images."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate(self.steps)
+        loss = self.loss(*self.batch(self.steps))
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def evaluate(self, held_out: TokenShards, images: int = 256) -> dict[str, float]:
+        """How well held-out images are predicted.
+
+        Returns:
+            `loss`, nats a cluster; `loss_over_log_k` and `entropy_over_log_k` (mean entropy of the predictions), 1 for
+            a model that knows nothing; `token_loss`, nats a fine token when members are drawn uniformly,
+            `-log p(cluster) + log |cluster|`, which can be compared between vocabularies.
+
+        Raises:
+            ConfigError: if there are no images.
+        """
+        if not len(held_out) or images < 1:
+            raise ConfigError("at least one held-out image is needed")
+        self.model.eval()
+        losses, entropies, inside = [], [], []
+        log_sizes = torch.from_numpy(np.log(self.mapping.sizes)).float()
+        for first in range(0, min(images, len(held_out)), self.recipe.batch):
+            pick = np.arange(first, min(first + self.recipe.batch, images, len(held_out)))
+            clusters = torch.from_numpy(self.mapping(held_out.take(pick))).long()
+            classes = torch.from_numpy(held_out.labels(pick))
+            inputs = sequences(clusters, classes, self.k)[:, :-1].to(self.accelerator.device)
+            logits = self.plain(input_ids=inputs, use_cache=False).logits[..., : self.k].float().cpu()
+            chances = logits.log_softmax(-1)
+            losses.append(-chances.gather(-1, clusters[..., None]).flatten())
+            inside.append(log_sizes[clusters].flatten())
+            entropies.append(-(chances.exp() * chances).sum(-1).flatten())
+        scale = math.log(self.k) if self.k > 1 else 1.0
+        loss, entropy = float(torch.cat(losses).mean()), float(torch.cat(entropies).mean())
+        token_loss = loss + float(torch.cat(inside).mean())
+        measures = {"loss": loss, "loss_over_log_k": loss / scale, "entropy_over_log_k": entropy / scale}
+        return {**measures, "token_loss": token_loss}
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, whole or not at all; of several processes the main one writes."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "recipe": asdict(self.recipe),
+            "labels": torch.from_numpy(self.mapping.labels),
+            "model": self.plain.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".tmp")
+        torch.save(state, unfinished)
+        unfinished.replace(path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint of the same run; more steps than it was started with are fine.
+
+        Raises:
+            ModelError: if it is of another recipe or map.
+        """
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        saved = replace(Recipe(**state["recipe"]), steps=self.recipe.steps)
+        if saved != self.recipe or not np.array_equal(state["labels"].numpy(), self.mapping.labels):
+            raise ModelError(f"{path} is of another recipe or map; give another folder or the same options")
+        self.plain.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+
+    def run(
+        self,
+        out: Path,
+        held_out: TokenShards | None = None,
+        minutes: float | None = None,
+        every: int = 100,
+        progress: Callable[[int, int, float], None] | None = None,
+    ) -> bool:
+        """Train until the last step or for some minutes; log and checkpoint every `every` steps; whether it is done."""
+        started = time.monotonic()
+        checkpoint = out / "checkpoint.pt"
+        if checkpoint.exists():
+            self.restore(checkpoint)
+        while self.steps < self.recipe.steps:
+            loss = self.step()
+            if progress is not None:
+                progress(self.steps, self.recipe.steps, loss)
+            if self.steps % every == 0 or self.steps == self.recipe.steps:
+                self._log(out / "log.jsonl", loss, held_out)
+                self.save(checkpoint)
+                if minutes is not None and self._time_is_up(started, minutes):
+                    break
+        return self.steps >= self.recipe.steps
+
+    def _time_is_up(self, started: float, minutes: float) -> bool:
+        """Whether any process has used up its time, so that all stop at the same step."""
+        late = torch.tensor([float(time.monotonic() - started >= 60 * minutes)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(late, "sum").item() > 0)
+
+    def _log(self, path: Path, loss: float, held_out: TokenShards | None) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        row: dict[str, Any] = {"step": self.steps, "train": round(loss, 5)}
+        if held_out is not None:
+            row |= {name: round(value, 5) for name, value in self.evaluate(held_out).items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")

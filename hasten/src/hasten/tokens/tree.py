@@ -1,0 +1,231 @@
+"""MASC: the semantic tree of a token codebook. "A Flat Vocabulary or a Rich Hierarchy?", arXiv:2510.04220.
+
+Average linkage on the code vectors: the distance of two clusters is the mean Euclidean distance over all pairs of
+their members, and the closest two merge. The whole merge list is kept, so that any number of clusters is a cut of the
+same tree and finer cuts refine coarser ones.
+
+Departures: rows can be scaled to unit length first (`normalize="unit"`), as tokenizers with `l2_norm` look codes up;
+the published script takes the raw rows. Codes that are never used are left out of the tree and join the cluster of
+their nearest used code, which keeps cuts nested. A cap on the size of a cluster skips the merges beyond it.
+
+Shapes: `N` codes, `U` used codes, `D` width, `k` clusters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hasten.errors import ConfigError, ModelError, unknown
+from hasten.tokens.approximate import approximate_linkage
+from hasten.tokens.linkage import Progress, average_linkage
+from hasten.tokens.mapping import TokenMap, read_tensors, write_tensors
+
+__all__ = ["Normalize", "SemanticTree", "as_codebook", "codebook_fingerprint", "prepare_codes"]
+
+Normalize = Literal["none", "unit"]
+NORMALIZE = ("none", "unit")
+EXACT_LIMIT = 32_768  # 4.3 GB of distances
+
+
+def as_codebook(codebook: Any) -> NDArray[np.float64]:
+    """A codebook `[N, D]` (array, or tensor on any device) as float64.
+
+    Raises:
+        ConfigError: if it is no finite matrix of at least two rows.
+    """
+    if hasattr(codebook, "detach"):
+        codebook = codebook.detach().cpu().float().numpy()
+    codes = np.asarray(codebook, dtype=np.float64)
+    if codes.ndim != 2 or len(codes) < 2 or not codes.shape[1]:
+        raise ConfigError(f"a codebook is a matrix [codes, width] of at least two codes, got the shape {codes.shape}")
+    bad = np.flatnonzero(~np.isfinite(codes).all(axis=1))
+    if len(bad):
+        raise ConfigError(f"code {bad[0]} has a value that is not finite ({len(bad)} such codes); repair the codebook")
+    return codes
+
+
+def prepare_codes(codes: NDArray[np.float64], normalize: Normalize) -> NDArray[np.float64]:
+    """The vectors whose distances count, `[N, D]`.
+
+    Raises:
+        ConfigError: if a row of zeros is to have unit length.
+    """
+    if normalize not in NORMALIZE:
+        raise unknown("normalization", normalize, NORMALIZE)
+    if normalize == "none":
+        return codes
+    lengths = np.linalg.norm(codes, axis=1, keepdims=True)
+    zero = np.flatnonzero(lengths[:, 0] == 0)
+    if len(zero):
+        raise ConfigError(f"code {zero[0]} is zero and has no direction; use normalize='none' or mark it as unused")
+    return codes / lengths
+
+
+def codebook_fingerprint(codebook: Any) -> str:
+    """Digest of a codebook: its shape and its values as float32."""
+    codes = as_codebook(codebook).astype(np.float32)
+    return hashlib.sha256(repr(codes.shape).encode() + codes.tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticTree:
+    """The merge list of a codebook.
+
+    Attributes:
+        merges: `[U-1, 2]` int64; nodes `0 .. U-1` are the used codes, merge `m` makes node `U + m`.
+        heights: `[U-1]` float64, mean distance at which the two merged; ascending where `exact`.
+        used: `[U]` int64, token of each leaf.
+        nearest: `[N]` int64, leaf of each token: its own, or for unused codes the nearest.
+        normalize: what was done to the rows.
+        exact: whether it is the tree of the greedy algorithm.
+        fingerprint: digest of the codebook.
+    """
+
+    merges: NDArray[np.int64]
+    heights: NDArray[np.float64]
+    used: NDArray[np.int64]
+    nearest: NDArray[np.int64]
+    normalize: Normalize
+    exact: bool
+    fingerprint: str
+
+    @classmethod
+    def fit(
+        cls,
+        codebook: Any,
+        *,
+        normalize: Normalize = "none",
+        used: ArrayLike | None = None,
+        exact: bool | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Cluster the codes `[N, D]`.
+
+        Args:
+            codebook: array or tensor; computed in float64.
+            normalize: `"unit"` for tokenizers that look up normalized codes (LlamaGen's), else `"none"`.
+            used: `[N]` bool, or how often each code occurs; all codes by default.
+            exact: whether to keep all distances, `U^2 / 2` float64; by default up to 32,768 codes, beyond that the
+                approximate way of `hasten.tokens.approximate`.
+            progress: called with the merges done and the merges in all.
+
+        Raises:
+            ConfigError: if the codebook or `used` cannot be clustered.
+        """
+        codes = as_codebook(codebook)
+        leaves = _used_codes(used, len(codes))
+        prepared = codes.copy()
+        prepared[leaves] = prepare_codes(codes[leaves], normalize)
+        dead = np.setdiff1d(np.arange(len(codes)), leaves)
+        if normalize == "unit":
+            prepared[dead] /= np.maximum(np.linalg.norm(prepared[dead], axis=1, keepdims=True), 1e-30)
+        if exact is None:
+            exact = len(leaves) <= EXACT_LIMIT
+        link = average_linkage if exact else approximate_linkage
+        merges, heights = link(prepared[leaves], progress=progress)
+        nearest = np.empty(len(codes), np.int64)
+        nearest[leaves] = np.arange(len(leaves))
+        if len(dead):
+            from scipy.spatial import cKDTree
+
+            nearest[dead] = cKDTree(prepared[leaves]).query(prepared[dead])[1]
+        return cls(merges, heights, leaves, nearest, normalize, exact, codebook_fingerprint(codes))
+
+    @property
+    def leaves(self) -> int:
+        """Used codes, `U`."""
+        return len(self.used)
+
+    def cut(self, k: int, max_size: int | None = None) -> NDArray[np.int32]:
+        """Cluster of each token, `[N]`, for exactly `k` clusters, numbered by their first used token.
+
+        Args:
+            k: clusters.
+            max_size: most used codes of a cluster. Merges beyond it are skipped, so that large clusters are cut lower
+                and others higher; unused codes come on top of it.
+
+        Raises:
+            ConfigError: if there is no such cut.
+        """
+        if not 1 <= k <= self.leaves:
+            raise ConfigError(f"k must be 1 .. {self.leaves} (the used codes), got {k}")
+        if max_size is not None and max_size < 1:
+            raise ConfigError(f"max_size must be at least 1, got {max_size}")
+        taken = np.flatnonzero(self.sizes <= (max_size or self.leaves))
+        if self.leaves - len(taken) > k:
+            raise ConfigError(
+                f"with at most {max_size} codes a cluster the tree has no fewer than {self.leaves - len(taken)} "
+                f"clusters, asked for {k}; raise max_size or k"
+            )
+        return self._labels(taken[: self.leaves - k])
+
+    def _labels(self, taken: NDArray[np.int64]) -> NDArray[np.int32]:
+        root = np.arange(self.leaves + len(self.merges))
+        for m in taken[::-1].tolist():  # from the top, so that a child sees its parent's final root
+            root[self.merges[m]] = root[self.leaves + m]
+        _, first, inverse = np.unique(root[: self.leaves], return_index=True, return_inverse=True)
+        rank = np.empty(len(first), np.int64)
+        rank[np.argsort(first)] = np.arange(len(first))
+        return rank[inverse][self.nearest].astype(np.int32)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Used codes below each merge, `[U-1]`."""
+        counts = np.ones(self.leaves + len(self.merges), np.int64)
+        for m, (a, b) in enumerate(self.merges.tolist()):
+            counts[self.leaves + m] = counts[a] + counts[b]
+        return counts[self.leaves :]
+
+    def map(self, k: int, max_size: int | None = None) -> TokenMap:
+        """The cut as a `TokenMap`; arguments and errors as in `cut`."""
+        return TokenMap(self.cut(k, max_size), "masc", self.fingerprint)
+
+    def check(self, codebook: Any) -> None:
+        """Refuse another codebook.
+
+        Raises:
+            ModelError: if this tree was not made of `codebook`.
+        """
+        if (other := codebook_fingerprint(codebook)) != self.fingerprint:
+            raise ModelError(
+                f"the tree was fitted to the codebook {self.fingerprint}, this one is {other}; fit a tree to this one"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, whole or not at all; returns its path."""
+        tensors = {"merges": self.merges, "heights": self.heights, "used": self.used, "nearest": self.nearest}
+        facts = {"normalize": self.normalize, "exact": self.exact, "fingerprint": self.fingerprint}
+        return write_tensors(path, "semantic tree", tensors, facts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ModelError: if the file is missing, damaged or no tree.
+        """
+        t, header = read_tensors(path, "semantic tree", {"merges", "heights", "used", "nearest"})
+        try:
+            normalize, exact, fingerprint = (header[name] for name in ("normalize", "exact", "fingerprint"))
+        except KeyError as error:
+            raise ModelError(f"{path}: the header lacks {error}") from error
+        return cls(t["merges"], t["heights"], t["used"], t["nearest"], normalize, exact, fingerprint)
+
+
+def _used_codes(used: ArrayLike | None, n: int) -> NDArray[np.int64]:
+    """Tokens of the used codes, ascending."""
+    if used is None:
+        return np.arange(n)
+    flags = np.asarray(used)
+    if flags.shape != (n,):
+        raise ConfigError(f"used needs one value for each of the {n} codes, got the shape {flags.shape}")
+    leaves = np.flatnonzero(flags > 0)
+    if len(leaves) < 2:
+        raise ConfigError(f"a tree needs at least two used codes, {len(leaves)} are marked as used")
+    return leaves

@@ -1,0 +1,198 @@
+"""Training, sampling, plots and the commands at tiny size."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hasten.errors import ConfigError, HastenError, ModelError
+from hasten.tokens import SemanticTree, TokenMap, flat_map
+from hasten.tokens.cli_tokens import app, read_codebook
+from hasten.tokens.plots import plot_sizes, plot_swatches, plot_tree
+from hasten.tokens.refiner import Refiner, RefinerConfig
+from hasten.tokens.refiner_train import train_refiner
+from hasten.tokens.sample import Sampling, filtered, sample_clusters, scaled_top_k
+from hasten.tokens.shards import TokenShards, write_shards
+from hasten.tokens.train import Recipe, Trainer
+
+CODES = np.random.default_rng(0).standard_normal((24, 4))
+TREE = SemanticTree.fit(CODES)
+MAP = TREE.map(8)
+SMALL = Recipe(steps=40, batch=8, lr=5e-3, warmup=5, width=16, layers=1, heads=2)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Class c is a run of tokens that starts at 5 c: easy to learn."""
+    classes = np.arange(32) % 4
+    return write_shards(tmp_path / "fine", (5 * classes[:, None] + np.arange(6)) % 24, 24, classes)
+
+
+def test_training_learns_the_classes_and_samples_them(shards, tmp_path):
+    trainer = Trainer(shards, MAP, SMALL, cpu=True)
+    before = trainer.evaluate(shards)
+    assert trainer.run(tmp_path / "run", shards, every=20)
+    after = trainer.evaluate(shards)
+    assert before["entropy_over_log_k"] == pytest.approx(1, abs=0.05)
+    assert before["loss"] == pytest.approx(math.log(8), abs=0.3)
+    inside = np.log(MAP.sizes[MAP(shards.take(range(32)))]).mean()
+    assert before["token_loss"] == pytest.approx(before["loss"] + inside, rel=1e-5)
+    assert after["loss"] < 0.5 * before["loss"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [20, 40]
+    classes = torch.arange(4).repeat(8)
+    clusters, states = sample_clusters(trainer.plain, classes, 8, 6, Sampling(temperature=0.3, guidance=1.5))
+    expected = MAP((5 * classes[:, None].numpy() + np.arange(6)) % 24)
+    assert (clusters.numpy() == expected).mean() > 0.7
+    assert states.shape == (32, 6, 16)
+    again, _ = sample_clusters(trainer.plain, classes, 8, 6, Sampling(temperature=0.3, guidance=1.5))
+    assert torch.equal(clusters, again)
+
+
+def test_a_run_that_was_cut_off_ends_as_one_that_was_not(shards, tmp_path):
+    whole = Trainer(shards, MAP, SMALL, cpu=True)
+    whole.run(tmp_path / "whole", every=20)
+    first = Trainer(shards, MAP, SMALL, cpu=True)
+    assert not first.run(tmp_path / "parts", minutes=0.0, every=20)
+    assert first.steps == 20
+    second = Trainer(shards, MAP, SMALL, cpu=True)
+    assert second.run(tmp_path / "parts", every=20)
+    for a, b in zip(whole.plain.parameters(), second.plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_checkpoint_of_another_run_is_refused(shards, tmp_path):
+    trainer = Trainer(shards, MAP, SMALL, cpu=True)
+    trainer.save(tmp_path / "checkpoint.pt")
+    with pytest.raises(ModelError, match="another recipe or map"):
+        Trainer(shards, TREE.map(9), SMALL, cpu=True).run(tmp_path)
+    with pytest.raises(ConfigError, match="vocabulary of 24"):
+        Trainer(shards, flat_map(25), SMALL, cpu=True)
+
+
+def test_a_refiner_is_trained_on_a_model_that_stays_as_it_is(shards):
+    model = Trainer(shards, MAP, SMALL, cpu=True).plain
+    before = [p.clone() for p in model.parameters()]
+    torch.manual_seed(0)
+    refiner = Refiner(MAP, RefinerConfig(hidden=16, width=16, heads=2))
+    losses = train_refiner(model, refiner, shards, steps=80, batch=16, lr=5e-3)
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    with pytest.raises(ConfigError, match="knows 25 tokens"):
+        train_refiner(model, Refiner(flat_map(25), refiner.config), shards, steps=1)
+    with pytest.raises(ConfigError, match="positive"):
+        train_refiner(model, refiner, shards, steps=0)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": 0.0}, {"heads": 3}, {"class_dropout": 1.0}, {"warmup": -1}])
+def test_recipes_that_cannot_work_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        Recipe(**wrong)
+
+
+def test_limits_keep_the_likeliest_and_scale_with_the_vocabulary():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    chances = logits.softmax(-1)
+    torch.testing.assert_close(filtered(logits, Sampling()), chances)
+    two = filtered(logits, Sampling(top_k=2))
+    torch.testing.assert_close(two, torch.cat([chances[:, :2] / chances[:, :2].sum(), torch.zeros(1, 2)], 1))
+    assert (filtered(logits, Sampling(top_p=0.8)) > 0).tolist() == [[True, True, False, False]]
+    assert (filtered(logits, Sampling(top_p=0.01)) > 0).tolist() == [[True, False, False, False]]
+    assert (scaled_top_k(2000, 16384, 8192), scaled_top_k(0, 9, 3), scaled_top_k(1, 100, 10)) == (1000, 0, 1)
+    for wrong in ({"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}, {"guidance": -1.0}):
+        with pytest.raises(ConfigError):
+            Sampling(**wrong)
+
+
+def test_classes_that_the_model_does_not_know_are_refused(shards):
+    trainer = Trainer(shards, MAP, SMALL, cpu=True)
+    with pytest.raises(ConfigError, match=r"0 \.\. 3"):
+        sample_clusters(trainer.plain, torch.tensor([4]), 8, 6)
+
+
+def test_pictures_are_drawn(tmp_path):
+    def decode(tokens):
+        return np.broadcast_to((tokens / 24)[:, None, None, None], (len(tokens), 4, 4, 3)).astype(np.float32)
+
+    files = [
+        plot_tree(TREE, tmp_path / "tree.png", top=10),
+        plot_sizes({"masc": MAP}, tmp_path / "sizes.png"),
+        plot_swatches(MAP, decode, tmp_path / "swatches.png", clusters=4),
+    ]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    for wrong in (
+        lambda: plot_tree(TREE, tmp_path / "x.png", top=1),
+        lambda: plot_tree(SemanticTree.fit(CODES, exact=False), tmp_path / "x.png"),
+        lambda: plot_sizes({}, tmp_path / "x.png"),
+        lambda: plot_swatches(MAP, decode, tmp_path / "x.png", members=0),
+    ):
+        with pytest.raises(ConfigError):
+            wrong()
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+def test_the_commands_go_from_a_codebook_to_samples(shards, tmp_path):
+    book, tree, mapping, out = (tmp_path / n for n in ("codes.npy", "tree.safetensors", "map.safetensors", "run"))
+    np.save(book, CODES)
+    run("fit", book, "--out", tree, "--tokens", shards.folder)
+    run("inspect", tree, "--k", "8,4", "--plots", tmp_path / "plots")
+    assert (tmp_path / "plots" / "tree.png").is_file()
+    run("map", tree, "--k", 8, "--out", mapping, "--tokens", shards.folder, "--mapped", tmp_path / "coarse")
+    coarse = TokenShards.open(tmp_path / "coarse")
+    np.testing.assert_array_equal(coarse.take([0, 5]), TokenMap.load(mapping)(shards.take([0, 5])))
+    small = ("--steps", 10, "--batch", 8, "--width", 16, "--layers", 1, "--heads", 2)
+    run("train", shards.folder, "--map", mapping, "--out", out, *small)
+    run("sample", out / "model", "--classes", "0,3", "--length", 6, "--out", tmp_path / "s.npy", "--guidance", 2)
+    drawn = np.load(tmp_path / "s.npy")
+    assert drawn.shape == (2, 6)
+    assert TokenMap.load(mapping)(drawn).max() < 8
+
+
+def test_the_commands_refuse_what_they_cannot_read(tmp_path):
+    with pytest.raises(ModelError, match="no such file"):
+        read_codebook(tmp_path / "none.npy")
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_codebook(tmp_path / "bad.npy")
+    TREE.save(tmp_path / "tree.safetensors")
+    with pytest.raises(HastenError, match="belong together"):
+        run("map", tmp_path / "tree.safetensors", "--k", 4, "--tokens", tmp_path)
+
+
+WORKER = """
+import sys, torch
+from hasten.tokens import flat_map
+from hasten.tokens.shards import TokenShards
+from hasten.tokens.train import Recipe, Trainer
+from pathlib import Path
+recipe = Recipe(steps=6, batch=8, lr=5e-3, warmup=2, width=16, layers=1, heads=2)
+trainer = Trainer(TokenShards.open(sys.argv[1]), flat_map(24), recipe, cpu=True)
+assert trainer.accelerator.num_processes == int(sys.argv[3])
+trainer.run(Path(sys.argv[2]), every=3)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_model_that_one_trains(shards, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for n in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", str(script)]
+        arguments = [str(shards.folder), str(tmp_path / f"run{n}"), str(n)]
+        subprocess.run([sys.executable, *launch, *arguments], check=True, env=environment, timeout=300)
+    one, two = (torch.load(tmp_path / f"run{n}" / "checkpoint.pt", weights_only=True)["model"] for n in (1, 2))
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-4)
+    assert len(Path(tmp_path / "run2" / "log.jsonl").read_text().splitlines()) == 2
