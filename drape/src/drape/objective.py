@@ -1,0 +1,240 @@
+"""The objective over a sequence: confidences, temporal weights, drifting transformations, regularisers, ensembles.
+
+    L = E_theta [ sum_t w_t softplus(k (d_t - d0)) / k  +  lam_v Var_t(d_t) ]  +  lam_c spread  +  lam_n naturalness
+
+with `d_t` the detector's confidence for the walking person in frame t. Minimising L gives the worst-case texture whose
+effect is measured, and against which defences are trained; a number from an attack is reported with a defence beside
+it.
+The form is our reading of "expectation over transformations with temporal weighting" (arXiv:2511.16020 names it only).
+
+Shapes: `T` frames, `B` frames in a batch, `A` candidates a frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drape.detectors.base import Candidates, Detector, box_iou
+from drape.errors import ConfigError, unknown
+from drape.texture import ControlPointTexture
+
+__all__ = [
+    "WEIGHTINGS",
+    "Drift",
+    "Temporal",
+    "confidence",
+    "drift",
+    "ensemble_confidence",
+    "frame_weights",
+    "naturalness",
+    "photometric",
+    "sequence_loss",
+    "smooth_step",
+    "spread",
+    "temporal_loss",
+]
+
+WEIGHTINGS = ("uniform", "hard", "window", "curriculum")
+VARIANTS = {"best": 0.01, "max": 0.1, "smooth": 0.1}  # to the least overlap with the true box that counts
+SHARPNESS = 20.0  # of the smooth maximum
+SPREAD_CELLS = 40.0
+
+
+def confidence(found: Candidates, truth: Tensor, variant: str = "max") -> Tensor:
+    """d_t, the confidence that the walking person is there, `[B]`, with gradients to the scores.
+
+    Args:
+        found: boxes and scores of B frames.  truth: `[B, 4]`, the person's true boxes, in the same pixels.
+        variant: "best", the score of the box that overlaps most (if by .01); "max", the largest score among those that
+            overlap by .1; "smooth", its log-sum-exp, a little above "max".
+
+    Returns:
+        0 where no box overlaps enough.
+    """
+    if variant not in VARIANTS:
+        raise unknown("variant of the confidence", variant, VARIANTS)
+    if truth.shape != (len(found.scores), 4):
+        raise ConfigError(f"the true boxes have shape {tuple(truth.shape)}; expected {(len(found.scores), 4)}.")
+    overlap = box_iou(found.boxes.detach(), truth[:, None]).squeeze(-1)
+    counts = overlap >= VARIANTS[variant]
+    if variant == "best":
+        return (found.scores.gather(1, overlap.argmax(dim=1, keepdim=True)) * counts.any(dim=1, keepdim=True)).squeeze(
+            1
+        )
+    scores = found.scores.masked_fill(~counts, 0.0)
+    if variant == "max":
+        return scores.amax(dim=1)
+    return (SHARPNESS * scores).masked_fill(~counts, -torch.inf).logsumexp(dim=1).clamp_min(0.0) / SHARPNESS
+
+
+def ensemble_confidence(detectors: Sequence[Detector], frames: Tensor, truth: Tensor, variant: str = "max") -> Tensor:
+    """The mean of d_t over several detectors, `[B]`."""
+    if not detectors:
+        raise ConfigError("an ensemble needs at least one detector.")
+    return torch.stack([confidence(detector(frames), truth, variant) for detector in detectors]).mean(dim=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temporal:
+    """How the frames of a sequence count.
+
+    Args:
+        mode: "uniform"; "hard", softmax of the running mean of d_t; "window", a smooth maximum over windows of their
+        mean confidence, which bounds the longest detected run; "curriculum", windows that grow from 1 frame to all.
+        kappa: sharpness of "hard" and "window".
+        window: frames a window.
+        slope, threshold: k and d0 of the smooth step.
+        variance: weight of Var_t(d_t).
+    """
+
+    mode: str = "window"
+    kappa: float = 10.0
+    window: int = 8
+    slope: float = 10.0
+    threshold: float = 0.2
+    variance: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.mode not in WEIGHTINGS:
+            raise unknown("temporal weighting", self.mode, WEIGHTINGS)
+        if not (self.kappa > 0 and self.slope > 0) or self.window < 1 or self.variance < 0:
+            raise ConfigError(
+                f"kappa={self.kappa}, slope={self.slope}, window={self.window}, variance={self.variance}; "
+                "expected kappa and slope above 0, window 1 or more, variance 0 or more."
+            )
+
+    def window_at(self, progress: float, frames: int) -> int:
+        """The window's length at a share `progress` of the training, never more than the sequence."""
+        if not 0 <= progress <= 1:
+            raise ConfigError(f"progress={progress}; expected 0 to 1.")
+        grown = 1 + round(progress * (frames - 1)) if self.mode == "curriculum" else self.window
+        return min(grown, frames)
+
+
+def frame_weights(temporal: Temporal, d: Tensor, running: Tensor | None = None, progress: float = 1.0) -> Tensor:
+    """Weights w_t that sum to 1, `[T]`, without gradient.
+
+    For the windowed modes they are the gradient of the windowed loss to the losses of the frames, so that a random
+    subset of frames can be followed backwards with weights from a pass over all of them.
+
+    Args:
+        d: `[T]`, what the frames are weighted by.  running: its running mean, for "hard"; d itself if not given.
+    """
+    values = d.detach()
+    if temporal.mode == "uniform":
+        return torch.full_like(values, 1 / len(values))
+    if temporal.mode == "hard":
+        return (temporal.kappa * (values if running is None else running.detach())).softmax(dim=0)
+    length = temporal.window_at(progress, len(values))
+    share = (temporal.kappa * windows(values, length).mean(dim=1)).softmax(dim=0)
+    order = (torch.arange(len(values))[:, None] + torch.arange(length)) % len(values)
+    return torch.zeros_like(values).index_add(
+        0, order.reshape(-1).to(values.device), (share / length).repeat_interleave(length)
+    )
+
+
+def windows(values: Tensor, length: int) -> Tensor:
+    """All circular windows of `[T]`, `[T, length]`; circular, so that every frame counts in as many."""
+    return torch.cat([values, values[: length - 1]]).unfold(0, length, 1)
+
+
+def temporal_loss(temporal: Temporal, values: Tensor, running: Tensor | None = None, progress: float = 1.0) -> Tensor:
+    """One number from the losses of all frames `[T]`.
+
+    "window" and "curriculum": (1 / kappa) log mean_windows exp(kappa * mean of the window), at least the mean over
+    frames.
+    """
+    if values.ndim != 1 or len(values) == 0:
+        raise ConfigError(f"the frames' losses have shape {tuple(values.shape)}; expected [T] with at least one frame.")
+    if temporal.mode in ("uniform", "hard"):
+        return (frame_weights(temporal, values, running) * values).sum()
+    means = windows(values, temporal.window_at(progress, len(values))).mean(dim=1)
+    count = torch.tensor(float(len(means)), dtype=values.dtype, device=values.device)
+    return ((temporal.kappa * means).logsumexp(dim=0) - count.log()) / temporal.kappa
+
+
+def smooth_step(temporal: Temporal, d: Tensor) -> Tensor:
+    """softplus(k (d - d0)) / k: confidences far below the threshold no longer count."""
+    return F.softplus(temporal.slope * (d - temporal.threshold)) / temporal.slope
+
+
+def sequence_loss(temporal: Temporal, d: Tensor, running: Tensor | None = None, progress: float = 1.0) -> Tensor:
+    """The loss of one sequence from its confidences `[T]`: weighted smooth steps and the variance."""
+    variance = d.var(unbiased=False)
+    return temporal_loss(temporal, smooth_step(temporal, d), running, progress) + temporal.variance * variance
+
+
+def spread(texture: ControlPointTexture, sigma: float = SPREAD_CELLS) -> Tensor:
+    """mean_ij exp(-||b_i - b_j||^2 / sigma^2) - 1/n of one colour's points, mean over colours; 0 when far apart.
+
+    `sigma` is in pixels of the expanded texture, 40 as in AdvCaT, whose weight for it is 50.
+    """
+    points = texture.points_in_cells() * texture.spec.expand
+    squared = (points[:, :, None] - points[:, None]).square().sum(dim=-1)
+    return (-squared / sigma**2).exp().mean(dim=(1, 2)).mean() - 1 / texture.spec.points
+
+
+def naturalness(texture: ControlPointTexture, labels: Tensor) -> Tensor:
+    """Cross-entropy of the colours' probabilities with a product's label map `[h, w]`; small when they look alike."""
+    if labels.shape != (texture.spec.height, texture.spec.width):
+        expected = (texture.spec.height, texture.spec.width)
+        raise ConfigError(f"the label map has shape {tuple(labels.shape)}; expected {expected}.")
+    return F.nll_loss(texture.log_probability()[None], labels[None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """Photometric transformations, sampled once a sequence and drifting slowly in it.
+
+    Args:
+        contrast, brightness: half-widths, around 1 and 0.  noise: standard deviation, drawn anew for every pixel.
+        coefficient: of the AR(1) process, .95: independent draws a frame would average out what is to be measured.
+    """
+
+    contrast: float = 0.1
+    brightness: float = 0.1
+    noise: float = 0.02
+    coefficient: float = 0.95
+
+    def __post_init__(self) -> None:
+        if min(self.contrast, self.brightness, self.noise) < 0 or self.contrast >= 1:
+            raise ConfigError(
+                f"contrast={self.contrast}, brightness={self.brightness}, noise={self.noise}; expected none below 0, "
+                "and a contrast below 1."
+            )
+        if not 0 <= self.coefficient < 1:
+            raise ConfigError(f"coefficient={self.coefficient}; expected 0 up to, not including, 1.")
+
+
+def drift(frames: int, channels: int, coefficient: float, generator: torch.Generator | None = None) -> Tensor:
+    """A stationary AR(1) process with unit variance, x_t = a x_{t-1} + sqrt(1 - a^2) e_t, `[frames, channels]`."""
+    if frames < 1 or not 0 <= coefficient < 1:
+        raise ConfigError(f"frames={frames}, coefficient={coefficient}; expected at least 1, and 0 up to below 1.")
+    shocks = torch.randn(frames, channels, generator=generator)
+    steps = [shocks[0]]
+    for shock in shocks[1:]:
+        steps.append(coefficient * steps[-1] + (1 - coefficient**2) ** 0.5 * shock)
+    return torch.stack(steps)
+
+
+def photometric(
+    frames: Tensor, transform: Drift, generator: torch.Generator | None = None, states: Tensor | None = None
+) -> Tensor:
+    """Frames `[T, 3, S, S]` of one sequence with drifting contrast and brightness, and noise, in [0, 1].
+
+    Args:
+        states: `[T, 2]` of `drift`, for frames that are a part of a sequence; drawn if not given.
+    """
+    if states is None:
+        states = drift(len(frames), 2, transform.coefficient, generator)
+    if states.shape != (len(frames), 2):
+        raise ConfigError(f"states have shape {tuple(states.shape)}; expected {(len(frames), 2)}, two for each frame.")
+    amount = torch.tanh(states.to(frames))[:, :, None, None, None]  # stays inside the half-widths
+    contrast, brightness = 1 + transform.contrast * amount[:, 0], transform.brightness * amount[:, 1]
+    noise = torch.randn(frames.shape, generator=generator).to(frames) * transform.noise
+    return ((frames - 0.5) * contrast + 0.5 + brightness + noise).clamp(0, 1)

@@ -1,0 +1,147 @@
+"""Shirt, trousers and hat: shells around regions of the body, each with its own uv square.
+
+A garment is the part of the body's skin that its bones move, pushed out along the normals. Trunk and limbs get a
+cylindrical unwrap each, so that one cell of texture has about one size everywhere: the trunk (or hips) fills the
+middle of
+the square, the left and right limb a strip at its sides; the hat is laid flat from its crown. Seams run down the back.
+
+Shapes: `V` body vertices, `F` body triangles, `G` vertices and `E` triangles of the garment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drape.errors import unknown
+from drape.scene.body import Floats, Rig
+
+__all__ = ["GARMENTS", "Garment", "make_garment", "vertex_normals"]
+
+GARMENTS = ("shirt", "trousers", "hat")  # garment ids of the buffers are 1, 2, 3
+TRUNK = ("root", "pelvis", "spine", "clavicle", "shoulder")
+LIMBS = {"shirt": ("upperarm",), "trousers": ("upperleg", "lowerleg")}
+OFFSET = {"shirt": 0.014, "trousers": 0.012, "hat": 0.022}  # metres off the skin at rest
+LOOSE = {
+    "shirt": 0.045,
+    "trousers": 0.035,
+    "hat": 0.0,
+}  # metres that the cloth may leave its rest shell by, at the hems
+
+
+@dataclass(frozen=True)
+class Garment:
+    """A shell around part of the body.
+
+    Attributes:
+        name: one of `GARMENTS`.
+        source: int64 `[G]`, the body vertex that each vertex follows.
+        faces: int64 `[E, 3]` into the garment's vertices.
+        body_faces: bool `[F]`, the body's triangles it covers.
+        uv: float64 `[E, 3, 2]` in [0, 1], at the triangles' corners.
+        offset: metres off the skin.  loose: `[G]`, metres the cloth may move; 0 where it is held.
+    """
+
+    name: str
+    source: NDArray[np.int64]
+    faces: NDArray[np.int64]
+    body_faces: NDArray[np.bool_]
+    uv: Floats
+    offset: float
+    loose: Floats
+
+
+def vertex_normals(vertices: Floats, faces: NDArray[np.int64]) -> Floats:
+    """Unit normals of a mesh by area-weighted mean of its triangles', `[V, 3]`."""
+    corners = vertices[faces]
+    face = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    total = np.zeros_like(vertices)
+    for corner in range(3):
+        np.add.at(total, faces[:, corner], face)
+    return np.asarray(total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12))
+
+
+def region_of(name: str, rig: Rig) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which vertices a garment covers, and its part each belongs to: 0 trunk, 1 left limb, 2 right limb."""
+    owner = np.array(rig.bones)[rig.weights.argmax(axis=1)]
+    z = rig.vertices[:, 2]
+    part = np.zeros(len(z), dtype=np.int64)
+    if name == "hat":
+        top, neck = z.max(), rig.heads[rig.bone("head"), 2]
+        return np.asarray(np.char.startswith(owner, "head") & (z > neck + 0.62 * (top - neck))), part
+    limb = np.any([np.char.startswith(owner, b) for b in LIMBS[name]], axis=0)
+    part[limb] = np.where(rig.vertices[limb, 0] > 0, 1, 2)
+    waist = rig.heads[rig.bone("spine05"), 2]
+    trunk = np.any([np.char.startswith(owner, b) for b in TRUNK], axis=0)
+    if name == "trousers":
+        ankle = rig.heads[rig.bone("foot.L"), 2] + 0.05
+        return (trunk & (z < waist + 0.03) | limb) & (z > ankle), part
+    shoulders = rig.heads[rig.bone("neck01"), 2] + 0.015
+    hips = rig.heads[rig.bone("upperleg01.L"), 2] - 0.02
+    return ((trunk & (z > hips)) | limb) & (z < shoulders), part
+
+
+def unwrap(name: str, points: Floats, part: int) -> Floats:
+    """Coordinates of one part in [0, 1]: turn around its axis, seam at the back, and height; the hat's from above."""
+    centre = points.mean(axis=0)
+    if name == "hat":
+        across = points[:, :2] - centre[:2]
+        radius = np.linalg.norm(across, axis=1, keepdims=True)
+        drop = (points[:, 2].max() - points[:, 2:]) / float(np.ptp(points[:, 2]))
+        return np.asarray(0.5 + 0.25 * across / np.maximum(radius, 1e-9) * (radius / radius.max() + drop))
+    turn = np.arctan2(points[:, 0] - centre[0], -(points[:, 1] - centre[1])) / (2 * np.pi) + 0.5
+    axis = points[:, 2].copy()
+    if name == "shirt" and part > 0:
+        direction = np.array([1.0 if part == 1 else -1.0, 0.0, -1.0]) / np.sqrt(2)  # arms hang at 45 degrees at rest
+        along = (points - centre) @ direction
+        side = (points - centre) - along[:, None] * direction
+        turn = np.arctan2(side @ np.cross(direction, [0.0, 1.0, 0.0]), -side[:, 1]) / (2 * np.pi) + 0.5
+        axis = -along
+    height = (axis - axis.min()) / max(float(np.ptp(axis)), 1e-9)
+    return np.stack([turn, 1 - height], axis=1)
+
+
+def corner_uv(name: str, rig: Rig, faces: NDArray[np.int64], part: NDArray[np.int64]) -> Floats:
+    """uv at the corners of triangles, in the garment's square; triangles across the seam do not run around it."""
+    strips = {0: (0.0, 1.0)} if name == "hat" else {0: (0.28, 0.72), 1: (0.74, 1.0), 2: (0.0, 0.26)}
+    face_part = np.sort(part[faces], axis=1)[:, 1]
+    uv = np.zeros((len(faces), 3, 2))
+    for p, (left, right) in strips.items():
+        mine = face_part == p
+        if not mine.any():
+            continue
+        used = np.unique(faces[mine])
+        place = np.zeros((len(rig.vertices), 2))
+        place[used] = unwrap(name, rig.vertices[used], p)
+        corners = place[faces[mine]]
+        wraps = (np.ptp(corners[..., 0], axis=1) > 0.5) & (name != "hat")
+        corners[wraps, :, 0] = np.where(corners[wraps, :, 0] < 0.5, 1.0, corners[wraps, :, 0])
+        corners[..., 0] = left + (right - left) * corners[..., 0]
+        uv[mine] = corners
+    return np.clip(uv, 0.0, 1.0)
+
+
+def looseness(name: str, rig: Rig, source: NDArray[np.int64], part: NDArray[np.int64]) -> Floats:
+    """How far each vertex may leave the shell: nothing where the garment is held, most at the hems."""
+    z = rig.vertices[source, 2]
+    if name == "hat":
+        return np.zeros(len(source))
+    height = (z - z.min()) / float(np.ptp(z))
+    free = np.clip(1.25 * (1 - height), 0.0, 1.0)
+    if name == "shirt":
+        free = np.where(part[source] > 0, 0.35, free)
+    return np.asarray(LOOSE[name] * free)
+
+
+def make_garment(name: str, rig: Rig) -> Garment:
+    """A garment of `GARMENTS` for a body."""
+    if name not in GARMENTS:
+        raise unknown("garment", name, GARMENTS)
+    covered, part = region_of(name, rig)
+    body_faces: NDArray[np.bool_] = np.asarray(covered[rig.faces].all(axis=1))
+    chosen = rig.faces[body_faces]
+    source, local = np.unique(chosen, return_inverse=True)
+    uv = corner_uv(name, rig, chosen, part)
+    return Garment(name, source, local.reshape(-1, 3), body_faces, uv, OFFSET[name], looseness(name, rig, source, part))

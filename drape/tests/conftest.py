@@ -1,0 +1,28 @@
+"""Small sequences that many tests share; nothing is kept outside the test run but the rig, which takes long to prepare."""  # noqa: E501
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from drape.scene.sequence import Buffers, SequenceSpec, build_sequence
+
+
+@pytest.fixture(scope="session")
+def walk() -> Buffers:
+    """Four frames of a circle, 64 px."""
+    return build_sequence(SequenceSpec(path="circle", frames=4, fps=3, size=64))
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own for one test."""
+    monkeypatch.setenv("DRAPE_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,85 @@
+"""Adapters against modules with the outputs of transformers, torchvision and ultralytics."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from drape.detectors.adapters import TorchvisionDetector, TransformersDetector, UltralyticsDetector
+from drape.errors import DetectorError
+
+
+class Fixed(nn.Module):
+    """Gives what `make` makes of the frames."""
+
+    def __init__(self, make: object) -> None:
+        super().__init__()
+        self.make = make
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: object = None, pixel_values: torch.Tensor | None = None) -> object:
+        return self.make(images if pixel_values is None else pixel_values)  # type: ignore[operator]
+
+
+def detr(x: torch.Tensor) -> SimpleNamespace:
+    logits = torch.stack([x.mean(dim=(1, 2, 3)), torch.zeros(len(x)), torch.zeros(len(x))], dim=-1)[:, None]
+    return SimpleNamespace(logits=logits, pred_boxes=torch.tensor([0.5, 0.5, 0.25, 0.5]).expand(len(x), 1, 4))
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_detr_boxes_and_scores(softmax: bool) -> None:
+    detector = TransformersDetector(Fixed(detr), "detr", person=0, softmax=softmax, normalised=False, input_size=64)
+    frames = torch.full((2, 3, 32, 32), 0.5, requires_grad=True)
+    found = detector(frames)
+    assert found.boxes[1, 0].tolist() == [12, 8, 20, 24]
+    e = torch.tensor(0.5).exp()
+    assert float(found.scores[0, 0].detach()) == pytest.approx(float(e / (e + 2) if softmax else e / (e + 1)))
+    (gradient,) = torch.autograd.grad(found.scores.sum(), frames)
+    assert float(gradient.abs().max()) > 0
+    assert not any(p.requires_grad for p in detector.parameters())
+
+
+def test_detr_takes_the_mean_of_imagenet_off() -> None:
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None].expand(1, 3, 64, 64)
+    detector = TransformersDetector(Fixed(detr), "detr", person=0, softmax=False, input_size=64)
+    assert float(detector(mean).scores) == pytest.approx(0.5)
+
+
+def test_torchvision_keeps_persons_and_pads_frames_with_fewer() -> None:
+    boxes, labels = torch.tensor([[0.0, 0, 4, 4], [1, 1, 9, 9], [2, 2, 8, 8]]), torch.tensor([1, 3, 1])
+
+    def make(frames: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        scores = torch.tensor([0.9, 0.8, 0.7])
+        return [
+            {"boxes": boxes[:n], "scores": scores[:n], "labels": labels[:n]}
+            for n, _ in zip((3, 1), frames, strict=True)
+        ]
+
+    found = TorchvisionDetector(Fixed(make), "frcnn", input_size=64)(torch.rand(2, 3, 64, 64))
+    assert found.scores.tolist() == [[pytest.approx(0.9), pytest.approx(0.7)], [pytest.approx(0.9), 0]]
+    assert found.boxes[0, 1].tolist() == [2, 2, 8, 8]
+
+
+def test_ultralytics_boxes_in_the_frames_pixels() -> None:
+    raw = torch.tensor([[32.0, 32, 16, 32, 0.8, 0.1]])[..., None]
+    for output in (raw, (raw, None)):
+        detector = UltralyticsDetector(Fixed(lambda x, output=output: output), "yolo", input_size=64)
+        found = detector(torch.rand(1, 3, 128, 128))
+        assert found.boxes.tolist() == [[[48, 32, 80, 96]]]
+        assert found.scores.tolist() == [[pytest.approx(0.8)]]
+
+
+@pytest.mark.parametrize(
+    "detector",
+    [
+        TransformersDetector(Fixed(lambda x: x), "a", person=0, softmax=True, input_size=64),
+        TorchvisionDetector(Fixed(lambda x: x), "b", input_size=64),
+        UltralyticsDetector(Fixed(lambda x: x.mean()), "c", input_size=64),
+    ],
+)
+def test_outputs_of_another_kind_are_refused(detector: nn.Module) -> None:
+    with pytest.raises(DetectorError, match="gave"):
+        detector(torch.rand(1, 3, 64, 64))

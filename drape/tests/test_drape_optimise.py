@@ -1,0 +1,162 @@
+"""Optimisation, evaluation, report and command line, against a detector that is made up and quick."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from drape import cli
+from drape.controls import control, random_textures
+from drape.detectors.base import Candidates, Detector
+from drape.errors import AssetError, ConfigError, UnknownNameError
+from drape.evaluate import evaluate, evaluate_defences
+from drape.gamut import Gamut
+from drape.objective import Temporal
+from drape.optimise import OptimiseSpec, Run, Scene, optimise
+from drape.report import animation, curve_svg, page
+from drape.scene.backgrounds import background
+from drape.scene.light import light
+from drape.scene.sequence import Buffers
+
+SMALL = OptimiseSpec(steps=8, batch=2, learning_rate=0.04)
+
+
+class Red(Detector):
+    """Sees a person where the frame is more red than blue; its box is the whole frame."""
+
+    def __init__(self) -> None:
+        super().__init__("red", 64)
+        self.calls: list[tuple[int, bool]] = []
+
+    def candidates(self, images: torch.Tensor) -> Candidates:
+        self.calls.append((len(images), images.requires_grad))
+        redness = (images[:, 0] - images[:, 2]).mean(dim=(1, 2)) * 10 + 0.6
+        box = torch.tensor([0.0, 0, 64, 64]).expand(len(images), 1, 4)
+        return Candidates(box, redness.clamp(0.01, 0.99)[:, None])
+
+
+@pytest.fixture
+def scene(walk: Buffers) -> Scene:
+    """The boxes are the whole frame, as the detector's are."""
+    boxes = torch.tensor([0.0, 0, 64, 64]).expand(4, 4)
+    return Scene("circle", replace(walk, boxes=boxes), light("overcast"), background("gravel", 64))
+
+
+def run(mode: str, detector: Detector, scene: Scene, **changes: object) -> tuple[Run, dict[str, torch.Tensor]]:
+    textures = random_textures(Gamut.proxy(), seed=3)
+    result = optimise(textures, [detector], [scene], replace(SMALL, mode=mode, **changes))  # type: ignore[arg-type]
+    return result, {name: t(hard=True).detach() for name, t in textures.items()}
+
+
+@pytest.mark.parametrize("mode", ["sequence", "frames"])
+def test_optimised_textures_are_seen_less_and_stay_printable(mode: str, scene: Scene) -> None:
+    before = evaluate(Red(), [scene], control("random", Gamut.proxy(), seed=3))
+    result, images = run(mode, Red(), scene)
+    after = evaluate(Red(), [scene], images)
+    assert after["mean_confidence"] < before["mean_confidence"] - 0.05
+    assert len(result.confidence) == SMALL.steps
+    assert all(Gamut.proxy().is_fixed(image.permute(1, 2, 0)) for image in images.values())
+
+
+def test_both_modes_cost_the_same_compute(scene: Scene) -> None:
+    """Counted at the detector: a frame without gradient 1, with gradient 3."""
+    costs = []
+    for mode in ("sequence", "frames"):
+        detector = Red()
+        result, _ = run(mode, detector, scene, steps=3)
+        counted = sum(count * (3 if gradient else 1) for count, gradient in detector.calls)
+        assert counted == result.passes
+        costs.append(counted)
+    assert costs[1] == pytest.approx(costs[0], rel=0.15)
+
+
+def test_optimisation_is_that_of_its_seed(scene: Scene) -> None:
+    first, second, other = (run("sequence", Red(), scene, seed=s, steps=2)[0].confidence for s in (0, 0, 1))
+    assert first == second
+    assert first != other
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "hard", "curriculum"])
+def test_every_weighting_lowers_the_confidence(weighting: str, scene: Scene) -> None:
+    result, _ = run("sequence", Red(), scene, temporal=Temporal(mode=weighting))
+    assert result.confidence[-1] < result.confidence[0]
+
+
+def test_bad_optimisations_are_refused(scene: Scene, walk: Buffers) -> None:
+    with pytest.raises(UnknownNameError, match="sequence"):
+        OptimiseSpec(mode="sequnce")
+    with pytest.raises(ConfigError, match="steps=0"):
+        OptimiseSpec(steps=0)
+    with pytest.raises(ConfigError, match="at least one"):
+        optimise({}, [Red()], [scene], SMALL)
+    with pytest.raises(ConfigError, match="leaves the picture"):
+        Scene("x", replace(walk, boxes=torch.full((4, 4), torch.nan)), light("sun"), background("brick", 64))
+    with pytest.raises(ConfigError, match="label"):
+        evaluate(Red(), [scene, scene], control("plain", Gamut.proxy()))
+
+
+def test_evaluation_scales_scores_to_one_threshold(scene: Scene) -> None:
+    """A detector with a threshold of .2 that gives .6 is as sure as one with .5 that gives .75."""
+    detector = Red()
+    detector.threshold = 0.2
+    grey = {name: torch.full((3, 8, 8), 0.5) for name in ("shirt", "trousers", "hat")}
+    raw, scaled = (evaluate(d, [scene], grey)["curves"]["circle"] for d in (Red(), detector))
+    expected = [0.5 + (r - 0.2) / 1.6 if r >= 0.2 else r / 0.4 for r in raw]
+    assert scaled == pytest.approx(expected, abs=1e-5)
+    assert scaled != pytest.approx(raw, abs=1e-2)
+
+
+def test_defences_are_reported_beside_the_attack(scene: Scene) -> None:
+    plain = control("plain", Gamut.proxy())
+    rows = evaluate_defences(Red(), [scene], plain)
+    assert set(rows) == {"aggregate", "median"}
+    assert set(evaluate_defences(Red(), [scene], plain, [Red()])) == {"aggregate", "median", "consensus"}
+    bare = evaluate(Red(), [scene], plain)
+    assert rows["aggregate"]["recall"] >= bare["recall"]
+
+
+def test_animation_draws_the_box() -> None:
+    gif = Image.open(io.BytesIO(animation(torch.zeros(3, 3, 20, 20), [None, torch.tensor([2.0, 3, 15, 18]), None])))
+    assert gif.n_frames >= 2
+    gif.seek(1)
+    assert gif.convert("RGB").getpixel((2, 10))[1] > 150  # type: ignore[index]
+    assert gif.convert("RGB").getpixel((8, 10))[1] < 50  # type: ignore[index]
+    with pytest.raises(ConfigError, match="boxes"):
+        animation(torch.zeros(3, 3, 20, 20), [None])
+
+
+def test_page_escapes_names_and_shows_every_row(scene: Scene) -> None:
+    row = evaluate(Red(), [scene], control("plain", Gamut.proxy()))
+    text = page("a <b>", "note", {"plain & simple": row}, {"walk": b"GIF89a"})
+    assert "a &lt;b&gt;" in text
+    assert "plain &amp; simple" in text
+    assert text.count("<polyline") == 1
+    assert curve_svg({"a": [0.0, 1.0]}).count("34.0,186.0 606.0,34.0") == 1
+    with pytest.raises(ConfigError, match="results"):
+        page("t", "n", {}, {})
+
+
+def test_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "load_detector", lambda name: Red())
+    arguments = ["demo", "--steps", "2", "--frames", "3", "--size", "64", "--out", str(tmp_path)]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    measured = json.loads((tmp_path / "evaluate.json").read_text())
+    assert {"plain", "random", "worst case", "worst case, aggregate"} <= set(measured["results"])
+    assert set(measured["defences"]["aggregate"]) == {"recovered_recall", "clean_ap50_loss"}
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("data:image/gif") == 2
+    assert "proxy gamut" in text
+
+
+def test_report_without_evaluation_says_what_to_run(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["report", "--out", str(tmp_path)])
+    assert isinstance(result.exception, AssetError)
+    assert "drape evaluate" in str(result.exception)
