@@ -6,6 +6,7 @@
 TORCH ?= 2.13.0
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
 BENCH_MODEL ?= emoji-flux
 BENCH_METHODS ?= reuse,taylorseer,hicache,foca
 BENCH_FULL_STEPS ?= 12,9,7
@@ -17,8 +18,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PROJECTS := hasten drape
 # One pytest run for both projects, with the settings of hasten and paths as seen from here. Names of test files have to
-# differ between the two projects.
-PYTEST_CONFIG := -c hasten/pyproject.toml --rootdir .
+# differ between the two projects. The models of the tests are small: one thread a process, and a process a core, is fastest.
+PYTEST_CONFIG := -c hasten/pyproject.toml --rootdir . -n $(TEST_JOBS)
 METADATA := $(PROJECTS:%=%/pyproject.toml)
 STAMP := $(VENV)/.setup-done
 DOCS_STAMP := $(VENV)/.docs-done
@@ -65,10 +66,10 @@ demo: $(STAMP) ## draw pictures with and without acceleration into out/demo
 	$(BIN)/hasten demo --out out/demo
 
 test: $(STAMP) ## run the tests but for the slow ones
-	$(BIN)/python -m pytest $(PYTEST_CONFIG) hasten/tests drape/tests -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_CONFIG) hasten/tests drape/tests -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## run all tests
-	$(BIN)/python -m pytest $(PYTEST_CONFIG) hasten/tests drape/tests $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_CONFIG) hasten/tests drape/tests $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check $(PROJECTS)

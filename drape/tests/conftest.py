@@ -1,4 +1,4 @@
-"""Small sequences that many tests share; nothing is kept outside the test run but the rig, which takes long to prepare."""  # noqa: E501
+"""Fixtures: a short rendered walk, a cache of its own, a seeded generator."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import draw, make_pipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipelines import draw, make_pipe
 
 import hasten
 from hasten.caching import full_steps

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import draw, make_pipe
+from pipelines import draw, make_pipe
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 

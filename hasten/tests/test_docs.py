@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import draw, make_pipe
+from pipelines import draw, make_pipe
 
 import hasten
 from hasten import registry

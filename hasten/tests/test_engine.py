@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import draw, make_pipe
+from pipelines import draw, make_pipe
 
 import hasten
 from hasten.caching import HiCache, Reuse, TaylorSeer, Uniform, full_steps

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import draw
+from pipelines import draw
 
 import hasten
 from hasten.caching.calibration import Calibration, Fingerprint

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import draw
+from pipelines import draw
 from torch import nn
 
 import hasten

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import draw, make_pipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipelines import draw, make_pipe
 
 import hasten
 from hasten.caching.methods.ab_cache import AdamsBashforth

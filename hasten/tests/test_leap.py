@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import draw, make_pipe
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from pipelines import draw, make_pipe
 
 from hasten.caching.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError

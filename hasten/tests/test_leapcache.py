@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import draw, make_pipe
+from pipelines import draw, make_pipe
 
 import hasten
 from hasten.caching.methods.leapcache import LearnedWeights, learned_table

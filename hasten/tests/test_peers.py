@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import draw
+from pipelines import draw
 
 import hasten
 from hasten.bench import runner

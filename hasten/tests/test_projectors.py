@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipelines import draw
 
 import hasten
 from hasten.caching.methods.freqca import Bands, dct_matrix, low_mask

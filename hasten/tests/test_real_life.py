@@ -12,7 +12,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import draw, make_pipe
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
@@ -20,6 +19,7 @@ from diffusers import (
     WanPipeline,
 )
 from diffusers.hooks import apply_group_offloading
+from pipelines import draw, make_pipe
 from tiny import TINY, build, first
 from torch import nn
 

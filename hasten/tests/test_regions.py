@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import draw, make_pipe
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxImg2ImgPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from pipelines import draw, make_pipe
 from test_variants import VARIANTS, run_once
 from torch import Tensor
 

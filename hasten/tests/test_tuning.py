@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import draw, make_pipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipelines import draw, make_pipe
 
 import hasten
 from hasten.caching.schedule import Explicit, full_steps, spread

@@ -1,0 +1,30 @@
+"""A FLUX pipeline with random weights, and one call of it.
+
+They stand here and not in `conftest.py` because both projects have a file of that name and one test run collects both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.zoo.emoji_flux.data import load_emoji_set
+from hasten.zoo.emoji_flux.model import build_pipeline
+
+
+def make_pipe(seed: int = 0) -> Any:
+    """A `FluxPipeline` with random weights; the gates are opened so that blocks matter."""
+    torch.manual_seed(seed)
+    data = load_emoji_set()
+    pipe = build_pipeline(data.captions, data.pictures, width=32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Any, steps: int = 12, prompt: Any = "red apple", seed: int = 0, **kwargs: Any) -> Tensor:
+    """Final latents of one call at 32x32 pixels."""
+    arguments = {"height": 32, "width": 32, "output_type": "latent", "max_sequence_length": 8, **kwargs}
+    arguments.setdefault("generator", torch.Generator().manual_seed(seed))
+    return pipe(prompt, num_inference_steps=steps, **arguments).images
