@@ -1,8 +1,9 @@
 """The worlds that `sprites-stream` learns: two emoji that walk to and fro and leave the picture again and again.
 
 One walks in the upper half, one in the lower, each at its own pace; at its turning points it is out of sight for a
-while. What they are and where they walk is named only in the first `NAMED` frames. Later frames say only how fast they
-walk, so whoever comes back must be looked up in the past, often further back than a short window reaches.
+while. Every frame is told where both are, as a world model is told its player's moves. Who they are and where they walk
+is named only in the first `NAMED` frames: whoever comes back later must be looked up in the past, often further back
+than a short window reaches.
 
 Videos are `[F, 3, 48, 48]` float32 in [0, 1], of any length; sprites and backgrounds are those of `sprites-wan`.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from hasten.zoo.sprites_wan.data import BACKGROUNDS, OBJECTS, SIDE, SPRITE, background, place
 
-__all__ = ["NAMED", "PERIODS", "UNNAMED", "World", "conditions", "draw", "paths", "random_world"]
+__all__ = ["NAMED", "UNNAMED", "World", "conditions", "draw", "paths", "random_world"]
 
 NAMED = 24  # frames
 PERIODS = (24, 32, 48)  # frames to and fro
@@ -63,12 +64,12 @@ def random_world(rng: Random, held_out: bool = False) -> World:
 
 
 def paths(world: World, frames: int) -> Tensor:
-    """Centres `[2, F, 2]` (y, x) of both objects in pixels; a triangle wave in x."""
+    """Centres `[2, F, 2]` (y, x) of both objects in whole pixels; a triangle wave in x."""
     centres = torch.zeros(2, frames, 2)
     for i in range(2):
         u = (torch.arange(frames) / PERIODS[world.periods[i]] + world.phases[i]) % 1
         centres[i, :, 0] = ROWS[i]
-        centres[i, :, 1] = SIDE / 2 + REACH * (4 * (u - 0.5).abs() - 1)
+        centres[i, :, 1] = (SIDE / 2 + REACH * (4 * (u - 0.5).abs() - 1)).round()
     return centres
 
 
@@ -81,12 +82,13 @@ def draw(world: World, frames: int) -> Tensor:
     return picture
 
 
-def conditions(world: World, first: int, frames: int) -> Tensor:
+def conditions(world: World, first: int, frames: int, named: int = NAMED) -> Tensor:
     """What the model is told of frames `first` to `first + frames`, `[F, 5]` int64.
 
-    Upper object, lower object, background (their numbers, or `UNNAMED` from frame `NAMED` on), and both periods.
+    Upper object, lower object, background (their numbers, or `UNNAMED` from frame `named` on), and x of both objects
+    in pixels.
     """
-    named = torch.tensor([*world.items, world.background, *world.periods])
-    unnamed = torch.tensor([*UNNAMED, *world.periods])
-    early = torch.arange(first, first + frames) < NAMED
-    return torch.where(early[:, None], named, unnamed)
+    names = torch.tensor([*world.items, world.background])
+    early = torch.arange(first, first + frames) < named
+    x = paths(world, first + frames)[:, first:, 1].T.long()
+    return torch.cat([torch.where(early[:, None], names, torch.tensor(UNNAMED)), x], 1)

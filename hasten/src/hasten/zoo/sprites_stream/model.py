@@ -4,8 +4,8 @@ A chunk of three frames is denoised at once and sees itself and all finished chu
 a last pass over the clean chunk. Rotary positions are (frame, row, column); what is known of a frame and the noise
 level modulate the norms (adaptive layer norm). Rectified flow: `x_t = (1 - t) x_0 + t eps`, the output is `eps - x_0`.
 
-Training runs all chunks at once: a clean copy and a noisy copy of the video, under a mask by which a clean chunk sees
-clean chunks up to itself, and a noisy chunk sees itself and the clean chunks before it (teacher forcing).
+Training runs all chunks at once on a clean copy and a noisy copy of the video: a clean chunk sees clean chunks up to
+itself, and a noisy chunk sees itself and the clean chunks before it (teacher forcing).
 
 Shape legend: `B` batch, `F` frames, `L` tokens of a frame, `H` heads, `D` width of a head, `W` width of the model.
 """
@@ -26,11 +26,12 @@ from hasten.errors import ConfigError, ModelError
 from hasten.streaming.attention import Backend
 from hasten.streaming.cache import turned_back
 from hasten.streaming.kv_policy import KVStream, StreamingMethod
-from hasten.zoo.sprites_stream.data import PERIODS, UNNAMED
+from hasten.zoo.sprites_stream.data import UNNAMED
 
-__all__ = ["CausalVideoTransformer", "ModelConfig", "load_model", "new_stream", "save_model", "teacher_mask"]
+__all__ = ["CausalVideoTransformer", "ModelConfig", "load_model", "new_stream", "save_model"]
 
 TIME_BASE, PLACE_BASE = 1000.0, 100.0
+WAVES = 64  # channels in which a noise level or a place is written
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class ModelConfig:
     side: int = 48
     patch: int = 6
     chunk: int = 3
-    width: int = 192
-    heads: int = 6
-    layers: int = 6
+    width: int = 128
+    heads: int = 4
+    layers: int = 5
     mlp: int = 3
 
     def __post_init__(self) -> None:
@@ -95,6 +96,12 @@ class Rotary(nn.Module):
         )
 
 
+def _waves(x: Tensor) -> Tensor:
+    """`[..., WAVES]` cosines and sines of a number, at rates from 1 down to a thousandth."""
+    angles = x[..., None] * torch.exp(-math.log(1000.0) * torch.arange(WAVES // 2, device=x.device) / (WAVES // 2))
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
 def _turned(tokens: Tensor, angles: Tensor) -> Tensor:
     """Neighbouring channels as complex numbers, turned by angles that broadcast over `[..., D / 2]`."""
     x, y = tokens.unflatten(-1, (-1, 2)).unbind(-1)
@@ -137,9 +144,9 @@ class CausalVideoTransformer(nn.Module):
         W, pixels = config.width, 3 * config.patch**2
         self.embed, self.head = nn.Linear(pixels, W), nn.Linear(W, pixels)
         self.norm = nn.LayerNorm(W, elementwise_affine=False)
-        sizes = (*(n + 1 for n in UNNAMED), len(PERIODS), len(PERIODS))
-        self.words = nn.ModuleList(nn.Embedding(size, W) for size in sizes)
-        self.times = nn.Sequential(nn.Linear(64, W), nn.SiLU(), nn.Linear(W, W))
+        self.names = nn.ModuleList(nn.Embedding(n + 1, W) for n in UNNAMED)
+        self.places = nn.Sequential(nn.Linear(2 * WAVES, W), nn.SiLU(), nn.Linear(W, W))
+        self.times = nn.Sequential(nn.Linear(WAVES, W), nn.SiLU(), nn.Linear(W, W))
         self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(W, 6 * W))
         self.last = nn.Sequential(nn.SiLU(), nn.Linear(W, 2 * W))
         self.rotary = Rotary(config)
@@ -162,10 +169,10 @@ class CausalVideoTransformer(nn.Module):
 
     def _frame_state(self, t: Tensor, words: Tensor) -> Tensor:
         """`[B, F, W]` from noise levels `[B, F]` and words `[B, F, 5]`."""
-        rates = torch.exp(-math.log(1000.0) * torch.arange(32, device=t.device) / 32)
-        angles = 1000 * t[..., None].float() * rates
-        state: Tensor = self.times(torch.cat([angles.cos(), angles.sin()], -1).to(self.embed.weight.dtype))
-        for i, table in enumerate(self.words):
+        dtype = self.embed.weight.dtype
+        state: Tensor = self.times(_waves(1000 * t.float()).to(dtype))
+        state = state + self.places(_waves(8 * words[..., len(UNNAMED) :].float()).flatten(2).to(dtype))
+        for i, table in enumerate(self.names):
             state = state + table(words[..., i])
         return state
 
@@ -207,14 +214,13 @@ class CausalVideoTransformer(nn.Module):
             x = block.finish(x, attended, parts)
         return self._end(x, state)
 
-    def teach(self, clean: Tensor, t_clean: Tensor, noisy: Tensor, t: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+    def teach(self, clean: Tensor, t_clean: Tensor, noisy: Tensor, t: Tensor, words: Tensor) -> Tensor:
         """The velocities of all chunks at once, given clean (or nearly clean) copies of those before.
 
         Args:
             clean, noisy: `[B, F, 3, side, side]`.
             t_clean, t: `[B, F]`.
             words: `[B, F, 5]`.
-            mask: of `teacher_mask`.
         """
         F = clean.shape[1]
         frames = torch.arange(F, device=clean.device).repeat(2)
@@ -225,19 +231,27 @@ class CausalVideoTransformer(nn.Module):
             assert isinstance(block, Block)
             parts = shared + block.modulation[:, None]
             q, k, v = block.project(x, parts)
-            q, k = self.rotary(q, frames), self.rotary(k, frames)
-            q, k, v = (part.flatten(1, 2).transpose(1, 2) for part in (q, k, v))
-            out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            x = block.finish(x, out.transpose(1, 2).unflatten(1, (2 * F, -1)), parts)
+            q, k, v = (part.transpose(1, 3) for part in (self.rotary(q, frames), self.rotary(k, frames), v))
+            out = teacher_attention(q, k, v, self.config.chunk)
+            x = block.finish(x, out.transpose(1, 3), parts)
         return self._end(x[:, F:], state[:, F:])
 
 
-def teacher_mask(frames: int, config: ModelConfig) -> Tensor:
-    """`[2 F L, 2 F L]` bool: clean sees clean up to its own chunk; noisy sees its own chunk and clean ones before."""
-    chunk = (torch.arange(frames) // config.chunk).repeat_interleave(config.tokens)
-    query, key = chunk[:, None], chunk[None]
-    nothing = torch.zeros(len(chunk), len(chunk), dtype=torch.bool)
-    return torch.cat([torch.cat([key <= query, nothing], 1), torch.cat([key < query, key == query], 1)])
+def teacher_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
+    """Attention of clean and noisy copies `[B, H, L, 2 F, D]` of a video, chunk by chunk, without a mask.
+
+    A mask over both copies would compute three to four times as many products as are seen.
+    """
+    L, F = q.shape[2], q.shape[3] // 2
+    parts = [x.transpose(2, 3).flatten(2, 3).split(chunk * L, 2) for x in (q, k, v)]
+    (q_clean, q_noisy), (k_clean, k_noisy), (v_clean, v_noisy) = ((x[: F // chunk], x[F // chunk :]) for x in parts)
+    clean, noisy = [], []
+    for i in range(F // chunk):
+        seen = torch.cat(k_clean[: i + 1], 2), torch.cat(v_clean[: i + 1], 2)
+        clean.append(scaled_dot_product_attention(q_clean[i], *seen))
+        seen = torch.cat([*k_clean[:i], k_noisy[i]], 2), torch.cat([*v_clean[:i], v_noisy[i]], 2)
+        noisy.append(scaled_dot_product_attention(q_noisy[i], *seen))
+    return torch.cat([*clean, *noisy], 2).unflatten(2, (2 * F, L)).transpose(2, 3)
 
 
 def new_stream(model: CausalVideoTransformer, method: StreamingMethod, backend: Backend = "grouped") -> KVStream:

@@ -5,7 +5,8 @@
 
 Rectified flow with teacher forcing: every chunk has a noise level of its own and sees clean copies of the chunks before
 it, to which a little noise is added so that the model stands its own mistakes when it rolls out. Levels are numbers of
-frames: short clips come first, then long ones, with every fourth batch short.
+frames: short clips come first, then longer ones, with every fourth batch short. Names are withheld after a random
+number of frames, so that looking up the past is learned where it is cheap.
 """
 
 from __future__ import annotations
@@ -20,20 +21,19 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from hasten.zoo.fit import Fit, Level, Rates, averaged, run
-from hasten.zoo.sprites_stream.data import conditions, draw, random_world
-from hasten.zoo.sprites_stream.model import CausalVideoTransformer, ModelConfig, save_model, teacher_mask
+from hasten.zoo.sprites_stream.data import NAMED, conditions, draw, random_world
+from hasten.zoo.sprites_stream.model import CausalVideoTransformer, ModelConfig, save_model
 from hasten.zoo.sprites_stream.rollout import SHIFT
 
 __all__ = ["levels", "main", "make_fit"]
 
-SHORT, LONG = 12, 48  # frames
-COST = 6.0  # of a long clip in short ones; attention grows with the square
+SHARES = {"6": (1.0, 16, 1.0), "12": (0.35, 8, 2.5), "48": (0.06, 4, 18.0)}  # frames: share of clips, batch, cost
 HISTORY_NOISE = 0.1  # at the most, in the clean copies
 
 
-def levels(short: int, long: int, batch: int = 32) -> list[Level]:
-    """`short` clips of 12 frames, then `long` ones of 48 in batches of a quarter."""
-    return [Level(str(SHORT), short, batch, 1.0), Level(str(LONG), long, max(1, batch // 4), COST)]
+def levels(clips: int) -> list[Level]:
+    """`clips` of the shortest, and fewer, by fixed shares, of the others."""
+    return [Level(name, max(1, int(clips * share)), batch, cost) for name, (share, batch, cost) in SHARES.items()]
 
 
 class ClipLoss:
@@ -41,24 +41,23 @@ class ClipLoss:
 
     def __init__(self, model: CausalVideoTransformer, device: torch.device) -> None:
         self.model, self.device = model, device
-        self.masks: dict[int, Tensor] = {}
 
     def __call__(self, level: str, batch: int, generator: torch.Generator) -> Tensor:
         frames = int(level)
         rng = Random(int(torch.randint(2**62, (), generator=generator)))
         worlds = [random_world(rng) for _ in range(batch)]
         clean = torch.stack([draw(world, frames) for world in worlds]) * 2 - 1
-        words = torch.stack([conditions(world, 0, frames) for world in worlds])
-        t = torch.sigmoid(torch.randn(batch, frames // self.model.config.chunk, generator=generator))
+        chunk = self.model.config.chunk
+        named = [chunk * rng.randint(1, min(frames, NAMED) // chunk) for _ in worlds]
+        words = torch.stack([conditions(w, 0, frames, n) for w, n in zip(worlds, named, strict=True)])
+        t = torch.sigmoid(torch.randn(batch, frames // chunk, generator=generator))
         t = self._by_frame(SHIFT * t / (1 + (SHIFT - 1) * t))
-        near = self._by_frame(HISTORY_NOISE * torch.rand(batch, frames // self.model.config.chunk, generator=generator))
+        near = self._by_frame(HISTORY_NOISE * torch.rand(batch, frames // chunk, generator=generator))
         noise, grain = (torch.randn(clean.shape, generator=generator).to(self.device) for _ in range(2))
         clean = clean.to(self.device)
-        if frames not in self.masks:
-            self.masks[frames] = teacher_mask(frames, self.model.config).to(self.device)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             velocity = self.model.teach(
-                _mixed(clean, grain, near), near, _mixed(clean, noise, t), t, words.to(self.device), self.masks[frames]
+                _mixed(clean, grain, near), near, _mixed(clean, noise, t), t, words.to(self.device)
             )
         return mse_loss(velocity.float(), noise - clean)
 
@@ -90,9 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/sprites_stream"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time")
-    parser.add_argument("--short", type=int, default=20_000, help="clips of 12 frames to see")
-    parser.add_argument("--long", type=int, default=3_000, help="clips of 48 frames to see")
-    parser.add_argument("--batch", type=int, default=32, help="of short clips")
+    parser.add_argument("--clips", type=int, default=8_000, help="clips of 6 frames to see; fixed shares are longer")
     parser.add_argument("--width", type=int, default=ModelConfig.width)
     parser.add_argument("--layers", type=int, default=ModelConfig.layers)
     parser.add_argument("--checkpoint-minutes", type=float, default=4.0)
@@ -103,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.export:
         export(args.out, config, args.export)
         return
-    fit = make_fit(levels(args.short, args.long, args.batch), config, args.device)
+    fit = make_fit(levels(args.clips), config, args.device)
     run(fit, args.out, args.checkpoint_minutes, minutes=args.minutes)
 
 
