@@ -324,6 +324,7 @@ HIDDEN = ("seconds", "closed_form", "relative_squared_error", "evaluations")
 TABLES = {
     "emoji-flux": lambda: overview_table(emoji_flux()),
     "leap-guided": lambda: overview_table(_read("emoji-flux-guided.json")),
+    "leap-edit": lambda: overview_table(_read("emoji-kontext-leap.json")),
     "leap-100": lambda: bench_table(_read("emoji-flux-100.json")),
     "leap-ablation": lambda: ablation_table(_read("leap-ablation.json")),
     "leap-fits": lambda: fits_table(_read("leap-ablation.json")),
