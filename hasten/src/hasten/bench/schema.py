@@ -159,6 +159,8 @@ def _short(label: str) -> str:
     words = []
     for param in params:
         key, _, value = param.partition("=")
+        if param == "interval=1":
+            continue  # the number of full steps decides
         if key == "calibration":
             words += [_spoken(value)] if Path(value).stem.startswith(f"{name}-") else []
         elif key == "tuned":

@@ -226,7 +226,9 @@ class _Tuning:
             text += f":calibration={self._calibrated(name, lists)}"
         takes_lists = name != LeapCache.name and "interval" in info.parameters and "threshold" not in info.parameters
         if takes_lists and not given & {"tuned", "steps", "schedule"}:
-            text += f":tuned={self._folder / 'steps.safetensors'}"
+            # Which list is taken is decided by the number of full steps; no interval may rule out all of them.
+            every = "" if "interval" in given else ":interval=1"
+            text += f"{every}:tuned={self._folder / 'steps.safetensors'}"
         return text
 
     def _calibrated(self, name: str, lists: dict[int, tuple[int, ...]]) -> Path:

@@ -17,6 +17,7 @@ from hasten.zoo.emoji_kontext.model import load_pipeline
 __all__ = ["call_arguments", "is_done", "load_emoji_kontext"]
 
 WEIGHTS = Path(__file__).parent / "weights"
+LEAP = Path(__file__).parent / "leap.safetensors"  # `hasten tune --full-steps 12,9,7,5`
 EDITS = 64
 KEPT = 0.01  # mean squared error to the source outside the mask, 20 dB
 
@@ -101,4 +102,5 @@ def load_emoji_kontext(weights: Path = WEIGHTS) -> ReferenceModel:
         call=call_arguments(),
         grade=grade,
         edits=[painter().edit(plan) for plan in plans.values()],
+        learned={"leap": LEAP} if weights == WEIGHTS else {},
     )
