@@ -261,6 +261,18 @@ def memory_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cost_table(result: dict[str, Any]) -> str:
+    """Markdown of `cost.json`."""
+    heads = ["model", "method", "evaluations", "TFLOPs", "published", "times fewer"]
+    lines = [_row(heads), "|---|---" + "|--:" * (len(heads) - 2) + "|"]
+    for row in result["rows"]:
+        cells = [row["model"], row["method"], str(row["evaluations"]), f"{row['tflops']:,.0f}"]
+        lines.append(_row([*cells, f"{row['published']:,.0f}" if "published" in row else "", f"{row['ratio']:.2f}"]))
+    environment = result["environment"]
+    lines += ["", f"Transformer only, counted on the meta device; diffusers {environment['diffusers']}."]
+    return "\n".join(lines)
+
+
 def emoji_flux() -> dict[str, Any]:
     """The large run on emoji-flux, and the arms that were measured in one of their own on the same prompts."""
     result, more = _read("emoji-flux.json"), _read("emoji-flux-more.json")
@@ -336,6 +348,7 @@ TABLES = {
     "demo": lambda: bench_table(_read("demo.json")),
     "overhead": lambda: overhead_table(_read("overhead.json")),
     "matrix": lambda: matrix_table(_read("matrix.json")),
+    "cost": lambda: cost_table(_read("cost.json")),
     "memory": lambda: memory_table(_read("memory.json")),
 }
 

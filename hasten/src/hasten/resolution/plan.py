@@ -112,7 +112,7 @@ def feasible(plans: Sequence[Plan], budget: float) -> list[Plan]:
         listed = "".join(f"\n  {plan}: {_parameters(plan)}" for plan in nearest)
         raise ConfigError(
             f"no plan has a density within {TOLERANCE} of budget={budget:g}; the nearest are these, which you get with "
-            f"the parameters beside them:{listed}"
+            f"the parameters beside them, or let the stages end later (rates=):{listed}"
         )
     return fitting
 
