@@ -1,8 +1,10 @@
 """The transformer of `sprites-stream`: chunk-wise causal video diffusion on pixels.
 
 A chunk of three frames is denoised at once and sees itself and all finished chunks, whose keys and values are kept from
-a last pass over the clean chunk. Rotary positions are (frame, row, column); what is known of a frame and the noise
-level modulate the norms (adaptive layer norm). Rectified flow: `x_t = (1 - t) x_0 + t eps`, the output is `eps - x_0`.
+a last pass over the clean chunk. Rotary positions are (frame, row, column); the names and the noise level modulate the
+norms (adaptive layer norm), and each token is told how far to its side the objects are. Rectified flow: with
+`x_t = (1 - t) x_0 + t eps` the output is `eps - x_0`, by way of an estimate of `x_0`, so that no noise has to be
+carried through a width that hardly exceeds a patch.
 
 Training runs all chunks at once on a clean copy and a noisy copy of the video: a clean chunk sees clean chunks up to
 itself, and a noisy chunk sees itself and the clean chunks before it (teacher forcing).
@@ -27,11 +29,13 @@ from hasten.streaming.attention import Backend
 from hasten.streaming.cache import turned_back
 from hasten.streaming.kv_policy import KVStream, StreamingMethod
 from hasten.zoo.sprites_stream.data import UNNAMED
+from hasten.zoo.sprites_wan.data import SPRITE
 
 __all__ = ["CausalVideoTransformer", "ModelConfig", "load_model", "new_stream", "save_model"]
 
 TIME_BASE, PLACE_BASE = 1000.0, 100.0
-WAVES = 64  # channels in which a noise level or a place is written
+WAVES = 64  # channels in which a noise level is written
+SMALLEST = 0.01  # noise level down to which the velocity is that of the estimate
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,12 @@ class CausalVideoTransformer(nn.Module):
         self.embed, self.head = nn.Linear(pixels, W), nn.Linear(W, pixels)
         self.norm = nn.LayerNorm(W, elementwise_affine=False)
         self.names = nn.ModuleList(nn.Embedding(n + 1, W) for n in UNNAMED)
-        self.places = nn.Sequential(nn.Linear(2 * WAVES, W), nn.SiLU(), nn.Linear(W, W))
+        self.place = nn.Parameter(0.02 * torch.randn(config.tokens, W))
+        self.reach = int(SPRITE + config.patch) // 2  # pixels from a patch's middle to that of an object that it shows
+        self.offsets = nn.ModuleList(nn.Embedding(2 * self.reach + 2, W) for _ in range(2))
+        columns = torch.arange(config.tokens) % config.grid * config.patch + config.patch // 2
+        self.register_buffer("columns", columns, persistent=False)
+        self.columns: Tensor
         self.times = nn.Sequential(nn.Linear(WAVES, W), nn.SiLU(), nn.Linear(W, W))
         self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(W, 6 * W))
         self.last = nn.Sequential(nn.SiLU(), nn.Linear(W, 2 * W))
@@ -155,11 +164,16 @@ class CausalVideoTransformer(nn.Module):
             nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
-    def _tokens(self, video: Tensor) -> Tensor:
-        """Patches `[B, F, L, W]` of videos `[B, F, 3, side, side]`."""
+    def _tokens(self, video: Tensor, words: Tensor) -> Tensor:
+        """Patches `[B, F, L, W]` of videos `[B, F, 3, side, side]`, told where they and the objects are."""
         p = self.config.patch
         patches = video.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 3, 5, 2, 4, 6)
-        return self.embed(patches.flatten(4).flatten(2, 3))
+        tokens: Tensor = self.embed(patches.flatten(4).flatten(2, 3)) + self.place
+        for i, table in enumerate(self.offsets):
+            away = self.reach + 1  # one entry for everything that is out of reach
+            offset = words[..., len(UNNAMED) + i, None] - self.columns
+            tokens = tokens + table(torch.where(offset.abs() < away, offset + self.reach, 2 * self.reach + 1))
+        return tokens
 
     def _pixels(self, tokens: Tensor) -> Tensor:
         """The reverse, through the output layer."""
@@ -169,9 +183,7 @@ class CausalVideoTransformer(nn.Module):
 
     def _frame_state(self, t: Tensor, words: Tensor) -> Tensor:
         """`[B, F, W]` from noise levels `[B, F]` and words `[B, F, 5]`."""
-        dtype = self.embed.weight.dtype
-        state: Tensor = self.times(_waves(1000 * t.float()).to(dtype))
-        state = state + self.places(_waves(8 * words[..., len(UNNAMED) :].float()).flatten(2).to(dtype))
+        state: Tensor = self.times(_waves(1000 * t.float()).to(self.embed.weight.dtype))
         for i, table in enumerate(self.names):
             state = state + table(words[..., i])
         return state
@@ -180,9 +192,11 @@ class CausalVideoTransformer(nn.Module):
         """Modulations `[B, F, 6, 1, W]` shared by the blocks; the gates are at 2 and 5."""
         return self.modulate(state).unflatten(2, (6, 1, -1))
 
-    def _end(self, x: Tensor, state: Tensor) -> Tensor:
+    def _end(self, x: Tensor, state: Tensor, video: Tensor, t: Tensor) -> Tensor:
+        """The velocity of noisy frames, from the tokens of their clean estimate."""
         scale, shift = self.last(state)[:, :, None].chunk(2, -1)
-        return self._pixels(self.norm(x) * (1 + scale) + shift)
+        clean = self._pixels(self.norm(x) * (1 + scale) + shift)
+        return (video - clean) / t.clamp_min(SMALLEST)[:, :, None, None, None]
 
     def forward(
         self, video: Tensor, t: Tensor, words: Tensor, stream: KVStream, first: int, keep: bool = False
@@ -201,7 +215,7 @@ class CausalVideoTransformer(nn.Module):
             Of the shape of `video`.
         """
         frames = torch.arange(first, first + video.shape[1], device=video.device)
-        x, state = self._tokens(video), self._frame_state(t, words)
+        x, state = self._tokens(video, words), self._frame_state(t, words)
         shared = self._parts(state)
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
@@ -212,7 +226,7 @@ class CausalVideoTransformer(nn.Module):
             if keep:
                 stream[layer].append(k, v)
             x = block.finish(x, attended, parts)
-        return self._end(x, state)
+        return self._end(x, state, video, t)
 
     def teach(self, clean: Tensor, t_clean: Tensor, noisy: Tensor, t: Tensor, words: Tensor) -> Tensor:
         """The velocities of all chunks at once, given clean (or nearly clean) copies of those before.
@@ -224,8 +238,8 @@ class CausalVideoTransformer(nn.Module):
         """
         F = clean.shape[1]
         frames = torch.arange(F, device=clean.device).repeat(2)
-        x = self._tokens(torch.cat([clean, noisy], 1))
-        state = self._frame_state(torch.cat([t_clean, t], 1), torch.cat([words, words], 1))
+        both = torch.cat([words, words], 1)
+        x, state = self._tokens(torch.cat([clean, noisy], 1), both), self._frame_state(torch.cat([t_clean, t], 1), both)
         shared = self._parts(state)
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -234,7 +248,7 @@ class CausalVideoTransformer(nn.Module):
             q, k, v = (part.transpose(1, 3) for part in (self.rotary(q, frames), self.rotary(k, frames), v))
             out = teacher_attention(q, k, v, self.config.chunk)
             x = block.finish(x, out.transpose(1, 3), parts)
-        return self._end(x[:, F:], state[:, F:])
+        return self._end(x[:, F:], state[:, F:], noisy, t)
 
 
 def teacher_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
