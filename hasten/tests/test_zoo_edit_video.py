@@ -355,7 +355,7 @@ def test_missing_and_damaged_weights_are_named(load: object, tmp_path: Path) -> 
 
 
 def test_the_zoo_names_the_models() -> None:
-    assert zoo.names() == ["emoji-flux", "emoji-kontext"]  # the video model joins when its weights are shipped
+    assert zoo.names() == ["emoji-flux", "emoji-kontext", "sprites-wan"]
 
 
 def test_the_shipped_editing_model_does_held_out_edits() -> None:
@@ -371,3 +371,17 @@ def test_the_shipped_editing_model_does_held_out_edits() -> None:
     assert model.grade is not None
     assert sum(model.grade(torch.stack(pictures), prompts)) >= 3
     assert not any(model.grade(torch.stack([edit.source for edit in model.edits[:4]]), prompts))
+
+
+def test_the_shipped_video_model_shows_held_out_captions() -> None:
+    model = zoo.load("sprites-wan")
+    model.pipe.set_progress_bar_config(disable=True)
+    prompts = ["pig face moving up slowly on sky", "carrot moving up slowly on checks"]
+    prompts += ["butterfly moving left slowly on meadow"]
+    seeds = [model.prompts.index(prompt) for prompt in prompts]
+    call = model.call | {"num_inference_steps": 16, "generator": [torch.Generator().manual_seed(s) for s in seeds]}
+    clips = model.pipe(prompts, output_type="pt", **call).frames
+    assert clips.shape == (len(prompts), 17, 3, 48, 48)
+    assert model.grade is not None
+    assert sum(model.grade(clips, prompts)) >= 2
+    assert not any(model.grade(clips.flip(1), prompts))  # backwards it is another motion

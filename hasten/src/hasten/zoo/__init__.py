@@ -88,8 +88,17 @@ def _emoji_kontext() -> ReferenceModel:
     return load_emoji_kontext()
 
 
-# The video model joins when it is trained; its folder holds the code and the commands.
-_MODELS: dict[str, Callable[[], ReferenceModel]] = {"emoji-flux": _emoji_flux, "emoji-kontext": _emoji_kontext}
+def _sprites_wan() -> ReferenceModel:
+    from hasten.zoo.sprites_wan import load_sprites_wan
+
+    return load_sprites_wan()
+
+
+_MODELS: dict[str, Callable[[], ReferenceModel]] = {
+    "emoji-flux": _emoji_flux,
+    "emoji-kontext": _emoji_kontext,
+    "sprites-wan": _sprites_wan,
+}
 _STREAMING: dict[str, Callable[[], StreamingModel]] = {}
 
 
