@@ -24,7 +24,7 @@ from hasten.zoo.sprites_stream import evaluate as evaluation
 from hasten.zoo.sprites_stream.data import NAMED, UNNAMED
 from hasten.zoo.sprites_stream.grade import grade
 from hasten.zoo.sprites_stream.model import CausalVideoTransformer, load_model, save_model
-from hasten.zoo.sprites_stream.reference import load_sprites_stream
+from hasten.zoo.sprites_stream.reference import WEIGHTS, load_sprites_stream, worlds_of
 from hasten.zoo.sprites_stream.rollout import noise_levels
 from hasten.zoo.sprites_stream.train import export, main, make_fit
 from hasten.zoo.sprites_wan.data import SIDE
@@ -402,6 +402,22 @@ def test_the_evaluation_fits_budgets_and_measures_the_parts(tmp_path, weights, m
 def test_the_parts_are_compared_at_one_budget():
     methods = [parse_streaming(text) for text in DEFAULT_METHODS] + [*evaluation.ablations(6, None).values()]
     assert {method.budget for method in methods if isinstance(method, FocusedForcing)} == {6}
+
+
+def test_the_shipped_model_remembers_who_it_saw():
+    """Frames after the names are withheld: with the history it knows who comes back, without it cannot."""
+    model, frames = load_model(WEIGHTS).eval(), NAMED + 12
+    worlds = worlds_of(0, 4)
+
+    def drawn(method):
+        with torch.no_grad():
+            return roll_out(model, worlds, new_stream(model, method), frames, seed=0).video
+
+    wanted = torch.stack([draw(world, frames) for world in worlds])
+    methods = FullHistory(), SlidingWindow(window=1, sink=0)
+    full, blind = ((drawn(method) - wanted)[:, NAMED:].square().mean() for method in methods)
+    assert full < 0.01  # 20 dB
+    assert full < 0.75 * blind
 
 
 # ---------------------------------------------------------------- hasten bench, hasten demo --video

@@ -94,12 +94,18 @@ def _sprites_wan() -> ReferenceModel:
     return load_sprites_wan()
 
 
+def _sprites_stream() -> StreamingModel:
+    from hasten.zoo.sprites_stream.reference import load_sprites_stream
+
+    return load_sprites_stream()
+
+
 _MODELS: dict[str, Callable[[], ReferenceModel]] = {
     "emoji-flux": _emoji_flux,
     "emoji-kontext": _emoji_kontext,
     "sprites-wan": _sprites_wan,
 }
-_STREAMING: dict[str, Callable[[], StreamingModel]] = {}
+_STREAMING: dict[str, Callable[[], StreamingModel]] = {"sprites-stream": _sprites_stream}
 
 
 def names() -> list[str]:
