@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from hasten.errors import ConfigError, HastenError, ModelError
 from hasten.tokens import SemanticTree, TokenMap, flat_map
-from hasten.tokens.cli_tokens import app, read_codebook
-from hasten.tokens.plots import plot_sizes, plot_swatches, plot_tree
+from hasten.tokens.cli_tokens import app, load_decoder, read_codebook
+from hasten.tokens.plots import plot_curves, plot_sizes, plot_swatches, plot_tree
 from hasten.tokens.refiner import Refiner, RefinerConfig
 from hasten.tokens.refiner_train import train_refiner
 from hasten.tokens.sample import Sampling, filtered, sample_clusters, scaled_top_k
@@ -91,6 +91,30 @@ def test_a_refiner_is_trained_on_a_model_that_stays_as_it_is(shards):
         train_refiner(model, refiner, shards, steps=0)
 
 
+def test_a_refiner_is_read_back_and_refuses_another_map(tmp_path):
+    torch.manual_seed(0)
+    refiner = Refiner(MAP, RefinerConfig(hidden=16, width=16, heads=2)).eval()
+    again = Refiner.load(refiner.save(tmp_path / "refiner.safetensors"))
+    hidden, clusters = torch.randn(2, 6, 16), torch.randint(8, (2, 6))
+    torch.testing.assert_close(again(hidden, clusters), refiner(hidden, clusters))
+    again.check(MAP)
+    with pytest.raises(ModelError, match="another map"):
+        again.check(TREE.map(9))
+    with pytest.raises(ModelError, match="expected a refiner"):
+        Refiner.load(MAP.save(tmp_path / "map.safetensors"))
+
+
+def test_the_log_holds_what_is_measured_besides_and_the_processor_time_of_the_steps(shards, tmp_path):
+    trainer = Trainer(shards, MAP, SMALL, cpu=True)
+    trainer.run(tmp_path, every=20, measure=lambda t: {"half": t.steps / 2})
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["half"] for row in rows] == [10, 20]
+    assert 0 < rows[0]["cpu_seconds"] < rows[1]["cpu_seconds"]
+    again = Trainer(shards, MAP, SMALL, cpu=True)
+    again.restore(tmp_path / "checkpoint.pt")
+    assert again.cpu_seconds == trainer.cpu_seconds
+
+
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": 0.0}, {"heads": 3}, {"class_dropout": 1.0}, {"warmup": -1}])
 def test_recipes_that_cannot_work_are_refused(wrong):
     with pytest.raises(ConfigError):
@@ -121,10 +145,14 @@ def test_pictures_are_drawn(tmp_path):
     def decode(tokens):
         return np.broadcast_to((tokens / 24)[:, None, None, None], (len(tokens), 4, 4, 3)).astype(np.float32)
 
+    def curve(*values):
+        return [{"step": 10 * i, "x": x} for i, x in enumerate(values)]
+
     files = [
         plot_tree(TREE, tmp_path / "tree.png", top=10),
         plot_sizes({"masc": MAP}, tmp_path / "sizes.png"),
         plot_swatches(MAP, decode, tmp_path / "swatches.png", clusters=4),
+        plot_curves({"flat": [curve(3, 2), curve(4, 2)], "masc": [curve(2, 1)]}, {"x": "X"}, tmp_path / "curves.png"),
     ]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     for wrong in (
@@ -132,9 +160,16 @@ def test_pictures_are_drawn(tmp_path):
         lambda: plot_tree(SemanticTree.fit(CODES, exact=False), tmp_path / "x.png"),
         lambda: plot_sizes({}, tmp_path / "x.png"),
         lambda: plot_swatches(MAP, decode, tmp_path / "x.png", members=0),
+        lambda: plot_curves({"flat": []}, {"x": "X"}, tmp_path / "x.png"),
+        lambda: plot_curves({"flat": [curve(3, 2), curve(1)]}, {"x": "X"}, tmp_path / "x.png"),
     ):
         with pytest.raises(ConfigError):
             wrong()
+
+
+def gray(tokens):
+    """A decoder for `--decoder`: the number of a token as its brightness."""
+    return np.broadcast_to((tokens / 24)[:, None, None, None], (len(tokens), 4, 4, 3)).astype(np.float32)
 
 
 def run(*arguments):
@@ -146,8 +181,8 @@ def test_the_commands_go_from_a_codebook_to_samples(shards, tmp_path):
     book, tree, mapping, out = (tmp_path / n for n in ("codes.npy", "tree.safetensors", "map.safetensors", "run"))
     np.save(book, CODES)
     run("fit", book, "--out", tree, "--tokens", shards.folder)
-    run("inspect", tree, "--k", "8,4", "--plots", tmp_path / "plots")
-    assert (tmp_path / "plots" / "tree.png").is_file()
+    run("inspect", tree, "--k", "8,4", "--plots", tmp_path / "plots", "--decoder", f"{__name__}:gray")
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"sizes", "tree", "swatches-8", "swatches-4"}
     run("map", tree, "--k", 8, "--out", mapping, "--tokens", shards.folder, "--mapped", tmp_path / "coarse")
     coarse = TokenShards.open(tmp_path / "coarse")
     np.testing.assert_array_equal(coarse.take([0, 5]), TokenMap.load(mapping)(shards.take([0, 5])))
@@ -157,6 +192,12 @@ def test_the_commands_go_from_a_codebook_to_samples(shards, tmp_path):
     drawn = np.load(tmp_path / "s.npy")
     assert drawn.shape == (2, 6)
     assert TokenMap.load(mapping)(drawn).max() < 8
+    sizes = ("--steps", 2, "--batch", 4, "--width", 8, "--heads", 2)
+    run("refine", shards.folder, "--model", out / "model", "--out", tmp_path / "refiner", *sizes)
+    drawing = ("--classes", "0,3", "--length", 6, "--out", tmp_path / "r.npy", "--guidance", 2)
+    run("sample", out / "model", *drawing, "--refiner", tmp_path / "refiner")
+    refined = np.load(tmp_path / "r.npy")
+    np.testing.assert_array_equal(TokenMap.load(mapping)(refined), TokenMap.load(mapping)(drawn))
 
 
 def test_the_commands_refuse_what_they_cannot_read(tmp_path):
@@ -168,6 +209,11 @@ def test_the_commands_refuse_what_they_cannot_read(tmp_path):
     TREE.save(tmp_path / "tree.safetensors")
     with pytest.raises(HastenError, match="belong together"):
         run("map", tmp_path / "tree.safetensors", "--k", 4, "--tokens", tmp_path)
+    with pytest.raises(HastenError, match="give both"):
+        run("inspect", tmp_path / "tree.safetensors", "--decoder", f"{__name__}:gray")
+    for name in ("no.such.module:x", "json:nothing", "json:__name__", "json"):
+        with pytest.raises(ConfigError, match="--decoder"):
+            load_decoder(name)
 
 
 WORKER = """

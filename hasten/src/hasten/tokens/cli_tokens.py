@@ -1,9 +1,10 @@
-"""`hasten tokens fit|inspect|map|train|sample`."""
+"""`hasten tokens fit|inspect|map|train|refine|sample`."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -13,6 +14,9 @@ from rich.table import Table
 
 from hasten.cli_common import BAR, console, numbers
 from hasten.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from hasten.tokens.plots import Decode
 
 __all__ = ["app"]
 
@@ -48,6 +52,24 @@ def read_codebook(path: Path, name: str | None = None) -> NDArray[Any]:
     if name not in matrices:
         raise ModelError(f"{path} holds the matrices {', '.join(sorted(matrices))}; say which with --tensor")
     return matrices[name].float().numpy()
+
+
+def load_decoder(name: str) -> Decode:
+    """The function `module:function` that draws tokens `[n]`, each alone, as pictures `[n, H, W, 3]` in [0, 1].
+
+    Raises:
+        ConfigError: if there is no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"--decoder {name}: {error}; give module:function, such as hasten.zoo.emoji_tokens:swatches"
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"--decoder {name} is a {type(found).__name__}, expected a function of tokens")
+    return found
 
 
 @app.command()
@@ -89,14 +111,20 @@ def inspect(
     tree: TreeFile,
     k: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "",
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures of the tree and the sizes.")] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="module:function that draws tokens; adds swatches of each cut to --plots.")
+    ] = None,
 ) -> None:
     """Show cuts of a tree: sizes of clusters and the distance at which the cut lies.
 
-    Example: hasten tokens inspect tree.safetensors --k 8192,4096,2048 --plots plots
+    Example: hasten tokens inspect tree.safetensors --k 512 --plots plots --decoder hasten.zoo.emoji_tokens:swatches
     """
-    from hasten.tokens.plots import plot_sizes, plot_tree
+    from hasten.tokens.plots import plot_sizes, plot_swatches, plot_tree
     from hasten.tokens.tree import SemanticTree
 
+    if decoder is not None and plots is None:
+        raise ConfigError("--decoder draws swatches into the folder of --plots; give both")
+    decode = None if decoder is None else load_decoder(decoder)
     tree_ = SemanticTree.load(tree)
     ks = numbers(k, "--k") or [max(1, tree_.leaves // 2**i) for i in range(1, 5)]
     table = Table("k", "largest", "median", "of one code", "height", title=f"{tree.name}: {tree_.leaves} used codes")
@@ -111,6 +139,9 @@ def inspect(
         console.print(f"sizes: [bold]{plot_sizes(maps, plots / 'sizes.png')}[/bold]")
         if tree_.exact:
             console.print(f"tree:  [bold]{plot_tree(tree_, plots / 'tree.png')}[/bold]")
+        if decode is not None:
+            files = [plot_swatches(m, decode, plots / f"swatches-{m.clusters}.png") for m in maps.values()]
+            console.print(f"members of the largest clusters: [bold]{', '.join(map(str, files))}[/bold]")
 
 
 @app.command("map")
@@ -189,12 +220,60 @@ def train(
 
 
 @app.command()
+def refine(
+    tokens: Annotated[Path, typer.Argument(help="Shards of fine tokens.")],
+    model: Annotated[Path, typer.Option("--model", help="The folder `model` that `hasten tokens train` wrote.")],
+    out: Out = Path("refiner.safetensors"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 64,
+    width: Annotated[int, typer.Option(min=1, help="Of the refiner; 512 in the paper.")] = 512,
+    heads: Annotated[int, typer.Option(min=1)] = 4,
+    layers: Annotated[int, typer.Option(min=1)] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
+    seed: Seed = 0,
+) -> None:
+    """Train a refiner, which chooses the member of a cluster by the model's hidden state; the model is only run.
+
+    Example: hasten tokens refine fine --model runs/masc/model --out runs/masc/refiner.safetensors
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hasten.tokens.mapping import TokenMap
+    from hasten.tokens.refiner import Refiner, RefinerConfig
+    from hasten.tokens.refiner_train import train_refiner
+    from hasten.tokens.shards import TokenShards
+
+    mapping, lm = TokenMap.load(model / "token_map.safetensors"), AutoModelForCausalLM.from_pretrained(model)
+    torch.manual_seed(seed)
+    config = RefinerConfig(hidden=lm.config.hidden_size, width=width, heads=heads, layers=layers)
+    refiner = Refiner(mapping, config)
+    with Progress(*BAR, console=console) as bar:
+        task = bar.add_task("training", total=steps)
+        losses = train_refiner(
+            lm,
+            refiner,
+            TokenShards.open(tokens),
+            steps=steps,
+            batch=batch,
+            lr=lr,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    last = losses[-max(1, steps // 10) :]
+    console.print(f"loss {np.mean(last):.3f} nats a token: [bold]{refiner.save(out)}[/bold]")
+
+
+@app.command()
 def sample(
     model: Annotated[Path, typer.Argument(help="The folder `model` that `hasten tokens train` wrote.")],
     classes: Annotated[str, typer.Option(help="One class an image, with commas.")],
     length: Annotated[int, typer.Option(min=1, help="Tokens of an image.")],
     out: Out = Path("samples.npy"),
     members: Annotated[str, typer.Option(help="uniform, frequency, medoid or centroid.")] = "uniform",
+    refiner: Annotated[
+        Path | None, typer.Option(help="A refiner that `hasten tokens refine` wrote; it takes the place of --members.")
+    ] = None,
     codebook: Annotated[Path | None, typer.Option(help="For medoid and centroid.")] = None,
     tokens: Annotated[Path | None, typer.Option(help="Shards of fine tokens, for frequency.")] = None,
     temperature: Annotated[float, typer.Option()] = 1.0,
@@ -212,6 +291,7 @@ def sample(
 
     from hasten.tokens.mapping import TokenMap
     from hasten.tokens.members import MemberSampler
+    from hasten.tokens.refiner import Refiner
     from hasten.tokens.sample import Sampling, sample_clusters, scaled_top_k
     from hasten.tokens.shards import TokenShards
 
@@ -221,12 +301,20 @@ def sample(
     counts = None if tokens is None else TokenShards.open(tokens).token_counts()
     codes = None if codebook is None else read_codebook(codebook)
     sampler = MemberSampler.make(mapping, members, codebook=codes, counts=counts)  # type: ignore[arg-type]
+    chooser = None
+    if refiner is not None:
+        chooser = Refiner.load(refiner)
+        chooser.check(mapping)
     lm = AutoModelForCausalLM.from_pretrained(model)
     wanted = torch.tensor(numbers(classes, "--classes"))
     if not len(wanted):
         raise ConfigError("--classes needs at least one class, such as 0,0,3")
     with console.status("drawing"):
-        clusters, _ = sample_clusters(lm, wanted, mapping.clusters, length, sampling, seed)
+        clusters, states = sample_clusters(lm, wanted, mapping.clusters, length, sampling, seed)
+        if chooser is None:
+            drawn = sampler(clusters.numpy(), seed)
+        else:
+            drawn = chooser.sample(states, clusters, torch.Generator().manual_seed(seed)).numpy()
     out.parent.mkdir(parents=True, exist_ok=True)
-    np.save(out, sampler(clusters.numpy(), seed))
+    np.save(out, drawn)
     console.print(f"{len(wanted)} images of {length} tokens: [bold]{out}[/bold]")

@@ -1,9 +1,10 @@
-"""Pictures of a tree and its cuts: the top of the tree, cluster sizes, swatches of decoded clusters."""
+"""Pictures of trees, of their cuts (cluster sizes, swatches of decoded clusters) and of trainings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from hasten.errors import ConfigError
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.tree import SemanticTree
 
-__all__ = ["plot_sizes", "plot_swatches", "plot_tree"]
+__all__ = ["plot_curves", "plot_sizes", "plot_swatches", "plot_tree"]
 
 # Pictures `[n, H, W, 3]` in [0, 1] of n tokens, each token alone.
 Decode = Callable[[NDArray[np.int64]], NDArray[np.float32]]
@@ -71,6 +72,39 @@ def plot_swatches(mapping: TokenMap, decode: Decode, path: str | Path, clusters:
             if i < len(pictures):
                 axes.imshow(pictures[i].clip(0, 1), interpolation="nearest")
         row[0].set_ylabel(f"{cluster}\n({mapping.sizes[cluster]})", fontsize=6)
+    return _saved(figure, path)
+
+
+# Rows of `log.jsonl` of each run: one sequence a seed.
+Curves = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
+
+
+def plot_curves(curves: Curves, measures: Mapping[str, str], path: str | Path) -> Path:
+    """Draw measures over training steps, one panel a measure: the mean over the seeds, and a band from least to most.
+
+    Args:
+        curves: for each vocabulary the logs of its runs, which have the same steps.
+        measures: key in the logs -> label of the axis.
+        path: of the picture.
+
+    Raises:
+        ConfigError: if there is nothing to draw, or runs of a vocabulary were logged at different steps.
+    """
+    if not curves or not measures or not all(curves.values()):
+        raise ConfigError("curves need at least one vocabulary with a run, and one measure")
+    figure = Figure(figsize=(4.6 * len(measures), 3.8), layout="constrained")
+    for axes, (measure, label) in zip(
+        figure.subplots(1, len(measures), squeeze=False)[0], measures.items(), strict=True
+    ):
+        for name, runs in curves.items():
+            steps = [row["step"] for row in runs[0]]
+            if any([row["step"] for row in run] != steps for run in runs):
+                raise ConfigError(f"the runs of {name} were logged at different steps; finish runs of one recipe")
+            values = np.array([[row[measure] for row in run] for run in runs])
+            (line,) = axes.plot(steps, values.mean(axis=0), label=name)
+            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2)
+        axes.set(xlabel="steps", ylabel=label, yscale="log" if measure == "frechet" else "linear")
+        axes.legend()
     return _saved(figure, path)
 
 

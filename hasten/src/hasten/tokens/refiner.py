@@ -10,13 +10,15 @@ Shapes: `B` batch, `L` positions, `H` width of the main model, `N` tokens, `k` c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import ConfigError
-from hasten.tokens.mapping import TokenMap
+from hasten.errors import ConfigError, ModelError
+from hasten.tokens.mapping import TokenMap, read_tensors, write_tensors
 
 __all__ = ["Refiner", "RefinerConfig"]
 
@@ -101,3 +103,37 @@ class Refiner(nn.Module):
         """A member for each position, `[B, L]` int64."""
         chances = self(hidden, clusters).softmax(dim=-1)
         return torch.multinomial(chances.flatten(0, 1), 1, generator=generator).reshape(clusters.shape)
+
+    def check(self, mapping: TokenMap) -> None:
+        """Refuse another map than the one that the refiner was made for.
+
+        Raises:
+            ModelError: if it is another.
+        """
+        if not torch.equal(self.labels.cpu(), torch.from_numpy(mapping.labels).long()):
+            raise ModelError(
+                f"the refiner is for another map ({len(self.labels)} tokens in {len(self.sizes)} clusters) than this "
+                f"one ({mapping.tokens} in {mapping.clusters}); train one for this map with `hasten tokens refine`"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write weights, map and size to one safetensors file, whole or not at all; returns its path."""
+        tensors = {name: value.detach().cpu().numpy() for name, value in self.state_dict().items()}
+        return write_tensors(path, "refiner", tensors, {"config": asdict(self.config)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ModelError: if the file is missing, damaged or no refiner.
+        """
+        tensors, header = read_tensors(path, "refiner", {"labels", "sizes"})
+        try:
+            refiner = cls(TokenMap(tensors["labels"]), RefinerConfig(**header["config"]))
+            refiner.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
+        except (KeyError, TypeError, RuntimeError, ConfigError) as error:
+            raise ModelError(
+                f"{path}: not a usable refiner ({error}); train one with `hasten tokens refine`"
+            ) from error
+        return refiner.eval()

@@ -126,6 +126,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), eps=1e-8)
         self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
         self.steps = 0
+        self.cpu_seconds = 0.0  # of this process, for the steps alone
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """This process's images of a step: clusters `[B, L]` and classes `[B]`; a function of seed and step alone."""
@@ -145,6 +146,7 @@ class Trainer:
 
     def step(self) -> float:
         """One optimizer step; the loss of this process's images."""
+        started = time.process_time()
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate(self.steps)
@@ -154,6 +156,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
+        self.cpu_seconds += time.process_time() - started
         return float(loss.detach())
 
     @torch.no_grad()
@@ -199,6 +202,7 @@ class Trainer:
             "model": self.plain.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
+            "cpu_seconds": self.cpu_seconds,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")
@@ -218,6 +222,7 @@ class Trainer:
         self.plain.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
+        self.cpu_seconds = state["cpu_seconds"]
 
     def run(
         self,
@@ -226,8 +231,21 @@ class Trainer:
         minutes: float | None = None,
         every: int = 100,
         progress: Callable[[int, int, float], None] | None = None,
+        measure: Callable[[Trainer], dict[str, float]] | None = None,
     ) -> bool:
-        """Train until the last step or for some minutes; log and checkpoint every `every` steps; whether it is done."""
+        """Train until the last step or for some minutes.
+
+        Args:
+            out: folder of `checkpoint.pt`, from which a run goes on, and of `log.jsonl`.
+            held_out: what `evaluate` measures on, for the log.
+            minutes: after how long to stop; the whole run by default.
+            every: steps between two lines of the log and checkpoints.
+            progress: called with the steps done, the steps in all and the loss.
+            measure: further figures for the log.
+
+        Returns:
+            Whether the last step is done.
+        """
         started = time.monotonic()
         checkpoint = out / "checkpoint.pt"
         if checkpoint.exists():
@@ -237,7 +255,7 @@ class Trainer:
             if progress is not None:
                 progress(self.steps, self.recipe.steps, loss)
             if self.steps % every == 0 or self.steps == self.recipe.steps:
-                self._log(out / "log.jsonl", loss, held_out)
+                self._log(out / "log.jsonl", loss, held_out, measure)
                 self.save(checkpoint)
                 if minutes is not None and self._time_is_up(started, minutes):
                     break
@@ -248,12 +266,20 @@ class Trainer:
         late = torch.tensor([float(time.monotonic() - started >= 60 * minutes)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(late, "sum").item() > 0)
 
-    def _log(self, path: Path, loss: float, held_out: TokenShards | None) -> None:
+    def _log(
+        self,
+        path: Path,
+        loss: float,
+        held_out: TokenShards | None,
+        measure: Callable[[Trainer], dict[str, float]] | None,
+    ) -> None:
         if not self.accelerator.is_main_process:
             return
-        row: dict[str, Any] = {"step": self.steps, "train": round(loss, 5)}
-        if held_out is not None:
-            row |= {name: round(value, 5) for name, value in self.evaluate(held_out).items()}
+        row: dict[str, Any] = {"step": self.steps, "cpu_seconds": round(self.cpu_seconds, 2), "train": round(loss, 5)}
+        figures = {} if held_out is None else self.evaluate(held_out)
+        if measure is not None:
+            figures |= measure(self)
+        row |= {name: round(value, 5) for name, value in figures.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -1,73 +1,42 @@
 """How good a map and drawn pictures are: semantic replacement, Fréchet distance, precision and recall.
 
-Feature space: each picture at 16x16 pixels with its mean absolute differences along both axes, projected onto the 48
-principal components of the training pictures, each scaled to unit variance. It is computed from the shipped pictures,
-so that it is the same everywhere; it sees colour, layout and edges, not what a trained classifier sees.
+Features are those of `features.FeatureNet`. Fréchet distances and precision are against `reference()`, pictures that
+nothing is trained on. A Fréchet distance of few pictures is biased upwards: compare those of equally many only.
 
-Shapes: pictures `[N, 3, 64, 64]` float32 in [0, 1], features `[N, F]`.
+Shapes: pictures `[N, 3, 32, 32]` float32 in [0, 1], features `[N, F]` float64.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
+from hasten.bench.metrics import Lpips, ssim
 from hasten.errors import ConfigError
 from hasten.tokens import MemberSampler, TokenMap
+from hasten.zoo.emoji_tokens.data import MEASURE, pictures
+from hasten.zoo.emoji_tokens.features import FeatureNet
 from hasten.zoo.emoji_tokens.tokenizer import VQTokenizer
 
-__all__ = ["FeatureSpace", "frechet", "precision_recall", "replacement_test"]
+__all__ = ["Quality", "Replacement", "ReplacementTest", "frechet", "precision_recall", "quality", "reference"]
 
-SIDE = 16
 Floats = NDArray[np.float64]
+REFERENCE = 4096  # pictures of the Fréchet distance
+NEIGHBOURS = 2048  # of them for precision and recall
+FIRST = 128  # pictures whose structural similarity and perceptual distance are taken, as they are slow
 
 
-def _described(pictures: Tensor) -> Floats:
-    """Colours and edges `[N, 9 * 256]`."""
-    pool = pictures.shape[-1] // SIDE
-    dx = (pictures - pictures.roll(1, -1)).abs()
-    dy = (pictures - pictures.roll(1, -2)).abs()
-    parts = [avg_pool2d(part, pool).flatten(1) for part in (pictures, dx, dy)]
-    return torch.cat(parts, dim=1).double().numpy()
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureSpace:
-    """Principal components of some pictures.
-
-    Attributes:
-        mean: `[9 * 256]`.
-        axes: `[9 * 256, F]`, scaled so that features have unit variance.
-    """
-
-    mean: Floats
-    axes: Floats
-
-    @classmethod
-    def of(cls, pictures: Tensor, components: int = 48) -> Self:
-        """The space of the pictures.
-
-        Raises:
-            ConfigError: if there are not more pictures than components.
-        """
-        if len(pictures) <= components:
-            raise ConfigError(f"{components} components need more pictures than {len(pictures)}")
-        described = _described(pictures)
-        mean = described.mean(axis=0)
-        _, scale, rows = np.linalg.svd(described - mean, full_matrices=False)
-        axes = rows[:components].T / scale[:components] * np.sqrt(len(pictures) - 1)
-        return cls(mean, axes)
-
-    def __call__(self, pictures: Tensor) -> Floats:
-        """Features `[N, F]`."""
-        return (_described(pictures) - self.mean) @ self.axes
+@cache
+def reference() -> Floats:
+    """Features of the pictures that others are compared with, `[4096, 64]`."""
+    return FeatureNet.load().describe(pictures(REFERENCE, MEASURE).pixels)
 
 
 def frechet(a: Floats, b: Floats) -> float:
@@ -79,10 +48,8 @@ def frechet(a: Floats, b: Floats) -> float:
     if min(len(a), len(b)) < 2:
         raise ConfigError(f"at least two features a set are needed, got {len(a)} and {len(b)}")
     of_a, of_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(of_a)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    both = np.sqrt(np.linalg.eigvalsh(root @ of_b @ root).clip(0)).sum()
     shift = a.mean(axis=0) - b.mean(axis=0)
+    both = np.trace(sqrtm(of_a @ of_b)).real  # the product has real, non-negative eigenvalues
     return float(shift @ shift + np.trace(of_a) + np.trace(of_b) - 2 * both)
 
 
@@ -103,22 +70,87 @@ def precision_recall(real: Floats, drawn: Floats, k: int = 3) -> tuple[float, fl
     return float(precision), float(recall)
 
 
-@torch.no_grad()
-def replacement_test(
-    tokenizer: VQTokenizer, mapping: TokenMap, pictures: Tensor, space: FeatureSpace, seed: int = 0
-) -> dict[str, float]:
-    """Decode with each token replaced by a random member of its cluster.
+@dataclass(frozen=True)
+class Quality:
+    """Drawn pictures against `reference()`.
 
-    Returns:
-        `psnr` (dB, over all pictures) and `psnr_to_reconstruction`, against the pictures and against what the
-        tokenizer makes of them; `feature_distance`, mean Euclidean distance in the feature space to the pictures.
+    Attributes:
+        frechet: squared Fréchet distance.
+        precision, recall: as in `precision_recall`.
+        objects: share of pictures on which the network sees the object that was asked for.
     """
-    tokens = tokenizer.encode(pictures)
-    mates = MemberSampler.make(mapping)(mapping(tokens.numpy()), seed)
-    drawn, plain = tokenizer.decode(torch.from_numpy(mates)), tokenizer.decode(tokens)
 
-    def psnr(target: Tensor) -> float:
+    frechet: float
+    precision: float
+    recall: float
+    objects: float
+
+
+def quality(drawn: Tensor, classes: Tensor) -> Quality:
+    """How good drawn pictures of objects `[N]` are."""
+    net = FeatureNet.load()
+    made, real = net.describe(drawn), reference()
+    precision, recall = precision_recall(real[:NEIGHBOURS], made)
+    objects = float((net.objects(drawn) == classes).float().mean())
+    return Quality(frechet(real, made), precision, recall, objects)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Pictures decoded with every token replaced by a random member of its cluster, against the pictures themselves.
+
+    Attributes:
+        psnr: dB, over all pictures together.
+        psnr_to_reconstruction: dB, against what the tokenizer makes of the pictures; 120 if they are the same.
+        ssim: mean structural similarity of the first 128 pictures.
+        lpips: mean perceptual distance of the first 128 pictures, as `hasten bench` takes it; None without its weights.
+        feature_distance: mean Euclidean distance of the features.
+        frechet: squared Fréchet distance to `reference()`.
+    """
+
+    psnr: float
+    psnr_to_reconstruction: float
+    ssim: float
+    lpips: float | None
+    feature_distance: float
+    frechet: float
+
+
+class ReplacementTest:
+    """The semantic replacement test on some pictures, for any number of maps.
+
+    Args:
+        tokenizer: whose tokens are replaced.
+        pixels: `[N, 3, 32, 32]`.
+    """
+
+    def __init__(self, tokenizer: VQTokenizer, pixels: Tensor) -> None:
+        self.tokenizer, self.pixels, self.net = tokenizer, pixels, FeatureNet.load()
+        self.tokens = torch.cat([tokenizer.encode(part) for part in pixels.split(256)])
+        self.plain = self._decoded(self.tokens)
+        self.features = self.net.describe(pixels)
+        self.lpips = Lpips() if Lpips.available() else None
+
+    def __call__(self, mapping: TokenMap, seed: int = 0) -> Replacement:
+        """Measure a map; `flat_map` measures the tokenizer alone."""
+        mates = MemberSampler.make(mapping)(mapping(self.tokens.numpy()), seed)
+        drawn = self._decoded(torch.from_numpy(mates))
+        made = self.net.describe(drawn)
+        pairs = list(zip(drawn[:FIRST], self.pixels[:FIRST], strict=True))
+        lpips = self.lpips
+        return Replacement(
+            psnr=self._psnr(drawn, self.pixels),
+            psnr_to_reconstruction=self._psnr(drawn, self.plain),
+            ssim=float(np.mean([ssim(a, b) for a, b in pairs])),
+            lpips=None if lpips is None else float(np.mean([lpips(a, b) for a, b in pairs])),
+            feature_distance=float(np.linalg.norm(made - self.features, axis=1).mean()),
+            frechet=frechet(reference(), made),
+        )
+
+    @torch.no_grad()
+    def _decoded(self, tokens: Tensor) -> Tensor:
+        return torch.cat([self.tokenizer.decode(part) for part in tokens.split(256)])
+
+    @staticmethod
+    def _psnr(drawn: Tensor, target: Tensor) -> float:
         return -10 * float((drawn - target).square().mean().clamp_min(1e-12).log10())
-
-    distance = np.linalg.norm(space(drawn) - space(pictures), axis=1).mean()
-    return {"psnr": psnr(pictures), "psnr_to_reconstruction": psnr(plain), "feature_distance": float(distance)}

@@ -1,10 +1,11 @@
-"""A small VQ tokenizer: 64x64 pictures to 16x16 tokens of a codebook `[1024, 8]`, looked up by direction.
+"""A small VQ tokenizer: 32x32 pictures to 8x8 tokens of a codebook `[2048, 8]`, looked up by direction.
 
 As LlamaGen's tokenizer, codes and latents are scaled to unit length before the nearest code is looked up (Yu et al.,
-arXiv:2110.04627), so that trees are fitted with `normalize="unit"`. The codebook is learned by its own loss; codes
-that have not been met for long are put onto latents of the batch.
+arXiv:2110.04627), so that trees are fitted with `normalize="unit"`. Codes are running means of the latents that they
+stand for (van den Oord et al., arXiv:1711.00937, appendix A.1); codes that are met too rarely are put onto latents of
+the batch.
 
-Shapes: `B` pictures, `N` codes, `D` width of a code, tokens `[B, 256]` row by row.
+Shapes: `B` pictures, `N` codes, `D` width of a code, tokens `[B, 64]` row by row.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from hasten.files import write_whole
 
 __all__ = ["TokenizerConfig", "VQTokenizer"]
 
-FORGOTTEN = 0.01  # a code met less often than this share of the even one is put elsewhere
-DECAY = 0.95  # of the running usage: a code that is never met is put elsewhere after 90 steps
+DECAY = 0.98  # of the running means: about 50 steps
+RARE = 0.1  # a code met less often than this share of the even one is put elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +43,14 @@ class TokenizerConfig:
         ConfigError: if a size cannot work.
     """
 
-    codes: int = 1024
+    codes: int = 2048
     code_width: int = 8
     channels: int = 96
     commitment: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.codes < 2 or self.code_width < 2 or self.channels < 8 or self.channels % 8 or self.commitment < 0:
-            raise ConfigError(f"at least 2 codes of width 2 and channels in eights are needed, got {self}")
+        if self.codes < 2 or self.code_width < 2 or self.channels < 8 or self.channels % 16 or self.commitment < 0:
+            raise ConfigError(f"at least 2 codes of width 2 and channels in sixteens are needed, got {self}")
 
 
 class Residual(nn.Module):
@@ -73,7 +74,9 @@ class Residual(nn.Module):
 class VQTokenizer(nn.Module):
     """Pictures `[B, 3, H, W]` in [0, 1], sides divisible by 4, to tokens and back."""
 
-    usage: Tensor
+    codebook: Tensor  # rows of length 1
+    sums: Tensor  # running sums of the latents of each code
+    usage: Tensor  # running share of each code, 1 for an even one
 
     def __init__(self, config: TokenizerConfig | None = None) -> None:
         super().__init__()
@@ -92,11 +95,14 @@ class VQTokenizer(nn.Module):
             Residual(c),
             Residual(c),
             nn.ConvTranspose2d(c, c // 2, 4, stride=2, padding=1),
+            Residual(c // 2),
             nn.SiLU(),
             nn.ConvTranspose2d(c // 2, 3, 4, stride=2, padding=1),
         )
-        self.codebook = nn.Parameter(normalize(torch.randn(config.codes, config.code_width), dim=-1))
-        self.register_buffer("usage", torch.ones(config.codes))
+        codes = normalize(torch.randn(config.codes, config.code_width), dim=-1)
+        self.register_buffer("codebook", codes)
+        self.register_buffer("sums", codes.clone(), persistent=False)
+        self.register_buffer("usage", torch.ones(config.codes), persistent=False)
 
     def latents(self, pictures: Tensor) -> Tensor:
         """Unit vectors `[B, h, w, D]`."""
@@ -104,7 +110,7 @@ class VQTokenizer(nn.Module):
 
     def lookup(self, latents: Tensor) -> Tensor:
         """Nearest codes `[B, h, w]`."""
-        return (latents @ normalize(self.codebook, dim=-1).T).argmax(-1)
+        return (latents @ self.codebook.T).argmax(-1)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
@@ -120,41 +126,69 @@ class VQTokenizer(nn.Module):
         side = round(tokens.shape[1] ** 0.5)
         if side * side != tokens.shape[1]:
             raise ConfigError(f"tokens must fill a square, got {tokens.shape[1]} of them")
-        codes = normalize(self.codebook, dim=-1)[tokens].reshape(len(tokens), side, side, -1)
+        codes = self.codebook[tokens].reshape(len(tokens), side, side, -1)
         return self._decoded(codes).clamp(0, 1)
 
     def _decoded(self, codes: Tensor) -> Tensor:
         return self.decoder(codes.permute(0, 3, 1, 2)) / 2 + 0.5
 
-    def loss(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruction (absolute and squared error), codebook and commitment loss; and the mean squared error."""
+    def loss(self, pictures: Tensor, quantized: bool = True) -> tuple[Tensor, Tensor]:
+        """Reconstruction (absolute and squared error) and commitment loss; and the mean squared error.
+
+        In training mode the codes are moved, too. Without `quantized` it is the loss of a plain autoencoder, with
+        which training begins, so that the first codes lie where latents are.
+        """
         latents = self.latents(pictures)
+        if not quantized:
+            drawn = self._decoded(latents)
+            squared = mse_loss(drawn, pictures)
+            return (drawn - pictures).abs().mean() + squared, squared
         tokens = self.lookup(latents)
-        codes = normalize(self.codebook, dim=-1)[tokens]
-        matching = mse_loss(codes, latents.detach()) + self.config.commitment * mse_loss(latents, codes.detach())
+        codes = self.codebook[tokens]
+        commitment = self.config.commitment * self.config.code_width * mse_loss(latents, codes)
         drawn = self._decoded(latents + (codes - latents).detach())  # gradients go straight through the lookup
         if self.training:
-            self._note(tokens, latents)
+            self._move(tokens, latents)
         squared = mse_loss(drawn, pictures)
-        return (drawn - pictures).abs().mean() + squared + self.config.code_width * matching, squared
+        return (drawn - pictures).abs().mean() + squared + commitment, squared
+
+    def perplexity(self) -> float:
+        """Of the running usage: as many evenly used codes would be as uncertain."""
+        share = self.usage / self.usage.sum()
+        return float(torch.special.entr(share).sum().exp())
 
     @torch.no_grad()
-    def _note(self, tokens: Tensor, latents: Tensor) -> None:
-        """Update the running usage, 1 for an even one, and move forgotten codes onto latents of the batch."""
-        n = self.config.codes
-        counts = torch.bincount(tokens.flatten(), minlength=n).float() * n / tokens.numel()
-        self.usage.lerp_(counts, 1 - DECAY)
-        forgotten = torch.nonzero(self.usage < FORGOTTEN).flatten()
-        if len(forgotten):
-            flat = latents.flatten(0, 2)
-            self.codebook[forgotten] = flat[torch.randint(len(flat), (len(forgotten),))]
-            self.usage[forgotten] = 1.0
+    def begin(self, pictures: Tensor) -> None:
+        """Put every code onto a latent of the pictures, which have to have at least as many tokens as there are codes.
+
+        Raises:
+            ConfigError: if they have fewer.
+        """
+        latents = self.latents(pictures).flatten(0, 2)
+        if len(latents) < self.config.codes:
+            raise ConfigError(f"{self.config.codes} codes need as many latents, the pictures have {len(latents)}")
+        self._put(torch.arange(self.config.codes), latents[torch.randperm(len(latents))[: self.config.codes]])
+
+    @torch.no_grad()
+    def _move(self, tokens: Tensor, latents: Tensor) -> None:
+        """Codes become running means of their latents; those met too rarely are put onto latents of the batch."""
+        n, flat, index = self.config.codes, latents.flatten(0, 2), tokens.flatten()
+        even = n / len(index)  # so that a usage of 1 is an even one
+        self.usage.lerp_(even * torch.bincount(index, minlength=n).float(), 1 - DECAY)
+        self.sums.lerp_(even * torch.zeros_like(self.sums).index_add_(0, index, flat), 1 - DECAY)
+        self.codebook.copy_(normalize(self.sums, dim=-1))
+        rare = torch.nonzero(self.usage < RARE).flatten()
+        if len(rare):
+            self._put(rare, flat[torch.randint(len(flat), (len(rare),))])
+
+    def _put(self, codes: Tensor, latents: Tensor) -> None:
+        self.codebook[codes], self.sums[codes], self.usage[codes] = latents, latents, 1.0
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file; returns its path."""
+        """Write one safetensors file in half precision; returns its path."""
         path = Path(path)
         facts = {name: str(value) for name, value in asdict(self.config).items()}
-        write_whole(path, save({k: v.contiguous() for k, v in self.state_dict().items()}, metadata=facts))
+        write_whole(path, save({k: v.half().contiguous() for k, v in self.state_dict().items()}, metadata=facts))
         return path
 
     @classmethod
@@ -172,6 +206,7 @@ class VQTokenizer(nn.Module):
             sizes = {name: int(facts[name]) for name in ("codes", "code_width", "channels")}
             tokenizer = cls(TokenizerConfig(**sizes, commitment=float(facts["commitment"])))
             tokenizer.load_state_dict(load_file(path))
+            tokenizer.codebook.copy_(normalize(tokenizer.codebook, dim=-1))  # half precision rounds
         except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
             raise ModelError(f"{path}: no usable tokenizer ({error}); train one again") from error
-        return tokenizer.eval()
+        return tokenizer.eval().requires_grad_(False)

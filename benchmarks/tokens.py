@@ -1,0 +1,296 @@
+"""What docs/tokens.md states about smaller vocabularies: measured, and written into its tables.
+
+    python benchmarks/tokens.py replacement     semantic replacement test -> tokens-replacement.json
+    python benchmarks/tokens.py tree            time and memory of a tree of LlamaGen's size -> tokens-tree.json
+    python benchmarks/tokens.py reference       what the comparison has finished -> tokens-reference.json, curves
+    python benchmarks/tokens.py tables          the tables of both pages; with --check it only looks at them
+
+`reference` reads what `python -m hasten.zoo.emoji_tokens.compare` wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from hasten.bench.runner import environment
+from hasten.files import write_whole
+from hasten.tokens import SemanticTree, TokenMap, flat_map, kmeans_map, random_map
+from hasten.tokens.plots import plot_curves
+from hasten.zoo.emoji_tokens import load_tokenizer
+from hasten.zoo.emoji_tokens.data import HELD_OUT, TRAIN, batches, pictures
+from hasten.zoo.emoji_tokens.evaluate import ReplacementTest, frechet, quality, reference
+from hasten.zoo.emoji_tokens.features import FeatureNet
+from hasten.zoo.emoji_tokens.summary import curves_of, spread, summary
+
+HERE = Path(__file__).parent
+ZOO = HERE.parent / "hasten" / "src" / "hasten" / "zoo" / "emoji_tokens"
+PAGES = (HERE.parent / "docs" / "tokens.md", ZOO / "README.md")
+REPLACEMENT, TREE, REFERENCE = (HERE / f"tokens-{name}.json" for name in ("replacement", "tree", "reference"))
+VOCABULARIES = ("flat", "k-means", "random", "masc")
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}"))
+    write_whole(path, json.dumps({"created": created, "environment": environment(), **rounded}, indent=1) + "\n")
+    print(path)
+
+
+@app.command()
+def replacement(
+    images: Annotated[int, typer.Option(help="Held-out pictures.")] = 1024,
+    ks: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "1024,512,256,128",
+    seeds: Annotated[int, typer.Option(help="Of the members, the k-means and the random map.")] = 3,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = REPLACEMENT,
+) -> None:
+    """Decode held-out pictures with each token replaced by a random mate, under the three ways to cluster."""
+    tokenizer, held_out = load_tokenizer(), pictures(images, HELD_OUT).pixels
+    test = ReplacementTest(tokenizer, held_out)
+    with torch.no_grad():
+        seen = torch.cat([tokenizer.encode(batch.pixels) for batch in batches(16_384, TRAIN)])
+    counts = np.bincount(seen.flatten().numpy(), minlength=tokenizer.config.codes)
+    share = counts[counts > 0] / counts.sum()
+    codes = tokenizer.codebook.numpy()
+    tree = SemanticTree.fit(codes, normalize="unit", used=counts)
+
+    def maps(k: int, seed: int) -> dict[str, TokenMap]:
+        masc, used = tree.map(k), codes[tree.used]
+        means = kmeans_map(used, k, normalize="unit", seed=seed, runs=10)
+        mixed = random_map(TokenMap(masc.labels[tree.used]), seed)
+        return {
+            "masc": masc,
+            "k-means": TokenMap(means.labels[tree.nearest], "k-means"),
+            "random": TokenMap(mixed.labels[tree.nearest], "random"),
+        }
+
+    rows: list[dict[str, Any]] = []
+    for k in (int(text) for text in ks.split(",")):
+        found: dict[str, list[dict[str, Any]]] = {}
+        for seed in range(seeds):
+            for name, mapping in maps(k, seed).items():
+                sizes = {"largest_cluster": int(mapping.sizes.max()), "tokens_in_largest": _heaviest(mapping, counts)}
+                found.setdefault(name, []).append(sizes | asdict(test(mapping, seed)))
+        rows += [
+            {"k": k, "map": name, **{m: spread([row[m] for row in each]) for m in each[0] if each[0][m] is not None}}
+            for name, each in found.items()
+        ]
+        print(f"k = {k} done", flush=True)
+    tokenizer_facts = {
+        "codes": tokenizer.config.codes,
+        "used": int((counts > 0).sum()),
+        "perplexity": float(np.exp(-(share * np.log(share)).sum())),
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        **asdict(test(flat_map(tokenizer.config.codes))),
+    }
+    _write(out, {"images": images, "seeds": seeds, "tokenizer": tokenizer_facts, "rows": rows})
+
+
+def _heaviest(mapping: TokenMap, counts: Any) -> float:
+    """Share of all tokens that the most frequent cluster takes."""
+    return float(np.bincount(mapping.labels, counts).max() / counts.sum())
+
+
+@app.command()
+def tree(
+    codes: Annotated[int, typer.Option(help="Codes.")] = 16_384,
+    width: Annotated[int, typer.Option(help="Of a code.")] = 8,
+    shared: Annotated[bool, typer.Option(help="Whether other work runs on the machine meanwhile.")] = False,
+) -> None:
+    """Fit a tree of random unit vectors in a process of its own; how long it takes and how much memory."""
+    child = subprocess.run(
+        [sys.executable, __file__, "tree-here", str(codes), str(width)], check=True, capture_output=True, text=True
+    )
+    _write(TREE, {"codes": codes, "width": width, "machine_shared": shared, **json.loads(child.stdout)})
+
+
+@app.command("tree-here", hidden=True)
+def tree_here(codes: int, width: int) -> None:
+    """The measurement itself, printed as JSON."""
+    book = np.random.default_rng(0).standard_normal((codes, width)).astype(np.float32)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wall, cpu = time.perf_counter(), time.process_time()
+    fitted = SemanticTree.fit(book, normalize="unit")
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    cut = time.perf_counter()
+    largest = int(fitted.map(codes // 2).sizes.max())
+    facts = {
+        "seconds": wall,
+        "cpu_seconds": cpu,
+        "cut_seconds": time.perf_counter() - cut,
+        "largest_cluster_at_half": largest,
+        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "bytes_before": 1024 * before,
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(facts))
+
+
+@app.command("reference")
+def reference_(
+    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/emoji-tokens"),
+) -> None:
+    """Sum up the finished seeds of the comparison, and draw their curves."""
+    result = json.loads((data / "comparison.json").read_text())
+    found = summary(result["runs"])
+    settings = {name: result[name] for name in ("k", "codes", "recipe", "sizes", "threads")}
+    images = result["sizes"]["drawn_last"]
+    tokenizer, real = load_tokenizer(), pictures(images, HELD_OUT)
+    with torch.no_grad():
+        again = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in real.pixels.split(256)])
+    floor = {
+        "real_pictures": asdict(quality(real.pixels, real.classes)),
+        "reconstructions": asdict(quality(again, real.classes)),
+        "real_pictures_as_on_curves": frechet(
+            reference(), FeatureNet.load().describe(real.pixels[: result["sizes"]["drawn"]])
+        ),
+    }
+    _write(REFERENCE, {"settings": settings, "floor": floor, **found})
+    finished = [run for run in result["runs"] if run["seed"] in found["seeds"]]
+    labels = {
+        "frechet": "Fréchet distance of drawn pictures",
+        "entropy_over_log_k": "entropy of the predictions / log k",
+        "token_loss": "nats a fine token, held out",
+    }
+    print(plot_curves(curves_of(finished), labels, ZOO / "curves.png"))
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join([_line(heads), "|---" + "|--:" * (len(heads) - 1) + "|", *map(_line, rows)])
+
+
+def _range(figure: dict[str, float], digits: int) -> str:
+    """Mean, and least to most where they differ."""
+    low, mean, high = (f"{figure[name]:.{digits}f}" for name in ("min", "mean", "max"))
+    return mean if low == high else f"{mean} ({low}-{high})"
+
+
+def replacement_table(result: dict[str, Any]) -> str:
+    """Markdown of the semantic replacement test."""
+    own = result["tokenizer"]
+    columns = {"psnr": 2, "ssim": 3, "lpips": 4, "feature_distance": 2, "frechet": 3}
+    heads = ["k", "clusters", "PSNR dB", "SSIM", "LPIPS", "feature distance", "Fréchet distance", "largest cluster"]
+    rows = [
+        [
+            str(own["codes"]),
+            "none",
+            *(f"{own[m]:.{d}f}" if own.get(m) is not None else "-" for m, d in columns.items()),
+            "1",
+        ]
+    ]
+    for row in result["rows"]:
+        cells = [_range(row[m], d) if m in row else "-" for m, d in columns.items()]
+        rows.append([str(row["k"]), row["map"], *cells, _range(row["largest_cluster"], 0)])
+    return _table(heads, rows)
+
+
+def tokenizer_line(result: dict[str, Any]) -> str:
+    """A sentence about the tokenizer."""
+    own = result["tokenizer"]
+    return (
+        f"{own['used']} of {own['codes']} codes are used, with a perplexity of {own['perplexity']:.0f}; "
+        f"{result['images']} held-out pictures are reconstructed with {own['psnr']:.1f} dB (SSIM {own['ssim']:.3f})."
+    )
+
+
+def tree_line(result: dict[str, Any]) -> str:
+    """A sentence about the LlamaGen-size tree."""
+    machine = "a shared machine" if result["machine_shared"] else "a quiet machine"
+    return (
+        f"{result['codes']:,} codes of width {result['width']} take {result['seconds']:.0f} s "
+        f"({result['cpu_seconds']:.0f} s of processor time) with {result['threads']} thread on {machine}, and "
+        f"{result['peak_bytes'] / 2**30:.2f} GiB in all, of which {result['bytes_before'] / 2**30:.2f} GiB are there "
+        "before it begins."
+    )
+
+
+def reference_table(result: dict[str, Any]) -> str:
+    """Markdown of the comparison: drawn pictures, predictions, steps to the flat model's quality."""
+    heads = ["vocabulary", "k", "Fréchet distance", "precision", "recall", "right object", "entropy / log k"]
+    heads += ["nats a fine token", "steps to flat's quality"]
+    rows = []
+    for name in VOCABULARIES:
+        if (one := result["vocabularies"].get(name)) is None:
+            continue
+        steps = ", ".join("not reached" if step is None else str(step) for step in one["steps_to_flat"])
+        rows.append(
+            [
+                name,
+                str(one["clusters"]),
+                _range(one["drawn"]["frechet"], 2),
+                *(_range(one["drawn"][m], 2) for m in ("precision", "recall", "objects")),
+                _range(one["held_out"]["entropy_over_log_k"], 3),
+                _range(one["held_out"]["token_loss"], 3),
+                steps,
+            ]
+        )
+    floor = result["floor"]
+    for label, key in (("reconstructions", "reconstructions"), ("real pictures", "real_pictures")):
+        cells = [f"{floor[key][m]:.2f}" for m in ("frechet", "precision", "recall", "objects")]
+        rows.append([label, "-", *cells, "-", "-", "-"])
+    return _table(heads, rows)
+
+
+def members_table(result: dict[str, Any]) -> str:
+    """Markdown of the Fréchet distance by the way to choose members."""
+    kinds = ["uniform", "frequency", "medoid", "refiner"]
+    rows = [
+        [name, *(_range(one["members"][kind], 2) if kind in one["members"] else "-" for kind in kinds)]
+        for name, one in result["vocabularies"].items()
+        if name != "flat"
+    ]
+    return _table(["vocabulary", *kinds], rows)
+
+
+MAKERS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
+    "replacement": (REPLACEMENT, replacement_table),
+    "tokenizer": (REPLACEMENT, tokenizer_line),
+    "tree": (TREE, tree_line),
+    "reference": (REFERENCE, reference_table),
+    "members": (REFERENCE, members_table),
+    "curves": (REFERENCE, lambda result: f"![{len(result['seeds'])} seeds, mean, least and most](curves.png)"),
+}
+
+
+def fill(text: str) -> str:
+    """`text` with everything between `<!-- tokens NAME -->` and `<!-- end -->` made anew from the JSON files."""
+
+    def made(match: re.Match[str]) -> str:
+        path, make = MAKERS[match[1]]
+        body = make(json.loads(path.read_text())) if path.exists() else "Not measured yet."
+        return f"<!-- tokens {match[1]} -->\n{body}\n<!-- end -->"
+
+    return re.sub(r"<!-- tokens ([\w-]+) -->\n.*?\n?<!-- end -->", made, text, flags=re.DOTALL)
+
+
+@app.command()
+def tables(check: Annotated[bool, typer.Option(help="Only look whether the pages are current.")] = False) -> None:
+    """Write the tables of docs/tokens.md and of the zoo's page."""
+    for page in PAGES:
+        old = page.read_text()
+        new = fill(old)
+        if check and new != old:
+            raise SystemExit(f"{page} does not hold what the JSON files say; run python benchmarks/tokens.py tables")
+        if not check:
+            page.write_text(new)
+
+
+if __name__ == "__main__":
+    app()
