@@ -39,6 +39,8 @@ HERE = Path(__file__).parent
 ZOO = HERE.parent / "hasten" / "src" / "hasten" / "zoo" / "emoji_tokens"
 PAGES = (HERE.parent / "docs" / "tokens.md", ZOO / "README.md")
 REPLACEMENT, TREE, REFERENCE = (HERE / f"tokens-{name}.json" for name in ("replacement", "tree", "reference"))
+CAP = 2  # times the mean size of a cluster, for the capped cut
+CAPPED = "masc, capped"
 VOCABULARIES = ("flat", "k-means", "random", "masc")
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -57,7 +59,7 @@ def replacement(
     seeds: Annotated[int, typer.Option(help="Of the members, the k-means and the random map.")] = 3,
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = REPLACEMENT,
 ) -> None:
-    """Decode held-out pictures with each token replaced by a random mate, under the three ways to cluster."""
+    """Decode held-out pictures with each token replaced by a random mate, under each way to cluster."""
     tokenizer, held_out = load_tokenizer(), pictures(images, HELD_OUT).pixels
     test = ReplacementTest(tokenizer, held_out)
     with torch.no_grad():
@@ -73,6 +75,7 @@ def replacement(
         mixed = random_map(TokenMap(masc.labels[tree.used]), seed)
         return {
             "masc": masc,
+            CAPPED: tree.map(k, max_size=CAP * len(codes) // k),
             "k-means": TokenMap(means.labels[tree.nearest], "k-means"),
             "random": TokenMap(mixed.labels[tree.nearest], "random"),
         }

@@ -27,8 +27,8 @@ def relevance(queries: Tensor, means: Tensor) -> Tensor:
         queries: `[B, q, L, H, D]`, rotated like the keys.
         means: mean key of each frame, `[B, H, F, D]`.
     """
-    mean_queries = queries.mean(2, dtype=torch.float32)
-    return torch.einsum("bqhd,bhfd->bqhf", mean_queries, means.float()) / queries.shape[-1] ** 0.5
+    mean_queries = queries.mean(2, dtype=torch.float32).transpose(1, 2)  # [B, H, q, D]
+    return (mean_queries @ means.float().transpose(2, 3)).transpose(1, 2) / queries.shape[-1] ** 0.5
 
 
 def pooled_relevance(queries: Tensor, keys: Tensor, pools: int) -> Tensor:
@@ -65,5 +65,5 @@ def redundancy(plain_keys: Tensor, lengths: Tensor) -> Tensor:
 
 def standardised(scores: Tensor) -> Tensor:
     """Zero mean and unit (population) deviation over the last axis, the frames; zero where all are equal."""
-    centred = scores - scores.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True).sqrt() + EPSILON)
+    deviation, mean = torch.std_mean(scores, -1, correction=0, keepdim=True)
+    return (scores - mean) / (deviation + EPSILON)

@@ -115,8 +115,10 @@ def top_frames(scores: Tensor, budgets: Sequence[int]) -> Selection:
     if len(budgets) != H or min(budgets) < 0:
         raise ConfigError(f"expected a budget of 0 or more frames for each of {H} heads, got {list(budgets)}")
     order = scores.sort(dim=3, descending=True, stable=True).indices
+    sizes = sorted({min(b, F) for b in budgets})
     groups = []
-    for size in sorted({min(b, F) for b in budgets}):
+    for size in sizes:
         heads = tuple(h for h, b in enumerate(budgets) if min(b, F) == size)
-        groups.append(HeadGroup(heads, order[:, :, list(heads), :size].sort(dim=3).values))
+        best = order if len(sizes) == 1 else order[:, :, list(heads)]
+        groups.append(HeadGroup(heads, best[..., :size].sort(dim=3).values))
     return Selection(tuple(groups), F)

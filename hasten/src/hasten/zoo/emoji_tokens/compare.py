@@ -6,7 +6,7 @@ Run it again to go on. Each run has the same model body, batch, learning rate an
 compute but for the head; seeds run in turn, so that a stop leaves complete seeds. A seed is that of the weights, of
 the order of the pictures, and of the k-means and the random map. The token shards are written first.
 
-`comparison.json` holds what is done: for each run its curve (every 100 steps the losses on held-out pictures and the
+`comparison.json` holds what is done: for each run its curve (every 200 steps the losses on held-out pictures and the
 quality of 512 drawn ones) and the quality of 2048 pictures drawn at the end, for each way to choose members.
 """
 
@@ -39,7 +39,7 @@ from hasten.zoo.emoji_tokens.tokenizer import VQTokenizer
 
 __all__ = ["RECIPE", "Sizes", "compare", "prepare", "vocabularies"]
 
-RECIPE = Recipe(steps=1400, batch=16, lr=1e-3, width=256, layers=4, heads=4)
+RECIPE = Recipe(steps=2000, batch=8, lr=1e-3, width=256, layers=4, heads=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Sizes:
     held_out: int = 512
     drawn: int = 512
     drawn_last: int = 2048
-    every: int = 100
+    every: int = 200
     refiner_steps: int = 300
 
 

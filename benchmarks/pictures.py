@@ -1,0 +1,156 @@
+"""Pictures for the pages of resolution and streaming methods.
+
+    python benchmarks/pictures.py specedit out/emoji-kontext.json
+    python benchmarks/pictures.py fresco out/emoji-flux-resolution.json
+    python benchmarks/pictures.py dvg out/sprites-wan.json
+    python benchmarks/pictures.py streaming
+
+The JSON and its folder of pictures are those of `hasten bench` on the page's model; `streaming` rolls out one world by
+itself. Each writes `docs/images/PAGE.png`, or what `--out` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hasten import zoo
+from hasten.bench.sheet import contact_sheet, film_strip, to_pil
+from hasten.bench.streams import parse_streaming
+from hasten.streaming import FullHistory
+from PIL import Image
+
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+
+
+@dataclass(frozen=True)
+class Page:
+    """What one sheet shows.
+
+    Attributes:
+        arms: heading of each column by the id of a row of the JSON; `|` breaks a line.
+        captions: how many rows.
+        side: height of a picture, pixels.
+        edits: whether source and target come first.
+    """
+
+    arms: dict[str, str]
+    captions: int = 8
+    side: int = 96
+    edits: bool = False
+
+
+PAGES = {
+    "specedit": Page(
+        {
+            "euler-50": "plain|50 steps",
+            "euler-8": "plain|8 steps",
+            "specedit:discrepancy=latent-20": "specedit|8 + 10 + 2",
+            "specedit:discrepancy=latent:draft=6:mixed=4:final=2-12": "specedit|6 + 4 + 2",
+            "bottleneck:stages=9/9-18": "bottleneck|9 + 9",
+            "ralu:preset=18-18": "ralu|18",
+        },
+        edits=True,
+    ),
+    "fresco": Page(
+        {
+            "euler-50": "plain|50 steps",
+            "euler-18": "plain|18 steps",
+            "fresco:stages=6/2/10:shares=0.3-18": "fresco|6 + 2 + 10",
+            "fresco:preset=18-18": "fresco|6 + 6 + 6",
+            "fresco:preset=18+foca:interval=2:warmup=1-18": "fresco + foca|9 computed",
+            "fresco:preset=9-9": "fresco|3 + 3 + 3",
+            "bottleneck:stages=9/9-18": "bottleneck|9 + 9",
+            "ralu:preset=18-18": "ralu|18",
+        }
+    ),
+    "dvg": Page(
+        {
+            "euler-50": "plain|50 steps",
+            "euler-24": "plain|24 steps",
+            "dvg:budget=0.5-50": "dvg|budget 0.5",
+            "dvg:budget=0.522:compress=space-50": "dvg|pixels only",
+            "dvg:budget=0.5:compress=time-50": "dvg|frames only",
+            "dvg:budget=0.5+foca:interval=3:warmup=1-50": "dvg + foca|19 computed",
+        },
+        captions=6,
+        side=48,
+    ),
+}
+STREAMING = {
+    "full-history": "full history",
+    "focused-forcing:budget=6:diversity_tokens=16": "focused-forcing",
+    "topk-attention:k=6": "topk-attention",
+    "sliding-window:window=5": "sliding-window",
+    "dummy-forcing:local=1:history=10": "dummy-forcing",
+}
+FRAMES, SHOWN, SEED = 48, 16, 4
+
+
+def bench_page(page: Page, result_file: Path) -> Image.Image:
+    """A sheet of some arms of a bench result."""
+    result = json.loads(result_file.read_text())
+    rows: dict[str, dict[str, Any]] = {row["id"]: row for row in result["rows"]}
+    rows["euler-50"] = result["baseline"]
+    prompts = result["settings"]["prompts"][: page.captions]
+    with ExitStack() as stack:
+        own: Callable[[str, int], list[Path]] = lambda prompt, i: []  # noqa: E731
+        headings = list(page.arms.values())
+        if page.edits:
+            own = edit_pictures(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            headings = ["source", "target", *headings]
+        lines = [
+            [*own(prompt, i), *(result_file.parent / rows[arm]["images"][i] for arm in page.arms)]
+            for i, prompt in enumerate(prompts)
+        ]
+        return contact_sheet(lines, prompts, headings, side=page.side)
+
+
+def edit_pictures(folder: Path) -> Callable[[str, int], list[Path]]:
+    """From a prompt and its number to files of the edit's source and target, written to a folder."""
+    edits = {edit.prompt: edit for edit in zoo.load("emoji-kontext").edits}
+
+    def written(prompt: str, i: int) -> list[Path]:
+        paths = [folder / f"{i}-{name}.png" for name in ("source", "target")]
+        for path, picture in zip(paths, (edits[prompt].source, edits[prompt].target), strict=True):
+            to_pil(picture).save(path)
+        return paths
+
+    return written
+
+
+def streaming_page() -> Image.Image:
+    """One world as every method rolls it out, a row each."""
+    roll = zoo.load_streaming("sprites-stream").roller(FRAMES, 8)
+    with tempfile.TemporaryDirectory() as folder:
+        lines = []
+        for text in STREAMING:
+            method = FullHistory() if text == "full-history" else parse_streaming(text)
+            path = Path(folder) / f"{len(lines)}.png"
+            film_strip(roll(method, SEED).video[0], SHOWN).save(path)
+            lines.append([path])
+        every = FRAMES / SHOWN
+        heading = f"one frame in {every:g}; who the two are is told in the first half only"
+        return contact_sheet(lines, list(STREAMING.values()), [heading], side=72)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", choices=[*PAGES, "streaming"])
+    parser.add_argument("result", type=Path, nargs="?", help="JSON of hasten bench; none for streaming")
+    parser.add_argument("--out", type=Path, help="docs/images/PAGE.png by default")
+    args = parser.parse_args(arguments)
+    if args.page in PAGES and args.result is None:
+        parser.error(f"{args.page} needs the JSON of a bench run")
+    sheet = streaming_page() if args.page == "streaming" else bench_page(PAGES[args.page], args.result)
+    sheet.save(args.out or IMAGES / f"{args.page}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
