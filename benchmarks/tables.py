@@ -337,6 +337,7 @@ TABLES = {
     "emoji-flux": lambda: overview_table(emoji_flux()),
     "leap-guided": lambda: overview_table(_read("emoji-flux-guided.json")),
     "leap-edit": lambda: overview_table(_read("emoji-kontext-leap.json")),
+    "leap-video": lambda: overview_table(_read("sprites-wan-leap.json")),
     "leap-100": lambda: bench_table(_read("emoji-flux-100.json")),
     "leap-ablation": lambda: ablation_table(_read("leap-ablation.json")),
     "leap-fits": lambda: fits_table(_read("leap-ablation.json")),
