@@ -39,6 +39,7 @@ from hasten.zoo.emoji_tokens.tokenizer import VQTokenizer
 
 __all__ = ["RECIPE", "Sizes", "compare", "prepare", "vocabularies"]
 
+CAP = 2  # times the mean size: no cluster of MASC is larger, as the replacement test advises
 RECIPE = Recipe(steps=2000, batch=8, lr=1e-3, width=256, layers=4, heads=4)
 
 
@@ -83,12 +84,12 @@ def prepare(folder: Path, tokenizer: VQTokenizer, sizes: Sizes) -> tuple[TokenSh
 
 
 def vocabularies(codebook: Any, counts: NDArray[Any], k: int, seed: int = 0) -> dict[str, TokenMap]:
-    """The four maps; k-means and MASC have `k` clusters, random ones the sizes of MASC's.
+    """The four maps; k-means and MASC (capped) have `k` clusters, random ones the sizes of MASC's.
 
     All three cluster the used codes only and attach the others alike, so that dead codes favour none.
     """
     tree = SemanticTree.fit(codebook, normalize="unit", used=counts)
-    masc = tree.map(k)
+    masc = tree.map(k, max_size=CAP * -(-len(codebook) // k))
     means = kmeans_map(codebook[tree.used], k, normalize="unit", seed=seed, runs=10)
     mixed = random_map(TokenMap(masc.labels[tree.used]), seed)
     return {
