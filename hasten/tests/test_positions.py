@@ -113,6 +113,23 @@ def test_order_of_tokens_does_not_matter(zero_cond_t: bool) -> None:
 
 
 @torch.no_grad()
+def test_order_of_tokens_does_not_matter_to_flux() -> None:
+    """Mixed tokens in any order, with their ids, have the same results in that order."""
+    flux = "FluxTransformer2DModel"
+    model = tiny.build(flux)
+    anchors = torch.cat([coarse(2, 2).anchors[1:], torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])])
+    hidden = torch.randn(1, len(anchors), 4, generator=torch.Generator().manual_seed(3))
+    called = tiny.TINY[flux].arguments(hidden, 0.5) | {"img_ids": flux_ids([Picture((4, 4), anchors, "lr_units")])}
+    straight = tiny.first(model(**called))
+    order = torch.randperm(len(anchors), generator=torch.Generator().manual_seed(1))
+    moved = called | {"hidden_states": hidden[:, order]}
+    permuted = tiny.first(model(**moved | {"img_ids": called["img_ids"][order]}))
+    torch.testing.assert_close(permuted, straight[:, order], atol=1e-5, rtol=1e-5)
+    misplaced = tiny.first(model(**moved))
+    assert not torch.allclose(misplaced, straight[:, order], atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_failed_forward_leaves_the_model_as_it_was() -> None:
     model = tiny.build(QWEN)
     own, names = model.pos_embed, [name for name, _ in model.named_modules()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from random import Random
 
 import pytest
 import torch
@@ -23,10 +24,12 @@ from hasten.resolution.jumps import (
     up,
 )
 from hasten.resolution.ladders import Stages, descend, fit_stages, mismatch, switch_level
+from hasten.resolution.methods.fresco import Fresco
 from hasten.resolution.methods.ralu import PRESETS
 from hasten.resolution.positions import TokenSet, flux_ids, pack, unpack
+from hasten.resolution.regions import Stage
 from hasten.resolution.scores import channel_variance, first, temporal_variance
-from hasten.resolution.seams import enlarge_tokens
+from hasten.resolution.seams import MixedState, enlarge_tokens
 
 HADAMARD = 0.5 * torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
 
@@ -107,6 +110,31 @@ def test_the_swap_with_low_noise_has_the_fields_own_details_as_hadamard_children
     assert torch.allclose(born, coefficients @ HADAMARD, atol=1e-5)
 
 
+def test_a_rewind_of_a_mixed_set_hits_the_straight_path_of_the_field() -> None:
+    """Tokens that stay coarse, that become fine and that are fine already, all at the same new level."""
+    sigma, size = 0.6, (4, 6)
+    noise, clean = randn(1, 4, 16, 24).double(), randn(1, 4, 8, 12, seed=1).double()
+    old, new = (torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.4 for seed in (2, 3))
+    new &= ~old
+    low, large = low_noise(noise), up(clean)
+    state = MixedState(
+        TokenSet(old),
+        pack(noise),
+        pack((1 - sigma) * clean + sigma * low),
+        pack((1 - sigma) * large + sigma * noise),
+    )
+    stage = Stage(None, size, pack(clean), [], sigma, lambda: pack(noise))
+    level = Fresco(jump="r2").promote(state, new, stage)
+    assert level == 2 * sigma / (1 + sigma)
+    assert torch.equal(state.tokens.fine, old | new)
+    assert (old.any(), new.any(), (~old & ~new).any()) == (True, True, True)
+    fine, coarse = unpack(state.fine, (8, 12)), unpack(state.coarse, size)
+    inside = (old | new).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    target = (1 - level) * large + level * noise
+    assert (fine - target)[..., inside].abs().max() < 1e-6
+    assert (coarse - (1 - level) * clean - level * low).abs().max() < 1e-6
+
+
 def test_independent_noise_misses_the_target_of_the_straight_path() -> None:
     sigma, level = 0.6, 0.75
     beta = (1 - level) / (1 - sigma)
@@ -177,6 +205,22 @@ def test_when_all_tokens_are_fine_the_ids_are_those_of_the_pipeline() -> None:
     halved = flux_ids([tokens.picture("lr_units")])
     assert torch.equal(halved * 2, native)
     assert halved.dtype == torch.float32
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_after_any_promotions_the_tokens_are_those_of_the_pipeline(rows: int, columns: int, random: Random) -> None:
+    tokens, waiting = TokenSet(torch.zeros(rows, columns, dtype=torch.bool)), list(range(rows * columns))
+    while waiting:
+        taken = [waiting.pop(random.randrange(len(waiting))) for _ in range(random.randint(1, len(waiting)))]
+        fine = tokens.fine.clone()
+        fine.flatten()[taken] = True
+        tokens = TokenSet(fine)
+        assert tokens.count == len(tokens.picture("hr_units").anchors) == rows * columns + 3 * int(fine.sum())
+    native = FluxPipeline._prepare_latent_image_ids(1, 2 * rows, 2 * columns, torch.device("cpu"), torch.float32)
+    ids = flux_ids([tokens.picture("hr_units")])
+    assert torch.equal(ids, native)  # in raster order, too
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ids[order][order.argsort()], native)
 
 
 # --- noise levels
