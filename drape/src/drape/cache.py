@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from drape.errors import AssetError
 
-__all__ = ["cache_folder", "cached_arrays", "check_sha256", "write_atomically"]
+__all__ = ["cache_folder", "cached_arrays", "check_sha256", "write_atomically", "write_text"]
 
-VERSION = 1  # raise it when what is cached changes its meaning
+VERSION = 3  # raise it when what is cached changes its meaning
 
 
 def cache_folder() -> Path:
@@ -29,16 +29,18 @@ def cache_folder() -> Path:
     return folder
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it there, so that no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as folder:
+        target = Path(folder) / path.name
+        write(target)
+        os.replace(target, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, atomically."""
+    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
 def cached_arrays(

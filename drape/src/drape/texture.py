@@ -39,7 +39,7 @@ class TextureSpec:
         colours: K, 2 to 16.
         points: n, control points a colour.
         blur: length in cells over which a control point's pull falls by e.
-        tau: temperature of the Gumbel-softmax.
+        tau, noise: temperature of the Gumbel-softmax, and the share of the noise that is added; 1 in AdvCaT.
         expand: pixels a cell, each way.
     """
 
@@ -49,6 +49,7 @@ class TextureSpec:
     points: int = 60
     blur: float = 1.0
     tau: float = 0.3
+    noise: float = 1.0
     expand: int = 4
 
     def __post_init__(self) -> None:
@@ -58,8 +59,8 @@ class TextureSpec:
             raise ConfigError(f"colours={self.colours}; expected 2 to 16.")
         if self.points < 1 or self.expand < 1:
             raise ConfigError(f"points={self.points}, expand={self.expand}; expected at least 1 each.")
-        if not (self.blur > 0 and self.tau > 0):
-            raise ConfigError(f"blur={self.blur}, tau={self.tau}; expected numbers above 0.")
+        if not (self.blur > 0 and self.tau > 0) or self.noise < 0:
+            raise ConfigError(f"blur={self.blur}, tau={self.tau}, noise={self.noise}; expected > 0, > 0 and >= 0.")
 
 
 class ControlPointTexture(nn.Module):
@@ -120,7 +121,7 @@ class ControlPointTexture(nn.Module):
             return F.one_hot(logits.argmax(dim=0), self.spec.colours).permute(2, 0, 1).to(logits)
         uniform = torch.rand(logits.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(logits)
         noise = -(-uniform.log()).log()
-        return ((logits + noise) / self.spec.tau).softmax(dim=0)
+        return ((logits + self.spec.noise * noise) / self.spec.tau).softmax(dim=0)
 
     def forward(self, *, hard: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """The texture, `[3, H, W]` in [0, 1].

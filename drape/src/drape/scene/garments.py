@@ -2,8 +2,8 @@
 
 A garment is the part of the body's skin that its bones move, pushed out along the normals. Trunk and limbs get a
 cylindrical unwrap each, so that one cell of texture has about one size everywhere: the trunk (or hips) fills the
-middle of
-the square, the left and right limb a strip at its sides; the hat is laid flat from its crown. Seams run down the back.
+middle of the square, the left and right limb a strip at its sides; the hat is laid flat from its crown. Seams run down
+the back.
 
 Shapes: `V` body vertices, `F` body triangles, `G` vertices and `E` triangles of the garment.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array, diags_array
 
 from drape.errors import unknown
 from drape.scene.body import Floats, Rig
@@ -23,7 +24,9 @@ __all__ = ["GARMENTS", "Garment", "make_garment", "vertex_normals"]
 GARMENTS = ("shirt", "trousers", "hat")  # garment ids of the buffers are 1, 2, 3
 TRUNK = ("root", "pelvis", "spine", "clavicle", "shoulder")
 LIMBS = {"shirt": ("upperarm",), "trousers": ("upperleg", "lowerleg")}
-OFFSET = {"shirt": 0.014, "trousers": 0.012, "hat": 0.022}  # metres off the skin at rest
+# metres off the skin at rest, at the garment's top and at its hem
+OFFSET = {"shirt": (0.012, 0.032), "trousers": (0.010, 0.020), "hat": (0.022, 0.022)}
+BRIDGING = {"shirt": 25, "trousers": 10, "hat": 4}  # rounds of smoothing that take the garment over hollows
 LOOSE = {
     "shirt": 0.045,
     "trousers": 0.035,
@@ -41,7 +44,7 @@ class Garment:
         faces: int64 `[E, 3]` into the garment's vertices.
         body_faces: bool `[F]`, the body's triangles it covers.
         uv: float64 `[E, 3, 2]` in [0, 1], at the triangles' corners.
-        offset: metres off the skin.  loose: `[G]`, metres the cloth may move; 0 where it is held.
+        offset: `[G]`, metres off the skin.  loose: `[G]`, metres the cloth may move; 0 where it is held.
     """
 
     name: str
@@ -49,8 +52,37 @@ class Garment:
     faces: NDArray[np.int64]
     body_faces: NDArray[np.bool_]
     uv: Floats
-    offset: float
+    offset: Floats
     loose: Floats
+
+    def shell(self, skin: Floats, normals: Floats) -> Floats:
+        """The garment as skinning alone gives it, `[..., G, 3]`: off the skin, and straight across hollows.
+
+        Cloth spans a hollow of the body (between the legs of the pelvis, under the chest) where skin would follow it.
+        So the shell is smoothed by its neighbours' mean, and keeps what lies further out.
+
+        Args:
+            skin, normals: the body's vertices and unit normals at `source`, `[..., G, 3]`.
+        """
+        shell = skin + self.offset[:, None] * normals
+        if not BRIDGING[self.name]:
+            return shell
+        mean = neighbour_mean(self.faces, len(self.source))
+        for _ in range(BRIDGING[self.name]):
+            flat = shell.reshape(-1, len(self.source), 3).transpose(1, 0, 2).reshape(len(self.source), -1)
+            smooth = (mean @ flat).reshape(len(self.source), -1, 3).transpose(1, 0, 2).reshape(shell.shape)
+            outwards = ((smooth - shell) * normals).sum(axis=-1, keepdims=True)
+            shell = shell + np.maximum(outwards, 0.0) * normals
+        return shell
+
+
+def neighbour_mean(faces: NDArray[np.int64], count: int) -> csr_array:
+    """The matrix `[G, G]` that gives each vertex the mean of its neighbours."""
+    pairs = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    rows, columns = np.concatenate([pairs, pairs[:, ::-1]]).T
+    linked = csr_array((np.ones(len(rows)), (rows, columns)), shape=(count, count))
+    linked.data[:] = 1.0
+    return csr_array(diags_array(1 / np.maximum(linked.sum(axis=1), 1.0)) @ linked)
 
 
 def vertex_normals(vertices: Floats, faces: NDArray[np.int64]) -> Floats:
@@ -79,8 +111,9 @@ def region_of(name: str, rig: Rig) -> tuple[NDArray[np.bool_], NDArray[np.int64]
         ankle = rig.heads[rig.bone("foot.L"), 2] + 0.05
         return (trunk & (z < waist + 0.03) | limb) & (z > ankle), part
     shoulders = rig.heads[rig.bone("neck01"), 2] + 0.015
-    hips = rig.heads[rig.bone("upperleg01.L"), 2] - 0.02
-    return ((trunk & (z > hips)) | limb) & (z < shoulders), part
+    hem = rig.heads[rig.bone("upperleg01.L"), 2] - 0.04
+    thigh = np.char.startswith(owner, "upperleg")  # the hem is level: it hangs over the tops of the legs
+    return (((trunk | thigh) & (z > hem)) | limb) & (z < shoulders), part
 
 
 def unwrap(name: str, points: Floats, part: int) -> Floats:
@@ -135,6 +168,13 @@ def looseness(name: str, rig: Rig, source: NDArray[np.int64], part: NDArray[np.i
     return np.asarray(LOOSE[name] * free)
 
 
+def offsets(name: str, rig: Rig, source: NDArray[np.int64]) -> Floats:
+    """Metres off the skin of each vertex: a garment widens towards its hem, and a sleeve as much."""
+    top, hem = OFFSET[name]
+    z = rig.vertices[source, 2]
+    return np.asarray(top + (hem - top) * (z.max() - z) / float(np.ptp(z)))
+
+
 def make_garment(name: str, rig: Rig) -> Garment:
     """A garment of `GARMENTS` for a body."""
     if name not in GARMENTS:
@@ -144,4 +184,5 @@ def make_garment(name: str, rig: Rig) -> Garment:
     chosen = rig.faces[body_faces]
     source, local = np.unique(chosen, return_inverse=True)
     uv = corner_uv(name, rig, chosen, part)
-    return Garment(name, source, local.reshape(-1, 3), body_faces, uv, OFFSET[name], looseness(name, rig, source, part))
+    loose = looseness(name, rig, source, part)
+    return Garment(name, source, local.reshape(-1, 3), body_faces, uv, offsets(name, rig, source), loose)

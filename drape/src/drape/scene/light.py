@@ -1,8 +1,8 @@
 """Light: irradiance on a surface as a function of its normal, for an environment, the sun, or a room.
 
-The environment is a sky that is brighter above and a coloured ground, the sun adds one direction to a dimmer sky,
-the room
-has two lamps. Shadows are left out; a term of the normal's height stands in for what the body hides from the ground.
+The environment is a sky that is brighter above and a coloured ground, the sun adds one direction to a dimmer sky, the
+room has two lamps. Shadows are left out; a term of the normal's height stands in for what the body hides from the
+ground.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drape.errors import ConfigError, unknown
 
-__all__ = ["LIGHTS", "Light", "light"]
+__all__ = ["LIGHTS", "Light", "light", "light_name"]
 
 RGB = tuple[float, float, float]
 
@@ -66,3 +66,8 @@ def light(name: str) -> Light:
     if name not in LIGHTS:
         raise unknown("light", name, LIGHTS)
     return LIGHTS[name]
+
+
+def light_name(lamp: Light) -> str:
+    """The name of a light of `LIGHTS`, "own" for any other."""
+    return next((name for name, known in LIGHTS.items() if known == lamp), "own")

@@ -5,12 +5,13 @@
 `sample` is bilinear, in a mip-map whose level follows the pixel's footprint: without it a minified texture aliases,
 and its gradients are those of the aliases. `pool` averages the supersampled pixels, so mask edges blend by coverage.
 
-Shapes: `B` frames, `R` side of the buffers, `S` side of the frames.
+Shapes: `B` frames, `Q` pixels of the buffers that they show, `S` side of the frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -54,26 +55,46 @@ def sample_texture(texture: Tensor, uv: Tensor, footprint: Tensor) -> Tensor:
     return result
 
 
-def compose(buffers: Buffers, index: Tensor, colour: Tensor, light: Light, background: Tensor) -> Tensor:
-    """Light the surface colours `[B, R, R, 3]`, put them over the background and pool, `[B, 3, S, S]`."""
-    side = buffers.size
-    if background.shape not in ((3, side, side), (len(index), 3, side, side)):
+@dataclass(frozen=True)
+class Shown:
+    """The pixels of some frames: `Q` indices into the buffers' pixels, and into the frames' `B * S * S` pixels."""
+
+    pixels: Tensor
+    into: Tensor
+    frames: int
+
+
+def shown(buffers: Buffers, frames: Sequence[int]) -> Shown:
+    """What the chosen frames show of the person."""
+    k, side = buffers.supersample, buffers.size
+    pixels = torch.cat([torch.arange(buffers.starts[t], buffers.starts[t + 1]) for t in frames])
+    counts = torch.tensor([buffers.starts[t + 1] - buffers.starts[t] for t in frames])
+    place = buffers.pixel[pixels]
+    row, column = place // (side * k) // k, place % (side * k) // k
+    frame = torch.arange(len(frames)).repeat_interleave(counts)
+    return Shown(pixels, (frame * side + row) * side + column, len(frames))
+
+
+def compose(buffers: Buffers, seen: Shown, colour: Tensor, light: Light, background: Tensor) -> Tensor:
+    """Light the surface colours `[Q, 3]`, put them over the background and pool, `[B, 3, S, S]`."""
+    side, count = buffers.size, seen.frames
+    if background.shape not in ((3, side, side), (count, 3, side, side)):
         raise ConfigError(
             f"the background has shape {tuple(background.shape)}; expected (3, {side}, {side}), or one a frame."
         )
-    k = buffers.supersample
-    mask = (buffers.garment[index] > 0).to(colour)[..., None]
-    lit = (colour * light.irradiance(buffers.normal[index]).to(colour)).clamp(0, 1) * mask
-    pooled = F.avg_pool2d(torch.cat([lit, mask], dim=-1).permute(0, 3, 1, 2), k)
+    lit = (colour * light.irradiance(buffers.normal[seen.pixels]).to(colour)).clamp(0, 1)
+    covered = torch.cat([lit, torch.ones_like(lit[:, :1])], dim=1) / buffers.supersample**2
+    pooled = colour.new_zeros(count * side * side, 4).index_add(0, seen.into, covered)
+    pooled = pooled.reshape(count, side, side, 4).permute(0, 3, 1, 2)
     return pooled[:, :3] + background * (1 - pooled[:, 3:])
 
 
-def frame_index(buffers: Buffers, frames: Sequence[int] | None) -> Tensor:
-    """The chosen frames as an index, all if none are named."""
+def chosen_frames(buffers: Buffers, frames: Sequence[int] | None) -> list[int]:
+    """The chosen frames, all if none are named."""
     chosen = list(range(buffers.frames)) if frames is None else list(frames)
     if not chosen or min(chosen) < 0 or max(chosen) >= buffers.frames:
         raise ConfigError(f"frames {chosen}; expected some of 0 to {buffers.frames - 1}.")
-    return torch.tensor(chosen)
+    return chosen
 
 
 def render_frames(
@@ -96,14 +117,15 @@ def render_frames(
     missing = [name for name in GARMENTS if name not in textures]
     if missing:
         raise ConfigError(f"no texture for {', '.join(missing)}; give one for each of {', '.join(GARMENTS)}.")
-    index = frame_index(buffers, frames)
-    garment = buffers.garment[index]
-    colour = buffers.albedo[index].to(textures[GARMENTS[0]])
+    seen = shown(buffers, chosen_frames(buffers, frames))
+    garment = buffers.garment[seen.pixels]
+    colour = buffers.albedo[seen.pixels].to(textures[GARMENTS[0]])
     for number, name in enumerate(GARMENTS, start=1):
-        here = garment == number
-        uv, footprint = buffers.uv[index][here].to(colour), buffers.footprint[index][here].to(colour)
-        colour = colour.index_put((here,), sample_texture(textures[name], uv, footprint))
-    return compose(buffers, index, colour, light, background.to(colour))
+        here = (garment == number).nonzero()[:, 0]
+        pixels = seen.pixels[here]
+        uv, footprint = buffers.uv[pixels].to(colour), buffers.footprint[pixels].to(colour)
+        colour = colour.index_copy(0, here, sample_texture(textures[name], uv, footprint))
+    return compose(buffers, seen, colour, light, background.to(colour))
 
 
 def render_plain(
@@ -114,10 +136,10 @@ def render_plain(
     frames: Sequence[int] | None = None,
 ) -> Tensor:
     """Frames with dyed garments and no texture lookup at all: the untouched render, `[B, 3, S, S]`."""
-    index = frame_index(buffers, frames)
+    seen = shown(buffers, chosen_frames(buffers, frames))
     table = torch.zeros(256, 3)
     for number, name in enumerate(GARMENTS, start=1):
         table[number] = torch.tensor(colours[name])
-    garment = buffers.garment[index]
-    colour = torch.where((garment == BODY)[..., None], buffers.albedo[index], table[garment.long()])
-    return compose(buffers, index, colour, light, background)
+    garment = buffers.garment[seen.pixels]
+    colour = torch.where((garment == BODY)[:, None], buffers.albedo[seen.pixels], table[garment.long()])
+    return compose(buffers, seen, colour, light, background)

@@ -48,7 +48,7 @@ class SequenceSpec:
     cloth: Cloth = field(default_factory=Cloth)
     gender: float = 0.5
     weight: float = 0.5
-    height: float = 0.45
+    height: float = 0.5
     phase: float = 0.0
 
     def __post_init__(self) -> None:
@@ -62,19 +62,23 @@ class SequenceSpec:
 
 @dataclass(frozen=True)
 class Buffers:
-    """What the camera sees, without textures.
+    """What the camera sees, without textures: `P` pixels that show the person, those of all frames in a row.
 
     Attributes:
-        uv: float32 `[T, R, R, 2]` in [0, 1], in the square of the pixel's garment.
-        garment: uint8 `[T, R, R]`: 0 background, 1.. the garments of `GARMENTS`, 255 body.
-        normal: float32 `[T, R, R, 3]`, unit, world; zero on the background.
-        albedo: float32 `[T, R, R, 3]`, the body's own colour where it shows.
-        footprint: float32 `[T, R, R]`, length in uv that one buffer pixel covers.
+        pixel: int64 `[P]`, place in the frame's R * R pixels, row by row.
+        starts: T + 1 places in `[P]`; frame t has the pixels from starts[t] up to starts[t + 1].
+        uv: float32 `[P, 2]` in [0, 1], in the square of the pixel's garment.
+        garment: uint8 `[P]`: 1.. the garments of `GARMENTS`, 255 body.
+        normal: float32 `[P, 3]`, unit, world.
+        albedo: float32 `[P, 3]`, the body's own colour where it shows.
+        footprint: float32 `[P]`, length in uv that one pixel covers.
         boxes: float32 `[T, 4]`, the person's true box (x0, y0, x1, y1) in frame pixels; nan where out of the picture.
         azimuth: float32 `[T]`, degrees, the side that is seen.
-        supersample: R / S.
+        size, supersample: S, and R / S.
     """
 
+    pixel: Tensor
+    starts: list[int]
     uv: Tensor
     garment: Tensor
     normal: Tensor
@@ -82,15 +86,21 @@ class Buffers:
     footprint: Tensor
     boxes: Tensor
     azimuth: Tensor
+    size: int
     supersample: int
 
     @property
     def frames(self) -> int:
-        return int(self.uv.shape[0])
+        return len(self.boxes)
 
-    @property
-    def size(self) -> int:
-        return int(self.uv.shape[1]) // self.supersample
+    def garment_map(self) -> Tensor:
+        """The garments as pictures, uint8 `[T, R, R]`, 0 where the background shows."""
+        side = self.size * self.supersample
+        result = torch.zeros(self.frames, side * side, dtype=torch.uint8)
+        for t in range(self.frames):
+            mine = slice(self.starts[t], self.starts[t + 1])
+            result[t, self.pixel[mine]] = self.garment[mine]
+        return result.reshape(self.frames, side, side)
 
 
 def build_sequence(spec: SequenceSpec) -> Buffers:
@@ -98,6 +108,8 @@ def build_sequence(spec: SequenceSpec) -> Buffers:
     arrays = cached_arrays("sequence", asdict(spec), lambda: make_arrays(spec))
     uv, normal = arrays["uv"].astype(np.float32) / 65535, arrays["normal"].astype(np.float32) / 32767
     return Buffers(
+        pixel=torch.from_numpy(arrays["pixel"].astype(np.int64)),
+        starts=arrays["starts"].tolist(),
         uv=torch.from_numpy(uv),
         garment=torch.from_numpy(arrays["garment"]),
         normal=torch.from_numpy(normal),
@@ -105,6 +117,7 @@ def build_sequence(spec: SequenceSpec) -> Buffers:
         footprint=torch.from_numpy(arrays["footprint"].astype(np.float32)),
         boxes=torch.from_numpy(arrays["boxes"]),
         azimuth=torch.from_numpy(arrays["azimuth"]),
+        size=spec.size,
         supersample=spec.supersample,
     )
 
@@ -167,8 +180,8 @@ def clothed_walk(spec: SequenceSpec, rig: Rig, garments: list[Garment]) -> tuple
     rest_normals = vertex_normals(rig.vertices, rig.faces)
     parts = [posed]
     for g in garments:
-        shells = posed[:, g.source] + g.offset * normals[:, g.source]
-        rest = rig.vertices[g.source] + g.offset * rest_normals[g.source]
+        shells = g.shell(posed[:, g.source], normals[:, g.source])
+        rest = g.shell(rig.vertices[g.source], rest_normals[g.source])
         parts.append(simulate(g, shells, normals[:, g.source], rest, spec.cloth, spec.fps))
     return np.concatenate(parts, axis=1)[WARM_UP:], walked[WARM_UP:] - walked[WARM_UP]
 
@@ -183,7 +196,9 @@ def make_arrays(spec: SequenceSpec) -> dict[str, NDArray[Any]]:
     frames = [
         render_geometry(spec, mesh, bodies[t] @ rotation("z", heading[t]).T + place[t]) for t in range(spec.frames)
     ]
-    arrays: dict[str, NDArray[Any]] = {name: np.stack([f[name] for f in frames]) for name in frames[0]}
+    arrays: dict[str, NDArray[Any]] = {name: np.concatenate([f[name] for f in frames]) for name in frames[0]}
+    arrays["boxes"] = arrays["boxes"].reshape(spec.frames, 4)
+    arrays["starts"] = np.cumsum([0, *(len(f["pixel"]) for f in frames)])
     arrays["azimuth"] = azimuth_of(spec.camera, place, heading).astype(np.float32)
     return arrays
 
@@ -193,13 +208,6 @@ def render_geometry(spec: SequenceSpec, mesh: Wardrobe, vertices: Floats) -> dic
     size = spec.size * spec.supersample
     hits = rasterise(spec.camera.project(vertices, size), mesh.faces, size)
     normals = vertex_normals(vertices, mesh.faces)
-    at = (hits.row, hits.column)
-
-    def spread(values: NDArray[Any], dtype: type) -> NDArray[Any]:
-        buffer = np.zeros((size, size, *values.shape[1:]), dtype=dtype)
-        buffer[at] = values
-        return buffer
-
     corners = mesh.faces[hits.face]
     normal = np.einsum("pk,pkd->pd", hits.weights, normals[corners])
     normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
@@ -212,10 +220,11 @@ def render_geometry(spec: SequenceSpec, mesh: Wardrobe, vertices: Floats) -> dic
     if len(hits.row):
         box[:] = hits.column.min(), hits.row.min(), hits.column.max() + 1, hits.row.max() + 1
     return {
-        "uv": spread(np.round(np.clip(uv, 0, 1) * 65535), np.uint16),
-        "garment": spread(mesh.garment[hits.face], np.uint8),
-        "normal": spread(np.round(normal * 32767), np.int16),
-        "albedo": spread(np.round(np.clip(colour, 0, 1) * 255), np.uint8),
-        "footprint": spread(np.minimum(footprint, 1.0), np.float16),
+        "pixel": (hits.row * size + hits.column).astype(np.int32),
+        "uv": np.round(np.clip(uv, 0, 1) * 65535).astype(np.uint16),
+        "garment": mesh.garment[hits.face],
+        "normal": np.round(normal * 32767).astype(np.int16),
+        "albedo": np.round(np.clip(colour, 0, 1) * 255).astype(np.uint8),
+        "footprint": np.minimum(footprint, 1.0).astype(np.float16),
         "boxes": (box / spec.supersample).astype(np.float32),
     }
