@@ -2,12 +2,12 @@
 
 Position-based dynamics (Mueller et al. 2007, "Position Based Dynamics", J. Vis. Commun. Image Represent. 18), with
 three constraints: edges keep their rest length, a vertex stays within `loose` of the place that the skinned shell gives
-it, and
-no vertex comes nearer to the skin than 40 % of the shell's offset. Self-collision and air are left out. Projection
-is of Jacobi's kind with averaging, so it vectorises.
+it, and no vertex comes nearer to the skin than 40 % of the shell's offset. Self-collision and air are left out.
+Projection is of Jacobi's kind with averaging, so it vectorises.
 
-Departures: an engine with flexible bodies (MuJoCo's flex) would need a contact model of the whole body; the tie to the
-skinned shell does its work here and cannot explode.
+The dynamics come from the solver here, or from Newton's XPBD (`Cloth.engine`, see `drape.scene.newton_cloth`). Contact
+with the body is the same for both, the last two constraints: an engine's own would need a mesh of the whole body that
+deforms, which engines of rigid shapes do not take.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from drape.errors import ConfigError
+from drape.errors import ConfigError, unknown
 from drape.scene.body import Floats
 from drape.scene.garments import Garment
 
-__all__ = ["Cloth", "simulate"]
+__all__ = ["ENGINES", "Cloth", "edges_of", "held_to_body", "simulate"]
 
+ENGINES = ("drape", "newton")
 GRAVITY = 9.81
 FLOOR = 0.4  # of the offset: the nearest that cloth comes to the skin
 
@@ -36,18 +37,22 @@ class Cloth:
         damping: share of the velocity lost in a substep, 0 to 1.
         iterations: projections a substep.
         substeps: a frame.
+        engine: one of `ENGINES`, "drape" for the solver of this module or "newton".
     """
 
     stiffness: float = 0.8
     damping: float = 0.04
     iterations: int = 6
     substeps: int = 4
+    engine: str = "drape"
 
     def __post_init__(self) -> None:
         if not 0 < self.stiffness <= 1 or not 0 <= self.damping <= 1:
             raise ConfigError(f"stiffness={self.stiffness}, damping={self.damping}; expected (0, 1] and [0, 1].")
         if self.iterations < 1 or self.substeps < 1:
             raise ConfigError(f"iterations={self.iterations}, substeps={self.substeps}; expected at least 1 each.")
+        if self.engine not in ENGINES:
+            raise unknown("cloth engine", self.engine, ENGINES)
 
 
 def edges_of(faces: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -73,7 +78,11 @@ def project(
     move = np.zeros_like(x)
     np.add.at(move, edges[:, 0], push)
     np.add.at(move, edges[:, 1], -push)
-    x = x + move / degree * 2
+    return held_to_body(x + move / degree * 2, shell, normals, garment)
+
+
+def held_to_body(x: Floats, shell: Floats, normals: Floats, garment: Garment) -> Floats:
+    """Positions `[G, 3]` brought out of the skin, and back to where the garment may be."""
     depth = ((x - shell) * normals).sum(axis=1)
     x = x + np.maximum(-(1 - FLOOR) * garment.offset - depth, 0.0)[:, None] * normals
     away = x - shell
@@ -91,6 +100,10 @@ def simulate(garment: Garment, shells: Floats, normals: Floats, rest_shell: Floa
     """
     if shells.shape != normals.shape or shells.shape[1:] != rest_shell.shape:
         raise ConfigError(f"shells {shells.shape}, normals {normals.shape} and rest {rest_shell.shape} do not match.")
+    if cloth.engine == "newton":
+        from drape.scene.newton_cloth import simulate_with_newton  # an optional extra
+
+        return simulate_with_newton(garment, shells, normals, rest_shell, cloth, fps)
     edges = edges_of(garment.faces)
     rest = np.linalg.norm(rest_shell[edges[:, 1]] - rest_shell[edges[:, 0]], axis=1, keepdims=True)
     degree = np.maximum(np.bincount(edges.ravel(), minlength=len(rest_shell)), 1)[:, None].astype(np.float64)
