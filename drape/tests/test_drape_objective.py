@@ -119,7 +119,7 @@ def test_confidence_counts_boxes_on_the_person_only() -> None:
     boxes = torch.stack([BOX, BOX + 5, BOX + 100])[None]
     scores = torch.tensor([[0.3, 0.6, 0.9]], requires_grad=True)
     found = Candidates(boxes, scores)
-    assert float(confidence(found, BOX[None], "max")) == pytest.approx(0.6)
+    assert float(confidence(found, BOX[None], "max").detach()) == pytest.approx(0.6)
     assert float(confidence(found, BOX[None], "best")) == pytest.approx(0.3)
     assert 0.6 <= float(confidence(found, BOX[None], "smooth")) < 0.65
     (gradient,) = torch.autograd.grad(confidence(found, BOX[None]).sum(), scores)

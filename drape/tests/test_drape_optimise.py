@@ -20,7 +20,7 @@ from drape.evaluate import evaluate, evaluate_defences
 from drape.gamut import Gamut
 from drape.objective import Temporal
 from drape.optimise import OptimiseSpec, Run, Scene, optimise
-from drape.report import animation, curve_svg, page
+from drape.report import animation
 from drape.scene.backgrounds import background
 from drape.scene.light import light
 from drape.scene.sequence import Buffers
@@ -74,7 +74,7 @@ def test_both_modes_cost_the_same_compute(scene: Scene) -> None:
         counted = sum(count * (3 if gradient else 1) for count, gradient in detector.calls)
         assert counted == result.passes
         costs.append(counted)
-    assert costs[1] == pytest.approx(costs[0], rel=0.15)
+    assert abs(costs[1] - costs[0]) < 3  # less than one frame with its gradient
 
 
 def test_optimisation_is_that_of_its_seed(scene: Scene) -> None:
@@ -132,28 +132,18 @@ def test_animation_draws_the_box() -> None:
         animation(torch.zeros(3, 3, 20, 20), [None])
 
 
-def test_page_escapes_names_and_shows_every_row(scene: Scene) -> None:
-    row = evaluate(Red(), [scene], control("plain", Gamut.proxy()))
-    text = page("a <b>", "note", {"plain & simple": row}, {"walk": b"GIF89a"})
-    assert "a &lt;b&gt;" in text
-    assert "plain &amp; simple" in text
-    assert text.count("<polyline") == 1
-    assert curve_svg({"a": [0.0, 1.0]}).count("34.0,186.0 606.0,34.0") == 1
-    with pytest.raises(ConfigError, match="results"):
-        page("t", "n", {}, {})
-
-
 def test_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "load_detector", lambda name: Red())
     arguments = ["demo", "--steps", "2", "--frames", "3", "--size", "64", "--out", str(tmp_path)]
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output
     measured = json.loads((tmp_path / "evaluate.json").read_text())
-    assert {"plain", "random", "worst case", "worst case, aggregate"} <= set(measured["results"])
-    assert set(measured["defences"]["aggregate"]) == {"recovered_recall", "clean_ap50_loss"}
+    assert {"plain", "random", "product", "noise", "worst case"} <= set(measured["results"])
+    assert set(measured["defences"]) == {"aggregate", "median"}
     text = (tmp_path / "report.html").read_text()
     assert text.count("data:image/gif") == 2
     assert "proxy gamut" in text
+    assert 'src="http' not in text  # one page, no outside files
 
 
 def test_report_without_evaluation_says_what_to_run(tmp_path: Path) -> None:

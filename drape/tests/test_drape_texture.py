@@ -175,4 +175,4 @@ def test_random_textures_are_those_of_their_seed(proxy: Gamut) -> None:
     a, b, c = (random_textures(proxy, seed)["hat"](hard=True) for seed in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
-    assert a.shape == (3, SPECS["hat"].height * 4, SPECS["hat"].width * 4)
+    assert a.shape == (3, SPECS["hat"].height * SPECS["hat"].expand, SPECS["hat"].width * SPECS["hat"].expand)

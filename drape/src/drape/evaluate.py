@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,39 @@ from torch import Tensor
 
 from drape.defences import Purified, aggregate, consensus
 from drape.detectors.base import Detection, Detector
-from drape.errors import ConfigError
+from drape.errors import ConfigError, unknown
 from drape.metrics import (
     average_precision,
+    azimuth_curve,
     confidences,
     frame_success,
+    group_means,
     longest_run,
     sequence_success,
     track_recall,
 )
 from drape.optimise import Scene
+from drape.progress import steps
+from drape.scene.light import LIGHTS, light_name
 
-__all__ = ["DEFENCES", "detect_walk", "evaluate", "evaluate_defences", "recovered"]
+__all__ = [
+    "DEFENCES",
+    "Judge",
+    "Subject",
+    "Walks",
+    "defended",
+    "detect_walk",
+    "evaluate",
+    "evaluate_defences",
+    "light_curve",
+    "recovered",
+    "summary",
+]
 
-DEFENCES = ("aggregate", "median", "consensus")
+DEFENCES = ("aggregate", "median", "consensus", "hardened", "hardened+aggregate")
 BATCH = 4  # frames a detector sees at once
 Textures = Mapping[str, Tensor]
+Walks = list[list[Detection]]
 
 
 def detect_walk(detector: Detector, scene: Scene, textures: Textures) -> list[Detection]:
@@ -44,12 +62,14 @@ def detect_walk(detector: Detector, scene: Scene, textures: Textures) -> list[De
     ]
 
 
-def summary(walks: Sequence[list[Detection]], scenes: Sequence[Scene]) -> dict[str, Any]:
-    """The metrics of `drape.metrics` over all walks, and the confidences of each."""
+def summary(walks: Sequence[Sequence[Detection]], scenes: Sequence[Scene]) -> dict[str, Any]:
+    """The metrics of `drape.metrics` over all walks, the confidences of each, and those by side and by light."""
     curves = [confidences(d, s.buffers.boxes) for d, s in zip(walks, scenes, strict=True)]
     runs = [longest_run(d) for d in curves]
     tracks = [track_recall(d, s.buffers.boxes) for d, s in zip(walks, scenes, strict=True)]
     frames = np.concatenate(curves)
+    sides = np.concatenate([s.buffers.azimuth.double().numpy() for s in scenes])
+    angles, means = azimuth_curve(sides, frames, width=30.0)
     return {
         "ap50": average_precision([d for w in walks for d in w], torch.cat([s.buffers.boxes for s in scenes])),
         "recall": 1 - frame_success(frames),
@@ -59,43 +79,102 @@ def summary(walks: Sequence[list[Detection]], scenes: Sequence[Scene]) -> dict[s
         "longest_run": float(np.mean(runs)),
         "track_recall": float(np.mean(tracks)),
         "curves": {s.label: d.tolist() for s, d in zip(scenes, curves, strict=True)},
+        "azimuth": {f"{a:g}": None if np.isnan(m) else float(m) for a, m in zip(angles, means, strict=True)},
+        "lights": group_means([light_name(s.light) for s in scenes], curves),
     }
+
+
+class Judge:
+    """Detections of textures on walks, each looked at once.
+
+    Args:
+        scenes: at least one, with labels of their own.
+    """
+
+    def __init__(self, scenes: Sequence[Scene]) -> None:
+        labels = [scene.label for scene in scenes]
+        if not labels or len(set(labels)) != len(labels):
+            raise ConfigError(f"scenes {labels}; expected at least one, each with a label of its own.")
+        self.scenes = list(scenes)
+        self.seen: dict[tuple[str, str], Walks] = {}
+
+    def walks(self, detector: Detector, name: str, textures: Textures) -> Walks:
+        """Detections on all walks; `name` must be one texture's only."""
+        key = (detector.name, name)
+        if key not in self.seen:
+            looked = steps(self.scenes, f"{detector.name}: {name}")
+            self.seen[key] = [detect_walk(detector, scene, textures) for scene in looked]
+        return self.seen[key]
+
+    def result(self, detector: Detector, name: str, textures: Textures) -> dict[str, Any]:
+        """The metrics without defence."""
+        return summary(self.walks(detector, name, textures), self.scenes)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a detector, those it may agree with, and itself fine-tuned, where there is that."""
+
+    detector: Detector
+    others: Sequence[Detector] = field(default_factory=tuple)
+    hardened: Detector | None = None
+
+    def defences(self) -> tuple[str, ...]:
+        """Those of `DEFENCES` that it has what is needed for."""
+        missing = set() if self.others else {"consensus"}
+        missing |= set() if self.hardened else {"hardened", "hardened+aggregate"}
+        return tuple(name for name in DEFENCES if name not in missing)
+
+
+def defended(judge: Judge, subject: Subject, defence: str, name: str, textures: Textures) -> dict[str, Any]:
+    """The metrics of a texture behind one defence.
+
+    Raises:
+        UnknownNameError: the defence is none of those that the subject has.
+    """
+    if defence not in subject.defences():
+        raise unknown("defence", defence, subject.defences())
+    first, _, second = defence.partition("+")
+    if first == "median":
+        walks = judge.walks(Purified(subject.detector), name, textures)
+    elif first == "hardened":
+        assert subject.hardened is not None
+        walks = judge.walks(subject.hardened, name, textures)
+    else:
+        walks = judge.walks(subject.detector, name, textures)
+    if first == "consensus":
+        others = [judge.walks(other, name, textures) for other in subject.others]
+        walks = [consensus(views) for views in zip(walks, *others, strict=True)]
+    if "aggregate" in (first, second):
+        walks = [aggregate(walk) for walk in walks]
+    return summary(walks, judge.scenes)
 
 
 def evaluate(detector: Detector, scenes: Sequence[Scene], textures: Textures) -> dict[str, Any]:
     """A detector without defence."""
-    check_scenes(scenes)
-    return summary([detect_walk(detector, scene, textures) for scene in scenes], scenes)
+    return Judge(scenes).result(detector, "textures", textures)
 
 
 def evaluate_defences(
-    detector: Detector, scenes: Sequence[Scene], textures: Textures, others: Sequence[Detector] = ()
+    detector: Detector,
+    scenes: Sequence[Scene],
+    textures: Textures,
+    others: Sequence[Detector] = (),
+    hardened: Detector | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """A detector behind each of `DEFENCES`; consensus only with `others` to agree with."""
-    check_scenes(scenes)
-    plain = [detect_walk(detector, scene, textures) for scene in scenes]
-    median = Purified(detector)
-    result = {
-        "aggregate": summary([aggregate(walk) for walk in plain], scenes),
-        "median": summary([detect_walk(median, scene, textures) for scene in scenes], scenes),
-    }
-    if others:
-        walks = [
-            consensus([walk, *(detect_walk(other, scene, textures) for other in others)])
-            for walk, scene in zip(plain, scenes, strict=True)
-        ]
-        result["consensus"] = summary(walks, scenes)
-    return result
+    """A detector behind each of `DEFENCES`; consensus only with `others`, "hardened" only with a fine-tuned copy."""
+    judge, subject = Judge(scenes), Subject(detector, others, hardened)
+    return {name: defended(judge, subject, name, "textures", textures) for name in subject.defences()}
+
+
+def light_curve(detector: Detector, scene: Scene, textures: Textures) -> dict[str, float]:
+    """Mean confidence on one walk under each of `LIGHTS`, everything else the same."""
+    lit = [replace(scene, label=name, light=lamp) for name, lamp in LIGHTS.items()]
+    found = evaluate(detector, lit, textures)["lights"]
+    return {name: found[name] for name in LIGHTS}
 
 
 def recovered(clean: float, attacked: float, defended: float) -> float | None:
     """Share of the lost recall that a defence wins back; none if nothing was lost."""
     lost = clean - attacked
     return (defended - attacked) / lost if lost > 1e-9 else None
-
-
-def check_scenes(scenes: Sequence[Scene]) -> None:
-    """Refuse an empty list, and two scenes of the same label."""
-    labels = [scene.label for scene in scenes]
-    if not labels or len(set(labels)) != len(labels):
-        raise ConfigError(f"scenes {labels}; expected at least one, each with a label of its own.")

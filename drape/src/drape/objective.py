@@ -27,6 +27,7 @@ __all__ = [
     "WEIGHTINGS",
     "Drift",
     "Temporal",
+    "aggregated",
     "confidence",
     "drift",
     "ensemble_confidence",
@@ -167,6 +168,22 @@ def sequence_loss(temporal: Temporal, d: Tensor, running: Tensor | None = None, 
     """The loss of one sequence from its confidences `[T]`: weighted smooth steps and the variance."""
     variance = d.var(unbiased=False)
     return temporal_loss(temporal, smooth_step(temporal, d), running, progress) + temporal.variance * variance
+
+
+def aggregated(d: Tensor, reach: int) -> Tensor:
+    """What aggregation over `reach` frames before and after makes of confidences `[T]`: a smooth maximum, `[T]`.
+
+    sum_s d_s softmax_s(k d_s) over the neighbourhood, which ends at the sequence's ends; between mean and maximum. An
+    attack that knows of `drape.defences.aggregate` is optimised through it.
+    """
+    if d.ndim != 1 or reach < 0:
+        raise ConfigError(f"confidences {tuple(d.shape)}, reach={reach}; expected [T], and 0 or more.")
+    if reach == 0:
+        return d
+    place = torch.arange(len(d), device=d.device)
+    away = (place[:, None] - place).abs() > reach
+    share = (SHARPNESS * d).expand(len(d), -1).masked_fill(away, -torch.inf).softmax(dim=1)
+    return share @ d
 
 
 def spread(texture: ControlPointTexture, sigma: float = SPREAD_CELLS) -> Tensor:

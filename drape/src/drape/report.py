@@ -1,4 +1,4 @@
-"""One HTML page without outside files: the walk as video, the confidence over it, and the table of metrics."""
+"""One HTML page without outside files, from the JSON of `drape evaluate`: video, tables, curves."""
 
 from __future__ import annotations
 
@@ -13,20 +13,35 @@ from PIL import Image
 from torch import Tensor
 
 from drape.errors import ConfigError
+from drape.plots import azimuth_svg, bars_svg, curve_svg
 
-__all__ = ["animation", "curve_svg", "page"]
+__all__ = ["animation", "page", "table"]
 
-COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e6c1f", "#6c3f99", "#555555")
-WIDTH, HEIGHT, MARGIN = 640, 220, 34
-COLUMNS = ("ap50", "recall", "mean_confidence", "sequence_success_50", "longest_run", "track_recall")
+COLUMNS = {
+    "ap50": "AP at IoU .5",
+    "recall": "recall",
+    "mean_confidence": "mean confidence",
+    "sequence_success_10": "walks missed (< 10 % seen)",
+    "sequence_success_50": "walks missed (< 50 % seen)",
+    "longest_run": "longest run seen, frames",
+    "track_recall": "track recall",
+}
+DEFENCE_COLUMNS = {
+    "recall": "recall",
+    "recovered_recall": "lost recall recovered",
+    "adaptive_recall": "recall, attack knows",
+    "recovered_recall_adaptive": "recovered, attack knows",
+    "clean_recall": "recall, plain clothes",
+    "clean_ap50_loss": "AP lost in plain clothes",
+}
 STYLE = (
-    "body{font:16px/1.45 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+    "body{font:16px/1.45 sans-serif;max-width:62em;margin:2em auto;padding:0 1em}"
     "td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child"
-    "{text-align:left}img,svg{max-width:100%}figure{display:inline-block;margin:.5em}"
+    "{text-align:left;white-space:nowrap}img,svg{max-width:100%}figure{display:inline-block;margin:.5em}"
 )
 
 
-def animation(frames: Tensor, boxes: Sequence[Tensor | None], milliseconds: int = 120) -> bytes:
+def animation(frames: Tensor, boxes: Sequence[Sequence[float] | Tensor | None], milliseconds: int = 160) -> bytes:
     """Frames `[T, 3, S, S]` as an animated GIF; each box (x0, y0, x1, y1) is drawn where there is one."""
     if len(boxes) != len(frames):
         raise ConfigError(f"{len(boxes)} boxes for {len(frames)} frames; expected one, or None, for each.")
@@ -34,9 +49,14 @@ def animation(frames: Tensor, boxes: Sequence[Tensor | None], milliseconds: int 
     for frame, box in zip(frames, boxes, strict=True):
         pixels = np.round(frame.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
         if box is not None:
-            side = len(pixels) - 1
+            side = len(pixels) - 2
             x0, y0, x1, y1 = (int(np.clip(float(v), 0, side)) for v in box)
-            for edge in (np.s_[y0, x0:x1], np.s_[y1, x0:x1], np.s_[y0:y1, x0], np.s_[y0:y1, x1]):
+            for edge in (
+                np.s_[y0 : y0 + 2, x0:x1],
+                np.s_[y1 : y1 + 2, x0:x1],
+                np.s_[y0:y1, x0 : x0 + 2],
+                np.s_[y0:y1, x1 : x1 + 2],
+            ):
                 pixels[edge] = (40, 230, 90)
         pictures.append(Image.fromarray(pixels))
     stream = io.BytesIO()
@@ -44,61 +64,61 @@ def animation(frames: Tensor, boxes: Sequence[Tensor | None], milliseconds: int 
     return stream.getvalue()
 
 
-def curve_svg(curves: Mapping[str, Sequence[float]], threshold: float = 0.5) -> str:
-    """Confidences in [0, 1] over the frames, one line for each name, with the threshold dashed."""
-    if not curves or any(len(values) < 1 for values in curves.values()):
-        raise ConfigError("no curve to draw; expected at least one with at least one frame.")
-    longest = max(len(values) for values in curves.values())
-
-    def x(frame: int) -> float:
-        return MARGIN + frame / max(longest - 1, 1) * (WIDTH - 2 * MARGIN)
-
-    def y(value: float) -> float:
-        return HEIGHT - MARGIN - value * (HEIGHT - 2 * MARGIN)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="confidence over the walk">']
-    for value in (0.0, threshold, 1.0):
-        dash = ' stroke-dasharray="5 4"' if value == threshold else ""
-        parts.append(f'<path d="M{MARGIN} {y(value):.1f}H{WIDTH - MARGIN}" stroke="#999"{dash}/>')
-        parts.append(f'<text x="2" y="{y(value) + 4:.1f}" font-size="12">{value:g}</text>')
-    for number, (name, values) in enumerate(curves.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        points = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v in enumerate(values))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        place = MARGIN + number * 130
-        parts.append(f'<text x="{place}" y="16" font-size="13" fill="{colour}">{html.escape(name)}</text>')
-    return "".join([*parts, "</svg>"])
+def cell(value: Any) -> str:
+    """A number with three digits, a dash where there is none."""
+    return "–" if value is None else f"{value:.3f}"
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each texture or defence, a column for each metric."""
-    head = "".join(f"<th>{column}</th>" for column in COLUMNS)
-    rows = [
-        f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{row[c]:.3f}</td>" for c in COLUMNS) + "</tr>"
-        for name, row in results.items()
-    ]
-    return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """A row for each name; columns are keys of the rows and their titles. A key that no row has is left out."""
+    shown = {key: title for key, title in columns.items() if any(key in row for row in rows.values())}
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in shown.values())
+    body = "".join(
+        f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{cell(row.get(key))}</td>" for key in shown) + "</tr>"
+        for name, row in rows.items()
+    )
+    return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 
-def page(title: str, note: str, results: Mapping[str, Mapping[str, Any]], videos: Mapping[str, bytes]) -> str:
+def page(measured: Mapping[str, Any], videos: Mapping[str, bytes], note: str = "") -> str:
     """The whole page.
 
     Args:
-        results: `drape.evaluate.evaluate`'s values by texture or defence.  videos: GIF bytes by caption.
+        measured: what `drape.measure.measure` gives.  videos: GIF bytes by caption.  note: conditions, below the title.
     """
+    results: Mapping[str, Mapping[str, Any]] = measured["results"]
     if not results:
         raise ConfigError("no results to report; run `drape evaluate` first.")
+    shown = {name: results[name] for name in ("plain", measured["attack"])}
     figures = "".join(
         f'<figure><img alt="{html.escape(caption)}" src="data:image/gif;base64,{base64.b64encode(gif).decode()}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         for caption, gif in videos.items()
     )
-    labels = list(next(iter(results.values()))["curves"])
-    curves = "".join(
-        f"<h2>{html.escape(label)}</h2>{curve_svg({name: row['curves'][label] for name, row in results.items()})}"
-        for label in labels
-    )
+    sections = [
+        f"<h2>The walk</h2>{figures}",
+        f"<h2>Textures</h2>{table(results, COLUMNS)}",
+        f"<h2>Defences against “{html.escape(measured['attack'])}”</h2>{table(measured['defences'], DEFENCE_COLUMNS)}",
+        f"<h2>Transfer: recall of each detector</h2>{transfer_table(measured['transfer'])}",
+        "<h2>By the side that is seen</h2>" + azimuth_svg({name: row["azimuth"] for name, row in shown.items()}),
+        f"<h2>By light, on the first walk</h2>{bars_svg(measured['lights'])}",
+    ]
+    for label in next(iter(shown.values()))["curves"]:
+        lines = {name: row["curves"][label] for name, row in shown.items()}
+        lines |= {f"with {name}": row["curves"][label] for name, row in measured["defences"].items()}
+        sections.append(f"<h2>Confidence: {html.escape(label)}</h2>{curve_svg(lines)}")
+    title = f"drape: {html.escape(measured['detector'])}"
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(note)}</p>{figures}{table(results)}{curves}</html>"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style><h1>{title}</h1><p>{html.escape(note)}</p>{''.join(sections)}</html>"
     )
+
+
+def transfer_table(transfer: Mapping[str, Any]) -> str:
+    """Rows are textures, columns detectors."""
+    columns = {name: name for name in transfer["columns"]}
+    rows = {
+        row: dict(zip(columns, values, strict=True))
+        for row, values in zip(transfer["rows"], transfer["recall"], strict=True)
+    }
+    return table(rows, columns)

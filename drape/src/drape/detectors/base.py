@@ -104,6 +104,10 @@ class Detector(nn.Module):
             result.append(Detection(boxes[above][kept], scores[above][kept]))
         return result
 
+    def weights(self) -> list[nn.Parameter]:
+        """The weights that fine-tuning may change, from the input to the output."""
+        return list(self.parameters())
+
     def freeze(self) -> Detector:
         """Evaluation mode and no gradients to the weights; the gradient to the frames stays."""
         self.eval()

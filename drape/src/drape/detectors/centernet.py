@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from drape.detectors.base import Candidates, Detector
 from drape.detectors.tfgraph import TFGraph, read_tfjs
@@ -32,6 +32,9 @@ class CenterNet(Detector):
         super().__init__(name, 512, threshold=0.3)  # as its authors show boxes
         self.graph = TFGraph(read_tfjs(model), ("tower_0/keypoints", "tower_0/wh"))
         self.freeze()
+
+    def weights(self) -> list[nn.Parameter]:
+        return self.graph.weights()
 
     def candidates(self, images: Tensor) -> Candidates:
         heat, sides = self.graph(images.permute(0, 2, 3, 1) * 255)

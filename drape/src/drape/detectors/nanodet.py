@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drape.detectors.base import Candidates, Detector
 from drape.detectors.tfgraph import TFGraph, read_tfjs
@@ -34,6 +34,9 @@ class NanoDet(Detector):
         super().__init__(name, 416, threshold=0.35)  # scores of the focal loss run low
         self.graph = TFGraph(read_tfjs(model), CLASSES + SIDES)
         self.freeze()
+
+    def weights(self) -> list[nn.Parameter]:
+        return self.graph.weights()
 
     def candidates(self, images: Tensor) -> Candidates:
         outputs = self.graph(images)

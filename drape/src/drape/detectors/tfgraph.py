@@ -254,6 +254,13 @@ class TFGraph(nn.Module):
         else:
             self.register_buffer(self.places[name], value)
 
+    def weights(self) -> list[nn.Parameter]:
+        """Kernels and biases in the order in which they are used; single numbers are left out."""
+        names = [plain_name(name) for node in self.order for name in node.inputs]
+        used = dict.fromkeys(self.places[name] for name in names if name in self.places)
+        found = (getattr(self, place) for place in used)
+        return [value for value in found if isinstance(value, nn.Parameter) and value.numel() > 1]
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """The outputs for an input in the graph's own layout."""
         values: dict[str, Tensor | tuple[Tensor, ...]] = {self.source: x}

@@ -1,0 +1,116 @@
+"""Everything that a report shows, as one value for JSON: controls, attacks, transfer, curves and defences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from drape.detectors.base import Detection
+from drape.errors import ConfigError
+from drape.evaluate import Judge, Subject, defended, light_curve, recovered
+from drape.metrics import transfer_matrix
+
+__all__ = ["CLEAN", "Attacks", "defence_row", "defence_table", "measure", "track"]
+
+CLEAN = "plain"  # the control that recall is lost against
+FOUND = 0.5
+Textures = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Attacks:
+    """Textures by name.
+
+    Attributes:
+        controls: with "plain" among them.
+        attacks: the first one is what defences are measured against.
+        adaptive: by defence, textures that were optimised through it.
+    """
+
+    controls: Mapping[str, Textures]
+    attacks: Mapping[str, Textures]
+    adaptive: Mapping[str, Textures] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if CLEAN not in self.controls or not self.attacks:
+            raise ConfigError(f'give the control "{CLEAN}" and at least one attack.')
+        shared = set(self.controls) & set(self.attacks)
+        if shared:
+            raise ConfigError(f"{sorted(shared)} name both a control and an attack; rename the attack.")
+
+
+def defence_row(clean: dict[str, Any], attacked: dict[str, Any], rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a defence is worth, and what it costs.
+
+    Args:
+        clean, attacked: metrics without defence.  rows: metrics behind it: "clean", "attacked", and "adaptive", the
+            texture that was optimised through it, if there is one.
+    """
+    lost = clean["recall"], attacked["recall"]
+    row = {
+        "recall": rows["attacked"]["recall"],
+        "recovered_recall": recovered(*lost, rows["attacked"]["recall"]),
+        "clean_recall": rows["clean"]["recall"],
+        "clean_ap50_loss": clean["ap50"] - rows["clean"]["ap50"],
+        "attacked_ap50": rows["attacked"]["ap50"],
+    }
+    if "adaptive" in rows:
+        row["adaptive_recall"] = rows["adaptive"]["recall"]
+        row["recovered_recall_adaptive"] = recovered(*lost, rows["adaptive"]["recall"])
+    return row
+
+
+def defence_table(judge: Judge, subject: Subject, given: Attacks) -> dict[str, dict[str, Any]]:
+    """`defence_row` of each defence that the subject has, against the first attack."""
+    worst, images = next(iter(given.attacks.items()))
+    clean = judge.result(subject.detector, CLEAN, given.controls[CLEAN])
+    attacked = judge.result(subject.detector, worst, images)
+    table = {}
+    for defence in subject.defences():
+        rows = {
+            "clean": defended(judge, subject, defence, CLEAN, given.controls[CLEAN]),
+            "attacked": defended(judge, subject, defence, worst, images),
+        }
+        if defence in given.adaptive:
+            name = f"adaptive: {defence}"
+            rows["adaptive"] = defended(judge, subject, defence, name, given.adaptive[defence])
+        table[defence] = {
+            **defence_row(clean, attacked, rows),
+            "curves": rows["attacked"]["curves"],
+        }
+    return table
+
+
+def track(walk: Sequence[Detection]) -> list[list[float] | None]:
+    """The best box of each frame if it is sure enough, for the video."""
+    return [[float(v) for v in d.boxes[0]] if len(d.scores) and float(d.scores[0]) >= FOUND else None for d in walk]
+
+
+def measure(subject: Subject, judge: Judge, given: Attacks) -> dict[str, Any]:
+    """All figures of a report.
+
+    Returns:
+        results: metrics by texture.  transfer: recall by texture and detector.  defences: `defence_table`.
+        lights: mean confidence on the first walk, by texture and light.  video: boxes on the first walk, by texture.
+    """
+    textures = {**given.controls, **given.attacks}
+    results = {name: judge.result(subject.detector, name, images) for name, images in textures.items()}
+    recalls = {
+        name: {d.name: judge.result(d, name, images)["recall"] for d in (subject.detector, *subject.others)}
+        for name, images in textures.items()
+    }
+    rows, columns, table = transfer_matrix(recalls)
+    worst = next(iter(given.attacks))
+    shown = (CLEAN, worst)
+    return {
+        "detector": subject.detector.name,
+        "attack": worst,
+        "results": results,
+        "transfer": {"rows": rows, "columns": columns, "recall": table.tolist()},
+        "defences": defence_table(judge, subject, given),
+        "lights": {name: light_curve(subject.detector, judge.scenes[0], textures[name]) for name in shown},
+        "video": {name: track(judge.walks(subject.detector, name, textures[name])[0]) for name in shown},
+    }

@@ -1,0 +1,64 @@
+"""The walks that textures are optimised on, and those, of other gaits, cameras, lights and places, that judge them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from drape.optimise import Scene
+from drape.scene.backgrounds import background
+from drape.scene.camera import Camera
+from drape.scene.light import light
+from drape.scene.sequence import SequenceSpec, build_sequence
+
+__all__ = ["TEST", "TRAIN", "Walk", "scenes"]
+
+FPS = 6.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """One walk by names: see `drape.scene.body.GAITS`, `camera.PATHS`, `light.LIGHTS`, `backgrounds.BACKGROUNDS`."""
+
+    gait: str
+    path: str
+    light: str
+    background: str
+    camera: Camera = field(default_factory=Camera)
+
+    def label(self) -> str:
+        """What reports call it."""
+        return f"{self.gait} {self.path} {self.light} {self.background}"
+
+
+TRAIN = (
+    Walk(gait="normal", path="diagonal", light="overcast", background="coffee"),
+    Walk(gait="brisk", path="circle", light="indoor", background="brick"),
+    Walk(gait="normal", path="circle", light="indoor", background="coffee", camera=Camera(distance=5.2)),
+    Walk(gait="brisk", path="towards", light="overcast", background="brick", camera=Camera(distance=6.5)),
+)
+HIGH, LOW, FAR = Camera(elevation=16.0), Camera(elevation=2.0, distance=4.9), Camera(distance=5.6, elevation=11.0)
+BEHIND = Camera(elevation=4.0, distance=7.0)
+TEST = (  # gaits, cameras, lights and backgrounds that no optimisation and no fine-tuning saw
+    Walk(gait="stroll", path="circle", light="sun", background="grass", camera=FAR),
+    Walk(gait="jog", path="circle", light="low_sun", background="gravel", camera=HIGH),
+    Walk(gait="heavy", path="circle", light="dusk", background="motorcycle", camera=LOW),
+    Walk(gait="stroll", path="towards", light="low_sun", background="motorcycle", camera=HIGH),
+    Walk(gait="heavy", path="past", light="sun", background="gravel", camera=FAR),
+    Walk(gait="jog", path="away", light="dusk", background="grass", camera=BEHIND),
+)
+
+
+def scenes(walks: Sequence[Walk], frames: int, size: int) -> list[Scene]:
+    """The walks, rendered to buffers (from the cache if they are there)."""
+    return [
+        Scene(
+            walk.label(),
+            build_sequence(
+                SequenceSpec(gait=walk.gait, path=walk.path, frames=frames, fps=FPS, size=size, camera=walk.camera)
+            ),
+            light(walk.light),
+            background(walk.background, size),
+        )
+        for walk in walks
+    ]

@@ -1,0 +1,376 @@
+"""The benchmark's store and comparison, the figures of a report, plots, and what the command line refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from drape import bench, cli
+from drape.bench import BenchSpec, Store, compare, rounded
+from drape.controls import control, save_images
+from drape.detectors.base import Candidates, Detector
+from drape.errors import ConfigError, UnknownNameError
+from drape.evaluate import DEFENCES, Judge, Subject
+from drape.gamut import Gamut
+from drape.measure import Attacks, defence_row, defence_table, measure, track
+from drape.objective import Temporal, aggregated, sequence_loss
+from drape.optimise import OptimiseSpec, Scene, draw_frames, frame_gradient
+from drape.plots import azimuth_svg, bars_svg, curve_svg
+from drape.report import page
+from drape.scene.backgrounds import background
+from drape.scene.light import LIGHTS, light
+from drape.scene.sequence import Buffers
+from drape.walks import TEST, TRAIN, Walk, scenes
+
+GREY = {name: torch.full((3, 8, 8), 0.5) for name in ("shirt", "trousers", "hat")}
+TINY = BenchSpec(seeds=1, steps=2, batch=2, frames=3, size=64, walks=2, rounds=1, harden_steps=2)
+
+
+class Hue(Detector):
+    """Sees a person where the frame is more red than blue (or the other way); its box is the whole frame."""
+
+    def __init__(self, name: str = "nanodet", sign: float = 1.0) -> None:
+        super().__init__(name, 64)
+        self.bias = torch.nn.Parameter(torch.tensor([0.6]), requires_grad=False)
+        self.sign = sign
+
+    def candidates(self, images: torch.Tensor) -> Candidates:
+        redness = self.sign * (images[:, 0] - images[:, 2]).mean(dim=(1, 2)) * 10 + self.bias
+        box = torch.tensor([0.0, 0, 64, 64]).expand(len(images), 1, 4)
+        return Candidates(box, redness.clamp(0.01, 0.99)[:, None])
+
+
+@pytest.fixture
+def scene(walk: Buffers) -> Scene:
+    boxes = torch.tensor([0.0, 0, 64, 64]).expand(4, 4)
+    return Scene("circle", replace(walk, boxes=boxes), light("overcast"), background("gravel", 64))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All detectors are made up, here and in the command line."""
+    sees = {"nanodet": 1.0, "yolov3-tiny": -1.0, "centernet": 0.5}
+    for place in ("drape.bench", "drape.cli", "drape.harden"):
+        monkeypatch.setattr(f"{place}.load_detector", lambda name: Hue(name, sees[name]))
+
+
+# walks
+
+
+def test_no_gait_path_camera_light_or_place_of_the_judging_walks_was_trained_on() -> None:
+    for part in ("gait", "light", "background", "camera"):
+        trained, judged = ({getattr(walk, part) for walk in walks} for walks in (TRAIN, TEST))
+        assert not trained & judged, part
+    labels = [walk.label() for walk in (*TRAIN, *TEST)]
+    assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("walk", [*TRAIN, *TEST], ids=lambda walk: walk.label())
+def test_nobody_leaves_the_picture(walk: Walk) -> None:
+    (made,) = scenes([walk], BenchSpec.frames, 64)
+    assert float(made.buffers.boxes.min()) > 0
+    assert float(made.buffers.boxes.max()) < 64
+
+
+# the optimisation's gradient
+
+
+@pytest.mark.parametrize("reach", [0, 2])
+def test_the_estimate_from_drawn_frames_has_the_gradient_as_its_mean(reach: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    d = torch.rand(9, generator=generator)
+    gradient = frame_gradient(d, d, OptimiseSpec(aggregation=reach, temporal=Temporal(window=3)))
+    total = torch.zeros(9)
+    for _ in range(6000):
+        chosen, factors = draw_frames(gradient, 3, generator)
+        total.index_add_(0, chosen, factors)
+    torch.testing.assert_close(total / 6000, gradient, atol=0.03 * float(gradient.abs().max()), rtol=0.06)
+    chosen, factors = draw_frames(gradient, 9, generator)
+    assert torch.equal(factors, gradient[chosen])
+
+
+def test_the_gradient_of_frames_equals_finite_differences() -> None:
+    d = torch.linspace(0.1, 0.9, 7, dtype=torch.float64)
+    spec = OptimiseSpec(aggregation=1, temporal=Temporal(window=3))
+
+    def loss(values: torch.Tensor) -> float:
+        return float(sequence_loss(spec.temporal, aggregated(values, 1), aggregated(d, 1)))
+
+    gradient = frame_gradient(d, d, spec)
+    for t in range(7):
+        step = torch.zeros_like(d)
+        step[t] = 1e-6
+        assert (loss(d + step) - loss(d - step)) / 2e-6 == pytest.approx(float(gradient[t]), rel=1e-4)
+
+
+def test_aggregated_lies_between_mean_and_maximum_of_the_neighbourhood() -> None:
+    d = torch.rand(12, generator=torch.Generator().manual_seed(1))
+    for reach in (1, 3):
+        for t, value in enumerate(aggregated(d, reach).tolist()):
+            near = d[max(t - reach, 0) : t + reach + 1]
+            assert float(near.mean()) <= value <= float(near.max())
+    assert torch.equal(aggregated(d, 0), d)
+    with pytest.raises(ConfigError, match="reach=-1"):
+        aggregated(d, -1)
+
+
+# figures
+
+
+def test_a_defence_is_measured_by_what_it_wins_back_and_what_it_costs() -> None:
+    clean, attacked = {"recall": 0.9, "ap50": 0.95}, {"recall": 0.1, "ap50": 0.3}
+    rows = {
+        "clean": {"recall": 0.8, "ap50": 0.85},
+        "attacked": {"recall": 0.5, "ap50": 0.6},
+        "adaptive": {"recall": 0.3, "ap50": 0.4},
+    }
+    row = defence_row(clean, attacked, rows)
+    assert row["recovered_recall"] == pytest.approx(0.5)
+    assert row["recovered_recall_adaptive"] == pytest.approx(0.25)
+    assert row["clean_ap50_loss"] == pytest.approx(0.1)
+    assert "adaptive_recall" not in defence_row(clean, attacked, {k: rows[k] for k in ("clean", "attacked")})
+
+
+def test_every_defence_that_can_be_has_a_row(scene: Scene) -> None:
+    plain, blue = control("plain", Gamut.proxy()), {n: torch.tensor([0.2, 0.3, 0.9])[:, None, None] for n in GREY}
+    blue = {name: value.expand(3, 8, 8).contiguous() for name, value in blue.items()}
+    given = Attacks({"plain": plain}, {"worst": blue, "grey": GREY}, {"hardened": GREY})
+    subject = Subject(Hue(), [Hue("other", -1.0)], Hue("nanodet+hardened", -1.0))
+    table = defence_table(Judge([scene]), subject, given)
+    assert tuple(table) == DEFENCES
+    assert [name for name, row in table.items() if "adaptive_recall" in row] == ["hardened"]
+    assert table["consensus"]["recall"] == table["hardened"]["recall"] == 1.0  # the other one sees blue
+    assert tuple(defence_table(Judge([scene]), Subject(Hue()), given)) == ("aggregate", "median")
+
+
+def test_controls_and_attacks_need_names_of_their_own() -> None:
+    with pytest.raises(ConfigError, match="rename"):
+        Attacks({"plain": GREY}, {"plain": GREY})
+    with pytest.raises(ConfigError, match="plain"):
+        Attacks({"noise": GREY}, {"worst": GREY})
+
+
+def test_page_escapes_names_and_shows_every_row(scene: Scene) -> None:
+    given = Attacks({"plain": GREY, "a <b>": GREY}, {"worst & last": GREY})
+    measured = measure(Subject(Hue()), Judge([scene]), given)
+    assert set(measured["lights"]["plain"]) == set(LIGHTS)
+    text = page(measured, {"walk": b"GIF89a"}, "note <1>")
+    for expected in ("a &lt;b&gt;", "worst &amp; last", "note &lt;1&gt;", "data:image/gif;base64,R0lGODlh"[:30]):
+        assert expected in text
+    assert "a <b>" not in text
+    with pytest.raises(ConfigError, match="results"):
+        page({"results": {}}, {})
+
+
+def test_track_keeps_boxes_that_are_sure_enough(scene: Scene) -> None:
+    red = {name: torch.tensor([0.9, 0.1, 0.1])[:, None, None].expand(3, 8, 8) for name in GREY}
+    walks = Judge([scene]).walks(Hue(), "red", red)
+    assert track(walks[0])[0] == [0.0, 0.0, 64.0, 64.0]
+    blind = Hue()
+    blind.threshold = 0.999
+    assert track(Judge([scene]).walks(blind, "red", red)[0]) == [None] * 4
+
+
+# plots
+
+
+def shapes(svg: str, kind: str) -> list[ElementTree.Element]:
+    return [e for e in ElementTree.fromstring(svg).iter() if e.tag == kind]
+
+
+def test_plots_draw_values_where_they_belong() -> None:
+    (line,) = shapes(curve_svg({"a": [0.0, 1.0]}), "polyline")
+    assert line.get("points") == "34.0,186.0 606.0,34.0"
+    bars = shapes(bars_svg({"x": {"sun": 1.0, "dusk": 0.5}, "y": {"sun": 0.0, "dusk": 0.25}}), "rect")
+    assert [float(bar.get("height") or -1) for bar in bars] == pytest.approx([152, 76, 0, 38])
+    polar = azimuth_svg({"a": {"0": 1.0, "90": 0.5, "180": None, "270": 0.5, "360": 1.0}})
+    first, second = (e.get("points") for e in shapes(polar, "polyline"))
+    assert first == "150.0,274.0 212.0,150.0"  # the front is below, the left side right
+    assert second == "88.0,150.0 150.0,274.0"
+    for broken in (lambda: curve_svg({}), lambda: bars_svg({}), lambda: azimuth_svg({}), lambda: curve_svg({"a": []})):
+        with pytest.raises(ConfigError, match="expected"):
+            broken()
+    assert "&lt;b&gt;" in curve_svg({"<b>": [1.0]})
+
+
+# the benchmark
+
+
+def test_sequence_and_frames_are_compared_seed_by_seed() -> None:
+    def row(success: float, run: float) -> dict[str, float]:
+        return {"sequence_success_10": success, "sequence_success_50": success, "recall": run / 10, "longest_run": run}
+
+    results = {"sequence-0": row(0.5, 2), "frames-0": row(0.25, 4), "sequence-1": row(0.5, 5), "frames-1": row(0.5, 4)}
+    table = compare(results, 2)
+    assert table["sequence_success_10"]["gain_of_sequence"] == pytest.approx(0.125)
+    assert (table["longest_run"]["seeds_won"], table["longest_run"]["seeds_lost"]) == (1, 1)
+    assert table["longest_run"]["gain_of_sequence"] == pytest.approx(0.5)
+    assert table["recall"]["mean"] == {"sequence": pytest.approx(0.35), "frames": pytest.approx(0.4)}
+
+
+def test_numbers_are_cut_wherever_they_are() -> None:
+    assert rounded({"a": [0.123456, None, 3], "b": ("x", {"c": 1 / 3})}) == {
+        "a": [0.1235, None, 3],
+        "b": ["x", {"c": 0.3333}],
+    }
+
+
+def test_a_benchmark_goes_on_where_it_was(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, to = tmp_path / "work", tmp_path / "figures.json"
+    calls: list[str] = []
+    real = bench.optimise
+    monkeypatch.setattr(bench, "optimise", lambda *a, **k: (calls.append(a[3].mode), real(*a, **k))[1])
+    first = bench.run_bench(TINY, work, to)
+    made = len(calls)
+    assert made == 2 * TINY.seeds + 3  # two modes a seed, and three attacks that know of a defence
+    assert json.loads(to.read_text()) == rounded(json.loads(json.dumps(first)))
+    assert first["transfer"]["columns"] == ["nanodet", "yolov3-tiny", "centernet"]
+    assert set(first["defences"]) == set(DEFENCES)
+    known = {name for name, row in first["defences"].items() if "adaptive_recall" in row}
+    assert known == {"aggregate", "median", "hardened"}
+    assert first["defended_by_seed"]["hardened"] == [pytest.approx(first["defences"]["hardened"]["recall"], abs=1e-4)]
+    passes = first["about"]["passes"]
+    assert abs(passes["frames-0"] - passes["sequence-0"]) < 3  # less than one frame with its gradient
+    (work / "frames-0.seconds").unlink()
+    again = bench.run_bench(TINY, work, to)
+    assert calls[made:] == ["frames"]  # only what was missing
+    assert again["results"] == first["results"]
+    with pytest.raises(ConfigError, match="other settings"):
+        Store(work, replace(TINY, steps=3))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seeds": 0}, {"walks": 99}, {"detector": "centernet"}, {"rounds": 0}, {"weighting": "windwo"}]
+)
+def test_benchmarks_that_cannot_run_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"expected|Known"):
+        replace(TINY, **changes)  # type: ignore[arg-type]
+
+
+# the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["optimise", "--detector", "nanodte"], "Did you mean 'nanodet'"),
+        (["optimise", "--against", "medain"], "Did you mean 'median'"),
+        (["optimise", "--against", "hardened"], "drape harden"),
+        (["optimise", "--mode", "frame"], "Did you mean 'frames'"),
+        (["optimise", "--weighting", "windwo"], "Did you mean 'window'"),
+        (["optimise", "--product", "no.png"], "cannot be read as a picture"),
+        (["optimise", "--icc", "no.icc"], "printer"),
+        (["harden", "--rounds", "0"], "rounds=0"),
+        (["evaluate", "--out", "nowhere"], "drape optimise"),
+        (["evaluate", "--out", "made", "--compare", "x"], "NAME=FOLDER"),
+        (["report", "--out", "nowhere"], "drape evaluate"),
+        (["report", "--out", "made"], "evaluate.json"),
+        (["bench", "--detector", "nanodte"], "Did you mean"),
+    ],
+)
+def test_wrong_input_gives_a_line_that_says_what_to_do(
+    arguments: list[str],
+    says: str,
+    quick: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load(name: str) -> Detector:
+        if name != "nanodet":
+            raise UnknownNameError(f"unknown detector {name!r}. Did you mean 'nanodet'?")
+        return Hue()
+
+    for place in ("drape.cli", "drape.bench"):
+        monkeypatch.setattr(f"{place}.load_detector", load)
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "made" / "textures.npz", GREY)
+    (tmp_path / "made" / "evaluate.json").write_text("{broken")
+    monkeypatch.setattr(sys, "argv", ["drape", *arguments, *(["--size", "64"] if arguments[0] != "report" else [])])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    assert says in error
+
+
+def test_textures_made_against_defences_are_judged_with_them(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, arguments in {"a": [], "b": ["--mode", "frames"], "c": ["--against", "aggregate"]}.items():
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "drape",
+                "optimise",
+                "--steps",
+                "1",
+                "--frames",
+                "3",
+                "--size",
+                "64",
+                "--out",
+                str(tmp_path / name),
+                *arguments,
+            ],
+        )
+        cli.app(standalone_mode=False)
+    weights = tmp_path / "weights.npz"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "drape",
+            "harden",
+            "--rounds",
+            "1",
+            "--attack-steps",
+            "1",
+            "--steps",
+            "1",
+            "--frames",
+            "3",
+            "--size",
+            "64",
+            "--to",
+            str(weights),
+        ],
+    )
+    cli.app(standalone_mode=False)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "drape",
+            "evaluate",
+            "--walks",
+            "1",
+            "--frames",
+            "3",
+            "--size",
+            "64",
+            "--out",
+            str(tmp_path / "a"),
+            "--compare",
+            f"frames={tmp_path / 'b'}",
+            "--adaptive",
+            f"aggregate={tmp_path / 'c'}",
+            "--hardened",
+            str(weights),
+        ],
+    )
+    cli.app(standalone_mode=False)
+    measured = json.loads((tmp_path / "a" / "evaluate.json").read_text())
+    assert {"worst case", "frames"} <= set(measured["results"])
+    assert "adaptive_recall" in measured["defences"]["aggregate"]
+    assert "hardened+aggregate" in measured["defences"]
