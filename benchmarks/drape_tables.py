@@ -1,0 +1,191 @@
+"""The tables of docs/drape.md and drape/README.md, from benchmarks/drape-bench.json.
+
+python benchmarks/drape_tables.py          write them between the pages' markers
+python benchmarks/drape_tables.py --check  exit 1 if a page does not hold what the JSON file says
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ROOT / "benchmarks" / "drape-bench.json"
+PAGES = (ROOT / "docs" / "drape.md", ROOT / "drape" / "README.md")
+BLOCK = re.compile(r"(<!-- drape (?P<name>[\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+METRICS = {
+    "sequence_success_50": "walks missed (seen in < 50 % of frames)",
+    "sequence_success_10": "walks missed (seen in < 10 % of frames)",
+    "longest_run": "longest run seen, frames",
+    "recall": "recall",
+}
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def lines(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; numbers to the right."""
+    body = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in body)
+
+
+def textures(found: dict[str, Any]) -> str:
+    """Controls, and the means over seeds of both ways to optimise."""
+    results = found["results"]
+    seeds = found["about"]["spec"]["seeds"]
+    groups = {name: [results[name]] for name in results if not name.startswith(("sequence-", "frames-"))}
+    for mode in ("frames", "sequence"):
+        groups[f"optimised: {mode}, {seeds} seeds"] = [results[f"{mode}-{seed}"] for seed in range(seeds)]
+    keys = ["ap50", "recall", "mean_confidence", "sequence_success_50", "sequence_success_10"]
+    keys += ["longest_run", "track_recall"]
+    rows = [
+        [name, *(number(sum(row[key] for row in group) / len(group)) for key in keys)] for name, group in groups.items()
+    ]
+    head = [
+        "clothes",
+        "AP50",
+        "recall",
+        "confidence",
+        "missed (< 50 %)",
+        "missed (< 10 %)",
+        "longest run",
+        "track recall",
+    ]
+    return lines(head, rows)
+
+
+def comparison(found: dict[str, Any]) -> str:
+    """Each seed of both modes."""
+    table = found["sequence_against_frames"]
+    rows = []
+    for key, title in METRICS.items():
+        row = table[key]
+        each = [" / ".join(number(v) for v in row[mode]) for mode in ("frames", "sequence")]
+        gain = f"{row['gain_of_sequence']:+.2f}"
+        rows.append([title, *each, gain, f"{row['seeds_won']} : {row['seeds_lost']}"])
+    return lines(["", "frames, by seed", "sequence, by seed", "gain of sequence", "seeds won : lost"], rows)
+
+
+def transfer(found: dict[str, Any]) -> str:
+    """Recall of each detector."""
+    table = found["transfer"]
+    rows = [[name, *(number(v) for v in values)] for name, values in zip(table["rows"], table["recall"], strict=True)]
+    return lines(["clothes", *table["columns"]], rows)
+
+
+def defences(found: dict[str, Any]) -> str:
+    """What each defence restores and costs."""
+    rows = []
+    for name, row in found["defences"].items():
+        rows.append(
+            [
+                name,
+                number(row["recall"]),
+                number(row["recovered_recall"]),
+                number(row.get("adaptive_recall")),
+                number(row.get("recovered_recall_adaptive")),
+                number(row["clean_recall"]),
+                f"{row['clean_ap50_loss']:.3f}",
+            ]
+        )
+    head = ["defence", "recall", "lost recall restored", "recall, attack knows"]
+    return lines([*head, "restored, attack knows", "recall, plain clothes", "AP50 lost, plain clothes"], rows)
+
+
+def seeds(found: dict[str, Any]) -> str:
+    """Recall under each seed's worst case, bare and behind defences, and the share restored, over all seeds."""
+    count = found["about"]["spec"]["seeds"]
+    bare = [found["results"][f"sequence-{seed}"]["recall"] for seed in range(count)]
+    clean = found["results"]["plain"]["recall"]
+    rows = [["none", *map(number, bare), number(None)]]
+    for name, values in found["defended_by_seed"].items():
+        restored = sum(values) - sum(bare)
+        rows.append([name, *map(number, values), number(restored / (clean * count - sum(bare)))])
+    return lines(["defence", *(f"seed {seed}" for seed in range(count)), "lost recall restored, all seeds"], rows)
+
+
+def shown(found: dict[str, Any]) -> tuple[str, str]:
+    return "plain", found["attack"]
+
+
+def azimuth(found: dict[str, Any]) -> str:
+    """Mean confidence at eight sides."""
+    sides = {"front": "0", "front left": "40", "left": "90", "back left": "140", "back": "180"}
+    sides |= {"back right": "220", "right": "270", "front right": "320"}
+    rows = [[name, *(number(found["results"][name]["azimuth"][at]) for at in sides.values())] for name in shown(found)]
+    return lines(["clothes", *sides], rows)
+
+
+def lights(found: dict[str, Any]) -> str:
+    """Mean confidence under each light, on the first walk."""
+    rows = [[name, *(number(v) for v in found["lights"][name].values())] for name in shown(found)]
+    return lines(["clothes", *found["lights"]["plain"]], rows)
+
+
+def unseen(found: dict[str, Any]) -> str:
+    """Recall on the walks of the optimisation, and on the held-out ones."""
+    rows = [
+        [name, number(value), number(found["results"][name]["recall"])]
+        for name, value in found["training_recall"].items()
+    ]
+    return lines(["texture", "recall, walks of the optimisation", "recall, held-out walks"], rows)
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """How the figures came about, in a sentence."""
+    about, spec = found["about"], found["about"]["spec"]
+    seconds, photo = about["processor_seconds"], found["photograph_score"]
+    passes = [about["passes"][f"{mode}-0"] for mode in ("sequence", "frames")]
+    return (
+        f"{spec['detector']} attacked and defended; {', '.join(spec['others'])} in no optimisation. "
+        f"{spec['walks']} held-out walks of {spec['frames']} frames at {spec['size']} px, {spec['seeds']} seeds, "
+        f"{spec['steps']} steps ({passes[0]} passes through the detector in mode sequence, {passes[1]} in mode "
+        "frames); "
+        f"weighting {spec['weighting']} of {spec['window']} frames; fine-tuning in {spec['rounds']} rounds of "
+        f"{spec['harden_steps']} steps. drape {about['drape']}, torch {about['torch']}; "
+        f"{sum(seconds.values()) / 60:.0f} minutes of one processor. "
+        f"Score of a photograph of a person that no step has seen: {number(photo['before'])} before fine-tuning, "
+        f"{number(photo['hardened'])} after."
+    )
+
+
+TABLES = {
+    make.__name__: make
+    for make in (textures, comparison, transfer, defences, seeds, azimuth, lights, unseen, conditions)
+}
+
+
+def filled(page: str, found: dict[str, Any]) -> str:
+    """The page with its tables made anew; an unknown marker is refused."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise SystemExit(f"error: no table {name!r}; known: {', '.join(TABLES)}.")
+        return f"{match[1]}{TABLES[name](found)}{match[3]}"
+
+    return BLOCK.sub(fill, page)
+
+
+def main() -> None:
+    found = json.loads(FIGURES.read_text(encoding="utf-8"))
+    stale = []
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        new = filled(page, found)
+        if new != page:
+            stale.append(path.relative_to(ROOT))
+            if "--check" not in sys.argv:
+                path.write_text(new, encoding="utf-8")
+    if stale and "--check" in sys.argv:
+        names = ", ".join(map(str, stale))
+        raise SystemExit(f"error: {names} does not hold what the JSON says; run python benchmarks/drape_tables.py.")
+
+
+if __name__ == "__main__":
+    main()
