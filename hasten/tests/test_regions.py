@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxImg2ImgPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    UniPCMultistepScheduler,
+)
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from pipelines import draw, make_pipe
 from test_variants import VARIANTS, run_once
@@ -301,6 +306,9 @@ def test_other_schedulers_pipelines_and_starts_are_refused(pipe: Any) -> None:
     own = pipe.scheduler
     pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(own.config)
     with pytest.raises(ConfigError, match=r"FlowMatchEulerDiscreteScheduler\.from_config"):
+        hasten.accelerate(pipe, METHODS["fresco"])
+    pipe.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    with pytest.raises(ConfigError, match=r"Fresco cannot be run with UniPC(?!.*or a UniPC)"):
         hasten.accelerate(pipe, METHODS["fresco"])
     pipe.scheduler = own
     other = FluxImg2ImgPipeline(**pipe.components)

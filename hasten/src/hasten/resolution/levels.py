@@ -12,14 +12,19 @@ from hasten.errors import ConfigError
 __all__ = ["check_scheduler", "own_shift", "set_levels", "skip_step"]
 
 
-def check_scheduler(scheduler: Any) -> Any:
+def check_scheduler(scheduler: Any, name: str = "stages", *, multistep: bool = True) -> Any:
     """The scheduler, if stages can stand behind what it does.
+
+    Args:
+        scheduler: the pipeline's.
+        name: of who asks, for the message.
+        multistep: whether a UniPC with flow sigmas will do.
 
     Raises:
         ConfigError: if they cannot; it says what to set.
     """
     config = scheduler.config
-    if isinstance(scheduler, UniPCMultistepScheduler):
+    if multistep and isinstance(scheduler, UniPCMultistepScheduler):
         if config.use_flow_sigmas and config.prediction_type == "flow_prediction":
             return scheduler
         wrong = "a UniPC that does not sample flows (use_flow_sigmas=True, prediction_type='flow_prediction')"
@@ -29,10 +34,10 @@ def check_scheduler(scheduler: Any) -> Any:
         wrong = "stochastic_sampling or invert_sigmas"
     else:
         return scheduler
+    other = ", or a UniPC with flow sigmas" if multistep else ""
     raise ConfigError(
-        f"stages cannot be run with {wrong}; set pipe.scheduler = "
-        "FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config), or a UniPC with flow sigmas, without "
-        "stochastic_sampling and invert_sigmas"
+        f"{name} cannot be run with {wrong}; set pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config("
+        f"pipe.scheduler.config){other}, without stochastic_sampling and invert_sigmas"
     )
 
 

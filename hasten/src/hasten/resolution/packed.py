@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.hooks import ModelHook
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
@@ -274,12 +273,7 @@ class PackedEngine(ABC, Generic[Run]):
                 "the transformer is compiled as a whole, which passes hooks by; "
                 "compile its blocks instead: transformer.compile_repeated_blocks(dynamic=True)"
             )
-        if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
-            raise ConfigError(
-                f"{self.name} cannot be run with {type(pipe.scheduler).__name__}; set pipe.scheduler = "
-                "FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)"
-            )
-        check_scheduler(pipe.scheduler)
+        check_scheduler(pipe.scheduler, self.name, multistep=False)
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and registry.get_hook(HOOK_NAME) is not None:
             raise AlreadyAcceleratedError(

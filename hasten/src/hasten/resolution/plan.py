@@ -109,10 +109,11 @@ def feasible(plans: Sequence[Plan], budget: float) -> list[Plan]:
     if not fitting:
         different = {plan.grids: plan for plan in plans}.values()  # small clips round to the same grids
         nearest = sorted(different, key=lambda plan: abs(plan.density - budget))[:NEAREST]
+        when = "later" if nearest[0].density > budget else "earlier"
         listed = "".join(f"\n  {plan}: {_parameters(plan)}" for plan in nearest)
         raise ConfigError(
             f"no plan has a density within {TOLERANCE} of budget={budget:g}; the nearest are these, which you get with "
-            f"the parameters beside them, or let the stages end later (rates=):{listed}"
+            f"the parameters beside them, or let the stages end {when} (rates=):{listed}"
         )
     return fitting
 
