@@ -2,6 +2,7 @@
 
     python benchmarks/tokens.py replacement     semantic replacement test -> tokens-replacement.json
     python benchmarks/tokens.py tree            time and memory of a tree of LlamaGen's size -> tokens-tree.json
+    python benchmarks/tokens.py approximate     the approximate tree against the exact one -> tokens-approximate.json
     python benchmarks/tokens.py reference       what the comparison has finished -> tokens-reference.json, curves
     python benchmarks/tokens.py tables          the tables of both pages; with --check it only looks at them
 
@@ -28,6 +29,9 @@ import typer
 from hasten.bench.runner import environment
 from hasten.files import write_whole
 from hasten.tokens import SemanticTree, TokenMap, flat_map, kmeans_map, random_map
+from hasten.tokens.approximate import approximate_linkage
+from hasten.tokens.comparators import adjusted_rand, mean_within_distance
+from hasten.tokens.linkage import average_linkage
 from hasten.tokens.plots import plot_curves
 from hasten.zoo.emoji_tokens import load_tokenizer
 from hasten.zoo.emoji_tokens.data import HELD_OUT, TRAIN, batches, pictures
@@ -38,7 +42,9 @@ from hasten.zoo.emoji_tokens.summary import curves_of, spread, summary
 HERE = Path(__file__).parent
 ZOO = HERE.parent / "hasten" / "src" / "hasten" / "zoo" / "emoji_tokens"
 PAGES = (HERE.parent / "docs" / "tokens.md", ZOO / "README.md")
-REPLACEMENT, TREE, REFERENCE = (HERE / f"tokens-{name}.json" for name in ("replacement", "tree", "reference"))
+REPLACEMENT, TREE, APPROXIMATE, REFERENCE = (
+    HERE / f"tokens-{name}.json" for name in ("replacement", "tree", "approximate", "reference")
+)
 CAP = 2  # times the mean size of a cluster, for the capped cut
 CAPPED = "masc, capped"
 VOCABULARIES = ("flat", "k-means", "random", "masc")
@@ -142,6 +148,54 @@ def tree_here(codes: int, width: int) -> None:
     print(json.dumps(facts))
 
 
+def _unit_rows(codes: int, width: int) -> Any:
+    book = np.random.default_rng(0).standard_normal((codes, width))
+    return book / np.linalg.norm(book, axis=1, keepdims=True)
+
+
+@app.command()
+def approximate(
+    codes: Annotated[int, typer.Option(help="Codes, so few that the exact tree can be had.")] = 8192,
+    large: Annotated[int, typer.Option(help="Codes of a tree that is only timed; 0 for none.")] = 131_072,
+    width: Annotated[int, typer.Option(help="Of a code.")] = 8,
+    ks: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "4096,2048,1024,256",
+) -> None:
+    """How far the approximate tree of random unit vectors is from the exact one, and how long a large one takes."""
+    book, cell, groups = _unit_rows(codes, width), 1024, 2048
+
+    def tree_of(linked: Any, exact: bool) -> SemanticTree:
+        everything = np.arange(codes)
+        return SemanticTree(*linked, everything, everything, "unit", exact, "")
+
+    exact = tree_of(average_linkage(book), True)
+    near = tree_of(approximate_linkage(book, cell=cell, groups=groups), False)
+    rows = []
+    for k in (int(text) for text in ks.split(",")):
+        a, b = exact.map(k), near.map(k)
+        rows.append(
+            {
+                "k": k,
+                "adjusted_rand": adjusted_rand(a.labels, b.labels),
+                "within_exact": mean_within_distance(book, a),
+                "within_approximate": mean_within_distance(book, b),
+                "within_random": mean_within_distance(book, random_map(a)),
+            }
+        )
+    timed: dict[str, Any] = {}
+    if large:
+        wall, cpu = time.perf_counter(), time.process_time()
+        SemanticTree.fit(_unit_rows(large, width), exact=False)
+        timed = {
+            "codes": large,
+            "seconds": time.perf_counter() - wall,
+            "cpu_seconds": time.process_time() - cpu,
+            "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "threads": torch.get_num_threads(),
+        }
+    facts = {"codes": codes, "width": width, "cell": cell, "groups": groups}
+    _write(APPROXIMATE, {**facts, "rows": rows, "large": timed})
+
+
 @app.command("reference")
 def reference_(
     data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/emoji-tokens"),
@@ -224,6 +278,25 @@ def tree_line(result: dict[str, Any]) -> str:
     )
 
 
+def approximate_table(result: dict[str, Any]) -> str:
+    """Markdown of the approximate tree against the exact one."""
+    heads = ["k", "adjusted Rand index", "distance within clusters: exact", "approximate", "random clusters"]
+    columns = {"adjusted_rand": 2, "within_exact": 3, "within_approximate": 3, "within_random": 3}
+    rows = [[str(row["k"]), *(f"{row[name]:.{digits}f}" for name, digits in columns.items())] for row in result["rows"]]
+    large = result["large"]
+    timed = (
+        f"{large['codes']:,} codes of width {result['width']} take {large['cpu_seconds']:.0f} s of processor time with "
+        f"{large['threads']} thread, and {large['peak_bytes'] / 2**30:.1f} GiB."
+        if large
+        else ""
+    )
+    about = (
+        f"{result['codes']:,} random unit vectors of width {result['width']}, cells of {result['cell']} codes, "
+        f"{result['groups']} clusters linked exactly."
+    )
+    return "\n\n".join(part for part in (_table(heads, rows), about, timed) if part)
+
+
 def reference_table(result: dict[str, Any]) -> str:
     """Markdown of the comparison: drawn pictures, predictions, steps to the flat model's quality."""
     heads = ["vocabulary", "k", "Fréchet distance", "precision", "recall", "right object", "entropy / log k"]
@@ -266,6 +339,7 @@ MAKERS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "replacement": (REPLACEMENT, replacement_table),
     "tokenizer": (REPLACEMENT, tokenizer_line),
     "tree": (TREE, tree_line),
+    "approximate": (APPROXIMATE, approximate_table),
     "reference": (REFERENCE, reference_table),
     "members": (REFERENCE, members_table),
     "curves": (REFERENCE, lambda result: f"![{len(result['seeds'])} seeds, mean, least and most](curves.png)"),
