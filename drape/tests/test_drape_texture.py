@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from drape.gamut import Gamut, rgb_grid
 from drape.texture import ControlPointTexture, TextureSpec, farthest_points, palette_and_labels
 
 SMALL = TextureSpec(height=12, width=16, points=6)
+CMYK = Path("/usr/share/color/icc/ghostscript/default_cmyk.icc")
 VIVID = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
 
 
@@ -57,14 +59,64 @@ def test_table_is_met_at_its_grid_points(proxy: Gamut) -> None:
     torch.testing.assert_close(proxy.project(grid), expected, atol=1e-5, rtol=0)
 
 
+def matrix_profile(white: float) -> bytes:
+    """An ICC profile (version 2) of a printer with three dull inks: sRGB's primaries, mixed with a share of white."""
+    primaries = np.array([[0.4360, 0.2225, 0.0139], [0.3851, 0.7169, 0.0971], [0.1431, 0.0606, 0.7139]])
+    paper = primaries.sum(axis=0)
+    inks = (1 - white) * primaries + white * paper / 3
+
+    def xyz(values: np.ndarray) -> bytes:
+        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(v * 65536) for v in values))
+
+    name = b"dull inks\0"
+    description = b"desc\0\0\0\0" + struct.pack(">I", len(name)) + name + bytes(78)
+    tags = {b"desc": description, b"cprt": b"text\0\0\0\0none\0", b"wtpt": xyz(paper)}
+    tags |= {letter + b"XYZ": xyz(ink) for letter, ink in zip((b"r", b"g", b"b"), inks, strict=True)}
+    tags |= {
+        letter + b"TRC": b"curv\0\0\0\0" + struct.pack(">IH", 1, round(2.2 * 256)) for letter in (b"r", b"g", b"b")
+    }
+    table, body = struct.pack(">I", len(tags)), b""
+    start = 128 + 4 + 12 * len(tags)
+    for signature, content in tags.items():
+        table += signature + struct.pack(">II", start + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    illuminant = struct.pack(">3i", *(round(v * 65536) for v in paper))
+    head = struct.pack(">I4sI4s4s4s", start + len(body), bytes(4), 0x02400000, b"prtr", b"RGB ", b"XYZ ")
+    head += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(24) + struct.pack(">I", 1) + illuminant
+    return head.ljust(128, b"\0") + table + body
+
+
 def test_real_icc_profile_through_littlecms(tmp_path: Path) -> None:
-    """sRGB itself as the device: everything is printable, and the round trip is the identity within a level."""
+    """A printer that reaches half of sRGB's chroma: vivid colours move, and come to rest; dull ones stay."""
+    path = tmp_path / "device.icc"
+    path.write_bytes(matrix_profile(0.5))
+    gamut = Gamut.from_profile(path)
+    assert gamut.name == "dull inks"
+    assert not gamut.is_fixed(VIVID, tolerance=0.1)
+    locked = gamut.lock(VIVID)
+    assert gamut.is_fixed(locked)
+    assert float((locked.amax(dim=1) - locked.amin(dim=1)).max()) < 0.8  # of 1 before
+    dull = torch.tensor([[0.5, 0.5, 0.5], [0.45, 0.4, 0.42]])
+    assert gamut.is_fixed(dull, tolerance=3 / 255)
+    texture = ControlPointTexture(SMALL, VIVID, gamut, generator=torch.Generator().manual_seed(0))
+    assert gamut.is_fixed(texture(hard=True).permute(1, 2, 0))
+
+
+def test_profile_of_the_screen_leaves_every_colour(tmp_path: Path) -> None:
     path = tmp_path / "device.icc"
     path.write_bytes(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     gamut = Gamut.from_profile(path)
     assert gamut.name != "proxy gamut"
     assert gamut.is_fixed(VIVID, tolerance=2 / 255)
+
+
+@pytest.mark.skipif(not CMYK.is_file(), reason=f"{CMYK} is not installed (Debian: libgs-common)")
+def test_profile_of_a_press_with_four_inks() -> None:
+    gamut = Gamut.from_profile(CMYK)
+    assert not gamut.is_fixed(VIVID, tolerance=0.05)
     assert gamut.is_fixed(gamut.lock(VIVID))
+    for kind in ("plain", "product", "random"):
+        assert all(gamut.is_fixed(image.permute(1, 2, 0)) for image in control(kind, gamut).values()), kind
 
 
 def test_colours_that_never_rest_are_refused() -> None:
