@@ -33,7 +33,6 @@ from drape.gamut import Gamut
 from drape.objective import Drift, photometric
 from drape.optimise import OptimiseSpec, Scene, optimise
 from drape.progress import steps
-from drape.scene.backgrounds import BACKGROUNDS, background
 
 __all__ = ["HardenSpec", "Hardened", "distillation_loss", "harden", "load_hardened", "save_hardened"]
 
@@ -98,7 +97,7 @@ class Teacher:
 
     def __init__(self, detector: Detector, scenes: Sequence[Scene], clothes: Mapping[str, Textures]) -> None:
         self.detector, self.scenes, self.clothes = detector, scenes, clothes
-        self.photos = torch.stack([background(name, scenes[0].buffers.size) for name in BACKGROUNDS])
+        self.photos = torch.stack([scene.background for scene in scenes])  # no other places: those judge
         self.of_photos = self.see(self.photos)
         self.seen: dict[tuple[int, str], Candidates] = {}
 

@@ -1,14 +1,14 @@
 """Worst-case textures: optimisation over whole sequences, and its control, frame by frame with equal compute.
 
-One step of "sequence" takes one scene. The loss L(d_1, ..., d_T) of the whole walk is differentiated to the confidences
-of all its frames, g_t = dL/dd_t, with d_t from a pass without gradients; then B frames, drawn with probabilities p_t
-that follow |g_t|, are followed backwards. mean_i g_i d_i / p_i has the gradient of L as its expectation, whatever L is:
-windows, variance, or a defence that aggregates over time. The pass over all frames is taken at every `refresh`-th visit
-of a scene; in between what earlier visits saw stands in.
+The loss of "sequence" is the mean over the walks of L(d_1, ..., d_T), each walk's own. It is differentiated to the
+confidences of all frames of all walks, g_t = dL/dd_t; then B frames, drawn with probabilities p_t that follow |g_t|,
+are followed backwards. mean_i g_i d_i / p_i has the gradient of the loss as its expectation, whatever L is: windows,
+variance, or a defence that aggregates over time. What d_t is comes from a pass over all frames without gradients,
+taken at every `refresh`-th step, and from the frames followed since.
 
-One step of "frames", the control, draws single frames from all scenes, each with a change of light of its own, and
-takes their mean. A pass forwards counts 1 and one with its way back 3; "frames" gets as many frames as that pays for,
-so equal steps are equal compute.
+One step of "frames", the control, draws single frames from all walks evenly, each with a change of light of its own,
+and takes their mean. A pass forwards counts 1 and one with its way back 3; "frames" gets as many frames as that pays
+for, so equal steps are equal compute.
 
 A defence that is a detector (`drape.defences.Purified`, `drape.harden`) is attacked by giving it as the detector, and
 aggregation over time by `OptimiseSpec.aggregation`.
@@ -81,7 +81,7 @@ class OptimiseSpec:
         mode: "sequence", or the control "frames".
         steps: of Adam.  batch: B, frames a step that gradients are taken of.
         learning_rate: on points in [0, 1], falling to a tenth.
-        refresh: visits of a scene from one pass over all its frames to the next; 1 is a pass at every visit.
+        refresh: steps from one pass over all frames of all walks to the next; 1 is a pass at every step.
         aggregation: frames before and after that the defence is reckoned to aggregate over; 0 for none.
         spread: weight of the spread regulariser, 50 in AdvCaT.
         naturalness: weight of staying like a product, for textures that have label maps.
@@ -92,7 +92,7 @@ class OptimiseSpec:
     steps: int = 60
     batch: int = 4
     learning_rate: float = 0.02
-    refresh: int = 4
+    refresh: int = 25
     aggregation: int = 0
     spread: float = 1.0
     naturalness: float = 0.1
@@ -127,11 +127,10 @@ class Run:
 
 @dataclass
 class Known:
-    """What is known of a scene's frames: the last confidence of each `[T]`, its running mean, and the visits so far."""
+    """What is known of all frames of all walks: the last confidence of each, and its running mean, `[T]` a walk."""
 
-    last: Tensor
-    running: Tensor
-    visits: int = 0
+    last: list[Tensor]
+    running: list[Tensor]
 
 
 def optimise(
@@ -150,23 +149,27 @@ def optimise(
         raise ConfigError("nothing to optimise: give at least one texture, one detector and one scene.")
     generator = torch.Generator().manual_seed(spec.seed)
     adam = torch.optim.Adam([texture.points for texture in textures.values()], lr=spec.learning_rate)
-    known: dict[int, Known] = {}
+    total = sum(scene.buffers.frames for scene in scenes)
+    known: Known | None = None
     seen: list[float] = []
     passes, due = 0, 0.0
     for step in steps(range(spec.steps), f"textures, {spec.mode}"):
         progress = step / max(spec.steps - 1, 1)
         adam.param_groups[0]["lr"] = spec.learning_rate * (1 - (1 - LAST_RATE) * progress)
         images = {name: texture(generator=generator) for name, texture in textures.items()}
-        number = step % len(scenes)
+        cost = total if step % spec.refresh == 0 else 0  # of looking at all frames
         if spec.mode == "sequence":
-            loss, d, cost = sequence_step(images, detectors, scenes[number], spec, generator, known, number, progress)
+            if cost:
+                known = look(images, detectors, scenes, spec, generator, known)
+            assert known is not None  # the first step looks
+            loss, d = sequence_step(images, detectors, scenes, spec, generator, known, progress)
+            cost += BACKWARD * min(spec.batch, total)
         else:
-            total = scenes[number].buffers.frames
-            look = total if step // len(scenes) % spec.refresh == 0 else 0  # what "sequence" would take here
-            due += (look + BACKWARD * min(spec.batch, total)) / BACKWARD
-            count = max(int(due), 1)
+            due += (cost + BACKWARD * min(spec.batch, total)) / BACKWARD
+            count = int(due)
             due -= count
-            loss, d, cost = frames_step(images, detectors, scenes, count, spec, generator)
+            loss, d = frames_step(images, detectors, scenes, count, spec, generator)
+            cost = BACKWARD * count
         adam.zero_grad()
         (loss + regularisers(textures, spec, labels or {})).backward()
         adam.step()
@@ -214,33 +217,53 @@ def draw_frames(gradient: Tensor, count: int, generator: torch.Generator) -> tup
     return chosen, gradient[chosen] / (share[chosen] * count)
 
 
+def look(
+    images: Mapping[str, Tensor],
+    detectors: Sequence[Detector],
+    scenes: Sequence[Scene],
+    spec: OptimiseSpec,
+    generator: torch.Generator,
+    known: Known | None,
+) -> Known:
+    """A pass without gradients over all frames of all walks."""
+    last = []
+    with torch.no_grad():
+        for scene in scenes:
+            changed = photometric(scene.render(images), spec.drift, generator)
+            last.append(batched(detectors, changed, scene.buffers.boxes, spec.batch))
+    before = last if known is None else known.running
+    return Known(last, [MEMORY * old + (1 - MEMORY) * new for old, new in zip(before, last, strict=True)])
+
+
 def sequence_step(
     images: Mapping[str, Tensor],
     detectors: Sequence[Detector],
-    scene: Scene,
+    scenes: Sequence[Scene],
     spec: OptimiseSpec,
     generator: torch.Generator,
-    known: dict[int, Known],
-    number: int,
+    known: Known,
     progress: float,
-) -> tuple[Tensor, Tensor, int]:
-    """A number with the loss's gradient, the confidences that are known of all frames, and the passes that it took."""
-    total, cost = scene.buffers.frames, 0
-    states = drift(total, 2, spec.drift.coefficient, generator)
-    memory = known.get(number)
-    if memory is None or memory.visits % spec.refresh == 0:
-        with torch.no_grad():
-            changed = photometric(scene.render(images), spec.drift, generator, states)
-            d = batched(detectors, changed, scene.buffers.boxes, spec.batch)
-        running = d if memory is None else MEMORY * memory.running + (1 - MEMORY) * d
-        memory = Known(d, running, 0 if memory is None else memory.visits)
-        known[number], cost = memory, total
-    memory.visits += 1
-    chosen, factors = draw_frames(frame_gradient(memory.last, memory.running, spec, progress), spec.batch, generator)
-    changed = photometric(scene.render(images, chosen.tolist()), spec.drift, generator, states[chosen])
-    part = ensemble_confidence(detectors, changed, scene.buffers.boxes[chosen])
-    memory.last = memory.last.index_put((chosen,), part.detach())
-    return (factors * part).sum(), memory.last, cost + BACKWARD * len(chosen)
+) -> tuple[Tensor, Tensor]:
+    """A number with the gradient of the walks' mean loss, and what is known of all frames, which it brings up to date.
+
+    The frames of one walk share a drifting light; each walk has its own.
+    """
+    counts = [len(d) for d in known.last]
+    gradients = [frame_gradient(d, r, spec, progress) for d, r in zip(known.last, known.running, strict=True)]
+    chosen, factors = draw_frames(torch.cat(gradients) / len(scenes), spec.batch, generator)
+    places = chosen.split(torch.bincount(owner(chosen, counts), minlength=len(scenes)).tolist())
+    picked, states, start = [], [], 0
+    for place, count in zip(places, counts, strict=True):
+        picked.append(place - start)
+        states.append(drift(count, 2, spec.drift.coefficient, generator)[place - start])
+        start += count
+    d = seen_frames(images, detectors, scenes, picked, states, spec, generator)
+    for number, part in enumerate(d.detach().split([len(place) for place in picked])):
+        here = picked[number]
+        old = known.running[number][here]
+        known.last[number] = known.last[number].index_put((here,), part)
+        known.running[number] = known.running[number].index_put((here,), MEMORY * old + (1 - MEMORY) * part)
+    return (factors * d).sum(), torch.cat(known.last)
 
 
 def frames_step(
@@ -250,18 +273,39 @@ def frames_step(
     count: int,
     spec: OptimiseSpec,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor, int]:
-    """Mean loss of `count` single frames from all scenes, their confidences, and the passes that it took."""
-    which = torch.randint(len(scenes), (count,), generator=generator)
-    parts = []
-    for index in which.unique().tolist():
-        scene = scenes[index]
-        chosen = torch.randint(scene.buffers.frames, (int((which == index).sum()),), generator=generator)
-        states = torch.randn(len(chosen), 2, generator=generator)
-        changed = photometric(scene.render(images, chosen.tolist()), spec.drift, generator, states)
-        parts.append(ensemble_confidence(detectors, changed, scene.buffers.boxes[chosen]))
-    d = torch.cat(parts)
-    return smooth_step(spec.temporal, d).mean(), d.detach(), BACKWARD * count
+) -> tuple[Tensor, Tensor]:
+    """Mean loss of `count` single frames from all walks, and their confidences."""
+    counts = [scene.buffers.frames for scene in scenes]
+    chosen = torch.randint(sum(counts), (count,), generator=generator).sort().values
+    numbers = owner(chosen, counts)
+    starts = torch.tensor([0, *counts[:-1]]).cumsum(dim=0)
+    picked = [chosen[numbers == number] - starts[number] for number in range(len(scenes))]
+    states = [torch.randn(len(place), 2, generator=generator) for place in picked]
+    d = seen_frames(images, detectors, scenes, picked, states, spec, generator)
+    return smooth_step(spec.temporal, d).mean(), d.detach()
+
+
+def owner(places: Tensor, counts: Sequence[int]) -> Tensor:
+    """The walk that each place in the row of all frames belongs to."""
+    return torch.searchsorted(torch.tensor(counts).cumsum(dim=0), places, right=True)
+
+
+def seen_frames(
+    images: Mapping[str, Tensor],
+    detectors: Sequence[Detector],
+    scenes: Sequence[Scene],
+    picked: Sequence[Tensor],
+    states: Sequence[Tensor],
+    spec: OptimiseSpec,
+    generator: torch.Generator,
+) -> Tensor:
+    """Confidences of some frames of each walk, `picked`, under changes of light, `states`; with gradients."""
+    frames, boxes = [], []
+    for scene, place, state in zip(scenes, picked, states, strict=True):
+        if len(place):
+            frames.append(photometric(scene.render(images, place.tolist()), spec.drift, generator, state))
+            boxes.append(scene.buffers.boxes[place])
+    return ensemble_confidence(detectors, torch.cat(frames), torch.cat(boxes))
 
 
 def batched(detectors: Sequence[Detector], frames: Tensor, boxes: Tensor, batch: int) -> Tensor:
