@@ -13,7 +13,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 def test_tables_are_those_of_the_json_files(page):
     fill = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["fill"]
     text = page.read_text(encoding="utf-8")
-    assert sum(text.count(f"<!-- {kind} ") for kind in ("table", "curve", "tokens", "drape")) == text.count("<!-- end -->")
+    assert sum(text.count(f"<!-- {kind} ") for kind in ("table", "curve", "tokens", "drape")) == text.count(
+        "<!-- end -->"
+    )
     assert fill(text) == text
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from hasten.errors import ConfigError, HastenError, ModelError
 from hasten.tokens import SemanticTree, TokenMap, flat_map
 from hasten.tokens.cli_tokens import app, load_decoder, read_codebook
-from hasten.tokens.plots import plot_curves, plot_sizes, plot_swatches, plot_tree
+from hasten.tokens.plots import plot_curves, plot_pictures, plot_sizes, plot_swatches, plot_tree
 from hasten.tokens.refiner import Refiner, RefinerConfig
 from hasten.tokens.refiner_train import train_refiner
 from hasten.tokens.sample import Sampling, filtered, sample_clusters, scaled_top_k
@@ -159,6 +159,7 @@ def test_pictures_are_drawn(tmp_path):
         lambda: plot_tree(TREE, tmp_path / "x.png", top=1),
         lambda: plot_tree(SemanticTree.fit(CODES, exact=False), tmp_path / "x.png"),
         lambda: plot_sizes({}, tmp_path / "x.png"),
+        lambda: plot_pictures({"none": np.empty((0, 4, 4, 3), np.float32)}, tmp_path / "x.png"),
         lambda: plot_swatches(MAP, decode, tmp_path / "x.png", members=0),
         lambda: plot_curves({"flat": []}, {"x": "X"}, tmp_path / "x.png"),
         lambda: plot_curves({"flat": [curve(3, 2), curve(1)]}, {"x": "X"}, tmp_path / "x.png"),
@@ -170,6 +171,11 @@ def test_pictures_are_drawn(tmp_path):
 def gray(tokens):
     """A decoder for `--decoder`: the number of a token as its brightness."""
     return np.broadcast_to((tokens / 24)[:, None, None, None], (len(tokens), 4, 4, 3)).astype(np.float32)
+
+
+def rows_of_gray(tokens):
+    """A decoder of whole images: the mean of their tokens."""
+    return gray(tokens.mean(axis=1))
 
 
 def run(*arguments):
@@ -198,6 +204,8 @@ def test_the_commands_go_from_a_codebook_to_samples(shards, tmp_path):
     run("sample", out / "model", *drawing, "--refiner", tmp_path / "refiner")
     refined = np.load(tmp_path / "r.npy")
     np.testing.assert_array_equal(TokenMap.load(mapping)(refined), TokenMap.load(mapping)(drawn))
+    run("sample", out / "model", *drawing, "--decoder", f"{__name__}:rows_of_gray")
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_commands_refuse_what_they_cannot_read(tmp_path):

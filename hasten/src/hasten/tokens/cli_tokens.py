@@ -55,7 +55,9 @@ def read_codebook(path: Path, name: str | None = None) -> NDArray[Any]:
 
 
 def load_decoder(name: str) -> Decode:
-    """The function `module:function` that draws tokens `[n]`, each alone, as pictures `[n, H, W, 3]` in [0, 1].
+    """The function `module:function` that draws tokens as pictures `[n, H, W, 3]` in [0, 1].
+
+    For `inspect` it gets tokens `[n]`, each to be drawn alone; for `sample` the tokens `[n, L]` of images.
 
     Raises:
         ConfigError: if there is no such function.
@@ -280,21 +282,26 @@ def sample(
     top_k: Annotated[int, typer.Option(help="In fine tokens; scaled to the clusters. 0 for no limit.")] = 0,
     top_p: Annotated[float, typer.Option()] = 1.0,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 1.0,
+    decoder: Annotated[
+        str | None, typer.Option(help="module:function that draws images of tokens; writes a .png beside --out.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Draw fine tokens, [images, length] as .npy, for a tokenizer to decode.
 
-    Example: hasten tokens sample runs/masc/model --classes 0,0,3 --length 256 --guidance 2
+    Example: hasten tokens sample runs/masc/model --classes 0,0,3 --length 64 --decoder hasten.zoo.emoji_tokens:decode
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from hasten.tokens.mapping import TokenMap
     from hasten.tokens.members import MemberSampler
+    from hasten.tokens.plots import plot_pictures
     from hasten.tokens.refiner import Refiner
     from hasten.tokens.sample import Sampling, sample_clusters, scaled_top_k
     from hasten.tokens.shards import TokenShards
 
+    decode = None if decoder is None else load_decoder(decoder)
     mapping = TokenMap.load(model / "token_map.safetensors")
     limit = scaled_top_k(top_k, mapping.tokens, mapping.clusters)
     sampling = Sampling(temperature=temperature, top_k=limit, top_p=top_p, guidance=guidance)
@@ -305,7 +312,7 @@ def sample(
     if refiner is not None:
         chooser = Refiner.load(refiner)
         chooser.check(mapping)
-    lm = AutoModelForCausalLM.from_pretrained(model)
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     wanted = torch.tensor(numbers(classes, "--classes"))
     if not len(wanted):
         raise ConfigError("--classes needs at least one class, such as 0,0,3")
@@ -318,3 +325,6 @@ def sample(
     out.parent.mkdir(parents=True, exist_ok=True)
     np.save(out, drawn)
     console.print(f"{len(wanted)} images of {length} tokens: [bold]{out}[/bold]")
+    if decode is not None:
+        rows = {f"class {c}": decode(drawn[wanted.numpy() == c]) for c in wanted.unique().tolist()}
+        console.print(f"pictures: [bold]{plot_pictures(rows, out.with_suffix('.png'))}[/bold]")

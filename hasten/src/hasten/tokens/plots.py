@@ -15,7 +15,7 @@ from hasten.errors import ConfigError
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.tree import SemanticTree
 
-__all__ = ["plot_curves", "plot_sizes", "plot_swatches", "plot_tree"]
+__all__ = ["plot_curves", "plot_pictures", "plot_sizes", "plot_swatches", "plot_tree"]
 
 # Pictures `[n, H, W, 3]` in [0, 1] of n tokens, each token alone.
 Decode = Callable[[NDArray[np.int64]], NDArray[np.float32]]
@@ -62,16 +62,27 @@ def plot_swatches(mapping: TokenMap, decode: Decode, path: str | Path, clusters:
     if clusters < 1 or members < 1:
         raise ConfigError(f"clusters and members must be at least 1, got {clusters} and {members}")
     largest = np.argsort(-mapping.sizes, kind="stable")[:clusters].tolist()
-    columns = min(members, int(mapping.sizes.max()))
-    figure = Figure(figsize=(0.6 * columns + 1, 0.6 * len(largest)), layout="constrained")
-    grid = figure.subplots(len(largest), columns, squeeze=False)
-    for row, cluster in zip(grid, largest, strict=True):
-        pictures = decode(mapping.of(cluster)[:columns])
+    rows = {f"{c}\n({mapping.sizes[c]})": decode(mapping.of(c)[:members]) for c in largest}
+    return plot_pictures(rows, path, side=0.6)
+
+
+def plot_pictures(rows: Mapping[str, NDArray[np.float32]], path: str | Path, side: float = 0.8) -> Path:
+    """Draw pictures `[n, H, W, 3]` in [0, 1], `side` inches wide, one labelled row for each entry.
+
+    Raises:
+        ConfigError: if there is no picture.
+    """
+    columns = max((len(pictures) for pictures in rows.values()), default=0)
+    if not columns:
+        raise ConfigError("there is no picture to draw")
+    figure = Figure(figsize=(side * columns + 1, side * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (name, pictures) in zip(grid, rows.items(), strict=True):
         for i, axes in enumerate(row):
             axes.set(xticks=[], yticks=[], frame_on=False)
             if i < len(pictures):
                 axes.imshow(pictures[i].clip(0, 1), interpolation="nearest")
-        row[0].set_ylabel(f"{cluster}\n({mapping.sizes[cluster]})", fontsize=6)
+        row[0].set_ylabel(name, fontsize=6)
     return _saved(figure, path)
 
 

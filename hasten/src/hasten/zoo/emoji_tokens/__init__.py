@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hasten.zoo.emoji_tokens.tokenizer import VQTokenizer
 
-__all__ = ["WEIGHTS", "VQTokenizer", "load_tokenizer", "swatches"]
+__all__ = ["WEIGHTS", "VQTokenizer", "decode", "load_tokenizer", "swatches"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 SWATCH = 3  # tokens a side
@@ -33,3 +33,12 @@ def swatches(tokens: NDArray[np.int64]) -> NDArray[np.float32]:
     with torch.no_grad():
         grids = torch.as_tensor(tokens)[:, None].expand(-1, SWATCH * SWATCH)
         return load_tokenizer().decode(grids).permute(0, 2, 3, 1).numpy()
+
+
+def decode(tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Pictures `[n, 32, 32, 3]` in [0, 1] of the tokens `[n, 64]` of images.
+
+    For `hasten tokens sample --decoder hasten.zoo.emoji_tokens:decode`.
+    """
+    with torch.no_grad():
+        return load_tokenizer().decode(torch.as_tensor(tokens)).permute(0, 2, 3, 1).numpy()
