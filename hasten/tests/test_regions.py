@@ -23,8 +23,7 @@ import hasten
 from hasten import RALU, Bottleneck, Fresco, Spectral
 from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenError, ScheduleError, TargetError
 from hasten.resolution import RegionMethod, fit_stages
-from hasten.resolution.jumps import low_noise
-from hasten.resolution.positions import pack, unpack
+from hasten.resolution.canvas import Canvas
 
 METHODS = {
     "fresco": Fresco(stages=(3, 3, 3), jump="r1"),
@@ -102,7 +101,9 @@ def test_the_coarse_stage_is_the_plain_pipeline_at_half_size(pipe: Any) -> None:
     """Nothing is promoted before the last step: the coarse latents are those of a run at half size."""
     seen: list[Tensor] = []
     noise = torch.randn(1, 256, 48, generator=torch.Generator().manual_seed(5))
-    low = pack(low_noise(unpack(noise, (16, 16))))
+    canvas = Canvas.of(pipe.vae)
+    assert canvas.factor == 2
+    low = 2 * canvas.shrink(noise, (16, 16))
     small: list[Tensor] = []
     pipe.scheduler.register_to_config(use_dynamic_shifting=False, shift=3.0)
     pipe.scheduler.set_shift(3.0)
@@ -117,7 +118,7 @@ def test_the_coarse_stage_is_the_plain_pipeline_at_half_size(pipe: Any) -> None:
     draw(pipe, STEPS, latents=low, callback_on_step_end=keep(small))
     with hasten.accelerate(pipe, Bottleneck(stages=(8, 1))):
         paint(pipe, latents=noise, callback_on_step_end=keep(seen))
-    shown, own = unpack(seen[6], (16, 16)), unpack(small[6], (8, 8))
+    shown, own = canvas.paint(seen[6], (16, 16)), canvas.paint(small[6], (8, 8))
     assert torch.allclose(shown[..., ::2, ::2], own, atol=1e-5)
     assert torch.equal(shown[..., ::2, ::2], shown[..., 1::2, 1::2])
     assert {tuple(latents.shape) for latents in seen} == {(1, 256, 48)}

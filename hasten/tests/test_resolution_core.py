@@ -7,12 +7,13 @@ from random import Random
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderTiny, FluxPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.errors import ConfigError
+from hasten.resolution.canvas import LATENTS, Canvas
 from hasten.resolution.jumps import (
     Rewind,
     anchor_noise,
@@ -29,7 +30,8 @@ from hasten.resolution.methods.ralu import PRESETS
 from hasten.resolution.positions import TokenSet, flux_ids, pack, unpack
 from hasten.resolution.regions import Stage
 from hasten.resolution.scores import channel_variance, first, temporal_variance
-from hasten.resolution.seams import MixedState, enlarge_tokens
+from hasten.resolution.seams import MixedState
+from hasten.zoo.emoji_flux.model import PixelVAE
 
 HADAMARD = 0.5 * torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
 
@@ -179,10 +181,27 @@ def test_enlarging_tokens_enlarges_latent_pixels() -> None:
     tokens = pack(latents)
     assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 16, 8, 12))
     assert torch.equal(unpack(tokens, (4, 6)), latents)
-    large = enlarge_tokens(tokens, (4, 6))
+    large = LATENTS.enlarge(tokens, (4, 6))
     assert torch.equal(unpack(large, (8, 12)), up(latents))
     tiled = tokens.unflatten(1, (4, 6)).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
     assert not torch.equal(large, tiled)
+
+
+def test_latents_that_are_rearranged_pixels_are_enlarged_and_averaged_as_pixels() -> None:
+    vae, canvas = PixelVAE(), Canvas.of(PixelVAE())
+    pictures = randn(2, 3, 16, 24)
+    tokens = pack(vae.encode(pictures).latents)
+    assert torch.equal(canvas.paint(tokens, (4, 6)), pictures)
+    assert torch.equal(canvas.read(pictures), tokens)
+
+    def decoded(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        return vae.decode(unpack(tokens, size)).sample  # type: ignore[union-attr]
+
+    assert torch.equal(decoded(canvas.enlarge(tokens, (4, 6)), (8, 12)), up(pictures))
+    small = torch.nn.functional.avg_pool2d(pictures, 2)
+    assert torch.equal(decoded(canvas.shrink(tokens, (4, 6)), (2, 3)), small)
+    assert not torch.equal(decoded(LATENTS.enlarge(tokens, (4, 6)), (8, 12)), up(pictures))
+    assert Canvas.of(AutoencoderTiny()) == LATENTS
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.data())

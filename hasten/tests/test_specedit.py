@@ -27,6 +27,7 @@ from hasten.errors import (
     TargetError,
     UnknownNameError,
 )
+from hasten.resolution.canvas import LATENTS, Canvas
 from hasten.resolution.discrepancy import (
     above_floor,
     cosine_distance,
@@ -42,7 +43,6 @@ from hasten.resolution.seams import (
     MixedState,
     blend,
     children,
-    enlarge_tokens,
     locked_velocity,
     ring_weights,
     seam_steps,
@@ -233,7 +233,7 @@ def test_tokens_of_two_resolutions_find_their_places() -> None:
 
 def test_enlargement_is_of_latent_pixels() -> None:
     latents = randn(2, 3, 4, 6)
-    larger = unpack(enlarge_tokens(pack(latents), (2, 3)), (4, 6))
+    larger = unpack(LATENTS.enlarge(pack(latents), (2, 3)), (4, 6))
     assert torch.equal(larger, torch.nn.functional.interpolate(latents, scale_factor=2))
     assert torch.equal(unpack(pack(latents), (2, 3)), latents)
 
@@ -425,7 +425,7 @@ def test_a_draft_alone_is_the_small_picture() -> None:
     small = pipe(
         **{**VARIANTS["flux kontext"].call, **half}, num_inference_steps=4, output_type="latent", generator=None
     ).images
-    torch.testing.assert_close(enlarge_tokens(small, (4, 6)), large, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(Canvas.of(pipe.vae).enlarge(small, (4, 6)), large, atol=1e-4, rtol=1e-4)
 
 
 def test_the_floor_hides_a_global_edit_and_the_median_change_shows_it() -> None:

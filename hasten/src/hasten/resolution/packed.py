@@ -19,6 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
 from hasten.errors import AlreadyAcceleratedError, ConfigError, HostError, ScheduleError, TargetError
+from hasten.resolution.canvas import Canvas
 from hasten.resolution.hooking import hook_forward, wrap_step
 from hasten.resolution.levels import check_scheduler, skip_step
 from hasten.resolution.positions import TokenSet, Units, flux_ids, grid_sizes, standing_in
@@ -91,6 +92,7 @@ class PackedEngine(ABC, Generic[Run]):
         self._inside, self._forward = False, ExitStack()
         self._check_pipeline()
         self.scheduler = pipe.scheduler
+        self.canvas = Canvas.of(pipe.vae)
         # Holding the tensor keeps its identity from being given to another one.
         self._timesteps = self.scheduler.timesteps
         unhook = hook_forward(pipe.transformer, _Forward(self), HOOK_NAME)

@@ -9,16 +9,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError
+from hasten.resolution.canvas import LATENTS, Canvas
 from hasten.resolution.jumps import low_noise
 from hasten.resolution.method import ResolutionMethod
 from hasten.resolution.packed import PackedEngine, PackedRun, Part, check_even, check_total
-from hasten.resolution.positions import TokenSet, Units, pack, unpack
+from hasten.resolution.positions import TokenSet, Units
 from hasten.resolution.scores import first
 from hasten.resolution.seams import MixedState
 
@@ -84,6 +86,7 @@ class Stage:
         snapshots: what was remembered of the coarse tokens in the steps so far, `[B, n, C]` each.
         level: noise level of the state.
         draw: makes unit noise like the fine tokens', `[B, 4 n, C]`, that is bound to nothing.
+        canvas: how tokens are a picture.
     """
 
     pipe: Any
@@ -92,6 +95,7 @@ class Stage:
     snapshots: Sequence[Tensor]
     level: float
     draw: Callable[[], Tensor]
+    canvas: Canvas = LATENTS
 
     @property
     def fine_size(self) -> tuple[int, int]:
@@ -114,7 +118,7 @@ class RegionMethod(ResolutionMethod):
         """
 
     def coarse_noise(self, noise: Tensor) -> Tensor:
-        """Unit noise that the coarse latents begin with, from the fine one; `[B, C, H, W]`."""
+        """Unit noise that the coarse picture begins with, from the fine one; `[B, C, H, W]`."""
         return low_noise(noise)
 
     def levels(self, step: int, level: float, sigmas: Tensor) -> Tensor | None:
@@ -203,8 +207,8 @@ class RegionEngine(PackedEngine[_Run]):
             self._set_levels(0, levels)
         noise = hidden[:, : rows * columns]
         tokens = TokenSet(torch.zeros(rows // 2, columns // 2, dtype=torch.bool, device=noise.device))
-        low = pack(method.coarse_noise(unpack(noise, sizes[0])))
-        run.state = MixedState(tokens, noise, low, torch.zeros_like(noise))
+        low = self.canvas.read(method.coarse_noise(self.canvas.paint(noise, sizes[0])))
+        run.state = MixedState(tokens, noise, low, torch.zeros_like(noise), self.canvas)
         return run
 
     def references(self, run: _Run, hidden: Tensor) -> Sequence[Part]:
@@ -230,9 +234,9 @@ class RegionEngine(PackedEngine[_Run]):
         if share is None:
             return
         mask = state.tokens.fine
-        stage = Stage(
-            self.pipe, (mask.shape[0], mask.shape[1]), clean, run.snapshots, after, lambda: self._draw(run, state)
-        )
+        size = (mask.shape[0], mask.shape[1])
+        draw = partial(self._draw, run, state)
+        stage = Stage(self.pipe, size, clean, run.snapshots, after, draw, self.canvas)
         level = self.method.promote(state, self._chosen(state, share, stage), stage)
         self.plans.append(Layout(run.number, run.step, state.tokens.fine))
         if level != after:

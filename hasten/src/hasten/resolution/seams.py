@@ -10,22 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from hasten.errors import ConfigError
-from hasten.resolution.positions import TokenSet, pack, unpack
+from hasten.resolution.canvas import LATENTS, Canvas
+from hasten.resolution.positions import TokenSet
 
-__all__ = ["MixedState", "blend", "children", "enlarge_tokens", "locked_velocity", "ring_weights", "seam_steps"]
+__all__ = ["MixedState", "blend", "children", "locked_velocity", "ring_weights", "seam_steps"]
 
 
 def children(mask: Tensor) -> Tensor:
     """The fine tokens of coarse ones: `[h, w]` bool to `[4 h w, 1]`, in raster order."""
     return mask.repeat_interleave(2, 0).repeat_interleave(2, 1).reshape(-1, 1)
-
-
-def enlarge_tokens(coarse: Tensor, size: tuple[int, int]) -> Tensor:
-    """Every latent pixel copied to 2x2: `[B, n, C]` on a coarse grid of `size` to `[B, 4 n, C]`.
-
-    Copying whole tokens instead would tile each token's 2x2 pixels.
-    """
-    return pack(unpack(coarse, size).repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
 def locked_velocity(state: Tensor, source: Tensor, sigma: float) -> Tensor:
@@ -42,24 +35,27 @@ class MixedState:
         noise: unit noise of the fine grid, `[B, 4 n, C]`; all tensors are float32.
         coarse: `[B, n, C]`.
         fine: `[B, 4 n, C]`.
+        canvas: how tokens are a picture.
     """
 
     tokens: TokenSet
     noise: Tensor
     coarse: Tensor
     fine: Tensor
+    canvas: Canvas = LATENTS
 
     @classmethod
-    def begin(cls, noise: Tensor, size: tuple[int, int]) -> MixedState:
+    def begin(cls, noise: Tensor, size: tuple[int, int], canvas: Canvas = LATENTS) -> MixedState:
         """All tokens coarse, at sigma 1: the low-pass of the fine noise, which is unit noise again.
 
         Args:
             noise: `[B, 4 n, C]`.
             size: of the fine grid of tokens.
+            canvas: how tokens are a picture.
         """
         tokens = TokenSet(torch.zeros(size[0] // 2, size[1] // 2, dtype=torch.bool, device=noise.device))
-        low = functional.avg_pool2d(unpack(noise, size), 2) * 2  # the sum of 4 over the root of 4
-        return cls(tokens, noise, pack(low), torch.zeros_like(noise))
+        low = canvas.shrink(noise, size) * 2  # the sum of 4 over the root of 4
+        return cls(tokens, noise, low, torch.zeros_like(noise), canvas)
 
     @property
     def complete(self) -> bool:
@@ -84,7 +80,7 @@ class MixedState:
     def shown(self) -> Tensor:
         """The state at full size, `[B, 4 n, C]`, to look at."""
         size = self.tokens.fine.shape
-        return torch.where(children(self.tokens.fine), self.fine, enlarge_tokens(self.coarse, (size[0], size[1])))
+        return torch.where(children(self.tokens.fine), self.fine, self.canvas.enlarge(self.coarse, (size[0], size[1])))
 
 
 def ring_weights(inside: Tensor, ring: int) -> Tensor:

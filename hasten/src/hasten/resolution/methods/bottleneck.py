@@ -15,8 +15,6 @@ from torch import Tensor
 
 from hasten.errors import ConfigError, unknown
 from hasten.registry import method
-from hasten.resolution.jumps import up
-from hasten.resolution.positions import pack, unpack
 from hasten.resolution.regions import Promotion, RegionMethod, Stage
 from hasten.resolution.seams import MixedState
 
@@ -59,5 +57,5 @@ class Bottleneck(RegionMethod):
     def promote(self, state: MixedState, new: Tensor, stage: Stage) -> float:
         if self.noise == "independent":
             state.noise = stage.draw()
-        state.promote(new, pack(up(unpack(stage.clean, stage.size))), stage.level)
+        state.promote(new, stage.canvas.enlarge(stage.clean, stage.size), stage.level)
         return stage.level

@@ -14,7 +14,7 @@ Scores: the variance of a token's clean estimate over the last steps, the least 
 the greatest; variance over its channels; for comparison edges of the decoded estimate, and chance.
 
 The paper's text was not available: the split of the steps comes from its FLOPs, rules and score from two readings
-of it. Departures: latent pixels are enlarged, not packed tokens; a batch shares its layout, by the mean of its scores.
+of it. Departures: pixels are enlarged, not packed tokens; a batch shares its layout, by the mean of its scores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hasten.registry import method
 from hasten.resolution.axes import smooth
 from hasten.resolution.jumps import Rewind, anchor_noise, low_noise, swap, up
 from hasten.resolution.ladders import descend
-from hasten.resolution.positions import TokenSet, Units, pack, unpack
+from hasten.resolution.positions import TokenSet, Units, unpack
 from hasten.resolution.regions import Promotion, RegionMethod, Stage
 from hasten.resolution.scores import channel_variance, edge_share, temporal_variance
 from hasten.resolution.seams import MixedState, children
@@ -165,21 +165,22 @@ class Fresco(RegionMethod):
     def promote(self, state: MixedState, new: Tensor, stage: Stage) -> float:
         if self.jump == "r2":
             return self._rewind(state, new, stage)
-        clean = up(unpack(stage.clean, stage.size))
+        clean = up(stage.canvas.paint(stage.clean, stage.size))
         if self.smooth:
             clean = smooth(clean[:, :, None], self.smooth)[:, :, 0]
         if self.noise == "independent":
             state.noise = stage.draw()
-        state.promote(new, pack(clean), stage.level)
+        state.promote(new, stage.canvas.read(clean), stage.level)
         return stage.level
 
     def _rewind(self, state: MixedState, new: Tensor, stage: Stage) -> float:
         level = Rewind(stage.level).level
-        noise, coarse = unpack(state.noise, stage.fine_size), unpack(state.coarse, stage.size)
+        canvas = stage.canvas
+        noise, coarse = canvas.paint(state.noise, stage.fine_size), canvas.paint(state.coarse, stage.size)
         low = self.coarse_noise(noise)
         born = swap(up(coarse), up(low), noise, stage.level, level)
-        older = swap(unpack(state.fine, stage.fine_size), noise, noise, stage.level, level)
-        state.coarse = pack(swap(coarse, low, low, stage.level, level))
-        state.fine = torch.where(children(new), pack(born), pack(older))
+        older = swap(state.fine, state.noise, state.noise, stage.level, level)
+        state.coarse = canvas.read(swap(coarse, low, low, stage.level, level))
+        state.fine = torch.where(children(new), canvas.read(born), older)
         state.tokens = TokenSet(state.tokens.fine | new)
         return level

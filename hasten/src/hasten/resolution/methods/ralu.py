@@ -20,7 +20,7 @@ from hasten.errors import ConfigError, unknown
 from hasten.registry import method
 from hasten.resolution.jumps import Rewind, anchor_noise, fresh_children
 from hasten.resolution.ladders import Stages
-from hasten.resolution.positions import TokenSet, pack, unpack
+from hasten.resolution.positions import TokenSet, unpack
 from hasten.resolution.regions import Promotion, RegionMethod, Stage
 from hasten.resolution.scores import edge_share
 from hasten.resolution.seams import MixedState, children
@@ -89,10 +89,11 @@ class RALU(RegionMethod):
 
     def promote(self, state: MixedState, new: Tensor, stage: Stage) -> float:
         rewind = Rewind(stage.level, self._stages.z)
-        noise = stage.draw()
-        born = pack(fresh_children(unpack(state.coarse, stage.size), unpack(noise, stage.fine_size), rewind))
+        noise, canvas = stage.draw(), stage.canvas
+        large = canvas.paint(noise, stage.fine_size)
+        born = canvas.read(fresh_children(canvas.paint(state.coarse, stage.size), large, rewind))
         older = rewind.beta * state.fine + rewind.staying * noise
-        few = pack(anchor_noise(unpack(noise, stage.fine_size)))
+        few = canvas.read(anchor_noise(large))
         state.coarse = rewind.beta * state.coarse + rewind.staying * few
         state.fine = torch.where(children(new), born, older)
         state.tokens = TokenSet(state.tokens.fine | new)

@@ -33,7 +33,6 @@ from typing import Any, Literal, get_args
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from hasten.errors import ConfigError, HastenWarning, unknown
 from hasten.registry import method
@@ -49,7 +48,7 @@ from hasten.resolution.discrepancy import (
 from hasten.resolution.method import ResolutionMethod
 from hasten.resolution.packed import PackedEngine, PackedRun, Part, check_even, check_total
 from hasten.resolution.positions import TokenSet, Units, pack, unpack
-from hasten.resolution.seams import MixedState, blend, children, enlarge_tokens, locked_velocity
+from hasten.resolution.seams import MixedState, blend, children, locked_velocity
 from hasten.resolution.select import EditMap, Selector, dilate, everything, select, told_apart
 
 __all__ = ["EditMap", "EditRecord", "SpecEdit", "SpecEditEngine"]
@@ -248,7 +247,7 @@ class SpecEditEngine(PackedEngine[_Run]):
         if method.draft:
             check_even(self.name, sizes)
             noise, *references = hidden.split([rows * columns for rows, columns in sizes], 1)
-            run.state = MixedState.begin(noise, sizes[0])
+            run.state = MixedState.begin(noise, sizes[0], self.canvas)
             for tokens, size in zip(references, sizes[1:], strict=True):
                 wanted = sizes[0] if len(run.sources) == method.source else size
                 run.sources.append(self._source(unpack(tokens, size), wanted))
@@ -258,8 +257,10 @@ class SpecEditEngine(PackedEngine[_Run]):
         """A reference in both sizes; `size` is that of the fine grid of tokens that is wanted."""
         if latents.shape[2:] != (2 * size[0], 2 * size[1]):
             latents = resized(self.pipe, latents, (2 * size[0], 2 * size[1]))
-        small = resized(self.pipe, latents, size) if self.method.shrink == "pixels" else avg_pool2d(latents, 2)
-        return _Source((size[0] // 2, size[1] // 2), pack(small), pack(latents))
+        fine = pack(latents)
+        pixels = self.method.shrink == "pixels"
+        coarse = pack(resized(self.pipe, latents, size)) if pixels else self.canvas.shrink(fine, size)
+        return _Source((size[0] // 2, size[1] // 2), coarse, fine)
 
     def units(self, run: _Run) -> Units:
         return self.method.units if run.step >= self.method.draft else "lr_units"
@@ -344,7 +345,7 @@ class SpecEditEngine(PackedEngine[_Run]):
         """Promote locked tokens that the model would have changed as much as those that were selected."""
         found = self.plans[-1]
         size = (2 * source.size[0], 2 * source.size[1])
-        small = pack(avg_pool2d(unpack(fine_clean, size), 2))
+        small = self.canvas.shrink(fine_clean, size)
         clean = torch.where(state.tokens.fine.reshape(-1, 1), small, clean)
         cuts = clean.new_tensor(found.cuts)[:, None, None]
         later = (self._distance(clean, source) > cuts).any(0) & ~state.tokens.fine
@@ -374,5 +375,5 @@ class SpecEditEngine(PackedEngine[_Run]):
     def _enlarged(self, clean: Tensor, size: tuple[int, int]) -> Tensor:
         """Clean coarse tokens as fine ones."""
         if self.method.enlarge == "latents":
-            return enlarge_tokens(clean, size)
+            return self.canvas.enlarge(clean, size)
         return pack(resized(self.pipe, unpack(clean, size), (4 * size[0], 4 * size[1])))

@@ -19,7 +19,7 @@ from hasten.errors import ConfigError, ScheduleError
 from hasten.registry import method
 from hasten.resolution.jumps import Rewind, dct_enlarge, dct_low
 from hasten.resolution.ladders import descend, switch_level
-from hasten.resolution.positions import TokenSet, pack, unpack
+from hasten.resolution.positions import TokenSet
 from hasten.resolution.regions import Promotion, RegionMethod, Stage
 from hasten.resolution.seams import MixedState
 
@@ -79,7 +79,7 @@ class Spectral(RegionMethod):
         raise AssertionError("all tokens are promoted at once")
 
     def promote(self, state: MixedState, new: Tensor, stage: Stage) -> float:
-        noise = unpack(state.noise, stage.fine_size)
-        state.fine = pack(dct_enlarge(unpack(state.coarse, stage.size), noise, stage.level))
+        noise, coarse = stage.canvas.paint(state.noise, stage.fine_size), stage.canvas.paint(state.coarse, stage.size)
+        state.fine = stage.canvas.read(dct_enlarge(coarse, noise, stage.level))
         state.tokens = TokenSet(torch.ones_like(state.tokens.fine))
         return Rewind(stage.level).level

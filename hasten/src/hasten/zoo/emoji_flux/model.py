@@ -38,6 +38,8 @@ class PixelVAE(ModelMixin, ConfigMixin):
     pictures and give them unit variance.
     """
 
+    space_to_depth = PATCH  # latents are rearranged pixels, and are made larger as pixels
+
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
