@@ -19,7 +19,7 @@ from drape.errors import ConfigError, UnknownNameError
 from drape.evaluate import DEFENCES, Judge, Subject
 from drape.gamut import Gamut
 from drape.measure import Attacks, defence_row, defence_table, measure, track
-from drape.objective import Temporal, aggregated, sequence_loss
+from drape.objective import Temporal, aggregated, walks_loss
 from drape.optimise import OptimiseSpec, Scene, draw_frames, frame_gradient
 from drape.plots import azimuth_svg, bars_svg, curve_svg
 from drape.report import page
@@ -86,7 +86,7 @@ def test_nobody_leaves_the_picture(walk: Walk) -> None:
 def test_the_estimate_from_drawn_frames_has_the_gradient_as_its_mean(reach: int) -> None:
     generator = torch.Generator().manual_seed(0)
     d = torch.rand(9, generator=generator)
-    gradient = frame_gradient(d, d, OptimiseSpec(aggregation=reach, temporal=Temporal(window=3)))
+    gradient = frame_gradient([d], [d], OptimiseSpec(aggregation=reach, temporal=Temporal(window=3)))
     total = torch.zeros(9)
     for _ in range(6000):
         chosen, factors = draw_frames(gradient, 3, generator)
@@ -101,9 +101,10 @@ def test_the_gradient_of_frames_equals_finite_differences() -> None:
     spec = OptimiseSpec(aggregation=1, temporal=Temporal(window=3))
 
     def loss(values: torch.Tensor) -> float:
-        return float(sequence_loss(spec.temporal, aggregated(values, 1), aggregated(d, 1)))
+        walks = [aggregated(part, 1) for part in (values[:3], values[3:])]
+        return float(walks_loss(spec.temporal, walks, walks))
 
-    gradient = frame_gradient(d, d, spec)
+    gradient = frame_gradient([d[:3], d[3:]], [d[:3], d[3:]], spec)
     for t in range(7):
         step = torch.zeros_like(d)
         step[t] = 1e-6
@@ -229,12 +230,12 @@ def test_a_benchmark_goes_on_where_it_was(quick: None, tmp_path: Path, monkeypat
     monkeypatch.setattr(bench, "optimise", lambda *a, **k: (calls.append(a[3].mode), real(*a, **k))[1])
     first = bench.run_bench(TINY, work, to)
     made = len(calls)
-    assert made == 2 * TINY.seeds + 3  # two modes a seed, and three attacks that know of a defence
+    assert made == 2 * TINY.seeds + 4  # two modes a seed, and four attacks that know of a defence
     assert json.loads(to.read_text()) == rounded(json.loads(json.dumps(first)))
     assert first["transfer"]["columns"] == ["nanodet", "yolov3-tiny", "centernet"]
     assert set(first["defences"]) == set(DEFENCES)
     known = {name for name, row in first["defences"].items() if "adaptive_recall" in row}
-    assert known == {"aggregate", "median", "hardened"}
+    assert known == {"aggregate", "consensus", "hardened", "hardened+aggregate"}
     assert first["defended_by_seed"]["hardened"] == [pytest.approx(first["defences"]["hardened"]["recall"], abs=1e-4)]
     passes = first["about"]["passes"]
     assert abs(passes["frames-0"] - passes["sequence-0"]) < 3  # less than one frame with its gradient
@@ -267,6 +268,7 @@ def test_benchmarks_that_cannot_run_are_refused(changes: dict[str, object]) -> N
         (["optimise", "--weighting", "windwo"], "Did you mean 'window'"),
         (["optimise", "--product", "no.png"], "cannot be read as a picture"),
         (["optimise", "--icc", "no.icc"], "printer"),
+        (["optimise", "--cloth", "newtn"], "Did you mean 'newton'"),
         (["harden", "--rounds", "0"], "rounds=0"),
         (["evaluate", "--out", "nowhere"], "drape optimise"),
         (["evaluate", "--out", "made", "--compare", "x"], "NAME=FOLDER"),

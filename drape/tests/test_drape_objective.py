@@ -32,8 +32,10 @@ from drape.objective import (
     naturalness,
     photometric,
     sequence_loss,
+    smooth_step,
     spread,
     temporal_loss,
+    walks_loss,
 )
 from drape.texture import ControlPointTexture, TextureSpec
 
@@ -235,3 +237,20 @@ def test_consensus_sees_what_any_detector_sees() -> None:
 def test_recovered_share() -> None:
     assert recovered(1.0, 0.2, 0.6) == pytest.approx(0.5)
     assert recovered(0.5, 0.5, 0.6) is None
+
+
+def test_loss_of_walks_is_that_of_their_windows_together() -> None:
+    """By hand: a walk in which the person is seen throughout outweighs one in which nobody is."""
+    seen_walk, missed = torch.full((4,), 0.9), torch.zeros(4)
+    temporal = Temporal(window=2, variance=0.0)
+    values = [float(smooth_step(temporal, d)[0]) for d in (seen_walk, missed)]
+    expected = np.log(np.mean(np.exp(temporal.kappa * np.array(values)))) / temporal.kappa
+    both = walks_loss(temporal, [seen_walk, missed], [seen_walk, missed])
+    assert float(both) == pytest.approx(expected, abs=1e-5)
+    even = walks_loss(Temporal(mode="uniform", variance=0.0), [seen_walk, missed], [seen_walk, missed])
+    assert float(even) == pytest.approx(np.mean(values), abs=1e-5)
+    assert float(both) > float(even) + 0.1
+    one = walks_loss(temporal, [seen_walk], [seen_walk])
+    assert float(one) == pytest.approx(float(sequence_loss(temporal, seen_walk)), abs=1e-5)
+    with pytest.raises(ConfigError, match="running"):
+        walks_loss(temporal, [seen_walk], [])

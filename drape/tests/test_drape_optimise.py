@@ -117,7 +117,9 @@ def test_defences_are_reported_beside_the_attack(scene: Scene) -> None:
     plain = control("plain", Gamut.proxy())
     rows = evaluate_defences(Red(), [scene], plain)
     assert set(rows) == {"aggregate", "median"}
-    assert set(evaluate_defences(Red(), [scene], plain, [Red()])) == {"aggregate", "median", "consensus"}
+    expected = {"aggregate", "median", "consensus", "consensus+aggregate"}
+    assert set(evaluate_defences(Red(), [scene], plain, [Red()])) == expected
+    assert "hardened+consensus" not in evaluate_defences(Red(), [scene], plain, hardened=Red())
     bare = evaluate(Red(), [scene], plain)
     assert rows["aggregate"]["recall"] >= bare["recall"]
 

@@ -26,11 +26,10 @@ from torch import Tensor
 from drape import __version__
 from drape.cache import write_atomically, write_text
 from drape.controls import CONTROLS, control, load_images, open_arrays, random_textures, save_images
-from drape.defences import Purified
 from drape.detectors import load_detector
 from drape.detectors.base import Detection, Detector
 from drape.errors import ConfigError
-from drape.evaluate import Judge, Subject, Walks, defended, evaluate
+from drape.evaluate import DEFENCES, Judge, Subject, Walks, defended, evaluate
 from drape.gamut import Gamut
 from drape.harden import HardenSpec, harden, load_hardened, save_hardened
 from drape.measure import Attacks, measure
@@ -43,7 +42,7 @@ from drape.walks import TEST, TRAIN, scenes
 __all__ = ["BenchSpec", "compare", "run_bench"]
 
 REACH = 2  # frames that `drape.defences.aggregate` looks before and after
-SEEDED = ("aggregate", "consensus", "hardened", "hardened+aggregate")  # defences that are judged for every seed
+SEEDED = tuple(name for name in DEFENCES if name != "median")  # defences that are judged for every seed
 HIGHER_IS_STRONGER = {"sequence_success_10": 1, "sequence_success_50": 1, "recall": -1, "longest_run": -1}
 
 
@@ -61,12 +60,12 @@ class BenchSpec:
     detector: str = "nanodet"
     others: tuple[str, ...] = ("yolov3-tiny", "centernet")
     seeds: int = 3
-    steps: int = 40
-    batch: int = 4
+    steps: int = 60
+    batch: int = 6
     learning_rate: float = 0.02
     weighting: str = "window"
-    window: int = 4
-    frames: int = 10
+    window: int = 5
+    frames: int = 16
     size: int = 416
     walks: int = len(TEST)
     rounds: int = 2
@@ -81,11 +80,11 @@ class BenchSpec:
         self.hardening()  # refuse what cannot run before anything has run
         self.optimisation("sequence", 0)
 
-    def optimisation(self, mode: str, seed: int, aggregation: int = 0) -> OptimiseSpec:
-        """How one texture is optimised."""
+    def optimisation(self, mode: str, seed: int, aggregation: int = 0, detectors: int = 1) -> OptimiseSpec:
+        """How one texture is optimised; against several detectors with fewer steps, so that the passes are as many."""
         return OptimiseSpec(
             mode=mode,
-            steps=self.steps,
+            steps=max(self.steps // detectors, 1),
             batch=self.batch,
             learning_rate=self.learning_rate,
             aggregation=aggregation,
@@ -243,12 +242,16 @@ def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
         for mode in MODES
     }
     hardened = store.hardened(detector, walks, spec)
+    together = [detector, *others]
     adaptive = {
-        defence: store.textures(f"adaptive-{defence}", [model], walks, spec.optimisation("sequence", 0, reach))
-        for defence, model, reach in (
-            ("aggregate", detector, REACH),
-            ("median", Purified(detector), 0),
-            ("hardened", hardened, 0),
+        defence: store.textures(
+            f"adaptive-{defence}", models, walks, spec.optimisation("sequence", 0, reach, len(models))
+        )
+        for defence, models, reach in (
+            ("aggregate", [detector], REACH),
+            ("hardened", [hardened], 0),
+            ("hardened+aggregate", [hardened], REACH),
+            ("consensus", together, 0),
         )
     }
     attacks = {"sequence-0": attacks["sequence-0"], **attacks}  # the first one is what defences are measured against
@@ -259,8 +262,8 @@ def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
         given = Attacks(controls, attacks, adaptive)
         judge = KeptJudge(scenes(TEST[: spec.walks], spec.frames, spec.size), store.folder)
         subject = Subject(detector, others, hardened)
-        measured = measure(subject, judge, given)
         strong = {name: textures for name, textures in attacks.items() if name.startswith("sequence-")}
+        measured = measure(subject, judge, given, {*strong, "frames-0"})
         by_seed = {
             defence: [defended(judge, subject, defence, name, strong[name])["recall"] for name in sorted(strong)]
             for defence in SEEDED

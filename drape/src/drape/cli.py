@@ -29,6 +29,7 @@ from drape.measure import Attacks, measure
 from drape.objective import Temporal
 from drape.optimise import OptimiseSpec, optimise
 from drape.report import animation, page
+from drape.scene.cloth import ENGINES
 from drape.walks import TEST, TRAIN, scenes
 
 __all__ = ["app", "main"]
@@ -43,6 +44,7 @@ Out = typer.Option(Path("out/drape"), help="folder for what is made")
 Frames = typer.Option(12, help="frames a walk")
 Size = typer.Option(416, help="side of a frame in pixels")
 Profile = typer.Option(None, help="ICC profile of a printer; without one a proxy gamut is used")
+Engine = typer.Option("drape", "--cloth", help="what moves the cloth: " + " or ".join(ENGINES))
 Weights = typer.Option(None, help="weights that `drape harden` wrote")
 Walks = typer.Option(len(TEST), min=1, max=len(TEST), help="how many of the held-out walks")
 
@@ -81,6 +83,7 @@ def optimise_command(
     steps: int = typer.Option(60),
     frames: int = Frames,
     size: int = Size,
+    engine: str = Engine,
     icc: Path | None = Profile,
     against: str = typer.Option("none", help="the defence that the attack knows of: " + ", ".join(KNOWN)),
     hardened: Path | None = Weights,
@@ -96,7 +99,7 @@ def optimise_command(
     textures, labels = random_textures(gamut, seed), None
     if product is not None:
         textures, labels = product_textures(gamut, picture_of(product), seed)
-    run = optimise(textures, models, scenes(TRAIN, frames, size), spec, labels)
+    run = optimise(textures, models, scenes(TRAIN, frames, size, engine), spec, labels)
     save_images(out / "textures.npz", {name: texture(hard=True).detach() for name, texture in textures.items()})
     record = {"gamut": gamut.name, "passes": run.passes, "confidence": run.confidence, "mode": mode, "against": against}
     write_text(out / "optimise.json", json.dumps(rounded(record), indent=1))
@@ -111,13 +114,14 @@ def harden_command(
     steps: int = typer.Option(HardenSpec.steps, help="of each round's fine-tuning"),
     frames: int = Frames,
     size: int = Size,
+    engine: str = Engine,
     icc: Path | None = Profile,
     to: Path = typer.Option(Path("out/hardened.npz"), help="file for the changed weights"),
 ) -> None:
     """Fine-tune a detector on worst-case and clean walks, as a defence."""
     spec = HardenSpec(rounds=rounds, attack_steps=attack_steps, steps=steps)
     attack = OptimiseSpec(temporal=Temporal(window=max(frames // WINDOWS, 1)))
-    done = harden(load_detector(detector), scenes(TRAIN, frames, size), gamut_of(icc), spec, attack)
+    done = harden(load_detector(detector), scenes(TRAIN, frames, size, engine), gamut_of(icc), spec, attack)
     save_hardened(to, done.detector, detector, spec)
     typer.echo(f"wrote {to}; go on with: drape evaluate --hardened {to}")
 
@@ -127,6 +131,7 @@ def evaluate_command(
     detector: list[str] = Detectors,
     frames: int = Frames,
     size: int = Size,
+    engine: str = Engine,
     icc: Path | None = Profile,
     walks: int = Walks,
     hardened: Path | None = Weights,
@@ -143,9 +148,14 @@ def evaluate_command(
         {"worst case": load_images(out / "textures.npz"), **named_textures(compare)},
         named_textures(adaptive),
     )
-    measured = measure(subject, Judge(scenes(TEST[:walks], frames, size)), given)
+    measured = measure(subject, Judge(scenes(TEST[:walks], frames, size, engine)), given)
     path = out / "evaluate.json"
-    write_text(path, json.dumps(rounded({**measured, "gamut": gamut.name, "frames": frames, "size": size}), indent=1))
+    write_text(
+        path,
+        json.dumps(
+            rounded({**measured, "gamut": gamut.name, "frames": frames, "size": size, "cloth": engine}), indent=1
+        ),
+    )
     typer.echo(f"wrote {path}; go on with: drape report --out {out}")
 
 
@@ -177,6 +187,7 @@ def read_figures(path: Path) -> dict[str, Any]:
         "video",
         "frames",
         "size",
+        "cloth",
     } - set(figures)
     if missing:
         raise AssetError(f"{path} has no {', '.join(sorted(missing))}; run `drape evaluate` again.")
@@ -190,7 +201,7 @@ def report_command(out: Path = Out) -> None:
     if not path.is_file():
         raise AssetError(f"{path} does not exist; run `drape evaluate --out {out}` first.")
     measured = read_figures(path)
-    walk = scenes(TEST[:1], measured["frames"], measured["size"])[0]
+    walk = scenes(TEST[:1], measured["frames"], measured["size"], measured["cloth"])[0]
     clothes = {"plain": control("plain", Gamut.proxy()), "worst case": load_images(out / "textures.npz")}
     videos = {
         f"{name} (a box where {measured['detector']} sees a person)": animation(walk.render(clothes[name]), boxes)
@@ -209,8 +220,8 @@ def demo_command(
     out: Path = Out,
 ) -> None:
     """All three steps, small: a walking person seen by a real detector before and after, and behind defences."""
-    optimise_command([detector], "sequence", "window", steps, frames, size, None, "none", None, None, 0, out)
-    evaluate_command([detector], frames, size, None, 2, None, [], [], out)
+    optimise_command([detector], "sequence", "window", steps, frames, size, "drape", None, "none", None, None, 0, out)
+    evaluate_command([detector], frames, size, "drape", None, 2, None, [], [], out)
     report_command(out)
 
 

@@ -41,7 +41,15 @@ __all__ = [
     "summary",
 ]
 
-DEFENCES = ("aggregate", "median", "consensus", "hardened", "hardened+aggregate")
+DEFENCES = (
+    "aggregate",
+    "median",
+    "consensus",
+    "hardened",
+    "consensus+aggregate",
+    "hardened+aggregate",
+    "hardened+consensus",
+)
 BATCH = 4  # frames a detector sees at once
 Textures = Mapping[str, Tensor]
 Walks = list[list[Detection]]
@@ -122,8 +130,8 @@ class Subject:
     def defences(self) -> tuple[str, ...]:
         """Those of `DEFENCES` that it has what is needed for."""
         missing = set() if self.others else {"consensus"}
-        missing |= set() if self.hardened else {"hardened", "hardened+aggregate"}
-        return tuple(name for name in DEFENCES if name not in missing)
+        missing |= set() if self.hardened else {"hardened"}
+        return tuple(name for name in DEFENCES if not missing & set(name.split("+")))
 
 
 def defended(judge: Judge, subject: Subject, defence: str, name: str, textures: Textures) -> dict[str, Any]:
@@ -134,18 +142,18 @@ def defended(judge: Judge, subject: Subject, defence: str, name: str, textures: 
     """
     if defence not in subject.defences():
         raise unknown("defence", defence, subject.defences())
-    first, _, second = defence.partition("+")
-    if first == "median":
-        walks = judge.walks(Purified(subject.detector), name, textures)
-    elif first == "hardened":
+    parts = defence.split("+")
+    detector = subject.detector
+    if "hardened" in parts:
         assert subject.hardened is not None
-        walks = judge.walks(subject.hardened, name, textures)
-    else:
-        walks = judge.walks(subject.detector, name, textures)
-    if first == "consensus":
+        detector = subject.hardened
+    if "median" in parts:
+        detector = Purified(detector)
+    walks = judge.walks(detector, name, textures)
+    if "consensus" in parts:
         others = [judge.walks(other, name, textures) for other in subject.others]
         walks = [consensus(views) for views in zip(walks, *others, strict=True)]
-    if "aggregate" in (first, second):
+    if "aggregate" in parts:
         walks = [aggregate(walk) for walk in walks]
     return summary(walks, judge.scenes)
 

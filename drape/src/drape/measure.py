@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,8 +89,13 @@ def track(walk: Sequence[Detection]) -> list[list[float] | None]:
     return [[float(v) for v in d.boxes[0]] if len(d.scores) and float(d.scores[0]) >= FOUND else None for d in walk]
 
 
-def measure(subject: Subject, judge: Judge, given: Attacks) -> dict[str, Any]:
+def measure(
+    subject: Subject, judge: Judge, given: Attacks, transferred: Collection[str] | None = None
+) -> dict[str, Any]:
     """All figures of a report.
+
+    Args:
+        transferred: the attacks that other detectors look at too; all if not given.
 
     Returns:
         results: metrics by texture.  transfer: recall by texture and detector.  defences: `defence_table`.
@@ -101,6 +106,7 @@ def measure(subject: Subject, judge: Judge, given: Attacks) -> dict[str, Any]:
     recalls = {
         name: {d.name: judge.result(d, name, images)["recall"] for d in (subject.detector, *subject.others)}
         for name, images in textures.items()
+        if transferred is None or name in given.controls or name in transferred
     }
     rows, columns, table = transfer_matrix(recalls)
     worst = next(iter(given.attacks))

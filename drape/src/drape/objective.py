@@ -38,6 +38,7 @@ __all__ = [
     "smooth_step",
     "spread",
     "temporal_loss",
+    "walks_loss",
 ]
 
 WEIGHTINGS = ("uniform", "hard", "window", "curriculum")
@@ -168,6 +169,28 @@ def sequence_loss(temporal: Temporal, d: Tensor, running: Tensor | None = None, 
     """The loss of one sequence from its confidences `[T]`: weighted smooth steps and the variance."""
     variance = d.var(unbiased=False)
     return temporal_loss(temporal, smooth_step(temporal, d), running, progress) + temporal.variance * variance
+
+
+def walks_loss(temporal: Temporal, walks: Sequence[Tensor], running: Sequence[Tensor], progress: float = 1.0) -> Tensor:
+    """The loss of several sequences as one: what `temporal` does within a sequence it does over all of them.
+
+    "uniform" and "hard" weight the frames of all sequences together; "window" and "curriculum" take the smooth maximum
+    over the windows of all sequences, so that a walk in which the person is still seen for long counts most.
+
+    Args:
+        walks, running: the confidences of each sequence `[T]`, and their running means.
+    """
+    if not walks or len(walks) != len(running):
+        raise ConfigError(f"{len(walks)} sequences, {len(running)} running means; expected one each, and at least one.")
+    variance = torch.stack([d.var(unbiased=False) for d in walks]).mean()
+    values = [smooth_step(temporal, d) for d in walks]
+    if temporal.mode in ("uniform", "hard"):
+        loss = temporal_loss(temporal, torch.cat(values), torch.cat(list(running)))
+    else:
+        each = torch.stack([temporal_loss(temporal, v, progress=progress) for v in values])
+        shares = torch.tensor([len(v) for v in values]).to(each)
+        loss = ((temporal.kappa * each + shares.log()).logsumexp(dim=0) - shares.sum().log()) / temporal.kappa
+    return loss + temporal.variance * variance
 
 
 def aggregated(d: Tensor, reach: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Worst-case textures: optimisation over whole sequences, and its control, frame by frame with equal compute.
 
-The loss of "sequence" is the mean over the walks of L(d_1, ..., d_T), each walk's own. It is differentiated to the
-confidences of all frames of all walks, g_t = dL/dd_t; then B frames, drawn with probabilities p_t that follow |g_t|,
+The loss of "sequence", `drape.objective.walks_loss`, is differentiated to the confidences of all frames of all walks,
+g_t = dL/dd_t; then B frames, drawn with probabilities p_t that follow |g_t|,
 are followed backwards. mean_i g_i d_i / p_i has the gradient of the loss as its expectation, whatever L is: windows,
 variance, or a defence that aggregates over time. What d_t is comes from a pass over all frames without gradients,
 taken at every `refresh`-th step, and from the frames followed since.
@@ -34,9 +34,9 @@ from drape.objective import (
     ensemble_confidence,
     naturalness,
     photometric,
-    sequence_loss,
     smooth_step,
     spread,
+    walks_loss,
 )
 from drape.progress import steps
 from drape.scene.light import Light
@@ -190,14 +190,16 @@ def regularisers(
     return total
 
 
-def frame_gradient(d: Tensor, running: Tensor, spec: OptimiseSpec, progress: float = 1.0) -> Tensor:
-    """g_t = dL/dd_t of the walk's loss, behind the aggregation that is reckoned with, `[T]`."""
+def frame_gradient(
+    walks: Sequence[Tensor], running: Sequence[Tensor], spec: OptimiseSpec, progress: float = 1.0
+) -> Tensor:
+    """g_t = dL/dd_t of the walks' loss, behind the aggregation that is reckoned with, one row for all walks."""
     with torch.enable_grad():
-        leaf = d.detach().clone().requires_grad_()
-        weighted_by = aggregated(running.detach(), spec.aggregation)
-        loss = sequence_loss(spec.temporal, aggregated(leaf, spec.aggregation), weighted_by, progress)
-        (gradient,) = torch.autograd.grad(loss, leaf)
-    return gradient
+        leaves = [d.detach().clone().requires_grad_() for d in walks]
+        through = [aggregated(d, spec.aggregation) for d in leaves]
+        weighted_by = [aggregated(d.detach(), spec.aggregation) for d in running]
+        gradients = torch.autograd.grad(walks_loss(spec.temporal, through, weighted_by, progress), leaves)
+    return torch.cat(gradients)
 
 
 def draw_frames(gradient: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -244,13 +246,13 @@ def sequence_step(
     known: Known,
     progress: float,
 ) -> tuple[Tensor, Tensor]:
-    """A number with the gradient of the walks' mean loss, and what is known of all frames, which it brings up to date.
+    """A number with the gradient of the walks' loss, and what is known of all frames, which it brings up to date.
 
     The frames of one walk share a drifting light; each walk has its own.
     """
     counts = [len(d) for d in known.last]
-    gradients = [frame_gradient(d, r, spec, progress) for d, r in zip(known.last, known.running, strict=True)]
-    chosen, factors = draw_frames(torch.cat(gradients) / len(scenes), spec.batch, generator)
+    gradient = frame_gradient(known.last, known.running, spec, progress)
+    chosen, factors = draw_frames(gradient, spec.batch, generator)
     places = chosen.split(torch.bincount(owner(chosen, counts), minlength=len(scenes)).tolist())
     picked, states, start = [], [], 0
     for place, count in zip(places, counts, strict=True):

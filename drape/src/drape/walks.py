@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from drape.optimise import Scene
 from drape.scene.backgrounds import background
 from drape.scene.camera import Camera
+from drape.scene.cloth import Cloth
 from drape.scene.light import light
 from drape.scene.sequence import SequenceSpec, build_sequence
 
 __all__ = ["TEST", "TRAIN", "Walk", "scenes"]
 
-FPS = 6.0
+FPS = 8.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +33,12 @@ class Walk:
 
 
 TRAIN = (
-    Walk(gait="normal", path="diagonal", light="overcast", background="coffee"),
-    Walk(gait="brisk", path="circle", light="indoor", background="brick"),
-    Walk(gait="normal", path="circle", light="indoor", background="coffee", camera=Camera(distance=5.2)),
-    Walk(gait="brisk", path="towards", light="overcast", background="brick", camera=Camera(distance=6.5)),
+    Walk(gait="normal", path="circle", light="overcast", background="brick"),
+    Walk(gait="brisk", path="circle", light="indoor", background="rocket"),
+    Walk(gait="brisk", path="towards", light="overcast", background="rocket", camera=Camera(distance=6.5)),
+    Walk(gait="normal", path="past", light="indoor", background="brick", camera=Camera(distance=5.4)),
+    Walk(gait="normal", path="diagonal", light="overcast", background="rocket", camera=Camera(distance=5.2)),
+    Walk(gait="brisk", path="away", light="indoor", background="brick", camera=Camera(distance=6.5)),
 )
 HIGH, LOW, FAR = Camera(elevation=16.0), Camera(elevation=2.0, distance=4.9), Camera(distance=5.6, elevation=11.0)
 BEHIND = Camera(elevation=4.0, distance=7.0)
@@ -46,16 +49,25 @@ TEST = (  # gaits, cameras, lights and backgrounds that no optimisation and no f
     Walk(gait="stroll", path="towards", light="low_sun", background="motorcycle", camera=HIGH),
     Walk(gait="heavy", path="past", light="sun", background="gravel", camera=FAR),
     Walk(gait="jog", path="away", light="dusk", background="grass", camera=BEHIND),
+    Walk(gait="heavy", path="circle", light="low_sun", background="grass", camera=HIGH),
+    Walk(gait="stroll", path="circle", light="dusk", background="gravel", camera=LOW),
+    Walk(gait="jog", path="circle", light="sun", background="motorcycle", camera=FAR),
+    Walk(gait="heavy", path="towards", light="dusk", background="gravel", camera=BEHIND),
+    Walk(gait="stroll", path="diagonal", light="sun", background="motorcycle", camera=FAR),
+    Walk(gait="jog", path="towards", light="low_sun", background="grass", camera=BEHIND),
 )
 
 
-def scenes(walks: Sequence[Walk], frames: int, size: int) -> list[Scene]:
-    """The walks, rendered to buffers (from the cache if they are there)."""
+def scenes(walks: Sequence[Walk], frames: int, size: int, engine: str = "drape") -> list[Scene]:
+    """The walks, rendered to buffers (from the cache if they are there); `engine` moves the cloth."""
+    cloth = Cloth(engine=engine)
     return [
         Scene(
             walk.label(),
             build_sequence(
-                SequenceSpec(gait=walk.gait, path=walk.path, frames=frames, fps=FPS, size=size, camera=walk.camera)
+                SequenceSpec(
+                    gait=walk.gait, path=walk.path, frames=frames, fps=FPS, size=size, camera=walk.camera, cloth=cloth
+                )
             ),
             light(walk.light),
             background(walk.background, size),

@@ -14,7 +14,7 @@ from drape.errors import AssetError, ConfigError, unknown
 
 __all__ = ["BACKGROUNDS", "background", "photo", "plate_from_picture"]
 
-BACKGROUNDS = ("brick", "grass", "gravel", "coffee", "motorcycle")
+BACKGROUNDS = ("brick", "grass", "gravel", "coffee", "motorcycle", "rocket")
 
 
 def photo(name: str) -> np.ndarray:
