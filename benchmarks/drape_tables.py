@@ -59,9 +59,8 @@ def textures(found: dict[str, Any]) -> str:
     return lines(head, rows)
 
 
-def comparison(found: dict[str, Any]) -> str:
+def compared(table: dict[str, Any]) -> str:
     """Each seed of both modes."""
-    table = found["sequence_against_frames"]
     rows = []
     for key, title in METRICS.items():
         row = table[key]
@@ -69,6 +68,16 @@ def comparison(found: dict[str, Any]) -> str:
         gain = f"{row['gain_of_sequence']:+.2f}"
         rows.append([title, *each, gain, f"{row['seeds_won']} : {row['seeds_lost']}"])
     return lines(["", "frames, by seed", "sequence, by seed", "gain of sequence", "seeds won : lost"], rows)
+
+
+def comparison(found: dict[str, Any]) -> str:
+    """Both modes without a defence."""
+    return compared(found["sequence_against_frames"])
+
+
+def tracked(found: dict[str, Any]) -> str:
+    """Both modes behind aggregation over time; the one over sequences knew of it."""
+    return compared(found["sequence_against_frames_behind_aggregation"])
 
 
 def transfer(found: dict[str, Any]) -> str:
@@ -156,7 +165,7 @@ def conditions(found: dict[str, Any]) -> str:
 
 TABLES = {
     make.__name__: make
-    for make in (textures, comparison, transfer, defences, seeds, azimuth, lights, unseen, conditions)
+    for make in (textures, comparison, tracked, transfer, defences, seeds, azimuth, lights, unseen, conditions)
 }
 
 

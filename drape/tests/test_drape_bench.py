@@ -230,13 +230,15 @@ def test_a_benchmark_goes_on_where_it_was(quick: None, tmp_path: Path, monkeypat
     monkeypatch.setattr(bench, "optimise", lambda *a, **k: (calls.append(a[3].mode), real(*a, **k))[1])
     first = bench.run_bench(TINY, work, to)
     made = len(calls)
-    assert made == 2 * TINY.seeds + 4  # two modes a seed, and four attacks that know of a defence
+    assert made == 3 * TINY.seeds + 3  # two modes a seed, one that knows of aggregation, three that know of others
     assert json.loads(to.read_text()) == rounded(json.loads(json.dumps(first)))
     assert first["transfer"]["columns"] == ["nanodet", "yolov3-tiny", "centernet"]
     assert set(first["defences"]) == set(DEFENCES)
     known = {name for name, row in first["defences"].items() if "adaptive_recall" in row}
     assert known == {"aggregate", "consensus", "hardened", "hardened+aggregate"}
     assert first["defended_by_seed"]["hardened"] == [pytest.approx(first["defences"]["hardened"]["recall"], abs=1e-4)]
+    behind = first["sequence_against_frames_behind_aggregation"]["recall"]
+    assert behind["sequence"] == [first["defences"]["aggregate"]["adaptive_recall"]]
     passes = first["about"]["passes"]
     assert abs(passes["frames-0"] - passes["sequence-0"]) < 3  # less than one frame with its gradient
     (work / "frames-0.seconds").unlink()

@@ -32,7 +32,6 @@ from drape.objective import (
     naturalness,
     photometric,
     sequence_loss,
-    smooth_step,
     spread,
     temporal_loss,
     walks_loss,
@@ -131,6 +130,7 @@ def test_confidence_counts_boxes_on_the_person_only() -> None:
         confidence(found, BOX[None], "bst")
 
 
+@torch.no_grad()
 def test_spread_is_larger_for_points_on_a_heap_and_naturalness_for_another_pattern() -> None:
     spec, palette = TextureSpec(height=40, width=40, colours=2, points=4), torch.tensor([[0.2] * 3, [0.6] * 3])
     corners = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
@@ -239,18 +239,11 @@ def test_recovered_share() -> None:
     assert recovered(0.5, 0.5, 0.6) is None
 
 
-def test_loss_of_walks_is_that_of_their_windows_together() -> None:
-    """By hand: a walk in which the person is seen throughout outweighs one in which nobody is."""
-    seen_walk, missed = torch.full((4,), 0.9), torch.zeros(4)
-    temporal = Temporal(window=2, variance=0.0)
-    values = [float(smooth_step(temporal, d)[0]) for d in (seen_walk, missed)]
-    expected = np.log(np.mean(np.exp(temporal.kappa * np.array(values)))) / temporal.kappa
-    both = walks_loss(temporal, [seen_walk, missed], [seen_walk, missed])
-    assert float(both) == pytest.approx(expected, abs=1e-5)
-    even = walks_loss(Temporal(mode="uniform", variance=0.0), [seen_walk, missed], [seen_walk, missed])
-    assert float(even) == pytest.approx(np.mean(values), abs=1e-5)
-    assert float(both) > float(even) + 0.1
-    one = walks_loss(temporal, [seen_walk], [seen_walk])
-    assert float(one) == pytest.approx(float(sequence_loss(temporal, seen_walk)), abs=1e-5)
+def test_loss_of_walks_is_their_mean() -> None:
+    walks = [torch.linspace(0.1, 0.9, 6), torch.linspace(0.5, 0.2, 4)]
+    for mode in WEIGHTINGS:
+        temporal = Temporal(mode=mode, window=2)
+        expected = np.mean([float(sequence_loss(temporal, d, d, 0.5)) for d in walks])
+        assert float(walks_loss(temporal, walks, walks, 0.5)) == pytest.approx(expected, abs=1e-6)
     with pytest.raises(ConfigError, match="running"):
-        walks_loss(temporal, [seen_walk], [])
+        walks_loss(Temporal(), walks, [])

@@ -16,4 +16,4 @@ Where things are: `drape.scene` renders a walk to buffers, `drape.texture` and `
 `drape.report` the page, `drape.cli` the command line.
 """
 
-__version__ = "0.0.1"
+__version__ = "0.1.0"

@@ -242,13 +242,18 @@ def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
         for mode in MODES
     }
     hardened = store.hardened(detector, walks, spec)
+    tracked = {  # an attack that knows of aggregation needs sequences; "frames" can know of none
+        f"tracked-{seed}": store.textures(
+            f"tracked-{seed}", [detector], walks, spec.optimisation("sequence", seed, REACH)
+        )
+        for seed in range(spec.seeds)
+    }
     together = [detector, *others]
-    adaptive = {
+    adaptive = {"aggregate": tracked["tracked-0"]} | {
         defence: store.textures(
             f"adaptive-{defence}", models, walks, spec.optimisation("sequence", 0, reach, len(models))
         )
         for defence, models, reach in (
-            ("aggregate", [detector], REACH),
             ("hardened", [hardened], 0),
             ("hardened+aggregate", [hardened], REACH),
             ("consensus", together, 0),
@@ -268,9 +273,22 @@ def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
             defence: [defended(judge, subject, defence, name, strong[name])["recall"] for name in sorted(strong)]
             for defence in SEEDED
         }
+        behind = {}
+        for seed in range(spec.seeds):
+            for mode, name, images in (
+                ("frames", f"frames-{seed}", attacks[f"frames-{seed}"]),
+                ("sequence", f"tracked-{seed}", tracked[f"tracked-{seed}"]),
+            ):
+                behind[f"{mode}-{seed}"] = defended(judge, subject, "aggregate", name, images)
         seen = {name: evaluate(detector, walks, textures)["recall"] for name, textures in attacks.items()}
         photo = person_photo({"before": detector, "hardened": hardened}, spec.size)
-        record = {**measured, "defended_by_seed": by_seed, "training_recall": seen, "photograph_score": photo}
+        record = {
+            **measured,
+            "sequence_against_frames_behind_aggregation": compare(behind, spec.seeds),
+            "defended_by_seed": by_seed,
+            "training_recall": seen,
+            "photograph_score": photo,
+        }
         write_text(judged, json.dumps(rounded(record)))
 
     store.timed("judge", judge)
