@@ -24,7 +24,7 @@ from hasten.streaming import (
     TopKAttention,
 )
 from hasten.streaming.methods.forcing_kv import changed_patches
-from hasten.streaming.scores import pooled_relevance, redundancy, relevance, standardised
+from hasten.streaming.scores import UnitKeys, pooled_relevance, relevance, standardised
 
 B, q, L, H, D = 2, 3, 8, 4, 16
 
@@ -50,6 +50,14 @@ def step(policy, seed=3):
 def seen(policy, seed=3):
     """Frames that each batch entry, query frame and head sees, as a table."""
     return policy.select(frames(q, seed), frames(q, seed + 1)).table()
+
+
+def redundancy(*parts):
+    """Of frames `[B, H, F, L, D]` that are measured part by part."""
+    units = UnitKeys()
+    for part in parts:
+        units.extend(part)
+    return units.redundancy()
 
 
 # ---------------------------------------------------------------- scores
@@ -78,11 +86,12 @@ def test_copies_of_a_frame_are_the_least_diverse(copies, seed):
     """Copies that are most of the frames pull the mean towards themselves."""
     keys = frames(8, seed).permute(0, 3, 1, 2, 4).clone()
     keys[:, :, :copies] = keys[:, :, :1]
-    diversity = standardised(-redundancy(keys, keys.norm(dim=-1)))
+    alike = redundancy(keys)
     if copies < 8:
+        diversity = standardised(-alike)
         assert (diversity[..., :copies].amax(-1) < diversity[..., copies:].amin(-1)).all()
     else:
-        assert torch.equal(diversity, torch.zeros_like(diversity))
+        assert torch.allclose(alike, torch.ones_like(alike), atol=1e-6)
 
 
 def test_standardised_scores_have_mean_zero_and_deviation_one():
@@ -440,25 +449,45 @@ def test_a_stream_adds_its_layers_up_and_gates_its_heads():
 
 
 def tensors_of(policy):
-    return [thing for thing in vars(policy.cache).values() if isinstance(thing, torch.Tensor)]
+    """All tensors that the cache and what it measures by hold."""
+    holders = [policy.cache, *policy.cache._units.values()]
+    return [thing for holder in holders for thing in vars(holder).values() if isinstance(thing, torch.Tensor)]
 
 
 def test_eviction_frees_memory():
-    policy = KVPolicy(FullHistory())
+    policy = KVPolicy(FocusedForcing(budget=2, diversity_tokens=2))
     for _ in range(10):
         policy.append(frames(3), frames(3))
+    step(policy)
     old = [weakref.ref(tensor) for tensor in tensors_of(policy)]
     full = policy.stats().cache_bytes
+    assert policy.stats().packed_bytes > 0
     policy.evict([0, 28, 29])
     gc.collect()
-    assert len(old) == 4
+    assert len(old) == 5  # keys, values, means, unit keys and their sum
     assert all(tensor() is None for tensor in old)
+    assert policy.stats().packed_bytes == 0
     assert policy.cache.frames == [0, 28, 29]
     assert policy.stats().cache_bytes == sum(t.untyped_storage().nbytes() for t in tensors_of(policy)) < 0.25 * full
     policy.evict([])
     assert tensors_of(policy) == []
     policy.append(frames(3), frames(3))
     assert policy.cache.frames == [30, 31, 32]
+
+
+def test_a_dropped_stream_is_freed_at_once():
+    """Layers know of each other, but hold each other only weakly."""
+    stream = KVStream(FocusedForcing(budget=2, diversity_tokens=2), 2)
+    for layer in range(2):
+        stream[layer].append(frames(9, 1), frames(9, 2))
+    step(stream[0])
+    held = [weakref.ref(tensor) for tensor in tensors_of(stream[0])]
+    gc.disable()
+    try:
+        del stream
+        assert [tensor() for tensor in held] == [None] * 5
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
@@ -484,9 +513,12 @@ def test_appending_keeps_what_was_there():
         stop = {0: 1, 1: 4, 4: 9}[start]
         cache.append(keys[:, start:stop], values[:, start:stop])
         cache.with_current(frames(2, 7), frames(2, 8))  # scribbles behind the history only
+        assert torch.allclose(cache.means, keys[:, :stop].mean(2).transpose(1, 2), atol=1e-6)
     assert torch.equal(cache.keys, keys.permute(0, 3, 1, 2, 4))
     assert torch.equal(cache.values, values.permute(0, 3, 1, 2, 4))
-    assert torch.allclose(cache.means, keys.mean(2).transpose(1, 2))
+    cache.keep([1, 4, 8])
+    cache.append(keys[:, :2], values[:, :2])
+    assert torch.allclose(cache.means, keys[:, [1, 4, 8, 0, 1]].mean(2).transpose(1, 2), atol=1e-6)
 
 
 def test_a_view_copies_nothing_but_means():
@@ -531,24 +563,29 @@ def test_plain_keys_come_always_or_never():
         policy.append(frames(3), frames(2), frames(3))
 
 
-def test_samples_of_plain_keys_grow_and_go_with_the_frames():
-    """A frame is turned back once, and gives the same as turning all of them back anew."""
+def undone(keys, numbers):
+    return rotate(keys, -numbers)
+
+
+def test_a_frame_is_turned_back_once():
     turned = []
 
     def undo(keys, numbers):
         turned.extend(numbers.tolist())
-        return rotate(keys, -numbers)
+        return undone(keys, numbers)
 
-    cache = FrameCache(unrotate=undo)
-    for start in (0, 3, 6):
-        cache.append(frames(3, start), frames(3))
-        cache.plain_keys(4)
-    assert turned == list(range(9))
-    cache.append(frames(3, 9), frames(3))
-    cache.keep([0, 4, 8, 9, 11])  # the last two were never asked for
-    kept = cache.plain_keys(4)
-    assert turned == [*range(9), 9, 11]
-    assert torch.allclose(kept, rotate(cache.keys[:, :, :, ::4], -torch.tensor(cache.frames)), atol=1e-5)
+    cache, whole = FrameCache(unrotate=undo), FrameCache(unrotate=undone)
+    for start in range(0, 15, 3):
+        for each in (cache, whole):
+            each.append(frames(3, start), frames(3))
+        alike = cache.redundancy(4)
+    assert turned == list(range(15))
+    assert torch.allclose(alike, whole.redundancy(4), atol=1e-5)
+    assert torch.allclose(alike[0], redundancy(whole.plain_keys(4)), atol=1e-5)
+    for each in (cache, whole):
+        each.keep([0, 4, 8, 9, 11])
+    assert torch.allclose(cache.redundancy(4)[0], redundancy(whole.plain_keys(4)), atol=1e-5)
+    assert turned[15:] == [0, 4, 8, 9, 11]
     cache.clear()
     assert cache.nbytes == 0
 
@@ -556,7 +593,56 @@ def test_samples_of_plain_keys_grow_and_go_with_the_frames():
 def test_redundancy_is_the_mean_cosine_with_the_mean_key():
     keys = frames(6).permute(0, 3, 1, 2, 4)
     wanted = torch.nn.functional.cosine_similarity(keys, keys.mean(2, keepdim=True), dim=-1).mean(-1)
-    assert torch.allclose(redundancy(keys, keys.norm(dim=-1)), wanted, atol=1e-5)
+    assert torch.allclose(redundancy(keys), wanted, atol=1e-5)
+    assert torch.allclose(redundancy(*keys.split([1, 3, 2], 2)), wanted, atol=1e-5)
+    keys[:, :, 2] = 0
+    assert (redundancy(keys)[:, :, 2] == 0).all()
+
+
+def grown(method, layers=3, in_step=True, **arguments):
+    """A stream whose layers hold nine frames of their own; in step, or the last layer a chunk behind."""
+    stream = KVStream(method, layers, **arguments)
+    for layer in range(layers):
+        for chunk in range(3 if in_step or layer < layers - 1 else 2):
+            at = 10 * layer + chunk
+            plain = frames(3, at + 100) if arguments.get("rotated") and "unrotate" not in arguments else None
+            stream[layer].append(frames(3, at), frames(3, at + 5), plain)
+    return stream
+
+
+@pytest.mark.parametrize("arguments", [{}, {"unrotate": undone}, {"rotated": True}], ids=["plain", "undone", "given"])
+@pytest.mark.parametrize("diversity_on", ["unrotated", "cached"])
+@pytest.mark.parametrize("in_step", [True, False])
+def test_layers_that_are_measured_together_choose_as_each_by_itself(arguments, diversity_on, in_step, monkeypatch):
+    method = FocusedForcing(budget=2, mix=0.3, diversity_tokens=4, diversity_on=diversity_on)
+    stream, alone = (grown(method, in_step=in_step, **arguments) for _ in range(2))
+    for policy in alone:
+        policy.view.peers = ()
+    measured = []
+    extend = UnitKeys.extend
+    monkeypatch.setattr(UnitKeys, "extend", lambda self, keys: (measured.append(len(keys)), extend(self, keys))[1])
+    for chunk in range(2):
+        for layer in range(3):
+            assert torch.allclose(stream[layer].score(frames(q, 3)), alone[layer].score(frames(q, 3)), atol=1e-4)
+        for layer in range(3):
+            for each in (stream, alone):
+                plain = frames(3, 300) if arguments == {"rotated": True} else None
+                each[layer].append(frames(3, chunk), frames(3, chunk), plain)
+        together = [B * 3] if in_step else [B] * 3
+        assert sorted(measured) == sorted([*together, *[B] * 3])
+        measured.clear()
+
+
+def test_frames_evicted_by_hand_are_no_longer_compared():
+    policy = begun(FocusedForcing(budget=2, diversity_tokens=4))
+    step(policy)
+    policy.evict([0, 2, 3, 7])
+    fresh = KVPolicy(policy.method)
+    for tensor, seed in ((policy.cache.keys, 1), (policy.cache.values, 2)):
+        assert torch.equal(tensor, frames(9, seed)[:, [0, 2, 3, 7]].permute(0, 3, 1, 2, 4))
+    fresh.append(frames(9, 1)[:, [0, 2, 3, 7]], frames(9, 2)[:, [0, 2, 3, 7]])
+    assert torch.equal(seen(policy), seen(fresh))
+    assert torch.allclose(step(policy), step(fresh), atol=1e-6)
 
 
 @pytest.mark.parametrize("rotated", [True, False])

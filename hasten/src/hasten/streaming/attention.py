@@ -23,11 +23,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from hasten.errors import ConfigError, unknown
 from hasten.streaming.cache import FrameCache
-from hasten.streaming.selection import HeadGroup, Selection
+from hasten.streaming.selection import HeadGroup, Selection, index_of
 
 __all__ = ["BACKENDS", "Backend", "Current", "PackedGroup", "attend", "attention_pairs", "kv_bytes", "pack", "varlen"]
 
@@ -154,27 +154,27 @@ def _visible(current: Current, cache: FrameCache, selection: Selection) -> Tenso
 
 def _gather(cache: FrameCache, group: HeadGroup) -> tuple[Tensor, Tensor]:
     """Chosen keys and values of one group, `[B, Q, n, T, D]`."""
-    batch = torch.arange(len(group.frames), device=group.frames.device)[:, None, None, None]
-    heads = torch.tensor(group.heads, device=group.frames.device)[None, None, :, None]
-    if group.tokens is None:
-        return cache.keys[batch, heads, group.frames].flatten(3, 4), cache.values[batch, heads, group.frames].flatten(
-            3, 4
-        )
-    frame, token = group.tokens // cache.tokens, group.tokens % cache.tokens
-    return cache.keys[batch, heads, frame, token], cache.values[batch, heads, frame, token]
+    heads = index_of(group.heads, group.frames.device)
+    return cache.frames_of(heads, group.frames) if group.tokens is None else cache.tokens_of(heads, group.tokens)
 
 
 def pack(cache: FrameCache, selection: Selection, room: int) -> list[PackedGroup]:
     """Copy the chosen history of every group together, with room for `room` tokens that every query sees."""
     packed = []
     for group in selection.groups:
-        B, Q, n, _ = group.frames.shape
-        parts = [chosen.reshape(B * Q * n, -1, chosen.shape[-1]) for chosen in _gather(cache, group)]
-        keys, values = (pad(part, (0, 0, 0, room)) for part in parts)
+        keys, values = _gather(cache, group)
         everyone = group.heads == tuple(range(selection.heads))
-        heads = None if everyone else torch.tensor(group.heads, device=keys.device)
-        packed.append(PackedGroup(heads, keys, values, parts[0].shape[1], Q))
+        heads = None if everyone else index_of(group.heads, keys.device)
+        packed.append(PackedGroup(heads, _roomy(keys, room), _roomy(values, room), keys.shape[3], keys.shape[1]))
     return packed
+
+
+def _roomy(chosen: Tensor, room: int) -> Tensor:
+    """`[B * Q * n, T + room, D]`; the room is not filled."""
+    B, Q, n, T, D = chosen.shape
+    buffer = chosen.new_empty(B * Q * n, T + room, D)
+    buffer[:, :T] = chosen.reshape(B * Q * n, T, D)
+    return buffer
 
 
 def _grouped(current: Current, packed: list[PackedGroup], scale: float | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 Frames are the unit: they are appended, chosen and evicted whole. Keys lie as the layer attends to them, that is, after
 the rotary embedding if the model has one; `unrotate`, or plain keys given along, lets a score compare frames without
-their places in time.
+their places in time. What frames are compared by is measured when a method first asks, once for each frame.
 
 Shape legend: `B` batch, `F` frames held, `L` tokens of a frame, `H` heads, `D` width of a head. Callers hand in
 `[B, F, L, H, D]`; inside, heads come first, `[B, H, F, L, D]`, so that one head's frames are read in one go.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError
+from hasten.streaming.scores import UnitKeys
 
 __all__ = ["FrameCache", "Unrotate", "check_frames", "turned_back"]
 
@@ -54,14 +55,14 @@ def turned_back(keys: Tensor, rotations: Tensor) -> Tensor:
     Returns:
         float32, of the shape of `keys`.
     """
-    plain = keys.float().clone()
+    plain = keys.to(torch.float32, copy=True)
     pairs = torch.view_as_complex(plain[..., : 2 * rotations.shape[1]].unflatten(-1, (-1, 2)))
     pairs *= rotations.conj()[:, None]
     return plain
 
 
 class FrameCache:
-    """Keys and values of the frames so far, with the means by which frames are compared.
+    """Keys and values of the frames so far, and what frames are compared by.
 
     Args:
         rotated: whether the keys carry a rotary embedding along time.
@@ -78,9 +79,8 @@ class FrameCache:
         self._keys: Tensor | None = None  # [B, H, F + room, L, D]; the room at the end is for the current chunk
         self._values: Tensor | None = None
         self._plain: Tensor | None = None  # [B, H, F, L, D]
-        self._means: Tensor | None = None  # [B, H, F, D] float32
-        self._lengths: Tensor | None = None  # [B, H, F, L] float32
-        self._samples: dict[int, Tensor] = {}  # [B, H, up to F, L / step, D] by step, unrotated
+        self._means: Tensor | None = None  # [B, H, up to F, D] float32
+        self._units: dict[tuple[int, bool, int], UnitKeys] = {}  # by step, whether they are rotated, and caches
         self.frames: list[int] = []
         self.next_frame = 0
         self.whole = 0  # frames that full attention would see: all so far, or those that the host still keeps
@@ -102,15 +102,13 @@ class FrameCache:
 
     @property
     def means(self) -> Tensor:
-        """Mean key of each frame `[B, H, F, D]`, float32; computed once, when the frame came."""
-        assert self._means is not None
+        """Mean key of each frame `[B, H, F, D]`, float32, without a gradient."""
+        known = 0 if self._means is None else self._means.shape[2]
+        if self._means is None or known < len(self):
+            with torch.no_grad():
+                fresh = self.keys[:, :, known:].sum(3, dtype=torch.float32) / self.tokens
+                self._means = fresh if self._means is None else torch.cat([self._means, fresh], 2)
         return self._means
-
-    @property
-    def lengths(self) -> Tensor:
-        """Euclidean norm of each key `[B, H, F, L]`, float32; computed once as well."""
-        assert self._lengths is not None
-        return self._lengths
 
     @property
     def tokens(self) -> int:
@@ -119,37 +117,78 @@ class FrameCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: keys, values, plain keys and samples of them, means and lengths."""
-        held = (self._keys, self._values, self._plain, self._means, self._lengths, *self._samples.values())
-        return sum(t.untyped_storage().nbytes() for t in held if t is not None)
+        """Bytes held: keys, values, plain keys, means, and what frames are compared by."""
+        held = (self._keys, self._values, self._plain, self._means)
+        units = sum(units.nbytes for units in self._units.values())
+        return units + sum(t.untyped_storage().nbytes() for t in held if t is not None)
 
-    def plain_keys(self, step: int = 1) -> Tensor:
-        """Keys without the rotary embedding along time, `[B, H, F, L, D]`, of every `step`-th token.
+    def frames_of(self, heads: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Q, n, b * L, D]` of the frames at places `[B, Q, n, b]`, for these heads `[n]`."""
+        keys, values = (_rows(t, heads, frames) for t in self._buffers())
+        return keys.flatten(3, 4), values.flatten(3, 4)
 
-        Samples (`step` above 1) are small and kept, so that each frame is turned back once.
+    def tokens_of(self, heads: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Q, n, T, D]` of the tokens at places `[B, Q, n, T]` (frame times `L` plus token)."""
+        keys, values = (_rows(t.flatten(2, 3), heads, tokens) for t in self._buffers())
+        return keys, values
+
+    def _buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values with the room behind them."""
+        assert self._keys is not None
+        assert self._values is not None
+        return self._keys, self._values
+
+    def alike(self, other: FrameCache) -> bool:
+        """Whether another cache holds the same frames, in tensors of the same kind."""
+        kinds = [(c.keys.shape, c.keys.dtype, c.keys.device, c._plain is None) for c in (self, other) if len(c)]
+        return self.frames == other.frames and len(set(kinds)) <= 1
+
+    def plain_keys(self, step: int = 1, since: int = 0, others: Sequence[FrameCache] = ()) -> Tensor:
+        """Keys without the rotary embedding along time, `[B, H, F - since, L / step, D]`.
+
+        Args:
+            step: of every `step`-th token.
+            since: of the frames from this place on.
+            others: caches like this one, whose keys follow along the batch.
 
         Raises:
             ConfigError: if the keys are rotated and there is no way back.
         """
         if not self.rotated:
-            return self.keys[:, :, :, ::step]
+            return self._lying(step, since, others)
         if self._plain is not None:
-            return self._plain[:, :, :, ::step]
+            return _joined([c._plain[:, :, since:, ::step] for c in (self, *others) if c._plain is not None])
         if self._unrotate is None:
             raise ConfigError(
                 "frames were to be compared by keys without rotary embedding, but the cache has only rotated ones; "
                 'give plain_keys to append, or unrotate to the policy, or choose diversity_on="cached"'
             )
-        known = self._samples.get(step)
-        done = 0 if known is None else known.shape[2]
-        if known is not None and done == len(self):
-            return known
-        numbers = torch.tensor(self.frames[done:], device=self.keys.device)
-        fresh = self._unrotate(self.keys[:, :, done:, ::step], numbers)
-        plain = fresh if known is None else torch.cat([known, fresh], 2)
+        numbers = torch.tensor(self.frames[since:], device=self.keys.device)
+        return self._unrotate(self._lying(step, since, others), numbers)
+
+    def _lying(self, step: int, since: int, others: Sequence[FrameCache]) -> Tensor:
+        """As `plain_keys`, but keys as they lie."""
+        return _joined([c.keys[:, :, since:, ::step] for c in (self, *others)])
+
+    def redundancy(self, step: int = 1, *, rotated: bool = False, others: Sequence[FrameCache] = ()) -> Tensor:
+        """How alike each frame is to the mean of all, see `UnitKeys`: `[1 + others, B, H, F]` float32.
+
+        Args:
+            step: compare by every `step`-th token. Those of a `step` above 1 are few and kept until frames are
+                evicted, so that each frame is turned back and measured once; all of them would take as much memory as
+                the keys.
+            rotated: compare keys as they lie, with their rotation along time.
+            others: caches like this one, measured along with it. With small frames nearly all of the time goes into
+                starting the operations, of which there are no more for many layers than for one.
+        """
+        what = (step, rotated, len(others))
+        units = self._units.get(what, UnitKeys())
+        known = len(units)
+        if known < len(self):
+            units.extend(self._lying(step, known, others) if rotated else self.plain_keys(step, known, others))
         if step > 1:
-            self._samples[step] = plain
-        return plain
+            self._units[what] = units
+        return units.redundancy().unflatten(0, (1 + len(others), -1))
 
     def append(self, keys: Tensor, values: Tensor, plain_keys: Tensor | None = None) -> None:
         """Remember the frames of a finished chunk.
@@ -170,9 +209,6 @@ class FrameCache:
         if len(self) and (plain_keys is None) != (self._plain is None):
             raise ConfigError("plain keys came with some chunks and not with others; give them always or never")
         added = keys.shape[1]
-        means, lengths = _measured(keys)
-        self._means = means if self._means is None else torch.cat([self._means, means], 2)
-        self._lengths = lengths if self._lengths is None else torch.cat([self._lengths, lengths], 2)
         if plain_keys is not None:
             plain = plain_keys.permute(0, 3, 1, 2, 4)
             self._plain = plain.contiguous() if self._plain is None else torch.cat([self._plain, plain], 2)
@@ -208,7 +244,6 @@ class FrameCache:
         self.clear()
         self._keys, self._values = keys.permute(0, 3, 1, 2, 4), values.permute(0, 3, 1, 2, 4)
         self._plain = None if plain_keys is None else plain_keys.permute(0, 3, 1, 2, 4)
-        self._means, self._lengths = _measured(keys)
         self.frames, self.next_frame, self.whole = list(frames), frames[-1] + 1, len(frames)
 
     def keep(self, places: Sequence[int]) -> None:
@@ -229,10 +264,10 @@ class FrameCache:
         room = self._keys.shape[2] - len(self) if self._keys is not None else 0
         index = torch.tensor(places, device=self.keys.device)
         self._keys, self._values = (self._kept(t, index, room) for t in (self.keys, self.values))
-        self._means, self._lengths = self.means.index_select(2, index), self.lengths.index_select(2, index)
         self._plain = None if self._plain is None else self._plain.index_select(2, index)
-        # Samples cover the oldest frames, those that were there when they were last asked for.
-        self._samples = {step: t.index_select(2, index[index < t.shape[2]]) for step, t in self._samples.items()}
+        if self._means is not None:  # it covers the oldest frames, those that were there when it was last asked for
+            self._means = self._means.index_select(2, index[index < self._means.shape[2]])
+        self._units.clear()  # their sum is of frames that have gone; the few that are left are measured anew
         self.frames = [self.frames[place] for place in places]
 
     @staticmethod
@@ -258,7 +293,16 @@ class FrameCache:
         return self._keys[:, :, :end], self._values[:, :, :end]
 
 
-def _measured(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean key of each frame `[B, H, F, D]` and norm of each key `[B, H, F, L]` of keys `[B, F, L, H, D]`."""
-    exact = keys.float()
-    return exact.mean(2).transpose(1, 2), exact.norm(dim=-1).permute(0, 3, 1, 2)
+def _rows(held: Tensor, heads: Tensor, places: Tensor) -> Tensor:
+    """`[B, Q, n, places, ...]` of a tensor `[B, H, F, ...]`."""
+    B, H, F = held.shape[:3]
+    batch = torch.arange(B, device=held.device)[:, None, None, None]
+    if not held.is_contiguous():  # somebody else's cache, of which a copy would cost more than is gained
+        return held[batch, heads[:, None], places]
+    rows = (batch * H + heads[:, None]) * F + places  # whole rows are copied three times as fast as single numbers
+    return held.flatten(0, 2).index_select(0, rows.flatten()).view(*places.shape, *held.shape[3:])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One after another along the batch."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -18,6 +18,7 @@ of a head, `Q` query frames that choose for themselves (`q` or 1).
 from __future__ import annotations
 
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from hasten.streaming.stats import StreamStats
 __all__ = ["KVPolicy", "KVStream", "LayerView", "StreamingMethod"]
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerView:
     """What a method may look at when it decides for one layer.
 
@@ -48,6 +49,7 @@ class LayerView:
         memo: the method's own notes on this layer; emptied when a chunk is appended.
         notes: the method's own notes on this layer for the whole rollout.
         shared: the method's own notes that all layers share for the whole rollout.
+        peers: the views of all layers of the stream, this one among them; none for a layer by itself.
     """
 
     layer: int
@@ -58,6 +60,22 @@ class LayerView:
     memo: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
+    peers: Sequence[weakref.ref[LayerView]] = ()  # weak: what a dropped stream holds is freed at once
+
+    def together(self) -> list[LayerView]:
+        """The views of all layers, if they stand at this chunk and hold the same frames; else this one alone.
+
+        A host that shows each layer its history just before that layer's turn has no other layer ready.
+        """
+        views = [view for view in (there() for there in self.peers) if view is not None]
+        ready = all(view.chunk == self.chunk and view.cache.alike(self.cache) for view in views)
+        return views if views and ready else [self]
+
+    def restart(self) -> None:
+        """Begin a new rollout."""
+        self.chunk = self.step = 0
+        for notes in (self.memo, self.notes, self.shared):
+            notes.clear()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +123,8 @@ class KVPolicy:
         shared: notes that all layers of a rollout share.
 
     Attributes:
+        cache: the frames held.
+        view: what the method may look at.
         timed: wait for a GPU before reading the clock; set it to False for full speed and meaningless times.
 
     Raises:
@@ -127,7 +147,7 @@ class KVPolicy:
         self.method, self.backend = method, backend
         self.timed = True
         self.cache = FrameCache(rotated=rotated, unrotate=unrotate)
-        self._view = LayerView(layer, layers, self.cache, shared={} if shared is None else shared)
+        self.view = LayerView(layer, layers, self.cache, shared={} if shared is None else shared)
         self._sums = StreamStats()
         self._forget_choice()
 
@@ -139,8 +159,7 @@ class KVPolicy:
     def reset(self) -> None:
         """Begin a new rollout: forget all frames and notes. Statistics stay."""
         self.cache.clear()
-        self._view.shared.clear()
-        self._view = LayerView(self._view.layer, self._view.layers, self.cache, shared=self._view.shared)
+        self.view.restart()
         self._forget_choice()
 
     def append(self, keys: Tensor, values: Tensor, plain_keys: Tensor | None = None) -> None:
@@ -152,7 +171,7 @@ class KVPolicy:
         self._forget_choice()
         self.cache.append(keys, values, plain_keys)
         self._next_chunk()
-        self.evict(self.method.retained(self._view))
+        self.evict(self.method.retained(self.view))
 
     def look_at(self, keys: Tensor, values: Tensor, frames: Sequence[int], plain_keys: Tensor | None = None) -> None:
         """Begin a chunk on a history that the host keeps itself; see `FrameCache.view`. Nothing is evicted."""
@@ -161,20 +180,21 @@ class KVPolicy:
         self._next_chunk()
 
     def _next_chunk(self) -> None:
-        self._view.chunk += 1
-        self._view.step = 0
-        self._view.memo.clear()
+        self.view.chunk += 1
+        self.view.step = 0
+        self.view.memo.clear()
 
     def evict(self, keep: Sequence[int]) -> None:
         """Free all frames but those at these places, 0 being the oldest held."""
         if len(keep) < len(self.cache):
             self._forget_choice()
+            self.view.memo.clear()
         self.cache.keep(keep)
 
     def score(self, queries: Tensor) -> Tensor:
         """What each frame held is worth to the queries `[B, q, L, H, D]`: `[B, Q, H, F]` float32."""
         self._check_history()
-        return self.method.score(self._view, queries)
+        return self.method.score(self.view, queries)
 
     def select(self, queries: Tensor, keys: Tensor) -> Selection | None:
         """The choice for this forward, made anew only when the method's refresh rule says so.
@@ -186,10 +206,10 @@ class KVPolicy:
             None where the whole history is seen.
         """
         every = self.method.refresh_every
-        due = not self._fresh or (every is not None and self._view.step % every == 0)
+        due = not self._fresh or (every is not None and self.view.step % every == 0)
         if due and len(self.cache):
             with torch.no_grad():
-                chosen = self.method.select(self._view, queries, keys)
+                chosen = self.method.select(self.view, queries, keys)
             if chosen is not self._chosen:
                 self._packed = None
             self._chosen, self._fresh = chosen, True
@@ -233,7 +253,7 @@ class KVPolicy:
         packed = self._now(queries)
         out = attend(self.backend, current, self.cache, chosen, self._packed, scale)
         self._count(current, chosen, (started, selected, packed, self._now(queries)))
-        self._view.step += 1
+        self.view.step += 1
         return out
 
     def _now(self, tensor: Tensor) -> float:
@@ -294,6 +314,9 @@ class KVStream:
             KVPolicy(method, i, layers, backend=backend, rotated=rotated, unrotate=unrotate, shared=shared)
             for i in range(layers)
         ]
+        views = [policy.view for policy in self._policies]
+        for view in views:
+            view.peers = [weakref.ref(other) for other in views]
 
     def __len__(self) -> int:
         return len(self._policies)

@@ -2,17 +2,19 @@
 
 Focused Forcing, arXiv:2605.18346, as reported in a reading note; the exact constants of the paper are not known.
 
-Shape legend: `B` batch, `q` query frames, `L` tokens of a frame, `H` heads, `D` width of a head, `F` frames held.
+Shape legend: `B` batch, `q` query frames, `L` tokens of a frame, `S` of them by which frames are compared, `H` heads,
+`D` width of a head, `F` frames held.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from hasten.errors import ConfigError
 
-__all__ = ["pooled_relevance", "redundancy", "relevance", "standardised"]
+__all__ = ["UnitKeys", "pooled_relevance", "relevance", "standardised"]
 
 EPSILON = 1e-6
 
@@ -25,10 +27,12 @@ def relevance(queries: Tensor, means: Tensor) -> Tensor:
 
     Args:
         queries: `[B, q, L, H, D]`, rotated like the keys.
-        means: mean key of each frame, `[B, H, F, D]`.
+        means: mean key of each frame, `[B, H, F, D]`, float32.
     """
-    mean_queries = queries.mean(2, dtype=torch.float32).transpose(1, 2)  # [B, H, q, D]
-    return (mean_queries @ means.float().transpose(2, 3)).transpose(1, 2) / queries.shape[-1] ** 0.5
+    B, q, L, H, D = queries.shape
+    sums = queries.sum(2, dtype=torch.float32).transpose(1, 2)  # [B, H, q, D]
+    logits = (sums.reshape(B * H, q, D) @ means.flatten(0, 1).mT) / (L * D**0.5)
+    return logits.view(B, H, q, -1).transpose(1, 2)
 
 
 def pooled_relevance(queries: Tensor, keys: Tensor, pools: int) -> Tensor:
@@ -50,20 +54,63 @@ def pooled_relevance(queries: Tensor, keys: Tensor, pools: int) -> Tensor:
     return torch.einsum("bquhd,bfvhd->bqhf", *pooled) / (pools**2 * queries.shape[-1] ** 0.5)
 
 
-def redundancy(plain_keys: Tensor, lengths: Tensor) -> Tensor:
-    """How alike a frame is to the mean of all: mean over tokens of the cosine with the mean key there, `[B, H, F]`.
+class UnitKeys:
+    """Keys of length one by which frames are compared, and the sum of the keys as they are.
 
-    Args:
-        plain_keys: `[B, H, F, L, D]`; unrotated along time, or equal frames look different.
-        lengths: Euclidean norm of each key, `[B, H, F, L]`, float32; no rotation changes it.
+    Frames are measured once, when they are first asked about. How alike all of them are is one small product then.
     """
-    keys = plain_keys.float()
-    mean = keys.mean(2, keepdim=True)
-    product = (keys * mean).sum(-1)
-    return (product / (lengths * mean.norm(dim=-1)).clamp(min=EPSILON)).mean(-1)
+
+    def __init__(self) -> None:
+        self._units: Tensor | None = None  # [B, H, F + room, S, D] float32
+        self._sum: Tensor | None = None  # [B, H, S, D] float32
+        self._held = 0
+
+    def __len__(self) -> int:
+        return self._held
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.untyped_storage().nbytes() for t in (self._units, self._sum) if t is not None)
+
+    @torch.no_grad()
+    def extend(self, plain_keys: Tensor) -> None:
+        """Measure further frames.
+
+        Args:
+            plain_keys: `[B, H, F, S, D]`, `S` tokens of each; unrotated along time, or equal frames look different.
+        """
+        keys = plain_keys.float()
+        units, added = _directions(keys), keys.sum(2)
+        held, self._held = self._held, self._held + keys.shape[2]
+        if self._units is None or self._sum is None:
+            self._units, self._sum = units, added
+            return
+        self._sum += added
+        if self._held > self._units.shape[2]:  # room is doubled, or every chunk would copy all that came before
+            B, H, _, S, D = units.shape
+            grown = units.new_empty(B, H, max(self._held, 2 * held), S, D)
+            grown[:, :, :held] = self._units[:, :, :held]
+            self._units = grown
+        self._units[:, :, held : self._held] = units
+
+    @torch.no_grad()
+    def redundancy(self) -> Tensor:
+        """How alike a frame is to the mean of all: mean over tokens of the cosine with the mean key, `[B, H, F]`."""
+        assert self._units is not None
+        assert self._sum is not None
+        B, H, _, S, _ = self._units.shape
+        towards = _directions(self._sum)  # the mean points where the sum points
+        units = self._units[:, :, : self._held].flatten(3).flatten(0, 1)
+        # The vector stands on the left: on a CPU the product with a single column takes seven times as long.
+        return (towards.view(B * H, 1, -1) @ units.mT).view(B, H, -1) / S
+
+
+def _directions(keys: Tensor) -> Tensor:
+    """Keys of length one; zero stays zero."""
+    return keys / torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_(min=EPSILON)
 
 
 def standardised(scores: Tensor) -> Tensor:
     """Zero mean and unit (population) deviation over the last axis, the frames; zero where all are equal."""
-    deviation, mean = torch.std_mean(scores, -1, correction=0, keepdim=True)
-    return (scores - mean) / (deviation + EPSILON)
+    return layer_norm(scores, scores.shape[-1:], eps=EPSILON**2)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError
 
-__all__ = ["HeadGroup", "Selection", "frames_at", "top_frames"]
+__all__ = ["HeadGroup", "Selection", "frames_at", "index_of", "top_frames"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,9 +97,16 @@ class Selection:
         return table
 
 
+@lru_cache(maxsize=512)
+def index_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers as an index, which nobody may write to; made once, because all layers ask for it and a GPU would wait."""
+    with torch.inference_mode(False):  # or it could not be used where there are gradients, later
+        return torch.tensor(numbers, dtype=torch.long, device=device)
+
+
 def frames_at(places: Sequence[int], heads: Sequence[int], batch: int, device: torch.device) -> HeadGroup:
     """A group whose heads all see the frames at these places."""
-    index = torch.tensor(sorted(places), dtype=torch.long, device=device)
+    index = index_of(tuple(sorted(places)), device)
     return HeadGroup(tuple(heads), index.expand(batch, 1, len(heads), len(index)))
 
 
@@ -119,6 +127,6 @@ def top_frames(scores: Tensor, budgets: Sequence[int]) -> Selection:
     groups = []
     for size in sizes:
         heads = tuple(h for h, b in enumerate(budgets) if min(b, F) == size)
-        best = order if len(sizes) == 1 else order[:, :, list(heads)]
+        best = order if len(sizes) == 1 else order.index_select(2, index_of(heads, order.device))
         groups.append(HeadGroup(heads, best[..., :size].sort(dim=3).values))
     return Selection(tuple(groups), F)

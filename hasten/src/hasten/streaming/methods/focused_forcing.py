@@ -32,7 +32,7 @@ from hasten.registry import method
 from hasten.streaming.budgets import HeadBudgets
 from hasten.streaming.kv_policy import LayerView, StreamingMethod
 from hasten.streaming.methods.sliding_window import sink_and_window
-from hasten.streaming.scores import redundancy, relevance, standardised
+from hasten.streaming.scores import relevance, standardised
 from hasten.streaming.selection import Selection, top_frames
 
 __all__ = ["FocusedForcing"]
@@ -114,17 +114,22 @@ class FocusedForcing(StreamingMethod):
             fit = fit.mean(1, keepdim=True)
         if self.mix == 1:
             return standardised(fit)
-        return self.mix * standardised(fit) + (1 - self.mix) * self._diversity(view)[:, None]
+        return torch.lerp(self._diversity(view), standardised(fit), self.mix)
 
     def _diversity(self, view: LayerView) -> Tensor:
-        """`D~`, `[B, H, F]`, once a chunk."""
+        """`D~`, `[B, 1, H, F]`, once a chunk."""
         if "diversity" not in view.memo:
-            cache = view.cache
-            step = 1 if self.diversity_tokens is None else math.ceil(cache.tokens / self.diversity_tokens)
-            keys = cache.keys[:, :, :, ::step] if self.diversity_on == "cached" else cache.plain_keys(step)
-            view.memo["diversity"] = standardised(-redundancy(keys, cache.lengths[..., ::step]))
-        diversity: Tensor = view.memo["diversity"]
-        return diversity
+            tokens = view.cache.tokens
+            step = 1 if self.diversity_tokens is None else math.ceil(tokens / self.diversity_tokens)
+            # All tokens of all layers at once would take too much memory; a few of them take little time together.
+            first, *others = view.together() if step > 1 else [view]
+            alike = first.cache.redundancy(
+                step, rotated=self.diversity_on == "cached", others=[other.cache for other in others]
+            )
+            for layer, diversity in zip((first, *others), standardised(-alike)[:, :, None], strict=True):
+                layer.memo["diversity"] = diversity
+        known: Tensor = view.memo["diversity"]
+        return known
 
     def select(self, view: LayerView, queries: Tensor, keys: Tensor) -> Selection | None:
         budgets = self.budgets(view.layer, queries.shape[3])

@@ -95,9 +95,8 @@ class Rotary(nn.Module):
 
     def unrotate(self, keys: Tensor, frames: Tensor) -> Tensor:
         """Undo the rotation along time of keys `[B, H, F, L, D]`; float32."""
-        return turned_back(
-            keys, torch.polar(torch.ones_like(frames[:, None] * self.rates), frames[:, None] * self.rates)
-        )
+        angles = frames[:, None] * self.rates
+        return turned_back(keys, torch.polar(torch.ones_like(angles), angles))
 
 
 def _waves(x: Tensor) -> Tensor:
