@@ -126,16 +126,20 @@ def test_aggregated_lies_between_mean_and_maximum_of_the_neighbourhood() -> None
 
 
 def test_a_defence_is_measured_by_what_it_wins_back_and_what_it_costs() -> None:
-    clean, attacked = {"recall": 0.9, "ap50": 0.95}, {"recall": 0.1, "ap50": 0.3}
+    clean, attacked = (
+        {"recall": 0.9, "ap50": 0.95, "false_boxes": 0.1},
+        {"recall": 0.1, "ap50": 0.3, "false_boxes": 0.1},
+    )
     rows = {
-        "clean": {"recall": 0.8, "ap50": 0.85},
-        "attacked": {"recall": 0.5, "ap50": 0.6},
-        "adaptive": {"recall": 0.3, "ap50": 0.4},
+        "clean": {"recall": 0.8, "ap50": 0.85, "false_boxes": 0.2},
+        "attacked": {"recall": 0.5, "ap50": 0.6, "false_boxes": 0.3},
+        "adaptive": {"recall": 0.3, "ap50": 0.4, "false_boxes": 0.3},
     }
     row = defence_row(clean, attacked, rows)
     assert row["recovered_recall"] == pytest.approx(0.5)
     assert row["recovered_recall_adaptive"] == pytest.approx(0.25)
     assert row["clean_ap50_loss"] == pytest.approx(0.1)
+    assert (row["clean_false_boxes"], row["attacked_false_boxes"]) == (0.2, 0.3)
     assert "adaptive_recall" not in defence_row(clean, attacked, {k: rows[k] for k in ("clean", "attacked")})
 
 
@@ -143,11 +147,14 @@ def test_every_defence_that_can_be_has_a_row(scene: Scene) -> None:
     plain, blue = control("plain", Gamut.proxy()), {n: torch.tensor([0.2, 0.3, 0.9])[:, None, None] for n in GREY}
     blue = {name: value.expand(3, 8, 8).contiguous() for name, value in blue.items()}
     given = Attacks({"plain": plain}, {"worst": blue, "grey": GREY}, {"hardened": GREY})
-    subject = Subject(Hue(), [Hue("other", -1.0)], Hue("nanodet+hardened", -1.0))
+    bolder = Hue("nanodet+threshold")
+    bolder.threshold = 0.02
+    subject = Subject(Hue(), [Hue("other", -1.0)], Hue("nanodet+hardened", -1.0), bolder)
     table = defence_table(Judge([scene]), subject, given)
     assert tuple(table) == DEFENCES
     assert [name for name, row in table.items() if "adaptive_recall" in row] == ["hardened"]
     assert table["consensus"]["recall"] == table["hardened"]["recall"] == 1.0  # the other one sees blue
+    assert table["threshold"]["recall"] > table["median"]["recall"]
     assert tuple(defence_table(Judge([scene]), Subject(Hue()), given)) == ("aggregate", "median")
 
 
@@ -239,6 +246,7 @@ def test_a_benchmark_goes_on_where_it_was(quick: None, tmp_path: Path, monkeypat
     assert first["defended_by_seed"]["hardened"] == [pytest.approx(first["defences"]["hardened"]["recall"], abs=1e-4)]
     behind = first["sequence_against_frames_behind_aggregation"]["recall"]
     assert behind["sequence"] == [first["defences"]["aggregate"]["adaptive_recall"]]
+    assert set(first["thresholds"]) == {"nanodet", "nanodet+threshold", "nanodet+hardened"}
     passes = first["about"]["passes"]
     assert abs(passes["frames-0"] - passes["sequence-0"]) < 3  # less than one frame with its gradient
     (work / "frames-0.seconds").unlink()

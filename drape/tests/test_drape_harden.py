@@ -110,6 +110,7 @@ def test_saved_weights_give_the_same_detections(scene: Scene, known: Callable[[]
     assert torch.equal(expected.boxes, loaded.boxes)
     assert not torch.equal(expected.scores, known()(frames).scores)
     assert load_hardened(path).name == "learner+hardened"
+    assert load_hardened(path).threshold == done.threshold
 
 
 def test_wrong_weight_files_are_refused(known: Callable[[], Detector], tmp_path: Path) -> None:
@@ -124,7 +125,8 @@ def test_wrong_weight_files_are_refused(known: Callable[[], Detector], tmp_path:
         load_hardened(other)
     with pytest.raises(ConfigError, match="npz"):
         save_hardened(tmp_path / "a.pt", known(), "learner", SPEC)
-    np.savez(other, about=np.array('{"base": "learner", "name": "x"}'), **{"size.weight": np.zeros(9)})
+    about = np.array('{"base": "learner", "name": "x", "threshold": 0.5}')
+    np.savez(other, about=about, **{"size.weight": np.zeros(9)})
     with pytest.raises(AssetError, match="does not fit"):
         load_hardened(other)
 

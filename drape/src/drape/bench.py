@@ -8,6 +8,7 @@ stopped goes on where it was.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import platform
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from drape import __version__
 from drape.cache import write_atomically, write_text
+from drape.calibrate import scores_of_false_boxes, threshold_with
 from drape.controls import CONTROLS, control, load_images, open_arrays, random_textures, save_images
 from drape.detectors import load_detector
 from drape.detectors.base import Detection, Detector
@@ -59,7 +61,7 @@ class BenchSpec:
 
     detector: str = "nanodet"
     others: tuple[str, ...] = ("yolov3-tiny", "centernet")
-    seeds: int = 3
+    seeds: int = 4
     steps: int = 60
     batch: int = 6
     learning_rate: float = 0.02
@@ -68,8 +70,8 @@ class BenchSpec:
     frames: int = 16
     size: int = 416
     walks: int = len(TEST)
-    rounds: int = 2
-    harden_steps: int = 24
+    rounds: int = 3
+    harden_steps: int = 40
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or not 1 <= self.walks <= len(TEST) or self.detector in self.others:
@@ -154,6 +156,22 @@ class Store:
 
         self.timed("harden", make)
         return load_hardened(path)
+
+    def recalibrated(
+        self, detector: Detector, walks: Sequence[Scene], clothes: Sequence[Mapping[str, Tensor]]
+    ) -> Detector:
+        """The detector with the threshold that fine-tuning would give it if it left the weights as they are."""
+        path = self.folder / "threshold.json"
+
+        def make() -> None:
+            scores = scores_of_false_boxes(detector, walks, clothes)
+            allowed = sum(score >= detector.threshold for score in scores)
+            write_text(path, json.dumps(threshold_with(scores, allowed, detector.threshold)))
+
+        self.timed("threshold", make)
+        result = copy.deepcopy(detector)
+        result.name, result.threshold = f"{detector.name}+threshold", float(json.loads(path.read_text()))
+        return result
 
 
 class KeptJudge(Judge):
@@ -261,12 +279,13 @@ def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
     }
     attacks = {"sequence-0": attacks["sequence-0"], **attacks}  # the first one is what defences are measured against
     controls = {kind: control(kind, Gamut.proxy()) for kind in CONTROLS}
+    recalibrated = store.recalibrated(detector, walks, list(controls.values()))
     judged = store.folder / "measured.json"
 
     def judge() -> None:
         given = Attacks(controls, attacks, adaptive)
         judge = KeptJudge(scenes(TEST[: spec.walks], spec.frames, spec.size), store.folder)
-        subject = Subject(detector, others, hardened)
+        subject = Subject(detector, others, hardened, recalibrated)
         strong = {name: textures for name, textures in attacks.items() if name.startswith("sequence-")}
         measured = measure(subject, judge, given, {*strong, "frames-0"})
         by_seed = {
@@ -288,6 +307,7 @@ def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
             "defended_by_seed": by_seed,
             "training_recall": seen,
             "photograph_score": photo,
+            "thresholds": {d.name: d.threshold for d in (detector, recalibrated, hardened)},
         }
         write_text(judged, json.dumps(rounded(record)))
 

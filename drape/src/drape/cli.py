@@ -214,8 +214,8 @@ def report_command(out: Path = Out) -> None:
 @app.command("demo")
 def demo_command(
     detector: str = typer.Option("nanodet"),
-    steps: int = typer.Option(30),
-    frames: int = typer.Option(8, help="frames a walk"),
+    steps: int = typer.Option(50),
+    frames: int = typer.Option(12, help="frames a walk"),
     size: int = Size,
     out: Path = Out,
 ) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drape.calibrate import false_scores
 from drape.defences import Purified, aggregate, consensus
 from drape.detectors.base import Detection, Detector
 from drape.errors import ConfigError, unknown
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 DEFENCES = (
+    "threshold",
     "aggregate",
     "median",
     "consensus",
@@ -50,6 +52,7 @@ DEFENCES = (
     "hardened+aggregate",
     "hardened+consensus",
 )
+FOUND = 0.5  # the scaled score of a detector's threshold
 BATCH = 4  # frames a detector sees at once
 Textures = Mapping[str, Tensor]
 Walks = list[list[Detection]]
@@ -86,10 +89,21 @@ def summary(walks: Sequence[Sequence[Detection]], scenes: Sequence[Scene]) -> di
         "sequence_success_50": sequence_success(curves, 0.5),
         "longest_run": float(np.mean(runs)),
         "track_recall": float(np.mean(tracks)),
+        "false_boxes": false_boxes(walks, scenes),
         "curves": {s.label: d.tolist() for s, d in zip(scenes, curves, strict=True)},
         "azimuth": {f"{a:g}": None if np.isnan(m) else float(m) for a, m in zip(angles, means, strict=True)},
         "lights": group_means([light_name(s.light) for s in scenes], curves),
     }
+
+
+def false_boxes(walks: Sequence[Sequence[Detection]], scenes: Sequence[Scene]) -> float:
+    """Boxes a frame that are sure enough and not on the person."""
+    counts = [
+        sum(score >= FOUND for score in false_scores(found, box))
+        for walk, scene in zip(walks, scenes, strict=True)
+        for found, box in zip(walk, scene.buffers.boxes, strict=True)
+    ]
+    return float(np.mean(counts))
 
 
 class Judge:
@@ -121,16 +135,18 @@ class Judge:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a detector, those it may agree with, and itself fine-tuned, where there is that."""
+    """What is measured: a detector, those it may agree with, itself fine-tuned, itself with a threshold set anew."""
 
     detector: Detector
     others: Sequence[Detector] = field(default_factory=tuple)
     hardened: Detector | None = None
+    recalibrated: Detector | None = None
 
     def defences(self) -> tuple[str, ...]:
         """Those of `DEFENCES` that it has what is needed for."""
         missing = set() if self.others else {"consensus"}
         missing |= set() if self.hardened else {"hardened"}
+        missing |= set() if self.recalibrated else {"threshold"}
         return tuple(name for name in DEFENCES if not missing & set(name.split("+")))
 
 
@@ -147,6 +163,9 @@ def defended(judge: Judge, subject: Subject, defence: str, name: str, textures: 
     if "hardened" in parts:
         assert subject.hardened is not None
         detector = subject.hardened
+    if "threshold" in parts:
+        assert subject.recalibrated is not None
+        detector = subject.recalibrated
     if "median" in parts:
         detector = Purified(detector)
     walks = judge.walks(detector, name, textures)

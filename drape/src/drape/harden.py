@@ -6,9 +6,12 @@ learn to see the person in them. What they should see comes from the detector it
     attacked frame: what the teacher gives for the same frame in plain clothes
     clean frame, photograph: what the teacher gives for just that, so that clean detections stay as they are
 
-so no labels are needed, and every detector with candidates can be hardened. With scores s, q and boxes b, b' of student
-and teacher, the loss of a frame is (sum KL(q, s) + box sum q (1 - IoU(b, b'))) / (1 + sum q). Adversarial training is
-that of Madry et al. (arXiv:1706.06083), with clothing in place of pixel noise as in patch-based adversarial training.
+so no labels are needed, and every detector with candidates can be hardened. At the end its threshold is set anew, so
+that clean walks give no more false boxes than they gave before (`drape.calibrate`).
+
+With scores s, q and boxes b, b' of student and teacher, the loss of a frame is
+(sum KL(q, s) + box sum q (1 - IoU(b, b'))) / (1 + sum q). Adversarial training is that of Madry et al.
+(arXiv:1706.06083), with clothing in place of pixel noise as in patch-based adversarial training.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drape.cache import write_atomically
+from drape.calibrate import scores_of_false_boxes, threshold_with
 from drape.controls import CONTROLS, control, open_arrays, random_textures
 from drape.detectors.base import Candidates, Detector, box_iou
 from drape.detectors.registry import load_detector
@@ -72,7 +76,7 @@ class HardenSpec:
 
 @dataclass(frozen=True)
 class Hardened:
-    """A fine-tuned detector, frozen, and the loss of each step."""
+    """A fine-tuned detector, frozen, with a threshold of its own, and the loss of each step."""
 
     detector: Detector
     loss: list[float]
@@ -153,6 +157,10 @@ def harden(
             falling.step()
             losses.append(float(loss.detach()))
         student.freeze()
+    clean = list(teacher.clothes.values())
+    before = [score for score in scores_of_false_boxes(detector, scenes, clean) if score >= detector.threshold]
+    after = scores_of_false_boxes(student, scenes, clean)
+    student.threshold = threshold_with(after, len(before), detector.threshold)
     return Hardened(student, losses)
 
 
@@ -193,7 +201,7 @@ def learning_loss(
 
 
 def save_hardened(path: Path, hardened: Detector, base: str, spec: HardenSpec) -> None:
-    """Keep the weights that differ from those of the detector named `base`, in one `.npz` file."""
+    """Keep the threshold, and the weights that differ from those of the detector named `base`, in one `.npz` file."""
     if path.suffix != ".npz":
         raise ConfigError(f"{path} must end in .npz; rename it.")
     before = load_detector(base).state_dict()
@@ -201,7 +209,7 @@ def save_hardened(path: Path, hardened: Detector, base: str, spec: HardenSpec) -
     if before.keys() != after.keys():
         raise ConfigError(f"{hardened.name} does not come from {base}; name the detector that was fine-tuned.")
     arrays = {name: value.numpy() for name, value in after.items() if not torch.equal(value, before[name])}
-    about = json.dumps({"base": base, "name": hardened.name, "spec": asdict(spec)})
+    about = json.dumps({"base": base, "name": hardened.name, "threshold": hardened.threshold, "spec": asdict(spec)})
     write_atomically(path, lambda target: np.savez_compressed(target, **arrays, about=np.array(about)))
 
 
@@ -224,6 +232,6 @@ def load_hardened(path: Path) -> Detector:
     if wrong:
         raise AssetError(f"{path}: {wrong[0]} does not fit {about['base']}; make the file anew with `drape harden`.")
     detector.load_state_dict({**state, **arrays})
-    detector.name = about["name"]
+    detector.name, detector.threshold = about["name"], about["threshold"]
     detector.freeze()
     return detector

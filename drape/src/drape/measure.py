@@ -10,13 +10,12 @@ from torch import Tensor
 
 from drape.detectors.base import Detection
 from drape.errors import ConfigError
-from drape.evaluate import Judge, Subject, defended, light_curve, recovered
+from drape.evaluate import FOUND, Judge, Subject, defended, light_curve, recovered
 from drape.metrics import transfer_matrix
 
 __all__ = ["CLEAN", "Attacks", "defence_row", "defence_table", "measure", "track"]
 
 CLEAN = "plain"  # the control that recall is lost against
-FOUND = 0.5
 Textures = Mapping[str, Tensor]
 
 
@@ -55,6 +54,8 @@ def defence_row(clean: dict[str, Any], attacked: dict[str, Any], rows: Mapping[s
         "recovered_recall": recovered(*lost, rows["attacked"]["recall"]),
         "clean_recall": rows["clean"]["recall"],
         "clean_ap50_loss": clean["ap50"] - rows["clean"]["ap50"],
+        "clean_false_boxes": rows["clean"]["false_boxes"],
+        "attacked_false_boxes": rows["attacked"]["false_boxes"],
         "attacked_ap50": rows["attacked"]["ap50"],
     }
     if "adaptive" in rows:

@@ -25,6 +25,7 @@ COLUMNS = {
     "sequence_success_50": "walks missed (< 50 % seen)",
     "longest_run": "longest run seen, frames",
     "track_recall": "track recall",
+    "false_boxes": "false boxes a frame",
 }
 DEFENCE_COLUMNS = {
     "recall": "recall",
@@ -33,6 +34,7 @@ DEFENCE_COLUMNS = {
     "recovered_recall_adaptive": "recovered, attack knows",
     "clean_recall": "recall, plain clothes",
     "clean_ap50_loss": "AP lost in plain clothes",
+    "clean_false_boxes": "false boxes a frame, plain clothes",
 }
 STYLE = (
     "body{font:16px/1.45 sans-serif;max-width:62em;margin:2em auto;padding:0 1em}"
