@@ -22,7 +22,7 @@ from hasten.errors import AlreadyAcceleratedError, ConfigError, HostError, Sched
 from hasten.resolution.canvas import Canvas
 from hasten.resolution.hooking import hook_forward, wrap_step
 from hasten.resolution.levels import check_scheduler, skip_step
-from hasten.resolution.positions import TokenSet, Units, flux_ids, grid_sizes, standing_in
+from hasten.resolution.positions import Picture, TokenSet, Units, flux_ids, grid_sizes, standing_in
 from hasten.resolution.seams import MixedState
 
 __all__ = ["PackedEngine", "PackedRun", "Part", "check_even", "check_total"]
@@ -42,6 +42,7 @@ class PackedRun:
         state: the true tokens; None where the pipeline's own latents are true.
         step: counts steps from 0.
         shown: the latents that the pipeline was given to look at.
+        layout: the positions of the last step.
     """
 
     number: int
@@ -49,6 +50,29 @@ class PackedRun:
     state: MixedState | None
     step: int = 0
     shown: Tensor | None = None
+    layout: _Layout | None = None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Pictures of a step, and their ids where the model takes ids; they stay the same until tokens are promoted."""
+
+    parts: Sequence[tuple[TokenSet, Units]]
+    pictures: Sequence[Picture]
+    ids: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> Self:
+        kept = [(tokens, units) for tokens, units, _ in parts]
+        pictures = [tokens.picture(units) for tokens, units in kept]
+        return cls(kept, pictures, flux_ids(pictures, parts[0][2].device))
+
+    def fits(self, parts: Sequence[Part]) -> bool:
+        """Whether the pictures are those of `parts`."""
+        return len(parts) == len(self.parts) and all(
+            units == own and (tokens is mine or torch.equal(tokens.fine, mine.fine))
+            for (tokens, units, _), (mine, own) in zip(parts, self.parts, strict=True)
+        )
 
 
 Run = TypeVar("Run", bound=PackedRun)
@@ -171,7 +195,9 @@ class PackedEngine(ABC, Generic[Run]):
             return arguments
         own = (run.state.tokens, self.units(run), run.state.tokens.gather(run.state.coarse, run.state.fine))
         parts = [own, *self.references(run, arguments["hidden_states"])]
-        pictures = [tokens.picture(units) for tokens, units, _ in parts]
+        if run.layout is None or not run.layout.fits(parts):
+            run.layout = _Layout.of(parts)
+        pictures = run.layout.pictures
         hidden = torch.cat([values.float() for _, _, values in parts], 1).to(arguments["hidden_states"].dtype)
         if len(hidden) != len(arguments["hidden_states"]):
             raise HostError(
@@ -179,7 +205,7 @@ class PackedEngine(ABC, Generic[Run]):
                 f"{len(arguments['hidden_states'])}; guidance in one batch is not served"
             )
         if arguments.get("img_shapes") is None:
-            return arguments | {"hidden_states": hidden, "img_ids": flux_ids(pictures, hidden.device)}
+            return arguments | {"hidden_states": hidden, "img_ids": run.layout.ids}
         self._forward.enter_context(standing_in(module, pictures))
         shapes = [[(1, 1, len(picture.anchors)) for picture in pictures]] * len(hidden)
         return arguments | {"hidden_states": hidden, "img_shapes": shapes}
