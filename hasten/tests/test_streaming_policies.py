@@ -24,7 +24,7 @@ from hasten.streaming import (
     TopKAttention,
 )
 from hasten.streaming.methods.forcing_kv import changed_patches
-from hasten.streaming.scores import UnitKeys, pooled_relevance, relevance, standardised
+from hasten.streaming.scores import UnitKeys, attention_mass, pooled_relevance, relevance, standardised
 
 B, q, L, H, D = 2, 3, 8, 4, 16
 
@@ -92,6 +92,17 @@ def test_copies_of_a_frame_are_the_least_diverse(copies, seed):
         assert (diversity[..., :copies].amax(-1) < diversity[..., copies:].amin(-1)).all()
     else:
         assert torch.allclose(alike, torch.ones_like(alike), atol=1e-6)
+
+
+def test_attention_mass_is_the_share_of_the_softmax_on_the_last_tokens():
+    queries, keys, history = frames(q, 0), frames(q, 1), frames(5, 2)
+    logits = torch.einsum("bqlhd,bfmhd->bhqlfm", queries, torch.cat([history, keys], 1)) / D**0.5
+    weights = logits.flatten(4).softmax(4)
+    mass = attention_mass(queries, keys, history.permute(0, 3, 1, 2, 4), last=q * L + 2, samples=q * L)
+    assert torch.allclose(mass, weights[..., -(q * L + 2) :].sum(4).mean((0, 2, 3)), atol=1e-5)
+    sampled = attention_mass(queries, keys, history.permute(0, 3, 1, 2, 4), last=q * L, samples=2)
+    ends = weights.flatten(2, 3)[:, :, [0, -1], -q * L :]  # two of them: the first and the last query
+    assert torch.allclose(sampled, ends.sum(3).mean((0, 2)), atol=1e-5)
 
 
 def test_standardised_scores_have_mean_zero_and_deviation_one():
@@ -545,6 +556,20 @@ def test_tensors_that_do_not_fit_are_refused(wrong, message):
         policy.append(wrong(), wrong())
     with pytest.raises(ConfigError, match=message):
         policy.attend(wrong(), wrong(), wrong())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: (torch.zeros(B, 5, H, D), torch.zeros(B, 4, H, D)),
+        lambda: (torch.zeros(B, 5, H + 1, D),) * 2,
+        lambda: (torch.zeros(B, 5, H),) * 2,
+        lambda: (torch.zeros(B, 5, H, D).double(),) * 2,
+    ],
+)
+def test_further_tokens_that_do_not_fit_are_refused(wrong):
+    with pytest.raises(ConfigError, match="extra keys and values"):
+        begun(FullHistory()).attend(frames(q), frames(q), frames(q), extra=wrong())
 
 
 def test_frames_to_keep_must_exist():

@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from random import Random
 
 import pytest
@@ -25,7 +25,7 @@ from hasten.zoo.sprites_stream.data import NAMED, UNNAMED
 from hasten.zoo.sprites_stream.grade import grade
 from hasten.zoo.sprites_stream.model import CausalVideoTransformer, load_model, save_model
 from hasten.zoo.sprites_stream.reference import WEIGHTS, load_sprites_stream, worlds_of
-from hasten.zoo.sprites_stream.rollout import noise_levels
+from hasten.zoo.sprites_stream.rollout import noise_levels, rolled_chunks
 from hasten.zoo.sprites_stream.train import export, main, make_fit
 from hasten.zoo.sprites_wan.data import SIDE
 
@@ -184,8 +184,20 @@ def test_frames_come_in_chunks():
         roll(model, frames=10)
     with pytest.raises(ConfigError, match="one step"):
         roll(model, steps=0)
+    with pytest.raises(ConfigError, match="one world"):
+        roll(model, worlds=())
     with pytest.raises(ConfigError, match="heads that divide"):
         ModelConfig(width=100)
+
+
+def test_chunks_come_one_by_one_without_end():
+    model = tiny()
+    stream = new_stream(model, SlidingWindow(window=2))
+    with torch.no_grad():
+        chunks = list(islice(rolled_chunks(model, (WORLD,), stream, steps=2), 6))
+    assert stream[0].cache.frames == [0, 16, 17]
+    video = roll(model, SlidingWindow(window=2), frames=18)
+    assert torch.equal((torch.cat(chunks, 1) / 2 + 0.5).clamp(0, 1), video)
 
 
 def test_noise_levels_fall_from_one_to_zero():

@@ -244,6 +244,8 @@ class KVPolicy:
         held = self.cache.keys.permute(0, 2, 3, 1, 4) if len(self.cache) else keys
         for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
             check_frames(name, tensor, held)
+        if extra is not None:
+            _check_extra(extra, held)
         current = Current(queries, keys, values, extra)
         started = self._now(queries)
         chosen = self.select(queries, keys)
@@ -279,6 +281,18 @@ class KVPolicy:
         packed = sum(g.keys.nbytes + g.values.nbytes for g in self._packed or [])
         held = StreamStats(cache_bytes=self.cache.nbytes, packed_bytes=packed, frames=len(self.cache))
         return self._sums + held
+
+
+def _check_extra(extra: tuple[Tensor, Tensor], held: Tensor) -> None:
+    """Refuse keys and values that are not `[B, X, H, D]` of the same batch, heads, width and dtype as `held`."""
+    B, _, _, H, D = held.shape
+    for tensor in extra:
+        X = tensor.shape[1] if tensor.ndim == 4 else 0
+        if tensor.shape != (B, X, H, D) or tensor.shape != extra[0].shape or tensor.dtype != held.dtype:
+            raise ConfigError(
+                f"expected extra keys and values of one shape [{B}, X, {H}, {D}] in {held.dtype}, got "
+                f"{[list(t.shape) for t in extra]} in {tensor.dtype}"
+            )
 
 
 class KVStream:

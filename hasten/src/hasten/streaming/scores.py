@@ -14,7 +14,7 @@ from torch.nn.functional import layer_norm
 
 from hasten.errors import ConfigError
 
-__all__ = ["UnitKeys", "pooled_relevance", "relevance", "standardised"]
+__all__ = ["UnitKeys", "attention_mass", "pooled_relevance", "relevance", "standardised"]
 
 EPSILON = 1e-6
 
@@ -52,6 +52,26 @@ def pooled_relevance(queries: Tensor, keys: Tensor, pools: int) -> Tensor:
         raise ConfigError(f"expected a number of pools that divides the {L} tokens of a frame, got {pools}")
     pooled = [t.float().unflatten(2, (pools, -1)).mean(3) for t in (queries, keys)]
     return torch.einsum("bquhd,bfvhd->bqhf", *pooled) / (pools**2 * queries.shape[-1] ** 0.5)
+
+
+def attention_mass(queries: Tensor, keys: Tensor, history: Tensor, last: int, samples: int) -> Tensor:
+    """Attention that each head pays to the last tokens, of the history and the current chunk together: `[H]`.
+
+    Args:
+        queries, keys: of the current chunk, `[B, q, L, H, D]`.
+        history: keys `[B, H, F, L, D]`.
+        last: how many tokens; the chunk's own are the very last.
+        samples: queries to measure with, evenly spread, at the most.
+
+    Returns:
+        float32 on the CPU, the mean over the batch and the samples.
+    """
+    flat = queries.flatten(1, 2)
+    places = torch.linspace(0, flat.shape[1] - 1, min(samples, flat.shape[1]), device=flat.device).long()
+    sample = flat[:, places].transpose(1, 2).float()  # [B, H, samples, D]
+    seen = torch.cat([history.flatten(2, 3), keys.flatten(1, 2).transpose(1, 2)], 2).float()
+    weights = (sample @ seen.mT / queries.shape[-1] ** 0.5).softmax(3)
+    return weights[..., -last:].sum(3).mean((0, 2)).cpu()
 
 
 class UnitKeys:

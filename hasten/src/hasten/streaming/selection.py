@@ -120,13 +120,18 @@ def top_frames(scores: Tensor, budgets: Sequence[int]) -> Selection:
         budgets: frames for each of the `H` heads; 0 and more.
     """
     H, F = scores.shape[2:]
-    if len(budgets) != H or min(budgets) < 0:
-        raise ConfigError(f"expected a budget of 0 or more frames for each of {H} heads, got {list(budgets)}")
     order = scores.sort(dim=3, descending=True, stable=True).indices
-    sizes = sorted({min(b, F) for b in budgets})
     groups = []
-    for size in sizes:
-        heads = tuple(h for h, b in enumerate(budgets) if min(b, F) == size)
-        best = order if len(sizes) == 1 else order.index_select(2, index_of(heads, order.device))
+    for size, heads in _by_size(tuple(budgets), H, F):
+        best = order if len(heads) == H else order.index_select(2, index_of(heads, order.device))
         groups.append(HeadGroup(heads, best[..., :size].sort(dim=3).values))
     return Selection(tuple(groups), F)
+
+
+@lru_cache(maxsize=512)
+def _by_size(budgets: tuple[int, ...], heads: int, held: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """The heads that see equally many frames, by that number; worked out once, because all layers ask."""
+    if len(budgets) != heads or min(budgets) < 0:
+        raise ConfigError(f"expected a budget of 0 or more frames for each of {heads} heads, got {list(budgets)}")
+    sizes = [min(budget, held) for budget in budgets]
+    return tuple((size, tuple(h for h in range(heads) if sizes[h] == size)) for size in sorted(set(sizes)))

@@ -13,31 +13,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError
 from hasten.registry import method
 from hasten.streaming.kv_policy import LayerView, StreamingMethod
 from hasten.streaming.methods.sliding_window import recency, sink_and_window
+from hasten.streaming.scores import attention_mass
 from hasten.streaming.selection import Selection, frames_at
 
-__all__ = ["DummyForcing", "current_mass"]
-
-
-def current_mass(view: LayerView, queries: Tensor, keys: Tensor, samples: int) -> Tensor:
-    """Attention mass that each head puts on the current chunk, `[H]` on the CPU, from `samples` queries.
-
-    Args:
-        queries, keys: of the current chunk, `[B, q, L, H, D]`.
-    """
-    flat = queries.flatten(1, 2)
-    places = torch.linspace(0, flat.shape[1] - 1, min(samples, flat.shape[1]), device=flat.device).long()
-    sample = flat[:, places].transpose(1, 2).float()  # [B, H, samples, D]
-    present = keys.flatten(1, 2).transpose(1, 2).float()
-    logits = torch.cat([sample @ present.mT, sample @ view.cache.keys.flatten(2, 3).float().mT], 3)
-    mass = (logits / queries.shape[-1] ** 0.5).softmax(3)[..., : present.shape[2]].sum(3)
-    return mass.mean((0, 2)).cpu()
+__all__ = ["DummyForcing"]
 
 
 @method("dummy-forcing", kind="streaming", paper="Dummy Forcing, arXiv:2601.20499")
@@ -78,7 +63,8 @@ class DummyForcing(StreamingMethod):
             return None
         measured = view.shared.setdefault("mass", {})
         if view.layer not in measured:
-            measured[view.layer] = current_mass(view, queries, keys, self.samples)
+            own = keys.shape[1] * keys.shape[2]
+            measured[view.layer] = attention_mass(queries, keys, view.cache.keys, own, self.samples)
             return None
         if len(measured) < view.layers:
             return None

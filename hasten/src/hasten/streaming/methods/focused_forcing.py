@@ -33,7 +33,7 @@ from hasten.streaming.budgets import HeadBudgets
 from hasten.streaming.kv_policy import LayerView, StreamingMethod
 from hasten.streaming.methods.sliding_window import sink_and_window
 from hasten.streaming.scores import relevance, standardised
-from hasten.streaming.selection import Selection, top_frames
+from hasten.streaming.selection import Selection, index_of, top_frames
 
 __all__ = ["FocusedForcing"]
 
@@ -137,8 +137,6 @@ class FocusedForcing(StreamingMethod):
             return None
         scores = self.score(view, queries)
         if self.keep_first and view.cache.frames[0] == 0:
-            able = [b >= FORCED_FROM for b in budgets]
-            first = torch.zeros_like(scores, dtype=torch.bool)
-            first[..., 0] = torch.tensor(able, device=scores.device)
-            scores = scores.masked_fill(first, torch.inf)
+            able = tuple(head for head, budget in enumerate(budgets) if budget >= FORCED_FROM)
+            scores[..., 0].index_fill_(2, index_of(able, scores.device), torch.inf)
         return top_frames(scores, budgets)

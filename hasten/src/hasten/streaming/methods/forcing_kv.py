@@ -21,23 +21,12 @@ from hasten.errors import ConfigError
 from hasten.registry import method
 from hasten.streaming.kv_policy import LayerView, StreamingMethod
 from hasten.streaming.methods.sliding_window import recency, sink_and_window
+from hasten.streaming.scores import attention_mass
 from hasten.streaming.selection import HeadGroup, Selection, frames_at
 
-__all__ = ["ForcingKV", "changed_patches", "recent_mass"]
+__all__ = ["ForcingKV", "changed_patches"]
 
 EPSILON = 1e-6
-
-
-def recent_mass(view: LayerView, queries: Tensor, keys: Tensor, recent: int, samples: int) -> Tensor:
-    """Attention mass of each head on the last `recent` frames, the current chunk counted in, `[H]` on the CPU."""
-    flat = queries.flatten(1, 2)
-    places = torch.linspace(0, flat.shape[1] - 1, min(samples, flat.shape[1]), device=flat.device).long()
-    sample = flat[:, places].transpose(1, 2).float()
-    present = keys.flatten(1, 2).transpose(1, 2).float()
-    logits = torch.cat([sample @ view.cache.keys.flatten(2, 3).float().mT, sample @ present.mT], 3)
-    last = min(recent, len(view.cache) + keys.shape[1]) * keys.shape[2]
-    mass = (logits / queries.shape[-1] ** 0.5).softmax(3)[..., -last:].sum(3)
-    return mass.mean((0, 2)).cpu()
 
 
 def changed_patches(plain_keys: Tensor, patches: int, kept: int) -> Tensor:
@@ -94,7 +83,8 @@ class ForcingKV(StreamingMethod):
         if len(view.cache) <= max(self.recent, self.context + 1):
             return None
         if "mass" not in view.notes:
-            view.notes["mass"] = recent_mass(view, queries, keys, self.recent, self.samples)
+            recent = min(self.recent, len(view.cache) + keys.shape[1]) * keys.shape[2]
+            view.notes["mass"] = attention_mass(queries, keys, view.cache.keys, recent, self.samples)
         static = view.notes["mass"] >= self.threshold
         B, H = queries.shape[0], queries.shape[3]
         whole = sink_and_window(view.cache.frames, 1, self.context)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from hasten.streaming.kv_policy import KVStream
 from hasten.zoo.sprites_stream.data import World, conditions
 from hasten.zoo.sprites_stream.model import CausalVideoTransformer
 
-__all__ = ["RollOut", "noise_levels", "roll_out"]
+__all__ = ["RollOut", "noise_levels", "roll_out", "rolled_chunks"]
 
 SHIFT = 3.0
 
@@ -39,6 +39,43 @@ def noise_levels(steps: int, shift: float = SHIFT) -> list[float]:
     return [shift * t / (1 + (shift - 1) * t) for t in even]
 
 
+def rolled_chunks(
+    model: CausalVideoTransformer,
+    worlds: Sequence[World],
+    stream: KVStream,
+    steps: int = 8,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """Chunks `[B, chunk, 3, side, side]` in [-1, 1], one after another without end, by Euler steps.
+
+    Nothing of a chunk is kept but what the stream keeps. Noise depends on the seed alone, so that methods can be
+    compared picture by picture. Run under `torch.no_grad()` unless gradients are wanted.
+
+    Args:
+        stream: of `new_stream`; it is reset first.
+        steps: forwards of each chunk, beside the clean pass.
+
+    Raises:
+        ConfigError: without worlds or steps.
+    """
+    if not worlds or steps < 1:
+        raise ConfigError(f"expected at least one world and one step, got {len(worlds)} and {steps}")
+    config = model.config
+    stream.reset()
+    generator = torch.Generator().manual_seed(seed)
+    device = model.head.weight.device
+    levels = noise_levels(steps)
+    for first in count(0, config.chunk):
+        words = torch.stack([conditions(world, first, config.chunk) for world in worlds]).to(device)
+        shape = (len(worlds), config.chunk, 3, config.side, config.side)
+        x = torch.randn(shape, generator=generator).to(device)
+        for now, following in pairwise(levels):
+            t = torch.full(words.shape[:2], now, device=device)
+            x = x + (following - now) * model(x, t, words, stream, first)
+        model(x, torch.zeros(words.shape[:2], device=device), words, stream, first, keep=True)
+        yield x
+
+
 def roll_out(
     model: CausalVideoTransformer,
     worlds: Sequence[World],
@@ -47,10 +84,7 @@ def roll_out(
     steps: int = 8,
     seed: int = 0,
 ) -> RollOut:
-    """Videos of these worlds, one batch, by Euler steps.
-
-    Noise depends on the seed alone, so that methods can be compared picture by picture. Run under `torch.no_grad()`
-    unless gradients are wanted.
+    """Videos of these worlds, one batch; see `rolled_chunks`.
 
     Args:
         stream: of `new_stream`; it is reset first.
@@ -58,26 +92,15 @@ def roll_out(
         steps: forwards of each chunk, beside the clean pass.
 
     Raises:
-        ConfigError: for another number of frames or no steps.
+        ConfigError: for another number of frames, no worlds or no steps.
     """
-    config = model.config
-    if frames % config.chunk or frames < config.chunk or steps < 1:
-        raise ConfigError(
-            f"expected frames in multiples of {config.chunk} and at least one step, got {frames} and {steps}"
-        )
-    stream.reset()
-    generator = torch.Generator().manual_seed(seed)
-    device = model.head.weight.device
-    levels, chunks, seconds = noise_levels(steps), [], []
-    for first in range(0, frames, config.chunk):
+    chunk = model.config.chunk
+    if frames % chunk or frames < chunk:
+        raise ConfigError(f"expected frames in multiples of {chunk}, got {frames}")
+    chunks, seconds = [], []
+    coming = rolled_chunks(model, worlds, stream, steps, seed)
+    for _ in range(frames // chunk):
         started = time.perf_counter()
-        words = torch.stack([conditions(world, first, config.chunk) for world in worlds]).to(device)
-        shape = (len(worlds), config.chunk, 3, config.side, config.side)
-        x = torch.randn(shape, generator=generator).to(device)
-        for now, following in pairwise(levels):
-            t = torch.full(words.shape[:2], now, device=device)
-            x = x + (following - now) * model(x, t, words, stream, first)
-        model(x, torch.zeros(words.shape[:2], device=device), words, stream, first, keep=True)
-        chunks.append(x)
+        chunks.append(next(coming))
         seconds.append(time.perf_counter() - started)
     return RollOut((torch.cat(chunks, 1) / 2 + 0.5).clamp(0, 1), seconds)
