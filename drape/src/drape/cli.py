@@ -150,12 +150,8 @@ def evaluate_command(
     )
     measured = measure(subject, Judge(scenes(TEST[:walks], frames, size, engine)), given)
     path = out / "evaluate.json"
-    write_text(
-        path,
-        json.dumps(
-            rounded({**measured, "gamut": gamut.name, "frames": frames, "size": size, "cloth": engine}), indent=1
-        ),
-    )
+    scene = {"gamut": gamut.name, "icc": icc and str(icc), "frames": frames, "size": size, "cloth": engine}
+    write_text(path, json.dumps(rounded({**measured, **scene}), indent=1))
     typer.echo(f"wrote {path}; go on with: drape report --out {out}")
 
 
@@ -188,6 +184,7 @@ def read_figures(path: Path) -> dict[str, Any]:
         "frames",
         "size",
         "cloth",
+        "icc",
     } - set(figures)
     if missing:
         raise AssetError(f"{path} has no {', '.join(sorted(missing))}; run `drape evaluate` again.")
@@ -202,7 +199,8 @@ def report_command(out: Path = Out) -> None:
         raise AssetError(f"{path} does not exist; run `drape evaluate --out {out}` first.")
     measured = read_figures(path)
     walk = scenes(TEST[:1], measured["frames"], measured["size"], measured["cloth"])[0]
-    clothes = {"plain": control("plain", Gamut.proxy()), "worst case": load_images(out / "textures.npz")}
+    gamut = gamut_of(measured["icc"] and Path(measured["icc"]))
+    clothes = {"plain": control("plain", gamut), "worst case": load_images(out / "textures.npz")}
     videos = {
         f"{name} (a box where {measured['detector']} sees a person)": animation(walk.render(clothes[name]), boxes)
         for name, boxes in measured["video"].items()

@@ -86,7 +86,7 @@ def azimuth_svg(curves: Mapping[str, Mapping[str, float | None]], threshold: flo
     if not curves:
         raise ConfigError("no curve to draw; expected at least one.")
     middle, radius = SIDE / 2, SIDE / 2 - 26
-    parts = [f'<svg viewBox="0 -10 {WIDTH} {SIDE + 10}" role="img" aria-label="confidence by side">']
+    parts = [f'<svg viewBox="-16 -10 {WIDTH} {SIDE + 10}" role="img" aria-label="confidence by side">']
     for value, dash in ((1.0, ""), (threshold, ' stroke-dasharray="5 4"')):
         parts.append(f'<circle cx="{middle}" cy="{middle}" r="{radius * value:.1f}" fill="none" stroke="#999"{dash}/>')
     for name, x, y in (
