@@ -115,7 +115,7 @@ def test_profile_of_a_press_with_four_inks() -> None:
     gamut = Gamut.from_profile(CMYK)
     assert not gamut.is_fixed(VIVID, tolerance=0.05)
     assert gamut.is_fixed(gamut.lock(VIVID))
-    for kind in ("plain", "product", "random"):
+    for kind in CONTROLS:
         assert all(gamut.is_fixed(image.permute(1, 2, 0)) for image in control(kind, gamut).values()), kind
 
 

@@ -133,18 +133,23 @@ class Gamut:
     def lock(self, rgb: Tensor, tolerance: float = LEVEL / 4, limit: int = 400) -> Tensor:
         """The fixed points of G that repeated projection of `rgb` leads to; they move by at most `tolerance` under G.
 
+        With tables of 8 bits some colours go to and fro between neighbours for ever; under a level they are let pass.
+
         Raises:
-            GamutError: some colour still moves after `limit` projections.
+            GamutError: some colour still moves by more than a level after `limit` projections.
         """
         for _ in range(limit):
             projected = self.project(rgb)
             if float((projected - rgb).abs().max()) <= tolerance:
                 return projected
             rgb = projected
-        raise GamutError(
-            f"colours still move by {float((self.project(rgb) - rgb).abs().max()):.4f} after {limit} projections into "
-            f"{self.name!r}; expected at most {tolerance:.4f}. The profile's two directions disagree: use another one."
-        )
+        moved = float((self.project(rgb) - rgb).abs().max())
+        if moved > LEVEL:
+            raise GamutError(
+                f"colours still move by {moved:.4f} after {limit} projections into {self.name!r}; expected at most "
+                f"{LEVEL:.4f}. The profile's two directions disagree: use another one."
+            )
+        return rgb
 
     def is_fixed(self, rgb: Tensor, tolerance: float = LEVEL) -> bool:
         """Whether G leaves every colour where it is, within one level of 255."""
