@@ -83,3 +83,30 @@ def test_ultralytics_boxes_in_the_frames_pixels() -> None:
 def test_outputs_of_another_kind_are_refused(detector: nn.Module) -> None:
     with pytest.raises(DetectorError, match="gave"):
         detector(torch.rand(1, 3, 64, 64))
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_runs_with_gradients() -> None:
+    """YOLOS with random weights: the classes of the library itself, not only their outputs."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.YolosConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=[64, 64],
+        patch_size=16,
+        num_detection_tokens=5,
+        num_labels=3,
+    )
+    model = transformers.YolosForObjectDetection(config)
+    detector = TransformersDetector(model, "yolos", person=1, softmax=True, normalised=False, input_size=64)
+    frames = torch.rand(2, 3, 64, 64, requires_grad=True)
+    found = detector(frames)
+    assert found.boxes.shape == (2, 5, 4)
+    (gradient,) = torch.autograd.grad(found.scores.sum(), frames)
+    assert float(gradient.abs().max()) > 0
+    with torch.no_grad():
+        raw = model(pixel_values=frames)
+    assert torch.allclose(found.scores, raw.logits.softmax(dim=-1)[..., 1], atol=1e-5)
