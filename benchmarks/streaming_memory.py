@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,54 +33,39 @@ MARKS = 25  # figures a rollout
 
 def process_bytes() -> int:
     """Resident memory of this process; Linux only."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf(
-        "SC_PAGE_SIZE"
-    )
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @torch.no_grad()
 def rolled(text: str, frames: int, steps: int) -> dict[str, Any]:
-    """Roll out and note, every so often, what is held and how long a frame takes."""
+    """Roll out and note, every so often, what is held."""
     torch.set_num_threads(1)
     model = load_model(WEIGHTS)
     stream = new_stream(model, parse_streaming(text))
     chunk, total = model.config.chunk, frames // model.config.chunk
     every = max(1, total // MARKS)
     marks: list[dict[str, Any]] = []
-    began = time.perf_counter()
     for i, _ in enumerate(rolled_chunks(model, worlds_of(0), stream, steps), 1):
         if i % every == 0 or i == total:
-            stats, now = stream.stats(), time.perf_counter()
-            done = i * chunk - (marks[-1]["frames"] if marks else 0)
+            stats = stream.stats()
             marks.append(
                 {
                     "frames": i * chunk,
                     "held": stats.frames,
                     "cache_bytes": stats.cache_bytes,
-                    "packed_bytes": stats.packed_bytes,
                     "process_bytes": process_bytes(),
-                    "seconds_per_frame": round((now - began) / done, 4),
                 }
             )
-            began = time.perf_counter()
         if i == total:
             break
     return {"method": text, "frames": total * chunk, "marks": marks}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--json", type=Path, default=Path("benchmarks/streaming-memory.json")
-    )
-    parser.add_argument(
-        "--frames", type=int, default=1002, help="a multiple of the chunk of three"
-    )
-    parser.add_argument(
-        "--full-frames", type=int, default=150, help="of the full history"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/streaming-memory.json"))
+    parser.add_argument("--frames", type=int, default=1002, help="a multiple of the chunk of three")
+    parser.add_argument("--full-frames", type=int, default=150, help="of the full history")
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args()
     rows = []
@@ -91,9 +75,7 @@ def main() -> None:
             row = pool.apply(rolled, (text, frames, args.steps))
         rows.append(row)
         last = row["marks"][-1]
-        print(
-            f"{text}: {last['frames']} frames, {last['cache_bytes'] / 2**20:.1f} MiB held"
-        )
+        print(f"{text}: {last['frames']} frames, {last['cache_bytes'] / 2**20:.1f} MiB held")
     result = {
         "model": "sprites-stream",
         "steps": args.steps,

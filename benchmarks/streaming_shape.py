@@ -2,7 +2,8 @@
 
     python benchmarks/streaming_shape.py --json benchmarks/streaming-shape.json
 
-12 heads of width 128, 1,560 tokens a frame (480x832), chunks of three frames, four forwards and a clean pass for each.
+12 heads of width 128, 1,560 tokens a frame (480x832), chunks of three frames, four forwards and a clean pass for each;
+on a CPU fewer will do (`--steps 1`), with which choosing and copying weigh more than they would.
 Time and work depend on the shape alone; random tensors say nothing of quality.
 """
 
@@ -52,12 +53,15 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=7, help="21 frames, Self-Forcing's window")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a frame")
+    parser.add_argument(
+        "--methods", nargs="+", default=METHODS, help="to measure; the first is what others are held to"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     rolled(parse_streaming(METHODS[1]), 2, 1, args.tokens, args.device, dtype)  # warm-up
     rows: list[dict[str, Any]] = []
-    for text in track(METHODS, "rolling out"):
+    for text in track(args.methods, "rolling out"):
         stats = rolled(parse_streaming(text), args.chunks, args.steps, args.tokens, args.device, dtype)
         seconds = stats.attention_seconds + stats.pack_seconds + stats.select_seconds
         rows.append(

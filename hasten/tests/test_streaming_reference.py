@@ -514,6 +514,8 @@ def test_videos_side_by_side_carry_their_names():
     assert both.shape == (3, 3, 2 * SIDE + 28, 4 * SIDE + 8)
     assert torch.equal(both[:, :, 28:, : 2 * SIDE], both[:, :, 28:, -2 * SIDE :])
     assert not torch.equal(both[:, :, :28, : 2 * SIDE], both[:, :, :28, -2 * SIDE :])  # the names differ
+    long = side_by_side({"focused-forcing, budget=6, diversity_tokens=16": video}, enlarge=6)
+    assert (long[:, :, :28, -4:] == 1).all()  # a long name is written smaller, not cut off
     with pytest.raises(ConfigError, match="one shape"):
         side_by_side({"a": video, "b": video[:2]})
 

@@ -17,6 +17,7 @@ __all__ = ["best_suffix", "side_by_side", "write_video"]
 
 SUFFIXES = (".mp4", ".webp", ".gif")
 BAR, GAP = 28, 8  # pixels: height of the line with the names, distance between videos
+FONT_SIZES = (14, 12, 10, 8)
 
 
 def _has_ffmpeg() -> bool:
@@ -53,11 +54,17 @@ def side_by_side(videos: Mapping[str, Tensor], enlarge: int = 6) -> Tensor:
         large = interpolate(video.detach().float().cpu().clamp(0, 1), scale_factor=enlarge, mode="nearest")
         frames, _, _, width = large.shape
         heading = Image.new("RGB", (width, BAR), "white")
-        ImageDraw.Draw(heading).text((4, 6), name, "black", ImageFont.load_default(size=14))
+        ImageDraw.Draw(heading).text((4, 6), name, "black", _fitting(name, width - 8))
         line = torch.from_numpy(np.asarray(heading).copy()).permute(2, 0, 1) / 255
         column = torch.cat([line.expand(frames, -1, -1, -1), large], 2)
         columns += [column, torch.ones(*column.shape[:3], GAP)]
     return torch.cat(columns[:-1], 3)
+
+
+def _fitting(text: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The largest font of a few in which a line is no wider than that; the smallest if none is."""
+    fonts = [ImageFont.load_default(size=size) for size in FONT_SIZES]
+    return next((font for font in fonts if font.getlength(text) <= width), fonts[-1])
 
 
 def write_video(video: Tensor, path: str | Path, fps: int = 12, enlarge: int = 1) -> Path:
