@@ -643,9 +643,7 @@ def test_layers_that_are_measured_together_choose_as_each_by_itself(arguments, d
     stream, alone = (grown(method, in_step=in_step, **arguments) for _ in range(2))
     for policy in alone:
         policy.view.peers = ()
-    measured = []
-    extend = UnitKeys.extend
-    monkeypatch.setattr(UnitKeys, "extend", lambda self, keys: (measured.append(len(keys)), extend(self, keys))[1])
+    measured = counted(monkeypatch)
     for chunk in range(2):
         for layer in range(3):
             assert torch.allclose(stream[layer].score(frames(q, 3)), alone[layer].score(frames(q, 3)), atol=1e-4)
@@ -656,6 +654,38 @@ def test_layers_that_are_measured_together_choose_as_each_by_itself(arguments, d
         together = [B * 3] if in_step else [B] * 3
         assert sorted(measured) == sorted([*together, *[B] * 3])
         measured.clear()
+
+
+def counted(monkeypatch):
+    """The batch of every measurement of new frames."""
+    measured, extend = [], UnitKeys.extend
+    monkeypatch.setattr(UnitKeys, "extend", lambda self, keys: (measured.append(len(keys)), extend(self, keys))[1])
+    return measured
+
+
+def test_layers_that_are_shown_their_history_one_by_one_are_measured_one_by_one(monkeypatch):
+    measured = counted(monkeypatch)
+    stream = KVStream(FocusedForcing(budget=2, diversity_tokens=4), 3)
+    for held in (6, 9):
+        for layer in range(3):
+            stream[layer].look_at(frames(held, layer), frames(held, layer), range(held))
+            stream[layer].score(frames(q, 3))
+    assert measured == [B] * 6
+
+
+def test_what_was_measured_of_a_layer_that_began_anew_is_forgotten():
+    stream = grown(FocusedForcing(budget=2, mix=0.3, diversity_tokens=4))
+    stream[0].score(frames(q, 3))
+    stream[2].reset()
+    for chunk in range(3):
+        stream[2].append(frames(3, 70 + chunk), frames(3, 80 + chunk))
+    for layer in range(2):
+        stream[layer].view.memo.clear()
+    wanted = KVPolicy(stream.method)
+    for chunk in range(3):
+        wanted.append(frames(3, 70 + chunk), frames(3, 80 + chunk))
+    assert stream[2].view.together() != [stream[2].view]
+    assert torch.allclose(stream[2].score(frames(q, 3)), wanted.score(frames(q, 3)), atol=1e-4)
 
 
 def test_frames_evicted_by_hand_are_no_longer_compared():

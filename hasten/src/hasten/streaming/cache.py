@@ -11,6 +11,7 @@ Shape legend: `B` batch, `F` frames held, `L` tokens of a frame, `H` heads, `D` 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from hasten.errors import ConfigError
 from hasten.streaming.scores import UnitKeys
 
 __all__ = ["FrameCache", "Unrotate", "check_frames", "turned_back"]
+
+EPOCHS = count()  # numbers for times in which frames only came, in any cache; others know by it what they measured
 
 Unrotate = Callable[[Tensor, Tensor], Tensor]
 """Undoes the rotary embedding along time: keys `[B, H, F, L, D]` and absolute frame numbers `[F]` to keys."""
@@ -80,7 +83,8 @@ class FrameCache:
         self._values: Tensor | None = None
         self._plain: Tensor | None = None  # [B, H, F, L, D]
         self._means: Tensor | None = None  # [B, H, up to F, D] float32
-        self._units: dict[tuple[int, bool, int], UnitKeys] = {}  # by step, whether they are rotated, and caches
+        self._units: dict[tuple[int, bool, tuple[int, ...]], UnitKeys] = {}  # see redundancy
+        self._epoch = next(EPOCHS)
         self.frames: list[int] = []
         self.next_frame = 0
         self.whole = 0  # frames that full attention would see: all so far, or those that the host still keeps
@@ -181,7 +185,7 @@ class FrameCache:
             others: caches like this one, measured along with it. With small frames nearly all of the time goes into
                 starting the operations, of which there are no more for many layers than for one.
         """
-        what = (step, rotated, len(others))
+        what = (step, rotated, tuple(other._epoch for other in others))
         units = self._units.get(what, UnitKeys())
         known = len(units)
         if known < len(self):
@@ -268,6 +272,7 @@ class FrameCache:
         if self._means is not None:  # it covers the oldest frames, those that were there when it was last asked for
             self._means = self._means.index_select(2, index[index < self._means.shape[2]])
         self._units.clear()  # their sum is of frames that have gone; the few that are left are measured anew
+        self._epoch = next(EPOCHS)
         self.frames = [self.frames[place] for place in places]
 
     @staticmethod

@@ -122,11 +122,14 @@ class FocusedForcing(StreamingMethod):
             tokens = view.cache.tokens
             step = 1 if self.diversity_tokens is None else math.ceil(tokens / self.diversity_tokens)
             # All tokens of all layers at once would take too much memory; a few of them take little time together.
-            first, *others = view.together() if step > 1 else [view]
+            layers = view.together() if step > 1 else [view]
+            if any("diversity" in layer.memo for layer in layers):
+                layers = [view]  # the last of layers that were ready one by one
+            first, *others = layers
             alike = first.cache.redundancy(
                 step, rotated=self.diversity_on == "cached", others=[other.cache for other in others]
             )
-            for layer, diversity in zip((first, *others), standardised(-alike)[:, :, None], strict=True):
+            for layer, diversity in zip(layers, standardised(-alike)[:, :, None], strict=True):
                 layer.memo["diversity"] = diversity
         known: Tensor = view.memo["diversity"]
         return known
