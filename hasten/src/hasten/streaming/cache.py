@@ -109,9 +109,8 @@ class FrameCache:
         """Mean key of each frame `[B, H, F, D]`, float32, without a gradient."""
         known = 0 if self._means is None else self._means.shape[2]
         if self._means is None or known < len(self):
-            with torch.no_grad():
-                fresh = self.keys[:, :, known:].sum(3, dtype=torch.float32) / self.tokens
-                self._means = fresh if self._means is None else torch.cat([self._means, fresh], 2)
+            fresh = self.keys.detach()[:, :, known:].sum(3, dtype=torch.float32) / self.tokens
+            self._means = fresh if self._means is None else torch.cat([self._means, fresh], 2)
         return self._means
 
     @property
