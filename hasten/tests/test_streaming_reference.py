@@ -1,5 +1,6 @@
 """The small causal video model, its data, training and grades, and what is measured on it; at tiny size."""
 
+import gc
 import json
 import math
 from dataclasses import replace
@@ -9,6 +10,7 @@ from random import Random
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hasten import cli, cli_stream, zoo
 from hasten.bench.report import render_report
@@ -198,6 +200,36 @@ def test_chunks_come_one_by_one_without_end():
     assert stream[0].cache.frames == [0, 16, 17]
     video = roll(model, SlidingWindow(window=2), frames=18)
     assert torch.equal((torch.cat(chunks, 1) / 2 + 0.5).clamp(0, 1), video)
+
+
+def living_bytes():
+    """Of all tensors that anybody still holds."""
+    gc.collect()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if is_tensor(t)}
+    return sum(storages.values())
+
+
+def is_tensor(thing):
+    return issubclass(type(thing), torch.Tensor) and type(thing) is not FakeTensor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [SlidingWindow(window=4), FocusedForcing(budget=2, window=6, diversity_tokens=4)],
+    ids=["window", "focused"],
+)
+def test_a_thousand_frames_of_the_model_take_no_more_memory_than_a_hundred(method):
+    model = tiny()
+    stream = new_stream(model, method)
+    seen = {}
+    with torch.no_grad():
+        for i, chunk in enumerate(islice(rolled_chunks(model, (WORLD,), stream, steps=1), 334), 1):
+            del chunk
+            if i in (34, 334):
+                seen[3 * i] = stream.stats().cache_bytes, living_bytes()
+    assert stream[0].cache.next_frame == 1002
+    assert seen[102] == seen[1002]
 
 
 def test_noise_levels_fall_from_one_to_zero():
