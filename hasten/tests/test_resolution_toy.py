@@ -8,6 +8,9 @@ reference is a run of 50 fine steps from the same noise.
 from __future__ import annotations
 
 import math
+import runpy
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -15,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle
 
+from hasten import RALU, Bottleneck, Fresco
+from hasten.resolution import RegionMethod
 from hasten.resolution.jumps import Rewind, anchor_noise, low_noise, swap, up
 from hasten.resolution.ladders import descend
 
@@ -155,3 +160,24 @@ def test_noise_from_the_field_is_worth_more_than_anything_else(noise: Tensor, re
     )
     assert low_field[2] < 0.5 * field[2] < 0.5 * fresh[2]
     assert fresh[0] < 0.65 < 0.9 < low_field[0]
+
+
+@torch.no_grad()
+def test_the_methods_themselves_where_the_coarse_model_is_right() -> None:
+    """On the exact denoiser of mixed tokens Fresco is nearer to the full run than plain sampling that costs as much."""
+    toy = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks" / "resolution_toy.py"))
+    pipe = toy["Gaussian"]()
+    noises = [torch.randn(1, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    references = [pipe(noise, 50) for noise in noises]
+
+    def measured(steps: int, method: RegionMethod | None = None) -> dict[str, float]:
+        with nullcontext() if method is None else method.attach(pipe):
+            found: dict[str, float] = toy["measured"](pipe, noises, steps, references)
+        return found
+
+    fresco, bottleneck = measured(11, Fresco(preset="11")), measured(11, Bottleneck(stages=(5, 6)))
+    ralu = measured(10, RALU(preset="10"))
+    assert fresco["operations"] == pytest.approx(3 / 4 + 4 * (1 + 3 * 12 / 64) / 4 + 4)
+    assert fresco["distance"] < 0.95 * measured(6)["distance"]  # 6.3 full-size steps against 6
+    assert fresco["distance"] > measured(11)["distance"]  # as many evaluations cost more, and are nearer
+    assert fresco["distance"] < 0.3 * min(bottleneck["distance"], ralu["distance"])
