@@ -11,6 +11,7 @@ import hasten
 from hasten import zoo
 from hasten.bench.metrics import psnr
 from hasten.resolution.seams import seam_steps
+from hasten.zoo.emoji_flux.data import load_emoji_set
 
 PROMPTS = 3
 
@@ -65,6 +66,20 @@ def test_a_short_mixed_stage_is_better_and_the_plain_sampler_best() -> None:
     """The negative result is part of what is claimed: on this model nothing coarse is as near as plain steps."""
     short = quality(pictures(18, hasten.Fresco(stages=(6, 2, 10), shares=(0.3,)))[0])
     assert quality(fresco()[0]) + 2 < short < quality(pictures(12)[0])
+
+
+def test_pictures_that_began_coarse_are_nearer_to_what_the_caption_had_in_training() -> None:
+    """Far from the full run is not bad: the model knows its captions better at half size, and by copied pixels."""
+    known = load_emoji_set()
+    own = [known.at(64)[known.captions.index(prompt)] for prompt in model().prompts[:PROMPTS]]
+
+    def truth(drawn: list[Tensor]) -> float:
+        return sum(psnr(a, b) for a, b in zip(drawn, own, strict=True)) / PROMPTS
+
+    two_stages = truth(pictures(18, hasten.Bottleneck(stages=(9, 9)))[0])
+    assert two_stages > truth(reference()) + 2
+    assert two_stages > truth(pictures(11)[0]) + 2  # as many operations
+    assert truth(pictures(18, hasten.Spectral(stages=(6, 12)))[0]) > truth(reference()) + 0.5
 
 
 def test_no_seam_is_left_where_tokens_were_promoted_at_different_times() -> None:

@@ -1,0 +1,114 @@
+"""Which part of Fresco costs what: its runs as they are, and with the coarse stage taken from the full run.
+
+    python benchmarks/resolution_parts.py --json benchmarks/resolution-parts.json
+
+`given` replaces the coarse state, where the first promotion finds it, by the low-pass of the full run's own state at
+the level that the jump leads to. What is then lost is lost by the change of resolution and by steps on tokens of two
+sizes; the difference to the run as it is was lost by the coarse model, which draws another picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hasten import Fresco, zoo
+from hasten.bench.metrics import psnr
+from hasten.bench.runner import environment
+from hasten.resolution.jumps import Rewind
+from hasten.resolution.regions import Stage
+from hasten.resolution.seams import MixedState
+from rich.progress import track
+from torch import Tensor
+
+STEPS, TOKENS = 50, 16
+SPLITS: dict[str, dict[str, Any]] = {
+    "6 coarse, 12 fine": {"stages": (6, 12), "shares": ()},
+    "6 coarse, 2 mixed, 10 fine": {"stages": (6, 2, 10), "shares": 0.3},
+    "6 coarse, 6 mixed, 6 fine": {"stages": (6, 6, 6), "shares": 0.3},
+    "6 coarse, 6 mixed, 6 fine, hr_units": {"stages": (6, 6, 6), "shares": 0.3, "units": "hr_units"},
+}
+
+
+@dataclass(frozen=True)
+class Full:
+    """The full run: noise levels `[steps + 1]`, and the state at each."""
+
+    levels: Tensor
+    states: list[Tensor]
+
+    def at(self, level: float) -> Tensor:
+        """The state at a level, linear between steps."""
+        before = int((self.levels > level).sum()) - 1
+        share = float((self.levels[before] - level) / (self.levels[before] - self.levels[before + 1]))
+        return torch.lerp(self.states[before], self.states[before + 1], share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(Fresco):
+    """Fresco whose coarse stage is the full run's low-pass."""
+
+    full: Full
+
+    def promote(self, state: MixedState, new: Tensor, stage: Stage) -> float:
+        if not bool(state.tokens.fine.any()):
+            wanted = self.full.at(Rewind(stage.level).level)
+            state.coarse = (1 + stage.level) * stage.canvas.shrink(wanted, stage.fine_size)
+        return super().promote(state, new, stage)
+
+
+def draw(model: zoo.ReferenceModel, prompt: str, noise: Tensor, steps: int, method: Fresco | None) -> Any:
+    """A picture, and the full run where there is no method."""
+    states = [noise]
+
+    def keep(_pipe: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        states.append(kwargs["latents"].clone())
+        return {}
+
+    call = model.call | {"num_inference_steps": steps, "output_type": "pt", "latents": noise.clone()}
+    if method is not None:
+        with method.attach(model.pipe):
+            return model.pipe(prompt, **call).images[0]
+    picture = model.pipe(prompt, **call, callback_on_step_end=keep).images[0]
+    return picture, Full(model.pipe.scheduler.sigmas.clone(), states)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    model = zoo.load("emoji-flux")
+    model.pipe.set_progress_bar_config(disable=True)
+    figures: dict[str, dict[str, list[float]]] = {name: {"own": [], "given": []} for name in SPLITS}
+    plain: dict[int, list[float]] = {18: [], 13: [], 12: [], 10: []}
+    for seed, prompt in enumerate(track(model.prompts[: options.prompts])):
+        noise = torch.randn(1, TOKENS**2, 48, generator=torch.Generator().manual_seed(seed))
+        reference, full = draw(model, prompt, noise, STEPS, None)
+        for count, values in plain.items():
+            values.append(psnr(draw(model, prompt, noise, count, None)[0], reference))
+        for name, split in SPLITS.items():
+            for kind, method in (("own", Fresco(**split)), ("given", Given(**split, full=full))):
+                figures[name][kind].append(psnr(draw(model, prompt, noise, 18, method), reference))
+    result = {
+        "environment": environment(),
+        "prompts": options.prompts,
+        "plain": {str(count): round(statistics.median(values), 2) for count, values in plain.items()},
+        "rows": {
+            name: {kind: round(statistics.median(values), 2) for kind, values in kinds.items()}
+            for name, kinds in figures.items()
+        },
+    }
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["plain"]), json.dumps(result["rows"], indent=1))
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
