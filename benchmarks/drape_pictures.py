@@ -5,6 +5,7 @@ python benchmarks/drape_pictures.py out/drape-bench
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from drape.controls import control, load_images
 from drape.gamut import Gamut
 from drape.plots import azimuth_svg, curve_svg
-from drape.walks import TEST, scenes
+from drape.scene.cloth import ENGINES
+from drape.walks import TEST, TRAIN, scenes
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +39,18 @@ def strip(frames: torch.Tensor, boxes: list[list[float] | None], crop: tuple[int
     return picture
 
 
+def cloth_sheet(textures: dict[str, torch.Tensor]) -> Image.Image:
+    """The same frames of a walk with the garments of each engine, one row each."""
+    sheet = Image.new("RGB", (SIDE * COLUMNS, SIDE * len(ENGINES)))
+    for row, engine in enumerate(ENGINES):
+        walk = scenes(TRAIN[:1], 16, 416, engine)[0]
+        low, high = walk.buffers.boxes[:, :2].amin(dim=0), walk.buffers.boxes[:, 2:].amax(dim=0)
+        (x0, y0), side = (int(v) for v in low), int((high - low).max())
+        frames = walk.render(textures, list(range(1, 3 * COLUMNS, 3)))
+        sheet.paste(strip(frames, [None] * COLUMNS, (x0, y0, x0 + side, y0 + side)), (0, SIDE * row))
+    return sheet
+
+
 def main(work: Path) -> None:
     found = json.loads((ROOT / "benchmarks" / "drape-bench.json").read_text(encoding="utf-8"))
     spec = found["about"]["spec"]
@@ -57,8 +71,15 @@ def main(work: Path) -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     sheet.save(IMAGES / "drape-walk.png", optimize=True)
 
+    if importlib.util.find_spec("newton") is not None:  # an extra; the picture stays as it is without
+        cloth_sheet(textures["plain"]).save(IMAGES / "drape-cloth.png", optimize=True)
+
     lines = {title: found["results"][name]["curves"][walk.label] for name, title in ROWS.items()}
-    lines["worst case, fine-tuned detector"] = found["defences"]["hardened"]["curves"][walk.label]
+    for defence, title in {
+        "consensus": "behind consensus",
+        "hardened+aggregate": "behind fine-tuning, aggregated",
+    }.items():
+        lines[title] = found["defences"][defence]["curves"][walk.label]
     sides = {title: found["results"][name]["azimuth"] for name, title in ROWS.items()}
     for file, svg in {"drape-curve.svg": curve_svg(lines), "drape-azimuth.svg": azimuth_svg(sides)}.items():
         text = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" ', 1)

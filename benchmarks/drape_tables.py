@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "benchmarks" / "drape-bench.json"
 PAGES = (ROOT / "docs" / "drape.md", ROOT / "drape" / "README.md")
-BLOCK = re.compile(r"(<!-- drape (?P<name>[\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- drape (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 METRICS = {
     "sequence_success_50": "walks missed (seen in < 50 % of frames)",
     "sequence_success_10": "walks missed (seen in < 10 % of frames)",
@@ -89,7 +89,9 @@ def transfer(found: dict[str, Any]) -> str:
 
 def defences(found: dict[str, Any]) -> str:
     """What each defence restores and costs."""
-    rows = []
+    bare, plain = found["results"][found["attack"]], found["results"]["plain"]
+    none = [number(bare["recall"]), *[number(None)] * 3, number(plain["recall"]), number(None)]
+    rows = [["none", *none, number(plain["false_boxes"])]]
     for name, row in found["defences"].items():
         rows.append(
             [
@@ -100,10 +102,13 @@ def defences(found: dict[str, Any]) -> str:
                 number(row.get("recovered_recall_adaptive")),
                 number(row["clean_recall"]),
                 f"{row['clean_ap50_loss']:.3f}",
+                number(row["clean_false_boxes"]),
             ]
         )
     head = ["defence", "recall", "lost recall restored", "recall, attack knows"]
-    return lines([*head, "restored, attack knows", "recall, plain clothes", "AP50 lost, plain clothes"], rows)
+    return lines(
+        [*head, "restored, attack knows", "recall, plain", "AP50 lost, plain", "false boxes a frame, plain"], rows
+    )
 
 
 def seeds(found: dict[str, Any]) -> str:
@@ -176,7 +181,7 @@ def filled(page: str, found: dict[str, Any]) -> str:
         name = match["name"]
         if name not in TABLES:
             raise SystemExit(f"error: no table {name!r}; known: {', '.join(TABLES)}.")
-        return f"{match[1]}{TABLES[name](found)}{match[3]}"
+        return f"{match[1]}{TABLES[name](found)}\n{match[3]}"
 
     return BLOCK.sub(fill, page)
 

@@ -61,7 +61,7 @@ class BenchSpec:
 
     detector: str = "nanodet"
     others: tuple[str, ...] = ("yolov3-tiny", "centernet")
-    seeds: int = 4
+    seeds: int = 3
     steps: int = 60
     batch: int = 6
     learning_rate: float = 0.02
