@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -174,7 +175,8 @@ def run(samples: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
         assert method.evaluations is not None
         with method.attach(pipe):
             found.append({"method": label} | measured(pipe, noises, method.evaluations, references))
-    counts = {round(row[key]) for row in found for key in ("evaluations", "operations")} | {REFERENCE}
+    below = {math.floor(row["operations"]) for row in found}
+    counts = {row["evaluations"] for row in found} | below | {count + 1 for count in below} | {REFERENCE}
     plain = [{"method": "euler"} | measured(pipe, noises, n, references) for n in sorted(counts, reverse=True)]
     return plain + found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,165 @@ def resolution_table(result: dict[str, Any]) -> str:
         f"hasten {environment['hasten']}, torch {environment['torch']}, {environment['device']}, "
         f"{result['created'][:10]}."
     )
+    return "\n".join(lines)
+
+
+def truth_table(part: dict[str, Any], model: str) -> str:
+    """Markdown of a part of `resolution-truth.json`: every arm, by what a picture costs."""
+    editing = "psnr_edited" in part["rows"][0]
+    heads = ["sampler", "evaluations", "FLOPs, times fewer", "PSNR to the full run", "PSNR to the truth"]
+    heads += ["LPIPS to the truth", *(["unedited dB", "of it exact", "edited dB"] if editing else []), "top-1"]
+    lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
+    for row in sorted(part["rows"], key=lambda row: row["flops_ratio"]):
+        middle = [row.get(key, {}).get("median") for key in ("full_psnr", "truth_psnr")]
+        cells = [_arm(row), str(row["steps"]), _cell(row["flops_ratio"], 2), *(_cell(value, 1) for value in middle)]
+        cells.append(_cell(row["truth_lpips"]["mean"], 4))
+        if editing:
+            exact = f"{row['unedited_exact']['mean']:.0%}"
+            cells += [_cell(row["psnr_unedited"]["median"], 1), exact, _cell(row["psnr_edited"]["median"], 1)]
+        lines.append(_row([*cells, _cell(row["top1"], 2)]))
+    truth = "the edit that was asked for" if editing else "the picture that the caption had in training"
+    lines += [
+        "",
+        f"{model}, 64x64, {part['prompts']} prompts, medians (LPIPS: means); the full run: 50 plain steps from the "
+        f"same noise; the truth: {truth}; a cache's number is that of its computed steps; {_made(part)}.",
+    ]
+    return "\n".join(lines)
+
+
+def cells_table(result: dict[str, Any], budgets: tuple[float, ...] = (5.0, 7.75, 10.0, 12.5, 18.0)) -> str:
+    """Markdown of `resolution-truth.json`: the best of each way to save at each budget, by LPIPS to the truth."""
+    kinds = {"steps": "fewer steps", "cache": "cache alone", "resolution": "resolution alone", "both": "both"}
+    lines = [_row(["model", "FLOPs, times fewer", *kinds.values()]), "|---|--:" + "|---" * len(kinds) + "|"]
+    for model, part in result.items():
+        for budget in budgets:
+            cells = []
+            for kind in kinds:
+                near = [row for row in part["rows"] if row["kind"] == kind and _near(row["flops_ratio"], budget)]
+                best = min(near, key=lambda row: row["truth_lpips"]["mean"], default=None)
+                cells.append("-" if best is None else _best(best))
+            if "-" not in cells[1:]:
+                lines.append(_row([model, f"{budget:g}", *cells]))
+    parts = ", ".join(f"{part['prompts']} prompts of {model}" for model, part in result.items())
+    made = _made(next(iter(result.values())))
+    lines += [
+        "",
+        "LPIPS to the truth (mean; the less the better), PSNR to the truth (median), and what it was got with, at how "
+        f"many times fewer operations: the best arm within an eighth of the budget; {parts}; {made}.",
+    ]
+    return "\n".join(lines)
+
+
+def _near(ratio: float, budget: float) -> bool:
+    return bool(budget * 7 / 8 <= ratio <= budget * 9 / 8)
+
+
+def _best(row: dict[str, Any]) -> str:
+    figures = f"**{row['truth_lpips']['mean']:.4f}**, {row['truth_psnr']['median']:.1f} dB"
+    return f"{figures}: {_arm(row).replace('**', '')} ({row['flops_ratio']:.1f}x)"
+
+
+def _arm(row: dict[str, Any]) -> str:
+    plain = {"euler": "plain Euler", "unipc": "plain UniPC"}
+    if row["method"] in plain:
+        return f"{plain[row['method']]}, {row['count']}"
+    return f"**{short_label(row['method'])}**" + (f", {row['count']}" if row["kind"] == "cache" else "")
+
+
+def _made(result: dict[str, Any]) -> str:
+    environment = result["environment"]
+    return f"hasten {environment['hasten']}, torch {environment['torch']}, {environment['device']}"
+
+
+def scale_table(part: dict[str, Any]) -> str:
+    """Markdown of how far pictures of other seeds and sizes are from each other."""
+    lines = ["| pictures, 50 plain steps | PSNR dB |", "|---|--:|"]
+    lines += [_row([name, _cell(figures["median"], 1)]) for name, figures in part["scale"].items()]
+    return "\n".join(lines)
+
+
+def latency_table(result: dict[str, Any]) -> str:
+    """Markdown of `resolution-latency.json`."""
+    heads = ["model", "method", "pixels", "FLOPs, times fewer", "times faster", "share", "share in the transformer"]
+    heads += ["outside it, ms a step: plain", "method"]
+    lines = [_row(heads), "|---|---" + "|--:" * (len(heads) - 2) + "|"]
+    for row in result["rows"]:
+        figures = ("flops_ratio", "latency_ratio", "latency_share", "transformer_share")
+        outside = row["outside_ms_per_step"]
+        cells = [row["model"], short_label(row["method"]), f"{row['side']}x{row['side']}"]
+        cells += [_cell(row[key], 2) for key in figures]
+        lines.append(_row([*cells, _cell(outside["plain"], 2), _cell(outside["method"], 2)]))
+    lines += ["", f"Against the plain sampler with as many evaluations, in turns, medians; {_made(result)}."]
+    return "\n".join(lines)
+
+
+def toy_table(result: dict[str, Any]) -> str:
+    """Markdown of `resolution-toy.json`: each method beside plain sampling with as many operations."""
+    heads = ["sampler", "evaluations", "operations", "distance", "plain, as many operations"]
+    heads += ["plain, as many evaluations", "low band", "high band"]
+    lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
+    plain = {row["evaluations"]: row["distance"] for row in result["rows"] if row["method"] == "euler"}
+    for row in sorted(result["rows"], key=lambda row: -row["operations"]):
+        if row["method"] != "euler":
+            below = math.floor(row["operations"])
+            part = row["operations"] - below
+            equal = (_cell((1 - part) * plain[below] + part * plain[below + 1], 3), _cell(plain[row["evaluations"]], 3))
+            cells = [f"**{short_label(row['method'])}**", str(row["evaluations"]), _cell(row["operations"], 1)]
+            bands = (_cell(row["low_band"], 2), _cell(row["high_band"], 2))
+            lines.append(_row([*cells, _cell(row["distance"], 3), *equal, *bands]))
+    full = next(row for row in result["rows"] if row["evaluations"] == 50)
+    lines += [
+        "",
+        f"Gaussian pictures of {result['side']}x{result['side']} pixels, {result['samples']} samples, shift "
+        f"{result['shift']:g}; operations in steps at full size, the plain sampler's interpolated between whole steps; "
+        "distance: relative L2 to 50 plain steps from the same noise; bands: energy relative to the true spectrum "
+        f"({full['low_band']:.2f} and {full['high_band']:.2f} with 50 plain steps); torch "
+        f"{result['environment']['torch']}.",
+    ]
+    return "\n".join(lines)
+
+
+def clips_table(result: dict[str, Any]) -> str:
+    """Markdown of the clips of `resolution-video.json`: PSNR of each form of compression, by motion."""
+    part = result["measured"]
+    names = [short_label(row["method"]) for row in part["rows"]]
+    lines = [_row(["clip", "motion", "texture", *names, "nearest"]), "|---" + "|--:" * (len(names) + 2) + "|---|"]
+    figures = list(zip(*(row["psnr"] for row in part["rows"]), strict=True))
+    for clip, values in sorted(zip(part["clips"], figures, strict=True), key=lambda pair: pair[0]["motion"]):
+        nearest = names[max(range(len(values)), key=lambda i: values[i])]
+        cells = [clip["prompt"], _cell(clip["motion"], 2), _cell(clip["texture"], 3), *(_cell(v, 1) for v in values)]
+        lines.append(_row([*cells, nearest]))
+    lines += ["", f"sprites-wan, PSNR in dB against 50 plain steps from the same noise; {_made(result)}."]
+    return "\n".join(lines)
+
+
+def density_table(result: dict[str, Any]) -> str:
+    """Markdown of the arms of `resolution-video.json`, medians over the clips."""
+    heads = ["clips", "method", "FLOPs, times fewer", "density", "PSNR dB", "LPIPS", "temporal"]
+    lines = [_row(heads), "|---|---" + "|--:" * (len(heads) - 2) + "|"]
+    for name in ("chosen", "measured"):
+        for row in result[name]["rows"]:
+            density = statistics.fmean(row["densities"])
+            cells = [f"{len(row['psnr'])}, {name}", short_label(row["method"]), _cell(row["flops_ratio"], 2)]
+            cells.append(_cell(density, 3))
+            for key, digits in (("psnr", 1), ("lpips", 4), ("temporal_error", 3)):
+                cells.append(_cell(statistics.median(row[key]), digits))
+            lines.append(_row(cells))
+    lines += ["", f"sprites-wan, medians, against 50 plain steps from the same noise; {_made(result)}."]
+    return "\n".join(lines)
+
+
+def parts_table(result: dict[str, Any]) -> str:
+    """Markdown of `resolution-parts.json`."""
+    lines = [_row(["18 steps", "as it is", "coarse stage given"]), "|---|--:|--:|"]
+    for name, kinds in result["rows"].items():
+        lines.append(_row([name, _cell(kinds["own"], 1), _cell(kinds["given"], 1)]))
+    plain = ", ".join(f"{_cell(value, 1)} with {count}" for count, value in result["plain"].items())
+    lines += [
+        "",
+        f"emoji-flux, PSNR in dB to 50 plain steps from the same noise, medians over {result['prompts']} prompts; "
+        f"plain steps: {plain}.",
+    ]
     return "\n".join(lines)
 
 
@@ -341,8 +501,15 @@ TABLES = {
     "leap-100": lambda: bench_table(_read("emoji-flux-100.json")),
     "leap-ablation": lambda: ablation_table(_read("leap-ablation.json")),
     "leap-fits": lambda: fits_table(_read("leap-ablation.json")),
-    "resolution": lambda: resolution_table(_read("emoji-flux-resolution.json")),
-    "edit": lambda: resolution_table(_read("emoji-kontext.json")),
+    "resolution": lambda: truth_table(_read("resolution-truth.json")["emoji-flux"], "emoji-flux"),
+    "edit": lambda: truth_table(_read("resolution-truth.json")["emoji-kontext"], "emoji-kontext"),
+    "resolution-cells": lambda: cells_table(_read("resolution-truth.json")),
+    "resolution-scale": lambda: scale_table(_read("resolution-truth.json")["emoji-flux"]),
+    "resolution-latency": lambda: latency_table(_read("resolution-latency.json")),
+    "resolution-clips": lambda: clips_table(_read("resolution-video.json")),
+    "resolution-density": lambda: density_table(_read("resolution-video.json")),
+    "resolution-parts": lambda: parts_table(_read("resolution-parts.json")),
+    "resolution-toy": lambda: toy_table(_read("resolution-toy.json")),
     "video": lambda: resolution_table(_read("sprites-wan.json")),
     "streaming": lambda: streaming_table(_read("sprites-stream.json")),
     "streaming-shape": lambda: shape_table(_read("streaming-shape.json")),
