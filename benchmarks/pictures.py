@@ -24,6 +24,7 @@ from hasten import zoo
 from hasten.bench.sheet import contact_sheet, film_strip, to_pil
 from hasten.bench.streams import parse_streaming
 from hasten.streaming import FullHistory
+from hasten.zoo.emoji_flux.data import load_emoji_set
 from PIL import Image
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -38,21 +39,23 @@ class Page:
         captions: how many rows.
         side: height of a picture, pixels.
         edits: whether source and target come first.
+        truth: whether the picture that the caption had in training comes first.
     """
 
     arms: dict[str, str]
     captions: int = 8
     side: int = 96
     edits: bool = False
+    truth: bool = False
 
 
 PAGES = {
     "specedit": Page(
         {
             "euler-50": "plain|50 steps",
-            "euler-8": "plain|8 steps",
+            "euler-10": "plain|10 steps",
             "specedit:discrepancy=latent-20": "specedit|8 + 10 + 2",
-            "specedit:discrepancy=latent:draft=6:mixed=4:final=2-12": "specedit|6 + 4 + 2",
+            "specedit:discrepancy=latent:draft=6:mixed=4:final=0:coverage=3-10": "specedit|6 + 4 + 0",
             "bottleneck:stages=9/9-18": "bottleneck|9 + 9",
             "ralu:preset=18-18": "ralu|18",
         },
@@ -68,7 +71,8 @@ PAGES = {
             "fresco:preset=9-9": "fresco|3 + 3 + 3",
             "bottleneck:stages=9/9-18": "bottleneck|9 + 9",
             "ralu:preset=18-18": "ralu|18",
-        }
+        },
+        truth=True,
     ),
     "dvg": Page(
         {
@@ -105,6 +109,9 @@ def bench_page(page: Page, result_file: Path) -> Image.Image:
         if page.edits:
             own = edit_pictures(Path(stack.enter_context(tempfile.TemporaryDirectory())))
             headings = ["source", "target", *headings]
+        if page.truth:
+            own = training_pictures(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            headings = ["caption's|picture", *headings]
         lines = [
             [*own(prompt, i), *(result_file.parent / rows[arm]["images"][i] for arm in page.arms)]
             for i, prompt in enumerate(prompts)
@@ -121,6 +128,18 @@ def edit_pictures(folder: Path) -> Callable[[str, int], list[Path]]:
         for path, picture in zip(paths, (edits[prompt].source, edits[prompt].target), strict=True):
             to_pil(picture).save(path)
         return paths
+
+    return written
+
+
+def training_pictures(folder: Path) -> Callable[[str, int], list[Path]]:
+    """From a caption of emoji-flux and its number to a file of its picture, written to a folder."""
+    known = load_emoji_set()
+
+    def written(prompt: str, i: int) -> list[Path]:
+        path = folder / f"{i}.png"
+        to_pil(known.at(64)[known.captions.index(prompt)]).save(path)
+        return [path]
 
     return written
 
