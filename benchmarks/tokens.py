@@ -4,9 +4,10 @@
     python benchmarks/tokens.py tree            time and memory of a tree of LlamaGen's size -> tokens-tree.json
     python benchmarks/tokens.py approximate     the approximate tree against the exact one -> tokens-approximate.json
     python benchmarks/tokens.py reference       what the comparison has finished -> tokens-reference.json, curves
+    python benchmarks/tokens.py pictures        what the models of its first seed draw -> docs/images/tokens-drawn.png
     python benchmarks/tokens.py tables          the tables of both pages; with --check it only looks at them
 
-`reference` reads what `python -m hasten.zoo.emoji_tokens.compare` wrote.
+`reference` and `pictures` read what `python -m hasten.zoo.emoji_tokens.compare` wrote.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ import torch
 import typer
 from hasten.bench.runner import environment
 from hasten.files import write_whole
-from hasten.tokens import SemanticTree, TokenMap, flat_map, kmeans_map, random_map
+from hasten.tokens import MemberSampler, SemanticTree, TokenMap, flat_map, kmeans_map, random_map
 from hasten.tokens.approximate import approximate_linkage
 from hasten.tokens.comparators import adjusted_rand, mean_within_distance
 from hasten.tokens.linkage import average_linkage
-from hasten.tokens.plots import plot_curves
-from hasten.zoo.emoji_tokens import load_tokenizer
+from hasten.tokens.plots import plot_curves, plot_pictures
+from hasten.tokens.sample import sample_clusters
+from hasten.tokens.shards import TokenShards
+from hasten.tokens.train import Recipe, Trainer
+from hasten.zoo.emoji_tokens import decode, load_tokenizer
+from hasten.zoo.emoji_tokens.compare import vocabularies
 from hasten.zoo.emoji_tokens.data import HELD_OUT, TRAIN, batches, pictures
 from hasten.zoo.emoji_tokens.evaluate import ReplacementTest, frechet, quality, reference
 from hasten.zoo.emoji_tokens.features import FeatureNet
@@ -223,6 +228,23 @@ def reference_(
         "token_loss": "nats a fine token, held out",
     }
     print(plot_curves(curves_of(finished), labels, ZOO / "curves.png"))
+
+
+@app.command("pictures")
+def pictures_(
+    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/emoji-tokens"),
+    seed: Annotated[int, typer.Option(help="Of the runs.")] = 0,
+) -> None:
+    """One picture of each object by each vocabulary's model: no guidance, members drawn uniformly, nothing chosen."""
+    result, tokenizer = json.loads((data / "comparison.json").read_text()), load_tokenizer()
+    fine, recipe = TokenShards.open(data / "fine"), Recipe(**{**result["recipe"], "seed": seed})
+    rows = {}
+    for name, mapping in vocabularies(tokenizer.codebook.numpy(), fine.token_counts(), result["k"], seed).items():
+        trainer = Trainer(fine, mapping, recipe)
+        trainer.restore(data / f"{name}-{seed}" / "checkpoint.pt")
+        clusters, _ = sample_clusters(trainer.plain, torch.arange(trainer.classes), trainer.k, fine.length, seed=seed)
+        rows[name] = decode(MemberSampler.make(mapping)(clusters.numpy(), seed))
+    print(plot_pictures(rows, HERE.parent / "docs" / "images" / "tokens-drawn.png"))
 
 
 def _line(cells: list[str]) -> str:
