@@ -154,6 +154,7 @@ def conditions(found: dict[str, Any]) -> str:
     """How the figures came about, in a sentence."""
     about, spec = found["about"], found["about"]["spec"]
     seconds, photo = about["processor_seconds"], found["photograph_score"]
+    each = [seconds[f"{mode}-{seed}"] for mode in ("sequence", "frames") for seed in range(spec["seeds"])]
     passes = [about["passes"][f"{mode}-0"] for mode in ("sequence", "frames")]
     return (
         f"{spec['detector']} attacked and defended; {', '.join(spec['others'])} in no optimisation. "
@@ -162,7 +163,8 @@ def conditions(found: dict[str, Any]) -> str:
         "frames); "
         f"weighting {spec['weighting']} of {spec['window']} frames; fine-tuning in {spec['rounds']} rounds of "
         f"{spec['harden_steps']} steps. drape {about['drape']}, torch {about['torch']}; "
-        f"{sum(seconds.values()) / 60:.0f} minutes of one processor. "
+        f"an optimisation took {sum(each) / len(each):.0f} seconds of one processor, "
+        f"fine-tuning {seconds['harden']:.0f}. "
         f"Score of a photograph of a person that no step has seen: {number(photo['before'])} before fine-tuning, "
         f"{number(photo['hardened'])} after."
     )
