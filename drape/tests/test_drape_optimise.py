@@ -142,6 +142,7 @@ def test_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     measured = json.loads((tmp_path / "evaluate.json").read_text())
     assert {"plain", "random", "product", "noise", "worst case"} <= set(measured["results"])
     assert set(measured["defences"]) == {"aggregate", "median"}
+    assert json.loads((tmp_path / "demo.json").read_text())["seconds"] > 0
     text = (tmp_path / "report.html").read_text()
     assert text.count("data:image/gif") == 2
     assert "proxy gamut" in text

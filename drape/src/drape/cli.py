@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -218,9 +220,14 @@ def demo_command(
     out: Path = Out,
 ) -> None:
     """All three steps, small: a walking person seen by a real detector before and after, and behind defences."""
+    start = time.perf_counter(), time.process_time()
     optimise_command([detector], "sequence", "window", steps, frames, size, "drape", None, "none", None, None, 0, out)
     evaluate_command([detector], frames, size, "drape", None, 2, None, [], [], out)
     report_command(out)
+    seconds = {"seconds": time.perf_counter() - start[0], "processor_seconds": time.process_time() - start[1]}
+    machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s)"
+    write_text(out / "demo.json", json.dumps(rounded({**seconds, "machine": machine}, 1)) + "\n")
+    typer.echo(f"the demo took {seconds['seconds']:.0f} seconds")
 
 
 @app.command("bench")
