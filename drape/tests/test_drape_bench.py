@@ -208,6 +208,18 @@ def test_plots_draw_values_where_they_belong() -> None:
     assert "&lt;b&gt;" in curve_svg({"<b>": [1.0]})
 
 
+def test_long_names_go_into_further_rows_inside_the_picture():
+    def top(svg):
+        return float(ElementTree.fromstring(svg).get("viewBox").split()[1])
+
+    few, many = curve_svg({"a": [1.0], "b": [0.0]}), curve_svg({f"a long name, the {i}th": [1.0] for i in range(7)})
+    assert top(few) == 0
+    names = [e for e in shapes(many, "text") if "long" in (e.text or "")]
+    assert len({e.get("y") for e in names}) > 1
+    assert top(many) < min(float(e.get("y")) for e in names) - 10
+    assert max(float(e.get("x")) + 8 * len(e.text or "") for e in names) <= 640
+
+
 # the benchmark
 
 

@@ -15,16 +15,20 @@ COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e6c1f", "#6c3f99", "#555555")
 WIDTH, HEIGHT, MARGIN = 640, 220, 34
 SIDE = 300  # of the polar plot
 LETTER = 8  # pixels of width that a letter takes, roughly
+LINE = 18  # pixels between two rows of names
 
 
-def legend(names: Sequence[str]) -> list[str]:
-    """Coloured names along the upper edge."""
-    parts, place = [], MARGIN
+def legend(names: Sequence[str]) -> tuple[list[str], int]:
+    """Coloured names along the upper edge, in rows that end where the picture does, and the height of further rows."""
+    parts, place, top = [], MARGIN, 0
     for number, name in enumerate(names):
+        length = LETTER * len(name)
+        if place > MARGIN and place + length > WIDTH - MARGIN:
+            place, top = MARGIN, top - LINE
         colour = COLOURS[number % len(COLOURS)]
-        parts.append(f'<text x="{place}" y="16" font-size="13" fill="{colour}">{html.escape(name)}</text>')
-        place += LETTER * len(name) + 18
-    return parts
+        parts.append(f'<text x="{place}" y="{16 + top}" font-size="13" fill="{colour}">{html.escape(name)}</text>')
+        place += length + 18
+    return parts, -top
 
 
 def axis_y(value: float) -> float:
@@ -32,9 +36,11 @@ def axis_y(value: float) -> float:
     return HEIGHT - MARGIN - value * (HEIGHT - 2 * MARGIN)
 
 
-def frame(label: str, threshold: float) -> list[str]:
-    """The picture's head: horizontal lines at 0, the threshold (dashed) and 1."""
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">']
+def frame(label: str, names: Sequence[str], threshold: float) -> list[str]:
+    """The picture's head: names in their colours, horizontal lines at 0, the threshold (dashed) and 1."""
+    named, above = legend(names)
+    size = f"0 {-above} {WIDTH} {HEIGHT + above}"
+    parts = [f'<svg viewBox="{size}" role="img" aria-label="{html.escape(label)}">', *named]
     for value in (0.0, threshold, 1.0):
         dash = ' stroke-dasharray="5 4"' if value == threshold else ""
         parts.append(f'<path d="M{MARGIN} {axis_y(value):.1f}H{WIDTH - MARGIN}" stroke="#999"{dash}/>')
@@ -47,13 +53,13 @@ def curve_svg(curves: Mapping[str, Sequence[float]], threshold: float = 0.5) -> 
     if not curves or any(len(values) < 1 for values in curves.values()):
         raise ConfigError("no curve to draw; expected at least one with at least one frame.")
     longest = max(len(values) for values in curves.values())
-    parts = frame("confidence over the walk", threshold)
+    parts = frame("confidence over the walk", list(curves), threshold)
     for number, values in enumerate(curves.values()):
         colour = COLOURS[number % len(COLOURS)]
         step = (WIDTH - 2 * MARGIN) / max(longest - 1, 1)
         points = " ".join(f"{MARGIN + t * step:.1f},{axis_y(v):.1f}" for t, v in enumerate(values))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    return "".join([*parts, *legend(list(curves)), "</svg>"])
+    return "".join([*parts, "</svg>"])
 
 
 def bars_svg(groups: Mapping[str, Mapping[str, float]], threshold: float = 0.5) -> str:
@@ -61,7 +67,7 @@ def bars_svg(groups: Mapping[str, Mapping[str, float]], threshold: float = 0.5) 
     if not groups or not all(groups.values()):
         raise ConfigError("no bars to draw; expected at least one group with at least one value.")
     places = list(next(iter(groups.values())))
-    parts = frame("mean confidence by light", threshold)
+    parts = frame("mean confidence by light", list(groups), threshold)
     step = (WIDTH - 2 * MARGIN) / len(places)
     width = 0.8 * step / len(groups)
     for number, values in enumerate(groups.values()):
@@ -75,7 +81,7 @@ def bars_svg(groups: Mapping[str, Mapping[str, float]], threshold: float = 0.5) 
         parts.append(
             f'<text x="{x:.1f}" y="{HEIGHT - 14}" font-size="12" text-anchor="middle">{html.escape(place)}</text>'
         )
-    return "".join([*parts, *legend(list(groups)), "</svg>"])
+    return "".join([*parts, "</svg>"])
 
 
 def azimuth_svg(curves: Mapping[str, Mapping[str, float | None]], threshold: float = 0.5) -> str:
