@@ -227,7 +227,7 @@ def reference_(
         "entropy_over_log_k": "entropy of the predictions / log k",
         "token_loss": "nats a fine token, held out",
     }
-    print(plot_curves(curves_of(finished), labels, ZOO / "curves.png"))
+    print(plot_curves(curves_of(finished), labels, HERE.parent / "docs" / "images" / "tokens-curves.png"))
 
 
 @app.command("pictures")
@@ -364,7 +364,6 @@ MAKERS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "approximate": (APPROXIMATE, approximate_table),
     "reference": (REFERENCE, reference_table),
     "members": (REFERENCE, members_table),
-    "curves": (REFERENCE, lambda result: f"![{len(result['seeds'])} seeds, mean, least and most](curves.png)"),
 }
 
 
