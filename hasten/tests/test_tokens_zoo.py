@@ -295,6 +295,7 @@ def test_only_what_belongs_together_is_packed(tmp_path):
     export_model(model, mapping, tmp_path / "model")
     refiner = Refiner(mapping, RefinerConfig(hidden=8, width=4, heads=2)).save(tmp_path / "refiner.safetensors")
     packed = EmojiTokens.load(pack(tmp_path / "model", refiner, tmp_path / "packed"))
+    assert packed.model.dtype == torch.float32
     for name, value in packed.model.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], atol=1e-3, rtol=1e-3)
     other = Refiner(flat_map(9), RefinerConfig(hidden=8, width=4, heads=2)).save(tmp_path / "other.safetensors")

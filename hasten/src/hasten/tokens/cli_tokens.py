@@ -239,14 +239,13 @@ def refine(
     Example: hasten tokens refine fine --model runs/masc/model --out runs/masc/refiner.safetensors
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from hasten.tokens.mapping import TokenMap
     from hasten.tokens.refiner import Refiner, RefinerConfig
     from hasten.tokens.refiner_train import train_refiner
+    from hasten.tokens.replace import open_model
     from hasten.tokens.shards import TokenShards
 
-    mapping, lm = TokenMap.load(model / "token_map.safetensors"), AutoModelForCausalLM.from_pretrained(model)
+    lm, mapping = open_model(model)
     torch.manual_seed(seed)
     config = RefinerConfig(hidden=lm.config.hidden_size, width=width, heads=heads, layers=layers)
     refiner = Refiner(mapping, config)
@@ -292,17 +291,16 @@ def sample(
     Example: hasten tokens sample runs/masc/model --classes 0,0,3 --length 64 --decoder hasten.zoo.emoji_tokens:decode
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from hasten.tokens.mapping import TokenMap
     from hasten.tokens.members import MemberSampler
     from hasten.tokens.plots import plot_pictures
     from hasten.tokens.refiner import Refiner
+    from hasten.tokens.replace import open_model
     from hasten.tokens.sample import Sampling, sample_clusters, scaled_top_k
     from hasten.tokens.shards import TokenShards
 
     decode = None if decoder is None else load_decoder(decoder)
-    mapping = TokenMap.load(model / "token_map.safetensors")
+    lm, mapping = open_model(model)
     limit = scaled_top_k(top_k, mapping.tokens, mapping.clusters)
     sampling = Sampling(temperature=temperature, top_k=limit, top_p=top_p, guidance=guidance)
     counts = None if tokens is None else TokenShards.open(tokens).token_counts()
@@ -312,7 +310,6 @@ def sample(
     if refiner is not None:
         chooser = Refiner.load(refiner)
         chooser.check(mapping)
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     wanted = torch.tensor(numbers(classes, "--classes"))
     if not len(wanted):
         raise ConfigError("--classes needs at least one class, such as 0,0,3")

@@ -21,7 +21,7 @@ from hasten.errors import HostError, ModelError, unknown
 from hasten.files import write_whole
 from hasten.tokens.mapping import TokenMap
 
-__all__ = ["Converted", "export_model", "replace_vocabulary"]
+__all__ = ["Converted", "export_model", "open_model", "replace_vocabulary"]
 
 Start = Literal["normal", "mean"]
 STARTS = ("normal", "mean")
@@ -191,3 +191,20 @@ def export_model(model: Any, mapping: TokenMap, folder: str | Path) -> Path:
     facts = {"tokens": mapping.tokens, "clusters": mapping.clusters, "map": mapping.kind}
     write_whole(folder / "hasten_tokens.json", json.dumps(facts, indent=1) + "\n")
     return folder
+
+
+def open_model(folder: str | Path) -> tuple[Any, TokenMap]:
+    """A Hugging Face model and its map that `export_model` wrote, in float32, whatever precision they were kept in.
+
+    Raises:
+        ModelError: if the folder is no such model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    mapping = TokenMap.load(folder / "token_map.safetensors")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: no usable model ({error}); write one with `hasten tokens train`") from error
+    return model.eval(), mapping

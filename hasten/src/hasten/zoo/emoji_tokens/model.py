@@ -19,16 +19,14 @@ from torch import Tensor
 from hasten.errors import ModelError
 from hasten.tokens import TokenMap
 from hasten.tokens.refiner import Refiner
-from hasten.tokens.replace import export_model
+from hasten.tokens.replace import export_model, open_model
 from hasten.tokens.sample import Sampling, sample_clusters
+from hasten.zoo.emoji_tokens import WEIGHTS, VQTokenizer, load_tokenizer
 from hasten.zoo.emoji_tokens.data import OBJECTS
-from hasten.zoo.emoji_tokens.tokenizer import VQTokenizer
 
 __all__ = ["MODEL", "EmojiTokens", "pack"]
 
-WEIGHTS = Path(__file__).parent / "weights"
 MODEL = WEIGHTS / "masc"
-LENGTH = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +52,10 @@ class EmojiTokens:
         Raises:
             ModelError: if a file is missing or damaged, or they do not belong together.
         """
-        from transformers import AutoModelForCausalLM
-
-        mapping = TokenMap.load(folder / "token_map.safetensors")
+        model, mapping = open_model(folder)
         refiner = Refiner.load(folder / "refiner.safetensors")
         refiner.check(mapping)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{folder}: no usable model ({error}); install the package again or pack one") from error
-        return cls(VQTokenizer.load(WEIGHTS / "tokenizer.safetensors"), model, mapping, refiner)
+        return cls(load_tokenizer(), model, mapping, refiner)
 
     @torch.no_grad()
     def draw(self, classes: Tensor, sampling: Sampling | None = None, seed: int = 0) -> Tensor:
@@ -72,7 +64,8 @@ class EmojiTokens:
         Raises:
             ConfigError: if there is no such object.
         """
-        clusters, states = sample_clusters(self.model, classes, self.mapping.clusters, LENGTH, sampling, seed)
+        length = self.model.config.max_position_embeddings - 1  # the class comes first
+        clusters, states = sample_clusters(self.model, classes, self.mapping.clusters, length, sampling, seed)
         tokens = self.refiner.sample(states, clusters, torch.Generator().manual_seed(seed))
         return self.tokenizer.decode(tokens)
 
@@ -83,11 +76,8 @@ def pack(model: Path, refiner: Path, to: Path) -> Path:
     Raises:
         ModelError: if the refiner is for another map, or the model knows other objects.
     """
-    from transformers import AutoModelForCausalLM
-
-    mapping, chooser = TokenMap.load(model / "token_map.safetensors"), Refiner.load(refiner)
+    (lm, mapping), chooser = open_model(model), Refiner.load(refiner)
     chooser.check(mapping)
-    lm = AutoModelForCausalLM.from_pretrained(model)
     if lm.config.vocab_size != mapping.clusters + len(OBJECTS) + 1:
         raise ModelError(
             f"{model} has {lm.config.vocab_size} rows; expected {mapping.clusters} clusters, {len(OBJECTS)} objects "
