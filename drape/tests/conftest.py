@@ -1,12 +1,16 @@
-"""Fixtures: a short rendered walk, a cache of its own, a seeded generator."""
+"""Fixtures: a short rendered walk, alone and as a scene, a cache of its own, a seeded generator."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from drape.optimise import Scene
+from drape.scene.backgrounds import background
+from drape.scene.light import light
 from drape.scene.sequence import Buffers, SequenceSpec, build_sequence
 
 
@@ -14,6 +18,13 @@ from drape.scene.sequence import Buffers, SequenceSpec, build_sequence
 def walk() -> Buffers:
     """Four frames of a circle, 64 px."""
     return build_sequence(SequenceSpec(path="circle", frames=4, fps=3, size=64))
+
+
+@pytest.fixture
+def scene(walk: Buffers) -> Scene:
+    """The walk with boxes that are the whole frame, as those of the tests' detectors are."""
+    boxes = torch.tensor([0.0, 0, 64, 64]).expand(4, 4)
+    return Scene("circle", replace(walk, boxes=boxes), light("overcast"), background("gravel", 64))
 
 
 @pytest.fixture

@@ -23,9 +23,7 @@ from drape.objective import Temporal, aggregated, walks_loss
 from drape.optimise import OptimiseSpec, Scene, draw_frames, frame_gradient
 from drape.plots import azimuth_svg, bars_svg, curve_svg
 from drape.report import page
-from drape.scene.backgrounds import background
-from drape.scene.light import LIGHTS, light
-from drape.scene.sequence import Buffers
+from drape.scene.light import LIGHTS
 from drape.walks import TEST, TRAIN, Walk, scenes
 
 GREY = {name: torch.full((3, 8, 8), 0.5) for name in ("shirt", "trousers", "hat")}
@@ -44,12 +42,6 @@ class Hue(Detector):
         redness = self.sign * (images[:, 0] - images[:, 2]).mean(dim=(1, 2)) * 10 + self.bias
         box = torch.tensor([0.0, 0, 64, 64]).expand(len(images), 1, 4)
         return Candidates(box, redness.clamp(0.01, 0.99)[:, None])
-
-
-@pytest.fixture
-def scene(walk: Buffers) -> Scene:
-    boxes = torch.tensor([0.0, 0, 64, 64]).expand(4, 4)
-    return Scene("circle", replace(walk, boxes=boxes), light("overcast"), background("gravel", 64))
 
 
 @pytest.fixture
@@ -327,73 +319,33 @@ def test_wrong_input_gives_a_line_that_says_what_to_do(
     assert says in error
 
 
+def run_drape(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> None:
+    """A command at tiny size."""
+    monkeypatch.setattr(sys, "argv", ["drape", command, *arguments, "--frames", "3", "--size", "64"])
+    cli.app(standalone_mode=False)
+
+
 def test_textures_made_against_defences_are_judged_with_them(
     quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, arguments in {"a": [], "b": ["--mode", "frames"], "c": ["--against", "aggregate"]}.items():
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [
-                "drape",
-                "optimise",
-                "--steps",
-                "1",
-                "--frames",
-                "3",
-                "--size",
-                "64",
-                "--out",
-                str(tmp_path / name),
-                *arguments,
-            ],
-        )
-        cli.app(standalone_mode=False)
+        run_drape(monkeypatch, "optimise", "--steps", "1", "--out", str(tmp_path / name), *arguments)
     weights = tmp_path / "weights.npz"
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "drape",
-            "harden",
-            "--rounds",
-            "1",
-            "--attack-steps",
-            "1",
-            "--steps",
-            "1",
-            "--frames",
-            "3",
-            "--size",
-            "64",
-            "--to",
-            str(weights),
-        ],
+    run_drape(monkeypatch, "harden", "--rounds", "1", "--attack-steps", "1", "--steps", "1", "--to", str(weights))
+    run_drape(
+        monkeypatch,
+        "evaluate",
+        "--walks",
+        "1",
+        "--out",
+        str(tmp_path / "a"),
+        "--compare",
+        f"frames={tmp_path / 'b'}",
+        "--adaptive",
+        f"aggregate={tmp_path / 'c'}",
+        "--hardened",
+        str(weights),
     )
-    cli.app(standalone_mode=False)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "drape",
-            "evaluate",
-            "--walks",
-            "1",
-            "--frames",
-            "3",
-            "--size",
-            "64",
-            "--out",
-            str(tmp_path / "a"),
-            "--compare",
-            f"frames={tmp_path / 'b'}",
-            "--adaptive",
-            f"aggregate={tmp_path / 'c'}",
-            "--hardened",
-            str(weights),
-        ],
-    )
-    cli.app(standalone_mode=False)
     measured = json.loads((tmp_path / "a" / "evaluate.json").read_text())
     assert {"worst case", "frames"} <= set(measured["results"])
     assert "adaptive_recall" in measured["defences"]["aggregate"]

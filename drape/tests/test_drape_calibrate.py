@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from drape.calibrate import FLOOR, false_scores, scores_of_false_boxes, threshold_with
+from drape.calibrate import FLOOR, false_scores, scores_of_false_boxes, threshold_keeping, threshold_with
 from drape.detectors.base import Candidates, Detection, Detector
 from drape.errors import ConfigError
 from drape.evaluate import evaluate
@@ -60,6 +60,14 @@ def test_threshold_shuts_out_all_but_the_allowed_ones() -> None:
     assert threshold_with(scores, 0, 0.5) == 0.5  # never above the highest
     with pytest.raises(ConfigError, match="allowed=-1"):
         threshold_with(scores, -1, 0.5)
+
+
+def test_as_many_false_boxes_remain_as_there_were() -> None:
+    before, after = [0.8, 0.6, 0.3], [0.45, 0.4, 0.35, 0.2]
+    at = threshold_keeping(before, after, 0.5)
+    assert sum(score >= at for score in after) == sum(score >= 0.5 for score in before) == 2
+    assert 0.35 < at < 0.4
+    assert threshold_keeping([0.3], [0.9], 0.5) == 0.5  # never above what it was
 
 
 def test_false_boxes_are_counted_where_they_are_sure_enough(scene: Scene) -> None:

@@ -17,9 +17,6 @@ from drape.errors import AssetError, ConfigError
 from drape.gamut import Gamut
 from drape.harden import HardenSpec, distillation_loss, harden, load_hardened, save_hardened
 from drape.optimise import OptimiseSpec, Scene
-from drape.scene.backgrounds import background
-from drape.scene.light import light
-from drape.scene.sequence import Buffers
 
 SPEC = HardenSpec(rounds=2, attack_steps=4, steps=14, batch=2, learning_rate=0.02, tuned=1.0)
 
@@ -43,13 +40,6 @@ class Learner(Detector):
         corner = torch.tensor([[0.0, 0], [16, 0], [0, 16], [16, 16]]).expand(len(images), 4, 2)
         side = 48 * self.size(seen[..., None]).clamp(0.2, 1.0).expand(-1, -1, 2)
         return Candidates(torch.cat([corner, corner + side], dim=-1), seen.sigmoid())
-
-
-@pytest.fixture
-def scene(walk: Buffers) -> Scene:
-    """The boxes are the whole frame, so that every candidate counts."""
-    boxes = torch.tensor([0.0, 0, 64, 64]).expand(4, 4)
-    return Scene("circle", replace(walk, boxes=boxes), light("overcast"), background("gravel", 64))
 
 
 @pytest.fixture

@@ -42,13 +42,6 @@ class Red(Detector):
         return Candidates(box, redness.clamp(0.01, 0.99)[:, None])
 
 
-@pytest.fixture
-def scene(walk: Buffers) -> Scene:
-    """The boxes are the whole frame, as the detector's are."""
-    boxes = torch.tensor([0.0, 0, 64, 64]).expand(4, 4)
-    return Scene("circle", replace(walk, boxes=boxes), light("overcast"), background("gravel", 64))
-
-
 def run(mode: str, detector: Detector, scene: Scene, **changes: object) -> tuple[Run, dict[str, torch.Tensor]]:
     textures = random_textures(Gamut.proxy(), seed=3)
     result = optimise(textures, [detector], [scene], replace(SMALL, mode=mode, **changes))  # type: ignore[arg-type]

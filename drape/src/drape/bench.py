@@ -26,7 +26,7 @@ from torch import Tensor
 
 from drape import __version__
 from drape.cache import write_atomically, write_text
-from drape.calibrate import scores_of_false_boxes, threshold_with
+from drape.calibrate import scores_of_false_boxes, threshold_keeping
 from drape.controls import CONTROLS, control, load_images, open_arrays, random_textures, save_images
 from drape.detectors import load_detector
 from drape.detectors.base import Detection, Detector
@@ -165,8 +165,7 @@ class Store:
 
         def make() -> None:
             scores = scores_of_false_boxes(detector, walks, clothes)
-            allowed = sum(score >= detector.threshold for score in scores)
-            write_text(path, json.dumps(threshold_with(scores, allowed, detector.threshold)))
+            write_text(path, json.dumps(threshold_keeping(scores, scores, detector.threshold)))
 
         self.timed("threshold", make)
         result = copy.deepcopy(detector)

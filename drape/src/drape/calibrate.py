@@ -16,7 +16,7 @@ from drape.detectors.base import Detection, Detector, box_iou
 from drape.errors import ConfigError
 from drape.optimise import Scene
 
-__all__ = ["FLOOR", "false_scores", "scores_of_false_boxes", "threshold_with"]
+__all__ = ["FLOOR", "false_scores", "scores_of_false_boxes", "threshold_keeping", "threshold_with"]
 
 FLOOR = 0.05  # below it detectors give no boxes
 STEP = 1e-3  # that a threshold is put above the score that it has to shut out
@@ -56,3 +56,12 @@ def threshold_with(scores: Sequence[float], allowed: int, highest: float) -> flo
         raise ConfigError(f"allowed={allowed}, highest={highest}; expected 0 or more, and {FLOOR} to 1.")
     lowest = FLOOR if len(scores) <= allowed else scores[allowed] + STEP
     return min(max(lowest, FLOOR), highest)
+
+
+def threshold_keeping(before: Sequence[float], after: Sequence[float], threshold: float) -> float:
+    """The lowest threshold at which as many false boxes remain as there were before at `threshold`, and not above it.
+
+    Args:
+        before, after: scores of false boxes, highest first.
+    """
+    return threshold_with(after, sum(score >= threshold for score in before), threshold)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drape.cache import write_atomically
-from drape.calibrate import scores_of_false_boxes, threshold_with
+from drape.calibrate import scores_of_false_boxes, threshold_keeping
 from drape.controls import CONTROLS, control, open_arrays, random_textures
 from drape.detectors.base import Candidates, Detector, box_iou
 from drape.detectors.registry import load_detector
@@ -158,9 +158,8 @@ def harden(
             losses.append(float(loss.detach()))
         student.freeze()
     clean = list(teacher.clothes.values())
-    before = [score for score in scores_of_false_boxes(detector, scenes, clean) if score >= detector.threshold]
-    after = scores_of_false_boxes(student, scenes, clean)
-    student.threshold = threshold_with(after, len(before), detector.threshold)
+    before, after = (scores_of_false_boxes(model, scenes, clean) for model in (detector, student))
+    student.threshold = threshold_keeping(before, after, detector.threshold)
     return Hardened(student, losses)
 
 
