@@ -307,6 +307,8 @@ def test_only_what_belongs_together_is_packed(tmp_path):
     (tmp_path / "packed" / "config.json").unlink()
     with pytest.raises(ModelError, match="no usable model"):
         EmojiTokens.load(tmp_path / "packed")
+    with pytest.raises(ModelError, match="holds no model"):
+        EmojiTokens.load(tmp_path / "none")
 
 
 @pytest.mark.slow

@@ -202,6 +202,8 @@ def open_model(folder: str | Path) -> tuple[Any, TokenMap]:
     from transformers import AutoModelForCausalLM
 
     folder = Path(folder)
+    if not (folder / "token_map.safetensors").is_file():
+        raise ModelError(f"{folder} holds no model with its map; write one with `hasten tokens train`")
     mapping = TokenMap.load(folder / "token_map.safetensors")
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
