@@ -16,10 +16,11 @@ BENCH_OUT ?= out/bench
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PROJECTS := hasten drape
+PROJECTS := hasten zoo drape
 # One pytest run for both projects, with the settings of hasten and paths as seen from here. Names of test files have to
 # differ between the two projects. The models of the tests are small: one thread a process, and a process a core, is fastest.
 PYTEST_CONFIG := -c hasten/pyproject.toml --rootdir . -n $(TEST_JOBS)
+TESTS := hasten/tests zoo/tests drape/tests
 METADATA := $(PROJECTS:%=%/pyproject.toml)
 STAMP := $(VENV)/.setup-done
 DOCS_STAMP := $(VENV)/.docs-done
@@ -66,10 +67,10 @@ demo: $(STAMP) ## draw pictures with and without acceleration into out/demo
 	$(BIN)/hasten demo --out out/demo
 
 test: $(STAMP) ## run the tests but for the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_CONFIG) hasten/tests drape/tests -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_CONFIG) $(TESTS) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_CONFIG) hasten/tests drape/tests $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_CONFIG) $(TESTS) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check $(PROJECTS)
@@ -80,6 +81,7 @@ lint: $(STAMP) ## check style, formatting and types
 
 types: $(STAMP) ## check types (mypy, strict)
 	cd hasten && ../$(BIN)/mypy src
+	cd zoo && ../$(BIN)/mypy src
 	cd drape && ../$(BIN)/mypy src
 
 bench: $(STAMP) ## measure the methods on the reference model, then write the report into out/bench

@@ -20,16 +20,17 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from hasten import Calibration, LeapScheduler, fit_leap, zoo
+from hasten import Calibration, LeapScheduler, fit_leap
+from hasten.bench import subject
 from hasten.bench.metrics import psnr
 from hasten.bench.runner import environment
 from hasten.bench.tune import tuning_calls
 from hasten.caching.schedule import spread
-from hasten.replay import Replay
-from hasten.search import search_steps
-from hasten.solvers.fit import NormalEquations
-from hasten.solvers.fitter import STARTS, Fitter
-from hasten.solvers.references import References, record_references
+from hasten.fitting.leap_fitter import STARTS, Fitter
+from hasten.fitting.references import References, record_references
+from hasten.fitting.search import search_steps
+from hasten.pipeline.replay import Replay
+from hasten.solvers.multistep import NormalEquations
 from torch import Tensor
 from torch.nn import functional
 
@@ -45,7 +46,7 @@ class Ablation:
     """The model, prompts, and the parts that were measured so far."""
 
     def __init__(self, plain: Path, guided: Path) -> None:
-        self.model = zoo.load("emoji-flux")
+        self.model = subject.load("emoji-flux")
         self.model.pipe.set_progress_bar_config(disable=True)
         self.files = {"plain": Calibration.load(plain), "guided": Calibration.load(guided)}
         self.parts: dict[str, Any] = json.loads(OUT.read_text())["parts"] if OUT.exists() else {}
@@ -221,7 +222,7 @@ class Ablation:
 
     def domains(self, count: int) -> dict[str, Any]:
         """Fitted to animals and plants, used on food and drink, and the other way round."""
-        from hasten.zoo.emoji_flux.data import load_emoji_set
+        from hasten_zoo.emoji_flux.data import load_emoji_set
 
         captions = (
             load_emoji_set().captions

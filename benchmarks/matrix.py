@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from hasten.bench.runner import environment
-from hasten.files import write_whole
+from hasten.io import write_whole
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "hasten" / "tests"))

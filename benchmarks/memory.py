@@ -14,9 +14,9 @@ import torch
 import typer
 from diffusers import FluxTransformer2DModel
 from hasten import registry
-from hasten.caching.calibration import Calibration, Fingerprint, model_digest
+from hasten.calibration import Calibration, Fingerprint, model_digest
 from hasten.errors import UnknownNameError
-from hasten.files import write_whole
+from hasten.io import write_whole
 
 IMAGE_TOKENS, TEXT_TOKENS = 4096, 512
 ORDERS = {"taylorseer": (1, 2), "hicache": (1, 2), "freqca": (2,)}

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hasten import zoo
+from hasten.bench import subject
 from hasten.bench.sheet import contact_sheet, film_strip, to_pil
 from hasten.bench.streams import parse_streaming
 from hasten.streaming import FullHistory
-from hasten.zoo.emoji_flux.data import load_emoji_set
+from hasten_zoo.emoji_flux.data import load_emoji_set
 from PIL import Image
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -121,7 +121,7 @@ def bench_page(page: Page, result_file: Path) -> Image.Image:
 
 def edit_pictures(folder: Path) -> Callable[[str, int], list[Path]]:
     """From a prompt and its number to files of the edit's source and target, written to a folder."""
-    edits = {edit.prompt: edit for edit in zoo.load("emoji-kontext").edits}
+    edits = {edit.prompt: edit for edit in subject.load("emoji-kontext").edits}
 
     def written(prompt: str, i: int) -> list[Path]:
         paths = [folder / f"{i}-{name}.png" for name in ("source", "target")]
@@ -146,7 +146,7 @@ def training_pictures(folder: Path) -> Callable[[str, int], list[Path]]:
 
 def streaming_page() -> Image.Image:
     """One world as every method rolls it out, a row each."""
-    roll = zoo.load_streaming("sprites-stream").roller(FRAMES, 8)
+    roll = subject.load_streaming("sprites-stream").rollout(FRAMES, 8)
     with tempfile.TemporaryDirectory() as folder:
         lines = []
         for text in STREAMING:

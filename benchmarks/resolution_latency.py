@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hasten import zoo
+from hasten.bench import subject
 from hasten.bench.arms import Accelerated
 from hasten.bench.runner import environment
 from hasten.bench.sampling import Attach, count_flops, plain, shoot
@@ -73,7 +73,7 @@ class Inside:
         return self.seconds
 
 
-def timed(model: zoo.ReferenceModel, attach: Attach, steps: int, call: dict[str, Any]) -> tuple[float, float]:
+def timed(model: subject.Subject, attach: Attach, steps: int, call: dict[str, Any]) -> tuple[float, float]:
     """Seconds of a call, and those inside the transformer."""
     inside = Inside()
     inside.watch(model.pipe.transformer)
@@ -86,13 +86,13 @@ def timed(model: zoo.ReferenceModel, attach: Attach, steps: int, call: dict[str,
 
 def rows(name: str, repeats: int) -> list[dict[str, Any]]:
     """A row for each method and size."""
-    model = zoo.load(name)
+    model = subject.load(name)
     model.pipe.set_progress_bar_config(disable=True)
     cases = [(text, steps, side) for text, steps, sides in CASES[name] for side in sides]
     return [row(model, *case, repeats) for case in track(cases, description=name)]
 
 
-def row(model: zoo.ReferenceModel, text: str, steps: int, side: int, repeats: int) -> dict[str, Any]:
+def row(model: subject.Subject, text: str, steps: int, side: int, repeats: int) -> dict[str, Any]:
     """Operations and seconds of a method, of the plain sampler with as many evaluations, and of the full run."""
     combination = parse_combination(text)
     method = Accelerated(combination.caching, combination.staged)

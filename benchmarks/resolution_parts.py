@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hasten import Fresco, zoo
+from hasten import Fresco
+from hasten.bench import subject
 from hasten.bench.metrics import psnr
 from hasten.bench.runner import environment
-from hasten.resolution.jumps import Rewind
+from hasten.resolution.noise import Rewind
 from hasten.resolution.regions import Stage
 from hasten.resolution.seams import MixedState
 from rich.progress import track
@@ -62,7 +63,7 @@ class Given(Fresco):
         return super().promote(state, new, stage)
 
 
-def draw(model: zoo.ReferenceModel, prompt: str, noise: Tensor, steps: int, method: Fresco | None) -> Any:
+def draw(model: subject.Subject, prompt: str, noise: Tensor, steps: int, method: Fresco | None) -> Any:
     """A picture, and the full run where there is no method."""
     states = [noise]
 
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    model = zoo.load("emoji-flux")
+    model = subject.load("emoji-flux")
     model.pipe.set_progress_bar_config(disable=True)
     figures: dict[str, dict[str, list[float]]] = {name: {"own": [], "given": []} for name in SPLITS}
     plain: dict[int, list[float]] = {18: [], 13: [], 12: [], 10: []}

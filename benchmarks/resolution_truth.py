@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hasten import zoo
+from hasten.bench import subject
 from hasten.bench.arms import Accelerated, Attach, parse_method, plain_arms
 from hasten.bench.edits import edit_figures, edit_of
 from hasten.bench.metrics import Lpips, psnr
 from hasten.bench.runner import environment
 from hasten.bench.sampling import count_flops, shoot
 from hasten.bench.staged import is_staged, parse_combination
-from hasten.resolution.canvas import Canvas
-from hasten.zoo.emoji_flux.data import load_emoji_set
+from hasten.resolution.pixel_layout import Canvas
+from hasten_zoo.emoji_flux.data import load_emoji_set
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
@@ -96,7 +96,7 @@ def arm_of(text: str) -> tuple[Attach, int]:
     return Accelerated(cache.with_full_steps(int(count), STEPS)), STEPS
 
 
-def truths(model: zoo.ReferenceModel, prompts: list[str]) -> list[Tensor]:
+def truths(model: subject.Subject, prompts: list[str]) -> list[Tensor]:
     """What should be drawn, `[3, H, W]` in [0, 1] each."""
     edits = [edit_of(model, prompt) for prompt in prompts]
     if model.edits:
@@ -105,7 +105,7 @@ def truths(model: zoo.ReferenceModel, prompts: list[str]) -> list[Tensor]:
     return [known.at(64)[known.captions.index(prompt)] for prompt in prompts]
 
 
-def kept(model: zoo.ReferenceModel, prompt: str, picture: Tensor) -> float | None:
+def kept(model: subject.Subject, prompt: str, picture: Tensor) -> float | None:
     """Share of the pixels outside the edit's mask that are the source's to float precision; None where it has none."""
     edit = edit_of(model, prompt)
     assert edit is not None
@@ -122,7 +122,7 @@ def summary(values: list[float | None]) -> dict[str, float]:
     }
 
 
-def rows(model: zoo.ReferenceModel, prompts: list[str]) -> list[dict[str, Any]]:
+def rows(model: subject.Subject, prompts: list[str]) -> list[dict[str, Any]]:
     """A row for each arm; the first is the full run."""
     targets, lpips, found = truths(model, prompts), Lpips(), list[dict[str, Any]]()
     full: list[Tensor] = []
@@ -162,7 +162,7 @@ def rows(model: zoo.ReferenceModel, prompts: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def scale(model: zoo.ReferenceModel, prompts: list[str]) -> dict[str, dict[str, float]]:
+def scale(model: subject.Subject, prompts: list[str]) -> dict[str, dict[str, float]]:
     """PSNR in dB between pictures of other seeds, and between those of two sizes."""
     canvas, side = Canvas.of(model.pipe.vae), model.call["height"]
     tokens = side // 4
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, help="how many of the first prompts")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    model = zoo.load(options.model)
+    model = subject.load(options.model)
     model.pipe.set_progress_bar_config(disable=True)
     prompts = model.prompts[: options.prompts or PROMPTS[options.model]]
     part: dict[str, Any] = {"environment": environment(), "prompts": len(prompts)}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hasten import zoo
+from hasten.bench import subject
 from hasten.bench.arms import Accelerated
 from hasten.bench.metrics import Lpips, over_frames, psnr, temporal_error
 from hasten.bench.runner import environment
@@ -32,13 +32,13 @@ BEST = "dvg:budget=0.52:lead=1"  # of what was tried
 TRIED = (BEST, "dvg:budget=0.52:rates=0.2/0.35/0.65")
 
 
-def latents(model: zoo.ReferenceModel, shot: Shot) -> torch.Tensor:
+def latents(model: subject.Subject, shot: Shot) -> torch.Tensor:
     """The clip as its latents."""
     clean: torch.Tensor = model.pipe.vae.encode(2 * shot.picture.transpose(0, 1)[None] - 1).latents
     return clean
 
 
-def measured(model: zoo.ReferenceModel, clips: range, arms: tuple[str, ...]) -> dict[str, Any]:
+def measured(model: subject.Subject, clips: range, arms: tuple[str, ...]) -> dict[str, Any]:
     """Clips with their motion and texture, and a row for each arm."""
     lpips, prompts = Lpips(), [model.prompts[clip] for clip in clips]
     full = [shoot(model, plain, STEPS, prompt, clip, {}) for clip, prompt in zip(clips, prompts, strict=True)]
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    model = zoo.load("sprites-wan")
+    model = subject.load("sprites-wan")
     model.pipe.set_progress_bar_config(disable=True)
     result = {"environment": environment(), "chosen": measured(model, CHOSEN, ARMS + TRIED)}
     result["measured"] = measured(model, MEASURED, (*ARMS, BEST))

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from hasten.bench.rollout import REFERENCE
 from hasten.bench.schema import short_label
 from hasten.bench.streams import DEFAULT_METHODS
-from hasten.streaming.measure import REFERENCE
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from hasten.bench.runner import environment
 from hasten.bench.streams import parse_streaming
-from hasten.zoo.sprites_stream.model import load_model, new_stream
-from hasten.zoo.sprites_stream.reference import WEIGHTS, worlds_of
-from hasten.zoo.sprites_stream.rollout import rolled_chunks
+from hasten_zoo.sprites_stream.model import load_model, new_stream
+from hasten_zoo.sprites_stream.reference import WEIGHTS, worlds_of
+from hasten_zoo.sprites_stream.rollout import rolled_chunks
 
 METHODS = (
     "sliding-window:window=5",

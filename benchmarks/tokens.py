@@ -7,7 +7,7 @@
     python benchmarks/tokens.py pictures        what the models of its first seed draw -> docs/images/tokens-drawn.png
     python benchmarks/tokens.py tables          the tables of both pages; with --check it only looks at them
 
-`reference` and `pictures` read what `python -m hasten.zoo.emoji_tokens.compare` wrote.
+`reference` and `pictures` read what `python -m hasten_zoo.emoji_tokens.compare` wrote.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ import numpy as np
 import torch
 import typer
 from hasten.bench.runner import environment
-from hasten.files import write_whole
+from hasten.bench.token_plots import plot_curves, plot_pictures
+from hasten.fitting.token_model import Recipe, Trainer
+from hasten.io import write_whole
 from hasten.tokens import MemberSampler, SemanticTree, TokenMap, flat_map, kmeans_map, random_map
 from hasten.tokens.approximate import approximate_linkage
 from hasten.tokens.comparators import adjusted_rand, mean_within_distance
 from hasten.tokens.linkage import average_linkage
-from hasten.tokens.plots import plot_curves, plot_pictures
 from hasten.tokens.sample import sample_clusters
 from hasten.tokens.shards import TokenShards
-from hasten.tokens.train import Recipe, Trainer
-from hasten.zoo.emoji_tokens import decode, load_tokenizer
-from hasten.zoo.emoji_tokens.compare import vocabularies
-from hasten.zoo.emoji_tokens.data import HELD_OUT, TRAIN, batches, pictures
-from hasten.zoo.emoji_tokens.evaluate import ReplacementTest, frechet, quality, reference
-from hasten.zoo.emoji_tokens.features import FeatureNet
-from hasten.zoo.emoji_tokens.summary import curves_of, spread, summary
+from hasten_zoo.emoji_tokens import decode, load_tokenizer
+from hasten_zoo.emoji_tokens.compare import vocabularies
+from hasten_zoo.emoji_tokens.data import HELD_OUT, TRAIN, batches, pictures
+from hasten_zoo.emoji_tokens.evaluate import ReplacementTest, frechet, quality, reference
+from hasten_zoo.emoji_tokens.features import FeatureNet
+from hasten_zoo.emoji_tokens.summary import curves_of, spread, summary
 
 HERE = Path(__file__).parent
-ZOO = HERE.parent / "hasten" / "src" / "hasten" / "zoo" / "emoji_tokens"
+ZOO = HERE.parent / "zoo" / "src" / "hasten_zoo" / "emoji_tokens"
 PAGES = (HERE.parent / "docs" / "tokens.md", ZOO / "README.md")
 REPLACEMENT, TREE, APPROXIMATE, REFERENCE = (
     HERE / f"tokens-{name}.json" for name in ("replacement", "tree", "approximate", "reference")

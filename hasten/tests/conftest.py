@@ -6,9 +6,8 @@ from typing import Any
 
 import hypothesis
 import pytest
+from hasten.bench import subject
 from pipelines import make_pipe
-
-from hasten import zoo
 
 # A busy machine is slow, and that is no error of the code.
 hypothesis.settings.register_profile("hasten", deadline=None)
@@ -21,7 +20,7 @@ def pipe() -> Any:
 
 
 @pytest.fixture(scope="session")
-def emoji() -> zoo.ReferenceModel:
-    model = zoo.load("emoji-flux")
+def emoji() -> subject.Subject:
+    model = subject.load("emoji-flux")
     model.pipe.set_progress_bar_config(disable=True)
     return model

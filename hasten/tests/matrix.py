@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import hasten
 import tiny
 import torch
-from torch import nn
-
-import hasten
 from hasten import registry
+from torch import nn
 
 STEPS = 12
 # Thresholds that skip something on random weights; the other methods take an interval.

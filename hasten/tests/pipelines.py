@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hasten_zoo.emoji_flux.data import load_emoji_set
+from hasten_zoo.emoji_flux.model import build_pipeline
 from torch import Tensor
-
-from hasten.zoo.emoji_flux.data import load_emoji_set
-from hasten.zoo.emoji_flux.model import build_pipeline
 
 
 def make_pipe(seed: int = 0) -> Any:

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
-
-from hasten import cli, zoo
+from hasten.bench import subject
 from hasten.bench.arms import method_arms, parse_method, parse_options, plain_arms
 from hasten.bench.runner import BenchSettings, open_model, run_bench
 from hasten.bench.sheet import bench_sheet, contact_sheet
 from hasten.caching import HiCache
+from hasten.cli import main as cli
 from hasten.errors import ConfigError, ModelError, ScheduleError, UnknownNameError
-from hasten.zoo.emoji_flux import load_emoji_flux
+from hasten_zoo.emoji_flux import load_emoji_flux
+from PIL import Image
 
 
 def command(monkeypatch, capsys, *arguments):
@@ -199,7 +199,7 @@ def test_a_model_that_cannot_be_loaded_says_so(tmp_path):
     with pytest.raises(ModelError, match="no emoji-flux weights"):
         load_emoji_flux(tmp_path)
     with pytest.raises(UnknownNameError):
-        zoo.load("emoji")
+        subject.load("emoji")
 
 
 # --- several processes
@@ -210,7 +210,7 @@ def test_two_processes_share_the_prompts(monkeypatch, capsys, tmp_path):
     arguments = ["bench", "--methods", "taylorseer,fbcache", "--full-steps", "5", "--steps", "12", "--prompts", "3"]
     arguments += ["--height", "32", "--width", "32", "--seed", "4", "--json"]
     script = tmp_path / "script.py"
-    script.write_text("from hasten.cli import main\n\nmain()\n")
+    script.write_text("from hasten.cli.main import main\n\nmain()\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     ran = subprocess.run(
         [*map(str, launch), *arguments, str(tmp_path / "two.json")],

@@ -10,12 +10,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from PIL import Image
-from test_bench import command
-from torch import Tensor
-
-from hasten import cli, registry, zoo
-from hasten.bench import rows
+from hasten import registry
+from hasten.bench import rows, subject
 from hasten.bench.arms import Arm, build_method, merged, parse_method, parse_options, reported
 from hasten.bench.budget import Trials
 from hasten.bench.edits import at_size, edit_figures, edit_of, source_arguments, vae_unedited, with_image
@@ -26,17 +22,22 @@ from hasten.bench.sampling import call_arguments, plain, shoot
 from hasten.bench.schema import short_label, split_methods
 from hasten.bench.sheet import bench_sheet, film_strip
 from hasten.bench.staged import PlainCost, count, is_staged, parse_combination, staged_arms
+from hasten.bench.subject import Edit, Subject
 from hasten.bench.tune import tuning_calls
 from hasten.caching import FoCa
-from hasten.cli_common import show_result
+from hasten.cli import main as cli
+from hasten.cli.common import show_result
 from hasten.errors import ConfigError, UnknownNameError
 from hasten.resolution import DVG
-from hasten.zoo import Edit, ReferenceModel
-from hasten.zoo.emoji_kontext import call_arguments as kontext_call
-from hasten.zoo.emoji_kontext import model as kontext
-from hasten.zoo.emoji_kontext.data import held_out_plans, painter
-from hasten.zoo.sprites_wan import model as wan
-from hasten.zoo.sprites_wan.data import all_clips
+from hasten_zoo.emoji_kontext import call_arguments as kontext_call
+from hasten_zoo.emoji_kontext import model as kontext
+from hasten_zoo.emoji_kontext.data import held_out_plans, painter
+from hasten_zoo.sprites_wan import model as wan
+from hasten_zoo.sprites_wan.data import all_clips
+from PIL import Image
+from subjects import install
+from test_bench import command
+from torch import Tensor
 
 STEPS = 8
 # Every latent frame is kept, so that the clip can be as short as possible.
@@ -44,31 +45,31 @@ SPACE = "dvg:compress=space:budget=0.6"
 DUET = f"{SPACE}+foca:interval=3:warmup=1"
 
 
-def video_model() -> ReferenceModel:
+def video_model() -> Subject:
     torch.manual_seed(0)
     pipe = wan.build_pipeline(32, 2)
     pipe.set_progress_bar_config(disable=True)
     call = {"height": 48, "width": 48, "num_frames": 5, "guidance_scale": 1.0, "max_sequence_length": wan.TEXT_TOKENS}
-    return ReferenceModel("tiny-wan", pipe, [clip.caption for clip in all_clips()[:3]], call)
+    return Subject("tiny-wan", pipe, [clip.caption for clip in all_clips()[:3]], call)
 
 
-def edit_model() -> ReferenceModel:
+def edit_model() -> Subject:
     torch.manual_seed(0)
     pipe = kontext.build_pipeline(width=32)
     pipe.set_progress_bar_config(disable=True)
     plans = held_out_plans(3)
     edits = [painter().edit(plan) for plan in plans]
     call = kontext_call(32)
-    return ReferenceModel("tiny-kontext", pipe, [plan.prompt for plan in plans], call, edits=edits)
+    return Subject("tiny-kontext", pipe, [plan.prompt for plan in plans], call, edits=edits)
 
 
 @pytest.fixture(scope="module")
-def video() -> ReferenceModel:
+def video() -> Subject:
     return video_model()
 
 
 @pytest.fixture(scope="module")
-def editor() -> ReferenceModel:
+def editor() -> Subject:
     return edit_model()
 
 
@@ -197,13 +198,13 @@ def short() -> Any:
     del registry._METHODS["short"]
 
 
-def test_a_methods_own_number_of_evaluations_is_used(video: ReferenceModel, short: type) -> None:
+def test_a_methods_own_number_of_evaluations_is_used(video: Subject, short: type) -> None:
     trials = Trials(video, video.prompts[:1], 0, STEPS, {})
     *_, arm = staged_arms([parse_combination("short:preset=7:budget=0.545")], trials)
     assert (arm.error, arm.steps, arm.full_steps, arm.staged) == ("", 7, 7, True)
 
 
-def test_plain_samplers_stand_beside_at_equal_evaluations_and_at_equal_operations(video: ReferenceModel) -> None:
+def test_plain_samplers_stand_beside_at_equal_evaluations_and_at_equal_operations(video: Subject) -> None:
     trials = Trials(video, video.prompts[:1], 0, STEPS, {})
     arms = staged_arms([parse_combination(text) for text in (DUET, "dvg:budget=0.01")], trials)
     duet = next(arm for arm in arms if arm.method == DUET)
@@ -217,7 +218,7 @@ def test_plain_samplers_stand_beside_at_equal_evaluations_and_at_equal_operation
     assert "\n" not in failed.error
 
 
-def test_plain_cost_is_linear_in_the_steps(video: ReferenceModel) -> None:
+def test_plain_cost_is_linear_in_the_steps(video: Subject) -> None:
     trials = Trials(video, video.prompts[:1], 0, STEPS, {})
     cost = PlainCost(trials)
     for steps in (1, 5):
@@ -228,7 +229,7 @@ def test_plain_cost_is_linear_in_the_steps(video: ReferenceModel) -> None:
 
 
 @pytest.fixture(scope="module")
-def clips(video: ReferenceModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def clips(video: Subject, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("clips") / "out.json"
     settings = BenchSettings(methods=("foca", SPACE, DUET, "dvg:budget=0.01"), full_steps=(5,), prompts=1, steps=STEPS)
     content = run_bench(video, settings, out)
@@ -317,7 +318,7 @@ def test_an_edit_is_averaged_to_the_size_of_the_call() -> None:
     assert small.mask.nonzero().tolist() == [[1, 2]]
 
 
-def test_sources_go_with_their_prompts(editor: ReferenceModel) -> None:
+def test_sources_go_with_their_prompts(editor: Subject) -> None:
     arguments = source_arguments(editor, editor.prompts[:2], {"height": 32, "width": 32})
     assert arguments["image"].shape == (2, 3, 32, 32)
     assert torch.equal(arguments["image"][1], at_size(editor.edits[1], 32, 32).source)
@@ -329,7 +330,7 @@ def test_sources_go_with_their_prompts(editor: ReferenceModel) -> None:
 
 
 def test_a_call_says_the_size_and_the_guidance_in_the_pipelines_words(
-    editor: ReferenceModel, video: ReferenceModel
+    editor: Subject, video: Subject
 ) -> None:
     arguments = call_arguments(editor, editor.prompts[:1], {"height": 64, "width": 48})
     assert arguments["max_area"] == 64 * 48
@@ -340,7 +341,7 @@ def test_a_call_says_the_size_and_the_guidance_in_the_pipelines_words(
     assert "true_cfg_scale" not in guided
 
 
-def test_edit_figures_are_exact_for_a_perfect_and_for_an_idle_editor(editor: ReferenceModel) -> None:
+def test_edit_figures_are_exact_for_a_perfect_and_for_an_idle_editor(editor: Subject) -> None:
     local = next(edit for edit in editor.edits if edit.kind == "local")
     perfect = edit_figures(editor, local.prompt, local.target)
     assert perfect == {"psnr_unedited": math.inf, "psnr_edited": math.inf}
@@ -348,12 +349,12 @@ def test_edit_figures_are_exact_for_a_perfect_and_for_an_idle_editor(editor: Ref
     assert idle["psnr_unedited"] == math.inf
     assert idle["psnr_edited"] < 30
     everywhere = Edit("all", local.source, local.target, torch.ones(64, 64, dtype=torch.bool), "global")
-    whole = ReferenceModel("x", editor.pipe, ["all"], edits=[everywhere])
+    whole = Subject("x", editor.pipe, ["all"], edits=[everywhere])
     assert edit_figures(whole, "all", local.target) == {"psnr_unedited": None, "psnr_edited": math.inf}
-    assert edit_figures(ReferenceModel("x", None, []), "all", local.target) == {}
+    assert edit_figures(Subject("x", None, []), "all", local.target) == {}
 
 
-def test_the_vaes_own_loss_is_measured(editor: ReferenceModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vaes_own_loss_is_measured(editor: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     local = [edit.prompt for edit in editor.edits if edit.kind == "local"][:1]
     assert vae_unedited(editor, local, (32, 32)) == [100.0]  # these latents are pixels
     decode = editor.pipe.vae.decode
@@ -362,7 +363,7 @@ def test_the_vaes_own_loss_is_measured(editor: ReferenceModel, monkeypatch: pyte
     assert 39.9 < lossy < 45  # 0.01 of the range, less where values are cut at 1
 
 
-def test_an_editing_bench_reports_what_was_kept_and_what_was_done(editor: ReferenceModel, tmp_path: Path) -> None:
+def test_an_editing_bench_reports_what_was_kept_and_what_was_done(editor: Subject, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     settings = BenchSettings(methods=("foca", "dvg"), full_steps=(5,), prompts=2, steps=STEPS)
     content = run_bench(editor, settings, out)
@@ -379,7 +380,7 @@ def test_an_editing_bench_reports_what_was_kept_and_what_was_done(editor: Refere
         assert words in page
 
 
-def test_an_own_picture_takes_the_place_of_the_models(editor: ReferenceModel, tmp_path: Path) -> None:
+def test_an_own_picture_takes_the_place_of_the_models(editor: Subject, tmp_path: Path) -> None:
     file = tmp_path / "own.png"
     Image.new("RGB", (32, 32), "orange").save(file)
     own = with_image(editor, file)
@@ -402,9 +403,9 @@ def test_an_own_picture_takes_the_place_of_the_models(editor: ReferenceModel, tm
 
 @pytest.mark.slow
 def test_the_command_takes_combinations_for_video_models(
-    video: ReferenceModel, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+    video: Subject, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(zoo._MODELS, "tiny-wan", lambda: video)
+    install(monkeypatch, subject.PIPELINES, "tiny-wan", lambda: video)
     out = tmp_path / "out.json"
     arguments = ("--methods", DUET, "--prompts", 1, "--steps", STEPS, "--guidance", 2, "--json", out)
     code, text, _ = command(monkeypatch, capsys, "bench", "--model", "tiny-wan", *arguments)
@@ -417,10 +418,10 @@ def test_the_command_takes_combinations_for_video_models(
 
 @pytest.mark.slow
 def test_the_demo_runs_on_another_model(
-    video: ReferenceModel, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+    video: Subject, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:
-    small = ReferenceModel("sprites-wan", video.pipe, video.prompts, video.call)
-    monkeypatch.setitem(zoo._MODELS, "sprites-wan", lambda: small)
+    small = Subject("sprites-wan", video.pipe, video.prompts, video.call)
+    install(monkeypatch, subject.PIPELINES, "sprites-wan", lambda: small)
     monkeypatch.setitem(cli.DEMOS, "sprites-wan", ("foca", "dvg"))
     arguments = ("--prompts", 1, "--full-steps", 5, "--steps", STEPS, "--out", tmp_path)
     code, text, _ = command(monkeypatch, capsys, "demo", "--model", "sprites-wan", *arguments)

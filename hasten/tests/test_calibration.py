@@ -3,17 +3,14 @@
 import json
 from dataclasses import replace
 
+import hasten
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pipelines import draw, make_pipe
-
-import hasten
+from hasten.bench import subject
 from hasten.caching import full_steps
 from hasten.caching.calibrated import forecast_error, gram_of
-from hasten.caching.calibration import Calibration, Fingerprint, Trace
+from hasten.caching.components import Place
 from hasten.caching.methods.hyca import CANDIDATES
 from hasten.caching.methods.l2p import (
     PUBLISHED,
@@ -23,10 +20,13 @@ from hasten.caching.methods.l2p import (
     gradient_rows,
 )
 from hasten.caching.methods.svdcache import MovingAverage
-from hasten.caching.parts import Place
 from hasten.caching.predictors import Hermite, Reuse, Taylor
 from hasten.caching.schedule import Explicit, Uniform
+from hasten.calibration import Calibration, Fingerprint, Trace
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError, UnknownNameError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pipelines import draw, make_pipe
 
 STEPS = 12
 FITTED = ("l2p", "hyca", "svdcache", "magcache", "teacache")
@@ -230,9 +230,8 @@ def test_another_model_is_refused(calibrations):
     refused(other, calibrations["l2p"], "other weights of the same architecture")
     with pytest.warns(HastenWarning, match="other weights"):
         hasten.accelerate(other, "hyca", calibration=calibrations["hyca"]).remove()
-    wide = hasten.zoo.load("emoji-flux").pipe if hasattr(hasten, "zoo") else None
-    if wide is not None:
-        refused(wide, calibrations["hyca"], "another configuration")
+    wide = subject.load("emoji-flux").pipe
+    refused(wide, calibrations["hyca"], "another configuration")
 
 
 def test_another_sampling_is_refused_with_the_difference(calibrations):

@@ -6,13 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hasten
 import pytest
 import torch
+from hasten.calibration import Calibration
+from hasten.cli.fit import _use
 from test_bench import command
-
-import hasten
-from hasten.caching.calibration import Calibration
-from hasten.cli_fit import _use
 
 SMALL = ("--steps", 10, "--height", 32, "--width", 32)
 

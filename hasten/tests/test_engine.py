@@ -2,11 +2,9 @@
 
 import warnings
 
+import hasten
 import pytest
 import torch
-from pipelines import draw, make_pipe
-
-import hasten
 from hasten.caching import HiCache, Reuse, TaylorSeer, Uniform, full_steps
 from hasten.caching.method import SITES, CachingMethod
 from hasten.caching.projectors import Whole
@@ -19,6 +17,7 @@ from hasten.errors import (
     TargetError,
     UnknownNameError,
 )
+from pipelines import draw, make_pipe
 
 METHODS = ["reuse", "taylorseer", "hicache"]
 

@@ -1,14 +1,13 @@
 """Sixteen families of diffusers transformers, by their entry and by the probe."""
 
+import hasten
 import pytest
 import tiny
 import torch
-from test_engine import leftovers
-
-import hasten
-from hasten import hosts
+from hasten import models
 from hasten.caching import Uniform, full_steps
-from hasten.hosts import registry as host_registry
+from hasten.models import registry as host_registry
+from test_engine import leftovers
 
 SITES = ("hidden", "output", "module")
 
@@ -22,7 +21,7 @@ def family(request):
 def count_work(model, site):
     """Hooks what the site has to skip; returns the list that grows each time it runs, and the hooks."""
     ran, modules = [], []
-    for stack in hosts.find(model).stacks:
+    for stack in models.find(model).stacks:
         for block in stack.blocks(model):
             if site == "module":
                 modules += [getattr(block, name, None) for name, _ in stack.modules.forecast]
@@ -73,7 +72,7 @@ def test_the_probe_wires_every_family_as_its_entry_does(family, monkeypatch):
     name, model, _ = family
     with hasten.accelerate(model, "taylorseer", interval=4):
         known = tiny.sample(name, model)
-    entry = hosts.find(model)
+    entry = models.find(model)
     monkeypatch.delitem(host_registry._HOSTS, name)
     with hasten.accelerate(model, "taylorseer", interval=4) as run:
         assert torch.equal(tiny.sample(name, model), known)

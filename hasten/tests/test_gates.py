@@ -3,16 +3,15 @@
 import math
 import warnings
 
+import hasten
 import pytest
 import torch
-from pipelines import draw
-
-import hasten
-from hasten.caching.calibration import Calibration, Fingerprint
 from hasten.caching.gates import ThresholdGate, relative_change
 from hasten.caching.methods.magcache import MagnitudeGate
 from hasten.caching.methods.teacache import AccumulatingGate
+from hasten.calibration import Calibration, Fingerprint
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError, UnknownNameError
+from pipelines import draw
 
 FINGERPRINT = Fingerprint("FluxTransformer2DModel", "", "", "", tuple(range(10)), ("cond",), None, "hidden")
 

@@ -1,14 +1,13 @@
 """Families of transformers, and the probe for those that have no entry."""
 
+import hasten
 import pytest
 import torch
+from hasten import models
+from hasten.errors import HostError
+from hasten.models import registry as host_registry
 from pipelines import draw
 from torch import nn
-
-import hasten
-from hasten import hosts
-from hasten.errors import HostError
-from hasten.hosts import registry as host_registry
 
 
 class Block(nn.Module):
@@ -93,7 +92,7 @@ def test_the_probe_finds_what_the_flux_entry_says(pipe, monkeypatch):
         found = engine.site._host
     assert [(s.name, s.returns, s.hidden, s.encoder) for s in found.stacks] == [
         (s.name, s.returns, s.hidden, s.encoder)
-        for s in hosts.registered().get("FluxTransformer2DModel", hosts.flux.FLUX).stacks
+        for s in models.registered().get("FluxTransformer2DModel", models.flux.FLUX).stacks
     ]
 
 
@@ -102,7 +101,7 @@ def test_a_transformer_without_stacks_is_refused_with_the_remedy():
         def forward(self, hidden_states, timestep):
             return hidden_states
 
-    with pytest.raises(HostError, match=r"hosts\.register\('Flat'"):
+    with pytest.raises(HostError, match=r"models\.register\('Flat'"):
         hasten.accelerate(Flat(), "hicache")
     with pytest.raises(HostError, match="timestep"):
         hasten.accelerate(nn.Linear(1, 1), "hicache")
@@ -139,7 +138,7 @@ def test_the_module_site_asks_for_an_entry():
 
 
 def test_a_registered_family_is_found_by_its_bases(monkeypatch):
-    spec = hosts.HostSpec(stacks=(hosts.StackSpec("blocks", returns=("hidden",), encoder=None),))
+    spec = models.HostSpec(stacks=(models.StackSpec("blocks", returns=("hidden",), encoder=None),))
     monkeypatch.setitem(host_registry._HOSTS, "Toy", spec)
-    assert hosts.find(PlainLoop()) is spec
-    assert "FluxTransformer2DModel" in hosts.registered()
+    assert models.find(PlainLoop()) is spec
+    assert "FluxTransformer2DModel" in models.registered()

@@ -12,12 +12,11 @@ import pytest
 import tiny
 import torch
 from diffusers import ChromaPipeline, Flux2Pipeline, FluxPipeline, LTXPipeline, QwenImagePipeline
-from torch import Tensor
-
-from hasten import hosts
+from hasten import models
 from hasten.caching.blocks import hidden_in, hidden_of
 from hasten.errors import HostError, UnknownNameError
-from hasten.hosts import HostSpec, StackSpec, TokenLayout, layout_of
+from hasten.models import HostSpec, StackSpec, TokenLayout, layout_of
+from torch import Tensor
 
 Pack = Callable[[Tensor], dict[str, Any]]
 
@@ -113,7 +112,7 @@ def arguments(name: str, case: Case, latent: Tensor) -> dict[str, Any]:
 @torch.no_grad()
 def at_blocks(model: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """What the last stack is given, and what the hidden site records: `[N, D]` of the first picture."""
-    stack = hosts.find(model).used(model)[-1]
+    stack = models.find(model).used(model)[-1]
     seen: dict[str, Tensor] = {}
     blocks = stack.blocks(model)
     handles = [
@@ -130,13 +129,13 @@ def at_blocks(model: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def test_every_known_family_says_where_its_tokens_lie():
     assert set(CASES) == set(tiny.TINY)
-    assert all(host.layout is not None for host in hosts.registered().values())
+    assert all(host.layout is not None for host in models.registered().values())
 
 
 def test_the_grid_is_what_was_given_and_lies_inside_what_is_recorded(family):
     name, model, case = family
     given = arguments(name, case, randn(*case.latent))
-    layout = layout_of(model, hosts.find(model), given)
+    layout = layout_of(model, models.find(model), given)
     assert layout == TokenLayout(case.grid, case.offset)
     _, recorded = at_blocks(model, given)
     assert layout.offset + math.prod(layout.grid) <= len(recorded)
@@ -149,7 +148,7 @@ def test_a_pixel_changes_its_own_token_most(family):
     name, model, case = family
     latent = randn(*case.latent)
     given = arguments(name, case, latent)
-    layout = layout_of(model, hosts.find(model), given)
+    layout = layout_of(model, models.find(model), given)
     changed = latent.clone()
     changed[case.pixel] += 3
     change = at_blocks(model, arguments(name, case, changed))[0] - at_blocks(model, given)[0]
@@ -160,7 +159,7 @@ def test_a_pixel_changes_its_own_token_most(family):
 def test_a_patch_of_several_frames_is_one_token():
     model = tiny.build("CogVideoXTransformer3DModel")
     model.register_to_config(patch_size_t=2)
-    layout = layout_of(model, hosts.find(model), {"hidden_states": randn(1, 4, 4, 6, 10)})
+    layout = layout_of(model, models.find(model), {"hidden_states": randn(1, 4, 4, 6, 10)})
     assert layout == TokenLayout((2, 3, 5))
 
 
@@ -177,7 +176,7 @@ def grid_ids(number: int, height: int, width: int, axes: int = 3) -> Tensor:
 
 def flux_layout(ids: Tensor, name: str = "FluxTransformer2DModel") -> TokenLayout:
     model = tiny.build(name)
-    return layout_of(model, hosts.find(model), {"img_ids": ids, "encoder_hidden_states": randn(1, tiny.TEXT, 32)})
+    return layout_of(model, models.find(model), {"img_ids": ids, "encoder_hidden_states": randn(1, tiny.TEXT, 32)})
 
 
 def test_reference_pictures_of_flux_lie_outside():
@@ -197,7 +196,7 @@ def test_without_single_blocks_no_text_comes_first():
     model = tiny.build(name)
     model.single_transformer_blocks = torch.nn.ModuleList()
     layout = layout_of(
-        model, hosts.find(model), {"img_ids": grid_ids(0, 3, 5, 4), "encoder_hidden_states": randn(1, 7, 32)}
+        model, models.find(model), {"img_ids": grid_ids(0, 3, 5, 4), "encoder_hidden_states": randn(1, 7, 32)}
     )
     assert layout == TokenLayout((3, 5))
 
@@ -217,7 +216,7 @@ def test_positions_in_bfloat16_are_read_right(shape):
 )
 def test_reference_pictures_of_qwen_image_lie_outside(shapes):
     model = tiny.build("QwenImageTransformer2DModel")
-    assert layout_of(model, hosts.find(model), {"img_shapes": shapes}) == TokenLayout((3, 5))
+    assert layout_of(model, models.find(model), {"img_shapes": shapes}) == TokenLayout((3, 5))
 
 
 def clip_coordinates(frames: int, height: int, width: int, first: int) -> Tensor:
@@ -232,7 +231,7 @@ def test_conditioning_frames_of_ltx_lie_outside(conditions):
     coordinates = [clip_coordinates(frames, 3, 5, first) for frames, first in conditions]
     coordinates.append(clip_coordinates(4, 3, 5, 0))
     model = tiny.build("LTXVideoTransformer3DModel")
-    layout = layout_of(model, hosts.find(model), {"video_coords": torch.cat(coordinates, dim=2)})
+    layout = layout_of(model, models.find(model), {"video_coords": torch.cat(coordinates, dim=2)})
     assert layout == TokenLayout((4, 3, 5), 15 * sum(frames for frames, _ in conditions))
 
 
@@ -242,7 +241,7 @@ def test_conditioning_frames_of_ltx_lie_outside(conditions):
 def test_an_unknown_layout_is_refused_with_the_remedy():
     model = tiny.build("FluxTransformer2DModel")
     for host in (None, HostSpec(stacks=())):
-        with pytest.raises(HostError, match=r"hosts\.register\('FluxTransformer2DModel', HostSpec\(\.\.\., layout="):
+        with pytest.raises(HostError, match=r"models\.register\('FluxTransformer2DModel', HostSpec\(\.\.\., layout="):
             layout_of(model, host, {})
 
 
@@ -264,7 +263,7 @@ def test_a_layout_of_another_name_is_refused():
 def test_a_missing_argument_is_named(name, missing):
     model = tiny.build(name)
     with pytest.raises(HostError, match=f"without '{missing}'"):
-        layout_of(model, hosts.find(model), {missing: None})
+        layout_of(model, models.find(model), {missing: None})
 
 
 @pytest.mark.parametrize(
@@ -285,11 +284,11 @@ def test_positions_that_are_no_grid_are_refused(ids):
 
 def test_pictures_of_several_sizes_in_a_batch_are_refused():
     model = tiny.build("ZImageTransformer2DModel")
-    host = hosts.find(model)
+    host = models.find(model)
     with pytest.raises(HostError, match="one size"):
         layout_of(model, host, {"x": [randn(4, 1, 6, 10), randn(4, 1, 10, 6)]})
     with pytest.raises(HostError, match="several latents"):
         layout_of(model, host, {"x": [[randn(4, 1, 6, 10), randn(4, 1, 6, 10)]]})
     model = tiny.build("QwenImageTransformer2DModel")
     with pytest.raises(HostError, match="one size"):
-        layout_of(model, hosts.find(model), {"img_shapes": [[(1, 3, 5)], [(1, 5, 3)]]})
+        layout_of(model, models.find(model), {"img_shapes": [[(1, 3, 5)], [(1, 5, 3)]]})

@@ -6,16 +6,16 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from pipelines import draw, make_pipe
-
-from hasten.caching.calibration import Calibration
+from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
-from hasten.replay import Replay
-from hasten.solvers import LeapScheduler, fit_leap
-from hasten.solvers.fit import NormalEquations, advance
-from hasten.solvers.fitter import Fitter
-from hasten.solvers.references import record_references
-from hasten.solvers.refine import refine
+from hasten.fitting.leap_fitter import Fitter
+from hasten.fitting.references import record_references
+from hasten.fitting.refine import refine
+from hasten.pipeline.replay import Replay
+from hasten.fitting.leap import fit_leap
+from hasten.solvers import LeapScheduler
+from hasten.solvers.multistep import NormalEquations, advance
+from pipelines import draw, make_pipe
 
 STEPS = 20
 
@@ -200,7 +200,7 @@ def final_error(own, leap):
 
 def test_the_columns_of_the_refinement_are_derivatives():
     """On a linear field the final state is a polynomial in the parameters; differences of another size agree."""
-    from hasten.solvers.refine import _Columns
+    from hasten.fitting.refine import _Columns
 
     own = fitter(Toy(lambda x, t: 0.5 * x + t / 1000), [toy_call()], ridge=1e-9)
     with own.probing():

@@ -4,13 +4,12 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from hasten.caching import Uniform, full_steps
 from hasten.caching.methods.foca import FoCa, FoCaPredictor
 from hasten.caching.multistep import SOLVERS, Multistep
 from hasten.errors import UnknownNameError
+from hypothesis import given
+from hypothesis import strategies as st
 
 UNIT = {
     "newton": (3, -3, 1),

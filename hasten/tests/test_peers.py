@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 
+import hasten
 import pytest
 import torch
-from pipelines import draw
-
-import hasten
 from hasten.bench import runner
 from hasten.bench.arms import Accelerated, method_arms
 from hasten.bench.budget import Trial, Trials, match_full_steps
@@ -17,9 +15,10 @@ from hasten.bench.peers import PEERS, OnACopy, Peer, _hook, chosen_peers, peer_a
 from hasten.bench.report import render_report
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sampling import counted_layer, plain, shoot
-from hasten.cli_common import show_result
+from hasten.bench.subject import Subject
+from hasten.cli.common import show_result
 from hasten.errors import ConfigError, HostError, ModelError, UnknownNameError
-from hasten.zoo import ReferenceModel
+from pipelines import draw
 
 STEPS = 12
 CALL = {"height": 32, "width": 32, "max_sequence_length": 8}
@@ -28,7 +27,7 @@ PROMPTS = ["red apple", "blue fish"]
 
 @pytest.fixture
 def model(pipe):
-    return ReferenceModel("tiny", pipe, PROMPTS, CALL)
+    return Subject("tiny", pipe, PROMPTS, CALL)
 
 
 @pytest.fixture
@@ -124,7 +123,7 @@ def test_a_threshold_needs_trials_and_reach(trials):
 
 def test_two_passes_count_as_one_step(pipe):
     call = {"true_cfg_scale": 2.0, "negative_prompt": ""}
-    trials = Trials(ReferenceModel("tiny", pipe, PROMPTS, CALL), PROMPTS[:1], 0, STEPS, call)
+    trials = Trials(Subject("tiny", pipe, PROMPTS, CALL), PROMPTS[:1], 0, STEPS, call)
     assert trials.passes == 2
     peers = tuple(peer for peer in PEERS if peer.name in ("hermite", "dbcache", "first-block"))
     for peer in peers:

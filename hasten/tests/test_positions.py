@@ -8,10 +8,9 @@ import pytest
 import tiny
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedLayer3DRope, QwenEmbedRope
-from torch import Tensor
-
 from hasten.errors import ConfigError, HostError, UnknownNameError
 from hasten.resolution.positions import Picture, flux_ids, qwen_positions, rotary, standing_in, token_positions
+from torch import Tensor
 
 AXES = [16, 56, 56]
 QWEN = "QwenImageTransformer2DModel"

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from PIL import Image
-
 from hasten.bench.report import render_report
 from hasten.errors import ReportError
+from PIL import Image
 
 
 def row(method, full_steps, psnr, library="hasten", **more):

@@ -8,13 +8,11 @@ from random import Random
 import pytest
 import torch
 from diffusers import AutoencoderTiny, FluxPipeline
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
-
 from hasten.errors import ConfigError
-from hasten.resolution.canvas import LATENTS, Canvas
-from hasten.resolution.jumps import (
+from hasten.resolution.ladders import Stages, descend, fit_stages, mismatch, switch_level
+from hasten.resolution.methods.fresco import Fresco
+from hasten.resolution.methods.ralu import PRESETS
+from hasten.resolution.noise import (
     Rewind,
     anchor_noise,
     dct_enlarge,
@@ -24,14 +22,15 @@ from hasten.resolution.jumps import (
     swap,
     up,
 )
-from hasten.resolution.ladders import Stages, descend, fit_stages, mismatch, switch_level
-from hasten.resolution.methods.fresco import Fresco
-from hasten.resolution.methods.ralu import PRESETS
+from hasten.resolution.pixel_layout import LATENTS, Canvas
 from hasten.resolution.positions import TokenSet, flux_ids, pack, unpack
 from hasten.resolution.regions import Stage
 from hasten.resolution.scores import channel_variance, first, temporal_variance
 from hasten.resolution.seams import MixedState
-from hasten.zoo.emoji_flux.model import PixelVAE
+from hasten_zoo.emoji_flux.model import PixelVAE
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
 HADAMARD = 0.5 * torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
 

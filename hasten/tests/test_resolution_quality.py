@@ -5,21 +5,20 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import cache
 
-import torch
-from torch import Tensor
-
 import hasten
-from hasten import zoo
+import torch
+from hasten.bench import subject
 from hasten.bench.metrics import psnr
 from hasten.resolution.seams import seam_steps
-from hasten.zoo.emoji_flux.data import load_emoji_set
+from hasten_zoo.emoji_flux.data import load_emoji_set
+from torch import Tensor
 
 PROMPTS = 3
 
 
 @cache
-def model() -> zoo.ReferenceModel:
-    loaded = zoo.load("emoji-flux")
+def model() -> subject.Subject:
+    loaded = subject.load("emoji-flux")
     loaded.pipe.set_progress_bar_config(disable=True)
     return loaded
 
@@ -96,7 +95,7 @@ def test_no_seam_is_left_where_tokens_were_promoted_at_different_times() -> None
 
 def test_an_edit_leaves_nearly_all_of_the_rest_exactly_as_it_was() -> None:
     """The VAE of the editing model loses nothing: what differs lies in fine tokens of the selection and their blend."""
-    editor = zoo.load("emoji-kontext")
+    editor = subject.load("emoji-kontext")
     editor.pipe.set_progress_bar_config(disable=True)
     for seed, edit in enumerate(editor.edits[2:4]):
         call = editor.call | {"num_inference_steps": 10, "output_type": "pt", "image": edit.source[None]}

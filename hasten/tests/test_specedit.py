@@ -9,14 +9,11 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import hasten
 import pytest
 import tiny
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from test_variants import VARIANTS, autoencoder, flux, image_vae, picture, qwen_vae, randn
-from torch import Tensor
-
-import hasten
 from hasten.errors import (
     AlreadyAcceleratedError,
     ConfigError,
@@ -27,7 +24,6 @@ from hasten.errors import (
     TargetError,
     UnknownNameError,
 )
-from hasten.resolution.canvas import LATENTS, Canvas
 from hasten.resolution.discrepancy import (
     above_floor,
     cosine_distance,
@@ -38,6 +34,7 @@ from hasten.resolution.discrepancy import (
     resized,
 )
 from hasten.resolution.methods.specedit import SpecEdit
+from hasten.resolution.pixel_layout import LATENTS, Canvas
 from hasten.resolution.positions import TokenSet, pack, unpack
 from hasten.resolution.seams import (
     MixedState,
@@ -48,7 +45,9 @@ from hasten.resolution.seams import (
     seam_steps,
 )
 from hasten.resolution.select import above, coverage, dilate, select, told_apart, top, two_means
-from hasten.zoo.emoji_flux.model import PixelVAE
+from hasten_zoo.emoji_flux.model import PixelVAE
+from test_variants import VARIANTS, autoencoder, flux, image_vae, picture, qwen_vae, randn
+from torch import Tensor
 
 # --- distances
 

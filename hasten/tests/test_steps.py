@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from hasten.steps import StepTracker
+from hasten.pipeline.steps import StepTracker
 
 SHAPE = (1, 64, 48)
 

@@ -10,17 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
-
+from hasten.bench.token_plots import plot_curves, plot_pictures, plot_sizes, plot_swatches, plot_tree
+from hasten.cli.tokens import app, load_decoder, read_codebook
 from hasten.errors import ConfigError, HastenError, ModelError
+from hasten.fitting.refiner import train_refiner
+from hasten.fitting.token_model import Recipe, Trainer
 from hasten.tokens import SemanticTree, TokenMap, flat_map
-from hasten.tokens.cli_tokens import app, load_decoder, read_codebook
-from hasten.tokens.plots import plot_curves, plot_pictures, plot_sizes, plot_swatches, plot_tree
 from hasten.tokens.refiner import Refiner, RefinerConfig
-from hasten.tokens.refiner_train import train_refiner
 from hasten.tokens.sample import Sampling, filtered, sample_clusters, scaled_top_k
 from hasten.tokens.shards import TokenShards, write_shards
-from hasten.tokens.train import Recipe, Trainer
+from typer.testing import CliRunner
 
 CODES = np.random.default_rng(0).standard_normal((24, 4))
 TREE = SemanticTree.fit(CODES)
@@ -228,7 +227,7 @@ WORKER = """
 import sys, torch
 from hasten.tokens import flat_map
 from hasten.tokens.shards import TokenShards
-from hasten.tokens.train import Recipe, Trainer
+from hasten.fitting.token_model import Recipe, Trainer
 from pathlib import Path
 recipe = Recipe(steps=6, batch=8, lr=5e-3, warmup=2, width=16, layers=1, heads=2)
 trainer = Trainer(TokenShards.open(sys.argv[1]), flat_map(24), recipe, cpu=True)

@@ -2,15 +2,14 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import cdist, pdist
-
 from hasten.errors import ConfigError, ModelError
 from hasten.tokens import SemanticTree, TokenMap, kmeans_map, random_map
 from hasten.tokens.approximate import approximate_linkage
 from hasten.tokens.comparators import adjusted_rand, mean_within_distance
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import cdist, pdist
 
 
 def codes(n=60, d=4, seed=0):

@@ -15,25 +15,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import hasten
 import pytest
 import tiny
 import torch
 from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from hasten import LeapScheduler, fit_leap, models
+from hasten.caching import Uniform, full_steps
+from hasten.caching.blocks import hidden_in
+from hasten.errors import HastenWarning
+from hasten.models import TokenLayout
+from hasten.models import registry as host_registry
 from PIL import Image
 from test_engine import leftovers
 from test_families import count_work
 from torch import Tensor, nn
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
-
-import hasten
-from hasten import LeapScheduler, fit_leap, hosts
-from hasten.caching import Uniform, full_steps
-from hasten.caching.blocks import hidden_in
-from hasten.errors import HastenWarning
-from hasten.hosts import TokenLayout
-from hasten.hosts import registry as host_registry
 
 SLOW = pytest.mark.slow
 SITES = ["hidden", pytest.param("output", marks=SLOW), pytest.param("module", marks=SLOW)]
@@ -553,12 +552,12 @@ def built(request: Any) -> Iterator[Built]:
 
 def test_the_layout_is_the_grid_of_what_is_made(built):
     for name, model in built.transformers().items():
-        assert hosts.layout_of(model, hosts.find(model), built.arguments[name]) == built.variant.layout
+        assert models.layout_of(model, models.find(model), built.arguments[name]) == built.variant.layout
 
 
 def test_the_recorded_tokens_hold_the_grid(built):
     for name, model in built.transformers().items():
-        stack = hosts.find(model).used(model)[-1]
+        stack = models.find(model).used(model)[-1]
         sizes = []
         handle = stack.blocks(model)[-1].register_forward_hook(
             lambda _, args, output, stack=stack, sizes=sizes: sizes.append(hidden_in(stack, output).shape[1])

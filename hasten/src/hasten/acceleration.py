@@ -12,14 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from hasten import registry
+from hasten.caching import methods as _caching_methods  # noqa: F401
 from hasten.caching.engine import WHOLE, CachingEngine
 from hasten.caching.method import CachingMethod
 from hasten.errors import ConfigError, HastenWarning, TargetError, unknown
+from hasten.pipeline.steps import StepRecord, StepTracker
+from hasten.registry import methods
+from hasten.resolution import methods as _resolution_methods  # noqa: F401  (these register the methods by name)
 from hasten.resolution.method import ResolutionEngine, ResolutionMethod
-from hasten.steps import StepRecord, StepTracker
-from hasten.streaming.kv_policy import StreamingMethod
+from hasten.streaming import methods as _streaming_methods  # noqa: F401
+from hasten.streaming.policy import StreamingMethod
 
-__all__ = ["Acceleration", "Summary", "accelerate"]
+__all__ = ["Acceleration", "Summary", "accelerate", "methods"]
 
 TRANSFORMERS = ("transformer", "transformer_2")
 
@@ -225,7 +229,7 @@ def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | ResolutionMe
     if isinstance(chosen, StreamingMethod):
         raise ConfigError(
             f"{type(chosen).__name__} chooses the history of a streaming model; put it on one with "
-            "hasten.streaming.hosts.attach_anyflow or attach_causal_wan, or call hasten.KVStream in your own loop"
+            "hasten.streaming.adapters.attach_anyflow or attach_causal_wan, or call hasten.KVStream in your own loop"
         )
     if not isinstance(chosen, (CachingMethod, ResolutionMethod)):
         raise ConfigError(f"a method is a name or a method object such as hasten.HiCache(), got {chosen!r}")

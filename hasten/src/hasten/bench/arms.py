@@ -18,7 +18,7 @@ from hasten.acceleration import Acceleration, accelerate
 from hasten.bench.budget import Trials, match_full_steps
 from hasten.bench.sampling import Attach, plain
 from hasten.caching import CachingMethod, full_steps
-from hasten.caching.calibration import Calibration
+from hasten.calibration import Calibration
 from hasten.errors import ConfigError, unknown
 from hasten.solvers.scheduler import LEAP, LeapScheduler
 
@@ -203,7 +203,7 @@ def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials 
 def _solver_arm(label: str, wanted: int, trials: Trials | None) -> Arm:
     """LEAP with as many evaluations; an arm with an error where it was not fitted for them."""
     _, params = parse_options(label)
-    shipped = trials.model.learned.get(LEAP) if trials is not None else None
+    shipped = trials.model.fitted.get(LEAP) if trials is not None else None
     calibration = Calibration.of(LEAP, params.get("calibration", shipped))
     arm = Arm(f"{label}-{wanted}", label, "hasten", {"calibration": "given"}, wanted, wanted, Solved(calibration))
     fitted = sorted(int(count) for count in calibration.report)

@@ -17,8 +17,8 @@ from typing import Any
 
 from hasten.bench.metrics import PSNR_CEILING, over_frames, psnr
 from hasten.bench.sampling import Attach, Shot, plain, shoot
+from hasten.bench.subject import Subject
 from hasten.errors import ConfigError, HastenWarning
-from hasten.zoo import ReferenceModel
 
 __all__ = ["Match", "Trial", "Trials", "match_full_steps"]
 
@@ -52,7 +52,7 @@ class Trials:
         progress: called with a line on what is being tried.
     """
 
-    model: ReferenceModel
+    model: Subject
     prompts: list[str]
     seed: int
     steps: int

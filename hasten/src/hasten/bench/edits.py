@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from hasten.bench.metrics import PSNR_CEILING, psnr
+from hasten.bench.subject import Edit, Subject
 from hasten.errors import ConfigError
-from hasten.zoo import Edit, ReferenceModel
 
 __all__ = ["at_size", "edit_figures", "edit_of", "source_arguments", "vae_unedited", "with_image"]
 
 
-def with_image(model: ReferenceModel, file: Path | None) -> ReferenceModel:
+def with_image(model: Subject, file: Path | None) -> Subject:
     """The model with a picture of the user's own as the source of every edit; the model as it is without one.
 
     Raises:
@@ -43,7 +43,7 @@ def with_image(model: ReferenceModel, file: Path | None) -> ReferenceModel:
     return replace(model, call=model.call | {"image": source}, edits=[], grade=None)
 
 
-def edit_of(model: ReferenceModel, prompt: str) -> Edit | None:
+def edit_of(model: Subject, prompt: str) -> Edit | None:
     """The edit that a prompt asks for; None if the model has none, which is then told what to edit in its call.
 
     Raises:
@@ -70,7 +70,7 @@ def at_size(edit: Edit, height: int, width: int) -> Edit:
     return replace(edit, source=source, target=target, mask=mask)
 
 
-def source_arguments(model: ReferenceModel, prompts: Sequence[str], arguments: dict[str, Any]) -> dict[str, Any]:
+def source_arguments(model: Subject, prompts: Sequence[str], arguments: dict[str, Any]) -> dict[str, Any]:
     """What the pipeline is told beside the prompts: the sources `[B, 3, H, W]` in [0, 1]; nothing without edits.
 
     Args:
@@ -85,7 +85,7 @@ def source_arguments(model: ReferenceModel, prompts: Sequence[str], arguments: d
     return {"image": torch.stack([at_size(edit, height, width).source for edit in edits])}
 
 
-def edit_figures(model: ReferenceModel, prompt: str, picture: Tensor) -> dict[str, float | None]:
+def edit_figures(model: Subject, prompt: str, picture: Tensor) -> dict[str, float | None]:
     """How well an edit was done: PSNR in dB of a picture `[3, H, W]` in [0, 1]; nothing if the model has no edits.
 
     Returns:
@@ -108,7 +108,7 @@ def _unedited(edit: Edit, picture: Tensor) -> float | None:
 
 
 @torch.no_grad()
-def vae_unedited(model: ReferenceModel, prompts: Sequence[str], size: tuple[int, int]) -> list[float | None]:
+def vae_unedited(model: Subject, prompts: Sequence[str], size: tuple[int, int]) -> list[float | None]:
     """`psnr_unedited` of the sources after the way through the VAE and back: what no edit can do better than.
 
     A lossless VAE has 100 dB.

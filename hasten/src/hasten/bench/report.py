@@ -14,7 +14,7 @@ from hasten.bench.pages import SERIES, STYLE, byte_size, data_uri, line, panels_
 from hasten.bench.schema import Result, Row, StreamResult, read_result, short_label
 from hasten.bench.stream_report import streams_page
 from hasten.errors import ReportError
-from hasten.files import write_whole
+from hasten.io import write_whole
 
 __all__ = ["render_report"]
 

@@ -17,7 +17,7 @@ from hasten.bench.arms import Arm
 from hasten.bench.edits import edit_figures
 from hasten.bench.sampling import Shot
 from hasten.bench.sheet import film_strip, to_pil
-from hasten.zoo import ReferenceModel
+from hasten.bench.subject import Subject
 
 __all__ = [
     "Figures",
@@ -69,7 +69,7 @@ def _lpips() -> metrics.Lpips | None:
 
 
 def figures_of(
-    model: ReferenceModel,
+    model: Subject,
     shot: Shot,
     reference: Shot,
     prompt: str,
@@ -117,7 +117,7 @@ def figures_of(
     )
 
 
-def _extra(model: ReferenceModel, shot: Shot, reference: Shot, prompt: str) -> dict[str, Any]:
+def _extra(model: Subject, shot: Shot, reference: Shot, prompt: str) -> dict[str, Any]:
     """Figures of a clip, an edit, or a run in planned stages."""
     figures: dict[str, Any] = {}
     if shot.picture.ndim == 4 and len(shot.picture) > 1:

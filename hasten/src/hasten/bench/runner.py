@@ -22,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 import hasten
-from hasten import zoo
+from hasten.bench import subject
 from hasten.bench.arms import Arm, merged, method_arms, plain_arms
 from hasten.bench.budget import Trials
 from hasten.bench.edits import vae_unedited, with_image
@@ -43,9 +43,9 @@ from hasten.bench.rows import (
 from hasten.bench.sampling import Shot, count_flops, shoot
 from hasten.bench.schema import SCHEMA
 from hasten.bench.staged import is_staged, parse_combination, staged_arms
+from hasten.bench.subject import Subject
 from hasten.errors import ConfigError, HastenError, ModelError, unknown
-from hasten.files import write_whole
-from hasten.zoo import ReferenceModel
+from hasten.io import write_whole
 
 __all__ = ["BenchSettings", "environment", "open_model", "processes", "run_bench"]
 
@@ -93,15 +93,15 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())  # it has to be told, to find processes without one
 
 
-def open_model(name: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> ReferenceModel:
+def open_model(name: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> Subject:
     """A reference model by name, or any diffusers pipeline by folder or hub id.
 
     Raises:
         UnknownNameError: if the name is neither a reference model, nor a folder, nor of the form `owner/model`.
         ModelError: if the pipeline cannot be loaded.
     """
-    if name in zoo.names():
-        model = zoo.load(name)
+    if name in subject.names():
+        model = subject.load(name)
     elif Path(name).is_dir() or "/" in name:
         try:
             pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=dtype or torch.bfloat16)
@@ -113,9 +113,9 @@ def open_model(name: str, *, dtype: torch.dtype | None = None, device: str | Non
             "a cat reading a newspaper",
             "a bowl of ramen",
         ]
-        model = ReferenceModel(name=name, pipe=pipe, prompts=prompts)
+        model = Subject(name=name, pipe=pipe, prompts=prompts)
     else:
-        raise unknown("model", name, zoo.names())
+        raise unknown("model", name, subject.names())
     model.pipe.set_progress_bar_config(disable=True)
     if device is not None:
         model.pipe.to(device)
@@ -153,14 +153,14 @@ class _Measured:
     failures: dict[str, str]
 
 
-def _prompts(model: ReferenceModel, settings: BenchSettings) -> list[str]:
+def _prompts(model: Subject, settings: BenchSettings) -> list[str]:
     available = list(settings.prompt_list) or model.prompts
     if settings.prompts > len(available):
         raise ConfigError(f"--prompts {settings.prompts} asks for more than the {len(available)} prompts there are")
     return available[: settings.prompts]
 
 
-def _arms(model: ReferenceModel, settings: BenchSettings, prompts: list[str], say: Callable[[str], None]) -> list[Arm]:
+def _arms(model: Subject, settings: BenchSettings, prompts: list[str], say: Callable[[str], None]) -> list[Arm]:
     """The baseline, then all others; those with a threshold are matched to their number of full steps here."""
     trials = Trials(model, prompts[:TRIAL_PROMPTS], settings.seed, settings.steps, settings.call, say)
     staged = [text for text in settings.methods if is_staged(text)]
@@ -176,7 +176,7 @@ def _arms(model: ReferenceModel, settings: BenchSettings, prompts: list[str], sa
 
 
 def _measure(
-    model: ReferenceModel,
+    model: Subject,
     settings: BenchSettings,
     arms: list[Arm],
     mine: list[tuple[int, str]],
@@ -230,7 +230,7 @@ def _measure(
 
 
 def _flops(
-    model: ReferenceModel, settings: BenchSettings, arm: Arm, prompt: str, seed: int, first: int, number: int
+    model: Subject, settings: BenchSettings, arm: Arm, prompt: str, seed: int, first: int, number: int
 ) -> int | None:
     """Counted operations where they depend on the picture, in a call apart, since counting takes time."""
     if not arm.staged:
@@ -252,7 +252,7 @@ def _gather(own: _Measured) -> _Measured:
 
 
 def run_bench(
-    model: ReferenceModel, settings: BenchSettings, out: Path, progress: Progress | None = None
+    model: Subject, settings: BenchSettings, out: Path, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Measure and write `out` (JSON) and a folder of pictures beside it; returns the JSON's content.
 
@@ -284,7 +284,7 @@ def run_bench(
 
 
 def _result(
-    model: ReferenceModel,
+    model: Subject,
     settings: BenchSettings,
     arms: list[Arm],
     measured: _Measured,

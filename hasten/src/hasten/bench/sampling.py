@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hasten import hosts
+from hasten import models
 from hasten.acceleration import TRANSFORMERS, Acceleration
 from hasten.bench.edits import source_arguments
-from hasten.hosts.probe import require_stacks
-from hasten.zoo import ReferenceModel
+from hasten.bench.subject import Subject
+from hasten.models.probe import require_stacks
 
 __all__ = ["Attach", "Shot", "call_arguments", "count_flops", "counted_layer", "plain", "shoot"]
 
@@ -60,7 +60,7 @@ def counted_layer(model: nn.Module) -> str:
     Methods may run the first block at every step (to decide) or the last one (to verify), never the one before it. In
     the block it is a layer of the attention, because some libraries cache nothing else.
     """
-    host = hosts.find(model)
+    host = models.find(model)
     stacks = [stack.name for stack in host.used(model)] if host is not None else require_stacks(model)
     blocks = [f"{name}.{child}" for name in stacks for child, _ in model.get_submodule(name).named_children()]
     block = blocks[-2] if len(blocks) > 2 else blocks[-1]
@@ -93,7 +93,7 @@ def _sync() -> None:
         torch.cuda.synchronize()
 
 
-def call_arguments(model: ReferenceModel, prompts: Sequence[str], call: dict[str, Any]) -> dict[str, Any]:
+def call_arguments(model: Subject, prompts: Sequence[str], call: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call for some prompts, apart from the prompts themselves.
 
     Args:
@@ -123,7 +123,7 @@ def _plan(acceleration: Acceleration | None) -> str:
     return str(plans[-1]) if plans else ""
 
 
-def shoot(model: ReferenceModel, attach: Attach, steps: int, prompt: str, seed: int, call: dict[str, Any]) -> Shot:
+def shoot(model: Subject, attach: Attach, steps: int, prompt: str, seed: int, call: dict[str, Any]) -> Shot:
     """Draw one prompt: a picture, an edited picture, or a clip.
 
     Args:
@@ -162,7 +162,7 @@ def shoot(model: ReferenceModel, attach: Attach, steps: int, prompt: str, seed: 
 
 
 def count_flops(
-    model: ReferenceModel, attach: Attach, steps: int, prompt: str, seed: int, call: dict[str, Any]
+    model: Subject, attach: Attach, steps: int, prompt: str, seed: int, call: dict[str, Any]
 ) -> tuple[int, Shot]:
     """Operations (matrix products, attention) of one whole call, and its result; also serves as a warm-up."""
     with FlopCounterMode(display=False) as counter:

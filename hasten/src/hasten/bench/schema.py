@@ -106,7 +106,7 @@ class Result(BaseModel):
 
 
 class StreamRow(BaseModel):
-    """One method on a streaming model; the fields are those of `hasten.streaming.measure.StreamRow`."""
+    """One method on a streaming model; the fields are those of `hasten.bench.rollout.StreamRow`."""
 
     method: str
     seconds_per_frame: float

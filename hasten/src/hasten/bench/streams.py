@@ -15,15 +15,15 @@ from typing import Any
 
 from torch import Tensor
 
-from hasten import zoo
+from hasten.bench import subject
 from hasten.bench.arms import build_method, parse_options, reported
+from hasten.bench.rollout import Rolled, StreamRow, measure
 from hasten.bench.runner import environment
 from hasten.bench.schema import SCHEMA, short_label
+from hasten.bench.video import best_suffix, side_by_side, write_video
 from hasten.errors import ConfigError
-from hasten.files import write_whole
-from hasten.streaming.kv_policy import StreamingMethod
-from hasten.streaming.measure import Rolled, StreamRow, measure
-from hasten.streaming.video import best_suffix, side_by_side, write_video
+from hasten.io import write_whole
+from hasten.streaming.policy import StreamingMethod
 
 __all__ = ["DEFAULT_METHODS", "StreamSettings", "parse_streaming", "run_streams"]
 
@@ -76,7 +76,7 @@ def parse_streaming(text: str) -> StreamingMethod:
 
 
 def run_streams(
-    model: zoo.StreamingModel,
+    model: subject.StreamingSubject,
     methods: Mapping[str, StreamingMethod],
     settings: StreamSettings,
     out: Path,
@@ -86,7 +86,7 @@ def run_streams(
     """Measure and write `out` (JSON) and a folder of videos beside it; returns the JSON's content.
 
     Args:
-        model: from `zoo.load_streaming`.
+        model: from `subject.load_streaming`.
         methods: by the names that tables give them; the full history is measured in any case.
         settings: what to roll out.
         out: path of the JSON file; videos go to `<stem>.videos/`.
@@ -107,7 +107,7 @@ def run_streams(
             write_video(rolled.video[0], folder / f"{_file_name(name)}{suffix}", enlarge=ENLARGE)
 
     seeds = range(settings.seed, settings.seed + settings.worlds)
-    rows = measure(model.roller(settings.frames, settings.steps), methods, seeds, watch)
+    rows = measure(model.rollout(settings.frames, settings.steps), methods, seeds, watch)
     named = {short_label(name): video for name, video in videos.items()}
     write_video(side_by_side(named, ENLARGE), together or folder / f"all{suffix}")
     result = {

@@ -23,17 +23,18 @@ from hasten.bench.report import render_report
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sampling import call_arguments, plain, shoot
 from hasten.bench.staged import is_staged
-from hasten.caching.calibration import Calibration, Fingerprint
+from hasten.bench.subject import Subject
 from hasten.caching.method import TUNED
 from hasten.caching.methods.leapcache import LeapCache
+from hasten.calibration import Calibration, Fingerprint
 from hasten.errors import ConfigError
-from hasten.files import write_whole
-from hasten.recording import fit, record
-from hasten.replay import Replay
-from hasten.solvers import fit_leap, fit_leapcache
+from hasten.fitting.calibrate import fit, record
+from hasten.fitting.schedules import tune_steps
+from hasten.io import write_whole
+from hasten.pipeline.replay import Replay
+from hasten.fitting.leap import fit_leap
+from hasten.fitting.leapcache import fit_leapcache
 from hasten.solvers.scheduler import LEAP
-from hasten.tuning import tune_steps
-from hasten.zoo import ReferenceModel
 
 __all__ = ["TuneSettings", "run_tune", "tuning_calls"]
 
@@ -91,7 +92,7 @@ class TuneSettings:
 
 
 def tuning_calls(
-    model: ReferenceModel, prompts: Sequence[str], seed: int, steps: int, call: dict[str, Any], batch: int
+    model: Subject, prompts: Sequence[str], seed: int, steps: int, call: dict[str, Any], batch: int
 ) -> list[dict[str, Any]]:
     """One call for each batch of prompts, each with generators of its own."""
     calls = []
@@ -107,7 +108,7 @@ def tuning_calls(
 
 
 def run_tune(
-    model: ReferenceModel, settings: TuneSettings, folder: Path, progress: Progress | None = None
+    model: Subject, settings: TuneSettings, folder: Path, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Learn, compare, write; returns the content of `tune.json`: a bench result with `"tune"` beside it.
 
@@ -126,7 +127,7 @@ def run_tune(
 class _Tuning:
     """One run of `hasten tune`."""
 
-    def __init__(self, model: ReferenceModel, settings: TuneSettings, folder: Path, progress: Progress) -> None:
+    def __init__(self, model: Subject, settings: TuneSettings, folder: Path, progress: Progress) -> None:
         self._model, self._settings, self._folder, self._progress = model, settings, folder, progress
         wanted = settings.prompts + settings.held_out
         known = list(settings.prompt_list) or model.prompts

@@ -1,6 +1,6 @@
 """Compute few denoising steps and forecast the features of the others: schedule x site x predictor x projector."""
 
-from hasten.caching.calibration import Calibration, Fit, Trace
+from hasten.caching.components import Parts, Place
 from hasten.caching.gates import Gate
 from hasten.caching.method import CachingMethod
 from hasten.caching.methods import (
@@ -22,10 +22,10 @@ from hasten.caching.methods import (
     TaylorSeer,
     TeaCache,
 )
-from hasten.caching.parts import Parts, Place
 from hasten.caching.predictors import Predictor
 from hasten.caching.projectors import Projector
 from hasten.caching.schedule import Explicit, Schedule, Spread, Uniform, full_steps
+from hasten.calibration import Calibration, Fit, Trace
 
 __all__ = [
     "DMD",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hasten.hosts import StackSpec
+from hasten.models import StackSpec
 
 __all__ = ["answer", "encoder_of", "hidden_in", "hidden_of", "swapped", "with_streams"]
 

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from hasten.caching.calibration import Calibration, RunFacts
 from hasten.caching.method import CachingMethod
 from hasten.caching.schedule import full_steps
+from hasten.calibration import Calibration, RunFacts
 from hasten.errors import CalibrationError, HastenWarning, ScheduleError
 
 __all__ = ["CalibratedMethod", "Gram", "forecast_error", "gram_of"]

@@ -19,17 +19,18 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
-from hasten import hosts, parallel
-from hasten.caching.calibration import RunFacts
+from hasten import models
+from hasten.caching.components import Place
 from hasten.caching.gates import relative_change
 from hasten.caching.memory import Listener, PassMemory
 from hasten.caching.method import CachingMethod
-from hasten.caching.parts import Place
 from hasten.caching.schedule import Decision
 from hasten.caching.sites import HiddenSite, ModuleSite, OutputSite, Site
 from hasten.caching.span import SpanSite
+from hasten.calibration import RunFacts
 from hasten.errors import AlreadyAcceleratedError, CopyError, HastenWarning
-from hasten.steps import StepInfo, StepRecord, StepTracker
+from hasten.pipeline import context_parallel
+from hasten.pipeline.steps import StepInfo, StepRecord, StepTracker
 
 __all__ = ["CachingEngine"]
 
@@ -76,8 +77,8 @@ def _tensor(result: Any) -> Tensor:
 
 def _mean(model: nn.Module, mean: Tensor) -> Tensor:
     """Means over each device's tokens as means over all of them; context parallelism shares tokens evenly."""
-    members = parallel.group(model)
-    return mean if members is None else parallel.sum_over(model, mean) / members.size()
+    members = context_parallel.group(model)
+    return mean if members is None else context_parallel.sum_over(model, mean) / members.size()
 
 
 class CachingEngine(ModelHook):
@@ -106,12 +107,12 @@ class CachingEngine(ModelHook):
         super().__init__()
         method.check_model(model)
         self.model, self.method, self.tracker, self._guidance = model, method, tracker, guidance
-        self._host = hosts.find(model)
-        names = (self._host.hidden, self._host.timestep) if self._host else hosts.root_arguments(model)
+        self._host = models.find(model)
+        names = (self._host.hidden, self._host.timestep) if self._host else models.root_arguments(model)
         self._hidden, self._timestep = names
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._gate = method.gate()
-        self._gate.reduce = partial(parallel.sum_over, model)
+        self._gate.reduce = partial(context_parallel.sum_over, model)
         self.site = self._make_site()
         self.pass_name = _PassName()
         self.records: list[StepRecord] = []
@@ -230,7 +231,7 @@ class CachingEngine(ModelHook):
         self._memories: dict[str, PassMemory] = {}
         self._signatures: dict[str, Hashable] = {}
         self._last_full: int | None = None
-        self._layout: hosts.TokenLayout | None = None
+        self._layout: models.TokenLayout | None = None
         self._step = 0
         self._decision = Decision(True, "first step")
 
@@ -276,9 +277,9 @@ class CachingEngine(ModelHook):
     def _verified(self, checked: Tensor, draft: Tensor) -> None:
         self._gate.verified(self._step, relative_change(draft, checked, self._gate.reduce))
 
-    def _find_layout(self, args: Any, kwargs: Any) -> hosts.TokenLayout:
+    def _find_layout(self, args: Any, kwargs: Any) -> models.TokenLayout:
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
-        return hosts.layout_of(self.model, self._host, arguments)
+        return models.layout_of(self.model, self._host, arguments)
 
     def _state_cost(self, args: Any, kwargs: Any) -> None:
         """Say what the module site is going to keep, before it is kept."""

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hasten.caching.components import Parts, Place
 from hasten.caching.gram import GramPredictor
-from hasten.caching.parts import Parts, Place
-from hasten.hosts import TokenLayout
+from hasten.models import TokenLayout
 
 __all__ = ["PassMemory"]
 

@@ -9,12 +9,12 @@ from typing import ClassVar, Literal, Self
 
 from torch import nn
 
-from hasten.caching.calibration import Calibration, RunFacts
+from hasten.caching.components import Parts, Place
 from hasten.caching.gates import Gate, Scheduled
-from hasten.caching.parts import Parts, Place
 from hasten.caching.predictors import Predictor
 from hasten.caching.projectors import Projector, Whole
 from hasten.caching.schedule import SCHEDULES, Explicit, Schedule, Spread, Uniform, full_steps, longest_within
+from hasten.calibration import Calibration, RunFacts
 from hasten.errors import CalibrationError, ConfigError, ScheduleError, unknown
 
 __all__ = ["SITES", "CachingMethod", "Feature", "ScheduleName", "SiteName"]

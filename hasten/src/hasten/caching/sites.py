@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten import hosts
+from hasten import models
 from hasten.caching.blocks import answer, hidden_in, hidden_of, swapped
 from hasten.caching.memory import PassMemory
 from hasten.errors import HostError
-from hasten.hosts import HostSpec, StackSpec, StandIn
+from hasten.models import HostSpec, StackSpec, StandIn
 
 __all__ = ["Decide", "Forward", "HiddenSite", "ModuleSite", "OutputSite", "Site"]
 
@@ -198,14 +198,14 @@ class HiddenSite(_PlainSite):
 
     def __init__(self, model: nn.Module, host: HostSpec | None) -> None:
         if host is None:
-            hosts.require_stacks(model)
+            models.require_stacks(model)
         self._model, self._host = model, host
         self._memory: PassMemory | None = None  # of the forward under way
         self._skipped: dict[str, nn.ModuleList] = {}
 
     def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         if self._host is None:
-            result, self._host, hidden = hosts.trace(self._model, forward, args, kwargs)
+            result, self._host, hidden = models.trace(self._model, forward, args, kwargs)
             memory.record("hidden", hidden)
             return result
         stack = self._host.used(self._model)[-1]
@@ -256,7 +256,7 @@ class ModuleSite(_PlainSite):
         if host is None:
             raise HostError(
                 f"site 'module' needs a registered family and {type(model).__name__} is none; "
-                "use site='hidden' or 'output', or describe the family with hasten.hosts.register"
+                "use site='hidden' or 'output', or describe the family with hasten.models.register"
             )
         self._model, self._host = model, host
         missing = [stack.name for stack in host.stacks if stack.modules is None]

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten import hosts
+from hasten import models
 from hasten.caching.blocks import answer, encoder_of, hidden_in, hidden_of, swapped, with_streams
 from hasten.caching.memory import PassMemory
 from hasten.caching.method import Feature
 from hasten.caching.sites import Decide, Forward, Site
 from hasten.errors import ConfigError, HostError
-from hasten.hosts import HostSpec, StackSpec, StandIn
+from hasten.models import HostSpec, StackSpec, StandIn
 
 __all__ = ["SpanSite"]
 
@@ -78,7 +78,7 @@ class SpanSite(Site):
         self, model: nn.Module, host: HostSpec | None, feature: Feature, verified: Callable[[Tensor, Tensor], None]
     ) -> None:
         if host is None:
-            hosts.require_stacks(model)
+            models.require_stacks(model)
         self._model, self._host, self._feature, self._verified = model, host, feature, verified
         self._stand_ins: dict[str, nn.ModuleList] = {}
         self._last = -1
@@ -93,7 +93,7 @@ class SpanSite(Site):
 
     def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> Any:
         if self._host is None:
-            self._host = hosts.trace(self._model, forward, args, kwargs)[1]
+            self._host = models.trace(self._model, forward, args, kwargs)[1]
         self._memory, self._decide = memory, decide
         try:
             with swapped([(self._model, stack.name, self._places(stack)) for stack in self._host.used(self._model)]):

@@ -14,7 +14,7 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
 from hasten.errors import ConfigError
-from hasten.resolution.jumps import Rewind
+from hasten.resolution.noise import Rewind
 
 __all__ = ["Stages", "descend", "fit_stages", "mismatch", "switch_level"]
 

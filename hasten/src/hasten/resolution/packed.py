@@ -19,9 +19,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
 from hasten.errors import AlreadyAcceleratedError, ConfigError, HostError, ScheduleError, TargetError
-from hasten.resolution.canvas import Canvas
-from hasten.resolution.hooking import hook_forward, wrap_step
-from hasten.resolution.levels import check_scheduler, skip_step
+from hasten.pipeline.hooks import hook_forward, wrap_step
+from hasten.pipeline.scheduler import check_scheduler, skip_step
+from hasten.resolution.pixel_layout import Canvas
 from hasten.resolution.positions import Picture, TokenSet, Units, flux_ids, grid_sizes, standing_in
 from hasten.resolution.seams import MixedState
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hasten.errors import ConfigError, HostError, unknown
-from hasten.hosts.standin import StandIn
+from hasten.models.proxy import StandIn
 
 __all__ = [
     "Picture",

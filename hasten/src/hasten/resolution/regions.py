@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError
-from hasten.resolution.canvas import LATENTS, Canvas
-from hasten.resolution.jumps import low_noise
 from hasten.resolution.method import ResolutionMethod
+from hasten.resolution.noise import low_noise
 from hasten.resolution.packed import PackedEngine, PackedRun, Part, check_even, check_total
+from hasten.resolution.pixel_layout import LATENTS, Canvas
 from hasten.resolution.positions import TokenSet, Units
 from hasten.resolution.scores import first
 from hasten.resolution.seams import MixedState

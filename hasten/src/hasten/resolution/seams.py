@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hasten.errors import ConfigError
-from hasten.resolution.canvas import LATENTS, Canvas
+from hasten.resolution.pixel_layout import LATENTS, Canvas
 from hasten.resolution.positions import TokenSet
 
 __all__ = ["MixedState", "blend", "children", "locked_velocity", "ring_weights", "seam_steps"]

@@ -21,9 +21,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
 from hasten.errors import AlreadyAcceleratedError, ConfigError, HostError, TargetError
+from hasten.pipeline.hooks import hook_forward, wrap_step
+from hasten.pipeline.scheduler import check_scheduler, own_shift, set_levels, skip_step
 from hasten.resolution.axes import Axes, block_noise, enlarge, gather, nested_axes, pick, smooth, spread
-from hasten.resolution.hooking import hook_forward, wrap_step
-from hasten.resolution.levels import check_scheduler, own_shift, set_levels, skip_step
 from hasten.resolution.plan import Grid, Plan, StagedMethod, switch_steps
 
 __all__ = ["StageRecord", "StagesEngine"]

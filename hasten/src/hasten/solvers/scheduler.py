@@ -12,9 +12,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from hasten.caching.calibration import Calibration
+from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
-from hasten.solvers.fit import advance
+from hasten.solvers.multistep import advance
 
 __all__ = ["LEAP", "LeapScheduler"]
 

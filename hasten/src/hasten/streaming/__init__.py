@@ -10,7 +10,6 @@ Tensors are `[batch, frames, tokens of a frame, heads, width of a head]`.
 from hasten.streaming.attention import BACKENDS
 from hasten.streaming.budgets import HeadBudgets
 from hasten.streaming.cache import FrameCache
-from hasten.streaming.kv_policy import KVPolicy, KVStream, StreamingMethod
 from hasten.streaming.methods import (
     DummyForcing,
     FocusedForcing,
@@ -19,6 +18,7 @@ from hasten.streaming.methods import (
     SlidingWindow,
     TopKAttention,
 )
+from hasten.streaming.policy import KVPolicy, KVStream, StreamingMethod
 from hasten.streaming.selection import HeadGroup, Selection
 from hasten.streaming.stats import StreamStats
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hasten.errors import ConfigError, ModelError
-from hasten.files import write_whole
+from hasten.io import write_whole
 
 __all__ = ["TokenMap", "read_tensors", "write_tensors"]
 

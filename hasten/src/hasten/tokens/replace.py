@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import HostError, ModelError, unknown
-from hasten.files import write_whole
+from hasten.io import write_whole
 from hasten.tokens.mapping import TokenMap
 
 __all__ = ["Converted", "export_model", "open_model", "replace_vocabulary"]

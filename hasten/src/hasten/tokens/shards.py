@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hasten.errors import ConfigError, ModelError
-from hasten.files import write_whole
+from hasten.io import write_whole
 from hasten.tokens.mapping import TokenMap
 
 __all__ = ["TokenShards", "write_shards"]

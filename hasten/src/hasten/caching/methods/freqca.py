@@ -28,12 +28,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from hasten.caching.components import Parts, Place
 from hasten.caching.method import CachingMethod, SiteName
-from hasten.caching.parts import Parts, Place
 from hasten.caching.predictors import Hermite, Ladder, Predictor
 from hasten.caching.projectors import Projector, Whole, weighted_sum
 from hasten.errors import ConfigError, unknown
-from hasten.hosts import TokenLayout
+from hasten.models import TokenLayout
 from hasten.registry import method
 
 __all__ = ["Bands", "FreqCa"]

@@ -32,12 +32,12 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from hasten.caching.calibrated import CalibratedMethod, Gram, forecast_error, gram_of
-from hasten.caching.calibration import Fit, Trace
+from hasten.caching.components import Parts, Place
 from hasten.caching.method import SiteName
 from hasten.caching.multistep import SOLVERS, Multistep
-from hasten.caching.parts import Parts, Place
 from hasten.caching.predictors import Hermite, Predictor, Reuse, Taylor
 from hasten.caching.projectors import Whole
+from hasten.calibration import Fit, Trace
 from hasten.errors import CalibrationError, ConfigError, unknown
 from hasten.registry import method
 

@@ -33,12 +33,12 @@ import numpy as np
 import torch
 
 from hasten.caching.calibrated import CalibratedMethod, Gram, forecast_error, gram_of
-from hasten.caching.calibration import Fit, Trace
+from hasten.caching.components import Parts, Place
 from hasten.caching.method import SiteName
 from hasten.caching.multistep import Vector
-from hasten.caching.parts import Parts, Place
 from hasten.caching.projectors import Whole
 from hasten.caching.schedule import Explicit, Schedule, full_steps
+from hasten.calibration import Fit, Trace
 from hasten.errors import ConfigError, ScheduleError, unknown
 from hasten.registry import method
 

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from hasten.caching.calibrated import CalibratedMethod
-from hasten.caching.calibration import Fit, Trace
+from hasten.caching.components import Parts, Place
 from hasten.caching.method import SiteName
-from hasten.caching.parts import Parts, Place
 from hasten.caching.projectors import Whole
 from hasten.caching.schedule import Explicit, Schedule, Uniform, longest_within, spread
+from hasten.calibration import Fit, Trace
 from hasten.errors import ConfigError
 from hasten.registry import method
 

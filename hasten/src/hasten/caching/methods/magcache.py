@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from hasten.caching.adaptive import AdaptiveMethod
-from hasten.caching.calibration import Calibration, Fit, Trace
 from hasten.caching.gates import Gate, ThresholdGate
 from hasten.caching.method import Feature
+from hasten.calibration import Calibration, Fit, Trace
 from hasten.errors import ConfigError
 from hasten.registry import method
 

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from hasten.caching.calibrated import CalibratedMethod
-from hasten.caching.calibration import Fit, Trace
+from hasten.caching.components import Parts, Place
 from hasten.caching.method import SiteName
 from hasten.caching.multistep import Vector
-from hasten.caching.parts import Parts, Place
 from hasten.caching.predictors import Predictor, Reuse, Taylor
 from hasten.caching.projectors import Whole, weighted_sum
+from hasten.calibration import Fit, Trace
 from hasten.errors import CalibrationError, ConfigError, unknown
 from hasten.registry import method
 

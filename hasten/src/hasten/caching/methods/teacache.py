@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from hasten.caching.adaptive import AdaptiveMethod
-from hasten.caching.calibration import Calibration, Fit, Trace
 from hasten.caching.gates import Gate, ThresholdGate, relative_change
 from hasten.caching.method import Feature, ScheduleName
+from hasten.calibration import Calibration, Fit, Trace
 from hasten.errors import ConfigError, unknown
 from hasten.registry import method
 

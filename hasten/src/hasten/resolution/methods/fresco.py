@@ -29,8 +29,8 @@ from torch import Tensor
 from hasten.errors import ConfigError, unknown
 from hasten.registry import method
 from hasten.resolution.axes import smooth
-from hasten.resolution.jumps import Rewind, anchor_noise, low_noise, swap, up
 from hasten.resolution.ladders import descend
+from hasten.resolution.noise import Rewind, anchor_noise, low_noise, swap, up
 from hasten.resolution.positions import TokenSet, Units, unpack
 from hasten.resolution.regions import Promotion, RegionMethod, Stage
 from hasten.resolution.scores import channel_variance, edge_share, temporal_variance

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hasten.errors import ConfigError, unknown
 from hasten.registry import method
-from hasten.resolution.jumps import Rewind, anchor_noise, fresh_children
 from hasten.resolution.ladders import Stages
+from hasten.resolution.noise import Rewind, anchor_noise, fresh_children
 from hasten.resolution.positions import TokenSet, unpack
 from hasten.resolution.regions import Promotion, RegionMethod, Stage
 from hasten.resolution.scores import edge_share

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hasten.errors import ConfigError, ScheduleError
 from hasten.registry import method
-from hasten.resolution.jumps import Rewind, dct_enlarge, dct_low
 from hasten.resolution.ladders import descend, switch_level
+from hasten.resolution.noise import Rewind, dct_enlarge, dct_low
 from hasten.resolution.positions import TokenSet
 from hasten.resolution.regions import Promotion, RegionMethod, Stage
 from hasten.resolution.seams import MixedState

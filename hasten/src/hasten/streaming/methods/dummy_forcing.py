@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hasten.errors import ConfigError
 from hasten.registry import method
-from hasten.streaming.kv_policy import LayerView, StreamingMethod
 from hasten.streaming.methods.sliding_window import recency, sink_and_window
+from hasten.streaming.policy import LayerView, StreamingMethod
 from hasten.streaming.scores import attention_mass
 from hasten.streaming.selection import Selection, frames_at
 

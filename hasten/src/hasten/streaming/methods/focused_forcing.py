@@ -30,8 +30,8 @@ from torch import Tensor
 from hasten.errors import ConfigError, unknown
 from hasten.registry import method
 from hasten.streaming.budgets import HeadBudgets
-from hasten.streaming.kv_policy import LayerView, StreamingMethod
 from hasten.streaming.methods.sliding_window import sink_and_window
+from hasten.streaming.policy import LayerView, StreamingMethod
 from hasten.streaming.scores import relevance, standardised
 from hasten.streaming.selection import Selection, index_of, top_frames
 

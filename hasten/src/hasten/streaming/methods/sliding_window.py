@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hasten.errors import ConfigError
 from hasten.registry import method
-from hasten.streaming.kv_policy import LayerView, StreamingMethod
+from hasten.streaming.policy import LayerView, StreamingMethod
 from hasten.streaming.selection import Selection, frames_at
 
 __all__ = ["SlidingWindow", "recency", "sink_and_window"]

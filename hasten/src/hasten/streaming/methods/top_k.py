@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten.errors import ConfigError
 from hasten.registry import method
-from hasten.streaming.kv_policy import LayerView, StreamingMethod
+from hasten.streaming.policy import LayerView, StreamingMethod
 from hasten.streaming.scores import relevance
 from hasten.streaming.selection import Selection, top_frames
 

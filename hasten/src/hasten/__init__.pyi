@@ -1,0 +1,78 @@
+from .acceleration import Acceleration, Summary, accelerate, methods
+from .caching.methods import (
+    DMD,
+    L2P,
+    ABCache,
+    EasyCache,
+    FBCache,
+    FoCa,
+    FreqCa,
+    HiCache,
+    HyCa,
+    LeapCache,
+    MagCache,
+    Reuse,
+    SpeCa,
+    Spectrum,
+    SVDCache,
+    TaylorSeer,
+    TeaCache,
+)
+from .calibration import Calibration
+from .errors import HastenError, HastenWarning
+from .fitting.calibrate import calibrate, fit, record
+from .fitting.leap import fit_leap
+from .fitting.leapcache import fit_leapcache
+from .fitting.schedules import tune_steps
+from .pipeline.steps import StepRecord
+from .registry import MethodInfo
+from .resolution.methods import DVG, RALU, Bottleneck, Fresco, SpecEdit, Spectral
+from .solvers.scheduler import LeapScheduler
+from .streaming.methods import FocusedForcing
+from .streaming.policy import KVStream
+
+__version__: str
+
+__all__ = [
+    "DMD",
+    "DVG",
+    "L2P",
+    "RALU",
+    "ABCache",
+    "Acceleration",
+    "Bottleneck",
+    "Calibration",
+    "EasyCache",
+    "FBCache",
+    "FoCa",
+    "FocusedForcing",
+    "FreqCa",
+    "Fresco",
+    "HastenError",
+    "HastenWarning",
+    "HiCache",
+    "HyCa",
+    "KVStream",
+    "LeapCache",
+    "LeapScheduler",
+    "MagCache",
+    "MethodInfo",
+    "Reuse",
+    "SVDCache",
+    "SpeCa",
+    "SpecEdit",
+    "Spectral",
+    "Spectrum",
+    "StepRecord",
+    "Summary",
+    "TaylorSeer",
+    "TeaCache",
+    "accelerate",
+    "calibrate",
+    "fit",
+    "fit_leap",
+    "fit_leapcache",
+    "methods",
+    "record",
+    "tune_steps",
+]

@@ -1,0 +1,170 @@
+"""What a streaming method saves and what it costs: time, work, bytes, likeness to the full history, drift.
+
+`measure` rolls the same worlds out with each method in turn, seed after seed, so that a drifting machine hits all
+methods alike, and compares every video with that of the full history from the same noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from hasten.errors import ConfigError
+from hasten.streaming.methods.full import FullHistory
+from hasten.streaming.policy import StreamingMethod
+from hasten.streaming.stats import StreamStats
+
+__all__ = ["REFERENCE", "RollOut", "Rolled", "StreamRow", "Watch", "fidelity", "mean_curves", "measure"]
+
+REFERENCE = "full history"
+BEST = 100.0  # dB, for equal pictures
+
+
+@dataclass(frozen=True, eq=False)
+class Rolled:
+    """One rollout.
+
+    Attributes:
+        video: `[B, F, 3, H, W]` in [0, 1].
+        chunk_seconds: for each chunk.
+        stats: of the rollout's stream.
+        grades: curves by name for each video of the batch, such as identity over time; NaN where nothing can be said.
+    """
+
+    video: Tensor
+    chunk_seconds: Sequence[float]
+    stats: StreamStats
+    grades: Sequence[Mapping[str, Sequence[float]]] = ()
+
+
+RollOut = Callable[[StreamingMethod, int], Rolled]
+"""Rolls out with a method and a seed; the seed alone decides the noise and what is drawn."""
+
+Watch = Callable[[str, int, Rolled], None]
+"""Is told of every rollout: its method's name, the seed, what came of it."""
+
+
+@dataclass(frozen=True)
+class StreamRow:
+    """One method's measurements; medians over seeds for times, means for the rest.
+
+    Attributes:
+        method: its name in the table.
+        seconds_per_frame, attention_seconds: attention with choosing and copying, of a whole rollout.
+        speedup, attention_speedup: against the full history.
+        work_ratio, kv_ratio: how many times fewer pairs, and bytes of keys and values.
+        overhead: time for choosing as a share of the time for attention.
+        cache_bytes: held at the end.
+        psnr: dB, of all frames against the full history's.
+        psnr_curve: by frame. seconds_curve: seconds per chunk. drift: curves of the grades.
+    """
+
+    method: str
+    seconds_per_frame: float
+    attention_seconds: float
+    speedup: float
+    attention_speedup: float
+    work_ratio: float
+    kv_ratio: float
+    overhead: float
+    cache_bytes: int
+    psnr: float
+    psnr_curve: list[float]
+    seconds_curve: list[float]
+    drift: dict[str, list[float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for JSON; what cannot be said is None."""
+        plain: dict[str, object] = asdict(self)
+        plain["drift"] = {name: [None if math.isnan(v) else v for v in curve] for name, curve in self.drift.items()}
+        return plain
+
+
+def fidelity(video: Tensor, reference: Tensor) -> Tensor:
+    """PSNR of each frame against a reference, dB, `[B, F]`; 100 for equal frames.
+
+    Args:
+        video, reference: `[B, F, 3, H, W]` in [0, 1].
+
+    Raises:
+        ConfigError: for different shapes.
+    """
+    if video.shape != reference.shape or video.ndim != 5:
+        raise ConfigError(f"expected two videos [B, F, 3, H, W], got {list(video.shape)} and {list(reference.shape)}")
+    error = (video.double() - reference.double()).square().mean((2, 3, 4))
+    return (-10 * error.clamp(min=10 ** (-BEST / 10)).log10()).float()
+
+
+def mean_curves(curves: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """Curves by name, averaged point by point over those that have a value there."""
+    if not curves:
+        return {}
+    return {
+        name: torch.tensor([list(curve[name]) for curve in curves], dtype=torch.float64).nanmean(0).tolist()
+        for name in curves[0]
+    }
+
+
+def measure(
+    roll_out: RollOut, methods: Mapping[str, StreamingMethod], seeds: Sequence[int], watch: Watch | None = None
+) -> list[StreamRow]:
+    """A row for the full history and for each method.
+
+    Args:
+        roll_out: see `RollOut`; it is called once for each method and seed, and once before as a warm-up.
+        methods: by the names that the table gives them.
+        seeds: at least one.
+        watch: see `Watch`.
+
+    Raises:
+        ConfigError: without seeds, or for a method named like the reference.
+    """
+    if not seeds or REFERENCE in methods:
+        raise ConfigError(
+            f"expected at least one seed and no method named {REFERENCE!r}, which is measured in any case"
+        )
+    arms: dict[str, StreamingMethod] = {REFERENCE: FullHistory(), **methods}
+    roll_out(arms[REFERENCE], seeds[0])
+    rolled: dict[str, list[Rolled]] = {name: [] for name in arms}
+    likeness: dict[str, list[Tensor]] = {name: [] for name in arms}
+    for seed in seeds:
+        for name, method in arms.items():
+            result = roll_out(method, seed)
+            reference = rolled[REFERENCE][-1].video if name != REFERENCE else result.video
+            likeness[name].append(fidelity(result.video, reference))
+            rolled[name].append(result)
+            if watch is not None:
+                watch(name, seed, result)
+    return [_row(name, rolled[name], torch.cat(likeness[name]), rolled[REFERENCE]) for name in arms]
+
+
+def _attention(rolled: Rolled) -> float:
+    stats = rolled.stats
+    return stats.attention_seconds + stats.pack_seconds + stats.select_seconds
+
+
+def _row(name: str, rolled: Sequence[Rolled], likeness: Tensor, reference: Sequence[Rolled]) -> StreamRow:
+    frames = rolled[0].video.shape[1]
+    seconds, attention = (median(map(f, rolled)) for f in (lambda r: sum(r.chunk_seconds), _attention))
+    full_seconds, full_attention = (median(map(f, reference)) for f in (lambda r: sum(r.chunk_seconds), _attention))
+    stats = [r.stats for r in rolled]
+    return StreamRow(
+        method=name,
+        seconds_per_frame=seconds / frames,
+        attention_seconds=attention,
+        speedup=full_seconds / seconds,
+        attention_speedup=full_attention / attention,
+        work_ratio=sum(s.full_pairs for s in stats) / sum(s.pairs for s in stats),
+        kv_ratio=sum(s.full_kv_bytes for s in stats) / sum(s.kv_bytes for s in stats),
+        overhead=median(s.overhead for s in stats),
+        cache_bytes=max(s.cache_bytes for s in stats),
+        psnr=float(likeness.mean()),
+        psnr_curve=likeness.mean(0).tolist(),
+        seconds_curve=[median(times) for times in zip(*(r.chunk_seconds for r in rolled), strict=True)],
+        drift=mean_curves([grades for r in rolled for grades in r.grades]),
+    )

@@ -1,0 +1,43 @@
+"""What forecasts the features of one place: a split, and a predictor for each part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hasten.caching.predictors import Predictor
+from hasten.caching.projectors import Projector
+from hasten.errors import ConfigError
+from hasten.models import TokenLayout
+
+__all__ = ["Parts", "Place"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a feature comes from.
+
+    Attributes:
+        pass_name: the forward within a step, such as `"cond"`.
+        slot: the site's name for the tensor, such as `"hidden"`.
+        layout: where the tokens of the picture lie in it; None where that is not known.
+    """
+
+    pass_name: str = "pass0"
+    slot: str = "hidden"
+    layout: TokenLayout | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A split of features and one predictor for each part."""
+
+    projector: Projector
+    predictors: Mapping[str, Predictor]
+
+    def __post_init__(self) -> None:
+        if set(self.predictors) != set(self.projector.parts):
+            raise ConfigError(
+                f"{type(self.projector).__name__} splits features into {sorted(self.projector.parts)} "
+                f"but there are predictors for {sorted(self.predictors)}; give each part one predictor"
+            )

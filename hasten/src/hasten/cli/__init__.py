@@ -1,0 +1,1 @@
+"""The `hasten` command: one file per group of commands."""

@@ -1,0 +1,227 @@
+"""`calibrate`: run a model uncached, watch it, and fit a method to it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten import models, registry
+from hasten.acceleration import Acceleration, accelerate
+from hasten.caching.method import Feature
+from hasten.caching.methods import Reuse
+from hasten.calibration import Calibration, Fingerprint, Trace, model_digest, weights_digest
+from hasten.errors import CalibrationError, ConfigError, unknown
+
+__all__ = ["Tape", "calibrate", "fingerprint_of", "fit", "merge", "record"]
+
+Call = Mapping[str, Any] | Callable[[], Any]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Watch(Reuse):
+    """Computes every step, in the way in which a gate would look at it."""
+
+    interval: int = 1
+    look: bool = True
+
+    def feature(self) -> Feature:
+        return Feature(sees="modulated") if self.look else Feature()
+
+
+class Tape:
+    """Collects what the engine's listener is shown, a run at a time.
+
+    Args:
+        tokens: how many tokens of a feature are kept, spread evenly; features are averages over tokens in every fit.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._run: dict[tuple[str, str], list[Tensor]] = {}
+        self.runs: list[dict[tuple[str, str], Tensor]] = []
+
+    def __call__(self, pass_name: str, step: int, slot: str, tensor: Tensor) -> None:
+        self._run.setdefault((pass_name, slot), []).append(self._sample(slot, tensor))
+
+    def _sample(self, slot: str, tensor: Tensor) -> Tensor:
+        if slot.startswith("output"):
+            flat = tensor.detach().flatten()
+            return flat[:: max(1, flat.numel() // (64 * self._tokens))].to("cpu", copy=True)
+        tokens = tensor.detach().flatten(0, -2)
+        return tokens[:: -(-len(tokens) // self._tokens)].to("cpu", copy=True)
+
+    def end_run(self) -> None:
+        """A call of the pipeline is over."""
+        self.runs.append({key: torch.stack(steps) for key, steps in self._run.items()})
+        self._run = {}
+
+    def features(self) -> dict[str, dict[str, Tensor]]:
+        """All runs as `[S, T, ...]` by pass and slot."""
+        features: dict[str, dict[str, Tensor]] = {}
+        for (pass_name, slot), first in self.runs[0].items():
+            shapes = {run[pass_name, slot].shape if (pass_name, slot) in run else None for run in self.runs}
+            if len(shapes) > 1:
+                raise CalibrationError(
+                    f"the calls differ in steps, passes or picture size (features of {slot!r}: "
+                    f"{', '.join(str(None if s is None else tuple(s)) for s in shapes)}); make them alike"
+                )
+            features.setdefault(pass_name, {})[slot] = torch.stack([run[pass_name, slot] for run in self.runs])
+            assert first.ndim >= 2
+        return features
+
+
+def record(
+    target: Any, calls: Sequence[Call], *, site: str = "hidden", tokens: int = 512, progress: Progress | None = None
+) -> Trace:
+    """Run a pipeline uncached and keep what its transformer does.
+
+    Args:
+        target: a pipeline with one transformer, or a transformer.
+        calls: arguments of the pipeline's calls; or functions without arguments, each of which samples once (for a bare
+            transformer).
+        site: `"hidden"` keeps the image tokens before and after the blocks and the transformer's result; `"module"`
+            keeps every attention and feed-forward output (much more).
+        tokens: how many tokens of a feature are kept.
+        progress: called with (done, total).
+
+    Returns:
+        a trace for `fit`s; it holds `steps x tokens x width` numbers a call and slot, on the CPU.
+
+    Raises:
+        CalibrationError: if there are no calls, or they differ in steps or size.
+    """
+    if not calls:
+        raise CalibrationError("there is nothing to record: give at least one call, such as {'prompt': 'a red apple'}")
+    if tokens < 1:
+        raise ConfigError(f"tokens must be at least 1, got {tokens}")
+    tape = Tape(tokens)
+    with _watch(target, site) as run:
+        if len(run.engines) != 1:
+            raise CalibrationError(
+                f"the pipeline has {len(run.engines)} transformers ({', '.join(run.engines)}); "
+                "calibrate a pipeline with one, or one transformer with functions as calls"
+            )
+        (engine,) = run.engines.values()
+        engine.listener = tape
+        for i, call in enumerate(calls):
+            run.reset()
+            call() if callable(call) else target(**call)
+            tape.end_run()
+            if progress is not None:
+                progress(i + 1, len(calls))
+        if not run.records:
+            raise CalibrationError("the calls never ran the transformer")
+        fingerprint = fingerprint_of(target, run, site)
+    return Trace(tape.features(), fingerprint)
+
+
+def fingerprint_of(target: Any, run: Acceleration, site: str) -> Fingerprint:
+    """What the latest run of a pipeline with one transformer was."""
+    (engine,) = run.engines.values()
+    model, scheduler = engine.model, getattr(target, "scheduler", None)
+    latest = [record for record in run.records if record.run == run.records[-1].run]
+    passes = tuple(dict.fromkeys(record.pass_name for record in latest))
+    own = tuple(record.timestep for record in latest if record.pass_name == passes[0])
+    return Fingerprint(
+        model=type(model).__name__,
+        config=model_digest(model),
+        weights=weights_digest(model),
+        scheduler="" if isinstance(target, nn.Module) or scheduler is None else type(scheduler).__name__,
+        timesteps=engine.facts.timesteps or own,
+        passes=passes,
+        guidance=engine.facts.guidance,
+        site=site,
+    )
+
+
+def merge(traces: Sequence[Trace]) -> Trace:
+    """Traces of the same sampling, such as those of several processes, as one.
+
+    Raises:
+        CalibrationError: if they are of different models or samplings.
+    """
+    first = traces[0]
+    for trace in traces[1:]:
+        if trace.fingerprint != first.fingerprint:
+            raise CalibrationError("the traces are of different models or samplings; record them alike")
+    features = {
+        name: {slot: torch.cat([trace.features[name][slot] for trace in traces]) for slot in slots}
+        for name, slots in first.features.items()
+    }
+    return Trace(features, first.fingerprint)
+
+
+def _watch(target: Any, site: str) -> Acceleration:
+    if site == "module":
+        return accelerate(target, Reuse(interval=1, site="module"))
+    transformer = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
+    host = models.find(transformer) if isinstance(transformer, nn.Module) else None
+    return accelerate(target, _Watch(look=host is not None and all(s.modules is not None for s in host.stacks)))
+
+
+def fit(trace: Trace, method: str, **options: Any) -> Calibration:
+    """Fit a method to a trace.
+
+    Args:
+        trace: from `record`.
+        method: its name.
+        options: of the method's fit, such as `energy=0.9` for `svdcache` or `clusters=4` for `hyca`; `site`, where the
+            method has a choice.
+
+    Raises:
+        UnknownNameError: for a method or an option that does not exist.
+        ConfigError: for a method that needs no calibration.
+    """
+    info = registry.info(method)
+    fitter = getattr(info.config, "fit", None)
+    if fitter is None:
+        able = [other.name for other in registry.methods() if hasattr(other.config, "fit")]
+        raise ConfigError(f"{method} has nothing to calibrate; the methods that have are {', '.join(able)}")
+    known = [name for name in inspect.signature(fitter).parameters if name != "trace"]
+    for name in options:
+        if name not in known:
+            raise unknown(f"fit option of {method}", name, known)
+    fitted = fitter(trace, **options)
+    site = options.get("site", info.parameters["site"])
+    fingerprint = Fingerprint(**{**vars(trace.fingerprint), "site": site})
+    return Calibration(method, fitted.tensors, fingerprint, fitted.report, dict(options))
+
+
+def calibrate(
+    target: Any,
+    method: str,
+    calls: Sequence[Call],
+    *,
+    tokens: int = 512,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Calibration:
+    """Run a pipeline uncached on a few calls and fit a method to it.
+
+    Args:
+        target: a pipeline with one transformer, or a transformer.
+        method: `"l2p"`, `"hyca"`, `"svdcache"`, `"magcache"` or `"teacache"`.
+        calls: arguments of the pipeline's calls, such as `[{"prompt": "a red apple", "num_inference_steps": 50}]`, with
+            the steps, size and guidance that will be used; for a bare transformer functions that sample once each.
+        tokens: how many tokens of a feature are kept while recording.
+        progress: called with (done, total) calls.
+        options: of the fit, such as `site="module"`, `clusters=4` or `energy=0.9`.
+
+    Returns:
+        a calibration to give to the method, or to save.
+
+    Example:
+        >>> calls = [{"prompt": p, "num_inference_steps": 50} for p in prompts]
+        >>> calibration = hasten.calibrate(pipe, "l2p", calls)
+        >>> calibration.save("l2p.safetensors")
+        >>> run = hasten.accelerate(pipe, "l2p", calibration="l2p.safetensors", schedule="even", interval=7)
+    """
+    site = "module" if options.get("site") == "module" else "hidden"
+    trace = record(target, calls, site=site, tokens=tokens, progress=progress)
+    return fit(trace, method, **options)

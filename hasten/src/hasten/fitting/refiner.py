@@ -1,0 +1,71 @@
+"""Training of a refiner on a frozen main model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from hasten.errors import ConfigError
+from hasten.fitting.token_model import sequences
+from hasten.tokens.refiner import Refiner
+from hasten.tokens.shards import TokenShards
+
+__all__ = ["train_refiner"]
+
+
+def train_refiner(
+    model: Any,
+    refiner: Refiner,
+    shards: TokenShards,
+    *,
+    steps: int,
+    batch: int = 64,
+    lr: float = 2e-4,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Train the refiner on fine tokens, in place; the main model is only run.
+
+    Args:
+        model: causal LM as `train.build_model` makes it, trained on the refiner's clusters.
+        refiner: for the same map, with the model's width as `hidden`.
+        shards: fine tokens with their classes.
+        steps, batch, lr: of AdamW.
+        seed: of the images' order.
+        progress: called with the steps done and the steps in all.
+
+    Returns:
+        The loss of each step, nats a position whose cluster has several members.
+
+    Raises:
+        ConfigError: if the shards have another vocabulary, or a number is not positive.
+    """
+    if len(refiner.labels) != shards.vocabulary:
+        raise ConfigError(f"the refiner knows {len(refiner.labels)} tokens, the shards have {shards.vocabulary}")
+    if min(steps, batch) < 1 or lr <= 0:
+        raise ConfigError(f"steps, batch and lr must be positive, got {steps}, {batch} and {lr}")
+    device, k = refiner.labels.device, len(refiner.sizes)
+    optimizer = torch.optim.AdamW(refiner.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)
+    rng = np.random.default_rng(seed)
+    model.eval()
+    refiner.train()
+    losses = []
+    for step in range(steps):
+        pick = rng.integers(len(shards), size=batch)
+        tokens = torch.from_numpy(shards.take(pick)).to(device)
+        inputs = sequences(refiner.labels[tokens], torch.from_numpy(shards.labels(pick)).to(device), k)[:, :-1]
+        with torch.no_grad():
+            hidden = model(input_ids=inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        loss = refiner.loss(hidden, tokens)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(refiner.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if progress is not None:
+            progress(step + 1, steps)
+    refiner.eval()
+    return losses

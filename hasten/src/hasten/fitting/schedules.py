@@ -1,0 +1,98 @@
+"""`tune_steps`: find out where a model is best evaluated, for a number of full steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten import registry
+from hasten.acceleration import accelerate
+from hasten.caching.method import TUNED, CachingMethod
+from hasten.caching.schedule import spread
+from hasten.calibration import Calibration
+from hasten.errors import CalibrationError, ConfigError
+from hasten.fitting.calibrate import fingerprint_of
+from hasten.fitting.search import figures, search_steps
+from hasten.pipeline.replay import Replay
+
+__all__ = ["tune_steps"]
+
+START = 1.15  # power of the spread that a search starts from: a little denser early
+
+Progress = Callable[[int, int, int, float], None]
+
+
+def tune_steps(
+    target: Any,
+    method: str | CachingMethod,
+    calls: Sequence[Mapping[str, Any]],
+    full_steps: Sequence[int],
+    *,
+    trials: int = 80,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Search the lists of full steps with which a caching method stays nearest to the plain sampler.
+
+    Where to evaluate is worth more than the formula of the forecast: the usual schedules leave the end, where detail
+    forms, to extrapolation. A list that was found with one method serves the others as well.
+
+    Args:
+        target: a pipeline that returns latents with `output_type="latent"`.
+        method: the method to search with; `"foca"` is a good choice.
+        calls: arguments of the pipeline's calls, each with a `generator` or `latents` of its own so that it can be
+            repeated. Give batches (a list of prompts and of generators): each trial runs all calls.
+        full_steps: the numbers of full steps to find lists for.
+        trials: lists to look at for each number.
+        seed: of the search.
+        progress: called with (number of full steps, trials so far, trials, best loss).
+
+    Returns:
+        a calibration for the parameter `tuned` of any caching method.
+
+    Raises:
+        CalibrationError: if a call does not give the same result twice.
+        ConfigError: if a number of full steps does not fit the run.
+    """
+    if not calls:
+        raise CalibrationError("there is nothing to tune on: give at least one call")
+    chosen = registry.build(method) if isinstance(method, str) else method
+    replay = Replay(calls)
+
+    def sample(index: int) -> Tensor:
+        return torch.as_tensor(target(**replay[index])[0]).float()
+
+    with accelerate(target, "reuse", interval=1) as run:
+        references = [sample(i) for i in range(len(calls))]
+        if not torch.equal(sample(0), references[0]):
+            raise CalibrationError(
+                "a call gave another result the second time: give it a generator or latents of its own"
+            )
+        fingerprint = fingerprint_of(target, run, "hidden")
+    total = fingerprint.steps
+    scale = torch.cat([reference.flatten() for reference in references]).square().mean().item()
+
+    def loss_of(steps: tuple[int, ...]) -> float:
+        with accelerate(target, replace(chosen, steps=steps, warmup=1)):
+            errors = [(sample(i) - reference).square().mean() for i, reference in enumerate(references)]
+        return float(torch.stack(errors).mean()) / scale
+
+    tensors, report = {}, {}
+    for count in full_steps:
+        if not 2 <= count < total:
+            raise ConfigError(f"full steps must be at least 2 and fewer than the {total} of the run, got {count}")
+
+        def tick(done: int, most: int, best: float, count: int = count) -> None:
+            if progress is not None:
+                progress(count, done, most, best)
+
+        found = search_steps(spread(count, total, START), total, loss_of, trials=trials, seed=seed, progress=tick)
+        tensors[f"steps/{count}"] = torch.tensor(found.steps)
+        report[str(count)] = figures(found)
+    replay.rewind()
+    options = {"method": type(chosen).__name__, "trials": trials, "seed": seed, "calls": len(calls)}
+    return Calibration(TUNED, tensors, fingerprint, report, options)

@@ -1,0 +1,26 @@
+"""How transformers are wired: one data entry a family, and a probe for families that have none."""
+
+from hasten.models import flux as _flux  # noqa: F401  (these three register the families)
+from hasten.models import image as _image  # noqa: F401
+from hasten.models import video as _video  # noqa: F401
+from hasten.models.adapter import HostSpec, LayoutKind, ModuleSpec, StackSpec
+from hasten.models.layout import TokenLayout, layout_of
+from hasten.models.probe import require_stacks, root_arguments, trace
+from hasten.models.proxy import StandIn
+from hasten.models.registry import find, register, registered
+
+__all__ = [
+    "HostSpec",
+    "LayoutKind",
+    "ModuleSpec",
+    "StackSpec",
+    "StandIn",
+    "TokenLayout",
+    "find",
+    "layout_of",
+    "register",
+    "registered",
+    "require_stacks",
+    "root_arguments",
+    "trace",
+]

@@ -1,0 +1,49 @@
+"""FLUX.1, FLUX.2 and Chroma: double-stream blocks, then single-stream blocks."""
+
+from __future__ import annotations
+
+from hasten.models.adapter import HostSpec, ModuleSpec, StackSpec
+from hasten.models.registry import register
+
+DOUBLE = StackSpec(
+    "transformer_blocks",
+    modules=ModuleSpec(forecast=(("attn", ("image", "text")), ("ff", ("image",)), ("ff_context", ("text",)))),
+)
+# One pre-gate output; attention and the first half of the MLP only feed it.
+SINGLE_OUTPUT = ModuleSpec(forecast=(("proj_out", ("joint",)),), skip=("attn", "proj_mlp", "act_mlp"))
+
+FLUX = register(
+    "FluxTransformer2DModel",
+    HostSpec(stacks=(DOUBLE, StackSpec("single_transformer_blocks", modules=SINGLE_OUTPUT)), layout="ids"),
+)
+
+# From here on the single blocks see text and image tokens in one sequence; the hidden site forecasts all of it.
+FLUX2 = register(
+    "Flux2Transformer2DModel",
+    HostSpec(
+        stacks=(
+            DOUBLE,
+            StackSpec(
+                "single_transformer_blocks",
+                returns=("hidden",),
+                encoder=None,
+                joint=True,
+                modules=ModuleSpec(forecast=(("attn", ("joint",)),)),
+            ),
+        ),
+        layout="ids",
+    ),
+)
+
+CHROMA = register(
+    "ChromaTransformer2DModel",
+    HostSpec(
+        stacks=(
+            DOUBLE,
+            StackSpec(
+                "single_transformer_blocks", returns=("hidden",), encoder=None, joint=True, modules=SINGLE_OUTPUT
+            ),
+        ),
+        layout="ids",
+    ),
+)

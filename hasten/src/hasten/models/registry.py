@@ -1,0 +1,33 @@
+"""Known families of transformers, found by the names of a model's class and its bases."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hasten.models.adapter import HostSpec
+
+__all__ = ["find", "register", "registered"]
+
+_HOSTS: dict[str, HostSpec] = {}
+
+
+def register(class_name: str, spec: HostSpec) -> HostSpec:
+    """Teach hasten the family of transformers whose class (or a base of it) is called `class_name`.
+
+    A later registration of the same name replaces the earlier one.
+    """
+    _HOSTS[class_name] = spec
+    return spec
+
+
+def registered() -> dict[str, HostSpec]:
+    """The known families by class name."""
+    return dict(_HOSTS)
+
+
+def find(model: nn.Module) -> HostSpec | None:
+    """The entry for a model, or None if its family is not known."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in _HOSTS:
+            return _HOSTS[cls.__name__]
+    return None

@@ -1,0 +1,58 @@
+"""`emoji-flux`: FLUX.1 in small, text to 3-D emoji at 64x64 (16x16 tokens) or 32x32 (8x8 tokens)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from hasten.bench.subject import Subject
+from hasten.errors import ModelError
+from torch import Tensor
+
+from hasten_zoo.emoji_flux.data import load_emoji_set
+
+__all__ = ["load_emoji_flux", "nearest_captions"]
+
+WEIGHTS = Path(__file__).parent / "weights"
+LEAP = Path(__file__).parent / "leap.safetensors"  # `hasten tune --full-steps 12,9,7,5`, without guidance
+
+
+def nearest_captions(pictures: Tensor) -> list[str]:
+    """The caption of the training picture nearest to each picture (mean squared error over pixels).
+
+    Args:
+        pictures: `[B, 3, R, R]` in [0, 1], R a divisor of 64.
+    """
+    data = load_emoji_set()
+    known = data.at(pictures.shape[-1]).flatten(1)
+    flat = pictures.float().cpu().flatten(1)
+    distances = (flat[:, None] - known[None]).square().mean(-1)
+    return [data.captions[i] for i in distances.argmin(1).tolist()]
+
+
+def _grade(pictures: Tensor, prompts: list[str]) -> list[bool]:
+    return [caption == prompt for caption, prompt in zip(nearest_captions(pictures), prompts, strict=True)]
+
+
+def load_emoji_flux(weights: Path = WEIGHTS) -> Subject:
+    """The trained pipeline with its prompts; `weights` may be a folder written by the training script's `--export`."""
+    from hasten_zoo.emoji_flux.model import load_pipeline
+
+    if not (weights / "transformer").is_dir():
+        raise ModelError(
+            f"no emoji-flux weights in {weights}; reinstall hasten, or export some with the training script"
+        )
+    try:
+        pipe = load_pipeline(weights)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"the emoji-flux files in {weights} cannot be read ({error}); reinstall hasten") from error
+    captions = load_emoji_set().captions
+    order = np.random.default_rng(0).permutation(len(captions))
+    return Subject(
+        name="emoji-flux",
+        pipe=pipe,
+        prompts=[captions[i] for i in order],
+        call={"height": 64, "width": 64, "num_inference_steps": 50, "max_sequence_length": 8},
+        grade=_grade,
+        fitted={"leap": LEAP} if weights == WEIGHTS else {},
+    )

@@ -1,0 +1,86 @@
+"""Measure streaming methods and their parts on `sprites-stream`: time, work, likeness to the full history, drift.
+
+    python -m hasten_zoo.sprites_stream.evaluate --json benchmarks/sprites-stream.json --worlds 8
+
+The comparators of `hasten bench --model sprites-stream`, and besides Focused Forcing without each of its parts. Budgets
+by importance are fitted first, and written beside the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from hasten.bench.streams import DEFAULT_METHODS, StreamSettings, parse_streaming, run_streams
+from hasten.fitting.importance import masked_importance
+from hasten.streaming import FocusedForcing, FullHistory, HeadBudgets, StreamingMethod
+
+from hasten_zoo.sprites_stream.model import CausalVideoTransformer, load_model, new_stream
+from hasten_zoo.sprites_stream.reference import WEIGHTS, load_sprites_stream, worlds_of
+from hasten_zoo.sprites_stream.rollout import roll_out
+
+__all__ = ["ablations", "fitted_budgets", "head_importance"]
+
+BUDGET = 6  # frames of history, a quarter of the mean history of 48 frames
+TOKENS = 16  # of the 64 of a frame; choosing by all of them costs 5 % of the attention time at this size
+
+
+def head_importance(model: CausalVideoTransformer, frames: int, steps: int, seed: int = 0) -> torch.Tensor:
+    """Masked importance of every head on one world, `[layers, heads]`: one rollout for each head."""
+    world = worlds_of(10_000 + seed)
+
+    def rollout(gates: torch.Tensor) -> torch.Tensor:
+        stream = new_stream(model, FullHistory())
+        stream.gates = gates
+        return roll_out(model, world, stream, frames, steps, seed).video
+
+    return masked_importance(rollout, model.config.layers, model.config.heads)
+
+
+def ablations(budget: int, budgets: HeadBudgets | None) -> dict[str, StreamingMethod]:
+    """What each part of Focused Forcing gives."""
+    arms: dict[str, StreamingMethod] = {
+        "choice per chunk": FocusedForcing(budget=budget, choice="chunk", diversity_tokens=TOKENS),
+        "no diversity": FocusedForcing(budget=budget, mix=1.0),
+        "diversity alone": FocusedForcing(budget=budget, mix=0.0, diversity_tokens=TOKENS),
+        "diversity of all tokens": FocusedForcing(budget=budget),
+        "diversity on cached keys": FocusedForcing(budget=budget, diversity_on="cached", diversity_tokens=TOKENS),
+        "chosen anew each step": FocusedForcing(budget=budget, refresh_every=1, diversity_tokens=TOKENS),
+        "first frame kept": FocusedForcing(budget=budget, keep_first=True, diversity_tokens=TOKENS),
+    }
+    if budgets is not None:
+        arms["importance budgets"] = FocusedForcing(budget=budgets, diversity_tokens=TOKENS)
+        arms["importance budgets per chunk"] = FocusedForcing(budget=budgets, choice="chunk", diversity_tokens=TOKENS)
+    return arms
+
+
+def fitted_budgets(model: CausalVideoTransformer, frames: int, steps: int, budget: int) -> HeadBudgets:
+    """Budgets by masked importance with a given mean."""
+    facts = {"model": "sprites-stream", "chunk": model.config.chunk, "frames": frames}
+    importance = head_importance(model, frames, steps)
+    return HeadBudgets.with_mean(importance, budget, min(2, budget), 2 * budget, facts=facts)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--json", type=Path, default=Path("out/sprites-stream.json"))
+    parser.add_argument("--worlds", type=int, default=8)
+    parser.add_argument("--frames", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=8)
+    args = parser.parse_args(arguments)
+    file = args.weights / "budgets.json"
+    if not file.exists():
+        fitted_budgets(load_model(args.weights), args.frames, args.steps, BUDGET).save(file)
+    methods: Mapping[str, StreamingMethod] = {text: parse_streaming(text) for text in DEFAULT_METHODS}
+    methods = {**methods, **ablations(BUDGET, HeadBudgets.load(file))}
+    settings = StreamSettings(args.worlds, args.frames, args.steps)
+    run_streams(
+        load_sprites_stream(args.weights), methods, settings, args.json, lambda i, n, name: print(f"{i}/{n} {name}")
+    )
+
+
+if __name__ == "__main__":
+    main()
