@@ -26,7 +26,7 @@ OUT = Path(__file__).parent / "cost.json"
 TEXT, FINE, STEPS = 512, 4096, 50  # 1024x1024 pixels
 COARSE = FINE // 4
 PUBLISHED = {"plain, 50 steps": 3719.5, "fresco, preset=30": 1295.99, "fresco, preset=18": 788.03}
-Parts = list[tuple[int, float]]  # steps, and the share of the coarse tokens that is fine in them
+Components = list[tuple[int, float]]  # steps, and the share of the coarse tokens that is fine in them
 LATE = (0.4, 0.65, 0.85)  # with the default rates the last stage alone takes 0.28 of a full run
 WAN_TEXT, WAN_FRAMES, WAN_SIZE = 512, 21, (90, 160)  # 81 frames of 720x1280 pixels, as latents
 
@@ -52,7 +52,7 @@ def _counted(model: torch.nn.Module, **arguments: Any) -> float:
 
 @cache
 def flux(tokens: int) -> float:
-    """TFLOPs of one forward on so many tokens of pictures."""
+    """TFLOPs of one forward on so many tokens of images."""
     model, meta = _flux(), torch.device("meta")
     return _counted(
         model,
@@ -79,14 +79,14 @@ def wan(frames: int, height: int, width: int) -> float:
 
 
 def mixed(share: float) -> int:
-    """Tokens of a picture of which a share of the coarse tokens is fine."""
+    """Tokens of a image of which a share of the coarse tokens is fine."""
     return COARSE + 3 * int(share * COARSE)
 
 
-def pictures() -> list[dict[str, Any]]:
+def images() -> list[dict[str, Any]]:
     """Text to image with FLUX.1-dev at 1024x1024."""
     full = STEPS * flux(FINE)
-    rows: list[tuple[str, Parts]] = [("plain, 50 steps", [(STEPS, 1.0)])]
+    rows: list[tuple[str, Components]] = [("plain, 50 steps", [(STEPS, 1.0)])]
     presets = [Fresco(preset=p) for p in ("30", "18", "11", "9")] + [RALU(preset=p) for p in ("18", "10")]
     labelled = [(f"{type(m).__name__.lower()}, preset={m.preset}", m) for m in presets]
     for label, method in [*labelled, ("bottleneck, stages=9/9", Bottleneck())]:
@@ -135,14 +135,14 @@ def videos() -> list[dict[str, Any]]:
     return rows
 
 
-def _row(model: str, label: str, spent: float, full: float, parts: Parts) -> dict[str, Any]:
+def _row(model: str, label: str, spent: float, full: float, parts: Components) -> dict[str, Any]:
     row = {"model": model, "method": label, "evaluations": sum(n for n, _ in parts), "tflops": round(spent, 1)}
     published = PUBLISHED.get(label) if model.startswith("FLUX.1-dev") else None
     return row | {"ratio": round(full / spent, 2)} | ({"published": published} if published else {})
 
 
 def main() -> None:
-    rows = pictures() + edits() + videos()
+    rows = images() + edits() + videos()
     OUT.write_text(json.dumps({"environment": environment(), "steps": STEPS, "rows": rows}, indent=1) + "\n")
     for row in rows:
         print(json.dumps(row))

@@ -20,7 +20,7 @@ STYLE: Any = {"svg.hashsalt": "hasten", "axes.spines.right": False, "axes.spines
 
 def points(rows: list[dict[str, Any]], label: str, field: str) -> list[tuple[int, float]]:
     """(computed steps, value) of the rows of one arm."""
-    return sorted((r["full_steps"], r[field]) for r in rows if r["method"] == label and r.get(field) is not None)
+    return sorted((r["budget"], r[field]) for r in rows if r["method"] == label and r.get(field) is not None)
 
 
 def draw(result: dict[str, Any], name: str, labels: list[str]) -> None:
@@ -40,7 +40,7 @@ def draw(result: dict[str, Any], name: str, labels: list[str]) -> None:
                     axes.plot(*zip(*xy, strict=True), marker="o", label=short_label(label))
             axes.set_title(title, fontsize=10)
             axes.set_xlabel("computed steps of 50")
-            axes.set_xticks(sorted({r["full_steps"] for r in result["rows"]}))
+            axes.set_xticks(sorted({r["budget"] for r in result["rows"]}))
             axes.grid(color="0.92")
         figure.axes[1].legend(frameon=False, fontsize=8)
         OUT.mkdir(parents=True, exist_ok=True)

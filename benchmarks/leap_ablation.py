@@ -2,8 +2,8 @@
 
     python benchmarks/leap_ablation.py --plain calibrations/leap.safetensors --guided guided/leap.safetensors
 
-The files are what `hasten tune --full-steps 12,9,7,5` wrote without guidance and with `--guidance 3`. Figures are
-medians over held-out prompts: PSNR in dB against the plain sampler's picture of the same prompt and seed. Writes
+The files are what `hasten tune --computed-steps 12,9,7,5` wrote without guidance and with `--guidance 3`. Figures are
+medians over held-out prompts: PSNR in dB against the plain sampler's image of the same prompt and seed. Writes
 benchmarks/leap-ablation.json part by part, and goes on where it was cut short.
 """
 
@@ -38,7 +38,7 @@ OUT = Path(__file__).parent / "leap-ablation.json"
 LEARN, HELD_OUT, STEPS, BATCH, SEED = 16, 24, 50, 4, 1000
 GUIDED = {"true_cfg_scale": 3.0, "negative_prompt": ""}
 RIDGE, EULER = 1e-6, 1e9  # a huge ridge leaves the plain sampler's coefficients
-BOUND = 12  # pictures that get coefficients of their own
+BOUND = 12  # images that get coefficients of their own
 BANDS = (3, 7)  # limits of three bands of the 16 x 16 tokens' DCT, by the larger of the two frequencies
 
 
@@ -204,20 +204,20 @@ class Ablation:
         return result
 
     def bound(self, fit: Calibration, count: int, **call: Any) -> dict[str, Any]:
-        """What no multistep formula with these steps can pass by much: coefficients fitted to each picture itself."""
+        """What no multistep formula with these steps can pass by much: coefficients fitted to each image itself."""
         steps = tuple(fit.report[str(count)]["steps"])
-        pictures = tuning_calls(self.model, self.model.prompts[:BOUND], 0, STEPS, call, 1)
-        references = [self.draw([one]) for one in pictures]
+        images = tuning_calls(self.model, self.model.prompts[:BOUND], 0, STEPS, call, 1)
+        references = [self.draw([one]) for one in images]
         shared = self._closed(self.learn(**call), steps, RIDGE)
 
-        def over_pictures(solver_of: Callable[[dict[str, Any]], LeapScheduler]) -> float:
-            pairs = zip(pictures, references, strict=True)
+        def over_images(solver_of: Callable[[dict[str, Any]], LeapScheduler]) -> float:
+            pairs = zip(images, references, strict=True)
             return statistics.median(self.quality([one], drawn, solver_of(one), count) for one, drawn in pairs)
 
         return {
-            "one formula for all": over_pictures(lambda _: shared),
-            "each picture its own": over_pictures(lambda one: self._closed([one], steps, RIDGE)),
-            "one for all, refined": over_pictures(lambda _: self.solver(fit)),
+            "one formula for all": over_images(lambda _: shared),
+            "each image its own": over_images(lambda one: self._closed([one], steps, RIDGE)),
+            "one for all, refined": over_images(lambda _: self.solver(fit)),
         }
 
     def domains(self, count: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a cached step costs in Python: a 19+38-block FLUX of width 32, where arithmetic is next to nothing.
+"""What a skipped step costs in Python: a 19+38-block FLUX of width 32, where arithmetic is next to nothing.
 
     python benchmarks/overhead.py --json benchmarks/overhead.json
 
@@ -63,7 +63,7 @@ def plain_ms(model: Any, runs: int) -> float:
     return statistics.median(times)
 
 
-def cached_ms(model: Any, method: str, site: str, runs: int) -> tuple[float, int]:
+def skipped_ms(model: Any, method: str, site: str, runs: int) -> tuple[float, int]:
     """Median milliseconds of a cached forward over whole runs, and the bytes held."""
     with hasten.accelerate(model, method, interval=7, site=site) as run:
         times = []
@@ -73,7 +73,7 @@ def cached_ms(model: Any, method: str, site: str, runs: int) -> tuple[float, int
                 started = time.perf_counter()
                 model(**arguments)
                 elapsed = 1e3 * (time.perf_counter() - started)
-                if not run.records[-1].full:
+                if not run.records[-1].computed:
                     times.append(elapsed)
             held = run.summary().cache_bytes
             run.reset()
@@ -98,9 +98,9 @@ def main() -> None:
         }
         cases = [(m, s) for s in ("hidden", "output", "module") for m in ("reuse", "taylorseer", "hicache")]
         for method, site in track(cases, description="measuring"):
-            ms, held = cached_ms(model, method, site, args.runs)
+            ms, held = skipped_ms(model, method, site, args.runs)
             must_run = {"hidden": result["embeddings_and_final_layer_ms"], "output": 0.0}.get(site)
-            row = {"method": method, "site": site, "cached_ms": round(ms, 3), "cache_bytes": held}
+            row = {"method": method, "site": site, "skipped_ms": round(ms, 3), "cache_bytes": held}
             row["overhead_ms"] = None if must_run is None else round(ms - must_run, 3)
             result["rows"].append(row)
     args.json.write_text(json.dumps(result, indent=1) + "\n")

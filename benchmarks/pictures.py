@@ -1,11 +1,11 @@
-"""Pictures for the pages of resolution and streaming methods.
+"""Images for the pages of resolution and streaming methods.
 
-    python benchmarks/pictures.py specedit out/emoji-kontext.json
-    python benchmarks/pictures.py fresco out/emoji-flux-resolution.json
-    python benchmarks/pictures.py dvg out/sprites-wan.json
-    python benchmarks/pictures.py streaming
+    python benchmarks/images.py specedit out/emoji-kontext.json
+    python benchmarks/images.py fresco out/emoji-flux-resolution.json
+    python benchmarks/images.py dvg out/sprites-wan.json
+    python benchmarks/images.py streaming
 
-The JSON and its folder of pictures are those of `hasten bench` on the page's model; `streaming` rolls out one world by
+The JSON and its folder of images are those of `hasten bench` on the page's model; `streaming` rolls out one world by
 itself. Each writes `docs/images/PAGE.png`, or what `--out` says.
 """
 
@@ -37,9 +37,9 @@ class Page:
     Attributes:
         arms: heading of each column by the id of a row of the JSON; `|` breaks a line.
         captions: how many rows.
-        side: height of a picture, pixels.
+        side: height of a image, pixels.
         edits: whether source and target come first.
-        truth: whether the picture that the caption had in training comes first.
+        truth: whether the image that the caption had in training comes first.
     """
 
     arms: dict[str, str]
@@ -107,11 +107,11 @@ def bench_page(page: Page, result_file: Path) -> Image.Image:
         own: Callable[[str, int], list[Path]] = lambda prompt, i: []  # noqa: E731
         headings = list(page.arms.values())
         if page.edits:
-            own = edit_pictures(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            own = edit_images(Path(stack.enter_context(tempfile.TemporaryDirectory())))
             headings = ["source", "target", *headings]
         if page.truth:
-            own = training_pictures(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-            headings = ["caption's|picture", *headings]
+            own = training_images(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            headings = ["caption's|image", *headings]
         lines = [
             [*own(prompt, i), *(result_file.parent / rows[arm]["images"][i] for arm in page.arms)]
             for i, prompt in enumerate(prompts)
@@ -119,21 +119,21 @@ def bench_page(page: Page, result_file: Path) -> Image.Image:
         return contact_sheet(lines, prompts, headings, side=page.side)
 
 
-def edit_pictures(folder: Path) -> Callable[[str, int], list[Path]]:
+def edit_images(folder: Path) -> Callable[[str, int], list[Path]]:
     """From a prompt and its number to files of the edit's source and target, written to a folder."""
     edits = {edit.prompt: edit for edit in subject.load("emoji-kontext").edits}
 
     def written(prompt: str, i: int) -> list[Path]:
         paths = [folder / f"{i}-{name}.png" for name in ("source", "target")]
-        for path, picture in zip(paths, (edits[prompt].source, edits[prompt].target), strict=True):
-            to_pil(picture).save(path)
+        for path, image in zip(paths, (edits[prompt].source, edits[prompt].target), strict=True):
+            to_pil(image).save(path)
         return paths
 
     return written
 
 
-def training_pictures(folder: Path) -> Callable[[str, int], list[Path]]:
-    """From a caption of emoji-flux and its number to a file of its picture, written to a folder."""
+def training_images(folder: Path) -> Callable[[str, int], list[Path]]:
+    """From a caption of emoji-flux and its number to a file of its image, written to a folder."""
     known = load_emoji_set()
 
     def written(prompt: str, i: int) -> list[Path]:

@@ -6,7 +6,7 @@
 
 Each command replaces the rows of its model. The method, the plain sampler with as many evaluations and the full run
 take turns; medians. The time between the transformer's first and its last layer is taken apart, so that what is left
-is the pipeline, the text, the decoder and the engine. Larger sizes than a model was trained at make no good pictures,
+is the pipeline, the text, the decoder and the engine. Larger sizes than a model was trained at make no good images,
 but cost what they cost. Leave the machine alone while it runs.
 """
 
@@ -24,7 +24,7 @@ import torch
 from hasten.bench import subject
 from hasten.bench.arms import Accelerated
 from hasten.bench.runner import environment
-from hasten.bench.sampling import Attach, count_flops, plain, shoot
+from hasten.bench.sampling import Attach, count_flops, draw_sample, plain
 from hasten.bench.schema import short_label
 from hasten.bench.staged import parse_combination
 from rich.progress import track
@@ -78,7 +78,7 @@ def timed(model: subject.Subject, attach: Attach, steps: int, call: dict[str, An
     inside = Inside()
     inside.watch(model.pipe.transformer)
     try:
-        seconds = shoot(model, attach, steps, model.prompts[0], 0, call).seconds
+        seconds = draw_sample(model, attach, steps, model.prompts[0], 0, call).seconds
     finally:
         counted = inside.leave()
     return seconds, counted

@@ -4,7 +4,7 @@
 
 `given` replaces the coarse state, where the first promotion finds it, by the low-pass of the full run's own state at
 the level that the jump leads to. What is then lost is lost by the change of resolution and by steps on tokens of two
-sizes; the difference to the run as it is was lost by the coarse model, which draws another picture.
+sizes; the difference to the run as it is was lost by the coarse model, which draws another image.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Given(Fresco):
 
 
 def draw(model: subject.Subject, prompt: str, noise: Tensor, steps: int, method: Fresco | None) -> Any:
-    """A picture, and the full run where there is no method."""
+    """A image, and the full run where there is no method."""
     states = [noise]
 
     def keep(_pipe: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -75,8 +75,8 @@ def draw(model: subject.Subject, prompt: str, noise: Tensor, steps: int, method:
     if method is not None:
         with method.attach(model.pipe):
             return model.pipe(prompt, **call).images[0]
-    picture = model.pipe(prompt, **call, callback_on_step_end=keep).images[0]
-    return picture, Full(model.pipe.scheduler.sigmas.clone(), states)
+    image = model.pipe(prompt, **call, callback_on_step_end=keep).images[0]
+    return image, Full(model.pipe.scheduler.sigmas.clone(), states)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Resolution methods where the coarse model is right: the exact denoiser of Gaussian pictures, at equal operations.
+"""Resolution methods where the coarse model is right: the exact denoiser of Gaussian images, at equal operations.
 
     python benchmarks/resolution_toy.py --json benchmarks/resolution-toy.json
 
-Pictures are Gaussian with the power spectrum `P(k) = (1 + (k/3)^2)^-1.5`, so that the best denoiser is known for any
+Images are Gaussian with the power spectrum `P(k) = (1 + (k/3)^2)^-1.5`, so that the best denoiser is known for any
 set of coarse and fine tokens: the posterior mean, by the covariance of what the tokens stand for (a coarse pixel is the
 mean of four). The methods run as they are, on a pipeline whose transformer is that denoiser. What is left is the error
 of the steps and of the changes of resolution alone. Operations are tokens times steps.
@@ -24,7 +24,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from hasten import RALU, Bottleneck, Fresco, Spectral
 from hasten.bench.runner import environment
 from hasten.resolution import RegionMethod
-from hasten.resolution.positions import Picture, flux_ids, pack, unpack
+from hasten.resolution.positions import Image, flux_ids, pack, unpack
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -109,7 +109,7 @@ class Denoiser(nn.Module):
 
     @staticmethod
     def _weights(row: int, column: int, size: int) -> Tensor:
-        """What the four values of a token are of the picture: `[4, SIDE^2]`, in the order of packed tokens."""
+        """What the four values of a token are of the image: `[4, SIDE^2]`, in the order of packed tokens."""
         weights = torch.zeros(4, SIDE, SIDE, dtype=torch.float64)
         for value in range(4):
             top, left = row + size * (value // 2), column + size * (value % 2)
@@ -138,9 +138,9 @@ class Gaussian(FluxPipeline):  # type: ignore[misc]
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 
     def __call__(self, noise: Tensor, steps: int) -> Tensor:  # type: ignore[override]
-        """From unit noise `[1, 1, SIDE, SIDE]` to a picture."""
+        """From unit noise `[1, 1, SIDE, SIDE]` to a image."""
         self.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
-        latents, ids = pack(noise), flux_ids([Picture.uniform(TOKENS, TOKENS)])
+        latents, ids = pack(noise), flux_ids([Image.uniform(TOKENS, TOKENS)])
         for timestep in self.scheduler.timesteps:
             velocity = self.transformer(hidden_states=latents, timestep=timestep[None] / 1000, img_ids=ids)[0]
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
@@ -150,10 +150,10 @@ class Gaussian(FluxPipeline):  # type: ignore[misc]
 def measured(pipe: Gaussian, noises: list[Tensor], steps: int, references: list[Tensor]) -> dict[str, float]:
     """Figures of a sampler against the full run, and its operations in full-size steps."""
     pipe.transformer.tokens = 0
-    pictures = [pipe(noise, steps) for noise in track(noises, transient=True)]
-    power = torch.stack([torch.fft.fft2(p.double()).abs().square()[0, 0] for p in pictures]).mean(0) / SIDE**2
+    images = [pipe(noise, steps) for noise in track(noises, transient=True)]
+    power = torch.stack([torch.fft.fft2(p.double()).abs().square()[0, 0] for p in images]).mean(0) / SIDE**2
     k, true = radius(), spectrum()
-    distance = [float((p - r).norm() / r.norm()) for p, r in zip(pictures, references, strict=True)]
+    distance = [float((p - r).norm() / r.norm()) for p, r in zip(images, references, strict=True)]
     return {
         "evaluations": steps,
         "operations": pipe.transformer.tokens / len(noises) / TOKENS**2,

@@ -3,10 +3,10 @@
     python benchmarks/resolution_truth.py --model emoji-flux --json benchmarks/resolution-truth.json
     python benchmarks/resolution_truth.py --model emoji-kontext --json benchmarks/resolution-truth.json
 
-A method that draws another good picture is far from the plain sampler's. The bundled models know one picture for a
+A method that draws another good image is far from the plain sampler's. The bundled models know one image for a
 caption (the one they were trained on), and one for an edit (made by code): figures are distances to it, beside those to
 the plain sampler's 50 steps. For emoji-flux there is also what another seed makes of the distance to the full run, and
-how far the model's own picture at half size is from the mean of its full one, with the low-pass of the same noise.
+how far the model's own image at half size is from the mean of its full one, with the low-pass of the same noise.
 Each command replaces its model's part of the file. Settings were chosen on prompts from number 32 (emoji-flux) and from
 16 (emoji-kontext) on, and are measured on those before.
 """
@@ -26,7 +26,7 @@ from hasten.bench.arms import Accelerated, Attach, parse_method, plain_arms
 from hasten.bench.edits import edit_figures, edit_of
 from hasten.bench.metrics import Lpips, psnr
 from hasten.bench.runner import environment
-from hasten.bench.sampling import count_flops, shoot
+from hasten.bench.sampling import count_flops, draw_sample
 from hasten.bench.staged import is_staged, parse_combination
 from hasten.resolution.pixel_layout import Canvas
 from hasten_zoo.emoji_flux.data import load_emoji_set
@@ -38,7 +38,7 @@ STEPS = 50
 FLOAT = 1e-5
 PROMPTS = {"emoji-flux": 16, "emoji-kontext": 12}
 EDIT = "specedit:discrepancy=latent:draft={}:mixed={}:final=0:coverage={}"
-# What a run saves with, and the arm; `name@n` is a sampler with n steps, or a cache with n full steps.
+# What a run saves with, and the arm; `name@n` is a sampler with n steps, or a cache with n computed steps.
 ARMS: dict[str, list[tuple[str, str]]] = {
     "emoji-flux": [
         *(("steps", f"euler@{n}") for n in (50, 30, 18, 12, 11, 10, 6, 5, 4)),
@@ -93,7 +93,7 @@ def arm_of(text: str) -> tuple[Attach, int]:
         combination = parse_combination(name)
         return Accelerated(combination.caching, combination.staged), combination.steps(STEPS)
     _, cache = parse_method(name)
-    return Accelerated(cache.with_full_steps(int(count), STEPS)), STEPS
+    return Accelerated(cache.with_computed_steps(int(count), STEPS)), STEPS
 
 
 def truths(model: subject.Subject, prompts: list[str]) -> list[Tensor]:
@@ -105,11 +105,11 @@ def truths(model: subject.Subject, prompts: list[str]) -> list[Tensor]:
     return [known.at(64)[known.captions.index(prompt)] for prompt in prompts]
 
 
-def kept(model: subject.Subject, prompt: str, picture: Tensor) -> float | None:
+def kept(model: subject.Subject, prompt: str, image: Tensor) -> float | None:
     """Share of the pixels outside the edit's mask that are the source's to float precision; None where it has none."""
     edit = edit_of(model, prompt)
     assert edit is not None
-    same = (picture - edit.source).abs().amax(0)[~edit.mask.reshape(picture.shape[1:])] < FLOAT
+    same = (image - edit.source).abs().amax(0)[~edit.mask.reshape(image.shape[1:])] < FLOAT
     return float(same.float().mean()) if len(same) else None
 
 
@@ -129,25 +129,25 @@ def rows(model: subject.Subject, prompts: list[str]) -> list[dict[str, Any]]:
     base: list[int] = []
     for kind, text in track(ARMS[model.name], description=model.name):
         attach, steps = arm_of(text)
-        flops, pictures = list[int](), list[Tensor]()
+        flops, images = list[int](), list[Tensor]()
         for seed, prompt in enumerate(prompts):
-            if flops and "specedit" not in text:  # what others compute does not depend on the picture
-                pictures.append(shoot(model, attach, steps, prompt, seed, {}).picture)
+            if flops and "specedit" not in text:  # what others compute does not depend on the image
+                images.append(draw_sample(model, attach, steps, prompt, seed, {}).image)
                 continue
-            counted, shot = count_flops(model, attach, steps, prompt, seed, {})
+            counted, sample = count_flops(model, attach, steps, prompt, seed, {})
             flops.append(counted)
-            pictures.append(shot.picture)
+            images.append(sample.image)
         if not found:
-            full, base = pictures, flops
-        edits = [edit_figures(model, p, picture) for p, picture in zip(prompts, pictures, strict=True)]
+            full, base = images, flops
+        edits = [edit_figures(model, p, image) for p, image in zip(prompts, images, strict=True)]
         figures: dict[str, list[float | None]] = {
-            "truth_psnr": [psnr(*pair) for pair in zip(pictures, targets, strict=True)],
-            "truth_lpips": [lpips(*pair) for pair in zip(pictures, targets, strict=True)],
-            "full_psnr": [None if not found else psnr(*pair) for pair in zip(pictures, full, strict=True)],
+            "truth_psnr": [psnr(*pair) for pair in zip(images, targets, strict=True)],
+            "truth_lpips": [lpips(*pair) for pair in zip(images, targets, strict=True)],
+            "full_psnr": [None if not found else psnr(*pair) for pair in zip(images, full, strict=True)],
         } | {key: [edit[key] for edit in edits] for key in edits[0]}
         if model.edits:
-            figures["unedited_exact"] = [kept(model, *pair) for pair in zip(prompts, pictures, strict=True)]
-        right = None if model.grade is None else model.grade(torch.stack(pictures), prompts)
+            figures["unedited_exact"] = [kept(model, *pair) for pair in zip(prompts, images, strict=True)]
+        right = None if model.grade is None else model.grade(torch.stack(images), prompts)
         found.append(
             {
                 "kind": kind,
@@ -163,7 +163,7 @@ def rows(model: subject.Subject, prompts: list[str]) -> list[dict[str, Any]]:
 
 
 def scale(model: subject.Subject, prompts: list[str]) -> dict[str, dict[str, float]]:
-    """PSNR in dB between pictures of other seeds, and between those of two sizes."""
+    """PSNR in dB between images of other seeds, and between those of two sizes."""
     canvas, side = Canvas.of(model.pipe.vae), model.call["height"]
     tokens = side // 4
 
@@ -174,8 +174,8 @@ def scale(model: subject.Subject, prompts: list[str]) -> dict[str, dict[str, flo
             "num_inference_steps": STEPS,
             "output_type": "pt",
         }
-        picture: Tensor = model.pipe(prompt, latents=noise, **call).images[0]
-        return picture
+        image: Tensor = model.pipe(prompt, latents=noise, **call).images[0]
+        return image
 
     def noise_of(count: int, seed: int) -> Tensor:
         return torch.randn(1, count, 48, generator=torch.Generator().manual_seed(seed))

@@ -21,7 +21,7 @@ from hasten.bench import subject
 from hasten.bench.arms import Accelerated
 from hasten.bench.metrics import Lpips, over_frames, psnr, temporal_error
 from hasten.bench.runner import environment
-from hasten.bench.sampling import Shot, count_flops, plain, shoot
+from hasten.bench.sampling import Sample, count_flops, draw_sample, plain
 from hasten.bench.staged import parse_combination
 from hasten.resolution import demand
 from rich.progress import track
@@ -32,23 +32,25 @@ BEST = "dvg:budget=0.52:lead=1"  # of what was tried
 TRIED = (BEST, "dvg:budget=0.52:rates=0.2/0.35/0.65")
 
 
-def latents(model: subject.Subject, shot: Shot) -> torch.Tensor:
+def latents(model: subject.Subject, sample: Sample) -> torch.Tensor:
     """The clip as its latents."""
-    clean: torch.Tensor = model.pipe.vae.encode(2 * shot.picture.transpose(0, 1)[None] - 1).latents
+    clean: torch.Tensor = model.pipe.vae.encode(2 * sample.image.transpose(0, 1)[None] - 1).latents
     return clean
 
 
 def measured(model: subject.Subject, clips: range, arms: tuple[str, ...]) -> dict[str, Any]:
     """Clips with their motion and texture, and a row for each arm."""
     lpips, prompts = Lpips(), [model.prompts[clip] for clip in clips]
-    full = [shoot(model, plain, STEPS, prompt, clip, {}) for clip, prompt in zip(clips, prompts, strict=True)]
+    full = [draw_sample(model, plain, STEPS, prompt, clip, {}) for clip, prompt in zip(clips, prompts, strict=True)]
     base = count_flops(model, plain, STEPS, prompts[0], clips[0], {})[0]
     rows = []
     for text in track(arms):
         attach = Accelerated(None, parse_combination(text).staged)
-        shots = [shoot(model, attach, STEPS, prompt, clip, {}) for clip, prompt in zip(clips, prompts, strict=True)]
-        pairs = [(shot.picture, reference.picture) for shot, reference in zip(shots, full, strict=True)]
-        plans = [shot.plan for shot in shots]
+        samples = [
+            draw_sample(model, attach, STEPS, prompt, clip, {}) for clip, prompt in zip(clips, prompts, strict=True)
+        ]
+        pairs = [(sample.image, reference.image) for sample, reference in zip(samples, full, strict=True)]
+        plans = [sample.plan for sample in samples]
         flops = {  # all clips of a plan compute the same
             plan: count_flops(model, attach, STEPS, prompts[plans.index(plan)], clips[plans.index(plan)], {})[0]
             for plan in set(plans)
@@ -64,7 +66,7 @@ def measured(model: subject.Subject, clips: range, arms: tuple[str, ...]) -> dic
                 "temporal_error": [round(temporal_error(*pair), 4) for pair in pairs],
             }
         )
-    known = [latents(model, shot) for shot in full]
+    known = [latents(model, sample) for sample in full]
     described = [
         {"prompt": prompt, "motion": round(demand.motion(clip), 3), "texture": round(demand.texture(clip), 4)}
         for prompt, clip in zip(prompts, known, strict=True)

@@ -29,14 +29,14 @@ def _row(cells: list[str]) -> str:
 
 
 def bench_table(result: dict[str, Any]) -> str:
-    """Markdown of one bench result, a block of rows for each number of full steps, plain samplers first."""
+    """Markdown of one bench result, a block of rows for each number of computed steps, plain samplers first."""
     base, environment, settings = result["baseline"], result["environment"], result["settings"]
-    heads = ["sampler", "steps computed", "FLOPs ratio", "s / picture", "speed-up", "PSNR dB", "SSIM", "LPIPS", "FLIP"]
+    heads = ["sampler", "steps computed", "FLOPs ratio", "s / image", "speed-up", "PSNR dB", "SSIM", "LPIPS", "FLIP"]
     heads += ["cache KiB", "top-1"]
     first = ["plain Euler", str(base["steps"]), "1.00", _cell(base["seconds"], 3), "1.00", "-", "-", "-", "-", "0"]
     lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|", _row([*first, _cell(base["top1"], 2)])]
-    for count in sorted({row["full_steps"] for row in result["rows"]}, reverse=True):
-        for row in (r for r in result["rows"] if r["full_steps"] == count):
+    for count in sorted({row["budget"] for row in result["rows"]}, reverse=True):
+        for row in (r for r in result["rows"] if r["budget"] == count):
             cells = [
                 _title(row),
                 str(count),
@@ -65,7 +65,7 @@ EXTRA = (("psnr_unedited", "unedited dB", 1), ("psnr_edited", "edited dB", 1), (
 
 
 def resolution_table(result: dict[str, Any]) -> str:
-    """Markdown of a bench result with resolution methods, by what a picture costs."""
+    """Markdown of a bench result with resolution methods, by what a image costs."""
     rows = [row for row in result["rows"] if not row.get("error")]
     extra = [column for column in EXTRA if any(row.get(column[0]) is not None for row in rows)]
     heads = ["sampler", "evaluations", "FLOPs, times fewer", "speed-up", "share of it", "PSNR dB", "LPIPS", "FLIP"]
@@ -104,7 +104,7 @@ def resolution_table(result: dict[str, Any]) -> str:
 
 
 def truth_table(part: dict[str, Any], model: str) -> str:
-    """Markdown of a part of `resolution-truth.json`: every arm, by what a picture costs."""
+    """Markdown of a part of `resolution-truth.json`: every arm, by what a image costs."""
     editing = "psnr_edited" in part["rows"][0]
     heads = ["sampler", "evaluations", "FLOPs, times fewer", "PSNR to the full run", "PSNR to the truth"]
     heads += ["LPIPS to the truth", *(["unedited dB", "of it exact", "edited dB"] if editing else []), "top-1"]
@@ -117,7 +117,7 @@ def truth_table(part: dict[str, Any], model: str) -> str:
             exact = f"{row['unedited_exact']['mean']:.0%}"
             cells += [_cell(row["psnr_unedited"]["median"], 1), exact, _cell(row["psnr_edited"]["median"], 1)]
         lines.append(_row([*cells, _cell(row["top1"], 2)]))
-    truth = "the edit that was asked for" if editing else "the picture that the caption had in training"
+    truth = "the edit that was asked for" if editing else "the image that the caption had in training"
     lines += [
         "",
         f"{model}, 64x64, {part['prompts']} prompts, medians (LPIPS: means); the full run: 50 plain steps from the "
@@ -171,8 +171,8 @@ def _made(result: dict[str, Any]) -> str:
 
 
 def scale_table(part: dict[str, Any]) -> str:
-    """Markdown of how far pictures of other seeds and sizes are from each other."""
-    lines = ["| pictures, 50 plain steps | PSNR dB |", "|---|--:|"]
+    """Markdown of how far images of other seeds and sizes are from each other."""
+    lines = ["| images, 50 plain steps | PSNR dB |", "|---|--:|"]
     lines += [_row([name, _cell(figures["median"], 1)]) for name, figures in part["scale"].items()]
     return "\n".join(lines)
 
@@ -211,7 +211,7 @@ def toy_table(result: dict[str, Any]) -> str:
     full = next(row for row in result["rows"] if row["evaluations"] == 50)
     lines += [
         "",
-        f"Gaussian pictures of {result['side']}x{result['side']} pixels, {result['samples']} samples, shift "
+        f"Gaussian images of {result['side']}x{result['side']} pixels, {result['samples']} samples, shift "
         f"{result['shift']:g}; operations in steps at full size, the plain sampler's interpolated between whole steps; "
         "distance: relative L2 to 50 plain steps from the same noise; bands: energy relative to the true spectrum "
         f"({full['low_band']:.2f} and {full['high_band']:.2f} with 50 plain steps); torch "
@@ -304,7 +304,7 @@ def overhead_table(result: dict[str, Any]) -> str:
     """Markdown of `overhead.json`."""
     lines = ["| site | method | cached forward ms | of that Python overhead ms | cache KiB |", "|---|---|--:|--:|--:|"]
     for row in result["rows"]:
-        cells = [row["site"], row["method"], _cell(row["cached_ms"], 2), _cell(row["overhead_ms"], 2)]
+        cells = [row["site"], row["method"], _cell(row["skipped_ms"], 2), _cell(row["overhead_ms"], 2)]
         lines.append(_row([*cells, _cell(row["cache_bytes"] / 1024, 0)]))
     lines.append("")
     lines.append(
@@ -328,8 +328,8 @@ def _arms(result: dict[str, Any]) -> tuple[list[int], dict[str, dict[int, dict[s
     """Numbers of computed steps, and the rows of each arm by that number."""
     arms: dict[str, dict[int, dict[str, Any]]] = {}
     for row in result["rows"]:
-        arms.setdefault(_title(row), {})[row["full_steps"]] = row
-    return sorted({row["full_steps"] for row in result["rows"]}, reverse=True), arms
+        arms.setdefault(_title(row), {})[row["budget"]] = row
+    return sorted({row["budget"] for row in result["rows"]}, reverse=True), arms
 
 
 def overview_table(result: dict[str, Any]) -> str:
@@ -364,7 +364,7 @@ def overview_table(result: dict[str, Any]) -> str:
     shared = f", prompts shared by {processes} processes" if processes > 1 else ""
     lines.append(
         f"{result['model']}, {settings['width']}x{settings['height']}, {len(settings['prompts'])} prompts, medians, "
-        f"against {base['steps']} plain steps ({base['seconds']:.2f} s a picture); hasten {environment['hasten']}, "
+        f"against {base['steps']} plain steps ({base['seconds']:.2f} s a image); hasten {environment['hasten']}, "
         f"torch {environment['torch']}, diffusers {environment['diffusers']}, {environment['device']}{shared}, "
         f"{result['created'][:10]}."
     )
@@ -440,7 +440,7 @@ def emoji_flux() -> dict[str, Any]:
     result, more = _read("emoji-flux.json"), _read("emoji-flux-more.json")
     assert more["settings"]["prompts"] == result["settings"]["prompts"]
     result["rows"] += [row for row in more["rows"] if row["library"] == "hasten"]
-    plain = {row["full_steps"]: row["psnr"] for row in more["rows"] if row["method"] == "unipc"}
+    plain = {row["budget"]: row["psnr"] for row in more["rows"] if row["method"] == "unipc"}
     names = " and ".join(dict.fromkeys(_title(row) for row in more["rows"] if row["library"] == "hasten"))
     checks = ", ".join(f"{value:.1f} dB at {count}" for count, value in plain.items())
     result["remark"] = f"{names} were measured in a run of their own; plain UniPC had {checks} in it."
@@ -489,7 +489,7 @@ def fits_table(result: dict[str, Any]) -> str:
     lines.append("")
     lines.append(
         f"{result['model']}; dB of signal to error in the final latents of the prompts that were learned from; "
-        "evaluations count pictures, those of the reference trajectories included."
+        "evaluations count images, those of the reference trajectories included."
     )
     return "\n".join(lines)
 

@@ -4,10 +4,10 @@
     python benchmarks/tokens.py tree            time and memory of a tree of LlamaGen's size -> tokens-tree.json
     python benchmarks/tokens.py approximate     the approximate tree against the exact one -> tokens-approximate.json
     python benchmarks/tokens.py reference       what the comparison has finished -> tokens-reference.json, curves
-    python benchmarks/tokens.py pictures        what the models of its first seed draw -> docs/images/tokens-drawn.png
+    python benchmarks/tokens.py images        what the models of its first seed draw -> docs/images/tokens-drawn.png
     python benchmarks/tokens.py tables          the tables of both pages; with --check it only looks at them
 
-`reference` and `pictures` read what `python -m hasten_zoo.emoji_tokens.compare` wrote.
+`reference` and `images` read what `python -m hasten_zoo.emoji_tokens.compare` wrote.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import typer
 from hasten.bench.runner import environment
-from hasten.bench.token_plots import plot_curves, plot_pictures
+from hasten.bench.token_plots import plot_curves, plot_images
 from hasten.fitting.token_model import Recipe, Trainer
 from hasten.io import write_whole
 from hasten.tokens import MemberSampler, SemanticTree, TokenMap, flat_map, kmeans_map, random_map
@@ -39,7 +39,7 @@ from hasten.tokens.sample import sample_clusters
 from hasten.tokens.shards import TokenShards
 from hasten_zoo.emoji_tokens import decode, load_tokenizer
 from hasten_zoo.emoji_tokens.compare import vocabularies
-from hasten_zoo.emoji_tokens.data import HELD_OUT, TRAIN, batches, pictures
+from hasten_zoo.emoji_tokens.data import HELD_OUT, TRAIN, batches, images
 from hasten_zoo.emoji_tokens.evaluate import ReplacementTest, frechet, quality, reference
 from hasten_zoo.emoji_tokens.features import FeatureNet
 from hasten_zoo.emoji_tokens.summary import curves_of, spread, summary
@@ -65,13 +65,13 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 
 @app.command()
 def replacement(
-    images: Annotated[int, typer.Option(help="Held-out pictures.")] = 1024,
+    count: Annotated[int, typer.Option("--images", help="Held-out images.")] = 1024,
     ks: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "1024,512,256,128",
     seeds: Annotated[int, typer.Option(help="Of the members, the k-means and the random map.")] = 3,
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = REPLACEMENT,
 ) -> None:
-    """Decode held-out pictures with each token replaced by a random mate, under each way to cluster."""
-    tokenizer, held_out = load_tokenizer(), pictures(images, HELD_OUT).pixels
+    """Decode held-out images with each token replaced by a random mate, under each way to cluster."""
+    tokenizer, held_out = load_tokenizer(), images(count, HELD_OUT).pixels
     test = ReplacementTest(tokenizer, held_out)
     with torch.no_grad():
         seen = torch.cat([tokenizer.encode(batch.pixels) for batch in batches(16_384, TRAIN)])
@@ -110,7 +110,7 @@ def replacement(
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
         **asdict(test(flat_map(tokenizer.config.codes))),
     }
-    _write(out, {"images": images, "seeds": seeds, "tokenizer": tokenizer_facts, "rows": rows})
+    _write(out, {"images": count, "seeds": seeds, "tokenizer": tokenizer_facts, "rows": rows})
 
 
 def _heaviest(mapping: TokenMap, counts: Any) -> float:
@@ -209,33 +209,33 @@ def reference_(
     result = json.loads((data / "comparison.json").read_text())
     found = summary(result["runs"])
     settings = {name: result[name] for name in ("k", "codes", "recipe", "sizes", "threads")}
-    images = result["sizes"]["drawn_last"]
-    tokenizer, real = load_tokenizer(), pictures(images, HELD_OUT)
+    count = result["sizes"]["drawn_last"]
+    tokenizer, real = load_tokenizer(), images(count, HELD_OUT)
     with torch.no_grad():
         again = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in real.pixels.split(256)])
     floor = {
-        "real_pictures": asdict(quality(real.pixels, real.classes)),
+        "real_images": asdict(quality(real.pixels, real.classes)),
         "reconstructions": asdict(quality(again, real.classes)),
-        "real_pictures_as_on_curves": frechet(
+        "real_images_as_on_curves": frechet(
             reference(), FeatureNet.load().describe(real.pixels[: result["sizes"]["drawn"]])
         ),
     }
     _write(REFERENCE, {"settings": settings, "floor": floor, **found})
     finished = [run for run in result["runs"] if run["seed"] in found["seeds"]]
     labels = {
-        "frechet": "Fréchet distance of drawn pictures",
+        "frechet": "Fréchet distance of drawn images",
         "entropy_over_log_k": "entropy of the predictions / log k",
         "token_loss": "nats a fine token, held out",
     }
     print(plot_curves(curves_of(finished), labels, HERE.parent / "docs" / "images" / "tokens-curves.png"))
 
 
-@app.command("pictures")
-def pictures_(
+@app.command("images")
+def images_(
     data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/emoji-tokens"),
     seed: Annotated[int, typer.Option(help="Of the runs.")] = 0,
 ) -> None:
-    """One picture of each object by each vocabulary's model: no guidance, members drawn uniformly, nothing chosen."""
+    """One image of each object by each vocabulary's model: no guidance, members drawn uniformly, nothing chosen."""
     result, tokenizer = json.loads((data / "comparison.json").read_text()), load_tokenizer()
     fine, recipe = TokenShards.open(data / "fine"), Recipe(**{**result["recipe"], "seed": seed})
     rows = {}
@@ -244,7 +244,7 @@ def pictures_(
         trainer.restore(data / f"{name}-{seed}" / "checkpoint.pt")
         clusters, _ = sample_clusters(trainer.plain, torch.arange(trainer.classes), trainer.k, fine.length, seed=seed)
         rows[name] = decode(MemberSampler.make(mapping)(clusters.numpy(), seed))
-    print(plot_pictures(rows, HERE.parent / "docs" / "images" / "tokens-drawn.png"))
+    print(plot_images(rows, HERE.parent / "docs" / "images" / "tokens-drawn.png"))
 
 
 def _line(cells: list[str]) -> str:
@@ -285,7 +285,7 @@ def tokenizer_line(result: dict[str, Any]) -> str:
     own = result["tokenizer"]
     return (
         f"{own['used']} of {own['codes']} codes are used, with a perplexity of {own['perplexity']:.0f}; "
-        f"{result['images']} held-out pictures are reconstructed with {own['psnr']:.1f} dB (SSIM {own['ssim']:.3f})."
+        f"{result['images']} held-out images are reconstructed with {own['psnr']:.1f} dB (SSIM {own['ssim']:.3f})."
     )
 
 
@@ -320,7 +320,7 @@ def approximate_table(result: dict[str, Any]) -> str:
 
 
 def reference_table(result: dict[str, Any]) -> str:
-    """Markdown of the comparison: drawn pictures, predictions, steps to the flat model's quality."""
+    """Markdown of the comparison: drawn images, predictions, steps to the flat model's quality."""
     heads = ["vocabulary", "k", "Fréchet distance", "precision", "recall", "right object", "entropy / log k"]
     heads += ["nats a fine token", "steps to flat's quality"]
     rows = []
@@ -340,7 +340,7 @@ def reference_table(result: dict[str, Any]) -> str:
             ]
         )
     floor = result["floor"]
-    for label, key in (("reconstructions", "reconstructions"), ("real pictures", "real_pictures")):
+    for label, key in (("reconstructions", "reconstructions"), ("real images", "real_images")):
         cells = [f"{floor[key][m]:.2f}" for m in ("frechet", "precision", "recall", "objects")]
         rows.append([label, "-", *cells, "-", "-", "-"])
     return _table(heads, rows)

@@ -84,7 +84,7 @@ class Family:
         self.linear_calls = 0
         with hasten.accelerate(self.model, method, **params) as run:
             fast = self.sample()
-            full = run.summary().full
+            full = run.summary().computed_steps
         calls = self.linear_calls
         traces = _state(self.model) != before
         exact = exact and torch.equal(self.sample(), self.plain)

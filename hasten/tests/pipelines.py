@@ -17,7 +17,7 @@ def make_pipe(seed: int = 0) -> Any:
     """A `FluxPipeline` with random weights; the gates are opened so that blocks matter."""
     torch.manual_seed(seed)
     data = load_emoji_set()
-    pipe = build_pipeline(data.captions, data.pictures, width=32)
+    pipe = build_pipeline(data.captions, data.images, width=32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

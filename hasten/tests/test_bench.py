@@ -33,7 +33,7 @@ def result(emoji, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "out.json"
     settings = BenchSettings(
         methods=("reuse", "hicache:order=1"),
-        full_steps=(8, 6),
+        computed_steps=(8, 6),
         prompts=2,
         steps=20,
         call={"height": 32, "width": 32},
@@ -50,7 +50,7 @@ def test_the_result_has_the_contracts_fields(result):
     assert content["baseline"].keys() >= {"steps", "seconds", "flops"}
     for row in content["rows"]:
         assert row.keys() >= {
-            "method", "library", "params", "steps", "full_steps", "flops_ratio", "seconds",
+            "method", "library", "params", "steps", "budget", "flops_ratio", "seconds",
             "latency_ratio", "cache_bytes", "psnr", "ssim", "lpips", "flip", "per_prompt",
         }  # fmt: skip
         assert len(row["per_prompt"]) == 2
@@ -60,16 +60,16 @@ def test_the_result_has_the_contracts_fields(result):
 
 def test_plain_samplers_stand_beside_every_number_of_full_steps(result):
     content, _ = result
-    counts = {row["full_steps"] for row in content["rows"] if row["library"] == "hasten"}
+    counts = {row["budget"] for row in content["rows"] if row["library"] == "hasten"}
     for count in counts:
-        plain = {row["method"] for row in content["rows"] if row["library"] == "plain" and row["full_steps"] == count}
+        plain = {row["method"] for row in content["rows"] if row["library"] == "plain" and row["budget"] == count}
         assert plain == {"euler", "unipc"}
 
 
 def test_counted_operations_follow_the_computed_steps(result):
     content, _ = result
     for row in content["rows"]:
-        assert row["flops_ratio"] == pytest.approx(row["steps"] and 20 / row["full_steps"], abs=1e-3)
+        assert row["flops_ratio"] == pytest.approx(row["steps"] and 20 / row["budget"], abs=1e-3)
         # Embeddings and final layer still run on skipped steps, so the counted ratio is a little lower.
         assert 0.8 * row["flops_ratio"] < row["flops_ratio_measured"] <= 1.001 * row["flops_ratio"]
 
@@ -85,10 +85,10 @@ def test_errors_per_step_begin_with_zero_and_grow(result):
             assert row["error_per_step"][-1] > 0
 
 
-def test_the_sheet_shows_every_picture(result):
+def test_the_sheet_shows_every_image(result):
     content, out = result
-    count = content["rows"][-1]["full_steps"]
-    columns = 1 + sum(row["full_steps"] == count for row in content["rows"])
+    count = content["rows"][-1]["budget"]
+    columns = 1 + sum(row["budget"] == count for row in content["rows"])
     sheet = bench_sheet(content, out.parent, count)
     assert sheet.width > columns * 128
     assert sheet.height > 2 * 128
@@ -99,8 +99,8 @@ def test_the_sheet_shows_every_picture(result):
 @pytest.mark.parametrize(("n", "interval"), [(12, 5), (9, 7), (7, 10)])
 def test_full_step_counts_and_ratios_are_those_of_the_papers(n, interval):
     for arm in method_arms(["reuse", "taylorseer", "hicache"], [n], 50):
-        assert (arm.full_steps, arm.params["interval"]) == (n, interval)
-    assert [arm.full_steps for arm in plain_arms([n])] == [n, n]
+        assert (arm.computed_steps, arm.params["interval"]) == (n, interval)
+    assert [arm.computed_steps for arm in plain_arms([n])] == [n, n]
 
 
 def test_methods_are_read_with_their_parameters():
@@ -133,7 +133,7 @@ def test_values_are_read_by_their_look(text, options):
 
 def test_listed_steps_are_kept_as_they_are():
     (arm,) = method_arms(["reuse:steps=0/1/2/4/9"], [3], 12)
-    assert arm.full_steps == 5
+    assert arm.computed_steps == 5
     assert arm.params["steps"] == (0, 1, 2, 4, 9)
     assert "sites" not in arm.params
 
@@ -152,7 +152,7 @@ def test_second_order_sampler_leaves_the_pipelines_own_in_place(emoji):
 
 def test_bench_and_report_commands(monkeypatch, capsys, tmp_path):
     out = tmp_path / "out.json"
-    arguments = ["--methods", "taylorseer", "--full-steps", "5", "--steps", "12", "--prompts", "1"]
+    arguments = ["--methods", "taylorseer", "--computed-steps", "5", "--steps", "12", "--prompts", "1"]
     code, text, _ = command(
         monkeypatch, capsys, "bench", *arguments, "--height", "32", "--width", "32", "--guidance", "2", "--json", out
     )
@@ -176,12 +176,12 @@ def test_methods_command_names_every_method_and_paper(monkeypatch, capsys):
     [
         (["bench", "--model", "emoji-flx"], "Did you mean 'emoji-flux'"),
         (["bench", "--methods", "hicahce"], "Did you mean 'hicache'"),
-        (["bench", "--full-steps", "nine"], "whole numbers with commas"),
-        (["bench", "--full-steps", "2"], "warm-up"),
+        (["bench", "--computed-steps", "nine"], "whole numbers with commas"),
+        (["bench", "--computed-steps", "2"], "warm-up"),
         (["bench", "--prompts", "100000"], "asks for more than"),
         (["bench", "--prompts", "0"], "at least 1"),
         (["report", "nowhere.json"], "nowhere.json"),
-        (["demo", "--full-steps", "x"], "whole numbers"),
+        (["demo", "--computed-steps", "x"], "whole numbers"),
     ],
 )
 def test_bad_input_is_one_line_without_a_traceback(monkeypatch, capsys, tmp_path, arguments, says):
@@ -207,7 +207,7 @@ def test_a_model_that_cannot_be_loaded_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_the_prompts(monkeypatch, capsys, tmp_path):
-    arguments = ["bench", "--methods", "taylorseer,fbcache", "--full-steps", "5", "--steps", "12", "--prompts", "3"]
+    arguments = ["bench", "--methods", "taylorseer,fbcache", "--computed-steps", "5", "--steps", "12", "--prompts", "3"]
     arguments += ["--height", "32", "--width", "32", "--seed", "4", "--json"]
     script = tmp_path / "script.py"
     script.write_text("from hasten.cli.main import main\n\nmain()\n")
@@ -241,13 +241,13 @@ def test_two_processes_share_the_prompts(monkeypatch, capsys, tmp_path):
 def test_the_reference_model_draws_what_it_is_asked(emoji):
     prompts = emoji.prompts[:10]
     call = emoji.call | {"num_inference_steps": 20, "output_type": "pt"}
-    pictures = emoji.pipe(prompts, generator=torch.Generator().manual_seed(0), **call).images
-    assert sum(emoji.grade(pictures, prompts)) >= 9
+    images = emoji.pipe(prompts, generator=torch.Generator().manual_seed(0), **call).images
+    assert sum(emoji.grade(images, prompts)) >= 9
 
 
 @pytest.mark.slow
 def test_forecasting_beats_reuse_and_the_plain_sampler_at_equal_full_steps(emoji, tmp_path):
-    settings = BenchSettings(methods=("reuse", "taylorseer", "hicache", "foca"), full_steps=(12,), prompts=6)
+    settings = BenchSettings(methods=("reuse", "taylorseer", "hicache", "foca"), computed_steps=(12,), prompts=6)
     rows = {row["method"]: row for row in run_bench(emoji, settings, tmp_path / "out.json")["rows"]}
     for method in ("taylorseer", "hicache", "foca"):
         assert rows[method]["psnr"] > rows["reuse"]["psnr"] + 2

@@ -18,7 +18,7 @@ from hasten.bench.edits import at_size, edit_figures, edit_of, source_arguments,
 from hasten.bench.metrics import over_frames, psnr, temporal_error
 from hasten.bench.report import render_report
 from hasten.bench.runner import BenchSettings, run_bench
-from hasten.bench.sampling import call_arguments, plain, shoot
+from hasten.bench.sampling import call_arguments, draw_sample, plain
 from hasten.bench.schema import short_label, split_methods
 from hasten.bench.sheet import bench_sheet, film_strip
 from hasten.bench.staged import PlainCost, count, is_staged, parse_combination, staged_arms
@@ -89,14 +89,14 @@ def flat(value: float, *shape: int) -> Tensor:
 
 
 def test_psnr_under_a_mask_looks_at_nothing_else() -> None:
-    picture, mask = flat(0.5, 3, 8, 8), torch.zeros(8, 8, dtype=torch.bool)
+    image, mask = flat(0.5, 3, 8, 8), torch.zeros(8, 8, dtype=torch.bool)
     mask[:2, :4] = True
-    picture[:, mask] = 0.6
-    assert psnr(picture, flat(0.5, 3, 8, 8), mask) == pytest.approx(20, abs=1e-4)
-    assert psnr(picture, flat(0.5, 3, 8, 8), ~mask) == math.inf
+    image[:, mask] = 0.6
+    assert psnr(image, flat(0.5, 3, 8, 8), mask) == pytest.approx(20, abs=1e-4)
+    assert psnr(image, flat(0.5, 3, 8, 8), ~mask) == math.inf
     for bad in (mask[:4], mask.float(), torch.zeros_like(mask)):
         with pytest.raises(ValueError, match="mask"):
-            psnr(picture, picture, bad)
+            psnr(image, image, bad)
 
 
 def test_figures_of_a_clip_are_means_over_its_frames() -> None:
@@ -201,18 +201,18 @@ def short() -> Any:
 def test_a_methods_own_number_of_evaluations_is_used(video: Subject, short: type) -> None:
     trials = Trials(video, video.prompts[:1], 0, STEPS, {})
     *_, arm = staged_arms([parse_combination("short:preset=7:budget=0.545")], trials)
-    assert (arm.error, arm.steps, arm.full_steps, arm.staged) == ("", 7, 7, True)
+    assert (arm.error, arm.steps, arm.computed_steps, arm.staged) == ("", 7, 7, True)
 
 
 def test_plain_samplers_stand_beside_at_equal_evaluations_and_at_equal_operations(video: Subject) -> None:
     trials = Trials(video, video.prompts[:1], 0, STEPS, {})
     arms = staged_arms([parse_combination(text) for text in (DUET, "dvg:budget=0.01")], trials)
     duet = next(arm for arm in arms if arm.method == DUET)
-    assert duet.full_steps < STEPS  # the cache skips some
+    assert duet.computed_steps < STEPS  # the cache skips some
     equal = next(arm for arm in arms if arm.note)
-    assert (equal.method, equal.groups, equal.note) == ("euler", (duet.full_steps,), f"as many FLOPs as {DUET}")
-    assert equal.steps < duet.full_steps  # the steps themselves are cheaper, too
-    assert {arm.method for arm in arms if arm.steps == duet.full_steps} == {"euler", "unipc"}
+    assert (equal.method, equal.groups, equal.note) == ("euler", (duet.computed_steps,), f"as many FLOPs as {DUET}")
+    assert equal.steps < duet.computed_steps  # the steps themselves are cheaper, too
+    assert {arm.method for arm in arms if arm.steps == duet.computed_steps} == {"euler", "unipc"}
     (failed,) = [arm for arm in arms if arm.error]
     assert "budget=0.01" in failed.error
     assert "\n" not in failed.error
@@ -231,7 +231,9 @@ def test_plain_cost_is_linear_in_the_steps(video: Subject) -> None:
 @pytest.fixture(scope="module")
 def clips(video: Subject, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("clips") / "out.json"
-    settings = BenchSettings(methods=("foca", SPACE, DUET, "dvg:budget=0.01"), full_steps=(5,), prompts=1, steps=STEPS)
+    settings = BenchSettings(
+        methods=("foca", SPACE, DUET, "dvg:budget=0.01"), computed_steps=(5,), prompts=1, steps=STEPS
+    )
     content = run_bench(video, settings, out)
     assert json.loads(out.read_text()) == json.loads(json.dumps(content))
     return content, out
@@ -256,7 +258,7 @@ def test_staged_rows_say_what_they_save_and_failures_are_rows(clips: tuple[dict[
     assert (alone["steps"], alone["computed_steps"], alone["staged"]) == (STEPS, STEPS, True)
     assert alone["flops_ratio"] == alone["flops_ratio_measured"] > 1.2
     assert duet["flops_ratio"] > alone["flops_ratio"]
-    assert (duet["full_steps"], duet["cache_bytes"] > 0) == (round(duet["computed_steps"]), True)
+    assert (duet["budget"], duet["cache_bytes"] > 0) == (round(duet["computed_steps"]), True)
     assert alone["error_per_step"] is None  # its noise levels are not the plain sampler's
     assert "density" in alone["per_prompt"][0]["plan"]
     assert [figures["flops"] for figures in alone["per_prompt"]] == [alone["flops"]]
@@ -329,13 +331,11 @@ def test_sources_go_with_their_prompts(editor: Subject) -> None:
         edit_of(editor, "eat the apple")
 
 
-def test_a_call_says_the_size_and_the_guidance_in_the_pipelines_words(
-    editor: Subject, video: Subject
-) -> None:
+def test_a_call_says_the_size_and_the_guidance_in_the_pipelines_words(editor: Subject, video: Subject) -> None:
     arguments = call_arguments(editor, editor.prompts[:1], {"height": 64, "width": 48})
     assert arguments["max_area"] == 64 * 48
-    shot = shoot(editor, plain, 1, editor.prompts[0], 0, {"height": 64, "width": 64})
-    assert shot.picture.shape == (3, 64, 64)
+    sample = draw_sample(editor, plain, 1, editor.prompts[0], 0, {"height": 64, "width": 64})
+    assert sample.image.shape == (3, 64, 64)
     guided = call_arguments(video, video.prompts[:1], {"true_cfg_scale": 3.0, "negative_prompt": ""})
     assert guided["guidance_scale"] == 3.0
     assert "true_cfg_scale" not in guided
@@ -365,7 +365,7 @@ def test_the_vaes_own_loss_is_measured(editor: Subject, monkeypatch: pytest.Monk
 
 def test_an_editing_bench_reports_what_was_kept_and_what_was_done(editor: Subject, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    settings = BenchSettings(methods=("foca", "dvg"), full_steps=(5,), prompts=2, steps=STEPS)
+    settings = BenchSettings(methods=("foca", "dvg"), computed_steps=(5,), prompts=2, steps=STEPS)
     content = run_bench(editor, settings, out)
     assert content["baseline"]["psnr_unedited_vae"] == 100.0
     foca = next(row for row in content["rows"] if row["method"] == "foca")
@@ -380,21 +380,21 @@ def test_an_editing_bench_reports_what_was_kept_and_what_was_done(editor: Subjec
         assert words in page
 
 
-def test_an_own_picture_takes_the_place_of_the_models(editor: Subject, tmp_path: Path) -> None:
+def test_an_own_image_takes_the_place_of_the_models(editor: Subject, tmp_path: Path) -> None:
     file = tmp_path / "own.png"
     Image.new("RGB", (32, 32), "orange").save(file)
     own = with_image(editor, file)
-    picture = call_arguments(own, ["make it blue"], {})["image"]
-    assert picture.size == (32, 32)
+    image = call_arguments(own, ["make it blue"], {})["image"]
+    assert image.size == (32, 32)
     settings = BenchSettings(
-        methods=("foca",), full_steps=(4,), prompts=1, prompt_list=("make it blue",), steps=5, image=file
+        methods=("foca",), computed_steps=(4,), prompts=1, prompt_list=("make it blue",), steps=5, image=file
     )
     content = run_bench(editor, settings, tmp_path / "out.json")
     assert content["settings"]["image"] == "own.png"
     assert content["baseline"]["psnr_unedited"] is None
     assert content["rows"][0]["psnr"] > 0
-    (tmp_path / "no.png").write_text("no picture")
-    with pytest.raises(ConfigError, match="cannot be read as a picture"):
+    (tmp_path / "no.png").write_text("no image")
+    with pytest.raises(ConfigError, match="cannot be read as a image"):
         with_image(editor, tmp_path / "no.png")
 
 
@@ -423,19 +423,19 @@ def test_the_demo_runs_on_another_model(
     small = Subject("sprites-wan", video.pipe, video.prompts, video.call)
     install(monkeypatch, subject.PIPELINES, "sprites-wan", lambda: small)
     monkeypatch.setitem(cli.DEMOS, "sprites-wan", ("foca", "dvg"))
-    arguments = ("--prompts", 1, "--full-steps", 5, "--steps", STEPS, "--out", tmp_path)
+    arguments = ("--prompts", 1, "--computed-steps", 5, "--steps", STEPS, "--out", tmp_path)
     code, text, _ = command(monkeypatch, capsys, "demo", "--model", "sprites-wan", *arguments)
     assert code == 0
     assert {path.name for path in tmp_path.glob("*.png")} >= {"contact_sheet_5.png"}
     assert "report" in text
 
 
-def test_a_picture_for_a_text_model_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+def test_a_image_for_a_text_model_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
     file = tmp_path / "own.png"
     Image.new("RGB", (8, 8)).save(file)
     code, out, error = command(monkeypatch, capsys, "bench", "--image", file, "--json", tmp_path / "out.json")
     assert code == 2
-    assert "takes no source picture" in " ".join((out + error).split())
+    assert "takes no source image" in " ".join((out + error).split())
     assert not (tmp_path / "out.json").exists()
 
 

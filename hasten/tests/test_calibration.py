@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from hasten.bench import subject
-from hasten.caching import full_steps
+from hasten.caching import computed_steps
 from hasten.caching.calibrated import forecast_error, gram_of
-from hasten.caching.components import Place
+from hasten.caching.components import FeatureKey
 from hasten.caching.methods.hyca import CANDIDATES
 from hasten.caching.methods.l2p import (
     PUBLISHED,
@@ -92,7 +92,7 @@ def test_a_trace_holds_every_step_of_every_call(recorded):
     assert not torch.equal(slots["hidden"][0], slots["hidden"][1])
 
 
-def test_recording_leaves_pictures_and_pipeline_as_they_are(recorded):
+def test_recording_leaves_images_and_pipeline_as_they_are(recorded):
     pipe, _ = recorded
     plain = draw(pipe, STEPS)
     seen = []
@@ -168,19 +168,19 @@ def test_unknown_methods_and_options_are_refused(recorded):
 
 
 @pytest.mark.parametrize("name", FITTED)
-def test_a_saved_calibration_gives_the_same_picture(recorded, calibrations, name, tmp_path):
+def test_a_saved_calibration_gives_the_same_image(recorded, calibrations, name, tmp_path):
     pipe, _ = recorded
     path = calibrations[name].save(tmp_path / "deep" / f"{name}.safetensors")
     loaded = Calibration.load(path)
     assert loaded.fingerprint == calibrations[name].fingerprint
     assert loaded.report == json.loads(json.dumps(calibrations[name].report))
     params = {"threshold": 0.3} if name in ("magcache", "teacache") else {"interval": 3}
-    pictures = []
+    images = []
     for given_ in (calibrations[name], loaded, path, str(path)):
         with hasten.accelerate(pipe, name, calibration=given_, **params) as run:
-            pictures.append(draw(pipe, STEPS))
-            assert run.summary().cached > 0
-    assert all(torch.equal(pictures[0], picture) for picture in pictures)
+            images.append(draw(pipe, STEPS))
+            assert run.summary().skipped_steps > 0
+    assert all(torch.equal(images[0], image) for image in images)
     assert not list(path.parent.glob("*.tmp"))
 
 
@@ -265,7 +265,7 @@ def test_methods_that_do_not_depend_on_the_sampler_go_anywhere(calibrations):
     for name in ("hyca", "svdcache"):
         with hasten.accelerate(pipe, name, calibration=calibrations[name], interval=3) as run:
             draw(pipe, 8, height=64, width=64)
-            assert run.summary().cached > 0
+            assert run.summary().skipped_steps > 0
 
 
 # --- l2p
@@ -284,14 +284,14 @@ def test_gram_gives_the_error_of_any_forecast():
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 5), st.floats(0.01, 2.0))
 def test_the_closed_form_is_never_worse_than_a_fixed_predictor(seed, interval, noise):
-    """On the data that it was fitted to, at every cached step of a schedule."""
+    """On the data that it was fitted to, at every skipped step of a schedule."""
     features = smooth(seed) + noise * torch.randn(1, STEPS, 200, generator=torch.Generator().manual_seed(seed))
     gram = gram_of(features)
-    fulls = full_steps(Uniform(interval, 2), STEPS)
+    computed = computed_steps(Uniform(interval, 2), STEPS)
     learned = MaskedHistory(gram, ridge=0.0)
     fixed = [Reuse(), Taylor(1), Taylor(2), Hermite(2, sigma=0.5), *CANDIDATES.values()]
-    for step in set(range(STEPS)) - set(fulls):
-        anchors = [full for full in reversed(fulls) if full < step]
+    for step in set(range(STEPS)) - set(computed):
+        anchors = [full for full in reversed(computed) if full < step]
         best = min(forecast_error(gram, step, anchors, p.weights(step, anchors)) for p in fixed)
         own = forecast_error(gram, step, anchors, learned.weights(step, anchors))
         assert own <= best * (1 + 1e-6) + 1e-9
@@ -309,18 +309,18 @@ def test_steps_beyond_the_calibrated_ones_are_reused():
 
 
 def test_full_history_is_the_recursion_on_forecasts():
-    """As published: the forecast of a cached step goes into the history of the later ones."""
+    """As published: the forecast of a skipped step goes into the history of the later ones."""
     features = smooth(3)[0]
     rows = closed_rows(gram_of(features[None]), 1e-3)
-    fulls = [0, 1, 2, 5, 9]
+    computed = [0, 1, 2, 5, 9]
     history = []
     for step in range(STEPS):
-        known = step in fulls
+        known = step in computed
         history.append(features[step] if known else sum(rows[step, j] * history[j] for j in range(step)))
     learned = FullHistory(rows)
     for step in range(STEPS):
-        if step not in fulls:
-            anchors = [full for full in reversed(fulls) if full < step]
+        if step not in computed:
+            anchors = [full for full in reversed(computed) if full < step]
             ours = sum(w * features[a] for w, a in zip(learned.weights(step, anchors), anchors, strict=True))
             assert torch.allclose(ours, history[step], atol=1e-6)
 
@@ -358,8 +358,8 @@ def test_a_recursion_that_runs_away_is_refused():
     )
     method = hasten.L2P(calibration=calibration, history="full", ridge=1e-12, interval=4, strict=False)
     with pytest.raises(ConfigError, match="amplify errors up to"):
-        method.parts(Place("cond"))
-    hasten.L2P(calibration=calibration, history="full", ridge=0.1, interval=4).parts(Place("cond"))
+        method.parts(FeatureKey("cond"))
+    hasten.L2P(calibration=calibration, history="full", ridge=0.1, interval=4).parts(FeatureKey("cond"))
 
 
 def test_published_lists(calibrations):
@@ -367,7 +367,7 @@ def test_published_lists(calibrations):
     long = replace(calibrations["l2p"].fingerprint, timesteps=tuple(range(50)))
     calibration = Calibration("l2p", {"gram/cond": torch.eye(50, dtype=torch.float64)}, long)
     for count, steps in PUBLISHED.items():
-        method = hasten.L2P(calibration=calibration, published=True).with_full_steps(count, 50)
+        method = hasten.L2P(calibration=calibration, published=True).with_computed_steps(count, 50)
         assert method.plan() == Explicit(steps)
     with pytest.raises(ScheduleError, match="50 steps"):
         hasten.L2P(calibration=calibrations["l2p"], published=True)
@@ -538,6 +538,6 @@ def test_calibrated_methods_at_the_module_site(name):
     )  # attention for two streams and two networks a double block, one output a single block
     with hasten.accelerate(pipe, name, calibration=calibration, site="module", interval=3) as run:
         fast = draw(pipe, STEPS)
-        assert run.summary().cached == 6
+        assert run.summary().skipped_steps == 6
     assert 0 < (fast - plain).norm() / plain.norm() < 0.2
     assert torch.equal(draw(pipe, STEPS), plain)

@@ -44,18 +44,18 @@ def test_calibrate_writes_one_file_a_method_that_the_methods_take(emoji, monkeyp
     for name in ("l2p", "svdcache"):
         with hasten.accelerate(emoji.pipe, name, calibration=tmp_path / f"{name}.safetensors", interval=3) as run:
             emoji.pipe("red apple", generator=torch.Generator().manual_seed(0), **call)
-            assert run.summary().cached > 0
+            assert run.summary().skipped_steps > 0
 
 
 TUNE = ("--prompts", 2, "--held-out", 2, *SMALL, "--trials", 3, "--rounds", 1)
 
 
 def test_tune_learns_compares_and_goes_on_where_it_was(emoji, monkeypatch, capsys, tmp_path):
-    arguments = ("tune", "--full-steps", "5,4", *TUNE, "--out", tmp_path)
+    arguments = ("tune", "--computed-steps", "5,4", *TUNE, "--out", tmp_path)
     code, out, _ = command(monkeypatch, capsys, *arguments)
     assert code == 0
     result = json.loads((tmp_path / "tune.json").read_text())
-    rows = {(row["method"].split(":")[0], row["full_steps"]): row for row in result["rows"]}
+    rows = {(row["method"].split(":")[0], row["budget"]): row for row in result["rows"]}
     assert {"leap", "leapcache", "foca", "taylorseer", "euler", "unipc"} == {name for name, _ in rows}
     assert not [row["error"] for row in result["rows"] if row["error"]]
     learned = set(emoji.prompts[-2:])
@@ -72,7 +72,7 @@ def test_tune_learns_compares_and_goes_on_where_it_was(emoji, monkeypatch, capsy
     leap = Calibration.load(tmp_path / "leap.safetensors")
     assert steps.tensors["steps/4"].tolist() == leap.report["4"]["steps"]
     before = (tmp_path / "leap.safetensors").stat().st_mtime_ns
-    command(monkeypatch, capsys, "tune", "--full-steps", "5", "--methods", "leap", *TUNE, "--out", tmp_path)
+    command(monkeypatch, capsys, "tune", "--computed-steps", "5", "--methods", "leap", *TUNE, "--out", tmp_path)
     assert (tmp_path / "leap.safetensors").stat().st_mtime_ns == before  # nothing had to be learned again
 
 
@@ -95,7 +95,7 @@ def test_tune_takes_a_bound_instead_of_a_number(monkeypatch, capsys, tmp_path):
 
 
 def test_tune_searches_with_a_cache_and_fits_what_needs_it(monkeypatch, capsys, tmp_path):
-    arguments = ("--methods", "hyca,l2p:schedule=even,reuse", "--search", "taylorseer:order=2", "--full-steps", "4")
+    arguments = ("--methods", "hyca,l2p:schedule=even,reuse", "--search", "taylorseer:order=2", "--computed-steps", "4")
     code, _, _ = command(monkeypatch, capsys, "tune", *arguments, *TUNE, "--out", tmp_path)
     assert code == 0
     assert {path.stem for path in tmp_path.glob("*.safetensors")} == {"hyca", "l2p", "steps"}
@@ -108,7 +108,7 @@ def test_tune_searches_with_a_cache_and_fits_what_needs_it(monkeypatch, capsys, 
 
 @pytest.mark.slow
 def test_tune_compares_all_methods(monkeypatch, capsys, tmp_path):
-    arguments = ("tune", "--methods", "all", "--full-steps", "4", *TUNE, "--out", tmp_path)
+    arguments = ("tune", "--methods", "all", "--computed-steps", "4", *TUNE, "--out", tmp_path)
     code, out, _ = command(monkeypatch, capsys, *arguments)
     assert code == 0
     rows = json.loads((tmp_path / "tune.json").read_text())["rows"]
@@ -118,13 +118,13 @@ def test_tune_compares_all_methods(monkeypatch, capsys, tmp_path):
 
 
 def test_bench_measures_a_scheduler_where_it_was_fitted(monkeypatch, capsys, tmp_path):
-    command(monkeypatch, capsys, "tune", "--full-steps", 4, "--methods", "leap", *TUNE, "--out", tmp_path)
+    command(monkeypatch, capsys, "tune", "--computed-steps", 4, "--methods", "leap", *TUNE, "--out", tmp_path)
     result = tmp_path / "out.json"
     methods = f"leap:calibration={tmp_path / 'leap.safetensors'},taylorseer:warmup=1"
-    measuring = ("--full-steps", "4,3", "--prompts", 2, *SMALL, "--json", result)
+    measuring = ("--computed-steps", "4,3", "--prompts", 2, *SMALL, "--json", result)
     code, out, _ = command(monkeypatch, capsys, "bench", "--methods", methods, *measuring)
     assert code == 0
-    rows = {(row["method"].split(":")[0], row["full_steps"]): row for row in json.loads(result.read_text())["rows"]}
+    rows = {(row["method"].split(":")[0], row["budget"]): row for row in json.loads(result.read_text())["rows"]}
     assert rows["leap", 4]["steps"] == rows["leap", 4]["computed_steps"] == 4
     assert "fitted for 4 evaluations" in rows["leap", 3]["error"]
     assert "not measured: leap" in out
@@ -139,8 +139,8 @@ def test_bench_measures_a_scheduler_where_it_was_fitted(monkeypatch, capsys, tmp
         (("calibrate", "--methods", "hyca:site=module,l2p"), "in a command of their own"),
         (("calibrate", "--prompts", 9999), "more than the 245 prompts"),
         (("calibrate", "--model", "emoji-fulx"), "Did you mean 'emoji-flux'"),
-        (("tune", "--full-steps", "4,x"), "whole numbers with commas"),
-        (("tune", "--full-steps", "11", "--prompts", 1, *SMALL), "between 1 and the 10 steps"),
+        (("tune", "--computed-steps", "4,x"), "whole numbers with commas"),
+        (("tune", "--computed-steps", "11", "--prompts", 1, *SMALL), "between 1 and the 10 steps"),
         (("tune", "--methods", "leap,fcoa"), "Did you mean 'foca'"),
         (("tune", "--search", "fcoa"), "Did you mean 'foca'"),
         (("tune", "--prompts", 240, "--held-out", 9), "more than the 245 prompts"),
@@ -172,11 +172,11 @@ def test_two_processes_record_what_one_does(tmp_path):
 
 def test_tune_measures_resolution_methods_beside_the_others(emoji, monkeypatch, capsys, tmp_path):
     # Five is more than the default interval has in so short a run.
-    arguments = ("--methods", "foca,dvg", "--search", "foca", "--full-steps", 5, *TUNE, "--out", tmp_path)
+    arguments = ("--methods", "foca,dvg", "--search", "foca", "--computed-steps", 5, *TUNE, "--out", tmp_path)
     code, out, _ = command(monkeypatch, capsys, "tune", *arguments)
     assert code == 0
     result = json.loads((tmp_path / "tune.json").read_text())
-    assert [row["full_steps"] for row in result["rows"] if row["method"].startswith("foca")] == [5]
+    assert [row["budget"] for row in result["rows"] if row["method"].startswith("foca")] == [5]
     (dvg,) = [row for row in result["rows"] if row["method"] == "dvg"]
     assert "FluxPipeline cannot run in stages" in dvg["error"]
     assert result["tune"]["best"]["5"].startswith("foca")

@@ -7,7 +7,7 @@ import shutil
 import hasten
 import pytest
 import torch
-from hasten.caching import Uniform, full_steps
+from hasten.caching import Uniform, computed_steps
 from hasten.errors import HastenError, HastenWarning
 from pipelines import draw, make_pipe
 from torch._dynamo.testing import CompileCounter
@@ -78,7 +78,7 @@ def test_compiled_blocks_stay_whole_and_are_compiled_once(pipe, how, when, site)
     if when == "after":
         compiled()
     assert torch.allclose(draw(pipe), fast, atol=1e-5)
-    assert run.summary().full == len(full_steps(Uniform(3, 3), 12))
+    assert run.summary().computed_steps == len(computed_steps(Uniform(3, 3), 12))
     assert torch.allclose(draw(pipe), fast, atol=1e-5)
     run.remove()
     assert torch.allclose(draw(pipe), plain, atol=1e-5)
@@ -97,9 +97,9 @@ def test_compiled_guidance_and_another_method_compile_nothing_more(pipe):
     frames = counter.frame_count
     for method, params in (("hicache", {"interval": 3}), ("foca", {"interval": 4}), ("reuse", {"steps": (0, 5)})):
         with hasten.accelerate(pipe, method, **params):
-            picture = draw(pipe, **guidance)
+            image = draw(pipe, **guidance)
             if method == "hicache":
-                assert torch.allclose(picture, fast, atol=1e-5)
+                assert torch.allclose(image, fast, atol=1e-5)
     assert counter.frame_count == frames
 
 
@@ -112,7 +112,7 @@ def test_inductor(pipe, site):
     pipe.transformer.compile_repeated_blocks(fullgraph=True)
     with hasten.accelerate(pipe, "hicache", interval=3, site=site) as run:
         assert torch.allclose(draw(pipe), fast, atol=1e-4)
-        assert run.summary().full == len(full_steps(Uniform(3, 3), 12))
+        assert run.summary().computed_steps == len(computed_steps(Uniform(3, 3), 12))
     assert not counters["graph_break"]
 
 

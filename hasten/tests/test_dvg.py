@@ -121,13 +121,13 @@ def test_fixed_choices() -> None:
 
 
 def waves(frames: int, shift: float, size: int = 48) -> Tensor:
-    """A smooth picture that moves by `shift` latent pixels a frame to the right."""
+    """A smooth image that moves by `shift` latent pixels a frame to the right."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    pictures = [
+    images = [
         torch.sin(2 * math.pi * (x - shift * t) / 24) + torch.cos(2 * math.pi * (y + (x - shift * t)) / 16)
         for t in range(frames)
     ]
-    return torch.stack(pictures)[None, None].repeat(1, 4, 1, 1, 1)
+    return torch.stack(images)[None, None].repeat(1, 4, 1, 1, 1)
 
 
 def test_motion_is_measured_in_pixels() -> None:
@@ -443,7 +443,7 @@ def test_every_kind_of_noise_is_repeatable_and_has_the_right_level(noise: str) -
 
 
 class Denoiser:
-    """The exact denoiser of Gaussian pictures with a falling spectrum, for each frame by itself, at any size."""
+    """The exact denoiser of Gaussian images with a falling spectrum, for each frame by itself, at any size."""
 
     def __init__(self, height: int, width: int) -> None:
         self.power, self.cells = self.spectrum(height, width), height * width
@@ -527,8 +527,8 @@ def test_caching_inside_the_stages() -> None:
     first = film(pipe, guided=True)
     assert first.shape == plain.shape
     assert torch.equal(film(pipe, guided=True), first)
-    full = {record.step for record in cached.records if record.run == 1 and record.full}
-    assert {0, 4, 7, 9} <= full < set(range(STEPS))  # every stage begins with a full step
+    full = {record.step for record in cached.records if record.run == 1 and record.computed}
+    assert {0, 4, 7, 9} <= full < set(range(STEPS))  # every stage begins with a computed step
     cached.remove()
     assert not torch.equal(film(pipe, guided=True), first)
     stages.remove()
@@ -543,7 +543,7 @@ def test_one_call_switches_both_on_and_off() -> None:
         film(pipe, guided=True)
         assert run.stages is not None
         assert {record.stage for record in run.stages.records} == {0, 1, 2, 3}
-        assert run.summary().cached > 0
+        assert run.summary().skipped_steps > 0
         assert "TaylorSeer" in repr(run)
         assert "DVG" in repr(run)
         run.reset()

@@ -5,7 +5,7 @@ import warnings
 import hasten
 import pytest
 import torch
-from hasten.caching import HiCache, Reuse, TaylorSeer, Uniform, full_steps
+from hasten.caching import HiCache, Reuse, TaylorSeer, Uniform, computed_steps
 from hasten.caching.method import SITES, CachingMethod
 from hasten.caching.projectors import Whole
 from hasten.errors import (
@@ -35,11 +35,11 @@ def test_interval_one_is_bit_identical(pipe, method, site):
     plain = draw(pipe, 6)
     with hasten.accelerate(pipe, method, interval=1, site=site) as run:
         assert torch.equal(draw(pipe, 6), plain)
-        assert run.summary().cached == 0
+        assert run.summary().skipped_steps == 0
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_a_cached_step_runs_no_block_and_changes_the_picture(pipe, site):
+def test_a_cached_step_runs_no_block_and_changes_the_image(pipe, site):
     plain = draw(pipe)
     calls = []
     for stack in (pipe.transformer.transformer_blocks, pipe.transformer.single_transformer_blocks):
@@ -48,9 +48,9 @@ def test_a_cached_step_runs_no_block_and_changes_the_picture(pipe, site):
     blocks = len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks)
     with hasten.accelerate(pipe, "taylorseer", interval=3, site=site) as run:
         fast = draw(pipe)
-    fulls = full_steps(Uniform(3, 3), 12)
-    assert len(calls) == blocks * len(fulls)
-    assert [r.step for r in run.records if r.full] == fulls
+    computed = computed_steps(Uniform(3, 3), 12)
+    assert len(calls) == blocks * len(computed)
+    assert [r.step for r in run.records if r.computed] == computed
     error = (fast - plain).norm() / plain.norm()
     assert 0 < error < 0.2
 
@@ -135,10 +135,12 @@ def test_an_exception_inside_the_transformer_restores_its_modules(pipe):
 def test_guidance_does_not_change_the_schedule_and_keeps_passes_apart(pipe):
     with hasten.accelerate(pipe, "taylorseer", interval=3) as run:
         draw(pipe)
-        alone = [r.step for r in run.records if r.full]
+        alone = [r.step for r in run.records if r.computed]
         run.reset()
         draw(pipe, true_cfg_scale=3.0, negative_prompt="banana")
-        by_pass = {name: [r.step for r in run.records if r.full and r.pass_name == name] for name in ("cond", "uncond")}
+        by_pass = {
+            name: [r.step for r in run.records if r.computed and r.pass_name == name] for name in ("cond", "uncond")
+        }
         assert by_pass == {"cond": alone, "uncond": alone}
         assert run.summary().passes == ("cond", "uncond")
 
@@ -189,10 +191,10 @@ def test_without_a_cache_context_the_same_steps_are_full(pipe):
         run_bare(False)
     per_run = {}
     for record in run.records:
-        per_run.setdefault((record.run, record.pass_name), []).append(record.full)
-    expected = [step in full_steps(Uniform(4, 3), 10) for step in range(10)]
+        per_run.setdefault((record.run, record.pass_name), []).append(record.computed)
+    expected = [step in computed_steps(Uniform(4, 3), 10) for step in range(10)]
     assert set(per_run) == {(0, "pass0"), (1, "pass0"), (1, "pass1"), (2, "pass0")}
-    assert all(fulls == expected for fulls in per_run.values())
+    assert all(computed == expected for computed in per_run.values())
 
 
 def test_a_pass_that_comes_late_runs_in_full_first(pipe):
@@ -210,7 +212,7 @@ def test_a_pass_that_comes_late_runs_in_full_first(pipe):
                         img_ids=ids,
                     )
     late = [r for r in run.records if r.pass_name == "uncond"]
-    assert [r.full for r in late] == [True, False, True, False]
+    assert [r.computed for r in late] == [True, False, True, False]
     assert late[0].reason == "nothing to forecast from"
 
 
@@ -245,7 +247,7 @@ def test_a_batch_is_as_good_as_its_parts(pipe):
 
     with hasten.accelerate(pipe, "taylorseer", interval=3) as run:
         together = draw(pipe, prompt=["red apple", "banana"], generator=seeded(5, 6))
-        assert run.summary().full == len(full_steps(Uniform(3, 3), 12))
+        assert run.summary().computed_steps == len(computed_steps(Uniform(3, 3), 12))
         for i, prompt in enumerate(["red apple", "banana"]):
             alone = draw(pipe, prompt=[prompt], generator=seeded(5 + i))
             assert torch.allclose(together[i], alone[0], atol=1e-4)
@@ -312,7 +314,7 @@ def test_a_projector_from_outside_composes(pipe):
 def test_explicit_steps(pipe):
     with hasten.accelerate(pipe, "taylorseer", steps=[0, 1, 4, 7]) as run:
         draw(pipe, 10)
-    assert [r.step for r in run.records if r.full] == [0, 1, 4, 7]
+    assert [r.step for r in run.records if r.computed] == [0, 1, 4, 7]
 
 
 # --- loud, never silent

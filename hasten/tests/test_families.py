@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from hasten import models
-from hasten.caching import Uniform, full_steps
+from hasten.caching import Uniform, computed_steps
 from hasten.models import registry as host_registry
 from test_engine import leftovers
 
@@ -48,9 +48,9 @@ def test_a_skip_skips_and_removal_is_exact(family, site):
     with hasten.accelerate(model, "taylorseer", interval=4, site=site) as run:
         ran.clear()
         fast = tiny.sample(name, model)
-        assert len(ran) == per_forward * len(full_steps(Uniform(4, 3), 12))
+        assert len(ran) == per_forward * len(computed_steps(Uniform(4, 3), 12))
         assert torch.equal(tiny.sample(name, model), fast)
-        assert run.summary().cached == 7
+        assert run.summary().skipped_steps == 7
         assert run.summary().cache_bytes > 0
     for handle in handles:
         handle.remove()
@@ -65,7 +65,7 @@ def test_two_forwards_a_step_have_one_schedule(family):
     with hasten.accelerate(model, "reuse", interval=4) as run:
         tiny.sample(name, model, guided=True)
     for name in ("pass0", "pass1"):
-        assert [r.step for r in run.records if r.full and r.pass_name == name] == full_steps(Uniform(4, 3), 12)
+        assert [r.step for r in run.records if r.computed and r.pass_name == name] == computed_steps(Uniform(4, 3), 12)
 
 
 def test_the_probe_wires_every_family_as_its_entry_does(family, monkeypatch):

@@ -31,15 +31,15 @@ def follow(gate, seen, total=None):
     last, decisions = None, []
     for step, tensor in enumerate(seen):
         decision = gate.decide(step, last, tensor)
-        if decision.full:
+        if decision.computed:
             last = step
             gate.computed(step, tensor)
         decisions.append(decision)
     return decisions
 
 
-def fulls(decisions):
-    return [step for step, decision in enumerate(decisions) if decision.full]
+def computed(decisions):
+    return [step for step, decision in enumerate(decisions) if decision.computed]
 
 
 # --- what is measured
@@ -50,7 +50,7 @@ def test_relative_change_is_the_ratio_of_mean_magnitudes():
     assert relative_change(new, old, same) == pytest.approx(0.5)
 
 
-def test_the_neediest_picture_decides_where_asked():
+def test_the_neediest_image_decides_where_asked():
     old = torch.ones(2, 4)
     new = old + torch.tensor([[0.0], [0.8]])
     assert relative_change(new, old, same) == pytest.approx(0.4)
@@ -85,8 +85,8 @@ def test_warmup_threshold_interval_and_last_step():
     values = [0.0] * 4 + [0.2] + [0.0] * 15
     gate = Given(values, warmup=2, interval=6, last=True)
     decisions = follow(gate, [None] * 20, total=20)
-    assert fulls(decisions) == [0, 1, 4, 10, 16, 19]
-    assert [d.reason for d in decisions if d.full] == ["warm-up", "warm-up", "above threshold", "interval",
+    assert computed(decisions) == [0, 1, 4, 10, 16, 19]
+    assert [d.reason for d in decisions if d.computed] == ["warm-up", "warm-up", "above threshold", "interval",
                                                        "interval", "last step"]  # fmt: skip
     assert decisions[4].indicator == 0.2
     assert decisions[5].indicator == 0.0
@@ -101,7 +101,7 @@ def test_teacache_adds_up_changes_and_a_full_step_starts_anew():
     config = hasten.TeaCache(threshold=0.25, schedule="uniform")
     steps = [torch.full((1, 4), 1.1**i) for i in range(8)]  # every change is 0.1 of what was before
     decisions = follow(AccumulatingGate(config, (1.0, 0.0)), steps)
-    assert fulls(decisions) == [0, 3, 6]
+    assert computed(decisions) == [0, 3, 6]
     assert [round(d.indicator, 6) for d in decisions if d.indicator is not None] == pytest.approx(
         [0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.1], abs=1e-5
     )
@@ -118,20 +118,20 @@ def test_teacache_polynomial_is_applied_to_each_change():
 def test_magcache_follows_its_curve():
     config = hasten.MagCache(threshold=0.25, interval=50, retention=0.0, calibration=ratios(*[1.0] + [0.9] * 9))
     decisions = follow(MagnitudeGate(config, [1.0] + [0.9] * 9), [None] * 10, total=10)
-    # after a full step: |1 - .9| = .1, then |1 - .81| more = .29 > .25
-    assert fulls(decisions) == [0, 2, 4, 6, 8]
+    # after a computed step: |1 - .9| = .1, then |1 - .81| more = .29 > .25
+    assert computed(decisions) == [0, 2, 4, 6, 8]
 
 
 def test_magcache_curve_stretches_to_other_numbers_of_steps():
     gate = MagnitudeGate(hasten.MagCache(threshold=9.0, retention=0.0, calibration=ratios(1.0, 0.5)), [1.0, 0.5])
     decisions = follow(gate, [None] * 10, total=10)
     assert [d.indicator is not None and d.indicator > 0.1 for d in decisions[1:4]] == [False] * 3
-    assert decisions[6].indicator is not None or decisions[6].full
+    assert decisions[6].indicator is not None or decisions[6].computed
 
 
 def test_magcache_computes_the_first_part_of_a_run():
     config = hasten.MagCache(threshold=9.0, interval=50, retention=0.3, calibration=ratios(*[1.0] * 10))
-    assert fulls(follow(MagnitudeGate(config, [1.0] * 10), [None] * 20, total=20)) == list(range(6))
+    assert computed(follow(MagnitudeGate(config, [1.0] * 10), [None] * 20, total=20)) == list(range(6))
 
 
 # --- on a pipeline
@@ -148,7 +148,7 @@ def test_a_larger_threshold_skips_more(pipe, name, low, high):
         with hasten.accelerate(pipe, name, threshold=threshold) as run:
             fast = draw(pipe)
             assert torch.equal(draw(pipe), fast)  # a gate starts every run anew
-            counts.append(run.summary().full)
+            counts.append(run.summary().computed_steps)
             errors.append(float((fast - plain).norm() / plain.norm()))
             assert any(record.indicator is not None for record in run.records)
     assert counts[1] < counts[0] <= 12
@@ -171,7 +171,7 @@ def test_a_gate_that_never_fires_says_which_threshold_would(pipe):
 def test_all_passes_of_a_step_share_one_decision(pipe, name):
     with hasten.accelerate(pipe, name, threshold=0.3) as run:
         draw(pipe, true_cfg_scale=3.0, negative_prompt="banana")
-    by_pass = {n: [r.full for r in run.records if r.pass_name == n] for n in ("cond", "uncond")}
+    by_pass = {n: [r.computed for r in run.records if r.pass_name == n] for n in ("cond", "uncond")}
     assert by_pass["cond"] == by_pass["uncond"]
     assert not all(by_pass["cond"])
 
@@ -188,7 +188,7 @@ def test_front_blocks_run_at_every_step_and_the_others_do_not(pipe):
     model.single_transformer_blocks[3].attn.register_forward_hook(count("single"))
     with hasten.accelerate(pipe, "fbcache", threshold=0.5) as run:
         draw(pipe)
-        full = run.summary().full
+        full = run.summary().computed_steps
     assert calls == {"front": 12, "double": full, "single": full}
     assert full < 12
 
@@ -198,7 +198,7 @@ def test_looking_at_the_modulated_input_runs_no_attention(pipe):
     pipe.transformer.transformer_blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
     with hasten.accelerate(pipe, "teacache", threshold=0.3) as run:
         draw(pipe)
-        assert len(calls) == run.summary().full < 12
+        assert len(calls) == run.summary().computed_steps < 12
 
 
 def test_speca_runs_one_block_to_check_a_draft(pipe):
@@ -208,7 +208,7 @@ def test_speca_runs_one_block_to_check_a_draft(pipe):
     with hasten.accelerate(pipe, "speca", threshold=0.05) as run:
         draw(pipe)
         assert calls.count("last") == 12
-        assert calls.count("other") == run.summary().full < 12
+        assert calls.count("other") == run.summary().computed_steps < 12
 
 
 def test_easycache_runs_nothing_of_the_model_on_a_skipped_step(pipe):
@@ -216,18 +216,18 @@ def test_easycache_runs_nothing_of_the_model_on_a_skipped_step(pipe):
     pipe.transformer.x_embedder.register_forward_hook(lambda *_: calls.append(1))
     with hasten.accelerate(pipe, "easycache", threshold=1.0) as run:
         draw(pipe)
-        assert len(calls) == run.summary().full < 12
+        assert len(calls) == run.summary().computed_steps < 12
 
 
 def test_a_skip_adds_the_remembered_change_to_what_enters(pipe):
-    """With everything reused, the hidden tokens of a skipped step are entry + change of the last full step."""
+    """With everything reused, the hidden tokens of a skipped step are entry + change of the last computed step."""
     seen = []
     pipe.transformer.norm_out.register_forward_hook(lambda _m, args, _o: seen.append(args[0].clone()))
     entries = []
     pipe.transformer.x_embedder.register_forward_hook(lambda _m, _a, output: entries.append(output.clone()))
     with hasten.accelerate(pipe, "teacache", threshold=100.0, schedule="uniform") as run:
         draw(pipe, 6)
-    assert run.summary().full == 1
+    assert run.summary().computed_steps == 1
     change = seen[0] - entries[0]
     for entry, hidden in zip(entries[1:], seen[1:], strict=True):
         assert torch.allclose(hidden, entry + change, atol=1e-5)
@@ -269,6 +269,6 @@ def test_bad_input_is_refused(pipe, name, params, error, says):
 
 def test_thresholds_decide_and_numbers_of_steps_do_not():
     with pytest.raises(ConfigError, match="threshold"):
-        hasten.FBCache().with_full_steps(9, 50)
+        hasten.FBCache().with_computed_steps(9, 50)
     assert hasten.FBCache.adaptive
     assert math.isclose(hasten.FBCache().threshold, 0.05)

@@ -4,7 +4,7 @@ import hasten
 import pytest
 import torch
 from hasten import models
-from hasten.errors import HostError
+from hasten.errors import AdapterError
 from hasten.models import registry as host_registry
 from pipelines import draw
 from torch import nn
@@ -76,8 +76,8 @@ def test_the_probe_wires_an_unknown_transformer(model_class):
         for handle in handles:
             handle.remove()
         summary = run.summary()
-    assert len(ran) == len(model.blocks) * summary.full
-    assert summary.cached > 0
+    assert len(ran) == len(model.blocks) * summary.computed_steps
+    assert summary.skipped_steps > 0
     assert 0 < (fast - plain).norm() / plain.norm() < 0.05
     assert torch.equal(sample(model), plain)
 
@@ -101,9 +101,9 @@ def test_a_transformer_without_stacks_is_refused_with_the_remedy():
         def forward(self, hidden_states, timestep):
             return hidden_states
 
-    with pytest.raises(HostError, match=r"models\.register\('Flat'"):
+    with pytest.raises(AdapterError, match=r"models\.register\('Flat'"):
         hasten.accelerate(Flat(), "hicache")
-    with pytest.raises(HostError, match="timestep"):
+    with pytest.raises(AdapterError, match="timestep"):
         hasten.accelerate(nn.Linear(1, 1), "hicache")
 
 
@@ -114,7 +114,7 @@ def test_the_output_site_needs_no_stacks():
 
     with hasten.accelerate(Flat(), "taylorseer", interval=3, site="output") as run:
         sample(next(iter(run._engines.values())).model)
-        assert run.summary().cached > 0
+        assert run.summary().skipped_steps > 0
 
 
 def test_blocks_whose_streams_cannot_be_told_apart_are_refused():
@@ -126,19 +126,19 @@ def test_blocks_whose_streams_cannot_be_told_apart_are_refused():
 
     model = Copying()
     run = hasten.accelerate(model, "hicache")
-    with pytest.raises(HostError, match="cannot tell"):
+    with pytest.raises(AdapterError, match="cannot tell"):
         sample(model)
     assert all(isinstance(block, Block) for block in model.blocks)
     run.remove()
 
 
 def test_the_module_site_asks_for_an_entry():
-    with pytest.raises(HostError, match="site='hidden'"):
+    with pytest.raises(AdapterError, match="site='hidden'"):
         hasten.accelerate(PlainLoop(), "hicache", site="module")
 
 
 def test_a_registered_family_is_found_by_its_bases(monkeypatch):
-    spec = models.HostSpec(stacks=(models.StackSpec("blocks", returns=("hidden",), encoder=None),))
+    spec = models.ModelAdapter(stacks=(models.BlockStack("blocks", returns=("hidden",), encoder=None),))
     monkeypatch.setitem(host_registry._HOSTS, "Toy", spec)
     assert models.find(PlainLoop()) is spec
     assert "FluxTransformer2DModel" in models.registered()

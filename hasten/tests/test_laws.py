@@ -71,7 +71,7 @@ def test_straight_lines_are_exact_at_any_distances(name, steps_between, x, slope
 
 @given(steps_between=gaps, x=st.integers(1, 9))
 def test_focas_recursion_is_exact_on_lines_that_begin_with_adjacent_steps(steps_between, x):
-    """It begins with the change from the step before, which is known only between adjacent full steps."""
+    """It begins with the change from the step before, which is known only between adjacent computed steps."""
     anchors = anchors_of([1, *steps_between])
     assert forecast(FoCaPredictor("literal"), anchors[0] + x, anchors, float) == pytest.approx(anchors[0] + x, abs=1e-4)
 
@@ -146,11 +146,11 @@ def test_one_anchor_is_reused(name):
 
 def recursion(values, interval, wrong=0.0):
     """Equations 6 to 8 of FoCa, step by step; `wrong` is added to the last forecast of the first interval."""
-    fulls = [0, 1, 2, *range(2 + interval, len(values), interval)]
+    computed = [0, 1, 2, *range(2 + interval, len(values), interval)]
     history, slope = [], 0.0
     for step, value in enumerate(values):
-        if step in fulls:
-            before = [f for f in fulls if f < step]
+        if step in computed:
+            before = [f for f in computed if f < step]
             slope = (value - values[before[-1]]) / (step - before[-1]) if before else 0.0
             history.append(value)
             continue
@@ -180,10 +180,10 @@ def test_the_only_recursion_damps_its_errors(interval, gain):
 def test_focas_weights_are_its_recursion(interval):
     values = np.random.default_rng(1).normal(size=3 + 4 * interval).tolist()
     history = recursion(values, interval)
-    fulls = [0, 1, 2, *range(2 + interval, len(values), interval)]
+    computed = [0, 1, 2, *range(2 + interval, len(values), interval)]
     for step in range(3, len(values)):
-        anchors = tuple(f for f in reversed(fulls) if f < step)
-        if step not in fulls:
+        anchors = tuple(f for f in reversed(computed) if f < step)
+        if step not in computed:
             ours = forecast(FoCaPredictor("literal"), step, anchors, lambda a: values[a])
             assert ours == pytest.approx(history[step], abs=1e-8)
 
@@ -380,15 +380,15 @@ def test_a_fast_feature_gets_a_small_scale():
 
 
 @pytest.mark.parametrize("name", ["dmd", "hicache"])
-def test_fitted_weights_reach_the_picture(name):
-    """On a pipeline: the same fixed weights would give another picture, and the anchors are found again."""
+def test_fitted_weights_reach_the_image(name):
+    """On a pipeline: the same fixed weights would give another image, and the anchors are found again."""
     pipe = make_pipe()
     plain = draw(pipe, 24)
     params = {"dmd": {"warmup": 1}, "hicache": {"scale": "adaptive", "alpha": 0.05, "warmup": 1}}[name]
     with hasten.accelerate(pipe, name, interval=3, **params) as run:
         fitted = draw(pipe, 24)
         assert torch.equal(draw(pipe, 24), fitted)
-        assert run.summary().cached == 16
+        assert run.summary().skipped_steps == 16
     with hasten.accelerate(pipe, "hicache", interval=3, warmup=1, sigma=0.7 if name == "dmd" else 0.5):
         fixed = draw(pipe, 24)
     assert not torch.equal(fixed, fitted)

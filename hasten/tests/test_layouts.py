@@ -1,4 +1,4 @@
-"""Where the tokens of the picture lie: sixteen families at sizes that are not square, and reference pictures."""
+"""Where the tokens of the image lie: sixteen families at sizes that are not square, and reference images."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from diffusers import ChromaPipeline, Flux2Pipeline, FluxPipeline, LTXPipeline, QwenImagePipeline
 from hasten import models
 from hasten.caching.blocks import hidden_in, hidden_of
-from hasten.errors import HostError, UnknownNameError
-from hasten.models import HostSpec, StackSpec, TokenLayout, layout_of
+from hasten.errors import AdapterError, UnknownNameError
+from hasten.models import BlockStack, ModelAdapter, TokenLayout, layout_of
 from torch import Tensor
 
 Pack = Callable[[Tensor], dict[str, Any]]
@@ -31,7 +31,7 @@ class Case:
         pixel: index of a latent pixel, in all channels.
         token: the place of that pixel in the grid.
         pack: makes the transformer's arguments out of the latent, as the pipeline does.
-        offset: tokens before the picture.
+        offset: tokens before the image.
     """
 
     latent: tuple[int, ...]
@@ -111,7 +111,7 @@ def arguments(name: str, case: Case, latent: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def at_blocks(model: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """What the last stack is given, and what the hidden site records: `[N, D]` of the first picture."""
+    """What the last stack is given, and what the hidden site records: `[N, D]` of the first image."""
     stack = models.find(model).used(model)[-1]
     seen: dict[str, Tensor] = {}
     blocks = stack.blocks(model)
@@ -163,7 +163,7 @@ def test_a_patch_of_several_frames_is_one_token():
     assert layout == TokenLayout((2, 3, 5))
 
 
-# --- reference pictures, and frames that a clip is conditioned on
+# --- reference images, and frames that a clip is conditioned on
 
 
 def grid_ids(number: int, height: int, width: int, axes: int = 3) -> Tensor:
@@ -179,12 +179,12 @@ def flux_layout(ids: Tensor, name: str = "FluxTransformer2DModel") -> TokenLayou
     return layout_of(model, models.find(model), {"img_ids": ids, "encoder_hidden_states": randn(1, tiny.TEXT, 32)})
 
 
-def test_reference_pictures_of_flux_lie_outside():
+def test_reference_images_of_flux_lie_outside():
     own, reference = grid_ids(0, 3, 5), grid_ids(1, 4, 2)
     assert flux_layout(torch.cat([own, reference])) == TokenLayout((3, 5))
 
 
-def test_reference_pictures_of_flux2_lie_outside_wherever_they_are():
+def test_reference_images_of_flux2_lie_outside_wherever_they_are():
     own, first, second = grid_ids(0, 3, 5, 4), grid_ids(10, 4, 2, 4), grid_ids(20, 2, 2, 4)
     name = "Flux2Transformer2DModel"
     assert flux_layout(torch.cat([own, first, second])[None], name) == TokenLayout((3, 5), tiny.TEXT)
@@ -214,7 +214,7 @@ def test_positions_in_bfloat16_are_read_right(shape):
         [(1, 3, 5), (1, 3, 5)],  # the ControlNet pipelines leave out the inner list
     ],
 )
-def test_reference_pictures_of_qwen_image_lie_outside(shapes):
+def test_reference_images_of_qwen_image_lie_outside(shapes):
     model = tiny.build("QwenImageTransformer2DModel")
     assert layout_of(model, models.find(model), {"img_shapes": shapes}) == TokenLayout((3, 5))
 
@@ -240,14 +240,16 @@ def test_conditioning_frames_of_ltx_lie_outside(conditions):
 
 def test_an_unknown_layout_is_refused_with_the_remedy():
     model = tiny.build("FluxTransformer2DModel")
-    for host in (None, HostSpec(stacks=())):
-        with pytest.raises(HostError, match=r"models\.register\('FluxTransformer2DModel', HostSpec\(\.\.\., layout="):
+    for host in (None, ModelAdapter(stacks=())):
+        with pytest.raises(
+            AdapterError, match=r"models\.register\('FluxTransformer2DModel', ModelAdapter\(\.\.\., layout="
+        ):
             layout_of(model, host, {})
 
 
 def test_a_layout_of_another_name_is_refused():
     with pytest.raises(UnknownNameError, match="Did you mean 'latent'"):
-        HostSpec(stacks=(StackSpec("blocks"),), layout="latents")
+        ModelAdapter(stacks=(BlockStack("blocks"),), layout="latents")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ def test_a_layout_of_another_name_is_refused():
 )
 def test_a_missing_argument_is_named(name, missing):
     model = tiny.build(name)
-    with pytest.raises(HostError, match=f"without '{missing}'"):
+    with pytest.raises(AdapterError, match=f"without '{missing}'"):
         layout_of(model, models.find(model), {missing: None})
 
 
@@ -278,17 +280,17 @@ def test_a_missing_argument_is_named(name, missing):
     ids=["cut", "columns first", "shuffled", "references only", "two targets"],
 )
 def test_positions_that_are_no_grid_are_refused(ids):
-    with pytest.raises(HostError, match="expected"):
+    with pytest.raises(AdapterError, match="expected"):
         flux_layout(ids)
 
 
-def test_pictures_of_several_sizes_in_a_batch_are_refused():
+def test_images_of_several_sizes_in_a_batch_are_refused():
     model = tiny.build("ZImageTransformer2DModel")
     host = models.find(model)
-    with pytest.raises(HostError, match="one size"):
+    with pytest.raises(AdapterError, match="one size"):
         layout_of(model, host, {"x": [randn(4, 1, 6, 10), randn(4, 1, 10, 6)]})
-    with pytest.raises(HostError, match="several latents"):
+    with pytest.raises(AdapterError, match="several latents"):
         layout_of(model, host, {"x": [[randn(4, 1, 6, 10), randn(4, 1, 6, 10)]]})
     model = tiny.build("QwenImageTransformer2DModel")
-    with pytest.raises(HostError, match="one size"):
+    with pytest.raises(AdapterError, match="one size"):
         layout_of(model, models.find(model), {"img_shapes": [[(1, 3, 5)], [(1, 5, 3)]]})

@@ -8,11 +8,11 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
+from hasten.fitting.leap import fit_leap
 from hasten.fitting.leap_fitter import Fitter
 from hasten.fitting.references import record_references
 from hasten.fitting.refine import refine
 from hasten.pipeline.replay import Replay
-from hasten.fitting.leap import fit_leap
 from hasten.solvers import LeapScheduler
 from hasten.solvers.multistep import NormalEquations, advance
 from pipelines import draw, make_pipe
@@ -139,7 +139,7 @@ def test_evaluations_that_two_lists_share_are_made_once():
     own = fitter(Toy(curved), [toy_call()])
     with own.probing():
         own.loss((0, 5, 10, 15))
-        assert own.evaluations == 4 * 4  # four pictures
+        assert own.evaluations == 4 * 4  # four images
         again = own.fit((0, 5, 10, 16))
         assert own.evaluations == 5 * 4
     fresh = fitter(Toy(curved), [toy_call()])
@@ -331,12 +331,12 @@ def test_a_saved_file_draws_the_same(fitted, tmp_path):
     pipe = make_pipe()
     path = fitted.save(tmp_path / "leap.safetensors")
     pipe.scheduler = LeapScheduler.of(fitted)
-    picture = draw(pipe, 5)
+    image = draw(pipe, 5)
     pipe.scheduler = LeapScheduler.load(path, pipe)
-    assert torch.equal(draw(pipe, 5), picture)
+    assert torch.equal(draw(pipe, 5), image)
     pipe.scheduler.save_pretrained(tmp_path / "scheduler")
     pipe.scheduler = LeapScheduler.from_pretrained(tmp_path / "scheduler")
-    assert torch.allclose(draw(pipe, 5), picture, atol=1e-6)
+    assert torch.allclose(draw(pipe, 5), image, atol=1e-6)
 
 
 def test_another_model_another_number_and_another_size(fitted, tmp_path):
@@ -346,7 +346,7 @@ def test_another_model_another_number_and_another_size(fitted, tmp_path):
     pipe.scheduler = LeapScheduler.of(fitted, pipe)
     with pytest.raises(ScheduleError, match="fitted for 3, 5 evaluations, not for 9"):
         draw(pipe, 9)
-    with pytest.warns(HastenWarning, match="another picture size"):
+    with pytest.warns(HastenWarning, match="another image size"):
         draw(pipe, 5, height=64, width=64)
     with warnings.catch_warnings():
         warnings.simplefilter("error", HastenWarning)

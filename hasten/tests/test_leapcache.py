@@ -4,7 +4,7 @@ import hasten
 import pytest
 import torch
 from hasten.caching.methods.leapcache import LearnedWeights, learned_table
-from hasten.caching.schedule import full_steps
+from hasten.caching.schedule import computed_steps
 from hasten.errors import CalibrationError, ConfigError, ScheduleError
 from pipelines import draw, make_pipe
 
@@ -60,7 +60,7 @@ def test_it_beats_reuse_at_the_same_steps_on_another_seed(learned, tmp_path):
     def error(*method, **params):
         with hasten.accelerate(pipe, *method, **params) as run:
             result = draw(pipe, STEPS, generator=torch.Generator().manual_seed(9))
-            return float((result - plain).norm()), [r.step for r in run.records if r.full]
+            return float((result - plain).norm()), [r.step for r in run.records if r.computed]
 
     file = learned.save(tmp_path / "leapcache.safetensors")
     own, steps = error("leapcache", calibration=file, interval=2)
@@ -72,7 +72,7 @@ def test_it_beats_reuse_at_the_same_steps_on_another_seed(learned, tmp_path):
 
 def test_the_interval_chooses_the_list_and_one_computes_everything(learned):
     def lists(**params):
-        return full_steps(hasten.LeapCache(calibration=learned, **params).plan(), STEPS)
+        return computed_steps(hasten.LeapCache(calibration=learned, **params).plan(), STEPS)
 
     assert lists(interval=2) == list(LISTS[1])
     assert lists(interval=3, warmup=1) == list(LISTS[0])
@@ -83,7 +83,7 @@ def test_the_interval_chooses_the_list_and_one_computes_everything(learned):
 
 def test_what_it_does_not_take(learned):
     for wrong in ({"steps": (0, 5)}, {"schedule": "even"}):
-        with pytest.raises(ConfigError, match="learned its full steps"):
+        with pytest.raises(ConfigError, match="learned its computed steps"):
             hasten.LeapCache(calibration=learned, **wrong)
     with pytest.raises(CalibrationError, match="nothing to learn from"):
         hasten.fit_leapcache(make_pipe(), [], LISTS)

@@ -11,8 +11,8 @@ def test_method_on_family(name, method):
     cell = family(name).check(method)
     assert cell.exact
     assert not cell.traces
-    assert 1 <= cell.full < STEPS
+    assert 1 <= cell.computed < STEPS
     # Embeddings, final layer, and with some methods one block, run on skipped steps as well.
-    assert cell.full / STEPS <= cell.linears < 1
-    assert cell.linears <= cell.full / STEPS + 0.75 * (1 - cell.full / STEPS)
+    assert cell.computed / STEPS <= cell.linears < 1
+    assert cell.linears <= cell.computed / STEPS + 0.75 * (1 - cell.computed / STEPS)
     assert 0 < cell.error < 0.5

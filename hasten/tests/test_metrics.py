@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-pictures = st.integers(0, 2**31).map(lambda seed: torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed)))
+images = st.integers(0, 2**31).map(lambda seed: torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed)))
 needs_lpips = pytest.mark.skipif(not Lpips.available(), reason="the lpips extra is not installed")
 
 
@@ -23,8 +23,8 @@ def disk(side=64):
     ).float()
 
 
-def blurred(picture, sigma):
-    return torch.from_numpy(gaussian_filter(picture.numpy(), (0, sigma, sigma)))
+def blurred(image, sigma):
+    return torch.from_numpy(gaussian_filter(image.numpy(), (0, sigma, sigma)))
 
 
 def test_psnr_of_black_against_white_is_zero_and_does_not_wrap():
@@ -34,7 +34,7 @@ def test_psnr_of_black_against_white_is_zero_and_does_not_wrap():
 
 
 @settings(max_examples=20, deadline=None)
-@given(pictures, pictures)
+@given(images, images)
 def test_psnr_is_symmetric_and_equals_scikit_images(a, b):
     assume(not torch.equal(a, b))
     assert psnr(a, b) == pytest.approx(psnr(b, a))
@@ -62,7 +62,7 @@ def test_perceptual_distances_are_zero_at_identity_and_grow_with_blur(metric):
 
 
 @needs_lpips
-def test_lpips_takes_small_pictures():
+def test_lpips_takes_small_images():
     assert Lpips()(disk(32), blurred(disk(32), 2.0)) > 0
 
 
@@ -77,7 +77,7 @@ def test_lpips_takes_small_pictures():
         (torch.zeros(3, 9, 8), "differ in size"),
     ],
 )
-def test_what_is_not_a_picture_in_zero_to_one_is_refused(metric, bad, says):
+def test_what_is_not_a_image_in_zero_to_one_is_refused(metric, bad, says):
     with pytest.raises(ValueError, match=says):
         metric(bad, torch.zeros(3, 8, 8))
 
@@ -89,5 +89,5 @@ def test_relative_l2():
 
 def test_statistics_hold_only_finite_figures():
     got = summary_statistics([1.0, 2.0, 9.0, math.inf, None])
-    assert got["median"] == 5.5  # an identical picture is the best one, not a missing one
+    assert got["median"] == 5.5  # an identical image is the best one, not a missing one
     assert all(value is None or math.isfinite(value) for value in got.values())

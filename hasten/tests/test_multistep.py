@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hasten.caching import Uniform, full_steps
+from hasten.caching import Uniform, computed_steps
 from hasten.caching.methods.foca import FoCa, FoCaPredictor
 from hasten.caching.multistep import SOLVERS, Multistep
 from hasten.errors import UnknownNameError
@@ -74,11 +74,11 @@ def test_foca_author_is_the_same_for_the_whole_interval():
 @pytest.mark.parametrize("interval", [2, 4, 7])
 def test_foca_literal_equals_its_recursion(interval):
     trajectory = np.random.default_rng(0).normal(size=40).cumsum()
-    fulls = full_steps(Uniform(interval, 3), 40)
+    computed = computed_steps(Uniform(interval, 3), 40)
     values, anchors, slope = [], [], 0.0
     predictor = FoCaPredictor("literal")
     for step in range(40):
-        if step in fulls:
+        if step in computed:
             values.append(trajectory[step])
             if anchors:
                 slope = (trajectory[step] - trajectory[anchors[0]]) / (step - anchors[0])

@@ -1,4 +1,4 @@
-"""Context parallelism: two processes that share the tokens of one picture decide and answer as one process does."""
+"""Context parallelism: two processes that share the tokens of one image decide and answer as one process does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from diffusers import ContextParallelConfig
-from hasten.caching import Uniform, full_steps
+from hasten.caching import Uniform, computed_steps
 from hasten.pipeline.context_parallel import group, sum_over
 from tiny import TINY, build, first
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def accelerated(case: tuple[str, str, str], model: Any) -> tuple[Tensor, list[bo
     family, method, site = case
     with hasten.accelerate(model, method, interval=3, site=site) as run:
         result = sample(family, model)
-        return result, [record.full for record in run.records], run.summary().cache_bytes
+        return result, [record.computed for record in run.records], run.summary().cache_bytes
 
 
 def _start(rank: int, world: int, folder: str) -> None:
@@ -78,7 +78,7 @@ def _one_of_two(rank: int, folder: str, before: bool) -> None:
         run = hasten.accelerate(model, case[1], interval=3, site=case[2])
         share_tokens(model)
         result = sample(case[0], model)
-        decisions, held = [record.full for record in run.records], run.summary().cache_bytes
+        decisions, held = [record.computed for record in run.records], run.summary().cache_bytes
         run.remove()
         results.append((result, decisions, held, sample(case[0], model)))
     torch.save(results, Path(folder) / f"{rank}.pt")
@@ -94,7 +94,7 @@ def test_two_devices_decide_and_answer_as_one(tmp_path, before):
         model = build(case[0])
         plain = sample(case[0], model)
         alone, decisions, held = accelerated(case, model)
-        assert decisions == [step in full_steps(Uniform(3, 3), STEPS) for step in range(STEPS)]
+        assert decisions == [step in computed_steps(Uniform(3, 3), STEPS) for step in range(STEPS)]
         for result, their_decisions, their_held, after in (ranks[rank][i] for rank in range(WORLD)):
             assert their_decisions == decisions, case
             assert torch.allclose(result, alone, atol=1e-5), case
@@ -106,7 +106,7 @@ def test_two_devices_decide_and_answer_as_one(tmp_path, before):
 
 
 def _sum_in_pairs(rank: int, folder: str) -> None:
-    """Four processes, two pictures: each pair sums its own."""
+    """Four processes, two images: each pair sums its own."""
     _start(rank, 4, folder)
     mesh = dist.init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("data", "ring", "ulysses"))
     config = SimpleNamespace(_flattened_mesh=mesh["ring", "ulysses"]._flatten())
@@ -119,7 +119,7 @@ def _sum_in_pairs(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_sum_stays_among_the_devices_of_one_picture(tmp_path):
+def test_a_sum_stays_among_the_devices_of_one_image(tmp_path):
     torch.multiprocessing.spawn(_sum_in_pairs, (str(tmp_path),), nprocs=4)
     for rank in range(4):
         mine, total, size = torch.load(tmp_path / f"{rank}.pt")
@@ -139,7 +139,7 @@ def test_without_context_parallelism_nothing_is_summed(config):
 
 
 def test_a_process_group_alone_is_no_context_parallelism(tmp_path):
-    """Data parallelism: the devices work on pictures of their own."""
+    """Data parallelism: the devices work on images of their own."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         model = build("FluxTransformer2DModel")

@@ -10,14 +10,14 @@ import pytest
 import torch
 from hasten.bench import runner
 from hasten.bench.arms import Accelerated, method_arms
-from hasten.bench.budget import Trial, Trials, match_full_steps
+from hasten.bench.budget import Trial, Trials, match_computed_steps
 from hasten.bench.peers import PEERS, OnACopy, Peer, _hook, chosen_peers, peer_arms, shared_copy
 from hasten.bench.report import render_report
 from hasten.bench.runner import BenchSettings, run_bench
-from hasten.bench.sampling import counted_layer, plain, shoot
+from hasten.bench.sampling import counted_layer, draw_sample, plain
 from hasten.bench.subject import Subject
 from hasten.cli.common import show_result
-from hasten.errors import ConfigError, HostError, ModelError, UnknownNameError
+from hasten.errors import AdapterError, ConfigError, ModelError, UnknownNameError
 from pipelines import draw
 
 STEPS = 12
@@ -60,33 +60,33 @@ def test_a_threshold_is_found_within_the_trials(wanted):
         tried.append(threshold)
         return Trial(max(1, round(30 - 4.3 * torch.tensor(threshold / 1e-4).log().item())), 30.0)
 
-    found = match_full_steps(run, wanted)
+    found = match_computed_steps(run, wanted)
     assert len(tried) <= 10
     assert wanted - 1 <= found.trial.computed <= wanted
     assert run(found.threshold) == found.trial
 
 
-def test_among_equal_counts_the_better_picture_is_kept():
+def test_among_equal_counts_the_better_image_is_kept():
     def run(threshold):
         return Trial(4.0 if threshold > 0.01 else 20.0, 100 - threshold)
 
-    found = match_full_steps(run, 5)
+    found = match_computed_steps(run, 5)
     assert found.trial.computed == 4
     assert found.threshold < 0.02
 
 
 def test_a_budget_out_of_reach_says_what_to_do():
     with pytest.raises(ConfigError, match=r"loosest threshold 16 steps.*more than 9.*skipped steps in a row"):
-        match_full_steps(lambda threshold: Trial(16.0, 30.0), 9)
+        match_computed_steps(lambda threshold: Trial(16.0, 30.0), 9)
     with pytest.raises(ConfigError, match="0 < low < high"):
-        match_full_steps(lambda threshold: Trial(1.0, 30.0), 9, low=0.0)
+        match_computed_steps(lambda threshold: Trial(1.0, 30.0), 9, low=0.0)
 
 
 @pytest.mark.parametrize("method", ["taylorseer", "taylorseer:site=module", "fbcache:threshold=0.3", "speca"])
 def test_computed_steps_are_counted_as_the_records_have_them(model, method):
     """SpeCa runs the last block at every step and FBCache the first: neither may count."""
     _, chosen = hasten.bench.arms.parse_method(method)
-    reference = shoot(model, plain, STEPS, PROMPTS[0], 0, {})
+    reference = draw_sample(model, plain, STEPS, PROMPTS[0], 0, {})
     assert reference.layer_calls == reference.forwards == STEPS
     full = []
 
@@ -94,9 +94,9 @@ def test_computed_steps_are_counted_as_the_records_have_them(model, method):
         full.append(hasten.accelerate(pipe, chosen))
         return full[0]
 
-    shot = shoot(model, attach, STEPS, PROMPTS[0], 0, {})
-    assert shot.layer_calls == full[0].summary().full
-    assert 0 < shot.layer_calls < STEPS
+    sample = draw_sample(model, attach, STEPS, PROMPTS[0], 0, {})
+    assert sample.layer_calls == full[0].summary().computed_steps
+    assert 0 < sample.layer_calls < STEPS
 
 
 def test_the_counted_layer_belongs_to_the_last_block_but_one(pipe):
@@ -108,7 +108,7 @@ def test_the_counted_layer_belongs_to_the_last_block_but_one(pipe):
 def test_methods_with_a_threshold_are_matched(trials, method):
     (arm,) = method_arms([method], [6], STEPS, trials)
     assert not arm.error
-    assert arm.full_steps == 6
+    assert arm.computed_steps == 6
     assert arm.params["threshold"] == arm.attach.method.threshold
     assert 4 <= trials.run(arm.attach).computed <= 6
 
@@ -141,7 +141,7 @@ def test_two_passes_count_as_one_step(pipe):
 def test_a_peer_keeps_the_budget_and_leaves_no_trace(peer, trials):
     pytest.importorskip(peer.module)
     pipe = trials.model.pipe
-    picture, transformer = draw(pipe), pipe.transformer
+    image, transformer = draw(pipe), pipe.transformer
     before = state_of(pipe)  # after a call, which leaves diffusers' own registry behind
     (arm,) = peer_arms([6], trials, (peer,))
     assert not arm.error, arm.error
@@ -152,7 +152,7 @@ def test_a_peer_keeps_the_budget_and_leaves_no_trace(peer, trials):
     assert trial.psnr < 100  # it did something
     assert pipe.transformer is transformer
     assert state_of(pipe) == before
-    assert torch.equal(draw(pipe), picture)
+    assert torch.equal(draw(pipe), image)
 
 
 def test_a_copy_shares_weights_and_nothing_else(pipe):
@@ -164,7 +164,7 @@ def test_a_copy_shares_weights_and_nothing_else(pipe):
 
 def test_a_hooked_transformer_is_refused(pipe):
     pipe.transformer.forward = pipe.transformer.forward
-    with pytest.raises(HostError, match="hooked already"):
+    with pytest.raises(AdapterError, match="hooked already"):
         shared_copy(pipe.transformer)
 
 
@@ -185,9 +185,9 @@ def test_hermite_of_hicache_pp_is_our_hicache_at_the_output(model, trials):
     pytest.importorskip("hicache_pp")
     (peer,) = [peer for peer in PEERS if peer.name == "hermite"]
     params = {"num_steps": STEPS, "interval": 4, "first_enhance": 3, "max_order": 1, "sigma": 0.5, "passes": 1}
-    theirs = shoot(model, OnACopy(peer.switch, params), STEPS, PROMPTS[0], 0, {})
+    theirs = draw_sample(model, OnACopy(peer.switch, params), STEPS, PROMPTS[0], 0, {})
     own = hasten.HiCache(order=1, sigma=0.5, interval=4, warmup=3, site="output")
-    ours = shoot(model, Accelerated(own), STEPS, PROMPTS[0], 0, {})
+    ours = draw_sample(model, Accelerated(own), STEPS, PROMPTS[0], 0, {})
     assert theirs.layer_calls == ours.layer_calls
     assert torch.allclose(theirs.latents[-1], ours.latents[-1], atol=1e-4)
 
@@ -234,7 +234,7 @@ def test_failed_peers_are_rows_and_the_rest_is_measured(model, monkeypatch, tmp_
     )
     monkeypatch.setattr(runner, "peer_arms", lambda counts, trials, _: peer_arms(counts, trials, peers))
     out = tmp_path / "out.json"
-    settings = BenchSettings(methods=("taylorseer", "fbcache"), full_steps=(5,), prompts=1, steps=STEPS, peers=True)
+    settings = BenchSettings(methods=("taylorseer", "fbcache"), computed_steps=(5,), prompts=1, steps=STEPS, peers=True)
     result = run_bench(model, settings, out)
     rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == ["euler", "unipc", "taylorseer", "fbcache", "absent", "late"]
@@ -243,14 +243,14 @@ def test_failed_peers_are_rows_and_the_rest_is_measured(model, monkeypatch, tmp_
     for name in ("absent", "late"):
         assert rows[name].keys() == rows["euler"].keys()
         assert rows[name]["psnr"] is None
-        assert rows[name]["full_steps"] == 5
+        assert rows[name]["budget"] == 5
     for name in ("euler", "unipc", "taylorseer", "fbcache"):
         assert not rows[name]["error"]
         assert 3 <= rows[name]["computed_steps"] <= 5
         assert rows[name]["flops_ratio"] == pytest.approx(STEPS / rows[name]["computed_steps"], abs=1e-3)
     show_result(result)
     text = " ".join(capsys.readouterr().out.split())
-    assert "not measured: torch late, 5 full steps: RuntimeError: out of memory" in text
+    assert "not measured: torch late, 5 computed steps: RuntimeError: out of memory" in text
     assert "out of memory" in render_report(out, tmp_path / "report.html").read_text()
 
 
@@ -258,13 +258,13 @@ def test_failed_peers_are_rows_and_the_rest_is_measured(model, monkeypatch, tmp_
 def test_peers_on_the_trained_model(emoji, tmp_path):
     for module in ("cache_dit", "hicache_pp"):
         pytest.importorskip(module)
-    settings = BenchSettings(methods=("taylorseer",), full_steps=(5,), prompts=1, steps=20, peers=True)
+    settings = BenchSettings(methods=("taylorseer",), computed_steps=(5,), prompts=1, steps=20, peers=True)
     rows = run_bench(emoji, settings, tmp_path / "out.json")["rows"]
     peers = [row for row in rows if row["library"] not in ("plain", "hasten")]
     assert [row["method"] for row in peers] == [peer.name for peer in PEERS]
     for row in peers:
         assert not row["error"]
-        assert row["computed_steps"] <= row["full_steps"]
+        assert row["computed_steps"] <= row["budget"]
         assert row["psnr"] > 15
 
 
@@ -278,11 +278,11 @@ def test_peers_are_chosen_by_name():
 def test_the_reference_model_brings_a_leap_fit(emoji):
     trials = Trials(emoji, emoji.prompts[:1], 0, 50, {})
     fitted, absent = method_arms(["leap"], [9, 10], 50, trials)
-    assert (fitted.steps, fitted.full_steps, fitted.error) == (9, 9, "")
+    assert (fitted.steps, fitted.computed_steps, fitted.error) == (9, 9, "")
     assert "fitted for 5, 7, 9, 12 evaluations" in absent.error
-    shot, few, whole = (
-        shoot(emoji, attach, steps, emoji.prompts[0], 0, {"max_sequence_length": 8})
+    sample, few, whole = (
+        draw_sample(emoji, attach, steps, emoji.prompts[0], 0, {"max_sequence_length": 8})
         for attach, steps in ((fitted.attach, 9), (plain, 9), (plain, 50))
     )
-    assert shot.forwards == 9
-    assert (shot.picture - whole.picture).square().mean() < 0.05 * (few.picture - whole.picture).square().mean()
+    assert sample.forwards == 9
+    assert (sample.image - whole.image).square().mean() < 0.05 * (few.image - whole.image).square().mean()

@@ -21,7 +21,7 @@ from diffusers import (
 )
 from diffusers.hooks import apply_group_offloading
 from hasten import registry
-from hasten.caching import Uniform, full_steps
+from hasten.caching import Uniform, computed_steps
 from hasten.caching.method import SITES
 from hasten.errors import HastenError, HastenWarning, ScheduleError
 from pipelines import draw, make_pipe
@@ -103,9 +103,9 @@ def offload(model, how, folder):
         apply_group_offloading(model, CPU, CPU, how, offload_to_disk_path=str(folder), **blocks)
 
 
-def same(picture, expected):
+def same(image, expected):
     """Weights that come from files lie at other addresses, where kernels may round otherwise."""
-    return torch.allclose(picture, expected, rtol=0, atol=5e-6)
+    return torch.allclose(image, expected, rtol=0, atol=5e-6)
 
 
 OFFLOADS = ["model", "dispatched", "sequential", "block_level", "leaf_level"]
@@ -115,7 +115,7 @@ OFFLOADS = ["model", "dispatched", "sequential", "block_level", "leaf_level"]
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("how", OFFLOADS)
 @each_method
-def test_offloading_changes_no_picture_and_outlives_removal(pipe, tmp_path, method, how, when, site):
+def test_offloading_changes_no_image_and_outlives_removal(pipe, tmp_path, method, how, when, site):
     plain = draw(pipe, 8)
     with hasten.accelerate(pipe, method, interval=3, site=site):
         fast = draw(pipe, 8)
@@ -127,7 +127,7 @@ def test_offloading_changes_no_picture_and_outlives_removal(pipe, tmp_path, meth
     if when == "after":
         offload(pipe.transformer, how, tmp_path)
     assert same(draw(pipe, 8), fast)
-    assert run.summary().full == len(full_steps(Uniform(3, 3), 8))
+    assert run.summary().computed_steps == len(computed_steps(Uniform(3, 3), 8))
     run.remove()
     after = footprint(pipe.transformer)
     assert not any("hasten" in hooks for _, _, hooks in after.values())
@@ -149,7 +149,7 @@ def test_a_skipped_block_is_not_loaded(tmp_path, how, site):
     loads.clear()
     with hasten.accelerate(pipe, "taylorseer", interval=3, site=site) as run:
         draw(pipe)
-        full, steps = run.summary().full, run.summary().steps
+        full, steps = run.summary().computed_steps, run.summary().steps
     for name, times in once.items():
         # At the module site blocks run, and their norms; attention and feed-forward do not.
         part_runs = site == "module" and (how == "block_level" or name.split(".")[2].startswith("norm"))
@@ -214,16 +214,16 @@ class Peft:
 @each_method
 def test_lora_comes_and_goes_between_calls(pipe, method, kind, interval):
     """At interval 1 as without hasten, else as in a pipeline that is accelerated only now."""
-    twin, lora, pictures = make_pipe(), kind(), [draw(pipe, 8)]
+    twin, lora, images = make_pipe(), kind(), [draw(pipe, 8)]
     with hasten.accelerate(pipe, method, interval=interval):
         draw(pipe, 8)
         for change in (lora.load, lora.rescale, lora.unload):
             for model in (pipe.transformer, twin.transformer):
                 change(model)
-            pictures.append(draw(pipe, 8))
-            assert not torch.allclose(pictures[-1], pictures[-2], atol=1e-4)
+            images.append(draw(pipe, 8))
+            assert not torch.allclose(images[-1], images[-2], atol=1e-4)
             with hasten.accelerate(twin, method, interval=3) if interval == 3 else nullcontext():
-                assert torch.equal(draw(twin, 8), pictures[-1])
+                assert torch.equal(draw(twin, 8), images[-1])
 
 
 def test_a_lora_scale_that_changes_in_mid_run_acts_at_once(pipe):
@@ -238,9 +238,9 @@ def test_a_lora_scale_that_changes_in_mid_run_acts_at_once(pipe):
         lora.load(pipe.transformer)
         run = hasten.accelerate(pipe, "hicache", interval=interval) if interval else nullcontext()
         with run:
-            picture = draw(pipe, callback_on_step_end=change)
+            image = draw(pipe, callback_on_step_end=change)
         lora.unload(pipe.transformer)
-        return picture
+        return image
 
     plain = drawn()
     assert torch.equal(drawn(interval=1), plain)
@@ -264,7 +264,7 @@ def test_forecasts_in_half_precision_lose_only_the_last_rounding(dtype, digits, 
         for i in range(12):
             step = {"hidden_states": x * (1 - 0.02 * i), "timestep": torch.full((1,), 1 - i / 12).to(dtype)}
             seen.append(first(model(**{**arguments, **step})))
-        full = [record.step for record in run.records if record.full]
+        full = [record.step for record in run.records if record.computed]
     predictor = registry.build(method, interval=3).predictors()["whole"]
     for target in set(range(12)) - set(full):
         anchors = tuple(reversed([a for a in full if a < target]))[: predictor.memory]
@@ -278,14 +278,14 @@ def test_forecasts_in_half_precision_lose_only_the_last_rounding(dtype, digits, 
 @each_method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_costs_no_more_with_forecasts_than_without(pipe, dtype, method):
-    def pictures(pipe):
+    def images(pipe):
         with hasten.accelerate(pipe, method, interval=3):
             fast = draw(pipe)
         assert fast.dtype == pipe.transformer.dtype
         return draw(pipe).float(), fast.float()
 
-    plain, fast = pictures(pipe)
-    half_plain, half_fast = pictures(make_pipe().to(dtype))
+    plain, fast = images(pipe)
+    half_plain, half_fast = images(make_pipe().to(dtype))
     assert (half_fast - fast).norm() < 2 * (half_plain - plain).norm()
     assert (half_fast - half_plain).norm() < (fast - plain).norm() + 2 * (half_plain - plain).norm()
 
@@ -304,11 +304,11 @@ def test_image_to_image_counts_from_its_first_step(pipe, site):
     with hasten.accelerate(pipe, "taylorseer", interval=4, site=site) as run:
         fast = redraw(pipe, 20, 0.6)
         assert [r.step for r in run.records] == list(range(12))
-        assert [r.step for r in run.records if r.full] == full_steps(Uniform(4, 3), 12)
+        assert [r.step for r in run.records if r.computed] == computed_steps(Uniform(4, 3), 12)
         assert run.summary().steps == 12
         redraw(pipe, 20, 0.25, true_cfg_scale=2.0, negative_prompt="banana")  # no cache context in this pipeline
         assert run.summary().steps == 5
-        assert run.summary().full == len(full_steps(Uniform(4, 3), 5))
+        assert run.summary().computed_steps == len(computed_steps(Uniform(4, 3), 5))
         assert torch.equal(redraw(pipe, 20, 0.6), fast)
     assert 0 < (fast - plain).norm() < 0.2 * plain.norm()
 
@@ -328,11 +328,11 @@ def test_a_strength_that_leaves_nothing_to_skip_is_told(pipe, strength, warned):
 def test_few_step_models(pipe, method):
     with hasten.accelerate(pipe, method, warmup=1, interval=2) as run:
         fast = draw(pipe, 4)
-        assert (run.summary().full, run.summary().steps) == (2, 4)
+        assert (run.summary().computed_steps, run.summary().steps) == (2, 4)
         assert torch.isfinite(fast).all()
     with hasten.accelerate(pipe, method) as run:
         draw(pipe, 4)
-        assert run.summary().full == 3
+        assert run.summary().computed_steps == 3
         with pytest.warns(HastenWarning, match="skips nothing in a run of 3 steps.*warmup"):
             draw(pipe, 3)
         with pytest.raises(ScheduleError, match="longer than the run of 2 steps; use warmup=1"):
@@ -361,12 +361,12 @@ def film(pipe, steps=16):
 
 
 def per_expert(run):
-    """Steps and full steps of each transformer, in order."""
+    """Steps and computed steps of each transformer, in order."""
     parts, previous = [], None
     for record in run.records:
         if previous is None or record.step < previous:
             parts.append({})
-        parts[-1][record.step] = parts[-1].get(record.step, True) and record.full
+        parts[-1][record.step] = parts[-1].get(record.step, True) and record.computed
         previous = record.step
     return [[step for step, _ in part.items()] for part in parts], [[s for s, f in p.items() if f] for p in parts]
 
@@ -381,9 +381,9 @@ def test_two_experts_have_their_own_warm_up_and_one_summary(method, site):
     fast = film(pipe)
     steps, full = per_expert(run)
     assert steps == [list(range(9)), list(range(7))]
-    assert full == [full_steps(Uniform(4, 3), 9), full_steps(Uniform(4, 3), 7)]
+    assert full == [computed_steps(Uniform(4, 3), 9), computed_steps(Uniform(4, 3), 7)]
     summary = run.summary()
-    assert (summary.steps, summary.full, summary.cached) == (16, 8, 8)
+    assert (summary.steps, summary.computed_steps, summary.skipped_steps) == (16, 8, 8)
     assert summary.passes == ("cond", "uncond")
     assert torch.equal(film(pipe), fast)
     assert 0 < (fast - plain).norm() < 0.2 * plain.norm()
@@ -440,10 +440,10 @@ def test_guidance_without_names_is_guidance_with_names(method, passes):
     plain = guided(model, passes, named=False)
     with hasten.accelerate(model, method, interval=4) as run:
         named = guided(model, passes, named=True)
-        assert run.summary().full == len(full_steps(Uniform(4, 3), 12))
+        assert run.summary().computed_steps == len(computed_steps(Uniform(4, 3), 12))
         run.reset()
         assert torch.equal(guided(model, passes, named=False), named)
-        assert run.summary().full == len(full_steps(Uniform(4, 3), 12))
+        assert run.summary().computed_steps == len(computed_steps(Uniform(4, 3), 12))
     assert 0 < (named - plain).norm() < 0.1 * plain.norm()
 
 
@@ -487,7 +487,7 @@ def test_fused_guidance_is_one_pass(method, site):
     with hasten.accelerate(pipe, method, interval=4, site=site) as run:
         fast = paint(pipe)
         assert run.summary().passes == ("pass0",)
-        assert run.summary().full == len(full_steps(Uniform(4, 3), 12))
+        assert run.summary().computed_steps == len(computed_steps(Uniform(4, 3), 12))
     assert 0 < (fast - plain).norm() < 0.2 * plain.norm()
     assert torch.equal(paint(pipe), plain)
 
@@ -506,21 +506,23 @@ def test_fused_guidance_may_end_in_mid_run():
     with hasten.accelerate(pipe, "taylorseer", interval=4) as run:
         fast = paint(pipe, **ends)
     # Step 4 has a batch of one for the first time.
-    assert [r.step for r in run.records if r.full] == sorted({*full_steps(Uniform(4, 3), 12), 4})
+    assert [r.step for r in run.records if r.computed] == sorted({*computed_steps(Uniform(4, 3), 12), 4})
     assert {r.run for r in run.records} == {0}
     assert 0 < (fast - plain).norm() < 0.2 * plain.norm()
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0.0, 1.0), (0.2, 0.6)])
 def test_skip_layer_guidance_saves_as_much_as_none(start, stop):
-    """SD3.5 makes a second call of one picture beside the fused one of two."""
+    """SD3.5 makes a second call of one image beside the fused one of two."""
     guidance = {"skip_guidance_layers": [1], "skip_layer_guidance_start": start, "skip_layer_guidance_stop": stop}
     pipe = make_sd3()
     plain = paint(pipe, **guidance)
     with hasten.accelerate(pipe, "taylorseer", interval=4) as run:
         fast = paint(pipe, **guidance)
-        by_pass = {name: [r.step for r in run.records if r.pass_name == name and r.full] for name in ("pass0", "pass1")}
-    assert by_pass["pass0"] == full_steps(Uniform(4, 3), 12)
+        by_pass = {
+            name: [r.step for r in run.records if r.pass_name == name and r.computed] for name in ("pass0", "pass1")
+        }
+    assert by_pass["pass0"] == computed_steps(Uniform(4, 3), 12)
     assert len(by_pass["pass1"]) < 6
     assert 0 < (fast - plain).norm() < 0.2 * plain.norm()
 
@@ -577,7 +579,7 @@ def test_two_pipelines_in_two_threads():
         thread.join()
     for i, run in enumerate(runs):
         assert len(together[i]) == 3
-        assert all(torch.equal(picture, alone[i]) for picture in together[i])
+        assert all(torch.equal(image, alone[i]) for image in together[i])
         assert len(run.records) == 4 * 24
         run.remove()
 

@@ -202,7 +202,7 @@ def test_caches_start_afresh_in_each_stage(pipe: Any) -> None:
     with hasten.accelerate(pipe, Fresco(preset="18"), hasten.TaylorSeer(interval=3, warmup=1, order=1)) as run:
         first = paint(pipe, 18)
         assert torch.equal(paint(pipe, 18), first)
-    full = {record.step for record in run.records if record.run == 0 and record.full}
+    full = {record.step for record in run.records if record.run == 0 and record.computed}
     assert {0, 6, 12} <= full < set(range(18))
     with hasten.accelerate(pipe, Fresco(preset="18")) as alone:
         uncached = paint(pipe, 18)

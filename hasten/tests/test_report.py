@@ -8,10 +8,10 @@ from hasten.errors import ReportError
 from PIL import Image
 
 
-def row(method, full_steps, psnr, library="hasten", **more):
-    figures = {"flops_ratio": 50 / full_steps, "seconds": 0.2, "latency_ratio": 4.0, "cache_bytes": 98304}
+def row(method, computed_steps, psnr, library="hasten", **more):
+    figures = {"flops_ratio": 50 / computed_steps, "seconds": 0.2, "latency_ratio": 4.0, "cache_bytes": 98304}
     quality = {"psnr": psnr, "ssim": 0.98, "lpips": None, "flip": 0.03, "top1": 1.0}
-    name = f"{method}-{full_steps}"
+    name = f"{method}-{computed_steps}"
     curve = None if library == "plain" else [0.0, 0.01, 0.02]
     return {
         "id": name,
@@ -19,7 +19,7 @@ def row(method, full_steps, psnr, library="hasten", **more):
         "library": library,
         "params": {"interval": 7},
         "steps": 50,
-        "full_steps": full_steps,
+        "budget": computed_steps,
         **figures,
         **quality,
         "error_per_step": curve,
@@ -39,7 +39,7 @@ def content(tmp_path):
         row("hicache", 7, 40.5),
         {"id": "peer-9", "method": "peer", "library": "cache-dit", "error": "not installed"},
     ]
-    for name in ("baseline", "euler-9", "hicache-9", "reuse-9"):  # hicache-7 has no picture
+    for name in ("baseline", "euler-9", "hicache-9", "reuse-9"):  # hicache-7 has no image
         path = tmp_path / "out.images" / name / "00.png"
         path.parent.mkdir(parents=True)
         Image.new("RGB", (8, 8), "orange").save(path)
@@ -138,7 +138,7 @@ def test_bad_files_are_named_with_the_remedy(tmp_path, content, damage, says):
     assert not (tmp_path / "deep").exists()
 
 
-def test_nothing_outside_the_folder_and_nothing_but_pictures_is_embedded(tmp_path, content):
+def test_nothing_outside_the_folder_and_nothing_but_images_is_embedded(tmp_path, content):
     (tmp_path / "out.images" / "secret.png").write_text("a password")
     Image.new("RGB", (8, 8)).save(tmp_path.parent / "outside.png")
     content["baseline"]["images"] = ["out.images/secret.png"]

@@ -188,18 +188,18 @@ def test_enlarging_tokens_enlarges_latent_pixels() -> None:
 
 def test_latents_that_are_rearranged_pixels_are_enlarged_and_averaged_as_pixels() -> None:
     vae, canvas = PixelVAE(), Canvas.of(PixelVAE())
-    pictures = randn(2, 3, 16, 24)
-    tokens = pack(vae.encode(pictures).latents)
-    assert torch.equal(canvas.paint(tokens, (4, 6)), pictures)
-    assert torch.equal(canvas.read(pictures), tokens)
+    images = randn(2, 3, 16, 24)
+    tokens = pack(vae.encode(images).latents)
+    assert torch.equal(canvas.paint(tokens, (4, 6)), images)
+    assert torch.equal(canvas.read(images), tokens)
 
     def decoded(tokens: Tensor, size: tuple[int, int]) -> Tensor:
         return vae.decode(unpack(tokens, size)).sample  # type: ignore[union-attr]
 
-    assert torch.equal(decoded(canvas.enlarge(tokens, (4, 6)), (8, 12)), up(pictures))
-    small = torch.nn.functional.avg_pool2d(pictures, 2)
+    assert torch.equal(decoded(canvas.enlarge(tokens, (4, 6)), (8, 12)), up(images))
+    small = torch.nn.functional.avg_pool2d(images, 2)
     assert torch.equal(decoded(canvas.shrink(tokens, (4, 6)), (2, 3)), small)
-    assert not torch.equal(decoded(LATENTS.enlarge(tokens, (4, 6)), (8, 12)), up(pictures))
+    assert not torch.equal(decoded(LATENTS.enlarge(tokens, (4, 6)), (8, 12)), up(images))
     assert Canvas.of(AutoencoderTiny()) == LATENTS
 
 
@@ -219,8 +219,8 @@ def test_tokens_of_two_sizes_are_kept_apart_and_come_back(rows: int, columns: in
 def test_when_all_tokens_are_fine_the_ids_are_those_of_the_pipeline() -> None:
     tokens = TokenSet(torch.ones(3, 4, dtype=torch.bool))
     native = FluxPipeline._prepare_latent_image_ids(1, 6, 8, torch.device("cpu"), torch.float32)
-    assert torch.equal(flux_ids([tokens.picture("hr_units")]), native)
-    halved = flux_ids([tokens.picture("lr_units")])
+    assert torch.equal(flux_ids([tokens.image("hr_units")]), native)
+    halved = flux_ids([tokens.image("lr_units")])
     assert torch.equal(halved * 2, native)
     assert halved.dtype == torch.float32
 
@@ -233,9 +233,9 @@ def test_after_any_promotions_the_tokens_are_those_of_the_pipeline(rows: int, co
         fine = tokens.fine.clone()
         fine.flatten()[taken] = True
         tokens = TokenSet(fine)
-        assert tokens.count == len(tokens.picture("hr_units").anchors) == rows * columns + 3 * int(fine.sum())
+        assert tokens.count == len(tokens.image("hr_units").anchors) == rows * columns + 3 * int(fine.sum())
     native = FluxPipeline._prepare_latent_image_ids(1, 2 * rows, 2 * columns, torch.device("cpu"), torch.float32)
-    ids = flux_ids([tokens.picture("hr_units")])
+    ids = flux_ids([tokens.image("hr_units")])
     assert torch.equal(ids, native)  # in raster order, too
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     assert torch.equal(ids[order][order.argsort()], native)

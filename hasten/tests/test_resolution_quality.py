@@ -1,4 +1,4 @@
-"""What resolution methods do to the pictures of a trained model: quality by margins, seams by numbers."""
+"""What resolution methods do to the images of a trained model: quality by margins, seams by numbers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def model() -> subject.Subject:
     return loaded
 
 
-def pictures(steps: int, method: object | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """Pictures `[3, H, W]` of the first prompts, and the layouts after each run's first promotion."""
+def images(steps: int, method: object | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """Images `[3, H, W]` of the first prompts, and the layouts after each run's first promotion."""
     drawn, layouts = [], []
     for seed, prompt in enumerate(model().prompts[:PROMPTS]):
         call = model().call | {"num_inference_steps": steps, "output_type": "pt"}
@@ -41,12 +41,12 @@ def pictures(steps: int, method: object | None = None) -> tuple[list[Tensor], li
 
 @cache
 def reference() -> list[Tensor]:
-    return pictures(50)[0]
+    return images(50)[0]
 
 
 @cache
 def fresco() -> tuple[list[Tensor], list[Tensor]]:
-    return pictures(18, hasten.Fresco(preset="18"))
+    return images(18, hasten.Fresco(preset="18"))
 
 
 def quality(drawn: list[Tensor]) -> float:
@@ -57,18 +57,18 @@ def quality(drawn: list[Tensor]) -> float:
 def test_bound_noise_and_the_exact_jump_stay_nearer_to_the_full_run() -> None:
     best = quality(fresco()[0])
     assert best > 24
-    assert best > quality(pictures(18, hasten.Fresco(preset="18", jump="r1"))[0]) + 1
-    assert best > quality(pictures(18, hasten.Bottleneck(stages=(9, 9)))[0]) + 3
-    assert best > quality(pictures(18, hasten.RALU(preset="18"))[0]) + 3
+    assert best > quality(images(18, hasten.Fresco(preset="18", jump="r1"))[0]) + 1
+    assert best > quality(images(18, hasten.Bottleneck(stages=(9, 9)))[0]) + 3
+    assert best > quality(images(18, hasten.RALU(preset="18"))[0]) + 3
 
 
 def test_a_short_mixed_stage_is_better_and_the_plain_sampler_best() -> None:
     """The negative result is part of what is claimed: on this model nothing coarse is as near as plain steps."""
-    short = quality(pictures(18, hasten.Fresco(stages=(6, 2, 10), shares=(0.3,)))[0])
-    assert quality(fresco()[0]) + 2 < short < quality(pictures(12)[0])
+    short = quality(images(18, hasten.Fresco(stages=(6, 2, 10), shares=(0.3,)))[0])
+    assert quality(fresco()[0]) + 2 < short < quality(images(12)[0])
 
 
-def test_pictures_that_began_coarse_are_nearer_to_what_the_caption_had_in_training() -> None:
+def test_images_that_began_coarse_are_nearer_to_what_the_caption_had_in_training() -> None:
     """Far from the full run is not bad: the model knows its captions better at half size, and by copied pixels."""
     known = load_emoji_set()
     own = [known.at(64)[known.captions.index(prompt)] for prompt in model().prompts[:PROMPTS]]
@@ -76,10 +76,10 @@ def test_pictures_that_began_coarse_are_nearer_to_what_the_caption_had_in_traini
     def truth(drawn: list[Tensor]) -> float:
         return sum(psnr(a, b) for a, b in zip(drawn, own, strict=True)) / PROMPTS
 
-    two_stages = truth(pictures(18, hasten.Bottleneck(stages=(9, 9)))[0])
+    two_stages = truth(images(18, hasten.Bottleneck(stages=(9, 9)))[0])
     assert two_stages > truth(reference()) + 2
-    assert two_stages > truth(pictures(11)[0]) + 2  # as many operations
-    assert truth(pictures(18, hasten.Spectral(stages=(6, 12)))[0]) > truth(reference()) + 0.5
+    assert two_stages > truth(images(11)[0]) + 2  # as many operations
+    assert truth(images(18, hasten.Spectral(stages=(6, 12)))[0]) > truth(reference()) + 0.5
 
 
 def test_no_seam_is_left_where_tokens_were_promoted_at_different_times() -> None:
@@ -104,8 +104,8 @@ def test_an_edit_leaves_nearly_all_of_the_rest_exactly_as_it_was() -> None:
         for used in (None, method):
             generator = torch.Generator().manual_seed(seed)
             with nullcontext() if used is None else hasten.accelerate(editor.pipe, used):
-                picture = editor.pipe(prompt=edit.prompt, generator=generator, **call).images[0]
-            drawn.append((picture - edit.source).abs().amax(0)[~edit.mask])
+                image = editor.pipe(prompt=edit.prompt, generator=generator, **call).images[0]
+            drawn.append((image - edit.source).abs().amax(0)[~edit.mask])
         plain, kept = drawn
         assert (kept < 1e-5).float().mean() > 0.85
         assert (plain < 1e-5).float().mean() < 0.5

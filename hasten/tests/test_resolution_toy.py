@@ -1,6 +1,6 @@
-"""A toy with an exact denoiser that ranks the rules for a change of resolution: Gaussian pictures with a power law.
+"""A toy with an exact denoiser that ranks the rules for a change of resolution: Gaussian images with a power law.
 
-Pictures of 32x32 pixels with the spectrum `P(k) = (1 + (k/3)^2)^-1.5` over its mean; the denoiser's gain is
+Images of 32x32 pixels with the spectrum `P(k) = (1 + (k/3)^2)^-1.5` over its mean; the denoiser's gain is
 `(1 - sigma) P / ((1 - sigma)^2 P + sigma^2)` for each frequency. 9 coarse and 9 fine Euler steps with shift 3; the
 reference is a run of 50 fine steps from the same noise.
 """
@@ -38,14 +38,14 @@ def spectrum() -> Tensor:
     return power / power.mean()
 
 
-def clean_pictures() -> Tensor:
+def clean_images() -> Tensor:
     white = torch.randn(SAMPLES, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(9))
     return torch.fft.ifft2(torch.fft.fft2(white) * spectrum().sqrt()).real
 
 
-def empirical(pictures: Tensor) -> Tensor:
-    side = pictures.shape[-1]
-    return torch.fft.fft2(pictures).abs().square().mean((0, 1)) / side**2
+def empirical(images: Tensor) -> Tensor:
+    side = images.shape[-1]
+    return torch.fft.fft2(images).abs().square().mean((0, 1)) / side**2
 
 
 def sample(state: Tensor, power: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def sample(state: Tensor, power: Tensor, levels: Tensor) -> tuple[Tensor, Tensor
 
 def run(switch: float, rule: Rule, noise: Tensor, kind: Literal["dc", "anchor"]) -> Tensor:
     low = low_noise(noise) if kind == "dc" else anchor_noise(noise)
-    coarse_power = empirical(torch.nn.functional.avg_pool2d(clean_pictures(), 2))
+    coarse_power = empirical(torch.nn.functional.avg_pool2d(clean_images(), 2))
     state, _ = sample(low, coarse_power, descend(1.0, switch, STEPS, SHIFT))
     if rule == "printed":  # [z, e1, e2, e3] through a Hadamard matrix of ones, as the paper prints it
         details = torch.randn(SAMPLES, 3, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(4))
@@ -86,11 +86,11 @@ def reference(noise: Tensor) -> Tensor:
     return sample(noise, spectrum(), descend(1.0, 0.0, 50, SHIFT))[0]
 
 
-def figures(pictures: Tensor, reference: Tensor) -> tuple[float, float, float]:
+def figures(images: Tensor, reference: Tensor) -> tuple[float, float, float]:
     """Energy of the low and of the high band relative to the true spectrum, and relative distance to the reference."""
-    ratio, k = empirical(pictures), radius(SIDE)
+    ratio, k = empirical(images), radius(SIDE)
     bands = [float(ratio[band].sum() / spectrum()[band].sum()) for band in (k < LOW, k >= HIGH)]
-    return bands[0], bands[1], math.sqrt(float((pictures - reference).square().sum() / reference.square().sum()))
+    return bands[0], bands[1], math.sqrt(float((images - reference).square().sum() / reference.square().sum()))
 
 
 def test_fine_steps_alone(noise: Tensor, reference: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Which steps are full: the counts that the papers' FLOPs columns rest on, and what is refused."""
 
 import pytest
-from hasten.caching import Explicit, Spread, TaylorSeer, Uniform, full_steps
+from hasten.caching import Explicit, Spread, TaylorSeer, Uniform, computed_steps
 from hasten.errors import ConfigError, ScheduleError, UnknownNameError
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -12,47 +12,47 @@ COUNTS_E2 = {3: 18, 4: 14, 5: 11, 6: 10, 7: 8, 8: 8, 9: 7}
 
 @pytest.mark.parametrize(("interval", "count"), COUNTS_E3.items())
 def test_counts_with_three_warmup_steps(interval, count):
-    assert len(full_steps(Uniform(interval, 3), 50)) == count
+    assert len(computed_steps(Uniform(interval, 3), 50)) == count
 
 
 @pytest.mark.parametrize(("interval", "count"), COUNTS_E2.items())
 def test_counts_with_two_warmup_steps(interval, count):
-    assert len(full_steps(Uniform(interval, 2), 50)) == count
+    assert len(computed_steps(Uniform(interval, 2), 50)) == count
 
 
 def test_full_steps_are_where_the_official_rule_puts_them():
-    assert full_steps(Uniform(6, 3), 50) == [0, 1, 2, 8, 14, 20, 26, 32, 38, 44]
-    assert full_steps(Uniform(5, 1), 50) == list(range(0, 50, 5))
-    assert full_steps(Uniform(1, 3), 50) == list(range(50))
+    assert computed_steps(Uniform(6, 3), 50) == [0, 1, 2, 8, 14, 20, 26, 32, 38, 44]
+    assert computed_steps(Uniform(5, 1), 50) == list(range(0, 50, 5))
+    assert computed_steps(Uniform(1, 3), 50) == list(range(50))
 
 
 @given(st.integers(1, 30), st.integers(1, 10), st.integers(1, 80))
 def test_warmup_is_full_and_no_gap_exceeds_the_interval(interval, warmup, total):
     assume(warmup <= total)
-    fulls = full_steps(Uniform(interval, warmup), total)
-    assert fulls[: min(warmup, total)] == list(range(min(warmup, total)))
-    gaps = [b - a for a, b in zip(fulls[warmup - 1 :], fulls[warmup:], strict=False)]
+    computed = computed_steps(Uniform(interval, warmup), total)
+    assert computed[: min(warmup, total)] == list(range(min(warmup, total)))
+    gaps = [b - a for a, b in zip(computed[warmup - 1 :], computed[warmup:], strict=False)]
     assert all(gap == interval for gap in gaps)
-    assert total - 1 - fulls[-1] < interval
+    assert total - 1 - computed[-1] < interval
 
 
 def test_explicit_steps_are_exactly_those():
     steps = (0, 1, 2, 4, 9, 17, 26, 35, 43)
-    assert tuple(full_steps(Explicit(steps), 50)) == steps
+    assert tuple(computed_steps(Explicit(steps), 50)) == steps
 
 
 @pytest.mark.parametrize(
     ("count", "interval", "actual"), [(12, 5, 12), (9, 7, 9), (7, 10, 7), (11, 6, 10), (8, 8, 8), (50, 1, 50)]
 )
 def test_smallest_interval_with_no_more_full_steps(count, interval, actual):
-    method = TaylorSeer().with_full_steps(count, 50)
+    method = TaylorSeer().with_computed_steps(count, 50)
     assert method.interval == interval
-    assert len(full_steps(method.plan(), 50)) == actual
+    assert len(computed_steps(method.plan(), 50)) == actual
 
 
 def test_fewer_full_steps_than_the_warmup_are_refused_with_the_remedy():
     with pytest.raises(ScheduleError, match="warmup=1"):
-        TaylorSeer().with_full_steps(2, 50)
+        TaylorSeer().with_computed_steps(2, 50)
 
 
 @pytest.mark.parametrize("bad", [0, -3])
@@ -75,8 +75,8 @@ def test_schedules_that_do_not_fit_the_run_are_refused():
 
 
 def test_last_adds_the_last_step_and_needs_its_number():
-    assert full_steps(Uniform(7, 3, last=True), 50) == [0, 1, 2, 9, 16, 23, 30, 37, 44, 49]
-    assert full_steps(Uniform(5, 1, last=True), 11) == [0, 5, 10]
+    assert computed_steps(Uniform(7, 3, last=True), 50) == [0, 1, 2, 9, 16, 23, 30, 37, 44, 49]
+    assert computed_steps(Uniform(5, 1, last=True), 11) == [0, 5, 10]
     with pytest.raises(ScheduleError, match="bare transformer"):
         Uniform(5, 3, last=True).for_run(None)
     with pytest.raises(ScheduleError, match="bare transformer"):
@@ -86,8 +86,8 @@ def test_last_adds_the_last_step_and_needs_its_number():
 def test_named_schedules_spend_the_same_number_of_full_steps_elsewhere():
     lists = {}
     for name in ("uniform", "last", "even", "early"):
-        method = TaylorSeer(schedule=name).with_full_steps(9, 50)
-        lists[name] = full_steps(method.plan(), 50)
+        method = TaylorSeer(schedule=name).with_computed_steps(9, 50)
+        lists[name] = computed_steps(method.plan(), 50)
         assert len(lists[name]) <= 9
         assert lists[name][0] == 0
     assert lists["even"] == [0, 6, 12, 18, 24, 31, 37, 43, 49]

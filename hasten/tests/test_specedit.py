@@ -15,11 +15,11 @@ import tiny
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from hasten.errors import (
+    AdapterError,
     AlreadyAcceleratedError,
     ConfigError,
     HastenError,
     HastenWarning,
-    HostError,
     ScheduleError,
     TargetError,
     UnknownNameError,
@@ -46,7 +46,7 @@ from hasten.resolution.seams import (
 )
 from hasten.resolution.select import above, coverage, dilate, select, told_apart, top, two_means
 from hasten_zoo.emoji_flux.model import PixelVAE
-from test_variants import VARIANTS, autoencoder, flux, image_vae, picture, qwen_vae, randn
+from test_variants import VARIANTS, autoencoder, flux, image, image_vae, qwen_vae, randn
 from torch import Tensor
 
 # --- distances
@@ -93,7 +93,7 @@ def test_a_square_edit_is_found(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
-def test_equal_pictures_are_at_no_distance_and_fall_to_the_guard_set(kind: str) -> None:
+def test_equal_images_are_at_no_distance_and_fall_to_the_guard_set(kind: str) -> None:
     source = randn(1, 4, 32, 32)
     distance = above_floor(DISTANCES[kind](source.clone(), source))
     assert distance.abs().max() < 1e-5
@@ -122,7 +122,7 @@ def test_the_cosine_distance_does_not_mind_length() -> None:
 
 
 def test_the_perceptual_distance_undoes_the_scaling() -> None:
-    """A VAE that says how its latents were scaled sees the same pictures as one that needs no scaling."""
+    """A VAE that says how its latents were scaled sees the same images as one that needs no scaling."""
     plain, scaled = image_vae(), image_vae()
     scaled.register_to_config(scaling_factor=0.5, shift_factor=0.1)
     draft, source = randn(1, 4, 8, 8), randn(1, 4, 8, 8, seed=1)
@@ -135,23 +135,23 @@ def test_the_perceptual_distance_undoes_the_scaling() -> None:
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (3, -5), (-2, 7), (8, 0)])
-def test_a_picture_that_was_moved(shift: tuple[int, int]) -> None:
+def test_a_image_that_was_moved(shift: tuple[int, int]) -> None:
     source = randn(2, 4, 16, 24)
     draft = source.roll(shift, (2, 3)) + 0.3 * randn(2, 4, 16, 24, seed=1)
     assert global_shift(draft, source) == [shift] * 2
 
 
-def test_bad_pictures() -> None:
+def test_bad_images() -> None:
     with pytest.raises(ConfigError, match="one shape and even sides"):
         latent_distance(randn(1, 4, 8, 8), randn(1, 4, 8, 6))
     with pytest.raises(ConfigError, match="one shape and even sides"):
         cosine_distance(randn(1, 4, 7, 8), randn(1, 4, 7, 8))
-    with pytest.raises(HostError, match="PixelVAE has no learned decoder"):
+    with pytest.raises(AdapterError, match="PixelVAE has no learned decoder"):
         perceptual_distance(PixelVAE(), randn(1, 12, 8, 8), randn(1, 12, 8, 8))
     odd = autoencoder("AutoencoderTiny")
     odd.register_to_config(scaling_factor=None)
     odd.decoder.conv_in = odd.decoder.mid_block = odd.decoder.up_blocks = torch.nn.Identity()
-    with pytest.raises(HostError, match="neither scaling_factor nor latents_mean"):
+    with pytest.raises(AdapterError, match="neither scaling_factor nor latents_mean"):
         perceptual_distance(odd, randn(1, 4, 8, 8), randn(1, 4, 8, 8))
 
 
@@ -220,7 +220,7 @@ def test_tokens_of_two_resolutions_find_their_places() -> None:
     full = torch.stack([places // size[1], places % size[1]], 1)[None]
     coarse = torch.stack([torch.arange(24.0) // 6 * 2, torch.arange(24.0) % 6 * 2], 1)[None]
     sequence = tokens.gather(coarse, full)
-    assert torch.equal(sequence[0].long(), tokens.picture("hr_units").anchors)
+    assert torch.equal(sequence[0].long(), tokens.image("hr_units").anchors)
     spread = tokens.spread(sequence)
     assert torch.equal(tokens.collect(spread), sequence)
     under = children(fine_map)[:, 0]
@@ -294,7 +294,7 @@ def test_the_seam_statistic_sees_a_seam_and_none_where_there_is_none() -> None:
             seam_steps(image, wrong)
     with pytest.raises(ConfigError, match=r"cannot be divided into the cells of a map \[15, 16\]"):
         seam_steps(image, mask[1:])
-    with pytest.raises(ConfigError, match=r"picture \[C, H, W\]"):
+    with pytest.raises(ConfigError, match=r"image \[C, H, W\]"):
         seam_steps(image[None], mask)
     with pytest.raises(ConfigError, match="bool map"):
         ring_weights(mask.float(), 1)
@@ -309,17 +309,17 @@ LOCAL: dict[str, Any] = {**SPLIT, "selector": "top", "share": 0.1, "coverage": N
 GUIDED = {"negative_prompt_embeds": randn(1, tiny.TEXT, 32, seed=4), "true_cfg_scale": 4.0}
 NEGATIVE_MASK = {"negative_prompt_embeds_mask": torch.ones(1, tiny.TEXT, dtype=torch.long)}
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
-    "kontext": ("flux kontext", {"height": 16, "width": 24, "max_area": 384, "image": picture(16, 24)}),
+    "kontext": ("flux kontext", {"height": 16, "width": 24, "max_area": 384, "image": image(16, 24)}),
     "kontext guided": (
         "flux kontext",
         {
-            **{"height": 16, "width": 24, "max_area": 384, "image": picture(16, 24), **GUIDED},
+            **{"height": 16, "width": 24, "max_area": 384, "image": image(16, 24), **GUIDED},
             "negative_pooled_prompt_embeds": randn(1, 32, seed=5),
         },
     ),
     "kontext, source of another size": (
         "flux kontext",
-        {"height": 16, "width": 24, "max_area": 384, "image": picture(24, 16)},
+        {"height": 16, "width": 24, "max_area": 384, "image": image(24, 16)},
     ),
     "qwen edit": ("qwen edit", {"height": 64, "width": 96}),
     "qwen edit guided": ("qwen edit", {"height": 64, "width": 96, **GUIDED, **NEGATIVE_MASK}),
@@ -410,7 +410,7 @@ def test_parts_of_a_run(host: str, reference: Any) -> None:
     assert seen[2 * passes : 5 * passes] == [mixed + expected] * 3 * passes
 
 
-def test_a_draft_alone_is_the_small_picture() -> None:
+def test_a_draft_alone_is_the_small_image() -> None:
     """Drafting with coarse tokens is what the pipeline does at half size, with the low-pass noise."""
     pipe = make("kontext")
     method = SpecEdit(draft=4, mixed=0, final=0)
@@ -453,7 +453,7 @@ def test_where_nothing_was_selected_the_source_is_kept() -> None:
     pipe = make("kontext")
     base = {**LOCAL, "final": 0, "mixed": 4, "reverify": False, "coverage": 2, "restore": False}
     method = SpecEdit(**base)
-    source = pack(pipe._encode_vae_image(2 * picture(16, 24) - 1, None))
+    source = pack(pipe._encode_vae_image(2 * image(16, 24) - 1, None))
     with method.attach(pipe) as engine:
         latents = draw(pipe, "kontext")
         kept = ~children(engine.plans[0].edited)[:, 0]
@@ -477,7 +477,7 @@ def test_what_stands_out_of_the_region_is_told_apart_by_the_unedited_tokens() ->
     source, edited, cover = randn(2, 64, 8), torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 4, dtype=torch.bool)
     edited[:2, :2], cover[3, 1], cover[1, 3] = True, True, True
     clean = source + 0.1 * randn(2, 64, 8, seed=1)
-    clean[1].unflatten(0, (8, 8))[1:3, 1:3] += 1  # in one picture of the batch
+    clean[1].unflatten(0, (8, 8))[1:3, 1:3] += 1  # in one image of the batch
     found = told_apart(clean, source, edited, edited | cover)
     wanted = torch.zeros(8, 8, dtype=torch.bool)
     wanted[1:3, 1:3] = True
@@ -491,7 +491,7 @@ def test_what_stands_out_of_the_region_is_told_apart_by_the_unedited_tokens() ->
 @pytest.mark.parametrize("final", [0, 2])
 def test_at_the_end_all_that_was_not_told_apart_is_the_source(final: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = make("kontext")
-    source = pack(pipe._encode_vae_image(2 * picture(16, 24) - 1, None))
+    source = pack(pipe._encode_vae_image(2 * image(16, 24) - 1, None))
     method = SpecEdit(**{**LOCAL, "mixed": 4, "final": final, "coverage": 2})
     apart: list[Tensor] = []
 
@@ -572,10 +572,10 @@ def test_half_precision_stays_what_it_is(host: str) -> None:
 
 
 def test_a_batch_shares_its_layout() -> None:
-    """What is selected in any of the pictures is promoted in all of them."""
+    """What is selected in any of the images is promoted in all of them."""
     pipe = make("kontext")
     call: dict[str, Any] = {
-        "image": torch.cat([picture(16, 24), picture(16, 24, seed=9)]),
+        "image": torch.cat([image(16, 24), image(16, 24, seed=9)]),
         "prompt_embeds": randn(1, tiny.TEXT, 32).repeat(2, 1, 1),
         "pooled_prompt_embeds": VARIANTS["flux kontext"].call["pooled_prompt_embeds"].repeat(2, 1),
     }
@@ -682,7 +682,7 @@ def test_a_cache_inside_starts_afresh_where_the_tokens_change(host: str) -> None
         assert [record.part for record in run.stages.records] == ["draft"] * 4 + ["mixed"] * 4 + ["final"] * 3
     with hasten.accelerate(pipe, hasten.TaylorSeer(interval=3, warmup=1), method) as cached:
         latents = draw(pipe, host, 11)
-    computed = {record.step for record in cached.records if record.full}
+    computed = {record.step for record in cached.records if record.computed}
     assert {0, 4, 8} <= computed
     assert len(computed) < 11
     assert torch.isfinite(latents).all()
@@ -702,9 +702,9 @@ def test_resizing_goes_by_way_of_pixels() -> None:
     """With a VAE that keeps every pixel, halving is the mean of 2x2 pixels."""
     pipe = make("kontext")
     pipe.register_modules(vae=PixelVAE(scaling_factor=2.0, shift_factor=0.1))
-    image = 2 * picture(16, 24) - 1
-    small = resized(pipe, pipe._encode_vae_image(image, None), (4, 6))
-    expected = pipe._encode_vae_image(torch.nn.functional.avg_pool2d(image, 2), None)
+    pixels = 2 * image(16, 24) - 1
+    small = resized(pipe, pipe._encode_vae_image(pixels, None), (4, 6))
+    expected = pipe._encode_vae_image(torch.nn.functional.avg_pool2d(pixels, 2), None)
     torch.testing.assert_close(small, expected)
 
 
@@ -760,8 +760,8 @@ def test_bad_calls_name_the_remedy_and_leave_the_pipeline_usable() -> None:
         expected = draw(pipe, "kontext")
         with pytest.raises(ScheduleError, match=r"2 \+ 3 \+ 1 = 6 steps.*num_inference_steps=6"):
             draw(pipe, "kontext", 8)
-        with pytest.raises(ConfigError, match="half size with pictures of 7x12 and 7x12 tokens"):
-            draw(pipe, "kontext", height=14, max_area=14 * 24, image=picture(14, 24))
+        with pytest.raises(ConfigError, match="half size with images of 7x12 and 7x12 tokens"):
+            draw(pipe, "kontext", height=14, max_area=14 * 24, image=image(14, 24))
         with pytest.raises(ConfigError, match="give image="):
             draw(pipe, "kontext", image=None)
         with pytest.raises(ConfigError, match="begins with pure noise"):
@@ -771,7 +771,7 @@ def test_bad_calls_name_the_remedy_and_leave_the_pipeline_usable() -> None:
         with pytest.raises(ConfigError, match="another scheduler"):
             draw(pipe, "kontext")
     pipe = make("kontext")
-    missing = pytest.raises(ConfigError, match="edits reference picture 1, but the call has 1")
+    missing = pytest.raises(ConfigError, match="edits reference image 1, but the call has 1")
     with SpecEdit(**LOCAL, source=1).attach(pipe), missing:
         draw(pipe, "kontext")
 

@@ -6,7 +6,7 @@ import types
 import hasten
 import pytest
 import torch
-from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError, HostError
+from hasten.errors import AdapterError, AlreadyAcceleratedError, CalibrationError, ConfigError
 from hasten.streaming import FocusedForcing, FullHistory, HeadBudgets, SlidingWindow
 from hasten.streaming.adapters import attach_anyflow, attach_causal_wan
 from hasten.streaming.adapters.causal_wan import wan_unrotate
@@ -101,7 +101,7 @@ def test_anyflow_is_attached_once_and_is_anyflow():
     pipe = anyflow()
     with attach_anyflow(pipe, FullHistory()), pytest.raises(AlreadyAcceleratedError, match="remove"):
         attach_anyflow(pipe.transformer, FullHistory())
-    with pytest.raises(HostError, match="AnyFlowFARPipeline"):
+    with pytest.raises(AdapterError, match="AnyFlowFARPipeline"):
         attach_anyflow(nn.Linear(1, 1), FullHistory())
 
 
@@ -125,7 +125,7 @@ TOKENS = ROWS * COLUMNS
 
 
 def attention(q, k, v):
-    """The function that the stand-in's module calls."""
+    """The function that the proxy's module calls."""
     return scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
@@ -173,7 +173,7 @@ class StandInAttention(nn.Module):
         return self.o(attention(q, kv_cache["k"][:, :held], kv_cache["v"][:, :held]).flatten(2))
 
 
-class StandIn(nn.Module):
+class Proxy(nn.Module):
     """Blocks of such attention; `freqs` as in Wan."""
 
     def __init__(self, sink_size=0):
@@ -213,7 +213,7 @@ def roll_out(model, chunks=6, window=None, steps=2):
 
 def wan(sink_size=0):
     torch.manual_seed(0)
-    return StandIn(sink_size)
+    return Proxy(sink_size)
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -306,8 +306,8 @@ def test_wan_is_attached_once_and_is_wan():
     model = wan()
     with attach_causal_wan(model, FullHistory()), pytest.raises(AlreadyAcceleratedError):
         attach_causal_wan(model, FullHistory())
-    with pytest.raises(HostError, match="Self-Forcing"):
+    with pytest.raises(AdapterError, match="Self-Forcing"):
         attach_causal_wan(nn.Linear(1, 1), FullHistory())
     strange = types.SimpleNamespace(blocks=[types.SimpleNamespace(self_attn=nn.Linear(1, 1))], freqs=None)
-    with pytest.raises(HostError, match="no function named attention"):
+    with pytest.raises(AdapterError, match="no function named attention"):
         attach_causal_wan(strange, FullHistory())

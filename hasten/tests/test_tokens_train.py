@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hasten.bench.token_plots import plot_curves, plot_pictures, plot_sizes, plot_swatches, plot_tree
+from hasten.bench.token_plots import plot_curves, plot_images, plot_sizes, plot_swatches, plot_tree
 from hasten.cli.tokens import app, load_decoder, read_codebook
 from hasten.errors import ConfigError, HastenError, ModelError
 from hasten.fitting.refiner import train_refiner
@@ -140,7 +140,7 @@ def test_classes_that_the_model_does_not_know_are_refused(shards):
         sample_clusters(trainer.plain, torch.tensor([4]), 8, 6)
 
 
-def test_pictures_are_drawn(tmp_path):
+def test_images_are_drawn(tmp_path):
     def decode(tokens):
         return np.broadcast_to((tokens / 24)[:, None, None, None], (len(tokens), 4, 4, 3)).astype(np.float32)
 
@@ -158,7 +158,7 @@ def test_pictures_are_drawn(tmp_path):
         lambda: plot_tree(TREE, tmp_path / "x.png", top=1),
         lambda: plot_tree(SemanticTree.fit(CODES, exact=False), tmp_path / "x.png"),
         lambda: plot_sizes({}, tmp_path / "x.png"),
-        lambda: plot_pictures({"none": np.empty((0, 4, 4, 3), np.float32)}, tmp_path / "x.png"),
+        lambda: plot_images({"none": np.empty((0, 4, 4, 3), np.float32)}, tmp_path / "x.png"),
         lambda: plot_swatches(MAP, decode, tmp_path / "x.png", members=0),
         lambda: plot_curves({"flat": []}, {"x": "X"}, tmp_path / "x.png"),
         lambda: plot_curves({"flat": [curve(3, 2), curve(1)]}, {"x": "X"}, tmp_path / "x.png"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hasten.errors import ConfigError, HostError, ModelError, UnknownNameError
+from hasten.errors import AdapterError, ConfigError, ModelError, UnknownNameError
 from hasten.tokens import MemberSampler, SemanticTree, TokenMap, flat_map, kmeans_map, random_map, replace_vocabulary
 from hasten.tokens.comparators import adjusted_rand, mean_within_distance
 from hasten.tokens.members import MEMBER_KINDS
@@ -232,7 +232,7 @@ def test_special_rows_move_behind_the_clusters():
 
 
 def test_models_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(HostError, match="tok_embeddings"):
+    with pytest.raises(AdapterError, match="tok_embeddings"):
         replace_vocabulary(nn.Linear(2, 2), MAP)
     with pytest.raises(ModelError, match="special="):
         replace_vocabulary(llama(63), MAP)

@@ -1,9 +1,9 @@
-"""The search of full steps, alone and on a pipeline."""
+"""The search of computed steps, alone and on a pipeline."""
 
 import hasten
 import pytest
 import torch
-from hasten.caching.schedule import Explicit, full_steps, spread
+from hasten.caching.schedule import Explicit, computed_steps, spread
 from hasten.errors import CalibrationError, ConfigError, ScheduleError
 from hasten.fitting.search import search_steps
 from hypothesis import given, settings
@@ -91,11 +91,11 @@ def test_tuned_steps_are_better_than_the_spread_they_start_from(tmp_path):
     path = tuned.save(tmp_path / "steps.safetensors")
     with hasten.accelerate(pipe, "foca", tuned=path, interval=3, warmup=2) as run:
         draw(pipe, 12)
-        assert [r.step for r in run.records if r.full] == tuned.report["5"]["steps"]
+        assert [r.step for r in run.records if r.computed] == tuned.report["5"]["steps"]
         with pytest.raises(CalibrationError, match="calibrated for 12 steps, this run has 8"):
             draw(pipe, 8)
     assert hasten.FoCa(tuned=tuned, interval=3, warmup=1).plan() == Explicit(tuple(tuned.report["4"]["steps"]))
-    assert len(full_steps(hasten.FoCa(tuned=tuned).with_full_steps(5, 12).plan(), 12)) == 5
+    assert len(computed_steps(hasten.FoCa(tuned=tuned).with_computed_steps(5, 12).plan(), 12)) == 5
     assert hasten.FoCa(schedule="tuned", tuned=tuned).plan() == hasten.FoCa(tuned=tuned).plan()
     with pytest.raises(ConfigError, match="give tuned="):
         hasten.FoCa(schedule="tuned")

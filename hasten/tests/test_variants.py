@@ -1,8 +1,8 @@
-"""Pipelines that edit pictures, fill them in or set them in motion, on transformers that share a family's entry.
+"""Pipelines that edit images, fill them in or set them in motion, on transformers that share a family's entry.
 
 Each runs through its own diffusers pipeline, with random weights, prompt embeddings instead of text encoders and a
 tiny autoencoder: interval 1 is the plain pipeline bit by bit, a skipped step runs no block, removal is exact, and the
-layout is the grid of the picture (or clip) that is being made, whatever else is in the sequence.
+layout is the grid of the image (or clip) that is being made, whatever else is in the sequence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler, S
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from hasten import LeapScheduler, fit_leap, models
-from hasten.caching import Uniform, full_steps
+from hasten.caching import Uniform, computed_steps
 from hasten.caching.blocks import hidden_in
 from hasten.errors import HastenWarning
 from hasten.models import TokenLayout
@@ -44,7 +44,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def picture(height: int, width: int, seed: int = 3) -> Tensor:
+def image(height: int, width: int, seed: int = 3) -> Tensor:
     """Noise in [0, 1], `[1, 3, H, W]`."""
     return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
@@ -338,14 +338,14 @@ SEVEN_OF_TEN = {"transformer": (7,)}
 VARIANTS = {
     "flux image to image": Variant(
         flux("FluxImg2ImgPipeline"),
-        {**FLUX_TEXT, **SMALL, "image": picture(12, 20), "strength": 0.7, "num_inference_steps": 10},
+        {**FLUX_TEXT, **SMALL, "image": image(12, 20), "strength": 0.7, "num_inference_steps": 10},
         TokenLayout((6, 10)),
         SEVEN_OF_TEN,
     ),
     "flux inpaint": Variant(
         flux("FluxInpaintPipeline"),
         {
-            **{**FLUX_TEXT, **SMALL, "image": picture(12, 20), "mask_image": MASK},
+            **{**FLUX_TEXT, **SMALL, "image": image(12, 20), "mask_image": MASK},
             **{"strength": 0.7, "num_inference_steps": 10},
         },
         TokenLayout((6, 10)),
@@ -353,31 +353,31 @@ VARIANTS = {
     ),
     "flux kontext": Variant(
         flux("FluxKontextPipeline"),
-        {**FLUX_TEXT, **SMALL, "image": picture(16, 8), "max_area": 12 * 20, "_auto_resize": False},
+        {**FLUX_TEXT, **SMALL, "image": image(16, 8), "max_area": 12 * 20, "_auto_resize": False},
         TokenLayout((6, 10)),
     ),
     "flux fill": Variant(
         flux("FluxFillPipeline", in_channels=16 + 16 + 4),
-        {**FLUX_TEXT, **SMALL, "image": picture(12, 20), "mask_image": MASK},
+        {**FLUX_TEXT, **SMALL, "image": image(12, 20), "mask_image": MASK},
         TokenLayout((6, 10)),
     ),
     "flux control": Variant(
         flux("FluxControlPipeline", in_channels=32),
-        {**FLUX_TEXT, **SMALL, "control_image": picture(12, 20)},
+        {**FLUX_TEXT, **SMALL, "control_image": image(12, 20)},
         TokenLayout((6, 10)),
     ),
-    "flux2 with reference pictures": Variant(
+    "flux2 with reference images": Variant(
         flux2("Flux2Pipeline"),
         {**TEXT, "height": 48, "width": 80, "image": [SQUARE, SQUARE]},
         TokenLayout((6, 10), tiny.TEXT),
     ),
-    "flux2 klein with a reference picture": Variant(
+    "flux2 klein with a reference image": Variant(
         flux2("Flux2KleinPipeline"),
         {**TEXT, "height": 48, "width": 80, "image": SQUARE, "guidance_scale": 1.0},
         TokenLayout((6, 10), tiny.TEXT),
     ),
-    # The first step reads the reference picture, whose tokens come first; the others reuse its keys and values.
-    "flux2 klein with remembered keys of a reference picture": Variant(
+    # The first step reads the reference image, whose tokens come first; the others reuse its keys and values.
+    "flux2 klein with remembered keys of a reference image": Variant(
         flux2("Flux2KleinKVPipeline"),
         {**TEXT, "height": 48, "width": 80, "image": SQUARE},
         TokenLayout((6, 10), tiny.TEXT + 8 * 8),
@@ -467,7 +467,7 @@ VARIANTS = {
     "sd3 image to image": Variant(
         sd3("StableDiffusion3Img2ImgPipeline", 4, 4),
         {
-            **{**FLUX_TEXT, "guidance_scale": 1.0, "height": 12, "width": 16, "image": picture(12, 16)},
+            **{**FLUX_TEXT, "guidance_scale": 1.0, "height": 12, "width": 16, "image": image(12, 16)},
             **{"strength": 0.7, "num_inference_steps": 10},
         },
         TokenLayout((6, 8)),
@@ -476,7 +476,7 @@ VARIANTS = {
     "sd3 inpaint": Variant(
         sd3("StableDiffusion3InpaintPipeline", 16, 16 + 1 + 16),
         {
-            **{**FLUX_TEXT, "guidance_scale": 1.0, "height": 12, "width": 16, "image": picture(12, 16)},
+            **{**FLUX_TEXT, "guidance_scale": 1.0, "height": 12, "width": 16, "image": image(12, 16)},
             **{"mask_image": MASK[..., :16], "strength": 0.7, "num_inference_steps": 10},
         },
         TokenLayout((6, 8)),
@@ -485,7 +485,7 @@ VARIANTS = {
     "sana image to image": Variant(
         sana,
         {
-            **{**MASKED_TEXT, "height": 32, "width": 64, "image": picture(32, 64), "use_resolution_binning": False},
+            **{**MASKED_TEXT, "height": 32, "width": 64, "image": image(32, 64), "use_resolution_binning": False},
             **{"strength": 0.7, "num_inference_steps": 10, "intermediate_timesteps": None},
         },
         TokenLayout((16, 32)),
@@ -593,9 +593,9 @@ def test_a_skip_skips_and_removal_is_exact(built, site):
             runs = sorted({record.run for record in records})
             assert tuple(len({r.step for r in records if r.run == i}) for i in runs) == built.variant.runs[name]
             for i, steps in zip(runs, built.variant.runs[name], strict=True):
-                full = {record.step for record in records if record.run == i and record.full}
-                assert sorted(full) == full_steps(Uniform(INTERVAL, 3), steps)
-            assert len(work[name][0]) == per_forward[name] * sum(record.full for record in records)
+                full = {record.step for record in records if record.run == i and record.computed}
+                assert sorted(full) == computed_steps(Uniform(INTERVAL, 3), steps)
+            assert len(work[name][0]) == per_forward[name] * sum(record.computed for record in records)
         assert torch.equal(built.call(), fast)
     for _, handles in work.values():
         for handle in handles:
@@ -640,7 +640,7 @@ def test_a_control_block_may_add_to_the_last_block():
     plain = sample()
     with hasten.accelerate(model, "taylorseer", interval=INTERVAL) as run:
         fast = sample()
-        assert run.summary().cached > 3
+        assert run.summary().skipped_steps > 3
     assert 0 < (fast - plain).norm() < 0.03 * plain.norm()
 
 
@@ -677,7 +677,7 @@ def test_what_a_controlnet_adds_is_not_added_twice(method, params):
     plain = controlled(model)
     with hasten.accelerate(model, method, **params) as run:
         fast = controlled(model)
-        assert run.summary().cached > 3
+        assert run.summary().skipped_steps > 3
     assert 0 < (fast - plain).norm() < 0.03 * plain.norm()
 
 
@@ -705,8 +705,8 @@ def test_a_run_of_as_many_tokens_in_another_grid_has_its_own_layout():
         assert torch.equal(wide(model, 8, 2), second)
 
 
-# Its first step reads the reference picture into a memory that the others use: no step can be evaluated alone.
-NOT_LEARNED = {"flux2 klein with remembered keys of a reference picture"}
+# Its first step reads the reference image into a memory that the others use: no step can be evaluated alone.
+NOT_LEARNED = {"flux2 klein with remembered keys of a reference image"}
 
 
 def test_a_learned_scheduler_serves_them(built):

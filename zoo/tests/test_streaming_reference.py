@@ -536,8 +536,8 @@ def test_bench_says_which_methods_fit_a_stream(tmp_path, monkeypatch, capsys, me
     assert not out.exists()
 
 
-def test_pictures_cannot_be_streamed(tmp_path, monkeypatch, capsys):
-    words = f"bench --methods focused-forcing --prompts 1 --full-steps 9 --json {tmp_path / 'out.json'}"
+def test_images_cannot_be_streamed(tmp_path, monkeypatch, capsys):
+    words = f"bench --methods focused-forcing --prompts 1 --computed-steps 9 --json {tmp_path / 'out.json'}"
     assert command(monkeypatch, *words.split()) == 2
     assert "focused-forcing is no caching method" in " ".join(capsys.readouterr().err.split())
 

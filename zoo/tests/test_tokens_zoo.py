@@ -24,7 +24,7 @@ from hasten_zoo.emoji_tokens.data import (
     _patterns,
     batches,
     draw,
-    pictures,
+    images,
 )
 from hasten_zoo.emoji_tokens.features import FeatureNet
 from hasten_zoo.emoji_tokens.model import EmojiTokens, pack
@@ -38,7 +38,7 @@ TINY = TokenizerConfig(codes=16, code_width=4, channels=16)
 
 @pytest.fixture
 def few(monkeypatch):
-    """Measures on few pictures."""
+    """Measures on few images."""
     monkeypatch.setattr(evaluate, "REFERENCE", 96)
     monkeypatch.setattr(evaluate, "FIRST", 2)
     evaluate.reference.cache_clear()
@@ -46,8 +46,8 @@ def few(monkeypatch):
     evaluate.reference.cache_clear()
 
 
-def test_pictures_are_a_function_of_the_seed_and_show_objects_wholly_inside():
-    a, b, c = pictures(40, 0), pictures(40, 0), pictures(40, 1)
+def test_images_are_a_function_of_the_seed_and_show_objects_wholly_inside():
+    a, b, c = images(40, 0), images(40, 0), images(40, 1)
     assert torch.equal(a.pixels, b.pixels)
     assert not torch.equal(a.pixels, c.pixels)
     assert a.pixels.shape == (40, 3, SIDE, SIDE)
@@ -80,17 +80,17 @@ def test_patterns_are_in_range_and_move_with_their_phase():
         assert torch.equal(patterns[name][0][1:, 2:], patterns[name][1][:-1, :-2])
 
 
-def test_uses_do_not_share_pictures_and_batches_add_up():
+def test_uses_do_not_share_images_and_batches_add_up():
     parts = list(batches(70, HELD_OUT, 32))
     assert [len(part.classes) for part in parts] == [32, 32, 6]
-    firsts = [pictures(1, use).pixels for use in (TRAIN, HELD_OUT, MEASURE)]
+    firsts = [images(1, use).pixels for use in (TRAIN, HELD_OUT, MEASURE)]
     assert not any(torch.equal(a, b) for a, b in [(0, 1), (0, 2), (1, 2)] for a, b in [(firsts[a], firsts[b])])
 
 
-def test_a_token_is_the_nearest_code_by_direction_and_pictures_have_their_size():
+def test_a_token_is_the_nearest_code_by_direction_and_images_have_their_size():
     torch.manual_seed(0)
     tokenizer = VQTokenizer(TINY).eval()
-    tokens = tokenizer.encode(pictures(2, 0).pixels)
+    tokens = tokenizer.encode(images(2, 0).pixels)
     assert tokens.shape == (2, 64)
     assert tokenizer.decode(tokens).shape == (2, 3, 32, 32)
     assert torch.equal(tokenizer.lookup(3 * tokenizer.codebook), torch.arange(16))
@@ -101,7 +101,7 @@ def test_a_token_is_the_nearest_code_by_direction_and_pictures_have_their_size()
 def test_codes_move_to_their_latents_and_rare_ones_are_put_onto_latents():
     torch.manual_seed(0)
     tokenizer = VQTokenizer(TINY).train()
-    pixels = pictures(4, 0).pixels
+    pixels = images(4, 0).pixels
     tokenizer.begin(pixels)
     assert tokenizer.perplexity() == pytest.approx(16)
     tokenizer.usage[3] = 0.0
@@ -123,7 +123,7 @@ def test_a_tokenizer_is_read_back_as_half_precision_has_it(tmp_path):
     torch.manual_seed(0)
     once = VQTokenizer.load(VQTokenizer(TINY).save(tmp_path / "once"))
     again = VQTokenizer.load(once.save(tmp_path / "again"))
-    pixels = pictures(4, 0).pixels
+    pixels = images(4, 0).pixels
     assert torch.equal(again.decode(again.encode(pixels)), once.decode(once.encode(pixels)))
     (tmp_path / "bad").write_bytes(b"x")
     for name in ("bad", "none"):
@@ -134,7 +134,7 @@ def test_a_tokenizer_is_read_back_as_half_precision_has_it(tmp_path):
 
 
 def test_the_shipped_tokenizer_reconstructs_and_uses_its_codes():
-    tokenizer, pixels = load_tokenizer(), pictures(128, HELD_OUT).pixels
+    tokenizer, pixels = load_tokenizer(), images(128, HELD_OUT).pixels
     tokens = tokenizer.encode(pixels)
     error = (tokenizer.decode(tokens) - pixels).square().mean()
     assert -10 * float(error.log10()) > 24
@@ -146,7 +146,7 @@ def test_the_shipped_tokenizer_reconstructs_and_uses_its_codes():
 
 
 def test_the_feature_network_knows_objects_and_damage():
-    net, seen = features.FeatureNet.load(), pictures(256, HELD_OUT)
+    net, seen = features.FeatureNet.load(), images(256, HELD_OUT)
     assert (net.objects(seen.pixels) == seen.classes).float().mean() > 0.95
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(seen.pixels.shape, generator=generator)
@@ -160,8 +160,8 @@ def test_the_feature_network_knows_objects_and_damage():
         features.FeatureNet.load("none")
 
 
-def test_half_of_the_pictures_are_spoiled_and_stay_pictures():
-    pixels = pictures(200, 0).pixels
+def test_half_of_the_images_are_spoiled_and_stay_images():
+    pixels = images(200, 0).pixels
     spoiled = features.spoiled(pixels, torch.Generator().manual_seed(0))
     assert 0 <= spoiled.min() <= spoiled.max() <= 1
     changed = (spoiled != pixels).flatten(1).any(1).float().mean()
@@ -171,7 +171,7 @@ def test_half_of_the_pictures_are_spoiled_and_stay_pictures():
 def test_the_feature_network_is_trained_and_read_back(tmp_path):
     net = features.train(tmp_path, steps=2, every=1)
     again = features.FeatureNet.load(tmp_path / "features.safetensors")
-    pixels = pictures(3, 0).pixels
+    pixels = images(3, 0).pixels
     np.testing.assert_allclose(again.describe(pixels), net.describe(pixels), atol=0.02)
     assert [json.loads(x)["step"] for x in (tmp_path / "features_log.jsonl").read_text().splitlines()] == [1, 2]
 
@@ -185,7 +185,7 @@ def test_the_distance_is_zero_for_the_same_and_known_for_shifted_features():
         evaluate.frechet(a[:1], a)
 
 
-def test_precision_falls_for_strange_pictures_and_recall_for_missing_ones():
+def test_precision_falls_for_strange_images_and_recall_for_missing_ones():
     rng = np.random.default_rng(0)
     left, right = rng.standard_normal((2, 200, 2)) + np.array([[[-20, 0]], [[20, 0]]])
     both = np.concatenate([left, right])
@@ -198,8 +198,8 @@ def test_precision_falls_for_strange_pictures_and_recall_for_missing_ones():
         evaluate.precision_recall(left[:3], right)
 
 
-def test_real_pictures_are_good_and_noise_is_not(few):
-    seen = pictures(96, HELD_OUT)
+def test_real_images_are_good_and_noise_is_not(few):
+    seen = images(96, HELD_OUT)
     real = evaluate.quality(seen.pixels, seen.classes)
     noise = evaluate.quality(torch.rand(seen.pixels.shape, generator=torch.Generator().manual_seed(0)), seen.classes)
     assert real.frechet < 0.2 * noise.frechet
@@ -209,7 +209,7 @@ def test_real_pictures_are_good_and_noise_is_not(few):
 
 def test_replacement_hurts_nothing_in_a_flat_vocabulary_and_random_mates_hurt_more_than_masc(few):
     tokenizer = load_tokenizer()
-    test = evaluate.ReplacementTest(tokenizer, pictures(32, HELD_OUT).pixels)
+    test = evaluate.ReplacementTest(tokenizer, images(32, HELD_OUT).pixels)
     masc = SemanticTree.fit(tokenizer.codebook, normalize="unit").map(512)
     flat, mates, mixed = (test(m) for m in (flat_map(tokenizer.config.codes), masc, random_map(masc)))
     assert flat.psnr_to_reconstruction == pytest.approx(120)
@@ -340,7 +340,7 @@ def test_tables_show_means_ranges_and_what_was_not_reached():
     script = runpy.run_path(str(ROOT / "benchmarks" / "tokens.py"))
     runs = [finished("flat", 0, 9, 6), finished("masc", 0, 5, 4), finished("flat", 1, 9, 7), finished("masc", 1, 9, 8)]
     floor = {"frechet": 0.1, "precision": 0.9, "recall": 0.9, "objects": 1.0}
-    result = summary(runs) | {"floor": {"reconstructions": floor, "real_pictures": floor}}
+    result = summary(runs) | {"floor": {"reconstructions": floor, "real_images": floor}}
     flat, masc = script["reference_table"](result).splitlines()[2:4]
     assert "| 6.50 (6.00-7.00) |" in flat
     assert "100, not reached" in masc

@@ -61,7 +61,7 @@ def test_local_edits_change_their_mask_and_nothing_else() -> None:
         changed = (edit.source - edit.target).abs().amax(0) > 1e-6
         assert changed.any()
         assert not (changed & ~edit.mask).any()
-        assert 0.01 < edit.mask.float().mean() < 0.12  # one corner, of a tenth of the picture
+        assert 0.01 < edit.mask.float().mean() < 0.12  # one corner, of a tenth of the image
 
 
 def test_global_edits_do_what_they_say() -> None:
@@ -72,10 +72,10 @@ def test_global_edits_do_what_they_say() -> None:
         if plan.kind == "global":
             plans[plan.prompt] = brush.edit(plan)
     assert all(edit.mask.all() for edit in plans.values())
-    grey = plans["make the picture grey"]
+    grey = plans["make the image grey"]
     assert torch.allclose(grey.target[0], grey.target[2])
     assert not torch.allclose(grey.source[0], grey.source[2])
-    inverted = plans["invert the picture"]
+    inverted = plans["invert the image"]
     assert torch.allclose(inverted.source + inverted.target, torch.ones(()))
     blue = plans["make the background blue"].target[:, 32, 2]  # the left edge is always free
     assert torch.allclose(blue, torch.tensor(edits_data.BACKGROUNDS["blue"]))
@@ -139,7 +139,7 @@ def test_fewer_frames_show_the_same_motion() -> None:
     assert torch.equal(clips_data.draw(clip, 5), clips_data.draw(clip, 9)[::2])
 
 
-def test_objects_stay_in_the_picture() -> None:
+def test_objects_stay_in_the_image() -> None:
     for motion in range(len(clips_data.MOTIONS)):
         centres, sizes = clips_data.path(clips_data.Clip(0, motion, 0, (3.0, 3.0)), 9)
         assert (centres + sizes[:, None] / 2).max() <= clips_data.SIDE + 1
@@ -311,12 +311,12 @@ def test_exported_kontext_loads_and_edits(kontext: Path) -> None:
     model.pipe.set_progress_bar_config(disable=True)
     assert next(model.pipe.transformer.parameters()).dtype == torch.float32
     assert [edit.prompt for edit in model.edits] == model.prompts
-    pictures = edits_evaluate.apply_edits(model, model.edits[:2], 32, 2, 0)
-    assert pictures.shape == (2, 3, 32, 32)
+    images = edits_evaluate.apply_edits(model, model.edits[:2], 32, 2, 0)
+    assert images.shape == (2, 3, 32, 32)
     assert model.grade is not None
     assert model.grade(torch.stack([edit.target for edit in model.edits]), model.prompts) == [True] * len(model.edits)
     with pytest.raises(ConfigError, match="no held-out edit has the prompt 'fly'"):
-        model.grade(pictures[:1], ["fly"])
+        model.grade(images[:1], ["fly"])
 
 
 def test_exported_wan_loads_and_draws(wan: Path) -> None:
@@ -362,14 +362,14 @@ def test_the_shipped_editing_model_does_held_out_edits() -> None:
     model = subject.load("emoji-kontext")
     model.pipe.set_progress_bar_config(disable=True)
     assert len(model.edits) == 64
-    prompts, pictures = [], []
+    prompts, images = [], []
     for seed, edit in enumerate(model.edits[:4]):
         call = model.call | {"num_inference_steps": 8, "generator": torch.Generator().manual_seed(seed)}
-        pictures.append(model.pipe(edit.source[None], edit.prompt, output_type="pt", **call).images[0])
+        images.append(model.pipe(edit.source[None], edit.prompt, output_type="pt", **call).images[0])
         prompts.append(edit.prompt)
-        assert psnr(pictures[-1], edit.target) > 20
+        assert psnr(images[-1], edit.target) > 20
     assert model.grade is not None
-    assert sum(model.grade(torch.stack(pictures), prompts)) >= 3
+    assert sum(model.grade(torch.stack(images), prompts)) >= 3
     assert not any(model.grade(torch.stack([edit.source for edit in model.edits[:4]]), prompts))
 
 

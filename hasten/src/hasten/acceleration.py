@@ -35,31 +35,31 @@ class Summary:
     Attributes:
         method: name of the method's class.
         steps: sampler steps of the run.
-        full: steps whose blocks ran.
-        cached: steps whose features were forecast.
+        computed_steps: steps whose blocks ran.
+        skipped_steps: steps whose features were forecast.
         passes: names of the forwards within a step.
-        flops_ratio: `steps / full`, the figure that papers call the FLOPs ratio (it leaves out the embeddings and the
-            final layer that a cached step still runs).
+        flops_ratio: `steps / computed_steps`, the figure that papers call the FLOPs ratio (it leaves out the embeddings and the
+            final layer that a skipped step still runs).
         cache_bytes: most bytes of features held at once.
-        full_ms: median milliseconds of a full forward.
-        cached_ms: median milliseconds of a cached forward, None if there was none.
+        computed_ms: median milliseconds of a computed forward.
+        skipped_ms: median milliseconds of a skipped forward, None if there was none.
     """
 
     method: str
     steps: int
-    full: int
-    cached: int
+    computed_steps: int
+    skipped_steps: int
     passes: tuple[str, ...]
     flops_ratio: float
     cache_bytes: int
-    full_ms: float
-    cached_ms: float | None
+    computed_ms: float
+    skipped_ms: float | None
 
     def __str__(self) -> str:
-        cached = "-" if self.cached_ms is None else f"{self.cached_ms:.2f} ms"
+        skipped = "-" if self.skipped_ms is None else f"{self.skipped_ms:.2f} ms"
         return (
-            f"{self.method}: {self.full} of {self.steps} steps computed ({self.flops_ratio:.2f}x fewer), "
-            f"{self.cached} forecast; full {self.full_ms:.2f} ms, cached {cached}; "
+            f"{self.method}: {self.computed_steps} of {self.steps} steps computed ({self.flops_ratio:.2f}x fewer), "
+            f"{self.skipped_steps} forecast; computed {self.computed_ms:.2f} ms, skipped {skipped}; "
             f"cache {self.cache_bytes / 2**20:.2f} MiB; passes {', '.join(self.passes)}"
         )
 
@@ -121,21 +121,21 @@ class Acceleration:
                 if record.run == runs[run]:
                     chosen.append(record)
                     # A pass that comes late has to run though the step is cached; the step counts as cached.
-                    steps[name, record.step] = steps.get((name, record.step), True) and record.full
+                    steps[name, record.step] = steps.get((name, record.step), True) and record.computed
                     held[name] = max(held[name], record.cache_bytes)
         if not chosen:
             raise ConfigError(f"there is no run {run} to sum up: call the pipeline first")
-        full = sum(steps.values())
+        computed = sum(steps.values())
         return Summary(
             method=type(self.method).__name__,
             steps=len(steps),
-            full=full,
-            cached=len(steps) - full,
+            computed_steps=computed,
+            skipped_steps=len(steps) - computed,
             passes=tuple(dict.fromkeys(record.pass_name for record in chosen)),
-            flops_ratio=len(steps) / max(full, 1),
+            flops_ratio=len(steps) / max(computed, 1),
             cache_bytes=sum(held.values()),
-            full_ms=_median([record.ms for record in chosen if record.full]) or 0.0,
-            cached_ms=_median([record.ms for record in chosen if not record.full]),
+            computed_ms=_median([record.ms for record in chosen if record.computed]) or 0.0,
+            skipped_ms=_median([record.ms for record in chosen if not record.computed]),
         )
 
     def estimate_bytes(
@@ -150,10 +150,10 @@ class Acceleration:
         """Bytes of features that a run will hold, before it is run.
 
         Args:
-            image_tokens: tokens of the picture between the blocks (FLUX.1 at 1024x1024: 4096).
+            image_tokens: tokens of the image between the blocks (FLUX.1 at 1024x1024: 4096).
             text_tokens: tokens of the prompt (the module site keeps features of them, and the hidden site where a model
                 puts text and image in one sequence).
-            batch: pictures at a time.
+            batch: images at a time.
             passes: forwards within a step (2 with classifier-free guidance in two calls).
             dtype: of the model's activations.
         """
@@ -252,7 +252,7 @@ def accelerate(target: Any, *methods: Any, **params: Any) -> Acceleration:
     Raises:
         UnknownNameError, ConfigError: for a method or parameter that cannot work.
         TargetError: if there is no transformer.
-        HostError: if the transformer's wiring is not known and cannot be found out.
+        AdapterError: if the transformer's wiring is not known and cannot be found out.
         AlreadyAcceleratedError: if it is accelerated already.
 
     Example:
@@ -271,7 +271,7 @@ def accelerate(target: Any, *methods: Any, **params: Any) -> Acceleration:
 
     def share(name: str, timesteps: Tensor) -> Tensor:
         """The timesteps at which this transformer runs."""
-        if type(target.scheduler).__name__ == "SCMScheduler":  # its list ends with the time of the finished picture
+        if type(target.scheduler).__name__ == "SCMScheduler":  # its list ends with the time of the finished image
             return timesteps[:-1]
         # Two experts take over from each other at a boundary (Wan 2.2).
         ratio = getattr(getattr(target, "config", None), "boundary_ratio", None)

@@ -6,12 +6,12 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "AdapterError",
     "AlreadyAcceleratedError",
     "CalibrationError",
     "ConfigError",
     "HastenError",
     "HastenWarning",
-    "HostError",
     "ModelError",
     "ReportError",
     "ScheduleError",
@@ -52,7 +52,7 @@ class TargetError(HastenError, TypeError):
     """The object given to `accelerate` is neither a pipeline with a transformer nor a module."""
 
 
-class HostError(HastenError, TypeError):
+class AdapterError(HastenError, TypeError):
     """The wiring of a transformer is not known and cannot be found out."""
 
 

@@ -1,6 +1,6 @@
 """The training loop of the small models: levels from coarse to fine, a running average, log and checkpoints.
 
-A *level* is a size of picture or video. Levels are worked off in order; once past the first, every fourth batch
+A *level* is a size of image or video. Levels are worked off in order; once past the first, every fourth batch
 comes from an earlier level, so that the coarse sizes stay native to the model. Running the same command again goes on
 from the last checkpoint.
 """

@@ -15,9 +15,9 @@ from diffusers import UniPCMultistepScheduler
 
 from hasten import registry
 from hasten.acceleration import Acceleration, accelerate
-from hasten.bench.budget import Trials, match_full_steps
+from hasten.bench.budget import Trials, match_computed_steps
 from hasten.bench.sampling import Attach, plain
-from hasten.caching import CachingMethod, full_steps
+from hasten.caching import CachingMethod, computed_steps
 from hasten.calibration import Calibration
 from hasten.errors import ConfigError, unknown
 from hasten.solvers.scheduler import LEAP, LeapScheduler
@@ -49,12 +49,12 @@ class Arm:
         library: `"hasten"`, `"plain"` or a peer's name.
         params: parameters, as they are reported.
         steps: sampler steps.
-        full_steps: steps whose blocks run; where a threshold decides, the number that it was matched to.
+        computed_steps: steps whose blocks run; where a threshold decides, the number that it was matched to.
         attach: switches the arm on for a pipeline, for the length of a `with`.
         note: what a reader has to know about the figures.
         error: why it cannot run; it then has a row without figures.
         staged: whether steps run on fewer tokens, so that only counted operations tell what it saves.
-        groups: numbers of full steps that a table shows it under; its own if empty.
+        groups: numbers of computed steps that a table shows it under; its own if empty.
     """
 
     id: str
@@ -62,7 +62,7 @@ class Arm:
     library: str
     params: dict[str, Any]
     steps: int
-    full_steps: int
+    computed_steps: int
     attach: Attach = plain
     note: str = ""
     error: str = ""
@@ -175,7 +175,7 @@ def _plain(value: Any) -> Any:
 
 
 def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials | None = None) -> list[Arm]:
-    """Every method at every number of full steps.
+    """Every method at every number of computed steps.
 
     A method with a schedule takes the smallest interval that has no more; one with listed steps (`steps=`) keeps them;
     one with a threshold is matched by `trials`. `leap:calibration=FILE` samples with a LEAP scheduler, `leap` alone
@@ -183,7 +183,7 @@ def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials 
 
     Raises:
         ConfigError: if a method has a threshold and there are no trials to match it with.
-        ScheduleError: if a schedule cannot have so few full steps.
+        ScheduleError: if a schedule cannot have so few computed steps.
     """
     solvers = [text.strip() for text in texts if parse_options(text)[0] == LEAP]
     methods = [parse_method(text) for text in texts if text.strip() not in solvers]
@@ -194,8 +194,8 @@ def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials 
             if method.adaptive:
                 arms.append(_adaptive_arm(label, method, wanted, total, trials))
                 continue
-            fitted = method if method.steps is not None else method.with_full_steps(wanted, total)
-            count = len(full_steps(fitted.plan(), total))
+            fitted = method if method.steps is not None else method.with_computed_steps(wanted, total)
+            count = len(computed_steps(fitted.plan(), total))
             arms.append(Arm(f"{label}-{count}", label, "hasten", reported(fitted), total, count, Accelerated(fitted)))
     return arms
 
@@ -214,11 +214,11 @@ def _solver_arm(label: str, wanted: int, trials: Trials | None) -> Arm:
 
 def _adaptive_arm(label: str, method: CachingMethod, wanted: int, total: int, trials: Trials | None) -> Arm:
     if trials is None:
-        raise ConfigError(f"{label} decides by a threshold: give trials to find the one for {wanted} full steps")
-    trials.progress(f"matching {label} to {wanted} full steps")
+        raise ConfigError(f"{label} decides by a threshold: give trials to find the one for {wanted} computed steps")
+    trials.progress(f"matching {label} to {wanted} computed steps")
     arm = Arm(f"{label}-{wanted}", label, "hasten", reported(method), total, wanted)
     try:
-        found = match_full_steps(lambda value: trials.run(Accelerated(_with(method, value))), wanted)
+        found = match_computed_steps(lambda value: trials.run(Accelerated(_with(method, value))), wanted)
     except ConfigError as error:
         return replace(arm, error=f"{error} (interval= and warmup= of the method)")
     fitted = _with(method, found.threshold)
@@ -268,7 +268,7 @@ def merged(arms: list[Arm]) -> list[Arm]:
     for arm in arms:
         first = kept.setdefault(arm.id, arm)
         if first is not arm:
-            groups = dict.fromkeys([*(first.groups or (first.full_steps,)), *(arm.groups or (arm.full_steps,))])
+            groups = dict.fromkeys([*(first.groups or (first.computed_steps,)), *(arm.groups or (arm.computed_steps,))])
             notes = dict.fromkeys(note for note in (first.note, arm.note) if note)
             kept[arm.id] = replace(first, groups=tuple(groups), note="; ".join(notes))
     return list(kept.values())

@@ -16,11 +16,11 @@ from functools import cached_property
 from typing import Any
 
 from hasten.bench.metrics import PSNR_CEILING, over_frames, psnr
-from hasten.bench.sampling import Attach, Shot, plain, shoot
+from hasten.bench.sampling import Attach, Sample, draw_sample, plain
 from hasten.bench.subject import Subject
 from hasten.errors import ConfigError, HastenWarning
 
-__all__ = ["Match", "Trial", "Trials", "match_full_steps"]
+__all__ = ["Match", "Trial", "Trials", "match_computed_steps"]
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Trials:
     progress: Callable[[str], None] = field(default=lambda _: None)
 
     @cached_property
-    def _references(self) -> list[Shot]:
-        return [self._shoot(plain, i) for i in range(len(self.prompts))]
+    def _references(self) -> list[Sample]:
+        return [self._draw_sample(plain, i) for i in range(len(self.prompts))]
 
-    def _shoot(self, attach: Attach, index: int) -> Shot:
-        return shoot(self.model, attach, self.steps, self.prompts[index], self.seed + index, self.call)
+    def _draw_sample(self, attach: Attach, index: int) -> Sample:
+        return draw_sample(self.model, attach, self.steps, self.prompts[index], self.seed + index, self.call)
 
     @property
     def passes(self) -> int:
@@ -75,17 +75,17 @@ class Trials:
         """Draw the trial's prompts and count."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HastenWarning)  # a threshold that skips nothing is part of the search
-            shots = [self._shoot(attach, i) for i in range(len(self.prompts))]
-        pairs = list(zip(shots, self._references, strict=True))
+            samples = [self._draw_sample(attach, i) for i in range(len(self.prompts))]
+        pairs = list(zip(samples, self._references, strict=True))
         return Trial(
-            statistics.fmean(self.steps * shot.layer_calls / reference.layer_calls for shot, reference in pairs),
+            statistics.fmean(self.steps * sample.layer_calls / reference.layer_calls for sample, reference in pairs),
             statistics.fmean(
-                min(over_frames(psnr, shot.picture, reference.picture), PSNR_CEILING) for shot, reference in pairs
+                min(over_frames(psnr, sample.image, reference.image), PSNR_CEILING) for sample, reference in pairs
             ),
         )
 
 
-def match_full_steps(
+def match_computed_steps(
     run: Callable[[float], Trial], wanted: int, low: float = 1e-4, high: float = 1e3, trials: int = 10
 ) -> Match:
     """Bisect a threshold, on a logarithmic scale, for the most computed steps that are at most `wanted`.
@@ -109,7 +109,7 @@ def match_full_steps(
     if loosest.computed > wanted:
         raise ConfigError(
             f"even at the loosest threshold {loosest.computed:g} steps are computed, more than {wanted}; "
-            "allow more skipped steps in a row, a shorter warm-up, or more full steps"
+            "allow more skipped steps in a row, a shorter warm-up, or more computed steps"
         )
     best = Match(high, loosest)
     for _ in range(trials - 1):

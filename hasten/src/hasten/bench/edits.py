@@ -1,4 +1,4 @@
-"""Editing: which picture goes into a call, and how much of the rest of it an edit left alone."""
+"""Editing: which image goes into a call, and how much of the rest of it an edit left alone."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ __all__ = ["at_size", "edit_figures", "edit_of", "source_arguments", "vae_unedit
 
 
 def with_image(model: Subject, file: Path | None) -> Subject:
-    """The model with a picture of the user's own as the source of every edit; the model as it is without one.
+    """The model with a image of the user's own as the source of every edit; the model as it is without one.
 
     Raises:
-        ConfigError: if the pipeline takes no picture, or the file is none.
+        ConfigError: if the pipeline takes no image, or the file is none.
     """
     if file is None:
         return model
     if "image" not in inspect.signature(type(model.pipe).__call__).parameters:
         raise ConfigError(
-            f"{type(model.pipe).__name__} makes pictures from text alone and takes no source picture; "
+            f"{type(model.pipe).__name__} makes images from text alone and takes no source image; "
             "leave --image out, or name an editing model with --model"
         )
     try:
-        with Image.open(file) as picture:
-            source = picture.convert("RGB")
+        with Image.open(file) as image:
+            source = image.convert("RGB")
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read as a picture ({error}); give a PNG or JPEG with --image") from error
-    # What the right answer would be is not known of a picture of one's own.
+        raise ConfigError(f"{file} cannot be read as a image ({error}); give a PNG or JPEG with --image") from error
+    # What the right answer would be is not known of a image of one's own.
     return replace(model, call=model.call | {"image": source}, edits=[], grade=None)
 
 
@@ -47,25 +47,25 @@ def edit_of(model: Subject, prompt: str) -> Edit | None:
     """The edit that a prompt asks for; None if the model has none, which is then told what to edit in its call.
 
     Raises:
-        ConfigError: for a prompt that is none of the model's edits, since there is no picture to go with it.
+        ConfigError: for a prompt that is none of the model's edits, since there is no image to go with it.
     """
     if not model.edits:
         return None
     found = next((edit for edit in model.edits if edit.prompt == prompt), None)
     if found is None:
         raise ConfigError(
-            f"{model.name} edits pictures, and there is none for the prompt {prompt!r}; "
-            "use the model's own prompts, or give a picture with --image"
+            f"{model.name} edits images, and there is none for the prompt {prompt!r}; "
+            "use the model's own prompts, or give a image with --image"
         )
     return found
 
 
 def at_size(edit: Edit, height: int, width: int) -> Edit:
-    """The edit with its pictures averaged down to another size; a pixel of the mask is set if any in it was."""
+    """The edit with its images averaged down to another size; a pixel of the mask is set if any in it was."""
     if edit.source.shape[1:] == (height, width):
         return edit
     size = (height, width)
-    source, target = (functional.adaptive_avg_pool2d(picture, size) for picture in (edit.source, edit.target))
+    source, target = (functional.adaptive_avg_pool2d(image, size) for image in (edit.source, edit.target))
     mask = functional.adaptive_max_pool2d(edit.mask[None].float(), size)[0] > 0
     return replace(edit, source=source, target=target, mask=mask)
 
@@ -85,8 +85,8 @@ def source_arguments(model: Subject, prompts: Sequence[str], arguments: dict[str
     return {"image": torch.stack([at_size(edit, height, width).source for edit in edits])}
 
 
-def edit_figures(model: Subject, prompt: str, picture: Tensor) -> dict[str, float | None]:
-    """How well an edit was done: PSNR in dB of a picture `[3, H, W]` in [0, 1]; nothing if the model has no edits.
+def edit_figures(model: Subject, prompt: str, image: Tensor) -> dict[str, float | None]:
+    """How well an edit was done: PSNR in dB of a image `[3, H, W]` in [0, 1]; nothing if the model has no edits.
 
     Returns:
         `psnr_unedited`: outside the edit mask, against the source; None where the mask covers everything.
@@ -95,16 +95,16 @@ def edit_figures(model: Subject, prompt: str, picture: Tensor) -> dict[str, floa
     edit = edit_of(model, prompt)
     if edit is None:
         return {}
-    edit = at_size(edit, *picture.shape[1:])
+    edit = at_size(edit, *image.shape[1:])
     return {
-        "psnr_unedited": _unedited(edit, picture),
-        "psnr_edited": psnr(picture, edit.target, edit.mask) if bool(edit.mask.any()) else None,
+        "psnr_unedited": _unedited(edit, image),
+        "psnr_edited": psnr(image, edit.target, edit.mask) if bool(edit.mask.any()) else None,
     }
 
 
-def _unedited(edit: Edit, picture: Tensor) -> float | None:
+def _unedited(edit: Edit, image: Tensor) -> float | None:
     outside = ~edit.mask
-    return psnr(picture, edit.source, outside) if bool(outside.any()) else None
+    return psnr(image, edit.source, outside) if bool(outside.any()) else None
 
 
 @torch.no_grad()
@@ -123,9 +123,9 @@ def vae_unedited(model: Subject, prompts: Sequence[str], size: tuple[int, int]) 
     return figures
 
 
-def _round_trip(vae: Any, picture: Tensor) -> Tensor:
-    """A picture `[3, H, W]` in [0, 1] encoded (without sampling) and decoded."""
+def _round_trip(vae: Any, image: Tensor) -> Tensor:
+    """A image `[3, H, W]` in [0, 1] encoded (without sampling) and decoded."""
     weight = next(iter(vae.state_dict().values()))
-    latents = retrieve_latents(vae.encode(2 * picture[None].to(weight) - 1), sample_mode="argmax")
+    latents = retrieve_latents(vae.encode(2 * image[None].to(weight) - 1), sample_mode="argmax")
     decoded: Tensor = vae.decode(latents, return_dict=False)[0][0]
     return (decoded.float().cpu() / 2 + 0.5).clamp(0, 1)

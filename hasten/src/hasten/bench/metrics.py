@@ -1,6 +1,6 @@
-"""Image metrics: how far a picture made with skipped steps is from the one made without.
+"""Image metrics: how far a image made with skipped steps is from the one made without.
 
-Every function takes the picture under test first and the reference second. A picture is a float tensor or array of
+Every function takes the image under test first and the reference second. A image is a float tensor or array of
 shape `[3, H, W]`, sRGB-encoded, in [0, 1]; anything else (8-bit integers, other shapes, NaN) raises `ValueError` rather
 than giving a number that means something else.
 """
@@ -33,20 +33,20 @@ __all__ = [
     "temporal_error",
 ]
 
-Picture = Tensor | npt.NDArray[np.floating[Any]]
+Image = Tensor | npt.NDArray[np.floating[Any]]
 
 RANGE_TOLERANCE = 1e-4  # rounding of half-precision decoders; values within it are clamped
-PSNR_CEILING = 100.0  # dB; stands for infinity where identical pictures enter a mean
+PSNR_CEILING = 100.0  # dB; stands for infinity where identical images enter a mean
 SSIM_WINDOW = 11  # side of a Gaussian of sigma 1.5 cut at 3.5 sigma
 LPIPS_MIN_SIDE = 64  # the deepest layer still sees 8x8 positions
 LPIPS_WEIGHTS = ("weights", "vST0.0", "alex_shift_tolerant.pth")
 
 
-def _picture(value: Picture, name: str) -> Tensor:
-    """`[3, H, W]` float64 on the CPU, clamped to [0, 1]; raises `ValueError` for what is not a picture."""
+def _image(value: Image, name: str) -> Tensor:
+    """`[3, H, W]` float64 on the CPU, clamped to [0, 1]; raises `ValueError` for what is not a image."""
     tensor = torch.as_tensor(value).detach().to("cpu")
     if not tensor.is_floating_point():
-        raise ValueError(f"{name}: dtype {tensor.dtype}; divide 8-bit pictures by 255 to get floats in [0, 1]")
+        raise ValueError(f"{name}: dtype {tensor.dtype}; divide 8-bit images by 255 to get floats in [0, 1]")
     if tensor.ndim != 3 or tensor.shape[0] != 3 or 0 in tensor.shape:
         raise ValueError(f"{name}: shape {tuple(tensor.shape)} is not [3, H, W]")
     tensor = tensor.double()
@@ -58,17 +58,17 @@ def _picture(value: Picture, name: str) -> Tensor:
     return tensor.clamp(0, 1)
 
 
-def _pair(image: Picture, reference: Picture) -> tuple[Tensor, Tensor]:
-    first, second = _picture(image, "image"), _picture(reference, "reference")
+def _pair(image: Image, reference: Image) -> tuple[Tensor, Tensor]:
+    first, second = _image(image, "image"), _image(reference, "reference")
     if first.shape != second.shape:
         raise ValueError(f"image {tuple(first.shape)} and reference {tuple(second.shape)} differ in size")
     return first, second
 
 
-def psnr(image: Picture, reference: Picture, mask: Tensor | None = None) -> float:
+def psnr(image: Image, reference: Image, mask: Tensor | None = None) -> float:
     """Peak signal-to-noise ratio in dB, `-10 log10(mean squared error)` for a peak of 1; `math.inf` if identical.
 
-    Computed in float64 over all channels and pixels of two `[3, H, W]` pictures in [0, 1], or over the pixels of a mask
+    Computed in float64 over all channels and pixels of two `[3, H, W]` images in [0, 1], or over the pixels of a mask
     (`[H, W]` bool) alone. Published evaluation scripts of this field subtract uint8 arrays; that difference wraps
     around modulo 256 (black against white then has an error of 1 instead of 255), so 8-bit input is refused here.
     """
@@ -85,7 +85,7 @@ def psnr(image: Picture, reference: Picture, mask: Tensor | None = None) -> floa
 
 
 def over_frames(metric: Callable[[Tensor, Tensor], float], image: Tensor, reference: Tensor) -> float:
-    """A metric of two pictures `[3, H, W]`, or its mean over the frames of two clips `[F, 3, H, W]`.
+    """A metric of two images `[3, H, W]`, or its mean over the frames of two clips `[F, 3, H, W]`.
 
     A frame that is identical to the reference's counts as a PSNR of 100 dB, unless all of them are.
     """
@@ -104,16 +104,16 @@ def temporal_error(clip: Tensor, reference: Tensor) -> float:
         clip, reference: `[F, 3, H, W]` of at least two frames.
 
     Returns:
-        0 if both change alike; 1 for a still picture in the place of a moving one; `math.inf` if only `clip` moves.
+        0 if both change alike; 1 for a still image in the place of a moving one; `math.inf` if only `clip` moves.
     """
     return relative_l2(clip.diff(dim=0), reference.diff(dim=0))
 
 
-def ssim(image: Picture, reference: Picture) -> float:
-    """Structural similarity (Wang et al., 2004), unitless, 1 for identical; two `[3, H, W]` pictures in [0, 1].
+def ssim(image: Image, reference: Image) -> float:
+    """Structural similarity (Wang et al., 2004), unitless, 1 for identical; two `[3, H, W]` images in [0, 1].
 
     The settings of the paper: Gaussian weights of sigma 1.5, population covariance; mean over the channels. The border
-    that the window does not cover is left out, so the window shrinks to the picture where that is under 11 pixels.
+    that the window does not cover is left out, so the window shrinks to the image where that is under 11 pixels.
     """
     from skimage.metrics import structural_similarity
 
@@ -133,15 +133,15 @@ def ssim(image: Picture, reference: Picture) -> float:
     return float(value)
 
 
-def flip(image: Picture, reference: Picture) -> float:
-    """Mean LDR-FLIP error (Andersson et al., 2020), 0 for identical to 1; two `[3, H, W]` sRGB pictures in [0, 1].
+def flip(image: Image, reference: Image) -> float:
+    """Mean LDR-FLIP error (Andersson et al., 2020), 0 for identical to 1; two `[3, H, W]` sRGB images in [0, 1].
 
-    FLIP models the difference seen when two pictures are alternated on a screen and needs no learned weights. The
+    FLIP models the difference seen when two images are alternated on a screen and needs no learned weights. The
     viewing distance is its default, 67 pixels per degree: a 4K monitor 70 cm wide seen from 70 cm.
     """
     import flip_evaluator
 
-    first, second = (picture.permute(1, 2, 0).float().contiguous().numpy() for picture in _pair(image, reference))
+    first, second = (pixels.permute(1, 2, 0).float().contiguous().numpy() for pixels in _pair(image, reference))
     _, mean, _ = flip_evaluator.evaluate(second, first, "LDR", inputsRGB=True, applyMagma=False)
     return float(mean)
 
@@ -168,9 +168,9 @@ def _quantile(ordered: list[float], share: float) -> float:
 
 
 def summary_statistics(values: Iterable[float | None]) -> dict[str, float | int | None]:
-    """Median, mean, 10th and 90th percentile of a metric over pictures, ready for JSON (no NaN, no infinity).
+    """Median, mean, 10th and 90th percentile of a metric over images, ready for JSON (no NaN, no infinity).
 
-    - `median`, `p10`, `p90`: over all known values. Infinity (the PSNR of identical pictures) takes part as the largest
+    - `median`, `p10`, `p90`: over all known values. Infinity (the PSNR of identical images) takes part as the largest
       value; a percentile that is itself infinite is `None`.
     - `mean`: over the finite values only, `None` if there are none.
     - `count`: known values; `infinite`: how many of them are infinite; `missing`: `None` and NaN, left out everywhere.
@@ -232,8 +232,8 @@ class Lpips:
         return cls._weights_path() is not None
 
     @torch.inference_mode()
-    def __call__(self, image: Picture, reference: Picture) -> float:
-        """The distance of two `[3, H, W]` pictures in [0, 1]; those under 64 pixels are first enlarged to 64."""
+    def __call__(self, image: Image, reference: Image) -> float:
+        """The distance of two `[3, H, W]` images in [0, 1]; those under 64 pixels are first enlarged to 64."""
         batch = torch.stack(_pair(image, reference)).to(self._device, torch.float32)
         side = min(batch.shape[2:])
         if side < LPIPS_MIN_SIDE:
@@ -247,7 +247,7 @@ class Lpips:
         return distance
 
     def _features(self, batch: Tensor) -> list[Tensor]:
-        """The five activations of `[B, 3, H, W]` pictures in [-1, 1]."""
+        """The five activations of `[B, 3, H, W]` images in [-1, 1]."""
         first, second, third, fourth, fifth = self._convolutions
         x = F.conv2d((batch - self._shift) / self._scale, *first, padding=2)
         taps = [F.relu(_blur_half(x, self._blurs[0]))]

@@ -1,4 +1,4 @@
-"""What the reports share: templates, pictures as text, and charts in colours that follow the page."""
+"""What the reports share: templates, images as text, and charts in colours that follow the page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["SERIES", "STYLE", "byte_size", "data_uri", "line", "panels_of", "svg
 TEMPLATES = Path(__file__).parent / "templates"
 PNG, WEBP, MP4 = b"\x89PNG\r\n", b"WEBP", b"ftyp"
 
-# Charts are drawn in stand-in colours that become CSS variables, so that one drawing serves light and dark pages.
+# Charts are drawn in proxy colours that become CSS variables, so that one drawing serves light and dark pages.
 INK, RULE = "#010101", "#020202"
 SERIES = [f"#0401{number:02x}" for number in range(8)]
 CSS = {INK: "var(--ink)", RULE: "var(--rule)"} | {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
@@ -48,9 +48,9 @@ def template(name: str) -> Template:
 
 
 def data_uri(folder: Path, name: str) -> str | None:
-    """A picture or a video of the result's folder as a data URI, or None if there is none of that name."""
+    """A image or a video of the result's folder as a data URI, or None if there is none of that name."""
     path = (folder / name).resolve()
-    # A result may come from somebody else: nothing outside its folder, and nothing but pictures, goes into the page.
+    # A result may come from somebody else: nothing outside its folder, and nothing but images, goes into the page.
     if not path.is_relative_to(folder.resolve()) or not path.is_file():
         return None
     content = path.read_bytes()

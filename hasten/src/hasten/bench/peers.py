@@ -28,13 +28,13 @@ from torch import nn
 
 from hasten.acceleration import TRANSFORMERS
 from hasten.bench.arms import Arm
-from hasten.bench.budget import Match, Trial, Trials, match_full_steps
-from hasten.caching import Uniform, full_steps
-from hasten.errors import ConfigError, HostError, ModelError, unknown
+from hasten.bench.budget import Match, Trial, Trials, match_computed_steps
+from hasten.caching import Uniform, computed_steps
+from hasten.errors import AdapterError, ConfigError, ModelError, unknown
 
 __all__ = ["PEERS", "OnACopy", "Peer", "chosen_peers", "peer_arms", "shared_copy"]
 
-WARMUP = 3  # full steps at the start, as in hasten's own schedule
+WARMUP = 3  # computed steps at the start, as in hasten's own schedule
 Params = dict[str, Any]
 Switch = Callable[[nn.Module, Params], None]
 
@@ -43,11 +43,11 @@ def shared_copy(model: nn.Module) -> nn.Module:
     """A copy of a model's modules that shares its parameters and buffers.
 
     Raises:
-        HostError: if the model's forward has been replaced (offloading, another cache), since a copy of such a hook
+        AdapterError: if the model's forward has been replaced (offloading, another cache), since a copy of such a hook
             would still lead to the original.
     """
     if any("forward" in vars(module) for module in model.modules()):
-        raise HostError(
+        raise AdapterError(
             f"the forward of {type(model).__name__} is hooked already (offloading?); "
             "bench peers with the model wholly on one device"
         )
@@ -240,7 +240,7 @@ def _hermite(model: nn.Module, params: Params) -> None:
 
 def _hermite_settings(search: Search, wanted: int) -> list[Params]:
     def count(interval: int) -> int:
-        return len(full_steps(Uniform(interval, WARMUP), search.total))
+        return len(computed_steps(Uniform(interval, WARMUP), search.total))
 
     common = {
         "num_steps": search.total,
@@ -258,7 +258,7 @@ def _smallest_interval(count: Callable[[int], int], wanted: int, total: int) -> 
     for interval in range(1, total + 1):
         if count(interval) <= wanted:
             return interval
-    raise ConfigError(f"no interval computes only {wanted} of {total} steps; ask for more full steps")
+    raise ConfigError(f"no interval computes only {wanted} of {total} steps; ask for more computed steps")
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class Peer:
         library: as it is called on the package index.
         module: what has to be importable.
         switch: switches it on for a transformer that is thrown away afterwards.
-        settings: plausible parameters for a number of full steps.
+        settings: plausible parameters for a number of computed steps.
         threshold: name of the parameter that decides how much is computed; empty if the settings do.
         loosest: largest sensible threshold.
         note: what a reader has to know about the figures.
@@ -312,7 +312,7 @@ class Peer:
             return trials.run(OnACopy(self.switch, {**params, **own}))
 
         if self.threshold:
-            return match_full_steps(run, wanted, 1e-3, self.loosest)
+            return match_computed_steps(run, wanted, 1e-3, self.loosest)
         trial = run(0.0)
         if trial.computed > wanted:
             raise ConfigError(f"{trial.computed:g} steps are computed, more than the {wanted} asked for")
@@ -354,7 +354,7 @@ PEERS: tuple[Peer, ...] = (
 
 
 def peer_arms(counts: list[int], trials: Trials, peers: tuple[Peer, ...] = PEERS) -> list[Arm]:
-    """Every peer at every number of full steps; one that cannot run is an arm with an `error`."""
+    """Every peer at every number of computed steps; one that cannot run is an arm with an `error`."""
     search = Search(trials)
     return [_arm(peer, search, wanted) for wanted in counts for peer in peers]
 
@@ -373,7 +373,7 @@ def chosen_peers(names: Sequence[str]) -> tuple[Peer, ...]:
 
 
 def _arm(peer: Peer, search: Search, wanted: int) -> Arm:
-    search.trials.progress(f"matching {peer.library} {peer.name} to {wanted} full steps")
+    search.trials.progress(f"matching {peer.library} {peer.name} to {wanted} computed steps")
     arm = Arm(f"{peer.library}-{peer.name}-{wanted}", peer.name, peer.library, {}, search.total, wanted, note=peer.note)
     try:
         peer.available()
@@ -387,4 +387,4 @@ def _arm(peer: Peer, search: Search, wanted: int) -> Arm:
 def one_line(error: Exception) -> str:
     """An error as one line, with its kind if it is not one of ours."""
     text = " ".join(str(error).split()) or "no message"
-    return text if isinstance(error, (ConfigError, ModelError, HostError)) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, (ConfigError, ModelError, AdapterError)) else f"{type(error).__name__}: {text}"

@@ -64,7 +64,7 @@ def _name(row: Row) -> str:
 
 
 def _groups(result: Result) -> dict[int, list[Row]]:
-    """Rows that ran, by number of full steps, most first; plain samplers stand beside all that they compare with."""
+    """Rows that ran, by number of computed steps, most first; plain samplers stand beside all that they compare with."""
     measured = [row for row in result.rows if not row.error]
     counts = sorted({count for row in measured for count in row.sections()}, reverse=True)
     return {count: [row for row in measured if count in row.sections()] for count in counts}
@@ -105,7 +105,7 @@ def _colours(result: Result) -> dict[str, str]:
 
 
 def _quality_chart(result: Result, field: str, title: str) -> Markup | None:
-    """PSNR and FLIP against the number of full steps (or another field of the rows), one line a method."""
+    """PSNR and FLIP against the number of computed steps (or another field of the rows), one line a method."""
     colours = _colours(result)
     measured = [row for row in result.rows if not row.error and getattr(row, field) is not None]
     with mpl.rc_context(STYLE):
@@ -122,7 +122,7 @@ def _quality_chart(result: Result, field: str, title: str) -> Markup | None:
                     drawn = True
             axes.set_title(heading)
             axes.set_xlabel(title)
-            if field == "full_steps":
+            if field == "budget":
                 axes.set_xticks(sorted({getattr(row, field) for row in measured}))
         if not drawn:
             return None
@@ -131,7 +131,7 @@ def _quality_chart(result: Result, field: str, title: str) -> Markup | None:
 
 
 def _error_chart(result: Result) -> Markup | None:
-    """Relative error of the latents after each step, one panel for each number of full steps."""
+    """Relative error of the latents after each step, one panel for each number of computed steps."""
     colours = _colours(result)
     groups = {count: [row for row in rows if row.error_per_step] for count, rows in _groups(result).items()}
     groups = {count: rows for count, rows in groups.items() if rows}
@@ -151,11 +151,11 @@ def _error_chart(result: Result) -> Markup | None:
         return svg(figure, "error of the latents over the steps")
 
 
-# --- pictures
+# --- images
 
 
 def _sheet(result: Result, rows: list[Row], folder: Path) -> dict[str, Any]:
-    """Columns of names and rows of pictures; a picture that is missing is None."""
+    """Columns of names and rows of images; a image that is missing is None."""
     heads = [("plain", f"{result.baseline.steps} steps")]
     heads += [(_name(row), "" if row.psnr is None else f"{row.psnr:.1f} dB") for row in rows]
     columns = [result.baseline.images, *(row.images for row in rows)]
@@ -171,7 +171,7 @@ def render_report(result_file: Path, out: Path) -> Path:
     """Make the HTML report of a bench result.
 
     Args:
-        result_file: JSON that `hasten bench` wrote; its pictures are looked for beside it.
+        result_file: JSON that `hasten bench` wrote; its images are looked for beside it.
         out: the HTML file to write (atomically).
 
     Raises:
@@ -190,7 +190,7 @@ def render_report(result_file: Path, out: Path) -> Path:
 
 
 def _page(result: Result, folder: Path) -> str:
-    """Pictures: tables by number of computed steps, charts, contact sheets."""
+    """Images: tables by number of computed steps, charts, contact sheets."""
     columns = [c for c in COLUMNS if any(getattr(row, c.field) is not None for row in result.rows)]
     groups = _groups(result)
     staged = any(row.staged for row in result.rows)
@@ -199,7 +199,7 @@ def _page(result: Result, folder: Path) -> str:
         columns=columns,
         groups={count: _table(rows, columns) for count, rows in groups.items()},
         failed=[row for row in result.rows if row.error],
-        quality=_quality_chart(result, "full_steps", "number of computed steps"),
+        quality=_quality_chart(result, "budget", "number of computed steps"),
         # Steps that run on fewer tokens cost less than their number says.
         costs=_quality_chart(result, "flops_ratio_measured", "FLOPs ratio, counted") if staged else None,
         hidden_lines=len({_name(row) for row in result.rows if not row.error}) - len(_colours(result)),

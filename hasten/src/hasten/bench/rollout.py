@@ -22,7 +22,7 @@ from hasten.streaming.stats import StreamStats
 __all__ = ["REFERENCE", "RollOut", "Rolled", "StreamRow", "Watch", "fidelity", "mean_curves", "measure"]
 
 REFERENCE = "full history"
-BEST = 100.0  # dB, for equal pictures
+BEST = 100.0  # dB, for equal images
 
 
 @dataclass(frozen=True, eq=False)

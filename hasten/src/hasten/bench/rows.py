@@ -1,4 +1,4 @@
-"""From pictures to the rows of a result: figures of each picture, then medians and spread over the prompts."""
+"""From images to the rows of a result: figures of each image, then medians and spread over the prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from hasten.bench import metrics
 from hasten.bench.arms import Arm
 from hasten.bench.edits import edit_figures
-from hasten.bench.sampling import Shot
+from hasten.bench.sampling import Sample
 from hasten.bench.sheet import film_strip, to_pil
 from hasten.bench.subject import Subject
 
@@ -28,7 +28,7 @@ __all__ = [
     "image_paths",
     "measured_row",
     "median_seconds",
-    "save_picture",
+    "save_image",
     "top1",
 ]
 
@@ -38,7 +38,7 @@ EXTRA = ("psnr_unedited", "psnr_edited", "temporal_error")  # of editing and vid
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured on one picture or clip of one arm.
+    """What was measured on one image or clip of one arm.
 
     Attributes:
         prompt: the prompt's number.
@@ -46,10 +46,10 @@ class Figures:
         errors: relative error of the latents after each step; None where the steps do not correspond.
         cache_bytes: most bytes of features held at once; None where the library does not tell.
         computed: steps that were computed.
-        right: whether the picture is what the prompt asks for; None if the model has no ground truth.
+        right: whether the image is what the prompt asks for; None if the model has no ground truth.
         size: (height, width) in pixels.
-        frames: of a clip; None of a picture.
-        flops: counted operations of the call, where they depend on the picture.
+        frames: of a clip; None of a image.
+        flops: counted operations of the call, where they depend on the image.
     """
 
     prompt: int
@@ -70,29 +70,29 @@ def _lpips() -> metrics.Lpips | None:
 
 def figures_of(
     model: Subject,
-    shot: Shot,
-    reference: Shot,
+    sample: Sample,
+    reference: Sample,
     prompt: str,
     number: int,
     seed: int,
     steps: int,
     flops: int | None = None,
 ) -> Figures:
-    """Compare a picture, or the frames of a clip, with the plain sampler's of the same prompt and seed.
+    """Compare a image, or the frames of a clip, with the plain sampler's of the same prompt and seed.
 
     Args:
-        model: grades the picture, if it can, and knows the edit that was asked for.
-        shot: the picture.
+        model: grades the image, if it can, and knows the edit that was asked for.
+        sample: the image.
         reference: the plain sampler's.
         prompt: what was to be drawn.
         number: the prompt's number.
         seed: what it was drawn with.
         steps: of the plain sampler.
-        flops: counted operations, where they depend on the picture.
+        flops: counted operations, where they depend on the image.
     """
     lpips = _lpips()
-    pair = (shot.picture, reference.picture)
-    height, width = shot.picture.shape[-2:]
+    pair = (sample.image, reference.image)
+    height, width = sample.image.shape[-2:]
     grade = model.grade if prompt in model.prompts else None
     return Figures(
         prompt=number,
@@ -103,49 +103,49 @@ def figures_of(
             "ssim": metrics.over_frames(metrics.ssim, *pair),
             "lpips": None if lpips is None else metrics.over_frames(lpips, *pair),
             "flip": metrics.over_frames(metrics.flip, *pair),
-            "seconds": shot.seconds,
+            "seconds": sample.seconds,
         }
-        | _extra(model, shot, reference, prompt)
+        | _extra(model, sample, reference, prompt)
         | ({} if flops is None else {"flops": flops}),
-        errors=_errors(shot, reference),
-        cache_bytes=shot.cache_bytes,
-        computed=steps * shot.layer_calls / reference.layer_calls,
-        right=None if grade is None else grade(torch.stack([shot.picture]), [prompt])[0],
+        errors=_errors(sample, reference),
+        cache_bytes=sample.cache_bytes,
+        computed=steps * sample.layer_calls / reference.layer_calls,
+        right=None if grade is None else grade(torch.stack([sample.image]), [prompt])[0],
         size=(int(height), int(width)),
-        frames=len(shot.picture) if shot.picture.ndim == 4 else None,
+        frames=len(sample.image) if sample.image.ndim == 4 else None,
         flops=flops,
     )
 
 
-def _extra(model: Subject, shot: Shot, reference: Shot, prompt: str) -> dict[str, Any]:
+def _extra(model: Subject, sample: Sample, reference: Sample, prompt: str) -> dict[str, Any]:
     """Figures of a clip, an edit, or a run in planned stages."""
     figures: dict[str, Any] = {}
-    if shot.picture.ndim == 4 and len(shot.picture) > 1:
-        figures["temporal_error"] = metrics.temporal_error(shot.picture, reference.picture)
-    if shot.picture.ndim == 3:
-        figures |= edit_figures(model, prompt, shot.picture)
-    return figures | ({"plan": shot.plan} if shot.plan else {})
+    if sample.image.ndim == 4 and len(sample.image) > 1:
+        figures["temporal_error"] = metrics.temporal_error(sample.image, reference.image)
+    if sample.image.ndim == 3:
+        figures |= edit_figures(model, prompt, sample.image)
+    return figures | ({"plan": sample.plan} if sample.plan else {})
 
 
-def _errors(shot: Shot, reference: Shot) -> list[float] | None:
-    if len(shot.latents) != len(reference.latents):
+def _errors(sample: Sample, reference: Sample) -> list[float] | None:
+    if len(sample.latents) != len(reference.latents):
         return None
-    return [metrics.relative_l2(a, b) for a, b in zip(shot.latents, reference.latents, strict=True)]
+    return [metrics.relative_l2(a, b) for a, b in zip(sample.latents, reference.latents, strict=True)]
 
 
-def save_picture(shot: Shot, path: Path) -> None:
-    """Write a picture as PNG; of a clip, a few frames in a row."""
+def save_image(sample: Sample, path: Path) -> None:
+    """Write a image as PNG; of a clip, a few frames in a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    (to_pil if shot.picture.ndim == 3 else film_strip)(shot.picture).save(path)
+    (to_pil if sample.image.ndim == 3 else film_strip)(sample.image).save(path)
 
 
 def image_name(arm: Arm) -> str:
-    """Folder of an arm's pictures."""
+    """Folder of an arm's images."""
     return "".join("_" if sign in ":=/\\+" else sign for sign in arm.id)
 
 
 def image_paths(images: Path, arm: Arm, count: int) -> list[str]:
-    """An arm's pictures, relative to the JSON file."""
+    """An arm's images, relative to the JSON file."""
     return [f"{images.name}/{image_name(arm)}/{i:02d}.png" for i in range(count)]
 
 
@@ -159,7 +159,7 @@ def median_seconds(own: Sequence[Figures]) -> float:
 
 
 def top1(own: Sequence[Figures]) -> float | None:
-    """Share of the pictures that are what their prompt asks for."""
+    """Share of the images that are what their prompt asks for."""
     right = [f.right for f in own if f.right is not None]
     return statistics.fmean(right) if right else None
 
@@ -186,9 +186,9 @@ def _head(arm: Arm) -> dict[str, Any]:
         "library": arm.library,
         "params": arm.params,
         "steps": arm.steps,
-        "full_steps": arm.full_steps,
+        "budget": arm.computed_steps,
         "staged": arm.staged,
-        "groups": list(arm.groups or (arm.full_steps,)),
+        "groups": list(arm.groups or (arm.computed_steps,)),
     }
 
 
@@ -202,9 +202,9 @@ def measured_row(
         own: its figures, one a prompt.
         plain: the baseline's.
         steps: of the baseline.
-        flops: counted operations of one call of the arm and of the baseline; where they depend on the picture, the mean
+        flops: counted operations of one call of the arm and of the baseline; where they depend on the image, the mean
             over the prompts takes the place of the arm's.
-        images: folder of the pictures.
+        images: folder of the images.
     """
     extra = {key: value for key, value in extra_figures(own).items() if any(key in f.figures for f in own)}
     spread = {key: _spread(own, key) for key in (*COMPARED, "seconds", *extra)}

@@ -1,7 +1,7 @@
-"""`hasten bench`: runs every arm on every prompt, interleaved, and writes what it measured as JSON and pictures.
+"""`hasten bench`: runs every arm on every prompt, interleaved, and writes what it measured as JSON and images.
 
 All arms see the same prompts and seeds in one process; for each prompt the arms take turns in a rotating order, so
-that the machine's drift hits all alike. The reference of every quality figure is the plain sampler's picture of the
+that the machine's drift hits all alike. The reference of every quality figure is the plain sampler's image of the
 same prompt and seed in the same process. Several processes (`accelerate launch`, `torchrun`) share the prompts.
 """
 
@@ -37,10 +37,10 @@ from hasten.bench.rows import (
     image_paths,
     measured_row,
     median_seconds,
-    save_picture,
+    save_image,
     top1,
 )
-from hasten.bench.sampling import Shot, count_flops, shoot
+from hasten.bench.sampling import Sample, count_flops, draw_sample
 from hasten.bench.schema import SCHEMA
 from hasten.bench.staged import is_staged, parse_combination, staged_arms
 from hasten.bench.subject import Subject
@@ -50,7 +50,7 @@ from hasten.io import write_whole
 __all__ = ["BenchSettings", "environment", "open_model", "processes", "run_bench"]
 
 Progress = Callable[[int, int, str], None]
-TRIAL_PROMPTS = 2  # on which thresholds and settings are matched to a number of full steps
+TRIAL_PROMPTS = 2  # on which thresholds and settings are matched to a number of computed steps
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class BenchSettings:
 
     Args:
         methods: caches as `parse_method` reads them, resolution methods and combinations as `parse_combination` does.
-        full_steps: numbers of full steps.
+        computed_steps: numbers of computed steps.
         prompts: how many prompts (the model's first ones, or those of `prompt_list`).
         prompt_list: own prompts instead of the model's.
         seed: prompt `i` is drawn with seed `seed + i`.
@@ -67,11 +67,11 @@ class BenchSettings:
         call: further arguments of the pipeline's call, such as `true_cfg_scale`.
         peers: measure the other libraries too.
         only_peers: names of those to measure; all of them if empty.
-        image: the user's own source picture for an editing pipeline, in the place of the model's.
+        image: the user's own source image for an editing pipeline, in the place of the model's.
     """
 
     methods: tuple[str, ...] = ("reuse", "taylorseer", "hicache", "foca")
-    full_steps: tuple[int, ...] = (12, 9, 7)
+    computed_steps: tuple[int, ...] = (12, 9, 7)
     prompts: int = 16
     prompt_list: tuple[str, ...] = ()
     seed: int = 0
@@ -84,8 +84,8 @@ class BenchSettings:
     def __post_init__(self) -> None:
         if self.prompts < 1:
             raise ConfigError(f"--prompts must be at least 1, got {self.prompts}")
-        if not self.methods or not self.full_steps:
-            raise ConfigError("give at least one method and one number of full steps")
+        if not self.methods or not self.computed_steps:
+            raise ConfigError("give at least one method and one number of computed steps")
 
 
 def processes() -> PartialState:
@@ -161,13 +161,13 @@ def _prompts(model: Subject, settings: BenchSettings) -> list[str]:
 
 
 def _arms(model: Subject, settings: BenchSettings, prompts: list[str], say: Callable[[str], None]) -> list[Arm]:
-    """The baseline, then all others; those with a threshold are matched to their number of full steps here."""
+    """The baseline, then all others; those with a threshold are matched to their number of computed steps here."""
     trials = Trials(model, prompts[:TRIAL_PROMPTS], settings.seed, settings.steps, settings.call, say)
     staged = [text for text in settings.methods if is_staged(text)]
     caches = [text for text in settings.methods if text not in staged]
     combinations = [parse_combination(text) for text in staged]  # a wrong name is told before anything is drawn
-    methods = method_arms(caches, list(settings.full_steps), settings.steps, trials)
-    counts = list(dict.fromkeys(arm.full_steps for arm in methods))
+    methods = method_arms(caches, list(settings.computed_steps), settings.steps, trials)
+    counts = list(dict.fromkeys(arm.computed_steps for arm in methods))
     (plain,) = plain_arms([settings.steps], ("euler",))
     arms = [replace(plain, id="baseline"), *plain_arms(counts), *methods, *staged_arms(combinations, trials)]
     if settings.peers:
@@ -213,18 +213,18 @@ def _measure(
             measured.flops[arm.id] = counted[0]
     for number, prompt in mine:
         turn, seed = number % len(arms), settings.seed + number
-        shots: dict[str, Shot] = {}
+        samples: dict[str, Sample] = {}
         for arm in arms[turn:] + arms[:turn]:
-            draw = partial(shoot, model, arm.attach, arm.steps, prompt, seed, settings.call)
-            shot = attempt(arm, prompt, draw)
-            if shot is not None:
-                shots[arm.id] = shot
+            draw = partial(draw_sample, model, arm.attach, arm.steps, prompt, seed, settings.call)
+            sample = attempt(arm, prompt, draw)
+            if sample is not None:
+                samples[arm.id] = sample
         for arm in arms:
-            if arm.id in shots:
-                shot, reference = shots[arm.id], shots["baseline"]
-                save_picture(shot, images / image_name(arm) / f"{number:02d}.png")
+            if arm.id in samples:
+                sample, reference = samples[arm.id], samples["baseline"]
+                save_image(sample, images / image_name(arm) / f"{number:02d}.png")
                 flops = _flops(model, settings, arm, prompt, seed, measured.flops[arm.id], number)
-                found = figures_of(model, shot, reference, prompt, number, seed, settings.steps, flops)
+                found = figures_of(model, sample, reference, prompt, number, seed, settings.steps, flops)
                 measured.figures[arm.id].append(found)
     return measured
 
@@ -232,7 +232,7 @@ def _measure(
 def _flops(
     model: Subject, settings: BenchSettings, arm: Arm, prompt: str, seed: int, first: int, number: int
 ) -> int | None:
-    """Counted operations where they depend on the picture, in a call apart, since counting takes time."""
+    """Counted operations where they depend on the image, in a call apart, since counting takes time."""
     if not arm.staged:
         return None
     return first if number == 0 else count_flops(model, arm.attach, arm.steps, prompt, seed, settings.call)[0]
@@ -251,18 +251,16 @@ def _gather(own: _Measured) -> _Measured:
     )
 
 
-def run_bench(
-    model: Subject, settings: BenchSettings, out: Path, progress: Progress | None = None
-) -> dict[str, Any]:
-    """Measure and write `out` (JSON) and a folder of pictures beside it; returns the JSON's content.
+def run_bench(model: Subject, settings: BenchSettings, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure and write `out` (JSON) and a folder of images beside it; returns the JSON's content.
 
-    Under `accelerate launch` or `torchrun` the processes share the prompts and the main one writes the file (pictures
+    Under `accelerate launch` or `torchrun` the processes share the prompts and the main one writes the file (images
     are written by the process that drew them, so that all have to see the same folder); all of them return it.
 
     Args:
         model: from `open_model`.
         settings: what to measure.
-        out: path of the JSON file; pictures go to `<stem>.images/`.
+        out: path of the JSON file; images go to `<stem>.images/`.
         progress: called with (done, total, label) as the work goes on.
     """
     state = processes()

@@ -20,7 +20,7 @@ from hasten.bench.edits import source_arguments
 from hasten.bench.subject import Subject
 from hasten.models.probe import require_stacks
 
-__all__ = ["Attach", "Shot", "call_arguments", "count_flops", "counted_layer", "plain", "shoot"]
+__all__ = ["Attach", "Sample", "call_arguments", "count_flops", "counted_layer", "draw_sample", "plain"]
 
 Attach = Callable[[Any], AbstractContextManager[Acceleration | None]]
 
@@ -32,11 +32,11 @@ def plain(pipe: Any) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Shot:
-    """One picture or clip and what it cost.
+class Sample:
+    """One image or clip and what it cost.
 
     Attributes:
-        picture: `[3, H, W]`, or the frames `[F, 3, H, W]`, in [0, 1], on the CPU.
+        image: `[3, H, W]`, or the frames `[F, 3, H, W]`, in [0, 1], on the CPU.
         latents: after each step, on the CPU.
         seconds: wall-clock time of the pipeline's call.
         cache_bytes: most bytes of features held at once; None where the library does not tell.
@@ -45,7 +45,7 @@ class Shot:
         plan: the grids of the stages, where a method with stages planned them.
     """
 
-    picture: Tensor
+    image: Tensor
     latents: list[Tensor]
     seconds: float
     cache_bytes: int | None
@@ -75,7 +75,7 @@ def _counting(pipe: Any, attach: Attach) -> Iterator[tuple[Acceleration | None, 
     found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
     models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
     names = {name: counted_layer(model) for name, model in models.items()}
-    # hasten's arms put stand-ins into the model itself, the peers' arms put a copy in its place: where the model is
+    # hasten's arms put proxies into the model itself, the peers' arms put a copy in its place: where the model is
     # still the same, so is its layer, though perhaps not to be found under its name.
     layers = {name: model.get_submodule(names[name]) for name, model in models.items()}
     counts: Counter[str] = Counter()
@@ -97,7 +97,7 @@ def call_arguments(model: Subject, prompts: Sequence[str], call: dict[str, Any])
     """Arguments of a call for some prompts, apart from the prompts themselves.
 
     Args:
-        model: its own arguments are the defaults; one with edits gets the source pictures of the prompts.
+        model: its own arguments are the defaults; one with edits gets the source images of the prompts.
         prompts: of the call.
         call: the user's arguments. `true_cfg_scale` becomes `guidance_scale` where a pipeline calls it so.
     """
@@ -123,8 +123,8 @@ def _plan(acceleration: Acceleration | None) -> str:
     return str(plans[-1]) if plans else ""
 
 
-def shoot(model: Subject, attach: Attach, steps: int, prompt: str, seed: int, call: dict[str, Any]) -> Shot:
-    """Draw one prompt: a picture, an edited picture, or a clip.
+def draw_sample(model: Subject, attach: Attach, steps: int, prompt: str, seed: int, call: dict[str, Any]) -> Sample:
+    """Draw one prompt: a image, an edited image, or a clip.
 
     Args:
         model: what draws.
@@ -150,8 +150,8 @@ def shoot(model: Subject, attach: Attach, steps: int, prompt: str, seed: int, ca
         seconds = time.perf_counter() - started
         held, plan = _held(acceleration), _plan(acceleration)
     drawn = output.frames if hasattr(output, "frames") else output.images
-    return Shot(
-        picture=drawn[0].float().cpu(),
+    return Sample(
+        image=drawn[0].float().cpu(),
         latents=[x.float().cpu() for x in latents],
         seconds=seconds,
         cache_bytes=held,
@@ -163,8 +163,8 @@ def shoot(model: Subject, attach: Attach, steps: int, prompt: str, seed: int, ca
 
 def count_flops(
     model: Subject, attach: Attach, steps: int, prompt: str, seed: int, call: dict[str, Any]
-) -> tuple[int, Shot]:
+) -> tuple[int, Sample]:
     """Operations (matrix products, attention) of one whole call, and its result; also serves as a warm-up."""
     with FlopCounterMode(display=False) as counter:
-        shot = shoot(model, attach, steps, prompt, seed, call)
-    return int(counter.get_total_flops()), shot
+        sample = draw_sample(model, attach, steps, prompt, seed, call)
+    return int(counter.get_total_flops()), sample

@@ -65,7 +65,7 @@ class Row(BaseModel):
     method: str
     library: str
     params: dict[str, Any] = {}
-    full_steps: int | None = None
+    budget: int | None = None
     staged: bool = False
     groups: list[int] = []
     computed_steps: float | None = None
@@ -89,8 +89,8 @@ class Row(BaseModel):
     error: str = ""
 
     def sections(self) -> list[int]:
-        """Numbers of full steps that a table shows the row under."""
-        own = [] if self.full_steps is None else [self.full_steps]
+        """Numbers of computed steps that a table shows the row under."""
+        own = [] if self.budget is None else [self.budget]
         return self.groups or own
 
 
@@ -160,7 +160,7 @@ def _short(label: str) -> str:
     for param in params:
         key, _, value = param.partition("=")
         if param == "interval=1":
-            continue  # the number of full steps decides
+            continue  # the number of computed steps decides
         if key == "calibration":
             words += [_spoken(value)] if Path(value).stem.startswith(f"{name}-") else []
         elif key == "tuned":
@@ -175,7 +175,7 @@ def _spoken(path: str) -> str:
 
 
 def read_result(file: Path) -> Result | StreamResult:
-    """Read and check a result, of pictures or of a streaming model.
+    """Read and check a result, of images or of a streaming model.
 
     Raises:
         ReportError: if the file is missing, cut off, no result of `hasten bench`, or of another schema.

@@ -1,4 +1,4 @@
-"""Contact sheets: pictures side by side with captions, as one PNG."""
+"""Contact sheets: images side by side with captions, as one PNG."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from torch import Tensor
 
 from hasten.bench.schema import short_label
 
-__all__ = ["bench_sheet", "contact_sheet", "film_strip", "picture_grid", "to_pil"]
+__all__ = ["bench_sheet", "contact_sheet", "film_strip", "image_grid", "to_pil"]
 
 MARGIN, GAP = 12, 6
 STRIP_FRAMES = 5  # of a clip, from the first to the last
-SIDE, STRIP_SIDE = 128, 64  # height on a sheet of a picture and of a strip of frames, pixels
+SIDE, STRIP_SIDE = 128, 64  # height on a sheet of a image and of a strip of frames, pixels
 INK, PAPER, FAINT = (32, 32, 36), (255, 255, 255), (120, 120, 128)
 
 
-def to_pil(picture: Tensor) -> Image.Image:
+def to_pil(image: Tensor) -> Image.Image:
     """`[3, H, W]` in [0, 1] as an 8-bit image."""
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def picture_grid(pictures: Tensor, columns: int) -> Image.Image:
+def image_grid(images: Tensor, columns: int) -> Image.Image:
     """`[B, 3, H, W]` in [0, 1] as one image, row by row, without captions."""
-    count, _, height, width = pictures.shape
+    count, _, height, width = images.shape
     grid = Image.new("RGB", (columns * width, -(-count // columns) * height), PAPER)
-    for i, picture in enumerate(pictures):
-        grid.paste(to_pil(picture), (i % columns * width, i // columns * height))
+    for i, image in enumerate(images):
+        grid.paste(to_pil(image), (i % columns * width, i // columns * height))
     return grid
 
 
 def film_strip(clip: Tensor, frames: int = STRIP_FRAMES) -> Image.Image:
     """A few frames of a clip `[F, 3, H, W]` in [0, 1], evenly spread, in a row."""
     shown = torch.linspace(0, len(clip) - 1, min(frames, len(clip))).round().long()
-    return picture_grid(clip[shown], columns=len(shown))
+    return image_grid(clip[shown], columns=len(shown))
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
@@ -49,13 +49,13 @@ def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
 def contact_sheet(
     rows: Sequence[Sequence[Path]], row_labels: Sequence[str], column_labels: Sequence[str], side: int = SIDE
 ) -> Image.Image:
-    """A grid of pictures, one row a caption, one column a method; small pictures are enlarged without smoothing.
+    """A grid of images, one row a caption, one column a method; small images are enlarged without smoothing.
 
     Args:
-        rows: picture files, `len(row_labels)` rows of `len(column_labels)`; all of the shape of the first one.
+        rows: image files, `len(row_labels)` rows of `len(column_labels)`; all of the shape of the first one.
         row_labels: written to the left.
         column_labels: written above; `|` breaks a line.
-        side: height of a picture on the sheet in pixels; a square is as wide.
+        side: height of a image on the sheet in pixels; a square is as wide.
     """
     font = ImageFont.load_default(size=13)
     with Image.open(rows[0][0]) as first:
@@ -73,24 +73,24 @@ def contact_sheet(
     for y, (paths, label) in enumerate(zip(rows, row_labels, strict=True)):
         draw.text((left - GAP, top + y * (side + GAP) + side // 2), label, fill=INK, font=font, anchor="rm")
         for x, path in enumerate(paths):
-            with Image.open(path) as picture:
-                scaled = picture.convert("RGB").resize((wide, side), Image.Resampling.NEAREST)
+            with Image.open(path) as image:
+                scaled = image.convert("RGB").resize((wide, side), Image.Resampling.NEAREST)
             sheet.paste(scaled, (left + x * (wide + GAP), top + y * (side + GAP)))
     return sheet
 
 
-def bench_sheet(result: dict[str, Any], folder: Path, full_steps: int, most: int = 8) -> Image.Image:
-    """The contact sheet of a bench result at one number of full steps: the baseline, then each row.
+def bench_sheet(result: dict[str, Any], folder: Path, computed_steps: int, most: int = 8) -> Image.Image:
+    """The contact sheet of a bench result at one number of computed steps: the baseline, then each row.
 
     Clips are shown as a few frames in a row.
     """
-    rows = [row for row in result["rows"] if full_steps in row["groups"] and row.get("images")]
+    rows = [row for row in result["rows"] if computed_steps in row["groups"] and row.get("images")]
     columns = [result["baseline"]["images"], *(row["images"] for row in rows)]
     labels = [f"plain|{result['baseline']['steps']} steps"]
     for row in rows:
         quality = "" if row["psnr"] is None else f", {row['psnr']:.1f} dB"
-        labels.append(f"{short_label(row['method'])}|{row['full_steps']} full{quality}")
+        labels.append(f"{short_label(row['method'])}|{row['budget']} full{quality}")
     prompts = result["settings"]["prompts"][:most]
-    pictures = [[folder / column[i] for column in columns] for i in range(len(prompts))]
+    images = [[folder / column[i] for column in columns] for i in range(len(prompts))]
     clips = result["settings"].get("frames") is not None
-    return contact_sheet(pictures, prompts, labels, STRIP_SIDE if clips else SIDE)
+    return contact_sheet(images, prompts, labels, STRIP_SIDE if clips else SIDE)

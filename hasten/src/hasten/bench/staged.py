@@ -112,7 +112,7 @@ def count(trials: Trials, attach: Attach, steps: int) -> tuple[float, float]:
         count_flops(trials.model, attach, steps, prompt, trials.seed + i, trials.call)
         for i, prompt in enumerate(trials.prompts)
     ]
-    return fmean(flops for flops, _ in counted), fmean(shot.layer_calls for _, shot in counted)
+    return fmean(flops for flops, _ in counted), fmean(sample.layer_calls for _, sample in counted)
 
 
 def staged_arms(combinations: Sequence[Combination], trials: Trials) -> list[Arm]:
@@ -139,7 +139,7 @@ def staged_arms(combinations: Sequence[Combination], trials: Trials) -> list[Arm
         (equal,) = plain_arms([cost.steps_for(flops)], ("euler",))
         equal = replace(equal, groups=(computed,), note=f"as many FLOPs as {combination.label}")
         beside = [item for item in (*plain_arms([computed]), equal) if not _is_baseline(item, trials.steps)]
-        arms += [*beside, replace(arm, full_steps=computed)]
+        arms += [*beside, replace(arm, computed_steps=computed)]
     return arms
 
 

@@ -1,6 +1,6 @@
 """`hasten bench` on a streaming model: time, work, bytes read, likeness to the full history, drift.
 
-The same worlds are rolled out with the full history and with every method in turn. JSON as for pictures, told apart by
+The same worlds are rolled out with the full history and with every method in turn. JSON as for images, told apart by
 `"kind": "streaming"`; a playable video of the first world for each method lies beside it.
 """
 

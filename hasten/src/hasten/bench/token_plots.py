@@ -1,4 +1,4 @@
-"""Pictures of trees, of their cuts (cluster sizes, swatches of decoded clusters) and of trainings."""
+"""Images of trees, of their cuts (cluster sizes, swatches of decoded clusters) and of trainings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hasten.errors import ConfigError
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.tree import SemanticTree
 
-__all__ = ["plot_curves", "plot_pictures", "plot_sizes", "plot_swatches", "plot_tree"]
+__all__ = ["plot_curves", "plot_images", "plot_sizes", "plot_swatches", "plot_tree"]
 
-# Pictures `[n, H, W, 3]` in [0, 1] of n tokens, each token alone.
+# Images `[n, H, W, 3]` in [0, 1] of n tokens, each token alone.
 Decode = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
 
@@ -63,25 +63,25 @@ def plot_swatches(mapping: TokenMap, decode: Decode, path: str | Path, clusters:
         raise ConfigError(f"clusters and members must be at least 1, got {clusters} and {members}")
     largest = np.argsort(-mapping.sizes, kind="stable")[:clusters].tolist()
     rows = {f"{c}\n({mapping.sizes[c]})": decode(mapping.of(c)[:members]) for c in largest}
-    return plot_pictures(rows, path, side=0.6)
+    return plot_images(rows, path, side=0.6)
 
 
-def plot_pictures(rows: Mapping[str, NDArray[np.float32]], path: str | Path, side: float = 0.8) -> Path:
-    """Draw pictures `[n, H, W, 3]` in [0, 1], `side` inches wide, one labelled row for each entry.
+def plot_images(rows: Mapping[str, NDArray[np.float32]], path: str | Path, side: float = 0.8) -> Path:
+    """Draw images `[n, H, W, 3]` in [0, 1], `side` inches wide, one labelled row for each entry.
 
     Raises:
-        ConfigError: if there is no picture.
+        ConfigError: if there is no image.
     """
-    columns = max((len(pictures) for pictures in rows.values()), default=0)
+    columns = max((len(images) for images in rows.values()), default=0)
     if not columns:
-        raise ConfigError("there is no picture to draw")
+        raise ConfigError("there is no image to draw")
     figure = Figure(figsize=(side * columns + 1, side * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
-    for row, (name, pictures) in zip(grid, rows.items(), strict=True):
+    for row, (name, images) in zip(grid, rows.items(), strict=True):
         for i, axes in enumerate(row):
             axes.set(xticks=[], yticks=[], frame_on=False)
-            if i < len(pictures):
-                axes.imshow(pictures[i].clip(0, 1), interpolation="nearest")
+            if i < len(images):
+                axes.imshow(images[i].clip(0, 1), interpolation="nearest")
         row[0].set_ylabel(name, fontsize=6)
     return _saved(figure, path)
 
@@ -96,7 +96,7 @@ def plot_curves(curves: Curves, measures: Mapping[str, str], path: str | Path) -
     Args:
         curves: for each vocabulary the logs of its runs, which have the same steps.
         measures: key in the logs -> label of the axis.
-        path: of the picture.
+        path: of the image.
 
     Raises:
         ConfigError: if there is nothing to draw, or runs of a vocabulary were logged at different steps.

@@ -21,7 +21,7 @@ from hasten import registry
 from hasten.bench.arms import Solved, parse_method, parse_options
 from hasten.bench.report import render_report
 from hasten.bench.runner import BenchSettings, run_bench
-from hasten.bench.sampling import call_arguments, plain, shoot
+from hasten.bench.sampling import call_arguments, draw_sample, plain
 from hasten.bench.staged import is_staged
 from hasten.bench.subject import Subject
 from hasten.caching.method import TUNED
@@ -29,11 +29,11 @@ from hasten.caching.methods.leapcache import LeapCache
 from hasten.calibration import Calibration, Fingerprint
 from hasten.errors import ConfigError
 from hasten.fitting.calibrate import fit, record
+from hasten.fitting.leap import fit_leap
+from hasten.fitting.leapcache import fit_leapcache
 from hasten.fitting.schedules import tune_steps
 from hasten.io import write_whole
 from hasten.pipeline.replay import Replay
-from hasten.fitting.leap import fit_leap
-from hasten.fitting.leapcache import fit_leapcache
 from hasten.solvers.scheduler import LEAP
 
 __all__ = ["TuneSettings", "run_tune", "tuning_calls"]
@@ -48,8 +48,8 @@ class TuneSettings:
     """What to learn, from what, and what to compare.
 
     Args:
-        full_steps: numbers of computed steps; or
-        max_error: the largest root mean squared error of a picture (0 to 1) that is allowed; the fewest evaluations of
+        computed_steps: numbers of computed steps; or
+        max_error: the largest root mean squared error of a image (0 to 1) that is allowed; the fewest evaluations of
             LEAP that stay below it are searched.
         methods: candidates, as `parse_method` reads them, or `("all",)`; those that have to be fitted are, and those
             with a schedule get the learned steps.
@@ -65,7 +65,7 @@ class TuneSettings:
         rounds: of LEAP's refinement.
     """
 
-    full_steps: tuple[int, ...] = (12, 9, 7)
+    computed_steps: tuple[int, ...] = (12, 9, 7)
     max_error: float | None = None
     methods: tuple[str, ...] = ("leap", "leapcache", "foca", "taylorseer:order=2")
     search: str = LEAP
@@ -107,9 +107,7 @@ def tuning_calls(
     return calls
 
 
-def run_tune(
-    model: Subject, settings: TuneSettings, folder: Path, progress: Progress | None = None
-) -> dict[str, Any]:
+def run_tune(model: Subject, settings: TuneSettings, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Learn, compare, write; returns the content of `tune.json`: a bench result with `"tune"` beside it.
 
     Args:
@@ -146,7 +144,7 @@ class _Tuning:
 
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()
-        counts = self._settings.full_steps if self._settings.max_error is None else (self._enough(),)
+        counts = self._settings.computed_steps if self._settings.max_error is None else (self._enough(),)
         if LEAP in self._names or self._settings.search == LEAP:
             self._leap(counts)
         lists = self._lists(counts)
@@ -154,7 +152,7 @@ class _Tuning:
         learned = time.perf_counter() - started
         bench = BenchSettings(
             methods=tuple(texts),
-            full_steps=tuple(counts),
+            computed_steps=tuple(counts),
             prompts=len(self._held_out),
             prompt_list=tuple(self._held_out),
             steps=self._settings.steps,
@@ -198,7 +196,7 @@ class _Tuning:
         return self._fitted
 
     def _lists(self, counts: Sequence[int]) -> dict[int, tuple[int, ...]]:
-        """Full steps for the caching methods, written to `steps.safetensors`."""
+        """Computed steps for the caching methods, written to `steps.safetensors`."""
         if set(self._names) == {LEAP}:
             return {}
         if self._settings.search != LEAP:
@@ -227,7 +225,7 @@ class _Tuning:
             text += f":calibration={self._calibrated(name, lists)}"
         takes_lists = name != LeapCache.name and "interval" in info.parameters and "threshold" not in info.parameters
         if takes_lists and not given & {"tuned", "steps", "schedule"}:
-            # Which list is taken is decided by the number of full steps; no interval may rule out all of them.
+            # Which list is taken is decided by the number of computed steps; no interval may rule out all of them.
             every = "" if "interval" in given else ":interval=1"
             text += f"{every}:tuned={self._folder / 'steps.safetensors'}"
         return text
@@ -268,20 +266,20 @@ class _Tuning:
         )
 
     def _error(self, leap: Calibration, count: int) -> float:
-        """Root mean squared error of the held-out pictures."""
+        """Root mean squared error of the held-out images."""
         squares = []
         for i, (prompt, reference) in enumerate(zip(self._held_out, self._references, strict=True)):
-            shot = shoot(self._model, Solved(leap), count, prompt, i, self._settings.call)
-            squares.append(float((shot.picture - reference).square().mean()))
+            sample = draw_sample(self._model, Solved(leap), count, prompt, i, self._settings.call)
+            squares.append(float((sample.image - reference).square().mean()))
         return math.sqrt(sum(squares) / len(squares))
 
     @cached_property
     def _references(self) -> list[torch.Tensor]:
-        pictures = []
+        images = []
         for i, prompt in enumerate(self._held_out):
             self._progress("drawing the held-out prompts", i, len(self._held_out))
-            pictures.append(shoot(self._model, plain, self._settings.steps, prompt, i, self._settings.call).picture)
-        return pictures
+            images.append(draw_sample(self._model, plain, self._settings.steps, prompt, i, self._settings.call).image)
+        return images
 
 
 def _steps_of(leap: Calibration, counts: Sequence[int]) -> Calibration:
@@ -293,6 +291,6 @@ def _steps_of(leap: Calibration, counts: Sequence[int]) -> Calibration:
 
 
 def _best(result: dict[str, Any], count: int) -> str | None:
-    """Id of the row of hasten that comes nearest to the plain sampler at a number of full steps."""
-    rows = [r for r in result["rows"] if r["full_steps"] == count and r["library"] == "hasten" and not r["error"]]
+    """Id of the row of hasten that comes nearest to the plain sampler at a number of computed steps."""
+    rows = [r for r in result["rows"] if r["budget"] == count and r["library"] == "hasten" and not r["error"]]
     return max(rows, key=lambda row: math.inf if row["psnr"] is None else row["psnr"])["id"] if rows else None

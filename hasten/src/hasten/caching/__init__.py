@@ -1,6 +1,6 @@
 """Compute few denoising steps and forecast the features of the others: schedule x site x predictor x projector."""
 
-from hasten.caching.components import Parts, Place
+from hasten.caching.components import Components, FeatureKey
 from hasten.caching.gates import Gate
 from hasten.caching.method import CachingMethod
 from hasten.caching.methods import (
@@ -24,7 +24,7 @@ from hasten.caching.methods import (
 )
 from hasten.caching.predictors import Predictor
 from hasten.caching.projectors import Projector
-from hasten.caching.schedule import Explicit, Schedule, Spread, Uniform, full_steps
+from hasten.caching.schedule import Explicit, Schedule, Spread, Uniform, computed_steps
 from hasten.calibration import Calibration, Fit, Trace
 
 __all__ = [
@@ -33,9 +33,11 @@ __all__ = [
     "ABCache",
     "CachingMethod",
     "Calibration",
+    "Components",
     "EasyCache",
     "Explicit",
     "FBCache",
+    "FeatureKey",
     "Fit",
     "FoCa",
     "FreqCa",
@@ -44,8 +46,6 @@ __all__ = [
     "HyCa",
     "LeapCache",
     "MagCache",
-    "Parts",
-    "Place",
     "Predictor",
     "Projector",
     "Reuse",
@@ -58,5 +58,5 @@ __all__ = [
     "TeaCache",
     "Trace",
     "Uniform",
-    "full_steps",
+    "computed_steps",
 ]

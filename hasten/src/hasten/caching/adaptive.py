@@ -19,8 +19,8 @@ class AdaptiveMethod(CachingMethod):
 
     Args:
         threshold: largest measured value at which a step is still skipped; larger skips more.
-        interval: longest distance from one full step to the next; 1 computes every step.
-        warmup: full steps at the start.
+        interval: longest distance from one computed step to the next; 1 computes every step.
+        warmup: computed steps at the start.
         schedule: `"uniform"`, or `"last"` to compute the last step too.
         order: of the Taylor forecast of what is remembered; 0 is reuse, as the papers have it.
     """
@@ -51,8 +51,8 @@ class AdaptiveMethod(CachingMethod):
     def predictors(self) -> Mapping[str, Predictor]:
         return {"whole": Taylor(self.order)}
 
-    def with_full_steps(self, count: int, total: int) -> Self:
+    def with_computed_steps(self, count: int, total: int) -> Self:
         raise ConfigError(
-            f"how many steps {type(self).__name__} computes depends on the pictures; "
-            "set its threshold, or let `hasten bench` find the one for a number of full steps"
+            f"how many steps {type(self).__name__} computes depends on the images; "
+            "set its threshold, or let `hasten bench` find the one for a number of computed steps"
         )

@@ -1,4 +1,4 @@
-"""How a site speaks with blocks: putting stand-ins in their places, reading and answering their calls."""
+"""How a site speaks with blocks: putting proxies in their places, reading and answering their calls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hasten.models import StackSpec
+from hasten.models import BlockStack
 
 __all__ = ["answer", "encoder_of", "hidden_in", "hidden_of", "swapped", "with_streams"]
 
@@ -26,12 +26,12 @@ def swapped(changes: list[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
             parent._modules[name] = original
 
 
-def hidden_of(stack: StackSpec, args: Any, kwargs: Any) -> Tensor:
+def hidden_of(stack: BlockStack, args: Any, kwargs: Any) -> Tensor:
     """The image tokens in a call of one of the stack's blocks."""
     return kwargs[stack.hidden] if stack.hidden in kwargs else args[0]
 
 
-def encoder_of(stack: StackSpec, args: Any, kwargs: Any) -> Tensor | None:
+def encoder_of(stack: BlockStack, args: Any, kwargs: Any) -> Tensor | None:
     """The text tokens in a call of one of the stack's blocks, if it has any."""
     if stack.encoder is None:
         return None
@@ -39,7 +39,7 @@ def encoder_of(stack: StackSpec, args: Any, kwargs: Any) -> Tensor | None:
 
 
 def with_streams(
-    stack: StackSpec, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, encoder: Tensor | None
+    stack: BlockStack, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, encoder: Tensor | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with other image tokens and, unless None, other text tokens."""
     positional, named = list(args), dict(kwargs)
@@ -53,12 +53,12 @@ def with_streams(
     return tuple(positional), named
 
 
-def hidden_in(stack: StackSpec, output: Any) -> Tensor:
+def hidden_in(stack: BlockStack, output: Any) -> Tensor:
     """The image tokens in what one of the stack's blocks returned."""
     return output[stack.returns.index("hidden")] if isinstance(output, tuple) else output
 
 
-def answer(stack: StackSpec, hidden: Tensor, args: Any, kwargs: Any) -> Any:
+def answer(stack: BlockStack, hidden: Tensor, args: Any, kwargs: Any) -> Any:
     """What a block of the stack would return with these image tokens and the text tokens that it was given."""
     if stack.returns == ("hidden",):
         return hidden

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from hasten.caching.method import CachingMethod
-from hasten.caching.schedule import full_steps
+from hasten.caching.schedule import computed_steps
 from hasten.calibration import Calibration, RunFacts
 from hasten.errors import CalibrationError, HastenWarning, ScheduleError
 
@@ -95,20 +95,20 @@ class CalibratedMethod(CachingMethod):
             f"{message}. Calibrate again with `hasten calibrate`, or use strict=False to go on at your own risk"
         )
 
-    def full_steps(self) -> list[int]:
-        """The full steps of a run as long as the calibrated ones."""
+    def computed_steps(self) -> list[int]:
+        """The computed steps of a run as long as the calibrated ones."""
         total = self.fitted.fingerprint.steps
         try:
-            return full_steps(self.plan(), total)
+            return computed_steps(self.plan(), total)
         except ScheduleError as error:
             raise ScheduleError(f"{error} (calibrated for {total} steps)") from None
 
     def mean_error(self, gram: Gram, weigh: Callable[[int, list[int]], Sequence[float]]) -> float:
-        """Mean squared error of a predictor over the cached steps of this schedule, on the calibrated runs."""
-        fulls = self.full_steps()
+        """Mean squared error of a predictor over the skipped steps of this schedule, on the calibrated runs."""
+        computed = self.computed_steps()
         errors = []
         for step in range(self.fitted.fingerprint.steps):
-            anchors = [full for full in reversed(fulls) if full < step]
-            if step not in fulls:
+            anchors = [earlier for earlier in reversed(computed) if earlier < step]
+            if step not in computed:
                 errors.append(forecast_error(gram, step, anchors, weigh(step, anchors)))
         return float(np.mean(errors)) if errors else 0.0

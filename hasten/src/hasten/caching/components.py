@@ -10,17 +10,17 @@ from hasten.caching.projectors import Projector
 from hasten.errors import ConfigError
 from hasten.models import TokenLayout
 
-__all__ = ["Parts", "Place"]
+__all__ = ["Components", "FeatureKey"]
 
 
 @dataclass(frozen=True)
-class Place:
+class FeatureKey:
     """Where a feature comes from.
 
     Attributes:
         pass_name: the forward within a step, such as `"cond"`.
         slot: the site's name for the tensor, such as `"hidden"`.
-        layout: where the tokens of the picture lie in it; None where that is not known.
+        layout: where the tokens of the image lie in it; None where that is not known.
     """
 
     pass_name: str = "pass0"
@@ -29,7 +29,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """A split of features and one predictor for each part."""
 
     projector: Projector

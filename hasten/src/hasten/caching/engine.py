@@ -20,7 +20,7 @@ from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
 from hasten import models
-from hasten.caching.components import Place
+from hasten.caching.components import FeatureKey
 from hasten.caching.gates import relative_change
 from hasten.caching.memory import Listener, PassMemory
 from hasten.caching.method import CachingMethod
@@ -54,7 +54,7 @@ class _PassName(StateManager):
 
 
 def _sample(hidden: Any) -> Hashable:
-    """The shape of one picture's latents, whatever the batch."""
+    """The shape of one image's latents, whatever the batch."""
     if isinstance(hidden, (list, tuple)):
         return _sample(hidden[0]) if hidden else None
     return hidden.shape[1:] if isinstance(hidden, Tensor) else None
@@ -70,7 +70,7 @@ def _signature(hidden: Any) -> Hashable:
 
 
 def _tensor(result: Any) -> Tensor:
-    """The prediction in a transformer's result; of a list of pictures the first."""
+    """The prediction in a transformer's result; of a list of images the first."""
     sample = result if isinstance(result, Tensor) else result[0]
     return sample[0] if isinstance(sample, list) else sample
 
@@ -91,7 +91,7 @@ class CachingEngine(ModelHook):
         guidance: the guidance scale of the run under way, as far as the pipeline tells.
 
     Raises:
-        HostError: if the transformer's wiring is unknown and cannot be probed.
+        AdapterError: if the transformer's wiring is unknown and cannot be probed.
         AlreadyAcceleratedError: if hasten or another cache is at work on it already.
     """
 
@@ -179,14 +179,14 @@ class CachingEngine(ModelHook):
 
         def decide(seen: Tensor | None) -> bool:
             taken.append(self._decide(info, seen))
-            return taken[0].full
+            return taken[0].computed
 
         try:
             self._prepare(info, signature, args, kwargs)
             memory = self._memory(info)
             result = self.site.run(self.fn_ref.original_forward, args, kwargs, memory, decide)
             decision = taken[0]
-            if decision.full and info.first_pass:
+            if decision.computed and info.first_pass:
                 self._gate.computed(info.step, _tensor(result))
             if self.listener is not None:
                 self.listener(info.pass_name, info.step, "output", _tensor(result))
@@ -202,7 +202,7 @@ class CachingEngine(ModelHook):
                 info.step,
                 info.pass_name,
                 timestep,
-                decision.full,
+                decision.computed,
                 decision.reason,
                 ms,
                 held,
@@ -268,9 +268,9 @@ class CachingEngine(ModelHook):
         if info.first_pass:
             self._step = info.step
             self._decision = self._gate.decide(info.step, self._last_full, seen)
-            if self._decision.full:
+            if self._decision.computed:
                 self._last_full = info.step
-        if not self._decision.full and self._memories[info.pass_name].empty:
+        if not self._decision.computed and self._memories[info.pass_name].empty:
             return Decision(True, "nothing to forecast from")
         return self._decision
 
@@ -313,14 +313,14 @@ class CachingEngine(ModelHook):
     def _check_length(self, total: int) -> None:
         if self.method.saves and self._gate.skips_nothing(total):
             self._warn(
-                f"{type(self.method).__name__} skips nothing in a run of {total} steps: all of them are full. "
+                f"{type(self.method).__name__} skips nothing in a run of {total} steps: all of them are computed. "
                 "Use a shorter warmup, a longer interval, or explicit steps=..."
             )
 
     def _warn_if_idle(self) -> None:
         """For a bare transformer, whose number of steps is known only in the end, and for gates."""
         run = [r for r in self.records if r.run == self.records[-1].run] if self.records else []
-        if not run or not self.method.saves or not all(r.full for r in run):
+        if not run or not self.method.saves or not all(r.computed for r in run):
             return
         name, steps = type(self.method).__name__, run[-1].step + 1
         seen = [r.indicator for r in run if r.indicator is not None]
@@ -347,6 +347,6 @@ class CachingEngine(ModelHook):
 
     def estimate_bytes(self, image_tokens: int, text_tokens: int, batch: int, passes: int, dtype: torch.dtype) -> int:
         """Bytes of features that a run will hold at most."""
-        parts = self.method.parts(Place())
+        parts = self.method.parts(FeatureKey())
         anchors = max(predictor.memory for predictor in parts.predictors.values())
         return passes * anchors * dtype.itemsize * self.site.estimate(image_tokens, text_tokens, batch)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from hasten.caching.schedule import Decision, Schedule, full_steps
+from hasten.caching.schedule import Decision, Schedule, computed_steps
 from hasten.errors import ScheduleError
 
 __all__ = ["Gate", "Scheduled", "ThresholdGate", "relative_change"]
@@ -34,11 +34,11 @@ class Gate(ABC):
         self.total = total
 
     @abstractmethod
-    def decide(self, step: int, last_full: int | None, seen: Tensor | None) -> Decision:
-        """Decide for `step`, given the latest full step and what the method's `Feature.sees` asks for."""
+    def decide(self, step: int, last_computed: int | None, seen: Tensor | None) -> Decision:
+        """Decide for `step`, given the latest computed step and what the method's `Feature.sees` asks for."""
 
     def computed(self, step: int, output: Tensor) -> None:  # noqa: B027
-        """Shown the transformer's result after the first pass of a full step."""
+        """Shown the transformer's result after the first pass of a computed step."""
 
     def verified(self, step: int, error: float) -> None:  # noqa: B027
         """Told how far a draft was from what the last block makes of it."""
@@ -53,7 +53,7 @@ class Gate(ABC):
 
 
 class Scheduled(Gate):
-    """Full steps that are known beforehand."""
+    """Computed steps that are known beforehand."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = self._now = schedule
@@ -62,11 +62,11 @@ class Scheduled(Gate):
         super().begin(total)
         self._now = self._schedule.for_run(total)
 
-    def decide(self, step: int, last_full: int | None, seen: Tensor | None) -> Decision:
-        return self._now.decide(step, last_full)
+    def decide(self, step: int, last_computed: int | None, seen: Tensor | None) -> Decision:
+        return self._now.decide(step, last_computed)
 
     def skips_nothing(self, total: int) -> bool:
-        return len(full_steps(self._schedule, total)) == total
+        return len(computed_steps(self._schedule, total)) == total
 
 
 class ThresholdGate(Gate):
@@ -74,8 +74,8 @@ class ThresholdGate(Gate):
 
     Args:
         threshold: largest value at which a step is still skipped.
-        interval: longest distance from one full step to the next; 1 computes every step.
-        warmup: full steps at the start.
+        interval: longest distance from one computed step to the next; 1 computes every step.
+        warmup: computed steps at the start.
         last: compute the last step as well, where the number of steps is known.
     """
 
@@ -86,7 +86,7 @@ class ThresholdGate(Gate):
         super().begin(total)
         if total is not None and self._warmup > total:
             raise ScheduleError(
-                f"a warm-up of {self._warmup} full steps is longer than the run of {total} steps; "
+                f"a warm-up of {self._warmup} computed steps is longer than the run of {total} steps; "
                 f"use warmup={max(1, total // 3)} or run more steps"
             )
 
@@ -94,21 +94,21 @@ class ThresholdGate(Gate):
     def measure(self, step: int, seen: Tensor | None) -> float | None:
         """The value at `step`; None where nothing can be measured yet. Called once for every step."""
 
-    def settle(self, full: bool, seen: Tensor | None) -> None:
+    def on_decision(self, computed: bool, seen: Tensor | None) -> None:
         """Told what was decided from the measured value."""
 
-    def decide(self, step: int, last_full: int | None, seen: Tensor | None) -> Decision:
+    def decide(self, step: int, last_computed: int | None, seen: Tensor | None) -> Decision:
         value = self.measure(step, seen)
-        decision = self._rule(step, last_full, value)
-        self.settle(decision.full, seen)
+        decision = self._rule(step, last_computed, value)
+        self.on_decision(decision.computed, seen)
         return decision
 
-    def _rule(self, step: int, last_full: int | None, value: float | None) -> Decision:
-        if step < self._warmup or last_full is None or value is None:
+    def _rule(self, step: int, last_computed: int | None, value: float | None) -> Decision:
+        if step < self._warmup or last_computed is None or value is None:
             return Decision(True, "warm-up")
         if self._last and self.total is not None and step == self.total - 1:
             return Decision(True, "last step")
-        if step - last_full >= self._interval:
+        if step - last_computed >= self._interval:
             return Decision(True, "interval")
         if value > self._threshold:
             return Decision(True, "above threshold", value)
@@ -123,9 +123,9 @@ def relative_change(new: Tensor, old: Tensor, reduce: Reduce, per_sample: bool =
 
     Args:
         new, old: `[B, ...]`.
-        reduce: adds up sums over the devices that share the tokens of one picture.
-        per_sample: measure each picture of the batch by itself and return the largest change, so that the neediest
-            picture decides; otherwise the batch is measured as one.
+        reduce: adds up sums over the devices that share the tokens of one image.
+        per_sample: measure each image of the batch by itself and return the largest change, so that the neediest
+            image decides; otherwise the batch is measured as one.
     """
     difference, size = (new.float() - old.float()).abs(), old.float().abs()
     dims = tuple(range(1, new.ndim)) if per_sample and new.ndim > 1 else tuple(range(new.ndim))

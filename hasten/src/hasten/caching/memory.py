@@ -1,4 +1,4 @@
-"""What is remembered of the full steps, for one pass: a few features for each slot of the site."""
+"""What is remembered of the computed steps, for one pass: a few features for each slot of the site."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hasten.caching.components import Parts, Place
+from hasten.caching.components import Components, FeatureKey
 from hasten.caching.gram import GramPredictor
 from hasten.models import TokenLayout
 
@@ -23,7 +23,7 @@ Listener = Callable[[str, int, str, Tensor], None]
 class _Slot:
     """The newest features of one slot, and what forecasts them."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Components) -> None:
         self.parts = parts
         self.keep = max(predictor.memory for predictor in parts.predictors.values())
         self.anchors: deque[tuple[int, Tensor]] = deque(maxlen=self.keep)
@@ -47,14 +47,14 @@ class PassMemory:
     Args:
         parts: gives the split and the predictors of a place.
         pass_name: the pass.
-        layout: where the picture's tokens lie, or None where that is not known.
-        mean: averages per-device means over the devices that share the tokens of one picture.
+        layout: where the image's tokens lie, or None where that is not known.
+        mean: averages per-device means over the devices that share the tokens of one image.
         listener: called with (pass, step, slot, feature) for everything recorded.
     """
 
     def __init__(
         self,
-        parts: Callable[[Place], Parts],
+        parts: Callable[[FeatureKey], Components],
         pass_name: str = "pass0",
         layout: TokenLayout | None = None,
         mean: Callable[[Tensor], Tensor] = lambda tensor: tensor,
@@ -87,7 +87,7 @@ class PassMemory:
         """Keep the feature of the current step. It is copied, since models go on to work on views of it."""
         slot = self._slots.get(name)
         if slot is None:
-            slot = self._slots[name] = _Slot(self._parts(Place(self._pass_name, name, self._layout)))
+            slot = self._slots[name] = _Slot(self._parts(FeatureKey(self._pass_name, name, self._layout)))
         if slot.anchors and slot.anchors[0][0] == self.step:
             raise RuntimeError(
                 f"slot {name!r} was recorded twice in step {self.step}: its module runs twice in a forward"

@@ -9,11 +9,11 @@ from typing import ClassVar, Literal, Self
 
 from torch import nn
 
-from hasten.caching.components import Parts, Place
+from hasten.caching.components import Components, FeatureKey
 from hasten.caching.gates import Gate, Scheduled
 from hasten.caching.predictors import Predictor
 from hasten.caching.projectors import Projector, Whole
-from hasten.caching.schedule import SCHEDULES, Explicit, Schedule, Spread, Uniform, full_steps, longest_within
+from hasten.caching.schedule import SCHEDULES, Explicit, Schedule, Spread, Uniform, computed_steps, longest_within
 from hasten.calibration import Calibration, RunFacts
 from hasten.errors import CalibrationError, ConfigError, ScheduleError, unknown
 
@@ -22,7 +22,7 @@ __all__ = ["SITES", "CachingMethod", "Feature", "ScheduleName", "SiteName"]
 SiteName = Literal["hidden", "output", "module"]
 SITES: tuple[SiteName, ...] = ("hidden", "output", "module")
 ScheduleName = Literal["uniform", "last", "even", "early", "tuned"]
-TUNED = "steps"  # what a calibration of lists of full steps is called
+TUNED = "steps"  # what a calibration of lists of computed steps is called
 EARLY = 1.3  # power of the schedule that is dense early
 
 
@@ -49,22 +49,22 @@ class CachingMethod:
     """Base of the caching methods: parameters that all of them share.
 
     Args:
-        interval: a full step every `interval` steps after the warm-up; 1 computes every step.
-        warmup: full steps at the start.
+        interval: a computed step every `interval` steps after the warm-up; 1 computes every step.
+        warmup: computed steps at the start.
         site: `"hidden"` (image tokens after the last block: one tensor a pass), `"output"` (after the final layer) or
             `"module"` (every attention and feed-forward output, the papers' original form).
-        schedule: where the full steps fall. `"uniform"`: warm-up, then every `interval` steps (the papers' rule);
+        schedule: where the computed steps fall. `"uniform"`: warm-up, then every `interval` steps (the papers' rule);
             `"last"`: the same, and the last step; `"even"`: as many as uniform has, spread evenly from the first step
             to the last; `"early"`: spread so, but denser early; these three need a pipeline, which tells how many steps
             there are. `"tuned"`: the lists in `tuned`, which are taken whenever they are given.
-        steps: explicit full steps instead of all that.
-        tuned: lists of full steps that `hasten tune` found for the model, or the path of the file; the longest that is
+        steps: explicit computed steps instead of all that.
+        tuned: lists of computed steps that `hasten tune` found for the model, or the path of the file; the longest that is
             no longer than the uniform schedule is used.
     """
 
     sites: ClassVar[tuple[SiteName, ...]] = SITES
     adaptive: ClassVar[bool] = False  # whether a gate decides, by a parameter `threshold`
-    needs_layout: ClassVar[bool] = False  # whether parts() has to know where the picture's tokens lie
+    needs_layout: ClassVar[bool] = False  # whether parts() has to know where the image's tokens lie
 
     interval: int = 5
     warmup: int = 3
@@ -82,7 +82,7 @@ class CachingMethod:
             object.__setattr__(self, "steps", tuple(self.steps))
         if self.schedule == "tuned" and self.tuned is None:
             raise ConfigError(
-                "schedule='tuned' takes the full steps that `hasten tune` found: give "
+                "schedule='tuned' takes the computed steps that `hasten tune` found: give "
                 "tuned='calibrations/steps.safetensors'"
             )
         if self.tuned is not None:
@@ -119,18 +119,18 @@ class CachingMethod:
         if isinstance(self.tuned, Calibration) and run.total is not None:
             differences = self.tuned.check_run(RunFacts(run.total))
             if differences:
-                raise CalibrationError(f"the full steps were {differences[0]}. Tune again, or use schedule='even'")
+                raise CalibrationError(f"the computed steps were {differences[0]}. Tune again, or use schedule='even'")
 
     def check_passes(self, passes: Sequence[str]) -> None:
         """Raise an error if the method cannot serve these forwards within a step; called at the second step."""
 
-    def parts(self, place: Place) -> Parts:
+    def parts(self, place: FeatureKey) -> Components:
         """Split and predictors of a place; the same everywhere unless the method says otherwise."""
         return self._parts
 
     @cached_property
-    def _parts(self) -> Parts:
-        return Parts(self.projector(), self.predictors())
+    def _parts(self) -> Components:
+        return Components(self.projector(), self.predictors())
 
     def projector(self) -> Projector:
         """How features are split; whole unless the method says otherwise."""
@@ -150,19 +150,19 @@ class CachingMethod:
         """Whether the user asked for any step to be skipped."""
         return self.steps is not None or self.interval > 1
 
-    def with_full_steps(self, count: int, total: int) -> Self:
-        """The same method with the smallest interval that has no more than `count` full steps in `total`.
+    def with_computed_steps(self, count: int, total: int) -> Self:
+        """The same method with the smallest interval that has no more than `count` computed steps in `total`.
 
         Raises:
-            ScheduleError: if even one full step after the warm-up is too many.
+            ScheduleError: if even one computed step after the warm-up is too many.
         """
         if count < 1 or count > total:
-            raise ConfigError(f"full steps must be between 1 and the {total} steps of the run, got {count}")
+            raise ConfigError(f"computed steps must be between 1 and the {total} steps of the run, got {count}")
         for interval in range(1, total + 1):
             method = replace(self, interval=interval, steps=None)
-            if len(full_steps(method.plan(), total)) <= count:
+            if len(computed_steps(method.plan(), total)) <= count:
                 return method
         raise ScheduleError(
-            f"{count} full steps are fewer than the warm-up of {self.warmup}; "
-            f"use warmup={max(1, count - 1)} or more full steps"
+            f"{count} computed steps are fewer than the warm-up of {self.warmup}; "
+            f"use warmup={max(1, count - 1)} or more computed steps"
         )

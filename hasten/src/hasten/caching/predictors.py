@@ -1,4 +1,4 @@
-"""Forecasts as weights on the features of the full steps: `F^(target) = sum_k w_k F_k`.
+"""Forecasts as weights on the features of the computed steps: `F^(target) = sum_k w_k F_k`.
 
 `K` anchors, newest first, at steps `a_0 > a_1 > ...`; horizon `x = target - a_0 >= 1`. The difference ladder and the
 bases follow TaylorSeer (arXiv:2503.06923) and HiCache (arXiv:2508.16984). Because every order of the ladder is itself
@@ -21,7 +21,7 @@ Ladder = Literal["recursive", "divided"]
 
 
 class Predictor(Protocol):
-    """Anything that forecasts linearly from the features of full steps."""
+    """Anything that forecasts linearly from the features of computed steps."""
 
     @property
     def memory(self) -> int:
@@ -41,7 +41,7 @@ def difference_ladder(
     Args:
         anchors: steps, newest first.
         order: highest order wanted; fewer come back where the anchors do not reach.
-        first: full steps before this one give order 0 only (the gate of the official code: `warmup - 1`).
+        first: computed steps before this one give order 0 only (the gate of the official code: `warmup - 1`).
         ladder: `"recursive"` divides every order by the latest gap, as the official code does; with irregular gaps
             that is not the true derivative. `"divided"` is the divided difference scaled to a derivative: exact for a
             monomial of that order.

@@ -1,6 +1,6 @@
 """Where a feature is taken and put back: `output`, `hidden` or `module`.
 
-A site runs the transformer's own forward. For the length of that one forward it puts stand-ins in the places of some
+A site runs the transformer's own forward. For the length of that one forward it puts proxies in the places of some
 child modules, and takes them out again whatever happens; between forwards the model is exactly as the user made it.
 Block code is neither copied nor hooked, so compiled blocks, LoRA layers, attention processors and offload hooks keep
 working.
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from hasten import models
 from hasten.caching.blocks import answer, hidden_in, hidden_of, swapped
 from hasten.caching.memory import PassMemory
-from hasten.errors import HostError
-from hasten.models import HostSpec, StackSpec, StandIn
+from hasten.errors import AdapterError
+from hasten.models import BlockStack, ModelAdapter, Proxy
 
 __all__ = ["Decide", "Forward", "HiddenSite", "ModuleSite", "OutputSite", "Site"]
 
@@ -57,18 +57,18 @@ class _PlainSite(Site):
     """A site whose decision does not depend on what happens inside the forward."""
 
     def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> Any:
-        return (self.full if decide(None) else self.cached)(forward, args, kwargs, memory)
+        return (self.computed if decide(None) else self.skipped)(forward, args, kwargs, memory)
 
     @abstractmethod
-    def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+    def computed(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         """Run the forward and record its features."""
 
     @abstractmethod
-    def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+    def skipped(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         """Produce the forward's result from forecast features."""
 
 
-class _Recorder(StandIn):
+class _Recorder(Proxy):
     """Runs the module that it stands for and records what comes out."""
 
     def __init__(self, original: nn.Module, record: Callable[[Any], None]) -> None:
@@ -81,10 +81,10 @@ class _Recorder(StandIn):
         return output
 
 
-class _PassThrough(StandIn):
+class _PassThrough(Proxy):
     """A block that does nothing: returns what it was given, in the order in which its stack returns it."""
 
-    def __init__(self, original: nn.Module, stack: StackSpec) -> None:
+    def __init__(self, original: nn.Module, stack: BlockStack) -> None:
         super().__init__(original)
         self.stack = stack
 
@@ -95,7 +95,7 @@ class _PassThrough(StandIn):
 class _Forecast(_PassThrough):
     """The last block of a skipped forward: returns the forecast image tokens."""
 
-    def __init__(self, original: nn.Module, stack: StackSpec, forecast: Callable[[], Tensor]) -> None:
+    def __init__(self, original: nn.Module, stack: BlockStack, forecast: Callable[[], Tensor]) -> None:
         super().__init__(original, stack)
         self.forecast = forecast
 
@@ -103,7 +103,7 @@ class _Forecast(_PassThrough):
         return answer(self.stack, self.forecast(), args, kwargs)
 
 
-class _Answer(StandIn):
+class _Answer(Proxy):
     """A submodule that returns a ready answer."""
 
     def __init__(self, original: nn.Module, answer: Callable[[], Any]) -> None:
@@ -139,7 +139,7 @@ class _Form:
 
 
 class OutputSite(_PlainSite):
-    """The transformer's result, after the final layer: nothing of the model runs on a cached step.
+    """The transformer's result, after the final layer: nothing of the model runs on a skipped step.
 
     Args:
         model: the transformer.
@@ -155,24 +155,24 @@ class OutputSite(_PlainSite):
 
     def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> Any:
         seen = self._inputs(args, kwargs)[0] if self._change else None
-        return (self.full if decide(seen) else self.cached)(forward, args, kwargs, memory)
+        return (self.computed if decide(seen) else self.skipped)(forward, args, kwargs, memory)
 
     def _inputs(self, args: Any, kwargs: Any) -> list[Tensor]:
         latents = self._latents(args, kwargs)
         return latents if isinstance(latents, list) else [latents]
 
-    def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+    def computed(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         result = forward(*args, **kwargs)
         # Only the kind of the result is kept, for the steps that have to make one.
         self._kind = Tensor if isinstance(result, Tensor) else type(result)
         sample = result if isinstance(result, Tensor) else result[0]
-        self._list = isinstance(sample, list)  # some models return one tensor for each picture
+        self._list = isinstance(sample, list)  # some models return one tensor for each image
         for i, tensor in enumerate(sample if self._list else [sample]):
             start = _like(self._inputs(args, kwargs)[i], tensor) if self._change else None
             memory.record(f"output/{i}", tensor if start is None else tensor - start)
         return result
 
-    def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+    def skipped(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         tensors = [memory.forecast(slot) for slot in memory.slots]
         if self._change:
             tensors = [t + _like(x, t) for x, t in zip(self._inputs(args, kwargs), tensors, strict=False)]
@@ -193,17 +193,17 @@ class OutputSite(_PlainSite):
 class HiddenSite(_PlainSite):
     """The image tokens after the last block.
 
-    A cached step runs the embeddings and the final layer, with this step's modulation.
+    A skipped step runs the embeddings and the final layer, with this step's modulation.
     """
 
-    def __init__(self, model: nn.Module, host: HostSpec | None) -> None:
+    def __init__(self, model: nn.Module, host: ModelAdapter | None) -> None:
         if host is None:
             models.require_stacks(model)
         self._model, self._host = model, host
         self._memory: PassMemory | None = None  # of the forward under way
         self._skipped: dict[str, nn.ModuleList] = {}
 
-    def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+    def computed(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         if self._host is None:
             result, self._host, hidden = models.trace(self._model, forward, args, kwargs)
             memory.record("hidden", hidden)
@@ -218,18 +218,18 @@ class HiddenSite(_PlainSite):
         with swapped([(blocks, last, _Recorder(blocks[-1], record))]):
             return forward(*args, **kwargs)
 
-    def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+    def skipped(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         assert self._host is not None
         self._memory = memory
         stacks = self._host.used(self._model)
         try:
-            with swapped([(self._model, stack.name, self._stand_ins(stack, stack is stacks[-1])) for stack in stacks]):
+            with swapped([(self._model, stack.name, self._proxies(stack, stack is stacks[-1])) for stack in stacks]):
                 return forward(*args, **kwargs)
         finally:
             self._memory = None
 
-    def _stand_ins(self, stack: StackSpec, last: bool) -> nn.ModuleList:
-        """As many stand-ins as blocks, since some models read the length of the list or count along; made once."""
+    def _proxies(self, stack: BlockStack, last: bool) -> nn.ModuleList:
+        """As many proxies as blocks, since some models read the length of the list or count along; made once."""
         blocks = stack.blocks(self._model)
         if len(self._skipped.get(stack.name, ())) != len(blocks):
             skipped: list[nn.Module] = [_PassThrough(block, stack) for block in blocks]
@@ -244,7 +244,7 @@ class HiddenSite(_PlainSite):
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         if self._host is None:
-            return batch * image_tokens * HostSpec(stacks=()).width_of(self._model)
+            return batch * image_tokens * ModelAdapter(stacks=()).width_of(self._model)
         joint = self._host.used(self._model)[-1].joint
         return batch * (image_tokens + joint * text_tokens) * self._host.width_of(self._model)
 
@@ -252,18 +252,18 @@ class HiddenSite(_PlainSite):
 class ModuleSite(_PlainSite):
     """Every attention and feed-forward output, before its gate: the papers' form, and the one that costs memory."""
 
-    def __init__(self, model: nn.Module, host: HostSpec | None) -> None:
+    def __init__(self, model: nn.Module, host: ModelAdapter | None) -> None:
         if host is None:
-            raise HostError(
+            raise AdapterError(
                 f"site 'module' needs a registered family and {type(model).__name__} is none; "
                 "use site='hidden' or 'output', or describe the family with hasten.models.register"
             )
         self._model, self._host = model, host
         missing = [stack.name for stack in host.stacks if stack.modules is None]
         if missing:
-            raise HostError(
-                f"site 'module' is not described for {type(model).__name__} (no ModuleSpec for {', '.join(missing)}); "
-                "use site='hidden', or register the family with StackSpec(..., modules=ModuleSpec(...))"
+            raise AdapterError(
+                f"site 'module' is not described for {type(model).__name__} (no BlockModules for {', '.join(missing)}); "
+                "use site='hidden', or register the family with BlockStack(..., modules=BlockModules(...))"
             )
 
     def _places(self) -> Iterator[tuple[nn.Module, str, str, bool]]:
@@ -271,7 +271,7 @@ class ModuleSite(_PlainSite):
         for stack in self._host.used(self._model):
             assert stack.modules is not None
             if any(hasattr(b, "_orig_mod") or b._compiled_call_impl is not None for b in stack.blocks(self._model)):
-                raise HostError(
+                raise AdapterError(
                     f"site 'module' works inside the blocks of {stack.name}, which are compiled; "
                     "use site='hidden', or do not compile them"
                 )
@@ -281,7 +281,7 @@ class ModuleSite(_PlainSite):
                     if getattr(block, name, None) is not None:
                         yield block, name, f"{stack.name}.{i}.{name}", name in forecast
 
-    def _stand_ins(self, make: Callable[[nn.Module, str, bool], StandIn]) -> AbstractContextManager[None]:
+    def _proxies(self, make: Callable[[nn.Module, str, bool], Proxy]) -> AbstractContextManager[None]:
         """Every described submodule replaced by `make(submodule, slot, forecast)`."""
         return swapped(
             [
@@ -290,7 +290,7 @@ class ModuleSite(_PlainSite):
             ]
         )
 
-    def full(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+    def computed(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         def recorder(slot: str, forecast: bool) -> Callable[[Any], None]:
             calls = count()
             memory.forms[slot] = []
@@ -305,10 +305,10 @@ class ModuleSite(_PlainSite):
 
             return record
 
-        with self._stand_ins(lambda module, slot, forecast: _Recorder(module, recorder(slot, forecast))):
+        with self._proxies(lambda module, slot, forecast: _Recorder(module, recorder(slot, forecast))):
             return forward(*args, **kwargs)
 
-    def cached(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+    def skipped(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         def answer(slot: str, forecast: bool) -> Callable[[], Any]:
             calls = count()
 
@@ -319,7 +319,7 @@ class ModuleSite(_PlainSite):
 
             return respond
 
-        with self._stand_ins(lambda module, slot, forecast: _Answer(module, answer(slot, forecast))):
+        with self._proxies(lambda module, slot, forecast: _Answer(module, answer(slot, forecast))):
             return forward(*args, **kwargs)
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
@@ -335,7 +335,7 @@ class ModuleSite(_PlainSite):
 def _like(latents: Tensor, result: Tensor) -> Tensor:
     """The part of the transformer's input that its result corresponds to, in the shape of the result.
 
-    Inputs may carry more (tokens of reference pictures, channels of a condition; both come after the latents), results
+    Inputs may carry more (tokens of reference images, channels of a condition; both come after the latents), results
     may (channels of a learned variance). What has no counterpart is zero.
     """
     if latents.shape == result.shape:

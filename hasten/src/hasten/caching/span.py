@@ -2,7 +2,7 @@
 
 FBCache and DBCache run the first blocks and add a remembered change of the others; TeaCache and MagCache add a
 remembered change of all blocks; SpeCa drafts what comes out and lets the last block check it. All of them are this
-site with a different `Feature`. As at the hidden site, the transformer's own forward runs, with stand-ins in the
+site with a different `Feature`. As at the hidden site, the transformer's own forward runs, with proxies in the
 places of its blocks for the length of it.
 """
 
@@ -19,8 +19,8 @@ from hasten.caching.blocks import answer, encoder_of, hidden_in, hidden_of, swap
 from hasten.caching.memory import PassMemory
 from hasten.caching.method import Feature
 from hasten.caching.sites import Decide, Forward, Site
-from hasten.errors import ConfigError, HostError
-from hasten.models import HostSpec, StackSpec, StandIn
+from hasten.errors import AdapterError, ConfigError
+from hasten.models import BlockStack, ModelAdapter, Proxy
 
 __all__ = ["SpanSite"]
 
@@ -31,7 +31,7 @@ class _Seen(Exception):  # noqa: N818 - not an error: it carries a tensor out of
         self.tensor = tensor
 
 
-class _Capture(StandIn):
+class _Capture(Proxy):
     """Stands for a block's attention and ends the forward with what the attention was about to get."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -39,7 +39,7 @@ class _Capture(StandIn):
         raise _Seen(kwargs.get("hidden_states", tensors[0]))
 
 
-def modulated_input(block: nn.Module, stack: StackSpec, args: Any, kwargs: Any) -> Tensor:
+def modulated_input(block: nn.Module, stack: BlockStack, args: Any, kwargs: Any) -> Tensor:
     """The normalised and modulated image tokens that a block's attention gets, without running the attention."""
     assert stack.modules is not None
     attention = stack.modules.forecast[0][0]
@@ -49,13 +49,13 @@ def modulated_input(block: nn.Module, stack: StackSpec, args: Any, kwargs: Any) 
             eager.forward(*args, **kwargs)
         except _Seen as seen:
             return seen.tensor
-    raise HostError(f"{type(block).__name__} ran without calling its {attention!r}; describe its attention first")
+    raise AdapterError(f"{type(block).__name__} ran without calling its {attention!r}; describe its attention first")
 
 
-class _Block(StandIn):
+class _Block(Proxy):
     """One block of the span or in front of it."""
 
-    def __init__(self, original: nn.Module, stack: StackSpec, position: int, site: SpanSite) -> None:
+    def __init__(self, original: nn.Module, stack: BlockStack, position: int, site: SpanSite) -> None:
         super().__init__(original)
         self.stack, self.position = stack, position
         self.__dict__["site"] = site
@@ -75,12 +75,12 @@ class SpanSite(Site):
     """
 
     def __init__(
-        self, model: nn.Module, host: HostSpec | None, feature: Feature, verified: Callable[[Tensor, Tensor], None]
+        self, model: nn.Module, host: ModelAdapter | None, feature: Feature, verified: Callable[[Tensor, Tensor], None]
     ) -> None:
         if host is None:
             models.require_stacks(model)
         self._model, self._host, self._feature, self._verified = model, host, feature, verified
-        self._stand_ins: dict[str, nn.ModuleList] = {}
+        self._proxies: dict[str, nn.ModuleList] = {}
         self._last = -1
         self._clear()
 
@@ -101,7 +101,7 @@ class SpanSite(Site):
         finally:
             self._clear()
 
-    def _places(self, stack: StackSpec) -> nn.ModuleList:
+    def _places(self, stack: BlockStack) -> nn.ModuleList:
         assert self._host is not None
         stacks = self._host.used(self._model)
         sizes = [len(s.blocks(self._model)) for s in stacks]
@@ -110,16 +110,16 @@ class SpanSite(Site):
                 f"front must be less than the {sizes[0]} blocks of {stacks[0].name!r}, got {self._feature.front}"
             )
         if self._feature.sees == "modulated" and stacks[0].modules is None:
-            raise HostError(
+            raise AdapterError(
                 f"the attention of {stacks[0].name!r} is not described for {type(self._model).__name__}; "
-                "register the family with StackSpec(..., modules=ModuleSpec(...))"
+                "register the family with BlockStack(..., modules=BlockModules(...))"
             )
         self._last = sum(sizes) - 1
-        if len(self._stand_ins.get(stack.name, ())) != len(stack.blocks(self._model)):
+        if len(self._proxies.get(stack.name, ())) != len(stack.blocks(self._model)):
             first = sum(sizes[: stacks.index(stack)])
             blocks = [_Block(b, stack, first + i, self) for i, b in enumerate(stack.blocks(self._model))]
-            self._stand_ins[stack.name] = nn.ModuleList(blocks)
-        return self._stand_ins[stack.name]
+            self._proxies[stack.name] = nn.ModuleList(blocks)
+        return self._proxies[stack.name]
 
     def block(self, block: _Block, args: Any, kwargs: Any) -> Any:
         """What happens in the place of one block."""
@@ -164,7 +164,7 @@ class SpanSite(Site):
                 self._memory.record("encoder", encoder)
         return output
 
-    def _joined(self, stack: StackSpec) -> Tensor:
+    def _joined(self, stack: BlockStack) -> Tensor:
         """What entered the span, in the form in which the last stack carries it."""
         assert self._host is not None
         assert self._entry is not None
@@ -185,8 +185,8 @@ class SpanSite(Site):
         return answer(block.stack, self._joined(block.stack) + new if self._feature.change else new, args, kwargs)
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
-        host = self._host or HostSpec(stacks=())
-        last = host.used(self._model)[-1] if host.stacks else StackSpec("")
+        host = self._host or ModelAdapter(stacks=())
+        last = host.used(self._model)[-1] if host.stacks else BlockStack("")
         tokens = image_tokens + last.joint * text_tokens
         if self._feature.verify:
             dual = "encoder" in last.returns and not last.joint

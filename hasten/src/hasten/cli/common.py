@@ -95,7 +95,7 @@ def _baseline(base: dict[str, Any], extra: list[str]) -> list[str]:
 def _caption(base: dict[str, Any], extra: list[str]) -> str:
     text = (
         "full: steps computed, mean; FLOPs (counted) and speed: times less than plain; share: speed over FLOPs; PSNR "
-        "(dB), SSIM, LPIPS and FLIP (0 is identical) against the plain sampler's picture; cache in KiB; top-1: drew "
+        "(dB), SSIM, LPIPS and FLIP (0 is identical) against the plain sampler's image; cache in KiB; top-1: drew "
         "what the prompt names"
     )
     if "psnr_unedited" in extra:
@@ -107,7 +107,7 @@ def _caption(base: dict[str, Any], extra: list[str]) -> str:
 
 
 def _bench_table(result: dict[str, Any]) -> Table:
-    """The figures of a bench result, one section for each number of full steps, best PSNR first."""
+    """The figures of a bench result, one section for each number of computed steps, best PSNR first."""
     table = Table(
         title=f"{result['model']}: {len(result['settings']['prompts'])} prompts, medians",
         title_justify="left",
@@ -123,7 +123,7 @@ def _bench_table(result: dict[str, Any]) -> Table:
     table.add_row(*_baseline(result["baseline"], extra))
     for count in sorted({count for row in measured for count in row["groups"]}, reverse=True):
         table.add_section()
-        table.add_row(f"[bold]{count} full steps[/bold]")
+        table.add_row(f"[bold]{count} computed steps[/bold]")
         group = [row for row in measured if count in row["groups"]]
         for row in sorted(group, key=lambda row: math.inf if row["psnr"] is None else row["psnr"], reverse=True):
             table.add_row(*_row(row, extra))
@@ -139,5 +139,7 @@ def show_result(result: dict[str, Any]) -> None:
         if row["error"]:
             name = short_label(row["method"]) if row["library"] == "hasten" else f"{row['library']} {row['method']}"
             console.print(
-                Text.assemble((f"not measured: {name}, {row['full_steps']} full steps: ", "yellow"), row["error"])
+                Text.assemble(
+                    (f"not measured: {name}, {row['computed_steps']} computed steps: ", "yellow"), row["error"]
+                )
             )

@@ -87,11 +87,11 @@ def calibrate(
 
 def tune(
     model: ModelName = "emoji-flux",
-    full_steps: Annotated[str, typer.Option(help="Numbers of computed steps.")] = "12,9,7",
+    computed_steps: Annotated[str, typer.Option(help="Numbers of computed steps.")] = "12,9,7",
     max_error: Annotated[
         float | None,
         typer.Option(
-            help="Instead of a number: the largest root mean squared error of a picture, 0 to 1 (0.01 is 40 dB)."
+            help="Instead of a number: the largest root mean squared error of a image, 0 to 1 (0.01 is 40 dB)."
         ),
     ] = None,
     methods: Annotated[
@@ -113,17 +113,17 @@ def tune(
     device: Device = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files.")] = Path("calibrations"),
 ) -> None:
-    """Find the best picture that a budget can buy on a model: learn, compare on other prompts, say what to take.
+    """Find the best image that a budget can buy on a model: learn, compare on other prompts, say what to take.
 
     Learns LEAP (a scheduler with learned times and coefficients), gives its times to the caches, and measures all of
     them against the plain samplers. Started again with the same options, it goes on where it was cut short.
 
-    Example: hasten tune --model emoji-flux --full-steps 9
+    Example: hasten tune --model emoji-flux --computed-steps 9
     """
     from hasten.bench.tune import TuneSettings, run_tune
 
     settings = TuneSettings(
-        full_steps=tuple(numbers(full_steps, "--full-steps")),
+        computed_steps=tuple(numbers(computed_steps, "--computed-steps")),
         max_error=max_error,
         methods=tuple(names(methods)),
         search=search,

@@ -92,11 +92,11 @@ def common(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures, the figures and the report.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the images, the figures and the report.")] = Path("out/demo"),
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 6,
-    full_steps: Annotated[str, typer.Option(help="How many of the steps are computed.")] = "9",
+    computed_steps: Annotated[str, typer.Option(help="How many of the steps are computed.")] = "9",
     seed: Seed = 0,
-    model: Annotated[str, typer.Option(help="A reference model: pictures, edits or clips.")] = "emoji-flux",
+    model: Annotated[str, typer.Option(help="A reference model: images, edits or clips.")] = "emoji-flux",
     steps: Annotated[int, typer.Option(min=2, help="Steps of the plain sampler.")] = 50,
     video: Annotated[
         Path | None,
@@ -113,10 +113,10 @@ def demo(
     from hasten.bench.runner import BenchSettings
     from hasten.bench.sheet import bench_sheet
 
-    counts = numbers(full_steps, "--full-steps")
+    counts = numbers(computed_steps, "--computed-steps")
     result_file = out / "result.json"
     settings = BenchSettings(
-        methods=DEMOS.get(model, DEMO), full_steps=tuple(counts), prompts=prompts, seed=seed, steps=steps
+        methods=DEMOS.get(model, DEMO), computed_steps=tuple(counts), prompts=prompts, seed=seed, steps=steps
     )
     result = _bench(model, settings, result_file)
     show_result(result)
@@ -160,7 +160,7 @@ def bench(
             "told otherwise."
         ),
     ] = CACHES,
-    full_steps: Annotated[
+    computed_steps: Annotated[
         str, typer.Option(help="How many steps are computed; each method takes the schedule of its kind with so many.")
     ] = "12,9,7",
     prompts: Annotated[int, typer.Option(help="How many prompts.")] = 16,
@@ -183,16 +183,17 @@ def bench(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda.")] = None,
     peers: Annotated[
-        bool, typer.Option("--peers", help="Also cache-dit, diffusers' caches and hicache-pp, at as many full steps.")
+        bool,
+        typer.Option("--peers", help="Also cache-dit, diffusers' caches and hicache-pp, at as many computed steps."),
     ] = False,
     only_peers: Annotated[
         str, typer.Option(help="Names of the peers to measure with --peers, with commas; all of them by default.")
     ] = "",
     image: Annotated[
         Path | None,
-        typer.Option(help="Own source picture for an editing pipeline.", exists=True, dir_okay=False),
+        typer.Option(help="Own source image for an editing pipeline.", exists=True, dir_okay=False),
     ] = None,
-    json_file: Annotated[Path, typer.Option("--json", help="Where the figures go; pictures go beside it.")] = Path(
+    json_file: Annotated[Path, typer.Option("--json", help="Where the figures go; images go beside it.")] = Path(
         "out/bench.json"
     ),
 ) -> None:
@@ -204,7 +205,7 @@ def bench(
 
     On a streaming model --prompts are worlds, and the reference is the whole history.
 
-    Example: hasten bench --model emoji-flux --methods reuse,taylorseer,hicache --full-steps 12,9,7 --prompts 16
+    Example: hasten bench --model emoji-flux --methods reuse,taylorseer,hicache --computed-steps 12,9,7 --prompts 16
         --seed 0 --json out.json
     """
     from hasten.bench import subject
@@ -219,7 +220,7 @@ def bench(
     own = own_prompts(prompts_file)
     settings = BenchSettings(
         methods=tuple(names(methods)),
-        full_steps=tuple(numbers(full_steps, "--full-steps")),
+        computed_steps=tuple(numbers(computed_steps, "--computed-steps")),
         prompts=prompts,
         prompt_list=own,
         seed=seed,
@@ -248,7 +249,7 @@ def report(
     result: Annotated[Path, typer.Argument(help="A JSON file that `hasten bench` wrote.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The HTML file; beside the JSON by default.")] = None,
 ) -> None:
-    """Make one self-contained HTML file of a result: table, curves and pictures side by side."""
+    """Make one self-contained HTML file of a result: table, curves and images side by side."""
     from hasten.bench.report import render_report
 
     console.print(f"report: [bold]{render_report(result, out or result.with_suffix('.html'))}[/bold]")

@@ -55,7 +55,7 @@ def read_codebook(path: Path, name: str | None = None) -> NDArray[Any]:
 
 
 def load_decoder(name: str) -> Decode:
-    """The function `module:function` that draws tokens as pictures `[n, H, W, 3]` in [0, 1].
+    """The function `module:function` that draws tokens as images `[n, H, W, 3]` in [0, 1].
 
     For `inspect` it gets tokens `[n]`, each to be drawn alone; for `sample` the tokens `[n, L]` of images.
 
@@ -112,7 +112,7 @@ def fit(
 def inspect(
     tree: TreeFile,
     k: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "",
-    plots: Annotated[Path | None, typer.Option(help="Folder for pictures of the tree and the sizes.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for images of the tree and the sizes.")] = None,
     decoder: Annotated[
         str | None, typer.Option(help="module:function that draws tokens; adds swatches of each cut to --plots.")
     ] = None,
@@ -292,7 +292,7 @@ def sample(
     """
     import torch
 
-    from hasten.bench.token_plots import plot_pictures
+    from hasten.bench.token_plots import plot_images
     from hasten.tokens.members import MemberSampler
     from hasten.tokens.refiner import Refiner
     from hasten.tokens.replace import open_model
@@ -324,4 +324,4 @@ def sample(
     console.print(f"{len(wanted)} images of {length} tokens: [bold]{out}[/bold]")
     if decode is not None:
         rows = {f"class {c}": decode(drawn[wanted.numpy() == c]) for c in wanted.unique().tolist()}
-        console.print(f"pictures: [bold]{plot_pictures(rows, out.with_suffix('.png'))}[/bold]")
+        console.print(f"images: [bold]{plot_images(rows, out.with_suffix('.png'))}[/bold]")

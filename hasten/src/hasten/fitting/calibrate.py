@@ -68,7 +68,7 @@ class Tape:
             shapes = {run[pass_name, slot].shape if (pass_name, slot) in run else None for run in self.runs}
             if len(shapes) > 1:
                 raise CalibrationError(
-                    f"the calls differ in steps, passes or picture size (features of {slot!r}: "
+                    f"the calls differ in steps, passes or image size (features of {slot!r}: "
                     f"{', '.join(str(None if s is None else tuple(s)) for s in shapes)}); make them alike"
                 )
             features.setdefault(pass_name, {})[slot] = torch.stack([run[pass_name, slot] for run in self.runs])

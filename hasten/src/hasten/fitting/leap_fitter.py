@@ -54,7 +54,7 @@ class _Probe(SchedulerMixin, ConfigMixin):
     the place of the noise that it drew, the second shows what the pipeline makes of the model's answer to it.
 
     A pipeline's `latents` argument would do the same, but not every pipeline takes there what it hands to its
-    scheduler, and one that is given latents draws other random numbers for the rest (encoded pictures).
+    scheduler, and one that is given latents draws other random numbers for the rest (encoded images).
     """
 
     config_name = "scheduler_config.json"
@@ -146,7 +146,7 @@ class Fitter:
         self.references = references
         self._best: Leap | None = None
         self.dtype = torch.float32  # of the model's outputs, known after the first evaluation
-        self.evaluations = 0  # of the model's step, a picture each
+        self.evaluations = 0  # of the model's step, a image each
 
     @contextmanager
     def probing(self) -> Iterator[Fitter]:
@@ -183,7 +183,7 @@ class Fitter:
     def shift_mu(self) -> float | None:
         """The resolution-dependent shift that the pipeline gives its scheduler, if it depends on nothing else.
 
-        FLUX.2's depends on the number of steps too, and tells nothing of the picture's size then.
+        FLUX.2's depends on the number of steps too, and tells nothing of the image's size then.
         """
         references = self.references
         self._evaluate(0, references.states[0][0], references.timesteps[0], references.sigmas[0])

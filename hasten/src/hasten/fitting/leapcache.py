@@ -1,6 +1,6 @@
 """The fit of `leapcache`: weights at a cache's site, learned on the accelerated sampler's own path.
 
-The features of the full steps depend on all weights before them, so the fit is repeated: sample with the weights so
+The features of the computed steps depend on all weights before them, so the fit is repeated: sample with the weights so
 far, keep the features that were computed, solve for all weights.
 """
 
@@ -36,17 +36,17 @@ def fit_leapcache(
     tokens: int = 4096,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Calibration:
-    """Learn the weights of `leapcache` for lists of full steps.
+    """Learn the weights of `leapcache` for lists of computed steps.
 
     Args:
         pipe: a pipeline that returns latents with `output_type="latent"`.
         calls: arguments of its calls with generators or latents, as for `fit_leap`.
-        lists: full steps, such as `hasten.tune_steps` found; at most one list of each length.
+        lists: computed steps, such as `hasten.tune_steps` found; at most one list of each length.
         sweeps: how often to sample and solve.
-        window: how many newest full steps a forecast uses, and are held in memory.
+        window: how many newest computed steps a forecast uses, and are held in memory.
         ridge: pull towards reuse.
         tokens: how many tokens of a call's feature are looked at.
-        progress: called with (full steps, sweeps so far, relative squared error of the final latents).
+        progress: called with (computed steps, sweeps so far, relative squared error of the final latents).
 
     Raises:
         CalibrationError: if there are no calls.
@@ -67,7 +67,9 @@ def fit_leapcache(
     for given in lists:
         steps = tuple(int(step) for step in given)
         if steps[:1] != (0,) or list(steps) != sorted(set(steps)) or steps[-1] >= total or len(steps) == total:
-            raise ConfigError(f"a list of full steps increases from 0 to {total - 1} and leaves some out, got {steps}")
+            raise ConfigError(
+                f"a list of computed steps increases from 0 to {total - 1} and leaves some out, got {steps}"
+            )
         goal = {name: slots["hidden"] for name, slots in trace.features.items()}
         known = {name: features[:, list(steps)] for name, features in goal.items()}
         best, errors = None, []
@@ -96,7 +98,7 @@ def _calibration(tables: Mapping[str, Tensor], steps: Steps, fingerprint: Finger
 def _sample(
     pipe: Any, replay: Replay, method: LeapCache, finals: Sequence[Tensor], tokens: int
 ) -> tuple[dict[str, Tensor], float]:
-    """Features of the full steps by pass, `[S, n, ...]`, and the relative squared error of the final latents."""
+    """Features of the computed steps by pass, `[S, n, ...]`, and the relative squared error of the final latents."""
     tape, error, size = Tape(tokens), 0.0, 0.0
     with accelerate(pipe, method) as run:
         (engine,) = run.engines.values()

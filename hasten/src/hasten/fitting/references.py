@@ -24,7 +24,7 @@ class References:
     """Trajectories of the plain sampler.
 
     Attributes:
-        states: for each call `[T + 1, B, ...]`, from noise to picture, in the variables in which the sampler is linear.
+        states: for each call `[T + 1, B, ...]`, from noise to image, in the variables in which the sampler is linear.
         timesteps: `[T]`.
         sigmas: `[T + 1]`, the last one 0.
         mu: the resolution-dependent shift that the pipeline used, if any.
@@ -46,7 +46,7 @@ class References:
 
     @property
     def prompts(self) -> int:
-        """How many pictures there are."""
+        """How many images there are."""
         return sum(path.shape[1] for path in self.states)
 
     def sigma_at(self, timestep: float) -> float:

@@ -1,4 +1,4 @@
-"""Joint refinement of a LEAP solver on the error of the final picture, by Gauss-Newton steps without gradients.
+"""Joint refinement of a LEAP solver on the error of the final image, by Gauss-Newton steps without gradients.
 
 The closed form brings every state near to the reference's, but only the last one is seen. So all coefficients and all
 times are moved together: with `x_T(theta)` the final states of the training batch,
@@ -7,7 +7,7 @@ times are moved together: with `x_T(theta)` the final states of the training bat
 
 (Levenberg and Marquardt). The columns of `J` for the last row are the velocities themselves; the others come from
 finite differences: one parameter is moved, and the evaluations that follow it are made again. That is about `n^3 / 6`
-evaluations a picture and round, from outside, so any pipeline will do.
+evaluations a image and round, from outside, so any pipeline will do.
 """
 
 from __future__ import annotations

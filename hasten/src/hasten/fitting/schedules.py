@@ -1,4 +1,4 @@
-"""`tune_steps`: find out where a model is best evaluated, for a number of full steps."""
+"""`tune_steps`: find out where a model is best evaluated, for a number of computed steps."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def tune_steps(
     target: Any,
     method: str | CachingMethod,
     calls: Sequence[Mapping[str, Any]],
-    full_steps: Sequence[int],
+    computed_steps: Sequence[int],
     *,
     trials: int = 80,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Search the lists of full steps with which a caching method stays nearest to the plain sampler.
+    """Search the lists of computed steps with which a caching method stays nearest to the plain sampler.
 
     Where to evaluate is worth more than the formula of the forecast: the usual schedules leave the end, where detail
     forms, to extrapolation. A list that was found with one method serves the others as well.
@@ -46,17 +46,17 @@ def tune_steps(
         method: the method to search with; `"foca"` is a good choice.
         calls: arguments of the pipeline's calls, each with a `generator` or `latents` of its own so that it can be
             repeated. Give batches (a list of prompts and of generators): each trial runs all calls.
-        full_steps: the numbers of full steps to find lists for.
+        computed_steps: the numbers of computed steps to find lists for.
         trials: lists to look at for each number.
         seed: of the search.
-        progress: called with (number of full steps, trials so far, trials, best loss).
+        progress: called with (number of computed steps, trials so far, trials, best loss).
 
     Returns:
         a calibration for the parameter `tuned` of any caching method.
 
     Raises:
         CalibrationError: if a call does not give the same result twice.
-        ConfigError: if a number of full steps does not fit the run.
+        ConfigError: if a number of computed steps does not fit the run.
     """
     if not calls:
         raise CalibrationError("there is nothing to tune on: give at least one call")
@@ -82,9 +82,9 @@ def tune_steps(
         return float(torch.stack(errors).mean()) / scale
 
     tensors, report = {}, {}
-    for count in full_steps:
+    for count in computed_steps:
         if not 2 <= count < total:
-            raise ConfigError(f"full steps must be at least 2 and fewer than the {total} of the run, got {count}")
+            raise ConfigError(f"computed steps must be at least 2 and fewer than the {total} of the run, got {count}")
 
         def tick(done: int, most: int, best: float, count: int = count) -> None:
             if progress is not None:

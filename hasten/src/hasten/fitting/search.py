@@ -1,6 +1,6 @@
 """Search of the steps at which a model is evaluated: local moves from a start, each tried once.
 
-The error of a picture is a jagged function of the steps, without gradients, and each look at it costs a sampling. Few
+The error of a image is a non-smooth function of the steps, without gradients, and each look at it costs a sampling. Few
 moves of one or two steps from an even spread find what matters: where the trajectory bends.
 """
 
@@ -77,10 +77,10 @@ def search_steps(
     seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Search:
-    """Improve a list of full steps by local moves until none helps or the trials are used up.
+    """Improve a list of computed steps by local moves until none helps or the trials are used up.
 
     Args:
-        start: full steps to start from; the first is 0.
+        start: computed steps to start from; the first is 0.
         total: steps of the sampler.
         loss: what to make small; called once for each list.
         trials: most lists to look at, the start included.

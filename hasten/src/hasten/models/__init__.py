@@ -3,18 +3,18 @@
 from hasten.models import flux as _flux  # noqa: F401  (these three register the families)
 from hasten.models import image as _image  # noqa: F401
 from hasten.models import video as _video  # noqa: F401
-from hasten.models.adapter import HostSpec, LayoutKind, ModuleSpec, StackSpec
+from hasten.models.adapter import BlockModules, BlockStack, LayoutKind, ModelAdapter
 from hasten.models.layout import TokenLayout, layout_of
 from hasten.models.probe import require_stacks, root_arguments, trace
-from hasten.models.proxy import StandIn
+from hasten.models.proxy import Proxy
 from hasten.models.registry import find, register, registered
 
 __all__ = [
-    "HostSpec",
+    "BlockModules",
+    "BlockStack",
     "LayoutKind",
-    "ModuleSpec",
-    "StackSpec",
-    "StandIn",
+    "ModelAdapter",
+    "Proxy",
     "TokenLayout",
     "find",
     "layout_of",

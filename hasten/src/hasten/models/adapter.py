@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from hasten.errors import HostError, unknown
+from hasten.errors import AdapterError, unknown
 
-__all__ = ["HostSpec", "LayoutKind", "ModuleSpec", "StackSpec"]
+__all__ = ["BlockModules", "BlockStack", "LayoutKind", "ModelAdapter"]
 
 Stream = Literal["encoder", "hidden"]
 Tokens = Literal["image", "text", "joint"]
@@ -21,7 +21,7 @@ LayoutKind = Literal["latent", "frames", "history", "ids", "shapes", "sizes", "l
 
 
 @dataclass(frozen=True)
-class ModuleSpec:
+class BlockModules:
     """What the module site does inside one block.
 
     Submodules that a block lacks (a last block often lacks some) are passed over.
@@ -29,7 +29,7 @@ class ModuleSpec:
     Attributes:
         forecast: submodules whose outputs are forecast, each with the tokens that its output tensors cover: one entry
             for a plain tensor, several for a tuple or for a submodule that runs more than once in a block.
-        skip: submodules whose outputs feed only forecast ones, so that a cached step need not run them.
+        skip: submodules whose outputs feed only forecast ones, so that a skipped step need not run them.
     """
 
     forecast: tuple[tuple[str, tuple[Tokens, ...]], ...]
@@ -37,7 +37,7 @@ class ModuleSpec:
 
 
 @dataclass(frozen=True)
-class StackSpec:
+class BlockStack:
     """One list of blocks.
 
     Attributes:
@@ -54,7 +54,7 @@ class StackSpec:
     hidden: str = "hidden_states"
     encoder: str | None = "encoder_hidden_states"
     joint: bool = False
-    modules: ModuleSpec | None = None
+    modules: BlockModules | None = None
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The list of blocks of `model`."""
@@ -64,26 +64,26 @@ class StackSpec:
 
 
 @dataclass(frozen=True)
-class HostSpec:
+class ModelAdapter:
     """One family of transformers.
 
     Attributes:
         stacks: in the order in which the transformer runs them. The image tokens that leave the last non-empty one go
             to the final norm and projection.
         timestep: name of the transformer's timestep argument.
-        hidden: name of the transformer's argument whose shape identifies the picture's size.
+        hidden: name of the transformer's argument whose shape identifies the image's size.
         width: name of the attribute (of the model or its config) with the width of the image tokens, for estimates;
             without one, heads times head width is tried.
-        layout: which arguments of the transformer tell where the tokens of the picture lie, or None if that is unknown:
+        layout: which arguments of the transformer tell where the tokens of the image lie, or None if that is unknown:
             `"latent"` (latents `[B, C, H, W]` or `[B, C, T, H, W]`), `"frames"` (`[B, T, C, H, W]`), `"history"` (as
             latent, after latents of the clip so far), `"ids"` (`img_ids`), `"shapes"` (`img_shapes`), `"sizes"`
-            (`num_frames`, `height`, `width` or `video_coords`) or `"list"` (a latent `[C, T, H, W]` for each picture).
+            (`num_frames`, `height`, `width` or `video_coords`) or `"list"` (a latent `[C, T, H, W]` for each image).
 
     Raises:
         UnknownNameError: for a layout of another name.
     """
 
-    stacks: tuple[StackSpec, ...]
+    stacks: tuple[BlockStack, ...]
     timestep: str = "timestep"
     hidden: str = "hidden_states"
     width: str = "inner_dim"
@@ -93,7 +93,7 @@ class HostSpec:
         if self.layout is not None and self.layout not in get_args(LayoutKind):
             raise unknown("layout", self.layout, get_args(LayoutKind))
 
-    def used(self, model: nn.Module) -> list[StackSpec]:
+    def used(self, model: nn.Module) -> list[BlockStack]:
         """The stacks of this model that have blocks (a family may allow an empty one)."""
         return [stack for stack in self.stacks if len(stack.blocks(model))]
 
@@ -106,8 +106,8 @@ class HostSpec:
                 return int(value)
         heads, head_width = getattr(config, "num_attention_heads", None), getattr(config, "attention_head_dim", None)
         if heads is None or head_width is None:
-            raise HostError(
+            raise AdapterError(
                 f"cannot tell the width of {type(model).__name__}: it has no {self.width!r}; "
-                "name the right attribute with HostSpec(width=...)"
+                "name the right attribute with ModelAdapter(width=...)"
             )
         return int(heads * head_width)

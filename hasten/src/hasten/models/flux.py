@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from hasten.models.adapter import HostSpec, ModuleSpec, StackSpec
+from hasten.models.adapter import BlockModules, BlockStack, ModelAdapter
 from hasten.models.registry import register
 
-DOUBLE = StackSpec(
+DOUBLE = BlockStack(
     "transformer_blocks",
-    modules=ModuleSpec(forecast=(("attn", ("image", "text")), ("ff", ("image",)), ("ff_context", ("text",)))),
+    modules=BlockModules(forecast=(("attn", ("image", "text")), ("ff", ("image",)), ("ff_context", ("text",)))),
 )
 # One pre-gate output; attention and the first half of the MLP only feed it.
-SINGLE_OUTPUT = ModuleSpec(forecast=(("proj_out", ("joint",)),), skip=("attn", "proj_mlp", "act_mlp"))
+SINGLE_OUTPUT = BlockModules(forecast=(("proj_out", ("joint",)),), skip=("attn", "proj_mlp", "act_mlp"))
 
 FLUX = register(
     "FluxTransformer2DModel",
-    HostSpec(stacks=(DOUBLE, StackSpec("single_transformer_blocks", modules=SINGLE_OUTPUT)), layout="ids"),
+    ModelAdapter(stacks=(DOUBLE, BlockStack("single_transformer_blocks", modules=SINGLE_OUTPUT)), layout="ids"),
 )
 
 # From here on the single blocks see text and image tokens in one sequence; the hidden site forecasts all of it.
 FLUX2 = register(
     "Flux2Transformer2DModel",
-    HostSpec(
+    ModelAdapter(
         stacks=(
             DOUBLE,
-            StackSpec(
+            BlockStack(
                 "single_transformer_blocks",
                 returns=("hidden",),
                 encoder=None,
                 joint=True,
-                modules=ModuleSpec(forecast=(("attn", ("joint",)),)),
+                modules=BlockModules(forecast=(("attn", ("joint",)),)),
             ),
         ),
         layout="ids",
@@ -37,10 +37,10 @@ FLUX2 = register(
 
 CHROMA = register(
     "ChromaTransformer2DModel",
-    HostSpec(
+    ModelAdapter(
         stacks=(
             DOUBLE,
-            StackSpec(
+            BlockStack(
                 "single_transformer_blocks", returns=("hidden",), encoder=None, joint=True, modules=SINGLE_OUTPUT
             ),
         ),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from hasten.models.adapter import HostSpec, ModuleSpec, StackSpec
+from hasten.models.adapter import BlockModules, BlockStack, ModelAdapter
 from hasten.models.registry import register
 
 QWEN_IMAGE = register(
     "QwenImageTransformer2DModel",
-    HostSpec(
+    ModelAdapter(
         stacks=(
-            StackSpec(
+            BlockStack(
                 "transformer_blocks",
-                modules=ModuleSpec(
+                modules=BlockModules(
                     forecast=(("attn", ("image", "text")), ("img_mlp", ("image",)), ("txt_mlp", ("text",))),
                 ),
             ),
@@ -23,11 +23,11 @@ QWEN_IMAGE = register(
 # The last block returns no text, and has no feed-forward network for it.
 SD3 = register(
     "SD3Transformer2DModel",
-    HostSpec(
+    ModelAdapter(
         stacks=(
-            StackSpec(
+            BlockStack(
                 "transformer_blocks",
-                modules=ModuleSpec(
+                modules=BlockModules(
                     forecast=(
                         ("attn", ("image", "text")),
                         ("attn2", ("image",)),
@@ -43,41 +43,41 @@ SD3 = register(
 
 DIT = register(
     "DiTTransformer2DModel",
-    HostSpec(
+    ModelAdapter(
         stacks=(
-            StackSpec(
+            BlockStack(
                 "transformer_blocks",
                 returns=("hidden",),
                 encoder=None,
-                modules=ModuleSpec(forecast=(("attn1", ("image",)), ("ff", ("image",)))),
+                modules=BlockModules(forecast=(("attn1", ("image",)), ("ff", ("image",)))),
             ),
         ),
         layout="latent",
     ),
 )
 
-CROSS_ATTENTION = StackSpec(
+CROSS_ATTENTION = BlockStack(
     "transformer_blocks",
     returns=("hidden",),
-    modules=ModuleSpec(forecast=(("attn1", ("image",)), ("attn2", ("image",)), ("ff", ("image",)))),
+    modules=BlockModules(forecast=(("attn1", ("image",)), ("attn2", ("image",)), ("ff", ("image",)))),
 )
 
-PIXART = register("PixArtTransformer2DModel", HostSpec(stacks=(CROSS_ATTENTION,), layout="latent"))
+PIXART = register("PixArtTransformer2DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="latent"))
 
-SANA = register("SanaTransformer2DModel", HostSpec(stacks=(CROSS_ATTENTION,), layout="latent"))
+SANA = register("SanaTransformer2DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="latent"))
 
 # The refiners before `layers` are small and prepare the text and image tokens: they run on every step.
 Z_IMAGE = register(
     "ZImageTransformer2DModel",
-    HostSpec(
+    ModelAdapter(
         stacks=(
-            StackSpec(
+            BlockStack(
                 "layers",
                 returns=("hidden",),
                 hidden="x",
                 encoder=None,
                 joint=True,
-                modules=ModuleSpec(forecast=(("attention", ("joint",)), ("feed_forward", ("joint",)))),
+                modules=BlockModules(forecast=(("attention", ("joint",)), ("feed_forward", ("joint",)))),
             ),
         ),
         timestep="t",
@@ -90,12 +90,12 @@ Z_IMAGE = register(
 # One feed-forward network serves both streams: image tokens first, then text.
 COGVIEW4 = register(
     "CogView4Transformer2DModel",
-    HostSpec(
+    ModelAdapter(
         stacks=(
-            StackSpec(
+            BlockStack(
                 "transformer_blocks",
                 returns=("hidden", "encoder"),
-                modules=ModuleSpec(forecast=(("attn1", ("image", "text")), ("ff", ("image", "text")))),
+                modules=BlockModules(forecast=(("attn1", ("image", "text")), ("ff", ("image", "text")))),
             ),
         ),
         layout="latent",

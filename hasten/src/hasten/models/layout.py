@@ -1,10 +1,10 @@
-"""Where the tokens of the picture lie in the tensor that the hidden site records.
+"""Where the tokens of the image lie in the tensor that the hidden site records.
 
-Each family tells it in one of a few ways, and `HostSpec.layout` says in which. Most of them read shapes and plain
+Each family tells it in one of a few ways, and `ModelAdapter.layout` says in which. Most of them read shapes and plain
 numbers, which takes microseconds. `"ids"`, and `"sizes"` with coordinates, read a tensor of positions that lies on the
 model's device: one copy to the host, and so one wait for the device. Call `layout_of` once a run, not once a step.
 
-Shape legend: `B` pictures, `N` tokens, `A` axes of a grid.
+Shape legend: `B` images, `N` tokens, `A` axes of a grid.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from hasten.errors import HostError
-from hasten.models.adapter import HostSpec, LayoutKind
+from hasten.errors import AdapterError
+from hasten.models.adapter import LayoutKind, ModelAdapter
 
 __all__ = ["TokenLayout", "layout_of"]
 
@@ -29,19 +29,19 @@ Positions = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where the tokens of the picture (or clip) that is being made lie.
+    """Where the tokens of the image (or clip) that is being made lie.
 
     Attributes:
         grid: (H, W) or (T, H, W) in tokens, row-major: the last axis moves fastest.
-        offset: index of the first of them. Text may come before; text, padding and reference pictures may come after.
+        offset: index of the first of them. Text may come before; text, padding and reference images may come after.
     """
 
     grid: tuple[int, ...]
     offset: int = 0
 
 
-def layout_of(model: Any, host: HostSpec | None, arguments: Arguments) -> TokenLayout:
-    """Where the tokens of the picture lie in one forward of a transformer.
+def layout_of(model: Any, host: ModelAdapter | None, arguments: Arguments) -> TokenLayout:
+    """Where the tokens of the image lie in one forward of a transformer.
 
     Args:
         model: the transformer.
@@ -49,13 +49,13 @@ def layout_of(model: Any, host: HostSpec | None, arguments: Arguments) -> TokenL
         arguments: of the forward, by name.
 
     Raises:
-        HostError: if the entry does not say how to find them, or the arguments do not describe one grid.
+        AdapterError: if the entry does not say how to find them, or the arguments do not describe one grid.
     """
     name = type(model).__name__
     if host is None or host.layout is None:
-        raise HostError(
-            f"it is not known where the tokens of the picture lie in {name}; say how to find them with "
-            f"hasten.models.register({name!r}, HostSpec(..., layout=...)), layout being one of {', '.join(_READERS)}"
+        raise AdapterError(
+            f"it is not known where the tokens of the image lie in {name}; say how to find them with "
+            f"hasten.models.register({name!r}, ModelAdapter(..., layout=...)), layout being one of {', '.join(_READERS)}"
         )
     return _READERS[host.layout](model, host, arguments)
 
@@ -63,8 +63,8 @@ def layout_of(model: Any, host: HostSpec | None, arguments: Arguments) -> TokenL
 def _argument(model: Any, arguments: Arguments, name: str) -> Any:
     value = arguments.get(name)
     if value is None:
-        raise HostError(
-            f"{type(model).__name__} was called without {name!r}, which says where the tokens of the picture lie; "
+        raise AdapterError(
+            f"{type(model).__name__} was called without {name!r}, which says where the tokens of the image lie; "
             "pass it as the pipelines of diffusers do"
         )
     return value
@@ -112,7 +112,7 @@ def _row_major(model: Any, coordinates: Positions) -> tuple[int, ...]:
         lines = [np.moveaxis(points[..., axis], axis, 0).reshape(sizes[axis], -1) for axis in range(axes)]
         if all((line == line[:, :1]).all() and _rises(line[:, 0]) for line in lines):
             return tuple(sizes)
-    raise HostError(
+    raise AdapterError(
         f"expected the positions given to {type(model).__name__} to be a grid in row-major order, which they are not; "
         "use a method that does not split features by their place"
     )
@@ -123,19 +123,19 @@ def _rises(line: Positions) -> bool:
     return len(line) == 1 or bool((np.diff(line) >= 0).all() and line[-1] > line[0])
 
 
-def _from_latent(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayout:
+def _from_latent(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """Latents `[B, C, H, W]` or `[B, C, T, H, W]`."""
     sizes = _argument(model, arguments, host.hidden).shape[2:]
     return TokenLayout(_divided(sizes, _patch(model.config)))
 
 
-def _from_frames(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayout:
+def _from_frames(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """Latents `[B, T, C, H, W]`."""
     _, frames, _, height, width = _argument(model, arguments, host.hidden).shape
     return TokenLayout(_divided((frames, height, width), _patch(model.config)))
 
 
-def _from_history(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayout:
+def _from_history(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """Latents `[B, C, T, H, W]` after those of the clip so far, in coarser patches the older they are."""
     before = 0
     for name, patch in (("clean", (1, 2, 2)), ("history_2x", (2, 4, 4)), ("history_4x", (4, 8, 8))):
@@ -145,30 +145,30 @@ def _from_history(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayo
     return TokenLayout(_from_latent(model, host, arguments).grid, before)
 
 
-def _from_ids(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayout:
-    """`img_ids` `[N, 3]`, `[N, 4]` or `[B, N, .]`: (picture, row, column, ...); picture 0 is the one that is made."""
+def _from_ids(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
+    """`img_ids` `[N, 3]`, `[N, 4]` or `[B, N, .]`: (image, row, column, ...); image 0 is the one that is made."""
     ids = _argument(model, arguments, "img_ids")
     ids = _on_host(ids[0] if ids.ndim == 3 else ids)
     own = np.flatnonzero(ids[:, 0] == 0)
     if not len(own) or int(own[-1] - own[0]) + 1 != len(own):
-        raise HostError(
-            f"expected img_ids of {type(model).__name__} that begin with 0 for the tokens of the picture that is made, "
-            f"which lie together, and with other numbers for reference pictures; {len(own)} of {len(ids)} begin with 0"
+        raise AdapterError(
+            f"expected img_ids of {type(model).__name__} that begin with 0 for the tokens of the image that is made, "
+            f"which lie together, and with other numbers for reference images; {len(own)} of {len(ids)} begin with 0"
         )
     first = int(own[0])
     text = len(_argument(model, arguments, "encoder_hidden_states")[0]) if host.used(model)[-1].joint else 0
     return TokenLayout(_row_major(model, ids[first : first + len(own), 1:3]), text + first)
 
 
-def _from_shapes(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayout:
-    """`img_shapes`: for each picture of the batch (T, H, W), or a list of such whose later ones are references."""
+def _from_shapes(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
+    """`img_shapes`: for each image of the batch (T, H, W), or a list of such whose later ones are references."""
     shapes = _argument(model, arguments, "img_shapes")
     own = [tuple(shape[0] if isinstance(shape[0], (tuple, list)) else shape) for shape in shapes]
     _require_one_size(model, own)
     return TokenLayout(_still(own[0]))
 
 
-def _from_sizes(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayout:
+def _from_sizes(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """`num_frames`, `height` and `width` in tokens, or `video_coords` `[B, 3, N]`, which go first.
 
     Frames that a clip is conditioned on come before it with coordinates of their own; the clip begins at the last token
@@ -182,13 +182,13 @@ def _from_sizes(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayout
     return TokenLayout(_row_major(model, coordinates[first:]), first)
 
 
-def _from_list(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayout:
-    """One latent `[C, T, H, W]` for each picture; the patch sizes come with the call."""
+def _from_list(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
+    """One latent `[C, T, H, W]` for each image; the patch sizes come with the call."""
     latents = _argument(model, arguments, host.hidden)
     if isinstance(latents[0], (list, tuple)):
-        raise HostError(
-            f"it is not known where the tokens of the picture lie when {type(model).__name__} is given several latents "
-            "for a picture; use a method that does not split features by their place"
+        raise AdapterError(
+            f"it is not known where the tokens of the image lie when {type(model).__name__} is given several latents "
+            "for a image; use a method that does not split features by their place"
         )
     sizes = [tuple(latent.shape[1:]) for latent in latents]
     _require_one_size(model, sizes)
@@ -198,13 +198,13 @@ def _from_list(model: Any, host: HostSpec, arguments: Arguments) -> TokenLayout:
 
 def _require_one_size(model: Any, sizes: Sequence[tuple[int, ...]]) -> None:
     if any(size != sizes[0] for size in sizes):
-        raise HostError(
-            f"expected pictures of one size in a batch of {type(model).__name__}, got {', '.join(map(str, sizes))}; "
+        raise AdapterError(
+            f"expected images of one size in a batch of {type(model).__name__}, got {', '.join(map(str, sizes))}; "
             "draw them one after another, or use a method that does not split features by their place"
         )
 
 
-_READERS: dict[LayoutKind, Callable[[Any, HostSpec, Arguments], TokenLayout]] = {
+_READERS: dict[LayoutKind, Callable[[Any, ModelAdapter, Arguments], TokenLayout]] = {
     "latent": _from_latent,
     "frames": _from_frames,
     "history": _from_history,

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hasten.errors import HostError
-from hasten.models.adapter import HostSpec, StackSpec, Stream
-from hasten.models.proxy import StandIn
+from hasten.errors import AdapterError
+from hasten.models.adapter import BlockStack, ModelAdapter, Stream
+from hasten.models.proxy import Proxy
 
 __all__ = ["candidate_stacks", "require_stacks", "root_arguments", "trace"]
 
@@ -26,7 +26,7 @@ _TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
 
 _REMEDY = (
     "Describe it with hasten.models.register({name!r}, "
-    "HostSpec(stacks=(StackSpec('<list of blocks>', returns=('hidden',)),)))."
+    "ModelAdapter(stacks=(BlockStack('<list of blocks>', returns=('hidden',)),)))."
 )
 
 
@@ -47,11 +47,11 @@ def candidate_stacks(model: nn.Module) -> list[str]:
 
 
 def require_stacks(model: nn.Module) -> list[str]:
-    """`candidate_stacks`, or a `HostError` if there are none."""
+    """`candidate_stacks`, or a `AdapterError` if there are none."""
     stacks = candidate_stacks(model)
     if not stacks:
         name = type(model).__name__
-        raise HostError(
+        raise AdapterError(
             f"{name} has no list of blocks that hasten knows how to skip "
             "(looked for direct children that are ModuleLists of "
             f"two or more blocks of one class whose first argument is one of {', '.join(_HIDDEN_NAMES)}). "
@@ -64,13 +64,13 @@ def root_arguments(model: nn.Module) -> tuple[str, str]:
     """Names of the transformer's (hidden, timestep) arguments.
 
     Raises:
-        HostError: if the forward has no argument that looks like a timestep.
+        AdapterError: if the forward has no argument that looks like a timestep.
     """
     parameters = _parameters(model.forward)
     timestep = next((p for p in _TIMESTEP_NAMES if p in parameters), None)
     if timestep is None or not parameters:
         known = ", ".join(_TIMESTEP_NAMES)
-        raise HostError(
+        raise AdapterError(
             f"{type(model).__name__}.forward({', '.join(parameters)}) has no timestep argument (looked for {known}). "
             + _REMEDY.format(name=type(model).__name__)
         )
@@ -78,7 +78,7 @@ def root_arguments(model: nn.Module) -> tuple[str, str]:
     return hidden, timestep
 
 
-class _Watch(StandIn):
+class _Watch(Proxy):
     """Stands in for one block while the forward is watched."""
 
     def __init__(self, block: nn.Module, stack: str, log: _Log) -> None:
@@ -113,14 +113,14 @@ class _Log:
         self.last = (stack, outputs)
 
 
-def trace(model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, HostSpec, Tensor]:
+def trace(model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ModelAdapter, Tensor]:
     """Run one full forward and learn the wiring from it.
 
     Returns:
-        the forward's own output, the `HostSpec`, and the image tokens that left the last stack.
+        the forward's own output, the `ModelAdapter`, and the image tokens that left the last stack.
 
     Raises:
-        HostError: if no list of blocks carries the image tokens through unchanged in shape.
+        AdapterError: if no list of blocks carries the image tokens through unchanged in shape.
     """
     name = type(model).__name__
     log = _Log()
@@ -142,12 +142,12 @@ def trace(model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any)
         returns: tuple[Stream, ...] = ("hidden",)
         if seen["size"] == 2:
             returns = ("hidden", "encoder") if index == 0 else ("encoder", "hidden")
-        specs.append(StackSpec(stack, returns=returns, hidden=seen["hidden"], encoder=seen["encoder"]))
+        specs.append(BlockStack(stack, returns=returns, hidden=seen["hidden"], encoder=seen["encoder"]))
     if not specs or log.last is None or specs[-1].name != log.last[0]:
-        raise HostError(
+        raise AdapterError(
             f"cannot tell how the blocks of {name} hand on the image tokens "
             f"(saw the lists {', '.join(log.stacks) or 'none'}). " + _REMEDY.format(name=name)
         )
     hidden, timestep = root_arguments(model)
-    spec = HostSpec(stacks=tuple(specs), hidden=hidden, timestep=timestep)
+    spec = ModelAdapter(stacks=tuple(specs), hidden=hidden, timestep=timestep)
     return output, spec, log.last[1][specs[-1].returns.index("hidden")]

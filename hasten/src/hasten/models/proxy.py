@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["StandIn"]
+__all__ = ["Proxy"]
 
 
-class StandIn(nn.Module):
-    """Base of the stand-ins: whatever it does not define itself, it takes from the module that it stands for.
+class Proxy(nn.Module):
+    """Base of the proxies: whatever it does not define itself, it takes from the module that it stands for.
 
-    Models read attributes of their submodules (an attention's processor, the norm of the first block), and a stand-in
+    Models read attributes of their submodules (an attention's processor, the norm of the first block), and a proxy
     must have them. The original is kept out of the module tree, so that it is not registered twice.
     """
 

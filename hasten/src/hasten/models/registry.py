@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from hasten.models.adapter import HostSpec
+from hasten.models.adapter import ModelAdapter
 
 __all__ = ["find", "register", "registered"]
 
-_HOSTS: dict[str, HostSpec] = {}
+_HOSTS: dict[str, ModelAdapter] = {}
 
 
-def register(class_name: str, spec: HostSpec) -> HostSpec:
+def register(class_name: str, spec: ModelAdapter) -> ModelAdapter:
     """Teach hasten the family of transformers whose class (or a base of it) is called `class_name`.
 
     A later registration of the same name replaces the earlier one.
@@ -20,12 +20,12 @@ def register(class_name: str, spec: HostSpec) -> HostSpec:
     return spec
 
 
-def registered() -> dict[str, HostSpec]:
+def registered() -> dict[str, ModelAdapter]:
     """The known families by class name."""
     return dict(_HOSTS)
 
 
-def find(model: nn.Module) -> HostSpec | None:
+def find(model: nn.Module) -> ModelAdapter | None:
     """The entry for a model, or None if its family is not known."""
     for cls in type(model).__mro__:
         if cls.__name__ in _HOSTS:

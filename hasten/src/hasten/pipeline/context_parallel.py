@@ -1,8 +1,8 @@
-"""Context parallelism of diffusers: the devices that share the tokens of one picture.
+"""Context parallelism of diffusers: the devices that share the tokens of one image.
 
 With `model.enable_parallelism(config=ContextParallelConfig(...))` each device holds a part of the tokens, so that a
 number measured on the features (a norm, a change) differs from device to device. Whatever decides by such a number has
-to sum it over these devices, and over these alone: the default group also holds devices that work on other pictures.
+to sum it over these devices, and over these alone: the default group also holds devices that work on other images.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ __all__ = ["group", "sum_over"]
 
 
 def group(model: nn.Module) -> dist.ProcessGroup | None:
-    """The devices that share the tokens of one picture, ring and Ulysses together; None without context parallelism."""
+    """The devices that share the tokens of one image, ring and Ulysses together; None without context parallelism."""
     config: Any = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
     mesh = getattr(config, "_flattened_mesh", None)
     return None if mesh is None else mesh.get_group()
 
 
 def sum_over(model: nn.Module, tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over the devices that share a picture; `tensor` itself without context parallelism.
+    """The sum of `tensor` over the devices that share a image; `tensor` itself without context parallelism.
 
     Every device gets the same bits, so that all of them decide alike. Collective: each device of the group has to call
     it, in the same order and with the same shape.

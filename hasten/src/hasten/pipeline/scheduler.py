@@ -42,7 +42,7 @@ def check_scheduler(scheduler: Any, name: str = "stages", *, multistep: bool = T
 
 
 def own_shift(scheduler: Any) -> float | None:
-    """The shift of the scheduler's noise levels, None where it depends on the size of the picture."""
+    """The shift of the scheduler's noise levels, None where it depends on the size of the image."""
     if scheduler.config.get("use_dynamic_shifting"):
         return None
     return float(scheduler.config.flow_shift if isinstance(scheduler, UniPCMultistepScheduler) else scheduler.shift)

@@ -47,7 +47,7 @@ class StepRecord:
 
     Attributes:
         timestep: the value that the transformer was called with, in the model's own unit.
-        full: True if the blocks ran, False if their result was forecast.
+        computed: True if the blocks ran, False if their result was forecast.
         reason: why, in words, such as `"warm-up"`, `"interval"` or `"forecast"`.
         ms: wall-clock milliseconds of the forward as seen by the host (asynchronous devices may still be computing).
         cache_bytes: bytes of features held after this forward, for all passes together.
@@ -58,7 +58,7 @@ class StepRecord:
     step: int
     pass_name: str
     timestep: float
-    full: bool
+    computed: bool
     reason: str
     ms: float
     cache_bytes: int
@@ -112,7 +112,7 @@ class StepTracker:
             timestep: the timestep argument as a number; only differences matter.
             shape: whatever identifies the shape of the image tokens; without a pipeline another shape is a new run.
             name: the pass, if the pipeline names it.
-            sample: `shape` of one picture of the batch; the passes of a step may differ in their batch, not in this.
+            sample: `shape` of one image of the batch; the passes of a step may differ in their batch, not in this.
         """
         first_step = self._starts_run(timestep, shape)
         if first_step:

@@ -20,7 +20,7 @@ FINE = 0.5  # radius of the spectrum, as a part of the largest one, from which o
 
 
 def motion(clean: Tensor) -> float:
-    """How far the picture moves from frame to frame, in latent pixels: one Lucas-Kanade vector for each pair.
+    """How far the image moves from frame to frame, in latent pixels: one Lucas-Kanade vector for each pair.
 
     Args:
         clean: estimate of the clean latents, `[B, C, T, H, W]`.
@@ -49,7 +49,7 @@ def motion(clean: Tensor) -> float:
 
 
 def texture(clean: Tensor) -> float:
-    """The share of a clip's power at fine spatial frequencies: 0.607 for white noise, near 0 for smooth pictures.
+    """The share of a clip's power at fine spatial frequencies: 0.607 for white noise, near 0 for smooth images.
 
     Args:
         clean: estimate of the clean latents, `[B, C, T, H, W]`.

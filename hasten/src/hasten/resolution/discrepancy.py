@@ -4,7 +4,7 @@ A token is 2x2 latent pixels, and a distance is a map `[B, H/2, W/2]` in float32
 
     perceptual   features of the VAE decoder's first layers (`conv_in`, `mid_block`, first block of `up_blocks`), at
                  unit length over channels; squared difference, averaged over the layers. As SpotEdit, arXiv:2512.22323
-    latent       Euclidean distance of the token's values, divided by the picture's median
+    latent       Euclidean distance of the token's values, divided by the image's median
     cosine       1 - cosine of the token's values
 
 `above_floor` takes the median away, which is what a round trip through the VAE and a colour shift of the draft cost in
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hasten.errors import ConfigError, HostError
+from hasten.errors import AdapterError, ConfigError
 
 __all__ = [
     "Discrepancy",
@@ -55,7 +55,7 @@ def _tokens(latents: Tensor) -> Tensor:
 
 
 def latent_distance(draft: Tensor, source: Tensor) -> Tensor:
-    """Euclidean distance over the picture's median; over its mean where the median is 0 (most tokens are equal).
+    """Euclidean distance over the image's median; over its mean where the median is 0 (most tokens are equal).
 
     Raises:
         ConfigError: for latents of different shapes or odd sides.
@@ -95,7 +95,7 @@ def latents_to_vae(vae: Any, latents: Tensor) -> Tensor:
         latents: `[B, C, H, W]`.
 
     Raises:
-        HostError: if its configuration has neither.
+        AdapterError: if its configuration has neither.
     """
     config = vae.config
     # FLUX's configuration has `latents_mean: None`.
@@ -103,7 +103,7 @@ def latents_to_vae(vae: Any, latents: Tensor) -> Tensor:
         mean, std = (latents.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
         return (latents * std + mean)[:, :, None]
     if getattr(config, "scaling_factor", None) is None:
-        raise HostError(
+        raise AdapterError(
             f"{type(vae).__name__} says neither scaling_factor nor latents_mean, and its latents cannot be decoded"
         )
     return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
@@ -111,7 +111,7 @@ def latents_to_vae(vae: Any, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def resized(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """The picture of `latents` at another size, by way of pixels: decoded, resized, encoded.
+    """The image of `latents` at another size, by way of pixels: decoded, resized, encoded.
 
     Args:
         pipe: an editing pipeline with a `vae`, which encodes as it does its own sources.
@@ -151,13 +151,13 @@ def perceptual_distance(vae: Any, draft: Tensor, source: Tensor) -> Tensor:
     """Distance in the features of the VAE's decoder, from 0 to 4.
 
     Raises:
-        HostError: if the VAE has no decoder that was learned.
+        AdapterError: if the VAE has no decoder that was learned.
         ConfigError: for latents of different shapes or odd sides.
     """
     draft, source = _checked(draft, source)
     if not has_features(vae):
-        raise HostError(
-            f"{type(vae).__name__} has no learned decoder to compare pictures with; use discrepancy='latent'"
+        raise AdapterError(
+            f"{type(vae).__name__} has no learned decoder to compare images with; use discrepancy='latent'"
         )
     maps = [
         functional.interpolate((a - b).square().sum(1, keepdim=True), size=draft.shape[2:], mode="area")
@@ -174,13 +174,13 @@ def discrepancy(kind: Discrepancy, vae: Any, draft: Tensor, source: Tensor) -> T
 
 
 def above_floor(distance: Tensor) -> Tensor:
-    """The distance less the picture's median, not below 0."""
+    """The distance less the image's median, not below 0."""
     floor = distance.flatten(1).median(1).values
     return (distance - floor[:, None, None]).clamp(min=0)
 
 
 def median_change(draft: Tensor, source: Tensor) -> Tensor:
-    """How much the picture's median token has changed, in units of the root mean square of the source's: `[B]`.
+    """How much the image's median token has changed, in units of the root mean square of the source's: `[B]`.
 
     What `above_floor` cannot see: an edit that changes most tokens raises the median itself.
     """
@@ -197,7 +197,7 @@ def global_shift(draft: Tensor, source: Tensor) -> list[tuple[int, int]]:
         source: the same shape; moving it by the result (`torch.roll`) brings it upon the draft.
 
     Returns:
-        a pair for each picture, from -H/2 to H/2 and -W/2 to W/2.
+        a pair for each image, from -H/2 to H/2 and -W/2 to W/2.
     """
     draft, source = _checked(draft, source)
     spectra = [torch.fft.rfft2(x - x.mean((2, 3), keepdim=True)) for x in (draft, source)]

@@ -84,7 +84,7 @@ def anchor_noise(noise: Tensor) -> Tensor:
 def swap(state: Tensor, own: Tensor, new: Tensor, sigma: float, level: float) -> Tensor:
     """Exchange a state's noise: with `own` in it at `sigma`, the result has `new` in it at `level`.
 
-    A point of the straight path from the noise to the picture comes to the straight path of the new noise exactly.
+    A point of the straight path from the noise to the image comes to the straight path of the new noise exactly.
 
     Args:
         state: latents at `sigma`, enlarged if need be.

@@ -18,18 +18,18 @@ from diffusers.hooks import ModelHook
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
-from hasten.errors import AlreadyAcceleratedError, ConfigError, HostError, ScheduleError, TargetError
+from hasten.errors import AdapterError, AlreadyAcceleratedError, ConfigError, ScheduleError, TargetError
 from hasten.pipeline.hooks import hook_forward, wrap_step
 from hasten.pipeline.scheduler import check_scheduler, skip_step
 from hasten.resolution.pixel_layout import Canvas
-from hasten.resolution.positions import Picture, TokenSet, Units, flux_ids, grid_sizes, standing_in
+from hasten.resolution.positions import Image, TokenSet, Units, flux_ids, grid_sizes, position_proxies
 from hasten.resolution.seams import MixedState
 
 __all__ = ["PackedEngine", "PackedRun", "Part", "check_even", "check_total"]
 
 HOOK_NAME = "hasten-packed"
 PURE = 0.99  # least noise level that a run may begin at
-Part = tuple[TokenSet, Units, Tensor]  # a picture's tokens, the frame of their positions, their values [B, S, C]
+Part = tuple[TokenSet, Units, Tensor]  # a image's tokens, the frame of their positions, their values [B, S, C]
 
 
 @dataclass
@@ -55,20 +55,20 @@ class PackedRun:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Pictures of a step, and their ids where the model takes ids; they stay the same until tokens are promoted."""
+    """Images of a step, and their ids where the model takes ids; they stay the same until tokens are promoted."""
 
     parts: Sequence[tuple[TokenSet, Units]]
-    pictures: Sequence[Picture]
+    images: Sequence[Image]
     ids: Tensor
 
     @classmethod
     def of(cls, parts: Sequence[Part]) -> Self:
         kept = [(tokens, units) for tokens, units, _ in parts]
-        pictures = [tokens.picture(units) for tokens, units in kept]
-        return cls(kept, pictures, flux_ids(pictures, parts[0][2].device))
+        images = [tokens.image(units) for tokens, units in kept]
+        return cls(kept, images, flux_ids(images, parts[0][2].device))
 
     def fits(self, parts: Sequence[Part]) -> bool:
-        """Whether the pictures are those of `parts`."""
+        """Whether the images are those of `parts`."""
         return len(parts) == len(self.parts) and all(
             units == own and (tokens is mine or torch.equal(tokens.fine, mine.fine))
             for (tokens, units, _), (mine, own) in zip(parts, self.parts, strict=True)
@@ -145,13 +145,13 @@ class PackedEngine(ABC, Generic[Run]):
         Args:
             number: of the run.
             total: its steps.
-            sizes: rows and columns of tokens of each picture, the one that is made first.
+            sizes: rows and columns of tokens of each image, the one that is made first.
             hidden: the transformer's tokens, float32: unit noise, then the references.
         """
 
     @abstractmethod
     def references(self, run: Run, hidden: Tensor) -> Sequence[Part]:
-        """The tokens of the reference pictures at this step.
+        """The tokens of the reference images at this step.
 
         Args:
             run: the run.
@@ -197,17 +197,17 @@ class PackedEngine(ABC, Generic[Run]):
         parts = [own, *self.references(run, arguments["hidden_states"])]
         if run.layout is None or not run.layout.fits(parts):
             run.layout = _Layout.of(parts)
-        pictures = run.layout.pictures
+        images = run.layout.images
         hidden = torch.cat([values.float() for _, _, values in parts], 1).to(arguments["hidden_states"].dtype)
         if len(hidden) != len(arguments["hidden_states"]):
-            raise HostError(
-                f"{self.name} began with {len(hidden)} pictures, and the transformer is called with "
+            raise AdapterError(
+                f"{self.name} began with {len(hidden)} images, and the transformer is called with "
                 f"{len(arguments['hidden_states'])}; guidance in one batch is not served"
             )
         if arguments.get("img_shapes") is None:
             return arguments | {"hidden_states": hidden, "img_ids": run.layout.ids}
-        self._forward.enter_context(standing_in(module, pictures))
-        shapes = [[(1, 1, len(picture.anchors)) for picture in pictures]] * len(hidden)
+        self._forward.enter_context(position_proxies(module, images))
+        shapes = [[(1, 1, len(image.anchors)) for image in images]] * len(hidden)
         return arguments | {"hidden_states": hidden, "img_shapes": shapes}
 
     def leave(self, output: Any) -> Any:
@@ -229,7 +229,7 @@ class PackedEngine(ABC, Generic[Run]):
         if self.scheduler.begin_index or float(sigmas[0]) < PURE:
             raise ConfigError(
                 f"{self.name} needs a run that begins with pure noise, but this one begins at sigma "
-                f"{float(sigmas[0]):.3f}, index {self.scheduler.begin_index or 0}; a start from a picture is not served"
+                f"{float(sigmas[0]):.3f}, index {self.scheduler.begin_index or 0}; a start from a image is not served"
             )
         number = self._number
         self._number += 1
@@ -319,10 +319,10 @@ def check_total(name: str, split: str, evaluations: int, total: int) -> None:
 
 
 def check_even(name: str, sizes: Sequence[tuple[int, int]]) -> None:
-    """Raises ConfigError if a picture's tokens cannot be counted in coarse tokens of 2x2."""
+    """Raises ConfigError if a image's tokens cannot be counted in coarse tokens of 2x2."""
     odd = [f"{rows}x{columns}" for rows, columns in sizes if rows % 2 or columns % 2]
     if odd:
         raise ConfigError(
-            f"{name} cannot begin in half size with pictures of {' and '.join(odd)} tokens; use heights and widths "
+            f"{name} cannot begin in half size with images of {' and '.join(odd)} tokens; use heights and widths "
             "with an even number of tokens (multiples of 32 pixels for FLUX and Qwen-Image)"
         )

@@ -1,10 +1,10 @@
-"""Tokens as a picture: where a token is made larger or smaller, or its noise is averaged, it has to be one.
+"""Tokens as a image: where a token is made larger or smaller, or its noise is averaged, it has to be one.
 
-A token is 2x2 latent pixels. A latent pixel of a learned VAE stands for a patch of the picture, and four copies of it
+A token is 2x2 latent pixels. A latent pixel of a learned VAE stands for a patch of the image, and four copies of it
 for a larger one. A VAE that only rearranges pixels into channels (space-to-depth) makes latents of which that is not
-true: a copied latent pixel repeats the pattern of its patch. There the picture's own pixels are taken.
+true: a copied latent pixel repeats the pattern of its patch. There the image's own pixels are taken.
 
-Shapes: tokens `[B, n, C]`, pictures `[B, C / (2 s)^2, 2 s h, 2 s w]` for a grid of `(h, w)` tokens and the factor `s`.
+Shapes: tokens `[B, n, C]`, images `[B, C / (2 s)^2, 2 s h, 2 s w]` for a grid of `(h, w)` tokens and the factor `s`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["LATENTS", "Canvas"]
 
 @dataclass(frozen=True)
 class Canvas:
-    """How tokens become a picture that can be resized pixel by pixel.
+    """How tokens become a image that can be resized pixel by pixel.
 
     Attributes:
         factor: pixels along each side that the VAE rearranged into the channels of a latent pixel; 1 for a VAE that
@@ -37,12 +37,12 @@ class Canvas:
         return cls(int(getattr(vae, "space_to_depth", 1)))
 
     def paint(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """The picture of tokens on a grid of `size`."""
+        """The image of tokens on a grid of `size`."""
         return functional.pixel_shuffle(unpack(tokens, size), self.factor)
 
-    def read(self, picture: Tensor) -> Tensor:
+    def read(self, image: Tensor) -> Tensor:
         """Undo `paint`."""
-        return pack(functional.pixel_unshuffle(picture, self.factor))
+        return pack(functional.pixel_unshuffle(image, self.factor))
 
     def enlarge(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """Every pixel copied to 2x2: `[B, n, C]` on a coarse grid of `size` to `[B, 4 n, C]`.

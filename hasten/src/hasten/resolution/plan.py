@@ -217,7 +217,7 @@ class StagedMethod(ResolutionMethod):
             return (1.0,) * (len(self.rates) + 1)
         if own is None:
             raise ConfigError(
-                "the scheduler shifts its noise levels by the picture's size, so that a stage's shift has no meaning; "
+                "the scheduler shifts its noise levels by the image's size, so that a stage's shift has no meaning; "
                 "use shifts=None, or a scheduler with use_dynamic_shifting=False"
             )
         wanted = tuple(own + more for more in RAISED) if isinstance(self.shifts, str) else self.shifts

@@ -1,11 +1,11 @@
 """Tokens of mixed resolution: which ones a sequence has, and their rotary positions as real numbers.
 
-A *coarse* token covers 2x2 fine ones. A position is (row, column) in one common frame for all tokens of a picture:
+A *coarse* token covers 2x2 fine ones. A position is (row, column) in one common frame for all tokens of a image:
 
     lr_units    a coarse token at (r, c), its children at (r + i/2, c + j/2)
     hr_units    a fine token at (row, column), a coarse one at (2 r, 2 c)
 
-FLUX takes positions as `img_ids`, with the picture's number before them. Qwen-Image makes them from `img_shapes`, and
+FLUX takes positions as `img_ids`, with the image's number before them. Qwen-Image makes them from `img_shapes`, and
 its `pos_embed` has to be replaced for the time of a forward. It centres the grid, and the text begins behind the
 largest half side.
 """
@@ -23,19 +23,19 @@ from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from torch import Tensor
 from torch.nn import functional
 
-from hasten.errors import ConfigError, HostError, unknown
-from hasten.models.proxy import StandIn
+from hasten.errors import AdapterError, ConfigError, unknown
+from hasten.models.proxy import Proxy
 
 __all__ = [
-    "Picture",
+    "Image",
     "TokenSet",
     "Units",
     "flux_ids",
     "grid_sizes",
     "pack",
+    "position_proxies",
     "qwen_positions",
     "rotary",
-    "standing_in",
     "token_positions",
     "unpack",
 ]
@@ -44,8 +44,8 @@ Units = Literal["lr_units", "hr_units"]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """The tokens of one picture, the one that is made or a reference.
+class Image:
+    """The tokens of one image, the one that is made or a reference.
 
     Attributes:
         size: rows and columns of the fine token grid.
@@ -72,7 +72,7 @@ class Picture:
             raise ConfigError(f"anchors must lie on the fine grid of {self.size[0]}x{self.size[1]} tokens")
 
     @classmethod
-    def uniform(cls, rows: int, columns: int) -> Picture:
+    def uniform(cls, rows: int, columns: int) -> Image:
         """All tokens of a uniform grid in raster order, at the positions that the model was trained with."""
         return cls((rows, columns), torch.cartesian_prod(torch.arange(rows), torch.arange(columns)), "hr_units")
 
@@ -84,7 +84,7 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class TokenSet:
-    """Tokens of a picture of which some have been promoted: the coarse ones, then the fine ones, each in raster order.
+    """Tokens of a image of which some have been promoted: the coarse ones, then the fine ones, each in raster order.
 
     `n` is the number of coarse tokens before promotion, `S` that of the tokens in the sequence: `n + 3 promoted`.
 
@@ -129,10 +129,10 @@ class TokenSet:
         """How many tokens there are."""
         return self.coarse_count + self.fine_count
 
-    def picture(self, units: Units) -> Picture:
+    def image(self, units: Units) -> Image:
         """The tokens with their positions, in the order of the sequence."""
         places, width = torch.cat([self._children[0], self._fine_places]), self.size[1]
-        return Picture(self.size, torch.stack([places // width, places % width], 1), units)
+        return Image(self.size, torch.stack([places // width, places % width], 1), units)
 
     def gather(self, coarse: Tensor, fine: Tensor) -> Tensor:
         """The sequence `[B, S, C]` from all coarse tokens `[B, n, C]` and all fine ones `[B, 4 n, C]`."""
@@ -168,68 +168,68 @@ def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, size), 2)
 
 
-def token_positions(picture: Picture) -> Tensor:
-    """`[S, 2]` float32: row and column of each token, in the picture's units, from 0."""
-    return picture.anchors.float() / (2 if picture.units == "lr_units" else 1)
+def token_positions(image: Image) -> Tensor:
+    """`[S, 2]` float32: row and column of each token, in the image's units, from 0."""
+    return image.anchors.float() / (2 if image.units == "lr_units" else 1)
 
 
-def flux_ids(pictures: Sequence[Picture], device: torch.device | None = None) -> Tensor:
+def flux_ids(images: Sequence[Image], device: torch.device | None = None) -> Tensor:
     """Rows of `img_ids` for `FluxTransformer2DModel`: `[S, 3]` float32 (bfloat16 holds halves only up to 127.5).
 
     Args:
-        pictures: the one that is made, then the references, whose first id is their number from 1.
+        images: the one that is made, then the references, whose first id is their number from 1.
         device: of the ids.
     """
-    if not pictures:
-        raise ConfigError("ids need at least one picture")
+    if not images:
+        raise ConfigError("ids need at least one image")
     positions = [
-        torch.cat([torch.full((len(picture.anchors), 1), float(number)), token_positions(picture).cpu()], 1)
-        for number, picture in enumerate(pictures)
+        torch.cat([torch.full((len(image.anchors), 1), float(number)), token_positions(image).cpu()], 1)
+        for number, image in enumerate(images)
     ]
     return torch.cat(positions).to(device)
 
 
 def grid_sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Rows and columns of tokens of each picture in a forward, the one that is made first.
+    """Rows and columns of tokens of each image in a forward, the one that is made first.
 
     Args:
         arguments: of the transformer's forward, with `img_ids` `[S, 3]` (FLUX) or `img_shapes` (Qwen-Image).
 
     Raises:
-        HostError: if there is neither, or they do not add up.
+        AdapterError: if there is neither, or they do not add up.
     """
     if arguments.get("img_shapes") is not None:
         return [(rows, columns) for _, rows, columns in arguments["img_shapes"][0]]
     ids = arguments.get("img_ids")
     if ids is None:
-        raise HostError("the transformer was called without img_ids and img_shapes, and its tokens have no grid")
+        raise AdapterError("the transformer was called without img_ids and img_shapes, and its tokens have no grid")
     sizes = []
     for number in ids[:, 0].unique():
         places = ids[ids[:, 0] == number][:, 1:].long()
         rows, columns = (int(side) + 1 for side in places.amax(0))
         if rows * columns != len(places):
-            raise HostError(f"picture {int(number)} has {len(places)} tokens, which are no grid of {rows}x{columns}")
+            raise AdapterError(f"image {int(number)} has {len(places)} tokens, which are no grid of {rows}x{columns}")
         sizes.append((rows, columns))
     return sizes
 
 
-def qwen_positions(pictures: Sequence[Picture]) -> tuple[Tensor, int]:
+def qwen_positions(images: Sequence[Image]) -> tuple[Tensor, int]:
     """Centred positions as `QwenEmbedRope(scale_rope=True)` counts them.
 
     Args:
-        pictures: the one that is made, then the references.
+        images: the one that is made, then the references.
 
     Returns:
-        `[S, 3]` float32, the picture's number, row and column; and the position at which the text begins.
+        `[S, 3]` float32, the image's number, row and column; and the position at which the text begins.
     """
-    if not pictures:
-        raise ConfigError("positions need at least one picture")
+    if not images:
+        raise ConfigError("positions need at least one image")
     rows, start = [], 0
-    for number, picture in enumerate(pictures):
-        height, width = picture.frame
+    for number, image in enumerate(images):
+        height, width = image.frame
         # As the model centres: a side of 5 runs from -3 to 1.
         centre = torch.tensor([height - height // 2, width - width // 2], dtype=torch.float32)
-        centred = token_positions(picture).cpu() - centre
+        centred = token_positions(image).cpu() - centre
         rows.append(torch.cat([torch.full((len(centred), 1), float(number)), centred], 1))
         start = max(start, height // 2, width // 2)
     return torch.cat(rows), start
@@ -253,40 +253,40 @@ def rotary(positions: Tensor, axes: Sequence[int], theta: float) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-class _MixedRope(StandIn):
+class _MixedRope(Proxy):
     """Stands in for `pos_embed` and returns factors of the positions that it was given."""
 
-    def __init__(self, original: QwenEmbedRope, pictures: Sequence[Picture]) -> None:
+    def __init__(self, original: QwenEmbedRope, images: Sequence[Image]) -> None:
         super().__init__(original)
-        positions, self.text_start = qwen_positions(pictures)
+        positions, self.text_start = qwen_positions(images)
         self.image = rotary(positions, original.axes_dim, original.theta)
 
     def forward(self, video_fhw: Any, device: torch.device | None = None, max_txt_seq_len: Any = None) -> Any:
         """The factors of the image tokens and of the text; `video_fhw` is not looked at."""
         if max_txt_seq_len is None:
-            raise HostError("the transformer asked for positions without the length of its text (max_txt_seq_len)")
+            raise AdapterError("the transformer asked for positions without the length of its text (max_txt_seq_len)")
         first = self.text_start
         return self.image.to(device), self.original.pos_freqs[first : first + int(max_txt_seq_len)].to(device)
 
 
 @contextmanager
-def standing_in(transformer: Any, pictures: Sequence[Picture]) -> Iterator[None]:
+def position_proxies(transformer: Any, images: Sequence[Image]) -> Iterator[None]:
     """Give a Qwen-Image transformer the positions of these tokens until the end of the `with`.
 
     Its own `pos_embed` is back afterwards, also if the forward fails. `img_shapes` is then used for one thing only:
     models that modulate the references apart (`zero_cond_t`) split the tokens by its products; give `[(1, 1, n), ...]`
-    with the true number of tokens `n` of each picture.
+    with the true number of tokens `n` of each image.
 
     Raises:
-        HostError: for a transformer whose positions are not made by `QwenEmbedRope(scale_rope=True)`.
+        AdapterError: for a transformer whose positions are not made by `QwenEmbedRope(scale_rope=True)`.
     """
     own: Any = getattr(transformer, "pos_embed", None)
     if type(own) is not QwenEmbedRope or not own.scale_rope:
-        raise HostError(
+        raise AdapterError(
             f"{type(transformer).__name__} makes its positions with {type(own).__name__}, and mixed tokens are known "
             "for QwenEmbedRope(scale_rope=True) only (Qwen-Image, Qwen-Image-Edit and Edit-Plus; not layered models)"
         )
-    transformer.pos_embed = _MixedRope(own, pictures)
+    transformer.pos_embed = _MixedRope(own, images)
     try:
         yield
     finally:

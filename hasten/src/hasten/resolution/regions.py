@@ -86,7 +86,7 @@ class Stage:
         snapshots: what was remembered of the coarse tokens in the steps so far, `[B, n, C]` each.
         level: noise level of the state.
         draw: makes unit noise like the fine tokens', `[B, 4 n, C]`, that is bound to nothing.
-        canvas: how tokens are a picture.
+        canvas: how tokens are a image.
     """
 
     pipe: Any
@@ -118,7 +118,7 @@ class RegionMethod(ResolutionMethod):
         """
 
     def coarse_noise(self, noise: Tensor) -> Tensor:
-        """Unit noise that the coarse picture begins with, from the fine one; `[B, C, H, W]`."""
+        """Unit noise that the coarse image begins with, from the fine one; `[B, C, H, W]`."""
         return low_noise(noise)
 
     def levels(self, step: int, level: float, sigmas: Tensor) -> Tensor | None:
@@ -169,7 +169,7 @@ class RegionEngine(PackedEngine[_Run]):
     """Runs one image pipeline coarse first; also a context manager that removes itself at the end.
 
     Args:
-        pipe: a pipeline of FLUX.1 or Qwen-Image, from text or editing pictures.
+        pipe: a pipeline of FLUX.1 or Qwen-Image, from text or editing images.
         method: what to do.
 
     Raises:
@@ -212,10 +212,10 @@ class RegionEngine(PackedEngine[_Run]):
         return run
 
     def references(self, run: _Run, hidden: Tensor) -> Sequence[Part]:
-        """Reference pictures stay fine, in the frame of the tokens that are made."""
+        """Reference images stay fine, in the frame of the tokens that are made."""
         parts, start = [], run.sizes[0][0] * run.sizes[0][1]
         for rows, columns in run.sizes[1:]:
-            # A TokenSet counts coarse tokens, of which an odd grid has no whole number; such a picture is refused.
+            # A TokenSet counts coarse tokens, of which an odd grid has no whole number; such a image is refused.
             check_even(self.name, [(rows, columns)])
             tokens = TokenSet(torch.ones(rows // 2, columns // 2, dtype=torch.bool, device=hidden.device))
             parts.append((tokens, self.units(run), hidden[:, start : start + rows * columns]))

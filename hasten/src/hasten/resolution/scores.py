@@ -1,4 +1,4 @@
-"""Which coarse tokens to refine first: readings of how they converge, and of what the picture shows there."""
+"""Which coarse tokens to refine first: readings of how they converge, and of what the image shows there."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def edge_share(pipe: Any, clean: Tensor) -> Tensor:
     """
     vae = pipe.vae
     scaled = clean / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-    pictures = vae.decode(scaled.to(next(iter(vae.state_dict().values()))), return_dict=False)[0]
-    grey = pictures.float().mean(1).cpu().numpy()
-    edges = torch.stack([torch.from_numpy(canny(picture)).float() for picture in grey])
+    images = vae.decode(scaled.to(next(iter(vae.state_dict().values()))), return_dict=False)[0]
+    grey = images.float().mean(1).cpu().numpy()
+    edges = torch.stack([torch.from_numpy(canny(image)).float() for image in grey])
     size = (clean.shape[2] // 2, clean.shape[3] // 2)
     return functional.adaptive_avg_pool2d(edges[:, None], size).flatten(1).to(clean.device)
 

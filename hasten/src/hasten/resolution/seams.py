@@ -28,14 +28,14 @@ def locked_velocity(state: Tensor, source: Tensor, sigma: float) -> Tensor:
 
 @dataclass
 class MixedState:
-    """All tokens of a picture in both resolutions, of which those in `tokens` are the true ones.
+    """All tokens of a image in both resolutions, of which those in `tokens` are the true ones.
 
     Attributes:
         tokens: which ones are true.
         noise: unit noise of the fine grid, `[B, 4 n, C]`; all tensors are float32.
         coarse: `[B, n, C]`.
         fine: `[B, 4 n, C]`.
-        canvas: how tokens are a picture.
+        canvas: how tokens are a image.
     """
 
     tokens: TokenSet
@@ -51,7 +51,7 @@ class MixedState:
         Args:
             noise: `[B, 4 n, C]`.
             size: of the fine grid of tokens.
-            canvas: how tokens are a picture.
+            canvas: how tokens are a image.
         """
         tokens = TokenSet(torch.zeros(size[0] // 2, size[1] // 2, dtype=torch.bool, device=noise.device))
         low = canvas.shrink(noise, size) * 2  # the sum of 4 over the root of 4
@@ -122,7 +122,7 @@ def blend(inner: Tensor, outer: Tensor, inside: Tensor, ring: int) -> Tensor:
 def seam_steps(image: Tensor, inside: Tensor) -> tuple[float, float]:
     """Mean step between neighbouring pixels across a region's border, and across the cells' other borders.
 
-    Both are measured at borders of cells only, so that the picture's own detail weighs the same in both. A picture
+    Both are measured at borders of cells only, so that the image's own detail weighs the same in both. A image
     without seams has no larger a step across the region's border than elsewhere.
 
     Args:
@@ -136,12 +136,12 @@ def seam_steps(image: Tensor, inside: Tensor) -> tuple[float, float]:
         ConfigError: if the sizes do not fit, or there is nothing on one of the sides.
     """
     if image.dim() != 3:
-        raise ConfigError(f"seams are measured on a picture [C, H, W], got {list(image.shape)}")
+        raise ConfigError(f"seams are measured on a image [C, H, W], got {list(image.shape)}")
     cells = _cells(image.shape[-2:], inside)
     across, within = [], []
     for dimension, cell in ((0, cells[0]), (1, cells[1])):
-        picture, mask = (image.movedim(1 + dimension, 1), inside.movedim(dimension, 0))
-        before, after = picture[:, cell - 1 : -1 : cell], picture[:, cell::cell]
+        turned, mask = (image.movedim(1 + dimension, 1), inside.movedim(dimension, 0))
+        before, after = turned[:, cell - 1 : -1 : cell], turned[:, cell::cell]
         steps = (after.float() - before.float()).abs().mean(0)
         other = cells[1 - dimension]
         border = (mask[1:] != mask[:-1]).repeat_interleave(other, 1)

@@ -60,10 +60,10 @@ class EditMap:
     Attributes:
         run: counts runs from 0.
         distance: `[B, h, w]`, discrepancy between draft and source.
-        chosen: `[h, w]` bool, selected in any picture of the batch, before dilation.
+        chosen: `[h, w]` bool, selected in any image of the batch, before dilation.
         fine: `[h, w]` bool, promoted.
         everywhere: whether the edit is global.
-        cuts: for each picture the least distance among its selected tokens.
+        cuts: for each image the least distance among its selected tokens.
         later: `[h, w]` bool, selected when the locked tokens were looked at again.
     """
 
@@ -82,7 +82,7 @@ class EditMap:
 
     @classmethod
     def of(cls, run: int, distance: Tensor, selections: Sequence[Selection], stride: int | None) -> EditMap:
-        """The map of a batch: what is selected in any picture, dilated, and the coverage set of `stride`."""
+        """The map of a batch: what is selected in any image, dilated, and the coverage set of `stride`."""
         chosen = torch.stack([selection.chosen for selection in selections]).any(0)
         everywhere = any(selection.everywhere for selection in selections)
         spread = coverage((chosen.shape[0], chosen.shape[1]), stride, chosen.device)
@@ -200,7 +200,7 @@ def told_apart(clean: Tensor, source: Tensor, edited: Tensor, fine: Tensor) -> T
         fine: `[h, w]` bool, coarse tokens for which `clean` is known; those outside the region are unedited.
 
     Returns:
-        `[2 h, 2 w]` bool, in any picture of the batch; the whole region if no unedited token is known, or if nothing
+        `[2 h, 2 w]` bool, in any image of the batch; the whole region if no unedited token is known, or if nothing
         of it stands out.
     """
     region, control = _spread(edited), _spread(fine & ~edited)

@@ -20,7 +20,7 @@ from diffusers.hooks import ModelHook
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
-from hasten.errors import AlreadyAcceleratedError, ConfigError, HostError, TargetError
+from hasten.errors import AdapterError, AlreadyAcceleratedError, ConfigError, TargetError
 from hasten.pipeline.hooks import hook_forward, wrap_step
 from hasten.pipeline.scheduler import check_scheduler, own_shift, set_levels, skip_step
 from hasten.resolution.axes import Axes, block_noise, enlarge, gather, nested_axes, pick, smooth, spread
@@ -230,7 +230,7 @@ class StagesEngine:
     def _check_timestep(self, run: _Run, timestep: Tensor) -> None:
         expected, given = float(self.scheduler.timesteps[run.step]), float(timestep.flatten()[0])
         if abs(expected - given) > 1 + 0.01 * expected:
-            raise HostError(
+            raise AdapterError(
                 f"at step {run.step} the transformer was called with timestep {given:.1f}, but the scheduler is at "
                 f"{expected:.1f}; stages need a loop over scheduler.timesteps"
             )

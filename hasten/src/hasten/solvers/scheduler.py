@@ -116,7 +116,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         own = self.config.shift_mu
         if mu is not None and own is not None and abs(mu - own) > 1e-3:
             warnings.warn(
-                f"LEAP was fitted at another picture size (shift {own:.4g}, here {mu:.4g}); fit it for this one",
+                f"LEAP was fitted at another image size (shift {own:.4g}, here {mu:.4g}); fit it for this one",
                 HastenWarning,
                 stacklevel=2,
             )

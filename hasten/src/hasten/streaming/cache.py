@@ -19,7 +19,7 @@ from torch import Tensor
 from hasten.errors import ConfigError
 from hasten.streaming.scores import UnitKeys
 
-__all__ = ["FrameCache", "Unrotate", "check_frames", "turned_back"]
+__all__ = ["FrameCache", "Unrotate", "check_frames", "undo_rotation"]
 
 EPOCHS = count()  # numbers for times in which frames only came, in any cache; others know by it what they measured
 
@@ -48,7 +48,7 @@ def check_frames(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
         )
 
 
-def turned_back(keys: Tensor, rotations: Tensor) -> Tensor:
+def undo_rotation(keys: Tensor, rotations: Tensor) -> Tensor:
     """Undo a rotation along time that takes neighbouring channels for complex numbers.
 
     Args:

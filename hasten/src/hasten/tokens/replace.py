@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import HostError, ModelError, unknown
+from hasten.errors import AdapterError, ModelError, unknown
 from hasten.io import write_whole
 from hasten.tokens.mapping import TokenMap
 
@@ -60,7 +60,7 @@ def replace_vocabulary(
         seed: of the normal rows.
 
     Raises:
-        HostError: if embedding and head cannot be found, or are of unknown classes.
+        AdapterError: if embedding and head cannot be found, or are of unknown classes.
         ModelError: if the vocabulary is not that of the map.
     """
     if start not in STARTS:
@@ -93,12 +93,12 @@ def _vocabulary(model: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
         whole: Any = model
         embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
     else:
-        raise HostError(
+        raise AdapterError(
             f"{type(model).__name__} has neither tok_embeddings and output (LlamaGen) nor get_input_embeddings and "
             "get_output_embeddings (Hugging Face causal LMs), so its vocabulary cannot be found"
         )
     if type(embedding) is not nn.Embedding or type(head) is not nn.Linear:
-        raise HostError(
+        raise AdapterError(
             f"the vocabulary of {type(model).__name__} is a {type(embedding).__name__} and a {type(head).__name__}; "
             "expected a plain Embedding and a plain Linear (merge adapters and undo quantization first)"
         )

@@ -14,24 +14,24 @@ from hasten_zoo.emoji_flux.data import load_emoji_set
 __all__ = ["load_emoji_flux", "nearest_captions"]
 
 WEIGHTS = Path(__file__).parent / "weights"
-LEAP = Path(__file__).parent / "leap.safetensors"  # `hasten tune --full-steps 12,9,7,5`, without guidance
+LEAP = Path(__file__).parent / "leap.safetensors"  # `hasten tune --computed-steps 12,9,7,5`, without guidance
 
 
-def nearest_captions(pictures: Tensor) -> list[str]:
-    """The caption of the training picture nearest to each picture (mean squared error over pixels).
+def nearest_captions(images: Tensor) -> list[str]:
+    """The caption of the training image nearest to each image (mean squared error over pixels).
 
     Args:
-        pictures: `[B, 3, R, R]` in [0, 1], R a divisor of 64.
+        images: `[B, 3, R, R]` in [0, 1], R a divisor of 64.
     """
     data = load_emoji_set()
-    known = data.at(pictures.shape[-1]).flatten(1)
-    flat = pictures.float().cpu().flatten(1)
+    known = data.at(images.shape[-1]).flatten(1)
+    flat = images.float().cpu().flatten(1)
     distances = (flat[:, None] - known[None]).square().mean(-1)
     return [data.captions[i] for i in distances.argmin(1).tolist()]
 
 
-def _grade(pictures: Tensor, prompts: list[str]) -> list[bool]:
-    return [caption == prompt for caption, prompt in zip(nearest_captions(pictures), prompts, strict=True)]
+def _grade(images: Tensor, prompts: list[str]) -> list[bool]:
+    return [caption == prompt for caption, prompt in zip(nearest_captions(images), prompts, strict=True)]
 
 
 def load_emoji_flux(weights: Path = WEIGHTS) -> Subject:

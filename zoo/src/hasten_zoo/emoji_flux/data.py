@@ -1,11 +1,11 @@
-"""The pictures and captions that `emoji-flux` learns: 3-D emoji, re-shipped under their MIT licence.
+"""The images and captions that `emoji-flux` learns: 3-D emoji, re-shipped under their MIT licence.
 
-The package carries a 64x64 copy of the pictures that the model was trained on (one lossless atlas,
+The package carries a 64x64 copy of the images that the model was trained on (one lossless atlas,
 `training_set.png`, and the captions beside it), so that anybody can retrain the model or measure how often it draws
 the right thing without downloading anything. `python -m hasten_zoo.emoji_flux.data` makes that copy again from the
 two published archives (`npm pack @lobehub/fluent-emoji-3d@1.1.0 emoji-datasource@16.0.0`).
 
-Shapes: pictures are `[N, 3, R, R]` float32 in [0, 1].
+Shapes: images are `[N, 3, R, R]` float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ SUBCATEGORIES = (
 
 @dataclass(frozen=True)
 class EmojiSet:
-    """Captions and pictures of the training set.
+    """Captions and images of the training set.
 
     Attributes:
         captions: `N` lower-case names, such as `"red apple"`.
-        pictures: `[N, 3, 64, 64]` float32 in [0, 1], on white.
+        images: `[N, 3, 64, 64]` float32 in [0, 1], on white.
     """
 
     captions: list[str]
-    pictures: Tensor
+    images: Tensor
 
     def at(self, resolution: int) -> Tensor:
-        """The pictures at a resolution that divides 64, by exact box averaging: `[N, 3, R, R]`."""
+        """The images at a resolution that divides 64, by exact box averaging: `[N, 3, R, R]`."""
         if resolution < 1 or RESOLUTION % resolution:
             raise ValueError(f"resolution must divide {RESOLUTION}, got {resolution}")
-        return torch.nn.functional.avg_pool2d(self.pictures, RESOLUTION // resolution)
+        return torch.nn.functional.avg_pool2d(self.images, RESOLUTION // resolution)
 
 
 def load_emoji_set() -> EmojiSet:
@@ -66,12 +66,12 @@ def load_emoji_set() -> EmojiSet:
     captions = json.loads((HERE / "training_set.json").read_text())["captions"]
     atlas = np.asarray(Image.open(HERE / "training_set.png").convert("RGB"))
     tiles = torch.from_numpy(atlas.copy()).unfold(0, RESOLUTION, RESOLUTION).unfold(1, RESOLUTION, RESOLUTION)
-    pictures = tiles.flatten(0, 1)[: len(captions)].float() / 255  # rows x columns -> N, already [N, 3, R, R]
-    return EmojiSet(captions=captions, pictures=pictures)
+    images = tiles.flatten(0, 1)[: len(captions)].float() / 255  # rows x columns -> N, already [N, 3, R, R]
+    return EmojiSet(captions=captions, images=images)
 
 
-def prepare(pictures_tgz: Path, names_tgz: Path, out: Path = HERE) -> int:
-    """Build the shipped copy from the two npm archives; returns the number of pictures."""
+def prepare(images_tgz: Path, names_tgz: Path, out: Path = HERE) -> int:
+    """Build the shipped copy from the two npm archives; returns the number of images."""
     with tarfile.open(names_tgz) as archive:
         names_file = archive.extractfile("package/emoji.json")
         assert names_file is not None
@@ -79,7 +79,7 @@ def prepare(pictures_tgz: Path, names_tgz: Path, out: Path = HERE) -> int:
     rows = [row for row in rows if row["subcategory"] in SUBCATEGORIES]
     rows.sort(key=lambda row: row["sort_order"])
     captions, tiles = [], []
-    with tarfile.open(pictures_tgz) as archive:
+    with tarfile.open(images_tgz) as archive:
         members = {Path(name).stem: name for name in archive.getnames()}
         for row in rows:
             code = row["unified"].lower()
@@ -87,11 +87,11 @@ def prepare(pictures_tgz: Path, names_tgz: Path, out: Path = HERE) -> int:
             caption = " ".join(row["name"].lower().replace("-", " ").replace(",", " ").split())
             if member is None or caption in captions:
                 continue
-            picture_file = archive.extractfile(member)
-            assert picture_file is not None
-            picture = Image.open(io.BytesIO(picture_file.read())).convert("RGBA")
-            canvas = Image.new("RGBA", picture.size, "white")
-            canvas.alpha_composite(picture)
+            image_file = archive.extractfile(member)
+            assert image_file is not None
+            image = Image.open(io.BytesIO(image_file.read())).convert("RGBA")
+            canvas = Image.new("RGBA", image.size, "white")
+            canvas.alpha_composite(image)
             tiles.append(np.asarray(canvas.convert("RGB").resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS)))
             captions.append(caption)
     n_rows = -(-len(tiles) // COLUMNS)
@@ -100,7 +100,7 @@ def prepare(pictures_tgz: Path, names_tgz: Path, out: Path = HERE) -> int:
         y, x = divmod(i, COLUMNS)
         atlas[y * RESOLUTION : (y + 1) * RESOLUTION, x * RESOLUTION : (x + 1) * RESOLUTION] = tile
     Image.fromarray(atlas).save(out / "training_set.png", optimize=True)
-    source = "@lobehub/fluent-emoji-3d 1.1.0 (MIT, pictures by Microsoft), emoji-datasource 16.0.0 (MIT, names)"
+    source = "@lobehub/fluent-emoji-3d 1.1.0 (MIT, images by Microsoft), emoji-datasource 16.0.0 (MIT, names)"
     (out / "training_set.json").write_text(json.dumps({"source": source, "captions": captions}, indent=1) + "\n")
     return len(captions)
 
@@ -108,4 +108,4 @@ def prepare(pictures_tgz: Path, names_tgz: Path, out: Path = HERE) -> int:
 if __name__ == "__main__":
     import sys
 
-    print(prepare(Path(sys.argv[1]), Path(sys.argv[2])), "pictures")
+    print(prepare(Path(sys.argv[1]), Path(sys.argv[2])), "images")

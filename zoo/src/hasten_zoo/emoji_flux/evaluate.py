@@ -2,7 +2,7 @@
 
     python -m hasten_zoo.emoji_flux.evaluate --prompts 100
 
-Draws each prompt with 50 plain steps at both resolutions and asks which training picture is nearest (mean squared
+Draws each prompt with 50 plain steps at both resolutions and asks which training image is nearest (mean squared
 error over pixels). Writes `evaluation.json` and `contact_sheet.png` beside the weights' card, or into `--out`.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from hasten.bench.metrics import psnr
-from hasten.bench.sheet import picture_grid
+from hasten.bench.sheet import image_grid
 from rich.progress import track
 
 from hasten_zoo.emoji_flux import WEIGHTS, load_emoji_flux, nearest_captions
@@ -37,20 +37,20 @@ def evaluate(weights: Path, prompts: int, steps: int, seed: int, out: Path) -> d
             call = model.call | {"height": resolution, "width": resolution, "num_inference_steps": steps}
             generators = [torch.Generator().manual_seed(seed + chosen.index(prompt)) for prompt in batch]
             drawn.append(model.pipe(batch, generator=generators, output_type="pt", **call).images)
-        pictures = torch.cat(drawn)
-        nearest = nearest_captions(pictures)
+        images = torch.cat(drawn)
+        nearest = nearest_captions(images)
         own = data.at(resolution)[[data.captions.index(prompt) for prompt in chosen]]
-        distances = [psnr(a, b) for a, b in zip(pictures, own, strict=True)]
+        distances = [psnr(a, b) for a, b in zip(images, own, strict=True)]
         result[f"{resolution}x{resolution}"] = {
             "top1": sum(a == b for a, b in zip(nearest, chosen, strict=True)) / len(chosen),
-            "median_psnr_to_own_training_picture": round(float(torch.tensor(distances).median()), 2),
+            "median_psnr_to_own_training_image": round(float(torch.tensor(distances).median()), 2),
             "mistaken": [
                 f"{prompt} -> {found}" for prompt, found in zip(chosen, nearest, strict=True) if prompt != found
             ],
         }
     out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    picture_grid(pictures, columns=10).save(out / "contact_sheet.png", optimize=True)
+    image_grid(images, columns=10).save(out / "contact_sheet.png", optimize=True)
     return result
 
 

@@ -35,7 +35,7 @@ class PixelVAE(ModelMixin, ConfigMixin):
     """Space-to-depth in place of an autoencoder: `[B, 3, H, W]` in [-1, 1] to `[B, 12, H/2, W/2]` and back, exactly.
 
     `shift_factor` and `scaling_factor` have the meaning that they have in `AutoencoderKL`. They centre the training
-    pictures and give them unit variance.
+    images and give them unit variance.
     """
 
     space_to_depth = PATCH  # latents are rearranged pixels, and are made larger as pixels
@@ -65,7 +65,7 @@ class PixelVAE(ModelMixin, ConfigMixin):
 class EmojiTokenizer(PreTrainedTokenizerFast):
     """A word-level tokenizer whose length never exceeds its model's.
 
-    `FluxPipeline` asks for 512 text tokens unless told otherwise, which is eight times the picture of this small model.
+    `FluxPipeline` asks for 512 text tokens unless told otherwise, which is eight times the image of this small model.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,8 +92,8 @@ def build_tokenizer(captions: list[str]) -> EmojiTokenizer:
     )
 
 
-def build_pipeline(captions: list[str], pictures: Tensor, width: int = 128) -> FluxPipeline:
-    """A fresh, untrained pipeline for a caption list and pictures `[N, 3, R, R]` in [0, 1]."""
+def build_pipeline(captions: list[str], images: Tensor, width: int = 128) -> FluxPipeline:
+    """A fresh, untrained pipeline for a caption list and images `[N, 3, R, R]` in [0, 1]."""
     heads = width // 32
     tokenizer = build_tokenizer(captions)
     transformer = FluxTransformer2DModel(
@@ -134,7 +134,7 @@ def build_pipeline(captions: list[str], pictures: Tensor, width: int = 128) -> F
             pad_token_id=0,
         )
     )
-    signal = pictures * 2 - 1
+    signal = images * 2 - 1
     vae = PixelVAE(shift_factor=float(signal.mean()), scaling_factor=float(1 / signal.std()))
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=3.0,

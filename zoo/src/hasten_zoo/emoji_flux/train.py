@@ -28,7 +28,7 @@ from hasten_zoo.emoji_flux.model import TEXT_TOKENS, build_pipeline
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. `coarse`/`fine` count pictures, not batches."""
+    """One training run. `coarse`/`fine` count images, not batches."""
 
     coarse: int = 300_000
     fine: int = 60_000
@@ -58,7 +58,7 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         data = load_emoji_set()
-        self.pipe: FluxPipeline = build_pipeline(data.captions, data.pictures)
+        self.pipe: FluxPipeline = build_pipeline(data.captions, data.images)
         vae = self.pipe.vae
         self.latents = {
             r: (vae.encode(data.at(r) * 2 - 1, return_dict=False)[0] - vae.config.shift_factor)
@@ -86,7 +86,7 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the compute done, a fine picture counted as four coarse ones."""
+        """Share of the compute done, a fine image counted as four coarse ones."""
         r = self.recipe
         return (min(self.seen[32], r.coarse) + 4 * min(self.seen[64], r.fine)) / (r.coarse + 4 * r.fine)
 
@@ -167,7 +167,7 @@ class Trainer:
 def export(state: dict[str, object], out: Path) -> None:
     """Write the averaged weights as a pipeline folder (`transformer/`, `text_encoder/`, ...), safetensors."""
     data = load_emoji_set()
-    pipe = build_pipeline(data.captions, data.pictures)
+    pipe = build_pipeline(data.captions, data.images)
     net = nn.ModuleDict({name: getattr(pipe, name) for name in ("transformer", "text_encoder", "text_encoder_2")})
     net.load_state_dict(state["average"])  # type: ignore[arg-type]
     for name in ("transformer", "text_encoder", "text_encoder_2", "vae", "scheduler", "tokenizer"):
@@ -177,8 +177,8 @@ def export(state: dict[str, object], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/emoji-flux"))
-    parser.add_argument("--coarse", type=int, default=Recipe.coarse, help="pictures to see at 32x32")
-    parser.add_argument("--fine", type=int, default=Recipe.fine, help="pictures to see at 64x64")
+    parser.add_argument("--coarse", type=int, default=Recipe.coarse, help="images to see at 32x32")
+    parser.add_argument("--fine", type=int, default=Recipe.fine, help="images to see at 64x64")
     parser.add_argument("--checkpoint-minutes", type=float, default=4.0)
     parser.add_argument("--export", type=Path, help="only write the averaged weights of the last checkpoint here")
     args = parser.parse_args()

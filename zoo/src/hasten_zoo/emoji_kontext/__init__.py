@@ -1,4 +1,4 @@
-"""`emoji-kontext`: FLUX.1-Kontext in small, edits pictures of emoji at 64x64 (256 + 256 tokens) or 32x32."""
+"""`emoji-kontext`: FLUX.1-Kontext in small, edits images of emoji at 64x64 (256 + 256 tokens) or 32x32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hasten_zoo.emoji_kontext.model import load_pipeline
 __all__ = ["call_arguments", "is_done", "load_emoji_kontext"]
 
 WEIGHTS = Path(__file__).parent / "weights"
-LEAP = Path(__file__).parent / "leap.safetensors"  # `hasten tune --full-steps 12,9,7,5`
+LEAP = Path(__file__).parent / "leap.safetensors"  # `hasten tune --computed-steps 12,9,7,5`
 EDITS = 64
 KEPT = 0.01  # mean squared error to the source outside the mask, 20 dB
 
@@ -40,21 +40,21 @@ def _alternatives(plan: EditPlan) -> list[EditPlan]:
     return [replace(plan, after=scene) for scene in outcomes]
 
 
-def is_done(plan: EditPlan, picture: Tensor) -> bool:
-    """Whether a picture is what the instruction asked for.
+def is_done(plan: EditPlan, image: Tensor) -> bool:
+    """Whether a image is what the instruction asked for.
 
     It is if, under the edit mask, the right outcome is nearer (mean squared error) than the source and every other
-    outcome of an instruction of that kind, and if the rest of the picture is kept (20 dB to the source).
+    outcome of an instruction of that kind, and if the rest of the image is kept (20 dB to the source).
 
     Args:
         plan: the edit.
-        picture: `[3, R, R]` in [0, 1], R a divisor of 64.
+        image: `[3, R, R]` in [0, 1], R a divisor of 64.
     """
-    brush, shrink = painter(), 64 // picture.shape[-1]
+    brush, shrink = painter(), 64 // image.shape[-1]
     candidates = [plan.before, *(alternative.after for alternative in _alternatives(plan))]
     drawn = functional.avg_pool2d(torch.stack([brush.draw(scene) for scene in candidates]), shrink)
     mask = functional.max_pool2d(brush.mask(plan)[None].float(), shrink)[0] > 0
-    errors = (drawn - picture.float().cpu()).square().mean(1)
+    errors = (drawn - image.float().cpu()).square().mean(1)
     right = [scene == plan.after for scene in candidates]
     outside = errors[0][~mask]
     return right[int(errors[:, mask].mean(1).argmin())] and (not len(outside) or float(outside.mean()) < KEPT)
@@ -89,11 +89,11 @@ def load_emoji_kontext(weights: Path = WEIGHTS) -> Subject:
         raise ModelError(f"the emoji-kontext files in {weights} cannot be read ({error}); reinstall hasten") from error
     plans = {plan.prompt: plan for plan in held_out_plans(EDITS)}
 
-    def grade(pictures: Tensor, prompts: list[str]) -> list[bool]:
+    def grade(images: Tensor, prompts: list[str]) -> list[bool]:
         missing = [prompt for prompt in prompts if prompt not in plans]
         if missing:
             raise ConfigError(f"no held-out edit has the prompt {missing[0]!r}; use the prompts of the model's edits")
-        return [is_done(plans[prompt], picture) for prompt, picture in zip(prompts, pictures, strict=True)]
+        return [is_done(plans[prompt], image) for prompt, image in zip(prompts, images, strict=True)]
 
     return Subject(
         name="emoji-kontext",

@@ -1,10 +1,10 @@
-"""The pairs that `emoji-kontext` learns: a picture, an instruction, the edited picture and where they differ.
+"""The pairs that `emoji-kontext` learns: a image, an instruction, the edited image and where they differ.
 
 Everything is made by code from the emoji set that `emoji-flux` ships (MIT licence): a large emoji in the middle, up
 to two small ones in named corners. A local edit adds, removes, replaces or recolours a small one; a global edit makes
-the picture grey, inverts it or changes its background. One composition in ten is never trained on.
+the image grey, inverts it or changes its background. One composition in ten is never trained on.
 
-Pictures are `[3, 64, 64]` float32 in [0, 1].
+Images are `[3, 64, 64]` float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ BACKGROUNDS = {
     "yellow": (1.0, 0.93, 0.5),
     "pink": (1.0, 0.72, 0.82),
 }
-EFFECTS = {"grey": "make the picture grey", "inverted": "invert the picture"}
+EFFECTS = {"grey": "make the image grey", "inverted": "invert the image"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn. `main` counts in the emoji set, `shift` is in pixels from the middle."""
+    """A image before it is drawn. `main` counts in the emoji set, `shift` is in pixels from the middle."""
 
     main: int
     shift: tuple[int, int]
@@ -90,17 +90,17 @@ class EditPlan:
         return key % 10 == 0
 
 
-def cutouts(pictures: Tensor, side: int) -> Tensor:
+def cutouts(images: Tensor, side: int) -> Tensor:
     """`[N, 3, 64, 64]` on white to `[N, 4, side, side]`, colours and opacity.
 
     A pixel belongs to the emoji if it is not white, or if something not white lies on each of its four sides.
     """
-    ink = (pictures < 0.985).any(1).float()
+    ink = (images < 0.985).any(1).float()
     left, up = ink.cummax(2).values, ink.cummax(1).values
     right, down = ink.flip(2).cummax(2).values.flip(2), ink.flip(1).cummax(1).values.flip(1)
     alpha = torch.maximum(ink, left * right * up * down)[:, None]
     small = functional.interpolate(
-        torch.cat([pictures * alpha, alpha], 1), size=(side, side), mode="bilinear", antialias=True
+        torch.cat([images * alpha, alpha], 1), size=(side, side), mode="bilinear", antialias=True
     )
     colour = small[:, :3] / small[:, 3:].clamp(min=1e-3)
     return torch.cat([colour.clamp(0, 1), small[:, 3:]], 1)
@@ -112,8 +112,8 @@ class Painter:
     def __init__(self) -> None:
         data = load_emoji_set()
         self.mains = [i for i, caption in enumerate(data.captions) if caption not in ITEMS]
-        self.main = cutouts(data.pictures, MAIN)
-        self.small = cutouts(data.pictures[[data.captions.index(name) for name in ITEMS]], SMALL)
+        self.main = cutouts(data.images, MAIN)
+        self.small = cutouts(data.images[[data.captions.index(name) for name in ITEMS]], SMALL)
 
     @staticmethod
     def _corner(corner: int) -> tuple[slice, slice]:
@@ -121,7 +121,7 @@ class Painter:
         return slice(y, y + SMALL), slice(x, x + SMALL)
 
     def draw(self, scene: Scene) -> Tensor:
-        """The picture `[3, 64, 64]`."""
+        """The image `[3, 64, 64]`."""
         canvas = torch.tensor(BACKGROUNDS[scene.background])[:, None, None].repeat(1, SIDE, SIDE)
         top, left = (SIDE - MAIN) // 2 + scene.shift[0], (SIDE - MAIN) // 2 + scene.shift[1]
         self._paste(canvas, self.main[scene.main], slice(top, top + MAIN), slice(left, left + MAIN))
@@ -142,7 +142,7 @@ class Painter:
         canvas[:, rows, columns] = alpha * cutout[:3] + (1 - alpha) * canvas[:, rows, columns]
 
     def mask(self, plan: EditPlan) -> Tensor:
-        """`[64, 64]` bool: where the edit may change the picture, known from the construction."""
+        """`[64, 64]` bool: where the edit may change the image, known from the construction."""
         if plan.kind == "global":
             return torch.ones(SIDE, SIDE, dtype=torch.bool)
         mask = torch.zeros(SIDE, SIDE, dtype=torch.bool)
@@ -152,7 +152,7 @@ class Painter:
         return mask
 
     def edit(self, plan: EditPlan) -> Edit:
-        """The plan with its pictures."""
+        """The plan with its images."""
         return Edit(plan.prompt, self.draw(plan.before), self.draw(plan.after), self.mask(plan), plan.kind)
 
 

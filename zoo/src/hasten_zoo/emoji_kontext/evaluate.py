@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from hasten.bench.metrics import psnr
-from hasten.bench.sheet import picture_grid
+from hasten.bench.sheet import image_grid
 from hasten.bench.subject import Edit, Subject
 from torch import Tensor
 from torch.nn import functional
@@ -50,10 +50,10 @@ def evaluate(
     prompts = [edit.prompt for edit in chosen]
     result: dict[str, object] = {"edits": len(chosen), "steps": steps, "seed": seed}
     for side in sides:
-        pictures = apply_edits(model, chosen, side, steps, seed)
-        done = model.grade(pictures, prompts)
+        images = apply_edits(model, chosen, side, steps, seed)
+        done = model.grade(images, prompts)
         targets = functional.avg_pool2d(torch.stack([edit.target for edit in chosen]), 64 // side)
-        distances = [psnr(a, b) for a, b in zip(pictures, targets, strict=True)]
+        distances = [psnr(a, b) for a, b in zip(images, targets, strict=True)]
         shares = {
             kind: round(sum(flags) / len(flags), 3)
             for kind in ("local", "global")
@@ -67,8 +67,8 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     sources = functional.avg_pool2d(torch.stack([edit.source for edit in chosen]), 64 // sides[-1])
-    triples = torch.stack([sources, targets, pictures], 1).flatten(0, 1)
-    picture_grid(triples, columns=12).save(out / "contact_sheet.png", optimize=True)
+    triples = torch.stack([sources, targets, images], 1).flatten(0, 1)
+    image_grid(triples, columns=12).save(out / "contact_sheet.png", optimize=True)
     return result
 
 

@@ -1,6 +1,6 @@
 """What `emoji-kontext` is made of: the parts of `emoji-flux` in an unmodified `FluxKontextPipeline`.
 
-The source picture enters as extra tokens whose position ids start with 1. The transformer and the text encoders may
+The source image enters as extra tokens whose position ids start with 1. The transformer and the text encoders may
 start from the trained `emoji-flux`.
 """
 
@@ -43,7 +43,7 @@ def _start_from(pipe: FluxPipeline, old: FluxPipeline) -> None:
 def build_pipeline(start: Path | None = None, width: int = 128) -> FluxKontextPipeline:
     """An untrained pipeline, or one that starts from the `emoji-flux` weights in the folder `start` (width 128)."""
     phrases = [*ITEMS, *TINTS, *BACKGROUNDS, *CORNERS, *EFFECTS.values(), *VERBS]
-    pipe = build_emoji_flux(phrases, load_emoji_set().pictures, width)
+    pipe = build_emoji_flux(phrases, load_emoji_set().images, width)
     pipe.tokenizer.model_max_length = TEXT_TOKENS
     config = pipe.text_encoder.config.to_dict() | {"max_position_embeddings": TEXT_TOKENS}
     pipe.register_modules(text_encoder=CLIPTextModel(CLIPTextConfig(**config)))

@@ -3,9 +3,9 @@
     python -m hasten_zoo.emoji_kontext.train --out runs/kontext
     python -m hasten_zoo.emoji_kontext.train --out runs/kontext --export zoo/src/hasten_zoo/emoji_kontext/weights
 
-Rectified flow on the edited picture, `x_t = (1 - t) x_0 + t eps` with target `eps - x_0`, given the clean source as
+Rectified flow on the edited image, `x_t = (1 - t) x_0 + t eps` with target `eps - x_0`, given the clean source as
 extra tokens and the instruction; one instruction in ten is empty. Tokens under the edit mask count four times, because
-a local edit changes a tenth of the picture. First at 32x32 pixels (64 + 64 tokens), then at 64x64 (256 + 256).
+a local edit changes a tenth of the image. First at 32x32 pixels (64 + 64 tokens), then at 64x64 (256 + 256).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EMPHASIS, DROPOUT = 3.0, 0.1  # extra weight of tokens under a local edit mask; 
 
 
 def levels(coarse: int, fine: int, batch: int = 32) -> list[Level]:
-    """`coarse` pictures at 32x32, then `fine` at 64x64, which cost about five times as much each."""
+    """`coarse` images at 32x32, then `fine` at 64x64, which cost about five times as much each."""
     return [Level("32", coarse, batch, 1.0), Level("64", fine, max(1, batch // 2), 5.0)]
 
 
@@ -67,12 +67,12 @@ class EditLoss:
         weight = 1 + EMPHASIS * in_edit
         return (weight * error).sum() / weight.sum()
 
-    def pack(self, pictures: Tensor, side: int) -> Tensor:
-        """Pictures `[B, 3, 64, 64]` in [0, 1] as packed latents `[B, (side / 4)**2, 48]`."""
+    def pack(self, images: Tensor, side: int) -> Tensor:
+        """Images `[B, 3, 64, 64]` in [0, 1] as packed latents `[B, (side / 4)**2, 48]`."""
         config = self.pipe.vae.config
-        small = functional.avg_pool2d(pictures, 64 // side)
+        small = functional.avg_pool2d(images, 64 // side)
         latents = (self.pipe.vae.encode(small * 2 - 1).latents - config.shift_factor) * config.scaling_factor
-        packed: Tensor = FluxKontextPipeline._pack_latents(latents, len(pictures), 12, side // 2, side // 2)
+        packed: Tensor = FluxKontextPipeline._pack_latents(latents, len(images), 12, side // 2, side // 2)
         return packed
 
     def predict(self, noisy: Tensor, source: Tensor, t: Tensor, prompts: list[str], side: int) -> Tensor:

@@ -36,7 +36,7 @@ def swatches(tokens: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def decode(tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Pictures `[n, 32, 32, 3]` in [0, 1] of the tokens `[n, 64]` of images.
+    """Images `[n, 32, 32, 3]` in [0, 1] of the tokens `[n, 64]` of images.
 
     For `hasten tokens sample --decoder hasten_zoo.emoji_tokens:decode`.
     """

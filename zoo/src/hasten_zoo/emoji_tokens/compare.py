@@ -4,10 +4,10 @@
 
 Run it again to go on. Each run has the same model body, batch, learning rate and number of steps, which is the same
 compute but for the head; seeds run in turn, so that a stop leaves complete seeds. A seed is that of the weights, of
-the order of the pictures, and of the k-means and the random map. The token shards are written first.
+the order of the images, and of the k-means and the random map. The token shards are written first.
 
-`comparison.json` holds what is done: for each run its curve (every 200 steps the losses on held-out pictures and the
-quality of 512 drawn ones) and the quality of 2048 pictures drawn at the end, for each way to choose members.
+`comparison.json` holds what is done: for each run its curve (every 200 steps the losses on held-out images and the
+quality of 512 drawn ones) and the quality of 2048 images drawn at the end, for each way to choose members.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        train, held_out: pictures of the two sets of tokens.
-        drawn: pictures drawn for a point of a curve.
-        drawn_last: pictures drawn at the end.
+        train, held_out: images of the two sets of tokens.
+        drawn: images drawn for a point of a curve.
+        drawn_last: images drawn at the end.
         every: steps between two points of a curve.
         refiner_steps: of the refiner of each MASC run; 0 for none.
     """
@@ -124,18 +124,18 @@ class Bench:
 
     @torch.no_grad()
     def grade(self, tokens: Tensor, classes: Tensor) -> dict[str, float]:
-        """Quality of the pictures of tokens `[N, L]`."""
+        """Quality of the images of tokens `[N, L]`."""
         return asdict(quality(torch.cat([self.tokenizer.decode(part) for part in tokens.split(256)]), classes))
 
     def point(self, trainer: Trainer) -> dict[str, float]:
-        """Quality of some pictures with members drawn uniformly, for the curve."""
+        """Quality of some images with members drawn uniformly, for the curve."""
         seed = 1000 * trainer.steps
         classes, clusters, _ = self.draw(trainer, self.sizes.drawn, seed)
         members = MemberSampler.make(trainer.mapping)(clusters.numpy(), seed)
         return self.grade(torch.from_numpy(members), classes)
 
     def last(self, trainer: Trainer) -> dict[str, dict[str, float]]:
-        """Quality of many pictures for each way to choose members."""
+        """Quality of many images for each way to choose members."""
         classes, clusters, states = self.draw(trainer, self.sizes.drawn_last, seed=1)
         mapping, codebook = trainer.mapping, self.tokenizer.codebook
         samplers = {"uniform": MemberSampler.make(mapping)}

@@ -1,10 +1,10 @@
-"""Pictures of the tokenizer and the autoregressive models: one of the emoji of `emoji-flux` on a background.
+"""Images of the tokenizer and the autoregressive models: one of the emoji of `emoji-flux` on a background.
 
 They are made by code, so that there are as many as wanted: 16 objects (the classes), 8 backgrounds, any place, size
-and direction, and light that differs from picture to picture. Every picture is a function of the seed of its batch;
+and direction, and light that differs from image to image. Every image is a function of the seed of its batch;
 `TRAIN`, `HELD_OUT` and `MEASURE` keep the seeds of the three uses apart.
 
-Shapes: pictures `[B, 3, 32, 32]` float32 in [0, 1].
+Shapes: images `[B, 3, 32, 32]` float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import functional
 from hasten_zoo.emoji_flux.data import load_emoji_set
 from hasten_zoo.emoji_kontext.data import cutouts
 
-__all__ = ["BACKGROUNDS", "HELD_OUT", "MEASURE", "OBJECTS", "SIDE", "TRAIN", "Pictures", "batches", "draw", "pictures"]
+__all__ = ["BACKGROUNDS", "HELD_OUT", "MEASURE", "OBJECTS", "SIDE", "TRAIN", "Images", "batches", "draw", "images"]
 
 SIDE = 32
 CUTOUT = 32  # pixels of a sprite before it is placed
@@ -47,14 +47,14 @@ TRAIN, HELD_OUT, MEASURE = 0, 1 << 30, 2 << 30  # first seeds; batch i of a use 
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
-    """Some pictures and what is on them.
+class Images:
+    """Some images and what is on them.
 
     Attributes:
         pixels: `[B, 3, 32, 32]`.
         classes: objects, `[B]` int64, indices in `OBJECTS`.
         backgrounds: `[B]` int64, indices in `BACKGROUNDS`.
-        places: `[B, 3]`, centre (x, y) and size of the object as shares of the picture.
+        places: `[B, 3]`, centre (x, y) and size of the object as shares of the image.
     """
 
     pixels: Tensor
@@ -67,7 +67,7 @@ class Pictures:
 def _sprites() -> Tensor:
     """`[16, 4, 32, 32]`: colours times opacity, and opacity."""
     data = load_emoji_set()
-    sprites = cutouts(data.pictures[[data.captions.index(name) for name in OBJECTS]], CUTOUT)
+    sprites = cutouts(data.images[[data.captions.index(name) for name in OBJECTS]], CUTOUT)
     return torch.cat([sprites[:, :3] * sprites[:, 3:], sprites[:, 3:]], 1)
 
 
@@ -100,8 +100,8 @@ def _backdrops(kinds: Tensor, generator: torch.Generator) -> Tensor:
     return (top + (bottom - top) * down + drawn[:, None]).clamp(0, 1)
 
 
-def draw(classes: Tensor, generator: torch.Generator) -> Pictures:
-    """Pictures of objects `[B]` int64; all else is drawn with the generator.
+def draw(classes: Tensor, generator: torch.Generator) -> Images:
+    """Images of objects `[B]` int64; all else is drawn with the generator.
 
     Raises:
         ConfigError: if there is no such object.
@@ -120,16 +120,16 @@ def draw(classes: Tensor, generator: torch.Generator) -> Pictures:
     grid = torch.stack([x[:, None, :].expand(-1, SIDE, -1), y[:, :, None].expand(-1, -1, SIDE)], -1)
     layer = functional.grid_sample(_sprites()[classes], grid, mode="bilinear", align_corners=False)
     pixels = (layer[:, :3] + (1 - layer[:, 3:]) * backdrop).clamp(0, 1)
-    return Pictures(pixels, classes, kinds, torch.cat([centre, size], 1) / SIDE)
+    return Images(pixels, classes, kinds, torch.cat([centre, size], 1) / SIDE)
 
 
-def pictures(n: int, seed: int) -> Pictures:
-    """`n` pictures of objects drawn evenly; a function of the arguments alone."""
+def images(n: int, seed: int) -> Images:
+    """`n` images of objects drawn evenly; a function of the arguments alone."""
     generator = torch.Generator().manual_seed(seed)
     return draw(torch.randint(len(OBJECTS), (n,), generator=generator), generator)
 
 
-def batches(n: int, use: int, batch: int = 256) -> Iterator[Pictures]:
-    """`n` pictures of a use (`TRAIN`, `HELD_OUT` or `MEASURE`) in batches."""
+def batches(n: int, use: int, batch: int = 256) -> Iterator[Images]:
+    """`n` images of a use (`TRAIN`, `HELD_OUT` or `MEASURE`) in batches."""
     for i, first in enumerate(range(0, n, batch)):
-        yield pictures(min(batch, n - first), use + i)
+        yield images(min(batch, n - first), use + i)

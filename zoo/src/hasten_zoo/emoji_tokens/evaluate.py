@@ -1,9 +1,9 @@
-"""How good a map and drawn pictures are: semantic replacement, Fréchet distance, precision and recall.
+"""How good a map and drawn images are: semantic replacement, Fréchet distance, precision and recall.
 
-Features are those of `features.FeatureNet`. Fréchet distances and precision are against `reference()`, pictures that
-nothing is trained on. A Fréchet distance of few pictures is biased upwards: compare those of equally many only.
+Features are those of `features.FeatureNet`. Fréchet distances and precision are against `reference()`, images that
+nothing is trained on. A Fréchet distance of few images is biased upwards: compare those of equally many only.
 
-Shapes: pictures `[N, 3, 32, 32]` float32 in [0, 1], features `[N, F]` float64.
+Shapes: images `[N, 3, 32, 32]` float32 in [0, 1], features `[N, F]` float64.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
-from hasten_zoo.emoji_tokens.data import MEASURE, pictures
+from hasten_zoo.emoji_tokens.data import MEASURE, images
 from hasten_zoo.emoji_tokens.features import FeatureNet
 from hasten_zoo.emoji_tokens.tokenizer import VQTokenizer
 
 __all__ = ["Quality", "Replacement", "ReplacementTest", "frechet", "precision_recall", "quality", "reference"]
 
 Floats = NDArray[np.float64]
-REFERENCE = 4096  # pictures of the Fréchet distance
+REFERENCE = 4096  # images of the Fréchet distance
 NEIGHBOURS = 2048  # of them for precision and recall
-FIRST = 128  # pictures whose structural similarity and perceptual distance are taken, as they are slow
+FIRST = 128  # images whose structural similarity and perceptual distance are taken, as they are slow
 
 
 @cache
 def reference() -> Floats:
-    """Features of the pictures that others are compared with, `[4096, 64]`."""
-    return FeatureNet.load().describe(pictures(REFERENCE, MEASURE).pixels)
+    """Features of the images that others are compared with, `[4096, 64]`."""
+    return FeatureNet.load().describe(images(REFERENCE, MEASURE).pixels)
 
 
 def frechet(a: Floats, b: Floats) -> float:
@@ -72,12 +72,12 @@ def precision_recall(real: Floats, drawn: Floats, k: int = 3) -> tuple[float, fl
 
 @dataclass(frozen=True)
 class Quality:
-    """Drawn pictures against `reference()`.
+    """Drawn images against `reference()`.
 
     Attributes:
         frechet: squared Fréchet distance.
         precision, recall: as in `precision_recall`.
-        objects: share of pictures on which the network sees the object that was asked for.
+        objects: share of images on which the network sees the object that was asked for.
     """
 
     frechet: float
@@ -87,7 +87,7 @@ class Quality:
 
 
 def quality(drawn: Tensor, classes: Tensor) -> Quality:
-    """How good drawn pictures of objects `[N]` are."""
+    """How good drawn images of objects `[N]` are."""
     net = FeatureNet.load()
     made, real = net.describe(drawn), reference()
     precision, recall = precision_recall(real[:NEIGHBOURS], made)
@@ -97,13 +97,13 @@ def quality(drawn: Tensor, classes: Tensor) -> Quality:
 
 @dataclass(frozen=True)
 class Replacement:
-    """Pictures decoded with every token replaced by a random member of its cluster, against the pictures themselves.
+    """Images decoded with every token replaced by a random member of its cluster, against the images themselves.
 
     Attributes:
-        psnr: dB, over all pictures together.
-        psnr_to_reconstruction: dB, against what the tokenizer makes of the pictures; 120 if they are the same.
-        ssim: mean structural similarity of the first 128 pictures.
-        lpips: mean perceptual distance of the first 128 pictures, as `hasten bench` takes it; None without its weights.
+        psnr: dB, over all images together.
+        psnr_to_reconstruction: dB, against what the tokenizer makes of the images; 120 if they are the same.
+        ssim: mean structural similarity of the first 128 images.
+        lpips: mean perceptual distance of the first 128 images, as `hasten bench` takes it; None without its weights.
         feature_distance: mean Euclidean distance of the features.
         frechet: squared Fréchet distance to `reference()`.
     """
@@ -117,7 +117,7 @@ class Replacement:
 
 
 class ReplacementTest:
-    """The semantic replacement test on some pictures, for any number of maps.
+    """The semantic replacement test on some images, for any number of maps.
 
     Args:
         tokenizer: whose tokens are replaced.

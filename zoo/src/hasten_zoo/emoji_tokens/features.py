@@ -1,13 +1,13 @@
-"""A fixed feature space for pictures of `data`: a small network that tells what is on a picture and how damaged it is.
+"""A fixed feature space for images of `data`: a small network that tells what is on a image and how damaged it is.
 
-It learns the object, the background, the place and size of the object, and, as half of its pictures are spoiled (noise,
+It learns the object, the background, the place and size of the object, and, as half of its images are spoiled (noise,
 blur, squares of 4x4 pixels taken from elsewhere or tinted), the size of the error. So its features change with what is
-on a picture and with how well it is drawn. The weights come with the package; distances in this space compare with
+on a image and with how well it is drawn. The weights come with the package; distances in this space compare with
 nothing but each other.
 
     python -m hasten_zoo.emoji_tokens.features --out runs/emoji-tokens     train it again, about 2 processor minutes
 
-Shapes: pictures `[B, 3, 32, 32]` float32 in [0, 1], features `[B, 64]`.
+Shapes: images `[B, 3, 32, 32]` float32 in [0, 1], features `[B, 64]`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hasten_zoo.emoji_tokens.data import BACKGROUNDS, HELD_OUT, OBJECTS, TRAIN, Pictures, pictures
+from hasten_zoo.emoji_tokens.data import BACKGROUNDS, HELD_OUT, OBJECTS, TRAIN, Images, images
 
 __all__ = ["FEATURES", "FeatureNet", "spoiled", "train"]
 
@@ -40,7 +40,7 @@ CELL = 4
 
 
 class FeatureNet(nn.Module):
-    """Features of pictures, and the answers that they were trained for."""
+    """Features of images, and the answers that they were trained for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,28 +57,28 @@ class FeatureNet(nn.Module):
         return self.body(pixels * 2 - 1)
 
     def answers(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Logits of `object` and `background`, `place` as in `Pictures`, `damage`: log10 of the mean squared error."""
+        """Logits of `object` and `background`, `place` as in `Images`, `damage`: log10 of the mean squared error."""
         features = functional.silu(self(pixels))
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
     def describe(self, pixels: Tensor, batch: int = 256) -> NDArray[np.float64]:
-        """Features of any number of pictures, `[N, 64]` float64."""
+        """Features of any number of images, `[N, 64]` float64."""
         return torch.cat([self(part) for part in pixels.split(batch)]).double().numpy()
 
     @torch.no_grad()
     def objects(self, pixels: Tensor, batch: int = 256) -> Tensor:
-        """The likeliest object on each picture, `[N]` int64, indices in `OBJECTS`."""
+        """The likeliest object on each image, `[N]` int64, indices in `OBJECTS`."""
         return torch.cat([self.answers(part)["object"].argmax(-1) for part in pixels.split(batch)])
 
-    def loss(self, picture: Pictures, pixels: Tensor) -> Tensor:
-        """Of the answers for `pixels`, which are the spoiled picture."""
+    def loss(self, image: Images, pixels: Tensor) -> Tensor:
+        """Of the answers for `pixels`, which are the spoiled image."""
         answers = self.answers(pixels)
-        error = (pixels - picture.pixels).square().flatten(1).mean(1, keepdim=True)
+        error = (pixels - image.pixels).square().flatten(1).mean(1, keepdim=True)
         return (
-            functional.cross_entropy(answers["object"], picture.classes)
-            + functional.cross_entropy(answers["background"], picture.backgrounds)
-            + 10 * functional.mse_loss(answers["place"], picture.places)
+            functional.cross_entropy(answers["object"], image.classes)
+            + functional.cross_entropy(answers["background"], image.backgrounds)
+            + 10 * functional.mse_loss(answers["place"], image.places)
             + functional.mse_loss(answers["damage"], (error + 1e-4).log10())
         )
 
@@ -104,7 +104,7 @@ class FeatureNet(nn.Module):
 
 
 def spoiled(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """The pictures, every second one spoiled in one of four ways by a random amount."""
+    """The images, every second one spoiled in one of four ways by a random amount."""
     n, _, height, width = pixels.shape
     amount = torch.rand(n, 1, 1, 1, generator=generator)
     noisy = pixels + 0.2 * amount * torch.randn(pixels.shape, generator=generator)
@@ -120,9 +120,9 @@ def spoiled(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def _accuracy(net: FeatureNet, images: int) -> dict[str, float]:
-    """Shares of held-out pictures whose object and background are told."""
-    seen = pictures(images, HELD_OUT)
+def _accuracy(net: FeatureNet, count: int) -> dict[str, float]:
+    """Shares of held-out images whose object and background are told."""
+    seen = images(count, HELD_OUT)
     answers = net.answers(seen.pixels)
     right = {"object": seen.classes, "background": seen.backgrounds}
     return {name: round(float((answers[name].argmax(-1) == truth).float().mean()), 4) for name, truth in right.items()}
@@ -135,7 +135,7 @@ def train(out: Path, steps: int, every: int = 250) -> FeatureNet:
     optimizer = torch.optim.AdamW(net.parameters(), LR, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     rows, started = [], time.process_time()
     for step in range(1, steps + 1):
-        seen = pictures(BATCH, TRAIN + step)
+        seen = images(BATCH, TRAIN + step)
         for group in optimizer.param_groups:
             group["lr"] = LR * min(1.0, step / WARMUP, max(0.02, 2 * (1 - step / steps)))
         loss = net.loss(seen, spoiled(seen.pixels, torch.Generator().manual_seed(step)))

@@ -31,7 +31,7 @@ MODEL = WEIGHTS / "masc"
 
 @dataclass(frozen=True, eq=False)
 class EmojiTokens:
-    """A class-conditional autoregressive model of clusters, and what makes pictures of them.
+    """A class-conditional autoregressive model of clusters, and what makes images of them.
 
     Attributes:
         tokenizer: decodes tokens.
@@ -59,7 +59,7 @@ class EmojiTokens:
 
     @torch.no_grad()
     def draw(self, classes: Tensor, sampling: Sampling | None = None, seed: int = 0) -> Tensor:
-        """Pictures `[B, 3, 32, 32]` in [0, 1] of objects `[B]` int64, indices in `data.OBJECTS`.
+        """Images `[B, 3, 32, 32]` in [0, 1] of objects `[B]` int64, indices in `data.OBJECTS`.
 
         Raises:
             ConfigError: if there is no such object.

@@ -1,11 +1,11 @@
-"""A small VQ tokenizer: 32x32 pictures to 8x8 tokens of a codebook `[2048, 8]`, looked up by direction.
+"""A small VQ tokenizer: 32x32 images to 8x8 tokens of a codebook `[2048, 8]`, looked up by direction.
 
 As LlamaGen's tokenizer, codes and latents are scaled to unit length before the nearest code is looked up (Yu et al.,
 arXiv:2110.04627), so that trees are fitted with `normalize="unit"`. Codes are running means of the latents that they
 stand for (van den Oord et al., arXiv:1711.00937, appendix A.1); codes that are met too rarely are put onto latents of
 the batch.
 
-Shapes: `B` pictures, `N` codes, `D` width of a code, tokens `[B, 64]` row by row.
+Shapes: `B` images, `N` codes, `D` width of a code, tokens `[B, 64]` row by row.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Residual(nn.Module):
 
 
 class VQTokenizer(nn.Module):
-    """Pictures `[B, 3, H, W]` in [0, 1], sides divisible by 4, to tokens and back."""
+    """Images `[B, 3, H, W]` in [0, 1], sides divisible by 4, to tokens and back."""
 
     codebook: Tensor  # rows of length 1
     sums: Tensor  # running sums of the latents of each code
@@ -103,21 +103,21 @@ class VQTokenizer(nn.Module):
         self.register_buffer("sums", codes.clone(), persistent=False)
         self.register_buffer("usage", torch.ones(config.codes), persistent=False)
 
-    def latents(self, pictures: Tensor) -> Tensor:
+    def latents(self, images: Tensor) -> Tensor:
         """Unit vectors `[B, h, w, D]`."""
-        return normalize(self.encoder(pictures * 2 - 1).permute(0, 2, 3, 1), dim=-1)
+        return normalize(self.encoder(images * 2 - 1).permute(0, 2, 3, 1), dim=-1)
 
     def lookup(self, latents: Tensor) -> Tensor:
         """Nearest codes `[B, h, w]`."""
         return (latents @ self.codebook.T).argmax(-1)
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Tokens `[B, h w]` int64."""
-        return self.lookup(self.latents(pictures)).flatten(1)
+        return self.lookup(self.latents(images)).flatten(1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Pictures `[B, 3, H, W]` in [0, 1] of square grids of tokens `[B, h w]`.
+        """Images `[B, 3, H, W]` in [0, 1] of square grids of tokens `[B, h w]`.
 
         Raises:
             ConfigError: if the tokens are no square.
@@ -131,25 +131,25 @@ class VQTokenizer(nn.Module):
     def _decoded(self, codes: Tensor) -> Tensor:
         return self.decoder(codes.permute(0, 3, 1, 2)) / 2 + 0.5
 
-    def loss(self, pictures: Tensor, quantized: bool = True) -> tuple[Tensor, Tensor]:
+    def loss(self, images: Tensor, quantized: bool = True) -> tuple[Tensor, Tensor]:
         """Reconstruction (absolute and squared error) and commitment loss; and the mean squared error.
 
         In training mode the codes are moved, too. Without `quantized` it is the loss of a plain autoencoder, with
         which training begins, so that the first codes lie where latents are.
         """
-        latents = self.latents(pictures)
+        latents = self.latents(images)
         if not quantized:
             drawn = self._decoded(latents)
-            squared = mse_loss(drawn, pictures)
-            return (drawn - pictures).abs().mean() + squared, squared
+            squared = mse_loss(drawn, images)
+            return (drawn - images).abs().mean() + squared, squared
         tokens = self.lookup(latents)
         codes = self.codebook[tokens]
         commitment = self.config.commitment * self.config.code_width * mse_loss(latents, codes)
         drawn = self._decoded(latents + (codes - latents).detach())  # gradients go straight through the lookup
         if self.training:
             self._move(tokens, latents)
-        squared = mse_loss(drawn, pictures)
-        return (drawn - pictures).abs().mean() + squared + commitment, squared
+        squared = mse_loss(drawn, images)
+        return (drawn - images).abs().mean() + squared + commitment, squared
 
     def perplexity(self) -> float:
         """Of the running usage: as many evenly used codes would be as uncertain."""
@@ -157,15 +157,15 @@ class VQTokenizer(nn.Module):
         return float(torch.special.entr(share).sum().exp())
 
     @torch.no_grad()
-    def begin(self, pictures: Tensor) -> None:
-        """Put every code onto a latent of the pictures, which have to have at least as many tokens as there are codes.
+    def begin(self, images: Tensor) -> None:
+        """Put every code onto a latent of the images, which have to have at least as many tokens as there are codes.
 
         Raises:
             ConfigError: if they have fewer.
         """
-        latents = self.latents(pictures).flatten(0, 2)
+        latents = self.latents(images).flatten(0, 2)
         if len(latents) < self.config.codes:
-            raise ConfigError(f"{self.config.codes} codes need as many latents, the pictures have {len(latents)}")
+            raise ConfigError(f"{self.config.codes} codes need as many latents, the images have {len(latents)}")
         self._put(torch.arange(self.config.codes), latents[torch.randperm(len(latents))[: self.config.codes]])
 
     @torch.no_grad()

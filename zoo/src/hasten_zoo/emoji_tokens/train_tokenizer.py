@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from hasten_zoo.emoji_tokens.data import TRAIN, pictures
+from hasten_zoo.emoji_tokens.data import TRAIN, images
 from hasten_zoo.emoji_tokens.tokenizer import TokenizerConfig, VQTokenizer
 
 __all__ = ["train"]
 
 LR, WARMUP, DECAY_SHARE, LEAST = 2e-3, 100, 0.4, 0.02
 PLAIN = 200  # steps without a codebook
-BEGIN = 256  # pictures whose latents the first codes are
+BEGIN = 256  # images whose latents the first codes are
 
 
 def train(out: Path, steps: int, minutes: float, batch: int, config: TokenizerConfig, every: int = 100) -> bool:
@@ -42,10 +42,10 @@ def train(out: Path, steps: int, minutes: float, batch: int, config: TokenizerCo
     while done < steps:
         torch.manual_seed(done)  # which latents rare codes are put onto
         if done == PLAIN:
-            tokenizer.begin(pictures(BEGIN, TRAIN + done).pixels)
+            tokenizer.begin(images(BEGIN, TRAIN + done).pixels)
         for group in optimizer.param_groups:
             group["lr"] = LR * min(1.0, (done + 1) / WARMUP, max(LEAST, (1 - done / steps) / DECAY_SHARE))
-        loss, squared = tokenizer.loss(pictures(batch, TRAIN + done).pixels, quantized=done >= PLAIN)
+        loss, squared = tokenizer.loss(images(batch, TRAIN + done).pixels, quantized=done >= PLAIN)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)

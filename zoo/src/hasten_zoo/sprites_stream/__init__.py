@@ -1,4 +1,4 @@
-"""`sprites-stream`: a small chunk-wise causal video model whose objects leave the picture and come back."""
+"""`sprites-stream`: a small chunk-wise causal video model whose objects leave the image and come back."""
 
 from hasten_zoo.sprites_stream.data import World, conditions, draw, paths, random_world
 from hasten_zoo.sprites_stream.model import CausalVideoTransformer, ModelConfig, load_model, new_stream

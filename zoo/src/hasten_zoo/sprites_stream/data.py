@@ -1,4 +1,4 @@
-"""The worlds that `sprites-stream` learns: two emoji that walk to and fro and leave the picture again and again.
+"""The worlds that `sprites-stream` learns: two emoji that walk to and fro and leave the image again and again.
 
 One walks in the upper half, one in the lower, each at its own pace; at its turning points it is out of sight for a
 while. Every frame is told where both are, as a world model is told its player's moves. Who they are and where they walk
@@ -75,11 +75,11 @@ def paths(world: World, frames: int) -> Tensor:
 
 def draw(world: World, frames: int) -> Tensor:
     """The video `[F, 3, 48, 48]`."""
-    picture = background(world.background).expand(frames, -1, -1, -1)
+    image = background(world.background).expand(frames, -1, -1, -1)
     for item, centres in zip(world.items, paths(world, frames), strict=True):
         layer = place(torch.full((frames,), item), centres, torch.full((frames,), SPRITE))
-        picture = layer[:, :3] + (1 - layer[:, 3:]) * picture
-    return picture
+        image = layer[:, :3] + (1 - layer[:, 3:]) * image
+    return image
 
 
 def conditions(world: World, first: int, frames: int, named: int = NAMED) -> Tensor:

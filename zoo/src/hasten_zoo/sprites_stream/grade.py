@@ -12,12 +12,12 @@ from hasten_zoo.sprites_wan.data import OBJECTS, SIDE, SPRITE, background, place
 __all__ = ["grade"]
 
 HALF = SIDE // 2
-IN_SIGHT = 20.0  # pixels from the middle; most of the sprite is in the picture
+IN_SIGHT = 20.0  # pixels from the middle; most of the sprite is in the image
 FAR = SPRITE / 2 + 4  # from a centre; pixels beyond are background
 
 
 def _find(half: Tensor, behind: Tensor, row: float, around: Tensor, reach: float) -> tuple[int, Tensor]:
-    """The object and the centre (y, x) that explain a half picture `[3, 24, 48]` best, on a grid of two pixels."""
+    """The object and the centre (y, x) that explain a half image `[3, 24, 48]` best, on a grid of two pixels."""
     steps = torch.arange(-reach, reach + 1, 2)
     centres = torch.cartesian_prod(steps, steps) + around
     lower = row > HALF
@@ -49,18 +49,18 @@ def grade(world: World, video: Tensor, every: int = 3, reach: float = 6.0) -> di
     grid = torch.stack(torch.meshgrid(torch.arange(SIDE) + 0.5, torch.arange(SIDE) + 0.5, indexing="ij"), -1)
     curves: dict[str, list[float]] = {"identity": [], "motion": [], "background": []}
     for frame in range(0, len(video), every):
-        picture = video[frame].float().cpu()
+        image = video[frame].float().cpu()
         right, away = [], []
         for i, item in enumerate(world.items):
             centre = centres[i, frame]
             if abs(float(centre[1]) - SIDE / 2) > IN_SIGHT:
                 continue
             rows = slice(HALF, SIDE) if centre[0] > HALF else slice(0, HALF)
-            found, where = _find(picture[:, rows], behind[:, rows], float(centre[0]), centre, reach)
+            found, where = _find(image[:, rows], behind[:, rows], float(centre[0]), centre, reach)
             right.append(float(found == item))
             away.append(float((where - centre).norm()))
         far = torch.stack([(grid - centres[i, frame]).abs().amax(-1) > FAR for i in range(2)]).all(0)
         curves["identity"].append(sum(right) / len(right) if right else float("nan"))
         curves["motion"].append(sum(away) / len(away) if away else float("nan"))
-        curves["background"].append(float((picture - behind)[:, far].abs().mean()))
+        curves["background"].append(float((image - behind)[:, far].abs().mean()))
     return curves

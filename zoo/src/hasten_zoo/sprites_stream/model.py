@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from hasten.errors import ConfigError, ModelError
 from hasten.streaming.attention import Backend
-from hasten.streaming.cache import turned_back
+from hasten.streaming.cache import undo_rotation
 from hasten.streaming.policy import KVStream, StreamingMethod
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class Rotary(nn.Module):
     def unrotate(self, keys: Tensor, frames: Tensor) -> Tensor:
         """Undo the rotation along time of keys `[B, H, F, L, D]`; float32."""
         angles = frames[:, None] * self.rates
-        return turned_back(keys, torch.polar(torch.ones_like(angles), angles))
+        return undo_rotation(keys, torch.polar(torch.ones_like(angles), angles))
 
 
 def _waves(x: Tensor) -> Tensor:

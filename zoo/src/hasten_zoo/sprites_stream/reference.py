@@ -16,7 +16,7 @@ from hasten_zoo.sprites_stream.grade import grade
 from hasten_zoo.sprites_stream.model import CausalVideoTransformer, load_model, new_stream
 from hasten_zoo.sprites_stream.rollout import roll_out
 
-__all__ = ["WEIGHTS", "load_sprites_stream", "roller", "worlds_of"]
+__all__ = ["WEIGHTS", "load_sprites_stream", "rollout", "worlds_of"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -27,7 +27,7 @@ def worlds_of(seed: int, count: int = 1) -> list[World]:
     return [random_world(rng, held_out=True) for _ in range(count)]
 
 
-def roller(model: CausalVideoTransformer, frames: int, steps: int, graded: bool = True) -> RollOut:
+def rollout(model: CausalVideoTransformer, frames: int, steps: int, graded: bool = True) -> RollOut:
     """Rolls out the world of a seed and grades it, for `measure`."""
 
     @torch.no_grad()
@@ -47,4 +47,4 @@ def load_sprites_stream(weights: Path = WEIGHTS) -> StreamingSubject:
     Raises:
         ModelError: if the files are missing or damaged.
     """
-    return StreamingSubject("sprites-stream", partial(roller, load_model(weights)))
+    return StreamingSubject("sprites-stream", partial(rollout, load_model(weights)))

@@ -49,7 +49,7 @@ def rolled_chunks(
     """Chunks `[B, chunk, 3, side, side]` in [-1, 1], one after another without end, by Euler steps.
 
     Nothing of a chunk is kept but what the stream keeps. Noise depends on the seed alone, so that methods can be
-    compared picture by picture. Run under `torch.no_grad()` unless gradients are wanted.
+    compared image by image. Run under `torch.no_grad()` unless gradients are wanted.
 
     Args:
         stream: of `new_stream`; it is reset first.

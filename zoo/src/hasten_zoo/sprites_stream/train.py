@@ -28,7 +28,7 @@ from hasten_zoo.sprites_stream.rollout import SHIFT
 __all__ = ["levels", "main", "make_fit"]
 
 SHARES = {"6": (1.0, 16, 1.0), "12": (0.25, 8, 2.5), "48": (0.04, 4, 18.0)}  # frames: share of clips, batch, cost
-LOW = 0.2  # noise level below which the loss counts the estimate of the picture rather than the velocity
+LOW = 0.2  # noise level below which the loss counts the estimate of the image rather than the velocity
 HISTORY_NOISE = 0.1  # at the most, in the clean copies
 
 
@@ -60,7 +60,7 @@ class ClipLoss:
             velocity = self.model.teach(
                 _mixed(clean, grain, near), near, _mixed(clean, noise, t), t, words.to(self.device)
             )
-        # Samplers of few steps hardly visit the lowest levels, where a small error of the picture is a large velocity.
+        # Samplers of few steps hardly visit the lowest levels, where a small error of the image is a large velocity.
         weight = (t / LOW).clamp(max=1)[..., None, None, None]
         return mse_loss(weight * velocity.float(), weight * (noise - clean))
 

@@ -16,7 +16,7 @@ from hasten_zoo.sprites_wan.model import TEXT_TOKENS, load_pipeline
 __all__ = ["is_right", "load_sprites_wan", "locate"]
 
 WEIGHTS = Path(__file__).parent / "weights"
-LEAP = Path(__file__).parent / "leap.safetensors"  # `hasten tune --full-steps 9,7` on four captions
+LEAP = Path(__file__).parent / "leap.safetensors"  # `hasten tune --computed-steps 9,7` on four captions
 FRAMES = 17
 TOLERANCE = 4.0  # pixels
 

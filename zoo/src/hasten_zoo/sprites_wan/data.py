@@ -97,7 +97,7 @@ def path(clip: Clip, frames: int) -> tuple[Tensor, Tensor]:
 def _sprites() -> Tensor:
     """`[16, 4, 24, 24]`: colours times opacity, and opacity."""
     data = load_emoji_set()
-    sprites = cutouts(data.pictures[[data.captions.index(name) for name in OBJECTS]], CUTOUT)
+    sprites = cutouts(data.images[[data.captions.index(name) for name in OBJECTS]], CUTOUT)
     return torch.cat([sprites[:, :3] * sprites[:, 3:], sprites[:, 3:]], 1)
 
 

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 import torch
-from hasten.bench.sheet import picture_grid
+from hasten.bench.sheet import image_grid
 from hasten.bench.subject import Subject
 from torch import Tensor
 
@@ -54,7 +54,7 @@ def evaluate(weights: Path, prompts: int, steps: int, seed: int, out: Path, guid
     (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     shown = torch.linspace(0, videos.shape[1] - 1, SHEET_FRAMES).long()
     frames = videos[:SHEET_CLIPS, shown].flatten(0, 1)
-    picture_grid(frames, columns=3 * SHEET_FRAMES).save(out / "contact_sheet.png", optimize=True)
+    image_grid(frames, columns=3 * SHEET_FRAMES).save(out / "contact_sheet.png", optimize=True)
     return result
 
 

@@ -50,8 +50,8 @@ class ClipLoss:
         side, frames = (int(part) for part in level.split("x"))
         rng = Random(int(torch.randint(2**62, (), generator=generator)))
         clips = [jittered(rng.choice(self.clips), rng) for _ in range(batch)]
-        pictures = torch.stack([functional.interpolate(draw(c, frames), (side, side), mode="area") for c in clips])
-        clean = ((pictures * 2 - 1).transpose(1, 2) - self.mean) / self.std
+        images = torch.stack([functional.interpolate(draw(c, frames), (side, side), mode="area") for c in clips])
+        clean = ((images * 2 - 1).transpose(1, 2) - self.mean) / self.std
         noise = torch.randn(clean.shape, generator=generator)
         t = logit_normal_times(batch, SHIFT, generator)
         amount = t[:, None, None, None, None]

@@ -5,10 +5,10 @@ Acceleration of Diffusion Models via Adams-Bashforth Cached Feature Reuse", arXi
 
 which is the polynomial of degree k - 1 through the last k features, one spacing ahead. Two readings, as `form`:
 
-* `"spaced"`: that polynomial at the true horizon, whatever the distances of the full steps;
+* `"spaced"`: that polynomial at the true horizon, whatever the distances of the computed steps;
 * `"literal"`: the constant weights, for the whole interval: right only at a horizon that equals the spacing.
 
-Departures: the features are those of full steps (the relation holds for successive steps of a sampler); the default
+Departures: the features are those of computed steps (the relation holds for successive steps of a sampler); the default
 site is the hidden one. The relation is written from a summary of the paper.
 """
 

@@ -8,10 +8,10 @@ Everything here follows from the m x m inner products of the kept features: a sq
 an orthonormal basis of their span, and the forecast lies in that span, so that it is again a weighted sum of features.
 Only the weights depend on the data.
 
-The operator carries a feature one spacing further, hence it takes evenly spaced full steps: the newest stretch of equal
+The operator carries a feature one spacing further, hence it takes evenly spaced computed steps: the newest stretch of equal
 distances is used. With fewer than four, the forecast is Hermite's. Small singular values are dropped. Growing modes are
 not clamped: features that grow, or run along a line (a double rate of 1), need rates of 1 and above. After the warm-up
-of an even schedule a forecast stays within one spacing, so that no mode grows by more than it did between full steps;
+of an even schedule a forecast stays within one spacing, so that no mode grows by more than it did between computed steps;
 in a long warm-up's wake it reaches several, and the tests bound what noise does there.
 
 Departures: one decomposition serves a whole batch.

@@ -1,13 +1,13 @@
 """EasyCache: skip while the result is expected to follow its input. Zhou et al., "Less is Enough: Training-Free Video
 Diffusion Acceleration via Runtime-Adaptive Caching", arXiv:2507.02860.
 
-    k = mean|out - out'| / mean|x - x'|                  at full steps, primes: the full step before
-    error <- error + k mean|x_t - x_{t-1}| / mean|out'|  at every step; a full step resets it
-    skip while error <= threshold:  out = x + (out - x at the last full step)
+    k = mean|out - out'| / mean|x - x'|                  at computed steps, primes: the computed step before
+    error <- error + k mean|x_t - x_{t-1}| / mean|out'|  at every step; a computed step resets it
+    skip while error <= threshold:  out = x + (out - x at the last computed step)
 
 `x` is what enters the transformer, `out` its result: no block is looked into, and a skipped step runs nothing.
 
-Departures: three full steps at the start by default (paper: ten), which a budget of seven could not hold. Where input
+Departures: three computed steps at the start by default (paper: ten), which a budget of seven could not hold. Where input
 and result differ in shape (reference tokens, condition channels, learned variance), the change is taken over the part
 that corresponds.
 """
@@ -35,7 +35,7 @@ class RateGate(ThresholdGate):
     def begin(self, total: int | None) -> None:
         super().begin(total)
         self._x: Tensor | None = None
-        self._computed: list[tuple[Tensor, Tensor]] = []  # (input, result) of the two newest full steps
+        self._computed: list[tuple[Tensor, Tensor]] = []  # (input, result) of the two newest computed steps
         self._error = 0.0
 
     def _mean(self, tensor: Tensor) -> float:
@@ -51,8 +51,8 @@ class RateGate(ThresholdGate):
         self._error += rate * self._mean(seen - previous) / max(self._mean(out0), 1e-12)
         return self._error
 
-    def settle(self, full: bool, seen: Tensor | None) -> None:
-        if full:
+    def on_decision(self, computed: bool, seen: Tensor | None) -> None:
+        if computed:
             self._error = 0.0
 
     def computed(self, step: int, output: Tensor) -> None:

@@ -2,12 +2,12 @@
 cache, as in diffusers' `FirstBlockCacheConfig`; with more front blocks and a forecast, DBCache of cache-dit.
 
     skip if mean|r - r_full| / mean|r_full| <= threshold,     r = change that the front blocks make
-    out  = (hidden tokens after the front blocks) + (change of the other blocks at the last full step)
+    out  = (hidden tokens after the front blocks) + (change of the other blocks at the last computed step)
 
-`r_full` is that change at the last full step. The front blocks run at every step.
+`r_full` is that change at the last computed step. The front blocks run at every step.
 
 Departures: the text tokens after the last block are not rebuilt, since no final layer of the families here reads them.
-Deciding per batch or per picture is a choice (`per_sample`). The other blocks' change may be forecast (`order=1`: what
+Deciding per batch or per image is a choice (`per_sample`). The other blocks' change may be forecast (`order=1`: what
 cache-dit calls DBCache + TaylorSeer) and not only reused.
 """
 
@@ -28,7 +28,7 @@ __all__ = ["FBCache"]
 
 
 class FrontGate(ThresholdGate):
-    """Compares the change that the front blocks make with that of the last full step."""
+    """Compares the change that the front blocks make with that of the last computed step."""
 
     def __init__(self, config: FBCache) -> None:
         super().__init__(config.threshold, config.interval, config.warmup, config.last)
@@ -43,8 +43,8 @@ class FrontGate(ThresholdGate):
             return None
         return relative_change(seen, self._reference, self.reduce, self._per_sample)
 
-    def settle(self, full: bool, seen: Tensor | None) -> None:
-        if full:
+    def on_decision(self, computed: bool, seen: Tensor | None) -> None:
+        if computed:
             self._reference = seen
 
     def held(self) -> Iterable[Tensor]:
@@ -58,7 +58,7 @@ class FBCache(AdaptiveMethod):
 
     Args:
         front: blocks that run at every step (DBCache's Fn).
-        per_sample: let the picture of a batch that changed most decide, instead of the batch's mean.
+        per_sample: let the image of a batch that changed most decide, instead of the batch's mean.
     """
 
     threshold: float = 0.05

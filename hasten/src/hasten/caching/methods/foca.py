@@ -5,18 +5,18 @@ Equations 6 to 8, with `h` the step and `F'` slopes of the feature as a function
 
     P       = 4/3 F_k - 1/3 F_{k-1} + 2h/3 F'_k              forecast (BDF2)
     P'      = (3 P - 4 F_k + F_{k-1}) / (2h)                 slope at the forecast
-    F_{k+1} = F_k + h/2 (F'(last full step) + P')            calibrate (Heun)
+    F_{k+1} = F_k + h/2 (F'(last computed step) + P')            calibrate (Heun)
 
 The text leaves open which slope `F'_k` is and whether `F_k` may be forecasts. Three readings, as `form`:
 
-* `"anchored"`: all from full steps, variable-step BDF2 with the 3-point slope, then Heun. Keeps 3 features.
+* `"anchored"`: all from computed steps, variable-step BDF2 with the 3-point slope, then Heun. Keeps 3 features.
 * `"literal"`: the recursion as printed, one sampler step at a time on the two newest values of any kind, `F'_k` their
-  difference. After `m` cached steps it is `F0 + m S + (1 - 2^-m)(d - S)`, with `S` the slope between the last two
-  full steps and `d` the difference of the last full step to the value before it, which was a forecast. Because
-  forecasts are weighted sums of full steps, so is this, but of all of them: it keeps every full feature of the run.
+  difference. After `m` skipped steps it is `F0 + m S + (1 - 2^-m)(d - S)`, with `S` the slope between the last two
+  computed steps and `d` the difference of the last computed step to the value before it, which was a forecast. Because
+  forecasts are weighted sums of computed steps, so is this, but of all of them: it keeps every computed feature of the run.
 * `"author"`: the constant form of a snippet by the authors, `7/6 F0 - 1/6 F1` for the whole interval. Keeps 2 features.
 
-Departures: the default site is the hidden one (the paper's is `"module"`); slopes between full steps are divided by
+Departures: the default site is the hidden one (the paper's is `"module"`); slopes between computed steps are divided by
     their gap.
 """
 
@@ -38,18 +38,18 @@ __all__ = ["FoCa", "FoCaPredictor"]
 
 Form = Literal["anchored", "literal", "author"]
 FORMS = ("anchored", "literal", "author")
-ALL = 1024  # more full steps than any run has
+ALL = 1024  # more computed steps than any run has
 
 
 def anchored(a: Anchors) -> Vector:
-    """BDF2 from full steps, then the mean of the slopes at the last full step and at the forecast."""
+    """BDF2 from computed steps, then the mean of the slopes at the last computed step and at the forecast."""
     secant = (bdf(a) - a.F0) / a.x
     slope_there = secant + a.x * (secant - a.s0) / (a.x + a.g0)
     return a.F0 + a.x / 2 * (a.slope + slope_there)
 
 
 def literal_weights(target: int, anchors: Sequence[int]) -> Vector:
-    """The recursion's closed form, unrolled over the earlier full steps."""
+    """The recursion's closed form, unrolled over the earlier computed steps."""
     size = len(anchors)
     unit = np.eye(size)
     if size == 1:

@@ -1,4 +1,4 @@
-"""FreqCa: low frequencies of the picture are reused, high ones forecast. Liu et al., "FreqCa: Accelerating Diffusion
+"""FreqCa: low frequencies of the image are reused, high ones forecast. Liu et al., "FreqCa: Accelerating Diffusion
 Models via Frequency-Aware Caching", arXiv:2510.08669.
 
     F = P_low F + P_high F over the grid of image tokens
@@ -10,10 +10,10 @@ not similar. It does not hold everywhere: measure before you believe it.
 `split="dct"` keeps low what lies within `cutoff` of the largest radius of a DCT-II over the grid, `"fft"` what lies
 within `cutoff` of the largest frequency of a Fourier transform along the flattened tokens, `"none"` forecasts all.
 Both splits are orthogonal projections and linear, so that one history of whole features serves both parts, and a
-cached step transforms one tensor: `F^ = high forecast + P_low (low forecast - high forecast)`.
+skipped step transforms one tensor: `F^ = high forecast + P_low (low forecast - high forecast)`.
 
 Departures: the DCT takes non-square grids and clips (three axes), with radius `sqrt(sum (u_i / (n_i - 1))^2)`, which on
-square grids is the paper's. Tokens that do not belong to the picture (text in a joint sequence, reference pictures) are
+square grids is the paper's. Tokens that do not belong to the image (text in a joint sequence, reference images) are
 forecast whole.
 """
 
@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hasten.caching.components import Parts, Place
+from hasten.caching.components import Components, FeatureKey
 from hasten.caching.method import CachingMethod, SiteName
 from hasten.caching.predictors import Hermite, Ladder, Predictor
 from hasten.caching.projectors import Projector, Whole, weighted_sum
@@ -60,10 +60,10 @@ def low_mask(grid: tuple[int, ...], cutoff: float) -> Tensor:
 
 
 class Bands:
-    """Splits the tokens of a picture into low and high frequencies; tokens outside it count as high.
+    """Splits the tokens of a image into low and high frequencies; tokens outside it count as high.
 
     Args:
-        layout: where the picture's tokens lie.
+        layout: where the image's tokens lie.
         split: `"dct"` or `"fft"`.
         cutoff: share of the largest radius or frequency that is low.
     """
@@ -75,7 +75,7 @@ class Bands:
         self._count = math.prod(layout.grid)
 
     def low(self, tokens: Tensor) -> Tensor:
-        """The low band of the picture's tokens `[B, n, D]` (float32)."""
+        """The low band of the image's tokens `[B, n, D]` (float32)."""
         if self._split == "fft":
             spectrum = torch.fft.rfft(tokens, dim=1)
             frequency = torch.fft.rfftfreq(tokens.shape[1], device=tokens.device)
@@ -96,19 +96,19 @@ class Bands:
             grid = "x".join(map(str, self._layout.grid))
             raise ConfigError(
                 f"FreqCa expects tokens [B, N, D] with a {grid} grid from token {first} on, "
-                f"got {tuple(features[0].shape)}; where devices share the tokens of a picture, use another method"
+                f"got {tuple(features[0].shape)}; where devices share the tokens of a image, use another method"
             )
         whole = weighted_sum([f.float() for f in features], weights["high"])
-        picture = [f[:, first:end].float() for f in features]
+        image = [f[:, first:end].float() for f in features]
         gap = [low - high for low, high in zip(weights["low"], weights["high"], strict=True)]
-        whole[:, first:end] += self.low(weighted_sum(picture, gap))
+        whole[:, first:end] += self.low(weighted_sum(image, gap))
         return whole.to(features[0].dtype)
 
 
 @method("freqca", kind="caching", paper="FreqCa, arXiv:2510.08669")
 @dataclass(frozen=True, kw_only=True)
 class FreqCa(CachingMethod):
-    """Reuse the low frequencies of the picture's tokens and forecast the high ones (FreqCa).
+    """Reuse the low frequencies of the image's tokens and forecast the high ones (FreqCa).
 
     Args:
         split: `"dct"`, `"fft"` or `"none"`.
@@ -144,9 +144,9 @@ class FreqCa(CachingMethod):
             "high": Hermite(self.order, first=first, ladder=self.ladder, sigma=self.sigma),
         }
 
-    def parts(self, place: Place) -> Parts:
+    def parts(self, place: FeatureKey) -> Components:
         bands = self._bands()
         if self.split == "none" or place.layout is None:
-            return Parts(Whole(), {"whole": bands["high"]})
+            return Components(Whole(), {"whole": bands["high"]})
         projector: Projector = Bands(place.layout, self.split, self.cutoff)
-        return Parts(projector, bands)
+        return Components(projector, bands)

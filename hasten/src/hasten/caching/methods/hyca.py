@@ -12,10 +12,10 @@ with one coefficient vector of length D for each kept feature: one pass over mem
 The error of any solver on a cluster follows from the Gram matrix of the cluster's channels, which is what the
 calibration keeps, so that solvers are chosen when the method is built, for the schedule in use. `criterion`:
 
-* `"rollout"`: error over the cached steps of the schedule in use, at the true horizons;
+* `"rollout"`: error over the skipped steps of the schedule in use, at the true horizons;
 * `"one-step"`: the paper's, one step ahead from three successive steps.
 
-Departures: solvers are built on full steps alone, with their true spacing, because recursion on forecasts amplifies
+Departures: solvers are built on computed steps alone, with their true spacing, because recursion on forecasts amplifies
 errors; clusters are per slot; indicators are z-scored over channels.
 """
 
@@ -32,7 +32,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from hasten.caching.calibrated import CalibratedMethod, Gram, forecast_error, gram_of
-from hasten.caching.components import Parts, Place
+from hasten.caching.components import Components, FeatureKey
 from hasten.caching.method import SiteName
 from hasten.caching.multistep import SOLVERS, Multistep
 from hasten.caching.predictors import Hermite, Predictor, Reuse, Taylor
@@ -159,18 +159,18 @@ class HyCa(CalibratedMethod):
         )
 
     @cached_property
-    def _by_slot(self) -> dict[str, Parts]:
+    def _by_slot(self) -> dict[str, Components]:
         parts = {}
         for slot, solvers in self.chosen.items():
             labels = self.fitted.tensors[f"clusters/{slot}"].long()
             predictors = {f"cluster{c}": CANDIDATES[name] for c, name in enumerate(solvers)}
-            parts[slot] = Parts(ChannelClusters(labels, len(solvers)), predictors)
+            parts[slot] = Components(ChannelClusters(labels, len(solvers)), predictors)
         return parts
 
-    def parts(self, place: Place) -> Parts:
+    def parts(self, place: FeatureKey) -> Components:
         if place.slot in self._by_slot:
             return self._by_slot[place.slot]
-        return Parts(Whole(), {"whole": Taylor(2)})
+        return Components(Whole(), {"whole": Taylor(2)})
 
     @staticmethod
     def fit(trace: Trace, clusters: int = 2, seed: int = 0, site: SiteName = "hidden") -> Fit:

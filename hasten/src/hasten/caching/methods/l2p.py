@@ -12,11 +12,11 @@ squared error of any forecast is a quadratic form in it. Two ways to the weights
 
 and two histories, as `history`:
 
-* `"masked"`: only full steps, solved for the schedule in use. Training then is what happens when it is used.
-* `"full"`: every earlier step, as published; at a cached step the forecast itself goes into the history. Such a
-  forecast is again a weighted sum of full steps, and is computed as one.
+* `"masked"`: only computed steps, solved for the schedule in use. Training then is what happens when it is used.
+* `"full"`: every earlier step, as published; at a skipped step the forecast itself goes into the history. Such a
+  forecast is again a weighted sum of computed steps, and is computed as one.
 
-The published lists of full steps (50 steps; 11, 10, 9, 8, 7 or 6 of them full) are `PUBLISHED`; `published=True`
+The published lists of computed steps (50 steps; 11, 10, 9, 8, 7 or 6 of them computed) are `PUBLISHED`; `published=True`
 takes the longest that is no longer than the schedule's.
 
 Departures: the default history is masked; one weight matrix for each pass of a step; the gradient form works on the
@@ -33,11 +33,11 @@ import numpy as np
 import torch
 
 from hasten.caching.calibrated import CalibratedMethod, Gram, forecast_error, gram_of
-from hasten.caching.components import Parts, Place
+from hasten.caching.components import Components, FeatureKey
 from hasten.caching.method import SiteName
 from hasten.caching.multistep import Vector
 from hasten.caching.projectors import Whole
-from hasten.caching.schedule import Explicit, Schedule, full_steps
+from hasten.caching.schedule import Explicit, Schedule, computed_steps
 from hasten.calibration import Fit, Trace
 from hasten.errors import ConfigError, ScheduleError, unknown
 from hasten.registry import method
@@ -54,7 +54,7 @@ PUBLISHED = {
     6: (0, 1, 2, 4, 16, 32),
 }
 MOST_GAIN = 100
-ALL = 1024  # more full steps than any run has
+ALL = 1024  # more computed steps than any run has
 
 
 def ridge_weights(gram: Gram, target: int, past: Sequence[int], ridge: float) -> Vector:
@@ -66,12 +66,12 @@ def ridge_weights(gram: Gram, target: int, past: Sequence[int], ridge: float) ->
 
 
 class MaskedHistory:
-    """Weights on full steps, solved for the anchors at hand.
+    """Weights on computed steps, solved for the anchors at hand.
 
     Args:
         gram: of the calibrated runs, `[T, T]`.
         ridge: see the top of the file.
-        memory: how many full steps are used.
+        memory: how many computed steps are used.
     """
 
     def __init__(self, gram: Gram, ridge: float, memory: int = ALL) -> None:
@@ -149,8 +149,8 @@ class L2P(CalibratedMethod):
         history: `"masked"` or `"full"`.
         ridge: of the closed form; larger stays nearer to reuse. None is 1e-5 for a masked history and 1e-3 for a full
             one, whose forecasts feed on forecasts.
-        window: how many full steps a masked forecast uses; None is all of them.
-        published: take the longest published list of full steps that is no longer than the schedule's.
+        window: how many computed steps a masked forecast uses; None is all of them.
+        published: take the longest published list of computed steps that is no longer than the schedule's.
     """
 
     name: ClassVar[str] = "l2p"
@@ -184,32 +184,32 @@ class L2P(CalibratedMethod):
         if not self.published:
             return plan
         steps = self.fitted.fingerprint.steps
-        count = len(full_steps(plan, steps))
+        count = len(computed_steps(plan, steps))
         fitting = [n for n in PUBLISHED if n <= count]
         if steps != 50 or not fitting:
             raise ScheduleError(
-                f"the published lists are for 50 steps with {min(PUBLISHED)} or more of them full; "
+                f"the published lists are for 50 steps with {min(PUBLISHED)} or more of them computed; "
                 f"got {steps} steps with {count}. Leave out published=True"
             )
         return Explicit(PUBLISHED[max(fitting)])
 
-    def parts(self, place: Place) -> Parts:
+    def parts(self, place: FeatureKey) -> Components:
         known = self.fitted.fingerprint.passes
         # A pass that was not calibrated is refused by check_passes, or forecast like the first one with strict=False.
         gram = np.asarray(self.fitted.tensors[f"gram/{place.pass_name if place.pass_name in known else known[0]}"])
         assert self.ridge is not None
         if self.history == "masked":
-            return Parts(Whole(), {"whole": MaskedHistory(gram, self.ridge, self.window or ALL)})
+            return Components(Whole(), {"whole": MaskedHistory(gram, self.ridge, self.window or ALL)})
         rows = closed_rows(gram, self.ridge) if self.fit_by == "closed" else gradient_rows(gram)
         predictor = FullHistory(rows)
         self._refuse_growth(predictor)
-        return Parts(Whole(), {"whole": predictor})
+        return Components(Whole(), {"whole": predictor})
 
     def _refuse_growth(self, predictor: FullHistory) -> None:
         """Forecasts that feed on forecasts may amplify every error; say so instead of drawing noise."""
-        fulls = self.full_steps()
-        cached = [step for step in range(fulls[0], self.fitted.fingerprint.steps) if step not in fulls]
-        weights = [predictor.weights(step, [f for f in reversed(fulls) if f < step]) for step in cached]
+        computed = self.computed_steps()
+        cached = [step for step in range(computed[0], self.fitted.fingerprint.steps) if step not in computed]
+        weights = [predictor.weights(step, [f for f in reversed(computed) if f < step]) for step in cached]
         gain = max((sum(map(abs, row)) for row in weights), default=1.0)
         if gain > MOST_GAIN:
             raise ConfigError(

@@ -1,6 +1,6 @@
-"""LEAP at a cache's site: learned weights on the full steps, fitted on the states that the fast sampler visits. Ours.
+"""LEAP at a cache's site: learned weights on the computed steps, fitted on the states that the fast sampler visits. Ours.
 
-    F^_t = sum_k w_tk F_k        k over the full steps before t
+    F^_t = sum_k w_tk F_k        k over the computed steps before t
 
 Every step of the sampler runs, the skipped ones as the final layer on a forecast hidden state, with the modulation of
 their own step. Where L2P fits its weights to features of the uncached sampler, here `F_k` are those that the
@@ -8,7 +8,7 @@ accelerated sampler itself computes, and the goal is the uncached sampler's feat
 
     w_t = argmin || sum_k w_k F_k - F*_t ||^2 + ridge mean(diag G) || w - e ||^2,      G = F F^T
 
-with `e` the newest full step. `hasten.fit_leapcache` makes the calibration, for lists of full steps that were searched
+with `e` the newest computed step. `hasten.fit_leapcache` makes the calibration, for lists of computed steps that were searched
 before; `hasten calibrate` makes a first one of recorded features alone, in which `F_k` are the uncached sampler's.
 """
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hasten.caching.calibrated import CalibratedMethod
-from hasten.caching.components import Parts, Place
+from hasten.caching.components import Components, FeatureKey
 from hasten.caching.method import SiteName
 from hasten.caching.projectors import Whole
 from hasten.caching.schedule import Explicit, Schedule, Uniform, longest_within, spread
@@ -34,7 +34,7 @@ from hasten.registry import method
 
 __all__ = ["LeapCache", "LearnedWeights", "learned_table"]
 
-COUNTS = (12, 9, 7, 5)  # of full steps that a fit to a trace is made for
+COUNTS = (12, 9, 7, 5)  # of computed steps that a fit to a trace is made for
 WINDOW = 4
 RIDGE = 1e-6
 
@@ -43,8 +43,8 @@ class LearnedWeights:
     """Weights from a table.
 
     Args:
-        steps: the full steps, increasing.
-        table: `[T, n]`, the weights of step `t` on the `n` full steps.
+        steps: the computed steps, increasing.
+        table: `[T, n]`, the weights of step `t` on the `n` computed steps.
     """
 
     def __init__(self, steps: Sequence[int], table: npt.NDArray[np.float64]) -> None:
@@ -53,7 +53,7 @@ class LearnedWeights:
 
     @property
     def memory(self) -> int:
-        """The largest number of newest full steps that a row reaches back."""
+        """The largest number of newest computed steps that a row reaches back."""
         past = [sum(step < t for step in self._column) for t in range(len(self._table))]
         oldest = [int(np.flatnonzero(row)[0]) if row.any() else 0 for row in self._table]
         return max(1, *(p - o for p, o in zip(past, oldest, strict=True)))
@@ -70,10 +70,10 @@ def learned_table(
     """Weights of all steps by least squares, `[T, n]` in float64; zeros where nothing is to be forecast.
 
     Args:
-        known: features of the full steps, `[S, n, ...]`.
+        known: features of the computed steps, `[S, n, ...]`.
         goal: features to be forecast, `[S, T, ...]`.
-        steps: the `n` full steps.
-        window: how many newest full steps a forecast uses.
+        steps: the `n` computed steps.
+        window: how many newest computed steps a forecast uses.
         ridge: pull towards reuse.
     """
     own, aim = known.flatten(2).float(), goal.flatten(2).float()
@@ -108,7 +108,9 @@ class LeapCache(CalibratedMethod):
 
     def __post_init__(self) -> None:
         if self.steps is not None or self.tuned is not None or self.schedule != "uniform":
-            raise ConfigError("leapcache learned its full steps with its weights: leave out steps, tuned and schedule")
+            raise ConfigError(
+                "leapcache learned its computed steps with its weights: leave out steps, tuned and schedule"
+            )
         super().__post_init__()
 
     def plan(self) -> Schedule:
@@ -118,16 +120,16 @@ class LeapCache(CalibratedMethod):
         lists = [steps.tolist() for name, steps in self.fitted.tensors.items() if name.endswith("/steps")]
         return longest_within(lists, Uniform(self.interval, self.warmup), self.fitted.fingerprint.steps)
 
-    def parts(self, place: Place) -> Parts:
+    def parts(self, place: FeatureKey) -> Components:
         steps, known = self._list(), self.fitted.fingerprint.passes
         # A pass that was not calibrated is refused by check_passes, or forecast like the first one with strict=False.
         name = place.pass_name if place.pass_name in known else known[0]
         table = np.asarray(self.fitted.tensors[f"{len(steps)}/{name}"], dtype=np.float64)
-        return Parts(Whole(), {"whole": LearnedWeights(steps, table)})
+        return Components(Whole(), {"whole": LearnedWeights(steps, table)})
 
     @staticmethod
     def fit(trace: Trace, steps: tuple[int, ...] | None = None, window: int = WINDOW, ridge: float = RIDGE) -> Fit:
-        """Weights from features of the uncached sampler, on a list of full steps or on even spreads."""
+        """Weights from features of the uncached sampler, on a list of computed steps or on even spreads."""
         total = trace.fingerprint.steps
         lists = [steps] if steps is not None else [spread(count, total) for count in COUNTS if count < total]
         tensors: dict[str, Tensor] = {}

@@ -2,8 +2,8 @@
 with Magnitude-Aware Cache", arXiv:2506.09045.
 
     gamma_t = mean ||r_t|| / ||r_{t-1}||,  r = out - in over all blocks          measured once for a model
-    ratio <- ratio gamma_t;  error <- error + |1 - ratio|;  skip while error <= threshold; a full step resets both
-    out = in + r at the last full step
+    ratio <- ratio gamma_t;  error <- error + |1 - ratio|;  skip while error <= threshold; a computed step resets both
+    out = in + r at the last computed step
 
 Nothing is measured while the pipeline runs: the curve of ratios decides, mapped to other numbers of steps by the
 nearest one.
@@ -29,7 +29,7 @@ __all__ = ["MagCache"]
 
 
 class MagnitudeGate(ThresholdGate):
-    """Follows the curve of magnitudes since the last full step."""
+    """Follows the curve of magnitudes since the last computed step."""
 
     def __init__(self, config: MagCache, ratios: list[float]) -> None:
         super().__init__(config.threshold, config.interval, config.warmup, config.last)
@@ -38,7 +38,7 @@ class MagnitudeGate(ThresholdGate):
     def begin(self, total: int | None) -> None:
         super().begin(total)
         self._warmup = max(self._first, round(self._retention * (total or len(self._ratios))))
-        self.settle(True, None)
+        self.on_decision(True, None)
 
     def measure(self, step: int, seen: Tensor | None) -> float | None:
         total = self.total or len(self._ratios)
@@ -47,8 +47,8 @@ class MagnitudeGate(ThresholdGate):
         self._error += abs(1 - self._ratio)
         return self._error
 
-    def settle(self, full: bool, seen: Tensor | None) -> None:
-        if full:
+    def on_decision(self, computed: bool, seen: Tensor | None) -> None:
+        if computed:
             self._ratio, self._error = 1.0, 0.0
 
 

@@ -4,7 +4,7 @@ Acceleration", arXiv:2407.01425.
     F^(t) = F(a_0)
 
 Departures: the paper computes steps 0, N, 2N, ... (`warmup=1`); the default here is the warm-up of 3 that the
-forecasting methods use, so that a comparison at one interval is a comparison at one number of full steps. The paper
+forecasting methods use, so that a comparison at one interval is a comparison at one number of computed steps. The paper
 caches every module's output (`site="module"`); the default here is the hidden site.
 """
 

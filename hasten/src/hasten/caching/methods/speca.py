@@ -3,12 +3,12 @@ Transformers with Speculative Feature Caching", arXiv:2509.11628.
 
     draft: Taylor forecast of what enters the last block and of what leaves it
     error = mean|draft out - block(draft in)| / mean|block(draft in)|
-    the next step is full if error > max(threshold * decay^(t / T), threshold / 10)
+    the next step is computed if error > max(threshold * decay^(t / T), threshold / 10)
 
 There is no rollback: a draft that fails has been used already. At least `least` and at most `interval - 1` steps are
 drafted in a row.
 
-Departures: the papers' code drafts the step after every full one even in the warm-up; here the warm-up is computed. Its
+Departures: the papers' code drafts the step after every computed one even in the warm-up; here the warm-up is computed. Its
 thresholds (7 for FLUX.1-dev) belong to unnormalised errors; here errors are relative. Its floor is 0.1; here it is a
 tenth of the threshold, whatever that is.
 """
@@ -43,16 +43,16 @@ class DraftGate(ThresholdGate):
     def measure(self, step: int, seen: Tensor | None) -> float | None:
         return self._error
 
-    def decide(self, step: int, last_full: int | None, seen: Tensor | None) -> Decision:
+    def decide(self, step: int, last_computed: int | None, seen: Tensor | None) -> Decision:
         progress = step / self.total if self.total else 0.0
         self._threshold = self._config.threshold * max(self._config.decay**progress, 0.1)
-        decision = super().decide(step, last_full, seen)
-        early = last_full is not None and step - last_full <= self._config.least
+        decision = super().decide(step, last_computed, seen)
+        early = last_computed is not None and step - last_computed <= self._config.least
         if decision.reason == "above threshold" and early:
             decision = Decision(False, "fewest drafts", decision.indicator)
         return decision
 
-    def settle(self, full: bool, seen: Tensor | None) -> None:
+    def on_decision(self, computed: bool, seen: Tensor | None) -> None:
         self._error = 0.0  # the passes of this step set it anew, the worst of them counts
 
     def verified(self, step: int, error: float) -> None:

@@ -12,7 +12,7 @@ ridge 1 and a share of 0.4.
 
 Departures: steps are counted from the oldest feature that is kept, and where a run is longer than `span` the mapped
 interval ends at the step that is forecast, since the polynomials explode outside of [-1, 1]; `window` limits the
-features that are kept; the full steps are those of the schedule, not ever rarer ones.
+features that are kept; the computed steps are those of the schedule, not ever rarer ones.
 """
 
 from __future__ import annotations

@@ -4,17 +4,17 @@
     F^ = forecast(F V) V^T + R(a_0)
 
 The singular values cancel, so a calibration is V alone. Because projection and forecasts are linear, whole features are
-kept and a cached step projects one tensor: `F^ = reuse + (forecast - reuse) V V^T`.
+kept and a skipped step projects one tensor: `F^ = reuse + (forecast - reuse) V V^T`.
 
 The paper speaks of an exponential moving average with weight 0.9 and of extrapolation. The readings, as `mode`:
 
-* `"velocity"`: a moving average of the slopes between full steps, extrapolated from the newest feature,
+* `"velocity"`: a moving average of the slopes between computed steps, extrapolated from the newest feature,
   `F0 + x v`, `v <- beta v + (1 - beta) (F0 - F1) / gap`, corrected for its start;
 * `"taylor"`: the Taylor forecast of order `order`;
 * `"new-heavy"`: a moving average of features that gives the newest a weight of `beta`;
 * `"literal"`: a moving average of features that gives the newest a weight of `1 - beta`, as printed: it lags.
 
-Departures: averages run over the full steps that are kept (`window`), started anew at the oldest of them.
+Departures: averages run over the computed steps that are kept (`window`), started anew at the oldest of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from hasten.caching.calibrated import CalibratedMethod
-from hasten.caching.components import Parts, Place
+from hasten.caching.components import Components, FeatureKey
 from hasten.caching.method import SiteName
 from hasten.caching.multistep import Vector
 from hasten.caching.predictors import Predictor, Reuse, Taylor
@@ -71,7 +71,7 @@ class Subspace:
 
 @dataclass(frozen=True)
 class MovingAverage:
-    """The forecasts of `mode` that average over full steps."""
+    """The forecasts of `mode` that average over computed steps."""
 
     mode: Mode
     beta: float
@@ -107,7 +107,7 @@ class SVDCache(CalibratedMethod):
         mode: `"velocity"`, `"taylor"`, `"new-heavy"` or `"literal"`; see the top of the file.
         beta: weight of the past in the moving average.
         order: of the Taylor forecast.
-        window: how many full steps are kept for the average.
+        window: how many computed steps are kept for the average.
     """
 
     name: ClassVar[str] = "svdcache"
@@ -132,11 +132,11 @@ class SVDCache(CalibratedMethod):
             return Taylor(self.order, first=self.first_difference)
         return MovingAverage(self.mode, self.beta, self.window)
 
-    def parts(self, place: Place) -> Parts:
+    def parts(self, place: FeatureKey) -> Components:
         basis = self.fitted.tensors.get(f"basis/{place.slot}")
         if basis is None:  # a small tensor that was not worth a basis, such as one that a module returns once a run
-            return Parts(Whole(), {"whole": self._principal()})
-        return Parts(Subspace(basis), {"principal": self._principal(), "residual": Reuse()})
+            return Components(Whole(), {"whole": self._principal()})
+        return Components(Subspace(basis), {"principal": self._principal(), "residual": Reuse()})
 
     @staticmethod
     def fit(trace: Trace, energy: float = 0.85, of: str = "features", site: SiteName = "hidden") -> Fit:

@@ -1,9 +1,9 @@
-"""TaylorSeer: a Taylor expansion around the newest full step. Liu et al., "From Reusing to Forecasting: Accelerating
+"""TaylorSeer: a Taylor expansion around the newest computed step. Liu et al., "From Reusing to Forecasting: Accelerating
 Diffusion Models with TaylorSeers", arXiv:2503.06923.
 
     F^(a_0 + x) = F(a_0) + sum_{i=1..O} x^i / i! * D_i
 
-`D_i` is the i-th difference of the full steps' features, divided by the latest gap at every order, as in the official
+`D_i` is the i-th difference of the computed steps' features, divided by the latest gap at every order, as in the official
 code; with `ladder="divided"` it is the true derivative of the interpolating polynomial's order, also where gaps
 change (the warm-up boundary).
 

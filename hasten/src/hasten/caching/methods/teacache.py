@@ -2,8 +2,8 @@
 Embedding Tells: It's Time to Cache for Video Diffusion Model", arXiv:2411.19108.
 
     sum <- sum + p(mean|m_t - m_{t-1}| / mean|m_{t-1}|),   m = modulated input of the first block's attention
-    skip while sum <= threshold; a full step resets the sum
-    out = in + (out - in at the last full step)
+    skip while sum <= threshold; a computed step resets the sum
+    out = in + (out - in at the last computed step)
 
 `p` is a polynomial that turns a change of the input into an expected change of the output. The published ones are known
 by name; `hasten calibrate` fits one to a model; `"identity"` takes the input's change as it is. They hold for one
@@ -46,7 +46,7 @@ DEGREE = 4
 
 
 class AccumulatingGate(ThresholdGate):
-    """Adds up expected changes since the last full step."""
+    """Adds up expected changes since the last computed step."""
 
     def __init__(self, config: TeaCache, polynomial: tuple[float, ...]) -> None:
         super().__init__(config.threshold, config.interval, config.warmup, config.last)
@@ -65,8 +65,8 @@ class AccumulatingGate(ThresholdGate):
         self._sum += float(np.polyval(self._polynomial, relative_change(seen, previous, self.reduce, self._per_sample)))
         return self._sum
 
-    def settle(self, full: bool, seen: Tensor | None) -> None:
-        if full:
+    def on_decision(self, computed: bool, seen: Tensor | None) -> None:
+        if computed:
             self._sum = 0.0
 
     def held(self) -> Iterable[Tensor]:
@@ -81,7 +81,7 @@ class TeaCache(AdaptiveMethod):
     Args:
         coefficients: name of a published polynomial, or its coefficients, highest power first.
         calibration: a calibration of this method; its polynomial takes the place of `coefficients`.
-        per_sample: let the picture of a batch that changed most decide, instead of the batch's mean.
+        per_sample: let the image of a batch that changed most decide, instead of the batch's mean.
     """
 
     threshold: float = 0.25

@@ -30,7 +30,7 @@ class Bottleneck(RegionMethod):
 
     Args:
         stages: steps of the two stages.
-        noise: what noises the enlarged picture, see above.
+        noise: what noises the enlarged image, see above.
     """
 
     stages: tuple[int, int] = (9, 9)

@@ -1,6 +1,6 @@
 """DVG: dynamic video generation in four stages, planned in space and time. "DVG", arXiv:2605.21042.
 
-A run has four stages, at rates (0.28, 0.50, 0.72) of its steps. Side of the picture: 0.5, s, 1, 1 of the full one;
+A run has four stages, at rates (0.28, 0.50, 0.72) of its steps. Side of the image: 0.5, s, 1, 1 of the full one;
 frames: t1, f, f, T with `t1 = round(0.8 B T)`. At the end of the first stage `s` and `f` are chosen so that tokens
 times steps are the share `B` of a full run (within 0.02), by how much the clip moves and how much fine texture it has:
 
@@ -50,12 +50,12 @@ class DVG(StagedMethod):
 
     Args:
         budget: tokens times steps, relative to a run at full size.
-        start: side of the first stage's picture, relative to the full one.
+        start: side of the first stage's image, relative to the full one.
         lead: frames of the first stage, relative to `budget` times all frames.
         spatial: side of the second stage, or `"plan"`.
         temporal: latent frames of the second and third stage, or `"plan"`.
         compress: `"both"`, or for comparison at equal density `"space"` (all frames; sides start, s, s, 1) or `"time"`
-            (full pictures; frames f, f, f, T); these two need no plan.
+            (full images; frames f, f, f, T); these two need no plan.
         stages: explicit (spatial, temporal) shares for the four stages instead of all that.
     """
 

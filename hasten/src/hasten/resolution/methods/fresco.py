@@ -1,4 +1,4 @@
-"""Fresco: begin coarse, refine first where the picture has converged. "Fresco", arXiv:2601.07462, CVPR 2026.
+"""Fresco: begin coarse, refine first where the image has converged. "Fresco", arXiv:2601.07462, CVPR 2026.
 
     coarse   N1 steps on a quarter of the tokens, from the low-pass of the noise field E
     mixed    the share rho of the coarse tokens that has converged is promoted to four fine ones each; N2 steps
@@ -54,7 +54,7 @@ Noise = Literal["dc", "anchor", "independent"]
 @method("fresco", kind="resolution", paper="Fresco, arXiv:2601.07462")
 @dataclass(frozen=True, kw_only=True)
 class Fresco(RegionMethod):
-    """Begin coarse and refine first where the picture has converged (Fresco).
+    """Begin coarse and refine first where the image has converged (Fresco).
 
     Call the pipeline with `num_inference_steps=evaluations`: 18 for the preset "18".
 

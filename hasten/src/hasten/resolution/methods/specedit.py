@@ -2,7 +2,7 @@
 
 "SpecEdit", arXiv:2605.02152. A run has three parts, with `sigma` the noise level before a step and `sigma'` after it:
 
-    draft    all tokens coarse, and those of the source picture, too
+    draft    all tokens coarse, and those of the source image, too
     verify   D = discrepancy(x0, source) for every coarse token, x0 = x - sigma v; S = selected tokens, dilated by one;
              U = an evenly spread coverage set. S and U are promoted: x' = (1 - sigma') Up(x0) + sigma' E
     mixed    fine tokens in S and U; the rest coarse and held on their way to the source, v = (x - source) / sigma.
@@ -16,11 +16,11 @@
 The paper's abstract and conclusion are all that this rests on; selectors, guards, promotion, locking and the canvas are
 a reconstruction (perceptual distance and locking as in SpotEdit, arXiv:2512.22323). Departures that are decided here:
     the coverage set's own result stays out of the canvas unless `keep_cover`, since it was verified as unchanged;
-    a batch shares one layout: what is selected in any of its pictures is promoted in all;
+    a batch shares one layout: what is selected in any of its images is promoted in all;
     a global edit (more tokens selected than the bound, or a median token that has changed by half of its size, which
     the subtraction of the median hides) is promoted as a whole, and nothing is locked;
     the last line of the list above is ours: S is dilated and coarse, so that most of it is not edited, and the final
-    steps draw the whole picture again.
+    steps draw the whole image again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SpecEdit(ResolutionMethod):
         final: steps at full size at the end, which repair seams.
         discrepancy: `"perceptual"` (features of the VAE's decoder; falls back to `"latent"`, with a warning, where the
             decoder was not learned), `"latent"` or `"cosine"`.
-        floor: whether the picture's median is taken from the discrepancy.
+        floor: whether the image's median is taken from the discrepancy.
         selector: `"two-means"`, `"threshold"` or `"top"`.
         threshold: least discrepancy of a selected token, with `selector="threshold"`.
         share: of the tokens, with `selector="top"`.
@@ -81,8 +81,8 @@ class SpecEdit(ResolutionMethod):
         coverage: one token in so many along rows and columns is promoted wherever it lies; None for none.
         cover_init: clean estimate that promoted coverage tokens begin with: the source's or the draft's.
         keep_cover: whether the coverage tokens' own result is kept.
-        reference: tokens of the source picture in the mixed part: `"mix"` fine where the picture's are, `"lr"` all
-            coarse, `"hr"` all fine. Further reference pictures are coarse unless `"hr"`.
+        reference: tokens of the source image in the mixed part: `"mix"` fine where the image's are, `"lr"` all
+            coarse, `"hr"` all fine. Further reference images are coarse unless `"hr"`.
         restore: whether what is no more unlike the source than unedited tokens is the source again at the end.
         lock: whether the rest is held to the source; without it the rest is the coarse result, enlarged.
         reverify: whether the locked tokens are looked at again in the middle of the mixed part.
@@ -90,8 +90,8 @@ class SpecEdit(ResolutionMethod):
         units: frame of the positions in the mixed part: that of fine tokens, or of coarse ones (`"lr_units"`).
         enlarge: how a clean estimate is made larger: `"latents"` copies latent pixels, `"pixels"` decodes, resizes and
             encodes.
-        shrink: the same for the source picture, `"latents"` being the mean of 2x2.
-        source: number of the reference picture that is edited, from 0.
+        shrink: the same for the source image, `"latents"` being the mean of 2x2.
+        source: number of the reference image that is edited, from 0.
     """
 
     draft: int = 8
@@ -171,7 +171,7 @@ class EditRecord:
         run: counts runs from 0.
         step: counts steps from 0.
         part: `"draft"`, `"mixed"` or `"final"`; a global edit has no mixed part.
-        coarse: coarse tokens of the picture that the transformer saw.
+        coarse: coarse tokens of the image that the transformer saw.
         fine: fine tokens.
         locked: coarse tokens that were held to the source.
         sigma: noise level before the step.
@@ -192,7 +192,7 @@ class EditRecord:
 
 @dataclass(frozen=True)
 class _Source:
-    """A reference picture: size of its coarse grid, coarse tokens `[B, n, C]` and fine ones `[B, 4 n, C]`."""
+    """A reference image: size of its coarse grid, coarse tokens `[B, n, C]` and fine ones `[B, 4 n, C]`."""
 
     size: tuple[int, int]
     coarse: Tensor
@@ -201,7 +201,7 @@ class _Source:
 
 @dataclass
 class _Run(PackedRun):
-    """What is remembered of the call under way, with the reference pictures, and what is not restored at the end."""
+    """What is remembered of the call under way, with the reference images, and what is not restored at the end."""
 
     sources: list[_Source] = field(default_factory=list)
     kept: Tensor | None = None
@@ -241,7 +241,7 @@ class SpecEditEngine(PackedEngine[_Run]):
         check_total(self.name, f"{method.draft} + {method.mixed} + {method.final}", method.evaluations, total)
         if len(sizes) < 2 + method.source:
             raise ConfigError(
-                f"SpecEdit edits reference picture {method.source}, but the call has {len(sizes) - 1}; give image=..."
+                f"SpecEdit edits reference image {method.source}, but the call has {len(sizes) - 1}; give image=..."
             )
         run = _Run(number, total, None)
         if method.draft:
@@ -330,7 +330,7 @@ class SpecEditEngine(PackedEngine[_Run]):
         if found.everywhere and method.share < 1:
             moved = global_shift(unpack(clean, source.size), unpack(source.coarse, source.size))
             warnings.warn(
-                "the edit touches most of the picture and is computed at full size everywhere; the draft is most like "
+                "the edit touches most of the image and is computed at full size everywhere; the draft is most like "
                 f"the source moved by {moved} coarse latent pixels (down, right)",
                 HastenWarning,
                 stacklevel=2,

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hasten.errors import AlreadyAcceleratedError, HostError
+from hasten.errors import AdapterError, AlreadyAcceleratedError
 from hasten.streaming.adapters.handle import StreamingRun
 from hasten.streaming.attention import Backend
 from hasten.streaming.policy import KVStream, StreamingMethod
@@ -137,12 +137,12 @@ def attach_anyflow(target: Any, method: StreamingMethod, *, backend: Backend = "
         backend: how attention is computed.
 
     Raises:
-        HostError: if the model is of another class.
+        AdapterError: if the model is of another class.
         AlreadyAcceleratedError: if it is attached already.
     """
     model = getattr(target, "transformer", target)
     if type(model).__name__ != "AnyFlowFARTransformer3DModel":
-        raise HostError(f"expected an AnyFlowFARPipeline or its transformer, got {type(target).__name__}")
+        raise AdapterError(f"expected an AnyFlowFARPipeline or its transformer, got {type(target).__name__}")
     if any(isinstance(block.attn1.processor, StreamingProcessor) for block in model.blocks):
         raise AlreadyAcceleratedError("this transformer has a stream already; call remove() on its run first")
     config = model.config

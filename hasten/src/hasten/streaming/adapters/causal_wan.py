@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import AlreadyAcceleratedError, HostError
+from hasten.errors import AdapterError, AlreadyAcceleratedError
 from hasten.streaming.adapters.handle import StreamingRun
 from hasten.streaming.attention import Backend
-from hasten.streaming.cache import turned_back
+from hasten.streaming.cache import undo_rotation
 from hasten.streaming.policy import KVStream, StreamingMethod
 
 __all__ = ["attach_causal_wan", "wan_unrotate"]
@@ -44,7 +44,7 @@ def wan_unrotate(freqs: Tensor, keys: Tensor, frames: Tensor) -> Tensor:
     """
     half = keys.shape[-1] // 2
     time = half - 2 * (half // 3)
-    return turned_back(keys, freqs.to(keys.device)[frames, :time].to(torch.complex64))
+    return undo_rotation(keys, freqs.to(keys.device)[frames, :time].to(torch.complex64))
 
 
 class _LayerHost:
@@ -54,7 +54,7 @@ class _LayerHost:
         self.module, self._stream, self._layer = module, stream, layer
         own = module.forward
         if not isinstance(own, types.MethodType) or "attention" not in own.__func__.__globals__:
-            raise HostError(
+            raise AdapterError(
                 f"{type(module).__name__}.forward calls no function named attention, so there is no call to replace; "
                 "expected a causal Wan model of the Self-Forcing kind"
             )
@@ -62,7 +62,7 @@ class _LayerHost:
         self._signature = inspect.signature(own)
         missing = [name for name in ARGUMENTS if name not in self._signature.parameters]
         if missing:
-            raise HostError(
+            raise AdapterError(
                 f"{type(module).__name__}.forward has no argument {missing[0]!r}; expected those of Self-Forcing: "
                 f"{', '.join(ARGUMENTS)}"
             )
@@ -91,7 +91,7 @@ class _LayerHost:
             return self._attention(q, k, v, *args, **kwargs)
         L = int(self._arguments["grid_sizes"][0][1:].prod())
         if q.shape[1] % L or k.shape[1] % L:
-            raise HostError(f"expected whole frames of {L} tokens, got {q.shape[1]} queries on {k.shape[1]} keys")
+            raise AdapterError(f"expected whole frames of {L} tokens, got {q.shape[1]} queries on {k.shape[1]} keys")
         queries, keys, values = (t.unflatten(1, (-1, L)) for t in (q, k, v))
         history = keys.shape[1] - queries.shape[1]
         self._look(keys[:, :history], values[:, :history], int(self._arguments["current_start"]) // L)
@@ -124,12 +124,12 @@ def attach_causal_wan(model: Any, method: StreamingMethod, *, backend: Backend =
         backend: how attention is computed.
 
     Raises:
-        HostError: if the model is of another kind.
+        AdapterError: if the model is of another kind.
         AlreadyAcceleratedError: if it is attached already.
     """
     layers: list[Any] = [getattr(block, "self_attn", None) for block in getattr(model, "blocks", ())]
     if not layers or any(layer is None for layer in layers) or not hasattr(model, "freqs"):
-        raise HostError(
+        raise AdapterError(
             f"{type(model).__name__} has no freqs, or no blocks with a self_attn; expected a causal Wan model of the "
             "Self-Forcing kind (the generator's .model, not its wrapper)"
         )
