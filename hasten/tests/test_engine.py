@@ -409,7 +409,7 @@ def test_methods_know_their_papers():
     assert set(METHODS) <= set(infos)
     for name in METHODS:
         assert "arXiv" in infos[name].paper
-        assert infos[name].parameters["site"] == "hidden"
+        assert infos[name].parameters["site"].default == "hidden"
         assert infos[name].summary
         assert not infos[name].needs_calibration
 

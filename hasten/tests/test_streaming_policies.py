@@ -317,7 +317,7 @@ def test_methods_are_known_by_name():
     known = {info.name: info for info in hasten.methods() if info.kind == "streaming"}
     wanted = {"full-history", "sliding-window", "topk-attention", "focused-forcing", "dummy-forcing", "forcing-kv"}
     assert set(known) == wanted
-    assert known["focused-forcing"].parameters["mix"] == 0.5
+    assert known["focused-forcing"].parameters["mix"].default == 0.5
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from .fitting.schedules import tune_steps
 from .pipeline.steps import StepRecord
 from .registry import MethodInfo
 from .resolution.methods import DVG, RALU, Bottleneck, Fresco, SpecEdit, Spectral
-from .solvers.scheduler import LeapScheduler
+from .solvers.scheduler import Leap, LeapScheduler
 from .streaming.methods import FocusedForcing
 from .streaming.policy import KVStream
 
@@ -53,6 +53,7 @@ __all__ = [
     "HiCache",
     "HyCa",
     "KVStream",
+    "Leap",
     "LeapCache",
     "LeapScheduler",
     "MagCache",

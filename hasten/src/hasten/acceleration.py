@@ -20,6 +20,7 @@ from hasten.pipeline.steps import StepRecord, StepTracker
 from hasten.registry import methods
 from hasten.resolution import methods as _resolution_methods  # noqa: F401  (these register the methods by name)
 from hasten.resolution.method import ResolutionEngine, ResolutionMethod
+from hasten.solvers import scheduler as _solvers  # noqa: F401
 from hasten.streaming import methods as _streaming_methods  # noqa: F401
 from hasten.streaming.policy import StreamingMethod
 

@@ -115,6 +115,7 @@ class Calibration:
         fingerprint: what it belongs to.
         report: figures of the fit.
         options: options of the fit.
+        file: where it was read from; None for one that was not.
     """
 
     method: str
@@ -122,6 +123,11 @@ class Calibration:
     fingerprint: Fingerprint
     report: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    file: str | None = None
+
+    def __repr__(self) -> str:
+        origin = "" if self.file is None else f", file={self.file!r}"
+        return f"Calibration({self.method!r} for {self.fingerprint.model}, {self.fingerprint.steps} steps{origin})"
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, whole or not at all; returns its path."""
@@ -163,7 +169,8 @@ class Calibration:
             known = {f.name for f in fields(Fingerprint)}
             content = {name: value for name, value in header["fingerprint"].items() if name in known}
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-            return cls(header["method"], tensors, Fingerprint(**values), header["report"], header["options"])
+            fingerprint = Fingerprint(**values)
+            return cls(header["method"], tensors, fingerprint, header["report"], header["options"], str(path))
         except (KeyError, TypeError, AttributeError) as error:
             raise CalibrationError(f"{path}: the header is incomplete ({error}). {remedy}") from error
 

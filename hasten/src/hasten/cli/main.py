@@ -137,7 +137,7 @@ def list_methods() -> None:
     for heading in ("name", "kind", "what it does", "paper", "parameters and defaults", "calibration"):
         table.add_column(heading, overflow="fold")
     for info in methods():
-        parameters = ", ".join(f"{k}={v}" for k, v in info.parameters.items() if v is not None)
+        parameters = ", ".join(f"{p.name}={p.default}" for p in info.parameters.values() if p.default is not None)
         table.add_row(
             f"[bold]{info.name}[/bold]",
             info.kind,

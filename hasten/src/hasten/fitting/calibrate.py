@@ -188,7 +188,7 @@ def fit(trace: Trace, method: str, **options: Any) -> Calibration:
         if name not in known:
             raise unknown(f"fit option of {method}", name, known)
     fitted = fitter(trace, **options)
-    site = options.get("site", info.parameters["site"])
+    site = options.get("site", info.parameters["site"].default)
     fingerprint = Fingerprint(**{**vars(trace.fingerprint), "site": site})
     return Calibration(method, fitted.tensors, fingerprint, fitted.report, dict(options))
 

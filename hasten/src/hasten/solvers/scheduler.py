@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
+from hasten.parameters import Declared
+from hasten.registry import method
 from hasten.solvers.multistep import advance
 
-__all__ = ["LEAP", "LeapScheduler"]
+__all__ = ["LEAP", "Leap", "LeapScheduler"]
 
 LEAP = "leap"  # what a calibration of this scheduler is called
 Table = Mapping[str, Any]
@@ -199,3 +202,19 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
+
+
+@method(LEAP, kind="solver", paper="ours", needs_calibration=True)
+@dataclass(frozen=True)
+class Leap(Declared):
+    """Sample with learned times and coefficients in place of the pipeline's scheduler (LEAP)."""
+
+    calibration: Annotated[Calibration | str | None, "what `hasten tune` or `fit_leap` learned"] = None
+
+    def check(self) -> None:
+        object.__setattr__(self, "calibration", Calibration.of(LEAP, self.calibration))
+
+    def scheduler(self, pipe: Any = None) -> LeapScheduler:
+        """The scheduler to put in place of the pipeline's own; see `LeapScheduler.load`."""
+        assert isinstance(self.calibration, Calibration)
+        return LeapScheduler.of(self.calibration, pipe)
