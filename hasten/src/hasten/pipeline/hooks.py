@@ -1,16 +1,219 @@
-"""Standing around a transformer's forward and a scheduler's step, on these instances only, and going away again."""
+"""Standing around the calls of a module and the step of a scheduler, on these instances only, and going away again.
+
+A module's call runs `Module._call_impl`, which runs the forward. Hooks of this file stand around `_call_impl`, in the
+instance's own dictionary. So they are outside of everything that others put on the forward (diffusers' hook registry,
+offloading, patched forwards), whether before or after, and nobody who strips or restores a forward touches them.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import threading
+import warnings
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
+import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
 
-__all__ = ["hook_forward", "wrap_step"]
+from hasten.errors import AlreadyAcceleratedError, CopyError, HastenWarning
 
+__all__ = [
+    "Forward",
+    "Hook",
+    "Remove",
+    "attach",
+    "compiled_whole",
+    "hook_forward",
+    "hooks_on",
+    "pass_name",
+    "wrap_step",
+]
+
+Forward = Callable[..., Any]
 Remove = Callable[[], None]
+
+_KEY = "_hasten"
+
+
+class Hook(ABC):
+    """Stands around the calls of a module, or of several.
+
+    Attributes:
+        kind: what it does, as text for messages; a module has one hook of a kind.
+        level: a hook of a higher level stands outside of one of a lower level, whichever came first.
+        handle: what `accelerate` returned for it, once it has.
+    """
+
+    kind: ClassVar[str]
+    level: ClassVar[int] = 0
+    handle: Any = None
+
+    @abstractmethod
+    def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a call.
+
+        Args:
+            module: whose call it is.
+            forward: runs what is inside of this hook, in the end the module's own call.
+            args, kwargs: of the call.
+        """
+
+    def end_run(self) -> None:  # noqa: B027
+        """A pipeline says that its call, on this thread, is about to end."""
+
+
+class _HookedCalls:
+    """The hooks on one module, and what stands in the module's dictionary for them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self._inner = module.__dict__.get("_call_impl")  # somebody else's, if any
+        self._names = threading.local()
+        self._compiled = module.__dict__.pop("_compiled_call_impl", None)
+        self.hooks: tuple[Hook, ...] = ()  # innermost first
+        call = torch.compiler.disable(self._call)
+
+        def call_impl(*args: Any, **kwargs: Any) -> Any:
+            return call(*args, **kwargs)  # one frame down, or `compile()` would unwrap and trace what is disabled
+
+        self._ours: dict[str, Any] = {_KEY: self, "_call_impl": call_impl}
+        for name, method in (
+            ("cache_context", self._cache_context),
+            ("enable_cache", self._enable_cache),
+            ("_reset_stateful_cache", self._reset_stateful_cache),
+        ):
+            if hasattr(type(module), name):
+                self._ours[name] = method
+        self._before = {name: module.__dict__[name] for name in self._ours if name in module.__dict__}
+        module.__dict__.update(self._ours)
+
+    @property
+    def module(self) -> Any:
+        return self._module()
+
+    @property
+    def name(self) -> str | None:
+        """The pass that the pipeline says this thread is in."""
+        names = getattr(self._names, "stack", None)
+        return names[-1] if names else None
+
+    @property
+    def compiled(self) -> bool:
+        return self._compiled is not None or self.module.__dict__.get("_compiled_call_impl") is not None
+
+    def leave(self) -> None:
+        """Take away what stands in the module's dictionary, as far as nobody put something else there."""
+        module = self.module
+        if module is None:
+            return
+        for name, ours in self._ours.items():
+            if module.__dict__.get(name) is ours:
+                del module.__dict__[name]
+                if name in self._before:
+                    module.__dict__[name] = self._before[name]
+        if module.__dict__.get("_compiled_call_impl") is None:
+            if self._compiled is not None:
+                module._compiled_call_impl = self._compiled
+        else:
+            del module._compiled_call_impl  # it was compiled around hooks that are gone
+            warnings.warn(
+                f"{type(module).__name__}.compile() was called while hasten was at work on it, and is undone with it; "
+                "call compile() again",
+                HastenWarning,
+                stacklevel=4,
+            )
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        forward = self._inner or functools.partial(type(module)._call_impl, module)
+        for hook in self.hooks:
+            forward = functools.partial(_through, hook, module, forward)
+        return forward(*args, **kwargs)
+
+    @contextmanager
+    def _cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """As diffusers', and remembers the name for this thread alone."""
+        stack = self._names.__dict__.setdefault("stack", [])
+        stack.append(name)
+        try:
+            with self._original("cache_context")(name, **kwargs):
+                yield
+        finally:
+            stack.pop()
+
+    def _enable_cache(self, *_: Any, **__: Any) -> None:
+        kinds = " and ".join(hook.kind for hook in self.hooks)
+        raise AlreadyAcceleratedError(
+            f"hasten ({kinds}) is at work on this {type(self.module).__name__}, and two caches would each forecast "
+            "from the other's forecasts; call hasten.remove(...) on the pipeline or transformer first"
+        )
+
+    def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
+        for hook in self.hooks:
+            hook.end_run()
+        self._original("_reset_stateful_cache")(*args, **kwargs)
+
+    def _original(self, name: str) -> Any:
+        return self._before.get(name) or functools.partial(getattr(type(self.module), name), self.module)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CopyError(
+            f"this {type(self.module).__name__} is accelerated, and a copy would run the original; "
+            "call .remove() on the handle that accelerate() returned before you copy or pickle it"
+        )
+
+
+def _through(hook: Hook, module: Any, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    return hook.call(module, forward, args, kwargs)
+
+
+def attach(module: nn.Module, hook: Hook) -> Remove:
+    """Put a hook around the calls of a module.
+
+    Returns:
+        what takes it away, once; what others put on the module meanwhile stays.
+
+    Raises:
+        AlreadyAcceleratedError: if the module has a hook of this kind.
+    """
+    calls: _HookedCalls = module.__dict__.get(_KEY) or _HookedCalls(module)
+    if any(other.kind == hook.kind for other in calls.hooks):
+        raise AlreadyAcceleratedError(
+            f"this {type(module).__name__} is accelerated already ({hook.kind}); call .remove() on the handle that "
+            "accelerate() returned, or hasten.remove(...), or give accelerate(..., replace=True)"
+        )
+    calls.hooks = tuple(sorted((*calls.hooks, hook), key=lambda other: other.level))
+
+    def remove() -> None:
+        if hook in calls.hooks:
+            calls.hooks = tuple(other for other in calls.hooks if other is not hook)
+            if not calls.hooks:
+                calls.leave()
+
+    return remove
+
+
+def hooks_on(module: Any) -> tuple[Hook, ...]:
+    """The hooks on a module, innermost first."""
+    calls = getattr(module, "__dict__", {}).get(_KEY)
+    return () if calls is None else calls.hooks
+
+
+def pass_name(module: Any) -> str | None:
+    """What the pipeline calls the forward under way on this thread (`cache_context`), if it calls it anything."""
+    calls = module.__dict__.get(_KEY)
+    return None if calls is None else calls.name
+
+
+def compiled_whole(module: Any) -> bool:
+    """Whether `module.compile()` was called on a module, which hooks make of no use."""
+    calls = module.__dict__.get(_KEY)
+    return getattr(module, "_compiled_call_impl", None) is not None if calls is None else calls.compiled
 
 
 def hook_forward(module: Any, hook: ModelHook, name: str) -> Remove:

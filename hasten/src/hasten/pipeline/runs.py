@@ -1,0 +1,240 @@
+"""Which run, which step, which pass: `Runs` labels every forward of a transformer, and alone decides when a run begins.
+
+A *run* is one call of a pipeline, a *step* one step of its sampler, a *pass* one forward within a step (conditional,
+unconditional, ...). Each owner (see `view`) has at most one run under way. A run begins
+
+* with an owner's first forward;
+* when the scheduler's `timesteps` is another object than before, or the scheduler went back;
+* when the timestep goes back to the start of the run, whoever owns the scheduler (a loop of the user's own, sections of
+  a long video with copied schedulers); where no list of timesteps is known, when it goes back at all, or when
+  the latents have another shape.
+
+Where the scheduler counts its steps, a step is one of its counts: nothing is read from the device. Elsewhere the
+timestep argument tells: another value is another step, the same value again is the next pass of the same step, unless
+it comes with other latents or under a name that the step had already.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from torch import Tensor, nn
+
+from hasten.pipeline.view import Owner, PipelineView, alive, current_owner, pipeline_of
+
+__all__ = ["Run", "Runs", "StepInfo", "sample_shape", "signature"]
+
+NEAR = 0.01  # relative distance at which two timesteps are the same, since pipelines cast them to half precision
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """The label of one forward.
+
+    Attributes:
+        run: counts runs from 0.
+        step: counts sampler steps from 0 within the run.
+        pass_name: the cache context's name, or `"pass0"`, `"pass1"`, ... in order of appearance.
+        first_pass: whether this is the first forward of the step.
+        first_step: whether this is the first forward of the run.
+        last: whether this is the last forward of the run, as far as can be told.
+        total: steps of the run, where the scheduler tells; None where only the transformer is known.
+        timestep: that the transformer was called with, in the model's own unit.
+    """
+
+    run: int
+    step: int
+    pass_name: str
+    first_pass: bool
+    first_step: bool
+    last: bool
+    total: int | None
+    timestep: float
+
+
+def sample_shape(hidden: Any) -> Hashable:
+    """The shape of one image's latents, whatever the batch; some models take a list of latents."""
+    if isinstance(hidden, (list, tuple)):
+        return sample_shape(hidden[0]) if hidden else None
+    return hidden.shape[1:] if isinstance(hidden, Tensor) else None
+
+
+def signature(hidden: Any) -> Hashable:
+    """Shape, dtype and device of the latents: what has to stay the same for features to be of use."""
+    if isinstance(hidden, Tensor):
+        return (hidden.shape, hidden.dtype, hidden.device)
+    if isinstance(hidden, (list, tuple)):
+        return tuple(map(signature, hidden))
+    return None
+
+
+class Run:
+    """One run under way.
+
+    Args:
+        number: counts runs from 0.
+        owner: whose it is.
+        view: of the pipeline whose call it is; None where only the transformer is known.
+        module: the transformer.
+
+    Attributes:
+        total: steps of the run, where the scheduler tells.
+        timesteps: of these steps, as the scheduler's list had them at the start.
+        state: whatever the caller remembers of the run.
+    """
+
+    def __init__(self, number: int, owner: Owner, view: PipelineView | None, module: nn.Module) -> None:
+        self.number, self.owner, self.view = number, owner, view
+        # Holding the tensor keeps its identity from being given to another one.
+        self.sampler_timesteps = None if view is None else view.timesteps
+        self.timesteps = None if view is None else view.timesteps_of(module)
+        self.total = None if self.timesteps is None else len(self.timesteps)
+        self.guidance = None if view is None else view.guidance
+        self.state: Any = None
+        self._step = -1
+        self._index: int | None = None
+        self._counted: bool | None = None  # whether the scheduler counts the steps; None until the first step ends
+        self._first = self._value = float("nan")
+        self._direction = 0.0
+        self._names: Counter[str | None] = Counter()
+        self._passes = 0  # of the step before
+        self._shape: Hashable = None
+        self._sample: Hashable = None
+
+    def _count(self) -> int | None:
+        """Where the scheduler stands. In a loop of the user's own, another thread may be moving it."""
+        return self.view.step_index if self.view is not None and self.owner.frame is not None else None
+
+    def goes_on(self, timestep: Any, hidden: Any) -> bool:
+        """Whether a forward that is about to happen is of this run."""
+        if self.view is not None and self.view.timesteps is not self.sampler_timesteps:
+            return False
+        index = self._count()
+        if self._counted:
+            return index is not None and self._index is not None and index >= self._index
+        value = _number(timestep)
+        if self.total is None and signature(hidden) != self._shape and value != self._value:
+            return False
+        if (value - self._value) * self._direction >= 0:
+            return True
+        back_to_start = (value - self._first) * self._direction <= NEAR * abs(self._first)
+        return self.total is not None and not back_to_start
+
+    def label(self, timestep: Any, hidden: Any, name: str | None) -> StepInfo:
+        """Label a forward that is about to happen in this run."""
+        first_step = self._step < 0
+        index, sample = self._count(), sample_shape(hidden)
+        moved = index != self._index
+        value = self._value_at(timestep, moved)
+        repeated = value == self._value and sample == self._sample and (name is None or name not in self._names)
+        if first_step:
+            self._first = value
+        if not self._counted and not first_step and self._direction == 0.0:
+            self._direction = value - self._value
+        if first_step or moved or (not self._counted and not repeated):
+            if self._counted is None and not first_step:
+                self._counted = moved
+            self._step += 1
+            self._passes, self._names = sum(self._names.values()), Counter()
+        first_pass = not self._names
+        pass_name = f"pass{sum(self._names.values())}" if name is None else name
+        if name is not None and self._names[name]:
+            pass_name = f"{name}#{self._names[name]}"  # windows of one step, or a second evaluation
+        self._names[name] += 1
+        self._index, self._value, self._sample = index, value, sample
+        if first_pass:
+            self._shape = signature(hidden)
+        return StepInfo(
+            self.number, self._step, pass_name, first_pass, first_step, self._is_last(value), self.total, value
+        )
+
+    def _value_at(self, timestep: Any, moved: bool) -> float:
+        """The timestep; from the list where reading it would wait for the device."""
+        on_device = isinstance(timestep, Tensor) and timestep.device.type != "cpu"
+        if not (self._counted and on_device and self.timesteps):
+            return _number(timestep)
+        step = min(self._step + moved, len(self.timesteps) - 1)
+        return self.timesteps[step] * (self._first / self.timesteps[0] if self.timesteps[0] else 1.0)
+
+    def _is_last(self, value: float) -> bool:
+        if self.timesteps is None or self._step < len(self.timesteps) - 1:
+            return False
+        if sum(self._names.values()) < self._passes:
+            return False
+        if self._counted:
+            return True
+        # Loops of several schedulers run on after as many steps as one of them has.
+        ratio = self._first / self.timesteps[0] if self.timesteps[0] else 1.0
+        return abs(value - ratio * self.timesteps[-1]) <= NEAR * abs(self._first)
+
+
+def _number(timestep: Any) -> float:
+    """The timestep; the latest one where every frame or token has its own. Waits for the device."""
+    return float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
+
+
+class Runs:
+    """The runs under way on one transformer, one per owner.
+
+    Args:
+        module: the transformer.
+        home: the pipeline that it was accelerated in, for loops of the user's own; None for a bare transformer.
+    """
+
+    def __init__(self, module: nn.Module, home: PipelineView | None = None) -> None:
+        self._module, self._home = module, home
+        self._runs: dict[Owner, Run] = {}
+        self._numbers = count()
+
+    def label(self, timestep: Any, hidden: Any, name: str | None = None) -> tuple[Run, StepInfo]:
+        """The run and the label of a forward that is about to happen.
+
+        Args:
+            timestep: the transformer's argument, `[]`, `[B]` or one per frame or token.
+            hidden: the transformer's latents, a tensor or a list of them.
+            name: the pass, if the pipeline names it.
+        """
+        owner = current_owner()
+        run = self._runs.get(owner)
+        if run is None or not run.goes_on(timestep, hidden):
+            run = self._begin(owner)
+        return run, run.label(timestep, hidden, name)
+
+    @property
+    def current(self) -> Run | None:
+        """The run of what happens now on this thread."""
+        return self._runs.get(current_owner())
+
+    @property
+    def under_way(self) -> tuple[Run, ...]:
+        """All runs."""
+        return tuple(self._runs.values())
+
+    def end(self, run: Run | None = None) -> None:
+        """Forget a run, or all of them: the owner's next forward starts a new one."""
+        if run is None:
+            self._runs.clear()
+        elif self._runs.get(run.owner) is run:
+            del self._runs[run.owner]
+
+    def _begin(self, owner: Owner) -> Run:
+        self._runs.pop(owner, None)
+        others = list(self._runs)
+        for gone in set(others) - alive(others):
+            self._runs.pop(gone, None)
+        run = self._runs[owner] = Run(next(self._numbers), owner, self._view(owner), self._module)
+        return run
+
+    def _view(self, owner: Owner) -> PipelineView | None:
+        pipe = pipeline_of(owner)
+        if pipe is not None:
+            return PipelineView(pipe)
+        if self._home is None or getattr(self._home.scheduler, "num_inference_steps", None) is None:
+            return None
+        # A loop of the user's own may go by the pipeline's scheduler, unless a call of the pipeline does.
+        taken = any(run.sampler_timesteps is self._home.timesteps for run in self.under_way)
+        return None if taken else self._home

@@ -1,0 +1,180 @@
+"""What a pipeline tells, and whose call a forward happens in.
+
+A run belongs to the pipeline *call* in which it happens, not to the module: several pipelines may share a transformer,
+each with its own scheduler, one inside another or on several threads. Whose call it is shows in Python's frames: the
+nearest one upwards that executes `__call__` of a pipeline. In a loop of the user's own the owner is the thread.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterable
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+from diffusers import DiffusionPipeline, ModularPipeline
+from torch import Tensor, nn
+
+from hasten.errors import TargetError
+
+__all__ = ["TRANSFORMERS", "Owner", "PipelineView", "alive", "current_owner", "pipeline_of", "transformers", "unwrap"]
+
+TRANSFORMERS = ("transformer", "transformer_2")  # where pipelines keep what denoises
+
+
+class Owner(NamedTuple):
+    """Who a run belongs to, while it lasts.
+
+    Attributes:
+        thread: identifier of the thread.
+        frame: identity of the frame that executes the pipeline's call; None in a loop of the user's own.
+    """
+
+    thread: int
+    frame: int | None
+
+
+# By identity, since comparing code objects costs; holding them keeps an identity from being given to another one.
+_known: dict[int, tuple[CodeType, bool]] = {}
+
+
+def _executes_pipeline(frame: FrameType) -> bool:
+    """Whether a frame executes `__call__` of a pipeline."""
+    code = frame.f_code
+    if code.co_name != "__call__":
+        return False
+    known = _known.get(id(code))
+    if known is None:
+        known = _known[id(code)] = (code, isinstance(_first_argument(frame), (DiffusionPipeline, ModularPipeline)))
+    return known[1]
+
+
+def _first_argument(frame: FrameType) -> Any:
+    if not frame.f_code.co_argcount:
+        return None
+    local = frame.f_locals
+    argument = local.get(frame.f_code.co_varnames[0])
+    if isinstance(local, dict):  # up to Python 3.12 a snapshot, which would keep tensors for as long as the frame lives
+        local.clear()
+    return argument
+
+
+def _calling_frame() -> FrameType | None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _executes_pipeline(frame):
+        frame = frame.f_back
+    return frame
+
+
+def current_owner() -> Owner:
+    """The owner of what happens now on this thread."""
+    frame = _calling_frame()
+    return Owner(threading.get_ident(), None if frame is None else id(frame))
+
+
+def pipeline_of(owner: Owner) -> Any:
+    """The pipeline whose call the owner is, seen from within this call; None in a loop of the user's own."""
+    frame = _calling_frame()
+    return _first_argument(frame) if frame is not None and id(frame) == owner.frame else None
+
+
+def alive(owners: Iterable[Owner]) -> set[Owner]:
+    """The owners whose call, or thread, has not ended."""
+    frames: dict[int, set[int]] = {}
+    for thread, top in sys._current_frames().items():
+        frame: FrameType | None = top
+        frames[thread] = ids = set()
+        while frame is not None:
+            ids.add(id(frame))
+            frame = frame.f_back
+    return {o for o in owners if o.thread in frames and (o.frame is None or o.frame in frames[o.thread])}
+
+
+def unwrap(module: Any) -> Any:
+    """The module that `torch.compile` wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def transformers(target: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by name, unwrapped; a bare one by the name of its class.
+
+    Raises:
+        TargetError: if there is none.
+    """
+    if isinstance(target, nn.Module):
+        return {type(unwrap(target)).__name__: unwrap(target)}
+    found = {name: getattr(target, name, None) for name in TRANSFORMERS}
+    modules = {name: unwrap(module) for name, module in found.items() if isinstance(module, nn.Module)}
+    if not modules:
+        unet = getattr(target, "unet", None) is not None
+        has = " (it has a `unet`, which hasten does not accelerate)" if unet else ""
+        raise TargetError(
+            f"{type(target).__name__} has no transformer{has}; give a diffusers pipeline with a `transformer`, "
+            "or the transformer itself"
+        )
+    return modules
+
+
+class PipelineView:
+    """What a pipeline tells of the run under way: read-only, and without keeping the pipeline alive.
+
+    Args:
+        pipe: the pipeline.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = weakref.ref(pipe)
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline; None once it is gone."""
+        return self._pipe()
+
+    @property
+    def scheduler(self) -> Any:
+        """Its scheduler, None without one."""
+        return getattr(self.pipe, "scheduler", None)
+
+    @property
+    def timesteps(self) -> Tensor | None:
+        """The scheduler's list: another object in each run, since `set_timesteps` makes it."""
+        timesteps = getattr(self.scheduler, "timesteps", None)
+        return timesteps if isinstance(timesteps, Tensor) else None
+
+    @property
+    def begin_index(self) -> int:
+        """Where in the list the run begins (later than 0 in image to image)."""
+        return getattr(self.scheduler, "begin_index", None) or 0
+
+    @property
+    def step_index(self) -> int | None:
+        """Where in the list the scheduler stands; None for one that does not count."""
+        scheduler = self.scheduler
+        if not hasattr(scheduler, "step_index"):
+            return None
+        index = scheduler.step_index
+        return self.begin_index if index is None else index
+
+    @property
+    def guidance(self) -> float | None:
+        """The guidance scale of the run under way."""
+        scale = getattr(self.pipe, "_guidance_scale", None)
+        return float(scale) if isinstance(scale, (int, float)) else None
+
+    def timesteps_of(self, module: nn.Module) -> tuple[float, ...] | None:
+        """The timesteps of the run at which a transformer is called; reads the list, so once per run."""
+        if self.timesteps is None:
+            return None
+        pipe, scheduler = self.pipe, self.scheduler
+        timesteps = self.timesteps[self.begin_index :]
+        if type(scheduler).__name__ == "SCMScheduler":  # its list ends with the time of the finished image
+            timesteps = timesteps[:-1]
+        # Two experts take over from each other at a boundary (Wan 2.2).
+        ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+        first, second = (unwrap(getattr(pipe, name, None)) for name in TRANSFORMERS)
+        if ratio is not None and first is not None and second is not None:
+            early = timesteps >= ratio * scheduler.config.num_train_timesteps
+            timesteps = timesteps[early if module is first else ~early]
+        return tuple(timesteps.tolist())
