@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from drape.optimise import Scene
 from drape.scene.backgrounds import background
 from drape.scene.light import light
+from drape.scene.scene import Scene
 from drape.scene.sequence import Buffers, SequenceSpec, build_sequence
 
 

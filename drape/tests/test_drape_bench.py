@@ -20,10 +20,11 @@ from drape.evaluate import DEFENCES, Judge, Subject
 from drape.gamut import Gamut
 from drape.measure import Attacks, defence_row, defence_table, measure, track
 from drape.objective import Temporal, aggregated, walks_loss
-from drape.optimise import OptimiseSpec, Scene, draw_frames, frame_gradient
+from drape.optimise import OptimiseSpec, draw_frames, frame_gradient
 from drape.plots import azimuth_svg, bars_svg, curve_svg
 from drape.report import page
 from drape.scene.light import LIGHTS
+from drape.scene.scene import Scene
 from drape.walks import TEST, TRAIN, Walk, scenes
 
 GREY = {name: torch.full((3, 8, 8), 0.5) for name in ("shirt", "trousers", "hat")}
@@ -65,7 +66,7 @@ def test_no_gait_path_camera_light_or_place_of_the_judging_walks_was_trained_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("walk", [*TRAIN, *TEST], ids=lambda walk: walk.label())
-def test_nobody_leaves_the_picture(walk: Walk) -> None:
+def test_nobody_leaves_the_image(walk: Walk) -> None:
     (made,) = scenes([walk], BenchSpec.frames, 64)
     assert float(made.buffers.boxes.min()) > 0
     assert float(made.buffers.boxes.max()) < 64
@@ -200,7 +201,7 @@ def test_plots_draw_values_where_they_belong() -> None:
     assert "&lt;b&gt;" in curve_svg({"<b>": [1.0]})
 
 
-def test_long_names_go_into_further_rows_inside_the_picture():
+def test_long_names_go_into_further_rows_inside_the_plot():
     def top(svg):
         return float(ElementTree.fromstring(svg).get("viewBox").split()[1])
 
@@ -241,7 +242,7 @@ def test_a_benchmark_goes_on_where_it_was(quick: None, tmp_path: Path, monkeypat
     monkeypatch.setattr(bench, "optimise", lambda *a, **k: (calls.append(a[3].mode), real(*a, **k))[1])
     first = bench.run_bench(TINY, work, to)
     made = len(calls)
-    assert made == 3 * TINY.seeds + 3  # two modes a seed, one that knows of aggregation, three that know of others
+    assert made == 3 * TINY.seeds + 3  # two modes per seed, one that knows of aggregation, three that know of others
     assert json.loads(to.read_text()) == rounded(json.loads(json.dumps(first)))
     assert first["transfer"]["columns"] == ["nanodet", "yolov3-tiny", "centernet"]
     assert set(first["defences"]) == set(DEFENCES)
@@ -280,7 +281,7 @@ def test_benchmarks_that_cannot_run_are_refused(changes: dict[str, object]) -> N
         (["optimise", "--against", "hardened"], "drape harden"),
         (["optimise", "--mode", "frame"], "Did you mean 'frames'"),
         (["optimise", "--weighting", "windwo"], "Did you mean 'window'"),
-        (["optimise", "--product", "no.png"], "cannot be read as a picture"),
+        (["optimise", "--product", "no.png"], "cannot be read as an image"),
         (["optimise", "--icc", "no.icc"], "printer"),
         (["optimise", "--cloth", "newtn"], "Did you mean 'newton'"),
         (["harden", "--rounds", "0"], "rounds=0"),
@@ -288,6 +289,14 @@ def test_benchmarks_that_cannot_run_are_refused(changes: dict[str, object]) -> N
         (["evaluate", "--out", "made", "--compare", "x"], "NAME=FOLDER"),
         (["report", "--out", "nowhere"], "drape evaluate"),
         (["report", "--out", "made"], "evaluate.json"),
+        (["optimise", "--out", "file"], "no folder"),
+        (["harden", "--to", "x.pt"], ".npz"),
+        (["harden", "--to", "made"], "is a folder"),
+        (["bench", "--to", "made"], "is a folder"),
+        (["optimise", "--seed", "1e30"], "--seed"),
+        (["optimise", "--size", "1000000"], "--size"),
+        (["optimise", "--frames", "0"], "--frames"),
+        (["optimize"], "No such command"),
         (["bench", "--detector", "nanodte"], "Did you mean"),
     ],
 )
@@ -309,10 +318,12 @@ def test_wrong_input_gives_a_line_that_says_what_to_do(
     monkeypatch.chdir(tmp_path)
     save_images(tmp_path / "made" / "textures.npz", GREY)
     (tmp_path / "made" / "evaluate.json").write_text("{broken")
-    monkeypatch.setattr(sys, "argv", ["drape", *arguments, *(["--size", "64"] if arguments[0] != "report" else [])])
+    (tmp_path / "file").write_text("")
+    options = [] if arguments[0] in ("report", "optimize") or "--size" in arguments else ["--size", "64"]
+    monkeypatch.setattr(sys, "argv", ["drape", *arguments, *options])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
     assert "\n" not in error

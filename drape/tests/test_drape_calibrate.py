@@ -11,8 +11,8 @@ from drape.calibrate import FLOOR, false_scores, scores_of_false_boxes, threshol
 from drape.detectors.base import Candidates, Detection, Detector
 from drape.errors import ConfigError
 from drape.evaluate import evaluate
-from drape.optimise import Scene
 from drape.scene.light import light
+from drape.scene.scene import Scene
 from drape.scene.sequence import Buffers
 
 GREY = {name: torch.full((3, 8, 8), 0.5) for name in ("shirt", "trousers", "hat")}

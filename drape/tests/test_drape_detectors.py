@@ -19,7 +19,7 @@ from drape.detectors.fetch import PACKAGES, fetch
 from drape.detectors.tfgraph import TFGraph, read_tfjs
 from drape.errors import AssetError, ConfigError, DetectorError, UnknownNameError
 from drape.objective import confidence
-from drape.scene.backgrounds import background, plate_from_picture
+from drape.scene.backgrounds import background, plate_from_image
 from drape.scene.light import light
 from drape.scene.render import render_frames, render_plain
 from drape.scene.sequence import SequenceSpec, build_sequence
@@ -197,8 +197,8 @@ def test_real_detector_finds_a_walking_person_and_none_in_an_empty_place(name: s
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nanodet", "centernet"])
 def test_real_detector_finds_the_person_in_a_photograph(name: str) -> None:
-    """scikit-image's astronaut, who fills the left two thirds of the picture."""
-    photo = plate_from_picture(data.astronaut(), 416)[None]
+    """scikit-image's astronaut, who fills the left two thirds of the image."""
+    photo = plate_from_image(data.astronaut(), 416)[None]
     found = real(name).detect(photo)[0]
     assert float(found.scores[0]) > 0.6
     assert found.boxes[0].tolist() == pytest.approx([10, 10, 300, 416], abs=20)

@@ -15,15 +15,15 @@ import typer
 
 from drape import cli
 
-ROOT = Path(__file__).resolve().parents[2]
-FIGURES = ROOT / "benchmarks" / "drape-bench.json"
-DOCS, README = ROOT / "docs" / "drape.md", ROOT / "drape" / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ROOT / "benchmarks" / "bench.json"
+DOCS, README = ROOT / "docs" / "drape.md", ROOT / "README.md"
 pytestmark = pytest.mark.skipif(not FIGURES.exists(), reason="only in a checkout of the repository")
 
 
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("drape_tables", ROOT / "benchmarks" / "drape_tables.py")
+    spec = importlib.util.spec_from_file_location("drape_tables", ROOT / "benchmarks" / "tables.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -34,7 +34,7 @@ def tables() -> ModuleType:
 def test_pages_hold_what_the_figures_say(tables: ModuleType) -> None:
     found = json.loads(FIGURES.read_text())
     for path in tables.PAGES:
-        assert tables.filled(path.read_text(), found) == path.read_text(), f"run benchmarks/drape_tables.py: {path}"
+        assert tables.filled(path.read_text(), found) == path.read_text(), f"run drape/benchmarks/tables.py: {path}"
     assert len(tables.BLOCK.findall(DOCS.read_text())) == len(tables.TABLES)
 
 
@@ -66,6 +66,6 @@ def test_names_that_the_example_imports_exist() -> None:
             assert all(hasattr(module, alias.name) for alias in node.names), node.module
 
 
-def test_pictures_of_the_page_are_there() -> None:
+def test_images_of_the_page_are_there() -> None:
     for name in re.findall(r"\]\((images/[^)]+)\)", DOCS.read_text()):
         assert (DOCS.parent / name).stat().st_size > 1000, name

@@ -13,10 +13,12 @@ from torch import nn
 
 from drape import harden as module
 from drape.detectors.base import Candidates, Detector
-from drape.errors import AssetError, ConfigError
+from drape.errors import AssetError, ConfigError, OutputError
 from drape.gamut import Gamut
-from drape.harden import HardenSpec, distillation_loss, harden, load_hardened, save_hardened
-from drape.optimise import OptimiseSpec, Scene
+from drape.harden import KIND, HardenSpec, distillation_loss, harden, load_hardened, save_hardened
+from drape.io import save_arrays
+from drape.optimise import OptimiseSpec
+from drape.scene.scene import Scene
 
 SPEC = HardenSpec(rounds=2, attack_steps=4, steps=14, batch=2, learning_rate=0.02, tuned=1.0)
 
@@ -107,18 +109,24 @@ def test_wrong_weight_files_are_refused(known: Callable[[], Detector], tmp_path:
     with pytest.raises(AssetError, match="drape harden"):
         load_hardened(tmp_path / "none.npz")
     other = tmp_path / "other.npz"
-    np.savez(other, shirt=np.zeros(3))
+    save_arrays(other, "drape's textures", {"shirt": np.zeros(3)})
     with pytest.raises(AssetError, match="no file of"):
         load_hardened(other)
     other.write_bytes(b"nothing")
     with pytest.raises(AssetError, match="cannot be read"):
         load_hardened(other)
-    with pytest.raises(ConfigError, match="npz"):
+    with pytest.raises(OutputError, match="npz"):
         save_hardened(tmp_path / "a.pt", known(), "learner", SPEC)
-    about = np.array('{"base": "learner", "name": "x", "threshold": 0.5}')
-    np.savez(other, about=about, **{"size.weight": np.zeros(9)})
+    about = {"base": "learner", "name": "x", "threshold": 0.5}
+    save_arrays(other, KIND, {"size.weight": np.zeros(9)}, about)
     with pytest.raises(AssetError, match="does not fit"):
         load_hardened(other)
+    shape = known().state_dict()["size.weight"].shape
+    save_arrays(other, KIND, {"size.weight": np.full(shape, np.nan)}, about)
+    with pytest.raises(AssetError, match="finite"):
+        load_hardened(other)
+    with pytest.raises(ConfigError, match="a fine-tuned learner, not nanodet"):
+        load_hardened(other, "nanodet")
 
 
 def test_bad_settings_are_refused(scene: Scene) -> None:

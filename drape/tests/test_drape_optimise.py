@@ -19,10 +19,11 @@ from drape.errors import AssetError, ConfigError, UnknownNameError
 from drape.evaluate import evaluate, evaluate_defences
 from drape.gamut import Gamut
 from drape.objective import Temporal
-from drape.optimise import OptimiseSpec, Run, Scene, optimise
+from drape.optimise import OptimiseSpec, Run, optimise
 from drape.report import animation
 from drape.scene.backgrounds import background
 from drape.scene.light import light
+from drape.scene.scene import Scene
 from drape.scene.sequence import Buffers
 
 SMALL = OptimiseSpec(steps=8, batch=2, learning_rate=0.04)
@@ -89,7 +90,7 @@ def test_bad_optimisations_are_refused(scene: Scene, walk: Buffers) -> None:
         OptimiseSpec(steps=0)
     with pytest.raises(ConfigError, match="at least one"):
         optimise({}, [Red()], [scene], SMALL)
-    with pytest.raises(ConfigError, match="leaves the picture"):
+    with pytest.raises(ConfigError, match="leaves the image"):
         Scene("x", replace(walk, boxes=torch.full((4, 4), torch.nan)), light("sun"), background("brick", 64))
     with pytest.raises(ConfigError, match="label"):
         evaluate(Red(), [scene, scene], control("plain", Gamut.proxy()))

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from drape.cache import cached_arrays, check_sha256
+from drape.cache import cached_arrays
 from drape.errors import AssetError, ConfigError, UnknownNameError
+from drape.io import check_sha256
 from drape.scene.backgrounds import BACKGROUNDS, background
 from drape.scene.body import GAITS, Gait, gait, load_rig, pose_walk, rotation
 from drape.scene.camera import Camera, azimuth_of, place_on_path
-from drape.scene.cloth import Cloth, edges_of, simulate
+from drape.scene.cloth import Cloth, edges_of
+from drape.scene.cloth_engines import simulate
 from drape.scene.garments import GARMENTS, make_garment, vertex_normals
 from drape.scene.light import LIGHTS, Light, light
 from drape.scene.raster import rasterise
@@ -106,7 +108,7 @@ def test_walk_keeps_the_lowest_point_on_the_ground_and_is_periodic() -> None:
     posed, walked = pose_walk(rig, g, 2, fps=g.cadence)
     np.testing.assert_allclose(posed[0], posed[1], atol=1e-9)
     np.testing.assert_allclose(posed[..., 2].min(axis=1), 0.0, atol=1e-12)
-    assert 0.9 < walked[1] < 2.0  # metres a cycle
+    assert 0.9 < walked[1] < 2.0  # metres per cycle
 
 
 def test_half_a_cycle_later_the_pose_is_mirrored() -> None:
@@ -249,7 +251,7 @@ def test_cache_makes_once_and_names_a_damaged_file(empty_cache: Path) -> None:
     assert len(calls) == 1
     (path,) = empty_cache.glob("thing-*.npz")
     path.write_bytes(b"PK\x03\x04 not a zip")
-    with pytest.raises(AssetError, match="damaged"):
+    with pytest.raises(AssetError, match="delete it"):
         cached_arrays("thing", {"a": 1}, make)
 
 

@@ -167,18 +167,18 @@ def test_evaluation_has_no_noise_and_training_has(proxy: Gamut, generator: torch
 
 
 def test_product_initialisation_looks_like_the_product(proxy: Gamut) -> None:
-    picture = np.zeros((48, 64, 3), dtype=np.uint8)
-    picture[:24, :32], picture[:24, 32:], picture[24:, :32], picture[24:, 32:] = (
+    image = np.zeros((48, 64, 3), dtype=np.uint8)
+    image[:24, :32], image[:24, 32:], image[24:, :32], image[24:, 32:] = (
         (150, 60, 50),
         (60, 80, 130),
         (120, 120, 110),
         (40, 40, 44),
     )
-    texture, labels = ControlPointTexture.from_product(TextureSpec(height=12, width=16, points=8), picture, proxy)
+    texture, labels = ControlPointTexture.from_product(TextureSpec(height=12, width=16, points=8), image, proxy)
     chosen = texture.choice(hard=True).argmax(dim=0)
     assert float((chosen == labels).float().mean()) > 0.9
     corners = texture(hard=True)[:, [2, 2, -3, -3], [2, -3, 2, -3]].T
-    expected = torch.tensor(picture[[2, 2, -3, -3], [2, -3, 2, -3]].astype(np.float32) / 255)
+    expected = torch.tensor(image[[2, 2, -3, -3], [2, -3, 2, -3]].astype(np.float32) / 255)
     assert float((corners - expected).abs().max()) < 0.08
 
 

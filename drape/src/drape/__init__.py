@@ -7,7 +7,7 @@ still found, and how much of the loss do defences win back?
 What holds for everything here:
 
 * Simulation only. Textures are rendered onto simulated bodies and judged by public detectors on the same machine.
-* Sequences, not single pictures: a result is about a walk, frame by frame.
+* Sequences, not single images: a result is about a walk, frame by frame.
 * An attack never comes alone: every measured attack is paired with defences against it, and both are reported.
 
 Where things are: `drape.scene` renders a walk to buffers, `drape.texture` and `drape.gamut` make printable textures,

@@ -25,24 +25,26 @@ from skimage import data
 from torch import Tensor
 
 from drape import __version__
-from drape.cache import write_atomically, write_text
 from drape.calibrate import scores_of_false_boxes, threshold_keeping
-from drape.controls import CONTROLS, control, load_images, open_arrays, random_textures, save_images
+from drape.controls import CONTROLS, control, load_images, random_textures, save_images
 from drape.detectors import load_detector
 from drape.detectors.base import Detection, Detector
 from drape.errors import ConfigError
 from drape.evaluate import DEFENCES, Judge, Subject, Walks, defended, evaluate
 from drape.gamut import Gamut
 from drape.harden import HardenSpec, harden, load_hardened, save_hardened
+from drape.io import load_arrays, save_arrays, write_text
 from drape.measure import Attacks, measure
 from drape.objective import Temporal
-from drape.optimise import MODES, OptimiseSpec, Scene, optimise
+from drape.optimise import MODES, OptimiseSpec, optimise
 from drape.progress import note
-from drape.scene.backgrounds import plate_from_picture
+from drape.scene.backgrounds import plate_from_image
+from drape.scene.scene import Scene
 from drape.walks import TEST, TRAIN, scenes
 
 __all__ = ["BenchSpec", "compare", "run_bench"]
 
+KIND = "drape's detections"
 REACH = 2  # frames that `drape.defences.aggregate` looks before and after
 SEEDED = tuple(name for name in DEFENCES if name != "median")  # defences that are judged for every seed
 HIGHER_IS_STRONGER = {"sequence_success_10": 1, "sequence_success_50": 1, "recall": -1, "longest_run": -1}
@@ -103,7 +105,6 @@ class Store:
     """What a run has made so far, in a folder; another spec needs another folder."""
 
     def __init__(self, folder: Path, spec: BenchSpec) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         text = json.dumps(asdict(spec), indent=1)
         known = folder / "spec.json"
@@ -200,14 +201,14 @@ def keep_walks(path: Path, walks: Walks) -> None:
         "counts": np.array([len(d.scores) for walk in walks for d in walk]),
         "frames": np.array([len(walk) for walk in walks]),
     }
-    write_atomically(path, lambda target: np.savez_compressed(target, **arrays))  # type: ignore[arg-type]
+    save_arrays(path, KIND, arrays)
 
 
 def read_walks(path: Path) -> Walks:
     """Detections that `keep_walks` kept."""
-    with open_arrays(path) as stored:
-        counts, frames = stored["counts"].tolist(), stored["frames"].tolist()
-        boxes, scores = (torch.from_numpy(stored[name]).split(counts) for name in ("boxes", "scores"))
+    stored, _ = load_arrays(path, KIND, "delete it, and the walks will be judged again")
+    counts, frames = stored["counts"].tolist(), stored["frames"].tolist()
+    boxes, scores = (torch.from_numpy(stored[name]).split(counts) for name in ("boxes", "scores"))
     found = iter(Detection(b, s) for b, s in zip(boxes, scores, strict=True))
     return [list(itertools.islice(found, count)) for count in frames]
 
@@ -243,7 +244,7 @@ def rounded(value: Any, digits: int = 4) -> Any:
 
 def person_photo(detectors: Mapping[str, Detector], size: int) -> dict[str, float]:
     """Each detector's best score on scikit-image's portrait of an astronaut, which no step has seen."""
-    plate = plate_from_picture(data.astronaut(), size)[None]
+    plate = plate_from_image(data.astronaut(), size)[None]
     with torch.no_grad():
         return {name: float(detector(plate).scores.max()) for name, detector in detectors.items()}
 

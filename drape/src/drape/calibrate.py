@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drape.detectors.base import Detection, Detector, box_iou
 from drape.errors import ConfigError
-from drape.optimise import Scene
+from drape.scene.scene import Scene
 
 __all__ = ["FLOOR", "false_scores", "scores_of_false_boxes", "threshold_keeping", "threshold_with"]
 

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import typer
-from numpy.typing import NDArray
-from PIL import Image
 
 from drape import progress
 from drape.bench import REACH, BenchSpec, rounded, run_bench
-from drape.cache import write_text
 from drape.controls import CONTROLS, control, load_images, product_textures, random_textures, save_images
 from drape.defences import Purified
 from drape.detectors import detectors, load_detector
 from drape.detectors.base import Detector
-from drape.errors import AssetError, ConfigError, DrapeError, unknown
+from drape.errors import ConfigError, DrapeError, unknown
 from drape.evaluate import Judge, Subject
 from drape.gamut import Gamut
 from drape.harden import HardenSpec, harden, load_hardened, save_hardened
+from drape.io import check_output, load_record, save_record, write_text
 from drape.measure import Attacks, measure
 from drape.objective import Temporal
 from drape.optimise import OptimiseSpec, optimise
 from drape.report import animation, page
+from drape.scene.backgrounds import read_image
 from drape.scene.cloth import ENGINES
 from drape.walks import TEST, TRAIN, scenes
 
@@ -39,12 +37,13 @@ __all__ = ["app", "main"]
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 NOTE = "Simulation only: rendered walks, public detectors. Scores are scaled so that 0.5 is the detector's threshold."
 KNOWN = ("none", "aggregate", "median", "hardened", "hardened+aggregate")  # defences that an attack can know of
+TEXTURES, FIGURES, EVALUATION = "textures.npz", "evaluate.json", "drape's evaluation"
 WINDOWS = 3  # that fit into a walk, of those that the weighting "window" looks at
 
 Detectors = typer.Option(["nanodet"], "--detector", help="repeat it for an ensemble")
 Out = typer.Option(Path("out/drape"), help="folder for what is made")
-Frames = typer.Option(12, help="frames a walk")
-Size = typer.Option(416, help="side of a frame in pixels")
+Frames = typer.Option(12, min=1, max=2000, help="frames per walk")
+Size = typer.Option(416, min=16, max=2048, help="side of a frame in pixels")
 Profile = typer.Option(None, help="ICC profile of a printer; without one a proxy gamut is used")
 Engine = typer.Option("drape", "--cloth", help="what moves the cloth: " + " or ".join(ENGINES))
 Weights = typer.Option(None, help="weights that `drape harden` wrote")
@@ -56,25 +55,13 @@ def gamut_of(icc: Path | None) -> Gamut:
     return Gamut.proxy() if icc is None else Gamut.from_profile(icc)
 
 
-def picture_of(path: Path) -> NDArray[np.uint8]:
-    """A picture file as RGB."""
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise AssetError(f"{path} cannot be read as a picture ({error}); give a PNG or JPEG file.") from error
-
-
-def attacked_through(defence: str, detectors: Sequence[Detector], hardened: Path | None) -> tuple[list[Detector], int]:
-    """The detectors that an attack which knows of a defence is optimised against, and the aggregation it knows of."""
-    if defence not in KNOWN:
-        raise unknown("defence to attack", defence, KNOWN)
-    reach = REACH if defence.endswith("aggregate") else 0
+def attacked_through(defence: str, detectors: Sequence[Detector], hardened: Path | None) -> list[Detector]:
+    """The detectors that an attack which knows of a defence of `KNOWN` is optimised against."""
     if defence.startswith("hardened"):
         if hardened is None:
             raise ConfigError(f"--against {defence} needs --hardened FILE, made with `drape harden`.")
-        return [load_hardened(hardened)], reach
-    return [Purified(d) for d in detectors] if defence == "median" else list(detectors), reach
+        return [load_hardened(hardened, detectors[0].name)]
+    return [Purified(d) for d in detectors] if defence == "median" else list(detectors)
 
 
 @app.command("optimise")
@@ -89,23 +76,26 @@ def optimise_command(
     icc: Path | None = Profile,
     against: str = typer.Option("none", help="the defence that the attack knows of: " + ", ".join(KNOWN)),
     hardened: Path | None = Weights,
-    product: Path | None = typer.Option(None, help="picture of a cloth to begin from and to stay like"),
-    seed: int = typer.Option(0),
+    product: Path | None = typer.Option(None, help="image of a cloth to begin from and to stay like"),
+    seed: int = typer.Option(0, min=0, max=2**32 - 1),
     out: Path = Out,
 ) -> None:
     """Find worst-case textures for detectors on the training walks."""
-    gamut = gamut_of(icc)
-    models, reach = attacked_through(against, [load_detector(name) for name in detector], hardened)
+    check_output(out / TEXTURES)
+    if against not in KNOWN:
+        raise unknown("defence to attack", against, KNOWN)
+    gamut, reach = gamut_of(icc), REACH if against.endswith("aggregate") else 0
     temporal = Temporal(mode=weighting, window=max(frames // WINDOWS, 1))
     spec = OptimiseSpec(mode=mode, steps=steps, seed=seed, aggregation=reach, temporal=temporal)
+    models = attacked_through(against, [load_detector(name) for name in detector], hardened)
     textures, labels = random_textures(gamut, seed), None
     if product is not None:
-        textures, labels = product_textures(gamut, picture_of(product), seed)
+        textures, labels = product_textures(gamut, read_image(product), seed)
     run = optimise(textures, models, scenes(TRAIN, frames, size, engine), spec, labels)
-    save_images(out / "textures.npz", {name: texture(hard=True).detach() for name, texture in textures.items()})
+    save_images(out / TEXTURES, {name: texture(hard=True).detach() for name, texture in textures.items()})
     record = {"gamut": gamut.name, "passes": run.passes, "confidence": run.confidence, "mode": mode, "against": against}
-    write_text(out / "optimise.json", json.dumps(rounded(record), indent=1))
-    typer.echo(f"wrote {out / 'textures.npz'}; go on with: drape evaluate --out {out}")
+    save_record(out / "optimise.json", "drape's optimisation", rounded(record))
+    typer.echo(f"wrote {out / TEXTURES}; go on with: drape evaluate --out {out}")
 
 
 @app.command("harden")
@@ -121,6 +111,7 @@ def harden_command(
     to: Path = typer.Option(Path("out/hardened.npz"), help="file for the changed weights"),
 ) -> None:
     """Fine-tune a detector on worst-case and clean walks, as a defence."""
+    check_output(to, ".npz")
     spec = HardenSpec(rounds=rounds, attack_steps=attack_steps, steps=steps)
     attack = OptimiseSpec(temporal=Temporal(window=max(frames // WINDOWS, 1)))
     done = harden(load_detector(detector), scenes(TRAIN, frames, size, engine), gamut_of(icc), spec, attack)
@@ -142,18 +133,19 @@ def evaluate_command(
     out: Path = Out,
 ) -> None:
     """Judge textures on held-out walks, with controls and defences; further detectors join transfer and consensus."""
+    check_output(out / FIGURES)
     gamut = gamut_of(icc)
-    first, *others = [load_detector(name) for name in detector]
-    subject = Subject(first, others, None if hardened is None else load_hardened(hardened))
     given = Attacks(
         {kind: control(kind, gamut) for kind in CONTROLS},
-        {"worst case": load_images(out / "textures.npz"), **named_textures(compare)},
+        {"worst case": load_images(out / TEXTURES), **named_textures(compare)},
         named_textures(adaptive),
     )
+    first, *others = [load_detector(name) for name in detector]
+    subject = Subject(first, others, None if hardened is None else load_hardened(hardened, first.name))
     measured = measure(subject, Judge(scenes(TEST[:walks], frames, size, engine)), given)
-    path = out / "evaluate.json"
+    path = out / FIGURES
     scene = {"gamut": gamut.name, "icc": icc and str(icc), "frames": frames, "size": size, "cloth": engine}
-    write_text(path, json.dumps(rounded({**measured, **scene}), indent=1))
+    save_record(path, EVALUATION, rounded({**measured, **scene}))
     typer.echo(f"wrote {path}; go on with: drape report --out {out}")
 
 
@@ -164,45 +156,18 @@ def named_textures(pairs: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
         name, sign, folder = pair.partition("=")
         if not name or not sign or not folder:
             raise ConfigError(f"{pair!r}; expected NAME=FOLDER, such as frames=out/b.")
-        result[name] = load_images(Path(folder) / "textures.npz")
+        result[name] = load_images(Path(folder) / TEXTURES)
     return result
-
-
-def read_figures(path: Path) -> dict[str, Any]:
-    """What `drape evaluate` wrote, or an `AssetError` that names the file."""
-    try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AssetError(f"{path} cannot be read ({error}); run `drape evaluate` again.") from error
-    missing = {
-        "detector",
-        "attack",
-        "gamut",
-        "results",
-        "defences",
-        "transfer",
-        "lights",
-        "video",
-        "frames",
-        "size",
-        "cloth",
-        "icc",
-    } - set(figures)
-    if missing:
-        raise AssetError(f"{path} has no {', '.join(sorted(missing))}; run `drape evaluate` again.")
-    return dict(figures)
 
 
 @app.command("report")
 def report_command(out: Path = Out) -> None:
     """Write report.html from what optimise and evaluate left in the folder; no detector is needed."""
-    path = out / "evaluate.json"
-    if not path.is_file():
-        raise AssetError(f"{path} does not exist; run `drape evaluate --out {out}` first.")
-    measured = read_figures(path)
+    check_output(out / "report.html")
+    measured = load_record(out / FIGURES, EVALUATION, f"run `drape evaluate --out {out}`")
     walk = scenes(TEST[:1], measured["frames"], measured["size"], measured["cloth"])[0]
     gamut = gamut_of(measured["icc"] and Path(measured["icc"]))
-    clothes = {"plain": control("plain", gamut), "worst case": load_images(out / "textures.npz")}
+    clothes = {"plain": control("plain", gamut), "worst case": load_images(out / TEXTURES)}
     videos = {
         f"{name} (a box where {measured['detector']} sees a person)": animation(walk.render(clothes[name]), boxes)
         for name, boxes in measured["video"].items()
@@ -215,44 +180,63 @@ def report_command(out: Path = Out) -> None:
 def demo_command(
     detector: str = typer.Option("nanodet"),
     steps: int = typer.Option(50),
-    frames: int = typer.Option(12, help="frames a walk"),
+    frames: int = Frames,
     size: int = Size,
     out: Path = Out,
 ) -> None:
     """All three steps, small: a walking person seen by a real detector before and after, and behind defences."""
+    check_output(out / "demo.json")
     start = time.perf_counter(), time.process_time()
     optimise_command([detector], "sequence", "window", steps, frames, size, "drape", None, "none", None, None, 0, out)
     evaluate_command([detector], frames, size, "drape", None, 2, None, [], [], out)
     report_command(out)
     seconds = {"seconds": time.perf_counter() - start[0], "processor_seconds": time.process_time() - start[1]}
     machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s)"
-    write_text(out / "demo.json", json.dumps(rounded({**seconds, "machine": machine}, 1)) + "\n")
+    save_record(out / "demo.json", "drape's demo", rounded({**seconds, "machine": machine}, 1))
     typer.echo(f"the demo took {seconds['seconds']:.0f} seconds")
 
 
 @app.command("bench")
 def bench_command(
     detector: str = typer.Option(BenchSpec.detector, help="the one that is attacked and defended"),
-    to: Path = typer.Option(Path("benchmarks/drape-bench.json"), help="where the figures go"),
+    to: Path = typer.Option(Path("drape/benchmarks/bench.json"), help="where the figures go"),
     work: Path = typer.Option(Path("out/drape-bench"), help="folder for textures and weights; a second run goes on"),
     seeds: int = typer.Option(BenchSpec.seeds, help="of the comparison of sequence and frames"),
     steps: int = typer.Option(BenchSpec.steps, help="of each optimisation"),
-    frames: int = typer.Option(BenchSpec.frames, help="frames a walk"),
+    frames: int = typer.Option(BenchSpec.frames, min=1, max=2000, help="frames per walk"),
     size: int = Size,
     walks: int = Walks,
 ) -> None:
     """Measure: sequence against frames at equal compute, transfer, defences and attacks that know of them."""
     others = tuple(name for name in detectors() if name != detector)
+    check_output(to)
     spec = BenchSpec(detector=detector, others=others, seeds=seeds, steps=steps, frames=frames, size=size, walks=walks)
     run_bench(spec, work, to)
     typer.echo(f"wrote {to}")
 
 
 def main() -> None:
-    """Run the command line; errors of drape are shown as one line."""
+    """Run the command line: bad input is one line and exit code 2, an error of drape's own one line and 1."""
     progress.show()
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("stopped", err=True)
+        sys.exit(130)
     except DrapeError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {one_line(error)}", err=True)
+        sys.exit(2)
+    except Exception as error:
+        said = getattr(error, "format_message", None)  # of the parser's own errors, which typer does not export
+        if callable(said):
+            typer.echo(f"error: {one_line(said())} See `drape --help`.", err=True)
+            sys.exit(2)
+        with tempfile.NamedTemporaryFile("w", prefix="drape-", suffix=".txt", delete=False) as kept:
+            traceback.print_exc(file=kept)
+        typer.echo(f"error: {type(error).__name__}: {one_line(error)} (a fault of drape; see {kept.name})", err=True)
         sys.exit(1)
+
+
+def one_line(message: object) -> str:
+    """A message without its line breaks."""
+    return " ".join(str(message).split())

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from torch import Tensor
 
-from drape.cache import write_atomically
-from drape.errors import AssetError, ConfigError, unknown
+from drape.errors import AssetError, unknown
 from drape.gamut import Gamut
+from drape.io import check_output, load_arrays, save_arrays
 from drape.scene.garments import GARMENTS
 from drape.texture import ControlPointTexture, TextureSpec
 
@@ -23,13 +21,13 @@ __all__ = [
     "CONTROLS",
     "control",
     "load_images",
-    "open_arrays",
     "plaid",
     "product_textures",
     "random_textures",
     "save_images",
 ]
 
+KIND, REMEDY = "drape's textures", "make it with `drape optimise --out FOLDER`"
 CONTROLS = ("plain", "product", "random", "noise")
 FIT = 60  # steps that a texture is fitted to a product in
 # cloth-like, sRGB, from light to dark. How much contrast a texture can have is most of how bad it can get: with black
@@ -51,30 +49,30 @@ def random_textures(gamut: Gamut, seed: int = 0) -> dict[str, ControlPointTextur
 
 
 def plaid(height: int, width: int) -> NDArray[np.float64]:
-    """A checked cloth in the colours of `PALETTE`, RGB `[height, width, 3]`: the product if no picture is given."""
+    """A checked cloth in the colours of `PALETTE`, RGB `[height, width, 3]`: the product if no image is given."""
     ground, dark, warm, cool = np.array(PALETTE)
     rows, columns = np.mgrid[:height, :width] % max(height // 3, 6)
     band = max(height // 8, 2)
-    picture = np.tile(ground, (height, width, 1))
-    picture[columns < band] = warm
-    picture[rows < band] = cool
-    picture[(columns == 0) | (rows == 0)] = dark
-    return np.asarray(picture)
+    image = np.tile(ground, (height, width, 1))
+    image[columns < band] = warm
+    image[rows < band] = cool
+    image[(columns == 0) | (rows == 0)] = dark
+    return np.asarray(image)
 
 
 def product_textures(
-    gamut: Gamut, picture: NDArray[Any] | None = None, seed: int = 0
+    gamut: Gamut, image: NDArray[Any] | None = None, seed: int = 0
 ) -> tuple[dict[str, ControlPointTexture], dict[str, Tensor]]:
     """Textures that look like a product, and the label maps that `optimise` keeps them like.
 
     Args:
-        picture: RGB `[height, width, 3]`, uint8 or in [0, 1], of cloth laid flat; `plaid` if not given.
+        image: RGB `[height, width, 3]`, uint8 or in [0, 1], of cloth laid flat; `plaid` if not given.
     """
     textures, labels = {}, {}
     for name in GARMENTS:
         spec = SPECS[name]
-        image = plaid(spec.height, spec.width) if picture is None else picture
-        textures[name], labels[name] = ControlPointTexture.from_product(spec, image, gamut, seed=seed, fit_steps=FIT)
+        cloth = plaid(spec.height, spec.width) if image is None else image
+        textures[name], labels[name] = ControlPointTexture.from_product(spec, cloth, gamut, seed=seed, fit_steps=FIT)
     return textures, labels
 
 
@@ -99,30 +97,17 @@ def control(kind: str, gamut: Gamut, seed: int = 0) -> dict[str, Tensor]:
 
 
 def save_images(path: Path, images: Mapping[str, Tensor]) -> None:
-    """Keep images of garments in one `.npz` file, 8 bits a channel."""
-    if path.suffix != ".npz":
-        raise ConfigError(f"{path} must end in .npz; rename it.")
-    arrays = {name: np.round(image.detach().numpy() * 255).astype(np.uint8) for name, image in images.items()}
-    write_atomically(path, lambda target: np.savez_compressed(target, **arrays))  # type: ignore[arg-type]
-
-
-def open_arrays(path: Path) -> NpzFile:
-    """Named arrays of a file, or an `AssetError` that names it."""
-    try:
-        stored = np.load(path, allow_pickle=False)
-    except (BadZipFile, ValueError, EOFError, OSError) as error:
-        raise AssetError(f"{path} cannot be read ({error}); make it anew.") from error
-    if not isinstance(stored, NpzFile):
-        raise AssetError(f"{path} holds one array; expected an .npz file with named ones.")
-    return stored
+    """Keep images of garments in one `.npz` file, 8 bits per channel."""
+    check_output(path, ".npz")
+    save_arrays(path, KIND, {n: np.round(i.detach().numpy() * 255).astype(np.uint8) for n, i in images.items()})
 
 
 def load_images(path: Path) -> dict[str, Tensor]:
     """Images that `save_images` kept, `[3, H, W]` in [0, 1]."""
-    if not path.is_file():
-        raise AssetError(f"{path} does not exist; make it with `drape optimise --out FOLDER`.")
-    with open_arrays(path) as stored:
-        missing = [name for name in GARMENTS if name not in stored.files]
-        if missing:
-            raise AssetError(f"{path} has no texture for {', '.join(missing)}; make it anew with `drape optimise`.")
-        return {name: torch.from_numpy(stored[name].astype(np.float32) / 255) for name in GARMENTS}
+    arrays, _ = load_arrays(path, KIND, REMEDY)
+    for name in GARMENTS:
+        if name not in arrays:
+            raise AssetError(f"{path} has no texture for {name}; {REMEDY}.")
+        if arrays[name].dtype != np.uint8 or arrays[name].ndim != 3 or arrays[name].shape[0] != 3:
+            raise AssetError(f"{path}: {name} is no image (3, height, width) of 8 bits; {REMEDY}.")
+    return {name: torch.from_numpy(arrays[name].astype(np.float32) / 255) for name in GARMENTS}

@@ -5,7 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["AssetError", "ConfigError", "DetectorError", "DrapeError", "GamutError", "UnknownNameError", "unknown"]
+__all__ = [
+    "AssetError",
+    "ConfigError",
+    "DetectorError",
+    "DrapeError",
+    "GamutError",
+    "OutputError",
+    "UnknownNameError",
+    "unknown",
+]
 
 
 class DrapeError(Exception):
@@ -26,6 +35,10 @@ class GamutError(DrapeError, ValueError):
 
 class AssetError(DrapeError, RuntimeError):
     """A downloaded or cached file is missing, damaged or not what was expected."""
+
+
+class OutputError(DrapeError, OSError):
+    """A file cannot be written where it should be."""
 
 
 class DetectorError(DrapeError, ValueError):

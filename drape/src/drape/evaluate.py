@@ -24,9 +24,9 @@ from drape.metrics import (
     sequence_success,
     track_recall,
 )
-from drape.optimise import Scene
 from drape.progress import steps
 from drape.scene.light import LIGHTS, light_name
+from drape.scene.scene import Scene
 
 __all__ = [
     "DEFENCES",
@@ -97,7 +97,7 @@ def summary(walks: Sequence[Sequence[Detection]], scenes: Sequence[Scene]) -> di
 
 
 def false_boxes(walks: Sequence[Sequence[Detection]], scenes: Sequence[Scene]) -> float:
-    """Boxes a frame that are sure enough and not on the person."""
+    """Boxes per frame that are sure enough and not on the person."""
     counts = [
         sum(score >= FOUND for score in false_scores(found, box))
         for walk, scene in zip(walks, scenes, strict=True)
@@ -135,7 +135,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a detector, those it may agree with, itself fine-tuned, itself with a threshold set anew."""
+    """What is measured: a detector, those it may agree with, itself fine-tuned, itself with a threshold set again."""
 
     detector: Detector
     others: Sequence[Detector] = field(default_factory=tuple)

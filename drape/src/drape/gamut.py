@@ -52,7 +52,7 @@ def proxy_limit(rgb: np.ndarray) -> np.ndarray:
 
 
 def round_trip(rgb: np.ndarray, profile: ImageCms.ImageCmsProfile, mode: str) -> np.ndarray:
-    """sRGB to the device and back with 8 bits a channel, relative colorimetric."""
+    """sRGB to the device and back with 8 bits per channel, relative colorimetric."""
     srgb = ImageCms.createProfile("sRGB")
     intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
     there = ImageCms.buildTransform(srgb, profile, "RGB", mode, renderingIntent=intent)

@@ -6,7 +6,7 @@ learn to see the person in them. What they should see comes from the detector it
     attacked frame: what the teacher gives for the same frame in plain clothes
     clean frame, photograph: what the teacher gives for just that, so that clean detections stay as they are
 
-so no labels are needed, and every detector with candidates can be hardened. At the end its threshold is set anew, so
+so no labels are needed, and every detector with candidates can be hardened. At the end its threshold is set again, so
 that clean walks give no more false boxes than they gave before (`drape.calibrate`).
 
 With scores s, q and boxes b, b' of student and teacher, the loss of a frame is
@@ -17,7 +17,6 @@ With scores s, q and boxes b, b' of student and teacher, the loss of a frame is
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,20 +26,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drape.cache import write_atomically
 from drape.calibrate import scores_of_false_boxes, threshold_keeping
-from drape.controls import CONTROLS, control, open_arrays, random_textures
+from drape.controls import CONTROLS, control, random_textures
 from drape.detectors.base import Candidates, Detector, box_iou
 from drape.detectors.registry import load_detector
 from drape.errors import AssetError, ConfigError
 from drape.gamut import Gamut
+from drape.io import check_output, load_arrays, save_arrays
 from drape.objective import Drift, photometric
-from drape.optimise import OptimiseSpec, Scene, optimise
+from drape.optimise import OptimiseSpec, optimise
 from drape.progress import steps
+from drape.scene.scene import Scene
 
 __all__ = ["HardenSpec", "Hardened", "distillation_loss", "harden", "load_hardened", "save_hardened"]
 
 Textures = Mapping[str, Tensor]
+KIND = "drape's fine-tuned weights"
 BOX = 2.0  # weight of the boxes against the scores
 LARGEST_STEP = 1.0  # norm that gradients are clipped to
 
@@ -51,7 +52,7 @@ class HardenSpec:
 
     Args:
         rounds: of attack and fine-tuning.  attack_steps: of the texture's optimisation in each round.
-        steps: of Adam on the weights in each round.  batch: attacked frames a step, and as many clean ones.
+        steps: of Adam on the weights in each round.  batch: attacked frames per step, and as many clean ones.
         learning_rate: of the weights, falling to a tenth.  tuned: share of the weight tensors, from the last one on.
         seed: of all randomness.
     """
@@ -106,7 +107,7 @@ class Teacher:
         self.seen: dict[tuple[int, str], Candidates] = {}
 
     def see(self, frames: Tensor) -> Candidates:
-        """Candidates without gradients, a frame at a time."""
+        """Candidates without gradients, one frame at a time."""
         with torch.no_grad():
             found = [self.detector(frame[None]) for frame in frames]
         return Candidates(torch.cat([f.boxes for f in found]), torch.cat([f.scores for f in found]))
@@ -201,36 +202,38 @@ def learning_loss(
 
 def save_hardened(path: Path, hardened: Detector, base: str, spec: HardenSpec) -> None:
     """Keep the threshold, and the weights that differ from those of the detector named `base`, in one `.npz` file."""
-    if path.suffix != ".npz":
-        raise ConfigError(f"{path} must end in .npz; rename it.")
+    check_output(path, ".npz")
     before = load_detector(base).state_dict()
     after = hardened.state_dict()
     if before.keys() != after.keys():
         raise ConfigError(f"{hardened.name} does not come from {base}; name the detector that was fine-tuned.")
     arrays = {name: value.numpy() for name, value in after.items() if not torch.equal(value, before[name])}
-    about = json.dumps({"base": base, "name": hardened.name, "threshold": hardened.threshold, "spec": asdict(spec)})
-    write_atomically(path, lambda target: np.savez_compressed(target, **arrays, about=np.array(about)))
+    about = {"base": base, "name": hardened.name, "threshold": hardened.threshold, "spec": asdict(spec)}
+    save_arrays(path, KIND, arrays, about)
 
 
-def load_hardened(path: Path) -> Detector:
+def load_hardened(path: Path, base: str | None = None) -> Detector:
     """A fine-tuned detector: the pretrained one with the weights that `save_hardened` kept.
+
+    Args:
+        base: the detector that it must be a fine-tuned copy of; any if not given.
 
     Raises:
         AssetError: the file is missing, is of another kind, or has weights that do not fit.
+        ConfigError: it belongs to another detector.
     """
-    if not path.is_file():
-        raise AssetError(f"{path} does not exist; make it with `drape harden --to {path}`.")
-    with open_arrays(path) as stored:
-        if "about" not in stored.files:
-            raise AssetError(f"{path} is no file of `drape harden`; make one with it.")
-        about = json.loads(str(stored["about"]))
-        arrays = {name: torch.from_numpy(stored[name]) for name in stored.files if name != "about"}
-    detector = load_detector(about["base"])
+    arrays, about = load_arrays(path, KIND, f"make it with `drape harden --to {path}`")
+    found = str(about["base"])
+    if base is not None and found != base:
+        raise ConfigError(f"{path} is a fine-tuned {found}, not {base}; give --detector {found}, or harden {base}.")
+    detector = load_detector(found)
     state = detector.state_dict()
-    wrong = [name for name, value in arrays.items() if name not in state or state[name].shape != value.shape]
-    if wrong:
-        raise AssetError(f"{path}: {wrong[0]} does not fit {about['base']}; make the file anew with `drape harden`.")
-    detector.load_state_dict({**state, **arrays})
-    detector.name, detector.threshold = about["name"], about["threshold"]
+    for name, value in arrays.items():
+        if name not in state or state[name].shape != value.shape:
+            raise AssetError(f"{path}: {name} does not fit {found}; make the file again with `drape harden`.")
+        if not np.isfinite(value).all():
+            raise AssetError(f"{path}: {name} has values that are not finite; make the file again with `drape harden`.")
+    detector.load_state_dict({**state, **{name: torch.from_numpy(value) for name, value in arrays.items()}})
+    detector.name, detector.threshold = str(about["name"]), float(about["threshold"])
     detector.freeze()
     return detector

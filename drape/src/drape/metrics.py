@@ -47,11 +47,11 @@ def confidences(detections: Sequence[Detection], truth: Tensor, overlap: float =
 def check_same_length(detections: Sequence[Detection], truth: Tensor) -> None:
     """Refuse detections and true boxes of different numbers of frames."""
     if truth.shape != (len(detections), 4) or len(detections) == 0:
-        raise ConfigError(f"true boxes {tuple(truth.shape)} for {len(detections)} frames; expected one box a frame.")
+        raise ConfigError(f"true boxes {tuple(truth.shape)} for {len(detections)} frames; expected one box per frame.")
 
 
 def average_precision(detections: Sequence[Detection], truth: Tensor, overlap: float = 0.5) -> float:
-    """Area under the precision-recall curve, all points interpolated (PASCAL VOC 2010), one true person a frame.
+    """Area under the precision-recall curve, all points interpolated (PASCAL VOC 2010), one true person per frame.
 
     Each true box is matched once, by the highest score that overlaps it; further boxes are false.
     """

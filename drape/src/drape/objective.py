@@ -7,7 +7,7 @@ effect is measured, and against which defences are trained; a number from an att
 it.
 The form is our reading of "expectation over transformations with temporal weighting" (arXiv:2511.16020 names it only).
 
-Shapes: `T` frames, `B` frames in a batch, `A` candidates a frame.
+Shapes: `T` frames, `B` frames in a batch, `A` candidates per frame.
 """
 
 from __future__ import annotations
@@ -86,12 +86,17 @@ class Temporal:
     """How the frames of a sequence count.
 
     Args:
-        mode: "uniform"; "hard", softmax of the running mean of d_t; "window", a smooth maximum over windows of their
-        mean confidence, which bounds the longest detected run; "curriculum", windows that grow from 1 frame to all.
+        mode: "uniform"; "hard", weights that are the softmax of kappa times the running mean of d_t; "window", a smooth
+            maximum over windows of the mean loss in each, which bounds the longest detected run; "curriculum", the same
+            with windows that grow from one frame to the whole sequence in the course of the optimisation.
         kappa: sharpness of "hard" and "window".
-        window: frames a window.
+        window: frames per window.
         slope, threshold: k and d0 of the smooth step.
         variance: weight of Var_t(d_t).
+
+    Raises:
+        UnknownNameError: the mode is none of `WEIGHTINGS`.
+        ConfigError: a value is out of range.
     """
 
     mode: str = "window"
@@ -213,7 +218,7 @@ def spread(texture: ControlPointTexture, sigma: float = SPREAD_CELLS) -> Tensor:
 
 
 def naturalness(texture: ControlPointTexture, labels: Tensor) -> Tensor:
-    """Cross-entropy of the colours' probabilities with a product's label map `[h, w]`; small when they look alike."""
+    """Cross-entropy of the colours' probabilities with a product's label map `[h, w]`; small when they look similar."""
     if labels.shape != (texture.spec.height, texture.spec.width):
         expected = (texture.spec.height, texture.spec.width)
         raise ConfigError(f"the label map has shape {tuple(labels.shape)}; expected {expected}.")
@@ -222,11 +227,11 @@ def naturalness(texture: ControlPointTexture, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """Photometric transformations, sampled once a sequence and drifting slowly in it.
+    """Photometric transformations, sampled once per sequence and drifting slowly in it.
 
     Args:
-        contrast, brightness: half-widths, around 1 and 0.  noise: standard deviation, drawn anew for every pixel.
-        coefficient: of the AR(1) process, .95: independent draws a frame would average out what is to be measured.
+        contrast, brightness: half-widths, around 1 and 0.  noise: standard deviation, drawn again for every pixel.
+        coefficient: of the AR(1) process, .95: independent draws per frame would average out what is to be measured.
     """
 
     contrast: float = 0.1

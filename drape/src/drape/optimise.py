@@ -39,12 +39,10 @@ from drape.objective import (
     walks_loss,
 )
 from drape.progress import steps
-from drape.scene.light import Light
-from drape.scene.render import render_frames
-from drape.scene.sequence import Buffers
+from drape.scene.scene import Scene
 from drape.texture import ControlPointTexture
 
-__all__ = ["MODES", "OptimiseSpec", "Run", "Scene", "frame_gradient", "optimise"]
+__all__ = ["MODES", "OptimiseSpec", "Run", "frame_gradient", "optimise"]
 
 MODES = ("sequence", "frames")
 MEMORY = 0.9  # of the running mean of d_t
@@ -53,33 +51,13 @@ LAST_RATE = 0.1  # share of the learning rate that is left at the last step
 EVEN = 0.3  # share of the draws that goes evenly to all frames: what is known of them may be old
 
 
-@dataclass(frozen=True)
-class Scene:
-    """One walk: buffers, light and background `[3, S, S]`; `label` names it in reports."""
-
-    label: str
-    buffers: Buffers
-    light: Light
-    background: Tensor
-
-    def __post_init__(self) -> None:
-        if not bool(torch.isfinite(self.buffers.boxes).all()):
-            raise ConfigError(
-                f"in scene {self.label!r} the person leaves the picture; move the camera away or shorten the walk."
-            )
-
-    def render(self, textures: Mapping[str, Tensor], frames: Sequence[int] | None = None) -> Tensor:
-        """The frames, `[B, 3, S, S]`."""
-        return render_frames(self.buffers, textures, self.light, self.background, frames)
-
-
 @dataclass(frozen=True, kw_only=True)
 class OptimiseSpec:
     """How textures are optimised.
 
     Args:
         mode: "sequence", or the control "frames".
-        steps: of Adam.  batch: B, frames a step that gradients are taken of.
+        steps: of Adam.  batch: B, frames per step that gradients are taken of.
         learning_rate: on points in [0, 1], falling to a tenth.
         refresh: steps from one pass over all frames of all walks to the next; 1 is a pass at every step.
         aggregation: frames before and after that the defence is reckoned to aggregate over; 0 for none.
@@ -127,7 +105,7 @@ class Run:
 
 @dataclass
 class Known:
-    """What is known of all frames of all walks: the last confidence of each, and its running mean, `[T]` a walk."""
+    """What is known of all frames of all walks: the last confidence of each, and its running mean, `[T]` per walk."""
 
     last: list[Tensor]
     running: list[Tensor]

@@ -19,7 +19,7 @@ LINE = 18  # pixels between two rows of names
 
 
 def legend(names: Sequence[str]) -> tuple[list[str], int]:
-    """Coloured names along the upper edge, in rows that end where the picture does, and the height of further rows."""
+    """Coloured names along the upper edge, in rows that end where the plot does, and the height of further rows."""
     parts, place, top = [], MARGIN, 0
     for number, name in enumerate(names):
         length = LETTER * len(name)
@@ -37,7 +37,7 @@ def axis_y(value: float) -> float:
 
 
 def frame(label: str, names: Sequence[str], threshold: float) -> list[str]:
-    """The picture's head: names in their colours, horizontal lines at 0, the threshold (dashed) and 1."""
+    """The plot's head: names in their colours, horizontal lines at 0, the threshold (dashed) and 1."""
     named, above = legend(names)
     size = f"0 {-above} {WIDTH} {HEIGHT + above}"
     parts = [f'<svg viewBox="{size}" role="img" aria-label="{html.escape(label)}">', *named]

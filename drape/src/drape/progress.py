@@ -1,4 +1,4 @@
-"""Progress of long work, on standard error: a bar on a terminal, a line a step elsewhere; silent until `show`."""
+"""Progress of long work, on standard error: a bar on a terminal, one line per step elsewhere; silent until `show`."""
 
 from __future__ import annotations
 

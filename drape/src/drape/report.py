@@ -25,7 +25,7 @@ COLUMNS = {
     "sequence_success_50": "walks missed (< 50 % seen)",
     "longest_run": "longest run seen, frames",
     "track_recall": "track recall",
-    "false_boxes": "false boxes a frame",
+    "false_boxes": "false boxes per frame",
 }
 DEFENCE_COLUMNS = {
     "recall": "recall",
@@ -34,7 +34,7 @@ DEFENCE_COLUMNS = {
     "recovered_recall_adaptive": "recovered, attack knows",
     "clean_recall": "recall, plain clothes",
     "clean_ap50_loss": "AP lost in plain clothes",
-    "clean_false_boxes": "false boxes a frame, plain clothes",
+    "clean_false_boxes": "false boxes per frame, plain clothes",
 }
 STYLE = (
     "body{font:16px/1.45 sans-serif;max-width:62em;margin:2em auto;padding:0 1em}"
@@ -47,7 +47,7 @@ def animation(frames: Tensor, boxes: Sequence[Sequence[float] | Tensor | None], 
     """Frames `[T, 3, S, S]` as an animated GIF; each box (x0, y0, x1, y1) is drawn where there is one."""
     if len(boxes) != len(frames):
         raise ConfigError(f"{len(boxes)} boxes for {len(frames)} frames; expected one, or None, for each.")
-    pictures = []
+    images = []
     for frame, box in zip(frames, boxes, strict=True):
         pixels = np.round(frame.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
         if box is not None:
@@ -60,9 +60,9 @@ def animation(frames: Tensor, boxes: Sequence[Sequence[float] | Tensor | None], 
                 np.s_[y0:y1, x1 : x1 + 2],
             ):
                 pixels[edge] = (40, 230, 90)
-        pictures.append(Image.fromarray(pixels))
+        images.append(Image.fromarray(pixels))
     stream = io.BytesIO()
-    pictures[0].save(stream, "GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+    images[0].save(stream, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
     return stream.getvalue()
 
 

@@ -7,10 +7,10 @@ colour:
     y      = softmax((log p + g) / tau),  g Gumbel noise                                   (training)
     y      = onehot(argmax log p)                                                          (evaluation)
 
-Departures: the noise is drawn anew at every call, where AdvCaT keeps a partly trainable seed map; evaluation has
+Departures: the noise is drawn again at every call, where AdvCaT keeps a partly trainable seed map; evaluation has
 none, so trained seeds would be lost there anyway. The palette is constant and locked to a gamut first (`drape.gamut`).
 
-Shapes: `K` colours, `n` control points a colour, `h, w` texture cells, `H = h * expand`, `W = w * expand`.
+Shapes: `K` colours, `n` control points per colour, `h, w` texture cells, `H = h * expand`, `W = w * expand`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class TextureSpec:
     Args:
         height, width: cells; the texture has `expand` times as many pixels each way.
         colours: K, 2 to 16.
-        points: n, control points a colour.
+        points: n, control points per colour.
         blur: length in cells over which a control point's pull falls by e.
         tau, noise: temperature of the Gumbel-softmax, and the share of the noise that is added; 1 in AdvCaT.
-        expand: pixels a cell, each way.
+        expand: pixels per cell, each way.
     """
 
     height: int = 85
@@ -142,7 +142,7 @@ class ControlPointTexture(nn.Module):
     def from_product(
         cls, spec: TextureSpec, image: np.ndarray, gamut: Gamut, *, seed: int = 0, fit_steps: int = 200
     ) -> tuple[ControlPointTexture, Tensor]:
-        """A texture that looks like a product's picture, and the label map `[h, w]` that it was fitted to.
+        """A texture that looks like a product's image, and the label map `[h, w]` that it was fitted to.
 
         Args:
             image: uint8 or float RGB `[height, width, 3]`, already laid out in the garment's uv square.
@@ -167,21 +167,19 @@ def palette_and_labels(image: np.ndarray, spec: TextureSpec, *, seed: int = 0) -
     """K colours by k-means in CIELAB, float32 `[K, 3]`, and the nearest one of each cell, int64 `[h, w]`.
 
     Raises:
-        ConfigError: the picture is no RGB picture, or has fewer than K different colours.
+        ConfigError: the image is no RGB image, or has fewer than K different colours.
     """
     if image.ndim != 3 or image.shape[2] != 3:
-        raise ConfigError(f"the product picture has shape {image.shape}; expected [height, width, 3] RGB.")
+        raise ConfigError(f"the product image has shape {image.shape}; expected [height, width, 3] RGB.")
     scale = 255.0 if image.dtype == np.uint8 else 1.0
     chw = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / scale
     small = F.interpolate(chw, size=(spec.height, spec.width), mode="area")[0].permute(1, 2, 0).numpy()
     lab = rgb2lab(small.astype(np.float64)).reshape(-1, 3)
     if len(np.unique(lab.round(2), axis=0)) < spec.colours:
-        raise ConfigError(
-            f"the product picture has fewer than {spec.colours} colours; give another or lower `colours`."
-        )
+        raise ConfigError(f"the product image has fewer than {spec.colours} colours; give another or lower `colours`.")
     centres, labels = kmeans2(lab, spec.colours, minit="++", rng=np.random.default_rng(seed), iter=30)
     if len(np.unique(labels)) < spec.colours:
-        raise ConfigError(f"k-means found fewer than {spec.colours} colours in the picture; use another seed or fewer.")
+        raise ConfigError(f"k-means found fewer than {spec.colours} colours in the image; use another seed or fewer.")
     palette = np.clip(lab2rgb(centres[None])[0], 0.0, 1.0)
     return torch.from_numpy(palette).float(), labels.reshape(spec.height, spec.width).astype(np.int64)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from drape.optimise import Scene
 from drape.scene.backgrounds import background
 from drape.scene.camera import Camera
 from drape.scene.cloth import Cloth
 from drape.scene.light import light
+from drape.scene.scene import Scene
 from drape.scene.sequence import SequenceSpec, build_sequence
 
 __all__ = ["TEST", "TRAIN", "Walk", "scenes"]

@@ -1,6 +1,6 @@
 """What every detector gives: candidate person boxes with scores, differentiable, before and after suppression.
 
-Shapes: `B` frames, `A` candidates a frame, `N` boxes left in one frame. Boxes are (x0, y0, x1, y1) in pixels of the
+Shapes: `B` frames, `A` candidates per frame, `N` boxes left in one frame. Boxes are (x0, y0, x1, y1) in pixels of the
 given frames; scores lie in [0, 1].
 """
 

@@ -19,7 +19,7 @@ __all__ = ["NanoDet"]
 PERSON = 0
 STRIDES = (8, 16, 32)
 BINS = 11
-CLASSES = ("Identity", "Identity_1", "Identity_2")  # one a stride
+CLASSES = ("Identity", "Identity_1", "Identity_2")  # one per stride
 SIDES = ("Identity_3", "Identity_4", "Identity_5")
 
 

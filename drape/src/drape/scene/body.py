@@ -101,7 +101,7 @@ class Gait:
     """A walking cycle: joint angles as smooth functions of the phase. Ranges follow clinical gait curves, roughly.
 
     Args:
-        cadence: cycles (two steps) a second.
+        cadence: cycles (two steps) per second.
         hip, hip_offset: amplitude and mean of the thigh's swing.
         knee: flexion at the peak of the swing phase; knee_stance: flexion otherwise.
         arm, arm_offset: amplitude and mean of the upper arm's swing, forwards.
@@ -125,7 +125,7 @@ class Gait:
 
     def __post_init__(self) -> None:
         if not 0.2 <= self.cadence <= 3:
-            raise ConfigError(f"cadence={self.cadence} cycles a second; expected 0.2 to 3.")
+            raise ConfigError(f"cadence={self.cadence} cycles per second; expected 0.2 to 3.")
         if not 0 < self.hip <= 60 or not 0 <= self.knee <= 130:
             raise ConfigError(f"hip={self.hip}, knee={self.knee} degrees; expected 0-60 and 0-130.")
 

@@ -45,7 +45,7 @@ class Camera:
         return np.array([0.0, -self.distance, 0.95 + self.distance * np.tan(np.radians(self.elevation))])
 
     def project(self, points: Floats, size: int) -> Floats:
-        """Pixel x, pixel y (down) and depth in metres of points `[..., 3]` in a square picture, `[..., 3]`."""
+        """Pixel x, pixel y (down) and depth in metres of points `[..., 3]` in a square image, `[..., 3]`."""
         place = self.position()
         forward = np.array([0.0, 0.0, 0.95]) - place
         forward /= np.linalg.norm(forward)

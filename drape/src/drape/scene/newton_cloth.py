@@ -20,7 +20,7 @@ from drape.scene.garments import Garment
 
 __all__ = ["simulate_with_newton"]
 
-DENSITY = 0.25  # kg a square metre: a light cotton
+DENSITY = 0.25  # kg per square metre: a light cotton
 BEND = 1e-4  # N m across edges at Cloth.stiffness 1
 NEIGHBOURS = 6  # springs of a vertex
 STEP = 1 / 600  # seconds, about
@@ -29,7 +29,7 @@ STEP = 1 / 600  # seconds, about
 def simulate_with_newton(
     garment: Garment, shells: Floats, normals: Floats, rest_shell: Floats, cloth: Cloth, fps: float
 ) -> Floats:
-    """The garment's vertices over a sequence; see `drape.scene.cloth.simulate`.
+    """The garment's vertices over a sequence; see `drape.scene.cloth_engines.simulate`.
 
     `iterations` is not used, and `substeps` only as what `damping` refers to.
 

@@ -1,6 +1,6 @@
 """A small z-buffer rasteriser for CPUs: triangles to buffers, vectorised over all candidate pixels of a frame.
 
-Shapes: `V` vertices, `F` triangles, `S` side of the picture in pixels.
+Shapes: `V` vertices, `F` triangles, `S` side of the image in pixels.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from drape.scene.sequence import Buffers
 __all__ = ["mip_levels", "render_frames", "render_plain", "sample_texture"]
 
 BODY = 255
-COARSEST = 8  # pixels a side that a mip level keeps at least
+COARSEST = 8  # pixels per side that a mip level keeps at least
 
 
 def mip_levels(texture: Tensor) -> list[Tensor]:
@@ -80,7 +80,7 @@ def compose(buffers: Buffers, seen: Shown, colour: Tensor, light: Light, backgro
     side, count = buffers.size, seen.frames
     if background.shape not in ((3, side, side), (count, 3, side, side)):
         raise ConfigError(
-            f"the background has shape {tuple(background.shape)}; expected (3, {side}, {side}), or one a frame."
+            f"the background has shape {tuple(background.shape)}; expected (3, {side}, {side}), or one per frame."
         )
     lit = (colour * light.irradiance(buffers.normal[seen.pixels]).to(colour)).clamp(0, 1)
     covered = torch.cat([lit, torch.ones_like(lit[:, :1])], dim=1) / buffers.supersample**2
@@ -108,7 +108,7 @@ def render_frames(
 
     Args:
         textures: `[3, H, W]` in [0, 1] for each of `GARMENTS`, of any size; their dtype is that of the result.
-        background: `[3, S, S]`, or one a frame.
+        background: `[3, S, S]`, or one per frame.
         frames: which; all if not given.
     """
     for name in textures:

@@ -17,7 +17,8 @@ from drape.cache import cached_arrays
 from drape.errors import ConfigError
 from drape.scene.body import Floats, Rig, gait, load_rig, pose_walk, rotation
 from drape.scene.camera import Camera, azimuth_of, place_on_path
-from drape.scene.cloth import Cloth, simulate
+from drape.scene.cloth import Cloth
+from drape.scene.cloth_engines import simulate
 from drape.scene.garments import GARMENTS, Garment, make_garment, vertex_normals
 from drape.scene.raster import rasterise
 
@@ -33,7 +34,7 @@ class SequenceSpec:
 
     Args:
         gait: a name of `drape.scene.body.GAITS`.  path: a name of `drape.scene.camera.PATHS`.
-        frames: T.  fps: frames a second.  size: S.  supersample: 1 to 4.
+        frames: T.  fps: frames per second.  size: S.  supersample: 1 to 4.
         camera, cloth: where it stands, how the garments behave.
         gender, weight, height: the body's shape, 0 to 1.  phase: of the gait at the first frame, in cycles.
     """
@@ -72,7 +73,7 @@ class Buffers:
         normal: float32 `[P, 3]`, unit, world.
         albedo: float32 `[P, 3]`, the body's own colour where it shows.
         footprint: float32 `[P]`, length in uv that one pixel covers.
-        boxes: float32 `[T, 4]`, the person's true box (x0, y0, x1, y1) in frame pixels; nan where out of the picture.
+        boxes: float32 `[T, 4]`, the person's true box (x0, y0, x1, y1) in frame pixels; nan where out of the image.
         azimuth: float32 `[T]`, degrees, the side that is seen.
         size, supersample: S, and R / S.
     """
@@ -94,12 +95,12 @@ class Buffers:
         return len(self.boxes)
 
     def garment_map(self) -> Tensor:
-        """The garments as pictures, uint8 `[T, R, R]`, 0 where the background shows."""
+        """The garments as images, uint8 `[T, R, R]`, 0 where the background shows."""
         side = self.size * self.supersample
         result = torch.zeros(self.frames, side * side, dtype=torch.uint8)
         for t in range(self.frames):
-            mine = slice(self.starts[t], self.starts[t + 1])
-            result[t, self.pixel[mine]] = self.garment[mine]
+            own = slice(self.starts[t], self.starts[t + 1])
+            result[t, self.pixel[own]] = self.garment[own]
         return result.reshape(self.frames, side, side)
 
 

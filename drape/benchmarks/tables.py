@@ -1,7 +1,7 @@
-"""The tables of docs/drape.md and drape/README.md, from benchmarks/drape-bench.json.
+"""The tables of drape/docs/drape.md and drape/README.md, from drape/benchmarks/bench.json.
 
-python benchmarks/drape_tables.py          write them between the pages' markers
-python benchmarks/drape_tables.py --check  exit 1 if a page does not hold what the JSON file says
+python drape/benchmarks/tables.py          write them between the pages' markers
+python drape/benchmarks/tables.py --check  exit 1 if a page does not hold what the JSON file says
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = ROOT / "benchmarks" / "drape-bench.json"
-DEMO = ROOT / "benchmarks" / "drape-demo.json"
-PAGES = (ROOT / "docs" / "drape.md", ROOT / "drape" / "README.md")
+FIGURES = ROOT / "benchmarks" / "bench.json"
+DEMO = ROOT / "benchmarks" / "demo.json"
+PAGES = (ROOT / "docs" / "drape.md", ROOT / "README.md")
 BLOCK = re.compile(r"(<!-- drape (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 METRICS = {
     "sequence_success_50": "walks missed (seen in < 50 % of frames)",
@@ -108,7 +108,7 @@ def defences(found: dict[str, Any]) -> str:
         )
     head = ["defence", "recall", "lost recall restored", "recall, attack knows"]
     return lines(
-        [*head, "restored, attack knows", "recall, plain", "AP50 lost, plain", "false boxes a frame, plain"], rows
+        [*head, "restored, attack knows", "recall, plain", "AP50 lost, plain", "false boxes per frame, plain"], rows
     )
 
 
@@ -187,7 +187,7 @@ TABLES = {
 
 
 def filled(page: str, found: dict[str, Any]) -> str:
-    """The page with its tables made anew; an unknown marker is refused."""
+    """The page with its tables made again; an unknown marker is refused."""
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
@@ -210,7 +210,7 @@ def main() -> None:
                 path.write_text(new, encoding="utf-8")
     if stale and "--check" in sys.argv:
         names = ", ".join(map(str, stale))
-        raise SystemExit(f"error: {names} does not hold what the JSON says; run python benchmarks/drape_tables.py.")
+        raise SystemExit(f"error: {names} does not hold what the JSON says; run python drape/benchmarks/tables.py.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The pictures of docs/drape.md, from benchmarks/drape-bench.json and the textures in the folder of `drape bench`.
+"""The images of drape/docs/drape.md, from drape/benchmarks/bench.json and the textures in the folder of `drape bench`.
 
-python benchmarks/drape_pictures.py out/drape-bench
+python drape/benchmarks/images.py out/drape-bench
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
+
 from drape.controls import control, load_images
 from drape.gamut import Gamut
+from drape.io import write_atomically, write_text
 from drape.plots import azimuth_svg, curve_svg
 from drape.scene.cloth import ENGINES
 from drape.walks import TEST, TRAIN, scenes
-from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -27,7 +29,7 @@ ROWS = {"plain": "plain clothes", "sequence-0": "worst-case clothes"}
 
 def strip(frames: torch.Tensor, boxes: list[list[float] | None], crop: tuple[int, int, int, int]) -> Image.Image:
     """Frames beside each other, cut to `crop`, with the detector's box where it sees a person."""
-    picture = Image.new("RGB", (SIDE * len(frames), SIDE))
+    image = Image.new("RGB", (SIDE * len(frames), SIDE))
     for column, (frame, box) in enumerate(zip(frames, boxes, strict=True)):
         pixels = np.round(frame.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
         tile = Image.fromarray(pixels).crop(crop).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -35,8 +37,8 @@ def strip(frames: torch.Tensor, boxes: list[list[float] | None], crop: tuple[int
             scale = SIDE / (crop[2] - crop[0])
             corners = [(v - crop[i % 2]) * scale for i, v in enumerate(box)]
             ImageDraw.Draw(tile).rectangle(corners, outline=(40, 230, 90), width=2)
-        picture.paste(tile, (SIDE * column, 0))
-    return picture
+        image.paste(tile, (SIDE * column, 0))
+    return image
 
 
 def cloth_sheet(textures: dict[str, torch.Tensor]) -> Image.Image:
@@ -52,7 +54,7 @@ def cloth_sheet(textures: dict[str, torch.Tensor]) -> Image.Image:
 
 
 def main(work: Path) -> None:
-    found = json.loads((ROOT / "benchmarks" / "drape-bench.json").read_text(encoding="utf-8"))
+    found = json.loads((ROOT / "benchmarks" / "bench.json").read_text(encoding="utf-8"))
     spec = found["about"]["spec"]
     walk = scenes(TEST[:1], spec["frames"], spec["size"])[0]
     low, high = walk.buffers.boxes[:, :2].amin(dim=0), walk.buffers.boxes[:, 2:].amax(dim=0)
@@ -68,11 +70,11 @@ def main(work: Path) -> None:
     for row, name in enumerate(ROWS):
         boxes = [found["video"][name][t] for t in chosen]
         sheet.paste(strip(walk.render(textures[name], chosen), boxes, crop), (0, SIDE * row))
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    sheet.save(IMAGES / "drape-walk.png", optimize=True)
+    write_atomically(IMAGES / "walk.png", lambda target: sheet.save(target, optimize=True))
 
-    if importlib.util.find_spec("newton") is not None:  # an extra; the picture stays as it is without
-        cloth_sheet(textures["plain"]).save(IMAGES / "drape-cloth.png", optimize=True)
+    if importlib.util.find_spec("newton") is not None:  # an extra; the image stays as it is without
+        cloth = cloth_sheet(textures["plain"])
+        write_atomically(IMAGES / "cloth.png", lambda target: cloth.save(target, optimize=True))
 
     lines = {title: found["results"][name]["curves"][walk.label] for name, title in ROWS.items()}
     for defence, title in {
@@ -81,12 +83,12 @@ def main(work: Path) -> None:
     }.items():
         lines[title] = found["defences"][defence]["curves"][walk.label]
     sides = {title: found["results"][name]["azimuth"] for name, title in ROWS.items()}
-    for file, svg in {"drape-curve.svg": curve_svg(lines), "drape-azimuth.svg": azimuth_svg(sides)}.items():
+    for file, svg in {"curve.svg": curve_svg(lines), "azimuth.svg": azimuth_svg(sides)}.items():
         text = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" ', 1)
-        (IMAGES / file).write_text(text + "\n", encoding="utf-8")
+        write_text(IMAGES / file, text + "\n")
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise SystemExit("usage: python benchmarks/drape_pictures.py FOLDER, the --work folder of drape bench")
+        raise SystemExit("usage: python drape/benchmarks/images.py FOLDER, the --work folder of drape bench")
     main(Path(sys.argv[1]))

@@ -1,0 +1,31 @@
+"""The engines that move cloth, by name."""
+
+from __future__ import annotations
+
+from drape.errors import ConfigError
+from drape.scene.body import Floats
+from drape.scene.cloth import Cloth
+from drape.scene.garments import Garment
+from drape.scene.newton_cloth import simulate_with_newton
+from drape.scene.pbd_cloth import simulate_with_pbd
+
+__all__ = ["simulate"]
+
+SOLVERS = {"drape": simulate_with_pbd, "newton": simulate_with_newton}  # in the order of `drape.scene.cloth.ENGINES`
+
+
+def simulate(garment: Garment, shells: Floats, normals: Floats, rest_shell: Floats, cloth: Cloth, fps: float) -> Floats:
+    """The garment's vertices over a sequence, float64 `[T, G, 3]`.
+
+    Args:
+        shells: where skinning puts the vertices, `[T, G, 3]`, metres, in a frame that moves with the walk.
+        normals: the skin's unit normals there, `[T, G, 3]`.
+        rest_shell: `[G, 3]`, gives the rest lengths.
+
+    Raises:
+        ConfigError: the shapes do not match.
+        AssetError: the engine is not installed.
+    """
+    if shells.shape != normals.shape or shells.shape[1:] != rest_shell.shape:
+        raise ConfigError(f"shells {shells.shape}, normals {normals.shape} and rest {rest_shell.shape} do not match.")
+    return SOLVERS[cloth.engine](garment, shells, normals, rest_shell, cloth, fps)
