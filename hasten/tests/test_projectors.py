@@ -6,7 +6,8 @@ import hasten
 import numpy as np
 import pytest
 import torch
-from hasten.caching.methods.freqca import Bands, dct_matrix, low_mask
+from hasten.caching.methods.freqca import Bands, low_mask
+from hasten.pipeline.transforms import dct_matrix
 from hasten.caching.methods.hyca import ChannelClusters, descriptors
 from hasten.caching.methods.svdcache import Subspace
 from hasten.caching.projectors import weighted_sum

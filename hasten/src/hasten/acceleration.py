@@ -19,7 +19,7 @@ from hasten.errors import ConfigError, HastenWarning, TargetError, unknown
 from hasten.pipeline.steps import StepRecord, StepTracker
 from hasten.registry import methods
 from hasten.resolution import methods as _resolution_methods  # noqa: F401  (these register the methods by name)
-from hasten.resolution.method import ResolutionEngine, ResolutionMethod
+from hasten.resolution.engine import ResolutionEngine, ResolutionMethod
 from hasten.solvers import scheduler as _solvers  # noqa: F401
 from hasten.streaming import methods as _streaming_methods  # noqa: F401
 from hasten.streaming.policy import StreamingMethod
@@ -76,7 +76,7 @@ def _median(values: list[float]) -> float | None:
 class Acceleration:
     """Handle of an accelerated pipeline or transformer; also a context manager that removes itself at the end."""
 
-    def __init__(self, engines: dict[str, CachingEngine], stages: ResolutionEngine | None = None) -> None:
+    def __init__(self, engines: dict[str, CachingEngine], stages: ResolutionEngine[Any, Any, Any] | None = None) -> None:
         self._engines, self._stages = engines, stages
 
     @property
@@ -85,7 +85,7 @@ class Acceleration:
         return self._engines
 
     @property
-    def stages(self) -> ResolutionEngine | None:
+    def stages(self) -> ResolutionEngine[Any, Any, Any] | None:
         """What runs the pipeline in coarse and fine stages, with `.records` and `.plans`; None without it."""
         return self._stages
 

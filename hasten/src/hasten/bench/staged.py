@@ -55,7 +55,7 @@ class Combination:
 
     def steps(self, own: int) -> int:
         """Sampler steps: those that belong to the method (a preset of 18 evaluations), or the model's own."""
-        return getattr(self.staged, "evaluations", None) or own
+        return getattr(self.staged, "num_inference_steps", None) or own
 
 
 def parse_combination(text: str) -> Combination:

@@ -25,7 +25,7 @@ from hasten import models
 from hasten.caching.blocks import answer, hidden_in, hidden_of, swapped
 from hasten.caching.memory import PassMemory
 from hasten.errors import AdapterError
-from hasten.models import BlockStack, ModelAdapter, Proxy
+from hasten.models import BlockStack, ModelAdapter, Proxy, patch_size
 
 __all__ = ["Decide", "Forward", "HiddenSite", "ModuleSite", "OutputSite", "Site"]
 
@@ -183,9 +183,7 @@ class OutputSite(_PlainSite):
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         config: Any = self._model.config
-        patch = getattr(config, "patch_size", None) or 1
-        per_token = patch * patch if isinstance(patch, int) else math.prod(patch)
-        per_token *= getattr(config, "patch_size_t", None) or 1
+        per_token = math.prod(patch_size(config))
         channels = getattr(config, "out_channels", None) or config.in_channels
         return int(batch * image_tokens * channels * per_token)
 

@@ -4,7 +4,7 @@ from hasten.models import flux as _flux  # noqa: F401  (these three register the
 from hasten.models import image as _image  # noqa: F401
 from hasten.models import video as _video  # noqa: F401
 from hasten.models.adapter import BlockModules, BlockStack, LayoutKind, ModelAdapter
-from hasten.models.layout import TokenLayout, layout_of
+from hasten.models.layout import TokenLayout, layout_of, patch_size
 from hasten.models.probe import require_stacks, root_arguments, trace
 from hasten.models.proxy import Proxy
 from hasten.models.registry import find, register, registered
@@ -18,6 +18,7 @@ __all__ = [
     "TokenLayout",
     "find",
     "layout_of",
+    "patch_size",
     "register",
     "registered",
     "require_stacks",

@@ -21,7 +21,7 @@ from torch import Tensor
 from hasten.errors import AdapterError
 from hasten.models.adapter import LayoutKind, ModelAdapter
 
-__all__ = ["TokenLayout", "layout_of"]
+__all__ = ["TokenLayout", "layout_of", "patch_size"]
 
 Arguments = Mapping[str, Any]
 Positions = npt.NDArray[np.float32]
@@ -55,7 +55,8 @@ def layout_of(model: Any, host: ModelAdapter | None, arguments: Arguments) -> To
     if host is None or host.layout is None:
         raise AdapterError(
             f"it is not known where the tokens of the image lie in {name}; say how to find them with "
-            f"hasten.models.register({name!r}, ModelAdapter(..., layout=...)), layout being one of {', '.join(_READERS)}"
+            f"hasten.models.register({name!r}, ModelAdapter(..., layout=...)), where layout is one of "
+            f"{', '.join(_READERS)}"
         )
     return _READERS[host.layout](model, host, arguments)
 
@@ -70,10 +71,13 @@ def _argument(model: Any, arguments: Arguments, name: str) -> Any:
     return value
 
 
-def _patch(config: Any) -> tuple[int, ...]:
-    """Frames, rows and columns of a patch; image models have no more than the last two."""
-    patch = config.patch_size
-    return (getattr(config, "patch_size_t", None) or 1, patch, patch) if isinstance(patch, int) else tuple(patch)
+def patch_size(config: Any) -> tuple[int, int, int]:
+    """Latent frames, rows and columns of one token, read off a transformer's configuration; 1 where it names none."""
+    patch = getattr(config, "patch_size", None) or 1
+    if isinstance(patch, int):
+        return getattr(config, "patch_size_t", None) or 1, patch, patch
+    frames, rows, columns = (1, *patch)[-3:]
+    return frames, rows, columns
 
 
 def _divided(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
@@ -126,13 +130,13 @@ def _rises(line: Positions) -> bool:
 def _from_latent(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """Latents `[B, C, H, W]` or `[B, C, T, H, W]`."""
     sizes = _argument(model, arguments, host.hidden).shape[2:]
-    return TokenLayout(_divided(sizes, _patch(model.config)))
+    return TokenLayout(_divided(sizes, patch_size(model.config)))
 
 
 def _from_frames(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """Latents `[B, T, C, H, W]`."""
     _, frames, _, height, width = _argument(model, arguments, host.hidden).shape
-    return TokenLayout(_divided((frames, height, width), _patch(model.config)))
+    return TokenLayout(_divided((frames, height, width), patch_size(model.config)))
 
 
 def _from_history(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:

@@ -1,4 +1,4 @@
-"""What stages need of a scheduler: which ones can be served, their noise levels, and a step that is skipped."""
+"""What resolution needs of a scheduler: which ones can be served, their noise levels, a step that is taken for it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from hasten.errors import ConfigError
 
-__all__ = ["check_scheduler", "own_shift", "set_levels", "skip_step"]
+__all__ = ["NoiseLevels", "check_scheduler", "own_shift", "shift_levels", "skip_step"]
 
 
-def check_scheduler(scheduler: Any, name: str = "stages", *, multistep: bool = True) -> Any:
-    """The scheduler, if stages can stand behind what it does.
+def check_scheduler(scheduler: Any, name: str, *, multistep: bool) -> None:
+    """Refuse a scheduler whose steps cannot be taken on latents of another size.
 
     Args:
         scheduler: the pipeline's.
@@ -21,19 +21,19 @@ def check_scheduler(scheduler: Any, name: str = "stages", *, multistep: bool = T
         multistep: whether a UniPC with flow sigmas will do.
 
     Raises:
-        ConfigError: if they cannot; it says what to set.
+        ConfigError: if it cannot be served; the message says what to set.
     """
     config = scheduler.config
     if multistep and isinstance(scheduler, UniPCMultistepScheduler):
         if config.use_flow_sigmas and config.prediction_type == "flow_prediction":
-            return scheduler
+            return
         wrong = "a UniPC that does not sample flows (use_flow_sigmas=True, prediction_type='flow_prediction')"
     elif not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         wrong = type(scheduler).__name__
     elif config.stochastic_sampling or config.invert_sigmas:
         wrong = "stochastic_sampling or invert_sigmas"
     else:
-        return scheduler
+        return
     other = ", or a UniPC with flow sigmas" if multistep else ""
     raise ConfigError(
         f"{name} cannot be run with {wrong}; set pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config("
@@ -59,17 +59,49 @@ def skip_step(scheduler: Any, timestep: Any) -> None:
         scheduler.lower_order_nums, scheduler.last_sample = 0, None
 
 
-def set_levels(scheduler: Any, sigmas: Tensor, ratio: float, start: int) -> None:
-    """Write a stage's noise levels into the scheduler's lists from `start` on, in place, since the loop goes by them.
+def shift_levels(sigmas: Tensor, ratio: float) -> Tensor:
+    """Noise levels under another shift: a shift `h` maps `t` to `h t / (1 + (h - 1) t)`.
+
+    Args:
+        sigmas: levels under the scheduler's own shift.
+        ratio: the wanted shift over the scheduler's own, since two shifts in turn are one by their product.
+    """
+    return ratio * sigmas / (1 + (ratio - 1) * sigmas)
+
+
+class NoiseLevels:
+    """Noise levels of one run: read from the scheduler once, kept on the host, and written from here alone.
 
     Args:
         scheduler: after its `set_timesteps`.
-        sigmas: the levels that `set_timesteps` made, `[steps + 1]`.
-        ratio: the stage's shift over the scheduler's own. A shift `h` maps `t` to `h t / (1 + (h - 1) t)`, and two in
-            turn are one by their product.
-        start: index of the first level to write.
+
+    Attributes:
+        sigmas: `[steps + 1]` on the host, in the scheduler's dtype.
     """
-    levels = ratio * sigmas / (1 + (ratio - 1) * sigmas)
-    timesteps = levels[:-1] * scheduler.config.num_train_timesteps
-    scheduler.sigmas[start:] = levels[start:]
-    scheduler.timesteps[start:] = timesteps[start:].to(scheduler.timesteps)
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self.sigmas: Tensor = scheduler.sigmas.detach().cpu().clone()
+        self._values: list[float] = self.sigmas.tolist()
+
+    def __len__(self) -> int:
+        """Steps of the run."""
+        return len(self._values) - 1
+
+    def __getitem__(self, step: int) -> float:
+        """The noise level before a step."""
+        return self._values[step]
+
+    def write(self, start: int, sigmas: Tensor) -> None:
+        """Write levels into the scheduler's own lists, in place, since the pipeline's loop goes by them.
+
+        Args:
+            start: index of the first level to write.
+            sigmas: `[steps + 1 - start]`.
+        """
+        self.sigmas[start:] = sigmas.to(self.sigmas)
+        self._values = self.sigmas.tolist()
+        scheduler = self._scheduler
+        timesteps = sigmas[:-1] * scheduler.config.num_train_timesteps
+        scheduler.sigmas[start:] = self.sigmas[start:].to(scheduler.sigmas)
+        scheduler.timesteps[start:] = timesteps.to(scheduler.timesteps)

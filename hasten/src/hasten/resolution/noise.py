@@ -1,4 +1,4 @@
-"""From coarse latents to fine ones at a noise level: how a jump in resolution keeps signal and noise in proportion.
+"""Noise of two resolutions: how a jump from coarse latents to fine ones keeps signal and noise in proportion.
 
 `x = (1 - sigma) x0 + sigma eps`, `v = eps - x0`. Four fine latent pixels take the place of a coarse one; `Up` copies it
 to them, `E` is unit noise on the fine grid and `E_L` on the coarse one. Three ways:
@@ -17,15 +17,29 @@ Shapes: latent pixels `[B, C, H, W]`, float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hasten.caching.methods.freqca import dct_matrix
 from hasten.errors import ConfigError
+from hasten.pipeline.transforms import dct, inverse_dct
 
-__all__ = ["Rewind", "anchor_noise", "dct_enlarge", "dct_low", "fresh_children", "low_noise", "swap", "up"]
+__all__ = [
+    "Rewind",
+    "anchor_noise",
+    "dct_enlarge",
+    "dct_low",
+    "descend",
+    "exchange_noise",
+    "fresh_children",
+    "fresh_noise",
+    "image_generators",
+    "low_noise",
+    "up",
+]
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,9 @@ class Rewind:
         return float(self.level * (1 - 1 / self.z**2) ** 0.5)
 
 
+# --- from coarse to fine
+
+
 def up(coarse: Tensor) -> Tensor:
     """Every latent pixel copied to 2x2."""
     return coarse.repeat_interleave(2, -2).repeat_interleave(2, -1)
@@ -81,7 +98,7 @@ def anchor_noise(noise: Tensor) -> Tensor:
     return noise[..., ::2, ::2]
 
 
-def swap(state: Tensor, own: Tensor, new: Tensor, sigma: float, level: float) -> Tensor:
+def exchange_noise(state: Tensor, own: Tensor, new: Tensor, sigma: float, level: float) -> Tensor:
     """Exchange a state's noise: with `own` in it at `sigma`, the result has `new` in it at `level`.
 
     A point of the straight path from the noise to the image comes to the straight path of the new noise exactly.
@@ -112,8 +129,7 @@ def fresh_children(state: Tensor, noise: Tensor, rewind: Rewind) -> Tensor:
 
 def dct_low(noise: Tensor) -> Tensor:
     """Unit noise of the coarse grid: the lower half of the fine noise's DCT-II coefficients along both axes."""
-    spectrum = _dct(noise)
-    return _inverse_dct(spectrum[..., : noise.shape[-2] // 2, : noise.shape[-1] // 2])
+    return inverse_dct(dct(noise)[..., : noise.shape[-2] // 2, : noise.shape[-1] // 2])
 
 
 def dct_enlarge(state: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -124,16 +140,45 @@ def dct_enlarge(state: Tensor, noise: Tensor, sigma: float) -> Tensor:
         noise: unit noise of the fine grid, whose lower coefficients the state began with.
         sigma: noise level before; after it the state is at `2 sigma / (1 + sigma)`.
     """
-    spectrum = sigma * _dct(noise)
-    spectrum[..., : state.shape[-2], : state.shape[-1]] = _dct(state)
-    return _inverse_dct(spectrum) * (2 / (1 + sigma))
+    spectrum = sigma * dct(noise)
+    spectrum[..., : state.shape[-2], : state.shape[-1]] = dct(state)
+    return inverse_dct(spectrum) * (2 / (1 + sigma))
 
 
-def _dct(field: Tensor) -> Tensor:
-    rows, columns = (dct_matrix(side).to(field) for side in field.shape[-2:])
-    return rows @ field @ columns.T
+# --- noise of an image's own
 
 
-def _inverse_dct(spectrum: Tensor) -> Tensor:
-    rows, columns = (dct_matrix(side).to(spectrum) for side in spectrum.shape[-2:])
-    return rows.T @ spectrum @ columns
+def image_generators(noise: Tensor, offset: int = 0) -> list[torch.Generator]:
+    """One generator per image, seeded with the image's own initial noise.
+
+    What an image draws later then depends on its own seed alone: a seeded call can be repeated, and an image is the
+    same whatever else is in the batch.
+
+    Args:
+        noise: unit noise that the images begin with, `[B, ...]`; one number per image is read from the device.
+        offset: added to the seeds.
+    """
+    seeds = noise.flatten(1)[:, 0].float().cpu().view(torch.int32).tolist()
+    return [torch.Generator().manual_seed(seed + offset) for seed in seeds]
+
+
+def fresh_noise(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Unit noise `[B, *shape]` in float32, each image's from its own generator (on the host)."""
+    return torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators]).to(device)
+
+
+# --- noise levels
+
+
+def descend(start: float, end: float, steps: int, shift: float) -> Tensor:
+    """`[steps + 1]` noise levels from `start` to `end`, even in `t` of `sigma = h t / (1 + (h - 1) t)`, `h` the shift.
+
+    Args:
+        start: up to 1.
+        end: from 0, below `start`.
+        steps: at least 1.
+        shift: above 0.
+    """
+    first, last = (level / (shift - (shift - 1) * level) for level in (start, end))
+    t = torch.linspace(first, last, steps + 1, dtype=torch.float64)
+    return (shift * t / (1 + (shift - 1) * t)).float()

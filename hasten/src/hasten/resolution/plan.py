@@ -1,6 +1,7 @@
 """DVG's plan: how long each stage is, how coarse, and which of the plans that meet the budget suits the clip.
 
-A *grid* is `(frames, height, width)` in latent pixels. DVG, arXiv:2605.21042; the figures were read in its code.
+A clip demands pixels by its fine texture and frames by its motion. Shapes: `[B, C, T, H, W]`, batch, channels, frames,
+height and width of the latents. DVG, arXiv:2605.21042; the constants were read in its code.
 """
 
 from __future__ import annotations
@@ -8,31 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, get_args
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
-from hasten.errors import ConfigError, ScheduleError, unknown
-from hasten.resolution.method import ResolutionMethod
+from hasten.errors import ConfigError
+from hasten.resolution.layouts import Grid
 
-__all__ = [
-    "Grid",
-    "Plan",
-    "StagedMethod",
-    "choose",
-    "density",
-    "feasible",
-    "stage_grid",
-    "stage_lengths",
-    "switch_steps",
-]
+__all__ = ["Plan", "choose", "demands", "density", "feasible", "motion", "stage_grid", "texture"]
 
-Grid = tuple[int, int, int]
-NoiseName = Literal["field", "anchor", "independent"]
-RAISED = (0.0, 2.0, 4.0, 4.0)  # gives 7, 9, 11, 11 for HunyuanVideo's 7 and 5, 7, 9, 9 for Wan's 5
 TOLERANCE = 0.02  # how far a plan's density may be from the budget
 NEAREST = 3  # plans that an error names
+FLAT = 1e-6  # least standard deviation and determinant
+TEMPERATURE = 2.6  # of the softmax between the two demands
+FINE = 0.5  # radius of the spectrum, as a part of the largest one, from which on detail counts as fine
 
 
 @dataclass(frozen=True)
@@ -54,35 +45,6 @@ class Plan:
     def __str__(self) -> str:
         sizes = ", ".join(f"{t}x{h}x{w}" for t, h, w in self.grids)
         return f"{sizes} (spatial {self.spatial:g}, {self.frames} frames, density {self.density:.3f})"
-
-
-def switch_steps(steps: int, rates: Sequence[float]) -> tuple[int, ...]:
-    """The steps at whose end the next stage takes over, for instance 14, 25 and 36 of 50.
-
-    Raises:
-        ScheduleError: if the run is too short to have all stages.
-    """
-    switches = tuple(int(steps * rate) for rate in rates)
-    if switches[0] < 1 or len(set(switches)) != len(switches):
-        fewest = next(n for n in range(1, 10_000) if _distinct([int(n * rate) for rate in rates]))
-        raise ScheduleError(
-            f"a run of {steps} steps is too short for {len(rates) + 1} stages with rates={tuple(rates)}; "
-            f"use at least {fewest} steps"
-        )
-    return switches
-
-
-def _distinct(switches: list[int]) -> bool:
-    return switches[0] >= 1 and len(set(switches)) == len(switches)
-
-
-def stage_lengths(steps: int, rates: Sequence[float]) -> tuple[int, ...]:
-    """Steps of each stage; the step at which a stage ends counts as the first one of the next stage.
-
-    Its forward still runs on the coarser grid, so that a run computes slightly less than its density says.
-    """
-    edges = (0, *switch_steps(steps, rates), steps)
-    return tuple(end - start for start, end in pairwise(edges))
 
 
 def stage_grid(full: Grid, spatial: float, frames: int, patch: Grid, least: Grid = (1, 1, 1)) -> Grid:
@@ -130,7 +92,7 @@ def choose(plans: Sequence[Plan], budget: float, space: float, time: float) -> P
     Args:
         plans: every plan that may be chosen.
         budget: the density to be met.
-        space: demand of space; see `demand.shares`.
+        space: demand of space; see `demands`.
         time: demand of time.
 
     Raises:
@@ -149,76 +111,60 @@ def choose(plans: Sequence[Plan], budget: float, space: float, time: float) -> P
     return max(fitting, key=rank)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StagedMethod(ResolutionMethod):
-    """Base of the methods whose stages are uniform grids.
+# --- demands of a clip
+
+
+def motion(clean: Tensor) -> float:
+    """How far the image moves from frame to frame, in latent pixels: one Lucas-Kanade vector per pair.
 
     Args:
-        rates: share of the run at which each stage but the last one ends.
-        shifts: of the noise levels in each stage. `"raised"`: the scheduler's own, plus 0, 2, 4 and 4; a value for each
-            stage; None keeps the pipeline's own levels throughout.
-        noise: where the noise of a stage is read. `"field"`: from the full-size noise that the pipeline began with, as
-            its low-pass; `"anchor"`: from the same, at the coordinates of the cells; `"independent"`: fresh at each
-            switch.
-        smooth: share of a 3x3 mean in the clean estimate at the end of the first stage.
+        clean: estimate of the clean latents, `[B, C, T, H, W]`.
+
+    Returns:
+        the mean length of the vectors over pairs and batch; 0 for a clip of one frame.
     """
+    frames = clean.float().mean(dim=1)
+    if frames.shape[1] < 2:
+        return 0.0
+    std, mean = torch.std_mean(frames, dim=(-2, -1), keepdim=True, correction=0)
+    frames = (frames - mean) / std.clamp(min=FLAT)
+    earlier, change = frames[:, :-1].flatten(0, 1), (frames[:, 1:] - frames[:, :-1]).flatten(0, 1)
+    sobel = clean.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=torch.float32) / 8
+    kernels = torch.stack([sobel, sobel.T])[:, None]
+    gx, gy = functional.conv2d(earlier[:, None], kernels, padding=1).unbind(dim=1)
 
-    rates: tuple[float, ...] = (0.28, 0.5, 0.72)
-    shifts: tuple[float, ...] | Literal["raised"] | None = "raised"
-    noise: NoiseName = "field"
-    smooth: float = 0.3
+    def total(product: Tensor) -> Tensor:
+        return product.sum(dim=(-2, -1))
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rates", tuple(self.rates))
-        if not self.rates or list(self.rates) != sorted(set(self.rates)) or not 0 < self.rates[0] <= self.rates[-1] < 1:
-            raise ConfigError(
-                f"rates must be increasing and between 0 and 1, such as (0.28, 0.5, 0.72), got {self.rates}"
-            )
-        if self.noise not in get_args(NoiseName):
-            raise unknown("noise", self.noise, get_args(NoiseName))
-        if not 0 <= self.smooth <= 1:
-            raise ConfigError(f"smooth is a share between 0 and 1, got {self.smooth}")
-        self._check_shifts()
+    a11, a22, a12 = total(gx * gx), total(gy * gy), total(gx * gy)
+    b1, b2 = -total(gx * change), -total(gy * change)
+    det = (a11 * a22 - a12 * a12).clamp(min=FLAT)
+    u, v = (b1 * a22 - b2 * a12) / det, (b2 * a11 - b1 * a12) / det
+    return float((u * u + v * v).sqrt().mean())
 
-    def _check_shifts(self) -> None:
-        stages = len(self.rates) + 1
-        if isinstance(self.shifts, str):
-            if self.shifts != "raised":
-                raise unknown("shifts", self.shifts, ("raised",))
-            if stages != len(RAISED):
-                raise ConfigError(f"shifts='raised' is made for 4 stages; give the {stages} shifts, or None")
-        elif self.shifts is not None:
-            object.__setattr__(self, "shifts", tuple(self.shifts))
-            if len(self.shifts) != stages or min(self.shifts) <= 0:
-                raise ConfigError(f"shifts needs a positive value for each of the {stages} stages, got {self.shifts}")
 
-    def first(self, full: Grid, patch: Grid, steps: int) -> Grid:
-        """The grid of the first stage.
+def texture(clean: Tensor) -> float:
+    """The share of a clip's power at fine spatial frequencies: 0.607 for white noise, near 0 for smooth images.
 
-        Raises:
-            ConfigError, ScheduleError: if the method cannot serve latents of this size or a run of this length.
-        """
-        raise NotImplementedError
+    Args:
+        clean: estimate of the clean latents, `[B, C, T, H, W]`.
+    """
+    clean = clean.float()
+    std, mean = torch.std_mean(clean, dim=(-3, -2, -1), keepdim=True, correction=0)
+    spectrum = torch.fft.fft2((clean - mean) / std.clamp(min=FLAT), norm="ortho")
+    power = torch.fft.fftshift(spectrum, dim=(-2, -1)).abs().square().sum(dim=(0, 1, 2))
+    # The zero frequency of an even size lies half a bin beside the middle of this grid; DVG's does, too.
+    fy, fx = (torch.linspace(-1, 1, size, device=clean.device) for size in power.shape)
+    radius = (fy[:, None].square() + fx[None].square()).sqrt() / math.sqrt(2)
+    return float(power[radius >= FINE].sum() / power.sum().clamp(min=FLAT))
 
-    def plan(self, clean: Tensor, full: Grid, patch: Grid, steps: int) -> Plan:
-        """The grids of all stages, decided at the end of the first one.
 
-        Args:
-            clean: estimate of the clean latents on the first stage's grid, `[B, C, t, h, w]`, float32.
-            full: the full grid.
-            patch: latent pixels that make one token, along each dimension.
-            steps: of the run.
-        """
-        raise NotImplementedError
+def demands(fine: float, moved: float) -> tuple[float, float]:
+    """Demands of space and of time, which add up to 1.
 
-    def ratios(self, own: float | None) -> tuple[float, ...]:
-        """Each stage's shift over the scheduler's own; 1 keeps the pipeline's noise levels."""
-        if self.shifts is None:
-            return (1.0,) * (len(self.rates) + 1)
-        if own is None:
-            raise ConfigError(
-                "the scheduler shifts its noise levels by the image's size, so that a stage's shift has no meaning; "
-                "use shifts=None, or a scheduler with use_dynamic_shifting=False"
-            )
-        wanted = tuple(own + more for more in RAISED) if isinstance(self.shifts, str) else self.shifts
-        return tuple(shift / own for shift in wanted)
+    Args:
+        fine: as `texture` measures it; in `[0, 1]`.
+        moved: bounded motion `m / (1 + m)`; in `[0, 1]`.
+    """
+    space = 1 / (1 + math.exp(TEMPERATURE * (moved - fine)))
+    return space, 1 - space

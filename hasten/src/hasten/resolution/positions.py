@@ -1,41 +1,37 @@
-"""Tokens of mixed resolution: which ones a sequence has, and their rotary positions as real numbers.
+"""Tokens of mixed resolution: which ones a sequence has, and their positions as real numbers.
 
-A *coarse* token covers 2x2 fine ones. A position is (row, column) in one common frame for all tokens of a image:
+A *coarse* token covers 2x2 fine ones. A position is (row, column) in one common frame for all tokens of an image:
 
     lr_units    a coarse token at (r, c), its children at (r + i/2, c + j/2)
     hr_units    a fine token at (row, column), a coarse one at (2 r, 2 c)
 
 FLUX takes positions as `img_ids`, with the image's number before them. Qwen-Image makes them from `img_shapes`, and
-its `pos_embed` has to be replaced for the time of a forward. It centres the grid, and the text begins behind the
-largest half side.
+its `pos_embed` has to be replaced for the time of a forward (`models/rope.py`). It centres the grid, and the text
+begins behind the largest half side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from torch import Tensor
 from torch.nn import functional
 
 from hasten.errors import AdapterError, ConfigError, unknown
-from hasten.models.proxy import Proxy
 
 __all__ = [
-    "Image",
+    "ImageTokens",
     "TokenSet",
     "Units",
+    "children",
     "flux_ids",
     "grid_sizes",
     "pack",
-    "position_proxies",
     "qwen_positions",
-    "rotary",
     "token_positions",
     "unpack",
 ]
@@ -44,35 +40,35 @@ Units = Literal["lr_units", "hr_units"]
 
 
 @dataclass(frozen=True)
-class Image:
+class ImageTokens:
     """The tokens of one image, the one that is made or a reference.
 
     Attributes:
         size: rows and columns of the fine token grid.
-        anchors: `[S, 2]` integers, row and column on the fine grid of each token's top left fine token.
+        corners: `[S, 2]` integers, row and column on the fine grid of each token's top left fine token.
         units: the frame of the positions. `"lr_units"` needs even sides.
     """
 
     size: tuple[int, int]
-    anchors: Tensor
+    corners: Tensor
     units: Units
 
     def __post_init__(self) -> None:
         if self.units not in get_args(Units):
             raise unknown("units", self.units, get_args(Units))
-        if self.anchors.dim() != 2 or self.anchors.shape[1] != 2:
-            raise ConfigError(f"anchors are [S, 2], rows and columns, got {list(self.anchors.shape)}")
+        if self.corners.dim() != 2 or self.corners.shape[1] != 2:
+            raise ConfigError(f"corners are [S, 2], rows and columns, got {list(self.corners.shape)}")
         if self.units == "lr_units" and (self.size[0] % 2 or self.size[1] % 2):
             raise ConfigError(
                 f"{self.size[0]}x{self.size[1]} tokens cannot be counted in coarse tokens of 2x2; "
                 "use even numbers of tokens (sizes divisible by 32 for FLUX and Qwen-Image), or hr_units"
             )
-        beyond = self.anchors.new_tensor(self.size)
-        if len(self.anchors) and bool(((self.anchors < 0) | (self.anchors >= beyond)).any()):
-            raise ConfigError(f"anchors must lie on the fine grid of {self.size[0]}x{self.size[1]} tokens")
+        beyond = self.corners.new_tensor(self.size)
+        if len(self.corners) and bool(((self.corners < 0) | (self.corners >= beyond)).any()):
+            raise ConfigError(f"corners must lie on the fine grid of {self.size[0]}x{self.size[1]} tokens")
 
     @classmethod
-    def uniform(cls, rows: int, columns: int) -> Image:
+    def uniform(cls, rows: int, columns: int) -> ImageTokens:
         """All tokens of a uniform grid in raster order, at the positions that the model was trained with."""
         return cls((rows, columns), torch.cartesian_prod(torch.arange(rows), torch.arange(columns)), "hr_units")
 
@@ -84,7 +80,7 @@ class Image:
 
 @dataclass(frozen=True, eq=False)
 class TokenSet:
-    """Tokens of a image of which some have been promoted: the coarse ones, then the fine ones, each in raster order.
+    """Tokens of an image of which some have been promoted: the coarse ones, then the fine ones, each in raster order.
 
     `n` is the number of coarse tokens before promotion, `S` that of the tokens in the sequence: `n + 3 promoted`.
 
@@ -129,10 +125,10 @@ class TokenSet:
         """How many tokens there are."""
         return self.coarse_count + self.fine_count
 
-    def image(self, units: Units) -> Image:
+    def image_tokens(self, units: Units) -> ImageTokens:
         """The tokens with their positions, in the order of the sequence."""
         places, width = torch.cat([self._children[0], self._fine_places]), self.size[1]
-        return Image(self.size, torch.stack([places // width, places % width], 1), units)
+        return ImageTokens(self.size, torch.stack([places // width, places % width], 1), units)
 
     def gather(self, coarse: Tensor, fine: Tensor) -> Tensor:
         """The sequence `[B, S, C]` from all coarse tokens `[B, n, C]` and all fine ones `[B, 4 n, C]`."""
@@ -158,6 +154,11 @@ class TokenSet:
         return torch.cat([full[:, self._children[0]], full[:, self._fine_places]], 1)
 
 
+def children(mask: Tensor) -> Tensor:
+    """The fine tokens of coarse ones: `[h, w]` bool to `[4 h w, 1]`, in raster order."""
+    return mask.repeat_interleave(2, 0).repeat_interleave(2, 1).reshape(-1, 1)
+
+
 def pack(latents: Tensor) -> Tensor:
     """Latent pixels `[B, C, H, W]` to tokens of 2x2 `[B, H W / 4, 4 C]`, as FLUX and Qwen-Image order them."""
     return functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
@@ -168,12 +169,12 @@ def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, size), 2)
 
 
-def token_positions(image: Image) -> Tensor:
+def token_positions(image: ImageTokens) -> Tensor:
     """`[S, 2]` float32: row and column of each token, in the image's units, from 0."""
-    return image.anchors.float() / (2 if image.units == "lr_units" else 1)
+    return image.corners.float() / (2 if image.units == "lr_units" else 1)
 
 
-def flux_ids(images: Sequence[Image], device: torch.device | None = None) -> Tensor:
+def flux_ids(images: Sequence[ImageTokens], device: torch.device | None = None) -> Tensor:
     """Rows of `img_ids` for `FluxTransformer2DModel`: `[S, 3]` float32 (bfloat16 holds halves only up to 127.5).
 
     Args:
@@ -183,7 +184,7 @@ def flux_ids(images: Sequence[Image], device: torch.device | None = None) -> Ten
     if not images:
         raise ConfigError("ids need at least one image")
     positions = [
-        torch.cat([torch.full((len(image.anchors), 1), float(number)), token_positions(image).cpu()], 1)
+        torch.cat([torch.full((len(image.corners), 1), float(number)), token_positions(image).cpu()], 1)
         for number, image in enumerate(images)
     ]
     return torch.cat(positions).to(device)
@@ -213,7 +214,7 @@ def grid_sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
     return sizes
 
 
-def qwen_positions(images: Sequence[Image]) -> tuple[Tensor, int]:
+def qwen_positions(images: Sequence[ImageTokens]) -> tuple[Tensor, int]:
     """Centred positions as `QwenEmbedRope(scale_rope=True)` counts them.
 
     Args:
@@ -233,61 +234,3 @@ def qwen_positions(images: Sequence[Image]) -> tuple[Tensor, int]:
         rows.append(torch.cat([torch.full((len(centred), 1), float(number)), centred], 1))
         start = max(start, height // 2, width // 2)
     return torch.cat(rows), start
-
-
-def rotary(positions: Tensor, axes: Sequence[int], theta: float) -> Tensor:
-    """Rotary factors of real positions: `[S, A]` to complex64 `[S, sum(axes) / 2]`.
-
-    Args:
-        positions: one column for each axis.
-        axes: dimensions that each axis has of a head, even.
-        theta: base of the frequencies, `theta ** (-2 k / dim)`.
-    """
-    if positions.dim() != 2 or positions.shape[1] != len(axes):
-        raise ConfigError(f"positions for {len(axes)} axes are [S, {len(axes)}], got {list(positions.shape)}")
-    angles = []
-    for column, dim in zip(positions.float().unbind(1), axes, strict=True):
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device).div(dim)
-        angles.append(torch.outer(column, 1.0 / torch.pow(theta, exponents)))
-    angle = torch.cat(angles, 1)
-    return torch.polar(torch.ones_like(angle), angle)
-
-
-class _MixedRope(Proxy):
-    """Stands in for `pos_embed` and returns factors of the positions that it was given."""
-
-    def __init__(self, original: QwenEmbedRope, images: Sequence[Image]) -> None:
-        super().__init__(original)
-        positions, self.text_start = qwen_positions(images)
-        self.image = rotary(positions, original.axes_dim, original.theta)
-
-    def forward(self, video_fhw: Any, device: torch.device | None = None, max_txt_seq_len: Any = None) -> Any:
-        """The factors of the image tokens and of the text; `video_fhw` is not looked at."""
-        if max_txt_seq_len is None:
-            raise AdapterError("the transformer asked for positions without the length of its text (max_txt_seq_len)")
-        first = self.text_start
-        return self.image.to(device), self.original.pos_freqs[first : first + int(max_txt_seq_len)].to(device)
-
-
-@contextmanager
-def position_proxies(transformer: Any, images: Sequence[Image]) -> Iterator[None]:
-    """Give a Qwen-Image transformer the positions of these tokens until the end of the `with`.
-
-    Its own `pos_embed` is back afterwards, also if the forward fails. `img_shapes` is then used for one thing only:
-    models that modulate the references apart (`zero_cond_t`) split the tokens by its products; give `[(1, 1, n), ...]`
-    with the true number of tokens `n` of each image.
-
-    Raises:
-        AdapterError: for a transformer whose positions are not made by `QwenEmbedRope(scale_rope=True)`.
-    """
-    own: Any = getattr(transformer, "pos_embed", None)
-    if type(own) is not QwenEmbedRope or not own.scale_rope:
-        raise AdapterError(
-            f"{type(transformer).__name__} makes its positions with {type(own).__name__}, and mixed tokens are known "
-            "for QwenEmbedRope(scale_rope=True) only (Qwen-Image, Qwen-Image-Edit and Edit-Plus; not layered models)"
-        )
-    transformer.pos_embed = _MixedRope(own, images)
-    try:
-        yield
-    finally:
-        transformer.pos_embed = own

@@ -1,30 +1,44 @@
 """Images that begin coarse and are refined region by region: the engine of Fresco and of what it is compared with.
 
 A method says after which steps tokens are promoted, how large a share, which ones, and how coarse latents become fine
-ones. Everything else is in `packed.py`. A batch shares its layout.
+ones. Everything else is in `packed.py`. A batch shares its layout, since the model has one list of positions for all of
+it; the noise that a method draws is each image's own.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hasten.errors import ConfigError
-from hasten.resolution.method import ResolutionMethod
-from hasten.resolution.noise import low_noise
-from hasten.resolution.packed import PackedEngine, PackedRun, Part, check_even, check_total
-from hasten.resolution.pixel_layout import LATENTS, Canvas
+from hasten.pipeline.scheduler import NoiseLevels
+from hasten.resolution.discrepancy import latents_to_vae
+from hasten.resolution.engine import ResolutionMethod
+from hasten.resolution.layouts import LATENT_PIXELS, PixelLayout
+from hasten.resolution.noise import fresh_noise, image_generators, low_noise
+from hasten.resolution.packed import MixedState, PackedEngine, PackedRun, Part, check_even, check_total
 from hasten.resolution.positions import TokenSet, Units
-from hasten.resolution.scores import first
-from hasten.resolution.seams import MixedState
+from hasten.resolution.report import ResolutionRecord
 
-__all__ = ["Layout", "Promotion", "RegionEngine", "RegionMethod", "RegionRecord", "Stage"]
+__all__ = [
+    "Layout",
+    "Promotion",
+    "PromotionInput",
+    "RegionEngine",
+    "RegionMethod",
+    "RegionRecord",
+    "channel_variance",
+    "edge_share",
+    "highest",
+    "temporal_variance",
+]
 
 
 @dataclass(frozen=True)
@@ -52,31 +66,25 @@ class Layout:
         return f"{int(self.fine.sum())} of {self.fine.numel()} coarse tokens fine after step {self.step}"
 
 
-@dataclass(frozen=True)
-class RegionRecord:
-    """One sampler step.
+@dataclass(frozen=True, kw_only=True)
+class RegionRecord(ResolutionRecord):
+    """One sampler step; see `ResolutionRecord`.
 
     Attributes:
-        run: counts runs from 0.
-        step: counts steps from 0.
-        coarse: coarse tokens that the transformer saw.
+        coarse: coarse tokens that the transformer ran on.
         fine: fine tokens.
-        sigma: noise level before the step.
-        next_sigma: noise level after it, that of a promotion included.
-        switched: whether tokens were promoted at the end of the step.
     """
 
-    run: int
-    step: int
     coarse: int
     fine: int
-    sigma: float
-    next_sigma: float
-    switched: bool
+
+    @property
+    def stage_name(self) -> str:
+        return "mixed" if self.coarse and self.fine else "coarse" if self.coarse else "full"
 
 
 @dataclass(frozen=True)
-class Stage:
+class PromotionInput:
     """What a method knows when tokens are promoted.
 
     Attributes:
@@ -85,8 +93,9 @@ class Stage:
         clean: estimate of the clean coarse tokens, `[B, n, C]`.
         snapshots: what was remembered of the coarse tokens in the steps so far, `[B, n, C]` each.
         level: noise level of the state.
-        draw: makes unit noise like the fine tokens', `[B, 4 n, C]`, that is bound to nothing.
-        canvas: how tokens are a image.
+        fresh_noise: makes unit noise like the fine tokens', `[B, 4 n, C]`, that is bound to nothing; each image's from
+            that image's own generator.
+        pixels: how tokens are pixels.
     """
 
     pipe: Any
@@ -94,8 +103,8 @@ class Stage:
     clean: Tensor
     snapshots: Sequence[Tensor]
     level: float
-    draw: Callable[[], Tensor]
-    canvas: Canvas = LATENTS
+    fresh_noise: Callable[[], Tensor]
+    pixels: PixelLayout = LATENT_PIXELS
 
     @property
     def fine_size(self) -> tuple[int, int]:
@@ -135,18 +144,18 @@ class RegionMethod(ResolutionMethod):
         """What of the coarse tokens is remembered at a step, all `[B, n, C]`."""
         return clean
 
-    @abstractmethod
-    def scores(self, stage: Stage) -> Tensor:
+    def scores(self, promotion: PromotionInput) -> Tensor:
         """`[B, n]`, the highest are promoted first; not asked for when all tokens are."""
+        raise AssertionError(f"{type(self).__name__} promotes all tokens at once")
 
     @abstractmethod
-    def promote(self, state: MixedState, new: Tensor, stage: Stage) -> float:
+    def promote(self, state: MixedState, new: Tensor, promotion: PromotionInput) -> float:
         """Make tokens fine.
 
         Args:
-            state: at `stage.level`; changed in place.
+            state: at `promotion.level`; changed in place.
             new: `[h, w]` bool.
-            stage: what is known.
+            promotion: what is known.
 
         Returns:
             the noise level of the state afterwards.
@@ -157,25 +166,22 @@ class RegionMethod(ResolutionMethod):
         return RegionEngine(pipe, self)
 
 
-@dataclass
-class _Run(PackedRun):
-    promotions: dict[int, float] = field(default_factory=dict)
+@dataclass(kw_only=True)
+class RegionRun(PackedRun):
+    """What is remembered of the call under way, with promotions to come and coarse tokens of the steps so far."""
+
+    promotions: Mapping[int, float]
     snapshots: list[Tensor] = field(default_factory=list)
-    sizes: Sequence[tuple[int, int]] = ()
-    generator: torch.Generator | None = None
+    reference_sets: Sequence[TokenSet] = ()
+    generators: Sequence[torch.Generator] | None = None
 
 
-class RegionEngine(PackedEngine[_Run]):
-    """Runs one image pipeline coarse first; also a context manager that removes itself at the end.
+class RegionEngine(PackedEngine[RegionRun, RegionRecord, Layout]):
+    """Runs one image pipeline coarse first; see `ResolutionEngine`.
 
     Args:
         pipe: a pipeline of FLUX.1 or Qwen-Image, from text or editing images.
         method: what to do.
-
-    Raises:
-        TargetError: for another pipeline, or a compiled transformer.
-        ConfigError: for a scheduler that cannot be served.
-        AlreadyAcceleratedError: if the pipeline has such an engine already.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = (
@@ -185,48 +191,47 @@ class RegionEngine(PackedEngine[_Run]):
         "QwenImageEditPipeline",
         "QwenImageEditPlusPipeline",
     )
+    method: RegionMethod
 
-    def __init__(self, pipe: Any, method: RegionMethod) -> None:
-        self.method = method
-        self.records: list[RegionRecord] = []
-        self.plans: list[Layout] = []
-        super().__init__(pipe, type(method).__name__)
-
-    def begin(self, number: int, total: int, sizes: Sequence[tuple[int, int]], hidden: Tensor) -> _Run:
-        method, rows, columns = self.method, *sizes[0]
-        if method.evaluations is not None:
-            check_total(self.name, "its stages", method.evaluations, total)
-        levels = method.levels(0, 1.0, self.scheduler.sigmas)
-        promotions = method.promotions(self.scheduler.sigmas if levels is None else levels, sizes[0])
-        run = _Run(number, total, None, promotions={p.after: p.share for p in promotions}, sizes=sizes)
+    def begin_tokens(
+        self, number: int, levels: NoiseLevels, grids: Sequence[tuple[int, int]], hidden: Tensor
+    ) -> RegionRun:
+        method, (rows, columns) = self.method, grids[0]
+        if method.num_inference_steps is not None:
+            check_total(self.name, "its stages", method.num_inference_steps, len(levels))
+        written = method.levels(0, 1.0, levels.sigmas)
+        promotions = method.promotions(levels.sigmas if written is None else written, grids[0])
+        run = RegionRun(number=number, levels=levels, grids=grids, promotions={p.after: p.share for p in promotions})
         if not promotions:
             return run
-        _check_promotions(self.name, promotions, total)
-        check_even(self.name, sizes[:1])
-        if levels is not None:
-            self._set_levels(0, levels)
+        _check_promotions(self.name, promotions, run.total)
+        # A TokenSet counts coarse tokens, of which an odd grid has no whole number, be it of a reference.
+        check_even(self.name, grids)
+        if written is not None:
+            levels.write(0, written)
         noise = hidden[:, : rows * columns]
         tokens = TokenSet(torch.zeros(rows // 2, columns // 2, dtype=torch.bool, device=noise.device))
-        low = self.canvas.read(method.coarse_noise(self.canvas.paint(noise, sizes[0])))
-        run.state = MixedState(tokens, noise, low, torch.zeros_like(noise), self.canvas)
+        low = self.pixels.to_tokens(method.coarse_noise(self.pixels.to_pixels(noise, grids[0])))
+        run.state = MixedState(tokens, noise, low, torch.zeros_like(noise), self.pixels)
+        run.reference_sets = [
+            TokenSet(torch.ones(rows // 2, columns // 2, dtype=torch.bool, device=noise.device))
+            for rows, columns in grids[1:]
+        ]
         return run
 
-    def references(self, run: _Run, hidden: Tensor) -> Sequence[Part]:
-        """Reference images stay fine, in the frame of the tokens that are made."""
-        parts, start = [], run.sizes[0][0] * run.sizes[0][1]
-        for rows, columns in run.sizes[1:]:
-            # A TokenSet counts coarse tokens, of which an odd grid has no whole number; such a image is refused.
-            check_even(self.name, [(rows, columns)])
-            tokens = TokenSet(torch.ones(rows // 2, columns // 2, dtype=torch.bool, device=hidden.device))
-            parts.append((tokens, self.units(run), hidden[:, start : start + rows * columns]))
-            start += rows * columns
+    def references(self, run: RegionRun, hidden: Tensor) -> Sequence[Part]:
+        """Reference images stay fine, in the frame of the generated tokens."""
+        parts, start = [], run.grids[0][0] * run.grids[0][1]
+        for tokens in run.reference_sets:
+            parts.append((tokens, self.units(run), hidden[:, start : start + tokens.count]))
+            start += tokens.count
         return parts
 
-    def units(self, run: _Run) -> Units:
+    def units(self, run: RegionRun) -> Units:
         return self.method.units if run.step >= min(run.promotions) else "lr_units"
 
-    def move(self, run: _Run, state: MixedState, velocity: tuple[Tensor, Tensor], sigma: float, after: float) -> None:
-        coarse, fine = velocity
+    def move(self, run: RegionRun, state: MixedState, velocity: tuple[Tensor, Tensor]) -> None:
+        (coarse, fine), sigma, after = velocity, run.levels[run.step], run.levels[run.step + 1]
         clean = state.coarse - sigma * coarse
         run.snapshots.append(self.method.snapshot(state.coarse, coarse, clean))
         state.move(coarse, fine, after - sigma)
@@ -235,40 +240,37 @@ class RegionEngine(PackedEngine[_Run]):
             return
         mask = state.tokens.fine
         size = (mask.shape[0], mask.shape[1])
-        draw = partial(self._draw, run, state)
-        stage = Stage(self.pipe, size, clean, run.snapshots, after, draw, self.canvas)
-        level = self.method.promote(state, self._chosen(state, share, stage), stage)
+        draw = partial(self._fresh_noise, run, state)
+        promotion = PromotionInput(self.pipe, size, clean, run.snapshots, after, draw, self.pixels)
+        level = self.method.promote(state, self._chosen(state, share, promotion), promotion)
         self.plans.append(Layout(run.number, run.step, state.tokens.fine))
         if level != after:
-            levels = self.method.levels(run.step + 1, level, self.scheduler.sigmas)
+            levels = self.method.levels(run.step + 1, level, run.levels.sigmas)
             assert levels is not None
-            self._set_levels(run.step + 1, levels)
+            run.levels.write(run.step + 1, levels)
 
-    def record(self, run: _Run, coarse: int, fine: int, sigma: float, after: float, switched: bool) -> None:
-        self.records.append(RegionRecord(run.number, run.step, coarse, fine, sigma, after, switched))
+    def record(self, run: RegionRun, common: dict[str, Any]) -> RegionRecord:
+        tokens = None if run.state is None else run.state.tokens
+        coarse, fine = (
+            (0, run.grids[0][0] * run.grids[0][1]) if tokens is None else (tokens.coarse_count, tokens.fine_count)
+        )
+        return RegionRecord(**common, coarse=coarse, fine=fine)
 
-    def _chosen(self, state: MixedState, share: float, stage: Stage) -> Tensor:
-        taken = state.tokens.fine
+    def _chosen(self, state: MixedState, share: float, promotion: PromotionInput) -> Tensor:
+        tokens = state.tokens
         if share >= 1:
-            return ~taken
-        count = int(share * taken.numel()) - int(taken.sum())
+            return ~tokens.fine
+        total, taken = tokens.fine.numel(), tokens.fine_count // 4
+        count = int(share * total) - taken
         if count < 1:
-            raise ConfigError(f"{self.name} would promote {share:.0%} of {taken.numel()} coarse tokens, which is none")
-        return first(self.method.scores(stage), count, taken)
-
-    def _set_levels(self, start: int, levels: Tensor) -> None:
-        """Write noise levels into the scheduler's own lists, in place, since the loop goes by them."""
-        scheduler = self.scheduler
-        scheduler.sigmas[start:] = levels.to(scheduler.sigmas)
-        timesteps = levels[:-1] * scheduler.config.num_train_timesteps
-        scheduler.timesteps[start:] = timesteps.to(scheduler.timesteps)
+            raise ConfigError(f"{self.name} would promote {share:.0%} of {total} coarse tokens, which is none")
+        return highest(self.method.scores(promotion), count, tokens.fine)
 
     @staticmethod
-    def _draw(run: _Run, state: MixedState) -> Tensor:
-        # The seed hangs on the user's own noise, so that a seeded call can be repeated.
-        if run.generator is None:
-            run.generator = torch.Generator().manual_seed(int(state.noise.flatten()[:1].cpu().view(torch.int32)))
-        return torch.randn(state.noise.shape, generator=run.generator).to(state.noise.device)
+    def _fresh_noise(run: RegionRun, state: MixedState) -> Tensor:
+        if run.generators is None:
+            run.generators = image_generators(state.noise)
+        return fresh_noise(run.generators, state.noise.shape[1:], state.noise.device)
 
 
 def _check_promotions(name: str, promotions: Sequence[Promotion], total: int) -> None:
@@ -279,3 +281,61 @@ def _check_promotions(name: str, promotions: Sequence[Promotion], total: int) ->
             f"{name} promotes {steps} of {total} steps; the last promotion has to take all tokens, and a step at full "
             "size has to follow it"
         )
+
+
+# --- which tokens first
+
+
+def highest(scores: Tensor, count: int, taken: Tensor) -> Tensor:
+    """The `count` tokens with the highest score that are not taken yet; of equal ones the earlier.
+
+    Args:
+        scores: `[B, n]`; a batch shares the choice, by its mean score.
+        count: how many.
+        taken: `[h, w]` bool.
+
+    Returns:
+        `[h, w]` bool.
+    """
+    order = scores.mean(0).masked_fill(taken.flatten(), -torch.inf).argsort(descending=True, stable=True)
+    chosen = torch.zeros_like(taken).flatten()
+    chosen[order[:count]] = True
+    return chosen.reshape(taken.shape)
+
+
+def temporal_variance(snapshots: Sequence[Tensor]) -> Tensor:
+    """Variance over the last steps, mean over the channels: `[B, n, C]` each to `[B, n]`.
+
+    Raises:
+        ConfigError: for fewer than two snapshots.
+    """
+    if len(snapshots) < 2:
+        raise ConfigError(f"a variance over steps needs at least 2 coarse steps, got {len(snapshots)}")
+    return torch.stack(list(snapshots)).var(0, unbiased=False).mean(-1)
+
+
+def channel_variance(clean: Tensor) -> Tensor:
+    """Variance over the channels of each clean token: `[B, n, C]` to `[B, n]`."""
+    return clean.var(-1, unbiased=False)
+
+
+def edge_share(pipe: Any, clean: Tensor) -> Tensor:
+    """Share of edge pixels (Canny) under each token of the decoded estimate.
+
+    Args:
+        pipe: whose VAE decodes.
+        clean: latent pixels `[B, C, H, W]` as the transformer knows them.
+
+    Returns:
+        `[B, H W / 4]`.
+    """
+    from skimage.feature import canny  # heavy, and needed by this score alone
+
+    vae = pipe.vae
+    latents = latents_to_vae(vae, clean).to(next(iter(vae.state_dict().values())))
+    images = vae.decode(latents, return_dict=False)[0]
+    images = images[:, :, 0] if images.dim() == 5 else images
+    grey = images.float().mean(1).cpu().numpy()
+    edges = torch.stack([torch.from_numpy(canny(image)).float() for image in grey])
+    size = (clean.shape[2] // 2, clean.shape[3] // 2)
+    return functional.adaptive_avg_pool2d(edges[:, None], size).flatten(1).to(clean.device)

@@ -18,11 +18,11 @@ __all__ = [
     "Selection",
     "Selector",
     "above",
+    "changed_tokens",
     "coverage",
     "dilate",
     "everything",
     "select",
-    "told_apart",
     "top",
     "two_means",
 ]
@@ -64,7 +64,7 @@ class EditMap:
         fine: `[h, w]` bool, promoted.
         everywhere: whether the edit is global.
         cuts: for each image the least distance among its selected tokens.
-        later: `[h, w]` bool, selected when the locked tokens were looked at again.
+        reverified: `[h, w]` bool, selected when the locked tokens were verified again.
     """
 
     run: int
@@ -73,7 +73,7 @@ class EditMap:
     fine: Tensor
     everywhere: bool
     cuts: tuple[float, ...]
-    later: Tensor
+    reverified: Tensor
 
     def __str__(self) -> str:
         edited, promoted = int(self.edited.sum()), int(self.fine.sum())
@@ -93,7 +93,7 @@ class EditMap:
     @property
     def edited(self) -> Tensor:
         """`[h, w]` bool, all that was selected, dilated: the coverage set is not in it."""
-        return dilate(self.chosen | self.later)
+        return dilate(self.chosen | self.reverified)
 
 
 def two_means(scores: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def coverage(size: tuple[int, int], stride: int | None, device: torch.device | N
     return rows[:, None] & columns[None]
 
 
-def told_apart(clean: Tensor, source: Tensor, edited: Tensor, fine: Tensor) -> Tensor:
+def changed_tokens(clean: Tensor, source: Tensor, edited: Tensor, fine: Tensor) -> Tensor:
     """Fine tokens of the edited region that differ from the source by more than tokens do that no edit touches.
 
     Args:
@@ -208,8 +208,8 @@ def told_apart(clean: Tensor, source: Tensor, edited: Tensor, fine: Tensor) -> T
         return region
     distance = (clean - source).float().square().mean(-1).unflatten(1, region.shape)
     floor = distance[:, control].quantile(UNEDITED, dim=1)
-    apart = region & (distance > MARGIN * floor[:, None, None]).any(0)
-    return apart if bool(apart.any()) else region
+    changed = region & (distance > MARGIN * floor[:, None, None]).any(0)
+    return changed if bool(changed.any()) else region
 
 
 def _spread(mask: Tensor) -> Tensor:

@@ -34,21 +34,13 @@ from hasten.caching.predictors import Hermite, Ladder, Predictor
 from hasten.caching.projectors import Projector, Whole, weighted_sum
 from hasten.errors import ConfigError, unknown
 from hasten.models import TokenLayout
+from hasten.pipeline.transforms import dct_matrix
 from hasten.registry import method
 
 __all__ = ["Bands", "FreqCa"]
 
 Split = Literal["dct", "fft", "none"]
 SPLITS = ("dct", "fft", "none")
-
-
-@lru_cache(maxsize=32)
-def dct_matrix(n: int) -> Tensor:
-    """The orthonormal DCT-II as `[n, n]`, float32."""
-    k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)[None]
-    matrix = torch.cos(math.pi * (2 * i + 1) * k / (2 * n)) * math.sqrt(2 / n)
-    matrix[0] /= math.sqrt(2)
-    return matrix.float()
 
 
 @lru_cache(maxsize=32)
@@ -84,10 +76,10 @@ class Bands:
         grid = self._layout.grid
         field = tokens.unflatten(1, grid)
         for axis, n in enumerate(grid, start=1):
-            field = torch.tensordot(field, dct_matrix(n).to(tokens.device), dims=([axis], [1])).movedim(-1, axis)
+            field = torch.tensordot(field, dct_matrix(n, tokens.device), dims=([axis], [1])).movedim(-1, axis)
         field = field * low_mask(grid, self._cutoff).to(tokens.device)[None, ..., None]
         for axis, n in enumerate(grid, start=1):
-            field = torch.tensordot(field, dct_matrix(n).to(tokens.device), dims=([axis], [0])).movedim(-1, axis)
+            field = torch.tensordot(field, dct_matrix(n, tokens.device), dims=([axis], [0])).movedim(-1, axis)
         return field.flatten(1, len(grid))
 
     def combine(self, features: Sequence[Tensor], weights: Mapping[str, Sequence[float]]) -> Tensor:

@@ -1,7 +1,7 @@
 """Two uniform stages: coarse, then full size. What region-wise methods are compared with.
 
 In the manner of "Bottleneck Sampling", arXiv:2503.18940, of which only the abstract was read: low resolution at first,
-then the clean estimate is enlarged and noised anew for the rest of the steps. Departures: its first stage at full size
+then the clean estimate is enlarged and noised again for the rest of the steps. Departures: its first stage at full size
 is left out, which costs more than it gives where the noise of both stages is bound together; `noise="independent"` is
 the method's own, `"field"` takes the pipeline's noise, of which the coarse one is the low-pass.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hasten.errors import ConfigError, unknown
 from hasten.registry import method
-from hasten.resolution.regions import Promotion, RegionMethod, Stage
-from hasten.resolution.seams import MixedState
+from hasten.resolution.packed import MixedState
+from hasten.resolution.regions import Promotion, PromotionInput, RegionMethod
 
 __all__ = ["Bottleneck"]
 
@@ -44,18 +44,15 @@ class Bottleneck(RegionMethod):
             raise ConfigError(f"stages are two numbers of steps from 1, got {self.stages}")
 
     @property
-    def evaluations(self) -> int:
+    def num_inference_steps(self) -> int:
         """Steps of a run."""
         return sum(self.stages)
 
     def promotions(self, sigmas: Tensor, size: tuple[int, int]) -> tuple[Promotion, ...]:
         return (Promotion(self.stages[0]),)
 
-    def scores(self, stage: Stage) -> Tensor:
-        raise AssertionError("all tokens are promoted at once")
-
-    def promote(self, state: MixedState, new: Tensor, stage: Stage) -> float:
+    def promote(self, state: MixedState, new: Tensor, promotion: PromotionInput) -> float:
         if self.noise == "independent":
-            state.noise = stage.draw()
-        state.promote(new, stage.canvas.enlarge(stage.clean, stage.size), stage.level)
-        return stage.level
+            state.noise = promotion.fresh_noise()
+        state.promote(new, promotion.pixels.enlarge(promotion.clean, promotion.size), promotion.level)
+        return promotion.level

@@ -9,7 +9,7 @@ times steps are the share `B` of a full run (within 0.02), by how much the clip 
 
 with `g` the gains of a plan, scaled to [0, 1] over the plans that meet the budget. Between stages the clean estimate
 `x0 = x - sigma v` is enlarged and noised again, `x' = (1 - sigma') x0 + sigma' E`, with noise `E` that is bound to the
-coordinate. Each stage has its own shift of the noise levels; see `plan.py`, `demand.py` and `axes.py`.
+coordinate. Each stage has its own shift of the noise levels; see `plan.py` and `layouts.py`.
 
 Departures:
     the noise of all stages is read from the pipeline's own noise (`noise="anchor"` at DVG's coordinates, `"field"` as
@@ -31,9 +31,9 @@ from torch import Tensor
 
 from hasten.errors import ConfigError, unknown
 from hasten.registry import method
-from hasten.resolution import demand
-from hasten.resolution.plan import Grid, Plan, StagedMethod, choose, density, feasible, stage_grid, stage_lengths
-from hasten.resolution.stages import StagesEngine
+from hasten.resolution.layouts import Grid
+from hasten.resolution.plan import Plan, choose, demands, density, feasible, motion, stage_grid, texture
+from hasten.resolution.planned import PlannedEngine, PlannedMethod, stage_lengths
 
 __all__ = ["DVG"]
 
@@ -45,7 +45,7 @@ Compress = Literal["both", "space", "time"]
 
 @method("dvg", kind="resolution", paper="DVG, arXiv:2605.21042")
 @dataclass(frozen=True, kw_only=True)
-class DVG(StagedMethod):
+class DVG(PlannedMethod):
     """Begin with few frames and pixels and refine in planned stages (DVG).
 
     Args:
@@ -83,7 +83,7 @@ class DVG(StagedMethod):
         if self.compress not in get_args(Compress):
             raise unknown("compress", self.compress, get_args(Compress))
         if self.compress != "both" and (self.spatial, self.temporal) != ("plan", "plan"):
-            raise ConfigError(f"compress={self.compress!r} settles the stages; leave spatial and temporal at 'plan'")
+            raise ConfigError(f"compress={self.compress!r} determines the stages; leave spatial and temporal at 'plan'")
         self._check_stages()
 
     def _check_stages(self) -> None:
@@ -98,9 +98,9 @@ class DVG(StagedMethod):
                 f"that do not fall and end at (1, 1), got {self.stages}"
             )
 
-    def attach(self, pipe: Any) -> StagesEngine:
+    def attach(self, pipe: Any) -> PlannedEngine:
         """Make the pipeline run in stages, until `.remove()` or the end of the `with`."""
-        return StagesEngine(pipe, self)
+        return PlannedEngine(pipe, self)
 
     def first(self, full: Grid, patch: Grid, steps: int) -> Grid:
         plans = self._candidates(full, patch, steps)
@@ -113,18 +113,18 @@ class DVG(StagedMethod):
             )
         if self.stages is None:
             plans = feasible(plans, self.budget)  # before anything is computed
-        return self._settled(plans).grids[0]
+        return self._nearest(plans).grids[0]
 
     def plan(self, clean: Tensor, full: Grid, patch: Grid, steps: int) -> Plan:
         plans = self._candidates(full, patch, steps)
         if self.stages is not None or self.compress != "both":
-            return self._settled(plans)
-        moved = demand.motion(clean)
+            return self._nearest(plans)
+        moved = motion(clean)
         # A single frame says nothing about motion, and the two demands are then taken as equal.
-        space, time = (0.5, 0.5) if clean.shape[2] < 2 else demand.shares(demand.texture(clean), moved / (1 + moved))
+        space, time = (0.5, 0.5) if clean.shape[2] < 2 else demands(texture(clean), moved / (1 + moved))
         return choose(plans, self.budget, space, time)
 
-    def _settled(self, plans: list[Plan]) -> Plan:
+    def _nearest(self, plans: list[Plan]) -> Plan:
         """The plan nearest to the budget; all have the same first stage where there is a choice by demands."""
         return min(plans, key=lambda plan: (abs(plan.density - self.budget), -plan.density))
 

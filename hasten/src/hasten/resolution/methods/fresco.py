@@ -8,7 +8,7 @@ A promotion, with the field `E` bound to the coordinates, and `sigma'` the level
 
     jump="r1"   x' = (1 - sigma') Up(x0) + sigma' E,  x0 = x - sigma v; the others take their Euler step
     jump="r2"   the state goes back to sigma'' = 2 sigma' / (1 + sigma') with its noise exchanged for the field's: the
-                Hadamard children of the paper with the right norm; the levels that follow are spread anew
+                Hadamard children of the paper with the right norm; the levels that follow are spread again
 
 Scores: the variance of a token's clean estimate over the last steps, the least first ("temporal_low", the paper's), or
 the greatest; variance over its channels; for comparison edges of the decoded estimate, and chance.
@@ -28,13 +28,18 @@ from torch import Tensor
 
 from hasten.errors import ConfigError, unknown
 from hasten.registry import method
-from hasten.resolution.axes import smooth
-from hasten.resolution.ladders import descend
-from hasten.resolution.noise import Rewind, anchor_noise, low_noise, swap, up
-from hasten.resolution.positions import TokenSet, Units, unpack
-from hasten.resolution.regions import Promotion, RegionMethod, Stage
-from hasten.resolution.scores import channel_variance, edge_share, temporal_variance
-from hasten.resolution.seams import MixedState, children
+from hasten.resolution.layouts import smooth
+from hasten.resolution.noise import Rewind, anchor_noise, descend, exchange_noise, low_noise, up
+from hasten.resolution.packed import MixedState
+from hasten.resolution.positions import TokenSet, Units, children, unpack
+from hasten.resolution.regions import (
+    Promotion,
+    PromotionInput,
+    RegionMethod,
+    channel_variance,
+    edge_share,
+    temporal_variance,
+)
 
 __all__ = ["Fresco"]
 
@@ -56,16 +61,16 @@ Noise = Literal["dc", "anchor", "independent"]
 class Fresco(RegionMethod):
     """Begin coarse and refine first where the image has converged (Fresco).
 
-    Call the pipeline with `num_inference_steps=evaluations`: 18 for the preset "18".
+    Call the pipeline with `num_inference_steps=method.num_inference_steps`: 18 for the preset "18".
 
     Args:
-        preset: number of evaluations of a published setting; `stages` and `shares` go before it.
+        preset: number of steps of a published setting; `stages` and `shares` take precedence over it.
         stages: steps of each stage, coarse ones first; a first stage of 0 steps is the plain pipeline.
         shares: of the coarse tokens that are fine from each promotion on, but for the last, which takes all; one for
             each stage between the first and the last, or a single number.
         score: which tokens are promoted first.
-        snapshot: what the variance over steps is taken of: clean estimates, states or velocities.
-        window: steps that it looks back.
+        snapshot_of: what the variance over steps is taken of: clean estimates, states or velocities.
+        window: number of last steps in that variance.
         jump: `"r1"` or `"r2"`, see above.
         noise: coarse noise: `"dc"` the low-pass of the fine noise, `"anchor"` one of four; or `"independent"` noise
             at promotions, bound to nothing, for comparison (with `"r1"`).
@@ -130,7 +135,7 @@ class Fresco(RegionMethod):
         return self.stages, self.shares
 
     @property
-    def evaluations(self) -> int:
+    def num_inference_steps(self) -> int:
         """Steps of a run."""
         return sum(self._split[0])
 
@@ -150,37 +155,37 @@ class Fresco(RegionMethod):
     def snapshot(self, coarse: Tensor, velocity: Tensor, clean: Tensor) -> Tensor:
         return {"x0": clean, "z": coarse, "v": velocity}[self.snapshot_of]
 
-    def scores(self, stage: Stage) -> Tensor:
+    def scores(self, promotion: PromotionInput) -> Tensor:
+        clean = promotion.clean
         if self.score == "edges":
-            return edge_share(stage.pipe, unpack(stage.clean, stage.size))
+            return edge_share(promotion.pipe, unpack(clean, promotion.size))
         if self.score == "random":
-            return stage.draw()[:, : stage.clean.shape[1], 0]
+            return promotion.fresh_noise()[:, : clean.shape[1], 0]
         kind, direction = self.score.split("_")
         if kind == "temporal":
-            scores = temporal_variance(stage.snapshots[-self.window :])
+            scores = temporal_variance(promotion.snapshots[-self.window :])
         else:
-            scores = channel_variance(stage.clean)
+            scores = channel_variance(clean)
         return scores if direction == "high" else -scores
 
-    def promote(self, state: MixedState, new: Tensor, stage: Stage) -> float:
+    def promote(self, state: MixedState, new: Tensor, promotion: PromotionInput) -> float:
         if self.jump == "r2":
-            return self._rewind(state, new, stage)
-        clean = up(stage.canvas.paint(stage.clean, stage.size))
+            return self._rewind(state, new, promotion)
+        clean = up(promotion.pixels.to_pixels(promotion.clean, promotion.size))
         if self.smooth:
             clean = smooth(clean[:, :, None], self.smooth)[:, :, 0]
         if self.noise == "independent":
-            state.noise = stage.draw()
-        state.promote(new, stage.canvas.read(clean), stage.level)
-        return stage.level
+            state.noise = promotion.fresh_noise()
+        state.promote(new, promotion.pixels.to_tokens(clean), promotion.level)
+        return promotion.level
 
-    def _rewind(self, state: MixedState, new: Tensor, stage: Stage) -> float:
-        level = Rewind(stage.level).level
-        canvas = stage.canvas
-        noise, coarse = canvas.paint(state.noise, stage.fine_size), canvas.paint(state.coarse, stage.size)
-        low = self.coarse_noise(noise)
-        born = swap(up(coarse), up(low), noise, stage.level, level)
-        older = swap(state.fine, state.noise, state.noise, stage.level, level)
-        state.coarse = canvas.read(swap(coarse, low, low, stage.level, level))
-        state.fine = torch.where(children(new), canvas.read(born), older)
+    def _rewind(self, state: MixedState, new: Tensor, promotion: PromotionInput) -> float:
+        pixels, sigma, level = promotion.pixels, promotion.level, Rewind(promotion.level).level
+        noise = pixels.to_pixels(state.noise, promotion.fine_size)
+        coarse, low = pixels.to_pixels(state.coarse, promotion.size), self.coarse_noise(noise)
+        promoted = pixels.to_tokens(exchange_noise(up(coarse), up(low), noise, sigma, level))
+        remaining = exchange_noise(state.fine, state.noise, state.noise, sigma, level)
+        state.coarse = pixels.to_tokens(exchange_noise(coarse, low, low, sigma, level))
+        state.fine = torch.where(children(new), promoted, remaining)
         state.tokens = TokenSet(state.tokens.fine | new)
         return level

@@ -7,20 +7,21 @@
              U = an evenly spread coverage set. S and U are promoted: x' = (1 - sigma') Up(x0) + sigma' E
     mixed    fine tokens in S and U; the rest coarse and held on their way to the source, v = (x - source) / sigma.
              Halfway D is taken again from what the model would have done; what exceeds it now is promoted, too
-    final    the canvas: fine tokens in S, the source elsewhere, blended over a ring; noised, and denoised at full size
+    final    the composite: fine tokens in S, the source elsewhere, blended over a ring; noised, and denoised at full
+             size
     restore  the source again, except in fine tokens of S whose x0, at the end of the mixed part, was farther from it
              than that of the coverage set, which no edit touches: |x0 - source|^2 > 4 Q95 over U
 
 `E` is the pipeline's own noise, and the draft begins with its low-pass.
 
-The paper's abstract and conclusion are all that this rests on; selectors, guards, promotion, locking and the canvas are
-a reconstruction (perceptual distance and locking as in SpotEdit, arXiv:2512.22323). Departures that are decided here:
-    the coverage set's own result stays out of the canvas unless `keep_cover`, since it was verified as unchanged;
+The paper's abstract and conclusion are all that this rests on; selectors, guards, promotion, locking and the composite
+are a reconstruction (perceptual distance and locking as in SpotEdit, arXiv:2512.22323). Departures:
+    the coverage set's own result stays out of the composite unless `keep_cover`, since it was verified as unchanged;
     a batch shares one layout: what is selected in any of its images is promoted in all;
     a global edit (more tokens selected than the bound, or a median token that has changed by half of its size, which
     the subtraction of the median hides) is promoted as a whole, and nothing is locked;
     the last line of the list above is ours: S is dilated and coarse, so that most of it is not edited, and the final
-    steps draw the whole image again.
+    steps denoise the whole image again.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from hasten.errors import ConfigError, HastenWarning, unknown
+from hasten.pipeline.scheduler import NoiseLevels
 from hasten.registry import method
 from hasten.resolution.discrepancy import (
     Discrepancy,
@@ -45,11 +46,12 @@ from hasten.resolution.discrepancy import (
     median_change,
     resized,
 )
-from hasten.resolution.method import ResolutionMethod
-from hasten.resolution.packed import PackedEngine, PackedRun, Part, check_even, check_total
-from hasten.resolution.positions import TokenSet, Units, pack, unpack
-from hasten.resolution.seams import MixedState, blend, children, locked_velocity
-from hasten.resolution.select import EditMap, Selector, dilate, everything, select, told_apart
+from hasten.resolution.engine import ResolutionMethod
+from hasten.resolution.packed import MixedState, PackedEngine, PackedRun, Part, check_even, check_total
+from hasten.resolution.positions import TokenSet, Units, children, pack, unpack
+from hasten.resolution.report import ResolutionRecord
+from hasten.resolution.seams import blend, locked_velocity
+from hasten.resolution.select import EditMap, Selector, changed_tokens, dilate, everything, select
 
 __all__ = ["EditMap", "EditRecord", "SpecEdit", "SpecEditEngine"]
 
@@ -124,7 +126,7 @@ class SpecEdit(ResolutionMethod):
                 raise ConfigError(f"{name} is a whole number from 0, got {getattr(self, name)!r}")
         if self.draft == 0 and self.mixed:
             raise ConfigError("without a draft there is nothing to verify: give draft=1 or more, or mixed=0 as well")
-        if not self.evaluations:
+        if not self.num_inference_steps:
             raise ConfigError("draft, mixed and final are all 0; a run needs steps")
         for name, known in (
             ("discrepancy", get_args(Discrepancy)),
@@ -154,7 +156,7 @@ class SpecEdit(ResolutionMethod):
             raise ConfigError(f"ring is 0 or 1, the width by which the selection is dilated, got {self.ring!r}")
 
     @property
-    def evaluations(self) -> int:
+    def num_inference_steps(self) -> int:
         """Steps of a run."""
         return self.draft + self.mixed + self.final
 
@@ -163,31 +165,25 @@ class SpecEdit(ResolutionMethod):
         return SpecEditEngine(pipe, self)
 
 
-@dataclass(frozen=True)
-class EditRecord:
-    """One sampler step.
+@dataclass(frozen=True, kw_only=True)
+class EditRecord(ResolutionRecord):
+    """One sampler step; see `ResolutionRecord`.
 
     Attributes:
-        run: counts runs from 0.
-        step: counts steps from 0.
         part: `"draft"`, `"mixed"` or `"final"`; a global edit has no mixed part.
-        coarse: coarse tokens of the image that the transformer saw.
+        coarse: coarse tokens of the image that the transformer ran on.
         fine: fine tokens.
         locked: coarse tokens that were held to the source.
-        sigma: noise level before the step.
-        next_sigma: noise level after it.
-        switched: whether tokens were promoted at the end of the step.
     """
 
-    run: int
-    step: int
     part: PartName
     coarse: int
     fine: int
     locked: int
-    sigma: float
-    next_sigma: float
-    switched: bool
+
+    @property
+    def stage_name(self) -> str:
+        return self.part
 
 
 @dataclass(frozen=True)
@@ -199,33 +195,38 @@ class _Source:
     fine: Tensor
 
 
-@dataclass
-class _Run(PackedRun):
-    """What is remembered of the call under way, with the reference images, and what is not restored at the end."""
+@dataclass(kw_only=True)
+class EditRun(PackedRun):
+    """What is remembered of the call under way.
+
+    Attributes:
+        sources: the reference images.
+        sets: their token sets, in the draft and after it for the image's own set that stands beside them.
+        kept: `[2 h, 2 w]` bool, fine tokens that are not the source again at the end; None to restore nothing.
+    """
 
     sources: list[_Source] = field(default_factory=list)
+    sets: tuple[TokenSet, bool, list[TokenSet]] | None = None
     kept: Tensor | None = None
 
 
-class SpecEditEngine(PackedEngine[_Run]):
-    """Runs one editing pipeline as `SpecEdit` says; see `PackedEngine`.
+class SpecEditEngine(PackedEngine[EditRun, EditRecord, EditMap]):
+    """Runs one editing pipeline as `SpecEdit` says; see `ResolutionEngine`.
 
     Args:
         pipe: a `FluxKontextPipeline`, `QwenImageEditPipeline` or `QwenImageEditPlusPipeline`.
         method: what to do.
-
-    Attributes:
-        records: one for each step.
-        plans: what the verification of a run's draft found.
     """
 
-    pipelines = ("FluxKontextPipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "FluxKontextPipeline",
+        "QwenImageEditPipeline",
+        "QwenImageEditPlusPipeline",
+    )
+    method: SpecEdit
 
     def __init__(self, pipe: Any, method: SpecEdit) -> None:
-        super().__init__(pipe, "SpecEdit")
-        self.method = method
-        self.records: list[EditRecord] = []
-        self.plans: list[EditMap] = []
+        super().__init__(pipe, method)
         self._kind: Discrepancy = method.discrepancy
         if self._kind == "perceptual" and not has_features(pipe.vae):
             self._kind = "latent"
@@ -236,20 +237,22 @@ class SpecEditEngine(PackedEngine[_Run]):
                 stacklevel=3,
             )
 
-    def begin(self, number: int, total: int, sizes: Sequence[tuple[int, int]], hidden: Tensor) -> _Run:
-        method = self.method
-        check_total(self.name, f"{method.draft} + {method.mixed} + {method.final}", method.evaluations, total)
-        if len(sizes) < 2 + method.source:
+    def begin_tokens(
+        self, number: int, levels: NoiseLevels, grids: Sequence[tuple[int, int]], hidden: Tensor
+    ) -> EditRun:
+        method, split = self.method, f"{self.method.draft} + {self.method.mixed} + {self.method.final}"
+        check_total(self.name, split, method.num_inference_steps, len(levels))
+        if len(grids) < 2 + method.source:
             raise ConfigError(
-                f"SpecEdit edits reference image {method.source}, but the call has {len(sizes) - 1}; give image=..."
+                f"SpecEdit edits reference image {method.source}, but the call has {len(grids) - 1}; give image=..."
             )
-        run = _Run(number, total, None)
+        run = EditRun(number=number, levels=levels, grids=grids)
         if method.draft:
-            check_even(self.name, sizes)
-            noise, *references = hidden.split([rows * columns for rows, columns in sizes], 1)
-            run.state = MixedState.begin(noise, sizes[0], self.canvas)
-            for tokens, size in zip(references, sizes[1:], strict=True):
-                wanted = sizes[0] if len(run.sources) == method.source else size
+            check_even(self.name, grids)
+            noise, *references = hidden.split([rows * columns for rows, columns in grids], 1)
+            run.state = MixedState.begin(noise, grids[0], self.pixels)
+            for tokens, size in zip(references, grids[1:], strict=True):
+                wanted = grids[0] if len(run.sources) == method.source else size
                 run.sources.append(self._source(unpack(tokens, size), wanted))
         return run
 
@@ -259,31 +262,44 @@ class SpecEditEngine(PackedEngine[_Run]):
             latents = resized(self.pipe, latents, (2 * size[0], 2 * size[1]))
         fine = pack(latents)
         pixels = self.method.shrink == "pixels"
-        coarse = pack(resized(self.pipe, latents, size)) if pixels else self.canvas.shrink(fine, size)
+        coarse = pack(resized(self.pipe, latents, size)) if pixels else self.pixels.shrink(fine, size)
         return _Source((size[0] // 2, size[1] // 2), coarse, fine)
 
-    def units(self, run: _Run) -> Units:
+    def units(self, run: EditRun) -> Units:
         return self.method.units if run.step >= self.method.draft else "lr_units"
 
-    def references(self, run: _Run, hidden: Tensor) -> list[Part]:
+    def references(self, run: EditRun, hidden: Tensor) -> list[Part]:
         assert run.state is not None
-        own, mixed, parts = run.state.tokens, run.step >= self.method.draft, list[Part]()
-        for number, source in enumerate(run.sources):
-            tokens = TokenSet(own.fine.new_full(source.size, mixed and self.method.reference == "hr"))
-            if mixed and self.method.reference == "mix" and number == self.method.source:
-                tokens = own
-            parts.append((tokens, self.units(run), tokens.gather(source.coarse, source.fine)))
-        return parts
+        own, mixed, units = run.state.tokens, run.step >= self.method.draft, self.units(run)
+        if run.sets is None or run.sets[0] is not own or run.sets[1] != mixed:
+            run.sets = own, mixed, self._reference_sets(run, own, mixed)
+        return [
+            (tokens, units, tokens.gather(source.coarse, source.fine))
+            for tokens, source in zip(run.sets[2], run.sources, strict=True)
+        ]
 
-    def record(self, run: _Run, coarse: int, fine: int, sigma: float, after: float, switched: bool) -> None:
+    def _reference_sets(self, run: EditRun, own: TokenSet, mixed: bool) -> list[TokenSet]:
+        beside = mixed and self.method.reference == "mix"
+        return [
+            own
+            if beside and number == self.method.source
+            else TokenSet(own.fine.new_full(source.size, mixed and self.method.reference == "hr"))
+            for number, source in enumerate(run.sources)
+        ]
+
+    def record(self, run: EditRun, common: dict[str, Any]) -> EditRecord:
+        tokens = None if run.state is None else run.state.tokens
+        coarse = 0 if tokens is None else tokens.coarse_count
+        fine = run.grids[0][0] * run.grids[0][1] if tokens is None else tokens.fine_count
         mixed = coarse > 0 and run.step >= self.method.draft
         part: PartName = "mixed" if mixed else "draft" if coarse else "final"
-        locked = coarse if mixed and self.method.lock else 0
-        self.records.append(EditRecord(run.number, run.step, part, coarse, fine, locked, sigma, after, switched))
+        return EditRecord(
+            **common, part=part, coarse=coarse, fine=fine, locked=coarse if mixed and self.method.lock else 0
+        )
 
-    def move(self, run: _Run, state: MixedState, velocity: tuple[Tensor, Tensor], sigma: float, after: float) -> None:
+    def move(self, run: EditRun, state: MixedState, velocity: tuple[Tensor, Tensor]) -> None:
         method, done, source = self.method, run.step + 1, run.sources[self.method.source]
-        coarse, fine = velocity
+        (coarse, fine), sigma, after = velocity, run.levels[run.step], run.levels[run.step + 1]
         clean, fine_clean = state.coarse - sigma * coarse, state.fine - sigma * fine
         if method.lock and run.step >= method.draft:
             coarse = locked_velocity(state.coarse, source.coarse, sigma)
@@ -293,29 +309,26 @@ class SpecEditEngine(PackedEngine[_Run]):
         elif done == method.draft + method.mixed:
             if method.restore and method.lock and not self.plans[-1].everywhere:
                 own = state.tokens.fine if method.keep_cover else self.plans[-1].edited
-                run.kept = told_apart(fine_clean, source.fine, own, state.tokens.fine)
+                run.kept = changed_tokens(fine_clean, source.fine, own, state.tokens.fine)
             self._complete(state, source, clean, fine_clean, after)
         elif method.lock and method.reverify and done == method.draft + (method.mixed + 1) // 2:
             self._verify_again(state, source, clean, fine_clean, after)
 
-    def _advance(
-        self, run: _Run, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        output = super()._advance(run, model_output, timestep, sample, *args, **kwargs)
-        if run.kept is None or run.step + 1 < run.total:
-            return output
-        latents, source = output[0], run.sources[self.method.source]
+    def finish(self, run: EditRun, latents: Tensor) -> Tensor:
+        """The source again wherever the edit changed nothing."""
+        if run.kept is None:
+            return latents
+        source = run.sources[self.method.source]
         size = (2 * source.size[0], 2 * source.size[1])
         restored = blend(unpack(latents.float(), size), unpack(source.fine, size), run.kept, ring=1)
-        latents = pack(restored).to(latents.dtype)
-        return SchedulerOutput(prev_sample=latents) if kwargs.get("return_dict", True) else (latents,)
+        return pack(restored).to(latents.dtype)
 
     def _verify(self, run: int, state: MixedState, source: _Source, clean: Tensor, sigma: float) -> None:
         """Compare the draft with the source and promote what the edit touches."""
         method = self.method
-        large = self._enlarged(clean, source.size)
+        enlarged = self._enlarged(clean, source.size)
         if method.mixed == 0:
-            state.promote(torch.ones_like(state.tokens.fine), large, sigma)
+            state.promote(torch.ones_like(state.tokens.fine), enlarged, sigma)
             return
         distance = self._distance(clean, source)
         changes = median_change(unpack(clean, source.size), unpack(source.coarse, source.size))
@@ -336,8 +349,8 @@ class SpecEditEngine(PackedEngine[_Run]):
                 stacklevel=2,
             )
         if not found.everywhere and method.cover_init == "source":
-            large = torch.where(children(found.fine & ~found.edited), source.fine, large)
-        state.promote(found.fine, large, sigma)
+            enlarged = torch.where(children(found.fine & ~found.edited), source.fine, enlarged)
+        state.promote(found.fine, enlarged, sigma)
 
     def _verify_again(
         self, state: MixedState, source: _Source, clean: Tensor, fine_clean: Tensor, sigma: float
@@ -345,25 +358,25 @@ class SpecEditEngine(PackedEngine[_Run]):
         """Promote locked tokens that the model would have changed as much as those that were selected."""
         found = self.plans[-1]
         size = (2 * source.size[0], 2 * source.size[1])
-        small = self.canvas.shrink(fine_clean, size)
+        small = self.pixels.shrink(fine_clean, size)
         clean = torch.where(state.tokens.fine.reshape(-1, 1), small, clean)
         cuts = clean.new_tensor(found.cuts)[:, None, None]
-        later = (self._distance(clean, source) > cuts).any(0) & ~state.tokens.fine
-        if bool(later.any()):
-            state.promote(dilate(later) & ~state.tokens.fine, self._enlarged(clean, source.size), sigma)
-            self.plans[-1] = replace(found, fine=state.tokens.fine, later=later)
+        reverified = (self._distance(clean, source) > cuts).any(0) & ~state.tokens.fine
+        if bool(reverified.any()):
+            state.promote(dilate(reverified) & ~state.tokens.fine, self._enlarged(clean, source.size), sigma)
+            self.plans[-1] = replace(found, fine=state.tokens.fine, reverified=reverified)
 
     def _complete(self, state: MixedState, source: _Source, clean: Tensor, fine_clean: Tensor, sigma: float) -> None:
-        """The canvas, noised to `sigma`, in the place of all tokens."""
+        """The composite, noised to `sigma`, in the place of all tokens."""
         found = self.plans[-1]
         size = (2 * source.size[0], 2 * source.size[1])
         outer = source.fine if self.method.lock else self._enlarged(clean, source.size)
         if self.method.keep_cover or not self.method.lock:
             outer = torch.where(children(state.tokens.fine & ~found.edited), fine_clean, outer)
         inner = torch.where(children(state.tokens.fine), fine_clean, outer)
-        inside = found.chosen | found.later if self.method.ring else found.edited
-        canvas = blend(unpack(inner, size), unpack(outer, size), inside, self.method.ring)
-        state.promote(torch.ones_like(state.tokens.fine), pack(canvas), sigma)
+        inside = found.chosen | found.reverified if self.method.ring else found.edited
+        composite = blend(unpack(inner, size), unpack(outer, size), inside, self.method.ring)
+        state.promote(torch.ones_like(state.tokens.fine), pack(composite), sigma)
 
     def _distance(self, clean: Tensor, source: _Source) -> Tensor:
         """Discrepancy `[B, h, w]` of coarse clean tokens and the source."""
@@ -375,5 +388,5 @@ class SpecEditEngine(PackedEngine[_Run]):
     def _enlarged(self, clean: Tensor, size: tuple[int, int]) -> Tensor:
         """Clean coarse tokens as fine ones."""
         if self.method.enlarge == "latents":
-            return self.canvas.enlarge(clean, size)
+            return self.pixels.enlarge(clean, size)
         return pack(resized(self.pipe, unpack(clean, size), (4 * size[0], 4 * size[1])))

@@ -1,15 +1,16 @@
 """Spectral progressive diffusion: coarse until details begin to show, then all of the spectrum. arXiv:2605.18736.
 
 Clean latents have the power `A w^-b`; frequencies beyond the coarse grid begin to show below the level at which
-`delta` of their power does (`ladders.switch_level`). There the state is enlarged in its DCT-II coefficients, with
+`delta` of their power does (`switch_level`). There the state is enlarged in its DCT-II coefficients, with
 noise in the place of those that it does not have, and goes back to `2 sigma / (1 + sigma)`.
 
 Departures: the noise of both grids is the pipeline's own, the coarse one's its lower coefficients, where the method
-draws anew; the levels after the switch are spread with `shift`.
+draws it again; the levels after the switch are spread with `shift`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +18,12 @@ from torch import Tensor
 
 from hasten.errors import ConfigError, ScheduleError
 from hasten.registry import method
-from hasten.resolution.ladders import descend, switch_level
-from hasten.resolution.noise import Rewind, dct_enlarge, dct_low
+from hasten.resolution.noise import Rewind, dct_enlarge, dct_low, descend
+from hasten.resolution.packed import MixedState
 from hasten.resolution.positions import TokenSet
-from hasten.resolution.regions import Promotion, RegionMethod, Stage
-from hasten.resolution.seams import MixedState
+from hasten.resolution.regions import Promotion, PromotionInput, RegionMethod
 
-__all__ = ["Spectral"]
+__all__ = ["Spectral", "switch_level"]
 
 
 @method("spectral", kind="resolution", paper="Spectral progressive diffusion, arXiv:2605.18736")
@@ -53,7 +53,7 @@ class Spectral(RegionMethod):
                 raise ConfigError(f"stages are two numbers of steps from 1, got {self.stages}")
 
     @property
-    def evaluations(self) -> int | None:
+    def num_inference_steps(self) -> int | None:
         """Steps of a run; None for any number."""
         return None if self.stages is None else sum(self.stages)
 
@@ -75,11 +75,28 @@ class Spectral(RegionMethod):
     def levels(self, step: int, level: float, sigmas: Tensor) -> Tensor | None:
         return descend(level, 0.0, len(sigmas) - 1 - step, self.shift) if step else None
 
-    def scores(self, stage: Stage) -> Tensor:
-        raise AssertionError("all tokens are promoted at once")
-
-    def promote(self, state: MixedState, new: Tensor, stage: Stage) -> float:
-        noise, coarse = stage.canvas.paint(state.noise, stage.fine_size), stage.canvas.paint(state.coarse, stage.size)
-        state.fine = stage.canvas.read(dct_enlarge(coarse, noise, stage.level))
+    def promote(self, state: MixedState, new: Tensor, promotion: PromotionInput) -> float:
+        pixels = promotion.pixels
+        noise = pixels.to_pixels(state.noise, promotion.fine_size)
+        coarse = pixels.to_pixels(state.coarse, promotion.size)
+        state.fine = pixels.to_tokens(dct_enlarge(coarse, noise, promotion.level))
         state.tokens = TokenSet(torch.ones_like(state.tokens.fine))
-        return Rewind(stage.level).level
+        return Rewind(promotion.level).level
+
+
+def switch_level(side: int, delta: float, power: tuple[float, float]) -> float:
+    """The noise level below which details beyond a coarse grid begin to show (spectral progressive diffusion).
+
+    Args:
+        side: shorter side of the coarse grid in latent pixels; its highest frequency is half of it.
+        delta: how much of a detail's power counts as showing.
+        power: `(A, b)` of the clean latents' power spectrum `A w^-b`.
+
+    Raises:
+        ConfigError: if the latents have less power than `delta` there.
+    """
+    amplitude, slope = power
+    detail = amplitude * (side // 2) ** -slope
+    if not 0 < delta < 1 + detail:
+        raise ConfigError(f"delta must be above 0 and below 1 + {detail:.3g}, got {delta}")
+    return 1 / (1 + math.sqrt(delta / (detail * (1 + detail - delta))))

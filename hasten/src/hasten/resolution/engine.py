@@ -1,0 +1,401 @@
+"""The base of the resolution engines, which stand between a pipeline's loop, its transformer and its scheduler.
+
+The pipeline's loop stays as it is. The engine holds the true latents, coarse in part, and stands at two places: around
+the transformer's forward, which gets the true latents and whose prediction is copied to full size (guidance is linear
+and does not notice), and around `scheduler.step`, where the guided prediction is taken back and the step is taken on
+the true latents. The pipeline itself sees full-size tensors only.
+
+Two layouts stand on this base: packed tokens of two sizes (`packed.py`) and uniform coarse grids (`planned.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import torch
+from diffusers.hooks import ModelHook
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor, nn
+
+from hasten.errors import AlreadyAcceleratedError, ConfigError, TargetError
+from hasten.pipeline.hooks import hook_forward, wrap_step
+from hasten.pipeline.scheduler import NoiseLevels, check_scheduler, skip_step
+from hasten.resolution.report import ForwardSize, ResolutionRecord, ResolutionReport
+
+__all__ = ["ResolutionEngine", "ResolutionMethod", "ResolutionRun", "SamplerStep"]
+
+HOOK_NAME = "hasten-resolution"
+PURE = 0.99  # least noise level that a run may begin at
+
+
+class ResolutionMethod(ABC):
+    """Base of the resolution methods, frozen dataclasses."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """Steps that the pipeline has to be called with; None for any number."""
+        return None
+
+    @abstractmethod
+    def attach(self, pipe: Any) -> ResolutionEngine[Any, Any, Any]:
+        """Put the method on a pipeline, around what is there, until `.remove()` of what is returned."""
+
+
+# --- a run
+
+
+@dataclass(kw_only=True)
+class ResolutionRun:
+    """What is remembered of the call under way.
+
+    Attributes:
+        number: counts runs from 0.
+        levels: noise levels.
+        step: counts steps from 0.
+        preview: the full-size latents that the pipeline was given in the place of the true ones.
+        size: of the last forward.
+        cost: of the last forward, see `ResolutionRecord`.
+    """
+
+    number: int
+    levels: NoiseLevels
+    step: int = 0
+    preview: Tensor | None = None
+    size: ForwardSize | None = None
+    cost: float = 1.0
+
+    @property
+    def total(self) -> int:
+        """Steps of the run."""
+        return len(self.levels)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the true latents are the engine's; elsewhere the pipeline's own are true."""
+        raise NotImplementedError
+
+
+Run = TypeVar("Run", bound=ResolutionRun)
+Record = TypeVar("Record", bound=ResolutionRecord)
+Plan = TypeVar("Plan")
+
+
+class SamplerStep:
+    """One call of `scheduler.step`, as the pipeline makes it.
+
+    Attributes:
+        prediction: the guided prediction at full size, every coarse value copied.
+        sample: the latents that the pipeline has.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        own_step: Any,
+        prediction: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self.prediction, self.sample = prediction, sample
+        self._scheduler, self._own_step, self._timestep = scheduler, own_step, timestep
+        self._args, self._kwargs = args, kwargs
+
+    def solve(self, velocity: Tensor, latents: Tensor) -> Tensor:
+        """The scheduler's own step on other latents."""
+        kwargs = {**self._kwargs, "return_dict": False}
+        solved: Tensor = self._own_step(velocity, self._timestep, latents, *self._args, **kwargs)[0]
+        return solved
+
+    def skip(self) -> None:
+        """Let the scheduler pass the step, which the engine takes."""
+        skip_step(self._scheduler, self._timestep)
+
+    def plain(self) -> Any:
+        """What the scheduler's own step gives the pipeline."""
+        return self._own_step(self.prediction, self._timestep, self.sample, *self._args, **self._kwargs)
+
+    def output(self, latents: Tensor) -> Any:
+        """Latents in the form in which the pipeline asked for them."""
+        return SchedulerOutput(prev_sample=latents) if self._kwargs.get("return_dict", True) else (latents,)
+
+
+# --- the engine
+
+
+class _Forward(ModelHook):
+    """Stands before and after the transformer's forward. Not `new_forward`: a hook inside may be removed first."""
+
+    def __init__(self, engine: ResolutionEngine[Any, Any, Any]) -> None:
+        super().__init__()
+        self.engine = engine
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return self.engine.enter(module, args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return self.engine.leave(output)
+
+
+class ResolutionEngine(ABC, Generic[Run, Record, Plan]):
+    """Base of the engines; also a context manager that removes itself at the end.
+
+    Args:
+        pipe: one of `pipelines`.
+        method: what to do.
+
+    Attributes:
+        records: one per sampler step.
+        plans: what was decided in each run, such as grids, layouts and edit maps.
+
+    Raises:
+        TargetError: for another pipeline, or a compiled transformer.
+        ConfigError: for a scheduler that cannot be served.
+        AlreadyAcceleratedError: if the pipeline has a resolution method already.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    transformers: ClassVar[tuple[str, ...]] = ("transformer",)
+    multistep: ClassVar[bool] = False  # whether a UniPC will do
+
+    def __init__(self, pipe: Any, method: Any) -> None:
+        self.pipe, self.method, self.name = pipe, method, type(method).__name__
+        self.records: list[Record] = []
+        self.plans: list[Plan] = []
+        self._run: Run | None = None
+        self._number = 0
+        self._inside, self._forward = False, ExitStack()
+        modules = self._checked_modules()
+        self.check()
+        self.scheduler = pipe.scheduler
+        # Holding the tensor keeps its identity from being given to another one.
+        self._timesteps = self.scheduler.timesteps
+        hooks = [hook_forward(module, _Forward(self), HOOK_NAME) for module in modules]
+        self._own_step, unwrap = wrap_step(self.scheduler, self._step)
+        self._removals = [*hooks, unwrap]
+
+    def remove(self) -> None:
+        """Take the engine away and leave pipeline and scheduler as they were found; records stay readable."""
+        self._run = None
+        self._forward.close()
+        while self._removals:
+            self._removals.pop()()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def report(self, run: int = -1) -> ResolutionReport:
+        """What a run saved; the latest one unless told otherwise.
+
+        Raises:
+            ConfigError: if there was no such run.
+        """
+        numbers = sorted({record.run for record in self.records})
+        if not -len(numbers) <= run < len(numbers):
+            raise ConfigError(f"there is no run {run} of {self.name} to report on: call the pipeline first")
+        return ResolutionReport.of(self.name, [record for record in self.records if record.run == numbers[run]])
+
+    # --- what an engine for a layout of latents does
+
+    def check(self) -> None:
+        """Refuse what the engine cannot serve, before anything is changed."""
+
+    @abstractmethod
+    def begin(self, number: int, levels: NoiseLevels, module: Any, arguments: Mapping[str, Any]) -> Run:
+        """A run whose first forward is about to happen.
+
+        Args:
+            number: of the run.
+            levels: its noise levels, from pure noise on.
+            module: the transformer.
+            arguments: of its forward, by name.
+        """
+
+    @abstractmethod
+    def true_inputs(self, run: Run, module: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What replaces arguments of the transformer's forward while the run is coarse."""
+
+    @abstractmethod
+    def full_size(self, run: Run, prediction: Tensor) -> Tensor:
+        """The transformer's prediction at full size, every coarse value copied."""
+
+    @abstractmethod
+    def size(self, run: Run, arguments: Mapping[str, Any]) -> ForwardSize:
+        """Sequence lengths of the forward that is about to happen; `arguments` are the pipeline's own."""
+
+    @abstractmethod
+    def record(self, run: Run, common: dict[str, Any]) -> Record:
+        """The record of the step that is about to be taken.
+
+        Args:
+            run: the run.
+            common: fields of `ResolutionRecord`.
+        """
+
+    @abstractmethod
+    def advance(self, run: Run, step: SamplerStep) -> tuple[Tensor | None, bool]:
+        """Take a step on the true latents.
+
+        Args:
+            run: the run, changed in place.
+            step: what the pipeline asked for.
+
+        Returns:
+            full-size latents for the pipeline to have, or None to leave the step to the scheduler; and whether the
+            resolution changed.
+        """
+
+    def finish(self, run: Run, latents: Tensor) -> Tensor:
+        """The latents that the pipeline is given at the end of the run."""
+        return latents
+
+    # --- around the transformer
+
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        """Arguments of the transformer's forward, with the true latents in the place of the pipeline's."""
+        self._forward.close()
+        if self._inside:  # the last forward did not come to its end
+            self._run = None
+        self._inside = True
+        self._check_place(module)
+        arguments = dict(zip(_parameters(type(module)), args, strict=False)) | kwargs  # type: ignore[arg-type]
+        if self.scheduler.timesteps is not self._timesteps:
+            self._run, self._timesteps = None, self.scheduler.timesteps
+            self._run = self._begin(module, arguments)
+        run = self._run
+        if run is None:
+            return args, kwargs
+        replaced = self.true_inputs(run, module, arguments) if run.coarse else {}
+        run.size = self.size(run, arguments)
+        run.cost = run.size.cost(module)
+        return ((), arguments | replaced) if replaced else (args, kwargs)
+
+    def leave(self, output: Any) -> Any:
+        """The transformer's result at full size."""
+        self._inside = False
+        self._forward.close()
+        run = self._run
+        if run is None or not run.coarse:
+            return output
+        if isinstance(output, tuple):
+            return (self.full_size(run, output[0]), *output[1:])
+        return type(output)(sample=self.full_size(run, output.sample))
+
+    def _begin(self, module: Any, arguments: Mapping[str, Any]) -> Run:
+        levels = NoiseLevels(self.scheduler)
+        if self.scheduler.begin_index or levels[0] < PURE:
+            raise ConfigError(
+                f"{self.name} needs a run that begins with pure noise, but this one begins at sigma {levels[0]:.3f}, "
+                f"index {self.scheduler.begin_index or 0}; a start from an image or a clip is not served"
+            )
+        number = self._number
+        self._number += 1
+        return self.begin(number, levels, module, arguments)
+
+    def _check_place(self, module: Any) -> None:
+        if self.pipe.scheduler is not self.scheduler:
+            raise ConfigError(
+                f"the pipeline was given another scheduler after {self.name} was put on it; "
+                "remove the acceleration, set the scheduler, and switch it on again"
+            )
+        if module._diffusers_hook._hook_order[-1] != HOOK_NAME:
+            raise ConfigError(
+                f"another hook was put around the transformer after {self.name}, and would get full-size latents; "
+                f"attach caching first, and {self.name} last"
+            )
+
+    # --- around the scheduler
+
+    def _step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        step = SamplerStep(self.scheduler, self._own_step, model_output, timestep, sample, args, kwargs)
+        run = self._run
+        if run is None:
+            return step.plain()
+        try:
+            output = self._advance(run, step)
+        except BaseException:
+            self._run = None
+            raise
+        run.step += 1
+        if run.step == run.total:
+            self._run = None
+        return output
+
+    def _advance(self, run: Run, step: SamplerStep) -> Any:
+        if run.coarse and run.step:
+            self._check_preview(run, step.sample)
+        assert run.size is not None
+        record = self.record(
+            run,
+            {
+                "run": run.number,
+                "step": run.step,
+                "sigma": run.levels[run.step],
+                "next_sigma": run.levels[run.step + 1],
+                "switched": False,
+                "tokens": run.size.tokens,
+                "full_tokens": run.size.full_tokens,
+                "cost": run.cost,
+            },
+        )
+        latents, switched = self.advance(run, step)
+        # A change of resolution may have raised the level after the step.
+        self.records.append(replace(record, next_sigma=run.levels[run.step + 1], switched=switched))
+        if latents is None:
+            output = step.plain()
+        else:
+            run.preview = latents.to(step.prediction.dtype)
+            output = step.output(run.preview)
+        if run.step + 1 < run.total:
+            return output
+        final = self.finish(run, output[0])
+        return output if final is output[0] else step.output(final)
+
+    def _check_preview(self, run: Run, sample: Tensor) -> None:
+        if sample is not run.preview and not (run.preview is not None and torch.equal(sample, run.preview)):
+            raise ConfigError(
+                f"the latents were changed between steps {run.step - 1} and {run.step}, perhaps by a callback, but the "
+                f"true ones are coarse; with {self.name} change them in steps at full size only"
+            )
+
+    # --- checks
+
+    def _checked_modules(self) -> list[Any]:
+        pipe, kind = self.pipe, type(self.pipe).__name__
+        if not {cls.__name__ for cls in type(pipe).__mro__} & set(self.pipelines):
+            raise TargetError(f"{kind} cannot run {self.name}; served: {', '.join(self.pipelines)}")
+        modules = [getattr(pipe, name, None) for name in self.transformers]
+        modules = [module for module in modules if module is not None]
+        for module in modules:
+            if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+                raise TargetError(
+                    "the transformer is compiled as a whole, which passes hooks by; "
+                    "compile its blocks instead: transformer.compile_repeated_blocks(dynamic=True)"
+                )
+            registry = getattr(module, "_diffusers_hook", None)
+            if registry is not None and registry.get_hook(HOOK_NAME) is not None:
+                raise AlreadyAcceleratedError(
+                    f"this {kind} has a resolution method already; call .remove() on its acceleration first"
+                )
+        check_scheduler(pipe.scheduler, self.name, multistep=self.multistep)
+        return modules
+
+
+@cache
+def _parameters(kind: type) -> list[str]:
+    """Names of the arguments that a transformer's forward takes by position."""
+    return list(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
