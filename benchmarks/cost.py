@@ -19,7 +19,8 @@ import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from hasten import DVG, RALU, Bottleneck, Fresco
 from hasten.bench.runner import environment
-from hasten.resolution.plan import feasible, stage_lengths
+from hasten.resolution.plan import feasible
+from hasten.resolution.planned import stage_lengths
 from torch.utils.flop_counter import FlopCounterMode
 
 OUT = Path(__file__).parent / "cost.json"

@@ -22,8 +22,8 @@ from hasten.bench import subject
 from hasten.bench.metrics import psnr
 from hasten.bench.runner import environment
 from hasten.resolution.noise import Rewind
-from hasten.resolution.regions import Stage
-from hasten.resolution.seams import MixedState
+from hasten.resolution.packed import MixedState
+from hasten.resolution.regions import PromotionInput
 from rich.progress import track
 from torch import Tensor
 
@@ -56,11 +56,11 @@ class Given(Fresco):
 
     full: Full
 
-    def promote(self, state: MixedState, new: Tensor, stage: Stage) -> float:
+    def promote(self, state: MixedState, new: Tensor, promotion: PromotionInput) -> float:
         if not bool(state.tokens.fine.any()):
-            wanted = self.full.at(Rewind(stage.level).level)
-            state.coarse = (1 + stage.level) * stage.canvas.shrink(wanted, stage.fine_size)
-        return super().promote(state, new, stage)
+            wanted = self.full.at(Rewind(promotion.level).level)
+            state.coarse = (1 + promotion.level) * promotion.pixels.shrink(wanted, promotion.fine_size)
+        return super().promote(state, new, promotion)
 
 
 def draw(model: subject.Subject, prompt: str, noise: Tensor, steps: int, method: Fresco | None) -> Any:

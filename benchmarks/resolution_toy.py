@@ -24,7 +24,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from hasten import RALU, Bottleneck, Fresco, Spectral
 from hasten.bench.runner import environment
 from hasten.resolution import RegionMethod
-from hasten.resolution.positions import Image, flux_ids, pack, unpack
+from hasten.resolution.positions import ImageTokens, flux_ids, pack, unpack
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -140,7 +140,7 @@ class Gaussian(FluxPipeline):  # type: ignore[misc]
     def __call__(self, noise: Tensor, steps: int) -> Tensor:  # type: ignore[override]
         """From unit noise `[1, 1, SIDE, SIDE]` to a image."""
         self.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
-        latents, ids = pack(noise), flux_ids([Image.uniform(TOKENS, TOKENS)])
+        latents, ids = pack(noise), flux_ids([ImageTokens.uniform(TOKENS, TOKENS)])
         for timestep in self.scheduler.timesteps:
             velocity = self.transformer(hidden_states=latents, timestep=timestep[None] / 1000, img_ids=ids)[0]
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
@@ -172,9 +172,9 @@ def run(samples: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     found = []
     for label, method in METHODS.items():
         say(label)
-        assert method.evaluations is not None
+        assert method.num_inference_steps is not None
         with method.attach(pipe):
-            found.append({"method": label} | measured(pipe, noises, method.evaluations, references))
+            found.append({"method": label} | measured(pipe, noises, method.num_inference_steps, references))
     below = {math.floor(row["operations"]) for row in found}
     counts = {row["evaluations"] for row in found} | below | {count + 1 for count in below} | {REFERENCE}
     plain = [{"method": "euler"} | measured(pipe, noises, n, references) for n in sorted(counts, reverse=True)]

@@ -28,7 +28,7 @@ from hasten.bench.metrics import Lpips, psnr
 from hasten.bench.runner import environment
 from hasten.bench.sampling import count_flops, draw_sample
 from hasten.bench.staged import is_staged, parse_combination
-from hasten.resolution.pixel_layout import Canvas
+from hasten.resolution.layouts import PixelLayout
 from hasten_zoo.emoji_flux.data import load_emoji_set
 from rich.progress import track
 from torch import Tensor
@@ -164,7 +164,7 @@ def rows(model: subject.Subject, prompts: list[str]) -> list[dict[str, Any]]:
 
 def scale(model: subject.Subject, prompts: list[str]) -> dict[str, dict[str, float]]:
     """PSNR in dB between images of other seeds, and between those of two sizes."""
-    canvas, side = Canvas.of(model.pipe.vae), model.call["height"]
+    pixels, side = PixelLayout.of(model.pipe.vae), model.call["height"]
     tokens = side // 4
 
     def draw(prompt: str, noise: Tensor, size: int) -> Tensor:
@@ -183,7 +183,7 @@ def scale(model: subject.Subject, prompts: list[str]) -> dict[str, dict[str, flo
     figures: dict[str, list[float | None]] = {}
     for seed, prompt in enumerate(track(prompts, description="seeds and sizes")):
         noise, paint = noise_of(tokens**2, seed), partial(draw, prompt)
-        low = 2 * canvas.shrink(noise, (tokens, tokens))
+        low = 2 * pixels.shrink(noise, (tokens, tokens))
         one, other = paint(noise, side), paint(noise_of(tokens**2, seed + 1000), side)
         small, elsewhere = (
             paint(low, side // 2),

@@ -23,7 +23,7 @@ from hasten.bench.metrics import Lpips, over_frames, psnr, temporal_error
 from hasten.bench.runner import environment
 from hasten.bench.sampling import Sample, count_flops, draw_sample, plain
 from hasten.bench.staged import parse_combination
-from hasten.resolution import demand
+from hasten.resolution.plan import motion, texture
 from rich.progress import track
 
 STEPS, CHOSEN, MEASURED = 50, range(6, 10), range(14, 24)
@@ -68,7 +68,7 @@ def measured(model: subject.Subject, clips: range, arms: tuple[str, ...]) -> dic
         )
     known = [latents(model, sample) for sample in full]
     described = [
-        {"prompt": prompt, "motion": round(demand.motion(clip), 3), "texture": round(demand.texture(clip), 4)}
+        {"prompt": prompt, "motion": round(motion(clip), 3), "texture": round(texture(clip), 4)}
         for prompt, clip in zip(prompts, known, strict=True)
     ]
     return {"clips": described, "rows": rows}

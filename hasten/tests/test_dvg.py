@@ -9,11 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 import diffusers
-import hasten
 import pytest
 import tiny
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from test_variants import assemble, build, hunyuan_vae, randn, wan_vae
+from torch import Tensor
+
+import hasten
 from hasten.errors import (
     AlreadyAcceleratedError,
     ConfigError,
@@ -22,13 +25,11 @@ from hasten.errors import (
     TargetError,
     UnknownNameError,
 )
-from hasten.pipeline.scheduler import set_levels
-from hasten.resolution import demand
-from hasten.resolution.axes import block_noise, enlarge, gather, nested_axes, pick, smooth, spread
+from hasten.pipeline.scheduler import NoiseLevels, shift_levels
+from hasten.resolution.layouts import block_noise, enlarge, gather, nested_axes, pick, smooth, spread
 from hasten.resolution.methods.dvg import DVG
-from hasten.resolution.plan import choose, density, feasible, stage_lengths, switch_steps
-from test_variants import assemble, build, hunyuan_vae, randn, wan_vae
-from torch import Tensor
+from hasten.resolution.plan import choose, demands, density, feasible, motion, texture
+from hasten.resolution.planned import stage_lengths, switch_steps
 
 RATES = (0.28, 0.5, 0.72)
 PIXEL = (1, 1, 1)
@@ -94,7 +95,7 @@ def test_choices_of_hunyuan_720p(
     texture: float, moved: float, choice: tuple[float, int], patch: tuple[int, int, int]
 ) -> None:
     plans = DVG()._candidates(HUNYUAN_720P, patch, 50)
-    plan = choose(plans, 0.5, *demand.shares(texture, moved))
+    plan = choose(plans, 0.5, *demands(texture, moved))
     assert (plan.spatial, plan.frames) == choice
     assert plan.density == density(plan.grids, (14, 11, 11, 14))
     assert all(size % step == 0 for grid in plan.grids for size, step in zip(grid, patch, strict=True))
@@ -131,20 +132,20 @@ def waves(frames: int, shift: float, size: int = 48) -> Tensor:
 
 
 def test_motion_is_measured_in_pixels() -> None:
-    assert demand.motion(waves(2, 1.0)) == pytest.approx(1.0, abs=0.15)
-    assert demand.motion(waves(5, 0.5)) == pytest.approx(0.5, abs=0.08)
-    assert demand.motion(waves(5, 0.0)) == 0.0
-    assert demand.motion(waves(1, 1.0)) == 0.0
+    assert motion(waves(2, 1.0)) == pytest.approx(1.0, abs=0.15)
+    assert motion(waves(5, 0.5)) == pytest.approx(0.5, abs=0.08)
+    assert motion(waves(5, 0.0)) == 0.0
+    assert motion(waves(1, 1.0)) == 0.0
 
 
 def test_texture_is_the_share_of_fine_frequencies() -> None:
-    assert demand.texture(randn(2, 4, 3, 64, 64)) == pytest.approx((4 - math.pi * 0.5) / 4, abs=0.02)
-    assert demand.texture(waves(3, 1.0)) < 0.02
+    assert texture(randn(2, 4, 3, 64, 64)) == pytest.approx((4 - math.pi * 0.5) / 4, abs=0.02)
+    assert texture(waves(3, 1.0)) < 0.02
 
 
 def test_demands_add_up_and_follow_the_larger_one() -> None:
-    assert demand.shares(0.3, 0.3) == (0.5, 0.5)
-    space, time = demand.shares(0.6, 0.1)
+    assert demands(0.3, 0.3) == (0.5, 0.5)
+    space, time = demands(0.6, 0.1)
     assert space == pytest.approx(math.exp(1.56) / (math.exp(1.56) + math.exp(0.26)))
     assert space + time == 1
 
@@ -323,7 +324,9 @@ def test_levels_of_a_50_step_run() -> None:
     for shift in (7.0, 9.0, 11.0):
         scheduler = euler(shift=7.0)
         scheduler.set_timesteps(sigmas=[1 - i / 50 for i in range(50)])
-        set_levels(scheduler, scheduler.sigmas.clone(), shift / 7, 1)
+        run = NoiseLevels(scheduler)
+        run.write(1, shift_levels(run.sigmas, shift / 7)[1:])
+        assert run[1] == float(scheduler.sigmas[1])
         levels[shift] = scheduler.sigmas
     assert float(levels[9.0][15]) == pytest.approx(0.9545, abs=1e-4)
     assert float(levels[11.0][26]) == pytest.approx(0.9103, abs=1e-4)
@@ -430,13 +433,13 @@ def test_every_kind_of_noise_is_repeatable_and_has_the_right_level(noise: str) -
     with DVG(noise=noise).attach(pipe) as run:  # type: ignore[arg-type]
         first = film(pipe)
         assert torch.equal(film(pipe), first)
-        read, levels = run._read, []
+        read, levels = run._stage_noise, []
 
         def watched(*args: Any) -> Tensor:
             levels.append(float(read(*args).std()))
             return read(*args)
 
-        run._read = watched  # type: ignore[method-assign]
+        run._stage_noise = watched  # type: ignore[method-assign]
         film(pipe)
     assert len(levels) == 5  # the first stage is read before and after its first forward
     assert levels == pytest.approx([1.0] * 5, abs=0.06)
@@ -578,7 +581,7 @@ def test_caching_around_the_stages_is_refused() -> None:
     with DVG().attach(pipe):
         with (
             hasten.accelerate(pipe, "taylorseer", interval=2),
-            pytest.raises(ConfigError, match="attach caching first, and the stages last"),
+            pytest.raises(ConfigError, match="attach caching first, and DVG last"),
         ):
             film(pipe)
         assert film(pipe).shape == plain.shape
@@ -617,7 +620,7 @@ def test_offloading_keeps_working_when_stages_are_taken_away() -> None:
         ({"spatial": 0.3}, ConfigError, "spatial is 'plan' or a share"),
         ({"temporal": 2.5}, ConfigError, "temporal is 'plan' or a number"),
         ({"compress": "colour"}, UnknownNameError, "compress"),
-        ({"compress": "time", "spatial": 0.7}, ConfigError, "settles the stages"),
+        ({"compress": "time", "spatial": 0.7}, ConfigError, "determines the stages"),
         ({"stages": ((0.5, 1.0), (1.0, 1.0))}, ConfigError, "4 pairs"),
         ({"stages": ((1, 1), (0.5, 1), (1, 1), (1, 1))}, ConfigError, "do not fall"),
     ],
@@ -666,7 +669,7 @@ def test_other_pipelines_are_refused() -> None:
     transformer = build("WanTransformer3DModel", in_channels=12)
     still = assemble("WanImageToVideoPipeline", transformer=transformer, vae=wan_vae(), scheduler=euler())
     for target in (still, transformer):
-        with pytest.raises(TargetError, match="cannot run in stages"):
+        with pytest.raises(TargetError, match="cannot run DVG"):
             DVG().attach(target)
 
 

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedLayer3DRope, QwenEmbedRope
-from hasten.errors import AdapterError, ConfigError, UnknownNameError
-from hasten.resolution.positions import Image, flux_ids, position_proxies, qwen_positions, rotary, token_positions
 from torch import Tensor
+
+from hasten.errors import AdapterError, ConfigError, UnknownNameError
+from hasten.models.rope import PositionProxy, position_proxy, rotary, use_positions
+from hasten.resolution.positions import ImageTokens, flux_ids, qwen_positions, token_positions
 
 AXES = [16, 56, 56]
 QWEN = "QwenImageTransformer2DModel"
 
 
-def coarse(rows: int, columns: int, units: Any = "lr_units") -> Image:
+def coarse(rows: int, columns: int, units: Any = "lr_units") -> ImageTokens:
     """Coarse tokens only, on a fine grid of twice the size."""
-    anchors = 2 * torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-    return Image((2 * rows, 2 * columns), anchors, units)
+    corners = 2 * torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    return ImageTokens((2 * rows, 2 * columns), corners, units)
+
+
+@contextmanager
+def placed(model: Any, images: list[ImageTokens]) -> Iterator[PositionProxy]:
+    """The model with the positions of these tokens."""
+    proxy = position_proxy(model, *qwen_positions(images), torch.device("cpu"))
+    with use_positions(model, proxy):
+        yield proxy
 
 
 def model_factors(shapes: list[tuple[int, int, int]], text: int) -> tuple[Tensor, Tensor]:
@@ -29,7 +41,7 @@ def model_factors(shapes: list[tuple[int, int, int]], text: int) -> tuple[Tensor
 
 @pytest.mark.parametrize("sizes", [[(4, 6)], [(5, 7)], [(64, 64), (40, 90)], [(6, 6), (5, 9), (12, 2)]])
 def test_uniform_grids_have_the_models_own_positions(sizes: list[tuple[int, int]]) -> None:
-    positions, start = qwen_positions([Image.uniform(*size) for size in sizes])
+    positions, start = qwen_positions([ImageTokens.uniform(*size) for size in sizes])
     images, text = model_factors([(1, *size) for size in sizes], 9)
     torch.testing.assert_close(rotary(positions, AXES, 10000), images, atol=1e-6, rtol=0)
     along = torch.arange(start, start + 9, dtype=torch.float32)[:, None].expand(-1, 3)
@@ -39,28 +51,28 @@ def test_uniform_grids_have_the_models_own_positions(sizes: list[tuple[int, int]
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)])
 def test_coarse_tokens_in_lr_units_have_the_positions_of_a_small_image(size: tuple[int, int]) -> None:
     positions, start = qwen_positions([coarse(*size)])
-    small, small_start = qwen_positions([Image.uniform(*size)])
+    small, small_start = qwen_positions([ImageTokens.uniform(*size)])
     assert torch.equal(positions, small)
     assert start == small_start
 
 
 def test_children_lie_between_their_parent_and_its_neighbour() -> None:
-    anchors = torch.tensor([[0, 0], [2, 4], [2, 5], [3, 4], [3, 5]])  # one coarse token and four children
-    half = token_positions(Image((4, 6), anchors, "lr_units"))
+    corners = torch.tensor([[0, 0], [2, 4], [2, 5], [3, 4], [3, 5]])  # one coarse token and four children
+    half = token_positions(ImageTokens((4, 6), corners, "lr_units"))
     assert half.tolist() == [[0, 0], [1, 2], [1, 2.5], [1.5, 2], [1.5, 2.5]]
-    assert token_positions(Image((4, 6), anchors, "hr_units")).tolist() == anchors.tolist()
+    assert token_positions(ImageTokens((4, 6), corners, "hr_units")).tolist() == corners.tolist()
     assert half.dtype == torch.float32
 
 
 def test_flux_ids_number_the_images() -> None:
-    ids = flux_ids([Image.uniform(2, 2), coarse(1, 2)])
+    ids = flux_ids([ImageTokens.uniform(2, 2), coarse(1, 2)])
     assert ids.tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [1, 0, 0], [1, 0, 1]]
     assert ids.dtype == torch.float32
 
 
 def test_positions_beyond_bfloat16_are_exact() -> None:
-    anchors = torch.tensor([[401, 3], [402, 3]])
-    ids = flux_ids([Image((512, 512), anchors, "lr_units")])
+    corners = torch.tensor([[401, 3], [402, 3]])
+    ids = flux_ids([ImageTokens((512, 512), corners, "lr_units")])
     assert ids[:, 1].tolist() == [200.5, 201.0]
 
 
@@ -80,7 +92,7 @@ def test_a_forward_with_the_same_positions_is_the_same(sizes: list[tuple[int, in
     own = model.pos_embed
     called = arguments([(1, *size) for size in sizes], sum(h * w for h, w in sizes))
     plain = tiny.first(model(**called))
-    with position_proxies(model, [Image.uniform(*size) for size in sizes]):
+    with placed(model, [ImageTokens.uniform(*size) for size in sizes]):
         assert model.pos_embed is not own
         assert torch.equal(tiny.first(model(**called)), plain)
     assert model.pos_embed is own
@@ -94,19 +106,19 @@ def test_order_of_tokens_does_not_matter(zero_cond_t: bool) -> None:
     from diffusers import QwenImageTransformer2DModel
 
     model = QwenImageTransformer2DModel(**tiny.TINY[QWEN].config, zero_cond_t=zero_cond_t).eval()
-    anchors = torch.cat([coarse(2, 2).anchors[1:], torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])])
-    reference = Image.uniform(3, 3)
-    tokens = len(anchors)
+    corners = torch.cat([coarse(2, 2).corners[1:], torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])])
+    reference = ImageTokens.uniform(3, 3)
+    tokens = len(corners)
     called = arguments([(1, 1, tokens), (1, 3, 3)], tokens + 9)
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))
-    with position_proxies(model, [Image((4, 4), anchors, "lr_units"), reference]):
+    with placed(model, [ImageTokens((4, 4), corners, "lr_units"), reference]):
         straight = tiny.first(model(**called))[:, :tokens]
     hidden = called["hidden_states"]
     called["hidden_states"] = torch.cat([hidden[:, :tokens][:, order], hidden[:, tokens:]], 1)
-    with position_proxies(model, [Image((4, 4), anchors[order], "lr_units"), reference]):
+    with placed(model, [ImageTokens((4, 4), corners[order], "lr_units"), reference]):
         permuted = tiny.first(model(**called))[:, :tokens]
     torch.testing.assert_close(permuted, straight[:, order], atol=1e-5, rtol=1e-5)
-    with position_proxies(model, [Image((4, 4), anchors, "lr_units"), reference]):
+    with placed(model, [ImageTokens((4, 4), corners, "lr_units"), reference]):
         misplaced = tiny.first(model(**called))[:, :tokens]
     assert not torch.allclose(misplaced, straight[:, order], atol=1e-5)
 
@@ -116,11 +128,11 @@ def test_order_of_tokens_does_not_matter_to_flux() -> None:
     """Mixed tokens in any order, with their ids, have the same results in that order."""
     flux = "FluxTransformer2DModel"
     model = tiny.build(flux)
-    anchors = torch.cat([coarse(2, 2).anchors[1:], torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])])
-    hidden = torch.randn(1, len(anchors), 4, generator=torch.Generator().manual_seed(3))
-    called = tiny.TINY[flux].arguments(hidden, 0.5) | {"img_ids": flux_ids([Image((4, 4), anchors, "lr_units")])}
+    corners = torch.cat([coarse(2, 2).corners[1:], torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])])
+    hidden = torch.randn(1, len(corners), 4, generator=torch.Generator().manual_seed(3))
+    called = tiny.TINY[flux].arguments(hidden, 0.5) | {"img_ids": flux_ids([ImageTokens((4, 4), corners, "lr_units")])}
     straight = tiny.first(model(**called))
-    order = torch.randperm(len(anchors), generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(len(corners), generator=torch.Generator().manual_seed(1))
     moved = called | {"hidden_states": hidden[:, order]}
     permuted = tiny.first(model(**moved | {"img_ids": called["img_ids"][order]}))
     torch.testing.assert_close(permuted, straight[:, order], atol=1e-5, rtol=1e-5)
@@ -133,7 +145,7 @@ def test_a_failed_forward_leaves_the_model_as_it_was() -> None:
     model = tiny.build(QWEN)
     own, names = model.pos_embed, [name for name, _ in model.named_modules()]
     called = arguments([(1, 4, 4)], 15)  # one token less than positions
-    with pytest.raises(RuntimeError), position_proxies(model, [Image.uniform(4, 4)]):
+    with pytest.raises(RuntimeError), placed(model, [ImageTokens.uniform(4, 4)]):
         model(**called)
     assert model.pos_embed is own
     assert [name for name, _ in model.named_modules()] == names
@@ -142,22 +154,22 @@ def test_a_failed_forward_leaves_the_model_as_it_was() -> None:
 def test_other_positions_are_refused() -> None:
     model = tiny.build(QWEN)
     model.pos_embed = QwenEmbedLayer3DRope(theta=10000, axes_dim=[4, 6, 6], scale_rope=True)
-    with pytest.raises(AdapterError, match="QwenEmbedLayer3DRope"), position_proxies(model, [Image.uniform(4, 4)]):
+    with pytest.raises(AdapterError, match="QwenEmbedLayer3DRope"), placed(model, [ImageTokens.uniform(4, 4)]):
         pass
-    with pytest.raises(AdapterError, match="Linear"), position_proxies(torch.nn.Linear(1, 1), [Image.uniform(4, 4)]):
+    with pytest.raises(AdapterError, match="Linear"), placed(torch.nn.Linear(1, 1), [ImageTokens.uniform(4, 4)]):
         pass
 
 
 def test_bad_images() -> None:
-    anchors = torch.zeros(1, 2, dtype=torch.long)
+    corners = torch.zeros(1, 2, dtype=torch.long)
     with pytest.raises(ConfigError, match="5x4 tokens cannot be counted"):
-        Image((5, 4), anchors, "lr_units")
+        ImageTokens((5, 4), corners, "lr_units")
     with pytest.raises(ConfigError, match="must lie on the fine grid of 4x4"):
-        Image((4, 4), anchors + 4, "hr_units")
+        ImageTokens((4, 4), corners + 4, "hr_units")
     with pytest.raises(ConfigError, match=r"\[S, 2\]"):
-        Image((4, 4), anchors[0], "hr_units")
+        ImageTokens((4, 4), corners[0], "hr_units")
     with pytest.raises(UnknownNameError, match="lr_units"):
-        Image((4, 4), anchors, "lr_unit")  # type: ignore[arg-type]
+        ImageTokens((4, 4), corners, "lr_unit")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="at least one image"):
         qwen_positions([])
     with pytest.raises(ConfigError, match="at least one image"):

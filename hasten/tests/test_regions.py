@@ -6,7 +6,6 @@ import inspect
 from itertools import pairwise
 from typing import Any
 
-import hasten
 import pytest
 import torch
 from diffusers import (
@@ -16,13 +15,15 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
-from hasten import RALU, Bottleneck, Fresco, Spectral
-from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenError, ScheduleError, TargetError
-from hasten.resolution import RegionMethod, fit_stages
-from hasten.resolution.pixel_layout import Canvas
 from pipelines import draw, make_pipe
 from test_variants import VARIANTS, run_once
 from torch import Tensor
+
+import hasten
+from hasten import RALU, Bottleneck, Fresco, Spectral
+from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenError, ScheduleError, TargetError
+from hasten.resolution import RegionMethod, fit_stages
+from hasten.resolution.layouts import PixelLayout
 
 METHODS = {
     "fresco": Fresco(stages=(3, 3, 3), jump="r1"),
@@ -41,7 +42,7 @@ def pipe() -> Any:
     return make_pipe()
 
 
-def paint(pipe: Any, steps: int = STEPS, **kwargs: Any) -> Tensor:
+def generate(pipe: Any, steps: int = STEPS, **kwargs: Any) -> Tensor:
     return draw(pipe, steps, **{"height": 64, "width": 64, **kwargs})
 
 
@@ -50,23 +51,23 @@ def paint(pipe: Any, steps: int = STEPS, **kwargs: Any) -> Tensor:
 
 @pytest.mark.parametrize("guided", [{}, GUIDED], ids=["plain", "guided"])
 def test_everything_fine_from_the_start_is_the_plain_pipeline(pipe: Any, guided: dict[str, Any]) -> None:
-    plain = paint(pipe, **guided)
+    plain = generate(pipe, **guided)
     with hasten.accelerate(pipe, Fresco(stages=(0, 4, 5), shares=(0.3,))) as run:
-        assert torch.equal(paint(pipe, **guided), plain)
+        assert torch.equal(generate(pipe, **guided), plain)
     assert [(record.coarse, record.fine) for record in run.stages.records] == [(0, 256)] * STEPS
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_stages_layouts_and_removal(pipe: Any, name: str) -> None:
-    method, plain = METHODS[name], paint(pipe, **GUIDED)
+    method, plain = METHODS[name], generate(pipe, **GUIDED)
     signature = inspect.signature(pipe.scheduler.step)
     run = hasten.accelerate(pipe, method)
     assert inspect.signature(pipe.scheduler.step) == signature
-    first = paint(pipe, **GUIDED)
+    first = generate(pipe, **GUIDED)
     assert first.shape == plain.shape
     assert first.isfinite().all()
     assert not torch.equal(first, plain)
-    assert torch.equal(paint(pipe, **GUIDED), first)
+    assert torch.equal(generate(pipe, **GUIDED), first)
     records = [record for record in run.stages.records if record.run == 1]
     assert [record.step for record in records] == list(range(STEPS))
     assert records[0].coarse == 64
@@ -82,7 +83,7 @@ def test_stages_layouts_and_removal(pipe: Any, name: str) -> None:
     assert len(layouts) == sum(record.switched for record in records)
     assert layouts[-1].all()
     run.remove()
-    assert torch.equal(paint(pipe, **GUIDED), plain)
+    assert torch.equal(generate(pipe, **GUIDED), plain)
     assert "step" not in vars(pipe.scheduler)
     assert "forward" not in vars(pipe.transformer)
     assert not getattr(getattr(pipe.transformer, "_diffusers_hook", None), "hooks", {})
@@ -90,7 +91,7 @@ def test_stages_layouts_and_removal(pipe: Any, name: str) -> None:
 
 def test_a_share_that_rises_promotes_more_of_the_same_tokens(pipe: Any) -> None:
     with hasten.accelerate(pipe, METHODS["fresco, two promotions"]) as run:
-        paint(pipe)
+        generate(pipe)
     first, second, last = (layout.fine for layout in run.stages.plans)
     assert (int(first.sum()), int(second.sum()), int(last.sum())) == (16, 32, 64)
     assert not (first & ~second).any()
@@ -100,9 +101,9 @@ def test_the_coarse_stage_is_the_plain_pipeline_at_half_size(pipe: Any) -> None:
     """Nothing is promoted before the last step: the coarse latents are those of a run at half size."""
     seen: list[Tensor] = []
     noise = torch.randn(1, 256, 48, generator=torch.Generator().manual_seed(5))
-    canvas = Canvas.of(pipe.vae)
-    assert canvas.factor == 2
-    low = 2 * canvas.shrink(noise, (16, 16))
+    pixels = PixelLayout.of(pipe.vae)
+    assert pixels.factor == 2
+    low = 2 * pixels.shrink(noise, (16, 16))
     small: list[Tensor] = []
     pipe.scheduler.register_to_config(use_dynamic_shifting=False, shift=3.0)
     pipe.scheduler.set_shift(3.0)
@@ -116,8 +117,8 @@ def test_the_coarse_stage_is_the_plain_pipeline_at_half_size(pipe: Any) -> None:
 
     draw(pipe, STEPS, latents=low, callback_on_step_end=keep(small))
     with hasten.accelerate(pipe, Bottleneck(stages=(8, 1))):
-        paint(pipe, latents=noise, callback_on_step_end=keep(seen))
-    shown, own = canvas.paint(seen[6], (16, 16)), canvas.paint(small[6], (8, 8))
+        generate(pipe, latents=noise, callback_on_step_end=keep(seen))
+    shown, own = pixels.to_pixels(seen[6], (16, 16)), pixels.to_pixels(small[6], (8, 8))
     assert torch.allclose(shown[..., ::2, ::2], own, atol=1e-5)
     assert torch.equal(shown[..., ::2, ::2], shown[..., 1::2, 1::2])
     assert {tuple(latents.shape) for latents in seen} == {(1, 256, 48)}
@@ -129,7 +130,7 @@ def test_the_coarse_stage_is_the_plain_pipeline_at_half_size(pipe: Any) -> None:
 @pytest.mark.parametrize("score", ["temporal_low", "temporal_high", "channel_low", "channel_high", "edges", "random"])
 def test_scores(pipe: Any, score: Any) -> None:
     with hasten.accelerate(pipe, Fresco(stages=(3, 3, 3), score=score)) as run:
-        paint(pipe)
+        generate(pipe)
     assert int(run.stages.plans[0].fine.sum()) == 19
 
 
@@ -137,7 +138,7 @@ def test_opposite_scores_choose_other_tokens(pipe: Any) -> None:
     chosen = []
     for score in ("temporal_low", "temporal_high"):
         with hasten.accelerate(pipe, Fresco(stages=(3, 3, 3), score=score)) as run:
-            paint(pipe)
+            generate(pipe)
         chosen.append(run.stages.plans[0].fine)
     assert not (chosen[0] & chosen[1]).any()
 
@@ -152,7 +153,7 @@ def test_a_batch_shares_its_layout_and_counts(pipe: Any) -> None:
             width=64,
             generator=[torch.Generator().manual_seed(seed) for seed in (0, 0)],
         )
-        one = paint(pipe)
+        one = generate(pipe)
     assert torch.allclose(both[0], both[1], atol=1e-5)
     assert torch.allclose(both[:1], one, atol=1e-4)
     assert len(run.stages.plans) == 4
@@ -160,9 +161,9 @@ def test_a_batch_shares_its_layout_and_counts(pipe: Any) -> None:
 
 def test_the_rewind_goes_back_as_far_as_it_must(pipe: Any) -> None:
     with hasten.accelerate(pipe, METHODS["fresco r2"]) as run:
-        paint(pipe)
+        generate(pipe)
     with hasten.accelerate(pipe, METHODS["fresco"]) as other:
-        paint(pipe)
+        generate(pipe)
     target, raised = other.stages.records[2].next_sigma, run.stages.records[2].next_sigma
     assert raised == pytest.approx(2 * target / (1 + target), abs=1e-5)
     assert run.stages.records[-1].next_sigma == 0
@@ -172,18 +173,18 @@ def test_the_rewind_goes_back_as_far_as_it_must(pipe: Any) -> None:
 
 
 def test_an_exception_leaves_the_pipeline_usable(pipe: Any) -> None:
-    plain = paint(pipe)
+    plain = generate(pipe)
     run = hasten.accelerate(pipe, METHODS["fresco"])
-    first = paint(pipe)
+    first = generate(pipe)
 
     def fail(*_: Any) -> dict[str, Any]:
         raise RuntimeError("callback")
 
     with pytest.raises(RuntimeError, match="callback"):
-        paint(pipe, callback_on_step_end=fail)
-    assert torch.equal(paint(pipe), first)
+        generate(pipe, callback_on_step_end=fail)
+    assert torch.equal(generate(pipe), first)
     run.remove()
-    assert torch.equal(paint(pipe), plain)
+    assert torch.equal(generate(pipe), plain)
 
 
 def test_latents_that_a_callback_changed_are_refused_while_tokens_are_coarse(pipe: Any) -> None:
@@ -194,23 +195,23 @@ def test_latents_that_a_callback_changed_are_refused_while_tokens_are_coarse(pip
         hasten.accelerate(pipe, METHODS["fresco"]),
         pytest.raises(ConfigError, match="the latents were changed between steps 0 and 1"),
     ):
-        paint(pipe, callback_on_step_end=change)
+        generate(pipe, callback_on_step_end=change)
 
 
 def test_caches_start_afresh_in_each_stage(pipe: Any) -> None:
-    plain = paint(pipe, 18)
+    plain = generate(pipe, 18)
     with hasten.accelerate(pipe, Fresco(preset="18"), hasten.TaylorSeer(interval=3, warmup=1, order=1)) as run:
-        first = paint(pipe, 18)
-        assert torch.equal(paint(pipe, 18), first)
+        first = generate(pipe, 18)
+        assert torch.equal(generate(pipe, 18), first)
     full = {record.step for record in run.records if record.run == 0 and record.computed}
     assert {0, 6, 12} <= full < set(range(18))
     with hasten.accelerate(pipe, Fresco(preset="18")) as alone:
-        uncached = paint(pipe, 18)
+        uncached = generate(pipe, 18)
     assert not torch.equal(first, uncached)
     with hasten.accelerate(pipe, Fresco(preset="18"), hasten.TaylorSeer(interval=1)):
-        assert torch.equal(paint(pipe, 18), uncached)
+        assert torch.equal(generate(pipe, 18), uncached)
     assert len(alone.stages.records) == 18
-    assert torch.equal(paint(pipe, 18), plain)
+    assert torch.equal(generate(pipe, 18), plain)
 
 
 @pytest.mark.parametrize("name", ["flux kontext", "qwen edit", "qwen edit plus"])
@@ -237,17 +238,17 @@ def test_editing_pipelines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_presets() -> None:
-    assert [Fresco(preset=name).evaluations for name in ("30", "18", "11", "9")] == [30, 18, 11, 9]
-    assert [RALU(preset=name).evaluations for name in ("18", "10")] == [18, 10]
-    assert Bottleneck().evaluations == 18
-    assert Spectral(stages=(6, 12)).evaluations == 18
-    assert Spectral().evaluations is None
+    assert [Fresco(preset=name).num_inference_steps for name in ("30", "18", "11", "9")] == [30, 18, 11, 9]
+    assert [RALU(preset=name).num_inference_steps for name in ("18", "10")] == [18, 10]
+    assert Bottleneck().num_inference_steps == 18
+    assert Spectral(stages=(6, 12)).num_inference_steps == 18
+    assert Spectral().num_inference_steps is None
 
 
 def test_the_spectral_switch_takes_any_number_of_steps(pipe: Any) -> None:
     for steps in (9, 12):
         with hasten.accelerate(pipe, Spectral(delta=0.3, power=(20.0, 2.0))) as run:
-            paint(pipe, steps)
+            generate(pipe, steps)
         assert sum(record.switched for record in run.stages.records) == 1
 
 
@@ -278,12 +279,12 @@ def test_a_run_of_another_length_is_refused(pipe: Any) -> None:
         hasten.accelerate(pipe, Fresco(preset="18")),
         pytest.raises(ScheduleError, match="num_inference_steps=18"),
     ):
-        paint(pipe, 12)
+        generate(pipe, 12)
     with (
         hasten.accelerate(pipe, Spectral(delta=1e-3)),
         pytest.raises(ScheduleError, match="leaves no coarse step"),
     ):
-        paint(pipe)
+        generate(pipe)
 
 
 def test_sizes_that_do_not_divide_are_refused(pipe: Any) -> None:
@@ -291,7 +292,7 @@ def test_sizes_that_do_not_divide_are_refused(pipe: Any) -> None:
         hasten.accelerate(pipe, METHODS["fresco"]),
         pytest.raises(ConfigError, match="7x8 tokens"),
     ):
-        paint(pipe, height=28, width=32)
+        generate(pipe, height=28, width=32)
 
 
 def test_a_share_that_promotes_nothing_is_refused(pipe: Any) -> None:
@@ -299,7 +300,7 @@ def test_a_share_that_promotes_nothing_is_refused(pipe: Any) -> None:
         hasten.accelerate(pipe, Fresco(stages=(3, 3, 3), shares=(0.01,))),
         pytest.raises(ConfigError, match="which is none"),
     ):
-        paint(pipe, height=32, width=32)
+        generate(pipe, height=32, width=32)
 
 
 def test_other_schedulers_pipelines_and_starts_are_refused(pipe: Any) -> None:
@@ -319,10 +320,10 @@ def test_other_schedulers_pipelines_and_starts_are_refused(pipe: Any) -> None:
             METHODS["bottleneck"].attach(pipe)
         pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(own.config)
         with pytest.raises(ConfigError, match="another scheduler"):
-            paint(pipe)
+            generate(pipe)
         pipe.scheduler = own
         with pytest.raises(ConfigError, match="begins with pure noise"):
-            paint(pipe, sigmas=[0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05])
+            generate(pipe, sigmas=[0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05])
 
 
 def test_every_method_is_known_by_name() -> None:

@@ -8,29 +8,30 @@ from random import Random
 import pytest
 import torch
 from diffusers import AutoencoderTiny, FluxPipeline
+from hasten_zoo.emoji_flux.model import PixelVAE
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
 from hasten.errors import ConfigError
-from hasten.resolution.ladders import Stages, descend, fit_stages, mismatch, switch_level
+from hasten.resolution.layouts import LATENT_PIXELS, PixelLayout
 from hasten.resolution.methods.fresco import Fresco
-from hasten.resolution.methods.ralu import PRESETS
+from hasten.resolution.methods.ralu import PRESETS, Stages, fit_stages, mismatch
+from hasten.resolution.methods.spectral import switch_level
 from hasten.resolution.noise import (
     Rewind,
     anchor_noise,
     dct_enlarge,
     dct_low,
+    descend,
+    exchange_noise,
     fresh_children,
     low_noise,
-    swap,
     up,
 )
-from hasten.resolution.pixel_layout import LATENTS, Canvas
+from hasten.resolution.packed import MixedState
 from hasten.resolution.positions import TokenSet, flux_ids, pack, unpack
-from hasten.resolution.regions import Stage
-from hasten.resolution.scores import channel_variance, first, temporal_variance
-from hasten.resolution.seams import MixedState
-from hasten_zoo.emoji_flux.model import PixelVAE
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
+from hasten.resolution.regions import PromotionInput, channel_variance, highest, temporal_variance
 
 HADAMARD = 0.5 * torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
 
@@ -92,23 +93,23 @@ def test_a_jump_that_cannot_be_exact_is_refused(sigma: float, z: float) -> None:
 
 
 @given(sigma=st.floats(0.05, 0.95), level=st.floats(0.0, 1.0))
-def test_a_swap_brings_a_straight_path_to_the_other_noise(sigma: float, level: float) -> None:
+def test_an_exchange_brings_a_straight_path_to_the_other_noise(sigma: float, level: float) -> None:
     clean, noise = randn(1, 2, 3, 3), randn(1, 2, 6, 6, seed=1)
     low = low_noise(noise)
     state = (1 - sigma) * clean + sigma * low
-    stays = swap(state, low, low, sigma, level)
+    stays = exchange_noise(state, low, low, sigma, level)
     assert torch.allclose(stays, (1 - level) * clean + level * low, atol=1e-4)
-    born = swap(up(state), up(low), noise, sigma, level)
-    assert torch.allclose(born, (1 - level) * up(clean) + level * noise, atol=1e-4)
+    promoted = exchange_noise(up(state), up(low), noise, sigma, level)
+    assert torch.allclose(promoted, (1 - level) * up(clean) + level * noise, atol=1e-4)
 
 
-def test_the_swap_with_low_noise_has_the_fields_own_details_as_hadamard_children() -> None:
+def test_the_exchange_with_low_noise_has_the_fields_own_details_as_hadamard_children() -> None:
     sigma = 0.6
     rewind, parents, noise = Rewind(sigma), randn(1000, 1, 1, 1), randn(1000, 1, 2, 2, seed=1)
-    born = families(swap(up(parents), up(low_noise(noise)), noise, sigma, rewind.level))
+    promoted = families(exchange_noise(up(parents), up(low_noise(noise)), noise, sigma, rewind.level))
     details = families(noise) @ HADAMARD
     coefficients = torch.cat([2 / (1 + sigma) * parents.flatten(1), rewind.level * details[:, 1:]], 1)
-    assert torch.allclose(born, coefficients @ HADAMARD, atol=1e-5)
+    assert torch.allclose(promoted, coefficients @ HADAMARD, atol=1e-5)
 
 
 def test_a_rewind_of_a_mixed_set_hits_the_straight_path_of_the_field() -> None:
@@ -124,8 +125,8 @@ def test_a_rewind_of_a_mixed_set_hits_the_straight_path_of_the_field() -> None:
         pack((1 - sigma) * clean + sigma * low),
         pack((1 - sigma) * large + sigma * noise),
     )
-    stage = Stage(None, size, pack(clean), [], sigma, lambda: pack(noise))
-    level = Fresco(jump="r2").promote(state, new, stage)
+    promotion = PromotionInput(None, size, pack(clean), [], sigma, lambda: pack(noise))
+    level = Fresco(jump="r2").promote(state, new, promotion)
     assert level == 2 * sigma / (1 + sigma)
     assert torch.equal(state.tokens.fine, old | new)
     assert (old.any(), new.any(), (~old & ~new).any()) == (True, True, True)
@@ -180,27 +181,27 @@ def test_enlarging_tokens_enlarges_latent_pixels() -> None:
     tokens = pack(latents)
     assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 16, 8, 12))
     assert torch.equal(unpack(tokens, (4, 6)), latents)
-    large = LATENTS.enlarge(tokens, (4, 6))
+    large = LATENT_PIXELS.enlarge(tokens, (4, 6))
     assert torch.equal(unpack(large, (8, 12)), up(latents))
     tiled = tokens.unflatten(1, (4, 6)).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
     assert not torch.equal(large, tiled)
 
 
 def test_latents_that_are_rearranged_pixels_are_enlarged_and_averaged_as_pixels() -> None:
-    vae, canvas = PixelVAE(), Canvas.of(PixelVAE())
+    vae, pixels = PixelVAE(), PixelLayout.of(PixelVAE())
     images = randn(2, 3, 16, 24)
     tokens = pack(vae.encode(images).latents)
-    assert torch.equal(canvas.paint(tokens, (4, 6)), images)
-    assert torch.equal(canvas.read(images), tokens)
+    assert torch.equal(pixels.to_pixels(tokens, (4, 6)), images)
+    assert torch.equal(pixels.to_tokens(images), tokens)
 
     def decoded(tokens: Tensor, size: tuple[int, int]) -> Tensor:
         return vae.decode(unpack(tokens, size)).sample  # type: ignore[union-attr]
 
-    assert torch.equal(decoded(canvas.enlarge(tokens, (4, 6)), (8, 12)), up(images))
+    assert torch.equal(decoded(pixels.enlarge(tokens, (4, 6)), (8, 12)), up(images))
     small = torch.nn.functional.avg_pool2d(images, 2)
-    assert torch.equal(decoded(canvas.shrink(tokens, (4, 6)), (2, 3)), small)
-    assert not torch.equal(decoded(LATENTS.enlarge(tokens, (4, 6)), (8, 12)), up(images))
-    assert Canvas.of(AutoencoderTiny()) == LATENTS
+    assert torch.equal(decoded(pixels.shrink(tokens, (4, 6)), (2, 3)), small)
+    assert not torch.equal(decoded(LATENT_PIXELS.enlarge(tokens, (4, 6)), (8, 12)), up(images))
+    assert PixelLayout.of(AutoencoderTiny()) == LATENT_PIXELS
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.data())
@@ -219,8 +220,8 @@ def test_tokens_of_two_sizes_are_kept_apart_and_come_back(rows: int, columns: in
 def test_when_all_tokens_are_fine_the_ids_are_those_of_the_pipeline() -> None:
     tokens = TokenSet(torch.ones(3, 4, dtype=torch.bool))
     native = FluxPipeline._prepare_latent_image_ids(1, 6, 8, torch.device("cpu"), torch.float32)
-    assert torch.equal(flux_ids([tokens.image("hr_units")]), native)
-    halved = flux_ids([tokens.image("lr_units")])
+    assert torch.equal(flux_ids([tokens.image_tokens("hr_units")]), native)
+    halved = flux_ids([tokens.image_tokens("lr_units")])
     assert torch.equal(halved * 2, native)
     assert halved.dtype == torch.float32
 
@@ -233,9 +234,9 @@ def test_after_any_promotions_the_tokens_are_those_of_the_pipeline(rows: int, co
         fine = tokens.fine.clone()
         fine.flatten()[taken] = True
         tokens = TokenSet(fine)
-        assert tokens.count == len(tokens.image("hr_units").anchors) == rows * columns + 3 * int(fine.sum())
+        assert tokens.count == len(tokens.image_tokens("hr_units").corners) == rows * columns + 3 * int(fine.sum())
     native = FluxPipeline._prepare_latent_image_ids(1, 2 * rows, 2 * columns, torch.device("cpu"), torch.float32)
-    ids = flux_ids([tokens.image("hr_units")])
+    ids = flux_ids([tokens.image_tokens("hr_units")])
     assert torch.equal(ids, native)  # in raster order, too
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     assert torch.equal(ids[order][order.argsort()], native)
@@ -308,4 +309,4 @@ def test_scores_and_the_choice() -> None:
     assert channel_variance(torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]))[0].tolist() == [1, 0]
     taken = torch.tensor([[False, True], [False, False]])
     scores = torch.tensor([[1.0, 9.0, 3.0, 1.0], [1.0, 9.0, 2.0, 1.0]])
-    assert first(scores, 2, taken).tolist() == [[True, False], [True, False]]
+    assert highest(scores, 2, taken).tolist() == [[True, False], [True, False]]

@@ -15,12 +15,12 @@ from typing import Literal
 
 import pytest
 import torch
-from hasten import RALU, Bottleneck, Fresco
-from hasten.resolution import RegionMethod
-from hasten.resolution.ladders import descend
-from hasten.resolution.noise import Rewind, anchor_noise, low_noise, swap, up
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle
+
+from hasten import RALU, Bottleneck, Fresco
+from hasten.resolution import RegionMethod
+from hasten.resolution.noise import Rewind, anchor_noise, descend, exchange_noise, low_noise, up
 
 SIDE, SAMPLES, SHIFT, STEPS = 32, 400, 3.0, 9
 HADAMARD = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
@@ -67,7 +67,7 @@ def run(switch: float, rule: Rule, noise: Tensor, kind: Literal["dc", "anchor"])
         fine, level = pixel_shuffle(torch.einsum("bchw,cd->bdhw", torch.cat([state, details], 1), HADAMARD), 2), switch
     elif rule in ("rewind", "no rewind"):
         level = Rewind(switch).level if rule == "rewind" else switch
-        fine = swap(up(state), up(low), noise, switch, level)
+        fine = exchange_noise(up(state), up(low), noise, switch, level)
     else:
         gain = (1 - switch) * coarse_power / ((1 - switch) ** 2 * coarse_power + switch**2)
         clean, level = torch.fft.ifft2(torch.fft.fft2(state) * gain).real, switch
@@ -86,7 +86,7 @@ def reference(noise: Tensor) -> Tensor:
     return sample(noise, spectrum(), descend(1.0, 0.0, 50, SHIFT))[0]
 
 
-def figures(images: Tensor, reference: Tensor) -> tuple[float, float, float]:
+def metrics(images: Tensor, reference: Tensor) -> tuple[float, float, float]:
     """Energy of the low and of the high band relative to the true spectrum, and relative distance to the reference."""
     ratio, k = empirical(images), radius(SIDE)
     bands = [float(ratio[band].sum() / spectrum()[band].sum()) for band in (k < LOW, k >= HIGH)]
@@ -95,8 +95,8 @@ def figures(images: Tensor, reference: Tensor) -> tuple[float, float, float]:
 
 def test_fine_steps_alone(noise: Tensor, reference: Tensor) -> None:
     plain, _ = sample(noise, spectrum(), descend(1.0, 0.0, 18, SHIFT))
-    assert figures(plain, reference) == pytest.approx((0.869, 0.715, 0.061), abs=0.02)
-    assert figures(reference, reference) == pytest.approx((0.955, 0.887, 0.0), abs=0.02)
+    assert metrics(plain, reference) == pytest.approx((0.869, 0.715, 0.061), abs=0.02)
+    assert metrics(reference, reference) == pytest.approx((0.955, 0.887, 0.0), abs=0.02)
 
 
 # Samples differ from those of the specification's table, and rules that draw fresh noise depend on them more.
@@ -139,12 +139,12 @@ def test_rules_have_the_figures_of_the_specification(
     reference: Tensor,
 ) -> None:
     """Made by another implementation."""
-    assert figures(run(switch, rule, noise, kind), reference) == pytest.approx(expected, **tolerance)
+    assert metrics(run(switch, rule, noise, kind), reference) == pytest.approx(expected, **tolerance)
 
 
 def test_noise_from_the_field_is_worth_more_than_anything_else(noise: Tensor, reference: Tensor) -> None:
     field, low_field, fresh = (
-        figures(run(0.6, rule, noise, kind), reference)
+        metrics(run(0.6, rule, noise, kind), reference)
         for rule, kind in (("x0-field", "anchor"), ("x0-field", "dc"), ("x0 + independent", "dc"))
     )
     assert low_field[2] < 0.5 * field[2] < 0.5 * fresh[2]

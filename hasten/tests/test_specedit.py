@@ -9,11 +9,15 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import hasten
 import pytest
 import tiny
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from hasten_zoo.emoji_flux.model import PixelVAE
+from test_variants import VARIANTS, autoencoder, flux, image, image_vae, qwen_vae, randn
+from torch import Tensor
+
+import hasten
 from hasten.errors import (
     AdapterError,
     AlreadyAcceleratedError,
@@ -33,21 +37,12 @@ from hasten.resolution.discrepancy import (
     perceptual_distance,
     resized,
 )
+from hasten.resolution.layouts import LATENT_PIXELS, PixelLayout
 from hasten.resolution.methods.specedit import SpecEdit
-from hasten.resolution.pixel_layout import LATENTS, Canvas
-from hasten.resolution.positions import TokenSet, pack, unpack
-from hasten.resolution.seams import (
-    MixedState,
-    blend,
-    children,
-    locked_velocity,
-    ring_weights,
-    seam_steps,
-)
-from hasten.resolution.select import above, coverage, dilate, select, told_apart, top, two_means
-from hasten_zoo.emoji_flux.model import PixelVAE
-from test_variants import VARIANTS, autoencoder, flux, image, image_vae, qwen_vae, randn
-from torch import Tensor
+from hasten.resolution.packed import MixedState
+from hasten.resolution.positions import TokenSet, children, pack, unpack
+from hasten.resolution.seams import blend, locked_velocity, ring_weights, seam_steps
+from hasten.resolution.select import above, changed_tokens, coverage, dilate, select, top, two_means
 
 # --- distances
 
@@ -220,7 +215,7 @@ def test_tokens_of_two_resolutions_find_their_places() -> None:
     full = torch.stack([places // size[1], places % size[1]], 1)[None]
     coarse = torch.stack([torch.arange(24.0) // 6 * 2, torch.arange(24.0) % 6 * 2], 1)[None]
     sequence = tokens.gather(coarse, full)
-    assert torch.equal(sequence[0].long(), tokens.image("hr_units").anchors)
+    assert torch.equal(sequence[0].long(), tokens.image_tokens("hr_units").corners)
     spread = tokens.spread(sequence)
     assert torch.equal(tokens.collect(spread), sequence)
     under = children(fine_map)[:, 0]
@@ -232,7 +227,7 @@ def test_tokens_of_two_resolutions_find_their_places() -> None:
 
 def test_enlargement_is_of_latent_pixels() -> None:
     latents = randn(2, 3, 4, 6)
-    larger = unpack(LATENTS.enlarge(pack(latents), (2, 3)), (4, 6))
+    larger = unpack(LATENT_PIXELS.enlarge(pack(latents), (2, 3)), (4, 6))
     assert torch.equal(larger, torch.nn.functional.interpolate(latents, scale_factor=2))
     assert torch.equal(unpack(pack(latents), (2, 3)), latents)
 
@@ -247,7 +242,7 @@ def test_a_state_begins_with_unit_noise_and_is_promoted_onto_the_straight_path()
     under = children(new)[:, 0]
     torch.testing.assert_close(state.fine[:, under], 0.4 * clean[:, under] + 0.6 * noise[:, under])
     assert not state.complete
-    assert torch.equal(state.shown()[:, under], state.fine[:, under])
+    assert torch.equal(state.preview()[:, under], state.fine[:, under])
     state.promote(~new, clean, 0.6)
     assert state.complete
 
@@ -388,7 +383,7 @@ def test_parts_of_a_run(host: str, reference: Any) -> None:
         pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
             lambda _, args, kwargs: seen.append((args or tuple(kwargs.values()))[0].shape[1]), with_kwargs=True
         )
-        latents = draw(pipe, host, method.evaluations)
+        latents = draw(pipe, host, method.num_inference_steps)
     assert latents.shape == plain.shape
     assert torch.isfinite(latents).all()
     assert not torch.equal(latents, plain)
@@ -424,7 +419,7 @@ def test_a_draft_alone_is_the_small_image() -> None:
     small = pipe(
         **{**VARIANTS["flux kontext"].call, **half}, num_inference_steps=4, output_type="latent", generator=None
     ).images
-    torch.testing.assert_close(Canvas.of(pipe.vae).enlarge(small, (4, 6)), large, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(PixelLayout.of(pipe.vae).enlarge(small, (4, 6)), large, atol=1e-4, rtol=1e-4)
 
 
 def test_the_floor_hides_a_global_edit_and_the_median_change_shows_it() -> None:
@@ -449,7 +444,7 @@ def test_a_global_edit_is_promoted_as_a_whole_with_a_warning(found: dict[str, An
 
 
 def test_where_nothing_was_selected_the_source_is_kept() -> None:
-    """With the canvas as the end, tokens beyond the dilated selection are the source's own."""
+    """With the composite as the end, tokens beyond the dilated selection are the source's own."""
     pipe = make("kontext")
     base = {**LOCAL, "final": 0, "mixed": 4, "reverify": False, "coverage": 2, "restore": False}
     method = SpecEdit(**base)
@@ -473,23 +468,23 @@ def test_where_nothing_was_selected_the_source_is_kept() -> None:
         assert {record.locked for record in engine.records} == {0}
 
 
-def test_what_stands_out_of_the_region_is_told_apart_by_the_unedited_tokens() -> None:
+def test_what_stands_out_of_the_region_is_changed_tokens_by_the_unedited_tokens() -> None:
     source, edited, cover = randn(2, 64, 8), torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, 4, dtype=torch.bool)
     edited[:2, :2], cover[3, 1], cover[1, 3] = True, True, True
     clean = source + 0.1 * randn(2, 64, 8, seed=1)
     clean[1].unflatten(0, (8, 8))[1:3, 1:3] += 1  # in one image of the batch
-    found = told_apart(clean, source, edited, edited | cover)
+    found = changed_tokens(clean, source, edited, edited | cover)
     wanted = torch.zeros(8, 8, dtype=torch.bool)
     wanted[1:3, 1:3] = True
     assert torch.equal(found, wanted)
     region = torch.zeros(8, 8, dtype=torch.bool)
     region[:4, :4] = True
-    assert torch.equal(told_apart(clean, source, edited, edited), region)  # nobody to compare with
-    assert torch.equal(told_apart(source, source, edited, edited | cover), region)  # an edit that nothing shows
+    assert torch.equal(changed_tokens(clean, source, edited, edited), region)  # nobody to compare with
+    assert torch.equal(changed_tokens(source, source, edited, edited | cover), region)  # an edit that nothing shows
 
 
 @pytest.mark.parametrize("final", [0, 2])
-def test_at_the_end_all_that_was_not_told_apart_is_the_source(final: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_the_end_all_that_was_not_changed_tokens_is_the_source(final: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = make("kontext")
     source = pack(pipe._encode_vae_image(2 * image(16, 24) - 1, None))
     method = SpecEdit(**{**LOCAL, "mixed": 4, "final": final, "coverage": 2})
@@ -501,9 +496,9 @@ def test_at_the_end_all_that_was_not_told_apart_is_the_source(final: int, monkey
         apart[0][2 * row, 2 * column] = True
         return apart[0]
 
-    monkeypatch.setattr("hasten.resolution.methods.specedit.told_apart", one)
+    monkeypatch.setattr("hasten.resolution.methods.specedit.changed_tokens", one)
     with method.attach(pipe):
-        latents = draw(pipe, "kontext", method.evaluations)
+        latents = draw(pipe, "kontext", method.num_inference_steps)
     changed = ~torch.isclose(latents, source).all(-1)[0].view(apart[0].shape)
     assert changed[apart[0]].all()
     assert not (changed & ~dilate(apart[0])).any()  # nothing but the token and the blend around it
@@ -522,9 +517,9 @@ def test_locked_tokens_are_looked_at_again() -> None:
         draw(pipe, "kontext", 7)
         draw(pipe, "kontext", 7, callback_on_step_end=lower)
     once, again = engine.plans
-    assert not once.later.any()
-    assert again.later.any()
-    assert not (again.later & dilate(again.chosen)).any()
+    assert not once.reverified.any()
+    assert again.reverified.any()
+    assert not (again.reverified & dilate(again.chosen)).any()
     assert torch.equal(again.fine, again.edited)
     for found, run in ((once, 0), (again, 1)):
         mixed = [record for record in engine.records if record.run == run and record.part == "mixed"]
@@ -624,7 +619,7 @@ def test_removal_is_exact(host: str) -> None:
     own = getattr(module, "pos_embed", None)
     engine = SpecEdit(**LOCAL).attach(pipe)
     assert inspect.signature(scheduler.step) == inspect.signature(type(scheduler)().step)
-    with pytest.raises(AlreadyAcceleratedError, match="tokens of two sizes already"):
+    with pytest.raises(AlreadyAcceleratedError, match="has a resolution method already"):
         SpecEdit(**LOCAL).attach(pipe)
     draw(pipe, host)
     engine.remove()
