@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from hasten.bench.runner import environment
-from hasten.io import write_whole
+from hasten.io import write_atomically
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "hasten" / "tests"))
@@ -27,7 +27,7 @@ def main(out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("
     for name in track(list(tiny.TINY), description="families"):
         cells[name] = {method: asdict(checks.family(name).check(method)) for method in checks.caching_methods()}
     result = {"environment": environment(), "steps": checks.STEPS, "cells": cells}
-    write_whole(out, json.dumps(result, indent=1) + "\n")
+    write_atomically(out, json.dumps(result, indent=1) + "\n")
     wrong = [(n, m) for n, row in cells.items() for m, cell in row.items() if not cell["exact"] or cell["traces"]]
     print(f"{sum(map(len, cells.values()))} cells, {len(wrong)} wrong: {wrong}")
 

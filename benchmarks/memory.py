@@ -9,14 +9,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import hasten
 import torch
 import typer
 from diffusers import FluxTransformer2DModel
-from hasten import registry
 from hasten.calibration import Calibration, Fingerprint, model_digest
 from hasten.errors import UnknownNameError
-from hasten.io import write_whole
+from hasten.io import write_atomically
+
+import hasten
+from hasten import registry
 
 IMAGE_TOKENS, TEXT_TOKENS = 4096, 512
 ORDERS = {"taylorseer": (1, 2), "hicache": (1, 2), "freqca": (2,)}
@@ -69,7 +70,7 @@ def main(out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("
         "dtype": "bfloat16",
         "rows": rows,
     }
-    write_whole(out, json.dumps(result, indent=1) + "\n")
+    write_atomically(out, json.dumps(result, indent=1) + "\n")
     for row in rows:
         order = "" if row["order"] is None else f" order {row['order']}"
         print(f"{row['method']}{order:9s} {row['site']:7s} {row['bytes'] / 2**20:9.1f} MiB")

@@ -30,8 +30,15 @@ import typer
 from hasten.bench.runner import environment
 from hasten.bench.token_plots import plot_curves, plot_images
 from hasten.fitting.token_model import Recipe, Trainer
-from hasten.io import write_whole
-from hasten.tokens import MemberSampler, SemanticTree, TokenMap, flat_map, kmeans_map, random_map
+from hasten.io import write_atomically
+from hasten.tokens import (
+    MemberSampler,
+    SemanticTree,
+    TokenMap,
+    flat_map,
+    kmeans_map,
+    random_map,
+)
 from hasten.tokens.approximate import approximate_linkage
 from hasten.tokens.comparators import adjusted_rand, mean_within_distance
 from hasten.tokens.linkage import average_linkage
@@ -40,7 +47,12 @@ from hasten.tokens.shards import TokenShards
 from hasten_zoo.emoji_tokens import decode, load_tokenizer
 from hasten_zoo.emoji_tokens.compare import vocabularies
 from hasten_zoo.emoji_tokens.data import HELD_OUT, TRAIN, batches, images
-from hasten_zoo.emoji_tokens.evaluate import ReplacementTest, frechet, quality, reference
+from hasten_zoo.emoji_tokens.evaluate import (
+    ReplacementTest,
+    frechet,
+    quality,
+    reference,
+)
 from hasten_zoo.emoji_tokens.features import FeatureNet
 from hasten_zoo.emoji_tokens.summary import curves_of, spread, summary
 
@@ -59,7 +71,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 def _write(path: Path, result: dict[str, Any]) -> None:
     created = datetime.now(UTC).isoformat(timespec="seconds")
     rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}"))
-    write_whole(path, json.dumps({"created": created, "environment": environment(), **rounded}, indent=1) + "\n")
+    write_atomically(path, json.dumps({"created": created, "environment": environment(), **rounded}, indent=1) + "\n")
     print(path)
 
 

@@ -19,7 +19,7 @@ from hasten.caching.methods.l2p import (
     closed_rows,
     gradient_rows,
 )
-from hasten.caching.methods.svdcache import MovingAverage
+from hasten.caching.methods.svdcache import MovingAverage, Subspace
 from hasten.caching.predictors import Hermite, Reuse, Taylor
 from hasten.caching.schedule import Explicit, Uniform
 from hasten.calibration import Calibration, Fingerprint, Trace
@@ -200,10 +200,10 @@ def test_other_files_are_no_calibrations(calibrations, tmp_path):
         Calibration.load(missing)
     other = tmp_path / "weights.safetensors"
     save_file({"w": torch.ones(2)}, other)
-    with pytest.raises(CalibrationError, match=r"weights\.safetensors: not a calibration"):
+    with pytest.raises(CalibrationError, match=r"weights\.safetensors: no usable calibration .*not written by hasten"):
         Calibration.load(other)
     save_file({"w": torch.ones(2)}, other, metadata={"hasten": json.dumps({"format": 1, "method": "l2p"})})
-    with pytest.raises(CalibrationError, match="header is incomplete"):
+    with pytest.raises(CalibrationError, match=r"a version before 0\.2"):
         Calibration.load(other)
     with pytest.raises(CalibrationError, match="of 'hyca', not of 'l2p'"):
         hasten.L2P(calibration=calibrations["hyca"])
@@ -467,11 +467,9 @@ def test_the_whole_space_is_the_forecast_and_an_empty_one_is_reuse(recorded):
         principal = draw(pipe, STEPS)
     with hasten.accelerate(pipe, "taylorseer", order=2, interval=3):
         assert torch.allclose(draw(pipe, STEPS), principal, atol=1e-4)
-    nothing = replace(whole, tensors={"basis/hidden": torch.zeros(32, 0)})
-    with hasten.accelerate(pipe, "svdcache", calibration=nothing, mode="taylor", interval=3):
-        rest = draw(pipe, STEPS)
-    with hasten.accelerate(pipe, "reuse", interval=3):
-        assert torch.allclose(draw(pipe, STEPS), rest, atol=1e-4)
+    features = list(torch.randn(3, 2, 5, 32))
+    weights = {"principal": [2.0, -1.5, 0.5], "residual": [1.0, 0.0, 0.0]}
+    assert torch.equal(Subspace(torch.zeros(32, 0)).combine(features, weights), features[0])
 
 
 @pytest.mark.parametrize("of", ["features", "changes"])

@@ -401,7 +401,7 @@ def test_a_damaged_file_of_budgets_is_refused(tmp_path, content):
     path = tmp_path / "budgets.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(CalibrationError, match="no file of head budgets"):
+    with pytest.raises(CalibrationError, match=r"budgets\.json: no (such file|usable)"):
         FocusedForcing(budget=str(path))
 
 

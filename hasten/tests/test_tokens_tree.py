@@ -152,10 +152,10 @@ def test_files_that_are_no_trees_are_refused(tmp_path):
     with pytest.raises(ModelError, match="no such file"):
         SemanticTree.load(tmp_path / "none")
     (tmp_path / "damaged").write_bytes(b"abc")
-    with pytest.raises(ModelError, match="damaged"):
+    with pytest.raises(ModelError, match="cut off"):
         SemanticTree.load(tmp_path / "damaged")
     path = SemanticTree.fit(codes()).map(5).save(tmp_path / "map")
-    with pytest.raises(ModelError, match="expected a semantic tree"):
+    with pytest.raises(ModelError, match=r"no usable semantic tree .*: 'token map'"):
         SemanticTree.load(path)
 
 

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from hasten.errors import CalibrationError
-from hasten.io import write_whole
+from hasten.io import Array, Kind, check_arrays, read_tensors, write_tensors
 
-__all__ = ["Calibration", "Fingerprint", "Fit", "RunFacts", "Trace", "model_digest", "weights_digest"]
+__all__ = [
+    "Calibration",
+    "Fingerprint",
+    "Fit",
+    "RunFacts",
+    "Trace",
+    "declare_contents",
+    "model_digest",
+    "weights_digest",
+]
 
-FORMAT = 1
-HEADER = "hasten"
+MOST_BYTES = 4 << 30
 TIMESTEP_TOLERANCE = 1e-3  # relative to the largest timestep
 
 
@@ -130,56 +136,54 @@ class Calibration:
         return f"Calibration({self.method!r} for {self.fingerprint.model}, {self.fingerprint.steps} steps{origin})"
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file, whole or not at all; returns its path."""
-        header = {
-            "format": FORMAT,
+        """Write one safetensors file, atomically; returns its path.
+
+        Raises:
+            ConfigError: if the report or the options hold something that is no JSON, or a number that is not finite.
+            FileError: if the file cannot be written.
+        """
+        content = {
             "method": self.method,
             "fingerprint": asdict(self.fingerprint),
             "report": self.report,
             "options": self.options,
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        path = Path(path)
-        write_whole(path, save(tensors, metadata={HEADER: json.dumps(header)}))
-        return path
+        return write_tensors(path, KIND, {name: t.detach().cpu().numpy() for name, t in self.tensors.items()}, content)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote.
 
+        What the method demands of its tensors is checked as soon as the method's module is loaded, at the latest when
+        the method is given the calibration.
+
         Raises:
             CalibrationError: if the file is missing, damaged, or no calibration.
         """
-        remedy = "Make it again with `hasten calibrate`."
-        path = Path(path)
-        if not path.is_file():
-            raise CalibrationError(f"{path}: no such file. {remedy}")
+        arrays, content = read_tensors(path, KIND)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        loaded = cls(content.method, tensors, content.fingerprint, content.report, content.options, str(path))
+        loaded._check_contents(f"{path}: no usable calibration")
+        return loaded
+
+    def _check_contents(self, what: str) -> None:
+        arrays, check = _CONTENTS.get(self.method, (None, None))
+        if arrays is None:
+            return
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(HEADER, "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CalibrationError(f"{path}: damaged or cut off ({error}). {remedy}") from error
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            found = header.get("format") if isinstance(header, dict) else None
-            raise CalibrationError(
-                f"{path}: not a calibration of format {FORMAT} (found {found!r}), perhaps of another version. {remedy}"
-            )
-        try:
-            known = {f.name for f in fields(Fingerprint)}
-            content = {name: value for name, value in header["fingerprint"].items() if name in known}
-            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-            fingerprint = Fingerprint(**values)
-            return cls(header["method"], tensors, fingerprint, header["report"], header["options"], str(path))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CalibrationError(f"{path}: the header is incomplete ({error}). {remedy}") from error
+            plain = {name: tensor.detach().cpu().numpy() for name, tensor in self.tensors.items()}
+            check_arrays(plain, arrays, {"T": self.fingerprint.steps})
+            if check is not None:
+                check(self)
+        except (ValueError, TypeError) as error:
+            raise CalibrationError(f"{what} of {self.method} ({error}). {KIND.remedy}") from error
 
     @classmethod
     def of(cls, method: str, given: Calibration | str | Path | None) -> Calibration:
         """The calibration itself or the one in a file, if it is of that method.
 
         Raises:
-            CalibrationError: if there is none, or it is of another method.
+            CalibrationError: if there is none, or it is of another method, or its tensors are not the method's.
         """
         if given is None:
             how = f"`hasten calibrate --methods {method}` or hasten.calibrate(pipe, {method!r}, calls)"
@@ -189,6 +193,7 @@ class Calibration:
         calibration = given if isinstance(given, Calibration) else cls.load(given)
         if calibration.method != method:
             raise CalibrationError(f"this is a calibration of {calibration.method!r}, not of {method!r}")
+        calibration._check_contents("no usable calibration")
         return calibration
 
     def check_model(self, model: nn.Module) -> list[str]:
@@ -225,6 +230,36 @@ class Calibration:
             return []
         own, here = ", ".join(self.fingerprint.passes), ", ".join(passes)
         return [f"calibrated with the passes {own}, this run has {here}: guidance is on in one and off in the other"]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What the header of a calibration's file holds."""
+
+    method: str
+    fingerprint: Fingerprint
+    report: dict[str, Any]
+    options: dict[str, Any]
+
+
+KIND = Kind(
+    "calibration", _Content, CalibrationError, "Make it again with `hasten calibrate` or `hasten tune`.", MOST_BYTES
+)
+
+_CONTENTS: dict[str, tuple[Mapping[str, Array], Callable[[Calibration], None] | None]] = {}
+
+
+def declare_contents(
+    method: str, arrays: Mapping[str, Array], check: Callable[[Calibration], None] | None = None
+) -> None:
+    """Say what the calibrations of a method hold, beside the code that fits and uses them.
+
+    Args:
+        method: name of the method.
+        arrays: declarations by name, see `hasten.io.check_arrays`; the letter `T` is the number of calibrated steps.
+        check: raises ValueError for what cannot be declared, such as relations between tensors.
+    """
+    _CONTENTS[method] = (arrays, check)
 
 
 def _near(a: Sequence[float], b: Sequence[float]) -> bool:

@@ -10,6 +10,8 @@ __all__ = [
     "AlreadyAcceleratedError",
     "CalibrationError",
     "ConfigError",
+    "CopyError",
+    "FileError",
     "HastenError",
     "HastenWarning",
     "ModelError",
@@ -62,6 +64,10 @@ class ModelError(HastenError, ValueError):
 
 class ReportError(HastenError, ValueError):
     """A result file cannot be read or is not a result of `hasten bench`."""
+
+
+class FileError(HastenError, OSError):
+    """A file cannot be read or written: no permission, no space, a folder where a file was expected."""
 
 
 class HastenWarning(UserWarning):

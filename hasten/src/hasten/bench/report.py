@@ -14,7 +14,7 @@ from hasten.bench.pages import SERIES, STYLE, byte_size, data_uri, line, panels_
 from hasten.bench.schema import Result, Row, StreamResult, read_result, short_label
 from hasten.bench.stream_report import streams_page
 from hasten.errors import ReportError
-from hasten.io import write_whole
+from hasten.io import write_atomically
 
 __all__ = ["render_report"]
 
@@ -183,7 +183,7 @@ def render_report(result_file: Path, out: Path) -> Path:
     folder = result_file.parent
     page = streams_page(result, folder) if isinstance(result, StreamResult) else _page(result, folder)
     try:
-        write_whole(out, page)
+        write_atomically(out, page)
     except OSError as error:
         raise ReportError(f"{out}: cannot be written ({error}). Name another file with --out.") from error
     return out

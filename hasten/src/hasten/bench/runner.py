@@ -45,7 +45,7 @@ from hasten.bench.schema import SCHEMA
 from hasten.bench.staged import is_staged, parse_combination, staged_arms
 from hasten.bench.subject import Subject
 from hasten.errors import ConfigError, HastenError, ModelError, unknown
-from hasten.io import write_whole
+from hasten.io import write_atomically
 
 __all__ = ["BenchSettings", "environment", "open_model", "processes", "run_bench"]
 
@@ -277,7 +277,7 @@ def run_bench(model: Subject, settings: BenchSettings, out: Path, progress: Prog
     measured = _gather(_measure(model, settings, running, mine, images, tick))
     result = _result(model, settings, arms, measured, images, state.num_processes)
     if state.is_main_process:
-        write_whole(out, json.dumps(result, indent=1) + "\n")
+        write_atomically(out, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -22,7 +22,7 @@ from hasten.bench.runner import environment
 from hasten.bench.schema import SCHEMA, short_label
 from hasten.bench.video import best_suffix, side_by_side, write_video
 from hasten.errors import ConfigError
-from hasten.io import write_whole
+from hasten.io import write_atomically
 from hasten.streaming.policy import StreamingMethod
 
 __all__ = ["DEFAULT_METHODS", "StreamSettings", "parse_streaming", "run_streams"]
@@ -122,7 +122,7 @@ def run_streams(
             for row in rows
         ],
     }
-    write_whole(out, json.dumps(result, indent=1) + "\n")
+    write_atomically(out, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -32,7 +32,7 @@ from hasten.fitting.calibrate import fit, record
 from hasten.fitting.leap import fit_leap
 from hasten.fitting.leapcache import fit_leapcache
 from hasten.fitting.schedules import tune_steps
-from hasten.io import write_whole
+from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
 from hasten.solvers.scheduler import LEAP
 
@@ -168,7 +168,7 @@ class _Tuning:
             "seconds_to_learn": round(learned, 1),
             "max_error": self._settings.max_error,
         }
-        write_whole(file, json.dumps(result, indent=1) + "\n")
+        write_atomically(file, json.dumps(result, indent=1) + "\n")
         render_report(file, file.with_suffix(".html"))
         return result
 

@@ -14,8 +14,9 @@ from hasten.caching.gates import Gate, Scheduled
 from hasten.caching.predictors import Predictor
 from hasten.caching.projectors import Projector, Whole
 from hasten.caching.schedule import SCHEDULES, Explicit, Schedule, Spread, Uniform, computed_steps, longest_within
-from hasten.calibration import Calibration, RunFacts
+from hasten.calibration import Calibration, RunFacts, declare_contents
 from hasten.errors import CalibrationError, ConfigError, ScheduleError, unknown
+from hasten.io import Array, step_list
 
 __all__ = ["SITES", "CachingMethod", "Feature", "ScheduleName", "SiteName"]
 
@@ -24,6 +25,15 @@ SITES: tuple[SiteName, ...] = ("hidden", "output", "module")
 ScheduleName = Literal["uniform", "last", "even", "early", "tuned"]
 TUNED = "steps"  # what a calibration of lists of computed steps is called
 EARLY = 1.3  # power of the schedule that is dense early
+
+
+def _check_lists(calibration: Calibration) -> None:
+    for name, steps in calibration.tensors.items():
+        if int(steps[-1]) >= calibration.fingerprint.steps:
+            raise ValueError(f"{name!r} goes beyond the {calibration.fingerprint.steps} steps of the run")
+
+
+declare_contents(TUNED, {"steps/{n}": Array("integer", ("n",), (step_list,))}, _check_lists)
 
 
 @dataclass(frozen=True)

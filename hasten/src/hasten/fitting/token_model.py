@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hasten.errors import ConfigError, ModelError
+from hasten.io import Kind, read_tensors, write_atomically, write_tensors
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.shards import TokenShards
 
@@ -99,6 +100,20 @@ def build_model(clusters: int, classes: int, length: int, recipe: Recipe) -> Any
 def sequences(clusters: Tensor, classes: Tensor, k: int) -> Tensor:
     """Model inputs `[B, 1 + L]`: class row `k + class`, then the clusters `[B, L]`."""
     return torch.cat([k + classes[:, None], clusters], dim=1)
+
+
+@dataclass(frozen=True)
+class _Position:
+    """What the header of a checkpoint holds."""
+
+    recipe: Recipe
+    steps: int
+    cpu_seconds: float
+
+
+CHECKPOINT = "checkpoint.safetensors"
+KIND = Kind("checkpoint of a token model", _Position, ModelError, "Train again in another folder.", 64 << 30)
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Trainer:
@@ -192,37 +207,47 @@ class Trainer:
         measures = {"loss": loss, "loss_over_log_k": loss / scale, "entropy_over_log_k": entropy / scale}
         return {**measures, "token_loss": token_loss}
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Weights, and the optimizer's moments once it has made a step."""
+        tensors = {f"model/{name}": value for name, value in self.plain.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{i}/{name}": moments[name] for name in MOMENTS}
+        return tensors
+
     def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all; of several processes the main one writes."""
+        """Write a checkpoint, atomically; of several processes the main one writes.
+
+        Raises:
+            FileError: if it cannot be written.
+        """
         if not self.accelerator.is_main_process:
             return
-        state = {
-            "recipe": asdict(self.recipe),
-            "labels": torch.from_numpy(self.mapping.labels),
-            "model": self.plain.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "steps": self.steps,
-            "cpu_seconds": self.cpu_seconds,
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        torch.save(state, unfinished)
-        unfinished.replace(path)
+        arrays = {name: value.detach().cpu().numpy() for name, value in self._tensors().items()}
+        content = {"recipe": asdict(self.recipe), "steps": self.steps, "cpu_seconds": self.cpu_seconds}
+        write_tensors(path, KIND, arrays | {"labels": self.mapping.labels}, content)
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of the same run; more steps than it was started with are fine.
 
         Raises:
-            ModelError: if it is of another recipe or map.
+            ModelError: if it is missing or damaged, or of another recipe or map.
         """
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        saved = replace(Recipe(**state["recipe"]), steps=self.recipe.steps)
-        if saved != self.recipe or not np.array_equal(state["labels"].numpy(), self.mapping.labels):
+        arrays, position = read_tensors(path, KIND)
+        saved = replace(position.recipe, steps=self.recipe.steps)
+        if saved != self.recipe or not np.array_equal(arrays.pop("labels", np.empty(0)), self.mapping.labels):
             raise ModelError(f"{path} is of another recipe or map; give another folder or the same options")
-        self.plain.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps = state["steps"]
-        self.cpu_seconds = state["cpu_seconds"]
+        sizes = [p.shape for group in self.optimizer.param_groups for p in group["params"]]
+        expected = {f"model/{name}": value.shape for name, value in self.plain.state_dict().items()}
+        for i, size in enumerate(sizes if position.steps else []):
+            expected |= {f"optimizer/{i}/{name}": size if name != "step" else torch.Size([]) for name in MOMENTS}
+        if {name: array.shape for name, array in arrays.items()} != expected:
+            raise ModelError(f"{path}: its tensors are not those of this model. {KIND.remedy}")
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        self.plain.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model/")})
+        if position.steps:
+            moments = {i: {name: tensors[f"optimizer/{i}/{name}"] for name in MOMENTS} for i in range(len(sizes))}
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.steps, self.cpu_seconds = position.steps, position.cpu_seconds
 
     def run(
         self,
@@ -236,7 +261,7 @@ class Trainer:
         """Train until the last step or for some minutes.
 
         Args:
-            out: folder of `checkpoint.pt`, from which a run goes on, and of `log.jsonl`.
+            out: folder of `checkpoint.safetensors`, from which a run goes on, and of `log.jsonl`.
             held_out: what `evaluate` measures on, for the log.
             minutes: after how long to stop; the whole run by default.
             every: steps between two lines of the log and checkpoints.
@@ -247,15 +272,18 @@ class Trainer:
             Whether the last step is done.
         """
         started = time.monotonic()
-        checkpoint = out / "checkpoint.pt"
+        checkpoint = out / CHECKPOINT
         if checkpoint.exists():
             self.restore(checkpoint)
+        log = self._known_log(out / "log.jsonl")
         while self.steps < self.recipe.steps:
             loss = self.step()
             if progress is not None:
                 progress(self.steps, self.recipe.steps, loss)
             if self.steps % every == 0 or self.steps == self.recipe.steps:
-                self._log(out / "log.jsonl", loss, held_out, measure)
+                log += self._row(loss, held_out, measure)
+                if self.accelerator.is_main_process:
+                    write_atomically(out / "log.jsonl", log)
                 self.save(checkpoint)
                 if minutes is not None and self._time_is_up(started, minutes):
                     break
@@ -266,20 +294,25 @@ class Trainer:
         late = torch.tensor([float(time.monotonic() - started >= 60 * minutes)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(late, "sum").item() > 0)
 
-    def _log(
+    def _known_log(self, path: Path) -> str:
+        """The lines of the log up to this step: those of steps that are made again are dropped."""
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            return "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= self.steps)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ModelError(f"{path}: no log of a training run; move it away or give another folder") from error
+
+    def _row(
         self,
-        path: Path,
         loss: float,
         held_out: TokenShards | None,
         measure: Callable[[Trainer], dict[str, float]] | None,
-    ) -> None:
-        if not self.accelerator.is_main_process:
-            return
+    ) -> str:
+        """A line of the log."""
         row: dict[str, Any] = {"step": self.steps, "cpu_seconds": round(self.cpu_seconds, 2), "train": round(loss, 5)}
-        figures = {} if held_out is None else self.evaluate(held_out)
-        if measure is not None:
-            figures |= measure(self)
-        row |= {name: round(value, 5) for name, value in figures.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.accelerator.is_main_process:
+            figures = {} if held_out is None else self.evaluate(held_out)
+            if measure is not None:
+                figures |= measure(self)
+            row |= {name: round(value, 5) for name, value in figures.items()}
+        return json.dumps(row) + "\n"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from hasten.calibration import Calibration
+from hasten.calibration import Calibration, declare_contents
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
+from hasten.io import Array, Limits, conform, decreasing, digest_of, read_json, write_atomically
 from hasten.parameters import Declared
 from hasten.registry import method
 from hasten.solvers.multistep import advance
@@ -23,6 +26,90 @@ __all__ = ["LEAP", "Leap", "LeapScheduler"]
 
 LEAP = "leap"  # what a calibration of this scheduler is called
 Table = Mapping[str, Any]
+CONFIG = Limits(16 << 20, depth=8)
+REMEDY = "Make it again with `hasten tune`."
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """The table for one number of evaluations, as JSON holds it."""
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    coefficients: tuple[tuple[float, ...], ...]
+
+    def check(self, count: int) -> None:
+        """Raise ValueError for a table that is none of `count` evaluations."""
+        sizes = (len(self.timesteps), len(self.sigmas), len(self.coefficients))
+        if set(sizes) != {count} or any(len(row) != k + 1 for k, row in enumerate(self.coefficients)):
+            raise ValueError(f"the table for {count} evaluations does not have {count} times and rows of 1 to {count}")
+        for name in ("timesteps", "sigmas"):
+            if complaint := decreasing(np.asarray(getattr(self, name))):
+                raise ValueError(f"{name} of the table for {count} evaluations: {complaint}")
+        if self.sigmas[-1] <= 0 or self.timesteps[-1] < 0:
+            raise ValueError(f"the last time of the table for {count} evaluations must be before the end of the run")
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What a `LeapScheduler` is made of, as JSON holds it."""
+
+    tables: dict[str, _Solver]
+    prediction_type: Literal["flow", "epsilon", "v_prediction"]
+    num_train_timesteps: int
+    shift_mu: float | None
+
+    def __post_init__(self) -> None:
+        if not self.tables:
+            raise ValueError("it has no table")
+        for count, solver in self.tables.items():
+            if not (count.isascii() and count.isdigit() and count == str(int(count))):
+                raise ValueError(f"a table is for {count!r} evaluations, expected a number")
+            solver.check(int(count))
+        if self.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}, expected at least 1")
+
+
+def _tables(calibration: Calibration) -> dict[str, dict[str, Any]]:
+    tables: dict[str, dict[str, Any]] = {}
+    for name, tensor in calibration.tensors.items():
+        count, _, field = name.partition("/")
+        rows = tensor.tolist()
+        if field == "coefficients":
+            rows = [row[: k + 1] for k, row in enumerate(rows)]
+        tables.setdefault(count, {})[field] = rows
+    return tables
+
+
+def _arguments(calibration: Calibration) -> dict[str, Any]:
+    """Arguments of the scheduler of a fit."""
+    names = ("prediction_type", "num_train_timesteps", "shift_mu")
+    return {"tables": _tables(calibration), **{name: calibration.options.get(name) for name in names}}
+
+
+def _check_fit(calibration: Calibration) -> None:
+    for name, tensor in calibration.tensors.items():
+        if name.endswith("/coefficients") and bool(tensor.triu(1).any()):
+            raise ValueError(f"{name!r} makes use of later evaluations")
+    conform(_plain(_arguments(calibration)), _Config, "the fit")
+
+
+declare_contents(
+    LEAP,
+    {
+        "{n}/coefficients": Array("float", ("n", "n")),
+        "{n}/timesteps": Array("float", ("n",)),
+        "{n}/sigmas": Array("float", ("n",)),
+    },
+    _check_fit,
+)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sequences as JSON knows them: diffusers freezes what it keeps."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class LeapScheduler(SchedulerMixin, ConfigMixin):
@@ -38,6 +125,11 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
             (variance-preserving; `sigma` is then noise over signal).
         num_train_timesteps: of the model.
         shift_mu: the resolution-dependent shift that the tables belong to; None if the pipeline has none.
+        digest: of all these, written by `save_pretrained`; files without it are refused.
+
+    Raises:
+        ConfigError: if they are no such tables (times decrease strictly, all numbers are finite), or have another
+            digest.
     """
 
     order = 1
@@ -52,17 +144,26 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "flow",
         num_train_timesteps: int = 1000,
         shift_mu: float | None = None,
+        digest: str | None = None,
     ) -> None:
         if not tables:
             raise ConfigError("a LeapScheduler needs tables; load one that `hasten tune` wrote with LeapScheduler.load")
-        if prediction_type not in ("flow", "epsilon", "v_prediction"):
-            raise ConfigError(f"prediction_type must be 'flow', 'epsilon' or 'v_prediction', got {prediction_type!r}")
-        for count, table in tables.items():
-            sizes = {len(table["timesteps"]), len(table["sigmas"]), len(table["coefficients"]), int(count)}
-            if len(sizes) != 1 or any(len(row) != k + 1 for k, row in enumerate(table["coefficients"])):
-                raise ConfigError(
-                    f"the table for {count} evaluations does not have {count} times and rows of 1 to {count}"
-                )
+        content = _plain(
+            {
+                "tables": tables,
+                "prediction_type": prediction_type,
+                "num_train_timesteps": num_train_timesteps,
+                "shift_mu": shift_mu,
+            }
+        )
+        try:
+            conform(content, _Config, "the configuration")
+        except ValueError as error:
+            raise ConfigError(f"no usable LeapScheduler ({error}). {REMEDY}") from error
+        own = digest_of(content)
+        if digest not in (None, own):
+            raise ConfigError(f"this LeapScheduler was damaged or changed after it was saved. {REMEDY}")
+        self.register_to_config(digest=own)
         self._choose(max(tables, key=int))
 
     @classmethod
@@ -85,15 +186,39 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
             differences = calibration.check_model(pipe.transformer)
             if differences:
                 raise CalibrationError(f"leap: {'; '.join(differences)}. Fit again with `hasten tune`")
-        tables: dict[str, dict[str, Any]] = {}
-        for name, tensor in calibration.tensors.items():
-            count, _, field = name.partition("/")
-            rows = tensor.tolist()
-            if field == "coefficients":
-                rows = [row[: k + 1] for k, row in enumerate(rows)]
-            tables.setdefault(count, {})[field] = rows
-        options = calibration.options
-        return cls(tables, options["prediction_type"], options["num_train_timesteps"], options["shift_mu"])
+        return cls(**_arguments(calibration))
+
+    # --- its file, scheduler_config.json
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the configuration, atomically.
+
+        Raises:
+            FileError: if it cannot be written.
+        """
+        write_atomically(Path(json_file_path), self.to_json_string())
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, with an error of hasten.
+
+        Raises:
+            CalibrationError: if there is no such file, or it is damaged.
+        """
+        try:
+            return super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        except CalibrationError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise CalibrationError(f"{pretrained_model_name_or_path}: no LeapScheduler ({reason}). {REMEDY}") from error
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        content = read_json(Path(json_file), CONFIG, CalibrationError, REMEDY)
+        if not isinstance(content, dict) or not isinstance(content.get("digest"), str):
+            raise CalibrationError(f"{json_file}: no LeapScheduler that hasten 0.2 or later saved. {REMEDY}")
+        return content
 
     # --- what pipelines call
 

@@ -9,19 +9,19 @@ Departure: before it is scaled, `I` is cut off at a quantile, because a single h
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.errors import CalibrationError, ConfigError
+from hasten.io import Kind, read_record, write_record
 
 __all__ = ["HeadBudgets"]
 
-SCHEMA = 1
 MAX_GAMMA = 64.0
 
 
@@ -155,10 +155,14 @@ class HeadBudgets:
             )
         return self.table[layer]
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON."""
-        content = {"schema": SCHEMA, "kind": "head budgets", "facts": dict(self.facts), "budgets": self.table}
-        Path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    def save(self, path: str | Path) -> Path:
+        """Write JSON, atomically; returns the path.
+
+        Raises:
+            ConfigError: if the facts are no JSON.
+            FileError: if it cannot be written.
+        """
+        return write_record(path, KIND, {"facts": dict(self.facts), "budgets": self.table})
 
     @classmethod
     def load(cls, path: str | Path) -> HeadBudgets:
@@ -167,12 +171,19 @@ class HeadBudgets:
         Raises:
             CalibrationError: if the file is missing, damaged or something else.
         """
+        content = read_record(path, KIND)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["kind"] != "head budgets" or content["schema"] != SCHEMA:
-                raise ValueError("it holds something else, or comes from another version")
-            return cls(tuple(tuple(row) for row in content["budgets"]), content["facts"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CalibrationError(
-                f"{path} is no file of head budgets ({type(error).__name__}: {error}); make one with HeadBudgets.save"
-            ) from error
+            return cls(content.budgets, content.facts)
+        except ConfigError as error:
+            raise CalibrationError(f"{path}: no usable head budgets ({error}). {KIND.remedy}") from error
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a file of budgets holds."""
+
+    facts: dict[str, Any]
+    budgets: tuple[tuple[int, ...], ...]
+
+
+KIND = Kind("head budgets", _Content, CalibrationError, "Make it again with HeadBudgets.save.", 16 << 20)

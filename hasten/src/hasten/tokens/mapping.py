@@ -5,7 +5,6 @@ Shapes: `N` tokens, `k` clusters.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,48 +12,27 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from hasten.errors import ConfigError, ModelError
-from hasten.io import write_whole
+from hasten.io import Array, Kind, check_arrays, read_tensors, write_tensors
 
-__all__ = ["TokenMap", "read_tensors", "write_tensors"]
-
-FORMAT = 1
+__all__ = ["TokenMap"]
 
 
-def write_tensors(path: str | Path, kind: str, tensors: dict[str, NDArray[Any]], facts: dict[str, Any]) -> Path:
-    """Write one safetensors file, whole or not at all, with the facts as JSON in its metadata."""
-    header = {"format": FORMAT, "kind": kind, **facts}
-    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    path = Path(path)
-    write_whole(path, save(arrays, metadata={"hasten": json.dumps(header)}))
-    return path
+@dataclass(frozen=True)
+class _Content:
+    """What the header of a map's file holds."""
+
+    map: str
+    fingerprint: str
 
 
-def read_tensors(path: str | Path, kind: str, required: set[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Read what `write_tensors` wrote.
-
-    Raises:
-        ModelError: if the file is missing, damaged, of another kind or incomplete.
-    """
-    path = Path(path)
-    remedy = "Make it again with `hasten tokens fit`."
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file. {remedy}")
-    try:
-        with safe_open(path, framework="np") as file:
-            header = json.loads((file.metadata() or {}).get("hasten", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path}: damaged or cut off ({error}). {remedy}") from error
-    found = header.get("kind") if isinstance(header, dict) else None
-    if found != kind or header.get("format") != FORMAT:
-        raise ModelError(f"{path}: expected a {kind} of format {FORMAT}, found {found or 'another kind of file'}")
-    if missing := required - set(tensors):
-        raise ModelError(f"{path}: lacks {', '.join(sorted(missing))}. {remedy}")
-    return tensors, header
+KIND = Kind("token map", _Content, ModelError, "Make it again with `hasten tokens map`.", 256 << 20)
+ARRAYS = {
+    "labels": Array("integer", ("N",), low=0),
+    "members": Array("integer", ("N",)),
+    "offsets": Array("integer", ("k + 1",)),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +56,11 @@ class TokenMap:
         labels = np.asarray(self.labels)
         if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
             raise ConfigError(f"labels must be one whole number a token, [N]; got {labels.dtype} of {labels.shape}")
-        if labels.min() < 0:
-            raise ConfigError(f"labels count from 0, got {labels.min()}")
+        if labels.min() < 0 or labels.max() >= len(labels):  # before memory for that many clusters is asked for
+            raise ConfigError(
+                f"the labels of {len(labels)} tokens lie within 0 .. {len(labels) - 1}, "
+                f"got {labels.min()} .. {labels.max()}"
+            )
         empty = np.flatnonzero(np.bincount(labels) == 0)
         if len(empty):
             raise ConfigError(f"cluster {empty[0]} has no member, so no token can stand for it; number them 0 .. k-1")
@@ -142,7 +123,7 @@ class TokenMap:
     def save(self, path: str | Path) -> Path:
         """Write labels and member lists to one safetensors file; returns its path."""
         tensors: dict[str, NDArray[Any]] = {"labels": self.labels, "members": self.members, "offsets": self.offsets}
-        return write_tensors(path, "token map", tensors, {"map": self.kind, "fingerprint": self.fingerprint})
+        return write_tensors(path, KIND, tensors, {"map": self.kind, "fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -151,8 +132,12 @@ class TokenMap:
         Raises:
             ModelError: if the file is missing, damaged or no map.
         """
-        tensors, header = read_tensors(path, "token map", {"labels"})
+        tensors, content = read_tensors(path, KIND)
         try:
-            return cls(tensors["labels"], header["map"], header["fingerprint"])
-        except (KeyError, ConfigError) as error:
-            raise ModelError(f"{path}: not a usable map ({error})") from error
+            check_arrays(tensors, ARRAYS)
+            mapping = cls(tensors["labels"], content.map, content.fingerprint)
+            if not all(np.array_equal(tensors[name], getattr(mapping, name)) for name in ("members", "offsets")):
+                raise ValueError("its lists of members are not those of its labels")
+        except ValueError as error:
+            raise ModelError(f"{path}: no usable map ({error}). {KIND.remedy}") from error
+        return mapping

@@ -14,13 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hasten.errors import ConfigError, ModelError
-from hasten.tokens.mapping import TokenMap, read_tensors, write_tensors
+from hasten.io import Kind, read_tensors, write_tensors
+from hasten.tokens.mapping import TokenMap
 
 __all__ = ["Refiner", "RefinerConfig"]
+
+MOST_LAYERS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +47,20 @@ class RefinerConfig:
     layers: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.hidden, self.width, self.heads, self.layers) < 1:
-            raise ConfigError(f"all sizes must be at least 1, got {self}")
+        if min(self.hidden, self.width, self.heads, self.layers) < 1 or self.layers > MOST_LAYERS:
+            raise ConfigError(f"all sizes must be at least 1, and the layers at most {MOST_LAYERS}, got {self}")
         if self.width % self.heads:
             raise ConfigError(f"heads must divide the width, got {self.heads} and {self.width}")
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What the header of a refiner's file holds."""
+
+    config: RefinerConfig
+
+
+KIND = Kind("refiner", _Content, ModelError, "Train it again with `hasten tokens refine`.", 4 << 30)
 
 
 class Refiner(nn.Module):
@@ -117,9 +131,9 @@ class Refiner(nn.Module):
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write weights, map and size to one safetensors file, whole or not at all; returns its path."""
+        """Write weights, map and size to one safetensors file, atomically; returns its path."""
         tensors = {name: value.detach().cpu().numpy() for name, value in self.state_dict().items()}
-        return write_tensors(path, "refiner", tensors, {"config": asdict(self.config)})
+        return write_tensors(path, KIND, tensors, {"config": asdict(self.config)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -128,12 +142,20 @@ class Refiner(nn.Module):
         Raises:
             ModelError: if the file is missing, damaged or no refiner.
         """
-        tensors, header = read_tensors(path, "refiner", {"labels", "sizes"})
+        arrays, content = read_tensors(path, KIND)
         try:
-            refiner = cls(TokenMap(tensors["labels"]), RefinerConfig(**header["config"]))
-            refiner.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
-        except (KeyError, TypeError, RuntimeError, ConfigError) as error:
-            raise ModelError(
-                f"{path}: not a usable refiner ({error}); train one with `hasten tokens refine`"
-            ) from error
+            mapping = TokenMap(arrays.get("labels", np.empty(0)))
+            with torch.device("meta"):  # before memory for the sizes in the header is asked for
+                shapes = {name: value.shape for name, value in cls(mapping, content.config).state_dict().items()}
+            if {name: array.shape for name, array in arrays.items()} != shapes:
+                raise ConfigError("its tensors are not those of a refiner of this size")
+            if not np.array_equal(arrays["sizes"], mapping.sizes):
+                raise ConfigError("the sizes of its clusters are not those of its labels")
+            bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+            if bad:
+                raise ConfigError(f"{bad[0]!r} has a value that is not finite")
+        except ConfigError as error:
+            raise ModelError(f"{path}: no usable refiner ({error}). {KIND.remedy}") from error
+        refiner = cls(mapping, content.config)
+        refiner.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
         return refiner.eval()

@@ -9,16 +9,19 @@ Shapes: `N` tokens, `k` clusters, `S` special tokens, `D` width.
 
 from __future__ import annotations
 
-import json
+import hashlib
+import shutil
+import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import AdapterError, ModelError, unknown
-from hasten.io import write_whole
+from hasten.errors import AdapterError, FileError, ModelError, unknown
+from hasten.io import Kind, read_record, write_atomically, write_record
 from hasten.tokens.mapping import TokenMap
 
 __all__ = ["Converted", "export_model", "open_model", "replace_vocabulary"]
@@ -165,13 +168,29 @@ def _renumber(config: Any, mapping: TokenMap) -> None:
             setattr(config, name, _new_id(value, mapping))
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What lies beside an exported model: sizes, and the digest of each of its files."""
+
+    tokens: int
+    clusters: int
+    map: str
+    files: dict[str, str]
+
+
+FACTS = "hasten_tokens.json"
+KIND = Kind("model of clusters", _Facts, ModelError, "Write it again with `hasten tokens train`, or export_model.")
+
+
 def export_model(model: Any, mapping: TokenMap, folder: str | Path) -> Path:
     """Write a converted model and its map; a Hugging Face model is opened again with `from_pretrained`.
 
-    Other modules are written as `model.safetensors` with their state. `token_map.safetensors` lies beside it.
+    Other modules are written as `model.safetensors` with their state. `token_map.safetensors` lies beside it, and the
+    digests of all files.
 
     Raises:
         ModelError: if the model still has another vocabulary than the map.
+        FileError: if a file cannot be written.
     """
     _, head = _vocabulary(model)
     if head.out_features < mapping.clusters or head.out_features >= mapping.tokens > mapping.clusters:
@@ -179,25 +198,42 @@ def export_model(model: Any, mapping: TokenMap, folder: str | Path) -> Path:
             f"the head has {head.out_features} rows, the map {mapping.clusters} clusters; replace_vocabulary first"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)
-    else:
-        from safetensors.torch import save
-
-        state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-        write_whole(folder / "model.safetensors", save(state))
+    with tempfile.TemporaryDirectory() as scratch:  # other libraries write in place, file by file
+        _save_files(model, Path(scratch))
+        digests = {path.name: _digest(path) for path in sorted(Path(scratch).iterdir())}
+        for name in digests:
+            with (Path(scratch) / name).open("rb") as written:
+                write_atomically(folder / name, partial(shutil.copyfileobj, written))
     mapping.save(folder / "token_map.safetensors")
-    facts = {"tokens": mapping.tokens, "clusters": mapping.clusters, "map": mapping.kind}
-    write_whole(folder / "hasten_tokens.json", json.dumps(facts, indent=1) + "\n")
+    facts = {"tokens": mapping.tokens, "clusters": mapping.clusters, "map": mapping.kind, "files": digests}
+    write_record(folder / FACTS, KIND, facts)
     return folder
+
+
+def _save_files(model: Any, folder: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(folder)
+        else:
+            state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+            save_file(state, folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{folder}: the model cannot be written ({error}); free some space there") from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_model(folder: str | Path) -> tuple[Any, TokenMap]:
     """A Hugging Face model and its map that `export_model` wrote, in float32, whatever precision they were kept in.
 
     Raises:
-        ModelError: if the folder is no such model.
+        ModelError: if the folder is no such model, or a file is not as it was written.
     """
     from transformers import AutoModelForCausalLM
 
@@ -205,8 +241,18 @@ def open_model(folder: str | Path) -> tuple[Any, TokenMap]:
     if not (folder / "token_map.safetensors").is_file():
         raise ModelError(f"{folder} holds no model with its map; write one with `hasten tokens train`")
     mapping = TokenMap.load(folder / "token_map.safetensors")
+    facts = read_record(folder / FACTS, KIND)
+    if (facts.tokens, facts.clusters) != (mapping.tokens, mapping.clusters):
+        raise ModelError(f"{folder}: the map is that of another model. {KIND.remedy}")
+    for name, digest in facts.files.items():
+        path = folder / Path(name).name
+        if not path.is_file() or _digest(path) != digest:
+            raise ModelError(f"{path}: missing, damaged or changed after it was exported. {KIND.remedy}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no usable model ({error}); write one with `hasten tokens train`") from error
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:  # whatever the other library raises, this is no usable model
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{folder}: no usable model ({reason}). {KIND.remedy}") from error
     return model.eval(), mapping

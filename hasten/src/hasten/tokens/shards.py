@@ -1,15 +1,18 @@
 """Token sets as memory-mapped shards: a folder of `.npy` files and an `index.json`.
 
 Each shard is `[images, L]` of the smallest unsigned type that holds the vocabulary; nothing is read before it is
-needed. `labels-*.npy` hold one class an image, if there are classes.
+needed. `labels-*.npy` hold one class per image, if there are classes. The index has the digest of each file, which is
+compared when the shards are opened (by reading them through once, 1 GB in about a second).
 """
 
 from __future__ import annotations
 
 import bisect
-import json
+import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
@@ -18,13 +21,34 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hasten.errors import ConfigError, ModelError
-from hasten.io import write_whole
+from hasten.io import Kind, open_regular, read_record, write_atomically, write_record
 from hasten.tokens.mapping import TokenMap
 
 __all__ = ["TokenShards", "write_shards"]
 
-FORMAT = 1
 ROWS = 65_536
+REMEDY = "Write the shards again."
+MOST_HEADER = 65_536  # bytes of a `.npy` file before its numbers
+MOST_TOKENS = 1 << 24  # in a vocabulary
+DTYPES = (np.uint8, np.uint16, np.uint32)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What the index of a folder of shards holds."""
+
+    vocabulary: int
+    length: int
+    counts: tuple[int, ...]
+    labels: bool
+    digests: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.vocabulary <= MOST_TOKENS or self.length < 1 or any(count < 0 for count in self.counts):
+            raise ValueError(f"sizes must be positive, and the vocabulary at most {MOST_TOKENS}")
+
+
+KIND = Kind("token shards", _Index, ModelError, REMEDY)
 
 
 def write_shards(
@@ -40,7 +64,7 @@ def write_shards(
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise ConfigError(f"tokens must be whole numbers [images, L], got {values.dtype} of {values.shape}")
     if classes is not None and classes.shape != values.shape[:1]:
-        raise ConfigError(f"one class an image is needed, {len(values)}, got the shape {classes.shape}")
+        raise ConfigError(f"one class per image is needed, {len(values)}, got the shape {classes.shape}")
     if rows < 1:
         raise ConfigError(f"rows must be at least 1, got {rows}")
     pieces = (
@@ -53,19 +77,50 @@ def write_shards(
 def _write(
     folder: Path, pieces: Iterator[tuple[Any, Any]], length: int, vocabulary: int, labelled: bool
 ) -> TokenShards:
-    dtype = np.min_scalar_type(max(0, vocabulary - 1))
-    folder.mkdir(parents=True, exist_ok=True)
-    counts = []
+    if not 1 <= vocabulary <= MOST_TOKENS:
+        raise ConfigError(f"a vocabulary has 1 .. {MOST_TOKENS} tokens, got {vocabulary}")
+    dtype = np.min_scalar_type(vocabulary - 1)
+    counts, digests = [], {}
     for i, (tokens, classes) in enumerate(pieces):
         if tokens.size and (tokens.min() < 0 or tokens.max() >= vocabulary):
             raise ConfigError(f"tokens {tokens.min()} .. {tokens.max()} do not fit a vocabulary of {vocabulary}")
-        np.save(folder / f"tokens-{i:05d}.npy", tokens.astype(dtype))
-        if labelled:
-            np.save(folder / f"labels-{i:05d}.npy", classes.astype(np.int32))
+        files = {"tokens": tokens.astype(dtype)} | ({"labels": classes.astype(np.int32)} if labelled else {})
+        for kind, array in files.items():
+            name = f"{kind}-{i:05d}.npy"
+            content = _npy(array)
+            write_atomically(folder / name, content)
+            digests[name] = hashlib.sha256(content).hexdigest()
         counts.append(len(tokens))
-    index = {"format": FORMAT, "vocabulary": vocabulary, "length": length, "counts": counts, "labels": labelled}
-    write_whole(folder / "index.json", json.dumps(index) + "\n")  # last, so that a folder with an index is whole
+    index = {"vocabulary": vocabulary, "length": length, "counts": counts, "labels": labelled, "digests": digests}
+    write_record(folder / "index.json", KIND, index)  # last, so that a folder with an index is whole
     return TokenShards.open(folder)
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    """The content of a `.npy` file."""
+    file = BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def _map(path: Path, digest: str | None, dtypes: tuple[type, ...], shape: tuple[int, ...]) -> NDArray[Any]:
+    """A memory-mapped `.npy` file.
+
+    Raises:
+        OSError: if it is not there.
+        ValueError: if it is damaged, or holds something else.
+    """
+    file, _ = open_regular(path, math.prod(shape) * np.dtype(dtypes[-1]).itemsize + MOST_HEADER)
+    with file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise ValueError(f"{path.name} is damaged: it does not have the digest that it was written with")
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r")
+    except Exception as error:  # whatever numpy raises, the file is no array
+        raise ValueError(f"{path.name} is no array") from error
+    if array.dtype not in dtypes or array.shape != shape:
+        raise ValueError(f"{path.name} holds {array.dtype} of {array.shape}, expected {shape}")
+    return array
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +130,10 @@ class TokenShards:
     Attributes:
         folder: where the shards are.
         vocabulary: number of tokens that there are.
-        length: tokens of an image, `L`.
+        length: tokens per image, `L`.
         counts: images of each shard.
         arrays: the shards, memory-mapped.
-        classes: one class an image, memory-mapped; empty without classes.
+        classes: one class per image, memory-mapped; empty without classes.
     """
 
     folder: Path
@@ -96,18 +151,27 @@ class TokenShards:
             ModelError: if files are missing, damaged or do not fit the index.
         """
         folder = Path(folder)
+        index = read_record(folder / "index.json", KIND)
+        numbered = [(f"{i:05d}.npy", count) for i, count in enumerate(index.counts)]
         try:
-            index = json.loads((folder / "index.json").read_text())
-            counts, length = tuple(index["counts"]), int(index["length"])
-            arrays = tuple(np.load(folder / f"tokens-{i:05d}.npy", mmap_mode="r") for i in range(len(counts)))
-            names = [f"labels-{i:05d}.npy" for i in range(len(counts))] if index["labels"] else []
-            classes = tuple(np.load(folder / name, mmap_mode="r") for name in names)
-            vocabulary = int(index["vocabulary"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{folder}: no usable token shards ({error}); write them again") from error
-        if any(a.shape != (n, length) for a, n in zip(arrays, counts, strict=True)):
-            raise ModelError(f"{folder}: a shard has another shape than the index says; write them again")
-        return cls(folder, vocabulary, length, counts, arrays, classes)
+            arrays = [
+                _map(folder / (name := f"tokens-{end}"), index.digests.get(name), DTYPES, (count, index.length))
+                for end, count in numbered
+            ]
+            for i, array in enumerate(arrays):
+                if array.size and int(array.max()) >= index.vocabulary:
+                    raise ValueError(f"shard {i} has the token {array.max()}, but there are {index.vocabulary}")
+            classes = [
+                _map(folder / (name := f"labels-{end}"), index.digests.get(name), (np.int32,), (count,))
+                for end, count in numbered
+                if index.labels
+            ]
+            if any(array.size and int(array.min()) < 0 for array in classes):
+                raise ValueError("a class is negative")
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"{folder}: no usable token shards ({reason}). {REMEDY}") from error
+        return cls(folder, index.vocabulary, index.length, index.counts, tuple(arrays), tuple(classes))
 
     def __len__(self) -> int:
         return sum(self.counts)

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hasten.errors import ConfigError, ModelError, unknown
+from hasten.io import Array, Kind, check_arrays, increasing, read_tensors, write_tensors
 from hasten.tokens.approximate import approximate_linkage
 from hasten.tokens.linkage import Progress, average_linkage
-from hasten.tokens.mapping import TokenMap, read_tensors, write_tensors
+from hasten.tokens.mapping import TokenMap
 
 __all__ = ["Normalize", "SemanticTree", "as_codebook", "codebook_fingerprint", "prepare_codes"]
 
@@ -71,6 +72,24 @@ def codebook_fingerprint(codebook: Any) -> str:
     """Digest of a codebook: its shape and its values as float32."""
     codes = as_codebook(codebook).astype(np.float32)
     return hashlib.sha256(repr(codes.shape).encode() + codes.tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What the header of a tree's file holds."""
+
+    normalize: Normalize
+    exact: bool
+    fingerprint: str
+
+
+KIND = Kind("semantic tree", _Content, ModelError, "Make it again with `hasten tokens fit`.", 1 << 30)
+ARRAYS = {
+    "merges": Array("integer", ("U - 1", 2), low=0),
+    "heights": Array("float", ("U - 1",), low=0),
+    "used": Array("integer", ("U",), (increasing,), low=0),
+    "nearest": Array("integer", ("N",), low=0),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,10 +217,10 @@ class SemanticTree:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file, whole or not at all; returns its path."""
+        """Write one safetensors file, atomically; returns its path."""
         tensors = {"merges": self.merges, "heights": self.heights, "used": self.used, "nearest": self.nearest}
         facts = {"normalize": self.normalize, "exact": self.exact, "fingerprint": self.fingerprint}
-        return write_tensors(path, "semantic tree", tensors, facts)
+        return write_tensors(path, KIND, tensors, facts)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -210,12 +229,31 @@ class SemanticTree:
         Raises:
             ModelError: if the file is missing, damaged or no tree.
         """
-        t, header = read_tensors(path, "semantic tree", {"merges", "heights", "used", "nearest"})
+        t, content = read_tensors(path, KIND)
         try:
-            normalize, exact, fingerprint = (header[name] for name in ("normalize", "exact", "fingerprint"))
-        except KeyError as error:
-            raise ModelError(f"{path}: the header lacks {error}") from error
-        return cls(t["merges"], t["heights"], t["used"], t["nearest"], normalize, exact, fingerprint)
+            check_arrays(t, ARRAYS)
+            arrays = (t["merges"], t["heights"], t["used"], t["nearest"])
+            tree = cls(*arrays, content.normalize, content.exact, content.fingerprint)
+            tree._check_merges()
+        except ValueError as error:
+            raise ModelError(f"{path}: no usable semantic tree ({error}). {KIND.remedy}") from error
+        return tree
+
+    def _check_merges(self) -> None:
+        """Raise ValueError unless the merges make one tree of all leaves, and each token has its leaf."""
+        leaves, merges = self.leaves, len(self.merges)
+        if merges != leaves - 1:
+            raise ValueError(f"it has {merges} merges of {leaves} used codes")
+        if not np.array_equal(np.sort(self.merges, axis=None), np.arange(2 * merges)):
+            raise ValueError("a node is merged more than once, or never")
+        if (self.merges >= leaves + np.arange(merges)[:, None]).any():
+            raise ValueError("a node is merged before it is made")
+        if self.exact and (np.diff(self.heights) < 0).any():
+            raise ValueError("the heights of an exact tree do not ascend")
+        if self.used[-1] >= len(self.nearest) or self.nearest.max() >= leaves:
+            raise ValueError("a token or a leaf is beyond those that there are")
+        if not np.array_equal(self.nearest[self.used], np.arange(leaves)):
+            raise ValueError("a used code is not its own leaf")
 
 
 def _used_codes(used: ArrayLike | None, n: int) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ import torch
 from hasten.errors import ModelError
 from hasten.fitting.refiner import train_refiner
 from hasten.fitting.token_model import Recipe, Trainer
-from hasten.io import write_whole
+from hasten.io import write_atomically
 from hasten.tokens import MemberSampler, SemanticTree, TokenMap, flat_map, kmeans_map, random_map
 from hasten.tokens.refiner import Refiner, RefinerConfig
 from hasten.tokens.sample import sample_clusters
@@ -79,7 +79,7 @@ def prepare(folder: Path, tokenizer: VQTokenizer, sizes: Sizes) -> tuple[TokenSh
         parts = [(tokenizer.encode(batch.pixels), batch.classes) for batch in batches(n, use)]
         tokens, classes = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
         shards.append(write_shards(folder / name, tokens, tokenizer.config.codes, classes))
-    write_whole(note, fingerprint + "\n")  # last, so that a folder with it is whole
+    write_atomically(note, fingerprint + "\n")  # last, so that a folder with it is whole
     return shards[0], shards[1]
 
 
@@ -183,7 +183,7 @@ class Bench:
             "curve": curve,
             "last": self.last(trainer),
         }
-        write_whole(kept, json.dumps(result) + "\n")
+        write_atomically(kept, json.dumps(result) + "\n")
         return result
 
 
@@ -202,7 +202,7 @@ def compare(folder: Path, recipe: Recipe, k: int, seeds: int, minutes: float, si
                 return False
             runs.append(done)
             result = {**facts, "sizes": asdict(sizes), "threads": torch.get_num_threads(), "runs": runs}
-            write_whole(folder / "comparison.json", json.dumps(result, indent=1) + "\n")
+            write_atomically(folder / "comparison.json", json.dumps(result, indent=1) + "\n")
     return True
 
 

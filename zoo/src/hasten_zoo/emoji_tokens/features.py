@@ -22,7 +22,7 @@ from typing import Self
 import numpy as np
 import torch
 from hasten.errors import ModelError
-from hasten.io import write_whole
+from hasten.io import write_atomically
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -85,7 +85,7 @@ class FeatureNet(nn.Module):
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file in half precision; returns its path."""
         path = Path(path)
-        write_whole(path, save({name: value.half().contiguous() for name, value in self.state_dict().items()}))
+        write_atomically(path, save({name: value.half().contiguous() for name, value in self.state_dict().items()}))
         return path
 
     @classmethod
@@ -145,7 +145,7 @@ def train(out: Path, steps: int, every: int = 250) -> FeatureNet:
         if step % every == 0 or step == steps:
             row = {"step": step, "loss": round(float(loss.detach()), 4), **_accuracy(net, 1024)}
             rows.append(json.dumps({**row, "cpu_seconds": round(time.process_time() - started)}))
-    write_whole(out / "features_log.jsonl", "\n".join(rows) + "\n")
+    write_atomically(out / "features_log.jsonl", "\n".join(rows) + "\n")
     net.save(out / "features.safetensors")
     return net.eval()
 

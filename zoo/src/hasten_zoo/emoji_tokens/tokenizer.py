@@ -16,7 +16,7 @@ from typing import Self
 
 import torch
 from hasten.errors import ConfigError, ModelError
-from hasten.io import write_whole
+from hasten.io import write_atomically
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -187,7 +187,7 @@ class VQTokenizer(nn.Module):
         """Write one safetensors file in half precision; returns its path."""
         path = Path(path)
         facts = {name: str(value) for name, value in asdict(self.config).items()}
-        write_whole(path, save({k: v.half().contiguous() for k, v in self.state_dict().items()}, metadata=facts))
+        write_atomically(path, save({k: v.half().contiguous() for k, v in self.state_dict().items()}, metadata=facts))
         return path
 
     @classmethod

@@ -37,8 +37,9 @@ from hasten.caching.method import SiteName
 from hasten.caching.multistep import SOLVERS, Multistep
 from hasten.caching.predictors import Hermite, Predictor, Reuse, Taylor
 from hasten.caching.projectors import Whole
-from hasten.calibration import Fit, Trace
+from hasten.calibration import Calibration, Fit, Trace, declare_contents
 from hasten.errors import CalibrationError, ConfigError, unknown
+from hasten.io import Array, symmetric
 from hasten.registry import method
 
 __all__ = ["CANDIDATES", "ChannelClusters", "HyCa", "descriptors"]
@@ -109,6 +110,23 @@ def _one_step_errors(grams: Sequence[Gram], sizes: Sequence[int]) -> list[float]
         size = sum(n * g[t, t] for n, g in zip(sizes, grams, strict=True))
         errors.append(float(np.sqrt(sum(n * e for n, e in zip(sizes, best, strict=True)) / max(size, 1e-300))))
     return errors
+
+
+def _check_clusters(calibration: Calibration) -> None:
+    slots = {name.partition("/")[2] for name in calibration.tensors}
+    for slot in slots:
+        labels, grams = (calibration.tensors.get(f"{kind}/{slot}") for kind in ("clusters", "grams"))
+        if labels is None or grams is None:
+            raise ValueError(f"it lacks the clusters or the Gram matrices of {slot!r}")
+        if int(labels.max()) >= len(grams):
+            raise ValueError(f"a channel of {slot!r} is in cluster {int(labels.max())} of {len(grams)}")
+
+
+declare_contents(
+    "hyca",
+    {"clusters/{slot}": Array("integer", ("D",), low=0), "grams/{slot}": Array("float", ("C", "L", "L"), (symmetric,))},
+    _check_clusters,
+)
 
 
 @method("hyca", kind="caching", paper="HyCa, arXiv:2510.04188", needs_calibration=True)

@@ -38,8 +38,9 @@ from hasten.caching.method import SiteName
 from hasten.caching.multistep import Vector
 from hasten.caching.projectors import Whole
 from hasten.caching.schedule import Explicit, Schedule, computed_steps
-from hasten.calibration import Fit, Trace
+from hasten.calibration import Calibration, Fit, Trace, declare_contents
 from hasten.errors import ConfigError, ScheduleError, unknown
+from hasten.io import Array, symmetric
 from hasten.registry import method
 
 __all__ = ["L2P", "PUBLISHED", "FullHistory", "MaskedHistory"]
@@ -137,6 +138,15 @@ def gradient_rows(gram: Gram, epochs: int = 201, rate: float = 0.01) -> Gram:
     rows = np.zeros_like(gram)
     rows[1:, :size] = weights
     return rows
+
+
+def _check_passes(calibration: Calibration) -> None:
+    expected = {f"gram/{name}" for name in calibration.fingerprint.passes}
+    if set(calibration.tensors) != expected:
+        raise ValueError(f"it holds {', '.join(sorted(calibration.tensors))}, expected {', '.join(sorted(expected))}")
+
+
+declare_contents("l2p", {"gram/{pass_}": Array("float", ("T", "T"), (symmetric,))}, _check_passes)
 
 
 @method("l2p", kind="caching", paper="L2P, arXiv:2604.26365", needs_calibration=True)

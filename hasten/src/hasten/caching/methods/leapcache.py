@@ -28,8 +28,9 @@ from hasten.caching.components import Components, FeatureKey
 from hasten.caching.method import SiteName
 from hasten.caching.projectors import Whole
 from hasten.caching.schedule import Explicit, Schedule, Uniform, longest_within, spread
-from hasten.calibration import Fit, Trace
+from hasten.calibration import Calibration, Fit, Trace, declare_contents
 from hasten.errors import ConfigError
+from hasten.io import Array, step_list
 from hasten.registry import method
 
 __all__ = ["LeapCache", "LearnedWeights", "learned_table"]
@@ -91,6 +92,29 @@ def learned_table(
         right = cross[past, t] + pull * np.eye(len(past))[-1]
         table[t, past] = np.linalg.lstsq(inner + pull * np.eye(len(past)), right, rcond=None)[0]
     return torch.from_numpy(table)
+
+
+def _check_tables(calibration: Calibration) -> None:
+    total, passes = calibration.fingerprint.steps, calibration.fingerprint.passes
+    for name, steps in calibration.tensors.items():
+        if not name.endswith("/steps"):
+            continue
+        if int(steps[-1]) >= total:
+            raise ValueError(f"{name!r} goes beyond the {total} steps of the run")
+        later = steps[None] >= torch.arange(total)[:, None]  # [T, n]
+        count = len(steps)
+        expected = {f"{count}/{pass_}" for pass_ in passes}
+        if {other for other in calibration.tensors if other.startswith(f"{count}/")} - {name} != expected:
+            raise ValueError(f"the weights for {count} computed steps are not those of the passes {', '.join(passes)}")
+        if any(bool((calibration.tensors[table][later] != 0).any()) for table in expected):
+            raise ValueError(f"with {count} computed steps a forecast uses later steps")
+
+
+declare_contents(
+    "leapcache",
+    {"{n}/steps": Array("integer", ("n",), (step_list,)), "{n}/{pass_}": Array("float", ("T", "n"))},
+    _check_tables,
+)
 
 
 @method("leapcache", kind="caching", paper="ours", needs_calibration=True)

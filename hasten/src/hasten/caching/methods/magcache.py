@@ -21,8 +21,9 @@ from torch import Tensor
 from hasten.caching.adaptive import AdaptiveMethod
 from hasten.caching.gates import Gate, ThresholdGate
 from hasten.caching.method import Feature
-from hasten.calibration import Calibration, Fit, Trace
+from hasten.calibration import Calibration, Fit, Trace, declare_contents
 from hasten.errors import ConfigError
+from hasten.io import Array
 from hasten.registry import method
 
 __all__ = ["MagCache"]
@@ -50,6 +51,9 @@ class MagnitudeGate(ThresholdGate):
     def on_decision(self, computed: bool, seen: Tensor | None) -> None:
         if computed:
             self._ratio, self._error = 1.0, 0.0
+
+
+declare_contents("magcache", {"ratios": Array("float", ("L",), low=0)})
 
 
 @method("magcache", kind="caching", paper="MagCache, arXiv:2506.09045", needs_calibration=True)

@@ -33,8 +33,9 @@ from hasten.caching.method import SiteName
 from hasten.caching.multistep import Vector
 from hasten.caching.predictors import Predictor, Reuse, Taylor
 from hasten.caching.projectors import Whole, weighted_sum
-from hasten.calibration import Fit, Trace
+from hasten.calibration import Fit, Trace, declare_contents
 from hasten.errors import CalibrationError, ConfigError, unknown
+from hasten.io import Array, orthonormal
 from hasten.registry import method
 
 __all__ = ["MovingAverage", "SVDCache", "Subspace"]
@@ -96,6 +97,9 @@ def _average(values: Sequence[Vector], newest: float) -> Vector:
     """Exponential moving average of values, newest first, corrected for its start."""
     shares = np.asarray([newest * (1 - newest) ** i for i in range(len(values))])
     return np.asarray(sum(share * value for share, value in zip(shares / shares.sum(), values, strict=True)))
+
+
+declare_contents("svdcache", {"basis/{slot}": Array("float", ("D", "k"), (orthonormal,))})
 
 
 @method("svdcache", kind="caching", paper="SVD-Cache, arXiv:2601.07396", needs_calibration=True)

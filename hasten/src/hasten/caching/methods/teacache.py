@@ -26,8 +26,9 @@ from torch import Tensor
 from hasten.caching.adaptive import AdaptiveMethod
 from hasten.caching.gates import Gate, ThresholdGate, relative_change
 from hasten.caching.method import Feature, ScheduleName
-from hasten.calibration import Calibration, Fit, Trace
+from hasten.calibration import Calibration, Fit, Trace, declare_contents
 from hasten.errors import ConfigError, unknown
+from hasten.io import Array
 from hasten.registry import method
 
 __all__ = ["COEFFICIENTS", "TeaCache"]
@@ -71,6 +72,9 @@ class AccumulatingGate(ThresholdGate):
 
     def held(self) -> Iterable[Tensor]:
         return () if self._previous is None else (self._previous,)
+
+
+declare_contents("teacache", {"coefficients": Array("float", ("P",))})
 
 
 @method("teacache", kind="caching", paper="TeaCache, arXiv:2411.19108")

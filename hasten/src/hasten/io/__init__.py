@@ -1,0 +1,45 @@
+"""Files: written atomically, read with bounds, one container for everything that is shared.
+
+`atomic` writes; `documents` reads JSON; `schema` declares what a file has to hold; `container` keeps tensors (a
+safetensors file) or plain values (JSON) under a header with a digest of the whole content.
+"""
+
+from hasten.io.atomic import check_target, write_atomically
+from hasten.io.container import Kind, digest_of, read_record, read_tensors, write_record, write_tensors
+from hasten.io.documents import Limits, open_regular, parse_json, read_bytes, read_json
+from hasten.io.schema import (
+    Array,
+    check_arrays,
+    conform,
+    decreasing,
+    increasing,
+    orthonormal,
+    shown,
+    step_list,
+    symmetric,
+)
+
+__all__ = [
+    "Array",
+    "Kind",
+    "Limits",
+    "check_arrays",
+    "check_target",
+    "conform",
+    "decreasing",
+    "digest_of",
+    "increasing",
+    "open_regular",
+    "orthonormal",
+    "parse_json",
+    "read_bytes",
+    "read_json",
+    "read_record",
+    "read_tensors",
+    "shown",
+    "step_list",
+    "symmetric",
+    "write_atomically",
+    "write_record",
+    "write_tensors",
+]

@@ -1,0 +1,150 @@
+"""Reading files that others may have made: bounded before memory is asked for, JSON without surprises."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from hasten.errors import FileError, HastenError
+from hasten.io.schema import shown
+
+__all__ = ["Limits", "open_regular", "parse_json", "read_bytes", "read_json"]
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on a JSON document.
+
+    Attributes:
+        size: in bytes; a parsed document takes up to about 25 times as much memory.
+        depth: levels of lists and objects within each other.
+    """
+
+    size: int = 64 * MIB
+    depth: int = 32
+
+
+def open_regular(path: Path, most: int) -> tuple[BufferedReader, int]:
+    """An open file and its size in bytes.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: if it is no regular file, or larger than `most` bytes.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: a pipe would wait for ever
+        raise ValueError("it is no regular file")
+    file = path.open("rb")
+    size = os.fstat(file.fileno()).st_size
+    if size > most:
+        file.close()
+        raise ValueError(f"it has {size / MIB:.1f} MiB, expected at most {most / MIB:.1f}")
+    return file, size
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes; raises as `open_regular`."""
+    file, size = open_regular(path, most)
+    with file:
+        return file.read(size)
+
+
+def parse_json(text: str | bytes, limits: Limits = Limits()) -> Any:
+    """A JSON document whose numbers are finite and of 64 bits, and whose objects have no name twice.
+
+    Raises:
+        ValueError: if it is no such document, or exceeds the limits.
+    """
+    if len(text) > limits.size:
+        raise ValueError(f"it has {len(text)} bytes, expected at most {limits.size}")
+    if isinstance(text, bytes):
+        text = text.decode()
+    try:
+        value = json.loads(
+            text,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_object,
+        )
+    except RecursionError:
+        raise ValueError(f"it is nested more than {limits.depth} levels deep") from None
+    level: list[Any] = [value]
+    for _ in range(limits.depth + 1):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {limits.depth} levels deep")
+
+
+def read_json(
+    path: str | Path,
+    limits: Limits = Limits(),
+    error: type[HastenError] = FileError,
+    remedy: str = "Make the file again.",
+) -> Any:
+    """The value of a JSON file; see `parse_json`.
+
+    Args:
+        path: the file.
+        limits: bounds on it.
+        error: class of the error.
+        remedy: what the error tells the reader to do.
+
+    Raises:
+        HastenError: of the class `error`, if the file is missing, too large or no such JSON.
+    """
+    path = Path(path)
+    try:
+        return parse_json(read_bytes(path, limits.size), limits)
+    except FileNotFoundError as missing:
+        raise error(f"{path}: no such file. {remedy}") from missing
+    except (OSError, ValueError) as bad:
+        raise error(f"{path}: no usable JSON ({describe(bad)}). {remedy}") from bad
+
+
+def describe(error: Exception) -> str:
+    """What was wrong, on one line."""
+    if isinstance(error, OSError):
+        return error.strerror or shown(str(error))
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is no UTF-8"
+    return " ".join(str(error).split())
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [child for child in value if isinstance(child, (dict, list))] if isinstance(value, list) else []
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no finite number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{shown(text)} is no finite number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20 or not -(1 << 63) <= (value := int(text)) < 1 << 64:
+        raise ValueError(f"{shown(text)} is no number of 64 bits")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {shown(max(names, key=names.count))} is there twice")
+    return made
