@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from hasten import DVG, RALU, Bottleneck, Fresco
-from hasten.bench.runner import environment
+from hasten.bench.environment import environment
 from hasten.resolution.plan import feasible
 from hasten.resolution.planned import stage_lengths
 from torch.utils.flop_counter import FlopCounterMode

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from hasten.bench.schema import short_label
+from hasten.bench.labels import short_label
 from matplotlib.figure import Figure
 from tables import emoji_flux
 

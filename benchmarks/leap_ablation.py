@@ -22,8 +22,8 @@ import torch
 from einops import rearrange
 from hasten import Calibration, LeapScheduler, fit_leap
 from hasten.bench import subject
+from hasten.bench.environment import environment
 from hasten.bench.metrics import psnr
-from hasten.bench.runner import environment
 from hasten.bench.tune import tuning_calls
 from hasten.caching.schedule import spread
 from hasten.fitting.leap_fitter import STARTS, Fitter

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from hasten.bench.runner import environment
+from hasten.bench.environment import environment
 from hasten.io import write_atomically
 from rich.progress import track
 

@@ -19,7 +19,7 @@ from typing import Any
 import hasten
 import torch
 from diffusers import FluxTransformer2DModel
-from hasten.bench.runner import environment
+from hasten.bench.environment import environment
 from rich.progress import track
 
 TOKENS, TEXT, STEPS = 64, 8, 50

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from hasten.bench import subject
 from hasten.bench.arms import Accelerated
-from hasten.bench.runner import environment
+from hasten.bench.environment import environment
+from hasten.bench.labels import short_label
 from hasten.bench.sampling import Attach, count_flops, draw_sample, plain
-from hasten.bench.schema import short_label
 from hasten.bench.staged import parse_combination
 from rich.progress import track
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from hasten import Fresco
 from hasten.bench import subject
+from hasten.bench.environment import environment
 from hasten.bench.metrics import psnr
-from hasten.bench.runner import environment
 from hasten.resolution.noise import Rewind
 from hasten.resolution.packed import MixedState
 from hasten.resolution.regions import PromotionInput

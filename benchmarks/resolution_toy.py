@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from hasten import RALU, Bottleneck, Fresco, Spectral
-from hasten.bench.runner import environment
+from hasten.bench.environment import environment
 from hasten.resolution import RegionMethod
 from hasten.resolution.positions import ImageTokens, flux_ids, pack, unpack
 from rich.progress import track

@@ -24,8 +24,8 @@ import torch
 from hasten.bench import subject
 from hasten.bench.arms import Accelerated, Attach, parse_method, plain_arms
 from hasten.bench.edits import edit_figures, edit_of
+from hasten.bench.environment import environment
 from hasten.bench.metrics import Lpips, psnr
-from hasten.bench.runner import environment
 from hasten.bench.sampling import count_flops, draw_sample
 from hasten.bench.staged import is_staged, parse_combination
 from hasten.resolution.layouts import PixelLayout

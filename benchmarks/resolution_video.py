@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from hasten.bench import subject
 from hasten.bench.arms import Accelerated
+from hasten.bench.environment import environment
 from hasten.bench.metrics import Lpips, over_frames, psnr, temporal_error
-from hasten.bench.runner import environment
 from hasten.bench.sampling import Sample, count_flops, draw_sample, plain
 from hasten.bench.staged import parse_combination
 from hasten.resolution.plan import motion, texture

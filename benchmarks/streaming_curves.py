@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from hasten.bench.labels import short_label
 from hasten.bench.rollout import REFERENCE
-from hasten.bench.schema import short_label
 from hasten.bench.streams import DEFAULT_METHODS
 from matplotlib.figure import Figure
 

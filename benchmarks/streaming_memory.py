@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hasten.bench.runner import environment
+from hasten.bench.environment import environment
 from hasten.bench.streams import parse_streaming
 from hasten_zoo.sprites_stream.model import load_model, new_stream
 from hasten_zoo.sprites_stream.reference import WEIGHTS, worlds_of

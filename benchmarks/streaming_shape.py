@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hasten.bench.runner import environment
+from hasten.bench.environment import environment
 from hasten.bench.streams import parse_streaming
 from hasten.streaming import KVStream, StreamingMethod, StreamStats
 from rich.progress import track

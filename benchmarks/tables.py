@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hasten.bench.schema import short_label
-from hasten.bench.stream_report import late
+from hasten.bench.labels import short_label
+from hasten.bench.result import Result, read_result
+from hasten.bench.row import Row, columns
+from hasten.bench.tables import as_markdown, table_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,83 +30,13 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def bench_table(result: dict[str, Any]) -> str:
-    """Markdown of one bench result, a block of rows for each number of computed steps, plain samplers first."""
-    base, environment, settings = result["baseline"], result["environment"], result["settings"]
-    heads = ["sampler", "steps computed", "FLOPs ratio", "s / image", "speed-up", "PSNR dB", "SSIM", "LPIPS", "FLIP"]
-    heads += ["cache KiB", "top-1"]
-    first = ["plain Euler", str(base["steps"]), "1.00", _cell(base["seconds"], 3), "1.00", "-", "-", "-", "-", "0"]
-    lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|", _row([*first, _cell(base["top1"], 2)])]
-    for count in sorted({row["budget"] for row in result["rows"]}, reverse=True):
-        for row in (r for r in result["rows"] if r["budget"] == count):
-            cells = [
-                _title(row),
-                str(count),
-                _cell(row["flops_ratio"], 2),
-                _cell(row["seconds"], 3),
-                _cell(row["latency_ratio"], 2),
-                _cell(row["psnr"], 2),
-                _cell(row["ssim"], 4),
-                _cell(row["lpips"], 4),
-                _cell(row["flip"], 4),
-                _cell(None if row["cache_bytes"] is None else row["cache_bytes"] / 1024, 0),
-                _cell(row["top1"], 2),
-            ]
-            lines.append(_row(cells))
-    lines.append("")
-    lines.append(
-        f"{result['model']}, {settings['width']}x{settings['height']}, {len(settings['prompts'])} prompts, medians; "
-        f"hasten {environment['hasten']}, torch {environment['torch']}, diffusers {environment['diffusers']}, "
-        f"{environment['device']}, {result['created'][:10]}."
-    )
-    return "\n".join(lines)
-
-
-# What some models add to the figures of a resolution method: the field, its heading, digits.
-EXTRA = (("psnr_unedited", "unedited dB", 1), ("psnr_edited", "edited dB", 1), ("temporal_error", "temporal", 3))
-
-
-def resolution_table(result: dict[str, Any]) -> str:
-    """Markdown of a bench result with resolution methods, by what a image costs."""
-    rows = [row for row in result["rows"] if not row.get("error")]
-    extra = [column for column in EXTRA if any(row.get(column[0]) is not None for row in rows)]
-    heads = ["sampler", "evaluations", "FLOPs, times fewer", "speed-up", "share of it", "PSNR dB", "LPIPS", "FLIP"]
-    heads += [*(heading for _, heading, _ in extra), "top-1"]
-    lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
-    base, environment, settings = result["baseline"], result["environment"], result["settings"]
-    first = ["plain Euler", str(base["steps"]), "1.00", "1.00", "1.00", "-", "-", "-"]
-    lines.append(
-        _row([*first, *(_cell(base.get(field), digits) for field, _, digits in extra), _cell(base["top1"], 2)])
-    )
-    for row in sorted(rows, key=lambda row: row["flops_ratio_measured"]):
-        cells = [
-            _title(row),
-            _cell(row["computed_steps"], 0),
-            _cell(row["flops_ratio_measured"], 2),
-            _cell(row["latency_ratio"], 2),
-        ]
-        cells += [_cell(row["latency_share"], 2), _cell(row["psnr"], 1), _cell(row["lpips"], 4), _cell(row["flip"], 4)]
-        cells += [_cell(row[field], digits) for field, _, digits in extra]
-        lines.append(_row([*cells, _cell(row["top1"], 2)]))
-    lines.append("")
-    lines += [f"Not measured: {_title(row)}: {row['error']}" for row in result["rows"] if row.get("error")]
-    clips = f", {settings['frames']} frames" if settings.get("frames") else ""
-    vae = (
-        f"; the way through the VAE alone: {_cell(base['psnr_unedited_vae'], 1)} dB"
-        if base.get("psnr_unedited")
-        else ""
-    )
-    lines.append(
-        f"{result['model']}, {settings['width']}x{settings['height']}{clips}, {len(settings['prompts'])} prompts, "
-        f"medians, against {settings['steps']} plain steps from the same noise{vae}; share: speed-up over FLOPs ratio; "
-        f"hasten {environment['hasten']}, torch {environment['torch']}, {environment['device']}, "
-        f"{result['created'][:10]}."
-    )
-    return "\n".join(lines)
+def bench_table(name: str) -> str:
+    """Markdown of a result of `hasten bench`."""
+    return as_markdown(table_of(_result(name)))
 
 
 def truth_table(part: dict[str, Any], model: str) -> str:
-    """Markdown of a part of `resolution-truth.json`: every arm, by what a image costs."""
+    """Markdown of a part of `resolution-truth.json`: every arm, by what an image costs."""
     editing = "psnr_edited" in part["rows"][0]
     heads = ["sampler", "evaluations", "FLOPs, times fewer", "PSNR to the full run", "PSNR to the truth"]
     heads += ["LPIPS to the truth", *(["unedited dB", "of it exact", "edited dB"] if editing else []), "top-1"]
@@ -181,7 +113,7 @@ def latency_table(result: dict[str, Any]) -> str:
     """Markdown of `resolution-latency.json`."""
     heads = ["model", "method", "pixels", "50 steps: FLOPs, times fewer", "times faster", "share"]
     heads += ["as many evaluations: FLOPs, times fewer", "times faster", "share", "share in the transformer"]
-    heads += ["outside it, ms a step: plain", "method"]
+    heads += ["outside it, ms per step: plain", "method"]
     lines = [_row(heads), "|---|---" + "|--:" * (len(heads) - 2) + "|"]
     figures = ("flops_ratio", "latency_ratio", "latency_share")
     for row in result["rows"]:
@@ -264,26 +196,6 @@ def parts_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def streaming_table(result: dict[str, Any]) -> str:
-    """Markdown of `hasten bench` on a streaming model."""
-    names = sorted({name for row in result["rows"] for name in row["drift"]})
-    heads = ["method", "s / frame", "speed-up", "attention time", "work", "KV read", "choosing", "PSNR dB", *names]
-    lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
-    for i, row in enumerate(result["rows"]):
-        cells = [short_label(row["method"]), _cell(row["seconds_per_frame"], 3)]
-        cells += [_cell(row[key], 2) for key in ("speedup", "attention_speedup", "work_ratio", "kv_ratio")]
-        cells += [f"{row['overhead']:.1%}", _cell(row["psnr"] if i else None, 1)]
-        lines.append(_row([*cells, *(_cell(late(row["drift"].get(name, [])), 3) for name in names)]))
-    settings, environment = result["settings"], result["environment"]
-    lines += [
-        "",
-        f"{result['model']}, {settings['worlds']} worlds of {settings['frames']} frames, {settings['steps']} steps a "
-        "chunk; times less than the full history; what drifts: means over the last third; hasten "
-        f"{environment['hasten']}, torch {environment['torch']}, {environment['device']}, {result['created'][:10]}.",
-    ]
-    return "\n".join(lines)
-
-
 def shape_table(result: dict[str, Any]) -> str:
     """Markdown of `streaming-shape.json`."""
     lines = [_row(["method", "seconds", "times less", "work", "choosing", "copying"]), "|---|--:|--:|--:|--:|--:|"]
@@ -293,7 +205,7 @@ def shape_table(result: dict[str, Any]) -> str:
     shape, environment = result["shape"], result["environment"]
     lines += [
         "",
-        f"One layer of {shape['heads']} heads of width {shape['width']}, {shape['tokens']} tokens a frame, "
+        f"One layer of {shape['heads']} heads of width {shape['width']}, {shape['tokens']} tokens per frame, "
         f"{result['chunks']} chunks of {shape['chunk']} frames, {result['steps']} forwards and a clean pass each, "
         f"{result['dtype']}, random tensors; torch {environment['torch']}, {environment['device']}.",
     ]
@@ -314,69 +226,58 @@ def overhead_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _title(row: dict[str, Any]) -> str:
-    if row["library"] == "plain":
-        return f"plain {'Euler' if row['method'] == 'euler' else 'UniPC'}"
-    return (
-        f"**{short_label(row['method'])}**"
-        if row["library"] == "hasten"
-        else f"{short_label(row['method'])} ({row['library']})"
-    )
+Arms = dict[str, dict[int, Row]]
 
 
-def _arms(result: dict[str, Any]) -> tuple[list[int], dict[str, dict[int, dict[str, Any]]]]:
+def _title(row: Row) -> str:
+    return f"**{row.name}**" if row.library == "hasten" else row.name
+
+
+def _arms(result: Result) -> tuple[list[int], Arms]:
     """Numbers of computed steps, and the rows of each arm by that number."""
-    arms: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in result["rows"]:
-        arms.setdefault(_title(row), {})[row["budget"]] = row
-    return sorted({row["budget"] for row in result["rows"]}, reverse=True), arms
+    arms: Arms = {}
+    for row in result.rows:
+        arms.setdefault(_title(row), {})[row.budget or 0] = row
+    return sorted({row.budget or 0 for row in result.rows}, reverse=True), arms
 
 
-def overview_table(result: dict[str, Any]) -> str:
-    """Markdown of one bench result, a line an arm, best first: quality at each budget, cost at the middle one."""
+def _shown(field: str, row: Row | None) -> str:
+    """A figure of a row as every table shows it."""
+    return columns(Row)[field].text(None if row is None else getattr(row, field))
+
+
+def _psnr(row: Row | None) -> str:
+    return _cell(None if row is None else row.psnr, 1)
+
+
+def overview_table(result: Result, remark: str = "") -> str:
+    """Markdown of one bench result, a line per arm, best first: quality at each budget, cost at the middle one."""
     counts, arms = _arms(result)
     middle = counts[(len(counts) - 1) // 2]
-    heads = ["sampler", *(f"PSNR, {n} steps" for n in counts), *(f"LPIPS, {n}" for n in counts), f"FLIP, {middle}"]
-    heads += [f"s, {middle}", "speed-up", "FLOPs, counted", "cache KiB"]
+    costs = ("flip", "seconds", "latency_ratio", "flops_ratio", "cache_bytes")
+    heads = ["sampler", *(f"PSNR, {n} steps" for n in counts), *(f"LPIPS, {n}" for n in counts)]
+    heads += [f"{columns(Row)[field].title}, {middle}" for field in costs]
     lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
 
-    def quality(rows: dict[int, dict[str, Any]]) -> float:
-        values = [rows[n].get("psnr") for n in counts if n in rows]
-        return -sum(v for v in values if v is not None) / max(len([v for v in values if v is not None]), 1)
+    def quality(rows: dict[int, Row]) -> float:
+        values = [row.psnr for row in rows.values() if row.psnr is not None]
+        return -sum(values) / max(len(values), 1)
 
-    failed = []
     for title, rows in sorted(arms.items(), key=lambda item: quality(item[1])):
-        failed += [f"{title} at {n}: {row['error']}" for n, row in rows.items() if row.get("error")]
-        if all(row.get("error") for row in rows.values()):
+        if all(row.failed for row in rows.values()):
             continue
-        cost = rows.get(middle, {})
-        cache = cost.get("cache_bytes")
-        cells = [title, *(_cell(rows.get(n, {}).get("psnr"), 1) for n in counts)]
-        cells += [_cell(rows.get(n, {}).get("lpips"), 4) for n in counts]
-        cells += [_cell(cost.get("flip"), 4), _cell(cost.get("seconds"), 3), _cell(cost.get("latency_ratio"), 2)]
-        cells += [_cell(cost.get("flops_ratio_measured"), 2), _cell(None if cache is None else cache / 1024, 0)]
-        lines.append(_row(cells))
-    lines.append("")
-    lines += [f"Not measured: {text}." for text in failed]
-    lines += [result["remark"]] if "remark" in result else []
-    environment, settings, base = result["environment"], result["settings"], result["baseline"]
-    processes = int(environment.get("processes", 1))
-    shared = f", prompts shared by {processes} processes" if processes > 1 else ""
-    lines.append(
-        f"{result['model']}, {settings['width']}x{settings['height']}, {len(settings['prompts'])} prompts, medians, "
-        f"against {base['steps']} plain steps ({base['seconds']:.2f} s a image); hasten {environment['hasten']}, "
-        f"torch {environment['torch']}, diffusers {environment['diffusers']}, {environment['device']}{shared}, "
-        f"{result['created'][:10]}."
-    )
-    return "\n".join(lines)
+        cells = [title, *(_psnr(rows.get(n)) for n in counts), *(_shown("lpips", rows.get(n)) for n in counts)]
+        lines.append(_row([*cells, *(_shown(field, rows.get(middle)) for field in costs)]))
+    table = table_of(result)
+    return "\n".join([*lines, "", *([remark] if remark else []), f"{table.title}. {'. '.join(table.notes)}."])
 
 
 def curve(name: str) -> str:
     """A method's own figures: its chart, and its best form beside the plain samplers."""
-    counts, arms = _arms(emoji_flux())
+    counts, arms = _arms(emoji_flux()[0])
 
     def line(title: str) -> str:
-        return " / ".join(_cell(arms[title].get(n, {}).get("psnr"), 1) for n in counts)
+        return " / ".join(_psnr(arms[title].get(n)) for n in counts)
 
     own = [title for title in arms if re.match(rf"\*\*{re.escape(name)}(,|\*)", title)]
     figures = "; ".join(f"{title} {line(title)}" for title in [*own, "plain Euler", "plain UniPC"])
@@ -435,20 +336,21 @@ def cost_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def emoji_flux() -> dict[str, Any]:
+def emoji_flux() -> tuple[Result, str]:
     """The large run on emoji-flux, and the arms that were measured in one of their own on the same prompts."""
-    result, more = _read("emoji-flux.json"), _read("emoji-flux-more.json")
-    assert more["settings"]["prompts"] == result["settings"]["prompts"]
-    result["rows"] += [row for row in more["rows"] if row["library"] == "hasten"]
-    plain = {row["budget"]: row["psnr"] for row in more["rows"] if row["method"] == "unipc"}
-    names = " and ".join(dict.fromkeys(_title(row) for row in more["rows"] if row["library"] == "hasten"))
-    checks = ", ".join(f"{value:.1f} dB at {count}" for count, value in plain.items())
-    result["remark"] = f"{names} were measured in a run of their own; plain UniPC had {checks} in it."
-    return result
+    result, more = _result("emoji-flux"), _result("emoji-flux-more")
+    assert isinstance(result, Result)
+    assert isinstance(more, Result)
+    assert more.settings.prompts == result.settings.prompts
+    own = [row for row in more.rows if row.library == "hasten"]
+    result.rows += own
+    names = " and ".join(dict.fromkeys(_title(row) for row in own))
+    checks = ", ".join(f"{row.psnr:.1f} dB at {row.budget}" for row in more.rows if row.method == "unipc")
+    return result, f"{names} were measured in a run of their own; plain UniPC had {checks} in it."
 
 
 def ablation_table(result: dict[str, Any]) -> str:
-    """Markdown of `leap-ablation.json`: a line a part, PSNR in dB."""
+    """Markdown of `leap-ablation.json`: a line per part, PSNR in dB."""
     lines = ["| what | PSNR, dB |", "|---|---|"]
     for name, part in result["parts"].items():
         figures = {key: value for key, value in part.items() if key not in HIDDEN}
@@ -496,11 +398,11 @@ def fits_table(result: dict[str, Any]) -> str:
 
 HIDDEN = ("seconds", "closed_form", "relative_squared_error", "evaluations")
 TABLES = {
-    "emoji-flux": lambda: overview_table(emoji_flux()),
-    "leap-guided": lambda: overview_table(_read("emoji-flux-guided.json")),
-    "leap-edit": lambda: overview_table(_read("emoji-kontext-leap.json")),
-    "leap-video": lambda: overview_table(_read("sprites-wan-leap.json")),
-    "leap-100": lambda: bench_table(_read("emoji-flux-100.json")),
+    "emoji-flux": lambda: overview_table(*emoji_flux()),
+    "leap-guided": lambda: overview_table(_result("emoji-flux-guided")),
+    "leap-edit": lambda: overview_table(_result("emoji-kontext-leap")),
+    "leap-video": lambda: overview_table(_result("sprites-wan-leap")),
+    "leap-100": lambda: bench_table("emoji-flux-100"),
     "leap-ablation": lambda: ablation_table(_read("leap-ablation.json")),
     "leap-fits": lambda: fits_table(_read("leap-ablation.json")),
     "resolution": lambda: truth_table(_read("resolution-truth.json")["emoji-flux"], "emoji-flux"),
@@ -512,15 +414,20 @@ TABLES = {
     "resolution-density": lambda: density_table(_read("resolution-video.json")),
     "resolution-parts": lambda: parts_table(_read("resolution-parts.json")),
     "resolution-toy": lambda: toy_table(_read("resolution-toy.json")),
-    "video": lambda: resolution_table(_read("sprites-wan.json")),
-    "streaming": lambda: streaming_table(_read("sprites-stream.json")),
+    "video": lambda: bench_table("sprites-wan"),
+    "streaming": lambda: bench_table("sprites-stream"),
     "streaming-shape": lambda: shape_table(_read("streaming-shape.json")),
-    "demo": lambda: bench_table(_read("demo.json")),
+    "demo": lambda: bench_table("demo"),
     "overhead": lambda: overhead_table(_read("overhead.json")),
     "matrix": lambda: matrix_table(_read("matrix.json")),
     "cost": lambda: cost_table(_read("cost.json")),
     "memory": lambda: memory_table(_read("memory.json")),
 }
+
+
+def _result(name: str) -> Any:
+    """A result of `hasten bench`, checked."""
+    return read_result(ROOT / "benchmarks" / f"{name}.json")
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -529,7 +436,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def fill(text: str) -> str:
-    """`text` with everything between `<!-- table NAME -->` or `<!-- curve NAME -->` and `<!-- end -->` made anew."""
+    """`text` with everything between `<!-- table NAME -->` or `<!-- curve NAME -->` and `<!-- end -->` made again."""
 
     def made(match: re.Match[str]) -> str:
         content = TABLES[match[3]]() if match[2] == "table" else curve(match[3])

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from hasten.bench.runner import environment
+from hasten.bench.environment import environment
 from hasten.bench.token_plots import plot_curves, plot_images
 from hasten.fitting.token_model import Recipe, Trainer
 from hasten.io import write_atomically

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 from hasten.bench import subject
 from hasten.bench.arms import method_arms, parse_method, parse_options, plain_arms
+from hasten.bench.result import read_result
 from hasten.bench.runner import BenchSettings, open_model, run_bench
 from hasten.bench.sheet import bench_sheet, contact_sheet
 from hasten.caching import HiCache
@@ -39,60 +41,65 @@ def result(emoji, tmp_path_factory):
         call={"height": 32, "width": 32},
     )
     content = run_bench(emoji, settings, out)
-    assert json.loads(out.read_text()) == json.loads(json.dumps(content))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(asdict(content)))
+    assert read_result(out).rows[0] == content.rows[0]
     return content, out
 
 
 def test_the_result_has_the_contracts_fields(result):
     content, out = result
-    assert content["schema"] == 1
-    assert {"hasten", "torch", "diffusers", "device"} <= set(content["environment"])
-    assert content["baseline"].keys() >= {"steps", "seconds", "flops"}
-    for row in content["rows"]:
+    written = json.loads(out.read_text())
+    assert written.keys() >= {"schema", "command", "environment", "model", "baseline", "rows"}
+    assert written["schema"] == 2
+    assert written["environment"].keys() >= {"device", "torch", "diffusers", "hasten", "commit"}
+    for row in written["rows"]:
         assert row.keys() >= {
-            "method", "library", "params", "steps", "budget", "flops_ratio", "seconds",
-            "latency_ratio", "cache_bytes", "psnr", "ssim", "lpips", "flip", "per_prompt",
+            "method", "library", "params", "steps", "computed_steps", "nfe", "flops_ratio", "steps_ratio", "seconds",
+            "latency_ratio", "cache_bytes", "psnr", "ssim", "lpips", "flip", "top1", "per_prompt", "failed",
         }  # fmt: skip
         assert len(row["per_prompt"]) == 2
         for image in row["images"]:
             assert Image.open(out.parent / image).size == (32, 32)
+    assert content.baseline.flops_ratio == content.baseline.latency_ratio == 1
+    assert content.baseline.psnr is None
 
 
 def test_plain_samplers_stand_beside_every_number_of_full_steps(result):
     content, _ = result
-    counts = {row["budget"] for row in content["rows"] if row["library"] == "hasten"}
+    counts = {row.budget for row in content.rows if row.library == "hasten"}
     for count in counts:
-        plain = {row["method"] for row in content["rows"] if row["library"] == "plain" and row["budget"] == count}
+        plain = {row.method for row in content.rows if row.library == "plain" and row.budget == count}
         assert plain == {"euler", "unipc"}
 
 
 def test_counted_operations_follow_the_computed_steps(result):
     content, _ = result
-    for row in content["rows"]:
-        assert row["flops_ratio"] == pytest.approx(row["steps"] and 20 / row["budget"], abs=1e-3)
+    for row in content.rows:
+        assert row.computed_steps == row.nfe == row.budget  # one forward per step
+        assert row.steps_ratio == pytest.approx(20 / row.budget, abs=1e-3)
         # Embeddings and final layer still run on skipped steps, so the counted ratio is a little lower.
-        assert 0.8 * row["flops_ratio"] < row["flops_ratio_measured"] <= 1.001 * row["flops_ratio"]
+        assert 0.8 * row.steps_ratio < row.flops_ratio <= 1.001 * row.steps_ratio
 
 
 def test_errors_per_step_begin_with_zero_and_grow(result):
     content, _ = result
-    for row in content["rows"]:
-        if row["library"] == "plain":
-            assert row["error_per_step"] is None
+    for row in content.rows:
+        if row.library == "plain":
+            assert row.error_per_step is None
         else:
-            assert len(row["error_per_step"]) == 20
-            assert row["error_per_step"][:3] == [0, 0, 0]
-            assert row["error_per_step"][-1] > 0
+            assert len(row.error_per_step) == 20
+            assert row.error_per_step[:3] == [0, 0, 0]
+            assert row.error_per_step[-1] > 0
 
 
 def test_the_sheet_shows_every_image(result):
     content, out = result
-    count = content["rows"][-1]["budget"]
-    columns = 1 + sum(row["budget"] == count for row in content["rows"])
+    count = content.rows[-1].budget
+    columns = 1 + sum(row.budget == count for row in content.rows)
     sheet = bench_sheet(content, out.parent, count)
     assert sheet.width > columns * 128
     assert sheet.height > 2 * 128
-    one = contact_sheet([[out.parent / content["baseline"]["images"][0]]], ["a"], ["b|c"], side=32)
+    one = contact_sheet([[out.parent / content.baseline.images[0]]], ["a"], ["b|c"], side=32)
     assert one.size[0] < sheet.width
 
 
@@ -248,9 +255,9 @@ def test_the_reference_model_draws_what_it_is_asked(emoji):
 @pytest.mark.slow
 def test_forecasting_beats_reuse_and_the_plain_sampler_at_equal_full_steps(emoji, tmp_path):
     settings = BenchSettings(methods=("reuse", "taylorseer", "hicache", "foca"), computed_steps=(12,), prompts=6)
-    rows = {row["method"]: row for row in run_bench(emoji, settings, tmp_path / "out.json")["rows"]}
+    rows = {row.method: row for row in run_bench(emoji, settings, tmp_path / "out.json").rows}
     for method in ("taylorseer", "hicache", "foca"):
-        assert rows[method]["psnr"] > rows["reuse"]["psnr"] + 2
-        assert rows[method]["psnr"] > rows["euler"]["psnr"] + 1
-        assert rows[method]["flip"] < rows["reuse"]["flip"]
-        assert rows[method]["top1"] >= 0.8
+        assert rows[method].psnr > rows["reuse"].psnr + 2
+        assert rows[method].psnr > rows["euler"].psnr + 1
+        assert rows[method].flip < rows["reuse"].flip
+        assert rows[method].top1 >= 0.8

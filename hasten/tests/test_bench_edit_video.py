@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from hasten import registry
-from hasten.bench import rows, subject
+from hasten.bench import measurements, subject
 from hasten.bench.arms import Arm, build_method, merged, parse_method, parse_options, reported
 from hasten.bench.budget import Trials
 from hasten.bench.edits import at_size, edit_figures, edit_of, source_arguments, vae_unedited, with_image
+from hasten.bench.labels import short_label, split_methods
 from hasten.bench.metrics import over_frames, psnr, temporal_error
 from hasten.bench.report import render_report
+from hasten.bench.result import Result, read_result
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sampling import call_arguments, draw_sample, plain
-from hasten.bench.schema import short_label, split_methods
 from hasten.bench.sheet import bench_sheet, film_strip
 from hasten.bench.staged import PlainCost, count, is_staged, parse_combination, staged_arms
 from hasten.bench.subject import Edit, Subject
@@ -77,7 +78,7 @@ def editor() -> Subject:
 def without_lpips() -> Any:
     """A network for each of the frames would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "_lpips", lambda: None)
+        patch.setattr(measurements, "_lpips", lambda: None)
         yield
 
 
@@ -229,73 +230,74 @@ def test_plain_cost_is_linear_in_the_steps(video: Subject) -> None:
 
 
 @pytest.fixture(scope="module")
-def clips(video: Subject, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def clips(video: Subject, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     out = tmp_path_factory.mktemp("clips") / "out.json"
     settings = BenchSettings(
         methods=("foca", SPACE, DUET, "dvg:budget=0.01"), computed_steps=(5,), prompts=1, steps=STEPS
     )
     content = run_bench(video, settings, out)
-    assert json.loads(out.read_text()) == json.loads(json.dumps(content))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(asdict(content)))
+    assert read_result(out).rows[0] == content.rows[0]
     return content, out
 
 
-def test_a_clip_has_rows_with_temporal_errors(clips: tuple[dict[str, Any], Path]) -> None:
+def test_a_clip_has_rows_with_temporal_errors(clips: tuple[Result, Path]) -> None:
     content, _ = clips
-    assert content["settings"]["frames"] == 5
-    for row in content["rows"]:
-        if not row["error"]:
-            assert row["temporal_error"] > 0
-            assert row["psnr_unedited"] is None
-            assert row["per_prompt"][0]["temporal_error"] == row["temporal_error"]
-            assert row["latency_share"] == pytest.approx(row["latency_ratio"] / row["flops_ratio_measured"], abs=1e-3)
-    assert content["baseline"]["temporal_error"] == 0
+    assert content.settings.frames == 5
+    for row in content.rows:
+        if not row.failed:
+            assert row.temporal_error > 0
+            assert row.psnr_unedited is None
+            assert row.per_prompt[0]["temporal_error"] == row.temporal_error
+            assert row.latency_share == pytest.approx(row.latency_ratio / row.flops_ratio, abs=1e-3)
+    assert content.baseline.temporal_error == 0
 
 
-def test_staged_rows_say_what_they_save_and_failures_are_rows(clips: tuple[dict[str, Any], Path]) -> None:
+def test_staged_rows_say_what_they_save_and_failures_are_rows(clips: tuple[Result, Path]) -> None:
     content, _ = clips
-    found = {row["method"]: row for row in content["rows"] if row["library"] == "hasten"}
+    found = {row.method: row for row in content.rows if row.library == "hasten"}
     alone, duet = found[SPACE], found[DUET]
-    assert (alone["steps"], alone["computed_steps"], alone["staged"]) == (STEPS, STEPS, True)
-    assert alone["flops_ratio"] == alone["flops_ratio_measured"] > 1.2
-    assert duet["flops_ratio"] > alone["flops_ratio"]
-    assert (duet["budget"], duet["cache_bytes"] > 0) == (round(duet["computed_steps"]), True)
-    assert alone["error_per_step"] is None  # its noise levels are not the plain sampler's
-    assert "density" in alone["per_prompt"][0]["plan"]
-    assert [figures["flops"] for figures in alone["per_prompt"]] == [alone["flops"]]
-    assert "flops" not in found["foca"]["per_prompt"][0]
-    assert set(duet["params"]) == {"dvg", "foca"}
-    assert "no plan" in found["dvg:budget=0.01"]["error"]
-    assert found["dvg:budget=0.01"]["latency_share"] is None
-    assert not found["foca"]["staged"]
-    assert found["foca"]["flops_ratio"] == pytest.approx(STEPS / 5, abs=1e-3)
+    assert (alone.steps, alone.computed_steps, alone.staged) == (STEPS, STEPS, True)
+    assert alone.flops_ratio > 1.2
+    assert duet.flops_ratio > alone.flops_ratio
+    assert (duet.budget, duet.cache_bytes > 0) == (round(duet.computed_steps), True)
+    assert alone.error_per_step is None  # its noise levels are not the plain sampler's
+    assert "density" in alone.per_prompt[0]["plan"]
+    assert [figures["flops"] for figures in alone.per_prompt] == [alone.flops]
+    assert "flops" not in found["foca"].per_prompt[0]
+    assert set(duet.params) == {"dvg", "foca"}
+    assert "no plan" in found["dvg:budget=0.01"].failed
+    assert found["dvg:budget=0.01"].latency_share is None
+    assert not found["foca"].staged
+    assert found["foca"].steps_ratio == pytest.approx(STEPS / 5, abs=1e-3)
 
 
-def test_an_equal_cost_row_costs_as_much(clips: tuple[dict[str, Any], Path]) -> None:
+def test_an_equal_cost_row_costs_as_much(clips: tuple[Result, Path]) -> None:
     content, _ = clips
-    plain_rows = [row for row in content["rows"] if row["library"] == "plain"]
+    plain_rows = [row for row in content.rows if row.library == "plain"]
     for method in (SPACE, DUET):
-        (row,) = [row for row in content["rows"] if row["method"] == method]
-        (equal,) = [p for p in plain_rows if f"as many FLOPs as {method}" in p["note"].split("; ")]
-        assert set(row["groups"]) <= set(equal["groups"])
-        per_step = content["baseline"]["flops"] / STEPS
-        assert abs(equal["flops"] - row["flops"]) < 0.6 * per_step
+        (row,) = [row for row in content.rows if row.method == method]
+        (equal,) = [p for p in plain_rows if f"as many FLOPs as {method}" in p.note.split("; ")]
+        assert set(row.groups) <= set(equal.groups)
+        per_step = content.baseline.flops / STEPS
+        assert abs(equal.flops - row.flops) < 0.6 * per_step
 
 
-def test_clips_are_shown_as_a_few_frames_in_a_row(clips: tuple[dict[str, Any], Path]) -> None:
+def test_clips_are_shown_as_a_few_frames_in_a_row(clips: tuple[Result, Path]) -> None:
     content, out = clips
-    with Image.open(out.parent / content["baseline"]["images"][0]) as strip:
+    with Image.open(out.parent / content.baseline.images[0]) as strip:
         assert strip.size == (5 * 48, 48)
     assert film_strip(torch.rand(17, 3, 4, 4)).size == (20, 4)
     assert film_strip(torch.rand(2, 3, 4, 4)).size == (8, 4)
-    shown = [row for row in content["rows"] if STEPS in row["groups"] and not row["error"]]
+    shown = [row for row in content.rows if STEPS in row.groups and not row.failed]
     sheet = bench_sheet(content, out.parent, STEPS)
     assert sheet.width > (1 + len(shown)) * 5 * 64
 
 
-def test_the_report_and_the_table_show_them(clips: tuple[dict[str, Any], Path], capsys: Any) -> None:
+def test_the_report_and_the_table_show_them(clips: tuple[Result, Path], capsys: Any) -> None:
     content, out = clips
     page = render_report(out, out.with_suffix(".html")).read_text()
-    for words in ("5 frames", "temporal", "latency share", "as many FLOPs as", "Quality against cost", "no plan"):
+    for words in ("5 frames", "temporal", "share", "as many FLOPs as", "Quality against cost", "no plan"):
         assert words in page
     assert page.count("<svg") == 3
     assert "unedited dB" not in page
@@ -303,7 +305,7 @@ def test_the_report_and_the_table_show_them(clips: tuple[dict[str, Any], Path], 
     text = capsys.readouterr().out
     assert "temporal" in text
     assert "share" in text
-    assert "not measured: dvg" in text
+    assert "Not measured: dvg" in text
 
 
 # --- editing
@@ -367,16 +369,16 @@ def test_an_editing_bench_reports_what_was_kept_and_what_was_done(editor: Subjec
     out = tmp_path / "out.json"
     settings = BenchSettings(methods=("foca", "dvg"), computed_steps=(5,), prompts=2, steps=STEPS)
     content = run_bench(editor, settings, out)
-    assert content["baseline"]["psnr_unedited_vae"] == 100.0
-    foca = next(row for row in content["rows"] if row["method"] == "foca")
-    for figures in (content["baseline"], foca):
-        assert 0 < figures["psnr_unedited"] < 40
-        assert 0 < figures["psnr_edited"] < 40
-    assert (foca["temporal_error"], foca["per_prompt"][1]["prompt"]) == (None, editor.prompts[1])
-    (dvg,) = [row for row in content["rows"] if row["method"] == "dvg"]
-    assert "FluxKontextPipeline cannot run in stages" in dvg["error"]  # and the rest was measured
+    assert content.baseline.psnr_unedited_vae == 100.0
+    foca = next(row for row in content.rows if row.method == "foca")
+    for figures in (content.baseline, foca):
+        assert 0 < figures.psnr_unedited < 40
+        assert 0 < figures.psnr_edited < 40
+    assert (foca.temporal_error, foca.per_prompt[1]["prompt"]) == (None, editor.prompts[1])
+    (dvg,) = [row for row in content.rows if row.method == "dvg"]
+    assert "FluxKontextPipeline cannot run in stages" in dvg.failed  # and the rest was measured
     page = render_report(out, tmp_path / "out.html").read_text()
-    for words in ("unedited dB", "edited dB", "the VAE and back alone keeps to 100.0 dB"):
+    for words in ("unedited dB", "edited dB", "after the way through the VAE alone: 100.0 dB"):
         assert words in page
 
 
@@ -390,11 +392,11 @@ def test_an_own_image_takes_the_place_of_the_models(editor: Subject, tmp_path: P
         methods=("foca",), computed_steps=(4,), prompts=1, prompt_list=("make it blue",), steps=5, image=file
     )
     content = run_bench(editor, settings, tmp_path / "out.json")
-    assert content["settings"]["image"] == "own.png"
-    assert content["baseline"]["psnr_unedited"] is None
-    assert content["rows"][0]["psnr"] > 0
+    assert content.settings.image == "own.png"
+    assert content.baseline.psnr_unedited is None
+    assert content.rows[0].psnr > 0
     (tmp_path / "no.png").write_text("no image")
-    with pytest.raises(ConfigError, match="cannot be read as a image"):
+    with pytest.raises(ConfigError, match="cannot be read as an image"):
         with_image(editor, tmp_path / "no.png")
 
 
@@ -413,7 +415,7 @@ def test_the_command_takes_combinations_for_video_models(
     assert "foca, interval=3" in " ".join(text.split())
     content = json.loads(out.read_text())
     (row,) = [row for row in content["rows"] if row["library"] == "hasten"]
-    assert (row["error"], content["settings"]["guidance"]) == ("", 2)
+    assert (row["failed"], content["settings"]["guidance"]) == ("", 2)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 import hasten
 import pytest
 import torch
+from hasten.bench.row import Row
 from hasten.calibration import Calibration
 from hasten.cli.fit import _use
 from test_bench import command
@@ -57,7 +58,7 @@ def test_tune_learns_compares_and_goes_on_where_it_was(emoji, monkeypatch, capsy
     result = json.loads((tmp_path / "tune.json").read_text())
     rows = {(row["method"].split(":")[0], row["budget"]): row for row in result["rows"]}
     assert {"leap", "leapcache", "foca", "taylorseer", "euler", "unipc"} == {name for name, _ in rows}
-    assert not [row["error"] for row in result["rows"] if row["error"]]
+    assert not [row["failed"] for row in result["rows"] if row["failed"]]
     learned = set(emoji.prompts[-2:])
     assert not learned & set(result["settings"]["prompts"])
     for count in (4, 5):
@@ -114,7 +115,7 @@ def test_tune_compares_all_methods(monkeypatch, capsys, tmp_path):
     rows = json.loads((tmp_path / "tune.json").read_text())["rows"]
     caches = {info.name for info in hasten.methods() if info.kind == "caching"}
     assert {row["method"].split(":")[0] for row in rows} == {"leap", "euler", "unipc", *caches}
-    assert all(row["method"] in out or not row["error"] for row in rows)
+    assert all(row["method"] in out or not row["failed"] for row in rows)
 
 
 def test_bench_measures_a_scheduler_where_it_was_fitted(monkeypatch, capsys, tmp_path):
@@ -126,8 +127,8 @@ def test_bench_measures_a_scheduler_where_it_was_fitted(monkeypatch, capsys, tmp
     assert code == 0
     rows = {(row["method"].split(":")[0], row["budget"]): row for row in json.loads(result.read_text())["rows"]}
     assert rows["leap", 4]["steps"] == rows["leap", 4]["computed_steps"] == 4
-    assert "fitted for 4 evaluations" in rows["leap", 3]["error"]
-    assert "not measured: leap" in out
+    assert "fitted for 4 evaluations" in rows["leap", 3]["failed"]
+    assert "Not measured: leap" in out
 
 
 @pytest.mark.parametrize(
@@ -178,13 +179,13 @@ def test_tune_measures_resolution_methods_beside_the_others(emoji, monkeypatch, 
     result = json.loads((tmp_path / "tune.json").read_text())
     assert [row["budget"] for row in result["rows"] if row["method"].startswith("foca")] == [5]
     (dvg,) = [row for row in result["rows"] if row["method"] == "dvg"]
-    assert "FluxPipeline cannot run in stages" in dvg["error"]
+    assert "FluxPipeline cannot run in stages" in dvg["failed"]
     assert result["tune"]["best"]["5"].startswith("foca")
-    assert "not measured: dvg" in out
+    assert "Not measured: dvg" in out
 
 
 def test_the_line_to_use_names_the_objects_of_a_combination():
-    row = {"method": "dvg:budget=0.5+foca:interval=4", "staged": True, "steps": 50}
+    row = Row(id="x", library="hasten", method="dvg:budget=0.5+foca:interval=4", staged=True, steps=50)
     line = _use(row, Path("calibrations"))
     assert line == "hasten.accelerate(pipe, hasten.DVG(budget=0.5), hasten.FoCa(interval=4))   # num_inference_steps=50"
     assert hasten.DVG(budget=0.5).budget == 0.5

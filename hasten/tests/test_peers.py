@@ -238,19 +238,19 @@ def test_failed_peers_are_rows_and_the_rest_is_measured(model, monkeypatch, tmp_
     result = run_bench(model, settings, out)
     rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == ["euler", "unipc", "taylorseer", "fbcache", "absent", "late"]
-    assert rows["late"]["error"] == "RuntimeError: out of memory"
-    assert "hasten[peers]" in rows["absent"]["error"]
+    assert rows["late"]["failed"] == "RuntimeError: out of memory"
+    assert "hasten[peers]" in rows["absent"]["failed"]
     for name in ("absent", "late"):
         assert rows[name].keys() == rows["euler"].keys()
         assert rows[name]["psnr"] is None
         assert rows[name]["budget"] == 5
     for name in ("euler", "unipc", "taylorseer", "fbcache"):
-        assert not rows[name]["error"]
+        assert not rows[name]["failed"]
         assert 3 <= rows[name]["computed_steps"] <= 5
-        assert rows[name]["flops_ratio"] == pytest.approx(STEPS / rows[name]["computed_steps"], abs=1e-3)
+        assert rows[name]["steps_ratio"] == pytest.approx(STEPS / rows[name]["computed_steps"], abs=1e-3)
     show_result(result)
     text = " ".join(capsys.readouterr().out.split())
-    assert "not measured: torch late, 5 computed steps: RuntimeError: out of memory" in text
+    assert "Not measured: late (torch), 5 computed steps: RuntimeError: out of memory" in text
     assert "out of memory" in render_report(out, tmp_path / "report.html").read_text()
 
 
@@ -259,13 +259,13 @@ def test_peers_on_the_trained_model(emoji, tmp_path):
     for module in ("cache_dit", "hicache_pp"):
         pytest.importorskip(module)
     settings = BenchSettings(methods=("taylorseer",), computed_steps=(5,), prompts=1, steps=20, peers=True)
-    rows = run_bench(emoji, settings, tmp_path / "out.json")["rows"]
-    peers = [row for row in rows if row["library"] not in ("plain", "hasten")]
-    assert [row["method"] for row in peers] == [peer.name for peer in PEERS]
+    rows = run_bench(emoji, settings, tmp_path / "out.json").rows
+    peers = [row for row in rows if row.library not in ("plain", "hasten")]
+    assert [row.method for row in peers] == [peer.name for peer in PEERS]
     for row in peers:
-        assert not row["error"]
-        assert row["computed_steps"] <= row["budget"]
-        assert row["psnr"] > 15
+        assert not row.failed
+        assert row.computed_steps <= row.budget
+        assert row.psnr > 15
 
 
 def test_peers_are_chosen_by_name():

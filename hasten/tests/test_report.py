@@ -37,14 +37,14 @@ def content(tmp_path):
         row("hicache", 9, 44.444),
         row("reuse", 9, None),
         row("hicache", 7, 40.5),
-        {"id": "peer-9", "method": "peer", "library": "cache-dit", "error": "not installed"},
+        {"id": "peer-9", "method": "peer", "library": "cache-dit", "failed": "not installed"},
     ]
     for name in ("baseline", "euler-9", "hicache-9", "reuse-9"):  # hicache-7 has no image
         path = tmp_path / "out.images" / name / "00.png"
         path.parent.mkdir(parents=True)
         Image.new("RGB", (8, 8), "orange").save(path)
     return {
-        "schema": 1,
+        "schema": 2,
         "created": "2026-11-23T03:00:00+00:00",
         "environment": {"hasten": "0.1.0", "device": "cpu: a processor, 2 threads"},
         "model": "emoji-flux",
@@ -79,7 +79,7 @@ def test_everything_is_there(tmp_path, content):
         "emoji-flux",
         "hicache",
         "reuse",
-        "plain euler",
+        "plain Euler",
         "cpu: a processor",
         "96 KiB",
         "9 computed steps",
@@ -89,7 +89,7 @@ def test_everything_is_there(tmp_path, content):
     assert page.count("<svg") == 2
     assert page.count("data:image/png;base64,") == 5  # baseline twice, once for each sheet
     assert page.count('class="missing"') == 1
-    assert "cache-dit) could not run: not installed" in page
+    assert "Not measured: peer (cache-dit)" in page
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -124,7 +124,7 @@ def page_has_no_error_chart(page):
         (lambda c: "{", "cut off"),
         (lambda c: json.dumps(c)[:200], "cut off"),
         (lambda c: "[1, 2]", "not a result"),
-        (lambda c: json.dumps(c | {"schema": 2}), "schema 2"),
+        (lambda c: json.dumps(c | {"schema": 1}), "schema 1"),
         (lambda c: json.dumps({k: v for k, v in c.items() if k != "baseline"}), "baseline: field required"),
         (lambda c: json.dumps(c | {"rows": [{"id": "x"}]}), "rows.0.method: field required"),
         (lambda c: json.dumps(c | {"baseline": c["baseline"] | {"seconds": "fast"}}), "baseline.seconds"),

@@ -22,7 +22,7 @@ __all__ = ["at_size", "edit_figures", "edit_of", "source_arguments", "vae_unedit
 
 
 def with_image(model: Subject, file: Path | None) -> Subject:
-    """The model with a image of the user's own as the source of every edit; the model as it is without one.
+    """The model with an image of the user's own as the source of every edit; the model as it is without one.
 
     Raises:
         ConfigError: if the pipeline takes no image, or the file is none.
@@ -38,8 +38,8 @@ def with_image(model: Subject, file: Path | None) -> Subject:
         with Image.open(file) as image:
             source = image.convert("RGB")
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read as a image ({error}); give a PNG or JPEG with --image") from error
-    # What the right answer would be is not known of a image of one's own.
+        raise ConfigError(f"{file} cannot be read as an image ({error}); give a PNG or JPEG with --image") from error
+    # What the right answer would be is not known of an image of one's own.
     return replace(model, call=model.call | {"image": source}, edits=[], grade=None)
 
 
@@ -55,7 +55,7 @@ def edit_of(model: Subject, prompt: str) -> Edit | None:
     if found is None:
         raise ConfigError(
             f"{model.name} edits images, and there is none for the prompt {prompt!r}; "
-            "use the model's own prompts, or give a image with --image"
+            "use the model's own prompts, or give an image with --image"
         )
     return found
 
@@ -86,7 +86,7 @@ def source_arguments(model: Subject, prompts: Sequence[str], arguments: dict[str
 
 
 def edit_figures(model: Subject, prompt: str, image: Tensor) -> dict[str, float | None]:
-    """How well an edit was done: PSNR in dB of a image `[3, H, W]` in [0, 1]; nothing if the model has no edits.
+    """How well an edit was done: PSNR in dB of an image `[3, H, W]` in [0, 1]; nothing if the model has no edits.
 
     Returns:
         `psnr_unedited`: outside the edit mask, against the source; None where the mask covers everything.

@@ -1,4 +1,4 @@
-"""Image metrics: how far a image made with skipped steps is from the one made without.
+"""Image metrics: how far an image made with skipped steps is from the one made without.
 
 Every function takes the image under test first and the reference second. A image is a float tensor or array of
 shape `[3, H, W]`, sRGB-encoded, in [0, 1]; anything else (8-bit integers, other shapes, NaN) raises `ValueError` rather
@@ -43,7 +43,7 @@ LPIPS_WEIGHTS = ("weights", "vST0.0", "alex_shift_tolerant.pth")
 
 
 def _image(value: Image, name: str) -> Tensor:
-    """`[3, H, W]` float64 on the CPU, clamped to [0, 1]; raises `ValueError` for what is not a image."""
+    """`[3, H, W]` float64 on the CPU, clamped to [0, 1]; raises `ValueError` for what is not an image."""
     tensor = torch.as_tensor(value).detach().to("cpu")
     if not tensor.is_floating_point():
         raise ValueError(f"{name}: dtype {tensor.dtype}; divide 8-bit images by 255 to get floats in [0, 1]")

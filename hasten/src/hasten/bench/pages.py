@@ -13,12 +13,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-__all__ = ["SERIES", "STYLE", "byte_size", "data_uri", "line", "panels_of", "svg", "template"]
+__all__ = ["SERIES", "STYLE", "data_uri", "line", "panels_of", "svg", "template"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 PNG, WEBP, MP4 = b"\x89PNG\r\n", b"WEBP", b"ftyp"
 
-# Charts are drawn in proxy colours that become CSS variables, so that one drawing serves light and dark pages.
+# Charts are drawn in placeholder colours that become CSS variables, so that one drawing serves light and dark pages.
 INK, RULE = "#010101", "#020202"
 SERIES = [f"#0401{number:02x}" for number in range(8)]
 CSS = {INK: "var(--ink)", RULE: "var(--rule)"} | {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
@@ -48,7 +48,7 @@ def template(name: str) -> Template:
 
 
 def data_uri(folder: Path, name: str) -> str | None:
-    """A image or a video of the result's folder as a data URI, or None if there is none of that name."""
+    """An image or a video of the result's folder as a data URI, or None if there is none of that name."""
     path = (folder / name).resolve()
     # A result may come from somebody else: nothing outside its folder, and nothing but images, goes into the page.
     if not path.is_relative_to(folder.resolve()) or not path.is_file():
@@ -61,15 +61,6 @@ def data_uri(folder: Path, name: str) -> str | None:
     }
     kind = next((name for name, fits in kinds.items() if fits), None)
     return kind and f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def byte_size(value: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
 
 
 def svg(figure: Figure, label: str) -> Markup:

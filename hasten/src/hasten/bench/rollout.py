@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 import torch
 from torch import Tensor
 
+from hasten.bench.row import StreamRow
 from hasten.errors import ConfigError
 from hasten.streaming.methods.full import FullHistory
 from hasten.streaming.policy import StreamingMethod
 from hasten.streaming.stats import StreamStats
 
-__all__ = ["REFERENCE", "RollOut", "Rolled", "StreamRow", "Watch", "fidelity", "mean_curves", "measure"]
+__all__ = ["REFERENCE", "RollOut", "Rolled", "Watch", "fidelity", "mean_curves", "measure"]
 
 REFERENCE = "full history"
 BEST = 100.0  # dB, for equal images
@@ -49,42 +50,6 @@ Watch = Callable[[str, int, Rolled], None]
 """Is told of every rollout: its method's name, the seed, what came of it."""
 
 
-@dataclass(frozen=True)
-class StreamRow:
-    """One method's measurements; medians over seeds for times, means for the rest.
-
-    Attributes:
-        method: its name in the table.
-        seconds_per_frame, attention_seconds: attention with choosing and copying, of a whole rollout.
-        speedup, attention_speedup: against the full history.
-        work_ratio, kv_ratio: how many times fewer pairs, and bytes of keys and values.
-        overhead: time for choosing as a share of the time for attention.
-        cache_bytes: held at the end.
-        psnr: dB, of all frames against the full history's.
-        psnr_curve: by frame. seconds_curve: seconds per chunk. drift: curves of the grades.
-    """
-
-    method: str
-    seconds_per_frame: float
-    attention_seconds: float
-    speedup: float
-    attention_speedup: float
-    work_ratio: float
-    kv_ratio: float
-    overhead: float
-    cache_bytes: int
-    psnr: float
-    psnr_curve: list[float]
-    seconds_curve: list[float]
-    drift: dict[str, list[float]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain data for JSON; what cannot be said is None."""
-        plain: dict[str, object] = asdict(self)
-        plain["drift"] = {name: [None if math.isnan(v) else v for v in curve] for name, curve in self.drift.items()}
-        return plain
-
-
 def fidelity(video: Tensor, reference: Tensor) -> Tensor:
     """PSNR of each frame against a reference, dB, `[B, F]`; 100 for equal frames.
 
@@ -100,14 +65,15 @@ def fidelity(video: Tensor, reference: Tensor) -> Tensor:
     return (-10 * error.clamp(min=10 ** (-BEST / 10)).log10()).float()
 
 
-def mean_curves(curves: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
-    """Curves by name, averaged point by point over those that have a value there."""
+def mean_curves(curves: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float | None]]:
+    """Curves by name, averaged point by point over those that have a value there; None where none has."""
     if not curves:
         return {}
-    return {
+    means = {
         name: torch.tensor([list(curve[name]) for curve in curves], dtype=torch.float64).nanmean(0).tolist()
         for name in curves[0]
     }
+    return {name: [None if math.isnan(value) else value for value in mean] for name, mean in means.items()}
 
 
 def measure(
@@ -157,13 +123,13 @@ def _row(name: str, rolled: Sequence[Rolled], likeness: Tensor, reference: Seque
         method=name,
         seconds_per_frame=seconds / frames,
         attention_seconds=attention,
-        speedup=full_seconds / seconds,
-        attention_speedup=full_attention / attention,
+        latency_ratio=full_seconds / seconds,
+        attention_ratio=full_attention / attention,
         work_ratio=sum(s.full_pairs for s in stats) / sum(s.pairs for s in stats),
         kv_ratio=sum(s.full_kv_bytes for s in stats) / sum(s.kv_bytes for s in stats),
         overhead=median(s.overhead for s in stats),
         cache_bytes=max(s.cache_bytes for s in stats),
-        psnr=float(likeness.mean()),
+        psnr=None if name == REFERENCE else float(likeness.mean()),
         psnr_curve=likeness.mean(0).tolist(),
         seconds_curve=[median(times) for times in zip(*(r.chunk_seconds for r in rolled), strict=True)],
         drift=mean_curves([grades for r in rolled for grades in r.grades]),

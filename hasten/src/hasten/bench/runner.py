@@ -7,8 +7,6 @@ same prompt and seed in the same process. Several processes (`accelerate launch`
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -18,36 +16,31 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-import hasten
 from hasten.bench import subject
 from hasten.bench.arms import Arm, merged, method_arms, plain_arms
 from hasten.bench.budget import Trials
 from hasten.bench.edits import vae_unedited, with_image
-from hasten.bench.metrics import summary_statistics
-from hasten.bench.peers import chosen_peers, one_line, peer_arms
-from hasten.bench.rows import (
-    Figures,
-    extra_figures,
+from hasten.bench.environment import environment, processes
+from hasten.bench.measurements import (
+    Measurement,
+    baseline_row,
     failed_row,
-    figures_of,
     image_name,
-    image_paths,
+    measure,
     measured_row,
-    median_seconds,
+    missing_columns,
     save_image,
-    top1,
 )
+from hasten.bench.peers import chosen_peers, one_line, peer_arms
+from hasten.bench.result import Result, Settings
 from hasten.bench.sampling import Sample, count_flops, draw_sample
-from hasten.bench.schema import SCHEMA
 from hasten.bench.staged import is_staged, parse_combination, staged_arms
 from hasten.bench.subject import Subject
 from hasten.errors import ConfigError, HastenError, ModelError, unknown
-from hasten.io import write_atomically
 
-__all__ = ["BenchSettings", "environment", "open_model", "processes", "run_bench"]
+__all__ = ["BenchSettings", "open_model", "run_bench"]
 
 Progress = Callable[[int, int, str], None]
 TRIAL_PROMPTS = 2  # on which thresholds and settings are matched to a number of computed steps
@@ -88,11 +81,6 @@ class BenchSettings:
             raise ConfigError("give at least one method and one number of computed steps")
 
 
-def processes() -> PartialState:
-    """The processes that share the work; one, unless `accelerate launch` or `torchrun` started more."""
-    return PartialState(cpu=not torch.accelerator.is_available())  # it has to be told, to find processes without one
-
-
 def open_model(name: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> Subject:
     """A reference model by name, or any diffusers pipeline by folder or hub id.
 
@@ -122,33 +110,11 @@ def open_model(name: str, *, dtype: torch.dtype | None = None, device: str | Non
     return model
 
 
-def _device() -> str:
-    if torch.cuda.is_available():
-        return f"cuda: {torch.cuda.get_device_name()}"
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"cpu: {name}, {torch.get_num_threads()} threads"
-
-
-def environment() -> dict[str, str]:
-    """Versions and device, as every result states them."""
-    return {
-        "hasten": hasten.__version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "device": _device(),
-        "processes": str(processes().num_processes),
-    }
-
-
 @dataclass
 class _Measured:
     """What one process measured."""
 
-    figures: dict[str, list[Figures]]
+    measurements: dict[str, list[Measurement]]
     flops: dict[str, int]
     failures: dict[str, str]
 
@@ -224,8 +190,8 @@ def _measure(
                 sample, reference = samples[arm.id], samples["baseline"]
                 save_image(sample, images / image_name(arm) / f"{number:02d}.png")
                 flops = _flops(model, settings, arm, prompt, seed, measured.flops[arm.id], number)
-                found = figures_of(model, sample, reference, prompt, number, seed, settings.steps, flops)
-                measured.figures[arm.id].append(found)
+                found = measure(model, sample, reference, prompt, number, seed, settings.steps, flops)
+                measured.measurements[arm.id].append(found)
     return measured
 
 
@@ -243,16 +209,18 @@ def _gather(own: _Measured) -> _Measured:
     parts: list[_Measured] = gather_object([own])
     return _Measured(
         {
-            name: sorted((f for part in parts for f in part.figures[name]), key=lambda f: f.prompt)
-            for name in own.figures
+            name: sorted((f for part in parts for f in part.measurements[name]), key=lambda f: f.prompt)
+            for name in own.measurements
         },
         parts[0].flops,
         {name: error for part in parts for name, error in part.failures.items()},
     )
 
 
-def run_bench(model: Subject, settings: BenchSettings, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Measure and write `out` (JSON) and a folder of images beside it; returns the JSON's content.
+def run_bench(
+    model: Subject, settings: BenchSettings, out: Path, progress: Progress | None = None, command: str = ""
+) -> Result:
+    """Measure, and write `out` (JSON) and a folder of images beside it.
 
     Under `accelerate launch` or `torchrun` the processes share the prompts and the main one writes the file (images
     are written by the process that drew them, so that all have to see the same folder); all of them return it.
@@ -262,6 +230,7 @@ def run_bench(model: Subject, settings: BenchSettings, out: Path, progress: Prog
         settings: what to measure.
         out: path of the JSON file; images go to `<stem>.images/`.
         progress: called with (done, total, label) as the work goes on.
+        command: the command line that asked for it.
     """
     state = processes()
     tick = progress or (lambda done, total, label: None)
@@ -275,24 +244,19 @@ def run_bench(model: Subject, settings: BenchSettings, out: Path, progress: Prog
     images = out.parent / f"{out.stem}.images"
     mine = list(enumerate(prompts))[state.process_index :: state.num_processes]
     measured = _gather(_measure(model, settings, running, mine, images, tick))
-    result = _result(model, settings, arms, measured, images, state.num_processes)
+    result = _result(model, settings, arms, measured, images, command)
     if state.is_main_process:
-        write_atomically(out, json.dumps(result, indent=1) + "\n")
+        result.write(out)
     return result
 
 
 def _result(
-    model: Subject,
-    settings: BenchSettings,
-    arms: list[Arm],
-    measured: _Measured,
-    images: Path,
-    processes: int,
-) -> dict[str, Any]:
+    model: Subject, settings: BenchSettings, arms: list[Arm], measured: _Measured, images: Path, command: str
+) -> Result:
     """The content of the JSON file."""
     baseline, *others = arms
     prompts = _prompts(model, settings)
-    plain = measured.figures["baseline"]
+    plain = measured.measurements["baseline"]
     rows = []
     for arm in others:
         error = arm.error or measured.failures.get(arm.id, "")
@@ -300,33 +264,28 @@ def _result(
             rows.append(failed_row(arm, error))
             continue
         flops = (measured.flops[arm.id], measured.flops["baseline"])
-        rows.append(measured_row(arm, measured.figures[arm.id], plain, settings.steps, flops, images))
+        rows.append(measured_row(arm, measured.measurements[arm.id], plain, settings.steps, flops, images))
     height, width = plain[0].size
-    return {
-        "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
-        "model": model.name,
-        "settings": {
-            "prompts": prompts,
-            "seed": settings.seed,
-            "height": height,
-            "width": width,
-            "frames": plain[0].frames,
-            "steps": settings.steps,
-            "guidance": float(settings.call.get("true_cfg_scale", settings.call.get("guidance_scale", 1.0))),
-            "call": settings.call,
-            "image": None if settings.image is None else settings.image.name,
-            "processes": processes,
-        },
-        "baseline": {
-            "steps": settings.steps,
-            "seconds": round(median_seconds(plain), 6),
-            "flops": measured.flops["baseline"],
-            "top1": top1(plain),
-            **extra_figures(plain),
-            "psnr_unedited_vae": summary_statistics(vae_unedited(model, prompts, plain[0].size))["median"],
-            "images": image_paths(images, baseline, len(plain)),
-        },
-        "rows": rows,
-    }
+    return Result(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        environment=environment(),
+        model=model.name,
+        settings=Settings(
+            prompts=prompts,
+            seed=settings.seed,
+            height=height,
+            width=width,
+            frames=plain[0].frames,
+            steps=settings.steps,
+            guidance=float(settings.call.get("true_cfg_scale", settings.call.get("guidance_scale", 1.0))),
+            call=settings.call,
+            image=None if settings.image is None else settings.image.name,
+            processes=processes().num_processes,
+        ),
+        baseline=baseline_row(
+            baseline, plain, measured.flops["baseline"], images, vae_unedited(model, prompts, plain[0].size)
+        ),
+        rows=rows,
+        missing=missing_columns(),
+    )

@@ -124,7 +124,7 @@ def _plan(acceleration: Acceleration | None) -> str:
 
 
 def draw_sample(model: Subject, attach: Attach, steps: int, prompt: str, seed: int, call: dict[str, Any]) -> Sample:
-    """Draw one prompt: a image, an edited image, or a clip.
+    """Draw one prompt: an image, an edited image, or a clip.
 
     Args:
         model: what draws.

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from hasten.bench.schema import short_label
+from hasten.bench.result import Result
 
 __all__ = ["bench_sheet", "contact_sheet", "film_strip", "image_grid", "to_pil"]
 
 MARGIN, GAP = 12, 6
 STRIP_FRAMES = 5  # of a clip, from the first to the last
-SIDE, STRIP_SIDE = 128, 64  # height on a sheet of a image and of a strip of frames, pixels
+SIDE, STRIP_SIDE = 128, 64  # height on a sheet of an image and of a strip of frames, pixels
 INK, PAPER, FAINT = (32, 32, 36), (255, 255, 255), (120, 120, 128)
 
 
@@ -49,13 +48,13 @@ def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
 def contact_sheet(
     rows: Sequence[Sequence[Path]], row_labels: Sequence[str], column_labels: Sequence[str], side: int = SIDE
 ) -> Image.Image:
-    """A grid of images, one row a caption, one column a method; small images are enlarged without smoothing.
+    """A grid of images, one row per caption, one column per method; small images are enlarged without smoothing.
 
     Args:
         rows: image files, `len(row_labels)` rows of `len(column_labels)`; all of the shape of the first one.
         row_labels: written to the left.
         column_labels: written above; `|` breaks a line.
-        side: height of a image on the sheet in pixels; a square is as wide.
+        side: height of an image on the sheet in pixels; a square is as wide.
     """
     font = ImageFont.load_default(size=13)
     with Image.open(rows[0][0]) as first:
@@ -79,18 +78,17 @@ def contact_sheet(
     return sheet
 
 
-def bench_sheet(result: dict[str, Any], folder: Path, computed_steps: int, most: int = 8) -> Image.Image:
+def bench_sheet(result: Result, folder: Path, computed_steps: int, most: int = 8) -> Image.Image:
     """The contact sheet of a bench result at one number of computed steps: the baseline, then each row.
 
     Clips are shown as a few frames in a row.
     """
-    rows = [row for row in result["rows"] if computed_steps in row["groups"] and row.get("images")]
-    columns = [result["baseline"]["images"], *(row["images"] for row in rows)]
-    labels = [f"plain|{result['baseline']['steps']} steps"]
+    rows = [row for row in result.groups()[computed_steps] if row.images]
+    columns = [result.baseline.images, *(row.images for row in rows)]
+    labels = [f"plain|{result.baseline.steps} steps"]
     for row in rows:
-        quality = "" if row["psnr"] is None else f", {row['psnr']:.1f} dB"
-        labels.append(f"{short_label(row['method'])}|{row['budget']} full{quality}")
-    prompts = result["settings"]["prompts"][:most]
+        quality = "" if row.psnr is None else f", {row.psnr:.1f} dB"
+        labels.append(f"{row.name}|{row.budget} computed{quality}")
+    prompts = result.settings.prompts[:most]
     images = [[folder / column[i] for column in columns] for i in range(len(prompts))]
-    clips = result["settings"].get("frames") is not None
-    return contact_sheet(images, prompts, labels, STRIP_SIDE if clips else SIDE)
+    return contact_sheet(images, prompts, labels, SIDE if result.settings.frames is None else STRIP_SIDE)

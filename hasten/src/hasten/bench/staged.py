@@ -15,8 +15,8 @@ from typing import Any
 from hasten import registry
 from hasten.bench.arms import Accelerated, Arm, build_method, parse_options, plain_arms, reported
 from hasten.bench.budget import Trials
+from hasten.bench.labels import split_methods
 from hasten.bench.sampling import Attach, count_flops, plain
-from hasten.bench.schema import split_methods
 from hasten.caching import CachingMethod
 from hasten.errors import ConfigError, HastenError
 from hasten.solvers.scheduler import LEAP

@@ -8,19 +8,16 @@ from pathlib import Path
 import matplotlib as mpl
 from markupsafe import Markup
 
-from hasten.bench.pages import SERIES, STYLE, byte_size, data_uri, line, panels_of, svg, template
-from hasten.bench.schema import StreamResult, StreamRow, short_label
+from hasten.bench.labels import short_label
+from hasten.bench.pages import SERIES, STYLE, data_uri, line, panels_of, svg, template
+from hasten.bench.result import StreamResult
+from hasten.bench.row import StreamRow
+from hasten.bench.tables import table_of
 
-__all__ = ["late", "streams_page"]
+__all__ = ["streams_page"]
 
 ABREAST = 3  # videos on a line
 Curve = Sequence[float | None]
-
-
-def late(curve: Curve) -> float | None:
-    """The mean over the last third of a curve; None if nothing can be said there."""
-    known = [value for value in curve[-max(len(curve) // 3, 1) :] if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def streams_page(result: StreamResult, folder: Path) -> str:
@@ -31,23 +28,20 @@ def streams_page(result: StreamResult, folder: Path) -> str:
         folder: where its videos are.
     """
     names = sorted({name for row in result.rows for name in row.drift})
-    videos = [(short_label(row.method), data_uri(folder, row.video)) for row in result.rows]
+    videos = [(row.name, data_uri(folder, row.video)) for row in result.rows]
     return template("streams.html.j2").render(
         result=result,
-        names=names,
-        late={row.method: {name: late(row.drift.get(name, [])) for name in names} for row in result.rows},
+        table=table_of(result, wide=True),
         charts=_charts(result, names),
         hidden=len(result.rows) - len(_drawn(result)),
         videos=[videos[i : i + ABREAST] for i in range(0, len(videos), ABREAST)],
-        label=short_label,
-        size=byte_size,
     )
 
 
 def _drawn(result: StreamResult) -> list[StreamRow]:
     """The full history and as many of the others, nearest to it first, as there are colours."""
     first, *others = result.rows
-    best = sorted(others, key=lambda row: -row.psnr)[: len(SERIES) - 1]
+    best = sorted(others, key=lambda row: -(row.psnr or 0.0))[: len(SERIES) - 1]
     return [first, *(row for row in others if row in best)]
 
 
@@ -55,7 +49,7 @@ def _charts(result: StreamResult, names: Sequence[str]) -> list[Markup]:
     rows = _drawn(result)
     panels: list[tuple[str, Mapping[str, Curve]]] = [
         ("PSNR to the full history, dB", {row.method: row.psnr_curve for row in rows[1:]}),
-        ("seconds a chunk", {row.method: row.seconds_curve for row in rows}),
+        ("seconds per chunk", {row.method: row.seconds_curve for row in rows}),
         *((name, {row.method: row.drift[name] for row in rows if name in row.drift}) for name in names),
     ]
     colours = {row.method: colour for row, colour in zip(rows, SERIES, strict=False)}

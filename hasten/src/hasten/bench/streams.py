@@ -6,23 +6,20 @@ The same worlds are rolled out with the full history and with every method in tu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from hasten.bench import subject
 from hasten.bench.arms import build_method, parse_options, reported
-from hasten.bench.rollout import Rolled, StreamRow, measure
-from hasten.bench.runner import environment
-from hasten.bench.schema import SCHEMA, short_label
+from hasten.bench.environment import environment
+from hasten.bench.labels import short_label
+from hasten.bench.result import StreamResult, StreamSettings
+from hasten.bench.rollout import Rolled, measure
 from hasten.bench.video import best_suffix, side_by_side, write_video
 from hasten.errors import ConfigError
-from hasten.io import write_atomically
 from hasten.streaming.policy import StreamingMethod
 
 __all__ = ["DEFAULT_METHODS", "StreamSettings", "parse_streaming", "run_streams"]
@@ -36,29 +33,6 @@ DEFAULT_METHODS = (
     "forcing-kv",
 )
 ENLARGE = 6  # pixels of the video files for one of the model's
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """What to roll out.
-
-    Args:
-        worlds: how many, by seeds `seed`, `seed + 1`, ...
-        frames: of each video.
-        steps: of the sampler, for each chunk.
-        seed: of the first world and its noise.
-    """
-
-    worlds: int = 8
-    frames: int = 48
-    steps: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.worlds, self.frames, self.steps) < 1:
-            raise ConfigError(
-                f"worlds, frames and steps must be at least 1, got {self.worlds}, {self.frames}, {self.steps}"
-            )
 
 
 def parse_streaming(text: str) -> StreamingMethod:
@@ -82,8 +56,9 @@ def run_streams(
     out: Path,
     progress: Callable[[int, int, str], None] | None = None,
     together: Path | None = None,
-) -> dict[str, Any]:
-    """Measure and write `out` (JSON) and a folder of videos beside it; returns the JSON's content.
+    command: str = "",
+) -> StreamResult:
+    """Measure, and write `out` (JSON) and a folder of videos beside it.
 
     Args:
         model: from `subject.load_streaming`.
@@ -92,6 +67,7 @@ def run_streams(
         out: path of the JSON file; videos go to `<stem>.videos/`.
         progress: called with (done, total, label) as the work goes on.
         together: a file for all videos of the first world side by side; beside the others by default.
+        command: the command line that asked for it.
     """
     videos: dict[str, Tensor] = {}
     folder, suffix = out.parent / f"{out.stem}.videos", best_suffix()
@@ -110,24 +86,19 @@ def run_streams(
     rows = measure(model.rollout(settings.frames, settings.steps), methods, seeds, watch)
     named = {short_label(name): video for name, video in videos.items()}
     write_video(side_by_side(named, ENLARGE), together or folder / f"all{suffix}")
-    result = {
-        "schema": SCHEMA,
-        "kind": "streaming",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
-        "model": model.name,
-        "settings": asdict(settings),
-        "rows": [
-            {**_row(row, methods.get(row.method)), "video": f"{folder.name}/{_file_name(row.method)}{suffix}"}
-            for row in rows
-        ],
-    }
-    write_atomically(out, json.dumps(result, indent=1) + "\n")
+    for row in rows:
+        row.params = {} if row.method not in methods else reported(methods[row.method])
+        row.video = f"{folder.name}/{_file_name(row.method)}{suffix}"
+    result = StreamResult(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        environment=environment(),
+        model=model.name,
+        settings=settings,
+        rows=rows,
+    )
+    result.write(out)
     return result
-
-
-def _row(row: StreamRow, method: StreamingMethod | None) -> dict[str, Any]:
-    return {**row.to_dict(), "params": {} if method is None else reported(method)}
 
 
 def _file_name(name: str) -> str:

@@ -6,7 +6,6 @@ where it stopped. The comparison is a `hasten bench` on held-out prompts, writte
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import torch
 from hasten import registry
 from hasten.bench.arms import Solved, parse_method, parse_options
 from hasten.bench.report import render_report
+from hasten.bench.result import Result
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sampling import call_arguments, draw_sample, plain
 from hasten.bench.staged import is_staged
@@ -32,7 +32,6 @@ from hasten.fitting.calibrate import fit, record
 from hasten.fitting.leap import fit_leap
 from hasten.fitting.leapcache import fit_leapcache
 from hasten.fitting.schedules import tune_steps
-from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
 from hasten.solvers.scheduler import LEAP
 
@@ -49,7 +48,7 @@ class TuneSettings:
 
     Args:
         computed_steps: numbers of computed steps; or
-        max_error: the largest root mean squared error of a image (0 to 1) that is allowed; the fewest evaluations of
+        max_error: the largest root mean squared error of an image (0 to 1) that is allowed; the fewest evaluations of
             LEAP that stay below it are searched.
         methods: candidates, as `parse_method` reads them, or `("all",)`; those that have to be fitted are, and those
             with a schedule get the learned steps.
@@ -107,8 +106,8 @@ def tuning_calls(
     return calls
 
 
-def run_tune(model: Subject, settings: TuneSettings, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Learn, compare, write; returns the content of `tune.json`: a bench result with `"tune"` beside it.
+def run_tune(model: Subject, settings: TuneSettings, folder: Path, progress: Progress | None = None) -> Result:
+    """Learn, compare, write; returns the content of `tune.json`: a bench result with `tune` beside it.
 
     Args:
         model: from `open_model`.
@@ -142,7 +141,7 @@ class _Tuning:
             parse_method(settings.search)  # a wrong name is told before anything is drawn
         self._fitted: Calibration | None = None
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Result:
         started = time.perf_counter()
         counts = self._settings.computed_steps if self._settings.max_error is None else (self._enough(),)
         if LEAP in self._names or self._settings.search == LEAP:
@@ -162,13 +161,13 @@ class _Tuning:
         result = run_bench(
             self._model, bench, file, lambda done, total, label: self._progress("comparing", done, total)
         )
-        result["tune"] = {
+        result.tune = {
             "best": {str(count): _best(result, count) for count in counts},
             "learned_from": self._settings.prompts,
             "seconds_to_learn": round(learned, 1),
             "max_error": self._settings.max_error,
         }
-        write_atomically(file, json.dumps(result, indent=1) + "\n")
+        result.write(file)
         render_report(file, file.with_suffix(".html"))
         return result
 
@@ -290,7 +289,7 @@ def _steps_of(leap: Calibration, counts: Sequence[int]) -> Calibration:
     return Calibration(TUNED, tensors, fingerprint, report, {"method": LEAP})
 
 
-def _best(result: dict[str, Any], count: int) -> str | None:
+def _best(result: Result, count: int) -> str | None:
     """Id of the row of hasten that comes nearest to the plain sampler at a number of computed steps."""
-    rows = [r for r in result["rows"] if r["budget"] == count and r["library"] == "hasten" and not r["error"]]
-    return max(rows, key=lambda row: math.inf if row["psnr"] is None else row["psnr"])["id"] if rows else None
+    rows = [row for row in result.measured if row.budget == count and row.library == "hasten"]
+    return max(rows, key=lambda row: math.inf if row.psnr is None else row.psnr).id if rows else None

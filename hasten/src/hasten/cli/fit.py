@@ -10,6 +10,7 @@ import typer
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from hasten.bench.row import Row
 from hasten.cli.common import BAR, ModelName, console, names, numbers, own_prompts, show_result
 from hasten.errors import ConfigError
 
@@ -52,7 +53,7 @@ def calibrate(
     from accelerate.utils import gather_object
 
     from hasten.bench.arms import parse_options
-    from hasten.bench.runner import processes
+    from hasten.bench.environment import processes
     from hasten.bench.tune import tuning_calls
     from hasten.fitting import calibrate as recording
 
@@ -91,7 +92,7 @@ def tune(
     max_error: Annotated[
         float | None,
         typer.Option(
-            help="Instead of a number: the largest root mean squared error of a image, 0 to 1 (0.01 is 40 dB)."
+            help="Instead of a number: the largest root mean squared error of an image, 0 to 1 (0.01 is 40 dB)."
         ),
     ] = None,
     methods: Annotated[
@@ -148,28 +149,28 @@ def tune(
 
         result = run_tune(model_, settings, out, tick)
     show_result(result)
-    for count, best in result["tune"]["best"].items():
-        row = next((row for row in result["rows"] if row["id"] == best), None)
-        if row is not None:
-            console.print(f"[bold]{count} computed steps[/bold]: {_use(row, out)}", highlight=False)
+    for count, best in (result.tune or {})["best"].items():
+        for row in result.rows:
+            if row.id == best:
+                console.print(f"[bold]{count} computed steps[/bold]: {_use(row, out)}", highlight=False)
     console.print(f"figures: [bold]{out / 'tune.json'}[/bold]   report: [bold]{out / 'tune.html'}[/bold]")
 
 
-def _use(row: dict[str, Any], folder: Path) -> str:
+def _use(row: Row, folder: Path) -> str:
     """How to use what a row measured, as Python."""
     from hasten import registry
     from hasten.bench.arms import parse_options
-    from hasten.bench.schema import split_methods
+    from hasten.bench.labels import split_methods
 
-    name, options = parse_options(row["method"])
+    name, options = parse_options(row.method)
     if name == "leap":
         file = folder / "leap.safetensors"
-        return f"pipe.scheduler = hasten.LeapScheduler.load('{file}', pipe)   # num_inference_steps={row['steps']}"
-    if row["staged"]:
-        parts = [parse_options(part) for part in split_methods(row["method"])]
+        return f"pipe.scheduler = hasten.LeapScheduler.load('{file}', pipe)   # num_inference_steps={row.steps}"
+    if row.staged:
+        parts = [parse_options(part) for part in split_methods(row.method)]
         built = [f"hasten.{registry.info(part).config.__name__}({_arguments(given)})" for part, given in parts]
-        return f"hasten.accelerate(pipe, {', '.join(built)})   # num_inference_steps={row['steps']}"
-    return f"hasten.accelerate(pipe, '{name}', {_arguments(options | {'interval': row['params']['interval']})})"
+        return f"hasten.accelerate(pipe, {', '.join(built)})   # num_inference_steps={row.steps}"
+    return f"hasten.accelerate(pipe, '{name}', {_arguments(options | {'interval': row.params['interval']})})"
 
 
 def _arguments(values: dict[str, Any]) -> str:

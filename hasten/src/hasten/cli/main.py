@@ -14,10 +14,11 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from hasten.bench.result import Result, StreamSettings
 from hasten.cli import fit as cli_fit
 from hasten.cli import stream as cli_stream
 from hasten.cli import tokens as cli_tokens
-from hasten.cli.common import BAR, ModelName, Seed, console, names, numbers, own_prompts, show_result
+from hasten.cli.common import BAR, ModelName, Seed, command_line, console, names, numbers, own_prompts, show_result
 from hasten.errors import HastenError
 
 app = typer.Typer(
@@ -54,9 +55,10 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _bench(model_name: str, settings: Any, out: Path, device: str | None = None) -> dict[str, Any]:
+def _bench(model_name: str, settings: Any, out: Path, device: str | None = None) -> Result:
     """Measure; of several processes, each has a device of its own, and only the main one shows how far it is."""
-    from hasten.bench.runner import open_model, processes, run_bench
+    from hasten.bench.environment import processes
+    from hasten.bench.runner import open_model, run_bench
 
     state = processes()
     if device is None and state.num_processes > 1:
@@ -70,6 +72,7 @@ def _bench(model_name: str, settings: Any, out: Path, device: str | None = None)
             settings,
             out,
             lambda done, total, label: bar.update(task, completed=done, total=total, description=label),
+            command_line(),
         )
 
 
@@ -120,8 +123,7 @@ def demo(
     )
     result = _bench(model, settings, result_file)
     show_result(result)
-    drawn = [row for row in result["rows"] if not row["error"]]
-    for count in sorted({count for row in drawn for count in row["groups"]}, reverse=True):
+    for count in result.groups():
         path = out / f"contact_sheet_{count}.png"
         bench_sheet(result, out, count).save(path)
         console.print(f"contact sheet: [bold]{path}[/bold]")
@@ -209,7 +211,8 @@ def bench(
         --seed 0 --json out.json
     """
     from hasten.bench import subject
-    from hasten.bench.runner import BenchSettings, processes
+    from hasten.bench.environment import processes
+    from hasten.bench.runner import BenchSettings
 
     if model in subject.streaming_names():
         _bench_streams(model, "" if methods == CACHES else methods, prompts, frames, steps or 8, seed, json_file)
@@ -238,8 +241,6 @@ def bench(
 
 
 def _bench_streams(model: str, methods: str, worlds: int, frames: int, steps: int, seed: int, out: Path) -> None:
-    from hasten.bench.streams import StreamSettings
-
     cli_stream.bench_streams(model, names(methods), StreamSettings(worlds, frames, steps, seed), out)
     console.print(f"figures: [bold]{out}[/bold]   report: hasten report {out}")
 
@@ -247,12 +248,15 @@ def _bench_streams(model: str, methods: str, worlds: int, frames: int, steps: in
 @app.command()
 def report(
     result: Annotated[Path, typer.Argument(help="A JSON file that `hasten bench` wrote.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The HTML file; beside the JSON by default.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file; beside the JSON by default.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="html (table, curves and images), md or csv (the table alone).")
+    ] = "html",
 ) -> None:
-    """Make one self-contained HTML file of a result: table, curves and images side by side."""
+    """Make a report of a result: one self-contained HTML file, a Markdown table, or CSV."""
     from hasten.bench.report import render_report
 
-    console.print(f"report: [bold]{render_report(result, out or result.with_suffix('.html'))}[/bold]")
+    console.print(f"report: [bold]{render_report(result, out or result.with_suffix(f'.{form}'), form)}[/bold]")
 
 
 def main() -> None:

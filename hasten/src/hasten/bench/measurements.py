@@ -1,4 +1,4 @@
-"""From images to the rows of a result: figures of each image, then medians and spread over the prompts."""
+"""From images to the rows of a result: metrics of each image, then medians and spread over the prompts."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ import torch
 from hasten.bench import metrics
 from hasten.bench.arms import Arm
 from hasten.bench.edits import edit_figures
+from hasten.bench.row import Baseline, Row
 from hasten.bench.sampling import Sample
 from hasten.bench.sheet import film_strip, to_pil
 from hasten.bench.subject import Subject
 
 __all__ = [
-    "Figures",
-    "extra_figures",
+    "Measurement",
+    "baseline_row",
     "failed_row",
-    "figures_of",
     "image_name",
-    "image_paths",
+    "measure",
     "measured_row",
-    "median_seconds",
+    "missing_columns",
     "save_image",
-    "top1",
 ]
 
 COMPARED = ("psnr", "ssim", "lpips", "flip")
@@ -37,26 +36,28 @@ EXTRA = ("psnr_unedited", "psnr_edited", "temporal_error")  # of editing and vid
 
 
 @dataclass(frozen=True)
-class Figures:
+class Measurement:
     """What was measured on one image or clip of one arm.
 
     Attributes:
         prompt: the prompt's number.
-        figures: as they stand in `per_prompt`.
+        metrics: as they stand in `per_prompt`.
         errors: relative error of the latents after each step; None where the steps do not correspond.
         cache_bytes: most bytes of features held at once; None where the library does not tell.
         computed: steps that were computed.
+        evaluations: forwards of the model whose blocks ran.
         right: whether the image is what the prompt asks for; None if the model has no ground truth.
         size: (height, width) in pixels.
-        frames: of a clip; None of a image.
+        frames: of a clip; None of an image.
         flops: counted operations of the call, where they depend on the image.
     """
 
     prompt: int
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
     errors: list[float] | None
     cache_bytes: int | None
     computed: float
+    evaluations: int
     right: bool | None
     size: tuple[int, int]
     frames: int | None = None
@@ -68,7 +69,14 @@ def _lpips() -> metrics.Lpips | None:
     return metrics.Lpips() if metrics.Lpips.available() else None
 
 
-def figures_of(
+def missing_columns() -> dict[str, str]:
+    """Columns that cannot be measured here, and why."""
+    if _lpips() is not None:
+        return {}
+    return {"lpips": "its weights are not installed: pip install stlpips-pytorch"}
+
+
+def measure(
     model: Subject,
     sample: Sample,
     reference: Sample,
@@ -77,8 +85,8 @@ def figures_of(
     seed: int,
     steps: int,
     flops: int | None = None,
-) -> Figures:
-    """Compare a image, or the frames of a clip, with the plain sampler's of the same prompt and seed.
+) -> Measurement:
+    """Compare an image, or the frames of a clip, with the plain sampler's of the same prompt and seed.
 
     Args:
         model: grades the image, if it can, and knows the edit that was asked for.
@@ -94,9 +102,9 @@ def figures_of(
     pair = (sample.image, reference.image)
     height, width = sample.image.shape[-2:]
     grade = model.grade if prompt in model.prompts else None
-    return Figures(
+    return Measurement(
         prompt=number,
-        figures={
+        metrics={
             "prompt": prompt,
             "seed": seed,
             "psnr": metrics.over_frames(metrics.psnr, *pair),
@@ -110,6 +118,7 @@ def figures_of(
         errors=_errors(sample, reference),
         cache_bytes=sample.cache_bytes,
         computed=steps * sample.layer_calls / reference.layer_calls,
+        evaluations=sample.layer_calls,
         right=None if grade is None else grade(torch.stack([sample.image]), [prompt])[0],
         size=(int(height), int(width)),
         frames=len(sample.image) if sample.image.ndim == 4 else None,
@@ -118,7 +127,7 @@ def figures_of(
 
 
 def _extra(model: Subject, sample: Sample, reference: Sample, prompt: str) -> dict[str, Any]:
-    """Figures of a clip, an edit, or a run in planned stages."""
+    """Measurement of a clip, an edit, or a run in planned stages."""
     figures: dict[str, Any] = {}
     if sample.image.ndim == 4 and len(sample.image) > 1:
         figures["temporal_error"] = metrics.temporal_error(sample.image, reference.image)
@@ -134,7 +143,7 @@ def _errors(sample: Sample, reference: Sample) -> list[float] | None:
 
 
 def save_image(sample: Sample, path: Path) -> None:
-    """Write a image as PNG; of a clip, a few frames in a row."""
+    """Write an image as PNG; of a clip, a few frames in a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     (to_pil if sample.image.ndim == 3 else film_strip)(sample.image).save(path)
 
@@ -144,7 +153,7 @@ def image_name(arm: Arm) -> str:
     return "".join("_" if sign in ":=/\\+" else sign for sign in arm.id)
 
 
-def image_paths(images: Path, arm: Arm, count: int) -> list[str]:
+def _image_paths(images: Path, arm: Arm, count: int) -> list[str]:
     """An arm's images, relative to the JSON file."""
     return [f"{images.name}/{image_name(arm)}/{i:02d}.png" for i in range(count)]
 
@@ -153,33 +162,28 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 6)
 
 
-def median_seconds(own: Sequence[Figures]) -> float:
+def _median_seconds(own: Sequence[Measurement]) -> float:
     """Median time of an arm's calls."""
-    return statistics.median(f.figures["seconds"] for f in own)
+    return statistics.median(m.metrics["seconds"] for m in own)
 
 
-def top1(own: Sequence[Figures]) -> float | None:
+def _top1(own: Sequence[Measurement]) -> float | None:
     """Share of the images that are what their prompt asks for."""
-    right = [f.right for f in own if f.right is not None]
+    right = [m.right for m in own if m.right is not None]
     return statistics.fmean(right) if right else None
 
 
-def extra_figures(own: Sequence[Figures]) -> dict[str, float | None]:
-    """Medians over the prompts of what editing and video models are measured by; None for other models."""
-    return {key: _finite(_spread(own, key)["median"]) for key in EXTRA}
+def _spread(own: Sequence[Measurement], key: str) -> dict[str, float | int | None]:
+    return metrics.summary_statistics(m.metrics.get(key) for m in own)
 
 
-def _spread(own: Sequence[Figures], key: str) -> dict[str, float | int | None]:
-    return metrics.summary_statistics(f.figures.get(key) for f in own)
-
-
-def _errors_per_step(own: Sequence[Figures]) -> list[float | None] | None:
+def _errors_per_step(own: Sequence[Measurement]) -> list[float | None] | None:
     """Median over the prompts."""
-    known = [f.errors for f in own if f.errors is not None]
+    known = [m.errors for m in own if m.errors is not None]
     return [_finite(statistics.median(at_step)) for at_step in zip(*known, strict=True)] if known else None
 
 
-def _head(arm: Arm) -> dict[str, Any]:
+def _identity(arm: Arm) -> dict[str, Any]:
     return {
         "id": arm.id,
         "method": arm.method,
@@ -187,58 +191,76 @@ def _head(arm: Arm) -> dict[str, Any]:
         "params": arm.params,
         "steps": arm.steps,
         "budget": arm.computed_steps,
-        "staged": arm.staged,
         "groups": list(arm.groups or (arm.computed_steps,)),
+        "staged": arm.staged,
+        "note": arm.note,
+    }
+
+
+def _figures(
+    arm: Arm, own: Sequence[Measurement], plain: Sequence[Measurement], steps: int, flops: tuple[int, int], images: Path
+) -> dict[str, Any]:
+    """The fields that a measured row and the baseline share; see `measured_row`."""
+    extra = [key for key in EXTRA if any(key in m.metrics for m in own)]
+    spread = {key: _spread(own, key) for key in (*COMPARED, "seconds", *extra)}
+    seconds, computed = _median_seconds(own), statistics.fmean(m.computed for m in own)
+    held = [m.cache_bytes for m in own if m.cache_bytes is not None]
+    nothing = 0 if arm.library == "plain" else None
+    own_flops = statistics.fmean([m.flops for m in own if m.flops is not None] or [flops[0]])
+    counted, faster = flops[1] / own_flops, _median_seconds(plain) / seconds
+    return {
+        "computed_steps": round(computed, 4),
+        "nfe": round(statistics.fmean(m.evaluations for m in own), 4),
+        "flops": round(own_flops),
+        "flops_ratio": round(counted, 4),
+        "steps_ratio": round(steps / computed, 4),
+        "seconds": round(seconds, 6),
+        "latency_ratio": round(faster, 4),
+        "latency_share": round(faster / counted, 4),
+        "cache_bytes": max(held) if held else nothing,
+        **{key: _finite(spread[key]["median"]) for key in (*COMPARED, *extra)},
+        "top1": _top1(own),
+        "spread": spread,
+        "error_per_step": None if arm.staged else _errors_per_step(own),
+        "per_prompt": [{k: _finite(v) if isinstance(v, float) else v for k, v in m.metrics.items()} for m in own],
+        "images": _image_paths(images, arm, len(own)),
     }
 
 
 def measured_row(
-    arm: Arm, own: Sequence[Figures], plain: Sequence[Figures], steps: int, flops: tuple[int, int], images: Path
-) -> dict[str, Any]:
+    arm: Arm, own: Sequence[Measurement], plain: Sequence[Measurement], steps: int, flops: tuple[int, int], images: Path
+) -> Row:
     """The row of an arm.
 
     Args:
         arm: what was measured.
-        own: its figures, one a prompt.
+        own: its measurements, one per prompt.
         plain: the baseline's.
         steps: of the baseline.
         flops: counted operations of one call of the arm and of the baseline; where they depend on the image, the mean
             over the prompts takes the place of the arm's.
         images: folder of the images.
     """
-    extra = {key: value for key, value in extra_figures(own).items() if any(key in f.figures for f in own)}
-    spread = {key: _spread(own, key) for key in (*COMPARED, "seconds", *extra)}
-    seconds, computed = median_seconds(own), statistics.fmean(f.computed for f in own)
-    held = [f.cache_bytes for f in own if f.cache_bytes is not None]
-    nothing = 0 if arm.library == "plain" else None
-    own_flops = [f.flops for f in own if f.flops is not None] or [flops[0]]
-    counted, faster = flops[1] / statistics.fmean(own_flops), median_seconds(plain) / seconds
-    return _head(arm) | {
-        "computed_steps": round(computed, 4),
-        "flops": round(statistics.fmean(own_flops)),
-        "flops_ratio": round(counted if arm.staged else steps / computed, 4),
-        "flops_ratio_measured": round(counted, 4),
-        "seconds": round(seconds, 6),
-        "latency_ratio": round(faster, 4),
-        "latency_share": round(faster / counted, 4),
-        "cache_bytes": max(held) if held else nothing,
-        **{key: _finite(spread[key]["median"]) for key in COMPARED},
-        **dict.fromkeys(EXTRA),
-        **extra,
-        "top1": top1(own),
-        "spread": spread,
-        "error_per_step": None if arm.staged else _errors_per_step(own),
-        "per_prompt": [{k: _finite(v) if isinstance(v, float) else v for k, v in f.figures.items()} for f in own],
-        "images": image_paths(images, arm, len(own)),
-        "note": arm.note,
-        "error": "",
-    }
+    return Row(**_identity(arm), **_figures(arm, own, plain, steps, flops, images))
 
 
-def failed_row(arm: Arm, error: str) -> dict[str, Any]:
+def baseline_row(
+    arm: Arm, plain: Sequence[Measurement], flops: int, images: Path, vae: Sequence[float | None]
+) -> Baseline:
+    """The row of the plain sampler with all its steps, which nothing is compared with.
+
+    Args:
+        arm: the plain sampler.
+        plain: its measurements.
+        flops: counted operations of one call.
+        images: folder of the images.
+        vae: `psnr_unedited` of each prompt after the way through the VAE alone; none for other models.
+    """
+    figures = _figures(arm, plain, plain, arm.steps, (flops, flops), images)
+    figures |= dict.fromkeys(COMPARED) | {"error_per_step": None}
+    return Baseline(**_identity(arm), **figures, psnr_unedited_vae=metrics.summary_statistics(vae)["median"])
+
+
+def failed_row(arm: Arm, error: str) -> Row:
     """The row of an arm that could not run: no figures, and why."""
-    absent = (
-        "computed_steps", "flops", "flops_ratio", "flops_ratio_measured", "seconds", "latency_ratio",
-        "latency_share", "cache_bytes", *COMPARED, *EXTRA, "top1", "spread", "error_per_step",
-    )  # fmt: skip
-    return _head(arm) | dict.fromkeys(absent) | {"per_prompt": [], "images": [], "note": arm.note, "error": error}
+    return Row(**_identity(arm), failed=error)
