@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 TEST_JOBS ?= 2
 BENCH_MODEL ?= emoji-flux
 BENCH_METHODS ?= reuse,taylorseer,hicache,foca
-BENCH_FULL_STEPS ?= 12,9,7
+BENCH_COMPUTED_STEPS ?= 12,9,7
 BENCH_PROMPTS ?= 16
 BENCH_OUT ?= out/bench
 
@@ -86,7 +86,7 @@ types: $(STAMP) ## check types (mypy, strict)
 
 bench: $(STAMP) ## measure the methods on the reference model, then write the report into out/bench
 	@mkdir -p $(BENCH_OUT)
-	$(BIN)/hasten bench --model $(BENCH_MODEL) --methods $(BENCH_METHODS) --full-steps $(BENCH_FULL_STEPS) \
+	$(BIN)/hasten bench --model $(BENCH_MODEL) --methods $(BENCH_METHODS) --computed-steps $(BENCH_COMPUTED_STEPS) \
 	  --prompts $(BENCH_PROMPTS) --seed 0 --json $(BENCH_OUT)/$(BENCH_MODEL).json
 	$(BIN)/hasten report $(BENCH_OUT)/$(BENCH_MODEL).json
 
