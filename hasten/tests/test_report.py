@@ -4,7 +4,7 @@ import json
 
 import pytest
 from hasten.bench.report import render_report
-from hasten.errors import ReportError
+from hasten.errors import FileError, ReportError
 from PIL import Image
 
 
@@ -59,7 +59,7 @@ def content(tmp_path):
         "baseline": {
             "steps": 50,
             "seconds": 0.9,
-            "flops": 1.2e9,
+            "flops": 1_200_000_000,
             "top1": 0.95,
             "images": ["out.images/baseline/00.png"],
         },
@@ -121,13 +121,13 @@ def page_has_no_error_chart(page):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda c: "{", "cut off"),
-        (lambda c: json.dumps(c)[:200], "cut off"),
+        (lambda c: "{", "no usable JSON"),
+        (lambda c: json.dumps(c)[:200], "no usable JSON"),
         (lambda c: "[1, 2]", "not a result"),
         (lambda c: json.dumps(c | {"schema": 1}), "schema 1"),
-        (lambda c: json.dumps({k: v for k, v in c.items() if k != "baseline"}), "baseline: field required"),
-        (lambda c: json.dumps(c | {"rows": [{"id": "x"}]}), "rows.0.method: field required"),
-        (lambda c: json.dumps(c | {"baseline": c["baseline"] | {"seconds": "fast"}}), "baseline.seconds"),
+        (lambda c: json.dumps({k: v for k, v in c.items() if k != "baseline"}), "lacks 'baseline'"),
+        (lambda c: json.dumps(c | {"rows": [{"id": "x"}]}), "rows[0] lacks 'method'"),
+        (lambda c: json.dumps(c | {"baseline": c["baseline"] | {"seconds": "fast"}}), "baseline.seconds is 'fast', expected a finite number"),
     ],
 )
 def test_bad_files_are_named_with_the_remedy(tmp_path, content, damage, says):
@@ -153,7 +153,7 @@ def test_the_result_is_never_replaced_and_a_bad_place_is_named(tmp_path, content
     with pytest.raises(ReportError, match="would replace"):
         render_report(source, source)
     assert json.loads(source.read_text()) == content
-    with pytest.raises(ReportError, match="cannot be written"):
+    with pytest.raises(FileError, match="cannot be written"):
         render_report(source, source / "report.html")
 
 

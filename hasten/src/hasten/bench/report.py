@@ -109,18 +109,14 @@ def render_report(result_file: Path, out: Path, form: str = "html") -> Path:
         form: `"html"` (one file with charts and images), `"md"` or `"csv"` (the table alone).
 
     Raises:
-        ReportError: if the file cannot be read or is no result, or the report cannot be written.
+        ReportError: if the file cannot be read or is no result.
+        FileError: if the report cannot be written.
     """
     if form not in FORMS:
         raise unknown("format of a report", form, FORMS)
     if out.resolve() == result_file.resolve():
         raise ReportError(f"{out}: the report would replace the result it is made from. Name another file with --out.")
-    result = read_result(result_file)
-    try:
-        write_atomically(out, FORMS[form](result, result_file.parent))
-    except OSError as error:
-        raise ReportError(f"{out}: cannot be written ({error}). Name another file with --out.") from error
-    return out
+    return write_atomically(out, FORMS[form](read_result(result_file), result_file.parent))
 
 
 def _html(result: Result | StreamResult, folder: Path) -> str:
