@@ -80,7 +80,7 @@ def wan(frames: int, height: int, width: int) -> float:
 
 
 def mixed(share: float) -> int:
-    """Tokens of a image of which a share of the coarse tokens is fine."""
+    """Tokens of an image of which a share of the coarse tokens is fine."""
     return COARSE + 3 * int(share * COARSE)
 
 

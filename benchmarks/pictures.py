@@ -37,7 +37,7 @@ class Page:
     Attributes:
         arms: heading of each column by the id of a row of the JSON; `|` breaks a line.
         captions: how many rows.
-        side: height of a image, pixels.
+        side: height of an image, pixels.
         edits: whether source and target come first.
         truth: whether the image that the caption had in training comes first.
     """

@@ -64,7 +64,7 @@ class Given(Fresco):
 
 
 def draw(model: subject.Subject, prompt: str, noise: Tensor, steps: int, method: Fresco | None) -> Any:
-    """A image, and the full run where there is no method."""
+    """An image, and the full run where there is no method."""
     states = [noise]
 
     def keep(_pipe: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

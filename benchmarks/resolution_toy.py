@@ -138,7 +138,7 @@ class Gaussian(FluxPipeline):  # type: ignore[misc]
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 
     def __call__(self, noise: Tensor, steps: int) -> Tensor:  # type: ignore[override]
-        """From unit noise `[1, 1, SIDE, SIDE]` to a image."""
+        """From unit noise `[1, 1, SIDE, SIDE]` to an image."""
         self.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
         latents, ids = pack(noise), flux_ids([ImageTokens.uniform(TOKENS, TOKENS)])
         for timestep in self.scheduler.timesteps:

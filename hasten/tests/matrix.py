@@ -27,14 +27,14 @@ class Cell:
     """What was seen of one method on one family.
 
     Attributes:
-        full: computed steps of 12.
+        computed: computed steps of 12.
         linears: calls of linear layers, as a share of the plain run's.
         error: relative error of the final latents.
         exact: whether interval 1 and the model after removal are bit-identical to the plain one.
         traces: whether removal left hooks or modules behind.
     """
 
-    full: int
+    computed: int
     linears: float
     error: float
     exact: bool
@@ -84,12 +84,12 @@ class Family:
         self.linear_calls = 0
         with hasten.accelerate(self.model, method, **params) as run:
             fast = self.sample()
-            full = run.summary().computed_steps
+            computed = run.summary().computed_steps
         calls = self.linear_calls
         traces = _state(self.model) != before
         exact = exact and torch.equal(self.sample(), self.plain)
         error = float((fast - self.plain).norm() / self.plain.norm())
-        return Cell(full, calls / self.plain_calls, error, exact, traces)
+        return Cell(computed, calls / self.plain_calls, error, exact, traces)
 
 
 @cache

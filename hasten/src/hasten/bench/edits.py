@@ -124,7 +124,7 @@ def vae_unedited(model: Subject, prompts: Sequence[str], size: tuple[int, int]) 
 
 
 def _round_trip(vae: Any, image: Tensor) -> Tensor:
-    """A image `[3, H, W]` in [0, 1] encoded (without sampling) and decoded."""
+    """An image `[3, H, W]` in [0, 1] encoded (without sampling) and decoded."""
     weight = next(iter(vae.state_dict().values()))
     latents = retrieve_latents(vae.encode(2 * image[None].to(weight) - 1), sample_mode="argmax")
     decoded: Tensor = vae.decode(latents, return_dict=False)[0][0]

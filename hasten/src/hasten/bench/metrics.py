@@ -1,6 +1,6 @@
 """Image metrics: how far an image made with skipped steps is from the one made without.
 
-Every function takes the image under test first and the reference second. A image is a float tensor or array of
+Every function takes the image under test first and the reference second. An image is a float tensor or array of
 shape `[3, H, W]`, sRGB-encoded, in [0, 1]; anything else (8-bit integers, other shapes, NaN) raises `ValueError` rather
 than giving a number that means something else.
 """

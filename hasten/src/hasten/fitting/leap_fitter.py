@@ -146,7 +146,7 @@ class Fitter:
         self.references = references
         self._best: Leap | None = None
         self.dtype = torch.float32  # of the model's outputs, known after the first evaluation
-        self.evaluations = 0  # of the model's step, a image each
+        self.evaluations = 0  # of the model's step, an image each
 
     @contextmanager
     def probing(self) -> Iterator[Fitter]:

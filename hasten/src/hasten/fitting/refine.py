@@ -7,7 +7,7 @@ times are moved together: with `x_T(theta)` the final states of the training bat
 
 (Levenberg and Marquardt). The columns of `J` for the last row are the velocities themselves; the others come from
 finite differences: one parameter is moved, and the evaluations that follow it are made again. That is about `n^3 / 6`
-evaluations a image and round, from outside, so any pipeline will do.
+evaluations an image and round, from outside, so any pipeline will do.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def _from_list(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLay
     if isinstance(latents[0], (list, tuple)):
         raise AdapterError(
             f"it is not known where the tokens of the image lie when {type(model).__name__} is given several latents "
-            "for a image; use a method that does not split features by their place"
+            "for an image; use a method that does not split features by their place"
         )
     sizes = [tuple(latent.shape[1:]) for latent in latents]
     _require_one_size(model, sizes)

@@ -23,7 +23,7 @@ def group(model: nn.Module) -> dist.ProcessGroup | None:
 
 
 def sum_over(model: nn.Module, tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over the devices that share a image; `tensor` itself without context parallelism.
+    """The sum of `tensor` over the devices that share an image; `tensor` itself without context parallelism.
 
     Every device gets the same bits, so that all of them decide alike. Collective: each device of the group has to call
     it, in the same order and with the same shape.

@@ -41,7 +41,7 @@ def _alternatives(plan: EditPlan) -> list[EditPlan]:
 
 
 def is_done(plan: EditPlan, image: Tensor) -> bool:
-    """Whether a image is what the instruction asked for.
+    """Whether an image is what the instruction asked for.
 
     It is if, under the edit mask, the right outcome is nearer (mean squared error) than the source and every other
     outcome of an instruction of that kind, and if the rest of the image is kept (20 dB to the source).

@@ -1,4 +1,4 @@
-"""The pairs that `emoji-kontext` learns: a image, an instruction, the edited image and where they differ.
+"""The pairs that `emoji-kontext` learns: an image, an instruction, the edited image and where they differ.
 
 Everything is made by code from the emoji set that `emoji-flux` ships (MIT licence): a large emoji in the middle, up
 to two small ones in named corners. A local edit adds, removes, replaces or recolours a small one; a global edit makes
@@ -64,7 +64,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """A image before it is drawn. `main` counts in the emoji set, `shift` is in pixels from the middle."""
+    """An image before it is drawn. `main` counts in the emoji set, `shift` is in pixels from the middle."""
 
     main: int
     shift: tuple[int, int]

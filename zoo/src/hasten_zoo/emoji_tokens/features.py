@@ -1,8 +1,8 @@
-"""A fixed feature space for images of `data`: a small network that tells what is on a image and how damaged it is.
+"""A fixed feature space for images of `data`: a small network that tells what is on an image and how damaged it is.
 
 It learns the object, the background, the place and size of the object, and, as half of its images are spoiled (noise,
 blur, squares of 4x4 pixels taken from elsewhere or tinted), the size of the error. So its features change with what is
-on a image and with how well it is drawn. The weights come with the package; distances in this space compare with
+on an image and with how well it is drawn. The weights come with the package; distances in this space compare with
 nothing but each other.
 
     python -m hasten_zoo.emoji_tokens.features --out runs/emoji-tokens     train it again, about 2 processor minutes

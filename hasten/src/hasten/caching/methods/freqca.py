@@ -52,7 +52,7 @@ def low_mask(grid: tuple[int, ...], cutoff: float) -> Tensor:
 
 
 class Bands:
-    """Splits the tokens of a image into low and high frequencies; tokens outside it count as high.
+    """Splits the tokens of an image into low and high frequencies; tokens outside it count as high.
 
     Args:
         layout: where the image's tokens lie.
@@ -88,7 +88,7 @@ class Bands:
             grid = "x".join(map(str, self._layout.grid))
             raise ConfigError(
                 f"FreqCa expects tokens [B, N, D] with a {grid} grid from token {first} on, "
-                f"got {tuple(features[0].shape)}; where devices share the tokens of a image, use another method"
+                f"got {tuple(features[0].shape)}; where devices share the tokens of an image, use another method"
             )
         whole = weighted_sum([f.float() for f in features], weights["high"])
         image = [f[:, first:end].float() for f in features]
