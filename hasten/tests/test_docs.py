@@ -27,7 +27,7 @@ def lines(code):
 @pytest.fixture
 def untouched():
     """Methods and families that a page registers are forgotten again."""
-    methods, hosts = dict(registry._METHODS), dict(host_registry._HOSTS)
+    methods, hosts = {known.name: known for known in registry.methods()}, dict(host_registry._HOSTS)
     yield
     registry._METHODS.clear()
     registry._METHODS.update(methods)

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from hasten import registry
-from hasten.caching import methods as _caching_methods  # noqa: F401
 from hasten.caching.engine import WHOLE, CachingEngine
 from hasten.caching.method import CachingMethod
 from hasten.errors import ConfigError, HastenWarning, TargetError, unknown
 from hasten.pipeline.steps import StepRecord, StepTracker
 from hasten.registry import methods
-from hasten.resolution import methods as _resolution_methods  # noqa: F401  (these register the methods by name)
 from hasten.resolution.engine import ResolutionEngine, ResolutionMethod
 from hasten.solvers import scheduler as _solvers  # noqa: F401
-from hasten.streaming import methods as _streaming_methods  # noqa: F401
 from hasten.streaming.policy import StreamingMethod
 
 __all__ = ["Acceleration", "Summary", "accelerate", "methods"]
@@ -76,7 +73,9 @@ def _median(values: list[float]) -> float | None:
 class Acceleration:
     """Handle of an accelerated pipeline or transformer; also a context manager that removes itself at the end."""
 
-    def __init__(self, engines: dict[str, CachingEngine], stages: ResolutionEngine[Any, Any, Any] | None = None) -> None:
+    def __init__(
+        self, engines: dict[str, CachingEngine], stages: ResolutionEngine[Any, Any, Any] | None = None
+    ) -> None:
         self._engines, self._stages = engines, stages
 
     @property

@@ -9,6 +9,7 @@ import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, TypeVar
 
 from hasten.errors import ConfigError, unknown
@@ -46,6 +47,15 @@ class MethodInfo:
 T = TypeVar("T", bound=type[Any])
 
 _METHODS: dict[str, MethodInfo] = {}
+# Rooms whose methods come with the library. The registry stands under them and names them only here: they are imported
+# when a method is first looked up, and register themselves.
+ROOMS = ("hasten.caching.methods", "hasten.solvers", "hasten.resolution.methods", "hasten.streaming.methods")
+
+
+def _known() -> dict[str, MethodInfo]:
+    for room in ROOMS:
+        import_module(room)
+    return _METHODS
 
 
 def method(name: str, *, kind: str, paper: str, needs_calibration: bool = False) -> Callable[[T], T]:
@@ -65,7 +75,7 @@ def method(name: str, *, kind: str, paper: str, needs_calibration: bool = False)
 
 def methods() -> list[MethodInfo]:
     """Every known method, in the order of registration."""
-    return list(_METHODS.values())
+    return list(_known().values())
 
 
 def info(name: str) -> MethodInfo:
@@ -74,9 +84,10 @@ def info(name: str) -> MethodInfo:
     Raises:
         UnknownNameError: for a method that does not exist.
     """
-    if name not in _METHODS:
-        raise unknown("method", name, _METHODS)
-    return _METHODS[name]
+    known = _known()
+    if name not in known:
+        raise unknown("method", name, known)
+    return known[name]
 
 
 def build(name: str, **params: Any) -> Any:
@@ -145,7 +156,7 @@ def format(*chosen: Any) -> str:
     Raises:
         ConfigError: for an object that is no registered method, or holds what was not read from a file.
     """
-    names = {known.config: name for name, known in _METHODS.items()}
+    names = {known.config: name for name, known in _known().items()}
     texts = []
     for one in chosen:
         if type(one) not in names:
