@@ -77,6 +77,7 @@ lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check --config hasten/pyproject.toml benchmarks
 	$(BIN)/ruff format --check $(PROJECTS)
 	$(BIN)/ruff format --check --config hasten/pyproject.toml benchmarks
+	cd hasten && ../$(BIN)/lint-imports --no-logo
 	@$(MAKE) --no-print-directory types
 
 types: $(STAMP) ## check types (mypy, strict)
