@@ -13,7 +13,7 @@ from hasten.bench.arms import method_arms, parse_method, parse_options, plain_ar
 from hasten.bench.result import read_result
 from hasten.bench.runner import BenchSettings, open_model, run_bench
 from hasten.bench.sheet import bench_sheet, contact_sheet
-from hasten.caching import HiCache
+from hasten.caching import HiCache, Uniform, computed_steps
 from hasten.cli import main as cli
 from hasten.errors import ConfigError, ModelError, ScheduleError, UnknownNameError
 from hasten_zoo.emoji_flux import load_emoji_flux
@@ -106,7 +106,8 @@ def test_the_sheet_shows_every_image(result):
 @pytest.mark.parametrize(("n", "interval"), [(12, 5), (9, 7), (7, 10)])
 def test_full_step_counts_and_ratios_are_those_of_the_papers(n, interval):
     for arm in method_arms(["reuse", "taylorseer", "hicache"], [n], 50):
-        assert (arm.computed_steps, arm.params["interval"]) == (n, interval)
+        assert (arm.computed_steps, arm.params["computed_steps"]) == (n, n)
+        assert computed_steps(arm.attach.method.plan(), 50) == computed_steps(Uniform(interval, 3), 50)
     assert [arm.computed_steps for arm in plain_arms([n])] == [n, n]
 
 
@@ -116,8 +117,10 @@ def test_methods_are_read_with_their_parameters():
         parse_method("hicache:order")
     with pytest.raises(UnknownNameError, match="taylorseer"):
         parse_method("taylorser")
-    with pytest.raises(ScheduleError):
+    with pytest.raises(ConfigError, match="less than warmup=3"):
         method_arms(["hicache"], [1], 50)
+    with pytest.raises(ScheduleError, match="cannot compute 11 of 50 steps"):
+        method_arms(["hicache"], [11], 50)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,7 @@ def test_methods_command_names_every_method_and_paper(monkeypatch, capsys):
         (["bench", "--model", "emoji-flx"], "Did you mean 'emoji-flux'"),
         (["bench", "--methods", "hicahce"], "Did you mean 'hicache'"),
         (["bench", "--computed-steps", "nine"], "whole numbers with commas"),
-        (["bench", "--computed-steps", "2"], "warm-up"),
+        (["bench", "--computed-steps", "2"], "warmup"),
         (["bench", "--prompts", "100000"], "asks for more than"),
         (["bench", "--prompts", "0"], "at least 1"),
         (["report", "nowhere.json"], "nowhere.json"),

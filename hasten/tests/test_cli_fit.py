@@ -102,9 +102,9 @@ def test_tune_searches_with_a_cache_and_fits_what_needs_it(monkeypatch, capsys, 
     assert {path.stem for path in tmp_path.glob("*.safetensors")} == {"hyca", "l2p", "steps"}
     steps = Calibration.load(tmp_path / "steps.safetensors").report["4"]["steps"]
     rows = {row["method"].split(":")[0]: row for row in json.loads((tmp_path / "tune.json").read_text())["rows"]}
-    assert rows["hyca"]["params"]["tuned"] == "given"
+    assert rows["hyca"]["params"]["searched"] == "given"
     assert len(steps) == 4
-    assert "tuned" not in rows["l2p"]["params"]
+    assert "searched" not in rows["l2p"]["params"]
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def test_every_method_has_a_page_in_the_navigation():
             assert f"<!-- curve {info.name} -->" in text
             for parameter in set(info.parameters) - {
                 "schedule",
-                "tuned",
+                "searched",
                 "site",
                 "interval",
                 "warmup",

@@ -6,7 +6,7 @@ import hasten
 import pytest
 import torch
 from hasten.caching import HiCache, Reuse, TaylorSeer, Uniform, computed_steps
-from hasten.caching.method import SITES, CachingMethod
+from hasten.caching.method import SITES, ScheduledMethod
 from hasten.caching.projectors import Whole
 from hasten.errors import (
     AlreadyAcceleratedError,
@@ -289,7 +289,7 @@ def test_an_accelerate_hook_put_on_later_survives_removal(pipe):
 
 def test_a_projector_from_outside_composes(pipe):
     class Halves(Whole):
-        parts = ("left", "right")
+        components = ("left", "right")
 
         def combine(self, features, weights):
             half = features[0].shape[-1] // 2
@@ -297,7 +297,7 @@ def test_a_projector_from_outside_composes(pipe):
             right = sum(w * f[..., half:] for w, f in zip(weights["right"], features, strict=True))
             return torch.cat([left, right], -1)
 
-    class Split(CachingMethod):
+    class Split(ScheduledMethod):
         def projector(self):
             return Halves()
 
@@ -345,11 +345,11 @@ def test_a_warmup_longer_than_the_run_is_refused_and_the_pipeline_stays_usable(p
     [
         ("hicahce", {}, UnknownNameError, "Did you mean 'hicache'"),
         ("hicache", {"sgima": 0.5}, UnknownNameError, "Did you mean 'sigma'"),
-        ("hicache", {"interval": 0}, ConfigError, "interval must be at least 1"),
-        ("hicache", {"order": -1}, ConfigError, "order must be 0"),
-        ("hicache", {"sigma": 2.0}, ConfigError, "sigma must be in"),
-        ("taylorseer", {"warmup": 0}, ConfigError, "warmup must be at least 1"),
-        ("reuse", {"site": "hiden"}, UnknownNameError, "Did you mean 'hidden'"),
+        ("hicache", {"interval": 0}, ConfigError, "HiCache: interval must be a whole number of 1 or more"),
+        ("hicache", {"order": -1}, ConfigError, "HiCache: order must be a whole number of 0 or more"),
+        ("hicache", {"sigma": 2.0}, ConfigError, "HiCache: sigma must be a number above 0 to 1"),
+        ("taylorseer", {"warmup": 0}, ConfigError, "TaylorSeer: warmup must be"),
+        ("reuse", {"site": "hiden"}, ConfigError, "did you mean 'hidden'"),
         (Reuse(), {"sigma": 1}, UnknownNameError, "parameter of Reuse"),
         (42, {}, ConfigError, "name or a method object"),
     ],

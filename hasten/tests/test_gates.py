@@ -249,16 +249,14 @@ def test_the_gates_own_tensors_are_counted(pipe):
 @pytest.mark.parametrize(
     ("name", "params", "error", "says"),
     [
-        ("fbcache", {"threshold": -1}, ConfigError, "threshold must not be negative"),
-        ("fbcache", {"front": 0}, ConfigError, "front must be at least 1"),
         ("fbcache", {"front": 9}, ConfigError, "front must be less than the 2 blocks"),
-        ("fbcache", {"steps": (0, 3)}, ConfigError, "not by a list of steps"),
-        ("fbcache", {"site": "module"}, UnknownNameError, "site of FBCache"),
-        ("teacache", {"coefficients": "fulx"}, UnknownNameError, "Did you mean 'flux'"),
-        ("easycache", {"site": "hidden"}, UnknownNameError, "site of EasyCache"),
-        ("speca", {"decay": 0.0}, ConfigError, "decay"),
+        ("fbcache", {"steps": (0, 3)}, UnknownNameError, "parameter of fbcache 'steps'"),
+        ("fbcache", {"computed_steps": 9}, UnknownNameError, "parameter of fbcache 'computed_steps'"),
+        ("fbcache", {"schedule": "even"}, ConfigError, "FBCache: schedule must be 'uniform' or 'last'"),
+        ("fbcache", {"site": "module"}, ConfigError, "FBCache: site must be 'hidden'"),
+        ("teacache", {"coefficients": "fulx"}, ConfigError, "did you mean 'flux'"),
+        ("easycache", {"site": "hidden"}, ConfigError, "EasyCache: site must be 'output'"),
         ("magcache", {}, CalibrationError, "hasten calibrate"),
-        ("magcache", {"calibration": ratios(1.0), "retention": 1.5}, ConfigError, "retention"),
     ],
 )
 def test_bad_input_is_refused(pipe, name, params, error, says):

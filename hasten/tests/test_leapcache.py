@@ -77,14 +77,18 @@ def test_the_interval_chooses_the_list_and_one_computes_everything(learned):
     assert lists(interval=2) == list(LISTS[1])
     assert lists(interval=3, warmup=1) == list(LISTS[0])
     assert lists(interval=1) == list(range(STEPS))
-    with pytest.raises(ScheduleError, match="tuned for 4, 6"):
+    assert lists(computed_steps=4) == list(LISTS[0])
+    assert lists(computed_steps=6) == list(LISTS[1])
+    with pytest.raises(ScheduleError, match="computed_steps=5, but lists were learned for 4, 6"):
+        lists(computed_steps=5)
+    with pytest.raises(ScheduleError, match="learned for 4, 6"):
         lists(interval=12, warmup=1)
 
 
 def test_what_it_does_not_take(learned):
-    for wrong in ({"steps": (0, 5)}, {"schedule": "even"}):
-        with pytest.raises(ConfigError, match="learned its computed steps"):
-            hasten.LeapCache(calibration=learned, **wrong)
+    for name, value in (("steps", (0, 5)), ("schedule", "even"), ("searched", learned)):
+        with pytest.raises(ConfigError, match=f"LeapCache: {name} must be"):
+            hasten.LeapCache(calibration=learned, **{name: value})
     with pytest.raises(CalibrationError, match="nothing to learn from"):
         hasten.fit_leapcache(make_pipe(), [], LISTS)
     for wrong in ((1, 4), (0, 4, 4), (0, 12), tuple(range(STEPS))):

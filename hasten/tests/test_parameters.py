@@ -152,7 +152,7 @@ def test_functions_declare_their_options_too():
 
 EXPRESSIONS = [
     "hicache:order=1:sigma=0.7",
-    "dvg:budget=0.4:stages=0.5x0.25/0.5x1.0/1.0x1.0/1.0x1.0+foca:interval=4:steps=0/1/3",
+    "dvg:budget=0.4:stages=0.5x0.25/0.5x1.0/1.0x1.0/1.0x1.0+foca:steps=0/1/3",
     "spectrum:ridge=1e-05+dvg",
     "fbcache:per_sample=true",
     "dummy-forcing:history=none",

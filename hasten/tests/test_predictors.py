@@ -11,35 +11,35 @@ from hasten.errors import ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
 
-anchors_lists = st.lists(st.integers(0, 60), min_size=1, max_size=6, unique=True).map(lambda a: sorted(a, reverse=True))
+stored_lists = st.lists(st.integers(0, 60), min_size=1, max_size=6, unique=True).map(lambda a: sorted(a, reverse=True))
 PREDICTORS = [Reuse(), Taylor(0), Taylor(1), Taylor(3), Hermite(1), Hermite(2, sigma=0.7), Taylor(2, ladder="divided")]
 
 
-def forecast(predictor, target, anchors, function):
-    anchors = anchors[: predictor.memory]
-    return sum(w * function(a) for w, a in zip(predictor.weights(target, anchors), anchors, strict=True))
+def forecast(predictor, target, stored, function):
+    stored = stored[: predictor.memory]
+    return sum(w * function(a) for w, a in zip(predictor.weights(target, stored), stored, strict=True))
 
 
-@given(st.sampled_from(PREDICTORS), anchors_lists, st.integers(1, 12))
-def test_every_predictor_keeps_a_constant(predictor, anchors, x):
-    anchors = anchors[: predictor.memory]
-    assert sum(predictor.weights(anchors[0] + x, anchors)) == pytest.approx(1, abs=1e-9)
+@given(st.sampled_from(PREDICTORS), stored_lists, st.integers(1, 12))
+def test_every_predictor_keeps_a_constant(predictor, stored, x):
+    stored = stored[: predictor.memory]
+    assert sum(predictor.weights(stored[0] + x, stored)) == pytest.approx(1, abs=1e-9)
 
 
-@given(anchors_lists.filter(lambda a: len(a) > 1), st.integers(1, 12), st.floats(-3, 3), st.floats(-3, 3))
-def test_taylor_is_exact_on_lines_at_any_gaps(anchors, x, slope, offset):
+@given(stored_lists.filter(lambda a: len(a) > 1), st.integers(1, 12), st.floats(-3, 3), st.floats(-3, 3))
+def test_taylor_is_exact_on_lines_at_any_gaps(stored, x, slope, offset):
     line = lambda t: offset + slope * t  # noqa: E731
     for predictor in (Taylor(1), Taylor(2), Taylor(2, ladder="divided")):
-        assert forecast(predictor, anchors[0] + x, anchors, line) == pytest.approx(line(anchors[0] + x), abs=1e-6)
+        assert forecast(predictor, stored[0] + x, stored, line) == pytest.approx(line(stored[0] + x), abs=1e-6)
 
 
 def test_the_ladders_differ_exactly_as_their_definitions_say():
     square = lambda t: t * t  # noqa: E731
-    anchors = (7, 2, 1)  # gaps 5 and 1: the boundary of the warm-up at interval 5
+    stored = (7, 2, 1)  # gaps 5 and 1: the boundary of the warm-up at interval 5
 
     def second(kind):
-        row = difference_ladder(anchors, 2, ladder=kind)[2]
-        return sum(w * square(a) for w, a in zip(row, anchors, strict=True))
+        row = difference_ladder(stored, 2, ladder=kind)[2]
+        return sum(w * square(a) for w, a in zip(row, stored, strict=True))
 
     assert second("recursive") == pytest.approx(1.2)
     assert second("divided") == pytest.approx(2.0)
@@ -65,8 +65,8 @@ def test_hermite_coefficients_match_the_closed_form_and_the_table():
 @pytest.mark.parametrize("predictor", [Taylor(1), Hermite(1, sigma=0.5), Hermite(2, sigma=0.5)])
 def test_forecasts_move_on_in_the_direction_of_travel(predictor):
     rising = lambda t: float(t)  # noqa: E731
-    anchors = (9, 4, 2)
-    assert forecast(predictor, 12, anchors, rising) > rising(9)
+    stored = (9, 4, 2)
+    assert forecast(predictor, 12, stored, rising) > rising(9)
 
 
 def test_differences_wait_for_the_last_warmup_step():
@@ -76,7 +76,7 @@ def test_differences_wait_for_the_last_warmup_step():
     assert gated.weights(8, (7, 2, 1))[2] != 0  # step 2 + N has the second
 
 
-def test_order_falls_back_to_what_the_anchors_allow():
+def test_order_falls_back_to_what_is_stored_allows():
     assert Taylor(3).weights(4, (2,)) == [1.0]
     assert Hermite(2, sigma=0.5).weights(4, (2, 1)) == pytest.approx([2.0, -1.0])
 
@@ -100,7 +100,7 @@ def test_weighted_sum_is_in_float32_and_returns_the_features_dtype():
     assert torch.equal(got, exact.float().bfloat16()) or (got.double() - exact).abs().max() < 0.01
     kept = features[0].clone()
     weighted_sum(features, [1.0, 0.0, 0.0]).zero_()
-    assert torch.equal(features[0], kept)  # the result never shares memory with an anchor
+    assert torch.equal(features[0], kept)  # the result never shares memory with a stored feature
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
@@ -110,14 +110,14 @@ def test_taylor_agrees_with_diffusers_state(order):
     trajectory = torch.randn(30, 2, 5, 7, dtype=torch.float64).cumsum(0).float()
     computed = set(computed_steps(Uniform(5, 3), 30))
     state = taylor.TaylorSeerState(taylor_factors_dtype=torch.float32, max_order=order)
-    predictor, anchors, compared = Taylor(order), [], 0
+    predictor, stored, compared = Taylor(order), [], 0
     for step in range(30):
         state.current_step = step
         if step in computed:
             state.update((trajectory[step],))
-            anchors = [step, *anchors][: predictor.memory]
+            stored = [step, *stored][: predictor.memory]
             continue
-        ours = weighted_sum([trajectory[a] for a in anchors], predictor.weights(step, anchors))
+        ours = weighted_sum([trajectory[a] for a in stored], predictor.weights(step, stored))
         (theirs,) = state.predict()
         assert (ours - theirs).norm() / theirs.norm() < 1e-5
         compared += 1
@@ -130,16 +130,16 @@ def test_hermite_agrees_with_hicache_pp_at_positive_horizon(order, sigma, interv
     torch.manual_seed(2)
     trajectory = torch.randn(40, 3, 11, dtype=torch.float64).cumsum(0).float()
     state = pp.hicache_init(40, interval=interval, max_order=order, first_enhance=3, sigma=sigma)
-    predictor, anchors, compared = Hermite(order, sigma=sigma), [], 0
+    predictor, stored, compared = Hermite(order, sigma=sigma), [], 0
     for step in range(40):
         state["step"] = step
         if pp.hicache_decide(state) == "full":
             pp.hicache_update_derivatives(state, trajectory[step])
-            anchors = [step, *anchors][: predictor.memory]
+            stored = [step, *stored][: predictor.memory]
             continue
-        ours = weighted_sum([trajectory[a] for a in anchors], predictor.weights(step, anchors))
+        ours = weighted_sum([trajectory[a] for a in stored], predictor.weights(step, stored))
         theirs = pp.hicache_forecast(state)
         assert (ours - theirs).norm() / theirs.norm() < 1e-5
         compared += 1
-    assert anchors[0] == computed_steps(Uniform(interval, 3), 40)[-1]
+    assert stored[0] == computed_steps(Uniform(interval, 3), 40)[-1]
     assert compared > 20

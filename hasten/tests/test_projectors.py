@@ -46,13 +46,13 @@ def test_parts_add_up_and_are_projections(grid):
     feature = tokens(count)
     for projector in every:
         parts = {}
-        for part in projector.parts:
-            only = {name: [1.0 if name == part else 0.0] for name in projector.parts}
+        for part in projector.components:
+            only = {name: [1.0 if name == part else 0.0] for name in projector.components}
             parts[part] = projector.combine([feature], only)
             assert torch.allclose(projector.combine([parts[part]], only), parts[part], atol=1e-5)
-            for other in projector.parts:
+            for other in projector.components:
                 if other != part:
-                    away = {name: [1.0 if name == other else 0.0] for name in projector.parts}
+                    away = {name: [1.0 if name == other else 0.0] for name in projector.components}
                     assert projector.combine([parts[part]], away).abs().max() < 1e-5
         assert torch.allclose(sum(parts.values()), feature, atol=1e-5)
 
@@ -63,7 +63,9 @@ def test_equal_weights_in_all_parts_are_the_whole(grid):
     features, weights = [tokens(count, seed=i) for i in range(3)], [1.5, -0.7, 0.2]
     whole = weighted_sum(features, weights)
     for projector in every:
-        assert torch.allclose(projector.combine(features, dict.fromkeys(projector.parts, weights)), whole, atol=1e-5)
+        assert torch.allclose(
+            projector.combine(features, dict.fromkeys(projector.components, weights)), whole, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 16])
@@ -119,7 +121,7 @@ def test_sums_of_parts_are_in_float32():
     features = [tokens(16).to(torch.bfloat16), tokens(16, seed=1).to(torch.bfloat16)]
     weights = [9.0, -8.0]
     for projector in projectors((4, 4))[1]:
-        out = projector.combine(features, dict.fromkeys(projector.parts, weights))
+        out = projector.combine(features, dict.fromkeys(projector.components, weights))
         exact = weighted_sum([f.double() for f in features], weights)
         assert out.dtype == torch.bfloat16
         assert (out.double() - exact).abs().max() <= exact.abs().max() * 2**-8
@@ -175,17 +177,3 @@ def test_freqca_takes_images_that_are_not_square(pipe):
         fast = draw(pipe, height=32, width=64)
         assert run.summary().skipped_steps > 0
     assert 0 < (fast - plain).norm() / plain.norm() < 0.2
-
-
-@pytest.mark.parametrize(
-    ("params", "error", "says"),
-    [
-        ({"split": "dtc"}, UnknownNameError, "Did you mean 'dct'"),
-        ({"cutoff": 2.0}, ConfigError, "cutoff must be in"),
-        ({"sigma": 3.0}, ConfigError, "sigma must be in"),
-        ({"site": "output"}, UnknownNameError, "site of FreqCa"),
-    ],
-)
-def test_bad_parameters_of_freqca_are_refused(pipe, params, error, says):
-    with pytest.raises(error, match=says):
-        hasten.accelerate(pipe, "freqca", **params)

@@ -1,10 +1,12 @@
-"""Which steps are full: the counts that the papers' FLOPs columns rest on, and what is refused."""
+"""Which steps are computed: the counts that the papers' FLOPs columns rest on, and what is refused."""
 
+import hasten
 import pytest
-from hasten.caching import Explicit, Spread, TaylorSeer, Uniform, computed_steps
-from hasten.errors import ConfigError, ScheduleError, UnknownNameError
+from hasten.caching import Explicit, Spread, TaylorSeer, Uniform, UniformCount, computed_steps
+from hasten.errors import ConfigError, ScheduleError
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from pipelines import draw
 
 COUNTS_E3 = {2: 26, 3: 18, 4: 14, 5: 12, 6: 10, 7: 9, 8: 8, 9: 8, 10: 7, 12: 6}
 COUNTS_E2 = {3: 18, 4: 14, 5: 11, 6: 10, 7: 8, 8: 8, 9: 7}
@@ -20,14 +22,14 @@ def test_counts_with_two_warmup_steps(interval, count):
     assert len(computed_steps(Uniform(interval, 2), 50)) == count
 
 
-def test_full_steps_are_where_the_official_rule_puts_them():
+def test_computed_steps_are_where_the_official_rule_puts_them():
     assert computed_steps(Uniform(6, 3), 50) == [0, 1, 2, 8, 14, 20, 26, 32, 38, 44]
     assert computed_steps(Uniform(5, 1), 50) == list(range(0, 50, 5))
     assert computed_steps(Uniform(1, 3), 50) == list(range(50))
 
 
 @given(st.integers(1, 30), st.integers(1, 10), st.integers(1, 80))
-def test_warmup_is_full_and_no_gap_exceeds_the_interval(interval, warmup, total):
+def test_warmup_is_computed_and_no_gap_exceeds_the_interval(interval, warmup, total):
     assume(warmup <= total)
     computed = computed_steps(Uniform(interval, warmup), total)
     assert computed[: min(warmup, total)] == list(range(min(warmup, total)))
@@ -41,23 +43,114 @@ def test_explicit_steps_are_exactly_those():
     assert tuple(computed_steps(Explicit(steps), 50)) == steps
 
 
+# --- a number of computed steps
+
+
+@given(st.integers(1, 40), st.integers(1, 10), st.integers(1, 60), st.booleans())
+def test_a_uniform_schedule_by_count_is_exact_or_names_the_counts_there_are(count, warmup, total, last):
+    """The oracle lays out the schedule of every interval."""
+    assume(warmup + last <= count)
+    assume(warmup <= total)
+    intervals = {}
+    for interval in range(1, total + 1):
+        intervals.setdefault(len(computed_steps(Uniform(interval, warmup, last), total)), interval)
+    asked = UniformCount(count, warmup, last)
+    if count in intervals:
+        smallest = Uniform(intervals[count], warmup, last)
+        assert computed_steps(asked, total) == computed_steps(smallest, total)
+        assert len(computed_steps(asked, total)) == count
+        return
+    with pytest.raises(ScheduleError) as error:
+        computed_steps(asked, total)
+    assert f"take one of {', '.join(map(str, sorted(intervals)))}, another warmup" in str(error.value)
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(["even", "early"]))
+def test_spread_schedules_have_any_number(count, total, name):
+    method = TaylorSeer(schedule=name, computed_steps=count)
+    if count > total:
+        with pytest.raises(ScheduleError, match=f"computed_steps={count} is more than the {total} steps"):
+            computed_steps(method.plan(), total)
+    else:
+        assert len(computed_steps(method.plan(), total)) == count
+
+
+@pytest.mark.parametrize(("count", "interval"), [(12, 5), (9, 7), (7, 10), (10, 6), (8, 8), (50, 1)])
+def test_a_count_is_the_smallest_interval_that_has_it(count, interval):
+    plan = TaylorSeer(computed_steps=count).plan()
+    assert computed_steps(plan, 50) == computed_steps(TaylorSeer(interval=interval).plan(), 50)
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "last", "even", "early"])
+def test_with_computed_steps_is_exact_or_refuses(schedule):
+    for count in range(1, 51):
+        method = TaylorSeer(schedule=schedule)
+        try:
+            exact = method.with_computed_steps(count, 50)
+        except ConfigError:  # the message is another test's
+            assert schedule in ("uniform", "last")
+        else:
+            assert len(computed_steps(exact.plan(), 50)) == count
+
+
+def test_the_audits_impossible_counts_are_refused_and_not_measured_as_others():
+    with pytest.raises(
+        ScheduleError, match="cannot compute 10 of 28 steps; take one of 3, 4, 5, 6, 7, 8, 9, 11, 15, 28"
+    ):
+        TaylorSeer().with_computed_steps(10, 28)
+    with pytest.raises(ScheduleError, match=r"cannot compute 9 of 20 steps; take one of .*schedule='even'"):
+        TaylorSeer().with_computed_steps(9, 20)
+    assert len(computed_steps(TaylorSeer(schedule="even").with_computed_steps(10, 28).plan(), 28)) == 10
+
+
 @pytest.mark.parametrize(
-    ("count", "interval", "actual"), [(12, 5, 12), (9, 7, 9), (7, 10, 7), (11, 6, 10), (8, 8, 8), (50, 1, 50)]
+    ("params", "message"),
+    [
+        ({"computed_steps": 9, "interval": 5}, "computed_steps and interval .* leave out computed_steps or interval"),
+        ({"computed_steps": 9, "steps": (0, 4)}, "steps and computed_steps"),
+        ({"steps": (0, 4), "interval": 3}, "steps and interval"),
+        ({"steps": (0, 4), "schedule": "even"}, "steps and schedule"),
+        ({"computed_steps": 9, "schedule": "even", "warmup": 2}, "computed_steps and warmup"),
+        ({"computed_steps": 2}, "computed_steps=2 is less than warmup=3; use a shorter warmup, or schedule='even'"),
+        ({"computed_steps": 3, "schedule": "last"}, "computed_steps=3 is less than warmup=3 and the last step"),
+    ],
 )
-def test_smallest_interval_with_no_more_full_steps(count, interval, actual):
-    method = TaylorSeer().with_computed_steps(count, 50)
-    assert method.interval == interval
-    assert len(computed_steps(method.plan(), 50)) == actual
+def test_what_says_two_things_about_the_computed_steps_is_refused_by_name(params, message):
+    with pytest.raises(ConfigError, match=message):
+        TaylorSeer(**params)
 
 
-def test_fewer_full_steps_than_the_warmup_are_refused_with_the_remedy():
-    with pytest.raises(ScheduleError, match="warmup=1"):
-        TaylorSeer().with_computed_steps(2, 50)
+@pytest.mark.parametrize("count", [9, 30])
+def test_an_impossible_count_is_refused_before_any_forward(pipe, count):
+    forwards = []
+    pipe.transformer.x_embedder.register_forward_hook(lambda *_: forwards.append(1))
+    with (
+        hasten.accelerate(pipe, "foca", computed_steps=count),
+        pytest.raises(ScheduleError, match=f"compute {count} of 20"),
+    ):
+        draw(pipe, 20)
+    assert not forwards
+
+
+@pytest.mark.parametrize(("schedule", "count"), [("even", 9), ("early", 6), ("uniform", 8), ("last", 7)])
+def test_a_run_computes_as_many_steps_as_were_asked_for(pipe, schedule, count):
+    with hasten.accelerate(pipe, "foca", schedule=schedule, computed_steps=count) as run:
+        draw(pipe, 18)
+    assert run.summary().computed_steps == count
+    assert run.summary().steps == 18
+
+
+def test_a_bare_transformer_cannot_count(pipe):
+    with pytest.raises(ScheduleError, match="computed_steps=9 has to know how many steps a run has"):
+        UniformCount(9).for_run(None)
+
+
+# --- what is refused
 
 
 @pytest.mark.parametrize("bad", [0, -3])
 def test_interval_below_one_is_refused(bad):
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match="interval must be a whole number of 1 or more"):
         Uniform(bad)
 
 
@@ -80,18 +173,18 @@ def test_last_adds_the_last_step_and_needs_its_number():
     with pytest.raises(ScheduleError, match="bare transformer"):
         Uniform(5, 3, last=True).for_run(None)
     with pytest.raises(ScheduleError, match="bare transformer"):
-        Spread(5, 3).for_run(None)
+        Spread(Uniform(5, 3)).for_run(None)
 
 
-def test_named_schedules_spend_the_same_number_of_full_steps_elsewhere():
+def test_named_schedules_spend_the_same_number_of_computed_steps_elsewhere():
     lists = {}
     for name in ("uniform", "last", "even", "early"):
-        method = TaylorSeer(schedule=name).with_computed_steps(9, 50)
+        method = TaylorSeer(schedule=name, warmup=3).with_computed_steps(9, 50)
         lists[name] = computed_steps(method.plan(), 50)
-        assert len(lists[name]) <= 9
+        assert len(lists[name]) == 9
         assert lists[name][0] == 0
     assert lists["even"] == [0, 6, 12, 18, 24, 31, 37, 43, 49]
     assert lists["last"][-1] == lists["early"][-1] == 49
     assert lists["early"][4] < lists["even"][4]
-    with pytest.raises(UnknownNameError, match="Did you mean 'even'"):
+    with pytest.raises(ConfigError, match="did you mean 'even'"):
         TaylorSeer(schedule="evn")

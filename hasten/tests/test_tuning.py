@@ -89,18 +89,18 @@ def test_tuned_steps_are_better_than_the_spread_they_start_from(tmp_path):
         error = float((fast - exact).square().mean() / exact.square().mean())
         assert error == pytest.approx(figures["relative_squared_error"], rel=1e-3)
     path = tuned.save(tmp_path / "steps.safetensors")
-    with hasten.accelerate(pipe, "foca", tuned=path, interval=3, warmup=2) as run:
+    with hasten.accelerate(pipe, "foca", searched=path, interval=3, warmup=2) as run:
         draw(pipe, 12)
         assert [r.step for r in run.records if r.computed] == tuned.report["5"]["steps"]
         with pytest.raises(CalibrationError, match="calibrated for 12 steps, this run has 8"):
             draw(pipe, 8)
-    assert hasten.FoCa(tuned=tuned, interval=3, warmup=1).plan() == Explicit(tuple(tuned.report["4"]["steps"]))
-    assert len(computed_steps(hasten.FoCa(tuned=tuned).with_computed_steps(5, 12).plan(), 12)) == 5
-    assert hasten.FoCa(schedule="tuned", tuned=tuned).plan() == hasten.FoCa(tuned=tuned).plan()
-    with pytest.raises(ConfigError, match="give tuned="):
-        hasten.FoCa(schedule="tuned")
-    with pytest.raises(ScheduleError, match="lists were tuned for 4, 5"):
-        hasten.FoCa(tuned=tuned, interval=12, warmup=1)
+    assert hasten.FoCa(searched=tuned, interval=3, warmup=1).plan() == Explicit(tuple(tuned.report["4"]["steps"]))
+    assert len(computed_steps(hasten.FoCa(searched=tuned).with_computed_steps(5, 12).plan(), 12)) == 5
+    assert hasten.FoCa(schedule="searched", searched=tuned).plan() == hasten.FoCa(searched=tuned).plan()
+    with pytest.raises(ConfigError, match="give searched="):
+        hasten.FoCa(schedule="searched")
+    with pytest.raises(ScheduleError, match="lists were learned for 4, 5"):
+        hasten.FoCa(searched=tuned, interval=12, warmup=1)
 
 
 def test_calls_that_cannot_be_repeated_and_bad_numbers_are_refused():

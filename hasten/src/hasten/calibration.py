@@ -88,8 +88,8 @@ class Trace:
         """Names of the passes, in order."""
         return tuple(self.features)
 
-    def slots(self, site: str) -> list[str]:
-        """Names of the site's slots.
+    def cache_keys(self, site: str) -> list[str]:
+        """Names of the site's features.
 
         Raises:
             CalibrationError: if the trace is of another site.

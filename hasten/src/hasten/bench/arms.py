@@ -17,7 +17,7 @@ from hasten import registry
 from hasten.acceleration import Acceleration, accelerate
 from hasten.bench.budget import Trials, match_computed_steps
 from hasten.bench.sampling import Attach, plain
-from hasten.caching import CachingMethod, computed_steps
+from hasten.caching import CachingMethod, ScheduledMethod, computed_steps
 from hasten.calibration import Calibration
 from hasten.errors import ConfigError, unknown
 from hasten.solvers.scheduler import LEAP, LeapScheduler
@@ -177,13 +177,13 @@ def _plain(value: Any) -> Any:
 def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials | None = None) -> list[Arm]:
     """Every method at every number of computed steps.
 
-    A method with a schedule takes the smallest interval that has no more; one with listed steps (`steps=`) keeps them;
-    one with a threshold is matched by `trials`. `leap:calibration=FILE` samples with a LEAP scheduler, `leap` alone
-    with the one that comes with a reference model.
+    A method with a schedule computes exactly so many; one with listed steps (`steps=`) keeps them; one with a threshold
+    is matched by `trials`. `leap:calibration=FILE` samples with a LEAP scheduler, `leap` alone with the one that comes
+    with a reference model.
 
     Raises:
         ConfigError: if a method has a threshold and there are no trials to match it with.
-        ScheduleError: if a schedule cannot have so few computed steps.
+        ScheduleError: if a schedule cannot have exactly so many computed steps.
     """
     solvers = [text.strip() for text in texts if parse_options(text)[0] == LEAP]
     methods = [parse_method(text) for text in texts if text.strip() not in solvers]
@@ -191,7 +191,7 @@ def method_arms(texts: list[str], counts: list[int], total: int, trials: Trials 
     for wanted in counts:
         arms += [_solver_arm(label, wanted, trials) for label in solvers]
         for label, method in methods:
-            if method.adaptive:
+            if not isinstance(method, ScheduledMethod):
                 arms.append(_adaptive_arm(label, method, wanted, total, trials))
                 continue
             fitted = method if method.steps is not None else method.with_computed_steps(wanted, total)

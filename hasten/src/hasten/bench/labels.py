@@ -38,8 +38,8 @@ def _short(label: str) -> str:
             continue  # the number of computed steps decides
         if key == "calibration":
             words += [_spoken(value)] if Path(value).stem.startswith(f"{name}-") else []
-        elif key == "tuned":
-            words.append("tuned steps" if Path(value).stem == "steps" else _spoken(value))
+        elif key == "searched":
+            words.append("searched steps" if Path(value).stem == "steps" else _spoken(value))
         else:
             words.append(f"{value} steps" if key == "schedule" else param)
     return ", ".join([name, *(word.removeprefix(f"{name} ") for word in words)])

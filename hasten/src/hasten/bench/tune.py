@@ -24,7 +24,7 @@ from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sampling import call_arguments, draw_sample, plain
 from hasten.bench.staged import is_staged
 from hasten.bench.subject import Subject
-from hasten.caching.method import TUNED
+from hasten.caching.method import SEARCHED
 from hasten.caching.methods.leapcache import LeapCache
 from hasten.calibration import Calibration, Fingerprint
 from hasten.errors import ConfigError
@@ -222,11 +222,9 @@ class _Tuning:
         info, given = registry.info(name), set(options)
         if info.needs_calibration and "calibration" not in given:
             text += f":calibration={self._calibrated(name, lists)}"
-        takes_lists = name != LeapCache.name and "interval" in info.parameters and "threshold" not in info.parameters
-        if takes_lists and not given & {"tuned", "steps", "schedule"}:
-            # Which list is taken is decided by the number of computed steps; no interval may rule out all of them.
-            every = "" if "interval" in given else ":interval=1"
-            text += f"{every}:tuned={self._folder / 'steps.safetensors'}"
+        takes_lists = name != LeapCache.name and "searched" in info.parameters
+        if takes_lists and not given & {"searched", "steps", "schedule"}:
+            text += f":searched={self._folder / 'steps.safetensors'}"
         return text
 
     def _calibrated(self, name: str, lists: dict[int, tuple[int, ...]]) -> Path:
@@ -286,7 +284,7 @@ def _steps_of(leap: Calibration, counts: Sequence[int]) -> Calibration:
     report = {str(count): leap.report[str(count)] for count in counts}
     tensors = {f"steps/{count}": torch.tensor(figures["steps"]) for count, figures in report.items()}
     fingerprint = Fingerprint(**{**vars(leap.fingerprint), "site": "hidden"})
-    return Calibration(TUNED, tensors, fingerprint, report, {"method": LEAP})
+    return Calibration(SEARCHED, tensors, fingerprint, report, {"method": LEAP})
 
 
 def _best(result: Result, count: int) -> str | None:

@@ -2,7 +2,7 @@
 
 from hasten.caching.components import Components, FeatureKey
 from hasten.caching.gates import Gate
-from hasten.caching.method import CachingMethod
+from hasten.caching.method import CachingMethod, ScheduledMethod
 from hasten.caching.methods import (
     DMD,
     L2P,
@@ -24,7 +24,7 @@ from hasten.caching.methods import (
 )
 from hasten.caching.predictors import Predictor
 from hasten.caching.projectors import Projector
-from hasten.caching.schedule import Explicit, Schedule, Spread, Uniform, computed_steps
+from hasten.caching.schedule import Explicit, Schedule, Spread, Uniform, UniformCount, computed_steps
 from hasten.calibration import Calibration, Fit, Trace
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "Reuse",
     "SVDCache",
     "Schedule",
+    "ScheduledMethod",
     "SpeCa",
     "Spectrum",
     "Spread",
@@ -58,5 +59,6 @@ __all__ = [
     "TeaCache",
     "Trace",
     "Uniform",
+    "UniformCount",
     "computed_steps",
 ]

@@ -1,47 +1,30 @@
-"""What the methods with a gate have in common: a threshold in place of an interval."""
+"""What the methods with a gate have in common: a threshold in place of a schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from hasten.caching.method import CachingMethod, SiteName
-from hasten.caching.predictors import Predictor, Taylor
+from hasten.caching.method import CachingMethod
+from hasten.caching.predictors import Order, Predictor, Taylor
 from hasten.errors import ConfigError
+from hasten.parameters import Range
 
 __all__ = ["AdaptiveMethod"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveMethod(CachingMethod):
-    """Base of the methods that measure before they skip.
+    """Base of the methods that measure before they skip."""
 
-    Args:
-        threshold: largest measured value at which a step is still skipped; larger skips more.
-        interval: longest distance from one computed step to the next; 1 computes every step.
-        warmup: computed steps at the start.
-        schedule: `"uniform"`, or `"last"` to compute the last step too.
-        order: of the Taylor forecast of what is remembered; 0 is reuse, as the papers have it.
-    """
-
-    sites: ClassVar[tuple[SiteName, ...]] = ("hidden",)
     adaptive: ClassVar[bool] = True
 
-    threshold: float = 0.1
-    interval: int = 50
-    order: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps is not None or self.schedule not in ("uniform", "last"):
-            raise ConfigError(
-                f"{type(self).__name__} decides by its threshold, not by a list of steps; "
-                "leave out steps= and use schedule='uniform' or 'last'"
-            )
-        if self.threshold < 0:
-            raise ConfigError(f"threshold must not be negative, got {self.threshold}")
-        self.predictors()  # validates the order
+    site: Literal["hidden"] = "hidden"
+    threshold: Annotated[float, Range(0), "largest measured value at which a step is still skipped"] = 0.1
+    interval: Annotated[int, Range(1), "most steps from one computed step to the next; 1 computes every step"] = 50
+    schedule: Annotated[Literal["uniform", "last"], "whether the last step is computed besides"] = "uniform"
+    order: Annotated[Order, "of the Taylor forecast of what is remembered; 0 is reuse, as the papers have it"] = 0
 
     @property
     def last(self) -> bool:
@@ -50,6 +33,10 @@ class AdaptiveMethod(CachingMethod):
 
     def predictors(self) -> Mapping[str, Predictor]:
         return {"whole": Taylor(self.order)}
+
+    @property
+    def saves(self) -> bool:
+        return self.interval > 1
 
     def with_computed_steps(self, count: int, total: int) -> Self:
         raise ConfigError(

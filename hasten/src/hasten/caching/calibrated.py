@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from hasten.caching.method import CachingMethod
+from hasten.caching.method import ScheduledMethod
 from hasten.caching.schedule import computed_steps
 from hasten.calibration import Calibration, RunFacts
 from hasten.errors import CalibrationError, HastenWarning, ScheduleError
@@ -33,32 +33,26 @@ def gram_of(steps: Tensor) -> Gram:
     return np.asarray(gram / (flat.shape[0] * flat.shape[2]))
 
 
-def forecast_error(gram: Gram, target: int, anchors: Sequence[int], weights: Iterable[float]) -> float:
+def forecast_error(gram: Gram, target: int, stored: Sequence[int], weights: Iterable[float]) -> float:
     """Mean squared error of the forecast `sum_k w_k F_k` of step `target`, from the Gram matrix alone."""
-    steps = [target, *anchors]
+    steps = [target, *stored]
     signed = np.asarray([-1.0, *weights])
     return float(max(signed @ gram[np.ix_(steps, steps)] @ signed, 0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibratedMethod(CachingMethod):
-    """Base of the methods that need a calibration.
-
-    Args:
-        calibration: a `hasten.Calibration` or the path of one.
-        strict: refuse another sampling than the calibrated one; False warns instead.
-    """
+class CalibratedMethod(ScheduledMethod):
+    """Base of the methods that need a calibration."""
 
     name: ClassVar[str]
     bound_to_run: ClassVar[bool] = False  # whether the fit holds for one sampling only
 
-    calibration: Calibration | str | None = None
-    strict: bool = True
+    calibration: Annotated[Calibration | str | None, "what was fitted to the model, or its file"] = None
+    strict: Annotated[bool, "refuse another model or sampling than the calibrated one, instead of warning"] = True
 
-    def __post_init__(self) -> None:
-        calibration = Calibration.of(self.name, self.calibration)
-        object.__setattr__(self, "calibration", calibration)
-        super().__post_init__()
+    def check(self) -> None:
+        object.__setattr__(self, "calibration", Calibration.of(self.name, self.calibration))
+        super().check()
 
     @property
     def fitted(self) -> Calibration:
@@ -95,7 +89,7 @@ class CalibratedMethod(CachingMethod):
             f"{message}. Calibrate again with `hasten calibrate`, or use strict=False to go on at your own risk"
         )
 
-    def computed_steps(self) -> list[int]:
+    def calibrated_steps(self) -> list[int]:
         """The computed steps of a run as long as the calibrated ones."""
         total = self.fitted.fingerprint.steps
         try:
@@ -105,10 +99,10 @@ class CalibratedMethod(CachingMethod):
 
     def mean_error(self, gram: Gram, weigh: Callable[[int, list[int]], Sequence[float]]) -> float:
         """Mean squared error of a predictor over the skipped steps of this schedule, on the calibrated runs."""
-        computed = self.computed_steps()
+        computed = self.calibrated_steps()
         errors = []
         for step in range(self.fitted.fingerprint.steps):
-            anchors = [earlier for earlier in reversed(computed) if earlier < step]
+            stored = [earlier for earlier in reversed(computed) if earlier < step]
             if step not in computed:
-                errors.append(forecast_error(gram, step, anchors, weigh(step, anchors)))
+                errors.append(forecast_error(gram, step, stored, weigh(step, stored)))
         return float(np.mean(errors)) if errors else 0.0

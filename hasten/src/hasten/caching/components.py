@@ -1,4 +1,4 @@
-"""What forecasts the features of one place: a split, and a predictor for each part of it."""
+"""What forecasts the features of one cache key: a split, and a predictor for each component of it."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ class FeatureKey:
 
     Attributes:
         pass_name: the forward within a step, such as `"cond"`.
-        slot: the site's name for the tensor, such as `"hidden"`.
+        cache_key: the site's name for the tensor, such as `"hidden"`.
         layout: where the tokens of the image lie in it; None where that is not known.
     """
 
     pass_name: str = "pass0"
-    slot: str = "hidden"
+    cache_key: str = "hidden"
     layout: TokenLayout | None = None
 
 
 @dataclass(frozen=True)
 class Components:
-    """A split of features and one predictor for each part."""
+    """A split of features and one predictor for each component."""
 
     projector: Projector
     predictors: Mapping[str, Predictor]
 
     def __post_init__(self) -> None:
-        if set(self.predictors) != set(self.projector.parts):
+        if set(self.predictors) != set(self.projector.components):
             raise ConfigError(
-                f"{type(self.projector).__name__} splits features into {sorted(self.projector.parts)} "
-                f"but there are predictors for {sorted(self.predictors)}; give each part one predictor"
+                f"{type(self.projector).__name__} splits features into {sorted(self.projector.components)}, "
+                f"but there are predictors for {sorted(self.predictors)}; give each component one predictor"
             )

@@ -257,7 +257,7 @@ class CachingEngine(ModelHook):
         """What is remembered of the pass."""
         if info.pass_name not in self._memories:
             self._memories[info.pass_name] = PassMemory(
-                self.method.parts, info.pass_name, self._layout, partial(_mean, self.model), self.listener
+                self.method.components, info.pass_name, self._layout, partial(_mean, self.model), self.listener
             )
         memory = self._memories[info.pass_name]
         memory.step = info.step
@@ -347,6 +347,6 @@ class CachingEngine(ModelHook):
 
     def estimate_bytes(self, image_tokens: int, text_tokens: int, batch: int, passes: int, dtype: torch.dtype) -> int:
         """Bytes of features that a run will hold at most."""
-        parts = self.method.parts(FeatureKey())
-        anchors = max(predictor.memory for predictor in parts.predictors.values())
-        return passes * anchors * dtype.itemsize * self.site.estimate(image_tokens, text_tokens, batch)
+        components = self.method.components(FeatureKey())
+        stored = max(predictor.memory for predictor in components.predictors.values())
+        return passes * stored * dtype.itemsize * self.site.estimate(image_tokens, text_tokens, batch)

@@ -35,7 +35,7 @@ class Gate(ABC):
 
     @abstractmethod
     def decide(self, step: int, last_computed: int | None, seen: Tensor | None) -> Decision:
-        """Decide for `step`, given the latest computed step and what the method's `Feature.sees` asks for."""
+        """Decide for `step`, given the latest computed step and what the method's `Feature.gate_input` asks for."""
 
     def computed(self, step: int, output: Tensor) -> None:  # noqa: B027
         """Shown the transformer's result after the first pass of a computed step."""

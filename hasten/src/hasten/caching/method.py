@@ -1,11 +1,11 @@
-"""What every caching method has: a schedule, a site, a projector and its predictors."""
+"""What every caching method has: a site, a gate or a schedule, a projector and its predictors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from torch import nn
 
@@ -13,18 +13,27 @@ from hasten.caching.components import Components, FeatureKey
 from hasten.caching.gates import Gate, Scheduled
 from hasten.caching.predictors import Predictor
 from hasten.caching.projectors import Projector, Whole
-from hasten.caching.schedule import SCHEDULES, Explicit, Schedule, Spread, Uniform, computed_steps, longest_within
+from hasten.caching.schedule import (
+    Explicit,
+    Schedule,
+    Spread,
+    Uniform,
+    UniformCount,
+    computed_steps,
+    longest_within,
+)
 from hasten.calibration import Calibration, RunFacts, declare_contents
-from hasten.errors import CalibrationError, ConfigError, ScheduleError, unknown
+from hasten.errors import CalibrationError, ConfigError, ScheduleError
 from hasten.io import Array, step_list
+from hasten.parameters import Declared, Range, parameters
 
-__all__ = ["SITES", "CachingMethod", "Feature", "ScheduleName", "SiteName"]
+__all__ = ["SEARCHED", "SITES", "CachingMethod", "Feature", "ScheduledMethod", "SiteName"]
 
 SiteName = Literal["hidden", "output", "module"]
-SITES: tuple[SiteName, ...] = ("hidden", "output", "module")
-ScheduleName = Literal["uniform", "last", "even", "early", "tuned"]
-TUNED = "steps"  # what a calibration of lists of computed steps is called
-EARLY = 1.3  # power of the schedule that is dense early
+SITES: tuple[SiteName, ...] = get_args(SiteName)
+SEARCHED = "steps"  # what a calibration of lists of computed steps is called
+INTERVAL = 5
+POWERS = {"even": 1.0, "early": 1.3}  # of the schedules that are spread
 
 
 def _check_lists(calibration: Calibration) -> None:
@@ -33,7 +42,7 @@ def _check_lists(calibration: Calibration) -> None:
             raise ValueError(f"{name!r} goes beyond the {calibration.fingerprint.steps} steps of the run")
 
 
-declare_contents(TUNED, {"steps/{n}": Array("integer", ("n",), (step_list,))}, _check_lists)
+declare_contents(SEARCHED, {"steps/{n}": Array("integer", ("n",), (step_list,))}, _check_lists)
 
 
 @dataclass(frozen=True)
@@ -41,81 +50,36 @@ class Feature:
     """What of the site is remembered, for methods that look before they skip.
 
     Attributes:
-        change: remember the change that the skipped part makes (out - in) instead of what comes out of it.
+        change: remember the change that the skipped blocks make (out - in) instead of what comes out of them.
         front: blocks of the first stack that always run.
-        sees: what the gate is shown before it decides: nothing, the transformer's input (`"input"`), the first
+        gate_input: what the gate observes before it decides: nothing, the transformer's input (`"input"`), the first
             block's modulated input (`"modulated"`), or the change that the front blocks made (`"front"`).
-        verify: run the last block on a drafted input and show the gate how far it is from the draft.
+        verify: run the last block on a drafted input and tell the gate how far it is from the draft.
     """
 
     change: bool = False
     front: int = 0
-    sees: Literal["nothing", "input", "modulated", "front"] = "nothing"
+    gate_input: Literal["nothing", "input", "modulated", "front"] = "nothing"
     verify: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachingMethod:
-    """Base of the caching methods: parameters that all of them share.
+class CachingMethod(Declared):
+    """Base of the caching methods: parameters that all of them share."""
 
-    Args:
-        interval: a computed step every `interval` steps after the warm-up; 1 computes every step.
-        warmup: computed steps at the start.
-        site: `"hidden"` (image tokens after the last block: one tensor a pass), `"output"` (after the final layer) or
-            `"module"` (every attention and feed-forward output, the papers' original form).
-        schedule: where the computed steps fall. `"uniform"`: warm-up, then every `interval` steps (the papers' rule);
-            `"last"`: the same, and the last step; `"even"`: as many as uniform has, spread evenly from the first step
-            to the last; `"early"`: spread so, but denser early; these three need a pipeline, which tells how many steps
-            there are. `"tuned"`: the lists in `tuned`, which are taken whenever they are given.
-        steps: explicit computed steps instead of all that.
-        tuned: lists of computed steps that `hasten tune` found for the model, or the path of the file; the longest that is
-            no longer than the uniform schedule is used.
-    """
-
-    sites: ClassVar[tuple[SiteName, ...]] = SITES
     adaptive: ClassVar[bool] = False  # whether a gate decides, by a parameter `threshold`
-    needs_layout: ClassVar[bool] = False  # whether parts() has to know where the image's tokens lie
+    needs_layout: ClassVar[bool] = False  # whether components() has to know where the image's tokens lie
 
-    interval: int = 5
-    warmup: int = 3
-    site: SiteName = "hidden"
-    schedule: ScheduleName = "uniform"
-    steps: tuple[int, ...] | None = None
-    tuned: Calibration | str | None = None
-
-    def __post_init__(self) -> None:
-        if self.site not in self.sites:
-            raise unknown(f"site of {type(self).__name__}", self.site, self.sites)
-        if self.schedule not in SCHEDULES:
-            raise unknown("schedule", self.schedule, SCHEDULES)
-        if self.steps is not None:
-            object.__setattr__(self, "steps", tuple(self.steps))
-        if self.schedule == "tuned" and self.tuned is None:
-            raise ConfigError(
-                "schedule='tuned' takes the computed steps that `hasten tune` found: give "
-                "tuned='calibrations/steps.safetensors'"
-            )
-        if self.tuned is not None:
-            object.__setattr__(self, "tuned", Calibration.of(TUNED, self.tuned))
-        self.plan()
-
-    def plan(self) -> Schedule:
-        """Which steps are full."""
-        if self.steps is not None:
-            return Explicit(self.steps)
-        if isinstance(self.tuned, Calibration):
-            return self._tuned_plan(self.tuned)
-        if self.schedule in ("even", "early"):
-            return Spread(self.interval, self.warmup, EARLY if self.schedule == "early" else 1.0)
-        return Uniform(self.interval, self.warmup, last=self.schedule == "last")
-
-    def _tuned_plan(self, tuned: Calibration) -> Schedule:
-        lists = [steps.tolist() for steps in tuned.tensors.values()]
-        return Explicit(longest_within(lists, Uniform(self.interval, self.warmup), tuned.fingerprint.steps))
+    site: Annotated[
+        SiteName,
+        "what is cached: image tokens after the last block (hidden), the prediction (output), or every attention and "
+        "feed-forward output (module)",
+    ] = "hidden"
+    warmup: Annotated[int, Range(1), "computed steps at the start"] = 3
 
     def gate(self) -> Gate:
         """What decides, step by step; a fresh object for each transformer."""
-        return Scheduled(self.plan())
+        raise NotImplementedError
 
     def feature(self) -> Feature:
         """What of the site is remembered."""
@@ -126,20 +90,16 @@ class CachingMethod:
 
     def check_run(self, run: RunFacts) -> None:
         """Raise an error if the method cannot serve the run; called at its first step."""
-        if isinstance(self.tuned, Calibration) and run.total is not None:
-            differences = self.tuned.check_run(RunFacts(run.total))
-            if differences:
-                raise CalibrationError(f"the computed steps were {differences[0]}. Tune again, or use schedule='even'")
 
     def check_passes(self, passes: Sequence[str]) -> None:
         """Raise an error if the method cannot serve these forwards within a step; called at the second step."""
 
-    def parts(self, place: FeatureKey) -> Components:
-        """Split and predictors of a place; the same everywhere unless the method says otherwise."""
-        return self._parts
+    def components(self, key: FeatureKey) -> Components:
+        """Split and predictors of a feature key; the same everywhere unless the method says otherwise."""
+        return self._components
 
     @cached_property
-    def _parts(self) -> Components:
+    def _components(self) -> Components:
         return Components(self.projector(), self.predictors())
 
     def projector(self) -> Projector:
@@ -147,32 +107,121 @@ class CachingMethod:
         return Whole()
 
     def predictors(self) -> Mapping[str, Predictor]:
-        """One predictor for each part of the projector."""
+        """One predictor for each component of the projector."""
         raise NotImplementedError
-
-    @property
-    def first_difference(self) -> int:
-        """The first step whose change from the step before it counts: the last of a uniform schedule's warm-up."""
-        return self.warmup - 1 if isinstance(self.plan(), Uniform) else 0
 
     @property
     def saves(self) -> bool:
         """Whether the user asked for any step to be skipped."""
-        return self.steps is not None or self.interval > 1
+        raise NotImplementedError
 
     def with_computed_steps(self, count: int, total: int) -> Self:
-        """The same method with the smallest interval that has no more than `count` computed steps in `total`.
+        """The same method with exactly `count` computed steps in a run of `total`.
 
         Raises:
-            ScheduleError: if even one computed step after the warm-up is too many.
+            ConfigError, ScheduleError: if it cannot have so many.
         """
-        if count < 1 or count > total:
-            raise ConfigError(f"computed steps must be between 1 and the {total} steps of the run, got {count}")
-        for interval in range(1, total + 1):
-            method = replace(self, interval=interval, steps=None)
-            if len(computed_steps(method.plan(), total)) <= count:
-                return method
-        raise ScheduleError(
-            f"{count} computed steps are fewer than the warm-up of {self.warmup}; "
-            f"use warmup={max(1, count - 1)} or more computed steps"
-        )
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledMethod(CachingMethod):
+    """Base of the caching methods whose computed steps are known beforehand.
+
+    The schedules: `"uniform"` is a warm-up, then every `interval` steps (the papers' rule); `"last"` the same, and the
+    last step; `"even"` spreads as many as uniform has evenly from the first step to the last; `"early"` spreads them
+    so, but denser early; `"searched"` takes a list of `searched`. All but the first need a pipeline, which tells how
+    many steps there are; so does `computed_steps`.
+    """
+
+    schedule: Annotated[
+        Literal["uniform", "last", "even", "early", "searched"], "where the computed steps fall in the run"
+    ] = "uniform"
+    interval: Annotated[
+        int | None, Range(1), f"steps from one computed step to the next, {INTERVAL} by default; 1 computes every step"
+    ] = None
+    computed_steps: Annotated[int | None, Range(1), "exactly so many computed steps, in place of an interval"] = None
+    steps: Annotated[tuple[int, ...] | None, Range(0), "the computed steps themselves, in place of a schedule"] = None
+    searched: Annotated[
+        Calibration | str | None,
+        "lists of computed steps that `hasten tune` found; of these the one with `computed_steps`, or the longest that "
+        "is no longer than the uniform schedule",
+    ] = None
+
+    def check(self) -> None:
+        super().check()
+        if self.searched is not None:
+            object.__setattr__(self, "searched", Calibration.of(SEARCHED, self.searched))
+        elif self.schedule == "searched":
+            raise ConfigError(
+                "schedule='searched' takes the computed steps that `hasten tune` found: give "
+                "searched='calibrations/steps.safetensors'"
+            )
+        self._check_conflicts()
+        self.plan()
+
+    def _check_conflicts(self) -> None:
+        """Refuse two parameters that say different things about the computed steps."""
+        usual = {name: parameter.default for name, parameter in parameters(type(self)).items()}
+        given = {name for name in usual if getattr(self, name) != usual[name]}
+        spread = "searched" in given or self.schedule in POWERS
+        conflicts = {
+            "steps": {"interval", "computed_steps", "searched", "schedule"},
+            "computed_steps": {"interval", "warmup"} if spread else {"interval"},
+            "searched": {"schedule"} if self.schedule != "searched" else set(),
+        }
+        for name, others in conflicts.items():
+            clash = sorted(others & given) if name in given else []
+            if clash:
+                raise ConfigError(
+                    f"{type(self).__name__}: {name} and {clash[0]} both say which steps are computed; "
+                    f"leave out {name} or {' and '.join(clash)}"
+                )
+
+    def plan(self) -> Schedule:
+        """Which steps are computed."""
+        if self.steps is not None:
+            return Explicit(self.steps)
+        asked, last = self.asked(), self.schedule == "last"
+        if isinstance(self.searched, Calibration):
+            lists = [steps.tolist() for steps in self.searched.tensors.values()]
+            return Explicit(longest_within(lists, asked, self.searched.fingerprint.steps))
+        if self.schedule in POWERS:
+            return Spread(asked, POWERS[self.schedule])
+        if isinstance(asked, int):
+            return UniformCount(asked, self.warmup, last)
+        return replace(asked, last=last)
+
+    def asked(self) -> int | Uniform:
+        """How many steps to compute: a number, or as many as a uniform schedule has."""
+        return self.computed_steps or Uniform(INTERVAL if self.interval is None else self.interval, self.warmup)
+
+    def gate(self) -> Gate:
+        return Scheduled(self.plan())
+
+    def check_run(self, run: RunFacts) -> None:
+        super().check_run(run)
+        if isinstance(self.searched, Calibration) and run.total is not None:
+            differences = self.searched.check_run(RunFacts(run.total))
+            if differences:
+                raise CalibrationError(
+                    f"the computed steps were {differences[0]}. Search again with `hasten tune`, or use schedule='even'"
+                )
+
+    @property
+    def first_difference(self) -> int:
+        """The first step whose change from the step before it counts: the last of a uniform schedule's warm-up."""
+        return self.warmup - 1 if isinstance(self.plan(), (Uniform, UniformCount)) else 0
+
+    @property
+    def saves(self) -> bool:
+        return self.steps is not None or self.computed_steps is not None or self.interval != 1
+
+    def with_computed_steps(self, count: int, total: int) -> Self:
+        method = replace(self, computed_steps=count) if self.steps is None else self
+        found = len(computed_steps(method.plan(), total))
+        if found != count:
+            raise ScheduleError(
+                f"{type(self).__name__}: {found} of {total} steps are computed, not {count}; leave out steps"
+            )
+        return method

@@ -1,8 +1,8 @@
-"""Forecasts as weights on the features of the computed steps: `F^(target) = sum_k w_k F_k`.
+"""Forecasts as weights on the features of stored steps: `F^(target) = sum_k w_k F_k`.
 
-`K` anchors, newest first, at steps `a_0 > a_1 > ...`; horizon `x = target - a_0 >= 1`. The difference ladder and the
-bases follow TaylorSeer (arXiv:2503.06923) and HiCache (arXiv:2508.16984). Because every order of the ladder is itself
-a weighted sum of anchors, no difference tensor is ever formed or kept: a forecast of order `O` holds `O + 1` features
+`K` stored steps, newest first, `a_0 > a_1 > ...`; horizon `x = target - a_0 >= 1`. The difference ladder and the bases
+follow TaylorSeer (arXiv:2503.06923) and HiCache (arXiv:2508.16984). Because every order of the ladder is itself a
+weighted sum of features, no difference tensor is ever formed or kept: a forecast of order `O` holds `O + 1` features
 and reads each once.
 """
 
@@ -11,53 +11,82 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
-from hasten.errors import ConfigError
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["Hermite", "Predictor", "Reuse", "Taylor", "difference_ladder", "hermite_coefficient", "taylor_coefficient"]
+from hasten.parameters import Declared, Range
+
+__all__ = [
+    "ALL",
+    "GramPredictor",
+    "Hermite",
+    "Ladder",
+    "Order",
+    "Predictor",
+    "Reuse",
+    "Scale",
+    "Taylor",
+    "difference_ladder",
+    "hermite_coefficient",
+    "taylor_coefficient",
+]
 
 Ladder = Literal["recursive", "divided"]
+Order = Annotated[int, Range(0)]
+Scale = Annotated[float, Range(above=0, most=1)]  # HiCache diverges above 1
+ALL = 1024  # more computed steps than any run has
 
 
+@runtime_checkable
 class Predictor(Protocol):
-    """Anything that forecasts linearly from the features of computed steps."""
+    """Anything that forecasts linearly from the features of stored steps."""
 
     @property
     def memory(self) -> int:
-        """How many anchors the predictor can use: the number of features that must be kept."""
+        """How many stored steps the predictor can use: the number of features that must be kept."""
         ...
 
-    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
-        """Weights on the features at `anchors` (steps, newest first, at least one) for a forecast at `target`."""
+    def weights(self, target: int, stored: Sequence[int]) -> list[float]:
+        """Weights on the features of the `stored` steps (newest first, at least one) for a forecast at `target`."""
+        ...
+
+
+@runtime_checkable
+class GramPredictor(Predictor, Protocol):
+    """A predictor that fits its weights to the features at hand, through their inner products alone."""
+
+    def fitted(self, target: int, stored: Sequence[int], gram: npt.NDArray[np.float64]) -> list[float]:
+        """Weights on the stored steps, newest first, from their inner products divided by the size of a feature."""
         ...
 
 
 def difference_ladder(
-    anchors: Sequence[int], order: int, *, first: int = 0, ladder: Ladder = "recursive"
+    stored: Sequence[int], order: int, *, first: int = 0, ladder: Ladder = "recursive"
 ) -> list[list[float]]:
-    """The differences `D_0, D_1, ...` at the newest anchor, each as weights on the anchors.
+    """The differences `D_0, D_1, ...` at the newest stored step, each as weights on the stored steps.
 
     Args:
-        anchors: steps, newest first.
-        order: highest order wanted; fewer come back where the anchors do not reach.
+        stored: steps, newest first.
+        order: highest order wanted; fewer come back where the stored steps do not reach.
         first: computed steps before this one give order 0 only (the gate of the official code: `warmup - 1`).
         ladder: `"recursive"` divides every order by the latest gap, as the official code does; with irregular gaps
             that is not the true derivative. `"divided"` is the divided difference scaled to a derivative: exact for a
             monomial of that order.
 
     Returns:
-        up to `order + 1` rows of `len(anchors)` weights.
+        up to `order + 1` rows of `len(stored)` weights.
     """
-    size = len(anchors)
+    size = len(stored)
     below: list[list[float]] = []
     for j in reversed(range(size)):
         rows = [[1.0 if k == j else 0.0 for k in range(size)]]
-        if j < size - 1 and anchors[j] >= first:
+        if j < size - 1 and stored[j] >= first:
             for i in range(min(order, len(below))):
-                gap: float = anchors[j] - anchors[j + 1]
+                gap: float = stored[j] - stored[j + 1]
                 if ladder == "divided":
-                    gap = (anchors[j] - anchors[j + i + 1]) / (i + 1)
+                    gap = (stored[j] - stored[j + i + 1]) / (i + 1)
                 rows.append([(a - b) / gap for a, b in zip(rows[i], below[i], strict=True)])
         below = rows
     return below
@@ -78,16 +107,16 @@ def hermite_coefficient(i: int, x: float, sigma: float) -> float:
 
 @dataclass(frozen=True)
 class Reuse:
-    """The newest full feature, unchanged."""
+    """The newest computed feature, unchanged."""
 
     memory = 1
 
-    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
-        return [1.0] + [0.0] * (len(anchors) - 1)
+    def weights(self, target: int, stored: Sequence[int]) -> list[float]:
+        return [1.0] + [0.0] * (len(stored) - 1)
 
 
 @dataclass(frozen=True)
-class Taylor:
+class Taylor(Declared):
     """`F_0 + sum_i x^i/i! D_i`: exact for polynomials of degree 1 at any gaps (`order >= 1`).
 
     Args:
@@ -96,15 +125,9 @@ class Taylor:
         ladder: see `difference_ladder`.
     """
 
-    order: int
+    order: Order
     first: int = 0
     ladder: Ladder = "recursive"
-
-    def __post_init__(self) -> None:
-        if self.order < 0:
-            raise ConfigError(f"order must be 0 (reuse) or more, got {self.order}")
-        if self.ladder not in ("recursive", "divided"):
-            raise ConfigError(f"ladder must be 'recursive' or 'divided', got {self.ladder!r}")
 
     @property
     def memory(self) -> int:
@@ -114,23 +137,18 @@ class Taylor:
         """Weight of the difference of order `i` at horizon `x`."""
         return taylor_coefficient(i, x)
 
-    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
-        rows = difference_ladder(anchors, self.order, first=self.first, ladder=self.ladder)
-        x = target - anchors[0]
+    def weights(self, target: int, stored: Sequence[int]) -> list[float]:
+        rows = difference_ladder(stored, self.order, first=self.first, ladder=self.ladder)
+        x = target - stored[0]
         coefficients = [self.coefficient(i, x) for i in range(len(rows))]
-        return [sum(c * row[k] for c, row in zip(coefficients, rows, strict=True)) for k in range(len(anchors))]
+        return [sum(c * row[k] for c, row in zip(coefficients, rows, strict=True)) for k in range(len(stored))]
 
 
 @dataclass(frozen=True)
 class Hermite(Taylor):
     """`F_0 + sum_i sigma^i H_i(sigma x)/i! D_i`: a Taylor forecast with damped orders and a contracted argument."""
 
-    sigma: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.sigma <= 1:
-            raise ConfigError(f"sigma must be in (0, 1] (HiCache diverges above), got {self.sigma}")
+    sigma: Scale = 0.5
 
     def coefficient(self, i: int, x: float) -> float:
         return hermite_coefficient(i, x, self.sigma)

@@ -1,6 +1,6 @@
 """How a feature is split before it is forecast, `F = sum_p P_p F`, and the one place where forecasts are summed.
 
-Shapes: a feature is any float tensor; anchors come newest first. Sums are in float32 whatever the feature's dtype,
+Shapes: a feature is any float tensor; features come newest first. Sums are in float32 whatever the feature's dtype,
 because the weights of a forecast cancel: in bfloat16 most bits of the difference of two near-equal features are lost.
 """
 
@@ -28,22 +28,22 @@ def weighted_sum(features: Sequence[Tensor], weights: Sequence[float]) -> Tensor
 
 
 class Projector(Protocol):
-    """Splits a feature into named parts, each with a predictor of its own."""
+    """Splits a feature into named components, each with a predictor of its own."""
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the parts."""
+    def components(self) -> tuple[str, ...]:
+        """Names of the components."""
         ...
 
     def combine(self, features: Sequence[Tensor], weights: Mapping[str, Sequence[float]]) -> Tensor:
-        """`sum_p P_p sum_k w^p_k F_k` from the anchors' features and one weight list a part."""
+        """`sum_p P_p sum_k w^p_k F_k` from the features of the stored steps and one list of weights per component."""
         ...
 
 
 class Whole:
-    """No split: one part, `"whole"`."""
+    """No split: one component, `"whole"`."""
 
-    parts: tuple[str, ...] = ("whole",)
+    components: tuple[str, ...] = ("whole",)
 
     def combine(self, features: Sequence[Tensor], weights: Mapping[str, Sequence[float]]) -> Tensor:
         return weighted_sum(features, weights["whole"])

@@ -1,4 +1,4 @@
-"""Which steps are *full* (the blocks run) and which are *cached* (their result is forecast).
+"""Which steps are *computed* (the blocks run) and which are *skipped* (their features are forecast).
 
 Steps count up from 0 in the order of execution. A schedule decides once per step, for all passes of that step.
 """
@@ -7,18 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import pairwise
+from typing import Annotated, Protocol
 
 from hasten.errors import ConfigError, ScheduleError
+from hasten.parameters import Declared, Range
 
-__all__ = ["SCHEDULES", "Decision", "Explicit", "Schedule", "Spread", "Uniform", "computed_steps", "longest_within"]
+__all__ = [
+    "Decision",
+    "Explicit",
+    "Schedule",
+    "Spread",
+    "Uniform",
+    "UniformCount",
+    "computed_steps",
+    "longest_within",
+    "spread",
+]
 
-SCHEDULES = ("uniform", "last", "even", "early", "tuned")
+Count = Annotated[int, Range(1)]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a step is full, and why; `indicator` is the number that an adaptive gate went by."""
+    """Whether a step is computed, and why; `indicator` is the number that an adaptive gate went by."""
 
     computed: bool
     reason: str
@@ -26,7 +38,7 @@ class Decision:
 
 
 class Schedule(Protocol):
-    """Anything that decides which steps are full."""
+    """Anything that decides which steps are computed."""
 
     def decide(self, step: int, last_computed: int | None) -> Decision:
         """Decide for `step`, given the latest computed step of the run (None before the first)."""
@@ -42,7 +54,7 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Declared):
     """`warmup` computed steps, then one computed step every `interval` steps.
 
     The rule of TaylorSeer's, HiCache's and FreqCa's code: no step is forced at the end. With 50 steps and a warm-up
@@ -54,15 +66,9 @@ class Uniform:
         last: compute the last step as well, where detail forms.
     """
 
-    interval: int
-    warmup: int = 3
+    interval: Count
+    warmup: Count = 3
     last: bool = False
-
-    def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise ConfigError(f"interval must be at least 1 (1 computes every step), got {self.interval}")
-        if self.warmup < 1:
-            raise ConfigError(f"warmup must be at least 1, because a forecast needs a computed step, got {self.warmup}")
 
     def decide(self, step: int, last_computed: int | None) -> Decision:
         if step < self.warmup:
@@ -85,22 +91,63 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """As many computed steps as `Uniform(interval, warmup)` has, spread from the first step to the last.
+class UniformCount(Declared):
+    """The uniform schedule with exactly `count` computed steps: the smallest interval that gives them in a run.
+
+    Args:
+        count: computed steps.
+        warmup: computed steps at the start.
+        last: compute the last step as well.
+    """
+
+    count: Count
+    warmup: Count = 3
+    last: bool = False
+
+    def check(self) -> None:
+        fewest = self.warmup + self.last
+        if self.count < fewest:
+            raise ConfigError(
+                f"computed_steps={self.count} is less than warmup={self.warmup}{' and the last step' * self.last}; "
+                f"use a shorter warmup, or schedule='even', which needs none"
+            )
+
+    def decide(self, step: int, last_computed: int | None) -> Decision:
+        raise ScheduleError("a schedule by count decides nothing before `for_run` told it the number of steps")
+
+    def for_run(self, total: int | None) -> Schedule:
+        if total is None:
+            raise _needs_total(f"computed_steps={self.count}")
+        Uniform(1, self.warmup).for_run(total)  # refuses a warm-up that is too long
+        known: dict[int, int] = {}
+        rest = total - self.warmup
+        for interval in range(1, total + 1):
+            # One more step for each interval that fits after the warm-up, and the last one where it is left over.
+            known.setdefault(self.warmup + rest // interval + (self.last and rest % interval > 0), interval)
+        if self.count not in known:
+            counts = ", ".join(map(str, sorted(known)))
+            raise ScheduleError(
+                f"a uniform schedule with warmup={self.warmup} cannot compute {self.count} of {total} steps; "
+                f"take one of {counts}, another warmup, or schedule='even', which has any number"
+            )
+        return Uniform(known[self.count], self.warmup, self.last).for_run(total)
+
+
+@dataclass(frozen=True)
+class Spread(Declared):
+    """Computed steps that are spread from the first step to the last.
 
     Step `i` of `n` falls on `(T - 1) (i / (n - 1))^power`: a power of 1 spreads them evenly, a larger one puts more of
     them early. The usual schedules spend their warm-up at the start and leave the end, where detail forms, to
     extrapolation.
+
+    Args:
+        count: computed steps, or the uniform schedule that has as many.
+        power: see above.
     """
 
-    interval: int
-    warmup: int = 3
-    power: float = 1.0
-
-    def __post_init__(self) -> None:
-        Uniform(self.interval, self.warmup)  # validates both
-        if self.power <= 0:
-            raise ConfigError(f"power must be positive, got {self.power}")
+    count: Count | Uniform
+    power: Annotated[float, Range(above=0)] = 1.0
 
     def decide(self, step: int, last_computed: int | None) -> Decision:
         raise ScheduleError("a spread schedule decides nothing before `for_run` told it the number of steps")
@@ -108,7 +155,11 @@ class Spread:
     def for_run(self, total: int | None) -> Schedule:
         if total is None:
             raise _needs_total("a spread schedule")
-        count = len(computed_steps(Uniform(self.interval, self.warmup), total))
+        count = self.count if isinstance(self.count, int) else len(computed_steps(self.count, total))
+        if count > total:
+            raise ScheduleError(
+                f"computed_steps={count} is more than the {total} steps of the run; use {total} or less"
+            )
         return Explicit(spread(count, total, self.power))
 
 
@@ -132,17 +183,17 @@ def _needs_total(what: str) -> ScheduleError:
 
 
 @dataclass(frozen=True)
-class Explicit:
-    """Exactly the listed steps are full."""
+class Explicit(Declared):
+    """Exactly the listed steps are computed."""
 
     steps: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        if not self.steps or self.steps[0] != 0:
+    def check(self) -> None:
+        if self.steps[0] != 0:
             raise ConfigError(
                 f"explicit computed steps must begin with 0, because a forecast needs a computed step, got {self.steps}"
             )
-        if any(b <= a for a, b in zip(self.steps, self.steps[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(self.steps)):
             raise ConfigError(f"explicit computed steps must increase strictly, got {self.steps}")
 
     def decide(self, step: int, last_computed: int | None) -> Decision:
@@ -174,18 +225,25 @@ def _follow(schedule: Schedule, total: int) -> list[int]:
     return computed
 
 
-def longest_within(lists: Iterable[Sequence[int]], asked: Uniform, total: int) -> tuple[int, ...]:
-    """The longest of some learned lists of computed steps that has no more of them than a uniform schedule.
+def longest_within(lists: Iterable[Sequence[int]], asked: int | Uniform, total: int) -> tuple[int, ...]:
+    """Of learned lists of computed steps the one with `asked` of them, or the longest that fits a uniform schedule.
 
     Raises:
-        ScheduleError: if all are longer.
+        ScheduleError: if there is none; it names the lengths that there are.
     """
+    known = {len(steps): tuple(steps) for steps in lists}
+    lengths = ", ".join(map(str, sorted(known)))
+    if isinstance(asked, int):
+        if asked not in known:
+            raise ScheduleError(
+                f"computed_steps={asked}, but lists were learned for {lengths}; take one of these, or learn one more"
+            )
+        return known[asked]
     most = len(computed_steps(asked, total))
-    known = sorted((tuple(steps) for steps in lists), key=len)
-    fitting = [steps for steps in known if len(steps) <= most]
+    fitting = [length for length in known if length <= most]
     if not fitting:
         raise ScheduleError(
-            f"interval={asked.interval} with warmup={asked.warmup} asks for {most} computed steps, but lists were tuned "
-            f"for {', '.join(str(len(steps)) for steps in known)}; use a shorter interval, or tune for fewer"
+            f"interval={asked.interval} with warmup={asked.warmup} asks for {most} computed steps, but lists were "
+            f"learned for {lengths}; take computed_steps={min(known)} or a shorter interval, or learn a shorter list"
         )
-    return fitting[-1]
+    return known[max(fitting)]

@@ -50,7 +50,7 @@ class Site(ABC):
 
     @abstractmethod
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
-        """Numbers (not bytes) that one anchor of one pass holds."""
+        """Numbers (not bytes) that one stored step of one pass holds."""
 
 
 class _PlainSite(Site):
@@ -173,7 +173,7 @@ class OutputSite(_PlainSite):
         return result
 
     def skipped(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        tensors = [memory.forecast(slot) for slot in memory.slots]
+        tensors = [memory.forecast(slot) for slot in memory.cache_keys]
         if self._change:
             tensors = [t + _like(x, t) for x, t in zip(self._inputs(args, kwargs), tensors, strict=False)]
         sample = tensors if self._list else tensors[0]

@@ -109,7 +109,7 @@ class SpanSite(Site):
             raise ConfigError(
                 f"front must be less than the {sizes[0]} blocks of {stacks[0].name!r}, got {self._feature.front}"
             )
-        if self._feature.sees == "modulated" and stacks[0].modules is None:
+        if self._feature.gate_input == "modulated" and stacks[0].modules is None:
             raise AdapterError(
                 f"the attention of {stacks[0].name!r} is not described for {type(self._model).__name__}; "
                 "register the family with BlockStack(..., modules=BlockModules(...))"
@@ -143,10 +143,10 @@ class SpanSite(Site):
         assert self._memory is not None
         self._entry = (hidden, encoder)
         seen = None
-        if self._feature.sees == "modulated":
+        if self._feature.gate_input == "modulated":
             seen = modulated_input(block.original, block.stack, args, kwargs)
             self._memory.show("modulated", seen)
-        elif self._feature.sees == "front":
+        elif self._feature.gate_input == "front":
             assert self._start is not None
             seen = hidden - self._start
         self._full = self._decide(seen)
@@ -178,7 +178,7 @@ class SpanSite(Site):
         assert self._memory is not None
         new = self._memory.forecast("hidden")
         if self._feature.verify:
-            draft = {name: self._memory.forecast(name) for name in self._memory.slots if name != "hidden"}
+            draft = {name: self._memory.forecast(name) for name in self._memory.cache_keys if name != "hidden"}
             args_, kwargs_ = with_streams(block.stack, args, kwargs, draft["input"], draft.get("encoder"))
             self._verified(hidden_in(block.stack, block.original(*args_, **kwargs_)), new)
         # Not `hidden`: what a ControlNet adds between the blocks is in it, and in the remembered change already.

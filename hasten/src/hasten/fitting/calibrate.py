@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from hasten.caching.method import Feature
 from hasten.caching.methods import Reuse
 from hasten.calibration import Calibration, Fingerprint, Trace, model_digest, weights_digest
 from hasten.errors import CalibrationError, ConfigError, unknown
+from hasten.parameters import parameters
 
 __all__ = ["Tape", "calibrate", "fingerprint_of", "fit", "merge", "record"]
 
@@ -31,7 +31,7 @@ class _Watch(Reuse):
     look: bool = True
 
     def feature(self) -> Feature:
-        return Feature(sees="modulated") if self.look else Feature()
+        return Feature(gate_input="modulated") if self.look else Feature()
 
 
 class Tape:
@@ -183,10 +183,11 @@ def fit(trace: Trace, method: str, **options: Any) -> Calibration:
     if fitter is None:
         able = [other.name for other in registry.methods() if hasattr(other.config, "fit")]
         raise ConfigError(f"{method} has nothing to calibrate; the methods that have are {', '.join(able)}")
-    known = [name for name in inspect.signature(fitter).parameters if name != "trace"]
+    known = parameters(fitter)
     for name in options:
         if name not in known:
             raise unknown(f"fit option of {method}", name, known)
+    options = {name: known[name].accept(value, method) for name, value in options.items()}
     fitted = fitter(trace, **options)
     site = options.get("site", info.parameters["site"].default)
     fingerprint = Fingerprint(**{**vars(trace.fingerprint), "site": site})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hasten import registry
 from hasten.acceleration import accelerate
-from hasten.caching.method import TUNED, CachingMethod
+from hasten.caching.method import SEARCHED, CachingMethod, ScheduledMethod
 from hasten.caching.schedule import spread
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError
@@ -52,7 +52,7 @@ def tune_steps(
         progress: called with (number of computed steps, trials so far, trials, best loss).
 
     Returns:
-        a calibration for the parameter `tuned` of any caching method.
+        a calibration for the parameter `searched` of any scheduled caching method.
 
     Raises:
         CalibrationError: if a call does not give the same result twice.
@@ -61,6 +61,10 @@ def tune_steps(
     if not calls:
         raise CalibrationError("there is nothing to tune on: give at least one call")
     chosen = registry.build(method) if isinstance(method, str) else method
+    if not isinstance(chosen, ScheduledMethod):
+        raise ConfigError(
+            f"{type(chosen).__name__} computes no listed steps; search with a method that does, such as foca"
+        )
     replay = Replay(calls)
 
     def sample(index: int) -> Tensor:
@@ -95,4 +99,4 @@ def tune_steps(
         report[str(count)] = figures(found)
     replay.rewind()
     options = {"method": type(chosen).__name__, "trials": trials, "seed": seed, "calls": len(calls)}
-    return Calibration(TUNED, tensors, fingerprint, report, options)
+    return Calibration(SEARCHED, tensors, fingerprint, report, options)

@@ -17,61 +17,47 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, prod
-from typing import Literal
+from typing import Annotated, Literal
 
-from hasten.caching.method import CachingMethod
+from hasten.caching.method import ScheduledMethod
 from hasten.caching.predictors import Predictor
-from hasten.errors import ConfigError, unknown
+from hasten.parameters import Declared, Range
 from hasten.registry import method
 
 __all__ = ["ABCache", "AdamsBashforth"]
 
 Form = Literal["spaced", "literal"]
+Points = Annotated[int, Range(1)]
 
 
 @dataclass(frozen=True)
-class AdamsBashforth:
+class AdamsBashforth(Declared):
     """Extrapolation through the `order` newest features."""
 
-    order: int
+    order: Points
     form: Form = "spaced"
-
-    def __post_init__(self) -> None:
-        if self.order < 1:
-            raise ConfigError(f"order must be at least 1 (reuse), got {self.order}")
-        if self.form not in ("spaced", "literal"):
-            raise unknown("form of AB-Cache", self.form, ("spaced", "literal"))
 
     @property
     def memory(self) -> int:
         return self.order
 
-    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
-        used = anchors[: self.order]
+    def weights(self, target: int, stored: Sequence[int]) -> list[float]:
+        used = stored[: self.order]
         k = len(used)
         if self.form == "literal":
             own = [float((-1) ** i * comb(k, i + 1)) for i in range(k)]
         else:
             own = [prod((target - b) / (a - b) for b in used if b != a) for a in used]
-        return own + [0.0] * (len(anchors) - k)
+        return own + [0.0] * (len(stored) - k)
 
 
 @method("ab-cache", kind="caching", paper="AB-Cache, arXiv:2504.10540")
 @dataclass(frozen=True, kw_only=True)
-class ABCache(CachingMethod):
-    """Extrapolate through the newest computed features (AB-Cache).
+class ABCache(ScheduledMethod):
+    """Extrapolate through the newest computed features (AB-Cache)."""
 
-    Args:
-        order: how many features; 3 is the paper's usual choice, 1 is reuse.
-        form: `"spaced"` or `"literal"`; see the top of the file.
-    """
-
-    order: int = 3
-    form: Form = "spaced"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.predictors()  # validates order and form
+    order: Annotated[Points, "how many features; 3 is the paper's usual choice, 1 is reuse"] = 3
+    form: Annotated[Form, "the polynomial at its true horizon, or the constant weights (literal)"] = "spaced"
 
     def predictors(self) -> Mapping[str, Predictor]:
         return {"whole": AdamsBashforth(self.order, self.form)}

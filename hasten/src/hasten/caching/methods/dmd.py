@@ -8,11 +8,11 @@ Everything here follows from the m x m inner products of the kept features: a sq
 an orthonormal basis of their span, and the forecast lies in that span, so that it is again a weighted sum of features.
 Only the weights depend on the data.
 
-The operator carries a feature one spacing further, hence it takes evenly spaced computed steps: the newest stretch of equal
-distances is used. With fewer than four, the forecast is Hermite's. Small singular values are dropped. Growing modes are
-not clamped: features that grow, or run along a line (a double rate of 1), need rates of 1 and above. After the warm-up
-of an even schedule a forecast stays within one spacing, so that no mode grows by more than it did between computed steps;
-in a long warm-up's wake it reaches several, and the tests bound what noise does there.
+The operator carries a feature one spacing further, hence it takes evenly spaced computed steps: the newest stretch of
+equal distances is used. With fewer than four, the forecast is Hermite's. Small singular values are dropped. Growing
+modes are not clamped: features that grow, or run along a line (a double rate of 1), need rates of 1 and above. After
+the warm-up of an even schedule a forecast stays within one spacing, so that no mode grows by more than it did between
+computed steps; in a long warm-up's wake it reaches several, and the tests bound what noise does there.
 
 Departures: one decomposition serves a whole batch.
 """
@@ -21,30 +21,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 
-from hasten.caching.method import CachingMethod
-from hasten.caching.predictors import Hermite, Predictor
-from hasten.errors import ConfigError
+from hasten.caching.method import ScheduledMethod
+from hasten.caching.predictors import Hermite, Predictor, Scale
+from hasten.parameters import Declared, Range
 from hasten.registry import method
 
 __all__ = ["DMD", "DynamicModes"]
 
 FEWEST = 4
 SMALLEST = 1e-4  # of the singular values, relative to the largest
+History = Annotated[int, Range(FEWEST)]
+Ridge = Annotated[float, Range(0)]
 
 
-def uniform_stretch(anchors: Sequence[int]) -> int:
-    """How many of the newest anchors are evenly spaced."""
-    gaps = -np.diff(np.asarray(anchors))
+def uniform_stretch(stored: Sequence[int]) -> int:
+    """How many of the newest stored steps are evenly spaced."""
+    gaps = -np.diff(np.asarray(stored))
     other = np.flatnonzero(gaps != gaps[0]) if len(gaps) else np.asarray([])
-    return len(anchors) if len(other) == 0 else int(other[0]) + 1
+    return len(stored) if len(other) == 0 else int(other[0]) + 1
 
 
 @dataclass(frozen=True)
-class DynamicModes:
+class DynamicModes(Declared):
     """A forecast by dynamic modes, from the inner products of the features.
 
     Args:
@@ -53,31 +56,25 @@ class DynamicModes:
         fallback: serves while the history is short or uneven, and for features that are all zero.
     """
 
-    history: int
-    ridge: float
+    history: History
+    ridge: Ridge
     fallback: Predictor
-
-    def __post_init__(self) -> None:
-        if self.history < FEWEST:
-            raise ConfigError(f"history must be at least {FEWEST}, got {self.history}")
-        if self.ridge < 0:
-            raise ConfigError(f"ridge must not be negative, got {self.ridge}")
 
     @property
     def memory(self) -> int:
         return self.history
 
-    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
-        return self.fallback.weights(target, anchors)
+    def weights(self, target: int, stored: Sequence[int]) -> list[float]:
+        return self.fallback.weights(target, stored)
 
-    def fitted(self, target: int, anchors: Sequence[int], gram: npt.NDArray[np.float64]) -> list[float]:
-        m = uniform_stretch(anchors)
+    def fitted(self, target: int, stored: Sequence[int], gram: npt.NDArray[np.float64]) -> list[float]:
+        m = uniform_stretch(stored)
         inner = gram[:m, :m][::-1, ::-1]  # oldest first
         if m < FEWEST or not np.isfinite(inner).all() or inner[:-1, :-1].trace() <= 0:
-            return self.weights(target, anchors)
-        horizon = (target - anchors[0]) / (anchors[0] - anchors[1])
+            return self.weights(target, stored)
+        horizon = (target - stored[0]) / (stored[0] - stored[1])
         own = _modes(inner, horizon, self.ridge)
-        return [*own[::-1].tolist(), *[0.0] * (len(anchors) - m)]
+        return [*own[::-1].tolist(), *[0.0] * (len(stored) - m)]
 
 
 def _modes(inner: npt.NDArray[np.float64], horizon: float, ridge: float) -> npt.NDArray[np.float64]:
@@ -98,22 +95,12 @@ def _modes(inner: npt.NDArray[np.float64], horizon: float, ridge: float) -> npt.
 
 @method("dmd", kind="caching", paper="dynamic mode decomposition, as in hicache-pp and cache-dit")
 @dataclass(frozen=True, kw_only=True)
-class DMD(CachingMethod):
-    """Forecast by dynamic modes: a sum of damped exponentials fitted to the newest features (DMD).
+class DMD(ScheduledMethod):
+    """Forecast by dynamic modes: a sum of damped exponentials fitted to the newest features (DMD)."""
 
-    Args:
-        history: how many features are kept.
-        ridge: added to the singular values, relative to the largest.
-        sigma: of the Hermite forecast while the history is short or uneven.
-    """
-
-    history: int = 5
-    ridge: float = 1e-8
-    sigma: float = 0.7
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.predictors()  # validates the parameters
+    history: Annotated[History, "how many features are kept"] = 5
+    ridge: Annotated[Ridge, "added to the singular values, relative to the largest"] = 1e-8
+    sigma: Annotated[Scale, "of the Hermite forecast while the history is short or uneven"] = 0.7
 
     def predictors(self) -> Mapping[str, Predictor]:
         fallback = Hermite(2, first=self.first_difference, sigma=self.sigma)

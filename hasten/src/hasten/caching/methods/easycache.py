@@ -7,23 +7,23 @@ Diffusion Acceleration via Runtime-Adaptive Caching", arXiv:2507.02860.
 
 `x` is what enters the transformer, `out` its result: no block is looked into, and a skipped step runs nothing.
 
-Departures: three computed steps at the start by default (paper: ten), which a budget of seven could not hold. Where input
-and result differ in shape (reference tokens, condition channels, learned variance), the change is taken over the part
-that corresponds.
+Departures: three computed steps at the start by default (paper: ten), which a budget of seven could not hold. Where
+input and result differ in shape (reference tokens, condition channels, learned variance), the change is taken over the
+part that corresponds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hasten.caching.adaptive import AdaptiveMethod
 from hasten.caching.gates import Gate, ThresholdGate
-from hasten.caching.method import Feature, ScheduleName, SiteName
+from hasten.caching.method import Feature
 from hasten.registry import method
 
 __all__ = ["EasyCache"]
@@ -68,15 +68,13 @@ class RateGate(ThresholdGate):
 class EasyCache(AdaptiveMethod):
     """Skip while the result is expected to follow its input (EasyCache)."""
 
-    sites: ClassVar[tuple[SiteName, ...]] = ("output",)
-
+    site: Literal["output"] = "output"  # type: ignore[assignment]  # narrows the choice of all caches, not the base's
     threshold: float = 0.05
     warmup: int = 3
-    site: SiteName = "output"
-    schedule: ScheduleName = "last"
+    schedule: Literal["uniform", "last"] = "last"
 
     def feature(self) -> Feature:
-        return Feature(change=True, sees="input")
+        return Feature(change=True, gate_input="input")
 
     def gate(self) -> Gate:
         return RateGate(self.threshold, self.interval, self.warmup, self.last)

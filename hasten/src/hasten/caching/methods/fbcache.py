@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
 from hasten.caching.adaptive import AdaptiveMethod
 from hasten.caching.gates import Gate, ThresholdGate, relative_change
 from hasten.caching.method import Feature
-from hasten.errors import ConfigError
+from hasten.parameters import Range
 from hasten.registry import method
 
 __all__ = ["FBCache"]
@@ -54,25 +55,15 @@ class FrontGate(ThresholdGate):
 @method("fbcache", kind="caching", paper="first-block cache of ParaAttention and diffusers; DBCache of cache-dit")
 @dataclass(frozen=True, kw_only=True)
 class FBCache(AdaptiveMethod):
-    """Skip while the change that the first blocks make stays the same (FBCache, DBCache).
-
-    Args:
-        front: blocks that run at every step (DBCache's Fn).
-        per_sample: let the image of a batch that changed most decide, instead of the batch's mean.
-    """
+    """Skip while the change that the first blocks make stays the same (FBCache, DBCache)."""
 
     threshold: float = 0.05
     warmup: int = 1
-    front: int = 1
-    per_sample: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.front < 1:
-            raise ConfigError(f"front must be at least 1, because the front blocks decide, got {self.front}")
+    front: Annotated[int, Range(1), "blocks that run at every step and decide (DBCache's Fn)"] = 1
+    per_sample: Annotated[bool, "let the image of a batch that changed most decide, not the batch's mean"] = False
 
     def feature(self) -> Feature:
-        return Feature(change=True, front=self.front, sees="front")
+        return Feature(change=True, front=self.front, gate_input="front")
 
     def gate(self) -> Gate:
         return FrontGate(self)

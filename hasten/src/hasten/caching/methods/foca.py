@@ -9,11 +9,12 @@ Equations 6 to 8, with `h` the step and `F'` slopes of the feature as a function
 
 The text leaves open which slope `F'_k` is and whether `F_k` may be forecasts. Three readings, as `form`:
 
-* `"anchored"`: all from computed steps, variable-step BDF2 with the 3-point slope, then Heun. Keeps 3 features.
+* `"stored"`: all from computed steps, variable-step BDF2 with the 3-point slope, then Heun. Keeps 3 features.
 * `"literal"`: the recursion as printed, one sampler step at a time on the two newest values of any kind, `F'_k` their
   difference. After `m` skipped steps it is `F0 + m S + (1 - 2^-m)(d - S)`, with `S` the slope between the last two
   computed steps and `d` the difference of the last computed step to the value before it, which was a forecast. Because
-  forecasts are weighted sums of computed steps, so is this, but of all of them: it keeps every computed feature of the run.
+  forecasts are weighted sums of computed steps, so is this, but of all of them: it keeps every computed feature of the
+  run.
 * `"author"`: the constant form of a snippet by the authors, `7/6 F0 - 1/6 F1` for the whole interval. Keeps 2 features.
 
 Departures: the default site is the hidden one (the paper's is `"module"`); slopes between computed steps are divided by
@@ -24,81 +25,69 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from hasten.caching.method import CachingMethod
-from hasten.caching.multistep import Anchors, Vector, bdf, three_point_weights
-from hasten.caching.predictors import Predictor
-from hasten.errors import unknown
+from hasten.caching.method import ScheduledMethod
+from hasten.caching.multistep import StoredSteps, Vector, bdf, three_point_weights
+from hasten.caching.predictors import ALL, Predictor
+from hasten.parameters import Declared
 from hasten.registry import method
 
 __all__ = ["FoCa", "FoCaPredictor"]
 
-Form = Literal["anchored", "literal", "author"]
-FORMS = ("anchored", "literal", "author")
-ALL = 1024  # more computed steps than any run has
+Form = Literal["stored", "literal", "author"]
 
 
-def anchored(a: Anchors) -> Vector:
+def from_stored(a: StoredSteps) -> Vector:
     """BDF2 from computed steps, then the mean of the slopes at the last computed step and at the forecast."""
     secant = (bdf(a) - a.F0) / a.x
     slope_there = secant + a.x * (secant - a.s0) / (a.x + a.g0)
     return a.F0 + a.x / 2 * (a.slope + slope_there)
 
 
-def literal_weights(target: int, anchors: Sequence[int]) -> Vector:
+def literal_weights(target: int, stored: Sequence[int]) -> Vector:
     """The recursion's closed form, unrolled over the earlier computed steps."""
-    size = len(anchors)
+    size = len(stored)
     unit = np.eye(size)
     if size == 1:
         return unit[0]
-    m = target - anchors[0]
-    slope = (unit[0] - unit[1]) / (anchors[0] - anchors[1])
-    if anchors[0] - anchors[1] == 1:
+    m = target - stored[0]
+    slope = (unit[0] - unit[1]) / (stored[0] - stored[1])
+    if stored[0] - stored[1] == 1:
         before = unit[1]
     else:
-        before = np.concatenate([[0.0], literal_weights(anchors[0] - 1, anchors[1:])])
+        before = np.concatenate([[0.0], literal_weights(stored[0] - 1, stored[1:])])
     return unit[0] + m * slope + (1 - 0.5**m) * (unit[0] - before - slope)
 
 
 @dataclass(frozen=True)
-class FoCaPredictor:
+class FoCaPredictor(Declared):
     """FoCa's forecast in one of its forms."""
 
-    form: Form = "anchored"
-
-    def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise unknown("form of FoCa", self.form, FORMS)
+    form: Form = "stored"
 
     @property
     def memory(self) -> int:
-        return {"anchored": 3, "literal": ALL, "author": 2}[self.form]
+        return {"stored": 3, "literal": ALL, "author": 2}[self.form]
 
-    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
-        if self.form == "anchored":
-            return three_point_weights(anchored, target, anchors)
+    def weights(self, target: int, stored: Sequence[int]) -> list[float]:
+        if self.form == "stored":
+            return three_point_weights(from_stored, target, stored)
         if self.form == "literal":
-            return [float(w) for w in literal_weights(target, anchors)]
-        return [1.0] if len(anchors) == 1 else [7 / 6, -1 / 6, *[0.0] * (len(anchors) - 2)]
+            return [float(w) for w in literal_weights(target, stored)]
+        return [1.0] if len(stored) == 1 else [7 / 6, -1 / 6, *[0.0] * (len(stored) - 2)]
 
 
 @method("foca", kind="caching", paper="FoCa, arXiv:2508.16211")
 @dataclass(frozen=True, kw_only=True)
-class FoCa(CachingMethod):
-    """Forecast the features of skipped steps by BDF2 and calibrate by Heun's rule (FoCa).
+class FoCa(ScheduledMethod):
+    """Forecast the features of skipped steps by BDF2 and calibrate by Heun's rule (FoCa)."""
 
-    Args:
-        form: `"anchored"`, `"literal"` or `"author"`; see the top of the file.
-    """
-
-    form: Form = "anchored"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.predictors()  # validates the form
+    form: Annotated[
+        Form, "slopes from stored steps alone, the recursion as it is printed (literal), or the authors' constants"
+    ] = "stored"
 
     def predictors(self) -> Mapping[str, Predictor]:
         return {"whole": FoCaPredictor(self.form)}

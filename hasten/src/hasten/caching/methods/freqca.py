@@ -9,7 +9,7 @@ not similar. It does not hold everywhere: measure before you believe it.
 
 `split="dct"` keeps low what lies within `cutoff` of the largest radius of a DCT-II over the grid, `"fft"` what lies
 within `cutoff` of the largest frequency of a Fourier transform along the flattened tokens, `"none"` forecasts all.
-Both splits are orthogonal projections and linear, so that one history of whole features serves both parts, and a
+Both splits are orthogonal projections and linear, so that one history of whole features serves both bands, and a
 skipped step transforms one tensor: `F^ = high forecast + P_low (low forecast - high forecast)`.
 
 Departures: the DCT takes non-square grids and clips (three axes), with radius `sqrt(sum (u_i / (n_i - 1))^2)`, which on
@@ -23,24 +23,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from hasten.caching.components import Components, FeatureKey
-from hasten.caching.method import CachingMethod, SiteName
-from hasten.caching.predictors import Hermite, Ladder, Predictor
+from hasten.caching.method import ScheduledMethod
+from hasten.caching.predictors import Hermite, Ladder, Order, Predictor, Scale
 from hasten.caching.projectors import Projector, Whole, weighted_sum
-from hasten.errors import ConfigError, unknown
+from hasten.errors import ConfigError
 from hasten.models import TokenLayout
+from hasten.parameters import Range
 from hasten.pipeline.transforms import dct_matrix
 from hasten.registry import method
 
 __all__ = ["Bands", "FreqCa"]
 
 Split = Literal["dct", "fft", "none"]
-SPLITS = ("dct", "fft", "none")
 
 
 @lru_cache(maxsize=32)
@@ -60,7 +60,7 @@ class Bands:
         cutoff: share of the largest radius or frequency that is low.
     """
 
-    parts: tuple[str, ...] = ("low", "high")
+    components: tuple[str, ...] = ("low", "high")
 
     def __init__(self, layout: TokenLayout, split: str, cutoff: float) -> None:
         self._layout, self._split, self._cutoff = layout, split, cutoff
@@ -99,35 +99,18 @@ class Bands:
 
 @method("freqca", kind="caching", paper="FreqCa, arXiv:2510.08669")
 @dataclass(frozen=True, kw_only=True)
-class FreqCa(CachingMethod):
-    """Reuse the low frequencies of the image's tokens and forecast the high ones (FreqCa).
+class FreqCa(ScheduledMethod):
+    """Reuse the low frequencies of the image's tokens and forecast the high ones (FreqCa)."""
 
-    Args:
-        split: `"dct"`, `"fft"` or `"none"`.
-        cutoff: share of the largest radius or frequency that counts as low.
-        low_order: order of the low band's Hermite forecast; 0 is reuse, as in the paper.
-        order: order of the high band's Hermite forecast.
-        sigma: its scale.
-        ladder: `"recursive"` (official) or `"divided"`.
-    """
-
-    sites: ClassVar[tuple[SiteName, ...]] = ("hidden",)
     needs_layout: ClassVar[bool] = True
 
-    split: Split = "dct"
-    cutoff: float = 0.1
-    low_order: int = 0
-    order: int = 2
-    sigma: float = 0.71
-    ladder: Ladder = "recursive"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.split not in SPLITS:
-            raise unknown("split of FreqCa", self.split, SPLITS)
-        if not 0 <= self.cutoff <= 1:
-            raise ConfigError(f"cutoff must be in [0, 1], got {self.cutoff}")
-        self._bands()  # validates orders, sigma and ladder
+    site: Literal["hidden"] = "hidden"
+    split: Annotated[Split, "transform that tells the bands apart; none forecasts all of the feature"] = "dct"
+    cutoff: Annotated[float, Range(0, 1), "share of the largest radius or frequency that counts as low"] = 0.1
+    low_order: Annotated[Order, "of the low band's Hermite forecast; 0 is reuse, as in the paper"] = 0
+    order: Annotated[Order, "of the high band's Hermite forecast"] = 2
+    sigma: Annotated[Scale, "of both forecasts"] = 0.71
+    ladder: Annotated[Ladder, "the official differences, or the true ones at irregular gaps (divided)"] = "recursive"
 
     def _bands(self) -> dict[str, Predictor]:
         first = self.first_difference
@@ -136,9 +119,9 @@ class FreqCa(CachingMethod):
             "high": Hermite(self.order, first=first, ladder=self.ladder, sigma=self.sigma),
         }
 
-    def parts(self, place: FeatureKey) -> Components:
+    def components(self, key: FeatureKey) -> Components:
         bands = self._bands()
-        if self.split == "none" or place.layout is None:
+        if self.split == "none" or key.layout is None:
             return Components(Whole(), {"whole": bands["high"]})
-        projector: Projector = Bands(place.layout, self.split, self.cutoff)
+        projector: Projector = Bands(key.layout, self.split, self.cutoff)
         return Components(projector, bands)

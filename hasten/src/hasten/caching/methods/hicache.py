@@ -24,19 +24,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from hasten.caching.method import CachingMethod
-from hasten.caching.predictors import Hermite, Ladder, Predictor
-from hasten.errors import ConfigError, unknown
+from hasten.caching.method import ScheduledMethod
+from hasten.caching.predictors import Hermite, Ladder, Order, Predictor, Scale
+from hasten.parameters import Range
 from hasten.registry import method
 
 __all__ = ["AdaptiveHermite", "HiCache"]
 
 SMALLEST_SCALE = 0.1
+Strength = Annotated[float, Range(above=0)]
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,9 @@ class AdaptiveHermite(Hermite):
         sigma_max: largest scale.
     """
 
-    alpha: float = 0.3
-    beta: float = 0.5
-    sigma_max: float = sqrt(0.5)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.alpha <= 0:
-            raise ConfigError(f"alpha must be positive, got {self.alpha}")
-        if not 0 < self.beta <= 1 or not SMALLEST_SCALE <= self.sigma_max <= 1:
-            raise ConfigError(
-                f"beta must be in (0, 1] and sigma_max in [{SMALLEST_SCALE}, 1], got {self.beta} and {self.sigma_max}"
-            )
+    alpha: Strength = 0.3
+    beta: Annotated[float, Range(above=0, most=1)] = 0.5
+    sigma_max: Annotated[float, Range(SMALLEST_SCALE, 1)] = sqrt(0.5)
 
     def scale(self, gram: npt.NDArray[np.float64]) -> float:
         """The scale for features with these inner products, newest first."""
@@ -72,35 +64,23 @@ class AdaptiveHermite(Hermite):
         q = sqrt(max(float(shares @ np.asarray(squares) / shares.sum() / gram[0, 0]), 1e-24))
         return float(np.clip(self.alpha / (sqrt(2) * q), SMALLEST_SCALE, self.sigma_max))
 
-    def fitted(self, target: int, anchors: Sequence[int], gram: npt.NDArray[np.float64]) -> list[float]:
+    def fitted(self, target: int, stored: Sequence[int], gram: npt.NDArray[np.float64]) -> list[float]:
         fixed = Hermite(self.order, first=self.first, ladder=self.ladder, sigma=self.scale(gram))
-        return fixed.weights(target, anchors)
+        return fixed.weights(target, stored)
 
 
 @method("hicache", kind="caching", paper="HiCache, arXiv:2508.16984")
 @dataclass(frozen=True, kw_only=True)
-class HiCache(CachingMethod):
-    """Extrapolate the features of skipped steps in a scaled Hermite basis (HiCache).
+class HiCache(ScheduledMethod):
+    """Extrapolate the features of skipped steps in a scaled Hermite basis (HiCache)."""
 
-    Args:
-        order: highest difference; `order + 1` features are kept. 0 is reuse.
-        sigma: scale of the basis in (0, 1]; smaller trusts the slope less. 0.5 is the paper's choice for FLUX.1-dev.
-        ladder: `"recursive"` (official) or `"divided"` (true differences at irregular gaps).
-        scale: `"fixed"` (`sigma`), or `"adaptive"`: the scale follows the features; see the top of the file.
-        alpha: of the adaptive scale; larger trusts the slope more.
-    """
-
-    order: int = 2
-    sigma: float = 0.5
-    ladder: Ladder = "recursive"
-    scale: Literal["fixed", "adaptive"] = "fixed"
-    alpha: float = 0.3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scale not in ("fixed", "adaptive"):
-            raise unknown("scale of HiCache", self.scale, ("fixed", "adaptive"))
-        self.predictors()  # validates order, sigma, ladder and alpha
+    order: Annotated[Order, "highest difference; `order + 1` features are kept; 0 is reuse"] = 2
+    sigma: Annotated[Scale, "scale of the basis; smaller trusts the slope less; the paper's for FLUX.1-dev is 0.5"] = (
+        0.5
+    )
+    ladder: Annotated[Ladder, "the official differences, or the true ones at irregular gaps (divided)"] = "recursive"
+    scale: Annotated[Literal["fixed", "adaptive"], "`sigma` throughout, or a scale that follows the features"] = "fixed"
+    alpha: Annotated[Strength, "of the adaptive scale; larger trusts the slope more"] = 0.3
 
     def predictors(self) -> Mapping[str, Predictor]:
         first = self.first_difference

@@ -16,7 +16,7 @@ calibration keeps, so that solvers are chosen when the method is built, for the 
 * `"one-step"`: the paper's, one step ahead from three successive steps.
 
 Departures: solvers are built on computed steps alone, with their true spacing, because recursion on forecasts amplifies
-errors; clusters are per slot; indicators are z-scored over channels.
+errors; clusters are per cache key; indicators are z-scored over channels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -33,13 +33,13 @@ from torch import Tensor
 
 from hasten.caching.calibrated import CalibratedMethod, Gram, forecast_error, gram_of
 from hasten.caching.components import Components, FeatureKey
-from hasten.caching.method import SiteName
 from hasten.caching.multistep import SOLVERS, Multistep
 from hasten.caching.predictors import Hermite, Predictor, Reuse, Taylor
 from hasten.caching.projectors import Whole
 from hasten.calibration import Calibration, Fit, Trace, declare_contents
-from hasten.errors import CalibrationError, ConfigError, unknown
+from hasten.errors import CalibrationError
 from hasten.io import Array, symmetric
+from hasten.parameters import Names, Range
 from hasten.registry import method
 
 __all__ = ["CANDIDATES", "ChannelClusters", "HyCa", "descriptors"]
@@ -63,13 +63,13 @@ class ChannelClusters:
 
     def __init__(self, labels: Tensor, count: int) -> None:
         self._labels = labels
-        self.parts: tuple[str, ...] = tuple(f"cluster{c}" for c in range(count))
+        self.components: tuple[str, ...] = tuple(f"cluster{c}" for c in range(count))
 
     def combine(self, features: Sequence[Tensor], weights: Mapping[str, Sequence[float]]) -> Tensor:
         first = features[0]
         if first.shape[-1] != len(self._labels):
             raise CalibrationError(f"clusters are of {len(self._labels)} channels, got {tuple(first.shape)}")
-        table = torch.tensor([list(weights[part]) for part in self.parts], dtype=torch.float32)  # [C, K]
+        table = torch.tensor([list(weights[name]) for name in self.components], dtype=torch.float32)  # [C, K]
         vectors = table[self._labels].T.to(first.device)  # [K, D]
         total = first.float() * vectors[0]
         for feature, vector in zip(features[1:], vectors[1:], strict=True):
@@ -132,35 +132,24 @@ declare_contents(
 @method("hyca", kind="caching", paper="HyCa, arXiv:2510.04188", needs_calibration=True)
 @dataclass(frozen=True, kw_only=True)
 class HyCa(CalibratedMethod):
-    """Forecast each cluster of channels by the solver that suits it (HyCa).
-
-    Args:
-        criterion: `"rollout"` or `"one-step"`; see the top of the file.
-        solvers: names of the solvers to choose from; None is all.
-    """
+    """Forecast each cluster of channels by the solver that suits it (HyCa)."""
 
     name: ClassVar[str] = "hyca"
-    sites: ClassVar[tuple[SiteName, ...]] = ("hidden", "module")
 
-    criterion: Literal["rollout", "one-step"] = "rollout"
-    solvers: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.criterion not in ("rollout", "one-step"):
-            raise unknown("criterion of HyCa", self.criterion, ("rollout", "one-step"))
-        for name in self.solvers or ():
-            if name not in CANDIDATES:
-                raise unknown("solver", name, CANDIDATES)
+    site: Literal["hidden", "module"] = "hidden"
+    criterion: Annotated[
+        Literal["rollout", "one-step"], "error by which a solver is chosen: over this schedule, or one step ahead"
+    ] = "rollout"
+    solvers: Annotated[tuple[str, ...] | None, Names(CANDIDATES), "solvers to choose from; None is all"] = None
 
     @cached_property
     def chosen(self) -> dict[str, tuple[str, ...]]:
-        """The solver of each cluster, by slot."""
+        """The solver of each cluster, by cache key."""
         chosen = {}
         for key, grams in self.fitted.tensors.items():
-            kind, _, slot = key.partition("/")
+            kind, _, name = key.partition("/")
             if kind == "grams":
-                chosen[slot] = tuple(self._best(np.asarray(gram)) for gram in grams)
+                chosen[name] = tuple(self._best(np.asarray(gram)) for gram in grams)
         return chosen
 
     def _best(self, gram: Gram) -> str:
@@ -177,43 +166,39 @@ class HyCa(CalibratedMethod):
         )
 
     @cached_property
-    def _by_slot(self) -> dict[str, Components]:
-        parts = {}
-        for slot, solvers in self.chosen.items():
-            labels = self.fitted.tensors[f"clusters/{slot}"].long()
+    def _by_key(self) -> dict[str, Components]:
+        split = {}
+        for key, solvers in self.chosen.items():
+            labels = self.fitted.tensors[f"clusters/{key}"].long()
             predictors = {f"cluster{c}": CANDIDATES[name] for c, name in enumerate(solvers)}
-            parts[slot] = Components(ChannelClusters(labels, len(solvers)), predictors)
-        return parts
+            split[key] = Components(ChannelClusters(labels, len(solvers)), predictors)
+        return split
 
-    def parts(self, place: FeatureKey) -> Components:
-        if place.slot in self._by_slot:
-            return self._by_slot[place.slot]
+    def components(self, key: FeatureKey) -> Components:
+        if key.cache_key in self._by_key:
+            return self._by_key[key.cache_key]
         return Components(Whole(), {"whole": Taylor(2)})
 
     @staticmethod
-    def fit(trace: Trace, clusters: int = 2, seed: int = 0, site: SiteName = "hidden") -> Fit:
-        """Clusters of channels and their Gram matrices.
-
-        Args:
-            trace: uncached runs; one is enough.
-            clusters: how many.
-            seed: of k-means.
-            site: whose slots.
-        """
-        if clusters < 1:
-            raise ConfigError(f"clusters must be at least 1, got {clusters}")
+    def fit(
+        trace: Trace,
+        clusters: Annotated[int, Range(1), "how many clusters of channels"] = 2,
+        seed: Annotated[int, Range(0), "of k-means"] = 0,
+        site: Annotated[Literal["hidden", "module"], "whose features are clustered"] = "hidden",
+    ) -> Fit:
+        """Clusters of channels and their Gram matrices; a trace of one run is enough."""
         tensors, report = {}, {}
-        for slot in trace.slots(site):
-            steps = torch.cat([slots[slot].float() for slots in trace.features.values()])
+        for key in trace.cache_keys(site):
+            steps = torch.cat([features[key].float() for features in trace.features.values()])
             table = descriptors(steps).double().numpy()
             labels = np.zeros(len(table), dtype=np.int64)
             if clusters > 1:
                 found = kmeans2(table, clusters, minit="++", seed=seed)[1]
                 labels = np.unique(found, return_inverse=True)[1].astype(np.int64)  # an empty cluster is none
             grams = [gram_of(steps[..., torch.from_numpy(labels == c)]) for c in range(labels.max() + 1)]
-            tensors[f"clusters/{slot}"] = torch.from_numpy(labels).to(torch.int32)
-            tensors[f"grams/{slot}"] = torch.from_numpy(np.stack(grams))
-            report[slot] = {
+            tensors[f"clusters/{key}"] = torch.from_numpy(labels).to(torch.int32)
+            tensors[f"grams/{key}"] = torch.from_numpy(np.stack(grams))
+            report[key] = {
                 "channels": np.bincount(labels).tolist(),
                 "one_step_error_per_step": _one_step_errors(grams, np.bincount(labels).tolist()),
             }

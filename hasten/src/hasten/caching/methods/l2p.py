@@ -16,8 +16,8 @@ and two histories, as `history`:
 * `"full"`: every earlier step, as published; at a skipped step the forecast itself goes into the history. Such a
   forecast is again a weighted sum of computed steps, and is computed as one.
 
-The published lists of computed steps (50 steps; 11, 10, 9, 8, 7 or 6 of them computed) are `PUBLISHED`; `published=True`
-takes the longest that is no longer than the schedule's.
+The published lists of computed steps (50 steps; 11, 10, 9, 8, 7 or 6 of them computed) are `PUBLISHED`;
+`published=True` takes the longest that is no longer than the schedule's.
 
 Departures: the default history is masked; one weight matrix for each pass of a step; the gradient form works on the
 Gram matrix, which gives the same gradients as the data up to a factor that Adam does not see.
@@ -27,20 +27,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from hasten.caching.calibrated import CalibratedMethod, Gram, forecast_error, gram_of
 from hasten.caching.components import Components, FeatureKey
-from hasten.caching.method import SiteName
 from hasten.caching.multistep import Vector
+from hasten.caching.predictors import ALL
 from hasten.caching.projectors import Whole
 from hasten.caching.schedule import Explicit, Schedule, computed_steps
 from hasten.calibration import Calibration, Fit, Trace, declare_contents
-from hasten.errors import ConfigError, ScheduleError, unknown
+from hasten.errors import ConfigError, ScheduleError
 from hasten.io import Array, symmetric
+from hasten.parameters import Range
 from hasten.registry import method
 
 __all__ = ["L2P", "PUBLISHED", "FullHistory", "MaskedHistory"]
@@ -55,19 +56,19 @@ PUBLISHED = {
     6: (0, 1, 2, 4, 16, 32),
 }
 MOST_GAIN = 100
-ALL = 1024  # more computed steps than any run has
+RIDGES = {"masked": 1e-5, "full": 1e-3}  # forecasts of a full history feed on forecasts
 
 
 def ridge_weights(gram: Gram, target: int, past: Sequence[int], ridge: float) -> Vector:
-    """Weights of the steps `past` (newest first) for a forecast of `target`, drawn towards reuse by `ridge`."""
+    """Weights of the steps `past` (newest first) for a forecast of `target`, shrunk to reuse by `ridge`."""
     own = gram[np.ix_(past, past)]
-    pull = ridge * max(float(np.trace(own)) / len(past), 1e-300)
+    weight = ridge * max(float(np.trace(own)) / len(past), 1e-300)
     newest = np.eye(len(past))[0]
-    return np.linalg.lstsq(own + pull * np.eye(len(past)), gram[list(past), target] + pull * newest, rcond=None)[0]
+    return np.linalg.lstsq(own + weight * np.eye(len(past)), gram[list(past), target] + weight * newest, rcond=None)[0]
 
 
 class MaskedHistory:
-    """Weights on computed steps, solved for the anchors at hand.
+    """Weights on computed steps, solved for the stored steps at hand.
 
     Args:
         gram: of the calibrated runs, `[T, T]`.
@@ -82,15 +83,15 @@ class MaskedHistory:
     def memory(self) -> int:
         return self._memory
 
-    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
+    def weights(self, target: int, stored: Sequence[int]) -> list[float]:
         known = len(self._gram)
         if target >= known:  # beyond the calibrated steps there is nothing but reuse
-            return [1.0] + [0.0] * (len(anchors) - 1)
-        return [float(w) for w in ridge_weights(self._gram, target, anchors, self._ridge)]
+            return [1.0] + [0.0] * (len(stored) - 1)
+        return [float(w) for w in ridge_weights(self._gram, target, stored, self._ridge)]
 
 
 class FullHistory:
-    """Weights on every earlier step, as weights on the full ones among them.
+    """Weights on every earlier step, as weights on the computed ones among them.
 
     Args:
         rows: `rows[t, j]` is the weight of step `j < t` in the forecast of step `t`.
@@ -101,17 +102,17 @@ class FullHistory:
     def __init__(self, rows: Gram) -> None:
         self._rows = rows
 
-    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
+    def weights(self, target: int, stored: Sequence[int]) -> list[float]:
         if target >= len(self._rows):
-            return [1.0] + [0.0] * (len(anchors) - 1)
-        place = {step: k for k, step in enumerate(anchors)}
-        as_full = np.zeros((target + 1, len(anchors)))
+            return [1.0] + [0.0] * (len(stored) - 1)
+        column = {step: k for k, step in enumerate(stored)}
+        on_stored = np.zeros((target + 1, len(stored)))
         for step in range(target + 1):
-            if step in place:
-                as_full[step, place[step]] = 1.0
+            if step in column:
+                on_stored[step, column[step]] = 1.0
             else:
-                as_full[step] = self._rows[step, :step] @ as_full[:step]
-        return [float(w) for w in as_full[target]]
+                on_stored[step] = self._rows[step, :step] @ on_stored[:step]
+        return [float(w) for w in on_stored[target]]
 
 
 def closed_rows(gram: Gram, ridge: float) -> Gram:
@@ -152,74 +153,60 @@ declare_contents("l2p", {"gram/{pass_}": Array("float", ("T", "T"), (symmetric,)
 @method("l2p", kind="caching", paper="L2P, arXiv:2604.26365", needs_calibration=True)
 @dataclass(frozen=True, kw_only=True)
 class L2P(CalibratedMethod):
-    """Forecast by weights that were learned for each pair of steps (L2P).
-
-    Args:
-        fit_by: `"closed"` or `"gradient"`; see the top of the file.
-        history: `"masked"` or `"full"`.
-        ridge: of the closed form; larger stays nearer to reuse. None is 1e-5 for a masked history and 1e-3 for a full
-            one, whose forecasts feed on forecasts.
-        window: how many computed steps a masked forecast uses; None is all of them.
-        published: take the longest published list of computed steps that is no longer than the schedule's.
-    """
+    """Forecast by weights that were learned for each pair of steps (L2P)."""
 
     name: ClassVar[str] = "l2p"
     bound_to_run: ClassVar[bool] = True
-    sites: ClassVar[tuple[SiteName, ...]] = ("output", "hidden")
 
-    site: SiteName = "output"
-    fit_by: Literal["closed", "gradient"] = "closed"
-    history: Literal["masked", "full"] = "masked"
-    ridge: float | None = None
-    window: int | None = None
-    published: bool = False
+    site: Literal["output", "hidden"] = "output"
+    fit_by: Annotated[Literal["closed", "gradient"], "ridge regression, or the paper's training"] = "closed"
+    history: Annotated[Literal["masked", "full"], "computed steps alone, or every earlier step as published"] = "masked"
+    ridge: Annotated[
+        float | None,
+        Range(0),
+        "of the closed form; larger stays nearer to reuse; None is 1e-5, and 1e-3 for a full history",
+    ] = None
+    window: Annotated[int | None, Range(1), "computed steps that a masked forecast uses; None is all of them"] = None
+    published: Annotated[bool, "take the published list of computed steps that is as long as the schedule"] = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.fit_by not in ("closed", "gradient"):
-            raise unknown("fit of L2P", self.fit_by, ("closed", "gradient"))
-        if self.history not in ("masked", "full"):
-            raise unknown("history of L2P", self.history, ("masked", "full"))
+    def check(self) -> None:
+        super().check()
         if self.fit_by == "gradient" and self.history == "masked":
-            raise ConfigError("the gradient form learns from the full history; use history='full' with it")
-        if self.ridge is None:
-            object.__setattr__(self, "ridge", 1e-5 if self.history == "masked" else 1e-3)
-        if self.ridge is not None and self.ridge < 0:
-            raise ConfigError(f"ridge must not be negative, got {self.ridge}")
-        if self.window is not None and (self.window < 1 or self.history == "full"):
-            raise ConfigError("window must be at least 1, and belongs to history='masked'")
+            raise ConfigError("L2P: fit_by='gradient' learns from the full history; use history='full' with it")
+        if self.window is not None and self.history == "full":
+            raise ConfigError("L2P: window belongs to history='masked'; leave it out")
 
     def plan(self) -> Schedule:
         plan = super().plan()
         if not self.published:
             return plan
         steps = self.fitted.fingerprint.steps
-        count = len(computed_steps(plan, steps))
-        fitting = [n for n in PUBLISHED if n <= count]
+        count = self.computed_steps or len(computed_steps(plan, steps))
+        fitting = [n for n in PUBLISHED if n == count or (n < count and self.computed_steps is None)]
         if steps != 50 or not fitting:
             raise ScheduleError(
-                f"the published lists are for 50 steps with {min(PUBLISHED)} or more of them computed; "
+                f"the published lists are for 50 steps with {min(PUBLISHED)} to {max(PUBLISHED)} of them computed; "
                 f"got {steps} steps with {count}. Leave out published=True"
             )
         return Explicit(PUBLISHED[max(fitting)])
 
-    def parts(self, place: FeatureKey) -> Components:
+    def components(self, key: FeatureKey) -> Components:
         known = self.fitted.fingerprint.passes
         # A pass that was not calibrated is refused by check_passes, or forecast like the first one with strict=False.
-        gram = np.asarray(self.fitted.tensors[f"gram/{place.pass_name if place.pass_name in known else known[0]}"])
-        assert self.ridge is not None
+        gram = np.asarray(self.fitted.tensors[f"gram/{key.pass_name if key.pass_name in known else known[0]}"])
+        ridge = RIDGES[self.history] if self.ridge is None else self.ridge
         if self.history == "masked":
-            return Components(Whole(), {"whole": MaskedHistory(gram, self.ridge, self.window or ALL)})
-        rows = closed_rows(gram, self.ridge) if self.fit_by == "closed" else gradient_rows(gram)
+            return Components(Whole(), {"whole": MaskedHistory(gram, ridge, self.window or ALL)})
+        rows = closed_rows(gram, ridge) if self.fit_by == "closed" else gradient_rows(gram)
         predictor = FullHistory(rows)
         self._refuse_growth(predictor)
         return Components(Whole(), {"whole": predictor})
 
     def _refuse_growth(self, predictor: FullHistory) -> None:
-        """Forecasts that feed on forecasts may amplify every error; say so instead of drawing noise."""
-        computed = self.computed_steps()
-        cached = [step for step in range(computed[0], self.fitted.fingerprint.steps) if step not in computed]
-        weights = [predictor.weights(step, [f for f in reversed(computed) if f < step]) for step in cached]
+        """Forecasts that feed on forecasts may amplify every error; say so instead of generating noise."""
+        computed = self.calibrated_steps()
+        skipped = [step for step in range(computed[0], self.fitted.fingerprint.steps) if step not in computed]
+        weights = [predictor.weights(step, [f for f in reversed(computed) if f < step]) for step in skipped]
         gain = max((sum(map(abs, row)) for row in weights), default=1.0)
         if gain > MOST_GAIN:
             raise ConfigError(
@@ -228,11 +215,13 @@ class L2P(CalibratedMethod):
             )
 
     @staticmethod
-    def fit(trace: Trace, site: SiteName = "output") -> Fit:
+    def fit(
+        trace: Trace, site: Annotated[Literal["output", "hidden"], "whose features are forecast"] = "output"
+    ) -> Fit:
         """The Gram matrix of each pass, and how well two steps ahead can be told from the past."""
         tensors, report = {}, {}
-        for name, slots in trace.features.items():
-            gram = gram_of(slots["output" if site == "output" else "hidden"])
+        for name, features in trace.features.items():
+            gram = gram_of(features[site])
             tensors[f"gram/{name}"] = torch.from_numpy(gram)
             rows = closed_rows(gram, 1e-5)
             fidelity = [1.0]

@@ -1,4 +1,5 @@
-"""LEAP at a cache's site: learned weights on the computed steps, fitted on the states that the fast sampler visits. Ours.
+"""LEAP at a cache's site: learned weights on the computed steps, fitted on the states that the fast sampler visits.
+Ours.
 
     F^_t = sum_k w_tk F_k        k over the computed steps before t
 
@@ -8,15 +9,16 @@ accelerated sampler itself computes, and the goal is the uncached sampler's feat
 
     w_t = argmin || sum_k w_k F_k - F*_t ||^2 + ridge mean(diag G) || w - e ||^2,      G = F F^T
 
-with `e` the newest computed step. `hasten.fit_leapcache` makes the calibration, for lists of computed steps that were searched
-before; `hasten calibrate` makes a first one of recorded features alone, in which `F_k` are the uncached sampler's.
+with `e` the newest computed step. `hasten.fit_leapcache` makes the calibration, for lists of computed steps that were
+searched before; `hasten calibrate` makes a first one of recorded features alone, in which `F_k` are the uncached
+sampler's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +27,11 @@ from torch import Tensor
 
 from hasten.caching.calibrated import CalibratedMethod
 from hasten.caching.components import Components, FeatureKey
-from hasten.caching.method import SiteName
 from hasten.caching.projectors import Whole
-from hasten.caching.schedule import Explicit, Schedule, Uniform, longest_within, spread
+from hasten.caching.schedule import Explicit, Schedule, longest_within, spread
 from hasten.calibration import Calibration, Fit, Trace, declare_contents
-from hasten.errors import ConfigError
 from hasten.io import Array, step_list
+from hasten.parameters import Range
 from hasten.registry import method
 
 __all__ = ["LeapCache", "LearnedWeights", "learned_table"]
@@ -59,10 +60,10 @@ class LearnedWeights:
         oldest = [int(np.flatnonzero(row)[0]) if row.any() else 0 for row in self._table]
         return max(1, *(p - o for p, o in zip(past, oldest, strict=True)))
 
-    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
+    def weights(self, target: int, stored: Sequence[int]) -> list[float]:
         if target >= len(self._table):  # beyond the calibrated steps there is nothing but reuse
-            return [1.0] + [0.0] * (len(anchors) - 1)
-        return [float(self._table[target, self._column[anchor]]) for anchor in anchors]
+            return [1.0] + [0.0] * (len(stored) - 1)
+        return [float(self._table[target, self._column[step]]) for step in stored]
 
 
 def learned_table(
@@ -75,7 +76,7 @@ def learned_table(
         goal: features to be forecast, `[S, T, ...]`.
         steps: the `n` computed steps.
         window: how many newest computed steps a forecast uses.
-        ridge: pull towards reuse.
+        ridge: how far weights shrink to reuse.
     """
     own, aim = known.flatten(2).float(), goal.flatten(2).float()
     gram = torch.stack([run @ run.T for run in own]).sum(0, dtype=torch.float64).numpy()
@@ -88,9 +89,9 @@ def learned_table(
         if t in steps:
             continue
         inner = gram[np.ix_(past, past)]
-        pull = ridge * max(float(np.trace(inner)) / len(past), 1e-300)
-        right = cross[past, t] + pull * np.eye(len(past))[-1]
-        table[t, past] = np.linalg.lstsq(inner + pull * np.eye(len(past)), right, rcond=None)[0]
+        weight = ridge * max(float(np.trace(inner)) / len(past), 1e-300)
+        right = cross[past, t] + weight * np.eye(len(past))[-1]
+        table[t, past] = np.linalg.lstsq(inner + weight * np.eye(len(past)), right, rcond=None)[0]
     return torch.from_numpy(table)
 
 
@@ -122,45 +123,47 @@ declare_contents(
 class LeapCache(CalibratedMethod):
     """Forecast by weights and at steps that were learned on the accelerated sampler's own path (LEAP).
 
-    The steps come with the calibration: the longest list that is no longer than the uniform schedule of `interval` and
-    `warmup`. `schedule`, `tuned` and `steps` belong to methods that do not bring their own.
+    The steps come with the calibration: the list of `computed_steps`, or the longest one that is no longer than the
+    uniform schedule of `interval` and `warmup`.
     """
 
     name: ClassVar[str] = "leapcache"
     bound_to_run: ClassVar[bool] = True
-    sites: ClassVar[tuple[SiteName, ...]] = ("hidden",)
 
-    def __post_init__(self) -> None:
-        if self.steps is not None or self.tuned is not None or self.schedule != "uniform":
-            raise ConfigError(
-                "leapcache learned its computed steps with its weights: leave out steps, tuned and schedule"
-            )
-        super().__post_init__()
+    site: Literal["hidden"] = "hidden"
+    schedule: Annotated[Literal["uniform"], "only this: the steps were learned together with the weights"] = "uniform"
+    steps: Annotated[None, "only this: the steps were learned together with the weights"] = None
+    searched: Annotated[None, "only this: the steps were learned together with the weights"] = None
 
     def plan(self) -> Schedule:
-        return Explicit(self._list()) if self.interval > 1 else super().plan()
+        return Explicit(self._list()) if self.interval != 1 else super().plan()
 
     def _list(self) -> tuple[int, ...]:
         lists = [steps.tolist() for name, steps in self.fitted.tensors.items() if name.endswith("/steps")]
-        return longest_within(lists, Uniform(self.interval, self.warmup), self.fitted.fingerprint.steps)
+        return longest_within(lists, self.asked(), self.fitted.fingerprint.steps)
 
-    def parts(self, place: FeatureKey) -> Components:
+    def components(self, key: FeatureKey) -> Components:
         steps, known = self._list(), self.fitted.fingerprint.passes
         # A pass that was not calibrated is refused by check_passes, or forecast like the first one with strict=False.
-        name = place.pass_name if place.pass_name in known else known[0]
+        name = key.pass_name if key.pass_name in known else known[0]
         table = np.asarray(self.fitted.tensors[f"{len(steps)}/{name}"], dtype=np.float64)
         return Components(Whole(), {"whole": LearnedWeights(steps, table)})
 
     @staticmethod
-    def fit(trace: Trace, steps: tuple[int, ...] | None = None, window: int = WINDOW, ridge: float = RIDGE) -> Fit:
+    def fit(
+        trace: Trace,
+        steps: Annotated[tuple[int, ...] | None, Range(0), "computed steps to fit for; None is even spreads"] = None,
+        window: Annotated[int, Range(1), "newest computed steps that a forecast uses"] = WINDOW,
+        ridge: Annotated[float, Range(0), "how far weights shrink to reuse"] = RIDGE,
+    ) -> Fit:
         """Weights from features of the uncached sampler, on a list of computed steps or on even spreads."""
         total = trace.fingerprint.steps
         lists = [steps] if steps is not None else [spread(count, total) for count in COUNTS if count < total]
         tensors: dict[str, Tensor] = {}
         for chosen in lists:
             tensors[f"{len(chosen)}/steps"] = torch.tensor(chosen)
-            for name, slots in trace.features.items():
-                goal = slots["hidden"]
+            for name, features in trace.features.items():
+                goal = features["hidden"]
                 table = learned_table(goal[:, list(chosen)], goal, chosen, window, ridge)
                 tensors[f"{len(chosen)}/{name}"] = table
         return Fit(tensors, {"lists": len(lists), "window": window})

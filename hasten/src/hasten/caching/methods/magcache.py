@@ -1,7 +1,7 @@
 """MagCache: skip while the magnitude of the blocks' change is predictable. Ma et al., "MagCache: Fast Video Generation
 with Magnitude-Aware Cache", arXiv:2506.09045.
 
-    gamma_t = mean ||r_t|| / ||r_{t-1}||,  r = out - in over all blocks          measured once for a model
+    gamma_t = mean ||r_t|| / ||r_{t-1}||,  r = out - in over all blocks          measured once per model
     ratio <- ratio gamma_t;  error <- error + |1 - ratio|;  skip while error <= threshold; a computed step resets both
     out = in + r at the last computed step
 
@@ -14,6 +14,7 @@ Departures: norms are taken over all image tokens at once; the curve is that of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ from hasten.caching.adaptive import AdaptiveMethod
 from hasten.caching.gates import Gate, ThresholdGate
 from hasten.caching.method import Feature
 from hasten.calibration import Calibration, Fit, Trace, declare_contents
-from hasten.errors import ConfigError
 from hasten.io import Array
+from hasten.parameters import Range
 from hasten.registry import method
 
 __all__ = ["MagCache"]
@@ -59,23 +60,16 @@ declare_contents("magcache", {"ratios": Array("float", ("L",), low=0)})
 @method("magcache", kind="caching", paper="MagCache, arXiv:2506.09045", needs_calibration=True)
 @dataclass(frozen=True, kw_only=True)
 class MagCache(AdaptiveMethod):
-    """Skip while the magnitude of the blocks' change is predictable (MagCache).
-
-    Args:
-        retention: share of the run that is computed at its start.
-        calibration: the model's curve of ratios.
-    """
+    """Skip while the magnitude of the blocks' change is predictable (MagCache)."""
 
     threshold: float = 0.06
     interval: int = 4
     warmup: int = 1
-    retention: float = 0.1
-    calibration: Calibration | str | None = None
+    retention: Annotated[float, Range(0, below=1), "share of the run that is computed at its start"] = 0.1
+    calibration: Annotated[Calibration | str | None, "the model's curve of ratios, or its file"] = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.retention < 1:
-            raise ConfigError(f"retention must be in [0, 1), got {self.retention}")
+    def check(self) -> None:
+        super().check()
         object.__setattr__(self, "calibration", Calibration.of("magcache", self.calibration))
 
     def feature(self) -> Feature:
@@ -88,8 +82,8 @@ class MagCache(AdaptiveMethod):
     @staticmethod
     def fit(trace: Trace) -> Fit:
         """The curve of ratios, mean over the recorded runs; 1 at the first step."""
-        slots = trace.features[trace.passes[0]]
-        change = (slots["hidden"].float() - slots["entry"].float()).flatten(2).norm(dim=2)  # [S, T]
+        features = trace.features[trace.passes[0]]
+        change = (features["hidden"].float() - features["entry"].float()).flatten(2).norm(dim=2)  # [S, T]
         ratios = (change[:, 1:] / change[:, :-1]).double()
         curve = torch.cat([torch.ones(1, dtype=torch.float64), ratios.mean(0)])
         spread = ratios.std(0, correction=0)

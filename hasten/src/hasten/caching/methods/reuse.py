@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hasten.caching.method import CachingMethod
+from hasten.caching.method import ScheduledMethod
 from hasten.caching.predictors import Predictor
 from hasten.caching.predictors import Reuse as ReusePredictor
 from hasten.registry import method
@@ -23,7 +23,7 @@ __all__ = ["Reuse"]
 
 @method("reuse", kind="caching", paper="FORA, arXiv:2407.01425")
 @dataclass(frozen=True, kw_only=True)
-class Reuse(CachingMethod):
+class Reuse(ScheduledMethod):
     """Reuse the newest computed feature (FORA)."""
 
     def predictors(self) -> Mapping[str, Predictor]:

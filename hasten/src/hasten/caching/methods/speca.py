@@ -8,22 +8,24 @@ Transformers with Speculative Feature Caching", arXiv:2509.11628.
 There is no rollback: a draft that fails has been used already. At least `least` and at most `interval - 1` steps are
 drafted in a row.
 
-Departures: the papers' code drafts the step after every computed one even in the warm-up; here the warm-up is computed. Its
-thresholds (7 for FLUX.1-dev) belong to unnormalised errors; here errors are relative. Its floor is 0.1; here it is a
-tenth of the threshold, whatever that is.
+Departures: the papers' code drafts the step after every computed one even in the warm-up; here the warm-up is computed.
+Its thresholds (7 for FLUX.1-dev) belong to unnormalised errors; here errors are relative. Its floor is 0.1; here it is
+a tenth of the threshold, whatever that is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
 from hasten.caching.adaptive import AdaptiveMethod
 from hasten.caching.gates import Gate, ThresholdGate
 from hasten.caching.method import Feature
+from hasten.caching.predictors import Order
 from hasten.caching.schedule import Decision
-from hasten.errors import ConfigError
+from hasten.parameters import Range
 from hasten.registry import method
 
 __all__ = ["SpeCa"]
@@ -53,7 +55,7 @@ class DraftGate(ThresholdGate):
         return decision
 
     def on_decision(self, computed: bool, seen: Tensor | None) -> None:
-        self._error = 0.0  # the passes of this step set it anew, the worst of them counts
+        self._error = 0.0  # the passes of this step set it again, and the worst of them counts
 
     def verified(self, step: int, error: float) -> None:
         self._error = max(self._error, error)
@@ -62,28 +64,16 @@ class DraftGate(ThresholdGate):
 @method("speca", kind="caching", paper="SpeCa, arXiv:2509.11628")
 @dataclass(frozen=True, kw_only=True)
 class SpeCa(AdaptiveMethod):
-    """Draft by a Taylor forecast and let the last block check the draft (SpeCa).
+    """Draft by a Taylor forecast and let the last block check the draft (SpeCa)."""
 
-    Args:
-        threshold: largest relative error of a draft after which drafting goes on, at the start of the run.
-        decay: what is left of the threshold at the end of the run.
-        least: fewest drafts in a row.
-        order: of the Taylor forecast.
-    """
-
-    threshold: float = 0.1
+    threshold: Annotated[
+        float, Range(0), "largest relative error of a draft after which drafting goes on, at the start of the run"
+    ] = 0.1
     interval: int = 9
     warmup: int = 3
-    order: int = 2
-    decay: float = 0.3
-    least: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.decay <= 1:
-            raise ConfigError(f"decay must be in (0, 1], got {self.decay}")
-        if self.least < 0:
-            raise ConfigError(f"least must not be negative, got {self.least}")
+    order: Annotated[Order, "of the Taylor forecast"] = 2
+    decay: Annotated[float, Range(above=0, most=1), "what is left of the threshold at the end of the run"] = 0.3
+    least: Annotated[int, Range(0), "fewest drafts in a row"] = 2
 
     def feature(self) -> Feature:
         return Feature(verify=True)

@@ -19,85 +19,67 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.polynomial import chebyshev
 
-from hasten.caching.method import CachingMethod
-from hasten.caching.predictors import Predictor, Taylor
-from hasten.errors import ConfigError
+from hasten.caching.method import ScheduledMethod
+from hasten.caching.predictors import Order, Predictor, Taylor
+from hasten.parameters import Declared, Range
 from hasten.registry import method
 
 __all__ = ["ChebyshevRidge", "Spectrum"]
 
+Ridge = Annotated[float, Range(above=0)]  # few features do not determine a polynomial
+Share = Annotated[float, Range(0, 1)]
+Window = Annotated[int, Range(2)]
+Span = Annotated[int, Range(1)]
+
 
 @dataclass(frozen=True)
-class ChebyshevRidge:
+class ChebyshevRidge(Declared):
     """Ridge regression of the features on Chebyshev polynomials of the step.
 
     Args:
         degree: of the polynomials.
-        ridge: of the regression, which draws its forecast towards zero.
+        ridge: of the regression, which shrinks its forecast.
         blend: share of the regression in [0, 1]; the rest is the line through the two newest features.
         window: how many features are kept.
         span: steps that are mapped to [-1, 1]; 1 lets the interval end at the step that is forecast.
     """
 
-    degree: int
-    ridge: float
-    blend: float
-    window: int
-    span: int
-
-    def __post_init__(self) -> None:
-        if self.degree < 0:
-            raise ConfigError(f"degree must be 0 or more, got {self.degree}")
-        if self.ridge <= 0:
-            raise ConfigError(f"ridge must be positive (few features do not determine a polynomial), got {self.ridge}")
-        if not 0 <= self.blend <= 1:
-            raise ConfigError(f"blend must be in [0, 1], got {self.blend}")
-        if self.window < 2:
-            raise ConfigError(f"window must be at least 2, got {self.window}")
-        if self.span < 1:
-            raise ConfigError(f"span must be at least 1 step, got {self.span}")
+    degree: Order
+    ridge: Ridge
+    blend: Share
+    window: Window
+    span: Span
 
     @property
     def memory(self) -> int:
         return self.window
 
-    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
-        if len(anchors) < 2:
+    def weights(self, target: int, stored: Sequence[int]) -> list[float]:
+        if len(stored) < 2:
             return [1.0]
-        steps = np.asarray([target, *anchors], dtype=float) - anchors[-1]
+        steps = np.asarray([target, *stored], dtype=float) - stored[-1]
         table = chebyshev.chebvander(2 * steps / max(self.span, steps[0]) - 1, self.degree)
         here, past = table[0], table[1:]
         fitted = here @ np.linalg.solve(past.T @ past + self.ridge * np.eye(past.shape[1]), past.T)
-        local = np.asarray(Taylor(1).weights(target, anchors))
+        local = np.asarray(Taylor(1).weights(target, stored))
         return [float(w) for w in self.blend * fitted + (1 - self.blend) * local]
 
 
 @method("spectrum", kind="caching", paper="Spectrum, arXiv:2603.01623")
 @dataclass(frozen=True, kw_only=True)
-class Spectrum(CachingMethod):
-    """Forecast by a ridge regression on Chebyshev polynomials (Spectrum).
+class Spectrum(ScheduledMethod):
+    """Forecast by a ridge regression on Chebyshev polynomials (Spectrum)."""
 
-    Args:
-        degree: of the polynomials.
-        ridge: of the regression.
-        blend: share of the regression; the rest is the line through the two newest features.
-        window: how many features are kept.
-        span: steps that are mapped to the interval of the polynomials; the usual number of steps of a run.
-    """
-
-    degree: int = 4
-    ridge: float = 0.1
-    blend: float = 0.5
-    window: int = 8
-    span: int = 50
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.predictors()  # validates the parameters
+    degree: Annotated[Order, "of the polynomials"] = 4
+    ridge: Annotated[Ridge, "of the regression, which shrinks its forecast"] = 0.1
+    blend: Annotated[Share, "share of the regression; the rest is the line through the two newest features"] = 0.5
+    window: Annotated[Window, "how many features are kept"] = 8
+    span: Annotated[Span, "steps mapped to the interval of the polynomials: the usual length of a run"] = 50
 
     def predictors(self) -> Mapping[str, Predictor]:
         return {"whole": ChebyshevRidge(self.degree, self.ridge, self.blend, self.window, self.span)}

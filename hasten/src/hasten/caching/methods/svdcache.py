@@ -14,14 +14,14 @@ The paper speaks of an exponential moving average with weight 0.9 and of extrapo
 * `"new-heavy"`: a moving average of features that gives the newest a weight of `beta`;
 * `"literal"`: a moving average of features that gives the newest a weight of `1 - beta`, as printed: it lags.
 
-Departures: averages run over the computed steps that are kept (`window`), started anew at the oldest of them.
+Departures: averages run over the computed steps that are kept (`window`), started again at the oldest of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,19 +29,18 @@ from torch import Tensor
 
 from hasten.caching.calibrated import CalibratedMethod
 from hasten.caching.components import Components, FeatureKey
-from hasten.caching.method import SiteName
 from hasten.caching.multistep import Vector
-from hasten.caching.predictors import Predictor, Reuse, Taylor
+from hasten.caching.predictors import Order, Predictor, Reuse, Taylor
 from hasten.caching.projectors import Whole, weighted_sum
 from hasten.calibration import Fit, Trace, declare_contents
-from hasten.errors import CalibrationError, ConfigError, unknown
+from hasten.errors import CalibrationError
 from hasten.io import Array, orthonormal
+from hasten.parameters import Range
 from hasten.registry import method
 
 __all__ = ["MovingAverage", "SVDCache", "Subspace"]
 
 Mode = Literal["velocity", "taylor", "new-heavy", "literal"]
-MODES = ("velocity", "taylor", "new-heavy", "literal")
 
 
 class Subspace:
@@ -51,7 +50,7 @@ class Subspace:
         basis: `[D, k]` with orthonormal columns.
     """
 
-    parts: tuple[str, ...] = ("principal", "residual")
+    components: tuple[str, ...] = ("principal", "residual")
 
     def __init__(self, basis: Tensor) -> None:
         self._basis = basis
@@ -82,13 +81,13 @@ class MovingAverage:
     def memory(self) -> int:
         return self.window
 
-    def weights(self, target: int, anchors: Sequence[int]) -> list[float]:
-        unit = np.eye(len(anchors))
+    def weights(self, target: int, stored: Sequence[int]) -> list[float]:
+        unit = np.eye(len(stored))
         if self.mode == "velocity":
-            if len(anchors) < 2:
+            if len(stored) < 2:
                 return [1.0]
-            slopes = [(unit[i] - unit[i + 1]) / (anchors[i] - anchors[i + 1]) for i in range(len(anchors) - 1)]
-            return (unit[0] + (target - anchors[0]) * _average(slopes, 1 - self.beta)).tolist()
+            slopes = [(unit[i] - unit[i + 1]) / (stored[i] - stored[i + 1]) for i in range(len(stored) - 1)]
+            return (unit[0] + (target - stored[0]) * _average(slopes, 1 - self.beta)).tolist()
         newest = self.beta if self.mode == "new-heavy" else 1 - self.beta
         return _average(list(unit), newest).tolist()
 
@@ -105,62 +104,42 @@ declare_contents("svdcache", {"basis/{slot}": Array("float", ("D", "k"), (orthon
 @method("svdcache", kind="caching", paper="SVD-Cache, arXiv:2601.07396", needs_calibration=True)
 @dataclass(frozen=True, kw_only=True)
 class SVDCache(CalibratedMethod):
-    """Forecast the principal subspace of the channels and reuse the rest (SVD-Cache).
-
-    Args:
-        mode: `"velocity"`, `"taylor"`, `"new-heavy"` or `"literal"`; see the top of the file.
-        beta: weight of the past in the moving average.
-        order: of the Taylor forecast.
-        window: how many computed steps are kept for the average.
-    """
+    """Forecast the principal subspace of the channels and reuse the rest (SVD-Cache)."""
 
     name: ClassVar[str] = "svdcache"
-    sites: ClassVar[tuple[SiteName, ...]] = ("hidden", "module")
 
-    mode: Mode = "velocity"
-    beta: float = 0.5
-    order: int = 2
-    window: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mode not in MODES:
-            raise unknown("mode of SVD-Cache", self.mode, MODES)
-        if not 0 < self.beta < 1:
-            raise ConfigError(f"beta must be between 0 and 1, got {self.beta}")
-        if self.window < 2:
-            raise ConfigError(f"window must be at least 2, got {self.window}")
+    site: Literal["hidden", "module"] = "hidden"
+    mode: Annotated[
+        Mode, "forecast of the subspace: an averaged slope, Taylor's, or an average of features (new-heavy, literal)"
+    ] = "velocity"
+    beta: Annotated[float, Range(above=0, below=1), "weight of the past in the moving average"] = 0.5
+    order: Annotated[Order, "of the Taylor forecast"] = 2
+    window: Annotated[int, Range(2), "how many computed steps are kept for the average"] = 4
 
     def _principal(self) -> Predictor:
         if self.mode == "taylor":
             return Taylor(self.order, first=self.first_difference)
         return MovingAverage(self.mode, self.beta, self.window)
 
-    def parts(self, place: FeatureKey) -> Components:
-        basis = self.fitted.tensors.get(f"basis/{place.slot}")
-        if basis is None:  # a small tensor that was not worth a basis, such as one that a module returns once a run
+    def components(self, key: FeatureKey) -> Components:
+        basis = self.fitted.tensors.get(f"basis/{key.cache_key}")
+        if basis is None:  # a small tensor that was not worth a basis, such as one that a module returns once per run
             return Components(Whole(), {"whole": self._principal()})
         return Components(Subspace(basis), {"principal": self._principal(), "residual": Reuse()})
 
     @staticmethod
-    def fit(trace: Trace, energy: float = 0.85, of: str = "features", site: SiteName = "hidden") -> Fit:
-        """A basis for each slot from all steps, tokens and passes.
-
-        Args:
-            trace: uncached runs.
-            energy: share of the energy that the subspace holds.
-            of: `"features"` (the paper) or `"changes"` from step to step, which are what a forecast has to follow.
-            site: whose slots.
-        """
-        if not 0 < energy <= 1:
-            raise ConfigError(f"energy must be in (0, 1], got {energy}")
-        if of not in ("features", "changes"):
-            raise unknown("kind of basis", of, ("features", "changes"))
+    def fit(
+        trace: Trace,
+        energy: Annotated[float, Range(above=0, most=1), "share of the energy that the subspace holds"] = 0.85,
+        of: Annotated[Literal["features", "changes"], "the paper's, or changes, which a forecast follows"] = "features",
+        site: Annotated[Literal["hidden", "module"], "whose features are decomposed"] = "hidden",
+    ) -> Fit:
+        """A basis for each cache key from all steps, tokens and passes."""
         tensors, report = {}, {}
-        for slot in trace.slots(site):
+        for key in trace.cache_keys(site):
             rows = []
-            for slots in trace.features.values():
-                steps = slots[slot].float()
+            for features in trace.features.values():
+                steps = features[key].float()
                 rows.append((steps.diff(dim=1) if of == "changes" else steps).flatten(0, -2))
             covariance = torch.zeros(rows[0].shape[-1], rows[0].shape[-1], dtype=torch.float64)
             for row in rows:
@@ -168,11 +147,12 @@ class SVDCache(CalibratedMethod):
             values, vectors = torch.linalg.eigh(covariance)
             shares = values.flip(0).clamp_min(0).cumsum(0) / values.clamp_min(0).sum().clamp_min(1e-300)
             k = int((shares < energy - 1e-12).sum()) + 1
-            tensors[f"basis/{slot}"] = vectors.flip(1)[:, :k].float().contiguous()
-            basis = tensors[f"basis/{slot}"]
-            steps = torch.cat([slots[slot].float() for slots in trace.features.values()]).movedim(1, 0).flatten(1, -2)
+            tensors[f"basis/{key}"] = vectors.flip(1)[:, :k].float().contiguous()
+            basis = tensors[f"basis/{key}"]
+            steps = torch.cat([features[key].float() for features in trace.features.values()])
+            steps = steps.movedim(1, 0).flatten(1, -2)
             held = (steps @ basis).square().sum((1, 2)) / steps.square().sum((1, 2)).clamp_min(1e-30)
-            report[slot] = {
+            report[key] = {
                 "k": k,
                 "width": len(values),
                 "energy": float(shares[k - 1]),

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -25,10 +26,10 @@ from torch import Tensor
 
 from hasten.caching.adaptive import AdaptiveMethod
 from hasten.caching.gates import Gate, ThresholdGate, relative_change
-from hasten.caching.method import Feature, ScheduleName
+from hasten.caching.method import Feature
 from hasten.calibration import Calibration, Fit, Trace, declare_contents
-from hasten.errors import ConfigError, unknown
 from hasten.io import Array
+from hasten.parameters import Names, Range
 from hasten.registry import method
 
 __all__ = ["COEFFICIENTS", "TeaCache"]
@@ -80,30 +81,28 @@ declare_contents("teacache", {"coefficients": Array("float", ("P",))})
 @method("teacache", kind="caching", paper="TeaCache, arXiv:2411.19108")
 @dataclass(frozen=True, kw_only=True)
 class TeaCache(AdaptiveMethod):
-    """Skip while the accumulated change of the first block's input is small (TeaCache).
-
-    Args:
-        coefficients: name of a published polynomial, or its coefficients, highest power first.
-        calibration: a calibration of this method; its polynomial takes the place of `coefficients`.
-        per_sample: let the image of a batch that changed most decide, instead of the batch's mean.
-    """
+    """Skip while the accumulated change of the first block's input is small (TeaCache)."""
 
     threshold: float = 0.25
     warmup: int = 1
-    schedule: ScheduleName = "last"
-    coefficients: str | tuple[float, ...] = "identity"
-    calibration: Calibration | str | None = None
-    per_sample: bool = False
+    schedule: Literal["uniform", "last"] = "last"
+    coefficients: Annotated[
+        str | tuple[float, ...],
+        Names(COEFFICIENTS),
+        "name of a published polynomial, or its coefficients, highest power first",
+    ] = "identity"
+    calibration: Annotated[
+        Calibration | str | None, "what was fitted to the model, or its file; takes precedence over `coefficients`"
+    ] = None
+    per_sample: Annotated[bool, "let the image of a batch that changed most decide, not the batch's mean"] = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.coefficients, str) and self.coefficients not in COEFFICIENTS:
-            raise unknown("polynomial of TeaCache", self.coefficients, COEFFICIENTS)
+    def check(self) -> None:
+        super().check()
         if self.calibration is not None:
             object.__setattr__(self, "calibration", Calibration.of("teacache", self.calibration))
 
     def feature(self) -> Feature:
-        return Feature(change=True, sees="modulated")
+        return Feature(change=True, gate_input="modulated")
 
     def polynomial(self) -> tuple[float, ...]:
         """The coefficients in use, highest power first."""
@@ -115,13 +114,11 @@ class TeaCache(AdaptiveMethod):
         return AccumulatingGate(self, self.polynomial())
 
     @staticmethod
-    def fit(trace: Trace, degree: int = DEGREE) -> Fit:
+    def fit(trace: Trace, degree: Annotated[int, Range(1), "of the polynomial"] = DEGREE) -> Fit:
         """A polynomial from the change of the modulated input to the change of the blocks' result, step to step."""
-        if degree < 1:
-            raise ConfigError(f"degree must be at least 1, got {degree}")
         xs, ys = [], []
-        for slots in trace.features.values():
-            for before, output in zip(slots["modulated"], slots["hidden"], strict=True):
+        for features in trace.features.values():
+            for before, output in zip(features["modulated"], features["hidden"], strict=True):
                 xs += _changes(before)
                 ys += _changes(output)
         x, y = np.asarray(xs), np.asarray(ys)
