@@ -19,7 +19,7 @@ THRESHOLDS = {"fbcache": 0.6, "teacache": 0.3, "magcache": 1.0, "easycache": 1.0
 
 def caching_methods() -> list[str]:
     """Names of all caching methods."""
-    return [info.name for info in registry.methods() if info.kind == "caching" and hasattr(info.config, "sites")]
+    return [info.name for info in registry.methods() if info.kind == "caching"]
 
 
 @dataclass(frozen=True)

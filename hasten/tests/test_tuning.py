@@ -99,6 +99,7 @@ def test_tuned_steps_are_better_than_the_spread_they_start_from(tmp_path):
     assert hasten.FoCa(schedule="searched", searched=tuned).plan() == hasten.FoCa(searched=tuned).plan()
     with pytest.raises(ConfigError, match="give searched="):
         hasten.FoCa(schedule="searched")
+    assert hasten.FoCa(searched=tuned, warmup=1).plan() == Explicit(tuple(tuned.report["4"]["steps"]))  # 4 is fewest
     with pytest.raises(ScheduleError, match="lists were learned for 4, 5"):
         hasten.FoCa(searched=tuned, interval=12, warmup=1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal, Self, get_args
@@ -20,7 +20,7 @@ from hasten.caching.schedule import (
     Uniform,
     UniformCount,
     computed_steps,
-    longest_within,
+    learned_list,
 )
 from hasten.calibration import Calibration, RunFacts, declare_contents
 from hasten.errors import CalibrationError, ConfigError, ScheduleError
@@ -185,12 +185,16 @@ class ScheduledMethod(CachingMethod):
         asked, last = self.asked(), self.schedule == "last"
         if isinstance(self.searched, Calibration):
             lists = [steps.tolist() for steps in self.searched.tensors.values()]
-            return Explicit(longest_within(lists, asked, self.searched.fingerprint.steps))
+            return Explicit(self.learned_list(lists, self.searched))
         if self.schedule in POWERS:
             return Spread(asked, POWERS[self.schedule])
         if isinstance(asked, int):
             return UniformCount(asked, self.warmup, last)
         return replace(asked, last=last)
+
+    def learned_list(self, lists: Iterable[Sequence[int]], origin: Calibration) -> tuple[int, ...]:
+        """Of the lists of computed steps in a calibration the one that the parameters ask for."""
+        return learned_list(lists, self.asked(), origin.fingerprint.steps, exact=self.interval is not None)
 
     def asked(self) -> int | Uniform:
         """How many steps to compute: a number, or as many as a uniform schedule has."""

@@ -21,7 +21,7 @@ __all__ = [
     "Uniform",
     "UniformCount",
     "computed_steps",
-    "longest_within",
+    "learned_list",
     "spread",
 ]
 
@@ -225,8 +225,16 @@ def _follow(schedule: Schedule, total: int) -> list[int]:
     return computed
 
 
-def longest_within(lists: Iterable[Sequence[int]], asked: int | Uniform, total: int) -> tuple[int, ...]:
+def learned_list(
+    lists: Iterable[Sequence[int]], asked: int | Uniform, total: int, exact: bool = True
+) -> tuple[int, ...]:
     """Of learned lists of computed steps the one with `asked` of them, or the longest that fits a uniform schedule.
+
+    Args:
+        lists: one of each length.
+        asked: how many computed steps, or the schedule that has as many at the most.
+        total: steps of a run.
+        exact: whether the schedule was asked for; where it was not, the shortest list serves if all are longer.
 
     Raises:
         ScheduleError: if there is none; it names the lengths that there are.
@@ -241,6 +249,8 @@ def longest_within(lists: Iterable[Sequence[int]], asked: int | Uniform, total: 
         return known[asked]
     most = len(computed_steps(asked, total))
     fitting = [length for length in known if length <= most]
+    if not fitting and not exact:
+        return known[min(known)]
     if not fitting:
         raise ScheduleError(
             f"interval={asked.interval} with warmup={asked.warmup} asks for {most} computed steps, but lists were "

@@ -28,7 +28,7 @@ from torch import Tensor
 from hasten.caching.calibrated import CalibratedMethod
 from hasten.caching.components import Components, FeatureKey
 from hasten.caching.projectors import Whole
-from hasten.caching.schedule import Explicit, Schedule, longest_within, spread
+from hasten.caching.schedule import Explicit, Schedule, spread
 from hasten.calibration import Calibration, Fit, Trace, declare_contents
 from hasten.io import Array, step_list
 from hasten.parameters import Range
@@ -140,7 +140,7 @@ class LeapCache(CalibratedMethod):
 
     def _list(self) -> tuple[int, ...]:
         lists = [steps.tolist() for name, steps in self.fitted.tensors.items() if name.endswith("/steps")]
-        return longest_within(lists, self.asked(), self.fitted.fingerprint.steps)
+        return self.learned_list(lists, self.fitted)
 
     def components(self, key: FeatureKey) -> Components:
         steps, known = self._list(), self.fitted.fingerprint.passes
