@@ -179,7 +179,7 @@ def test_tune_measures_resolution_methods_beside_the_others(emoji, monkeypatch, 
     result = json.loads((tmp_path / "tune.json").read_text())
     assert [row["budget"] for row in result["rows"] if row["method"].startswith("foca")] == [5]
     (dvg,) = [row for row in result["rows"] if row["method"] == "dvg"]
-    assert "FluxPipeline cannot run in stages" in dvg["failed"]
+    assert "FluxPipeline cannot run DVG" in dvg["failed"]
     assert result["tune"]["best"]["5"].startswith("foca")
     assert "Not measured: dvg" in out
 

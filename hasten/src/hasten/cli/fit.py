@@ -170,7 +170,8 @@ def _use(row: Row, folder: Path) -> str:
         parts = [parse_options(part) for part in split_methods(row.method)]
         built = [f"hasten.{registry.info(part).config.__name__}({_arguments(given)})" for part, given in parts]
         return f"hasten.accelerate(pipe, {', '.join(built)})   # num_inference_steps={row.steps}"
-    return f"hasten.accelerate(pipe, '{name}', {_arguments(options | {'computed_steps': row.params['computed_steps']})})"
+    decided = {key: row.params[key] for key in ("computed_steps", "threshold") if row.params.get(key) is not None}
+    return f"hasten.accelerate(pipe, '{name}', {_arguments(options | decided)})"
 
 
 def _arguments(values: dict[str, Any]) -> str:
