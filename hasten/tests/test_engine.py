@@ -230,7 +230,7 @@ def test_features_are_freed_at_the_end_of_a_run(pipe):
     run = hasten.accelerate(pipe, "hicache", interval=3)
     draw(pipe)
     (engine,) = run._engines.values()
-    assert not engine._memories
+    assert not engine.runs.under_way
     run.remove()
 
 
@@ -389,7 +389,7 @@ def test_what_has_no_transformer_is_refused(pipe):
         with pytest.raises(TargetError, match="transformer"):
             hasten.accelerate(target, "hicache")
     with pytest.raises(ConfigError, match="give one caching method"):
-        hasten.accelerate(pipe)
+        hasten.accelerate(pipe, "hicache", "foca")
 
 
 def test_a_second_transformer_that_cannot_be_wired_releases_the_first(pipe):

@@ -77,7 +77,7 @@ def test_the_probe_wires_every_family_as_its_entry_does(family, monkeypatch):
     with hasten.accelerate(model, "taylorseer", interval=4) as run:
         assert torch.equal(tiny.sample(name, model), known)
         (engine,) = run._engines.values()
-        found = {stack.name: stack for stack in engine.site._host.stacks}
+        found = {stack.name: stack for stack in engine.site.adapter.stacks}
     for stack in entry.stacks:
         assert (found[stack.name].returns, found[stack.name].hidden) == (stack.returns, stack.hidden)
 

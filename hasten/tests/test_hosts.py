@@ -89,7 +89,7 @@ def test_the_probe_finds_what_the_flux_entry_says(pipe, monkeypatch):
     with hasten.accelerate(pipe, "hicache", interval=4) as run:
         assert torch.equal(draw(pipe), known)
         (engine,) = run._engines.values()
-        found = engine.site._host
+        found = engine.site.adapter
     assert [(s.name, s.returns, s.hidden, s.encoder) for s in found.stacks] == [
         (s.name, s.returns, s.hidden, s.encoder)
         for s in models.registered().get("FluxTransformer2DModel", models.flux.FLUX).stacks

@@ -127,7 +127,10 @@ def page_has_no_error_chart(page):
         (lambda c: json.dumps(c | {"schema": 1}), "schema 1"),
         (lambda c: json.dumps({k: v for k, v in c.items() if k != "baseline"}), "lacks 'baseline'"),
         (lambda c: json.dumps(c | {"rows": [{"id": "x"}]}), "rows[0] lacks 'method'"),
-        (lambda c: json.dumps(c | {"baseline": c["baseline"] | {"seconds": "fast"}}), "baseline.seconds is 'fast', expected a finite number"),
+        (
+            lambda c: json.dumps(c | {"baseline": c["baseline"] | {"seconds": "fast"}}),
+            "baseline.seconds is 'fast', expected a finite number",
+        ),
     ],
 )
 def test_bad_files_are_named_with_the_remedy(tmp_path, content, damage, says):

@@ -1,4 +1,4 @@
-from .acceleration import Acceleration, Summary, accelerate, methods
+from .acceleration import accelerate, methods, remove, summary
 from .caching.methods import (
     DMD,
     L2P,
@@ -24,7 +24,9 @@ from .fitting.calibrate import calibrate, fit, record
 from .fitting.leap import fit_leap
 from .fitting.leapcache import fit_leapcache
 from .fitting.schedules import tune_steps
-from .pipeline.steps import StepRecord
+from .pipeline.handle import Acceleration
+from .pipeline.records import StepRecord
+from .pipeline.summary import Summary
 from .registry import MethodInfo
 from .resolution.methods import DVG, RALU, Bottleneck, Fresco, SpecEdit, Spectral
 from .solvers.scheduler import Leap, LeapScheduler
@@ -75,5 +77,7 @@ __all__ = [
     "fit_leapcache",
     "methods",
     "record",
+    "remove",
+    "summary",
     "tune_steps",
 ]

@@ -14,12 +14,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from diffusers import UniPCMultistepScheduler
 
 from hasten import registry
-from hasten.acceleration import Acceleration, accelerate
+from hasten.acceleration import accelerate
 from hasten.bench.budget import Trials, match_computed_steps
 from hasten.bench.sampling import Attach, plain
 from hasten.caching import CachingMethod, ScheduledMethod, computed_steps
 from hasten.calibration import Calibration
 from hasten.errors import ConfigError, unknown
+from hasten.pipeline.handle import Acceleration
 from hasten.solvers.scheduler import LEAP, LeapScheduler
 
 __all__ = [

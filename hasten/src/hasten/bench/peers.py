@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hasten.acceleration import TRANSFORMERS
 from hasten.bench.arms import Arm
 from hasten.bench.budget import Match, Trial, Trials, match_computed_steps
 from hasten.caching import Uniform, computed_steps
 from hasten.errors import AdapterError, ConfigError, ModelError, unknown
+from hasten.pipeline.view import TRANSFORMERS
 
 __all__ = ["PEERS", "OnACopy", "Peer", "chosen_peers", "peer_arms", "shared_copy"]
 

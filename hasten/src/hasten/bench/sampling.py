@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hasten import models
-from hasten.acceleration import TRANSFORMERS, Acceleration
 from hasten.bench.edits import source_arguments
 from hasten.bench.subject import Subject
 from hasten.models.probe import require_stacks
+from hasten.pipeline.handle import Acceleration
+from hasten.pipeline.view import TRANSFORMERS
 
 __all__ = ["Attach", "Sample", "call_arguments", "count_flops", "counted_layer", "draw_sample", "plain"]
 

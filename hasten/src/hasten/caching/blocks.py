@@ -10,20 +10,36 @@ from torch import Tensor, nn
 
 from hasten.models import BlockStack
 
-__all__ = ["answer", "encoder_of", "hidden_in", "hidden_of", "swapped", "with_streams"]
+__all__ = ["answer", "encoder_of", "hidden_in", "hidden_of", "owner_of", "same_blocks", "swapped", "with_streams"]
 
 
 @contextmanager
 def swapped(changes: list[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
-    """Put modules in the places of children, and the children back in the end."""
+    """Put modules in the places of children, and the children back in the end, unless somebody put others there."""
     originals = [parent._modules[name] for parent, name, _ in changes]
     try:
         for parent, name, module in changes:
             parent._modules[name] = module
         yield
     finally:
-        for (parent, name, _), original in zip(changes, originals, strict=True):
-            parent._modules[name] = original
+        for (parent, name, module), original in zip(changes, originals, strict=True):
+            if parent._modules[name] is module:
+                parent._modules[name] = original
+
+
+def same_blocks(proxies: nn.ModuleList | None, blocks: nn.ModuleList) -> bool:
+    """Whether the proxies stand for these very blocks; users replace, wrap and compile blocks between calls."""
+    if proxies is None or len(proxies) != len(blocks):
+        return False
+    return all(
+        proxy.original is block
+        for proxy, block in zip(proxies._modules.values(), blocks._modules.values(), strict=True)
+    )
+
+
+def owner_of(block: nn.Module, name: str) -> nn.Module | None:
+    """The block, or what it wraps, that has a child of that name; None if neither has."""
+    return next((module for module in block.modules() if name in module._modules), None)
 
 
 def hidden_of(stack: BlockStack, args: Any, kwargs: Any) -> Tensor:

@@ -1,8 +1,4 @@
-"""The hook that makes a transformer skip: it labels each forward, asks the schedule, and lets the site run or forecast.
-
-One hook on the transformer itself, through diffusers' `HookRegistry`, so that it lives beside offloading, layer-wise
-casting and parallelism hooks and goes away without a trace.
-"""
+"""The hook that makes a transformer skip: it labels each forward, asks the gate, and lets the site run or forecast."""
 
 from __future__ import annotations
 
@@ -10,63 +6,41 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
 from hasten import models
 from hasten.caching.components import FeatureKey
 from hasten.caching.gates import relative_change
-from hasten.caching.memory import Listener, PassMemory
+from hasten.caching.memory import Listener, PassMemory, without_autocast
 from hasten.caching.method import CachingMethod
+from hasten.caching.run import CachingRun
 from hasten.caching.schedule import Decision
 from hasten.caching.sites import HiddenSite, ModuleSite, OutputSite, Site
 from hasten.caching.span import SpanSite
 from hasten.calibration import RunFacts
-from hasten.errors import AlreadyAcceleratedError, CopyError, HastenWarning
+from hasten.errors import AlreadyAcceleratedError, HastenWarning
 from hasten.pipeline import context_parallel
-from hasten.pipeline.steps import StepInfo, StepRecord, StepTracker
+from hasten.pipeline.hooks import Forward, Hook, Remove, attach, compiled_whole, pass_name
+from hasten.pipeline.others import other_cache
+from hasten.pipeline.records import Records, StepRecord
+from hasten.pipeline.runs import Run, Runs, StepInfo, signature
+from hasten.pipeline.view import PipelineView
 
 __all__ = ["CachingEngine"]
 
-HOOK_NAME = "hasten"
 WHOLE = (
     "the transformer is compiled as a whole, and hasten runs it uncompiled; "
     "compile its blocks instead: transformer.compile_repeated_blocks()"
 )
+GRADIENTS = (
+    "an accelerated transformer was called with gradients enabled: forecasts have none, so it is computed in full; "
+    "call it under torch.no_grad() to be faster, or .remove() the acceleration to train"
+)
 LARGE = 256 * 2**20  # bytes that are worth a word before they are kept
-
-
-class _PassName(StateManager):
-    """Receives the pipeline's cache context. diffusers looks for `StateManager`s among a hook's attributes."""
-
-    def __init__(self) -> None:
-        super().__init__(state_cls=object)
-        self.current: str | None = None
-
-    def set_context(self, context: Any) -> None:
-        self.current = None if context is None else getattr(context, "name", context)
-
-
-def _sample(hidden: Any) -> Hashable:
-    """The shape of one image's latents, whatever the batch."""
-    if isinstance(hidden, (list, tuple)):
-        return _sample(hidden[0]) if hidden else None
-    return hidden.shape[1:] if isinstance(hidden, Tensor) else None
-
-
-def _signature(hidden: Any) -> Hashable:
-    """What has to stay the same for features to be of use; some models take a list of latents."""
-    if isinstance(hidden, Tensor):
-        return (hidden.shape, hidden.dtype, hidden.device)
-    if isinstance(hidden, (list, tuple)):
-        return tuple(map(_signature, hidden))
-    return None
 
 
 def _tensor(result: Any) -> Tensor:
@@ -81,127 +55,102 @@ def _mean(model: nn.Module, mean: Tensor) -> Tensor:
     return mean if members is None else context_parallel.sum_over(model, mean) / members.size()
 
 
-class CachingEngine(ModelHook):
+class CachingEngine(Hook):
     """Accelerates one transformer with one caching method.
 
     Args:
         model: the transformer.
         method: what to do.
-        tracker: labels the forwards of this transformer.
-        guidance: the guidance scale of the run under way, as far as the pipeline tells.
+        home: the pipeline that it is accelerated in; None for a bare transformer.
 
     Raises:
-        AdapterError: if the transformer's wiring is unknown and cannot be probed.
-        AlreadyAcceleratedError: if hasten or another cache is at work on it already.
+        AdapterError: if the transformer's layout is unknown and cannot be probed.
+        AlreadyAcceleratedError: if another cache is at work on it already.
     """
 
-    _is_stateful = True
+    kind = "caching"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: CachingMethod,
-        tracker: StepTracker,
-        guidance: Callable[[], float | None] = lambda: None,
-    ) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, method: CachingMethod, home: PipelineView | None = None) -> None:
         method.check_model(model)
-        self.model, self.method, self.tracker, self._guidance = model, method, tracker, guidance
-        self._host = models.find(model)
-        names = (self._host.hidden, self._host.timestep) if self._host else models.root_arguments(model)
+        self.model, self.method = model, method
+        self._adapter = models.find(model)
+        names = (self._adapter.hidden, self._adapter.timestep) if self._adapter else models.root_arguments(model)
         self._hidden, self._timestep = names
         self._parameters = list(inspect.signature(model.forward).parameters)
-        self._gate = method.gate()
-        self._gate.reduce = partial(context_parallel.sum_over, model)
         self.site = self._make_site()
-        self.pass_name = _PassName()
-        self.records: list[StepRecord] = []
+        self.runs = Runs(model, home)
+        self._records = Records()
         self.listener: Listener | None = None
         self.facts = RunFacts()
-        self._warned = self._stated = False
-        self.forget()
-        self._attach()
+        self._state: CachingRun | None = None  # of the forward under way
+        self._said: set[str] = set()
+        self._remove: Remove | None = None
+        self._refuse_other_cache()
 
     # --- attaching and detaching
 
-    def _attach(self) -> None:
-        model: Any = self.model
-        registry = getattr(model, "_diffusers_hook", None)
-        if registry is not None and registry.get_hook(HOOK_NAME) is not None:
-            raise AlreadyAcceleratedError(
-                f"this {type(model).__name__} is accelerated already; "
-                "call .remove() on the handle that accelerate() returned first"
-            )
-        if getattr(model, "is_cache_enabled", False):
-            raise AlreadyAcceleratedError(
-                f"a diffusers cache is enabled on this {type(model).__name__}; call disable_cache() on it first"
-            )
-        if getattr(model, "_compiled_call_impl", None) is not None:
-            self._warn(WHOLE)
-        self._made_registry = registry is None
-        self._instance_forward = model.__dict__.get("forward")
-        registry = HookRegistry.check_if_exists_or_initialize(model)
-        registry.register_hook(self, HOOK_NAME)
-        registry.invalidate_child_registries_cache()
-        self._our_forward = model.forward
+    def attach(self) -> None:
+        """Stand around the transformer's calls.
+
+        Raises:
+            AlreadyAcceleratedError: if hasten does already.
+        """
+        self._remove = attach(self.model, self)
+        if compiled_whole(self.model):
+            self._warn("compiled", WHOLE)
 
     def detach(self) -> None:
-        """Take the hook away; the module is left as it was found."""
-        model: Any = self.model
-        registry = getattr(model, "_diffusers_hook", None)
-        if registry is None or registry.get_hook(HOOK_NAME) is not self:
-            return
-        outer = model.__dict__.get("forward")
-        original = self.fn_ref.original_forward
-        registry.remove_hook(HOOK_NAME, recurse=False)
-        if outer is not self._our_forward and model.__dict__.get("_old_forward") is self._our_forward:
-            # accelerate (offloading) wrapped the forward after us and keeps what it wrapped in `_old_forward`.
-            model._old_forward = original
-            model.forward = outer
-        elif not registry.hooks and outer is self._our_forward and self._instance_forward is None:
-            del model.forward  # the class's own forward shows again
-        if self._made_registry and not registry.hooks:
-            del model._diffusers_hook
-        else:
-            registry.invalidate_child_registries_cache()
-        self.forget()
+        """Go away, and let go of the transformer; records stay readable."""
+        if self._remove is not None:
+            self._remove()
+            self.runs.end()
+            self._remove = self._state = self.listener = self.handle = None
+            del self.model, self.site, self.runs
 
-    # --- diffusers' hook interface
+    @property
+    def attached(self) -> bool:
+        """Whether it is at work."""
+        return self._remove is not None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        timestep = float(torch.as_tensor(self._argument(self._timestep, args, kwargs)).max())
+    @property
+    def records(self) -> list[StepRecord]:
+        """One record per forward, run by run; of the latest runs."""
+        return self._records.all
+
+    def forget(self) -> None:
+        """Drop features, runs and records: the next forward starts a new run."""
+        if self.attached:
+            self.runs.end()
+        self._records.clear()
+
+    # --- around the transformer
+
+    def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The transformer's result, computed or forecast."""
+        if torch.is_grad_enabled():
+            self._warn("gradients", GRADIENTS)
+            return forward(*args, **kwargs)
         hidden = self._argument(self._hidden, args, kwargs)
-        signature = _signature(hidden)
-        info = self.tracker.begin(timestep, signature, self.pass_name.current, _sample(hidden))
+        run, info = self.runs.label(self._argument(self._timestep, args, kwargs), hidden, pass_name(module))
         started = time.perf_counter()
-        taken: list[Decision] = []
-
-        def decide(seen: Tensor | None) -> bool:
-            taken.append(self._decide(info, seen))
-            return taken[0].computed
-
         try:
-            self._prepare(info, signature, args, kwargs)
-            memory = self._memory(info)
-            result = self.site.run(self.fn_ref.original_forward, args, kwargs, memory, decide)
-            decision = taken[0]
-            if decision.computed and info.first_pass:
-                self._gate.computed(info.step, _tensor(result))
-            if self.listener is not None:
-                self.listener(info.pass_name, info.step, "output", _tensor(result))
+            result, decision = self._forward(run, info, forward, args, kwargs)
         except BaseException:
-            self.forget()
+            self.runs.end(run)
             raise
-        held = sum(memory.bytes for memory in self._memories.values())
-        held += sum(tensor.numel() * tensor.element_size() for tensor in self._gate.held())
+        finally:
+            self._state = None
+        state: CachingRun = run.state
+        held = state.held
+        if info.last:
+            state.free()
         ms = 1e3 * (time.perf_counter() - started)
-        self.records.append(
+        self._records.add(
             StepRecord(
                 info.run,
                 info.step,
                 info.pass_name,
-                timestep,
+                info.timestep,
                 decision.computed,
                 decision.reason,
                 ms,
@@ -211,79 +160,107 @@ class CachingEngine(ModelHook):
         )
         return result
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise CopyError(
-            f"this {type(self.model).__name__} is accelerated, and a copy would run the original; "
-            "call .remove() on the handle that accelerate() returned before you copy or pickle it"
-        )
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """Called by a pipeline at the end of a run: frees the features."""
-        self._warn_if_idle()
-        self.forget()
-        return module
-
-    # --- decisions
-
-    def forget(self) -> None:
-        """Drop the features and the current run: the next forward starts a new one."""
-        self.tracker.finish()
-        self._memories: dict[str, PassMemory] = {}
-        self._signatures: dict[str, Hashable] = {}
-        self._last_full: int | None = None
-        self._layout: models.TokenLayout | None = None
-        self._step = 0
-        self._decision = Decision(True, "first step")
-
-    def _prepare(self, info: StepInfo, signature: Hashable, args: Any, kwargs: Any) -> None:
-        """Start a run, or start afresh where what is remembered fits the forward no more."""
-        if info.first_step:
-            self._memories, self._signatures, self._last_full = {}, {}, None
-            self.facts = RunFacts(info.total, self.tracker.timesteps(), self._guidance())
-            self.method.check_run(self.facts)
-            self._gate.begin(info.total)
-            if info.total is not None:
-                self._check_length(info.total)
+    def _forward(self, run: Run, info: StepInfo, forward: Forward, args: Any, kwargs: Any) -> tuple[Any, Decision]:
+        if run.state is None:
+            run.state = self._begin(run)
         elif info.step == 1 and info.first_pass:
-            self.method.check_passes(list(self._memories))
-        if signature != self._signatures.get(info.pass_name):
-            self._memories.pop(info.pass_name, None)
-            self._signatures[info.pass_name] = signature
-            self._layout = self._find_layout(args, kwargs) if self.method.needs_layout else None
-            if self.method.site == "module":
-                self._state_cost(args, kwargs)
+            self.method.check_passes(list(run.state.memories))
+        state: CachingRun = run.state
+        self._state = state
+        hidden = self._argument(self._hidden, args, kwargs)
+        device = _device(hidden)
+        mixed = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        memory = state.memory(info, (signature(hidden), mixed), partial(self._new_memory, info, args, kwargs))
+        taken: list[Decision] = []
 
-    def _memory(self, info: StepInfo) -> PassMemory:
-        """What is remembered of the pass."""
-        if info.pass_name not in self._memories:
-            self._memories[info.pass_name] = PassMemory(
-                self.method.components, info.pass_name, self._layout, partial(_mean, self.model), self.listener
+        def decide(observed: Tensor | None) -> bool:
+            with without_autocast(device):
+                taken.append(state.decide(info, memory, observed))
+            return taken[0].computed
+
+        result, computed = self.site.run(forward, args, kwargs, memory, decide)
+        decision = taken[0]
+        if computed and not decision.computed:
+            decision = Decision(True, "the forward has no place for a forecast")
+        if computed and info.first_pass and state.gate is not None:
+            with without_autocast(device):
+                state.gate.computed(info.step, _tensor(result))
+        if self.listener is not None:
+            self.listener(info.pass_name, info.step, "output", _tensor(result))
+        return result, decision
+
+    def end_run(self) -> None:
+        """The pipeline's call is about to end: free the features, and say so if nothing was skipped."""
+        run = self.runs.current
+        if run is not None:
+            self._warn_if_idle(run)
+            self.runs.end(run)
+
+    # --- a run begins
+
+    def _begin(self, run: Run) -> CachingRun:
+        self._refuse_other_cache()
+        if compiled_whole(self.model) or (run.view is not None and run.view.compiles(self.model)):
+            self._warn("compiled", WHOLE)
+        self.facts = RunFacts(run.total, run.timesteps, run.guidance)
+        self.method.check_run(self.facts)
+        gate = self.method.gate()
+        gate.reduce = partial(context_parallel.sum_over, self.model)
+        gate.begin(run.total)
+        if run.total is not None and self.method.saves and gate.skips_nothing(run.total):
+            self._warn(
+                "idle",
+                f"{type(self.method).__name__} skips nothing in a run of {run.total} steps: all of them are computed. "
+                "Use a shorter warmup, a longer interval, or explicit steps=...",
             )
-        memory = self._memories[info.pass_name]
-        memory.step = info.step
-        return memory
+        return CachingRun(gate, self.facts)
 
-    def _decide(self, info: StepInfo, seen: Tensor | None) -> Decision:
-        """The step's decision, made at its first pass; a pass without features has to run all the same."""
-        if info.first_pass:
-            self._step = info.step
-            self._decision = self._gate.decide(info.step, self._last_full, seen)
-            if self._decision.computed:
-                self._last_full = info.step
-        if not self._decision.computed and self._memories[info.pass_name].empty:
-            return Decision(True, "nothing to forecast from")
-        return self._decision
+    def _refuse_other_cache(self) -> None:
+        other = other_cache(self.model)
+        if other is not None:
+            raise AlreadyAcceleratedError(
+                f"{other} is at work on this {type(self.model).__name__}, and two caches would each forecast from the "
+                "other's forecasts; switch one of them off first (transformer.disable_cache(), "
+                "cache_dit.disable_cache(pipe), or hasten.remove(pipe))"
+            )
 
-    def _verified(self, checked: Tensor, draft: Tensor) -> None:
-        self._gate.verified(self._step, relative_change(draft, checked, self._gate.reduce))
+    def _new_memory(self, info: StepInfo, args: Any, kwargs: Any) -> PassMemory:
+        layout = self._find_layout(args, kwargs) if self.method.needs_layout else None
+        if self.method.site == "module":
+            self._state_cost(args, kwargs)
+        return PassMemory(self.method.components, info.pass_name, layout, partial(_mean, self.model), self.listener)
 
     def _find_layout(self, args: Any, kwargs: Any) -> models.TokenLayout:
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
-        return models.layout_of(self.model, self._host, arguments)
+        return models.layout_of(self.model, self._adapter, arguments)
+
+    def _verified(self, checked: Tensor, draft: Tensor) -> None:
+        state = self._state
+        assert state is not None
+        assert state.gate is not None
+        with without_autocast(draft.device):
+            state.gate.verified(state.step, relative_change(draft, checked, state.gate.reduce))
+
+    def _make_site(self) -> Site:
+        feature = self.method.feature()
+        if self.method.site == "output":
+            return OutputSite(self.model, feature.change, partial(self._argument, self._hidden))
+        if self.method.site == "module":
+            return ModuleSite(self.model, self._adapter)
+        if feature != type(feature)():
+            return SpanSite(self.model, self._adapter, feature, self._verified)
+        return HiddenSite(self.model, self._adapter)
+
+    def _argument(self, name: str, args: Any, kwargs: Any) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        return args[self._parameters.index(name)]
+
+    # --- what is said
 
     def _state_cost(self, args: Any, kwargs: Any) -> None:
         """Say what the module site is going to keep, before it is kept."""
-        if self._host is None or self._host.layout is None:
+        if self._adapter is None or self._adapter.layout is None:
             return
         hidden = self._argument(self._hidden, args, kwargs)
         dtype = (hidden if isinstance(hidden, Tensor) else hidden[0]).dtype
@@ -291,62 +268,45 @@ class CachingEngine(ModelHook):
         image_tokens = math.prod(self._find_layout(args, kwargs).grid)
         text_tokens = encoder.shape[1] if isinstance(encoder, Tensor) else 0
         cost = self.estimate_bytes(image_tokens, text_tokens, len(hidden), 1, dtype)
-        if cost >= LARGE and not self._stated:
-            self._stated = True
-            warnings.warn(
+        if cost >= LARGE:
+            self._warn(
+                "cost",
                 f"site 'module' will keep {cost / 2**30:.1f} GiB of features for each forward within a step "
                 f"({type(self.method).__name__}, {image_tokens} image tokens); site='hidden' keeps one tensor instead",
-                HastenWarning,
-                stacklevel=2,
             )
 
-    def _make_site(self) -> Site:
-        feature = self.method.feature()
-        if self.method.site == "output":
-            return OutputSite(self.model, feature.change, partial(self._argument, self._hidden))
-        if self.method.site == "module":
-            return ModuleSite(self.model, self._host)
-        if feature != type(feature)():
-            return SpanSite(self.model, self._host, feature, self._verified)
-        return HiddenSite(self.model, self._host)
-
-    def _check_length(self, total: int) -> None:
-        if self.method.saves and self._gate.skips_nothing(total):
-            self._warn(
-                f"{type(self.method).__name__} skips nothing in a run of {total} steps: all of them are computed. "
-                "Use a shorter warmup, a longer interval, or explicit steps=..."
-            )
-
-    def _warn_if_idle(self) -> None:
+    def _warn_if_idle(self, run: Run) -> None:
         """For a bare transformer, whose number of steps is known only in the end, and for gates."""
-        run = [r for r in self.records if r.run == self.records[-1].run] if self.records else []
-        if not run or not self.method.saves or not all(r.computed for r in run):
+        records = self._records.of(run.number)
+        if not records or not self.method.saves or not all(record.computed for record in records):
             return
-        name, steps = type(self.method).__name__, run[-1].step + 1
-        seen = [r.indicator for r in run if r.indicator is not None]
-        if seen:
+        name, steps = type(self.method).__name__, records[-1].step + 1
+        values = [record.indicator for record in records if record.indicator is not None]
+        if values:
             self._warn(
-                f"the gate of {name} let no step of {steps} be skipped: the smallest value that it saw was "
-                f"{min(seen):.3g}. Use a larger threshold than that"
+                "idle",
+                f"the gate of {name} let no step of {steps} be skipped: the smallest value that it measured was "
+                f"{min(values):.3g}. Use a larger threshold than that",
             )
         else:
             self._warn(
+                "idle",
                 f"{name} skipped nothing in a run of {steps} steps. "
-                "Use a shorter warmup, a longer interval, or explicit steps=..."
+                "Use a shorter warmup, a longer interval, or explicit steps=...",
             )
 
-    def _warn(self, message: str) -> None:
-        if not self._warned:
-            warnings.warn(message, HastenWarning, stacklevel=2)
-            self._warned = True
-
-    def _argument(self, name: str, args: Any, kwargs: Any) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        return args[self._parameters.index(name)]
+    def _warn(self, subject: str, message: str) -> None:
+        """Once per subject."""
+        if subject not in self._said:
+            self._said.add(subject)
+            warnings.warn(message, HastenWarning, stacklevel=3)
 
     def estimate_bytes(self, image_tokens: int, text_tokens: int, batch: int, passes: int, dtype: torch.dtype) -> int:
         """Bytes of features that a run will hold at most."""
         components = self.method.components(FeatureKey())
         stored = max(predictor.memory for predictor in components.predictors.values())
         return passes * stored * dtype.itemsize * self.site.estimate(image_tokens, text_tokens, batch)
+
+
+def _device(hidden: Any) -> torch.device:
+    return hidden.device if isinstance(hidden, Tensor) else _device(hidden[0])

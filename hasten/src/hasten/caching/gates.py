@@ -1,6 +1,6 @@
 """Gates decide step by step whether to compute: by a schedule, or by looking at what the sampler is doing.
 
-A gate decides at the first pass of a step, for all passes of it. One gate serves one transformer; `begin` starts a run.
+A gate decides at the first pass of a step, for all passes of it. One gate serves one run; `begin` starts it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class Gate(ABC):
-    """Decides which steps are full."""
+    """Decides which steps are computed."""
 
     total: int | None = None
     reduce: Reduce = staticmethod(lambda sums: sums)
@@ -34,17 +34,17 @@ class Gate(ABC):
         self.total = total
 
     @abstractmethod
-    def decide(self, step: int, last_computed: int | None, seen: Tensor | None) -> Decision:
+    def decide(self, step: int, last_computed: int | None, observed: Tensor | None) -> Decision:
         """Decide for `step`, given the latest computed step and what the method's `Feature.gate_input` asks for."""
 
     def computed(self, step: int, output: Tensor) -> None:  # noqa: B027
-        """Shown the transformer's result after the first pass of a computed step."""
+        """Given the transformer's result after the first pass of a computed step."""
 
     def verified(self, step: int, error: float) -> None:  # noqa: B027
         """Told how far a draft was from what the last block makes of it."""
 
     def skips_nothing(self, total: int) -> bool:
-        """Whether it is known beforehand that every step of a run will be full."""
+        """Whether it is known beforehand that every step of a run will be computed."""
         return False
 
     def held(self) -> Iterable[Tensor]:
@@ -62,7 +62,7 @@ class Scheduled(Gate):
         super().begin(total)
         self._now = self._schedule.for_run(total)
 
-    def decide(self, step: int, last_computed: int | None, seen: Tensor | None) -> Decision:
+    def decide(self, step: int, last_computed: int | None, observed: Tensor | None) -> Decision:
         return self._now.decide(step, last_computed)
 
     def skips_nothing(self, total: int) -> bool:
@@ -91,16 +91,16 @@ class ThresholdGate(Gate):
             )
 
     @abstractmethod
-    def measure(self, step: int, seen: Tensor | None) -> float | None:
+    def measure(self, step: int, observed: Tensor | None) -> float | None:
         """The value at `step`; None where nothing can be measured yet. Called once for every step."""
 
-    def on_decision(self, computed: bool, seen: Tensor | None) -> None:
+    def on_decision(self, computed: bool, observed: Tensor | None) -> None:
         """Told what was decided from the measured value."""
 
-    def decide(self, step: int, last_computed: int | None, seen: Tensor | None) -> Decision:
-        value = self.measure(step, seen)
+    def decide(self, step: int, last_computed: int | None, observed: Tensor | None) -> Decision:
+        value = self.measure(step, observed)
         decision = self._rule(step, last_computed, value)
-        self.on_decision(decision.computed, seen)
+        self.on_decision(decision.computed, observed)
         return decision
 
     def _rule(self, step: int, last_computed: int | None, value: float | None) -> Decision:
@@ -124,8 +124,8 @@ def relative_change(new: Tensor, old: Tensor, reduce: Reduce, per_sample: bool =
     Args:
         new, old: `[B, ...]`.
         reduce: adds up sums over the devices that share the tokens of one image.
-        per_sample: measure each image of the batch by itself and return the largest change, so that the neediest
-            image decides; otherwise the batch is measured as one.
+        per_sample: measure each image of the batch on its own and return the largest change, the worst case over the
+            batch; otherwise the batch is measured as one.
     """
     difference, size = (new.float() - old.float()).abs(), old.float().abs()
     dims = tuple(range(1, new.ndim)) if per_sample and new.ndim > 1 else tuple(range(new.ndim))

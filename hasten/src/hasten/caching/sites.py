@@ -3,49 +3,52 @@
 A site runs the transformer's own forward. For the length of that one forward it puts proxies in the places of some
 child modules, and takes them out again whatever happens; between forwards the model is exactly as the user made it.
 Block code is neither copied nor hooked, so compiled blocks, LoRA layers, attention processors and offload hooks keep
-working.
+working. Proxies are made once, and again when what they stand for was replaced.
 
-Slots: a site names each tensor it remembers; `hidden` and `output` have one slot, `module` one for every tensor that a
-described submodule returns.
+Cache keys: a site names each tensor that it remembers; `hidden` and `output` have one key (`output` one for each tensor
+of a list), `module` one for every tensor that a described submodule returns.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from itertools import count
+from collections import Counter
+from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hasten import models
-from hasten.caching.blocks import answer, hidden_in, hidden_of, swapped
-from hasten.caching.memory import PassMemory
+from hasten.caching.blocks import answer, hidden_in, hidden_of, owner_of, same_blocks, swapped
+from hasten.caching.memory import PassMemory, finite
 from hasten.errors import AdapterError
 from hasten.models import BlockStack, ModelAdapter, Proxy, patch_size
+from hasten.pipeline.hooks import Forward
 
-__all__ = ["Decide", "Forward", "HiddenSite", "ModuleSite", "OutputSite", "Site"]
+__all__ = ["Decide", "HiddenSite", "ModuleSite", "OutputSite", "Site"]
 
-Forward = Callable[..., Any]
 Decide = Callable[[Tensor | None], bool]
 Latents = Callable[[Any, Any], Any]
 
 
 class Site(ABC):
-    """One way to skip a transformer's work."""
+    """One way to skip a transformer's work. Used by one forward at a time."""
 
     @abstractmethod
-    def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> Any:
-        """The transformer's result, computed or forecast as `decide` says.
+    def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> tuple[Any, bool]:
+        """The transformer's result, and whether it was computed in the end.
+
+        It is computed as `decide` says, and also where the forward never came to the place of the forecast (guidance
+        that leaves out layers).
 
         Args:
             forward: the transformer's own forward.
             args, kwargs: of the call.
             memory: of this pass.
-            decide: called once, with what the gate is to see; True means compute.
+            decide: called once, with the gate's input; True means compute.
         """
 
     @abstractmethod
@@ -56,16 +59,20 @@ class Site(ABC):
 class _PlainSite(Site):
     """A site whose decision does not depend on what happens inside the forward."""
 
-    def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> Any:
-        return (self.computed if decide(None) else self.skipped)(forward, args, kwargs, memory)
+    def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> tuple[Any, bool]:
+        if not decide(None):
+            result = self.skip(forward, args, kwargs, memory)
+            if result is not None:
+                return result, False
+        return self.compute(forward, args, kwargs, memory), True
 
     @abstractmethod
-    def computed(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+    def compute(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         """Run the forward and record its features."""
 
     @abstractmethod
-    def skipped(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        """Produce the forward's result from forecast features."""
+    def skip(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        """Produce the forward's result from forecast features; None where the forward had no use for them."""
 
 
 class _Recorder(Proxy):
@@ -101,17 +108,6 @@ class _Forecast(_PassThrough):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return answer(self.stack, self.forecast(), args, kwargs)
-
-
-class _Answer(Proxy):
-    """A submodule that returns a ready answer."""
-
-    def __init__(self, original: nn.Module, answer: Callable[[], Any]) -> None:
-        super().__init__(original)
-        self.answer = answer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.answer()
 
 
 class _Form:
@@ -150,36 +146,35 @@ class OutputSite(_PlainSite):
     def __init__(self, model: nn.Module, change: bool = False, latents: Latents | None = None) -> None:
         self._model, self._change = model, change
         self._latents = latents or (lambda args, kwargs: args[0])
-        self._kind: type[Any] = Tensor
-        self._list = False
 
-    def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> Any:
-        seen = self._inputs(args, kwargs)[0] if self._change else None
-        return (self.computed if decide(seen) else self.skipped)(forward, args, kwargs, memory)
+    def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> tuple[Any, bool]:
+        observed = self._inputs(args, kwargs)[0] if self._change else None
+        return super().run(forward, args, kwargs, memory, lambda _: decide(observed))
 
     def _inputs(self, args: Any, kwargs: Any) -> list[Tensor]:
         latents = self._latents(args, kwargs)
         return latents if isinstance(latents, list) else [latents]
 
-    def computed(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+    def compute(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         result = forward(*args, **kwargs)
-        # Only the kind of the result is kept, for the steps that have to make one.
-        self._kind = Tensor if isinstance(result, Tensor) else type(result)
         sample = result if isinstance(result, Tensor) else result[0]
-        self._list = isinstance(sample, list)  # some models return one tensor for each image
-        for i, tensor in enumerate(sample if self._list else [sample]):
+        several = isinstance(sample, list)  # some models return one tensor for each image
+        # Only the kind of the result is kept, for the steps that have to make one.
+        memory.forms["output"] = (Tensor if isinstance(result, Tensor) else type(result), several)
+        for i, tensor in enumerate(sample if several else [sample]):
             start = _like(self._inputs(args, kwargs)[i], tensor) if self._change else None
             memory.record(f"output/{i}", tensor if start is None else tensor - start)
         return result
 
-    def skipped(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        tensors = [memory.forecast(slot) for slot in memory.cache_keys]
+    def skip(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        kind, several = memory.forms["output"]
+        tensors = [memory.forecast(key) for key in memory.cache_keys]
         if self._change:
-            tensors = [t + _like(x, t) for x, t in zip(self._inputs(args, kwargs), tensors, strict=False)]
-        sample = tensors if self._list else tensors[0]
-        if self._kind is Tensor:
+            tensors = [finite(t + _like(x, t)) for x, t in zip(self._inputs(args, kwargs), tensors, strict=False)]
+        sample = tensors if several else tensors[0]
+        if kind is Tensor:
             return sample
-        return (sample,) if self._kind is tuple else self._kind(sample=sample)
+        return (sample,) if kind is tuple else kind(sample=sample)
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         config: Any = self._model.config
@@ -194,19 +189,19 @@ class HiddenSite(_PlainSite):
     A skipped step runs the embeddings and the final layer, with this step's modulation.
     """
 
-    def __init__(self, model: nn.Module, host: ModelAdapter | None) -> None:
-        if host is None:
+    def __init__(self, model: nn.Module, adapter: ModelAdapter | None) -> None:
+        if adapter is None:
             models.require_stacks(model)
-        self._model, self._host = model, host
-        self._memory: PassMemory | None = None  # of the forward under way
+        self._model, self.adapter = model, adapter
+        self._memory: PassMemory | None = None  # of the forward under way, until it is asked for the forecast
         self._skipped: dict[str, nn.ModuleList] = {}
 
-    def computed(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        if self._host is None:
-            result, self._host, hidden = models.trace(self._model, forward, args, kwargs)
+    def compute(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        if self.adapter is None:
+            result, self.adapter, hidden = models.trace(self._model, forward, args, kwargs)
             memory.record("hidden", hidden)
             return result
-        stack = self._host.used(self._model)[-1]
+        stack = self.adapter.used(self._model)[-1]
         blocks = stack.blocks(self._model)
 
         def record(output: Any) -> None:
@@ -216,20 +211,21 @@ class HiddenSite(_PlainSite):
         with swapped([(blocks, last, _Recorder(blocks[-1], record))]):
             return forward(*args, **kwargs)
 
-    def skipped(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        assert self._host is not None
+    def skip(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        assert self.adapter is not None
         self._memory = memory
-        stacks = self._host.used(self._model)
+        stacks = self.adapter.used(self._model)
         try:
             with swapped([(self._model, stack.name, self._proxies(stack, stack is stacks[-1])) for stack in stacks]):
-                return forward(*args, **kwargs)
+                result = forward(*args, **kwargs)
+            return result if self._memory is None else None
         finally:
             self._memory = None
 
     def _proxies(self, stack: BlockStack, last: bool) -> nn.ModuleList:
-        """As many proxies as blocks, since some models read the length of the list or count along; made once."""
+        """As many proxies as blocks, since some models read the length of the list or count along."""
         blocks = stack.blocks(self._model)
-        if len(self._skipped.get(stack.name, ())) != len(blocks):
+        if not same_blocks(self._skipped.get(stack.name), blocks):
             skipped: list[nn.Module] = [_PassThrough(block, stack) for block in blocks]
             if last:
                 skipped[-1] = _Forecast(blocks[-1], stack, self._forecast)
@@ -238,96 +234,134 @@ class HiddenSite(_PlainSite):
 
     def _forecast(self) -> Tensor:
         assert self._memory is not None
-        return self._memory.forecast("hidden")
+        memory, self._memory = self._memory, None
+        return memory.forecast("hidden")
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
-        if self._host is None:
+        if self.adapter is None:
             return batch * image_tokens * ModelAdapter(stacks=()).width_of(self._model)
-        joint = self._host.used(self._model)[-1].joint
-        return batch * (image_tokens + joint * text_tokens) * self._host.width_of(self._model)
+        joint = self.adapter.used(self._model)[-1].joint
+        return batch * (image_tokens + joint * text_tokens) * self.adapter.width_of(self._model)
+
+
+class _Submodule(Proxy):
+    """An attention or feed-forward of the module site."""
+
+    def __init__(self, original: nn.Module, site: ModuleSite, key: str, forecast: bool) -> None:
+        super().__init__(original)
+        self.__dict__["site"] = site
+        self.key, self.forecast = key, forecast
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.site.computing:
+            output = self.original(*args, **kwargs)
+            self.site.record(self, output)
+            return output
+        return self.site.answer(self)
 
 
 class ModuleSite(_PlainSite):
     """Every attention and feed-forward output, before its gate: the papers' form, and the one that costs memory."""
 
-    def __init__(self, model: nn.Module, host: ModelAdapter | None) -> None:
-        if host is None:
+    def __init__(self, model: nn.Module, adapter: ModelAdapter | None) -> None:
+        if adapter is None:
             raise AdapterError(
                 f"site 'module' needs a registered family and {type(model).__name__} is none; "
                 "use site='hidden' or 'output', or describe the family with hasten.models.register"
             )
-        self._model, self._host = model, host
-        missing = [stack.name for stack in host.stacks if stack.modules is None]
+        self._model, self.adapter = model, adapter
+        missing = [stack.name for stack in adapter.stacks if stack.modules is None]
         if missing:
             raise AdapterError(
-                f"site 'module' is not described for {type(model).__name__} (no BlockModules for {', '.join(missing)}); "
-                "use site='hidden', or register the family with BlockStack(..., modules=BlockModules(...))"
+                f"site 'module' is not described for {type(model).__name__} (no BlockModules for "
+                f"{', '.join(missing)}); use site='hidden', or register the family with BlockStack(..., modules=BlockModules(...))"
             )
+        self._proxies: list[tuple[nn.Module, str, nn.Module]] = []  # (parent, submodule's name, proxy)
+        self._blocks: list[nn.Module] = []
+        self._memory: PassMemory | None = None  # of the forward under way
+        self._calls: Counter[str] = Counter()
+        self.computing = True
 
-    def _places(self) -> Iterator[tuple[nn.Module, str, str, bool]]:
-        """(block, submodule's name, slot, whether its output is forecast rather than skipped)."""
-        for stack in self._host.used(self._model):
+    def _swaps(self) -> list[tuple[nn.Module, str, nn.Module]]:
+        blocks = [block for stack in self.adapter.used(self._model) for block in stack.blocks(self._model)]
+        if any(hasattr(block, "_orig_mod") or block._compiled_call_impl is not None for block in blocks):
+            raise AdapterError(
+                f"site 'module' works inside the blocks of {type(self._model).__name__}, which are compiled; "
+                "use site='hidden', or do not compile them"
+            )
+        same = len(blocks) == len(self._blocks) and all(map(is_, blocks, self._blocks))
+        if not same or any(parent._modules[name] is not proxy.original for parent, name, proxy in self._proxies):
+            self._blocks, self._proxies = blocks, self._build()
+        return self._proxies
+
+    def _build(self) -> list[tuple[nn.Module, str, nn.Module]]:
+        proxies: list[tuple[nn.Module, str, nn.Module]] = []
+        for stack in self.adapter.used(self._model):
             assert stack.modules is not None
-            if any(hasattr(b, "_orig_mod") or b._compiled_call_impl is not None for b in stack.blocks(self._model)):
-                raise AdapterError(
-                    f"site 'module' works inside the blocks of {stack.name}, which are compiled; "
-                    "use site='hidden', or do not compile them"
-                )
             forecast = [name for name, _ in stack.modules.forecast]
             for i, block in enumerate(stack.blocks(self._model)):
                 for name in (*forecast, *stack.modules.skip):
-                    if getattr(block, name, None) is not None:
-                        yield block, name, f"{stack.name}.{i}.{name}", name in forecast
+                    owner = owner_of(block, name)
+                    if owner is not None and owner._modules[name] is not None:
+                        key = f"{stack.name}.{i}.{name}"
+                        proxy = _Submodule(getattr(owner, name), self, key, name in forecast)
+                        proxies.append((owner, name, proxy))
+        return proxies
 
-    def _proxies(self, make: Callable[[nn.Module, str, bool], Proxy]) -> AbstractContextManager[None]:
-        """Every described submodule replaced by `make(submodule, slot, forecast)`."""
-        return swapped(
-            [
-                (block, name, make(getattr(block, name), slot, forecast))
-                for block, name, slot, forecast in self._places()
-            ]
-        )
+    def _run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, computing: bool) -> Any:
+        self._memory, self.computing = memory, computing
+        self._calls.clear()
+        try:
+            with swapped(self._swaps()):
+                return forward(*args, **kwargs)
+        finally:
+            self._memory = None
 
-    def computed(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        def recorder(slot: str, forecast: bool) -> Callable[[Any], None]:
-            calls = count()
-            memory.forms[slot] = []
+    def compute(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        memory.forms.clear()
+        return self._run(forward, args, kwargs, memory, computing=True)
 
-            def record(output: Any) -> None:
-                call = next(calls)
-                memory.forms[slot].append(_Form(output))
-                if forecast:
-                    for i, tensor in enumerate(output if isinstance(output, tuple) else (output,)):
-                        if tensor is not None:
-                            memory.record(f"{slot}/{call}/{i}", tensor)
+    def skip(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
+        try:
+            return self._run(forward, args, kwargs, memory, computing=False)
+        except _NotRecordedError:
+            return None
 
-            return record
+    def record(self, module: _Submodule, output: Any) -> None:
+        """Remember what a submodule returned."""
+        assert self._memory is not None
+        call = self._calls[module.key]
+        self._calls[module.key] += 1
+        self._memory.forms.setdefault(module.key, []).append(_Form(output))
+        if module.forecast:
+            for i, tensor in enumerate(output if isinstance(output, tuple) else (output,)):
+                if tensor is not None:
+                    self._memory.record(f"{module.key}/{call}/{i}", tensor)
 
-        with self._proxies(lambda module, slot, forecast: _Recorder(module, recorder(slot, forecast))):
-            return forward(*args, **kwargs)
-
-    def skipped(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        def answer(slot: str, forecast: bool) -> Callable[[], Any]:
-            calls = count()
-
-            def respond() -> Any:
-                call = next(calls)
-                form: _Form = memory.forms[slot][call]
-                return form.build(lambda i: memory.forecast(f"{slot}/{call}/{i}")) if forecast else form.filler()
-
-            return respond
-
-        with self._proxies(lambda module, slot, forecast: _Answer(module, answer(slot, forecast))):
-            return forward(*args, **kwargs)
+    def answer(self, module: _Submodule) -> Any:
+        """What a submodule would have returned."""
+        assert self._memory is not None
+        memory, call = self._memory, self._calls[module.key]
+        self._calls[module.key] += 1
+        forms: list[_Form] = memory.forms.get(module.key, [])
+        if call >= len(forms):
+            raise _NotRecordedError
+        if not module.forecast:
+            return forms[call].filler()
+        return forms[call].build(lambda i: memory.forecast(f"{module.key}/{call}/{i}"))
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         tokens = {"image": image_tokens, "text": text_tokens, "joint": image_tokens + text_tokens}
         numbers = 0
-        for stack in self._host.used(self._model):
+        for stack in self.adapter.used(self._model):
             assert stack.modules is not None
             per_block = sum(tokens[kind] for _, kinds in stack.modules.forecast for kind in kinds)
             numbers += per_block * len(stack.blocks(self._model))
-        return batch * numbers * self._host.width_of(self._model)
+        return batch * numbers * self.adapter.width_of(self._model)
+
+
+class _NotRecordedError(Exception):
+    """A submodule runs on a skipped step that did not run on the computed one (guidance that leaves out layers)."""
 
 
 def _like(latents: Tensor, result: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from hasten import models
-from hasten.caching.blocks import answer, encoder_of, hidden_in, hidden_of, swapped, with_streams
-from hasten.caching.memory import PassMemory
+from hasten.caching.blocks import answer, encoder_of, hidden_in, hidden_of, owner_of, same_blocks, swapped, with_streams
+from hasten.caching.memory import PassMemory, finite
 from hasten.caching.method import Feature
-from hasten.caching.sites import Decide, Forward, Site
+from hasten.caching.sites import Decide, Site
 from hasten.errors import AdapterError, ConfigError
 from hasten.models import BlockStack, ModelAdapter, Proxy
+from hasten.pipeline.hooks import Forward
 
 __all__ = ["SpanSite"]
 
@@ -44,7 +45,13 @@ def modulated_input(block: nn.Module, stack: BlockStack, args: Any, kwargs: Any)
     assert stack.modules is not None
     attention = stack.modules.forecast[0][0]
     eager = getattr(block, "_orig_mod", block)  # leaving a compiled block by an exception would break its graph
-    with swapped([(eager, attention, _Capture(getattr(eager, attention)))]):
+    owner = owner_of(eager, attention)
+    if owner is None:
+        raise AdapterError(
+            f"{type(eager).__name__} has no {attention!r} whose input could be looked at; describe its family with "
+            "hasten.models.register, or use a method without a modulated input, such as fbcache"
+        )
+    with swapped([(owner, attention, _Capture(getattr(owner, attention)))]):
         try:
             eager.forward(*args, **kwargs)
         except _Seen as seen:
@@ -67,43 +74,64 @@ class _Block(Proxy):
 class SpanSite(Site):
     """Image tokens after the last block, or the change that the blocks behind the front ones make.
 
+    Guidance may leave out any of the blocks in one of its passes: the span begins with the first block behind the front
+    that is called. A pass in which the last block is not called leaves nothing to forecast from, and is computed.
+
     Args:
         model: the transformer.
-        host: how it is wired; None for a family that the first forward has to trace (that forward then runs twice).
+        adapter: how it is laid out; None for a family that the first forward has to trace (that forward then runs
+            twice).
         feature: what to remember and what to look at.
         verified: given what the last block makes of a drafted input, and the draft, with `Feature.verify`.
     """
 
     def __init__(
-        self, model: nn.Module, host: ModelAdapter | None, feature: Feature, verified: Callable[[Tensor, Tensor], None]
+        self,
+        model: nn.Module,
+        adapter: ModelAdapter | None,
+        feature: Feature,
+        verified: Callable[[Tensor, Tensor], None],
     ) -> None:
-        if host is None:
+        if adapter is None:
             models.require_stacks(model)
-        self._model, self._host, self._feature, self._verified = model, host, feature, verified
+        self._model, self.adapter, self._feature, self._verified = model, adapter, feature, verified
         self._proxies: dict[str, nn.ModuleList] = {}
         self._last = -1
         self._clear()
 
     def _clear(self) -> None:
+        """Between two forwards."""
         self._memory: PassMemory | None = None
         self._decide: Decide | None = None
-        self._full = True
+        self._computing = True
+        self._done = False  # whether the last block was called
+        self._front_ran = False
         self._start: Tensor | None = None
         self._entry: tuple[Tensor, Tensor | None] | None = None
 
-    def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> Any:
-        if self._host is None:
-            self._host = models.trace(self._model, forward, args, kwargs)[1]
+    def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> tuple[Any, bool]:
+        if self.adapter is None:
+            self.adapter = models.trace(self._model, forward, args, kwargs)[1]
+        result, computed = self._run(forward, args, kwargs, memory, decide)
+        if result is None:
+            result, computed = self._run(forward, args, kwargs, memory, lambda _: True)
+        return result, computed
+
+    def _run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> tuple[Any, bool]:
+        assert self.adapter is not None
         self._memory, self._decide = memory, decide
+        stacks = self.adapter.used(self._model)
         try:
-            with swapped([(self._model, stack.name, self._places(stack)) for stack in self._host.used(self._model)]):
-                return forward(*args, **kwargs)
+            with swapped([(self._model, stack.name, self._blocks(stack, stacks)) for stack in stacks]):
+                result = forward(*args, **kwargs)
+            if self._entry is None:  # all blocks were left out
+                decide(None)
+            return (result if self._computing or self._done else None), self._computing
         finally:
             self._clear()
 
-    def _places(self, stack: BlockStack) -> nn.ModuleList:
-        assert self._host is not None
-        stacks = self._host.used(self._model)
+    def _blocks(self, stack: BlockStack, stacks: list[BlockStack]) -> nn.ModuleList:
+        """Proxies for the blocks of a stack."""
         sizes = [len(s.blocks(self._model)) for s in stacks]
         if self._feature.front >= sizes[0]:
             raise ConfigError(
@@ -115,7 +143,7 @@ class SpanSite(Site):
                 "register the family with BlockStack(..., modules=BlockModules(...))"
             )
         self._last = sum(sizes) - 1
-        if len(self._proxies.get(stack.name, ())) != len(stack.blocks(self._model)):
+        if not same_blocks(self._proxies.get(stack.name), stack.blocks(self._model)):
             first = sum(sizes[: stacks.index(stack)])
             blocks = [_Block(b, stack, first + i, self) for i, b in enumerate(stack.blocks(self._model))]
             self._proxies[stack.name] = nn.ModuleList(blocks)
@@ -125,38 +153,40 @@ class SpanSite(Site):
         """What happens in the place of one block."""
         stack, front = block.stack, self._feature.front
         hidden, encoder = hidden_of(stack, args, kwargs), encoder_of(stack, args, kwargs)
-        if block.position == 0:
+        if self._start is None:
             self._start = hidden
-        if block.position == front:
+        if self._entry is None and block.position >= front:
             self._enter(block, hidden, encoder, args, kwargs)
-        if block.position < front or (self._full and block.position < self._last):
+        if block.position < front or (self._computing and block.position < self._last):
+            self._front_ran |= block.position < front
             return block.original(*args, **kwargs)
         if block.position < self._last:
             return answer(stack, hidden, args, kwargs)
-        if self._full:
+        self._done = True
+        if self._computing:
             return self._record(block, hidden, encoder, args, kwargs)
         return self._forecast(block, args, kwargs)
 
     def _enter(self, block: _Block, hidden: Tensor, encoder: Tensor | None, args: Any, kwargs: Any) -> None:
-        """The front blocks have run: show the gate what it wants to see, and have it decide."""
+        """The front blocks have run: let the gate observe its input and decide."""
         assert self._decide is not None
         assert self._memory is not None
         self._entry = (hidden, encoder)
-        seen = None
-        if self._feature.gate_input == "modulated":
-            seen = modulated_input(block.original, block.stack, args, kwargs)
-            self._memory.show("modulated", seen)
-        elif self._feature.gate_input == "front":
+        observed = None
+        if self._feature.gate_input == "modulated" and block.position == 0:
+            observed = modulated_input(block.original, block.stack, args, kwargs)
+            self._memory.observe("modulated", observed)
+        elif self._feature.gate_input == "front" and self._front_ran:
             assert self._start is not None
-            seen = hidden - self._start
-        self._full = self._decide(seen)
+            observed = hidden - self._start
+        self._computing = self._decide(observed)
 
     def _record(self, block: _Block, hidden: Tensor, encoder: Tensor | None, args: Any, kwargs: Any) -> Any:
         assert self._memory is not None
         output = block.original(*args, **kwargs)
         new = hidden_in(block.stack, output)
         entry = self._joined(block.stack)
-        self._memory.show("entry", entry)
+        self._memory.observe("entry", entry)
         self._memory.record("hidden", new - entry if self._feature.change else new)
         if self._feature.verify:
             self._memory.record("input", hidden)
@@ -166,10 +196,10 @@ class SpanSite(Site):
 
     def _joined(self, stack: BlockStack) -> Tensor:
         """What entered the span, in the form in which the last stack carries it."""
-        assert self._host is not None
+        assert self.adapter is not None
         assert self._entry is not None
         hidden, encoder = self._entry
-        if stack.joint and len(self._host.used(self._model)) > 1:
+        if stack.joint and len(self.adapter.used(self._model)) > 1:
             assert encoder is not None
             return torch.cat([encoder, hidden], dim=1)  # text first, in all families with a joint second stack
         return hidden
@@ -182,13 +212,15 @@ class SpanSite(Site):
             args_, kwargs_ = with_streams(block.stack, args, kwargs, draft["input"], draft.get("encoder"))
             self._verified(hidden_in(block.stack, block.original(*args_, **kwargs_)), new)
         # Not `hidden`: what a ControlNet adds between the blocks is in it, and in the remembered change already.
-        return answer(block.stack, self._joined(block.stack) + new if self._feature.change else new, args, kwargs)
+        if self._feature.change:
+            new = finite(self._joined(block.stack) + new)
+        return answer(block.stack, new, args, kwargs)
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
-        host = self._host or ModelAdapter(stacks=())
-        last = host.used(self._model)[-1] if host.stacks else BlockStack("")
+        adapter = self.adapter or ModelAdapter(stacks=())
+        last = adapter.used(self._model)[-1] if adapter.stacks else BlockStack("")
         tokens = image_tokens + last.joint * text_tokens
         if self._feature.verify:
             dual = "encoder" in last.returns and not last.joint
             tokens = 2 * tokens + dual * text_tokens
-        return batch * tokens * host.width_of(self._model)
+        return batch * tokens * adapter.width_of(self._model)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hasten import models, registry
-from hasten.acceleration import Acceleration, accelerate
+from hasten.acceleration import accelerate
 from hasten.caching.method import Feature
 from hasten.caching.methods import Reuse
 from hasten.calibration import Calibration, Fingerprint, Trace, model_digest, weights_digest
 from hasten.errors import CalibrationError, ConfigError, unknown
 from hasten.parameters import parameters
+from hasten.pipeline.handle import Acceleration
 
 __all__ = ["Tape", "calibrate", "fingerprint_of", "fit", "merge", "record"]
 

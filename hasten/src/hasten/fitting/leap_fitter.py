@@ -13,12 +13,12 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor, nn
 
-from hasten.acceleration import TRANSFORMERS
 from hasten.caching.schedule import spread
 from hasten.errors import CalibrationError
 from hasten.fitting.references import References
 from hasten.fitting.search import Search, search_steps
 from hasten.pipeline.replay import Replay
+from hasten.pipeline.view import TRANSFORMERS
 from hasten.solvers.multistep import NormalEquations, advance
 
 __all__ = ["STARTS", "Fitter", "Leap"]

@@ -10,15 +10,17 @@ __all__ = ["Proxy"]
 
 
 class Proxy(nn.Module):
-    """Base of the proxies: whatever it does not define itself, it takes from the module that it stands for.
+    """Base of the proxies: whatever one does not define itself, it takes from the module that it stands for.
 
     Models read attributes of their submodules (an attention's processor, the norm of the first block), and a proxy
-    must have them. The original is kept out of the module tree, so that it is not registered twice.
+    must have them. They walk their tree as well, inside a forward (the strength of LoRA layers is set so), and so the
+    original is a child of its proxy.
     """
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        self.__dict__["original"] = original
+        self.__dict__["original"] = original  # where it is found at once
+        self._modules["original"] = original
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 from torch import nn
 
 from hasten.errors import AlreadyAcceleratedError, CopyError, HastenWarning
@@ -216,35 +216,24 @@ def compiled_whole(module: Any) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None if calls is None else calls.compiled
 
 
+class _Around(Hook):
+    """A diffusers hook of which `pre_forward` and `post_forward` are used."""
+
+    level = 1
+
+    def __init__(self, hook: ModelHook, kind: str) -> None:
+        self._hook = hook
+        self.kind = kind  # type: ignore[misc]
+
+    def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a call, between the hook's two methods."""
+        args, kwargs = self._hook.pre_forward(module, *args, **kwargs)
+        return self._hook.post_forward(module, forward(*args, **kwargs))
+
+
 def hook_forward(module: Any, hook: ModelHook, name: str) -> Remove:
-    """Put a hook around the forward, outside of all that are there.
-
-    The hook should use `pre_forward` and `post_forward`: a `new_forward` is lost when a hook inside is removed first.
-
-    Returns:
-        what takes it away; the module is then as it was found.
-    """
-    # A registry that other hooks made is empty, and ours to delete, when they went before us.
-    made = not hasattr(module, "_diffusers_hook") or bool(module._diffusers_hook.hooks)
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    registry.register_hook(hook, name)
-    registry.invalidate_child_registries_cache()
-    ours = module.forward
-
-    def remove() -> None:
-        outer, inner = module.forward, hook.fn_ref.forward
-        registry.remove_hook(name, recurse=False)
-        if outer is not ours and module.__dict__.get("_old_forward") is ours:
-            # accelerate (offloading) wrapped the forward after us and keeps what it wrapped in `_old_forward`.
-            module._old_forward, module.forward = inner, outer
-        elif not registry.hooks and getattr(inner, "__func__", None) is type(module).forward:
-            del module.forward  # the class's own forward shows again
-        if made and not registry.hooks:
-            del module._diffusers_hook
-        else:
-            registry.invalidate_child_registries_cache()
-
-    return remove
+    """Put a diffusers hook around the calls of a module, outside of a cache; returns what takes it away."""
+    return attach(module, _Around(hook, name))
 
 
 def wrap_step(scheduler: Any, advance: Callable[..., Any]) -> tuple[Callable[..., Any], Remove]:

@@ -163,6 +163,11 @@ class PipelineView:
         scale = getattr(self.pipe, "_guidance_scale", None)
         return float(scale) if isinstance(scale, (int, float)) else None
 
+    def compiles(self, module: nn.Module) -> bool:
+        """Whether the pipeline calls a transformer through `torch.compile`."""
+        parts = [getattr(self.pipe, name, None) for name in TRANSFORMERS]
+        return any(unwrap(part) is module and part is not module for part in parts)
+
     def timesteps_of(self, module: nn.Module) -> tuple[float, ...] | None:
         """The timesteps of the run at which a transformer is called; reads the list, so once per run."""
         if self.timesteps is None:

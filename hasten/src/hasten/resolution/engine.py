@@ -24,7 +24,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
 from hasten.errors import AlreadyAcceleratedError, ConfigError, TargetError
-from hasten.pipeline.hooks import hook_forward, wrap_step
+from hasten.pipeline.hooks import hook_forward, hooks_on, wrap_step
 from hasten.pipeline.scheduler import NoiseLevels, check_scheduler, skip_step
 from hasten.resolution.report import ForwardSize, ResolutionRecord, ResolutionReport
 
@@ -312,11 +312,6 @@ class ResolutionEngine(ABC, Generic[Run, Record, Plan]):
                 f"the pipeline was given another scheduler after {self.name} was put on it; "
                 "remove the acceleration, set the scheduler, and switch it on again"
             )
-        if module._diffusers_hook._hook_order[-1] != HOOK_NAME:
-            raise ConfigError(
-                f"another hook was put around the transformer after {self.name}, and would get full-size latents; "
-                f"attach caching first, and {self.name} last"
-            )
 
     # --- around the scheduler
 
@@ -386,8 +381,7 @@ class ResolutionEngine(ABC, Generic[Run, Record, Plan]):
                     "the transformer is compiled as a whole, which passes hooks by; "
                     "compile its blocks instead: transformer.compile_repeated_blocks(dynamic=True)"
                 )
-            registry = getattr(module, "_diffusers_hook", None)
-            if registry is not None and registry.get_hook(HOOK_NAME) is not None:
+            if any(hook.kind == HOOK_NAME for hook in hooks_on(module)):
                 raise AlreadyAcceleratedError(
                     f"this {kind} has a resolution method already; call .remove() on its acceleration first"
                 )

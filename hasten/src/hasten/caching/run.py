@@ -1,0 +1,69 @@
+"""What caching remembers of one run: a gate, the features of each pass, the decision of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+from torch import Tensor
+
+from hasten.caching.gates import Gate
+from hasten.caching.memory import PassMemory
+from hasten.caching.schedule import Decision
+from hasten.calibration import RunFacts
+from hasten.pipeline.runs import StepInfo
+
+__all__ = ["CachingRun"]
+
+
+class CachingRun:
+    """State of a run.
+
+    Args:
+        gate: a fresh one, begun.
+        facts: what the pipeline tells of the run.
+    """
+
+    def __init__(self, gate: Gate, facts: RunFacts) -> None:
+        self.gate: Gate | None = gate
+        self.facts = facts
+        self.memories: dict[str, PassMemory] = {}
+        self._signatures: dict[str, Hashable] = {}
+        self._last_computed: int | None = None
+        self._decision = Decision(True, "first step")
+        self.step = 0
+
+    def memory(self, info: StepInfo, signature: Hashable, make: Callable[[], PassMemory]) -> PassMemory:
+        """What is remembered of the pass; nothing where its latents have another shape, dtype or device than before."""
+        if signature != self._signatures.get(info.pass_name):
+            self.memories.pop(info.pass_name, None)
+            self._signatures[info.pass_name] = signature
+        memory = self.memories.get(info.pass_name)
+        if memory is None:
+            memory = self.memories[info.pass_name] = make()
+        memory.step = info.step
+        return memory
+
+    def decide(self, info: StepInfo, memory: PassMemory, observed: Tensor | None) -> Decision:
+        """The step's decision, made at its first pass; a pass without features has to run all the same."""
+        if self.gate is None:
+            return Decision(True, "after the last step")
+        if info.first_pass:
+            self.step = info.step
+            self._decision = self.gate.decide(info.step, self._last_computed, observed)
+            if self._decision.computed:
+                self._last_computed = info.step
+        if not self._decision.computed and memory.empty:
+            return Decision(True, "nothing to forecast from")
+        return self._decision
+
+    @property
+    def held(self) -> int:
+        """Bytes of the features, and of what the gate keeps."""
+        tensors = () if self.gate is None else self.gate.held()
+        own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return own + sum(memory.bytes for memory in self.memories.values())
+
+    def free(self) -> None:
+        """Let go of all tensors: the last forward of the run is over."""
+        self.memories.clear()
+        self.gate = None

@@ -1,0 +1,185 @@
+"""The handle of an accelerated pipeline: it reports, and takes the acceleration away again."""
+
+from __future__ import annotations
+
+import html
+import warnings
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+import torch
+from torch import nn
+
+from hasten.errors import ConfigError, HastenWarning
+from hasten.pipeline.hooks import hooks_on
+from hasten.pipeline.records import StepRecord
+from hasten.pipeline.summary import Summary
+from hasten.pipeline.view import PipelineView, unwrap
+
+__all__ = ["Acceleration", "CachingPart", "ResolutionPart"]
+
+
+class CachingPart(Protocol):
+    """What skips steps of one transformer."""
+
+    model: nn.Module
+    method: Any
+
+    @property
+    def records(self) -> list[StepRecord]: ...
+    def detach(self) -> None: ...
+    def forget(self) -> None: ...
+    def estimate_bytes(
+        self, image_tokens: int, text_tokens: int, batch: int, passes: int, dtype: torch.dtype
+    ) -> int: ...
+
+
+class ResolutionPart(Protocol):
+    """What runs a pipeline in coarse and fine stages."""
+
+    method: Any
+    records: list[Any]
+    plans: list[Any]
+
+    def remove(self) -> None: ...
+
+
+class Acceleration:
+    """Handle of an accelerated pipeline or transformer; also a context manager that removes itself at the end."""
+
+    def __init__(
+        self,
+        engines: Mapping[str, CachingPart],
+        stages: ResolutionPart | None,
+        modules: Mapping[str, nn.Module],
+        home: PipelineView | None,
+    ) -> None:
+        self._engines, self._stages = dict(engines), stages
+        self._modules, self._home = dict(modules), home
+        for module in self._modules.values():
+            for hook in hooks_on(module):
+                hook.handle = hook.handle or self
+
+    @property
+    def engines(self) -> dict[str, Any]:
+        """What forecasts features on each transformer, by its name in the pipeline; empty without a cache."""
+        return dict(self._engines)
+
+    @property
+    def stages(self) -> Any:
+        """What runs the pipeline in coarse and fine stages, with `.records` and `.plans`; None without it."""
+        return self._stages
+
+    @property
+    def method(self) -> Any:
+        """The caching method at work.
+
+        Raises:
+            ConfigError: if there is none, but stages alone.
+        """
+        if not self._engines:
+            raise ConfigError("no caching method is at work here; the stages and their plan are in .stages")
+        return next(iter(self._engines.values())).method
+
+    @property
+    def methods(self) -> list[Any]:
+        """The methods at work: a caching method, a resolution method, or one of each."""
+        own = [self.method] if self._engines else []
+        return own if self._stages is None else [*own, self._stages.method]
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """One record per forward, run by run, of the latest runs since `accelerate` or `reset`."""
+        return [record for engine in self._engines.values() for record in engine.records]
+
+    def summary(self, run: int = -1) -> Summary:
+        """What a run saved; the latest one unless told otherwise. With two transformers their steps add up.
+
+        Raises:
+            ConfigError: if there was no such run; it says so if the pipeline calls another transformer by now.
+        """
+        astray = self._astray()
+        cached = {name: _pick(engine.records, run) for name, engine in self._engines.items()}
+        staged = _pick([] if self._stages is None else self._stages.records, run)
+        if not staged and not any(cached.values()):
+            raise ConfigError(astray or f"there is no run {run} to sum up: call the pipeline first")
+        if astray:
+            warnings.warn(astray, HastenWarning, stacklevel=2)
+        return Summary.of([type(method).__name__ for method in self.methods], cached, staged)
+
+    def _astray(self) -> str | None:
+        """Whether the pipeline calls a transformer that is not the accelerated one, as text."""
+        pipe = None if self._home is None else self._home.pipe
+        if pipe is None:
+            return None
+        for name, module in self._modules.items():
+            if unwrap(getattr(pipe, name, None)) is not module:
+                return (
+                    f"pipe.{name} is not the transformer that was accelerated, so its calls are not: "
+                    "call .remove() and accelerate the pipeline again"
+                )
+        return None
+
+    def estimate_bytes(
+        self,
+        image_tokens: int,
+        *,
+        text_tokens: int = 0,
+        batch: int = 1,
+        passes: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> int:
+        """Bytes of features that a run will hold, before it is run.
+
+        Args:
+            image_tokens: tokens of the image between the blocks (FLUX.1 at 1024x1024: 4096).
+            text_tokens: tokens of the prompt (the module site keeps features of them, and the hidden site where a model
+                puts text and image in one sequence).
+            batch: images at a time.
+            passes: forwards within a step (2 with classifier-free guidance in two calls).
+            dtype: of the model's activations.
+        """
+        return sum(
+            engine.estimate_bytes(image_tokens, text_tokens, batch, passes, dtype) for engine in self._engines.values()
+        )
+
+    def reset(self) -> None:
+        """Forget all features and records: the next forward starts a new run."""
+        for engine in self._engines.values():
+            engine.forget()
+        if self._stages is not None:
+            self._stages.records.clear()
+            self._stages.plans.clear()
+
+    def remove(self) -> None:
+        """Take the acceleration away and leave the modules as they were found; records stay readable."""
+        if self._stages is not None:
+            self._stages.remove()
+        for engine in self._engines.values():
+            engine.detach()
+        self._modules, self._home = {}, None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Acceleration({', '.join(map(repr, self.methods))})"
+
+    def _repr_html_(self) -> str:
+        """What is at work and what the latest run saved, for notebooks."""
+        head = f"<code>{html.escape(repr(self))}</code>"
+        try:
+            return head + self.summary()._repr_html_()
+        except ConfigError as error:
+            return f"{head}<p>{html.escape(str(error))}</p>"
+
+
+def _pick(records: list[Any], run: int) -> list[Any]:
+    """The records of a run, counted from the first one or from the last."""
+    runs = list(dict.fromkeys(record.run for record in records))
+    if not -len(runs) <= run < len(runs):
+        return []
+    return [record for record in records if record.run == runs[run]]

@@ -1,0 +1,118 @@
+"""What one run saved: in steps, by a cache; in tokens, by coarse and fine stages; or both."""
+
+from __future__ import annotations
+
+import html
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from hasten.pipeline.records import StepRecord
+
+__all__ = ["Summary"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one run saved.
+
+    Attributes:
+        method: names of the methods' classes.
+        steps: sampler steps of the run.
+        computed_steps: steps whose blocks ran.
+        skipped_steps: steps whose features were forecast.
+        passes: names of the forwards within a step; empty without a cache, which alone tells them apart.
+        flops_ratio: `steps / computed_steps`, the figure that papers call the FLOPs ratio (it leaves out the
+            embeddings and the final layer that a skipped step still runs, and that coarse stages have fewer tokens).
+        cache_bytes: most bytes of features held at once.
+        computed_ms: median milliseconds of a computed forward, None where no cache measured any.
+        skipped_ms: median milliseconds of a skipped forward, None if there was none.
+        stages: what a resolution method did, as text; None without one.
+    """
+
+    method: str
+    steps: int
+    computed_steps: int
+    skipped_steps: int
+    passes: tuple[str, ...]
+    flops_ratio: float
+    cache_bytes: int
+    computed_ms: float | None
+    skipped_ms: float | None
+    stages: str | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.method}: {self.computed_steps} of {self.steps} steps computed"
+        if self.passes:
+            skipped = "-" if self.skipped_ms is None else f"{self.skipped_ms:.2f} ms"
+            text += (
+                f" ({self.flops_ratio:.2f}x fewer), {self.skipped_steps} forecast; computed {self.computed_ms or 0:.2f}"
+                f" ms, skipped {skipped}; cache {self.cache_bytes / 2**20:.2f} MiB; passes {', '.join(self.passes)}"
+            )
+        return text if self.stages is None else f"{text}; {self.stages}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as plain data."""
+        return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{name.replace('_', ' ')}</th><td>{html.escape(_cell(value))}</td></tr>"
+            for name, value in self.to_dict().items()
+            if value not in (None, ())
+        )
+        return f"<table>{rows}</table>"
+
+    @classmethod
+    def of(cls, names: Sequence[str], cached: Mapping[str, Sequence[StepRecord]], staged: Iterable[Any]) -> Summary:
+        """Sum up.
+
+        Args:
+            names: of the methods' classes.
+            cached: a run's records of each transformer; their steps add up.
+            staged: a run's records of the resolution method, each with `step` and `switched`.
+        """
+        steps: dict[tuple[str, int], bool] = {}
+        held: defaultdict[str, int] = defaultdict(int)
+        for name, records in cached.items():
+            for record in records:
+                # A pass that comes late has to run though the step is skipped; the step counts as skipped.
+                steps[name, record.step] = steps.get((name, record.step), True) and record.computed
+                held[name] = max(held[name], record.cache_bytes)
+        every = [record for records in cached.values() for record in records]
+        staged = list(staged)
+        total = len(steps) or len(staged)
+        computed = sum(steps.values()) if steps else total
+        return cls(
+            method=" + ".join(names),
+            steps=total,
+            computed_steps=computed,
+            skipped_steps=total - computed,
+            passes=tuple(dict.fromkeys(record.pass_name for record in every)),
+            flops_ratio=total / max(computed, 1),
+            cache_bytes=sum(held.values()),
+            computed_ms=_median(record.ms for record in every if record.computed),
+            skipped_ms=_median(record.ms for record in every if not record.computed),
+            stages=_stages(staged) if staged else None,
+        )
+
+
+def _median(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return median(values) if values else None
+
+
+def _stages(records: Sequence[Any]) -> str:
+    switches = [record.step + 1 for record in records if record.switched]
+    if not switches:
+        return "one stage at full size"
+    return f"{len(switches) + 1} stages, the next ones from step {', '.join(map(str, switches))}"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
