@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hasten.pipeline.view import Owner, PipelineView, alive, current_owner, pipeline_of
@@ -98,7 +99,7 @@ class Run:
         self._step = -1
         self._index: int | None = None
         self._counted: bool | None = None  # whether the scheduler counts the steps; None until the first step ends
-        self._first = self._value = float("nan")
+        self._first = self._value = self._mean = float("nan")
         self._direction = 0.0
         self._names: Counter[str | None] = Counter()
         self._passes = 0  # of the step before
@@ -116,8 +117,8 @@ class Run:
         index = self._count()
         if self._counted:
             return index is not None and self._index is not None and index >= self._index
-        value = _number(timestep)
-        if self.total is None and signature(hidden) != self._shape and value != self._value:
+        value, mean = _numbers(timestep)
+        if self.total is None and signature(hidden) != self._shape and (value, mean) != (self._value, self._mean):
             return False
         if (value - self._value) * self._direction >= 0:
             return True
@@ -129,12 +130,14 @@ class Run:
         first_step = self._step < 0
         index, sample = self._count(), sample_shape(hidden)
         moved = index != self._index
-        value = self._value_at(timestep, moved)
-        repeated = value == self._value and sample == self._sample and (name is None or name not in self._names)
+        value, mean = self._read(timestep, moved)
+        repeated = (value, mean, sample) == (self._value, self._mean, self._sample)
         if first_step:
-            self._first = value
-        if not self._counted and not first_step and self._direction == 0.0:
+            self._first, self._counted = value, None if index is not None else False
+        elif not self._counted and self._direction == 0.0:
             self._direction = value - self._value
+        if self._counted is False and name is not None and self._names[name]:
+            repeated = False  # a second-order sampler evaluates twice at one time
         if first_step or moved or (not self._counted and not repeated):
             if self._counted is None and not first_step:
                 self._counted = moved
@@ -145,20 +148,21 @@ class Run:
         if name is not None and self._names[name]:
             pass_name = f"{name}#{self._names[name]}"  # windows of one step, or a second evaluation
         self._names[name] += 1
-        self._index, self._value, self._sample = index, value, sample
+        self._index, self._value, self._mean, self._sample = index, value, mean, sample
         if first_pass:
             self._shape = signature(hidden)
         return StepInfo(
             self.number, self._step, pass_name, first_pass, first_step, self._is_last(value), self.total, value
         )
 
-    def _value_at(self, timestep: Any, moved: bool) -> float:
-        """The timestep; from the list where reading it would wait for the device."""
+    def _read(self, timestep: Any, moved: bool) -> tuple[float, float]:
+        """The timestep, latest and mean; from the list where reading it would wait for the device."""
         on_device = isinstance(timestep, Tensor) and timestep.device.type != "cpu"
         if not (self._counted and on_device and self.timesteps):
-            return _number(timestep)
+            return _numbers(timestep)
         step = min(self._step + moved, len(self.timesteps) - 1)
-        return self.timesteps[step] * (self._first / self.timesteps[0] if self.timesteps[0] else 1.0)
+        value = self.timesteps[step] * (self._first / self.timesteps[0] if self.timesteps[0] else 1.0)
+        return value, value
 
     def _is_last(self, value: float) -> bool:
         if self.timesteps is None or self._step < len(self.timesteps) - 1:
@@ -172,9 +176,12 @@ class Run:
         return abs(value - ratio * self.timesteps[-1]) <= NEAR * abs(self._first)
 
 
-def _number(timestep: Any) -> float:
-    """The timestep; the latest one where every frame or token has its own. Waits for the device."""
-    return float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
+def _numbers(timestep: Any) -> tuple[float, float]:
+    """Latest and mean timestep, since every image, frame or token may have its own. Waits for the device."""
+    if not isinstance(timestep, Tensor) or timestep.numel() == 1:
+        return float(timestep), float(timestep)
+    latest, mean = torch.stack([timestep.max().float(), timestep.float().mean()]).tolist()
+    return latest, mean
 
 
 class Runs:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -125,7 +125,11 @@ class PipelineView:
     """
 
     def __init__(self, pipe: Any) -> None:
-        self._pipe = weakref.ref(pipe)
+        self._pipe: Callable[[], Any]
+        try:
+            self._pipe = weakref.ref(pipe)
+        except TypeError:  # a stand-in that cannot be referred to weakly
+            self._pipe = lambda: pipe
 
     @property
     def pipe(self) -> Any:
