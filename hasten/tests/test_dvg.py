@@ -20,7 +20,6 @@ from hasten.errors import (
     HastenError,
     ScheduleError,
     TargetError,
-    UnknownNameError,
 )
 from hasten.pipeline.scheduler import NoiseLevels, shift_levels
 from hasten.resolution.layouts import block_noise, enlarge, gather, nested_axes, pick, smooth, spread
@@ -601,28 +600,20 @@ def test_offloading_keeps_working_when_stages_are_taken_away() -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "error", "message"),
+    ("params", "message"),
     [
-        ({"budget": 0.0}, ConfigError, "budget is a share"),
-        ({"budget": 1.5}, ConfigError, "budget is a share"),
-        ({"start": 0.0}, ConfigError, "start is a share"),
-        ({"lead": -1.0}, ConfigError, "lead must be positive"),
-        ({"rates": (0.5, 0.28, 0.72)}, ConfigError, "rates must be increasing"),
-        ({"rates": (0.3, 0.6), "shifts": None}, ConfigError, "needs 3 rates"),
-        ({"shifts": (5.0, 7.0)}, ConfigError, "each of the 4 stages"),
-        ({"shifts": "risen"}, UnknownNameError, "shifts"),
-        ({"noise": "feild"}, UnknownNameError, "Did you mean 'field'"),
-        ({"smooth": 2.0}, ConfigError, "smooth is a share"),
-        ({"spatial": 0.3}, ConfigError, "spatial is 'plan' or a share"),
-        ({"temporal": 2.5}, ConfigError, "temporal is 'plan' or a number"),
-        ({"compress": "colour"}, UnknownNameError, "compress"),
-        ({"compress": "time", "spatial": 0.7}, ConfigError, "determines the stages"),
-        ({"stages": ((0.5, 1.0), (1.0, 1.0))}, ConfigError, "4 pairs"),
-        ({"stages": ((1, 1), (0.5, 1), (1, 1), (1, 1))}, ConfigError, "do not fall"),
+        ({"rates": (0.5, 0.28, 0.72)}, "rates must increase"),
+        ({"rates": (0.3, 0.6), "shifts": None}, "needs 3 rates"),
+        ({"shifts": (5.0, 7.0)}, "each of the 4 stages"),
+        ({"noise": "feild"}, "DVG: noise must be .* did you mean 'field'"),
+        ({"spatial": 0.3}, "spatial must be 'plan' or a share from start=0.5 to 1"),
+        ({"compress": "time", "spatial": 0.7}, "determines the stages"),
+        ({"stages": ((0.5, 1.0), (1.0, 1.0))}, "4 pairs"),
+        ({"stages": ((1, 1), (0.5, 1), (1, 1), (1, 1))}, "do not fall"),
     ],
 )
-def test_parameters_that_cannot_work(params: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_parameters_that_cannot_work(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         DVG(**params)
 
 

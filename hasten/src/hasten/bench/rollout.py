@@ -16,9 +16,9 @@ from torch import Tensor
 
 from hasten.bench.row import StreamRow
 from hasten.errors import ConfigError
+from hasten.streaming.attention import StreamStats
 from hasten.streaming.methods.full import FullHistory
 from hasten.streaming.policy import StreamingMethod
-from hasten.streaming.stats import StreamStats
 
 __all__ = ["REFERENCE", "RollOut", "Rolled", "Watch", "fidelity", "mean_curves", "measure"]
 

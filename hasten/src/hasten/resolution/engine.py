@@ -24,6 +24,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
 from hasten.errors import AlreadyAcceleratedError, ConfigError, TargetError
+from hasten.parameters import Declared
 from hasten.pipeline.hooks import hook_forward, hooks_on, wrap_step
 from hasten.pipeline.scheduler import NoiseLevels, check_scheduler, skip_step
 from hasten.resolution.report import ForwardSize, ResolutionRecord, ResolutionReport
@@ -34,7 +35,7 @@ HOOK_NAME = "hasten-resolution"
 PURE = 0.99  # least noise level that a run may begin at
 
 
-class ResolutionMethod(ABC):
+class ResolutionMethod(Declared, ABC):
     """Base of the resolution methods, frozen dataclasses."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]

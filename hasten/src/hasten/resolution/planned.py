@@ -12,12 +12,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from hasten.errors import AdapterError, ConfigError, ScheduleError, unknown
+from hasten.errors import AdapterError, ConfigError, ScheduleError
 from hasten.models import patch_size
+from hasten.parameters import Range
 from hasten.pipeline.scheduler import NoiseLevels, own_shift, shift_levels
 from hasten.resolution.engine import ResolutionEngine, ResolutionMethod, ResolutionRun, SamplerStep
 from hasten.resolution.layouts import Axes, Grid, block_noise, enlarge, gather, nested_axes, pick, smooth, spread
@@ -62,46 +63,34 @@ def stage_lengths(steps: int, rates: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedMethod(ResolutionMethod):
-    """Base of the methods whose stages are uniform grids.
+    """Base of the methods whose stages are uniform grids."""
 
-    Args:
-        rates: share of the run at which each stage but the last one ends.
-        shifts: of the noise levels in each stage. `"raised"`: the scheduler's own, plus 0, 2, 4 and 4; a value for each
-            stage; None keeps the pipeline's own levels throughout.
-        noise: where the noise of a stage is read. `"field"`: from the full-size noise that the pipeline began with, as
-            its low-pass; `"anchor"`: from the same, at the coordinates of the cells; `"independent"`: fresh at each
-            switch.
-        smooth: share of a 3x3 mean in the clean estimate at the end of the first stage.
-    """
+    rates: Annotated[
+        tuple[float, ...], Range(above=0, below=1), "share of the run at which each stage but the last one ends, rising"
+    ] = (0.28, 0.5, 0.72)
+    shifts: Annotated[
+        tuple[float, ...] | Literal["raised"] | None,
+        Range(above=0),
+        "of the noise levels, one for each stage; raised is the scheduler's plus 0, 2, 4 and 4; None the pipeline's",
+    ] = "raised"
+    noise: Annotated[
+        NoiseName,
+        "where a stage's noise is read: the pipeline's own as its low-pass (field) or at the coordinates of the cells "
+        "(anchor), or fresh at each switch",
+    ] = "field"
+    smooth: Annotated[float, Range(0, 1), "share of a 3x3 mean in the clean estimate at the end of the first stage"] = (
+        0.3
+    )
 
-    rates: tuple[float, ...] = (0.28, 0.5, 0.72)
-    shifts: tuple[float, ...] | Literal["raised"] | None = "raised"
-    noise: NoiseName = "field"
-    smooth: float = 0.3
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rates", tuple(self.rates))
-        if not self.rates or list(self.rates) != sorted(set(self.rates)) or not 0 < self.rates[0] <= self.rates[-1] < 1:
-            raise ConfigError(
-                f"rates must be increasing and between 0 and 1, such as (0.28, 0.5, 0.72), got {self.rates}"
-            )
-        if self.noise not in get_args(NoiseName):
-            raise unknown("noise", self.noise, get_args(NoiseName))
-        if not 0 <= self.smooth <= 1:
-            raise ConfigError(f"smooth is a share between 0 and 1, got {self.smooth}")
-        self._check_shifts()
-
-    def _check_shifts(self) -> None:
+    def check(self) -> None:
+        super().check()
+        if list(self.rates) != sorted(set(self.rates)):
+            raise ConfigError(f"rates must increase, such as (0.28, 0.5, 0.72), got {self.rates}")
         stages = len(self.rates) + 1
-        if isinstance(self.shifts, str):
-            if self.shifts != "raised":
-                raise unknown("shifts", self.shifts, ("raised",))
-            if stages != len(RAISED):
-                raise ConfigError(f"shifts='raised' is made for 4 stages; give the {stages} shifts, or None")
-        elif self.shifts is not None:
-            object.__setattr__(self, "shifts", tuple(self.shifts))
-            if len(self.shifts) != stages or min(self.shifts) <= 0:
-                raise ConfigError(f"shifts needs a positive value for each of the {stages} stages, got {self.shifts}")
+        if self.shifts == "raised" and stages != len(RAISED):
+            raise ConfigError(f"shifts='raised' is made for 4 stages; give the {stages} shifts, or None")
+        if isinstance(self.shifts, tuple) and len(self.shifts) != stages:
+            raise ConfigError(f"shifts needs one value for each of the {stages} stages, got {self.shifts}")
 
     def first(self, full: Grid, patch: Grid, steps: int) -> Grid:
         """The grid of the first stage.

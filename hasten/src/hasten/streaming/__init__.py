@@ -7,7 +7,7 @@
 Tensors are `[batch, frames, tokens of a frame, heads, width of a head]`.
 """
 
-from hasten.streaming.attention import BACKENDS
+from hasten.streaming.attention import BACKENDS, StreamStats
 from hasten.streaming.budgets import HeadBudgets
 from hasten.streaming.cache import FrameCache
 from hasten.streaming.methods import (
@@ -20,7 +20,6 @@ from hasten.streaming.methods import (
 )
 from hasten.streaming.policy import KVPolicy, KVStream, StreamingMethod
 from hasten.streaming.selection import HeadGroup, Selection
-from hasten.streaming.stats import StreamStats
 
 __all__ = [
     "BACKENDS",

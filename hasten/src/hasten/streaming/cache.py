@@ -1,8 +1,8 @@
 """The frames that a causal video model remembers, for one layer.
 
-Frames are the unit: they are appended, chosen and evicted whole. Keys lie as the layer attends to them, that is, after
-the rotary embedding if the model has one; `unrotate`, or plain keys given along, lets a score compare frames without
-their places in time. What frames are compared by is measured when a method first asks, once for each frame.
+Frames are the unit: they are appended, chosen and evicted whole. Keys are stored as the layer attends to them, that is,
+after the rotary embedding if the model has one; `unrotate`, or plain keys given along, lets a score compare frames
+without their places in time. What frames are compared by is measured when a method first asks, once per frame.
 
 Shape legend: `B` batch, `F` frames held, `L` tokens of a frame, `H` heads, `D` width of a head. Callers hand in
 `[B, F, L, H, D]`; inside, heads come first, `[B, H, F, L, D]`, so that one head's frames are read in one go.
@@ -69,7 +69,7 @@ class FrameCache:
 
     Args:
         rotated: whether the keys carry a rotary embedding along time.
-        unrotate: takes it off again; without it, plain keys must be given to `append` where a method asks for them.
+        unrotate: undoes it; without it, plain keys must be given to `append` where a method asks for them.
     """
 
     def __init__(self, *, rotated: bool = False, unrotate: Unrotate | None = None) -> None:
@@ -141,7 +141,7 @@ class FrameCache:
         assert self._values is not None
         return self._keys, self._values
 
-    def alike(self, other: FrameCache) -> bool:
+    def same_frames(self, other: FrameCache) -> bool:
         """Whether another cache holds the same frames, in tensors of the same kind."""
         kinds = [(c.keys.shape, c.keys.dtype, c.keys.device, c._plain is None) for c in (self, other) if len(c)]
         return self.frames == other.frames and len(set(kinds)) <= 1
@@ -158,7 +158,7 @@ class FrameCache:
             ConfigError: if the keys are rotated and there is no way back.
         """
         if not self.rotated:
-            return self._lying(step, since, others)
+            return self._stored_keys(step, since, others)
         if self._plain is not None:
             return _joined([c._plain[:, :, since:, ::step] for c in (self, *others) if c._plain is not None])
         if self._unrotate is None:
@@ -167,20 +167,20 @@ class FrameCache:
                 'give plain_keys to append, or unrotate to the policy, or choose diversity_on="cached"'
             )
         numbers = torch.tensor(self.frames[since:], device=self.keys.device)
-        return self._unrotate(self._lying(step, since, others), numbers)
+        return self._unrotate(self._stored_keys(step, since, others), numbers)
 
-    def _lying(self, step: int, since: int, others: Sequence[FrameCache]) -> Tensor:
-        """As `plain_keys`, but keys as they lie."""
+    def _stored_keys(self, step: int, since: int, others: Sequence[FrameCache]) -> Tensor:
+        """As `plain_keys`, but keys as they are stored."""
         return _joined([c.keys[:, :, since:, ::step] for c in (self, *others)])
 
     def redundancy(self, step: int = 1, *, rotated: bool = False, others: Sequence[FrameCache] = ()) -> Tensor:
-        """How alike each frame is to the mean of all, see `UnitKeys`: `[1 + others, B, H, F]` float32.
+        """Similarity of each frame to the mean of all, see `UnitKeys`: `[1 + others, B, H, F]` float32.
 
         Args:
             step: compare by every `step`-th token. Those of a `step` above 1 are few and kept until frames are
-                evicted, so that each frame is turned back and measured once; all of them would take as much memory as
-                the keys.
-            rotated: compare keys as they lie, with their rotation along time.
+                evicted, so that each rotation is undone and each frame measured once; all of them would take as much
+                memory as the keys.
+            rotated: compare keys as they are stored, with their rotation along time.
             others: caches like this one, measured along with it. With small frames nearly all of the time goes into
                 starting the operations, of which there are no more for many layers than for one.
         """
@@ -188,7 +188,7 @@ class FrameCache:
         units = self._units.get(what, UnitKeys())
         known = len(units)
         if known < len(self):
-            units.extend(self._lying(step, known, others) if rotated else self.plain_keys(step, known, others))
+            units.extend(self._stored_keys(step, known, others) if rotated else self.plain_keys(step, known, others))
         if step > 1:
             self._units[what] = units
         return units.redundancy().unflatten(0, (1 + len(others), -1))
@@ -270,7 +270,7 @@ class FrameCache:
         self._plain = None if self._plain is None else self._plain.index_select(2, index)
         if self._means is not None:  # it covers the oldest frames, those that were there when it was last asked for
             self._means = self._means.index_select(2, index[index < self._means.shape[2]])
-        self._units.clear()  # their sum is of frames that have gone; the few that are left are measured anew
+        self._units.clear()  # their sum is of frames that have gone; the few that are left are measured again
         self._epoch = next(EPOCHS)
         self.frames = [self.frames[place] for place in places]
 

@@ -22,16 +22,26 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError, unknown
-from hasten.streaming.attention import BACKENDS, Backend, Current, PackedGroup, attend, attention_pairs, kv_bytes, pack
+from hasten.parameters import Declared, Range
+from hasten.streaming.attention import (
+    BACKENDS,
+    Backend,
+    Current,
+    PackedGroup,
+    StreamStats,
+    attend,
+    attention_pairs,
+    kv_bytes,
+    pack,
+)
 from hasten.streaming.cache import FrameCache, Unrotate, check_frames
 from hasten.streaming.selection import Selection
-from hasten.streaming.stats import StreamStats
 
 __all__ = ["KVPolicy", "KVStream", "LayerView", "StreamingMethod"]
 
@@ -49,7 +59,7 @@ class LayerView:
         memo: the method's own notes on this layer; emptied when a chunk is appended.
         notes: the method's own notes on this layer for the whole rollout.
         shared: the method's own notes that all layers share for the whole rollout.
-        peers: the views of all layers of the stream, this one among them; none for a layer by itself.
+        peers: the views of all layers of the stream, this one among them; none for a layer on its own.
     """
 
     layer: int
@@ -68,7 +78,7 @@ class LayerView:
         A host that shows each layer its history just before that layer's turn has no other layer ready.
         """
         views = [view for view in (there() for there in self.peers) if view is not None]
-        ready = all(view.chunk == self.chunk and view.cache.alike(self.cache) for view in views)
+        ready = all(view.chunk == self.chunk and view.cache.same_frames(self.cache) for view in views)
         return views if views and ready else [self]
 
     def restart(self) -> None:
@@ -79,21 +89,14 @@ class LayerView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingMethod(ABC):
-    """Base of the methods: which frames to keep and which to look at.
+class StreamingMethod(Declared, ABC):
+    """Base of the methods: which frames to keep and which to look at."""
 
-    Args:
-        refresh_every: forwards after which a chunk's choice is made anew; None keeps the choice of its first forward,
-            which is cheapest and does not flicker.
-    """
-
-    refresh_every: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.refresh_every is not None and self.refresh_every < 1:
-            raise ConfigError(
-                f"expected refresh_every of at least 1, or None for once a chunk, got {self.refresh_every}"
-            )
+    refresh_every: Annotated[
+        int | None,
+        Range(1),
+        "forwards after which a chunk's choice is made again; None keeps that of its first forward",
+    ] = None
 
     @abstractmethod
     def score(self, view: LayerView, queries: Tensor) -> Tensor:
@@ -107,7 +110,7 @@ class StreamingMethod(ABC):
         """Places in the cache that are kept when a chunk has been appended; the others are evicted."""
         return range(len(view.cache))
 
-    def check(self, layers: int, facts: Mapping[str, object]) -> None:  # noqa: B027 (most methods fit every model)
+    def check_model(self, layers: int, facts: Mapping[str, object]) -> None:
         """Refuse a model that the method was not made for."""
 
 
@@ -197,7 +200,7 @@ class KVPolicy:
         return self.method.score(self.view, queries)
 
     def select(self, queries: Tensor, keys: Tensor) -> Selection | None:
-        """The choice for this forward, made anew only when the method's refresh rule says so.
+        """The choice for this forward, made again only when the method's refresh rule says so.
 
         Args:
             queries, keys: of the current chunk `[B, q, L, H, D]`.
@@ -320,7 +323,7 @@ class KVStream:
     ) -> None:
         if layers < 1:
             raise ConfigError(f"expected at least one layer, got {layers}")
-        method.check(layers, facts or {})
+        method.check_model(layers, facts or {})
         self.method = method
         self.gates: Tensor | None = None
         shared: dict[str, Any] = {}

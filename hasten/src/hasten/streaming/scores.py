@@ -77,7 +77,7 @@ def attention_mass(queries: Tensor, keys: Tensor, history: Tensor, last: int, sa
 class UnitKeys:
     """Keys of length one by which frames are compared, and the sum of the keys as they are.
 
-    Frames are measured once, when they are first asked about. How alike all of them are is one small product then.
+    Frames are measured once, when they are first asked about. The similarity of all of them is one small product then.
     """
 
     def __init__(self) -> None:
@@ -116,14 +116,14 @@ class UnitKeys:
 
     @torch.no_grad()
     def redundancy(self) -> Tensor:
-        """How alike a frame is to the mean of all: mean over tokens of the cosine with the mean key, `[B, H, F]`."""
+        """Similarity of a frame to the mean of all: mean over tokens of the cosine with the mean key, `[B, H, F]`."""
         assert self._units is not None
         assert self._sum is not None
         B, H, _, S, _ = self._units.shape
-        towards = _directions(self._sum)  # the mean points where the sum points
+        direction = _directions(self._sum)  # the mean points where the sum points
         units = self._units[:, :, : self._held].flatten(3).flatten(0, 1)
         # The vector stands on the left: on a CPU the product with a single column takes seven times as long.
-        return (towards.view(B * H, 1, -1) @ units.mT).view(B, H, -1) / S
+        return (direction.view(B * H, 1, -1) @ units.mT).view(B, H, -1) / S
 
 
 def _directions(keys: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def frames_at(places: Sequence[int], heads: Sequence[int], batch: int, device: t
 def top_frames(scores: Tensor, budgets: Sequence[int]) -> Selection:
     """Each head's best frames, as many as its budget (all of them if there are no more), in order of time.
 
-    Equal scores go to the older frame, so that every device and every way to sort chooses alike.
+    Equal scores go to the older frame, so that every device and every way to sort makes the same choice.
 
     Args:
         scores: `[B, Q, H, F]`.

@@ -1,5 +1,5 @@
-"""HyCa: channels that move alike share the solver that forecasts them best. "HyCa: Hybrid feature caching", ICLR 2026,
-arXiv:2510.04188.
+"""HyCa: channels that move similarly share the solver that forecasts them best. "HyCa: Hybrid feature caching",
+ICLR 2026, arXiv:2510.04188.
 
 Once for a model, on a probe run: describe each channel by how it moves (differences of first to third order, their
 ratios, cosine of successive changes, energy, share of low frequencies, spectral flatness), cluster the channels by

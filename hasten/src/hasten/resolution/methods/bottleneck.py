@@ -9,11 +9,11 @@ the method's own, `"field"` takes the pipeline's noise, of which the coarse one 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from torch import Tensor
 
-from hasten.errors import ConfigError, unknown
+from hasten.parameters import Range
 from hasten.registry import method
 from hasten.resolution.packed import MixedState
 from hasten.resolution.regions import Promotion, PromotionInput, RegionMethod
@@ -26,22 +26,12 @@ Noise = Literal["independent", "field"]
 @method("bottleneck", kind="resolution", paper="Bottleneck Sampling, arXiv:2503.18940")
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck(RegionMethod):
-    """Some steps coarse, the rest at full size (uniform two-stage sampling).
+    """Some steps coarse, the rest at full size (uniform two-stage sampling)."""
 
-    Args:
-        stages: steps of the two stages.
-        noise: what noises the enlarged image, see above.
-    """
-
-    stages: tuple[int, int] = (9, 9)
-    noise: Noise = "independent"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))
-        if self.noise not in get_args(Noise):
-            raise unknown("noise", self.noise, get_args(Noise))
-        if len(self.stages) != 2 or min(self.stages) < 1:
-            raise ConfigError(f"stages are two numbers of steps from 1, got {self.stages}")
+    stages: Annotated[tuple[int, int], Range(1), "steps of the coarse and of the full-size stage"] = (9, 9)
+    noise: Annotated[
+        Noise, "what noises the enlarged image: noise of its own, or the pipeline's, whose low-pass is the coarse one"
+    ] = "independent"
 
     @property
     def num_inference_steps(self) -> int:

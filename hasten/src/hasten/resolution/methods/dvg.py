@@ -25,11 +25,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
-from hasten.errors import ConfigError, unknown
+from hasten.errors import ConfigError
+from hasten.parameters import Range
 from hasten.registry import method
 from hasten.resolution.layouts import Grid
 from hasten.resolution.plan import Plan, choose, demands, density, feasible, motion, stage_grid, texture
@@ -46,42 +47,30 @@ Compress = Literal["both", "space", "time"]
 @method("dvg", kind="resolution", paper="DVG, arXiv:2605.21042")
 @dataclass(frozen=True, kw_only=True)
 class DVG(PlannedMethod):
-    """Begin with few frames and pixels and refine in planned stages (DVG).
+    """Begin with few frames and pixels and refine in planned stages (DVG)."""
 
-    Args:
-        budget: tokens times steps, relative to a run at full size.
-        start: side of the first stage's image, relative to the full one.
-        lead: frames of the first stage, relative to `budget` times all frames.
-        spatial: side of the second stage, or `"plan"`.
-        temporal: latent frames of the second and third stage, or `"plan"`.
-        compress: `"both"`, or for comparison at equal density `"space"` (all frames; sides start, s, s, 1) or `"time"`
-            (full images; frames f, f, f, T); these two need no plan.
-        stages: explicit (spatial, temporal) shares for the four stages instead of all that.
-    """
+    budget: Annotated[float, Range(above=0, most=1), "tokens times steps, relative to a run at full size"] = 0.5
+    start: Annotated[float, Range(above=0, most=1), "side of the first stage's image, relative to the full one"] = 0.5
+    lead: Annotated[float, Range(above=0), "frames of the first stage, relative to `budget` times all frames"] = 0.8
+    spatial: Annotated[
+        float | Literal["plan"], Range(above=0, most=1), "side of the second stage, relative to the full one"
+    ] = "plan"
+    temporal: Annotated[int | Literal["plan"], Range(1), "latent frames of the second and third stage"] = "plan"
+    compress: Annotated[
+        Compress, "for comparison at equal density: less space alone (all frames), or less time alone (full images)"
+    ] = "both"
+    stages: Annotated[
+        tuple[tuple[float, float], ...] | None,
+        Range(above=0, most=1),
+        "explicit (spatial, temporal) shares for the four stages instead of all that",
+    ] = None
 
-    budget: float = 0.5
-    start: float = 0.5
-    lead: float = 0.8
-    spatial: float | Literal["plan"] = "plan"
-    temporal: int | Literal["plan"] = "plan"
-    compress: Compress = "both"
-    stages: tuple[tuple[float, float], ...] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if len(self.rates) != STAGES - 1:
             raise ConfigError(f"DVG has {STAGES} stages and needs {STAGES - 1} rates, got {self.rates}")
-        for name in ("budget", "start"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is a share above 0 and up to 1, got {getattr(self, name)}")
-        if self.lead <= 0:
-            raise ConfigError(f"lead must be positive, got {self.lead}")
-        if self.spatial != "plan" and not (isinstance(self.spatial, (int, float)) and self.start <= self.spatial <= 1):
-            raise ConfigError(f"spatial is 'plan' or a share from start={self.start} to 1, got {self.spatial!r}")
-        if self.temporal != "plan" and not (isinstance(self.temporal, int) and self.temporal >= 1):
-            raise ConfigError(f"temporal is 'plan' or a number of latent frames, got {self.temporal!r}")
-        if self.compress not in get_args(Compress):
-            raise unknown("compress", self.compress, get_args(Compress))
+        if self.spatial != "plan" and self.spatial < self.start:
+            raise ConfigError(f"spatial must be 'plan' or a share from start={self.start:g} to 1, got {self.spatial}")
         if self.compress != "both" and (self.spatial, self.temporal) != ("plan", "plan"):
             raise ConfigError(f"compress={self.compress!r} determines the stages; leave spatial and temporal at 'plan'")
         self._check_stages()
@@ -89,12 +78,11 @@ class DVG(PlannedMethod):
     def _check_stages(self) -> None:
         if self.stages is None:
             return
-        object.__setattr__(self, "stages", tuple((float(side), float(frames)) for side, frames in self.stages))
         pairs = [*self.stages, (1.0, 1.0)]
         rising = all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(pairs))
-        if len(self.stages) != STAGES or self.stages[-1] != (1.0, 1.0) or not rising or min(map(min, pairs)) <= 0:
+        if len(self.stages) != STAGES or self.stages[-1] != (1.0, 1.0) or not rising:
             raise ConfigError(
-                f"stages needs {STAGES} pairs (spatial, temporal) of positive shares "
+                f"stages needs {STAGES} pairs (spatial, temporal) of shares "
                 f"that do not fall and end at (1, 1), got {self.stages}"
             )
 

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from hasten.errors import ConfigError, unknown
+from hasten.errors import ConfigError
+from hasten.parameters import Range
 from hasten.registry import method
 from hasten.resolution.layouts import smooth
 from hasten.resolution.noise import Rewind, anchor_noise, descend, exchange_noise, low_noise, up
@@ -62,77 +63,56 @@ class Fresco(RegionMethod):
     """Begin coarse and refine first where the image has converged (Fresco).
 
     Call the pipeline with `num_inference_steps=method.num_inference_steps`: 18 for the preset "18".
-
-    Args:
-        preset: number of steps of a published setting; `stages` and `shares` take precedence over it.
-        stages: steps of each stage, coarse ones first; a first stage of 0 steps is the plain pipeline.
-        shares: of the coarse tokens that are fine from each promotion on, but for the last, which takes all; one for
-            each stage between the first and the last, or a single number.
-        score: which tokens are promoted first.
-        snapshot_of: what the variance over steps is taken of: clean estimates, states or velocities.
-        window: number of last steps in that variance.
-        jump: `"r1"` or `"r2"`, see above.
-        noise: coarse noise: `"dc"` the low-pass of the fine noise, `"anchor"` one of four; or `"independent"` noise
-            at promotions, bound to nothing, for comparison (with `"r1"`).
-        units: frame of the positions in mixed stages.
-        smooth: share of a 3x3 mean in promoted clean estimates, with `"r1"`.
-        shift: of the levels that follow a promotion with `"r2"`.
     """
 
-    preset: Preset = "18"
-    stages: tuple[int, ...] | None = None
-    shares: tuple[float, ...] | float | None = None
-    score: Score = "temporal_low"
-    snapshot_of: Snapshot = "x0"
-    window: int = 4
-    jump: Jump = "r2"
-    noise: Noise = "dc"
-    units: Units = "lr_units"
-    smooth: float = 0.0
-    shift: float = 3.0
+    preset: Annotated[
+        Preset, "number of steps of a published setting; `stages` and `shares` take precedence over it"
+    ] = "18"
+    stages: Annotated[
+        tuple[int, ...] | None, Range(0), "steps of each stage, coarse ones first; 0 coarse ones is the plain pipeline"
+    ] = None
+    shares: Annotated[
+        tuple[float, ...] | float | None,
+        Range(above=0, below=1),
+        "of the coarse tokens that are fine from each promotion on, one for each stage between the first and the last",
+    ] = None
+    score: Annotated[Score, "which tokens are promoted first"] = "temporal_low"
+    snapshot_of: Annotated[
+        Snapshot, "what the variance over steps is taken of: clean estimates, states or velocities"
+    ] = "x0"
+    window: Annotated[int, Range(2), "number of last steps in that variance"] = 4
+    jump: Annotated[
+        Jump, "a promotion: the clean estimate noised again (r1), or the state taken back with its noise exchanged (r2)"
+    ] = "r2"
+    noise: Annotated[
+        Noise, "coarse noise: the low-pass of the fine one (dc), one of four (anchor); or other noise at promotions"
+    ] = "dc"
+    units: Annotated[Units, "frame of the positions in mixed stages"] = "lr_units"
+    smooth: Annotated[float, Range(0, 1), "share of a 3x3 mean in promoted clean estimates, with jump='r1'"] = 0.0
+    shift: Annotated[float, Range(above=0), "of the levels that follow a promotion with jump='r2'"] = 3.0
 
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("preset", get_args(Preset)),
-            ("score", get_args(Score)),
-            ("snapshot_of", get_args(Snapshot)),
-            ("jump", get_args(Jump)),
-            ("noise", get_args(Noise)),
-            ("units", get_args(Units)),
-        ):
-            if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), known)
-        stages, shares = PRESETS[self.preset]
-        if self.stages is not None and self.shares is None and len(self.stages) != len(stages):
-            raise ConfigError(f"stages={self.stages} need shares, one for each of the {len(self.stages) - 2} between")
-        object.__setattr__(self, "stages", tuple(stages if self.stages is None else self.stages))
-        given = (self.shares,) if isinstance(self.shares, (int, float)) else self.shares
-        object.__setattr__(self, "shares", tuple(shares if given is None else given))
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
+    def check(self) -> None:
+        super().check()
         stages, shares = self._split
-        if len(stages) != len(shares) + 2 or stages[0] < 0 or min(stages[1:]) < 1:
+        if self.stages is not None and self.shares is None and len(stages) != len(PRESETS[self.preset][0]):
+            raise ConfigError(f"stages={self.stages} need shares, one for each of the {len(stages) - 2} between")
+        if len(stages) != len(shares) + 2 or min(stages[1:]) < 1:
             raise ConfigError(
                 f"stages are two or more numbers of steps, all but the first from 1, and shares one for each stage "
                 f"between the first and the last; got stages={stages}, shares={shares}"
             )
-        if any(not 0 < a < b for a, b in pairwise((*shares, 1.0))):
-            raise ConfigError(f"shares rise from above 0 to below 1, got {shares}")
+        if any(a >= b for a, b in pairwise(shares)):
+            raise ConfigError(f"shares must rise, got {shares}")
         if shares and self.score.startswith("temporal") and stages[0] == 1:
             raise ConfigError("a variance over steps needs 2 coarse steps; give stages with more, or another score")
-        if self.window < 2:
-            raise ConfigError(f"window is at least 2 steps, got {self.window}")
         if self.noise == "independent" and self.jump == "r2":
             raise ConfigError("noise='independent' is for jump='r1'; the rewind exchanges the field's noise")
-        if not 0 <= self.smooth <= 1 or self.shift <= 0:
-            raise ConfigError(f"smooth is in [0, 1] and shift above 0, got {self.smooth} and {self.shift}")
 
     @property
     def _split(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        assert self.stages is not None
-        assert isinstance(self.shares, tuple)
-        return self.stages, self.shares
+        stages, shares = PRESETS[self.preset]
+        given = (self.shares,) if isinstance(self.shares, float) else self.shares
+        return self.stages or stages, shares if given is None else given
 
     @property
     def num_inference_steps(self) -> int:

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hasten.errors import ConfigError, unknown
+from hasten.errors import ConfigError
+from hasten.parameters import Range
 from hasten.registry import method
 from hasten.resolution.noise import Rewind, anchor_noise, descend, fresh_children
 from hasten.resolution.packed import MixedState
@@ -85,39 +86,26 @@ PRESETS = {
 @method("ralu", kind="resolution", paper="RALU, CVPR 2026")
 @dataclass(frozen=True, kw_only=True)
 class RALU(RegionMethod):
-    """Coarse, then edges fine, then all, with jumps that go back in time (RALU).
+    """Coarse, then edges fine, then all, with jumps that go back in time (RALU)."""
 
-    Args:
-        preset: number of steps of a published setting: "18" (its 4x) or "10" (its 7x).
-        stages: stages of one's own, such as `fit_stages((3, 4, 4), (0.75, 0.6, 0.0))`, which take precedence over the
-            preset.
-        share: of the coarse tokens that is fine in the second stage; the preset's by default.
-    """
+    preset: Annotated[Literal["18", "10"], "number of steps of a published setting: the paper's 4x or its 7x"] = "18"
+    stages: Annotated[
+        Stages | None, "other stages, such as `fit_stages((3, 4, 4), (0.75, 0.6, 0.0))`, in place of the preset's"
+    ] = None
+    share: Annotated[
+        float | None,
+        Range(above=0, below=1),
+        "of the coarse tokens that is fine in the second stage; the preset's by default",
+    ] = None
 
-    preset: Literal["18", "10"] = "18"
-    stages: Stages | None = None
-    share: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise unknown("preset", self.preset, PRESETS)
-        stages, share = PRESETS[self.preset]
-        object.__setattr__(self, "stages", self.stages or stages)
-        object.__setattr__(self, "share", share if self.share is None else self.share)
+    def check(self) -> None:
+        super().check()
         if len(self._stages.steps) != 3:
             raise ConfigError(f"RALU has three stages, got {self.stages}")
-        if not 0 < self._share < 1:
-            raise ConfigError(f"share is above 0 and below 1, got {self.share}")
 
     @property
     def _stages(self) -> Stages:
-        assert self.stages is not None
-        return self.stages
-
-    @property
-    def _share(self) -> float:
-        assert self.share is not None
-        return self.share
+        return PRESETS[self.preset][0] if self.stages is None else self.stages
 
     @property
     def num_inference_steps(self) -> int:
@@ -126,7 +114,8 @@ class RALU(RegionMethod):
 
     def promotions(self, sigmas: Tensor, size: tuple[int, int]) -> tuple[Promotion, ...]:
         coarse, mixed, _ = self._stages.steps
-        return Promotion(coarse, self._share), Promotion(coarse + mixed)
+        share = PRESETS[self.preset][1] if self.share is None else self.share
+        return Promotion(coarse, share), Promotion(coarse + mixed)
 
     def coarse_noise(self, noise: Tensor) -> Tensor:
         return anchor_noise(noise)

@@ -29,12 +29,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from hasten.errors import ConfigError, HastenWarning, unknown
+from hasten.errors import ConfigError, HastenWarning
+from hasten.parameters import Range
 from hasten.pipeline.scheduler import NoiseLevels
 from hasten.registry import method
 from hasten.resolution.discrepancy import (
@@ -66,94 +67,59 @@ class SpecEdit(ResolutionMethod):
     """Draft an edit in small and compute at full size only what it changes (SpecEdit).
 
     Call the pipeline with `num_inference_steps=draft + mixed + final`.
-
-    Args:
-        draft: steps with coarse tokens; 0 for the plain pipeline, everything fine from the start.
-        mixed: steps with fine tokens where the edit is.
-        final: steps at full size at the end, which repair seams.
-        discrepancy: `"perceptual"` (features of the VAE's decoder; falls back to `"latent"`, with a warning, where the
-            decoder was not learned), `"latent"` or `"cosine"`.
-        floor: whether the image's median is taken from the discrepancy.
-        selector: `"two-means"`, `"threshold"` or `"top"`.
-        threshold: least discrepancy of a selected token, with `selector="threshold"`.
-        share: of the tokens, with `selector="top"`.
-        bounds: least and greatest share of selected tokens; with more the edit counts as global.
-        global_change: change of the median token, in units of the root mean square of the source's, from which an edit
-            counts as global, too; None for never. The floor hides such edits from the selectors.
-        coverage: one token in so many along rows and columns is promoted wherever it lies; None for none.
-        cover_init: clean estimate that promoted coverage tokens begin with: the source's or the draft's.
-        keep_cover: whether the coverage tokens' own result is kept.
-        reference: tokens of the source image in the mixed part: `"mix"` fine where the image's are, `"lr"` all
-            coarse, `"hr"` all fine. Further reference images are coarse unless `"hr"`.
-        restore: whether what is no more unlike the source than unedited tokens is the source again at the end.
-        lock: whether the rest is held to the source; without it the rest is the coarse result, enlarged.
-        reverify: whether the locked tokens are looked at again in the middle of the mixed part.
-        ring: width of the blend around the selected tokens, in coarse tokens: 0 or 1 (the dilation).
-        units: frame of the positions in the mixed part: that of fine tokens, or of coarse ones (`"lr_units"`).
-        enlarge: how a clean estimate is made larger: `"latents"` copies latent pixels, `"pixels"` decodes, resizes and
-            encodes.
-        shrink: the same for the source image, `"latents"` being the mean of 2x2.
-        source: number of the reference image that is edited, from 0.
     """
 
-    draft: int = 8
-    mixed: int = 10
-    final: int = 2
-    discrepancy: Discrepancy = "perceptual"
-    floor: bool = True
-    selector: Selector = "two-means"
-    threshold: float = 0.2
-    share: float = 0.2
-    bounds: tuple[float, float] = (0.05, 0.6)
-    global_change: float | None = 0.5
-    coverage: int | None = 4
-    cover_init: Literal["source", "draft"] = "source"
-    keep_cover: bool = False
-    reference: Reference = "mix"
-    lock: bool = True
-    restore: bool = True
-    reverify: bool = True
-    ring: int = 1
-    units: Units = "hr_units"
-    enlarge: By = "latents"
-    shrink: By = "pixels"
-    source: int = 0
+    draft: Annotated[int, Range(0), "steps with coarse tokens; 0 is the plain pipeline, with mixed=0"] = 8
+    mixed: Annotated[int, Range(0), "steps with fine tokens where the edit is"] = 10
+    final: Annotated[int, Range(0), "steps at full size at the end, which repair seams"] = 2
+    discrepancy: Annotated[
+        Discrepancy, "distance to the source: features of the VAE's decoder (latents, where it has none), or latents"
+    ] = "perceptual"
+    floor: Annotated[bool, "whether the image's median is subtracted from the discrepancy"] = True
+    selector: Annotated[Selector, "how the tokens of the edit are told from the others"] = "two-means"
+    threshold: Annotated[float, Range(0), "least discrepancy of a selected token, with selector='threshold'"] = 0.2
+    share: Annotated[float, Range(above=0, most=1), "share of the tokens, with selector='top'"] = 0.2
+    bounds: Annotated[
+        tuple[float, float], Range(0, 1), "least and largest share of selected tokens; with more the edit is global"
+    ] = (0.05, 0.6)
+    global_change: Annotated[
+        float | None,
+        Range(above=0),
+        "change of the median token, relative to the source's root mean square, that makes an edit global; None: never",
+    ] = 0.5
+    coverage: Annotated[
+        int | None, Range(1), "one token in so many along rows and columns is promoted wherever it lies; None for none"
+    ] = 4
+    cover_init: Annotated[Literal["source", "draft"], "clean estimate that promoted coverage tokens begin with"] = (
+        "source"
+    )
+    keep_cover: Annotated[bool, "whether the coverage tokens' own result is kept"] = False
+    reference: Annotated[
+        Reference, "source tokens in the mixed part: fine where the image's are (mix), all coarse (lr), all fine (hr)"
+    ] = "mix"
+    lock: Annotated[bool, "whether the rest is held to the source; otherwise it is the enlarged coarse result"] = True
+    restore: Annotated[
+        bool, "whether what differs from the source no more than unedited tokens is the source again at the end"
+    ] = True
+    reverify: Annotated[bool, "whether the locked tokens are verified again halfway through the mixed part"] = True
+    ring: Annotated[Literal[0, 1], "width of the blend around the selected tokens, in coarse tokens"] = 1
+    units: Annotated[Units, "frame of the positions in the mixed part: that of fine tokens, or of coarse ones"] = (
+        "hr_units"
+    )
+    enlarge: Annotated[By, "how a clean estimate is enlarged: latent pixels copied, or decoded, resized, encoded"] = (
+        "latents"
+    )
+    shrink: Annotated[By, "how the source is shrunk: the mean of 2x2 latents, or decoded, resized, encoded"] = "pixels"
+    source: Annotated[int, Range(0), "number of the reference image that is edited, from 0"] = 0
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "bounds", tuple(self.bounds))
-        for name in ("draft", "mixed", "final", "source"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise ConfigError(f"{name} is a whole number from 0, got {getattr(self, name)!r}")
+    def check(self) -> None:
+        super().check()
         if self.draft == 0 and self.mixed:
             raise ConfigError("without a draft there is nothing to verify: give draft=1 or more, or mixed=0 as well")
         if not self.num_inference_steps:
             raise ConfigError("draft, mixed and final are all 0; a run needs steps")
-        for name, known in (
-            ("discrepancy", get_args(Discrepancy)),
-            ("selector", get_args(Selector)),
-            ("cover_init", ("source", "draft")),
-            ("reference", get_args(Reference)),
-            ("units", get_args(Units)),
-            ("enlarge", get_args(By)),
-            ("shrink", get_args(By)),
-        ):
-            if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), known)
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        if len(self.bounds) != 2 or not 0 <= self.bounds[0] <= self.bounds[1] <= 1:
-            raise ConfigError(f"bounds are two shares, such as (0.05, 0.6), got {self.bounds}")
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"share is above 0 and up to 1, got {self.share}")
-        if self.threshold < 0:
-            raise ConfigError(f"threshold is a discrepancy from 0, got {self.threshold}")
-        if self.global_change is not None and self.global_change <= 0:
-            raise ConfigError(f"global_change is a positive share or None, got {self.global_change}")
-        if self.coverage is not None and (not isinstance(self.coverage, int) or self.coverage < 1):
-            raise ConfigError(f"coverage is one token in how many, from 1, or None, got {self.coverage!r}")
-        if self.ring not in (0, 1):
-            raise ConfigError(f"ring is 0 or 1, the width by which the selection is dilated, got {self.ring!r}")
+        if self.bounds[0] > self.bounds[1]:
+            raise ConfigError(f"bounds must not fall, such as (0.05, 0.6), got {self.bounds}")
 
     @property
     def num_inference_steps(self) -> int:

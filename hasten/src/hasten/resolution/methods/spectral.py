@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError, ScheduleError
+from hasten.parameters import Range
 from hasten.registry import method
 from hasten.resolution.noise import Rewind, dct_enlarge, dct_low, descend
 from hasten.resolution.packed import MixedState
@@ -29,28 +31,22 @@ __all__ = ["Spectral", "switch_level"]
 @method("spectral", kind="resolution", paper="Spectral progressive diffusion, arXiv:2605.18736")
 @dataclass(frozen=True, kw_only=True)
 class Spectral(RegionMethod):
-    """Coarse until details begin to show, then all of the spectrum (spectral progressive diffusion).
+    """Coarse until details begin to show, then all of the spectrum (spectral progressive diffusion)."""
 
-    Args:
-        delta: how much of a detail's power counts as showing; the greater, the longer the run stays coarse.
-        power: `(A, b)` of the clean latents' spectrum `A w^-b`; FLUX.1's by default, (219.485, 2.4227) for Wan.
-        stages: steps of the coarse and of the full-size stage, instead of a switch by `delta` in a run of any length.
-        shift: of the levels after the switch.
-    """
-
-    delta: float = 0.05
-    power: tuple[float, float] = (203.615, 1.9155)
-    stages: tuple[int, int] | None = None
-    shift: float = 3.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "power", tuple(self.power))
-        if self.delta <= 0 or self.shift <= 0 or len(self.power) != 2 or min(self.power) <= 0:
-            raise ConfigError(f"delta, shift and the two numbers of power are above 0: {self}")
-        if self.stages is not None:
-            object.__setattr__(self, "stages", tuple(self.stages))
-            if len(self.stages) != 2 or min(self.stages) < 1:
-                raise ConfigError(f"stages are two numbers of steps from 1, got {self.stages}")
+    delta: Annotated[
+        float, Range(above=0), "how much of a detail's power counts as showing; larger keeps the run coarse for longer"
+    ] = 0.05
+    power: Annotated[
+        tuple[float, float],
+        Range(above=0),
+        "(A, b) of the clean latents' spectrum A w^-b; FLUX.1's by default, (219.485, 2.4227) for Wan",
+    ] = (203.615, 1.9155)
+    stages: Annotated[
+        tuple[int, int] | None,
+        Range(1),
+        "steps of the coarse and of the full-size stage, instead of a switch by `delta`",
+    ] = None
+    shift: Annotated[float, Range(above=0), "of the levels after the switch"] = 3.0
 
     @property
     def num_inference_steps(self) -> int | None:

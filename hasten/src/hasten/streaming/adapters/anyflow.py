@@ -3,7 +3,7 @@
 The pipeline keeps two caches for each layer, of keys before rotation: recent chunks in full (`full_cache`) and older
 ones in coarser patches (`compressed_cache`). Frames are chosen from the former; compressed frames, of a quarter of the
 tokens or fewer, are always seen. When a chunk is done the pipeline encodes both caches afresh, so a chunk's history is
-rotated and looked at anew when the next one begins. Training and encoding run as they are.
+rotated and looked at again when the next one begins. Training and encoding run as they are.
 
 The stock processor pads queries and keys to a multiple of 128 and, when it reads the cache, masks nothing, so every
 query also sees zero keys with zero values. That is part of what the model computes, so they are kept.

@@ -116,7 +116,7 @@ def attach_causal_wan(model: Any, method: StreamingMethod, *, backend: Backend =
     """Lead the self-attention of a causal Wan model through a stream.
 
     Methods choose from what the model's own cache holds (all, or its rolling window); eviction is the model's.
-    Call `run.stream.reset()` after the cache was computed anew in mid-video (a switch of prompts).
+    Call `run.stream.reset()` after the cache was computed again in mid-video (a switch of prompts).
 
     Args:
         model: with `blocks`, each with a `self_attn`; of the user's own checkout of Self-Forcing or its kin.

@@ -12,10 +12,11 @@ any case. Heads are measured in the first forward of chunk `begin` and are split
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
-from hasten.errors import ConfigError
+from hasten.parameters import Range
 from hasten.registry import method
 from hasten.streaming.methods.sliding_window import recency, sink_and_window
 from hasten.streaming.policy import LayerView, StreamingMethod
@@ -28,32 +29,14 @@ __all__ = ["DummyForcing"]
 @method("dummy-forcing", kind="streaming", paper="Dummy Forcing, arXiv:2601.20499")
 @dataclass(frozen=True, kw_only=True)
 class DummyForcing(StreamingMethod):
-    """Half of the heads see only the present, the others a window with the first frame (Dummy Forcing).
+    """Half of the heads attend to the present alone, the others to a window and the first frame (Dummy Forcing)."""
 
-    Args:
-        dummy_share: of all heads, between 0 and 1.
-        local: frames of history that dummy heads see.
-        history: last frames that the others see beside the first; None for all.
-        begin: chunks of history at which the heads are measured; until then all see everything.
-        samples: queries to measure with.
-    """
-
-    dummy_share: float = 0.5
-    local: int = 1
-    history: int | None = 9
-    begin: int = 1
-    samples: int = 64
+    dummy_share: Annotated[float, Range(0, 1), "share of all heads that attend to the present alone"] = 0.5
+    local: Annotated[int, Range(0), "frames of history that these heads attend to"] = 1
+    history: Annotated[int | None, Range(0), "last frames for the other heads, beside the first; None for all"] = 9
+    begin: Annotated[int, Range(1), "chunks of history at which the heads are measured; before, all attend to all"] = 1
+    samples: Annotated[int, Range(1), "queries to measure with"] = 64
     refresh_every: int | None = 1  # heads are split while chunk `begin` is under way; looking that up costs nothing
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.dummy_share <= 1:
-            raise ConfigError(f"expected dummy_share between 0 and 1, got {self.dummy_share}")
-        if self.local < 0 or (self.history is not None and self.history < 0) or self.begin < 1 or self.samples < 1:
-            raise ConfigError(
-                "expected local and history of 0 or more frames, begin and samples of 1 or more, got "
-                f"{self.local}, {self.history}, {self.begin} and {self.samples}"
-            )
 
     def score(self, view: LayerView, queries: Tensor) -> Tensor:
         return recency(view, queries, 1)

@@ -6,8 +6,8 @@ For a query frame `q`, a head `h` and a history frame `k`, with mean queries and
     R[h,k]   = mean_l cos(K_l^k, mean_k' K_l^k')                       redundancy
     S = lambda A~ + (1 - lambda) D~,   D = -R,   ~ standardised over k
 
-Head `h` keeps the `b_h` frames of the highest `S`. The current chunk is always seen whole. Redundancy depends neither
-on the query nor on the noise, so it is computed once a chunk; frames up to the budget need no score at all.
+Head `h` keeps the `b_h` frames of the highest `S`. Every query attends to the whole current chunk. Redundancy depends
+neither on the query nor on the noise, so it is computed once per chunk; frames up to the budget need no score at all.
 
 Departures: neither the paper's text nor its code was at hand, only a reading note of it, which does not give the
 numbers `b_min`, `b_max`, `gamma` and `lambda`; the defaults are ours. Frames are compared by keys without their
@@ -22,12 +22,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from hasten.errors import ConfigError, unknown
+from hasten.parameters import Range
 from hasten.registry import method
 from hasten.streaming.budgets import HeadBudgets
 from hasten.streaming.methods.sliding_window import sink_and_window
@@ -45,45 +45,32 @@ FORCED_FROM = 3  # the smallest budget of which one frame can be given to the fi
 @method("focused-forcing", kind="streaming", paper="Focused Forcing, arXiv:2605.18346")
 @dataclass(frozen=True, kw_only=True)
 class FocusedForcing(StreamingMethod):
-    """Each frame and head sees the frames that matter to it and differ from each other (Focused Forcing).
+    """Each frame and head attends to the frames that matter to it and differ from each other (Focused Forcing)."""
 
-    Args:
-        budget: frames of history for every head, or for each head: `HeadBudgets` or the path of their file.
-        mix: `lambda`, the weight of relevance against diversity; 1 is relevance alone, 0 diversity alone.
-        choice: whether every query frame chooses for itself (`"frame"`) or the chunk as one (`"chunk"`).
-        diversity_on: keys by which frames are compared: `"unrotated"` or `"cached"` (as they lie in the cache).
-        diversity_tokens: tokens of a frame, evenly spread, by which frames are compared, at the most; None for all.
-            Small frames need few, or choosing costs as much as it saves.
-        keep_first: heads with a budget of three or more always see the first frame, which anchors identity.
-        window: frames to choose from, beside the first; older ones are evicted. None keeps all.
-    """
+    budget: Annotated[
+        int | HeadBudgets | str, Range(0), "frames of history for every head, or for each: `HeadBudgets` or their file"
+    ] = 6
+    mix: Annotated[float, Range(0, 1), "`lambda`, the weight of relevance against diversity; 1 is relevance alone"] = (
+        0.5
+    )
+    choice: Annotated[Choice, "whether every query frame chooses for itself, or the chunk as one"] = "frame"
+    diversity_on: Annotated[
+        DiversityOn, "keys by which frames are compared: without their rotation along time, or as they are cached"
+    ] = "unrotated"
+    diversity_tokens: Annotated[
+        int | None,
+        Range(1),
+        "tokens of a frame, evenly spread, by which frames are compared, at the most; None for all",
+    ] = None
+    keep_first: Annotated[
+        bool, "heads with a budget of three or more always attend to the first frame, which holds identity"
+    ] = False
+    window: Annotated[
+        int | None, Range(1), "frames to choose from, beside the first; older ones are evicted; None keeps all"
+    ] = None
 
-    budget: int | HeadBudgets | str = 6
-    mix: float = 0.5
-    choice: Choice = "frame"
-    diversity_on: DiversityOn = "unrotated"
-    diversity_tokens: int | None = None
-    keep_first: bool = False
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.mix <= 1:
-            raise ConfigError(f"expected mix between 0 (diversity alone) and 1 (relevance alone), got {self.mix}")
-        for name, value, known in (
-            ("choice", self.choice, get_args(Choice)),
-            ("diversity_on", self.diversity_on, get_args(DiversityOn)),
-        ):
-            if value not in known:
-                raise unknown(name, value, known)
-        if self.window is not None and self.window < 1:
-            raise ConfigError(f"expected a window of at least one frame, or None, got {self.window}")
-        if self.diversity_tokens is not None and self.diversity_tokens < 1:
-            raise ConfigError(
-                f"expected diversity_tokens of at least one, or None for all, got {self.diversity_tokens}"
-            )
-        if isinstance(self.budget, int) and self.budget < 0:
-            raise ConfigError(f"expected a budget of 0 or more frames, got {self.budget}")
+    def check(self) -> None:
+        super().check()
         _ = self._table  # reads the file now, not in the middle of a rollout
 
     @cached_property
@@ -99,7 +86,7 @@ class FocusedForcing(StreamingMethod):
         assert self._table is not None
         return self._table.of(layer, heads)
 
-    def check(self, layers: int, facts: Mapping[str, object]) -> None:
+    def check_model(self, layers: int, facts: Mapping[str, object]) -> None:
         if self._table is not None:
             self._table.check(layers, facts)
 
@@ -117,7 +104,7 @@ class FocusedForcing(StreamingMethod):
         return torch.lerp(self._diversity(view), standardised(fit), self.mix)
 
     def _diversity(self, view: LayerView) -> Tensor:
-        """`D~`, `[B, 1, H, F]`, once a chunk."""
+        """`D~`, `[B, 1, H, F]`, once per chunk."""
         if "diversity" not in view.memo:
             tokens = view.cache.tokens
             step = 1 if self.diversity_tokens is None else math.ceil(tokens / self.diversity_tokens)
@@ -126,10 +113,10 @@ class FocusedForcing(StreamingMethod):
             if any("diversity" in layer.memo for layer in layers):
                 layers = [view]  # the last of layers that were ready one by one
             first, *others = layers
-            alike = first.cache.redundancy(
+            similarity = first.cache.redundancy(
                 step, rotated=self.diversity_on == "cached", others=[other.cache for other in others]
             )
-            for layer, diversity in zip(layers, standardised(-alike)[:, :, None], strict=True):
+            for layer, diversity in zip(layers, standardised(-similarity)[:, :, None], strict=True):
                 layer.memo["diversity"] = diversity
         known: Tensor = view.memo["diversity"]
         return known

@@ -12,12 +12,14 @@ keys and shared by all layers, as there. Heads are measured when the history fir
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from hasten.errors import ConfigError
+from hasten.parameters import Range
 from hasten.registry import method
 from hasten.streaming.methods.sliding_window import recency, sink_and_window
 from hasten.streaming.policy import LayerView, StreamingMethod
@@ -30,46 +32,30 @@ EPSILON = 1e-6
 
 
 def changed_patches(plain_keys: Tensor, patches: int, kept: int) -> Tensor:
-    """The `kept` patches of each frame that are least like the same patch of the frame before, `[B, F - 1, kept]`.
+    """The `kept` patches of each frame that differ most from the same patch of the frame before, `[B, F - 1, kept]`.
 
     Args:
         plain_keys: `[B, H, F, L, D]`; `patches` must divide `L`.
     """
     keys = plain_keys.float().movedim(1, 3).flatten(3)  # [B, F, L, H * D]
-    likeness = cosine_similarity(keys[:, 1:], keys[:, :-1], dim=-1, eps=EPSILON)  # [B, F - 1, L]
-    likeness = likeness.unflatten(2, (patches, -1)).mean(3)
-    return likeness.sort(dim=2, stable=True).indices[..., :kept].sort(dim=2).values
+    similarity = cosine_similarity(keys[:, 1:], keys[:, :-1], dim=-1, eps=EPSILON)  # [B, F - 1, L]
+    similarity = similarity.unflatten(2, (patches, -1)).mean(3)
+    return similarity.sort(dim=2, stable=True).indices[..., :kept].sort(dim=2).values
 
 
 @method("forcing-kv", kind="streaming", paper="Forcing-KV, arXiv:2605.09681")
 @dataclass(frozen=True, kw_only=True)
 class ForcingKV(StreamingMethod):
-    """Static heads see a short context, dynamic heads the parts of frames that changed (Forcing-KV style).
+    """Static heads attend to a short context, dynamic heads to the patches that changed (Forcing-KV style)."""
 
-    Args:
-        threshold: mass on recent frames from which on a head is static.
-        recent: frames that count as recent, the current chunk counted in.
-        context: last frames that all heads see whole, beside the first.
-        patches: bands into which the tokens of a frame are cut; must divide their number.
-        retention: share of the patches that dynamic heads see of the other frames.
-        samples: queries to measure with.
-    """
-
-    threshold: float = 0.8
-    recent: int = 4
-    context: int = 3
-    patches: int = 8
-    retention: float = 0.33
-    samples: int = 64
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (0 <= self.threshold <= 1 and 0 < self.retention <= 1):
-            raise ConfigError(
-                f"expected threshold in [0, 1] and retention in (0, 1], got {self.threshold} and {self.retention}"
-            )
-        if min(self.recent, self.patches, self.samples) < 1 or self.context < 0:
-            raise ConfigError("expected recent, patches and samples of 1 or more and context of 0 or more")
+    threshold: Annotated[float, Range(0, 1), "attention mass on recent frames from which on a head is static"] = 0.8
+    recent: Annotated[int, Range(1), "frames that count as recent, the current chunk counted in"] = 4
+    context: Annotated[int, Range(0), "last frames that all heads attend to whole, beside the first"] = 3
+    patches: Annotated[int, Range(1), "bands into which the tokens of a frame are cut; must divide their number"] = 8
+    retention: Annotated[
+        float, Range(above=0, most=1), "share of the patches that dynamic heads attend to in the other frames"
+    ] = 0.33
+    samples: Annotated[int, Range(1), "queries to measure with"] = 64
 
     def score(self, view: LayerView, queries: Tensor) -> Tensor:
         return recency(view, queries, 1)

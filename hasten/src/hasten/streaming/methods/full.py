@@ -17,7 +17,7 @@ __all__ = ["FullHistory"]
 @method("full-history", kind="streaming", paper="-")
 @dataclass(frozen=True, kw_only=True)
 class FullHistory(StreamingMethod):
-    """Every head sees every frame so far; memory and work grow with the length."""
+    """Every head attends to every frame so far; memory and work grow with the length."""
 
     def score(self, view: LayerView, queries: Tensor) -> Tensor:
         B, _, _, H, _ = queries.shape

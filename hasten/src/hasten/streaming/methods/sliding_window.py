@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from hasten.errors import ConfigError
+from hasten.parameters import Range
 from hasten.registry import method
 from hasten.streaming.policy import LayerView, StreamingMethod
 from hasten.streaming.selection import Selection, frames_at
@@ -37,20 +38,10 @@ def recency(view: LayerView, queries: Tensor, sink: int) -> Tensor:
 @method("sliding-window", kind="streaming", paper="StreamingLLM, arXiv:2309.17453")
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindow(StreamingMethod):
-    """Every head sees the first frames and the last ones; all others are evicted.
+    """Every head attends to the first frames and the last ones; all others are evicted."""
 
-    Args:
-        window: last frames seen.
-        sink: first frames seen.
-    """
-
-    window: int = 5
-    sink: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.window < 0 or self.sink < 0:
-            raise ConfigError(f"expected a window and a sink of 0 or more frames, got {self.window} and {self.sink}")
+    window: Annotated[int, Range(0), "last frames that are kept"] = 5
+    sink: Annotated[int, Range(0), "first frames that are kept"] = 1
 
     def retained(self, view: LayerView) -> Sequence[int]:
         return sink_and_window(view.cache.frames, self.sink, self.window)

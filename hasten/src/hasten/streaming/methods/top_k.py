@@ -7,10 +7,11 @@ without diversity and without head budgets.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
-from hasten.errors import ConfigError
+from hasten.parameters import Range
 from hasten.registry import method
 from hasten.streaming.policy import LayerView, StreamingMethod
 from hasten.streaming.scores import relevance
@@ -22,18 +23,9 @@ __all__ = ["TopKAttention"]
 @method("topk-attention", kind="streaming", paper="ablation of Focused Forcing, arXiv:2605.18346")
 @dataclass(frozen=True, kw_only=True)
 class TopKAttention(StreamingMethod):
-    """Each head sees the frames that its queries agree with most.
+    """Each head attends to the frames that its queries agree with most."""
 
-    Args:
-        k: frames.
-    """
-
-    k: int = 6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.k < 0:
-            raise ConfigError(f"expected k of 0 or more frames, got {self.k}")
+    k: Annotated[int, Range(0), "frames of history"] = 6
 
     def score(self, view: LayerView, queries: Tensor) -> Tensor:
         return relevance(queries, view.cache.means)
