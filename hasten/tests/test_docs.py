@@ -8,7 +8,9 @@ import pytest
 import tiny
 import torch
 from hasten import registry
+from hasten.caching import ScheduledMethod
 from hasten.models import registry as host_registry
+from hasten.parameters import parameters
 from pipelines import draw, make_pipe
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -61,7 +63,7 @@ def test_adding_a_method_takes_under_forty_lines(untouched):
         assert torch.equal(draw(pipe), first_run)
         assert 0 < run.summary().skipped_steps < 12
 
-    class Early(scope["CachingMethod"]):
+    class Early(scope["ScheduledMethod"]):
         def plan(self):
             return scope["DenseEarly"](dense=4, interval=3)
 
@@ -100,15 +102,7 @@ def test_every_method_has_a_page_in_the_navigation():
             assert f"methods/{info.name}.md" in navigation
             text = page.read_text(encoding="utf-8")
             assert f"<!-- curve {info.name} -->" in text
-            for parameter in set(info.parameters) - {
-                "schedule",
-                "searched",
-                "site",
-                "interval",
-                "warmup",
-                "steps",
-                "strict",
-            }:
+            for parameter in set(info.parameters) - {*parameters(ScheduledMethod), "strict"}:
                 assert f"`{parameter}`" in text, f"{info.name}: {parameter}"
 
 
