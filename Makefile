@@ -29,7 +29,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all lint types bench docs clean
+.PHONY: help setup demo test test-all mutants lint types bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +71,9 @@ test: $(STAMP) ## run the tests but for the slow ones
 
 test-all: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_CONFIG) $(TESTS) $(PYTEST_ARGS)
+
+mutants: $(STAMP) ## change one decision of the source at a time and see whether a test fails (half an hour)
+	$(BIN)/python hasten/mutants/run.py $(MUTANTS)
 
 lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check $(PROJECTS)
