@@ -304,7 +304,7 @@ def test_only_what_belongs_together_is_packed(tmp_path):
     with pytest.raises(ModelError, match="24 rows"):
         pack(tmp_path / "few", refiner, tmp_path / "x")
     (tmp_path / "packed" / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"config\.json: missing, damaged or changed"):
+    with pytest.raises(ModelError, match=r"'config\.json' is missing, damaged or changed"):
         EmojiTokens.load(tmp_path / "packed")
     with pytest.raises(ModelError, match="holds no model"):
         EmojiTokens.load(tmp_path / "none")

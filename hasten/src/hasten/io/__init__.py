@@ -6,7 +6,7 @@ safetensors file) or plain values (JSON) under a header with a digest of the who
 
 from hasten.io.atomic import check_target, write_atomically
 from hasten.io.container import Kind, digest_of, read_record, read_tensors, write_record, write_tensors
-from hasten.io.documents import Limits, open_regular, parse_json, read_bytes, read_json
+from hasten.io.documents import Limits, describe, open_regular, parse_json, read_bytes, read_json
 from hasten.io.schema import (
     Array,
     check_arrays,
@@ -27,6 +27,7 @@ __all__ = [
     "check_target",
     "conform",
     "decreasing",
+    "describe",
     "digest_of",
     "increasing",
     "open_regular",

@@ -14,9 +14,10 @@ from typing import Any
 from hasten.errors import FileError, HastenError
 from hasten.io.schema import shown
 
-__all__ = ["Limits", "open_regular", "parse_json", "read_bytes", "read_json"]
+__all__ = ["Limits", "describe", "open_regular", "parse_json", "read_bytes", "read_json"]
 
 MIB = 1 << 20
+LONGEST_REASON = 300  # characters
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,13 @@ def read_json(
 
 
 def describe(error: Exception) -> str:
-    """What was wrong, on one line."""
-    if isinstance(error, OSError):
-        return error.strerror or shown(str(error))
+    """What was wrong, on one short line of what can be printed, whoever raised it."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is no UTF-8"
-    return " ".join(str(error).split())
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    text = "".join(sign if sign.isprintable() else " " for sign in text)
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 3]}..."
 
 
 def _children(value: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hasten.calibration import Calibration, declare_contents
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
-from hasten.io import Array, Limits, conform, decreasing, digest_of, read_json, write_atomically
+from hasten.io import Array, Limits, conform, decreasing, describe, digest_of, read_json, write_atomically
 from hasten.parameters import Declared
 from hasten.registry import method
 from hasten.solvers.multistep import advance
@@ -210,7 +210,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         except CalibrationError:
             raise
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            reason = describe(error)
             raise CalibrationError(f"{pretrained_model_name_or_path}: no LeapScheduler ({reason}). {REMEDY}") from error
 
     @classmethod

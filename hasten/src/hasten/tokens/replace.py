@@ -10,6 +10,7 @@ Shapes: `N` tokens, `k` clusters, `S` special tokens, `D` width.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import AdapterError, FileError, ModelError, unknown
-from hasten.io import Kind, read_record, write_atomically, write_record
+from hasten.io import Kind, describe, read_json, read_record, shown, write_atomically, write_record
 from hasten.tokens.mapping import TokenMap
 
 __all__ = ["Converted", "export_model", "open_model", "replace_vocabulary"]
@@ -29,6 +30,7 @@ __all__ = ["Converted", "export_model", "open_model", "replace_vocabulary"]
 Start = Literal["normal", "mean"]
 STARTS = ("normal", "mean")
 STD = 0.02
+MOST_LAYERS = 1024
 
 
 @dataclass(frozen=True)
@@ -235,8 +237,6 @@ def open_model(folder: str | Path) -> tuple[Any, TokenMap]:
     Raises:
         ModelError: if the folder is no such model, or a file is not as it was written.
     """
-    from transformers import AutoModelForCausalLM
-
     folder = Path(folder)
     if not (folder / "token_map.safetensors").is_file():
         raise ModelError(f"{folder} holds no model with its map; write one with `hasten tokens train`")
@@ -247,12 +247,41 @@ def open_model(folder: str | Path) -> tuple[Any, TokenMap]:
     for name, digest in facts.files.items():
         path = folder / Path(name).name
         if not path.is_file() or _digest(path) != digest:
-            raise ModelError(f"{path}: missing, damaged or changed after it was exported. {KIND.remedy}")
+            raise ModelError(
+                f"{folder}: {shown(name)} is missing, damaged or changed after it was exported. {KIND.remedy}"
+            )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
+        return _load_weights(folder, facts).eval(), mapping
     except Exception as error:  # whatever the other library raises, this is no usable model
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{folder}: no usable model ({reason}). {KIND.remedy}") from error
-    return model.eval(), mapping
+        raise ModelError(f"{folder}: no usable model ({describe(error)}). {KIND.remedy}") from error
+
+
+def _load_weights(folder: Path, facts: _Facts) -> Any:
+    """The model, if its weights are exactly those of its configuration: else the other library makes up the rest."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    layers = read_json(folder / "config.json").get("num_hidden_layers", 1)
+    if type(layers) is not int or layers > MOST_LAYERS:
+        raise ValueError(f"it has {layers} layers, expected at most {MOST_LAYERS}")
+    with torch.device("meta"):  # before memory for the sizes in the configuration is asked for
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    wanted = sum(p.numel() for p in empty.parameters())
+    kept = sum(_numbers(folder / name) for name in facts.files if name.endswith(".safetensors"))
+    if wanted != kept:
+        raise ValueError(f"its configuration asks for {wanted} numbers, its weights are {kept}")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    model, info = loaded
+    for state in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(state):
+            raise ValueError(f"its weights are not those of its configuration ({state}: {sorted(info[state])[0]})")
+    return model
+
+
+def _numbers(path: Path) -> int:
+    """How many numbers a safetensors file holds."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no dict

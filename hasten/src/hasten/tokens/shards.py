@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hasten.errors import ConfigError, ModelError
-from hasten.io import Kind, open_regular, read_record, write_atomically, write_record
+from hasten.io import Kind, describe, open_regular, read_record, write_atomically, write_record
 from hasten.tokens.mapping import TokenMap
 
 __all__ = ["TokenShards", "write_shards"]
@@ -169,8 +169,7 @@ class TokenShards:
             if any(array.size and int(array.min()) < 0 for array in classes):
                 raise ValueError("a class is negative")
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelError(f"{folder}: no usable token shards ({reason}). {REMEDY}") from error
+            raise ModelError(f"{folder}: no usable token shards ({describe(error)}). {REMEDY}") from error
         return cls(folder, index.vocabulary, index.length, index.counts, tuple(arrays), tuple(classes))
 
     def __len__(self) -> int:

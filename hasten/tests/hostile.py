@@ -1,0 +1,515 @@
+"""One small file of each kind that hasten shares, what reads and uses it, and ways in which it may be damaged.
+
+`Specimen.make` writes the file, `Specimen.use` reads it, does with it what it is for, and returns a digest of what came
+out. `damages` yields changed contents: `forged` ones have a digest that fits, as a malicious author would make it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import string
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hasten
+import numpy as np
+import torch
+from hasten.caching.calibrated import gram_of
+from hasten.caching.components import FeatureKey
+from hasten.caching.method import TUNED
+from hasten.calibration import Calibration, Fingerprint
+from hasten.errors import HastenError
+from hasten.fitting.token_model import CHECKPOINT, Recipe, Trainer, build_model
+from hasten.io import digest_of
+from hasten.solvers.scheduler import LeapScheduler
+from hasten.streaming.budgets import HeadBudgets
+from hasten.tokens import SemanticTree, TokenMap
+from hasten.tokens.refiner import Refiner, RefinerConfig
+from hasten.tokens.replace import export_model, open_model
+from hasten.tokens.shards import TokenShards, write_shards
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+STEPS, WIDTH = 8, 6
+FINGERPRINT = Fingerprint(
+    "Model", "c" * 16, "w" * 16, "Scheduler", tuple(1000.0 - 100 * i for i in range(STEPS)), ("cond",), 3.5, "hidden"
+)
+RECIPE = Recipe(steps=2, batch=2, width=8, layers=1, heads=2, warmup=0)
+CLASSES = 3
+
+
+def digest(*values: Any) -> str:
+    """Digest of tensors, arrays and plain values."""
+    found = hashlib.sha256()
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().numpy()
+        if isinstance(value, np.ndarray):
+            found.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
+        elif isinstance(value, dict):
+            found.update(digest(*(x for item in sorted(value.items()) for x in item)).encode())
+        elif isinstance(value, (list, tuple)):
+            found.update(digest(*value).encode() + b"]")
+        else:
+            found.update(repr(value).encode())
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One kind of file.
+
+    Attributes:
+        name: of the kind.
+        file: path within its folder, of the file that is damaged.
+        make: writes everything into a folder.
+        use: reads from the folder; returns a digest of what was read and of what it does.
+        seal: makes the digests of other files in the folder fit, as a malicious author would.
+    """
+
+    name: str
+    file: str
+    make: Callable[[Path], object]
+    use: Callable[[Path], str]
+    seal: Callable[[Path], object] = lambda folder: None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _seal(folder: Path, header_file: str, entry: str) -> None:
+    """Let the digests that a header keeps of other files be those of the files as they are."""
+    header = json.loads((folder / header_file).read_text())
+    header["content"][entry] = {name: _sha256(folder / name) for name in header["content"][entry]}
+    header["digest"] = digest_of(header["content"])
+    (folder / header_file).write_text(json.dumps(header))
+
+
+def _seal_shards(folder: Path) -> None:
+    _seal(folder, "index.json", "digests")
+
+
+def _seal_model(folder: Path) -> None:
+    _seal(folder, "hasten_tokens.json", "files")
+
+
+def _features(seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, STEPS, 4, WIDTH, generator=generator).cumsum(1)
+
+
+def _calibration(method: str, tensors: dict[str, Any], options: dict[str, Any] | None = None) -> Callable[[Path], Path]:
+    site = "output" if method == "l2p" else "hidden"
+    fingerprint = Fingerprint(**{**vars(FINGERPRINT), "site": site})
+    made = Calibration(method, tensors, fingerprint, {"error": [0.5, 0.25], "note": "ok"}, options or {"seed": 0})
+    return lambda folder: made.save(folder / "file.safetensors")
+
+
+def _used(build: Callable[[Path], Any]) -> Callable[[Path], str]:
+    def use(folder: Path) -> str:
+        path = folder / "file.safetensors"
+        loaded = Calibration.load(path)
+        made = build(path)
+        return digest(loaded.method, loaded.tensors, vars(loaded.fingerprint), loaded.report, loaded.options, made)
+
+    return use
+
+
+def _weights(method: Any) -> list[Any]:
+    parts = method.parts(FeatureKey("cond"))
+    return [predictor.weights(5, [4, 2, 0]) for predictor in parts.predictors.values()]
+
+
+def _leap_tables() -> dict[str, Any]:
+    tables: dict[str, Any] = {}
+    for count in (3, 5):
+        times = torch.linspace(1000, 100, count)
+        rows = torch.randn(count, count, dtype=torch.float64, generator=torch.Generator().manual_seed(count)).tril()
+        tables |= {f"{count}/timesteps": times, f"{count}/sigmas": times / 1000, f"{count}/coefficients": rows}
+    return tables
+
+
+LEAP_OPTIONS = {"prediction_type": "flow", "num_train_timesteps": 1000, "shift_mu": 0.5}
+
+
+def _sampled(scheduler: LeapScheduler) -> torch.Tensor:
+    """What the scheduler makes of a fixed model in its shortest run."""
+    count = min(map(int, scheduler.config.tables))
+    scheduler.set_timesteps(count)
+    x = torch.linspace(-1, 1, 8)
+    for t in scheduler.timesteps:
+        x = scheduler.step(x * 0.5 + t / 1000, t, x).prev_sample
+    return x
+
+
+def _make_scheduler(folder: Path) -> None:
+    LeapScheduler.of(Calibration("leap", _leap_tables(), FINGERPRINT, {}, LEAP_OPTIONS)).save_pretrained(folder)
+
+
+def _use_scheduler(folder: Path) -> str:
+    scheduler = LeapScheduler.from_pretrained(folder)
+    names = ("prediction_type", "num_train_timesteps", "shift_mu")
+    return digest(_sampled(scheduler), [scheduler.config[name] for name in names], len(scheduler))
+
+
+@cache
+def _tree() -> SemanticTree:
+    codes = np.random.default_rng(0).standard_normal((24, 4))
+    return SemanticTree.fit(codes, used=np.arange(24) % 5)
+
+
+def _use_map(folder: Path) -> str:
+    mapping = TokenMap.load(folder / "file.safetensors")
+    return digest(mapping.labels, mapping.members, mapping.sizes, mapping.kind, mapping.fingerprint, mapping([0, 3, 1]))
+
+
+def _use_tree(folder: Path) -> str:
+    tree = SemanticTree.load(folder / "file.safetensors")
+    cuts = [tree.cut(k) for k in range(1, min(tree.leaves, 6))]
+    return digest(
+        tree.merges, tree.heights, tree.used, tree.nearest, tree.normalize, tree.exact, tree.fingerprint, cuts
+    )
+
+
+def _make_refiner(folder: Path) -> None:
+    torch.manual_seed(0)
+    Refiner(_tree().map(5), RefinerConfig(hidden=4, width=8, heads=2)).save(folder / "file.safetensors")
+
+
+def _use_refiner(folder: Path) -> str:
+    refiner = Refiner.load(folder / "file.safetensors")
+    hidden, clusters = torch.ones(1, 3, refiner.config.hidden), torch.zeros(1, 3, dtype=torch.long)
+    return digest(refiner.state_dict(), vars(refiner.config), refiner(hidden, clusters))
+
+
+def _use_budgets(folder: Path) -> str:
+    budgets = HeadBudgets.load(folder / "file.json")
+    return digest(budgets.table, dict(budgets.facts), budgets.mean, budgets.of(0, len(budgets.table[0])))
+
+
+def _make_shards(folder: Path) -> TokenShards:
+    tokens = np.arange(60).reshape(10, 6) % 24
+    return write_shards(folder, tokens, 24, np.arange(10) % CLASSES, rows=6)
+
+
+def _use_shards(folder: Path) -> str:
+    shards = TokenShards.open(folder)
+    every = np.arange(len(shards))
+    return digest(shards.take(every), shards.labels(every), shards.token_counts(), shards.counts, shards.vocabulary)
+
+
+def _trainer(folder: Path) -> Trainer:
+    if not (folder / "shards" / "index.json").exists():
+        _make_shards(folder / "shards")
+    return Trainer(TokenShards.open(folder / "shards"), _tree().map(5), RECIPE, cpu=True)
+
+
+def _make_checkpoint(folder: Path) -> None:
+    trainer = _trainer(folder)
+    trainer.step()
+    trainer.save(folder / CHECKPOINT)
+
+
+def _use_checkpoint(folder: Path) -> str:
+    trainer = _trainer(folder)
+    trainer.restore(folder / CHECKPOINT)
+    position = (trainer.steps, trainer.cpu_seconds, digest(trainer.plain.state_dict()))
+    loss = trainer.step()
+    return digest(position, loss, trainer.plain.state_dict())
+
+
+def _make_model(folder: Path) -> None:
+    mapping = _tree().map(5)
+    export_model(build_model(5, CLASSES, 6, RECIPE), mapping, folder)
+
+
+def _use_model(folder: Path) -> str:
+    model, mapping = open_model(folder)
+    return digest(model.state_dict(), mapping.labels, model.config.vocab_size)
+
+
+def specimens() -> dict[str, Specimen]:
+    """Every kind, by name."""
+    grams = torch.from_numpy(np.stack([gram_of(_features()[..., part]) for part in (slice(0, 2), slice(2, None))]))
+    labels = torch.tensor([0, 0, 1, 1, 1, 1], dtype=torch.int32)
+    basis = torch.linalg.qr(torch.randn(WIDTH, 3, generator=torch.Generator().manual_seed(1)))[0].contiguous()
+    steps = torch.tensor([0, 2, 4])
+    table = torch.zeros(STEPS, 3, dtype=torch.float64)
+    table[1, 0], table[3, :2], table[5:, :] = 1.0, torch.tensor([0.25, 0.75]), torch.tensor([-0.5, 0.5, 1.0])
+    calibrations: dict[str, tuple[dict[str, Any], Callable[[Path], Any]]] = {
+        "l2p": (
+            {"gram/cond": torch.from_numpy(gram_of(_features()))},
+            lambda path: _weights(hasten.L2P(calibration=path, interval=3)),
+        ),
+        "hyca": (
+            {"clusters/hidden": labels, "grams/hidden": grams},
+            lambda path: hasten.HyCa(calibration=path, interval=3).chosen,
+        ),
+        "svdcache": (
+            {"basis/hidden": basis},
+            lambda path: _weights(hasten.SVDCache(calibration=path, interval=3)),
+        ),
+        "magcache": (
+            {"ratios": torch.linspace(1, 0.8, STEPS, dtype=torch.float64)},
+            lambda path: hasten.MagCache(calibration=path).gate() and "",
+        ),
+        "teacache": (
+            {"coefficients": torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)},
+            lambda path: hasten.TeaCache(calibration=path).polynomial(),
+        ),
+        "leapcache": (
+            {"3/steps": steps, "3/cond": table},
+            lambda path: _weights(hasten.LeapCache(calibration=path, interval=3)),
+        ),
+        TUNED: (
+            {"steps/3": steps, "steps/4": torch.tensor([0, 1, 3, 5])},
+            lambda path: hasten.FoCa(tuned=path, interval=1).plan().for_run(STEPS),
+        ),
+    }
+    found = [
+        Specimen(name, "file.safetensors", _calibration(name, tensors), _used(build))
+        for name, (tensors, build) in calibrations.items()
+    ]
+    load_leap = _used(lambda path: _sampled(LeapScheduler.load(path)))
+    found += [
+        Specimen("leap", "file.safetensors", _calibration("leap", _leap_tables(), LEAP_OPTIONS), load_leap),
+        Specimen("leap scheduler", "scheduler_config.json", _make_scheduler, _use_scheduler),
+        Specimen("map", "file.safetensors", lambda folder: _tree().map(5).save(folder / "file.safetensors"), _use_map),
+        Specimen("tree", "file.safetensors", lambda folder: _tree().save(folder / "file.safetensors"), _use_tree),
+        Specimen("refiner", "file.safetensors", _make_refiner, _use_refiner),
+        Specimen(
+            "budgets",
+            "file.json",
+            lambda folder: HeadBudgets(((1, 2), (3, 0)), {"model": "ours", "chunk": 3}).save(folder / "file.json"),
+            _use_budgets,
+        ),
+        Specimen("shards: index", "index.json", _make_shards, _use_shards),
+        Specimen("shards: tokens", "tokens-00001.npy", _make_shards, _use_shards, _seal_shards),
+        Specimen("shards: classes", "labels-00000.npy", _make_shards, _use_shards, _seal_shards),
+        Specimen("checkpoint", CHECKPOINT, _make_checkpoint, _use_checkpoint),
+        Specimen("model: facts", "hasten_tokens.json", _make_model, _use_model),
+        Specimen("model: weights", "model.safetensors", _make_model, _use_model, _seal_model),
+        Specimen("model: config", "config.json", _make_model, _use_model, _seal_model),
+    ]
+    return {specimen.name: specimen for specimen in found}
+
+
+# --- damages
+
+
+def truncated(content: bytes) -> Iterator[bytes]:
+    """The content cut off at each 5 %."""
+    for share in range(0, 100, 5):
+        yield content[: len(content) * share // 100]
+
+
+def flipped(content: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
+    """One byte changed: in one bit, or to any other value."""
+    rng = random.Random(seed)
+    for i in range(count):
+        changed = bytearray(content)
+        place = rng.randrange(len(content))
+        changed[place] ^= 1 << rng.randrange(8) if i % 2 else rng.randrange(1, 256)
+        yield bytes(changed)
+
+
+DEEP: Any = [[]]
+for _ in range(200):
+    DEEP = [DEEP]
+VALUES: tuple[Any, ...] = (
+    None, True, False, -1, 0, 1, 2, 7, 2**31, 2**40, 2**63 - 1, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"),
+    "", "x", "F64", "I64", "\x1b[31mred\n", "\ud800", "a" * 100_000, [], {}, [0], [0, 0], [-1, 5], [2**62, 2**62], DEEP,
+    [None], {"a": 1}, [0] * 10_000, "../../etc/passwd",
+)  # fmt: skip
+
+
+def mutated(value: Any, rng: random.Random) -> Any:
+    """A JSON value with one to three places changed: replaced, removed, renamed, added, or moved."""
+    value = json.loads(json.dumps(value))
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        places = [place for place in _places(value) if place[1] != "digest"]
+        if not places:
+            return deepcopy(rng.choice(VALUES))
+        parent, key = rng.choice(places)
+        action = rng.randrange(6)
+        if action <= 2:
+            parent[key] = deepcopy(rng.choice(VALUES))
+        elif action == 3:
+            del parent[key]
+        elif action == 4:
+            moved = parent.pop(key)
+            if isinstance(parent, dict):
+                parent[rng.choice((f"{key}x", "kind", "T/x", "3/steps", "\n", rng.choice(string.ascii_letters)))] = (
+                    moved
+                )
+            else:
+                parent.insert(rng.randrange(len(parent) + 1), moved)
+        elif isinstance(parent[key], (int, float)) and not isinstance(parent[key], bool):
+            parent[key] = parent[key] * rng.choice((-1, 2, 1000)) + rng.choice((-1, 0, 1))
+        else:
+            parent[key] = [parent[key]]
+    return value
+
+
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """Every place within a JSON value, as parent and key."""
+    found = []
+    pending = [value]
+    while pending:
+        parent = pending.pop()
+        keys = list(parent) if isinstance(parent, dict) else range(len(parent)) if isinstance(parent, list) else ()
+        for key in keys:
+            found.append((parent, key))
+            pending.append(parent[key])
+    return found
+
+
+def structured(content: bytes, count: int, forged: bool, seed: int = 0) -> Iterator[bytes]:
+    """Contents whose header, table of tensors or numbers were changed with the format in mind."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        if content[:1] == b"{":
+            yield _structured_json(content, forged, rng)
+        elif content[:6] == b"\x93NUMPY":
+            yield _structured_npy(content, rng)
+        else:
+            yield _structured_tensors(content, forged, rng)
+
+
+def _dumped(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _forge(header: Any, tensors: dict[str, Any] | None = None) -> None:
+    if isinstance(header, dict) and "content" in header:
+        try:
+            header["digest"] = digest_of(header["content"], tensors)
+        except (ValueError, RecursionError):
+            header["digest"] = "0" * 64
+
+
+def _structured_json(content: bytes, forged: bool, rng: random.Random) -> bytes:
+    value = mutated(json.loads(content), rng)
+    if forged and isinstance(value, dict) and "tables" in value:  # a scheduler's configuration
+        names = ("tables", "prediction_type", "num_train_timesteps", "shift_mu")
+        try:
+            value["digest"] = digest_of({name: value.get(name) for name in names})
+        except ValueError:
+            value["digest"] = "0" * 64
+    elif forged:
+        _forge(value)
+    return _dumped(value)
+
+
+def _structured_npy(content: bytes, rng: random.Random) -> bytes:
+    length = int.from_bytes(content[8:10], "little")
+    header, data = content[10 : 10 + length].decode("latin1"), content[10 + length :]
+    swaps = [("'|u1'", "'|O'"), ("'|u1'", "'<f8'"), ("(", "(9999999999, "), ("False", "True"), ("{", "[[[["), ("}", "")]
+    swaps += [(":", ""), ("'shape'", "'shap'"), ("'", '"'), ("descr", "\x00"), ("(", "(-")]
+    header = header.replace(*rng.choice(swaps), 1)
+    return (
+        b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode("latin1") + data[: rng.randrange(99)]
+    )
+
+
+def _structured_tensors(content: bytes, forged: bool, rng: random.Random) -> bytes:
+    length = int.from_bytes(content[:8], "little")
+    table, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    where = rng.randrange(4)
+    if where == 0:  # the table of safetensors
+        metadata = table.pop("__metadata__", None)
+        table = mutated(table, rng)
+        if isinstance(table, dict) and metadata is not None:
+            table["__metadata__"] = metadata
+    elif where == 1 and "hasten" in table.get("__metadata__", {}):  # hasten's header
+        header = mutated(json.loads(table["__metadata__"]["hasten"]), rng)
+        if forged:
+            _forge(header, load_arrays(content))
+        table["__metadata__"]["hasten"] = json.dumps(header)
+    elif "hasten" in table.get("__metadata__", {}):  # the numbers, or tensors of other shapes
+        return _other_numbers(content, json.loads(table["__metadata__"]["hasten"]), forged, rng)
+    else:
+        table = mutated(table, rng)
+    text = _dumped(table)
+    return len(text).to_bytes(8, "little") + text + data
+
+
+NUMBERS = (float("nan"), float("inf"), -1.0, 0.0, 1e300, 2.0**31, -(2.0**62), 3.0)
+
+
+def _other_numbers(content: bytes, header: Any, forged: bool, rng: random.Random) -> bytes:
+    arrays = {name: array.copy() for name, array in load_arrays(content).items()}
+    name = rng.choice(sorted(arrays))
+    action = rng.randrange(6)
+    with np.errstate(all="ignore"):
+        if action <= 2 and arrays[name].size:
+            flat = arrays[name].reshape(-1)
+            flat[rng.randrange(flat.size)] = np.array(rng.choice(NUMBERS)).astype(flat.dtype)
+        elif action == 3:
+            arrays[name] = arrays[name][: rng.randrange(1 + len(arrays[name]))] if arrays[name].ndim else arrays[name]
+        elif action == 4:
+            arrays[name] = arrays[name].astype(rng.choice(("float16", "int64", "uint8", "float64")))
+        else:
+            arrays[rng.choice(("x", "a/b/c", "3/other", "labels", "\n"))] = arrays.pop(name)
+    if forged:
+        _forge(header, arrays)
+    return save_arrays(arrays, metadata={"hasten": json.dumps(header)})
+
+
+# --- what comes of them
+
+
+@dataclass
+class Outcome:
+    """Counts of one kind.
+
+    Attributes:
+        tried: damaged files.
+        refused: with an error of hasten of one line that names the file.
+        equal: read, and what came out is what the undamaged file gives.
+        different: read, and something else came out.
+        raw: other errors, and errors of hasten that are no such line.
+    """
+
+    tried: int = 0
+    refused: int = 0
+    equal: int = 0
+    different: int = 0
+    raw: tuple[str, ...] = ()
+
+
+def try_all(specimen: Specimen, folder: Path, damages: Iterator[bytes], outcome: Outcome, forged: bool = False) -> None:
+    """Put each content in the place of the file and use it."""
+    path = folder / specimen.file
+    whole = path.read_bytes()
+    expected = specimen.use(folder)
+    for content in damages:
+        path.write_bytes(content)
+        if forged:
+            specimen.seal(folder)
+        outcome.tried += 1
+        try:
+            outcome.equal, outcome.different = (
+                (outcome.equal + 1, outcome.different)
+                if specimen.use(folder) == expected
+                else (outcome.equal, outcome.different + 1)
+            )
+        except HastenError as error:
+            text = str(error)
+            if text.isprintable() and len(text) < 1000:
+                outcome.refused += 1
+            else:
+                outcome.raw += (f"not one short line: {text[:200]!r}",)
+        except Exception as error:  # noqa: BLE001 - any other error is what is looked for
+            outcome.raw += (f"{type(error).__name__}: {error} after {content[:60]!r}",)
+    path.write_bytes(whole)
+    if forged:
+        specimen.seal(folder)
+    assert specimen.use(folder) == expected
