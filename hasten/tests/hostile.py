@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from hasten.caching.calibrated import gram_of
 from hasten.caching.components import FeatureKey
-from hasten.caching.method import TUNED
+from hasten.caching.method import SEARCHED
 from hasten.calibration import Calibration, Fingerprint
 from hasten.errors import HastenError
 from hasten.fitting.token_model import CHECKPOINT, Recipe, Trainer, build_model
@@ -37,6 +37,24 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 STEPS, WIDTH = 8, 6
+SPECIMEN_NAMES = (
+    "l2p",
+    "hyca",
+    "svdcache",
+    "magcache",
+    "teacache",
+    "leapcache",
+    "steps",
+    "leap",
+    "leap scheduler",
+    "map",
+    "tree",
+    "refiner",
+    "budgets",
+    "shards: index",
+    "checkpoint",
+    "model: facts",
+)  # one for each writer
 FINGERPRINT = Fingerprint(
     "Model", "c" * 16, "w" * 16, "Scheduler", tuple(1000.0 - 100 * i for i in range(STEPS)), ("cond",), 3.5, "hidden"
 )
@@ -123,7 +141,7 @@ def _used(build: Callable[[Path], Any]) -> Callable[[Path], str]:
 
 
 def _weights(method: Any) -> list[Any]:
-    parts = method.parts(FeatureKey("cond"))
+    parts = method.components(FeatureKey("cond"))
     return [predictor.weights(5, [4, 2, 0]) for predictor in parts.predictors.values()]
 
 
@@ -268,9 +286,9 @@ def specimens() -> dict[str, Specimen]:
             {"3/steps": steps, "3/cond": table},
             lambda path: _weights(hasten.LeapCache(calibration=path, interval=3)),
         ),
-        TUNED: (
+        SEARCHED: (
             {"steps/3": steps, "steps/4": torch.tensor([0, 1, 3, 5])},
-            lambda path: hasten.FoCa(tuned=path, interval=1).plan().for_run(STEPS),
+            lambda path: hasten.FoCa(searched=path).plan().for_run(STEPS),
         ),
     }
     found = [

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from hasten.cli.common import BAR, console, numbers
 from hasten.errors import ConfigError, ModelError
+from hasten.io import check_target, write_atomically
 
 if TYPE_CHECKING:
     from hasten.bench.token_plots import Decode
@@ -94,6 +95,11 @@ def fit(
 
     codes = read_codebook(codebook, tensor)
     used = None if tokens is None else TokenShards.open(tokens).token_counts()
+    check_target(out)
+    if codes.ndim == 2:
+        console.print(
+            str(SemanticTree.cost(len(codes) if used is None else int((used > 0).sum()), codes.shape[1], exact))
+        )
     with Progress(*BAR, console=console) as bar:
         task = bar.add_task("distances", total=None)
         tree = SemanticTree.fit(
@@ -319,8 +325,7 @@ def sample(
             drawn = sampler(clusters.numpy(), seed)
         else:
             drawn = chooser.sample(states, clusters, torch.Generator().manual_seed(seed)).numpy()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    np.save(out, drawn)
+    write_atomically(out, lambda file: np.save(file, drawn))
     console.print(f"{len(wanted)} images of {length} tokens: [bold]{out}[/bold]")
     if decode is not None:
         rows = {f"class {c}": decode(drawn[wanted.numpy() == c]) for c in wanted.unique().tolist()}

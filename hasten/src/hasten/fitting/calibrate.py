@@ -58,8 +58,15 @@ class Tape:
         return tokens[:: -(-len(tokens) // self._tokens)].to("cpu", copy=True)
 
     def end_run(self) -> None:
-        """A call of the pipeline is over."""
-        self.runs.append({key: torch.stack(steps) for key, steps in self._run.items()})
+        """A call of the pipeline is over.
+
+        Raises:
+            CalibrationError: if the model produced a number that is not finite.
+        """
+        run = {key: torch.stack(steps) for key, steps in self._run.items()}
+        for (pass_name, slot), steps in run.items():
+            _refuse_non_finite(steps, f"call {len(self.runs)}, pass {pass_name!r}, {slot!r}")
+        self.runs.append(run)
         self._run = {}
 
     def features(self) -> dict[str, dict[str, Tensor]]:
@@ -95,7 +102,7 @@ def record(
         a trace for `fit`s; it holds `steps x tokens x width` numbers a call and slot, on the CPU.
 
     Raises:
-        CalibrationError: if there are no calls, or they differ in steps or size.
+        CalibrationError: if there are no calls, they differ in steps or size, or a number is not finite.
     """
     if not calls:
         raise CalibrationError("there is nothing to record: give at least one call, such as {'prompt': 'a red apple'}")
@@ -141,6 +148,16 @@ def fingerprint_of(target: Any, run: Acceleration, site: str) -> Fingerprint:
     )
 
 
+def _refuse_non_finite(steps: Tensor, where: str) -> None:
+    """Raise a CalibrationError for features `[T, ...]` with NaN or infinity: a fit to them would spoil every image."""
+    bad = [i for i, step in enumerate(steps) if not bool(step.isfinite().all())]
+    if bad:
+        raise CalibrationError(
+            f"{where}: step {bad[0]} has a number that is not finite ({len(bad)} of {len(steps)} steps); leave out that "
+            "call, or run the model in a wider precision"
+        )
+
+
 def merge(traces: Sequence[Trace]) -> Trace:
     """Traces of the same sampling, such as those of several processes, as one.
 
@@ -178,6 +195,7 @@ def fit(trace: Trace, method: str, **options: Any) -> Calibration:
     Raises:
         UnknownNameError: for a method or an option that does not exist.
         ConfigError: for a method that needs no calibration.
+        CalibrationError: for a trace with a number that is not finite.
     """
     info = registry.info(method)
     fitter = getattr(info.config, "fit", None)
@@ -189,6 +207,10 @@ def fit(trace: Trace, method: str, **options: Any) -> Calibration:
         if name not in known:
             raise unknown(f"fit option of {method}", name, known)
     options = {name: known[name].accept(value, method) for name, value in options.items()}
+    for pass_name, slots in trace.features.items():
+        for slot, runs in slots.items():
+            for i, steps in enumerate(runs):
+                _refuse_non_finite(steps, f"call {i}, pass {pass_name!r}, {slot!r}")
     fitted = fitter(trace, **options)
     site = options.get("site", info.parameters["site"].default)
     fingerprint = Fingerprint(**{**vars(trace.fingerprint), "site": site})

@@ -73,7 +73,7 @@ def record_references(pipe: Any, calls: Replay) -> References:
     """Draw the plain trajectories, watching the scheduler of this pipeline.
 
     Raises:
-        CalibrationError: if the calls do not make one scheduler step for each timestep.
+        CalibrationError: if the calls do not make one scheduler step for each timestep, or a state is not finite.
         ConfigError: for a prediction type that LEAP does not know.
     """
     scheduler, plain_step, plain_set = pipe.scheduler, pipe.scheduler.step, pipe.scheduler.set_timesteps
@@ -100,7 +100,15 @@ def record_references(pipe: Any, calls: Replay) -> References:
         for call in calls:
             path.clear()
             pipe(**call)
+            if not path:
+                raise CalibrationError(f"call {len(states)} made no step of the pipeline's scheduler; LEAP needs them")
             states.append(torch.stack(path))
+            bad = [k for k, state in enumerate(path) if not bool(state.isfinite().all())]
+            if bad:
+                raise CalibrationError(
+                    f"call {len(states) - 1}: the state after {bad[0]} steps has a number that is not finite; leave out "
+                    "that call, or run the model in a wider precision"
+                )
     finally:
         del scheduler.step, scheduler.set_timesteps
     digest = _digest(calls, states)

@@ -78,7 +78,7 @@ def parse_json(text: str | bytes, limits: Limits = Limits()) -> Any:
     except RecursionError:
         raise ValueError(f"it is nested more than {limits.depth} levels deep") from None
     level: list[Any] = [value]
-    for _ in range(limits.depth + 1):
+    for _ in range(limits.depth):
         level = [child for parent in level for child in _children(parent)]
         if not level:
             return value

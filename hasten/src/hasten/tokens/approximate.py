@@ -25,10 +25,12 @@ from hasten.tokens.linkage import Floats, Ints, Progress, average_linkage, link_
 __all__ = ["approximate_linkage"]
 
 BLOCK = 512  # rows of distances at a time
+MOST_DISTANCES = 1 << 25  # numbers at a time, so that many codes take fewer rows
+CELL, GROUPS = 2048, 8192
 
 
 def approximate_linkage(
-    points: Floats, progress: Progress | None = None, cell: int = 2048, groups: int = 8192
+    points: Floats, progress: Progress | None = None, cell: int = CELL, groups: int = GROUPS
 ) -> tuple[Ints, Floats]:
     """Merges `[N-1, 2]` and heights `[N-1]` for points `[N, D]`; as `average_linkage`, nearly.
 
@@ -104,8 +106,9 @@ def _mean_distances(points: Floats, starts: Ints, sizes: Floats) -> Floats:
     groups, n = len(starts), len(points)
     sums = np.zeros((groups, groups))
     group = np.repeat(np.arange(groups), sizes.astype(np.int64))
-    for first in range(0, n, BLOCK):
-        rows = slice(first, min(n, first + BLOCK))
+    block = max(1, min(BLOCK, MOST_DISTANCES // n))
+    for first in range(0, n, block):
+        rows = slice(first, min(n, first + block))
         np.add.at(sums, group[rows], np.add.reduceat(cdist(points[rows], points), starts, axis=1))
     sums /= sizes[:, None] * sizes[None]
     np.fill_diagonal(sums, 0.0)

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from hasten.errors import ConfigError, ModelError, unknown
 from hasten.io import Array, Kind, check_arrays, increasing, read_tensors, write_tensors
 from hasten.tokens.approximate import approximate_linkage
+from hasten.tokens.cost import TreeCost, tree_cost
 from hasten.tokens.linkage import Progress, average_linkage
 from hasten.tokens.mapping import TokenMap
 
@@ -135,7 +136,7 @@ class SemanticTree:
             progress: called with the merges done and the merges in all.
 
         Raises:
-            ConfigError: if the codebook or `used` cannot be clustered.
+            ConfigError: if the codebook or `used` cannot be clustered, or the memory for it is not there.
         """
         codes = as_codebook(codebook)
         leaves = _used_codes(used, len(codes))
@@ -144,8 +145,9 @@ class SemanticTree:
         dead = np.setdiff1d(np.arange(len(codes)), leaves)
         if normalize == "unit":
             prepared[dead] /= np.maximum(np.linalg.norm(prepared[dead], axis=1, keepdims=True), 1e-30)
-        if exact is None:
-            exact = len(leaves) <= EXACT_LIMIT
+        cost = cls.cost(len(leaves), codes.shape[1], exact)
+        cost.refuse_unless_it_fits(codes.shape[1])
+        exact = cost.exact
         link = average_linkage if exact else approximate_linkage
         merges, heights = link(prepared[leaves], progress=progress)
         nearest = np.empty(len(codes), np.int64)
@@ -155,6 +157,11 @@ class SemanticTree:
 
             nearest[dead] = cKDTree(prepared[leaves]).query(prepared[dead])[1]
         return cls(merges, heights, leaves, nearest, normalize, exact, codebook_fingerprint(codes))
+
+    @staticmethod
+    def cost(codes: int, width: int, exact: bool | None = None) -> TreeCost:
+        """What `fit` will cost for so many used codes of so many numbers; `exact` as there."""
+        return tree_cost(codes, width, codes <= EXACT_LIMIT if exact is None else exact)
 
     @property
     def leaves(self) -> int:

@@ -37,7 +37,7 @@ from hasten.caching.multistep import SOLVERS, Multistep
 from hasten.caching.predictors import Hermite, Predictor, Reuse, Taylor
 from hasten.caching.projectors import Whole
 from hasten.calibration import Calibration, Fit, Trace, declare_contents
-from hasten.errors import CalibrationError
+from hasten.errors import CalibrationError, ConfigError
 from hasten.io import Array, symmetric
 from hasten.parameters import Names, Range
 from hasten.registry import method
@@ -191,6 +191,8 @@ class HyCa(CalibratedMethod):
         for key in trace.cache_keys(site):
             steps = torch.cat([features[key].float() for features in trace.features.values()])
             table = descriptors(steps).double().numpy()
+            if clusters > len(table):
+                raise ConfigError(f"{key!r} has {len(table)} channels, which make no {clusters} clusters; use fewer")
             labels = np.zeros(len(table), dtype=np.int64)
             if clusters > 1:
                 found = kmeans2(table, clusters, minit="++", seed=seed)[1]
