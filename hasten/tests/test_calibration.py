@@ -164,6 +164,32 @@ def test_unknown_methods_and_options_are_refused(recorded):
         hasten.fit(trace, "hyca", site="module")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_named_with_call_pass_and_step(recorded, bad):
+    pipe, trace = recorded
+    spoiled = {p: {name: runs.clone() for name, runs in slots.items()} for p, slots in trace.features.items()}
+    spoiled["cond"]["hidden"][1, 4, 0, 0] = bad
+    with pytest.raises(CalibrationError, match=r"call 1: 'hidden' of pass 'cond' .* not finite at step 4"):
+        hasten.fit(Trace(spoiled, trace.fingerprint), "l2p")
+    final = pipe.transformer.norm_out
+    handle = final.register_forward_hook(lambda module, inputs, output: output * bad)
+    try:
+        with pytest.raises(CalibrationError, match=r"call 0: 'output' of pass 'cond' .* not finite at step 0"):
+            hasten.record(pipe, [call(0)])
+        with pytest.raises(CalibrationError, match="call 0: the state after 1 steps has a number that is not finite"):
+            hasten.fit_leap(pipe, [call(0)], [3])
+    finally:
+        handle.remove()
+    assert not accelerated(pipe)
+
+
+def test_more_clusters_than_channels_are_refused(recorded):
+    _, trace = recorded
+    assert hasten.fit(trace, "hyca", clusters=32)
+    with pytest.raises(ConfigError, match="'hidden' has 32 channels, which make no 33 clusters"):
+        hasten.fit(trace, "hyca", clusters=33)
+
+
 # --- files
 
 

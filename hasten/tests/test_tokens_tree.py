@@ -1,5 +1,9 @@
 """The semantic tree and its cuts: exactness, laws, bad input."""
 
+import tracemalloc
+
+import hasten.tokens.cost as cost_module
+import hasten.tokens.tree as tree_module
 import numpy as np
 import pytest
 from hasten.errors import ConfigError, ModelError
@@ -146,6 +150,34 @@ def test_a_tree_is_read_back_and_knows_its_codebook(tmp_path):
     again.check(points)
     with pytest.raises(ModelError, match="fit a tree to this one"):
         again.check(points + 1e-3)
+
+
+def test_costs_are_announced_and_trees_that_do_not_fit_are_refused_before_any_work(monkeypatch):
+    large = SemanticTree.cost(10**6, 8, exact=True)
+    assert str(large).startswith("exact tree of 1,000,000 codes: about 3.6 TiB of memory")
+    assert not SemanticTree.cost(10**6, 8).exact
+    assert SemanticTree.cost(10**6, 8).memory < 4 << 30
+    assert SemanticTree.cost(16_384, 8).exact
+    points, work = codes(), []
+    monkeypatch.setattr(tree_module, "average_linkage", lambda *_, **__: work.append("exact"))
+    monkeypatch.setattr(cost_module, "free_memory", lambda: large.memory - 1)
+    with pytest.raises(ConfigError, match=r"exact tree of 1,000,000 codes.*use exact=False \(--no-exact\): an approx"):
+        large.refuse_unless_it_fits(8)
+    monkeypatch.setattr(cost_module, "free_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match="60 codes.*use fewer codes"):
+        SemanticTree.fit(points)
+    assert work == []
+
+
+def test_what_is_announced_is_what_a_tree_takes():
+    """Within a factor of two, by the allocator's own count."""
+    for n, exact in ((3000, True), (3000, False)):
+        points = np.random.default_rng(0).standard_normal((n, 4))
+        tracemalloc.start()
+        SemanticTree.fit(points, exact=exact)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert 0.5 < SemanticTree.cost(n, 4, exact).memory / peak < 2.5
 
 
 def test_files_that_are_no_trees_are_refused(tmp_path):

@@ -64,8 +64,7 @@ class Tape:
             CalibrationError: if the model produced a number that is not finite.
         """
         run = {key: torch.stack(steps) for key, steps in self._run.items()}
-        for (pass_name, slot), steps in run.items():
-            _refuse_non_finite(steps, f"call {len(self.runs)}, pass {pass_name!r}, {slot!r}")
+        _refuse_non_finite(run, len(self.runs))
         self.runs.append(run)
         self._run = {}
 
@@ -148,12 +147,21 @@ def fingerprint_of(target: Any, run: Acceleration, site: str) -> Fingerprint:
     )
 
 
-def _refuse_non_finite(steps: Tensor, where: str) -> None:
-    """Raise a CalibrationError for features `[T, ...]` with NaN or infinity: a fit to them would spoil every image."""
-    bad = [i for i, step in enumerate(steps) if not bool(step.isfinite().all())]
+def _refuse_non_finite(run: Mapping[tuple[str, str], Tensor], call: int) -> None:
+    """Raise a CalibrationError for features `[T, ...]` by pass and key with NaN or infinity, naming the first step.
+
+    A fit to them would spoil every image.
+    """
+    bad = [
+        (step, pass_name, key)
+        for (pass_name, key), steps in run.items()
+        for step, feature in enumerate(steps)
+        if not bool(feature.isfinite().all())
+    ]
     if bad:
+        step, pass_name, key = min(bad)
         raise CalibrationError(
-            f"{where}: step {bad[0]} has a number that is not finite ({len(bad)} of {len(steps)} steps); leave out that "
+            f"call {call}: {key!r} of pass {pass_name!r} has a number that is not finite at step {step}; leave out that "
             "call, or run the model in a wider precision"
         )
 
@@ -207,10 +215,9 @@ def fit(trace: Trace, method: str, **options: Any) -> Calibration:
         if name not in known:
             raise unknown(f"fit option of {method}", name, known)
     options = {name: known[name].accept(value, method) for name, value in options.items()}
-    for pass_name, slots in trace.features.items():
-        for slot, runs in slots.items():
-            for i, steps in enumerate(runs):
-                _refuse_non_finite(steps, f"call {i}, pass {pass_name!r}, {slot!r}")
+    features = {(name, key): runs for name, keys in trace.features.items() for key, runs in keys.items()}
+    for i in range(min((len(runs) for runs in features.values()), default=0)):
+        _refuse_non_finite({place: runs[i] for place, runs in features.items()}, i)
     fitted = fitter(trace, **options)
     site = options.get("site", info.parameters["site"].default)
     fingerprint = Fingerprint(**{**vars(trace.fingerprint), "site": site})

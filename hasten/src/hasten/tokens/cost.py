@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hasten.errors import ConfigError
-from hasten.tokens.approximate import GROUPS, MOST_DISTANCES
+from hasten.tokens.approximate import BLOCK, GROUPS, MOST_DISTANCES
 
 __all__ = ["TreeCost", "free_memory", "tree_cost"]
 
@@ -62,8 +62,8 @@ def tree_cost(codes: int, width: int, exact: bool) -> TreeCost:
     copies = 4 * 8 * numbers
     if exact:
         return TreeCost(codes, True, 4 * pairs + copies, pairs * (EXACT[0] + EXACT[1] * width) * 1e-9)
-    groups = min(GROUPS, codes)
-    memory = 12 * groups * groups + 2 * 8 * min(MOST_DISTANCES, pairs) + copies
+    groups = min(GROUPS, codes // 2)
+    memory = 12 * groups * groups + 2 * 8 * min(MOST_DISTANCES, BLOCK * codes) + copies
     return TreeCost(codes, False, memory, pairs * (APPROXIMATE[0] + APPROXIMATE[1] * width) * 1e-9)
 
 
