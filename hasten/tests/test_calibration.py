@@ -183,6 +183,26 @@ def test_numbers_that_are_not_finite_are_named_with_call_pass_and_step(recorded,
     assert not accelerated(pipe)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("name", [*FITTED, "leapcache"])
+def test_runs_in_which_nothing_changes_are_fitted_or_refused(tmp_path, name, value):
+    shapes = {
+        "hidden": (2, STEPS, 4, 6),
+        "entry": (2, STEPS, 4, 6),
+        "modulated": (2, STEPS, 4, 6),
+        "output": (2, STEPS, 9),
+    }
+    trace = Trace({"cond": {key: torch.full(shape, value) for key, shape in shapes.items()}}, LINEAR)
+    if name == "magcache" or (name == "svdcache" and value == 0):
+        with pytest.raises(CalibrationError, match="no ratios|no subspace"):
+            hasten.fit(trace, name)
+    else:
+        fitted = hasten.fit(trace, name)
+        again = Calibration.of(name, fitted.save(tmp_path / "file.safetensors"))
+        assert again.tensors.keys() == fitted.tensors.keys()
+
+
 def test_more_clusters_than_channels_are_refused(recorded):
     _, trace = recorded
     assert hasten.fit(trace, "hyca", clusters=32)

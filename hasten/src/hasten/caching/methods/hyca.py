@@ -194,8 +194,9 @@ class HyCa(CalibratedMethod):
             if clusters > len(table):
                 raise ConfigError(f"{key!r} has {len(table)} channels, which make no {clusters} clusters; use fewer")
             labels = np.zeros(len(table), dtype=np.int64)
-            if clusters > 1:
-                found = kmeans2(table, clusters, minit="++", seed=seed)[1]
+            different = min(clusters, len(np.unique(table, axis=0)))  # channels that move alike cannot be told apart
+            if different > 1:
+                found = kmeans2(table, different, minit="++", seed=seed)[1]
                 labels = np.unique(found, return_inverse=True)[1].astype(np.int64)  # an empty cluster is none
             grams = [gram_of(steps[..., torch.from_numpy(labels == c)]) for c in range(labels.max() + 1)]
             tensors[f"clusters/{key}"] = torch.from_numpy(labels).to(torch.int32)

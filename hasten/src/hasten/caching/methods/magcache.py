@@ -23,6 +23,7 @@ from hasten.caching.adaptive import AdaptiveMethod
 from hasten.caching.gates import Gate, ThresholdGate
 from hasten.caching.method import Feature
 from hasten.calibration import Calibration, Fit, Trace, declare_contents
+from hasten.errors import CalibrationError
 from hasten.io import Array
 from hasten.parameters import Range
 from hasten.registry import method
@@ -84,6 +85,8 @@ class MagCache(AdaptiveMethod):
         """The curve of ratios, mean over the recorded runs; 1 at the first step."""
         features = trace.features[trace.passes[0]]
         change = (features["hidden"].float() - features["entry"].float()).flatten(2).norm(dim=2)  # [S, T]
+        if not bool((change[:, :-1] > 0).all()):
+            raise CalibrationError("the blocks change nothing at some step, so that MagCache has no ratios to follow")
         ratios = (change[:, 1:] / change[:, :-1]).double()
         curve = torch.cat([torch.ones(1, dtype=torch.float64), ratios.mean(0)])
         spread = ratios.std(0, correction=0)

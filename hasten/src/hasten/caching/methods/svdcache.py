@@ -144,9 +144,11 @@ class SVDCache(CalibratedMethod):
             covariance = torch.zeros(rows[0].shape[-1], rows[0].shape[-1], dtype=torch.float64)
             for row in rows:
                 covariance += (row.T @ row).double()
+            if not bool(covariance.any()):
+                raise CalibrationError(f"the features of {key!r} are all zero, so that they have no subspace")
             values, vectors = torch.linalg.eigh(covariance)
             shares = values.flip(0).clamp_min(0).cumsum(0) / values.clamp_min(0).sum().clamp_min(1e-300)
-            k = int((shares < energy - 1e-12).sum()) + 1
+            k = min(int((shares < energy - 1e-12).sum()) + 1, len(values))
             tensors[f"basis/{key}"] = vectors.flip(1)[:, :k].float().contiguous()
             basis = tensors[f"basis/{key}"]
             steps = torch.cat([features[key].float() for features in trace.features.values()])
