@@ -161,8 +161,8 @@ def _refuse_non_finite(run: Mapping[tuple[str, str], Tensor], call: int) -> None
     if bad:
         step, pass_name, key = min(bad)
         raise CalibrationError(
-            f"call {call}: {key!r} of pass {pass_name!r} has a number that is not finite at step {step}; leave out that "
-            "call, or run the model in a wider precision"
+            f"call {call}: {key!r} of pass {pass_name!r} has a number that is not finite at step {step}; leave out "
+            "that call, or run the model in a wider precision"
         )
 
 

@@ -106,7 +106,7 @@ def record_references(pipe: Any, calls: Replay) -> References:
             bad = [k for k, state in enumerate(path) if not bool(state.isfinite().all())]
             if bad:
                 raise CalibrationError(
-                    f"call {len(states) - 1}: the state after {bad[0]} steps has a number that is not finite; leave out "
+                    f"call {len(states) - 1}: the state after {bad[0]} steps is not finite; leave out "
                     "that call, or run the model in a wider precision"
                 )
     finally:
