@@ -1,0 +1,66 @@
+"""`emoji-styles`: FLUX.1 in small, in a latent space, text to emoji in seven styles at 128, 64 and 192 pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hasten.bench.subject import Subject
+
+__all__ = ["load_emoji_styles"]
+
+HERE = Path(__file__).parent
+WEIGHTS = HERE / "weights"
+
+
+def load_emoji_styles(weights: Path = WEIGHTS) -> Subject:
+    """The trained pipeline with its prompts; `weights` may be a folder written by the training script's `--export`.
+
+    The prompts are style and concept of the pairs it was trained on, shuffled. It is graded by whether concept and
+    style that `Judge` finds in an image are those of the prompt; there is no grader without the judge's network.
+
+    Raises:
+        ModelError: if the weights are missing or cannot be read.
+    """
+    # Imported here, so that training runs without hasten.
+    from hasten.bench.subject import Subject
+    from hasten.errors import ModelError
+
+    from hasten_zoo.emoji_styles.augment import caption
+    from hasten_zoo.emoji_styles.data import read_pairs
+    from hasten_zoo.emoji_styles.judge import Judge
+    from hasten_zoo.emoji_styles.model import load_pipeline
+
+    if not (weights / "transformer").is_dir():
+        raise ModelError(f"no emoji-styles weights in {weights}; export some with the training script")
+    try:
+        pipe = load_pipeline(weights)
+        pairs = [pair for pair in read_pairs(HERE / "pairs.json") if not pair.held_out]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"the emoji-styles files in {weights} cannot be read ({error}); export them again") from error
+    judge = Judge.load(HERE) if Judge.available(HERE) else None
+
+    def grade(images: Tensor, prompts: list[str]) -> list[bool]:
+        assert judge is not None
+        styles, concepts = judge(images * 2 - 1)
+        return [prompt == f"{s}, {c}" for prompt, s, c in zip(prompts, styles, concepts, strict=True)]
+
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    return Subject(
+        name="emoji-styles",
+        pipe=pipe,
+        prompts=[caption(pairs[i]) for i in order],
+        call={
+            "height": 128,
+            "width": 128,
+            "num_inference_steps": 50,
+            "max_sequence_length": 16,
+            "negative_prompt": "",
+            "true_cfg_scale": 3.0,
+        },
+        grade=None if judge is None else grade,
+    )

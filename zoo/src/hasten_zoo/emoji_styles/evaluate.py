@@ -1,0 +1,197 @@
+"""How good `emoji-styles` is, against the true images.
+
+    python -m hasten_zoo.emoji_styles.evaluate --data runs/emoji-styles/data
+
+Needs the images (`data.py`) and the judge's networks. Writes `evaluation.json` and `contact_sheet.png`, by default
+beside the card. What is measured:
+
+- *held out*, *known*: images of pairs that were held out or trained on, generated with guidance; how often the judge
+  finds the concept and the style of the caption, and what it finds in the true images (its ceiling);
+- *diversity*: LPIPS between two seeds of a caption without style, against that between different captions;
+- *near copies*: generated images that hardly differ (LPIPS) from an image that was trained on;
+- *hardness*: PSNR of 9 plain Euler steps against 50, of the same seed;
+- *round trip*: PSNR of held-out images through the autoencoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from hasten_zoo.emoji_styles import HERE, WEIGHTS
+from hasten_zoo.emoji_styles.augment import caption, plain_views, render
+from hasten_zoo.emoji_styles.data import EmojiStyles, Pair, load_emoji_styles_data
+from hasten_zoo.emoji_styles.judge import Judge
+from hasten_zoo.emoji_styles.model import load_pipeline
+from hasten_zoo.emoji_styles.perceptual import Perceptual
+from hasten_zoo.emoji_styles.train_vae import round_trip
+
+BATCH = 16
+SIZE = 128
+NEAR_COPY = 0.08  # LPIPS; a round trip through the autoencoder, shifted by two pixels, is about this far
+CANDIDATES = 8  # training images compared by LPIPS, those nearest in coarse pixels
+
+
+def generate(
+    pipe: FluxPipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, size: int = SIZE
+) -> Tensor:
+    """Images `[B, 3, R, R]` in [-1, 1], each from its own seed."""
+    images = []
+    for start in range(0, len(prompts), BATCH):
+        part = list(prompts[start : start + BATCH])
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]]
+        call: dict[str, Any] = {"height": size, "width": size, "num_inference_steps": steps, "output_type": "pt"}
+        if guidance != 1:
+            call |= {"true_cfg_scale": guidance, "negative_prompt": [""] * len(part)}
+        images.append(pipe(part, generator=noise, **call).images)
+    return torch.cat(images) * 2 - 1
+
+
+def through(pipe: FluxPipeline, images: Tensor) -> Tensor:
+    """Images `[B, 3, R, R]` in [-1, 1] after the autoencoder."""
+    vae = pipe.vae
+    parts = [vae.decode(vae.encode(part, return_dict=False)[0], return_dict=False)[0] for part in images.split(BATCH)]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def psnr(first: Tensor, second: Tensor) -> list[float]:
+    """PSNR in dB of each of two batches `[B, 3, R, R]` in [-1, 1]."""
+    decibels: list[float] = (-10 * ((first - second) / 2).square().mean((1, 2, 3)).log10()).tolist()
+    return decibels
+
+
+def recognised(judge: Judge, images: Tensor, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Shares of images in which the judge finds the concept (also without knowing held-out images), style, and both."""
+    styles, concepts = judge(images)
+    blind = judge.from_training_pairs(images)
+    style = [found == pair.style for found, pair in zip(styles, pairs, strict=True)]
+    concept = [found == pair.concept for found, pair in zip(concepts, pairs, strict=True)]
+    both = [a and b for a, b in zip(style, concept, strict=True)]
+    strict = [found == pair.concept for found, pair in zip(blind, pairs, strict=True)]
+    shares = {"concept_top1": concept, "concept_top1_blind": strict, "style_top1": style, "both": both}
+    return {name: round(sum(hits) / len(hits), 3) for name, hits in shares.items()}
+
+
+def diversity(pipe: FluxPipeline, lpips: Perceptual, concepts: Sequence[str], steps: int, guidance: float) -> Any:
+    """Median LPIPS between two seeds of a caption without style, and between different captions."""
+    seeds = list(range(len(concepts)))
+    first = generate(pipe, concepts, seeds, steps, guidance)
+    second = generate(pipe, concepts, [seed + 10_000 for seed in seeds], steps, guidance)
+    within = float(lpips(first, second).median())
+    between = float(lpips(first, second.roll(1, 0)).median())
+    medians = {"two_seeds": round(within, 4), "two_captions": round(between, 4)}
+    return medians | {"ratio": round(within / between, 3), "captions": len(concepts)}
+
+
+def near_copies(data: EmojiStyles, lpips: Perceptual, images: Tensor) -> tuple[list[float], Tensor]:
+    """LPIPS of each image to the nearest training image (either way round), and those images `[B, 3, R, R]`."""
+    rows = data.rows(held_out=False)
+    coarse = []
+    for part in rows.split(256):
+        small = F.avg_pool2d(render(data, part, plain_views(len(part)), 64), 4)
+        coarse.append(torch.stack([small.flatten(1), small.flip(-1).flatten(1)], 1))
+    known = torch.cat(coarse).flatten(0, 1)  # two orientations per row
+    distances, nearest = [], []
+    for image in images:
+        own = F.avg_pool2d(image[None], SIZE // 16).flatten(1)
+        chosen = (known - own).square().sum(1).topk(CANDIDATES, largest=False).indices
+        candidates = render(data, rows[chosen // 2], plain_views(CANDIDATES), SIZE)
+        candidates = torch.where((chosen % 2 == 1)[:, None, None, None], candidates.flip(-1), candidates)
+        distance = lpips(image[None].expand_as(candidates), candidates)
+        distances.append(float(distance.min()))
+        nearest.append(candidates[distance.argmin()])
+    return distances, torch.stack(nearest)
+
+
+def sheet(rows: Sequence[Tensor], columns: int) -> Image.Image:
+    """Batches `[B, 3, R, R]` in [-1, 1], one beneath the other, in rows of a number of columns."""
+    strips = []
+    for batch in rows:
+        blank = -(-len(batch) // columns) * columns - len(batch)
+        full = torch.cat([batch, batch.new_ones(blank, *batch.shape[1:])])
+        strips.append(full.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1))
+    pixels = ((torch.cat(strips).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels.numpy()))
+
+
+def spread(rows: Tensor, count: int) -> Tensor:
+    """`count` of the rows, the same every time, in no order of the data."""
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(7))[:count]]
+
+
+@torch.inference_mode()
+def evaluate(weights: Path, data: EmojiStyles, out: Path, images: int, steps: int, guidance: float) -> dict[str, Any]:
+    """Generate, measure, write; returns what `evaluation.json` holds."""
+    pipe = load_pipeline(weights)
+    pipe.set_progress_bar_config(disable=True)
+    judge, lpips = Judge.load(HERE), Perceptual()
+    position = json.loads((weights / "training.json").read_text())
+    result: dict[str, Any] = {
+        "trained_on_samples": position["samples"],
+        "images": images,
+        "steps": steps,
+        "guidance": guidance,
+        "judge": judge.description,
+    }
+    shown: dict[str, Tensor] = {}
+    for kind in ("held_out", "known"):
+        rows = spread(data.rows(held_out=kind == "held_out"), images)
+        pairs = [data.pairs[i] for i in rows.tolist()]
+        true = render(data, rows, plain_views(len(rows)), SIZE)
+        drawn = generate(pipe, [caption(pair) for pair in pairs], list(range(len(pairs))), steps, guidance)
+        distances, nearest = near_copies(data, lpips, drawn)
+        result[kind] = {
+            "generated": recognised(judge, drawn, pairs),
+            "true_images": recognised(judge, true, pairs),
+            "true_images_after_round_trip": recognised(judge, through(pipe, true), pairs),
+            "lpips_to_true_image": round(float(lpips(drawn, true).median()), 4),
+            "near_copies": sum(distance < NEAR_COPY for distance in distances),
+            "lpips_to_nearest_training_image": round(statistics.median(distances), 4),
+        }
+        shown |= {kind: drawn, f"{kind}/true": true, f"{kind}/nearest": nearest}
+    result["near_copy_below_lpips"] = NEAR_COPY
+    concepts = sorted({data.pairs[i].concept for i in spread(data.rows(held_out=False), 32).tolist()})
+    result["diversity"] = diversity(pipe, lpips, concepts, steps, guidance)
+    prompts = [caption(data.pairs[i]) for i in spread(data.rows(held_out=False), 32).tolist()]
+    seeds = list(range(len(prompts)))
+    for scale in (1.0, guidance):
+        few, many = (generate(pipe, prompts, seeds, n, scale) for n in (9, 50))
+        result[f"euler_9_against_50_steps_db_guidance_{scale:g}"] = round(statistics.median(psnr(few, many)), 2)
+    result["round_trip_db"] = {str(n): round(float(round_trip(pipe.vae, data, n)[0].mean()), 2) for n in (64, 128, 192)}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    seeds_of_one = generate(pipe, ["red apple"] * 12, list(range(12)), steps, guidance)
+    rows_shown = [shown[name][:12] for name in ("held_out", "held_out/true", "known", "known/nearest")]
+    sheet([*rows_shown, seeds_of_one], columns=12).save(out / "contact_sheet.png", optimize=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("runs/emoji-styles/data"))
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--images", type=int, default=200, help="of held-out pairs, and as many of known ones")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    data = load_emoji_styles_data(args.data)
+    result = evaluate(args.weights, data, args.out, args.images, args.steps, args.guidance)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

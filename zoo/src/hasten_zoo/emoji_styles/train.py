@@ -1,0 +1,220 @@
+"""Train `emoji-styles` (resumable; CPU or GPU) or export its weights.
+
+    python -m hasten_zoo.emoji_styles.train --minutes 120                        # two hours on one core
+    python -m hasten_zoo.emoji_styles.train --device cuda --minutes 8 --batch 512 --compile
+    python -m hasten_zoo.emoji_styles.train --export zoo/src/hasten_zoo/emoji_styles/weights
+    python -m hasten_zoo.emoji_styles.train --cooldown 100000                    # the last decay of the rate, on a copy
+
+Rectified flow: `x_t = (1 - t) x_0 + t eps`, target `eps - x_0`, mean squared error; times logit-normal (a tenth
+uniform), shifted as the sampler shifts them. Most batches are of 128 pixels (64 tokens), some of 64 (16 tokens) and of
+192 (144 tokens), so that coarse and fine stages are in the distribution. Transformer and text encoders learn together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hasten_zoo.emoji_styles.augment import CAPTION_LEFT_OUT, COLOURS, STYLE_LEFT_OUT, caption
+from hasten_zoo.emoji_styles.data import PACKAGES, EmojiStyles, load_emoji_styles_data
+from hasten_zoo.emoji_styles.latents import Latents, load_latents
+from hasten_zoo.emoji_styles.model import LEARNING, TEXT_TOKENS, build_pipeline, build_tokenizer, shift
+from hasten_zoo.emoji_styles.training import CHECKPOINT, Loss, Settings, Training, load_half, run, save_half
+from hasten_zoo.emoji_styles.vae import EmojiVAE
+
+WEIGHTS = Path(__file__).parent / "weights"
+SHARES = {64: 0.12, 128: 0.8, 192: 0.08}  # of the batches
+UNIFORM = 0.1  # of the times
+
+
+def shifted_times(n: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """`[n]` times in (0, 1): logit-normal, a tenth uniform, shifted as the sampler does for `tokens` image tokens."""
+    device = generator.device
+    u = torch.sigmoid(torch.randn(n, generator=generator, device=device))
+    uniform = torch.rand(n, generator=generator, device=device)
+    u = torch.where(torch.rand(n, generator=generator, device=device) < UNIFORM, uniform, u)
+    s = shift(tokens)
+    return s * u / (1 + (s - 1) * u)
+
+
+class Captions:
+    """Token ids of every caption that training can ask for.
+
+    Attributes:
+        ids: by size, `[V, N, 2, 16]` for the views of `Latents`, without (0) and with (1) the style.
+        empty: `[16]`, the empty caption.
+    """
+
+    def __init__(self, data: EmojiStyles, latents: dict[int, Latents], tokenizer: Any) -> None:
+        pairs = [data.pairs[i] for i in data.rows(held_out=False).tolist()]
+        names = list(COLOURS)
+
+        def ids(texts: list[str]) -> Tensor:
+            padded = tokenizer(texts, padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt").input_ids
+            if padded.shape[1] != TEXT_TOKENS or bool((padded == tokenizer.unk_token_id).any()):
+                raise ValueError(f"a caption has more than {TEXT_TOKENS} tokens, or unknown words")
+            short: Tensor = padded.to(torch.int16)
+            return short
+
+        self.empty = ids([""])[0]
+        self.ids = {}
+        for size, views in latents.items():
+            rows = [
+                caption(pair, names[colour], style)
+                for view in views.colours.tolist()
+                for pair, colour in zip(pairs, view, strict=True)
+                for style in (False, True)
+            ]
+            self.ids[size] = ids(rows).view(*views.colours.shape, 2, TEXT_TOKENS)
+
+
+class Objective:
+    """Draws a batch of latents and captions and gives the loss of the velocity."""
+
+    def __init__(
+        self, net: nn.ModuleDict, latents: dict[int, Latents], captions: Captions, batch: int, device: str = "cpu"
+    ) -> None:
+        self.net, self.batch = net, batch
+        self.values = {size: found.values.to(device) for size, found in latents.items()}
+        self.ids = {size: ids.to(device) for size, ids in captions.ids.items()}
+        self.empty = captions.empty.to(device)
+        self.sizes = sorted(self.values)
+        self.shares = torch.tensor([SHARES[size] for size in self.sizes], device=device)
+        self.positions = {size: image_positions(size, device) for size in self.sizes}
+        self.device = device
+
+    def __call__(self, generator: torch.Generator) -> Loss:
+        size = self.sizes[int(torch.multinomial(self.shares, 1, generator=generator))]
+        values, ids = self.values[size], self.ids[size]
+        n = self.batch if size <= 128 else -(-self.batch // 2)  # more tokens, fewer samples
+        draw: dict[str, Any] = {"generator": generator, "device": self.device}
+        view = torch.randint(len(values), (n,), **draw)
+        row = torch.randint(values.shape[1], (n,), **draw)
+        with_style = (torch.rand(n, **draw) >= STYLE_LEFT_OUT).long()
+        dropped = torch.rand(n, **draw) < CAPTION_LEFT_OUT
+        text = torch.where(dropped[:, None], self.empty, ids[view, row, with_style]).long()
+        side = size // 8
+        clean = FluxPipeline._pack_latents(values[view, row].float(), n, values.shape[2], side, side)
+        noise = torch.randn(clean.shape, **draw)
+        t = shifted_times(n, clean.shape[1], generator)
+        noisy = torch.lerp(clean, noise, t[:, None, None])
+        with self._attention():
+            velocity = predict(self.net, noisy, t, text, self.positions[size])
+        return Loss(F.mse_loss(velocity.float(), noise - clean), n, str(size))
+
+    def _attention(self) -> AbstractContextManager[Any]:
+        """For so few tokens plain products are faster on a CPU than the fused kernel, whose backward pass is slow."""
+        return sdpa_kernel(SDPBackend.MATH) if self.device == "cpu" else nullcontext()
+
+
+def image_positions(size: int, device: str = "cpu") -> Tensor:
+    """`[tokens, 3]` positions of the image tokens at a size in pixels."""
+    positions: Tensor = FluxPipeline._prepare_latent_image_ids(
+        1, size // 16, size // 16, torch.device(device), torch.float32
+    )
+    return positions
+
+
+def predict(net: nn.ModuleDict, noisy: Tensor, t: Tensor, text: Tensor, positions: Tensor) -> Tensor:
+    """The velocity `[B, N, 64]` for packed latents at times `[B]` and captions `[B, 16]`, as the pipeline calls it."""
+    velocity: Tensor = net["transformer"](
+        hidden_states=noisy,
+        timestep=t,
+        pooled_projections=net["text_encoder"](text, output_hidden_states=False).pooler_output,
+        encoder_hidden_states=net["text_encoder_2"](text, output_hidden_states=False)[0],
+        txt_ids=torch.zeros(TEXT_TOKENS, 3, device=noisy.device),
+        img_ids=positions,
+        return_dict=False,
+    )[0]
+    return velocity
+
+
+def fresh_pipeline(data: EmojiStyles, vae: Path) -> FluxPipeline:
+    """An untrained pipeline with the vocabulary of the data and a trained autoencoder."""
+    return build_pipeline(build_tokenizer(list(PACKAGES), data.concepts), EmojiVAE.from_pretrained(vae))
+
+
+def learning_parts(pipe: FluxPipeline) -> dict[str, Any]:
+    """The parts that learn, by name."""
+    return {name: getattr(pipe, name) for name in LEARNING}
+
+
+def export(state: dict[str, Any], pipe: FluxPipeline, out: Path) -> None:
+    """Write the averaged weights as a pipeline folder in half precision, from which training can also go on."""
+    save_half(learning_parts(pipe), state, out)
+    for name in ("vae", "scheduler", "tokenizer"):
+        part = getattr(pipe, name)
+        (part.half() if name == "vae" else part).save_pretrained(out / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    runs = Path("runs/emoji-styles")
+    parser.add_argument("--data", type=Path, default=runs / "data")
+    parser.add_argument("--vae", type=Path, help="default: the folder of train_vae, else the committed one")
+    parser.add_argument("--latents", type=Path, default=runs / "latents")
+    parser.add_argument("--out", type=Path, default=runs / "flow")
+    parser.add_argument("--samples", type=int, default=1_200_000, help="images to see in total, earlier parts counted")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="budget of this part")
+    parser.add_argument("--cooldown", type=int, metavar="SAMPLES", help="let the rate fall to zero, in OUT/cooldown")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--float32", action="store_true", help="no bfloat16")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--committed", type=Path, default=WEIGHTS, help="weights to go on from without a checkpoint")
+    parser.add_argument("--export", type=Path, help="only write the averaged weights of the last checkpoint here")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    data = load_emoji_styles_data(args.data)
+    vae = args.vae or next(p for p in (runs / "vae" / "weights", args.committed / "vae") if p.is_dir())
+    pipe = fresh_pipeline(data, vae)
+    folder = args.out / "cooldown" if args.cooldown else args.out
+    if args.export:
+        done = args.out / "cooldown" / CHECKPOINT
+        chosen = done if done.exists() else args.out / CHECKPOINT
+        export(torch.load(chosen, weights_only=True, map_location="cpu"), pipe, args.export)
+        return
+    cooldown, total = None, args.samples
+    if args.cooldown:
+        total, cooldown = start_cooldown(args.out, args.cooldown)
+    parts = learning_parts(pipe)
+    net = nn.ModuleDict(parts)
+    latents = load_latents(args.latents)
+    objective = Objective(net, latents, Captions(data, latents, pipe.tokenizer), args.batch, args.device)
+    settings = Settings(lr=args.lr, cooldown=cooldown, bfloat16=not args.float32)
+    training = Training(net, objective, settings, args.device)
+    if args.compile:
+        parts["transformer"].compile()
+    known = (args.committed / "transformer").is_dir()
+    run(training, folder, total, args.minutes, (lambda: load_half(parts, args.committed)) if known else None)
+
+
+def start_cooldown(trunk: Path, samples: int) -> tuple[int, tuple[int, int]]:
+    """Copy the trunk's checkpoint unless a cooldown is under way; returns its end and (start, length), in samples."""
+    folder = trunk / "cooldown"
+    plan = folder / "plan.json"
+    if not plan.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        position = torch.load(trunk / CHECKPOINT, weights_only=True, map_location="cpu")["position"]
+        shutil.copyfile(trunk / CHECKPOINT, folder / CHECKPOINT)
+        plan.write_text(json.dumps({"start": position[1], "length": samples}) + "\n")
+    planned = json.loads(plan.read_text())
+    return planned["start"] + planned["length"], (planned["start"], planned["length"])
+
+
+if __name__ == "__main__":
+    main()

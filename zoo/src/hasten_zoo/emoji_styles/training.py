@@ -1,0 +1,247 @@
+"""The training loop of the larger models: constant rate, running average, resumable anywhere, CPU or GPU.
+
+Training goes on in many parts, on machines that may be gone between two of them. So there are two ways back in:
+
+- `checkpoint.pt`, written atomically every few minutes: everything, and training goes on as if nothing had happened;
+- a *half-precision weights folder*, small enough to be committed: the averaged weights and the position. The optimizer
+  starts afresh with a short warm-up. Used when there is no checkpoint.
+
+The rate stays constant, which lets a run be extended at will; the running average is usable at any time. A *cooldown*
+lets the rate fall to zero over the last samples; it works on a copy in a folder of its own, and the trunk can go on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Loss", "Settings", "Training", "load_half", "run", "save_half"]
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.jsonl"
+POSITION = "training.json"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one batch gives: a scalar to descend, how many samples it saw, their kind, and parts to log."""
+
+    value: Tensor
+    samples: int
+    kind: str
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to descend.
+
+    Attributes:
+        lr: constant rate of AdamW.
+        warmup_steps: steps over which the rate rises, at the start and after a start from bare weights.
+        cooldown: (first sample, number of samples) over which the rate falls to zero, or None.
+        ema: decay of the running average per step, approached from below in the first steps.
+        bfloat16: whether matrix products and convolutions run in bfloat16 (weights stay float32).
+    """
+
+    lr: float = 1e-3
+    warmup_steps: int = 200
+    cooldown: tuple[int, int] | None = None
+    ema: float = 0.999
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    bfloat16: bool = False
+    seed: int = 0
+
+
+class Training:
+    """Optimizer, running average and position of a module that learns; one call of `step` is one batch.
+
+    Args:
+        net: the module; moved to `device`.
+        loss: from a generator on `device` to the loss of a fresh batch. All randomness must come from the generator.
+        settings: see `Settings`.
+        device: `"cpu"` or `"cuda"`.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: Callable[[torch.Generator], Loss],
+        settings: Settings | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.settings = settings or Settings()
+        self.device = torch.device(device)
+        self.net = net.to(self.device).train()
+        self.loss = loss
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.settings.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=self.settings.betas, fused=True)
+        self.average = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
+        self.generator = torch.Generator(self.device).manual_seed(self.settings.seed)
+        self.steps = self.samples = 0
+        self.warm_from = 0  # the step at which the optimizer was fresh
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        s = self.settings
+        rate = s.lr * min(1.0, (self.steps - self.warm_from + 1) / s.warmup_steps)
+        if s.cooldown is not None:
+            start, length = s.cooldown
+            rate *= min(1.0, max(0.0, 1 - (self.samples - start) / length))
+        return rate
+
+    def step(self) -> Loss:
+        """One optimizer step."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16):
+            loss = self.loss(self.generator)
+        loss.value.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        decay = min(self.settings.ema, (1 + self.steps) / (10 + self.steps))
+        current = self.net.state_dict()
+        names = [k for k, v in self.average.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.average[k] for k in names], [current[k] for k in names], 1 - decay)
+        self.steps += 1
+        self.samples += loss.samples
+        return loss
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs to go on as if nothing had happened."""
+        return {
+            "net": self.net.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "position": [self.steps, self.samples, self.warm_from],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a saved state; `settings` may have changed since."""
+        self.net.load_state_dict(state["net"])
+        self.average = {k: v.to(self.device) for k, v in state["average"].items()}
+        self.optimizer.load_state_dict(state["optimizer"])
+        randomness = state["generator"].cpu()
+        if randomness.shape == self.generator.get_state().shape:
+            self.generator.set_state(randomness)
+        else:  # the checkpoint comes from another kind of device
+            self.generator.manual_seed(self.settings.seed + state["position"][0])
+        self.steps, self.samples, self.warm_from = state["position"]
+
+    def start_from(self, weights: dict[str, Tensor], steps: int, samples: int) -> None:
+        """Go on from bare weights at a position: a fresh optimizer, which is warmed up again, and fresh randomness."""
+        full = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+        self.net.load_state_dict(full)
+        self.average = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
+        self.steps, self.samples, self.warm_from = steps, samples, steps
+        self.generator.manual_seed(self.settings.seed + steps)
+
+
+def save_half(parts: Mapping[str, Any], state: dict[str, Any], folder: Path) -> None:
+    """Write a run's averaged weights in half precision, and its position beside them.
+
+    Args:
+        parts: models of diffusers or transformers by name, as they were in the `ModuleDict` that learned; overwritten.
+        state: of `Training.state`.
+        folder: gets one folder per part, in pieces of at most 15 MB, and `training.json`.
+    """
+    nn.ModuleDict(parts).load_state_dict(state["average"])
+    for name, part in parts.items():
+        part.half().save_pretrained(folder / name, max_shard_size="15MB")
+    steps, samples, _ = state["position"]
+    (folder / POSITION).write_text(json.dumps({"steps": steps, "samples": samples}) + "\n")
+
+
+def load_half(parts: Mapping[str, Any], folder: Path) -> tuple[dict[str, Tensor], int, int]:
+    """What `save_half` wrote for `parts`, whose classes say how to read it: weights, steps, samples."""
+    read = nn.ModuleDict({name: type(part).from_pretrained(folder / name) for name, part in parts.items()})
+    position = json.loads((folder / POSITION).read_text())
+    return read.state_dict(), position["steps"], position["samples"]
+
+
+@contextmanager
+def _stopping() -> Iterator[list[bool]]:
+    """A list that is no longer empty once the process was asked to end (SIGTERM, or control-C)."""
+    asked: list[bool] = []
+    old = {s: signal.signal(s, lambda *_: asked.append(True)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def run(
+    training: Training,
+    folder: Path,
+    samples: int,
+    minutes: float = math.inf,
+    fallback: Callable[[], tuple[dict[str, Tensor], int, int]] | None = None,
+    checkpoint_minutes: float = 5.0,
+    log_every: int = 50,
+) -> None:
+    """Train until `samples` were seen or the time is over; goes on from what it finds.
+
+    Args:
+        training: fresh.
+        folder: for `checkpoint.pt` and `log.jsonl`.
+        samples: in total, earlier parts counted.
+        minutes: budget of this part, wall clock.
+        fallback: weights, steps and samples to start from if there is no checkpoint; see `load_half`.
+        checkpoint_minutes: between two checkpoints.
+        log_every: steps per line of the log.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / CHECKPOINT).exists():
+        training.restore(torch.load(folder / CHECKPOINT, weights_only=True, map_location=training.device))
+    elif fallback is not None:
+        training.start_from(*fallback())
+    started = saved = lined = time.monotonic()
+    seen, sums, counts = training.samples, {}, {}  # type: ignore[var-annotated]
+    with _stopping() as asked:
+        while training.samples < samples and time.monotonic() - started < 60 * minutes and not asked:
+            loss = training.step()
+            for name, value in {"loss": loss.value, **loss.parts}.items():
+                key = f"{name}/{loss.kind}"
+                sums[key] = sums.get(key, 0.0) + value.detach()
+                counts[key] = counts.get(key, 0) + 1
+            if training.steps % log_every == 0:
+                now = time.monotonic()
+                row: dict[str, object] = {"step": training.steps, "samples": training.samples}
+                row |= {key: round(float(value) / counts[key], 5) for key, value in sorted(sums.items())}
+                row["lr"] = training.optimizer.param_groups[0]["lr"]
+                row["samples_per_second"] = round((training.samples - seen) / (now - lined), 1)
+                row["seconds"] = round(now - started, 1)
+                with (folder / LOG).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                lined, seen, sums, counts = now, training.samples, {}, {}
+            if time.monotonic() - saved > 60 * checkpoint_minutes:
+                _save(training, folder)
+                saved = time.monotonic()
+    _save(training, folder)
+
+
+def _save(training: Training, folder: Path) -> None:
+    """Whole or not at all."""
+    torch.save(training.state(), folder / (CHECKPOINT + ".tmp"))
+    os.replace(folder / (CHECKPOINT + ".tmp"), folder / CHECKPOINT)
