@@ -7,6 +7,7 @@ offloading, patched forwards), whether before or after, and nobody who strips or
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import warnings
@@ -14,6 +15,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -236,26 +238,38 @@ def hook_forward(module: Any, hook: ModelHook, name: str) -> Remove:
     return attach(module, _Around(hook, name))
 
 
+class _WrappedStep:
+    """What stands for `scheduler.step` on one instance; a copy of the scheduler takes its own steps."""
+
+    def __init__(self, scheduler: Any, advance: Callable[..., Any]) -> None:
+        self._scheduler, self._advance = scheduler, advance
+        self.own, self.before = scheduler.step, scheduler.__dict__.get("step")
+        functools.update_wrapper(self, self.own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._advance(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._scheduler))
+        if copied is None:  # the step alone is copied
+            return self
+        return MethodType(type(copied).step, copied) if self.before is None else copy.deepcopy(self.before, memo)
+
+
 def wrap_step(scheduler: Any, advance: Callable[..., Any]) -> tuple[Callable[..., Any], Remove]:
     """Let `advance` be called for `scheduler.step`; the signature stays, since pipelines look at it.
 
     Returns:
         the scheduler's own step, and what takes the wrapper away.
     """
-    own, before = scheduler.step, scheduler.__dict__.get("step")
-
-    @functools.wraps(own)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        return advance(*args, **kwargs)
-
-    scheduler.step = step
+    step = scheduler.step = _WrappedStep(scheduler, advance)
 
     def remove() -> None:
         if scheduler.__dict__.get("step") is not step:
             return  # somebody wrapped it after us; `advance` has to pass calls on
-        if before is None:
+        if step.before is None:
             del scheduler.step
         else:
-            scheduler.step = before
+            scheduler.step = step.before
 
-    return own, remove
+    return step.own, remove

@@ -13,25 +13,25 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
-from diffusers.hooks import ModelHook
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from torch import Tensor, nn
+from torch import Tensor
 
-from hasten.errors import AlreadyAcceleratedError, ConfigError, TargetError
+from hasten.errors import ConfigError, TargetError
 from hasten.parameters import Declared
-from hasten.pipeline.hooks import hook_forward, hooks_on, wrap_step
+from hasten.pipeline.hooks import Forward, Hook, Remove, attach, compiled_whole, pass_name, wrap_step
+from hasten.pipeline.runs import Runs
 from hasten.pipeline.scheduler import NoiseLevels, check_scheduler, skip_step
+from hasten.pipeline.view import PipelineView
 from hasten.resolution.report import ForwardSize, ResolutionRecord, ResolutionReport
 
 __all__ = ["ResolutionEngine", "ResolutionMethod", "ResolutionRun", "SamplerStep"]
 
-HOOK_NAME = "hasten-resolution"
 PURE = 0.99  # least noise level that a run may begin at
 
 
@@ -133,23 +133,7 @@ class SamplerStep:
 # --- the engine
 
 
-class _Forward(ModelHook):
-    """Stands before and after the transformer's forward. Not `new_forward`: a hook inside may be removed first."""
-
-    def __init__(self, engine: ResolutionEngine[Any, Any, Any]) -> None:
-        super().__init__()
-        self.engine = engine
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        return self.engine.enter(module, args, kwargs)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        return self.engine.leave(output)
-
-
-class ResolutionEngine(ABC, Generic[Run, Record, Plan]):
+class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
     """Base of the engines; also a context manager that removes itself at the end.
 
     Args:
@@ -163,9 +147,11 @@ class ResolutionEngine(ABC, Generic[Run, Record, Plan]):
     Raises:
         TargetError: for another pipeline, or a compiled transformer.
         ConfigError: for a scheduler that cannot be served.
-        AlreadyAcceleratedError: if the pipeline has a resolution method already.
+        AlreadyAcceleratedError: if the transformer has a resolution method already.
     """
 
+    kind: ClassVar[str] = "resolution"
+    level: ClassVar[int] = 1  # outside of caches, which are given the true latents
     pipelines: ClassVar[tuple[str, ...]]
     transformers: ClassVar[tuple[str, ...]] = ("transformer",)
     multistep: ClassVar[bool] = False  # whether a UniPC will do
@@ -174,24 +160,30 @@ class ResolutionEngine(ABC, Generic[Run, Record, Plan]):
         self.pipe, self.method, self.name = pipe, method, type(method).__name__
         self.records: list[Record] = []
         self.plans: list[Plan] = []
-        self._run: Run | None = None
         self._number = 0
-        self._inside, self._forward = False, ExitStack()
         modules = self._checked_modules()
         self.check()
         self.scheduler = pipe.scheduler
-        # Holding the tensor keeps its identity from being given to another one.
-        self._timesteps = self.scheduler.timesteps
-        hooks = [hook_forward(module, _Forward(self), HOOK_NAME) for module in modules]
+        self._runs = Runs(modules[0], PipelineView(pipe))
+        # The list that the last run began with; holding it keeps its identity from being given to another one.
+        self._begun: Tensor | None = self.scheduler.timesteps
+        self._removals: list[Remove] = []
+        try:
+            for module in modules:
+                self._removals.append(attach(module, self))
+        except BaseException:
+            self.remove()
+            raise
+        self._own_step: Any
         self._own_step, unwrap = wrap_step(self.scheduler, self._step)
-        self._removals = [*hooks, unwrap]
+        self._removals.append(unwrap)
 
     def remove(self) -> None:
         """Take the engine away and leave pipeline and scheduler as they were found; records stay readable."""
-        self._run = None
-        self._forward.close()
         while self._removals:
             self._removals.pop()()
+        self._runs.end()
+        self.pipe = self.scheduler = self._begun = self._own_step = None  # a removed engine keeps no model
 
     def __enter__(self) -> Self:
         return self
@@ -264,37 +256,61 @@ class ResolutionEngine(ABC, Generic[Run, Record, Plan]):
         """The latents that the pipeline is given at the end of the run."""
         return latents
 
+    def positions(self, run: Run, module: Any) -> AbstractContextManager[None]:
+        """What has to be in place during a forward of a coarse run."""
+        return nullcontext()
+
     # --- around the transformer
 
-    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-        """Arguments of the transformer's forward, with the true latents in the place of the pipeline's."""
-        self._forward.close()
-        if self._inside:  # the last forward did not come to its end
-            self._run = None
-        self._inside = True
-        self._check_place(module)
+    def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the transformer on the true latents, with the result at full size."""
         arguments = dict(zip(_parameters(type(module)), args, strict=False)) | kwargs  # type: ignore[arg-type]
-        if self.scheduler.timesteps is not self._timesteps:
-            self._run, self._timesteps = None, self.scheduler.timesteps
-            self._run = self._begin(module, arguments)
-        run = self._run
+        run = self._run_of(module, arguments)
         if run is None:
-            return args, kwargs
-        replaced = self.true_inputs(run, module, arguments) if run.coarse else {}
-        run.size = self.size(run, arguments)
-        run.cost = run.size.cost(module)
-        return ((), arguments | replaced) if replaced else (args, kwargs)
+            return forward(*args, **kwargs)
+        try:
+            replaced = self.true_inputs(run, module, arguments) if run.coarse else {}
+            run.size = self.size(run, arguments)
+            run.cost = run.size.cost(module)
+            if not replaced:
+                return forward(*args, **kwargs)
+            with self.positions(run, module):
+                output = forward(**arguments | replaced)
+            if isinstance(output, tuple):
+                return (self.full_size(run, output[0]), *output[1:])
+            return type(output)(sample=self.full_size(run, output.sample))
+        except BaseException:
+            self.end_run()
+            raise
 
-    def leave(self, output: Any) -> Any:
-        """The transformer's result at full size."""
-        self._inside = False
-        self._forward.close()
-        run = self._run
-        if run is None or not run.coarse:
-            return output
-        if isinstance(output, tuple):
-            return (self.full_size(run, output[0]), *output[1:])
-        return type(output)(sample=self.full_size(run, output.sample))
+    def end_run(self) -> None:
+        """Forget what is remembered of this thread's run."""
+        if self._runs.current is not None:
+            self._runs.current.state = None
+
+    def _run_of(self, module: Any, arguments: Mapping[str, Any]) -> Run | None:
+        """The run that a forward belongs to; None where it is not one of this pipeline's runs."""
+        found, label = self._runs.label(arguments.get("timestep"), arguments.get("hidden_states"), pass_name(module))
+        scheduler = None if found.view is None else found.view.scheduler
+        if label.first_step:
+            home = found.view is not None and found.view.pipe is self.pipe
+            if home and scheduler is not self.scheduler:
+                raise ConfigError(
+                    f"the pipeline was given another scheduler after {self.name} was put on it; "
+                    "remove the acceleration, set the scheduler, and switch it on again"
+                )
+            if home and found.sampler_timesteps is not self._begun:
+                self._begun = found.sampler_timesteps
+                found.state = self._begin(module, arguments)
+            elif home and found.owner.frame is not None:
+                raise ConfigError(
+                    f"the scheduler was set for another run in the middle of one with {self.name}, by a call from a "
+                    "callback or on another thread; give each pipeline a scheduler of its own"
+                )
+            elif scheduler is self.scheduler:  # another pipeline goes by it, which a run under way must not miss
+                self._begun = found.sampler_timesteps
+        state: Run | None = found.state
+        return state
 
     def _begin(self, module: Any, arguments: Mapping[str, Any]) -> Run:
         levels = NoiseLevels(self.scheduler)
@@ -307,28 +323,22 @@ class ResolutionEngine(ABC, Generic[Run, Record, Plan]):
         self._number += 1
         return self.begin(number, levels, module, arguments)
 
-    def _check_place(self, module: Any) -> None:
-        if self.pipe.scheduler is not self.scheduler:
-            raise ConfigError(
-                f"the pipeline was given another scheduler after {self.name} was put on it; "
-                "remove the acceleration, set the scheduler, and switch it on again"
-            )
-
     # --- around the scheduler
 
     def _step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         step = SamplerStep(self.scheduler, self._own_step, model_output, timestep, sample, args, kwargs)
-        run = self._run
-        if run is None:
+        found = self._runs.current
+        if found is None or found.state is None or found.sampler_timesteps is not self.scheduler.timesteps:
             return step.plain()
+        run: Run = found.state
         try:
             output = self._advance(run, step)
         except BaseException:
-            self._run = None
+            found.state = None
             raise
         run.step += 1
         if run.step == run.total:
-            self._run = None
+            found.state = None
         return output
 
     def _advance(self, run: Run, step: SamplerStep) -> Any:
@@ -377,14 +387,10 @@ class ResolutionEngine(ABC, Generic[Run, Record, Plan]):
         modules = [getattr(pipe, name, None) for name in self.transformers]
         modules = [module for module in modules if module is not None]
         for module in modules:
-            if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            if hasattr(module, "_orig_mod") or compiled_whole(module):
                 raise TargetError(
                     "the transformer is compiled as a whole, which passes hooks by; "
                     "compile its blocks instead: transformer.compile_repeated_blocks(dynamic=True)"
-                )
-            if any(hook.kind == HOOK_NAME for hook in hooks_on(module)):
-                raise AlreadyAcceleratedError(
-                    f"this {kind} has a resolution method already; call .remove() on its acceleration first"
                 )
         check_scheduler(pipe.scheduler, self.name, multistep=self.multistep)
         return modules

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -203,9 +204,12 @@ class PackedEngine(ResolutionEngine[Run, Record, Plan]):
             )
         if run.layout.proxy is None:
             return {"hidden_states": hidden, "img_ids": run.layout.ids}
-        self._forward.enter_context(use_positions(module, run.layout.proxy))
         shapes = [[(1, 1, count) for count in run.layout.counts]] * len(hidden)
         return {"hidden_states": hidden, "img_shapes": shapes}
+
+    def positions(self, run: Run, module: Any) -> AbstractContextManager[None]:
+        proxy = None if run.layout is None else run.layout.proxy
+        return nullcontext() if proxy is None else use_positions(module, proxy)
 
     def full_size(self, run: Run, prediction: Tensor) -> Tensor:
         """Whole tokens are copied, not latent pixels: Qwen-Image's guidance rescales each token to its own length."""
