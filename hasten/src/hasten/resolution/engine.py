@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -30,7 +29,7 @@ from hasten.pipeline.scheduler import NoiseLevels, check_scheduler, skip_step
 from hasten.pipeline.view import PipelineView
 from hasten.resolution.report import ForwardSize, ResolutionRecord, ResolutionReport
 
-__all__ = ["ResolutionEngine", "ResolutionMethod", "ResolutionRun", "SamplerStep"]
+__all__ = ["ResolutionEngine", "ResolutionMethod", "ResolutionRun", "SamplerStep", "with_sample"]
 
 PURE = 0.99  # least noise level that a run may begin at
 
@@ -219,16 +218,19 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         """
 
     @abstractmethod
-    def true_inputs(self, run: Run, module: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """What replaces arguments of the transformer's forward while the run is coarse."""
+    def coarse_forward(self, run: Run, module: Any, forward: Forward, arguments: Mapping[str, Any]) -> Any:
+        """The transformer's result at full size, from a forward on the true latents.
 
-    @abstractmethod
-    def full_size(self, run: Run, prediction: Tensor) -> Tensor:
-        """The transformer's prediction at full size, every coarse value copied."""
+        Args:
+            run: the run, which is coarse.
+            module: the transformer.
+            forward: runs it.
+            arguments: the pipeline's own, by name.
+        """
 
     @abstractmethod
     def size(self, run: Run, arguments: Mapping[str, Any]) -> ForwardSize:
-        """Sequence lengths of the forward that is about to happen; `arguments` are the pipeline's own."""
+        """Sequence lengths of the forward that has happened; `arguments` are the pipeline's own."""
 
     @abstractmethod
     def record(self, run: Run, common: dict[str, Any]) -> Record:
@@ -256,10 +258,6 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         """The latents that the pipeline is given at the end of the run."""
         return latents
 
-    def positions(self, run: Run, module: Any) -> AbstractContextManager[None]:
-        """What has to be in place during a forward of a coarse run."""
-        return nullcontext()
-
     # --- around the transformer
 
     def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -269,16 +267,10 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         if run is None:
             return forward(*args, **kwargs)
         try:
-            replaced = self.true_inputs(run, module, arguments) if run.coarse else {}
+            output = self.coarse_forward(run, module, forward, arguments) if run.coarse else forward(*args, **kwargs)
             run.size = self.size(run, arguments)
             run.cost = run.size.cost(module)
-            if not replaced:
-                return forward(*args, **kwargs)
-            with self.positions(run, module):
-                output = forward(**arguments | replaced)
-            if isinstance(output, tuple):
-                return (self.full_size(run, output[0]), *output[1:])
-            return type(output)(sample=self.full_size(run, output.sample))
+            return output
         except BaseException:
             self.end_run()
             raise
@@ -394,6 +386,11 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
                 )
         check_scheduler(pipe.scheduler, self.name, multistep=self.multistep)
         return modules
+
+
+def with_sample(output: Any, sample: Tensor) -> Any:
+    """A transformer's output, a tuple or a model output, with another prediction in it."""
+    return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
 
 
 @cache

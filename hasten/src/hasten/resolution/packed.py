@@ -2,14 +2,16 @@
 
 The true latents are tokens of two sizes, in float32. The pipeline gets predictions with every coarse token copied to
 the four that it covers, and latents at full size as a preview.
+
+Each image of a batch has a state and a token set of its own, so that it is what it is when generated alone. Models have
+one list of positions per forward: images whose token sets are equal share a forward, others have their own.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -17,23 +19,28 @@ from torch import Tensor
 
 from hasten.errors import AdapterError, ConfigError, ScheduleError
 from hasten.models.rope import PositionProxy, position_proxy, use_positions
+from hasten.pipeline.hooks import Forward
 from hasten.pipeline.scheduler import NoiseLevels
-from hasten.resolution.engine import Plan, Record, ResolutionEngine, ResolutionRun, SamplerStep
+from hasten.resolution.engine import Plan, Record, ResolutionEngine, ResolutionRun, SamplerStep, with_sample
 from hasten.resolution.layouts import LATENT_PIXELS, PixelLayout
-from hasten.resolution.positions import (
-    ImageTokens,
-    TokenSet,
-    Units,
-    children,
-    flux_ids,
-    grid_sizes,
-    qwen_positions,
-)
+from hasten.resolution.positions import TokenSet, Units, children, flux_ids, grid_sizes, qwen_positions
 from hasten.resolution.report import ForwardSize
 
-__all__ = ["MixedState", "PackedEngine", "PackedRun", "Part", "check_even", "check_total"]
+__all__ = ["MixedState", "PackedEngine", "PackedRun", "check_even", "check_total"]
 
-Part = tuple[TokenSet, Units, Tensor]  # an image's tokens, the frame of their positions, their values [B, S, C]
+# Arguments of a forward that have an entry per image of the batch, and tensors that all images share.
+BATCHED = (
+    "hidden_states",
+    "encoder_hidden_states",
+    "encoder_hidden_states_mask",
+    "pooled_projections",
+    "timestep",
+    "guidance",
+    "img_shapes",
+    "txt_seq_lens",
+)
+SHARED = ("img_ids", "txt_ids")
+EMBEDDED_IMAGES = "ip_adapter_image_embeds"  # of IP adapters, in a dictionary: a list of tensors [B, ...]
 
 
 @dataclass
@@ -99,44 +106,51 @@ class PackedRun(ResolutionRun):
 
     Attributes:
         grids: rows and columns of tokens of each image, the generated one first.
-        state: the true tokens; None where the pipeline's own latents are true.
-        layout: positions of the last forward's tokens.
+        states: the true tokens of each image of the batch, `B` being 1; none where the pipeline's own latents are true.
+        groups: the images of the batch by token set.
     """
 
     grids: Sequence[tuple[int, int]]
-    state: MixedState | None = None
-    layout: _Layout | None = None
+    states: list[MixedState] = field(default_factory=list)
+    groups: list[_Group] = field(default_factory=list)
 
     @property
     def coarse(self) -> bool:
-        return self.state is not None
+        return bool(self.states)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Coarse and fine tokens of the generated image, the mean over the batch."""
+        if not self.states:
+            return 0, self.grids[0][0] * self.grids[0][1]
+        sets = [state.tokens for state in self.states]
+        return _mean([tokens.coarse_count for tokens in sets]), _mean([tokens.fine_count for tokens in sets])
 
 
 Run = TypeVar("Run", bound=PackedRun)
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Token sets of a forward and their positions in the model's own form, until tokens are promoted.
+class _Group:
+    """Images of a batch that have the same tokens, and their positions in the model's own form.
 
     Attributes:
-        sets: token set and frame of each image.
-        counts: tokens of each image.
+        images: numbers within the batch.
+        tokens: of the generated image.
+        units: the frame of the positions.
+        references: token set of each reference image.
+        counts: tokens of each image, the generated one first.
         ids: FLUX's, `[S, 3]`; None for a model that makes its positions from `img_shapes`.
         proxy: what makes positions for such a model.
     """
 
-    sets: Sequence[tuple[TokenSet, Units]]
+    images: tuple[int, ...]
+    tokens: TokenSet
+    units: Units
+    references: Sequence[TokenSet]
     counts: tuple[int, ...]
     ids: Tensor | None = None
     proxy: PositionProxy | None = None
-
-    def fits(self, parts: Sequence[Part]) -> bool:
-        """Whether the layout is that of `parts`; an engine keeps a token set until it changes."""
-        return len(parts) == len(self.sets) and all(
-            units == own_units and tokens is own
-            for (tokens, units, _), (own, own_units) in zip(parts, self.sets, strict=True)
-        )
 
 
 class PackedEngine(ResolutionEngine[Run, Record, Plan]):
@@ -160,10 +174,17 @@ class PackedEngine(ResolutionEngine[Run, Record, Plan]):
         """
 
     @abstractmethod
-    def references(self, run: Run, hidden: Tensor) -> Sequence[Part]:
-        """The tokens of the reference images at this step.
+    def reference_sets(self, run: Run, own: TokenSet) -> Sequence[TokenSet]:
+        """Token sets of the reference images at this step.
 
-        A token set stays the same object until it changes, since positions are made again for another object.
+        Args:
+            run: the run.
+            own: token set of the generated image that they stand beside.
+        """
+
+    @abstractmethod
+    def reference_tokens(self, run: Run, hidden: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """Coarse tokens `[B, n, C]` and fine ones `[B, 4 n, C]` of the reference images.
 
         Args:
             run: the run.
@@ -175,75 +196,150 @@ class PackedEngine(ResolutionEngine[Run, Record, Plan]):
         """The frame of the positions at this step."""
 
     @abstractmethod
-    def move(self, run: Run, state: MixedState, velocity: tuple[Tensor, Tensor]) -> None:
-        """Take a step on the true tokens; the state is changed in place.
+    def move(self, run: Run, image: int, velocity: tuple[Tensor, Tensor]) -> None:
+        """Take a step on the true tokens of one image; its state is changed in place.
 
         Args:
-            run: the run, whose levels say from which noise level to which; a promotion may write other levels.
-            state: tokens at `run.levels[run.step]`.
+            run: the run, whose levels say from which noise level to which.
+            image: number within the batch.
             velocity: of all coarse tokens and of all fine ones, zero where the sequence has none.
         """
+
+    def moved(self, run: Run) -> None:
+        """All images have taken the step, after which noise levels may be written."""
 
     # --- the base's questions
 
     def begin(self, number: int, levels: NoiseLevels, module: Any, arguments: Mapping[str, Any]) -> Run:
         return self.begin_tokens(number, levels, grid_sizes(arguments), arguments["hidden_states"].float())
 
-    def true_inputs(self, run: Run, module: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        assert run.state is not None
+    def coarse_forward(self, run: Run, module: Any, forward: Forward, arguments: Mapping[str, Any]) -> Any:
         given = arguments["hidden_states"]
-        own = (run.state.tokens, self.units(run), run.state.tokens.gather(run.state.coarse, run.state.fine))
-        parts = [own, *self.references(run, given)]
-        if run.layout is None or not run.layout.fits(parts):
-            run.layout = _layout(module, parts, shapes=arguments.get("img_shapes") is not None)
-        hidden = torch.cat([values.float() for _, _, values in parts], 1).to(given.dtype)
-        if len(hidden) != len(given):
+        if len(run.states) != len(given):
             raise AdapterError(
-                f"{self.name} began with {len(hidden)} images, and the transformer is called with {len(given)}; "
+                f"{self.name} began with {len(run.states)} images, and the transformer is called with {len(given)}; "
                 "guidance in one batch is not served"
             )
-        if run.layout.proxy is None:
-            return {"hidden_states": hidden, "img_ids": run.layout.ids}
-        shapes = [[(1, 1, count) for count in run.layout.counts]] * len(hidden)
-        return {"hidden_states": hidden, "img_shapes": shapes}
+        self._regroup(run, module, shapes=arguments.get("img_shapes") is not None)
+        references = self.reference_tokens(run, given)
+        output, predictions = None, dict[int, Tensor]()
+        for group in run.groups:
+            output = self._group_forward(run, group, references, module, forward, arguments)
+            # Whole tokens are copied, not latent pixels: Qwen-Image's guidance rescales each token to its own length.
+            full = group.tokens.spread(output[0][:, : group.tokens.count])
+            if len(run.groups) == 1:
+                return with_sample(output, full)
+            predictions |= {image: full[row : row + 1] for row, image in enumerate(group.images)}
+        return with_sample(output, _cat([predictions[image] for image in range(len(given))]))
 
-    def positions(self, run: Run, module: Any) -> AbstractContextManager[None]:
-        proxy = None if run.layout is None else run.layout.proxy
-        return nullcontext() if proxy is None else use_positions(module, proxy)
+    def _group_forward(
+        self,
+        run: Run,
+        group: _Group,
+        references: Sequence[tuple[Tensor, Tensor]],
+        module: Any,
+        forward: Forward,
+        arguments: Mapping[str, Any],
+    ) -> Any:
+        own = [run.states[image] for image in group.images]
+        parts = [group.tokens.gather(_cat([state.coarse for state in own]), _cat([state.fine for state in own]))]
+        for tokens, (coarse, fine) in zip(group.references, references, strict=True):
+            parts.append(tokens.gather(_rows(coarse, group.images), _rows(fine, group.images)))
+        given = arguments["hidden_states"]
+        hidden = torch.cat([part.float() for part in parts], 1).to(given.dtype)
+        replaced = _of_images(arguments, group.images, len(given)) | {"hidden_states": hidden}
+        if group.proxy is None:
+            return forward(**{**replaced, "img_ids": group.ids})
+        shapes = [[(1, 1, count) for count in group.counts]] * len(hidden)
+        with use_positions(module, group.proxy):
+            return forward(**{**replaced, "img_shapes": shapes})
 
-    def full_size(self, run: Run, prediction: Tensor) -> Tensor:
-        """Whole tokens are copied, not latent pixels: Qwen-Image's guidance rescales each token to its own length."""
-        assert run.state is not None
-        tokens = run.state.tokens
-        return tokens.spread(prediction[:, : tokens.count])
+    def _regroup(self, run: Run, module: Any, *, shapes: bool) -> None:
+        """Make the groups again if an image's tokens or the frame of the positions changed."""
+        units, now = self.units(run), {image: group for group in run.groups for image in group.images}
+        if now and all(
+            now[image].tokens is state.tokens and now[image].units == units for image, state in enumerate(run.states)
+        ):
+            return
+        alike: dict[bytes, list[int]] = {}
+        for image, state in enumerate(run.states):
+            alike.setdefault(state.tokens.key if len(run.states) > 1 else b"", []).append(image)
+        run.groups = []
+        for images in alike.values():
+            tokens = run.states[images[0]].tokens
+            for image in images:
+                run.states[image].tokens = tokens
+            references = self.reference_sets(run, tokens)
+            placed = [each.image_tokens(units) for each in (tokens, *references)]
+            counts, device = tuple(each.count for each in (tokens, *references)), tokens.fine.device
+            ids = None if shapes else flux_ids(placed, device)
+            proxy = position_proxy(module, *qwen_positions(placed), device) if shapes else None
+            run.groups.append(_Group(tuple(images), tokens, units, references, counts, ids, proxy))
 
     def size(self, run: Run, arguments: Mapping[str, Any]) -> ForwardSize:
         text = arguments.get("encoder_hidden_states")
         others = 0 if text is None else text.shape[1]
         full, images = run.grids[0][0] * run.grids[0][1], arguments["hidden_states"].shape[1]
-        if run.state is None or run.layout is None:
+        if not run.states:
             return ForwardSize(full, full, images + others, images + others)
-        return ForwardSize(run.layout.counts[0], full, sum(run.layout.counts) + others, images + others)
+        counts = [group.counts for group in run.groups for _ in group.images]
+        return ForwardSize(
+            tokens=_mean([own for own, *_ in counts]),
+            full_tokens=full,
+            sequence=_mean([sum(each) for each in counts]) + others,
+            full_sequence=images + others,
+        )
 
     def advance(self, run: Run, step: SamplerStep) -> tuple[Tensor | None, bool]:
-        state = run.state
-        if state is None:
+        if not run.states:
             return None, False
-        before = state.tokens
-        self.move(run, state, before.scatter(before.collect(step.prediction).float()))
+        before = run.counts
+        for image, state in enumerate(run.states):
+            velocity = state.tokens.collect(step.prediction[image : image + 1]).float()
+            self.move(run, image, state.tokens.scatter(velocity))
+        self.moved(run)
         step.skip()
-        if state.complete:
-            run.state = None  # the pipeline is given the true latents from here on
-        return state.preview(), state.tokens.coarse_count < before.coarse_count
+        preview, switched = _cat([state.preview() for state in run.states]), run.counts != before
+        if all(state.complete for state in run.states):
+            run.states, run.groups = [], []  # the pipeline is given the true latents from here on
+        return preview, switched
 
 
-def _layout(module: Any, parts: Sequence[Part], *, shapes: bool) -> _Layout:
-    sets = [(tokens, units) for tokens, units, _ in parts]
-    images: list[ImageTokens] = [tokens.image_tokens(units) for tokens, units in sets]
-    counts, device = tuple(tokens.count for tokens, _ in sets), parts[0][2].device
-    if not shapes:
-        return _Layout(sets, counts, ids=flux_ids(images, device))
-    return _Layout(sets, counts, proxy=position_proxy(module, *qwen_positions(images), device))
+# --- images of a batch
+
+
+def _of_images(arguments: Mapping[str, Any], images: tuple[int, ...], batch: int) -> dict[str, Any]:
+    """A forward's arguments for some images of the batch."""
+    if len(images) == batch:
+        return dict(arguments)
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        found[name] = value
+        if isinstance(value, Tensor) and name in BATCHED:
+            if value.dim() and len(value) == batch:
+                found[name] = _rows(value, images)
+        elif isinstance(value, (list, tuple)) and name in BATCHED:
+            found[name] = [value[image] for image in images]
+        elif isinstance(value, dict) and EMBEDDED_IMAGES in value:
+            found[name] = {**value, EMBEDDED_IMAGES: [_rows(each, images) for each in value[EMBEDDED_IMAGES]]}
+        elif isinstance(value, Tensor) and name not in SHARED:
+            raise AdapterError(
+                f"the transformer was called with {name}, and it is not known what of it belongs to which image; "
+                "generate one image at a time"
+            )
+    return found
+
+
+def _rows(values: Tensor, images: Sequence[int]) -> Tensor:
+    return values if len(images) == len(values) else _cat([values[image : image + 1] for image in images])
+
+
+def _cat(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.cat(list(values))
+
+
+def _mean(values: Sequence[int]) -> int:
+    return round(sum(values) / len(values))
 
 
 def check_total(name: str, split: str, wanted: int, total: int) -> None:

@@ -19,8 +19,9 @@ from torch import Tensor
 from hasten.errors import AdapterError, ConfigError, ScheduleError
 from hasten.models import patch_size
 from hasten.parameters import Range
+from hasten.pipeline.hooks import Forward
 from hasten.pipeline.scheduler import NoiseLevels, own_shift, shift_levels
-from hasten.resolution.engine import ResolutionEngine, ResolutionMethod, ResolutionRun, SamplerStep
+from hasten.resolution.engine import ResolutionEngine, ResolutionMethod, ResolutionRun, SamplerStep, with_sample
 from hasten.resolution.layouts import Axes, Grid, block_noise, enlarge, gather, nested_axes, pick, smooth, spread
 from hasten.resolution.noise import fresh_noise, image_generators
 from hasten.resolution.plan import Plan
@@ -219,17 +220,15 @@ class PlannedEngine(ResolutionEngine[PlannedRun, PlannedRecord, Plan]):
         self._write_levels(run, 1)  # pure noise is the same under any shift
         return run
 
-    def true_inputs(self, run: PlannedRun, module: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def coarse_forward(self, run: PlannedRun, module: Any, forward: Forward, arguments: Mapping[str, Any]) -> Any:
         hidden, timestep = arguments["hidden_states"], arguments["timestep"]
         self._check_timestep(run, timestep)
         latents = self._stage_noise(run, hidden.float()) if run.latents is None else run.latents
         latents = latents.to(hidden.dtype).repeat(len(hidden) // len(latents), 1, 1, 1, 1)
         if timestep.dim() == 2:  # one per token; all the same in text to video
             timestep = timestep[:, :1].expand(-1, _tokens(run.grid, run.patch))
-        return {"hidden_states": latents, "timestep": timestep}
-
-    def full_size(self, run: PlannedRun, prediction: Tensor) -> Tensor:
-        return spread(prediction, run.full)
+        output = forward(**{**arguments, "hidden_states": latents, "timestep": timestep})
+        return with_sample(output, spread(output[0], run.full))
 
     def size(self, run: PlannedRun, arguments: Mapping[str, Any]) -> ForwardSize:
         text = arguments.get("encoder_hidden_states")

@@ -105,6 +105,11 @@ class TokenSet:
         first = 4 * width * (self._coarse_places // width) + 2 * (self._coarse_places % width)
         return torch.stack([first, first + 1, first + 2 * width, first + 2 * width + 1])
 
+    @cached_property
+    def key(self) -> bytes:
+        """The same for equal sets; one read from the device."""
+        return self.fine.cpu().numpy().tobytes()
+
     @property
     def size(self) -> tuple[int, int]:
         """Rows and columns of the fine grid."""

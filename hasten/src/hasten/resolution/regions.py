@@ -1,8 +1,7 @@
 """Images that begin coarse and are refined region by region: the engine of Fresco and of what it is compared with.
 
 A method says after which steps tokens are promoted, how large a share, which ones, and how coarse latents become fine
-ones. Everything else is in `packed.py`. A batch shares its layout, since the model has one list of positions for all of
-it; the noise that a method draws is each image's own.
+ones. Everything else is in `packed.py`. Each image of a batch has a layout and noise of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from hasten.resolution.discrepancy import latents_to_vae
 from hasten.resolution.engine import ResolutionMethod
 from hasten.resolution.layouts import LATENT_PIXELS, PixelLayout
 from hasten.resolution.noise import fresh_noise, image_generators, low_noise
-from hasten.resolution.packed import MixedState, PackedEngine, PackedRun, Part, check_even, check_total
+from hasten.resolution.packed import MixedState, PackedEngine, PackedRun, check_even, check_total
 from hasten.resolution.positions import TokenSet, Units
 from hasten.resolution.report import ResolutionRecord
 
@@ -56,10 +55,11 @@ class Promotion:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which coarse tokens are fine, `[h, w]` bool, from the end of a step on."""
+    """Which coarse tokens of an image of the batch are fine, `[h, w]` bool, from the end of a step on."""
 
     run: int
     step: int
+    image: int
     fine: Tensor
 
     def __str__(self) -> str:
@@ -71,8 +71,8 @@ class RegionRecord(ResolutionRecord):
     """One sampler step; see `ResolutionRecord`.
 
     Attributes:
-        coarse: coarse tokens that the transformer ran on.
-        fine: fine tokens.
+        coarse: coarse tokens that the transformer ran on, the mean over the batch.
+        fine: fine tokens, likewise.
     """
 
     coarse: int
@@ -85,7 +85,7 @@ class RegionRecord(ResolutionRecord):
 
 @dataclass(frozen=True)
 class PromotionInput:
-    """What a method knows when tokens are promoted.
+    """What a method knows when tokens of an image are promoted; `B` is 1.
 
     Attributes:
         pipe: the pipeline.
@@ -93,8 +93,8 @@ class PromotionInput:
         clean: estimate of the clean coarse tokens, `[B, n, C]`.
         snapshots: what was remembered of the coarse tokens in the steps so far, `[B, n, C]` each.
         level: noise level of the state.
-        fresh_noise: makes unit noise like the fine tokens', `[B, 4 n, C]`, that is bound to nothing; each image's from
-            that image's own generator.
+        fresh_noise: makes unit noise like the fine tokens', `[B, 4 n, C]`, that is bound to nothing, from
+            the image's own generator.
         pixels: how tokens are pixels.
     """
 
@@ -168,12 +168,21 @@ class RegionMethod(ResolutionMethod):
 
 @dataclass(kw_only=True)
 class RegionRun(PackedRun):
-    """What is remembered of the call under way, with promotions to come and coarse tokens of the steps so far."""
+    """What is remembered of the call under way.
+
+    Attributes:
+        promotions: share of the coarse tokens that are fine from then on, by the number of steps done.
+        snapshots: of the coarse tokens in the steps so far, for each image.
+        references: token set of each reference image.
+        generators: of each image's own noise.
+        level: noise level after the promotion that has just happened.
+    """
 
     promotions: Mapping[int, float]
-    snapshots: list[Tensor] = field(default_factory=list)
-    reference_sets: Sequence[TokenSet] = ()
-    generators: Sequence[torch.Generator] | None = None
+    snapshots: list[list[Tensor]] = field(default_factory=list)
+    references: Sequence[TokenSet] = ()
+    generators: Sequence[torch.Generator] = ()
+    level: float = 1.0
 
 
 class RegionEngine(PackedEngine[RegionRun, RegionRecord, Layout]):
@@ -212,48 +221,51 @@ class RegionEngine(PackedEngine[RegionRun, RegionRecord, Layout]):
         noise = hidden[:, : rows * columns]
         tokens = TokenSet(torch.zeros(rows // 2, columns // 2, dtype=torch.bool, device=noise.device))
         low = self.pixels.to_tokens(method.coarse_noise(self.pixels.to_pixels(noise, grids[0])))
-        run.state = MixedState(tokens, noise, low, torch.zeros_like(noise), self.pixels)
-        run.reference_sets = [
+        run.states = [
+            MixedState(tokens, own, coarse, torch.zeros_like(own), self.pixels)
+            for own, coarse in zip(noise.split(1), low.split(1), strict=True)
+        ]
+        run.snapshots = [[] for _ in run.states]
+        run.references = [
             TokenSet(torch.ones(rows // 2, columns // 2, dtype=torch.bool, device=noise.device))
             for rows, columns in grids[1:]
         ]
         return run
 
-    def references(self, run: RegionRun, hidden: Tensor) -> Sequence[Part]:
+    def reference_sets(self, run: RegionRun, own: TokenSet) -> Sequence[TokenSet]:
         """Reference images stay fine, in the frame of the generated tokens."""
-        parts, start = [], run.grids[0][0] * run.grids[0][1]
-        for tokens in run.reference_sets:
-            parts.append((tokens, self.units(run), hidden[:, start : start + tokens.count]))
-            start += tokens.count
-        return parts
+        return run.references
+
+    def reference_tokens(self, run: RegionRun, hidden: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        fine = hidden.split([rows * columns for rows, columns in run.grids], 1)[1:]
+        return [(tokens[:, :0], tokens) for tokens in fine]  # no coarse ones
 
     def units(self, run: RegionRun) -> Units:
         return self.method.units if run.step >= min(run.promotions) else "lr_units"
 
-    def move(self, run: RegionRun, state: MixedState, velocity: tuple[Tensor, Tensor]) -> None:
-        (coarse, fine), sigma, after = velocity, run.levels[run.step], run.levels[run.step + 1]
+    def move(self, run: RegionRun, image: int, velocity: tuple[Tensor, Tensor]) -> None:
+        state, (coarse, fine) = run.states[image], velocity
+        sigma, after = run.levels[run.step], run.levels[run.step + 1]
         clean = state.coarse - sigma * coarse
-        run.snapshots.append(self.method.snapshot(state.coarse, coarse, clean))
+        run.snapshots[image].append(self.method.snapshot(state.coarse, coarse, clean))
         state.move(coarse, fine, after - sigma)
         share = run.promotions.get(run.step + 1)
         if share is None:
             return
         mask = state.tokens.fine
-        size = (mask.shape[0], mask.shape[1])
-        draw = partial(self._fresh_noise, run, state)
-        promotion = PromotionInput(self.pipe, size, clean, run.snapshots, after, draw, self.pixels)
-        level = self.method.promote(state, self._chosen(state, share, promotion), promotion)
-        self.plans.append(Layout(run.number, run.step, state.tokens.fine))
-        if level != after:
-            levels = self.method.levels(run.step + 1, level, run.levels.sigmas)
+        size, draw = (mask.shape[0], mask.shape[1]), partial(self._fresh_noise, run, image)
+        promotion = PromotionInput(self.pipe, size, clean, run.snapshots[image], after, draw, self.pixels)
+        run.level = self.method.promote(state, self._chosen(state, share, promotion), promotion)
+        self.plans.append(Layout(run.number, run.step, image, state.tokens.fine))
+
+    def moved(self, run: RegionRun) -> None:
+        if run.step + 1 in run.promotions and run.level != run.levels[run.step + 1]:
+            levels = self.method.levels(run.step + 1, run.level, run.levels.sigmas)
             assert levels is not None
             run.levels.write(run.step + 1, levels)
 
     def record(self, run: RegionRun, common: dict[str, Any]) -> RegionRecord:
-        tokens = None if run.state is None else run.state.tokens
-        coarse, fine = (
-            (0, run.grids[0][0] * run.grids[0][1]) if tokens is None else (tokens.coarse_count, tokens.fine_count)
-        )
+        coarse, fine = run.counts
         return RegionRecord(**common, coarse=coarse, fine=fine)
 
     def _chosen(self, state: MixedState, share: float, promotion: PromotionInput) -> Tensor:
@@ -267,10 +279,11 @@ class RegionEngine(PackedEngine[RegionRun, RegionRecord, Layout]):
         return highest(self.method.scores(promotion), count, tokens.fine)
 
     @staticmethod
-    def _fresh_noise(run: RegionRun, state: MixedState) -> Tensor:
-        if run.generators is None:
-            run.generators = image_generators(state.noise)
-        return fresh_noise(run.generators, state.noise.shape[1:], state.noise.device)
+    def _fresh_noise(run: RegionRun, image: int) -> Tensor:
+        if not run.generators:
+            run.generators = [image_generators(state.noise)[0] for state in run.states]
+        noise = run.states[image].noise
+        return fresh_noise([run.generators[image]], noise.shape[1:], noise.device)
 
 
 def _check_promotions(name: str, promotions: Sequence[Promotion], total: int) -> None:
@@ -290,14 +303,14 @@ def highest(scores: Tensor, count: int, taken: Tensor) -> Tensor:
     """The `count` tokens with the highest score that are not taken yet; of equal ones the earlier.
 
     Args:
-        scores: `[B, n]`; a batch shares the choice, by its mean score.
+        scores: `[1, n]`.
         count: how many.
         taken: `[h, w]` bool.
 
     Returns:
         `[h, w]` bool.
     """
-    order = scores.mean(0).masked_fill(taken.flatten(), -torch.inf).argsort(descending=True, stable=True)
+    order = scores[0].masked_fill(taken.flatten(), -torch.inf).argsort(descending=True, stable=True)
     chosen = torch.zeros_like(taken).flatten()
     chosen[order[:count]] = True
     return chosen.reshape(taken.shape)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -55,24 +54,26 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class EditMap:
-    """What was found when a run's draft was verified. Maps are of coarse tokens.
+    """What was found when an image's draft was verified. Maps are `[h, w]` of coarse tokens.
 
     Attributes:
         run: counts runs from 0.
-        distance: `[B, h, w]`, discrepancy between draft and source.
-        chosen: `[h, w]` bool, selected in any image of the batch, before dilation.
-        fine: `[h, w]` bool, promoted.
+        image: number within the batch.
+        distance: discrepancy between draft and source.
+        chosen: bool, selected, before dilation.
+        fine: bool, promoted.
         everywhere: whether the edit is global.
-        cuts: for each image the least distance among its selected tokens.
-        reverified: `[h, w]` bool, selected when the locked tokens were verified again.
+        cut: least distance among the selected tokens.
+        reverified: bool, selected when the locked tokens were verified again.
     """
 
     run: int
+    image: int
     distance: Tensor
     chosen: Tensor
     fine: Tensor
     everywhere: bool
-    cuts: tuple[float, ...]
+    cut: float
     reverified: Tensor
 
     def __str__(self) -> str:
@@ -81,14 +82,12 @@ class EditMap:
         return f"{kind}{edited} of {self.fine.numel()} coarse tokens edited, {promoted} fine"
 
     @classmethod
-    def of(cls, run: int, distance: Tensor, selections: Sequence[Selection], stride: int | None) -> EditMap:
-        """The map of a batch: what is selected in any image, dilated, and the coverage set of `stride`."""
-        chosen = torch.stack([selection.chosen for selection in selections]).any(0)
-        everywhere = any(selection.everywhere for selection in selections)
+    def of(cls, run: int, image: int, distance: Tensor, selection: Selection, stride: int | None) -> EditMap:
+        """The map of an image: what is selected, dilated, and the coverage set of `stride`."""
+        chosen = selection.chosen
         spread = coverage((chosen.shape[0], chosen.shape[1]), stride, chosen.device)
-        fine = torch.ones_like(chosen) if everywhere else dilate(chosen) | spread
-        cuts = tuple(selection.cut for selection in selections)
-        return cls(run, distance, chosen, fine, everywhere, cuts, torch.zeros_like(chosen))
+        fine = torch.ones_like(chosen) if selection.everywhere else dilate(chosen) | spread
+        return cls(run, image, distance, chosen, fine, selection.everywhere, selection.cut, torch.zeros_like(chosen))
 
     @property
     def edited(self) -> Tensor:

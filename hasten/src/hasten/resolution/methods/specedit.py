@@ -17,7 +17,6 @@
 The paper's abstract and conclusion are all that this rests on; selectors, guards, promotion, locking and the composite
 are a reconstruction (perceptual distance and locking as in SpotEdit, arXiv:2512.22323). Departures:
     the coverage set's own result stays out of the composite unless `keep_cover`, since it was verified as unchanged;
-    a batch shares one layout: what is selected in any of its images is promoted in all;
     a global edit (more tokens selected than the bound, or a median token that has changed by half of its size, which
     the subtraction of the median hides) is promoted as a whole, and nothing is locked;
     the last line of the list above is ours: S is dilated and coarse, so that most of it is not edited, and the final
@@ -48,7 +47,7 @@ from hasten.resolution.discrepancy import (
     resized,
 )
 from hasten.resolution.engine import ResolutionMethod
-from hasten.resolution.packed import MixedState, PackedEngine, PackedRun, Part, check_even, check_total
+from hasten.resolution.packed import MixedState, PackedEngine, PackedRun, check_even, check_total
 from hasten.resolution.positions import TokenSet, Units, children, pack, unpack
 from hasten.resolution.report import ResolutionRecord
 from hasten.resolution.seams import blend, locked_velocity
@@ -137,9 +136,9 @@ class EditRecord(ResolutionRecord):
 
     Attributes:
         part: `"draft"`, `"mixed"` or `"final"`; a global edit has no mixed part.
-        coarse: coarse tokens of the image that the transformer ran on.
-        fine: fine tokens.
-        locked: coarse tokens that were held to the source.
+        coarse: coarse tokens of the image that the transformer ran on, the mean over the batch.
+        fine: fine tokens, likewise.
+        locked: coarse tokens that were held to the source, likewise.
     """
 
     part: PartName
@@ -160,6 +159,15 @@ class _Source:
     coarse: Tensor
     fine: Tensor
 
+    @property
+    def fine_size(self) -> tuple[int, int]:
+        """Rows and columns of the fine grid of tokens."""
+        return 2 * self.size[0], 2 * self.size[1]
+
+    def of(self, image: int) -> _Source:
+        """That of one image of the batch."""
+        return _Source(self.size, self.coarse[image : image + 1], self.fine[image : image + 1])
+
 
 @dataclass(kw_only=True)
 class EditRun(PackedRun):
@@ -167,13 +175,13 @@ class EditRun(PackedRun):
 
     Attributes:
         sources: the reference images.
-        sets: their token sets, in the draft and after it for the image's own set that stands beside them.
-        kept: `[2 h, 2 w]` bool, fine tokens that are not the source again at the end; None to restore nothing.
+        found: which of the engine's plans is that of an image of the batch.
+        kept: `[2 h, 2 w]` bool, an image's fine tokens that are not the source again at the end.
     """
 
     sources: list[_Source] = field(default_factory=list)
-    sets: tuple[TokenSet, bool, list[TokenSet]] | None = None
-    kept: Tensor | None = None
+    found: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, Tensor] = field(default_factory=dict)
 
 
 class SpecEditEngine(PackedEngine[EditRun, EditRecord, EditMap]):
@@ -216,7 +224,7 @@ class SpecEditEngine(PackedEngine[EditRun, EditRecord, EditMap]):
         if method.draft:
             check_even(self.name, grids)
             noise, *references = hidden.split([rows * columns for rows, columns in grids], 1)
-            run.state = MixedState.begin(noise, grids[0], self.pixels)
+            run.states = [MixedState.begin(own, grids[0], self.pixels) for own in noise.split(1)]
             for tokens, size in zip(references, grids[1:], strict=True):
                 wanted = grids[0] if len(run.sources) == method.source else size
                 run.sources.append(self._source(unpack(tokens, size), wanted))
@@ -234,80 +242,77 @@ class SpecEditEngine(PackedEngine[EditRun, EditRecord, EditMap]):
     def units(self, run: EditRun) -> Units:
         return self.method.units if run.step >= self.method.draft else "lr_units"
 
-    def references(self, run: EditRun, hidden: Tensor) -> list[Part]:
-        assert run.state is not None
-        own, mixed, units = run.state.tokens, run.step >= self.method.draft, self.units(run)
-        if run.sets is None or run.sets[0] is not own or run.sets[1] != mixed:
-            run.sets = own, mixed, self._reference_sets(run, own, mixed)
-        return [
-            (tokens, units, tokens.gather(source.coarse, source.fine))
-            for tokens, source in zip(run.sets[2], run.sources, strict=True)
-        ]
-
-    def _reference_sets(self, run: EditRun, own: TokenSet, mixed: bool) -> list[TokenSet]:
-        beside = mixed and self.method.reference == "mix"
+    def reference_sets(self, run: EditRun, own: TokenSet) -> Sequence[TokenSet]:
+        mixed, reference = run.step >= self.method.draft, self.method.reference
         return [
             own
-            if beside and number == self.method.source
-            else TokenSet(own.fine.new_full(source.size, mixed and self.method.reference == "hr"))
+            if mixed and reference == "mix" and number == self.method.source
+            else TokenSet(own.fine.new_full(source.size, mixed and reference == "hr"))
             for number, source in enumerate(run.sources)
         ]
 
-    def record(self, run: EditRun, common: dict[str, Any]) -> EditRecord:
-        tokens = None if run.state is None else run.state.tokens
-        coarse = 0 if tokens is None else tokens.coarse_count
-        fine = run.grids[0][0] * run.grids[0][1] if tokens is None else tokens.fine_count
-        mixed = coarse > 0 and run.step >= self.method.draft
-        part: PartName = "mixed" if mixed else "draft" if coarse else "final"
-        return EditRecord(
-            **common, part=part, coarse=coarse, fine=fine, locked=coarse if mixed and self.method.lock else 0
-        )
+    def reference_tokens(self, run: EditRun, hidden: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        return [(source.coarse, source.fine) for source in run.sources]
 
-    def move(self, run: EditRun, state: MixedState, velocity: tuple[Tensor, Tensor]) -> None:
-        method, done, source = self.method, run.step + 1, run.sources[self.method.source]
-        (coarse, fine), sigma, after = velocity, run.levels[run.step], run.levels[run.step + 1]
+    def record(self, run: EditRun, common: dict[str, Any]) -> EditRecord:
+        coarse, fine = run.counts
+        mixed = run.coarse and run.step >= self.method.draft
+        part: PartName = "mixed" if mixed else "draft" if coarse else "final"
+        locked = coarse if mixed and self.method.lock else 0
+        return EditRecord(**common, part=part, coarse=coarse, fine=fine, locked=locked)
+
+    def move(self, run: EditRun, image: int, velocity: tuple[Tensor, Tensor]) -> None:
+        method, done, source = self.method, run.step + 1, run.sources[self.method.source].of(image)
+        state, (coarse, fine) = run.states[image], velocity
+        sigma, after = run.levels[run.step], run.levels[run.step + 1]
         clean, fine_clean = state.coarse - sigma * coarse, state.fine - sigma * fine
         if method.lock and run.step >= method.draft:
             coarse = locked_velocity(state.coarse, source.coarse, sigma)
         state.move(coarse, fine, after - sigma)
         if done == method.draft:
-            self._verify(run.number, state, source, clean, after)
+            self._verify(run, image, source, clean, after)
+        elif state.complete:  # a global edit, beside one that is not
+            return
         elif done == method.draft + method.mixed:
-            if method.restore and method.lock and not self.plans[-1].everywhere:
-                own = state.tokens.fine if method.keep_cover else self.plans[-1].edited
-                run.kept = changed_tokens(fine_clean, source.fine, own, state.tokens.fine)
-            self._complete(state, source, clean, fine_clean, after)
+            found = self.plans[run.found[image]]
+            if method.restore and method.lock:
+                own = state.tokens.fine if method.keep_cover else found.edited
+                run.kept[image] = changed_tokens(fine_clean, source.fine, own, state.tokens.fine)
+            self._complete(found, state, source, clean, fine_clean, after)
         elif method.lock and method.reverify and done == method.draft + (method.mixed + 1) // 2:
-            self._verify_again(state, source, clean, fine_clean, after)
+            self._verify_again(run, image, source, clean, fine_clean, after)
 
     def finish(self, run: EditRun, latents: Tensor) -> Tensor:
         """The source again wherever the edit changed nothing."""
-        if run.kept is None:
+        if not run.kept:
             return latents
-        source = run.sources[self.method.source]
-        size = (2 * source.size[0], 2 * source.size[1])
-        restored = blend(unpack(latents.float(), size), unpack(source.fine, size), run.kept, ring=1)
-        return pack(restored).to(latents.dtype)
+        rows = list(latents.split(1))
+        for image, kept in run.kept.items():
+            source = run.sources[self.method.source].of(image)
+            own = unpack(rows[image].float(), source.fine_size)
+            restored = blend(own, unpack(source.fine, source.fine_size), kept, ring=1)
+            rows[image] = pack(restored).to(latents.dtype)
+        return torch.cat(rows)
 
-    def _verify(self, run: int, state: MixedState, source: _Source, clean: Tensor, sigma: float) -> None:
+    def _verify(self, run: EditRun, image: int, source: _Source, clean: Tensor, sigma: float) -> None:
         """Compare the draft with the source and promote what the edit touches."""
-        method = self.method
-        enlarged = self._enlarged(clean, source.size)
+        method, state, enlarged = self.method, run.states[image], self._enlarged(clean, source.size)
         if method.mixed == 0:
             state.promote(torch.ones_like(state.tokens.fine), enlarged, sigma)
             return
-        distance = self._distance(clean, source)
-        changes = median_change(unpack(clean, source.size), unpack(source.coarse, source.size))
-        selections = [
-            select(scores, method.selector, threshold=method.threshold, share=method.share, bounds=method.bounds)
-            if method.global_change is None or change < method.global_change
-            else everything(scores)
-            for scores, change in zip(distance, changes.tolist(), strict=True)
-        ]
-        found = EditMap.of(run, distance, selections, method.coverage)
+        draft, wanted = unpack(clean, source.size), unpack(source.coarse, source.size)
+        scores = self._distance(clean, source)
+        if method.global_change is None or float(median_change(draft, wanted)) < method.global_change:
+            selection = select(
+                scores, method.selector, threshold=method.threshold, share=method.share, bounds=method.bounds
+            )
+        else:
+            selection = everything(scores)
+        found = EditMap.of(run.number, image, scores, selection, method.coverage)
+        run.found[image] = len(self.plans)
         self.plans.append(found)
         if found.everywhere and method.share < 1:
-            moved = global_shift(unpack(clean, source.size), unpack(source.coarse, source.size))
+            moved = global_shift(draft, wanted)[0]
             warnings.warn(
                 "the edit touches most of the image and is computed at full size everywhere; the draft is most like "
                 f"the source moved by {moved} coarse latent pixels (down, right)",
@@ -319,23 +324,22 @@ class SpecEditEngine(PackedEngine[EditRun, EditRecord, EditMap]):
         state.promote(found.fine, enlarged, sigma)
 
     def _verify_again(
-        self, state: MixedState, source: _Source, clean: Tensor, fine_clean: Tensor, sigma: float
+        self, run: EditRun, image: int, source: _Source, clean: Tensor, fine_clean: Tensor, sigma: float
     ) -> None:
         """Promote locked tokens that the model would have changed as much as those that were selected."""
-        found = self.plans[-1]
-        size = (2 * source.size[0], 2 * source.size[1])
-        small = self.pixels.shrink(fine_clean, size)
+        state, number = run.states[image], run.found[image]
+        found, small = self.plans[number], self.pixels.shrink(fine_clean, source.fine_size)
         clean = torch.where(state.tokens.fine.reshape(-1, 1), small, clean)
-        cuts = clean.new_tensor(found.cuts)[:, None, None]
-        reverified = (self._distance(clean, source) > cuts).any(0) & ~state.tokens.fine
+        reverified = (self._distance(clean, source) > found.cut) & ~state.tokens.fine
         if bool(reverified.any()):
             state.promote(dilate(reverified) & ~state.tokens.fine, self._enlarged(clean, source.size), sigma)
-            self.plans[-1] = replace(found, fine=state.tokens.fine, reverified=reverified)
+            self.plans[number] = replace(found, fine=state.tokens.fine, reverified=reverified)
 
-    def _complete(self, state: MixedState, source: _Source, clean: Tensor, fine_clean: Tensor, sigma: float) -> None:
+    def _complete(
+        self, found: EditMap, state: MixedState, source: _Source, clean: Tensor, fine_clean: Tensor, sigma: float
+    ) -> None:
         """The composite, noised to `sigma`, in the place of all tokens."""
-        found = self.plans[-1]
-        size = (2 * source.size[0], 2 * source.size[1])
+        size = source.fine_size
         outer = source.fine if self.method.lock else self._enlarged(clean, source.size)
         if self.method.keep_cover or not self.method.lock:
             outer = torch.where(children(state.tokens.fine & ~found.edited), fine_clean, outer)
@@ -345,11 +349,11 @@ class SpecEditEngine(PackedEngine[EditRun, EditRecord, EditMap]):
         state.promote(torch.ones_like(state.tokens.fine), pack(composite), sigma)
 
     def _distance(self, clean: Tensor, source: _Source) -> Tensor:
-        """Discrepancy `[B, h, w]` of coarse clean tokens and the source."""
+        """Discrepancy `[h, w]` of an image's coarse clean tokens and the source."""
         distance = discrepancy(
             self._kind, self.pipe.vae, unpack(clean, source.size), unpack(source.coarse, source.size)
         )
-        return above_floor(distance) if self.method.floor else distance
+        return (above_floor(distance) if self.method.floor else distance)[0]
 
     def _enlarged(self, clean: Tensor, size: tuple[int, int]) -> Tensor:
         """Clean coarse tokens as fine ones."""
