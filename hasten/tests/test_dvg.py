@@ -248,7 +248,8 @@ def film(pipe: Any, batch: int = 1, seed: int = 0, guided: bool = False, **kwarg
     else:
         text["guidance_scale"] = 3.0 if guided else 1.0
     call = CLIP | text | (negative if guided else {}) | kwargs
-    return pipe(generator=torch.Generator().manual_seed(seed), **call).frames
+    call.setdefault("generator", torch.Generator().manual_seed(seed))
+    return pipe(**call).frames
 
 
 class Watch:
@@ -511,8 +512,9 @@ def test_half_precision_keeps_coarse_latents_in_float32() -> None:
 
     def look(_: Any, step: int, __: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
         assert state["latents"].dtype == torch.bfloat16
-        if run._run is not None and run._run.latents is not None:
-            kept.append(run._run.latents.dtype)
+        (found,) = run._runs.under_way
+        if found.state is not None and found.state.latents is not None:
+            kept.append(found.state.latents.dtype)
         return state
 
     with DVG().attach(pipe) as run:

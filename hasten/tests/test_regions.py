@@ -17,9 +17,10 @@ from diffusers import (
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from hasten import RALU, Bottleneck, Fresco, Spectral
-from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenError, ScheduleError, TargetError
+from hasten.errors import AdapterError, AlreadyAcceleratedError, ConfigError, HastenError, ScheduleError, TargetError
 from hasten.resolution import RegionMethod, fit_stages
 from hasten.resolution.layouts import PixelLayout
+from hasten.resolution.packed import _of_images
 from pipelines import draw, make_pipe
 from test_variants import VARIANTS, run_once
 from torch import Tensor
@@ -142,20 +143,50 @@ def test_opposite_scores_choose_other_tokens(pipe: Any) -> None:
     assert not (chosen[0] & chosen[1]).any()
 
 
-def test_a_batch_shares_its_layout_and_counts(pipe: Any) -> None:
-    with hasten.accelerate(pipe, METHODS["fresco"]) as run:
-        both = draw(
-            pipe,
-            STEPS,
-            ["red apple", "red apple"],
-            height=64,
-            width=64,
-            generator=[torch.Generator().manual_seed(seed) for seed in (0, 0)],
-        )
-        one = generate(pipe)
-    assert torch.allclose(both[0], both[1], atol=1e-5)
-    assert torch.allclose(both[:1], one, atol=1e-4)
-    assert len(run.stages.plans) == 4
+NOISY = {
+    "fresco, fresh noise": Fresco(stages=(3, 3, 3), jump="r1", noise="independent"),
+    "fresco, by chance": Fresco(stages=(3, 3, 3), score="random"),
+    "fresco, edges": Fresco(stages=(3, 3, 3), score="edges"),
+}
+
+
+@pytest.mark.parametrize("guided", [{}, GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("name", [*METHODS, *NOISY])
+def test_images_of_a_batch_are_as_when_generated_alone(pipe: Any, name: str, guided: dict[str, Any]) -> None:
+    prompts = ["red apple", "blue car", "red apple"]
+
+    def generators(*seeds: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    with hasten.accelerate(pipe, (METHODS | NOISY)[name]) as run:
+        alone = torch.cat([generate(pipe, prompt=prompts[i], generator=generators(i), **guided) for i in range(3)])
+        together = generate(pipe, prompt=prompts, generator=generators(0, 1, 2), **guided)
+        turned = generate(pipe, prompt=prompts[::-1], generator=generators(2, 1, 0), **guided)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(turned, alone.flip(0), atol=1e-4, rtol=1e-4)
+    layouts = [layout for layout in run.stages.plans if layout.run == 3 and layout.step == run.stages.plans[0].step]
+    assert [layout.image for layout in layouts] == [0, 1, 2]
+    if not layouts[0].fine.all():
+        assert not torch.equal(layouts[0].fine, layouts[1].fine)
+
+
+def test_images_of_a_batch_with_the_same_tokens_share_a_forward(pipe: Any) -> None:
+    batches: list[int] = []
+    pipe.transformer.x_embedder.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    with hasten.accelerate(pipe, METHODS["fresco"]):
+        generate(pipe, prompt=["red apple"] * 3, generator=[torch.Generator().manual_seed(seed) for seed in (0, 1, 0)])
+    assert batches == [3] * 3 + [2, 1] * 3 + [3] * 3
+
+
+def test_arguments_that_cannot_be_told_apart_by_image_are_refused() -> None:
+    given = {"hidden_states": torch.zeros(2, 4, 8), "img_ids": torch.zeros(4, 3), "timestep": torch.zeros(2)}
+    rest = _of_images(given, (1,), 2)
+    assert {name: len(value) for name, value in rest.items()} == {"hidden_states": 1, "img_ids": 4, "timestep": 1}
+    adapter = {"ip_adapter_image_embeds": [torch.arange(2.0)[:, None]], "scale": 0.5}
+    rest = _of_images({**given, "joint_attention_kwargs": adapter}, (1,), 2)
+    assert rest["joint_attention_kwargs"] == {"ip_adapter_image_embeds": [torch.tensor([[1.0]])], "scale": 0.5}
+    with pytest.raises(AdapterError, match="called with residuals"):
+        _of_images({**given, "residuals": torch.zeros(2, 4)}, (1,), 2)
 
 
 def test_the_rewind_goes_back_as_far_as_it_must(pipe: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -510,7 +511,7 @@ def test_locked_tokens_are_looked_at_again() -> None:
 
         def lower(_: Any, step: int, *__: Any) -> dict[str, Tensor]:
             if step == 1:  # as if the least of the selected tokens had hardly differed
-                engine.plans[-1] = replace(engine.plans[-1], cuts=(0.2,))
+                engine.plans[-1] = replace(engine.plans[-1], cut=0.2)
             return {}
 
         draw(pipe, "kontext", 7)
@@ -565,26 +566,69 @@ def test_half_precision_stays_what_it_is(host: str) -> None:
     assert engine.plans[0].distance.dtype == torch.float32
 
 
-def test_a_batch_shares_its_layout() -> None:
-    """What is selected in any of the images is promoted in all of them."""
+@pytest.mark.parametrize("change", [{}, {"reference": "hr"}, {"share": 0.04, "mixed": 4, "coverage": 2, "final": 2}])
+def test_images_of_a_batch_are_as_when_edited_alone(change: dict[str, Any]) -> None:
     pipe = make("kontext")
     call: dict[str, Any] = {
         "image": torch.cat([image(16, 24), image(16, 24, seed=9)]),
-        "prompt_embeds": randn(1, tiny.TEXT, 32).repeat(2, 1, 1),
-        "pooled_prompt_embeds": VARIANTS["flux kontext"].call["pooled_prompt_embeds"].repeat(2, 1),
+        "prompt_embeds": randn(2, tiny.TEXT, 32),
+        "pooled_prompt_embeds": randn(2, 32, seed=6),
     }
+    method = SpecEdit(**{**LOCAL, **change})
+    steps = method.num_inference_steps
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    with method.attach(pipe) as engine:
+        both = draw(pipe, "kontext", steps, generator=generators, **call)
+        alone = [
+            draw(pipe, "kontext", steps, seed=i + 1, **{name: value[i : i + 1] for name, value in call.items()})
+            for i in (0, 1)
+        ]
+    torch.testing.assert_close(both, torch.cat(alone), atol=1e-4, rtol=1e-4)
+    together, apart = engine.plans[:2], engine.plans[2:]
+    assert [(found.run, found.image) for found in engine.plans] == [(0, 0), (0, 1), (1, 0), (2, 0)]
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one.fine, other.fine)
+        torch.testing.assert_close(one.distance, other.distance, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(together[0].fine, together[1].fine)
+
+
+def test_a_global_edit_beside_a_local_one() -> None:
+    """The one is at full size after the draft, the other when the mixed part ends; each is as when edited alone."""
+    pipe = make("kontext")
+    call: dict[str, Any] = {
+        "image": torch.cat([image(16, 24), image(16, 24, seed=9)]),
+        "prompt_embeds": randn(2, tiny.TEXT, 32),
+        "pooled_prompt_embeds": randn(2, 32, seed=6),
+    }
+    changes: list[float] = []
+
+    def one_of_two(draft: Tensor, source: Tensor) -> Tensor:
+        changes.append(float(len(changes) % 2))
+        return torch.tensor([changes[-1]])
+
+    method = SpecEdit(**{**LOCAL, "global_change": 0.5})
+    with pytest.MonkeyPatch.context() as patch, method.attach(pipe) as engine:
+        patch.setattr("hasten.resolution.methods.specedit.median_change", one_of_two)
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        with pytest.warns(HastenWarning, match="at full size everywhere"):
+            both = draw(pipe, "kontext", generator=generators, **call)
+        warnings.simplefilter("ignore", HastenWarning)
+        alone = [
+            draw(pipe, "kontext", seed=i + 1, **{name: value[i : i + 1] for name, value in call.items()})
+            for i in (0, 1)
+        ]
+    torch.testing.assert_close(both, torch.cat(alone), atol=1e-4, rtol=1e-4)
+    assert [found.everywhere for found in engine.plans] == [False, True, False, True]
+
+
+def test_guided_images_of_a_batch_on_the_other_family_are_as_when_edited_alone() -> None:
+    pipe = make("qwen edit guided")
     with SpecEdit(**LOCAL).attach(pipe) as engine:
-        both = draw(pipe, "kontext", generator=generators, **call)
-        first = draw(pipe, "kontext", seed=1)
-        second = draw(pipe, "kontext", seed=2, image=call["image"][1:])
-    together, one, two = engine.plans
-    assert together.distance.shape == (2, 4, 6)
-    torch.testing.assert_close(together.distance, torch.cat([one.distance, two.distance]), atol=1e-4, rtol=1e-4)
-    assert torch.equal(together.chosen, one.chosen | two.chosen)
-    assert not torch.equal(one.chosen, two.chosen)
-    assert both.shape == (2, *first.shape[1:])
-    assert second.shape == first.shape
+        two = {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(seed) for seed in (1, 2)]}
+        both = draw(pipe, "qwen edit guided", **two)
+        alone = [draw(pipe, "qwen edit guided", seed=seed) for seed in (1, 2)]
+    torch.testing.assert_close(both, torch.cat(alone), atol=1e-4, rtol=1e-4)
+    assert not torch.equal(engine.plans[0].fine, engine.plans[1].fine)
 
 
 def test_callbacks_see_full_size_latents_and_may_not_change_mixed_ones() -> None:
@@ -618,7 +662,7 @@ def test_removal_is_exact(host: str) -> None:
     own = getattr(module, "pos_embed", None)
     engine = SpecEdit(**LOCAL).attach(pipe)
     assert inspect.signature(scheduler.step) == inspect.signature(type(scheduler)().step)
-    with pytest.raises(AlreadyAcceleratedError, match="has a resolution method already"):
+    with pytest.raises(AlreadyAcceleratedError, match="accelerated already"):
         SpecEdit(**LOCAL).attach(pipe)
     draw(pipe, host)
     engine.remove()

@@ -207,9 +207,14 @@ class Runs:
         """
         owner = current_owner()
         run = self._runs.get(owner)
-        if run is None or not run.goes_on(timestep, hidden):
+        if run is None or not self._same_pipeline(run) or not run.goes_on(timestep, hidden):
             run = self._begin(owner)
         return run, run.label(timestep, hidden, name)
+
+    @staticmethod
+    def _same_pipeline(run: Run) -> bool:
+        """Whether the owner is still the call that began the run; a frame that has gone leaves its identity to others."""
+        return run.owner.frame is None or run.view is None or run.view.pipe is pipeline_of(run.owner)
 
     @property
     def current(self) -> Run | None:

@@ -163,7 +163,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         modules = self._checked_modules()
         self.check()
         self.scheduler = pipe.scheduler
-        self._runs = Runs(modules[0], PipelineView(pipe))
+        self._runs: Runs | None = Runs(modules[0], PipelineView(pipe))
         # The list that the last run began with; holding it keeps its identity from being given to another one.
         self._begun: Tensor | None = self.scheduler.timesteps
         self._removals: list[Remove] = []
@@ -173,7 +173,6 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         except BaseException:
             self.remove()
             raise
-        self._own_step: Any
         self._own_step, unwrap = wrap_step(self.scheduler, self._step)
         self._removals.append(unwrap)
 
@@ -181,8 +180,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         """Take the engine away and leave pipeline and scheduler as they were found; records stay readable."""
         while self._removals:
             self._removals.pop()()
-        self._runs.end()
-        self.pipe = self.scheduler = self._begun = self._own_step = None  # a removed engine keeps no model
+        self.pipe = self._runs = self._begun = None  # a removed engine keeps no model
 
     def __enter__(self) -> Self:
         return self
@@ -277,11 +275,12 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
 
     def end_run(self) -> None:
         """Forget what is remembered of this thread's run."""
-        if self._runs.current is not None:
+        if self._runs is not None and self._runs.current is not None:
             self._runs.current.state = None
 
     def _run_of(self, module: Any, arguments: Mapping[str, Any]) -> Run | None:
         """The run that a forward belongs to; None where it is not one of this pipeline's runs."""
+        assert self._runs is not None
         found, label = self._runs.label(arguments.get("timestep"), arguments.get("hidden_states"), pass_name(module))
         scheduler = None if found.view is None else found.view.scheduler
         if label.first_step:
@@ -319,7 +318,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
 
     def _step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         step = SamplerStep(self.scheduler, self._own_step, model_output, timestep, sample, args, kwargs)
-        found = self._runs.current
+        found = None if self._runs is None else self._runs.current  # None: wrapped again by others, then removed
         if found is None or found.state is None or found.sampler_timesteps is not self.scheduler.timesteps:
             return step.plain()
         run: Run = found.state

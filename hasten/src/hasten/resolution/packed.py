@@ -318,7 +318,7 @@ def _of_images(arguments: Mapping[str, Any], images: tuple[int, ...], batch: int
         if isinstance(value, Tensor) and name in BATCHED:
             if value.dim() and len(value) == batch:
                 found[name] = _rows(value, images)
-        elif isinstance(value, (list, tuple)) and name in BATCHED:
+        elif isinstance(value, (list, tuple)) and name in BATCHED and len(value) == batch:
             found[name] = [value[image] for image in images]
         elif isinstance(value, dict) and EMBEDDED_IMAGES in value:
             found[name] = {**value, EMBEDDED_IMAGES: [_rows(each, images) for each in value[EMBEDDED_IMAGES]]}
