@@ -276,6 +276,25 @@ def test_a_report_names_stages_tokens_and_operations(pipe: Any) -> None:
     assert report.to_dict()["stages"][0] == {"name": "coarse", "steps": 3, "tokens": 64}
 
 
+def test_a_summary_names_stages_tokens_and_operations(pipe: Any) -> None:
+    with hasten.accelerate(pipe, METHODS["fresco"]) as run:
+        generate(pipe)
+        alone = run.summary()
+        assert alone.flops_ratio == pytest.approx(run.stages.report().flops_ratio)
+    assert (alone.method, alone.steps, alone.computed_steps, alone.cache_bytes) == ("Fresco", 9, 9, 0)
+    assert alone.stages == "3 coarse (64 tokens), 3 mixed (121 tokens), 3 full (256 tokens)"
+    assert f"{alone.flops_ratio:.2f}x fewer operations" in str(alone)
+    assert alone.stages in alone._repr_html_()
+    with hasten.accelerate(pipe, METHODS["fresco"], hasten.TaylorSeer(interval=3, warmup=1)) as run:
+        generate(pipe)
+        both, records = run.summary(), run.stages.records
+        computed = {record.step for record in run.records if record.computed}
+    assert both.stages == alone.stages
+    assert 0 < both.skipped_steps == 9 - len(computed)
+    assert both.flops_ratio == pytest.approx(9 / sum(records[step].cost for step in computed))
+    assert both.flops_ratio > alone.flops_ratio
+
+
 def test_a_report_of_a_clip_names_its_grids() -> None:
     pipe = wan()
     with DVG().attach(pipe) as engine:

@@ -41,6 +41,7 @@ class ResolutionPart(Protocol):
     records: list[Any]
     plans: list[Any]
 
+    def report(self, run: int = -1) -> Any: ...
     def remove(self) -> None: ...
 
 
@@ -105,7 +106,8 @@ class Acceleration:
             raise ConfigError(astray or f"there is no run {run} to sum up: call the pipeline first")
         if astray:
             warnings.warn(astray, HastenWarning, stacklevel=2)
-        return Summary.of([type(method).__name__ for method in self.methods], cached, staged)
+        stages = self._stages.report(run).described if self._stages is not None and staged else None
+        return Summary.of([type(method).__name__ for method in self.methods], cached, staged, stages)
 
     def _astray(self) -> str | None:
         """Whether the pipeline calls a transformer that is not the accelerated one, as text."""

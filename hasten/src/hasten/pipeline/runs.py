@@ -213,7 +213,7 @@ class Runs:
 
     @staticmethod
     def _same_pipeline(run: Run) -> bool:
-        """Whether the owner is still the call that began the run; a frame that has gone leaves its identity to others."""
+        """Whether the owner is the call that began the run; a frame that has gone leaves its identity to others."""
         return run.owner.frame is None or run.view is None or run.view.pipe is pipeline_of(run.owner)
 
     @property

@@ -25,11 +25,12 @@ class Summary:
         skipped_steps: steps whose features were forecast.
         passes: names of the forwards within a step; empty without a cache, which alone tells them apart.
         flops_ratio: `steps / computed_steps`, the figure that papers call the FLOPs ratio (it leaves out the
-            embeddings and the final layer that a skipped step still runs, and that coarse stages have fewer tokens).
+            embeddings and the final layer that a skipped step still runs); a step of a resolution method counts as much
+            as its tokens cost, by estimate, relative to the full size.
         cache_bytes: most bytes of features held at once.
         computed_ms: median milliseconds of a computed forward, None where no cache measured any.
         skipped_ms: median milliseconds of a skipped forward, None if there was none.
-        stages: what a resolution method did, as text; None without one.
+        stages: steps and tokens of a resolution method's stages, as text; None without one.
     """
 
     method: str
@@ -44,14 +45,17 @@ class Summary:
     stages: str | None = None
 
     def __str__(self) -> str:
+        fewer = f" ({self.flops_ratio:.2f}x fewer)" if self.stages is None else ""
         text = f"{self.method}: {self.computed_steps} of {self.steps} steps computed"
         if self.passes:
             skipped = "-" if self.skipped_ms is None else f"{self.skipped_ms:.2f} ms"
             text += (
-                f" ({self.flops_ratio:.2f}x fewer), {self.skipped_steps} forecast; computed {self.computed_ms or 0:.2f}"
+                f"{fewer}, {self.skipped_steps} forecast; computed {self.computed_ms or 0:.2f}"
                 f" ms, skipped {skipped}; cache {self.cache_bytes / 2**20:.2f} MiB; passes {', '.join(self.passes)}"
             )
-        return text if self.stages is None else f"{text}; {self.stages}"
+        if self.stages is None:
+            return text
+        return f"{text}; stages: {self.stages}; {self.flops_ratio:.2f}x fewer operations (estimated)"
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as plain data."""
@@ -67,13 +71,20 @@ class Summary:
         return f"<table>{rows}</table>"
 
     @classmethod
-    def of(cls, names: Sequence[str], cached: Mapping[str, Sequence[StepRecord]], staged: Iterable[Any]) -> Summary:
+    def of(
+        cls,
+        names: Sequence[str],
+        cached: Mapping[str, Sequence[StepRecord]],
+        staged: Sequence[Any],
+        stages: str | None,
+    ) -> Summary:
         """Sum up.
 
         Args:
             names: of the methods' classes.
             cached: a run's records of each transformer; their steps add up.
-            staged: a run's records of the resolution method, each with `step` and `switched`.
+            staged: a run's records of the resolution method, each with `step` and `cost`, relative to the full size.
+            stages: what the resolution method did, as text.
         """
         steps: dict[tuple[str, int], bool] = {}
         held: defaultdict[str, int] = defaultdict(int)
@@ -83,7 +94,6 @@ class Summary:
                 steps[name, record.step] = steps.get((name, record.step), True) and record.computed
                 held[name] = max(held[name], record.cache_bytes)
         every = [record for records in cached.values() for record in records]
-        staged = list(staged)
         total = len(steps) or len(staged)
         computed = sum(steps.values()) if steps else total
         return cls(
@@ -92,11 +102,11 @@ class Summary:
             computed_steps=computed,
             skipped_steps=total - computed,
             passes=tuple(dict.fromkeys(record.pass_name for record in every)),
-            flops_ratio=total / max(computed, 1),
+            flops_ratio=total / (_work(steps, staged) or 1),
             cache_bytes=sum(held.values()),
             computed_ms=_median(record.ms for record in every if record.computed),
             skipped_ms=_median(record.ms for record in every if not record.computed),
-            stages=_stages(staged) if staged else None,
+            stages=stages,
         )
 
 
@@ -105,11 +115,14 @@ def _median(values: Iterable[float]) -> float | None:
     return median(values) if values else None
 
 
-def _stages(records: Sequence[Any]) -> str:
-    switches = [record.step + 1 for record in records if record.switched]
-    if not switches:
-        return "one stage at full size"
-    return f"{len(switches) + 1} stages, the next ones from step {', '.join(map(str, switches))}"
+def _work(computed: Mapping[tuple[str, int], bool], staged: Sequence[Any]) -> float:
+    """Computed steps, each as much as its tokens cost relative to the full size."""
+    costs = {record.step: record.cost for record in staged}
+    if not computed:
+        return sum(costs.values())
+    if len({name for name, _ in computed}) > 1 and costs:  # experts count their own steps
+        return sum(computed.values()) * sum(costs.values()) / len(costs)
+    return sum(costs.get(step, 1.0) for (_, step), yes in computed.items() if yes)
 
 
 def _cell(value: Any) -> str:

@@ -126,8 +126,14 @@ class ResolutionReport:
         )
 
     def __str__(self) -> str:
-        stages = ", ".join(f"{stage.steps} {stage.name} ({stage.tokens} tokens)" for stage in self.stages)
-        return f"{self.method}: {self.steps} steps: {stages}; {self.flops_ratio:.2f}x fewer operations (estimated)"
+        return (
+            f"{self.method}: {self.steps} steps: {self.described}; {self.flops_ratio:.2f}x fewer operations (estimated)"
+        )
+
+    @property
+    def described(self) -> str:
+        """Stages and tokens as text."""
+        return ", ".join(f"{stage.steps} {stage.name} ({stage.tokens} tokens)" for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
