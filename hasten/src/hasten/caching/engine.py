@@ -104,7 +104,7 @@ class CachingEngine(Hook):
         if self._remove is not None:
             self._remove()
             self.runs.end()
-            self._remove = self._state = self.listener = self.handle = None
+            self._remove = self._state = self.listener = None
             del self.model, self.site, self.runs
 
     @property

@@ -274,7 +274,8 @@ class ModuleSite(_PlainSite):
         if missing:
             raise AdapterError(
                 f"site 'module' is not described for {type(model).__name__} (no BlockModules for "
-                f"{', '.join(missing)}); use site='hidden', or register the family with BlockStack(..., modules=BlockModules(...))"
+                f"{', '.join(missing)}); use site='hidden', or register the family with "
+                "BlockStack(..., modules=BlockModules(...))"
             )
         self._proxies: list[tuple[nn.Module, str, nn.Module]] = []  # (parent, submodule's name, proxy)
         self._blocks: list[nn.Module] = []

@@ -2,7 +2,7 @@
 
 Each family tells it in one of a few ways, and `ModelAdapter.layout` says in which. Most of them read shapes and plain
 numbers, which takes microseconds. `"ids"`, and `"sizes"` with coordinates, read a tensor of positions that lies on the
-model's device: one copy to the host, and so one wait for the device. Call `layout_of` once a run, not once a step.
+model's device: one copy to the host, and so one wait for the device. Call `layout_of` once per run, not once per step.
 
 Shape legend: `B` images, `N` tokens, `A` axes of a grid.
 """
@@ -40,25 +40,25 @@ class TokenLayout:
     offset: int = 0
 
 
-def layout_of(model: Any, host: ModelAdapter | None, arguments: Arguments) -> TokenLayout:
+def layout_of(model: Any, adapter: ModelAdapter | None, arguments: Arguments) -> TokenLayout:
     """Where the tokens of the image lie in one forward of a transformer.
 
     Args:
         model: the transformer.
-        host: its entry.
+        adapter: its entry.
         arguments: of the forward, by name.
 
     Raises:
         AdapterError: if the entry does not say how to find them, or the arguments do not describe one grid.
     """
     name = type(model).__name__
-    if host is None or host.layout is None:
+    if adapter is None or adapter.layout is None:
         raise AdapterError(
             f"it is not known where the tokens of the image lie in {name}; say how to find them with "
             f"hasten.models.register({name!r}, ModelAdapter(..., layout=...)), where layout is one of "
             f"{', '.join(_READERS)}"
         )
-    return _READERS[host.layout](model, host, arguments)
+    return _READERS[adapter.layout](model, adapter, arguments)
 
 
 def _argument(model: Any, arguments: Arguments, name: str) -> Any:
@@ -127,29 +127,29 @@ def _rises(line: Positions) -> bool:
     return len(line) == 1 or bool((np.diff(line) >= 0).all() and line[-1] > line[0])
 
 
-def _from_latent(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
+def _from_latent(model: Any, adapter: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """Latents `[B, C, H, W]` or `[B, C, T, H, W]`."""
-    sizes = _argument(model, arguments, host.hidden).shape[2:]
+    sizes = _argument(model, arguments, adapter.hidden).shape[2:]
     return TokenLayout(_divided(sizes, patch_size(model.config)))
 
 
-def _from_frames(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
+def _from_frames(model: Any, adapter: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """Latents `[B, T, C, H, W]`."""
-    _, frames, _, height, width = _argument(model, arguments, host.hidden).shape
+    _, frames, _, height, width = _argument(model, arguments, adapter.hidden).shape
     return TokenLayout(_divided((frames, height, width), patch_size(model.config)))
 
 
-def _from_history(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
+def _from_history(model: Any, adapter: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """Latents `[B, C, T, H, W]` after those of the clip so far, in coarser patches the older they are."""
     before = 0
     for name, patch in (("clean", (1, 2, 2)), ("history_2x", (2, 4, 4)), ("history_4x", (4, 8, 8))):
         latents = arguments.get(f"latents_{name}")
         if latents is not None and arguments.get(f"indices_latents_{name}") is not None:
             before += math.prod(-(-size // step) for size, step in zip(latents.shape[2:], patch, strict=True))
-    return TokenLayout(_from_latent(model, host, arguments).grid, before)
+    return TokenLayout(_from_latent(model, adapter, arguments).grid, before)
 
 
-def _from_ids(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
+def _from_ids(model: Any, adapter: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """`img_ids` `[N, 3]`, `[N, 4]` or `[B, N, .]`: (image, row, column, ...); image 0 is the one that is made."""
     ids = _argument(model, arguments, "img_ids")
     ids = _on_host(ids[0] if ids.ndim == 3 else ids)
@@ -160,11 +160,11 @@ def _from_ids(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayo
             f"which lie together, and with other numbers for reference images; {len(own)} of {len(ids)} begin with 0"
         )
     first = int(own[0])
-    text = len(_argument(model, arguments, "encoder_hidden_states")[0]) if host.used(model)[-1].joint else 0
+    text = len(_argument(model, arguments, "encoder_hidden_states")[0]) if adapter.used(model)[-1].joint else 0
     return TokenLayout(_row_major(model, ids[first : first + len(own), 1:3]), text + first)
 
 
-def _from_shapes(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
+def _from_shapes(model: Any, adapter: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """`img_shapes`: for each image of the batch (T, H, W), or a list of such whose later ones are references."""
     shapes = _argument(model, arguments, "img_shapes")
     own = [tuple(shape[0] if isinstance(shape[0], (tuple, list)) else shape) for shape in shapes]
@@ -172,7 +172,7 @@ def _from_shapes(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenL
     return TokenLayout(_still(own[0]))
 
 
-def _from_sizes(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
+def _from_sizes(model: Any, adapter: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """`num_frames`, `height` and `width` in tokens, or `video_coords` `[B, 3, N]`, which go first.
 
     Frames that a clip is conditioned on come before it with coordinates of their own; the clip begins at the last token
@@ -186,9 +186,9 @@ def _from_sizes(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLa
     return TokenLayout(_row_major(model, coordinates[first:]), first)
 
 
-def _from_list(model: Any, host: ModelAdapter, arguments: Arguments) -> TokenLayout:
+def _from_list(model: Any, adapter: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """One latent `[C, T, H, W]` for each image; the patch sizes come with the call."""
-    latents = _argument(model, arguments, host.hidden)
+    latents = _argument(model, arguments, adapter.hidden)
     if isinstance(latents[0], (list, tuple)):
         raise AdapterError(
             f"it is not known where the tokens of the image lie when {type(model).__name__} is given several latents "

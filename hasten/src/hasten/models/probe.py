@@ -1,9 +1,8 @@
-"""Find out how an unknown transformer is wired, by watching one forward of it.
+"""Find out how an unknown transformer is laid out, by watching one forward of it.
 
 Lists of blocks are found by looking; what a block takes and returns is found by identity: the tensor that one block
 returns and the next one receives as its hidden argument is the stream of image tokens. Nothing is guessed where that
-leaves a
-doubt: the error says what to register.
+leaves a doubt: the error says what to register.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ class _Log:
 
 
 def trace(model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ModelAdapter, Tensor]:
-    """Run one full forward and learn the wiring from it.
+    """Run one full forward and learn the layout from it.
 
     Returns:
         the forward's own output, the `ModelAdapter`, and the image tokens that left the last stack.
@@ -135,14 +134,14 @@ def trace(model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any)
             for i, block in enumerate(blocks):
                 getattr(model, stack)._modules[str(i)] = block
     specs = []
-    for stack, seen in log.stacks.items():
-        if len(seen["index"]) != 1 or not seen["kept"] or seen["size"] > 2:
+    for stack, entry in log.stacks.items():
+        if len(entry["index"]) != 1 or not entry["kept"] or entry["size"] > 2:
             continue
-        index = seen["index"].pop()
+        index = entry["index"].pop()
         returns: tuple[Stream, ...] = ("hidden",)
-        if seen["size"] == 2:
+        if entry["size"] == 2:
             returns = ("hidden", "encoder") if index == 0 else ("encoder", "hidden")
-        specs.append(BlockStack(stack, returns=returns, hidden=seen["hidden"], encoder=seen["encoder"]))
+        specs.append(BlockStack(stack, returns=returns, hidden=entry["hidden"], encoder=entry["encoder"]))
     if not specs or log.last is None or specs[-1].name != log.last[0]:
         raise AdapterError(
             f"cannot tell how the blocks of {name} hand on the image tokens "

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from hasten.errors import ConfigError, HastenWarning
-from hasten.pipeline.hooks import hooks_on
 from hasten.pipeline.records import StepRecord
 from hasten.pipeline.summary import Summary
 from hasten.pipeline.view import PipelineView, unwrap
@@ -57,9 +56,12 @@ class Acceleration:
     ) -> None:
         self._engines, self._stages = dict(engines), stages
         self._modules, self._home = dict(modules), home
-        for module in self._modules.values():
-            for hook in hooks_on(module):
-                hook.handle = hook.handle or self
+        for part in self._parts:
+            part.handle = self
+
+    @property
+    def _parts(self) -> list[Any]:
+        return [*self._engines.values(), *([] if self._stages is None else [self._stages])]
 
     @property
     def engines(self) -> dict[str, Any]:
@@ -159,6 +161,8 @@ class Acceleration:
             self._stages.remove()
         for engine in self._engines.values():
             engine.detach()
+        for part in self._parts:
+            part.handle = None
         self._modules, self._home = {}, None
 
     def __enter__(self) -> Self:

@@ -76,6 +76,7 @@ class _HookedCalls:
         self._module = weakref.ref(module)
         self._inner = module.__dict__.get("_call_impl")  # somebody else's, if any
         self._names = threading.local()
+        self._lock = threading.RLock()  # proxies stand in the tree during a call, which no other thread may see
         self._compiled = module.__dict__.pop("_compiled_call_impl", None)
         self.hooks: tuple[Hook, ...] = ()  # innermost first
         call = torch.compiler.disable(self._call)
@@ -135,7 +136,8 @@ class _HookedCalls:
         forward = self._inner or functools.partial(type(module)._call_impl, module)
         for hook in self.hooks:
             forward = functools.partial(_through, hook, module, forward)
-        return forward(*args, **kwargs)
+        with self._lock:
+            return forward(*args, **kwargs)
 
     @contextmanager
     def _cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:

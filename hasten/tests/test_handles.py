@@ -1,0 +1,119 @@
+"""The handle and those who lost it: summary, remove, replace, what a notebook shows, the default method."""
+
+from __future__ import annotations
+
+import hasten
+import pytest
+import torch
+from hasten.acceleration import DEFAULT
+from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenError, TargetError
+from hasten.pipeline.hooks import hooks_on
+from pipelines import draw
+
+
+def staged():
+    return hasten.Fresco(stages=(4, 4, 4), shares=0.3)
+
+
+def test_a_lost_handle_is_found_by_its_pipeline_and_its_transformer(pipe):
+    plain = draw(pipe)
+    for target in (pipe, pipe.transformer):
+        hasten.accelerate(pipe, "taylorseer", interval=4)
+        draw(pipe)
+        assert hasten.summary(target).computed_steps == 5
+        hasten.remove(target)
+        hasten.remove(target)  # twice is once
+        assert not hooks_on(pipe.transformer)
+        assert torch.equal(draw(pipe), plain)
+        with pytest.raises(ConfigError, match="not accelerated"):
+            hasten.summary(target)
+    with pytest.raises(TargetError):
+        hasten.remove(object())
+
+
+def test_replace_takes_the_old_one_away_and_a_refused_one_leaves_it(pipe):
+    old = hasten.accelerate(pipe, "taylorseer", interval=4)
+    fast = draw(pipe)
+    with pytest.raises(AlreadyAcceleratedError, match="replace=True"):
+        hasten.accelerate(pipe, "reuse", interval=4)
+    with pytest.raises(HastenError):
+        hasten.accelerate(pipe, "magcache", replace=True)  # has no calibration
+    assert torch.equal(draw(pipe), fast)
+    new = hasten.accelerate(pipe, "reuse", interval=4, replace=True)
+    other = draw(pipe)
+    assert not torch.equal(other, fast)
+    assert (len(old.records), len(new.records)) == (24, 12)
+    old.remove()  # of something that is gone: the new one stays
+    assert torch.equal(draw(pipe), other)
+    new.remove()
+    hasten.accelerate(pipe, "reuse", interval=4, replace=True).remove()  # with nothing to replace
+    assert not hooks_on(pipe.transformer)
+
+
+def test_replace_reaches_what_was_put_on_the_bare_transformer(pipe):
+    hasten.accelerate(pipe.transformer, "taylorseer", interval=4)
+    with hasten.accelerate(pipe, "reuse", interval=4, replace=True) as run:
+        draw(pipe)
+        assert run.summary().method == "Reuse"
+
+
+def test_without_a_method_it_is_the_default(pipe):
+    with hasten.accelerate(pipe, DEFAULT):
+        expected = draw(pipe)
+    with hasten.accelerate(pipe) as run:
+        assert torch.equal(draw(pipe), expected)
+        assert run.method.schedule == "uniform"
+        assert run.summary().skipped_steps
+
+
+def test_a_summary_of_a_resolution_method_alone_and_with_a_cache(pipe):
+    size = {"height": 64, "width": 64}
+    with hasten.accelerate(pipe, staged()) as run:
+        draw(pipe, **size)
+        alone = run.summary()
+        assert (alone.method, alone.steps, alone.computed_steps) == ("Fresco", 12, 12)
+        assert alone.passes == ()
+        assert "3 stages" in alone.stages
+        assert str(alone).startswith("Fresco: 12 of 12 steps computed")
+        assert "3 stages" in run._repr_html_()
+        assert repr(run).startswith("Acceleration(Fresco(")
+    with hasten.accelerate(pipe, "taylorseer", interval=4) as run:
+        draw(pipe)
+        assert run.summary().stages is None
+    with hasten.accelerate(pipe, staged(), hasten.TaylorSeer(interval=3, warmup=1)) as run:
+        draw(pipe, **size)
+        both = run.summary()
+        assert both.method == "TaylorSeer + Fresco"
+        assert 0 < both.skipped_steps < 12
+        assert both.stages == alone.stages
+        for part in ("TaylorSeer", "forecast", "3 stages"):
+            assert part in str(both)
+        assert {"TaylorSeer(", "Fresco("} <= {repr(run)[i : i + n] for n in (7, 11) for i in range(len(repr(run)))}
+
+
+def test_summaries_count_runs_from_both_ends(pipe):
+    with hasten.accelerate(pipe, "taylorseer", interval=4) as run:
+        draw(pipe, 8)
+        draw(pipe, 12)
+        assert [run.summary(i).steps for i in (0, 1, -1, -2)] == [8, 12, 12, 8]
+        with pytest.raises(ConfigError, match="no run 2"):
+            run.summary(2)
+    assert run.summary(0).steps == 8  # records outlive the acceleration
+
+
+def test_what_a_notebook_shows(pipe):
+    with hasten.accelerate(pipe, "taylorseer", interval=4) as run:
+        assert "call the pipeline first" in run._repr_html_()
+        draw(pipe)
+        shown = run.summary()._repr_html_()
+        assert shown in run._repr_html_()
+    for part in ("computed steps", ">5<", "flops ratio", "2.40"):
+        assert part in shown
+    assert "stages" not in shown
+    assert run.summary().to_dict()["computed_steps"] == 5
+
+
+def test_names_of_the_package():
+    for name in ("remove", "summary", "accelerate", "Summary", "Acceleration"):
+        assert name in hasten.__all__
+        assert getattr(hasten, name).__doc__

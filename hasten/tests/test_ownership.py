@@ -1,0 +1,317 @@
+"""A run belongs to the pipeline call that it happens in: shared transformers, nested and threaded calls, cancelled ones,
+sections of long videos. Each of them gives what it gives on a fresh pipeline."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+
+import diffusers
+import hasten
+import pytest
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    SkyReelsV2DiffusionForcingPipeline,
+    UniPCMultistepScheduler,
+)
+from hasten.caching import Uniform, computed_steps
+from pipelines import draw, make_pipe
+
+METHODS = [("taylorseer", {}), ("taylorseer", {"schedule": "even"}), ("fbcache", {"threshold": 0.4})]
+A = {"prompt": "red apple", "seed": 0}
+B = {"prompt": "blue car", "seed": 1}
+
+
+class Cancelled(Exception):  # noqa: N818 - what services call it
+    """Thrown by a callback, as services do when a client goes away."""
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sharing(pipe, kind=None, scheduler=None):
+    """Another pipeline over the same transformer, with a scheduler of its own."""
+    components = {**pipe.components, "scheduler": scheduler or copy.deepcopy(pipe.scheduler)}
+    other = (kind or type(pipe))(**components)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def alone(method, params, **call):
+    """What a call gives on a fresh accelerated pipeline."""
+    pipe = make_pipe()
+    with hasten.accelerate(pipe, method, interval=4, **params):
+        return draw(pipe, **call)
+
+
+def at(step, act):
+    """A callback that acts after a step."""
+
+    def callback(_pipe, index, _timestep, kwargs):
+        if index == step:
+            act()
+        return kwargs
+
+    return callback
+
+
+def cancel():
+    raise Cancelled
+
+
+@pytest.mark.parametrize(("method", "params"), METHODS)
+def test_two_pipelines_over_one_transformer_are_as_if_alone(method, params):
+    pipe = make_pipe()
+    other = sharing(pipe)
+    first, second = alone(method, params, **A), alone(method, params, **B)
+    with hasten.accelerate(pipe, method, interval=4, **params):
+        assert torch.equal(draw(pipe, **A), first)
+        assert torch.equal(draw(other, **B), second)
+        assert torch.equal(draw(pipe, **A), first)
+
+
+@pytest.mark.parametrize(("method", "params"), METHODS)
+@pytest.mark.parametrize("step", [0, 1, 6])
+def test_a_cancelled_call_leaves_nothing_to_any_pipeline(method, params, step):
+    pipe = make_pipe()
+    other = sharing(pipe)
+    second = alone(method, params, **B)
+    with hasten.accelerate(pipe, method, interval=4, **params) as run:
+        for caller in (other, pipe, other):
+            with pytest.raises(Cancelled):
+                draw(caller, **A, callback_on_step_end=at(step, cancel))
+            assert torch.equal(draw(caller, **B), second)
+        assert not run.engines["transformer"].runs.under_way
+
+
+@pytest.mark.parametrize(("method", "params"), METHODS)
+@pytest.mark.parametrize("steps", [12, 9])
+def test_a_call_inside_another_is_as_if_alone(method, params, steps):
+    """A callback draws a preview, of another prompt, size or number of steps, on the same transformer."""
+    pipe = make_pipe()
+    other = sharing(pipe)
+    outer = alone(method, params, **A)
+    inner = alone(method, params, **B, steps=steps, height=64)
+    seen = []
+    preview = at(5, lambda: seen.append(draw(other, **B, steps=steps, height=64)))
+    with hasten.accelerate(pipe, method, interval=4, **params):
+        assert torch.equal(draw(pipe, **A, callback_on_step_end=preview), outer)
+        assert torch.equal(seen[0], inner)
+        with pytest.raises(Cancelled):  # the inner one is cancelled, the outer one goes on
+            draw(other, **B, callback_on_step_end=at(3, cancel))
+        assert torch.equal(draw(pipe, **A, callback_on_step_end=preview), outer)
+
+
+@pytest.mark.parametrize(("method", "params"), METHODS)
+def test_threads_over_one_transformer_are_as_if_alone(method, params):
+    """Guided, so that the names of their passes interleave; proxies of one must not be seen by another."""
+    pipe = make_pipe()
+    callers = [pipe, sharing(pipe), sharing(pipe)]
+    calls = [{**A}, {**B}, {"prompt": "banana", "seed": 2}]
+    calls = [{**call, "true_cfg_scale": 3.0, "negative_prompt": "cat"} for call in calls]
+    expected = [alone(method, params, **call) for call in calls]
+    got, failed, start = {}, [], threading.Barrier(3)
+
+    def work(i):
+        try:
+            start.wait()
+            got[i] = [draw(callers[i], **calls[i]) for _ in range(2)]
+        except Exception as error:
+            failed.append(error)
+
+    with hasten.accelerate(pipe, method, interval=4, **params):
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    for i, right in enumerate(expected):
+        assert all(torch.equal(latents, right) for latents in got[i])
+
+
+class Heun(FlowMatchHeunDiscreteScheduler):
+    """The pipeline tells its scheduler the shift and the levels, which this one makes on its own."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
+        super().set_timesteps(num_inference_steps or len(sigmas), device)
+
+
+def test_another_scheduler_and_another_task_over_one_transformer():
+    """An image-to-image call that begins in the middle, and a sampler with two evaluations per step."""
+    pipe = make_pipe()
+    image = {"image": randn(1, 12, 16, 16), "strength": 0.6, "steps": 20}
+    others = [(sharing(pipe, FluxImg2ImgPipeline), image), (sharing(pipe, scheduler=Heun()), {"steps": 6})]
+    fresh = make_pipe()
+    for other, call in others:
+        twin = sharing(fresh, type(other), copy.deepcopy(other.scheduler))
+        with hasten.accelerate(twin, "taylorseer", interval=4):
+            right = draw(twin, **call)
+        with hasten.accelerate(pipe, "taylorseer", interval=4) as run:
+            first = draw(pipe, **A)
+            assert torch.equal(draw(other, **call), right)
+            assert torch.equal(draw(pipe, **A), first)
+            counts = [max(r.step for r in run.records if r.run == number) + 1 for number in (0, 1, 2)]
+        assert counts == [12, 12 if "image" in call else 11, 12]
+
+
+@pytest.mark.parametrize("step", [0, 1, 5])
+@pytest.mark.parametrize("site", ["hidden", "output"])
+def test_a_bare_transformer_whose_pipeline_was_cancelled(site, step):
+    pipe = make_pipe()
+    with hasten.accelerate(pipe.transformer, "hicache", interval=4, site=site):
+        fresh = draw(pipe, **B)
+        with pytest.raises(Cancelled):
+            draw(pipe, **A, callback_on_step_end=at(step, cancel))
+        assert torch.equal(draw(pipe, **B), fresh)
+    image = sharing(pipe, FluxImg2ImgPipeline)
+    call = {"image": randn(1, 12, 16, 16), "strength": 0.5, "steps": 20}
+    with hasten.accelerate(image.transformer, "hicache", interval=4, site=site):
+        fresh = draw(image, **call)
+        with pytest.raises(Cancelled):  # and the next call begins at a time where this one would have gone on
+            draw(pipe, **A, callback_on_step_end=at(step, cancel))
+        assert torch.equal(draw(image, **call), fresh)
+
+
+def test_a_bare_transformer_in_a_pipeline_knows_its_steps():
+    pipe = make_pipe()
+    with hasten.accelerate(pipe.transformer, "taylorseer", interval=4, schedule="even") as run:
+        draw(pipe)
+    assert [r.step for r in run.records if r.computed][-1] == 11
+
+
+# --- long video, each section with copies of the scheduler
+
+
+def forcing():
+    torch.manual_seed(0)
+    model = diffusers.SkyReelsV2Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=4,
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = SkyReelsV2DiffusionForcingPipeline(None, None, model, None, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def long_film(pipe, **kwargs):
+    size = {"height": 64, "width": 64, "num_frames": 29, "base_num_frames": 17, "overlap_history": 5}
+    text = {"prompt": None, "prompt_embeds": randn(1, 5, 32), "negative_prompt_embeds": randn(1, 5, 32, seed=1)}
+    torch.manual_seed(5)  # the pipeline draws noise for the overlap from the global generator
+    return pipe(
+        **{**size, **text, **kwargs},
+        num_inference_steps=12,
+        guidance_scale=2.0,
+        addnoise_condition=20,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).frames
+
+
+@pytest.mark.parametrize("asynchronous", [{}, {"ar_step": 3, "causal_block_size": 1}])
+@pytest.mark.parametrize("site", ["hidden", "output"])
+def test_sections_of_a_long_video_are_runs_of_their_own(asynchronous, site):
+    pipe = forcing()
+    plain = long_film(pipe, **asynchronous)
+    with hasten.accelerate(pipe, "taylorseer", interval=1, site=site):
+        assert torch.equal(long_film(pipe, **asynchronous), plain)
+    with hasten.accelerate(pipe, "taylorseer", interval=3, site=site) as run:
+        film = long_film(pipe, **asynchronous)
+        records = [r for r in run.records if r.pass_name == run.records[0].pass_name]
+        assert torch.equal(long_film(pipe, **asynchronous), film)
+    assert len({r.run for r in records}) == 2
+    for number in (0, 1):
+        section = [r for r in records if r.run == number]
+        count = len(section)
+        assert [r.step for r in section] == list(range(count))
+        assert [r.step for r in section if r.computed] == computed_steps(Uniform(3, 3), count)
+    assert (film - plain).norm() < 0.2 * plain.norm()
+
+
+# --- nothing is left
+
+
+@pytest.mark.parametrize("method", ["taylorseer", "fbcache", "teacache", "easycache", "speca", "reuse"])
+def test_nothing_is_held_when_the_vae_decodes(method):
+    """Features and what gates keep go with the last pass of the last step, at the peak of memory."""
+    pipe = make_pipe()
+    held = []
+    with hasten.accelerate(pipe, method, interval=4) as run:
+        (engine,) = run.engines.values()
+        decode = pipe.vae.decode
+        pipe.vae.decode = lambda *args, **kwargs: (
+            held.append([(r.state.held, len(r.state.memories)) for r in engine.runs.under_way]),
+            decode(*args, **kwargs),
+        )[1]
+        draw(pipe, output_type="pt", true_cfg_scale=3.0, negative_prompt="cat")
+        assert run.summary().cache_bytes > 0
+    assert held == [[(0, 0)]]
+
+
+def test_memory_of_many_calls_is_that_of_the_latest():
+    from hasten.pipeline.records import KEPT
+
+    pipe = make_pipe()
+    with hasten.accelerate(pipe, "taylorseer", warmup=1, interval=2) as run:
+        (engine,) = run.engines.values()
+        for _ in range(KEPT + 3):
+            draw(pipe, 2)
+        assert len(run.records) == 2 * KEPT
+        assert run.records[0].run == 3
+        assert run.summary(0).steps == 2
+        assert not engine.runs.under_way
+
+
+@pytest.mark.parametrize("removed", [True, False])
+@pytest.mark.parametrize("site", ["hidden", "output", "module"])
+def test_model_and_pipeline_can_go(site, removed):
+    """A removed handle lets go of them; without removal they go together with it."""
+    pipe = make_pipe()
+    run = hasten.accelerate(pipe, "taylorseer", interval=3, site=site)
+    draw(pipe, 4)
+    gone = [weakref.ref(pipe), weakref.ref(pipe.transformer), weakref.ref(pipe.transformer.transformer_blocks[0])]
+    if removed:
+        run.remove()
+    else:
+        del run
+    del pipe
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
+    if removed:
+        assert len(run.records) == 4
+        assert run.summary().steps == 4
+
+
+def test_the_schedulers_count_spares_reading_the_device():
+    """From the third step on nothing is read: a timestep on `meta` has no value that could be."""
+    from hasten.pipeline.runs import Runs
+    from test_steps import LATENTS, pipe
+
+    log, runs = [], Runs(torch.nn.Identity())
+
+    def forward(t):
+        t = t if len(log) < 2 else t.to("meta")
+        log.append(runs.label(t, LATENTS)[1])
+
+    caller = pipe(FlowMatchEulerDiscreteScheduler)
+    caller(forward, 8)
+    assert [info.step for info in log] == list(range(8))
+    assert [info.timestep for info in log] == pytest.approx(caller.scheduler.timesteps.tolist())
+    assert log[-1].last
