@@ -1,4 +1,4 @@
-"""A run belongs to the pipeline call that it happens in: shared transformers, nested and threaded calls, cancelled ones,
+"""A run belongs to the pipeline call that it happens in: shared transformers, calls nested, threaded and cancelled,
 sections of long videos. Each of them gives what it gives on a fresh pipeline."""
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def accelerate(target: Any, *methods: Any, replace: bool = False, **params: Any)
         methods: a method's name or object, such as `"hicache"` or `hasten.HiCache(interval=7)`; or a caching method and
             one with stages, `hasten.DVG(), hasten.FoCa(interval=3)`: the cache then starts again in each stage. Without
             a method it is HiCache with its uniform schedule: the conservative choice, which guidance does not break.
-        replace: take away an acceleration that is there already, once the new one is known to fit.
+        replace: take away an acceleration that is there already; a caching method that does not fit leaves it.
         params: parameters of a single method; common ones of caches are `interval`, `warmup`, `site` and `steps`.
 
     Returns:

@@ -19,7 +19,6 @@ from types import MethodType
 from typing import Any, ClassVar
 
 import torch
-from diffusers.hooks import ModelHook
 from torch import nn
 
 from hasten.errors import AlreadyAcceleratedError, CopyError, HastenWarning
@@ -30,7 +29,6 @@ __all__ = [
     "Remove",
     "attach",
     "compiled_whole",
-    "hook_forward",
     "hooks_on",
     "pass_name",
     "wrap_step",
@@ -218,26 +216,6 @@ def compiled_whole(module: Any) -> bool:
     """Whether `module.compile()` was called on a module, which hooks make of no use."""
     calls = module.__dict__.get(_KEY)
     return getattr(module, "_compiled_call_impl", None) is not None if calls is None else calls.compiled
-
-
-class _Around(Hook):
-    """A diffusers hook of which `pre_forward` and `post_forward` are used."""
-
-    level = 1
-
-    def __init__(self, hook: ModelHook, kind: str) -> None:
-        self._hook = hook
-        self.kind = kind  # type: ignore[misc]
-
-    def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a call, between the hook's two methods."""
-        args, kwargs = self._hook.pre_forward(module, *args, **kwargs)
-        return self._hook.post_forward(module, forward(*args, **kwargs))
-
-
-def hook_forward(module: Any, hook: ModelHook, name: str) -> Remove:
-    """Put a diffusers hook around the calls of a module, outside of a cache; returns what takes it away."""
-    return attach(module, _Around(hook, name))
 
 
 class _WrappedStep:
