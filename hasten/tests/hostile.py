@@ -20,6 +20,7 @@ from typing import Any
 import hasten
 import numpy as np
 import torch
+from hasten.caching import computed_steps
 from hasten.caching.calibrated import gram_of
 from hasten.caching.components import FeatureKey
 from hasten.caching.method import SEARCHED
@@ -141,8 +142,9 @@ def _used(build: Callable[[Path], Any]) -> Callable[[Path], str]:
 
 
 def _weights(method: Any) -> list[Any]:
+    past = [step for step in reversed(computed_steps(method.plan(), STEPS)) if step < 5]
     parts = method.components(FeatureKey("cond"))
-    return [predictor.weights(5, [4, 2, 0]) for predictor in parts.predictors.values()]
+    return [predictor.weights(5, past[: predictor.memory]) for predictor in parts.predictors.values()]
 
 
 def _leap_tables() -> dict[str, Any]:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from hasten.bench.token_plots import plot_sizes
+from hasten.bench.video import write_video
 from hasten.errors import CalibrationError, ConfigError, FileError, HastenError, ModelError
 from hasten.io import (
     Array,
@@ -34,6 +36,7 @@ from hasten.io import (
     write_record,
     write_tensors,
 )
+from hasten.tokens import flat_map
 from hostile import SPECIMEN_NAMES, specimens
 from matplotlib.figure import Figure
 from PIL import Image
@@ -182,19 +185,36 @@ def _figure(file: Any) -> None:
     figure.savefig(file, format="png")
 
 
+def _video(suffix: str) -> Any:
+    def make(path: Path) -> Path:
+        if suffix == ".mp4":
+            pytest.importorskip("imageio_ffmpeg")
+        return write_video(torch.rand(4, 3, 32, 32), path.with_suffix(suffix))
+
+    return make
+
+
 OTHERS = {
     "array": lambda file: np.save(file, np.arange(9_000)),
     "weights": lambda file: torch.save({"w": torch.ones(9_000)}, file),
     "image": lambda file: Image.effect_noise((128, 128), 64).save(file, format="png"),
     "figure": _figure,
 }
+PATHS = {
+    "webp": _video(".webp"),
+    "gif": _video(".gif"),
+    "mp4": _video(".mp4"),
+    "plot": lambda path: plot_sizes({"one": flat_map(9)}, path.with_suffix(".png")),
+}
 
 
-@pytest.mark.parametrize("name", [*SPECIMEN_NAMES, *OTHERS])
+@pytest.mark.parametrize("name", [*SPECIMEN_NAMES, *OTHERS, *PATHS])
 def test_a_full_disk_leaves_the_old_file_and_one_line(small_disk: Path, name: str) -> None:
     def make(folder: Path) -> object:
         if name in OTHERS:
             return write_atomically(folder / "file", OTHERS[name])
+        if name in PATHS:
+            return PATHS[name](folder / "file")
         return specimens()[name].make(folder)
 
     folder = small_disk / "work"

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from hasten.errors import ConfigError, ModelError
+from hasten.io import write_atomically
 from torch import Tensor, nn
 
 __all__ = ["Fit", "Level", "Rates", "averaged", "logit_normal_times", "run", "save_half"]
@@ -196,6 +197,4 @@ def run(
 
 
 def _save(fit: Fit, checkpoint: Path) -> None:
-    """Whole or not at all."""
-    torch.save(fit.state(), checkpoint.with_suffix(".tmp"))
-    os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+    write_atomically(checkpoint, partial(torch.save, fit.state()))

@@ -19,6 +19,7 @@ from hasten.bench.row import Baseline, Row
 from hasten.bench.sampling import Sample
 from hasten.bench.sheet import film_strip, to_pil
 from hasten.bench.subject import Subject
+from hasten.io import write_atomically
 
 __all__ = [
     "Measurement",
@@ -144,8 +145,8 @@ def _errors(sample: Sample, reference: Sample) -> list[float] | None:
 
 def save_image(sample: Sample, path: Path) -> None:
     """Write an image as PNG; of a clip, a few frames in a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (to_pil if sample.image.ndim == 3 else film_strip)(sample.image).save(path)
+    image = (to_pil if sample.image.ndim == 3 else film_strip)(sample.image)
+    write_atomically(path, lambda file: image.save(file, format="png"))
 
 
 def image_name(arm: Arm) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import dendrogram
 
 from hasten.errors import ConfigError
+from hasten.io import write_atomically
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.tree import SemanticTree
 
@@ -121,6 +122,4 @@ def plot_curves(curves: Curves, measures: Mapping[str, str], path: str | Path) -
 
 def _saved(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    return path
+    return write_atomically(path, lambda file: figure.savefig(file, dpi=140, format=path.suffix[1:] or "png"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from hasten.errors import ConfigError
+from hasten.io import write_atomically
 
 __all__ = ["best_suffix", "side_by_side", "write_video"]
 
@@ -94,7 +97,6 @@ def write_video(video: Tensor, path: str | Path, fps: int = 12, enlarge: int = 1
         raise ConfigError(
             "writing mp4 needs imageio-ffmpeg; pip install 'hasten[video]', or take a path that ends in .webp or .gif"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     large = interpolate(video.detach().float().cpu().clamp(0, 1), scale_factor=enlarge, mode="nearest")
     frames = (large * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
     if path.suffix == ".mp4":
@@ -102,15 +104,18 @@ def write_video(video: Tensor, path: str | Path, fps: int = 12, enlarge: int = 1
         return path
     first, *others = [Image.fromarray(frame) for frame in frames]
     # "lossless" means something to webp only; gif passes it over.
-    first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, lossless=True)
-    return path
+    save = partial(first.save, format=path.suffix[1:], save_all=True, append_images=others, lossless=True)
+    return write_atomically(path, lambda file: save(file, duration=round(1000 / fps), loop=0))
 
 
 def _write_mp4(frames: list[bytes], size: tuple[int, int], path: Path, fps: int) -> None:
     import imageio_ffmpeg
 
-    writer = imageio_ffmpeg.write_frames(str(path), size, fps=fps, macro_block_size=2)
-    writer.send(None)
-    for frame in frames:
-        writer.send(frame)
-    writer.close()
+    with tempfile.TemporaryDirectory() as scratch:  # ffmpeg writes in place
+        whole = Path(scratch) / "video.mp4"
+        writer = imageio_ffmpeg.write_frames(str(whole), size, fps=fps, macro_block_size=2)
+        writer.send(None)
+        for frame in frames:
+            writer.send(frame)
+        writer.close()
+        write_atomically(path, whole.read_bytes())

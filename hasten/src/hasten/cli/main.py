@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from hasten.cli import stream as cli_stream
 from hasten.cli import tokens as cli_tokens
 from hasten.cli.common import BAR, ModelName, Seed, command_line, console, names, numbers, own_prompts, show_result
 from hasten.errors import HastenError
+from hasten.io import write_atomically
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -125,7 +127,8 @@ def demo(
     show_result(result)
     for count in result.groups():
         path = out / f"contact_sheet_{count}.png"
-        bench_sheet(result, out, count).save(path)
+        sheet = bench_sheet(result, out, count)
+        write_atomically(path, partial(sheet.save, format="png"))
         console.print(f"contact sheet: [bold]{path}[/bold]")
     console.print(f"report:        [bold]{render_report(result_file, out / 'report.html')}[/bold]")
 

@@ -216,7 +216,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
         content = read_json(Path(json_file), CONFIG, CalibrationError, REMEDY)
-        if not isinstance(content, dict) or not isinstance(content.get("digest"), str):
+        texts = ("digest", "_class_name", "_diffusers_version")
+        if not isinstance(content, dict) or not all(isinstance(content.get(name), str) for name in texts):
             raise CalibrationError(f"{json_file}: no LeapScheduler that hasten 0.2 or later saved. {REMEDY}")
         return content
 

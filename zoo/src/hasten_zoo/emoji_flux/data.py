@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hasten.io import write_atomically
 from PIL import Image
 from torch import Tensor
 
@@ -101,7 +102,7 @@ def prepare(images_tgz: Path, names_tgz: Path, out: Path = HERE) -> int:
         atlas[y * RESOLUTION : (y + 1) * RESOLUTION, x * RESOLUTION : (x + 1) * RESOLUTION] = tile
     Image.fromarray(atlas).save(out / "training_set.png", optimize=True)
     source = "@lobehub/fluent-emoji-3d 1.1.0 (MIT, images by Microsoft), emoji-datasource 16.0.0 (MIT, names)"
-    (out / "training_set.json").write_text(json.dumps({"source": source, "captions": captions}, indent=1) + "\n")
+    write_atomically(out / "training_set.json", json.dumps({"source": source, "captions": captions}, indent=1) + "\n")
     return len(captions)
 
 

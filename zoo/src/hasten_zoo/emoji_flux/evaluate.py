@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
 from hasten.bench.metrics import psnr
 from hasten.bench.sheet import image_grid
+from hasten.io import write_atomically
 from rich.progress import track
 
 from hasten_zoo.emoji_flux import WEIGHTS, load_emoji_flux, nearest_captions
@@ -49,8 +51,9 @@ def evaluate(weights: Path, prompts: int, steps: int, seed: int, out: Path) -> d
             ],
         }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    image_grid(images, columns=10).save(out / "contact_sheet.png", optimize=True)
+    write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    sheet = image_grid(images, columns=10)
+    write_atomically(out / "contact_sheet.png", partial(sheet.save, format="png", optimize=True))
     return result
 
 

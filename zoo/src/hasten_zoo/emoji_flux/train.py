@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
+from hasten.io import write_atomically
 from torch import Tensor, nn
 
 from hasten_zoo.emoji_flux.data import load_emoji_set
@@ -184,12 +185,12 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint = args.out / "checkpoint.pt"
     if args.export:
-        export(torch.load(checkpoint, weights_only=False), args.export)
+        export(torch.load(checkpoint, weights_only=True), args.export)
         return
     args.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(Recipe(coarse=args.coarse, fine=args.fine))
     if checkpoint.exists():
-        trainer.restore(torch.load(checkpoint, weights_only=False))
+        trainer.restore(torch.load(checkpoint, weights_only=True))
     log, started, saved = args.out / "log.jsonl", time.monotonic(), time.monotonic()
     running: dict[int, list[float]] = {32: [], 64: []}
     while not trainer.done:
@@ -203,8 +204,7 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
             running = {32: [], 64: []}
         if trainer.done or time.monotonic() - saved > 60 * args.checkpoint_minutes:
-            torch.save(trainer.state(), checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            write_atomically(checkpoint, partial(torch.save, trainer.state()))
             saved = time.monotonic()
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
 from hasten.bench.metrics import psnr
 from hasten.bench.sheet import image_grid
 from hasten.bench.subject import Edit, Subject
+from hasten.io import write_atomically
 from torch import Tensor
 from torch.nn import functional
 
@@ -65,10 +67,11 @@ def evaluate(
             "failed": [prompt for ok, prompt in zip(done, prompts, strict=True) if not ok],
         }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
     sources = functional.avg_pool2d(torch.stack([edit.source for edit in chosen]), 64 // sides[-1])
     triples = torch.stack([sources, targets, images], 1).flatten(0, 1)
-    image_grid(triples, columns=12).save(out / "contact_sheet.png", optimize=True)
+    sheet = image_grid(triples, columns=12)
+    write_atomically(out / "contact_sheet.png", partial(sheet.save, format="png", optimize=True))
     return result
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from hasten.io import write_atomically
 
 from hasten_zoo.emoji_tokens.data import TRAIN, images
 from hasten_zoo.emoji_tokens.tokenizer import TokenizerConfig, VQTokenizer
@@ -68,8 +70,7 @@ def train(out: Path, steps: int, minutes: float, batch: int, config: TokenizerCo
                 "optimizer": optimizer.state_dict(),
                 "steps": done,
             }
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            write_atomically(checkpoint, partial(torch.save, state))
             if time.monotonic() - started > 60 * minutes:
                 break
     if done >= steps:

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 from hasten.errors import ConfigError, ModelError
+from hasten.io import write_atomically
 from hasten.streaming.attention import Backend
 from hasten.streaming.cache import undo_rotation
 from hasten.streaming.policy import KVStream, StreamingMethod
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -276,9 +277,9 @@ def new_stream(model: CausalVideoTransformer, method: StreamingMethod, backend: 
 
 def save_model(model: CausalVideoTransformer, folder: Path) -> None:
     """Write `config.json` and half-precision `model.safetensors`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(model.config), indent=1), encoding="utf-8")
-    save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    write_atomically(folder / "config.json", json.dumps(asdict(model.config), indent=1))
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    write_atomically(folder / "model.safetensors", save(weights))
 
 
 def load_model(folder: Path) -> CausalVideoTransformer:
