@@ -110,6 +110,10 @@ class _Position:
     steps: int
     cpu_seconds: float
 
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.cpu_seconds < 0:
+            raise ValueError("steps and seconds count from 0")
+
 
 CHECKPOINT = "checkpoint.safetensors"
 KIND = Kind("checkpoint of a token model", _Position, ModelError, "Train again in another folder.", 64 << 30)
@@ -242,6 +246,10 @@ class Trainer:
             expected |= {f"optimizer/{i}/{name}": size if name != "step" else torch.Size([]) for name in MOMENTS}
         if {name: array.shape for name, array in arrays.items()} != expected:
             raise ModelError(f"{path}: its tensors are not those of this model. {KIND.remedy}")
+        for name, array in arrays.items():
+            wrong = not np.isfinite(array).all() or (name.endswith("/exp_avg_sq") and array.min() < 0)
+            if wrong or (name.endswith("/step") and array != position.steps):
+                raise ModelError(f"{path}: {name!r} has a value that no training leaves. {KIND.remedy}")
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         self.plain.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model/")})
         if position.steps:
