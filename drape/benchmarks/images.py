@@ -1,13 +1,14 @@
-"""The images of drape/docs/drape.md, from drape/benchmarks/bench.json and the textures in the folder of `drape bench`.
+"""The images of drape/docs/drape.md.
 
-python drape/benchmarks/images.py out/drape-bench
+python drape/benchmarks/images.py                     walks.png, a sheet of walks
+python drape/benchmarks/images.py out/drape-bench     the others too, from bench.json and the folder of `drape bench`
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ from drape.controls import control, load_images
 from drape.gamut import Gamut
 from drape.io import write_atomically, write_text
 from drape.plots import azimuth_svg, curve_svg
-from drape.scene.cloth import ENGINES
-from drape.walks import TEST, TRAIN, scenes
+from drape.scene.scene import Scene
+from drape.walks import TEST, Walk, scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 SIDE, COLUMNS, MARGIN = 208, 5, 26
+SHOWN = (0, 1, 2, 3, 4, 5)  # of the held-out walks
 ROWS = {"plain": "plain clothes", "sequence-0": "worst-case clothes"}
 
 
@@ -41,40 +43,48 @@ def strip(frames: torch.Tensor, boxes: list[list[float] | None], crop: tuple[int
     return image
 
 
-def cloth_sheet(textures: dict[str, torch.Tensor]) -> Image.Image:
-    """The same frames of a walk with the garments of each engine, one row each."""
-    sheet = Image.new("RGB", (SIDE * COLUMNS, SIDE * len(ENGINES)))
-    for row, engine in enumerate(ENGINES):
-        walk = scenes(TRAIN[:1], 16, 416, engine)[0]
-        low, high = walk.buffers.boxes[:, :2].amin(dim=0), walk.buffers.boxes[:, 2:].amax(dim=0)
-        (x0, y0), side = (int(v) for v in low), int((high - low).max())
-        frames = walk.render(textures, list(range(1, 3 * COLUMNS, 3)))
-        sheet.paste(strip(frames, [None] * COLUMNS, (x0, y0, x0 + side, y0 + side)), (0, SIDE * row))
-    return sheet
-
-
-def main(work: Path) -> None:
-    found = json.loads((ROOT / "benchmarks" / "bench.json").read_text(encoding="utf-8"))
-    spec = found["about"]["spec"]
-    walk = scenes(TEST[:1], spec["frames"], spec["size"])[0]
+def around(walk: Scene) -> tuple[int, int, int, int]:
+    """The square that a person fills over the walk, with a margin."""
     low, high = walk.buffers.boxes[:, :2].amin(dim=0), walk.buffers.boxes[:, 2:].amax(dim=0)
     middle, half = (low + high) / 2, float((high - low).max()) / 2 + MARGIN
     x0, y0 = (int(v) for v in middle - half)
-    crop = (x0, y0, x0 + int(2 * half), y0 + int(2 * half))
+    return x0, y0, x0 + int(2 * half), y0 + int(2 * half)
+
+
+def walks_sheet(walks: Sequence[Walk], clothes: dict[str, torch.Tensor], fps: float, size: int) -> Image.Image:
+    """Five frames of each walk, one row per walk."""
+    sheet = Image.new("RGB", (SIDE * COLUMNS, SIDE * len(walks)))
+    for row, scene in enumerate(scenes(walks, fps, size)):
+        chosen = np.linspace(0, scene.buffers.frames - 1, COLUMNS).round().astype(int).tolist()
+        frames = scene.render(clothes, chosen)
+        sheet.paste(strip(frames, [None] * COLUMNS, (0, 0, size, size)), (0, SIDE * row))
+    return sheet
+
+
+def main(work: Path | None) -> None:
+    plain = control("plain", Gamut.proxy())
+    shown = walks_sheet([TEST[number] for number in SHOWN], plain, 1.0, 416)
+    write_atomically(IMAGES / "walks.png", lambda target: shown.save(target, optimize=True))
+    if work is not None:
+        from_bench(work, plain)
+
+
+def from_bench(work: Path, plain: dict[str, torch.Tensor]) -> None:
+    """The first held-out walk with boxes, and the curves."""
+    found = json.loads((ROOT / "benchmarks" / "bench.json").read_text(encoding="utf-8"))
+    spec = found["about"]["spec"]
+    walk = scenes(TEST[:1], spec["fps"], spec["size"])[0]
+    crop = around(walk)
     textures = {
-        "plain": control("plain", Gamut.proxy()),
+        "plain": plain,
         "sequence-0": load_images(work / "sequence-0.npz"),
     }
-    chosen = np.linspace(0, spec["frames"] - 1, COLUMNS).round().astype(int).tolist()
+    chosen = np.linspace(0, walk.buffers.frames - 1, COLUMNS).round().astype(int).tolist()
     sheet = Image.new("RGB", (SIDE * COLUMNS, SIDE * len(ROWS)))
     for row, name in enumerate(ROWS):
         boxes = [found["video"][name][t] for t in chosen]
         sheet.paste(strip(walk.render(textures[name], chosen), boxes, crop), (0, SIDE * row))
     write_atomically(IMAGES / "walk.png", lambda target: sheet.save(target, optimize=True))
-
-    if importlib.util.find_spec("newton") is not None:  # an extra; the image stays as it is without
-        cloth = cloth_sheet(textures["plain"])
-        write_atomically(IMAGES / "cloth.png", lambda target: cloth.save(target, optimize=True))
 
     lines = {title: found["results"][name]["curves"][walk.label] for name, title in ROWS.items()}
     for defence, title in {
@@ -89,6 +99,4 @@ def main(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python drape/benchmarks/images.py FOLDER, the --work folder of drape bench")
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -1,4 +1,4 @@
-"""The tables of drape/docs/drape.md and drape/README.md, from drape/benchmarks/bench.json.
+"""The tables of drape/docs/drape.md, from drape/benchmarks/bench.json.
 
 python drape/benchmarks/tables.py          write them between the pages' markers
 python drape/benchmarks/tables.py --check  exit 1 if a page does not hold what the JSON file says
@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+MISSING = "Not measured yet with this edition."
 FIGURES = ROOT / "benchmarks" / "bench.json"
 DEMO = ROOT / "benchmarks" / "demo.json"
-PAGES = (ROOT / "docs" / "drape.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "drape.md",)
 BLOCK = re.compile(r"(<!-- drape (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 METRICS = {
+    "area": "area",
+    "recall": "recall",
     "sequence_success_50": "walks missed (seen in < 50 % of frames)",
     "sequence_success_10": "walks missed (seen in < 10 % of frames)",
-    "longest_run": "longest run seen, frames",
-    "recall": "recall",
+    "longest_run": "longest run seen, share of the walk",
+    "track_recall": "track recall",
 }
 
 
@@ -35,50 +38,38 @@ def lines(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in body)
 
 
+def between(value: dict[str, float], sign: str = "") -> str:
+    """A mean and its interval."""
+    return f"{value['mean']:{sign}.2f} ({value['low']:{sign}.2f} to {value['high']:{sign}.2f})"
+
+
 def textures(found: dict[str, Any]) -> str:
-    """Controls, and the means over seeds of both ways to optimise."""
-    results = found["results"]
-    seeds = found["about"]["spec"]["seeds"]
-    groups = {name: [results[name]] for name in results if not name.startswith(("sequence-", "frames-"))}
-    for mode in ("frames", "sequence"):
-        groups[f"optimised: {mode}, {seeds} seeds"] = [results[f"{mode}-{seed}"] for seed in range(seeds)]
-    keys = ["ap50", "recall", "mean_confidence", "sequence_success_50", "sequence_success_10"]
-    keys += ["longest_run", "track_recall"]
-    rows = [
-        [name, *(number(sum(row[key] for row in group) / len(group)) for key in keys)] for name, group in groups.items()
-    ]
-    head = [
-        "clothes",
-        "AP50",
-        "recall",
-        "confidence",
-        "missed (< 50 %)",
-        "missed (< 10 %)",
-        "longest run",
-        "track recall",
-    ]
-    return lines(head, rows)
+    """Controls and modes of optimisation with their intervals, and how many walks have more than one verdict."""
+    rows = [[name, *(between(group[key]) for key in METRICS)] for name, group in found["intervals"].items()]
+    undecided = f"On {found['undecided_walks']:.0%} of the walks the verdict depends on the texture."
+    return lines(["clothes", *METRICS.values()], rows) + "\n\n" + undecided
 
 
-def compared(table: dict[str, Any]) -> str:
-    """Each seed of both modes."""
+def compared(tables: dict[str, Any]) -> str:
+    """The gain of sequences over each baseline."""
     rows = []
-    for key, title in METRICS.items():
-        row = table[key]
-        each = [" / ".join(number(v) for v in row[mode]) for mode in ("frames", "sequence")]
-        gain = f"{row['gain_of_sequence']:+.2f}"
-        rows.append([title, *each, gain, f"{row['seeds_won']} : {row['seeds_lost']}"])
-    return lines(["", "frames, by seed", "sequence, by seed", "gain of sequence", "seeds won : lost"], rows)
+    for baseline, table in tables.items():
+        for key, title in METRICS.items():
+            row = table[key]
+            means = [between(row["mean"][mode]) for mode in (baseline, "sequence")]
+            won = f"{row['seeds_won']} : {row['seeds_lost']}"
+            rows.append([f"{baseline}: {title}", *means, between(row["gain_of_sequence"], "+"), won])
+    return lines(["baseline: measure", "baseline", "sequence", "gain of sequence", "seeds won : lost"], rows)
 
 
 def comparison(found: dict[str, Any]) -> str:
-    """Both modes without a defence."""
-    return compared(found["sequence_against_frames"])
+    """Without a defence."""
+    return compared(found["sequence_against"])
 
 
 def tracked(found: dict[str, Any]) -> str:
-    """Both modes behind aggregation over time; the one over sequences knew of it."""
-    return compared(found["sequence_against_frames_behind_aggregation"])
+    """Behind aggregation over time; the one over sequences knew of it."""
+    return compared(found["behind_aggregation"])
 
 
 def transfer(found: dict[str, Any]) -> str:
@@ -119,8 +110,8 @@ def seeds(found: dict[str, Any]) -> str:
     clean = found["results"]["plain"]["recall"]
     rows = [["none", *map(number, bare), number(None)]]
     for name, values in found["defended_by_seed"].items():
-        restored = sum(values) - sum(bare)
-        rows.append([name, *map(number, values), number(restored / (clean * count - sum(bare)))])
+        restored, lost = sum(values) - sum(bare), clean * count - sum(bare)
+        rows.append([name, *map(number, values), number(restored / lost if abs(lost) > 1e-9 else None)])
     return lines(["defence", *(f"seed {seed}" for seed in range(count)), "lost recall restored, all seeds"], rows)
 
 
@@ -155,24 +146,24 @@ def conditions(found: dict[str, Any]) -> str:
     """How the figures came about, in a sentence."""
     about, spec = found["about"], found["about"]["spec"]
     seconds, photo = about["processor_seconds"], found["photograph_score"]
-    each = [seconds[f"{mode}-{seed}"] for mode in ("sequence", "frames") for seed in range(spec["seeds"])]
-    passes = [about["passes"][f"{mode}-0"] for mode in ("sequence", "frames")]
+    each = [seconds[f"{mode}-{seed}"] for mode in ("sequence", "frames", "static") for seed in range(spec["seeds"])]
+    frames, steps = about["passes"]["sequence-0"], f"{spec['steps']} steps"
     return (
         f"{spec['detector']} attacked and defended; {', '.join(spec['others'])} in no optimisation. "
-        f"{spec['walks']} held-out walks of {spec['frames']} frames at {spec['size']} px, {spec['seeds']} seeds, "
-        f"{spec['steps']} steps ({passes[0]} passes through the detector in mode sequence, {passes[1]} in mode "
-        "frames); "
-        f"weighting {spec['weighting']} of {spec['window']} frames; fine-tuning in {spec['rounds']} rounds of "
-        f"{spec['harden_steps']} steps. drape {about['drape']}, torch {about['torch']}; "
-        f"an optimisation took {sum(each) / len(each):.0f} seconds of one processor, "
-        f"fine-tuning {seconds['harden']:.0f}. "
-        f"Score of a photograph of a person that no step has seen: {number(photo['before'])} before fine-tuning, "
-        f"{number(photo['hardened'])} after."
+        f"{spec['train']} training walks, {spec['walks']} held-out ones of 4 to 8 s, {spec['fps']:g} frames per second "
+        f"and {spec['size']} px, {spec['seeds']} seeds, {steps} ({frames['backward']} frames with a gradient in every "
+        f"mode, {frames['forward']} more without in mode sequence); weighting {spec['weighting']} of {spec['window']} "
+        f"frames; fine-tuning in {spec['rounds']} rounds of {spec['harden_steps']} steps. drape {about['drape']}, "
+        f"torch {about['torch']}; an optimisation took {sum(each) / len(each):.0f} seconds of one processor, "
+        f"fine-tuning {seconds['harden']:.0f}. Score of a photograph of a person that no step has seen: {number(photo['before'])} "
+        f"before fine-tuning, {number(photo['hardened'])} after."
     )
 
 
 def demo(found: dict[str, Any]) -> str:
     """How long the demo took, from the file that it wrote on an empty cache."""
+    if not DEMO.exists():
+        return MISSING
     took = json.loads(DEMO.read_text(encoding="utf-8"))
     return (
         f"From an empty cache, the download included, it took {took['seconds']:.0f} seconds "
@@ -186,20 +177,21 @@ TABLES = {
 }
 
 
-def filled(page: str, found: dict[str, Any]) -> str:
-    """The page with its tables made again; an unknown marker is refused."""
+def filled(page: str, found: dict[str, Any] | None) -> str:
+    """The page with its tables made again, or a note in their place without figures; an unknown marker is refused."""
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in TABLES:
             raise SystemExit(f"error: no table {name!r}; known: {', '.join(TABLES)}.")
-        return f"{match[1]}{TABLES[name](found)}\n{match[3]}"
+        made = MISSING if found is None else TABLES[name](found)
+        return f"{match[1]}{made}\n{match[3]}"
 
     return BLOCK.sub(fill, page)
 
 
 def main() -> None:
-    found = json.loads(FIGURES.read_text(encoding="utf-8"))
+    found = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else None
     stale = []
     for path in PAGES:
         page = path.read_text(encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 from torch import nn
 
 from drape.detectors.adapters import TorchvisionDetector, TransformersDetector, UltralyticsDetector
+from drape.detectors.registry import load_detector
 from drape.errors import DetectorError
+from drape.objective import confidence
 
 
 class Fixed(nn.Module):
@@ -110,3 +114,67 @@ def test_a_model_of_transformers_runs_with_gradients() -> None:
     with torch.no_grad():
         raw = model(pixel_values=frames)
     assert torch.allclose(found.scores, raw.logits.softmax(dim=-1)[..., 1], atol=1e-5)
+
+
+def nobody(frames: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """What torchvision gives when no frame has a box."""
+    none = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long)}
+    return [none for _ in frames]
+
+
+def test_frames_without_a_box_are_frames_without_a_person() -> None:
+    detector = TorchvisionDetector(Fixed(nobody), "frcnn", input_size=64)
+    frames = torch.rand(2, 3, 64, 64, requires_grad=True)
+    truth = torch.tensor([[8.0, 8, 40, 60]]).expand(2, 4)
+    for variant in ("max", "best", "smooth"):
+        d = confidence(detector(frames), truth, variant)
+        assert d.tolist() == [0.0, 0.0]
+        (gradient,) = torch.autograd.grad(d.sum(), frames, allow_unused=True)
+        assert gradient is None or float(gradient.abs().max()) == 0
+    assert [len(found.scores) for found in detector.detect(frames)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ([32.0, 32, 16, 32, 4.2], "logits"),
+        ([32.0, 32, 16, 32, -0.5], "logits"),
+        ([32.0, 32, 16, 32, float("nan")], "not finite"),
+        ([float("inf"), 32, 16, 32, 0.5], "not finite"),
+        ([0.5, 0.5, 0.2, 0.4, 0.5], "pixels"),
+    ],
+)
+def test_scores_and_boxes_that_cannot_be_are_refused(row: list[float], says: str) -> None:
+    raw = torch.tensor([row])[..., None]
+    detector = UltralyticsDetector(Fixed(lambda x: raw), "yolo", input_size=64)
+    with pytest.raises(DetectorError, match=says):
+        detector(torch.rand(1, 3, 64, 64))
+
+
+def test_another_class_than_the_person_is_refused() -> None:
+    model = Fixed(detr)
+    model.config = SimpleNamespace(id2label={0: "N/A", 1: "person", 2: "bicycle"})  # type: ignore[assignment]
+    TransformersDetector(model, "detr", person=1, softmax=True)
+    with pytest.raises(DetectorError, match=r"'bicycle'; the person is \[1\]"):
+        TransformersDetector(model, "detr", person=2, softmax=True)
+    with pytest.raises(DetectorError, match="classes > 9"):
+        TransformersDetector(Fixed(detr), "detr", person=9, softmax=True, input_size=64)(torch.rand(1, 3, 64, 64))
+
+
+def test_a_detector_of_ones_own_by_module_and_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_detectors_of_a_test.py").write_text(
+        "import torch\nfrom drape.detectors import Candidates, Detector\n\n"
+        "class Mine(Detector):\n    def candidates(self, images):\n"
+        "        return Candidates(torch.zeros(len(images), 1, 4), images.mean(dim=(1, 2, 3))[:, None])\n\n"
+        "def make():\n    return Mine('mine', 32)\n\ndef wrong():\n    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    detector = load_detector("own_detectors_of_a_test:make")
+    assert detector.name == "mine"
+    assert not detector.training
+    for name, says in (("wrong", "gave a int"), ("none", "cannot be used")):
+        with pytest.raises(DetectorError, match=says):
+            load_detector(f"own_detectors_of_a_test:{name}")
+    with pytest.raises(DetectorError, match="cannot be used"):
+        load_detector("no_such_module_of_anybody:make")

@@ -12,6 +12,7 @@ from drape.detectors.base import Candidates, Detection, Detector
 from drape.errors import ConfigError
 from drape.evaluate import evaluate
 from drape.scene.light import light
+from drape.scene.places import Plate
 from drape.scene.scene import Scene
 from drape.scene.sequence import Buffers
 
@@ -33,7 +34,8 @@ class Two(Detector):
 def scene(walk: Buffers) -> Scene:
     """The corner is as bright as the place is, .3."""
     boxes = torch.tensor([0.0, 0, 30, 64]).expand(4, 4)
-    return Scene("circle", replace(walk, boxes=boxes), light("overcast"), torch.full((3, 64, 64), 0.3))
+    grey = Plate(torch.full((3, 64, 64), 0.3), torch.zeros(64, 64), torch.ones(0, 64, 64))
+    return Scene("circle", replace(walk, boxes=boxes), light("overcast"), grey)
 
 
 def test_boxes_beside_the_person_are_false() -> None:

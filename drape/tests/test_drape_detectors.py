@@ -19,10 +19,10 @@ from drape.detectors.fetch import PACKAGES, fetch
 from drape.detectors.tfgraph import TFGraph, read_tfjs
 from drape.errors import AssetError, ConfigError, DetectorError, UnknownNameError
 from drape.objective import confidence
-from drape.scene.backgrounds import background, plate_from_image
-from drape.scene.light import light
+from drape.scene.backgrounds import square
 from drape.scene.render import render_frames, render_plain
-from drape.scene.sequence import SequenceSpec, build_sequence
+from drape.scene.scene import Scene
+from drape.walks import Walk, scenes
 
 CFG = """
 [net]
@@ -179,26 +179,35 @@ def real(name: str) -> Detector:
         raise
 
 
+@pytest.fixture(scope="module")
+def circle() -> Scene:
+    """A person who walks a circle in a street."""
+    walk = Walk(gait="normal", path="circle", light="overcast", place="street", seed=4, seconds=6, fov=40)
+    return scenes([walk], 1.0, 416, "skinned")[0]
+
+
+def dyed(scene: Scene, frames: list[int] | None = None) -> torch.Tensor:
+    return render_plain(scene.buffers, DYES, scene.light, scene.plate, frames)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", detectors())
-def test_real_detector_finds_a_walking_person_and_none_in_an_empty_place(name: str) -> None:
+def test_real_detector_finds_a_walking_person_and_none_in_an_empty_place(name: str, circle: Scene) -> None:
     detector = real(name)
     assert not any(p.requires_grad for p in detector.parameters())
     assert not detector.training
-    buffers = build_sequence(SequenceSpec(path="circle", frames=4, fps=3))
-    plate = background("brick", 416)
-    frames = render_plain(buffers, DYES, light("overcast"), plate)
     with torch.no_grad():
-        found = confidence(detector(frames), buffers.boxes)
+        found = confidence(detector(dyed(circle)), circle.buffers.boxes)
     assert float((found >= detector.threshold).float().mean()) >= 0.5
-    assert all(float(d.scores.max()) < detector.threshold for d in detector.detect(plate[None]) if len(d.scores))
+    empty = detector.detect(circle.plate.image[None])
+    assert all(float(d.scores.max()) < detector.threshold for d in empty if len(d.scores))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nanodet", "centernet"])
 def test_real_detector_finds_the_person_in_a_photograph(name: str) -> None:
     """scikit-image's astronaut, who fills the left two thirds of the image."""
-    photo = plate_from_image(data.astronaut(), 416)[None]
+    photo = square(data.astronaut(), 416)[None]
     found = real(name).detect(photo)[0]
     assert float(found.scores[0]) > 0.6
     assert found.boxes[0].tolist() == pytest.approx([10, 10, 300, 416], abs=20)
@@ -206,27 +215,23 @@ def test_real_detector_finds_the_person_in_a_photograph(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", detectors())
-def test_uniform_texture_gives_the_detections_of_the_untouched_render(name: str) -> None:
+def test_uniform_texture_gives_the_detections_of_the_untouched_render(name: str, circle: Scene) -> None:
     detector = real(name)
-    buffers = build_sequence(SequenceSpec(path="circle", frames=4, fps=3))
-    plate = background("gravel", 416)
     textures = {n: torch.tensor(c)[:, None, None].expand(3, 32, 48).clone() for n, c in DYES.items()}
     with torch.no_grad():
-        textured = render_frames(buffers, textures, light("sun"), plate, frames=[0, 2])
-        plain = render_plain(buffers, DYES, light("sun"), plate, frames=[0, 2])
-    for a, b in zip(detector.detect(textured), detector.detect(plain), strict=True):
+        textured = render_frames(circle.buffers, textures, circle.light, circle.plate, frames=[0, 2])
+    for a, b in zip(detector.detect(textured), detector.detect(dyed(circle, [0, 2])), strict=True):
         torch.testing.assert_close(a.scores, b.scores, atol=2e-3, rtol=0)
         torch.testing.assert_close(a.boxes, b.boxes, atol=0.2, rtol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", detectors())
-def test_gradient_through_a_real_detector_lowers_its_score(name: str) -> None:
-    detector = real(name)
-    buffers = build_sequence(SequenceSpec(path="circle", frames=4, fps=3))
-    frames = render_plain(buffers, DYES, light("overcast"), background("brick", 416), frames=[1]).requires_grad_()
-    before = confidence(detector(frames), buffers.boxes[1:2]).sum()
+def test_gradient_through_a_real_detector_lowers_its_score(name: str, circle: Scene) -> None:
+    detector, box = real(name), circle.buffers.boxes[1:2]
+    frames = dyed(circle, [1]).requires_grad_()
+    before = confidence(detector(frames), box).sum()
     (gradient,) = torch.autograd.grad(before, frames)
     with torch.no_grad():
-        after = confidence(detector((frames - gradient.sign() / 255).clamp(0, 1)), buffers.boxes[1:2]).sum()
+        after = confidence(detector((frames - gradient.sign() / 255).clamp(0, 1)), box).sum()
     assert float(after) < float(before.detach()) - 1e-3

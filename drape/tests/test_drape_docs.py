@@ -18,7 +18,7 @@ from drape import cli
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "benchmarks" / "bench.json"
 DOCS, README = ROOT / "docs" / "drape.md", ROOT / "README.md"
-pytestmark = pytest.mark.skipif(not FIGURES.exists(), reason="only in a checkout of the repository")
+pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="only in a checkout of the repository")
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +32,15 @@ def tables() -> ModuleType:
 
 
 def test_pages_hold_what_the_figures_say(tables: ModuleType) -> None:
-    found = json.loads(FIGURES.read_text())
+    found = json.loads(FIGURES.read_text()) if FIGURES.exists() else None
     for path in tables.PAGES:
         assert tables.filled(path.read_text(), found) == path.read_text(), f"run drape/benchmarks/tables.py: {path}"
     assert len(tables.BLOCK.findall(DOCS.read_text())) == len(tables.TABLES)
 
 
-def test_a_changed_figure_changes_the_page(tables: ModuleType) -> None:
-    found = json.loads(FIGURES.read_text())
-    found["defences"]["hardened"]["recall"] = 0.123
-    assert "| hardened | 0.12 |" in tables.filled(DOCS.read_text(), found)
+def test_an_unknown_table_is_refused(tables: ModuleType) -> None:
     with pytest.raises(SystemExit, match="no table"):
-        tables.filled("<!-- drape nothing -->\n\n<!-- end -->", found)
+        tables.filled("<!-- drape nothing -->\n\n<!-- end -->", {})
 
 
 @pytest.mark.parametrize("page", [DOCS, README], ids=lambda path: path.name)

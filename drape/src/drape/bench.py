@@ -1,6 +1,7 @@
 """The benchmark: the claims about sequences, transfer and defences, measured on held-out walks, to one JSON file.
 
-For each seed textures are optimised over sequences and, with equal compute, frame by frame, from the same beginning.
+For each seed textures are optimised over sequences and, with as many backward passes, on single frames of the walks and
+on static poses, from the same beginning.
 The detector is hardened on the training walks only. Attacks that know of a defence get the same compute as the others.
 All textures are judged on the walks of `drape.walks.TEST`. What was made is kept in a folder, so that a run that was
 stopped goes on where it was.
@@ -38,16 +39,25 @@ from drape.measure import Attacks, measure
 from drape.objective import Temporal
 from drape.optimise import MODES, OptimiseSpec, optimise
 from drape.progress import note
-from drape.scene.backgrounds import plate_from_image
+from drape.scene.backgrounds import square
 from drape.scene.scene import Scene
-from drape.walks import TEST, TRAIN, scenes
+from drape.statistics import interval, paired
+from drape.walks import TEST, TRAIN, scenes, under_lights
 
 __all__ = ["BenchSpec", "compare", "run_bench"]
 
 KIND = "drape's detections"
 REACH = 2  # frames that `drape.defences.aggregate` looks before and after
 SEEDED = tuple(name for name in DEFENCES if name != "median")  # defences that are judged for every seed
-HIGHER_IS_STRONGER = {"sequence_success_10": 1, "sequence_success_50": 1, "recall": -1, "longest_run": -1}
+HIGHER_IS_STRONGER = {
+    "area": -1,
+    "recall": -1,
+    "sequence_success_50": 1,
+    "sequence_success_10": 1,
+    "longest_run": -1,
+    "track_recall": -1,
+}
+BASELINES = ("frames", "static")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +67,8 @@ class BenchSpec:
     Args:
         detector: attacked and defended.  others: for transfer and consensus, in no optimisation.
         seeds: of the comparison.  steps, batch, learning_rate, weighting, window: of each optimisation.
-        frames, size: of a walk.  walks: how many held-out ones.
+        fps, size, cloth: of the walks and of the engine that moves the cloth.
+        train, walks: how many of the training walks and of the held-out ones.
         rounds, harden_steps: of fine-tuning, with half of `steps` for each round's textures.
     """
 
@@ -69,17 +80,21 @@ class BenchSpec:
     learning_rate: float = 0.02
     weighting: str = "window"
     window: int = 5
-    frames: int = 16
+    fps: float = 6.0
     size: int = 416
+    cloth: str = "drape"
+    train: int = len(TRAIN)
     walks: int = len(TEST)
     rounds: int = 3
     harden_steps: int = 40
 
     def __post_init__(self) -> None:
-        if self.seeds < 1 or not 1 <= self.walks <= len(TEST) or self.detector in self.others:
+        few = 1 <= self.train <= len(TRAIN) and 1 <= self.walks <= len(TEST)
+        if self.seeds < 1 or not few or self.detector in self.others:
             raise ConfigError(
-                f"seeds={self.seeds}, walks={self.walks}, detector={self.detector}, others={self.others}; expected at "
-                f"least one seed, 1 to {len(TEST)} walks, and others that are not the detector."
+                f"seeds={self.seeds}, train={self.train}, walks={self.walks}, detector={self.detector}, "
+                f"others={self.others}; expected at least one seed, 1 to {len(TRAIN)} training walks, 1 to {len(TEST)} "
+                "held-out ones, and others that are not the detector."
             )
         self.hardening()  # refuse what cannot run before anything has run
         self.optimisation("sequence", 0)
@@ -135,14 +150,16 @@ class Store:
             textures = random_textures(Gamut.proxy(), spec.seed)
             run = optimise(textures, detectors, walks, spec)
             save_images(path, {garment: texture(hard=True).detach() for garment, texture in textures.items()})
-            record = json.dumps({"passes": run.passes, "confidence": run.confidence})
+            record = json.dumps(
+                {"passes": {"backward": run.backward, "forward": run.forward}, "confidence": run.confidence}
+            )
             write_text(self.folder / f"{name}.run.json", record)
 
         self.timed(name, make)
         return load_images(path)
 
-    def passes(self) -> dict[str, int]:
-        """Passes through the detectors that each optimisation took."""
+    def passes(self) -> dict[str, dict[str, int]]:
+        """Frames that the detectors saw in each optimisation, with and without a gradient."""
         found = sorted(self.folder.glob("*.run.json"))
         return {p.name.removesuffix(".run.json"): json.loads(p.read_text())["passes"] for p in found}
 
@@ -213,24 +230,47 @@ def read_walks(path: Path) -> Walks:
     return [list(itertools.islice(found, count)) for count in frames]
 
 
-def compare(results: Mapping[str, Mapping[str, Any]], seeds: int) -> dict[str, Any]:
-    """Sequence-level against frame-by-frame optimisation: each seed, means, and whether sequences are stronger.
+def compare(results: Mapping[str, Mapping[str, Any]], seeds: int, baseline: str) -> dict[str, Any]:
+    """Optimisation over sequences against a baseline: each seed, means, and the gain with its interval.
 
     Args:
-        results: metrics by "sequence-SEED" and "frames-SEED".
+        results: metrics by "sequence-SEED" and "BASELINE-SEED".  baseline: another one of the modes.
+
+    Returns:
+        for each of `HIGHER_IS_STRONGER`; a gain above 0 means that sequences are the stronger attack.
     """
-    table: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     for metric, sign in HIGHER_IS_STRONGER.items():
-        rows = {mode: [float(results[f"{mode}-{seed}"][metric]) for seed in range(seeds)] for mode in MODES}
-        gain = sign * (np.array(rows["sequence"]) - np.array(rows["frames"]))
-        table[metric] = {
-            **rows,
-            "mean": {mode: float(np.mean(values)) for mode, values in rows.items()},
-            "gain_of_sequence": float(gain.mean()),
-            "seeds_won": int((gain > 0).sum()),
-            "seeds_lost": int((gain < 0).sum()),
+        each = {
+            mode: np.array([results[f"{mode}-{seed}"]["by_walk"][metric] for seed in range(seeds)])
+            for mode in ("sequence", baseline)
         }
-    return table
+        by_seed = sign * (each["sequence"].mean(axis=1) - each[baseline].mean(axis=1))
+        rows[metric] = {
+            **{mode: values.mean(axis=1).tolist() for mode, values in each.items()},
+            "mean": {mode: interval(values).plain() for mode, values in each.items()},
+            "gain_of_sequence": paired(sign * each["sequence"], sign * each[baseline]).plain(),
+            "seeds_won": int((by_seed > 0).sum()),
+            "seeds_lost": int((by_seed < 0).sum()),
+        }
+    return rows
+
+
+def intervals(results: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Each metric of each group of textures (one for a control, one per seed for a mode), with its interval."""
+    return {
+        group: {
+            metric: interval([results[name]["by_walk"][metric] for name in names]).plain()
+            for metric in HIGHER_IS_STRONGER
+        }
+        for group, names in groups.items()
+    }
+
+
+def undecided(results: Mapping[str, Mapping[str, Any]]) -> float:
+    """Share of the walks on which not all textures have the same verdict, missed or seen in half of the frames."""
+    verdicts = np.array([row["by_walk"]["sequence_success_50"] for row in results.values()])
+    return float((verdicts.min(axis=0) != verdicts.max(axis=0)).mean())
 
 
 def rounded(value: Any, digits: int = 4) -> Any:
@@ -244,7 +284,7 @@ def rounded(value: Any, digits: int = 4) -> Any:
 
 def person_photo(detectors: Mapping[str, Detector], size: int) -> dict[str, float]:
     """Each detector's best score on scikit-image's portrait of an astronaut, which no step has seen."""
-    plate = plate_from_image(data.astronaut(), size)[None]
+    plate = square(data.astronaut(), size)[None]
     with torch.no_grad():
         return {name: float(detector(plate).scores.max()) for name, detector in detectors.items()}
 
@@ -253,7 +293,7 @@ def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
     """Run what is missing of the benchmark, and write its figures to a JSON file."""
     store = Store(work, spec)
     detector, others = load_detector(spec.detector), [load_detector(name) for name in spec.others]
-    walks = scenes(TRAIN, spec.frames, spec.size)
+    walks = scenes(TRAIN[: spec.train], spec.fps, spec.size, spec.cloth)
     attacks = {
         f"{mode}-{seed}": store.textures(f"{mode}-{seed}", [detector], walks, spec.optimisation(mode, seed))
         for seed in range(spec.seeds)
@@ -284,10 +324,12 @@ def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
 
     def judge() -> None:
         given = Attacks(controls, attacks, adaptive)
-        judge = KeptJudge(scenes(TEST[: spec.walks], spec.frames, spec.size), store.folder)
+        judge = KeptJudge(scenes(TEST[: spec.walks], spec.fps, spec.size, spec.cloth), store.folder)
         subject = Subject(detector, others, hardened, recalibrated)
         strong = {name: textures for name, textures in attacks.items() if name.startswith("sequence-")}
-        measured = measure(subject, judge, given, {*strong, "frames-0"})
+        measured = measure(
+            subject, judge, given, {*strong, "frames-0"}, under_lights(TEST[0], spec.fps, spec.size, spec.cloth)
+        )
         by_seed = {
             defence: [defended(judge, subject, defence, name, strong[name])["recall"] for name in sorted(strong)]
             for defence in SEEDED
@@ -295,15 +337,16 @@ def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
         behind = {}
         for seed in range(spec.seeds):
             for mode, name, images in (
-                ("frames", f"frames-{seed}", attacks[f"frames-{seed}"]),
+                *((mode, f"{mode}-{seed}", attacks[f"{mode}-{seed}"]) for mode in BASELINES),
                 ("sequence", f"tracked-{seed}", tracked[f"tracked-{seed}"]),
             ):
                 behind[f"{mode}-{seed}"] = defended(judge, subject, "aggregate", name, images)
-        seen = {name: evaluate(detector, walks, textures)["recall"] for name, textures in attacks.items()}
+        trained = {**controls, **attacks}
+        seen = {name: evaluate(detector, walks, textures)["recall"] for name, textures in trained.items()}
         photo = person_photo({"before": detector, "hardened": hardened}, spec.size)
         record = {
             **measured,
-            "sequence_against_frames_behind_aggregation": compare(behind, spec.seeds),
+            "behind_aggregation": {mode: compare(behind, spec.seeds, mode) for mode in BASELINES},
             "defended_by_seed": by_seed,
             "training_recall": seen,
             "photograph_score": photo,
@@ -313,6 +356,7 @@ def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
 
     store.timed("judge", judge)
     measured = json.loads(judged.read_text())
+    groups = {kind: [kind] for kind in CONTROLS} | {m: [f"{m}-{seed}" for seed in range(spec.seeds)] for m in MODES}
     figures = {
         "about": {
             "what": "drape bench: rendered walks, public detectors, proxy gamut",
@@ -323,7 +367,9 @@ def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
             "processor_seconds": store.seconds(),
             "passes": store.passes(),
         },
-        "sequence_against_frames": compare(measured["results"], spec.seeds),
+        "sequence_against": {mode: compare(measured["results"], spec.seeds, mode) for mode in BASELINES},
+        "intervals": intervals(measured["results"], groups),
+        "undecided_walks": undecided(measured["results"]),
         **measured,
     }
     write_text(to, json.dumps(rounded(figures), indent=1) + "\n")

@@ -36,7 +36,7 @@ def scores_of_false_boxes(
         raise ConfigError("nothing to set a threshold by: give at least one scene and clothes for it.")
     scores: list[float] = []
     for scene in scenes:
-        empty = detector.detect(scene.background[None], threshold=FLOOR)[0]
+        empty = detector.detect(scene.plate.still()[None], threshold=FLOOR)[0]
         scores += [float(score) for score in empty.scores]
         for textures in clothes:
             for t in range(scene.buffers.frames):

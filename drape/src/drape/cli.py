@@ -37,16 +37,20 @@ __all__ = ["app", "main"]
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 NOTE = "Simulation only: rendered walks, public detectors. Scores are scaled so that 0.5 is the detector's threshold."
 KNOWN = ("none", "aggregate", "median", "hardened", "hardened+aggregate")  # defences that an attack can know of
+OPTIMISED = "optimised"  # what reports call the textures of `drape optimise`; a control may hide more
 TEXTURES, FIGURES, EVALUATION = "textures.npz", "evaluate.json", "drape's evaluation"
-WINDOWS = 3  # that fit into a walk, of those that the weighting "window" looks at
+MEASURES = ("area", "recall", "track_recall", "ap50")  # that `--fail-under` takes
+FAILED = 3  # exit code of an evaluation below a limit
+WINDOW = 1.5  # seconds, of the weighting "window"
 
 Detectors = typer.Option(["nanodet"], "--detector", help="repeat it for an ensemble")
 Out = typer.Option(Path("out/drape"), help="folder for what is made")
-Frames = typer.Option(12, min=1, max=2000, help="frames per walk")
+Fps = typer.Option(3.0, min=0.25, max=60, help="frames per second of the walks, which take 4 to 8 seconds")
 Size = typer.Option(416, min=16, max=2048, help="side of a frame in pixels")
 Profile = typer.Option(None, help="ICC profile of a printer; without one a proxy gamut is used")
 Engine = typer.Option("drape", "--cloth", help="what moves the cloth: " + " or ".join(ENGINES))
 Weights = typer.Option(None, help="weights that `drape harden` wrote")
+Train = typer.Option(len(TRAIN), "--train-walks", min=1, max=len(TRAIN), help="how many of the training walks")
 Walks = typer.Option(len(TEST), min=1, max=len(TEST), help="how many of the held-out walks")
 
 
@@ -67,12 +71,13 @@ def attacked_through(defence: str, detectors: Sequence[Detector], hardened: Path
 @app.command("optimise")
 def optimise_command(
     detector: list[str] = Detectors,
-    mode: str = typer.Option("sequence", help="sequence, or the control: frames"),
+    mode: str = typer.Option("sequence", help="sequence, or a baseline without sequences: frames, static"),
     weighting: str = typer.Option("window", help="of the frames: uniform, hard, window or curriculum"),
     steps: int = typer.Option(60),
-    frames: int = Frames,
+    fps: float = Fps,
     size: int = Size,
     engine: str = Engine,
+    train: int = Train,
     icc: Path | None = Profile,
     against: str = typer.Option("none", help="the defence that the attack knows of: " + ", ".join(KNOWN)),
     hardened: Path | None = Weights,
@@ -85,15 +90,22 @@ def optimise_command(
     if against not in KNOWN:
         raise unknown("defence to attack", against, KNOWN)
     gamut, reach = gamut_of(icc), REACH if against.endswith("aggregate") else 0
-    temporal = Temporal(mode=weighting, window=max(frames // WINDOWS, 1))
+    temporal = Temporal(mode=weighting, window=max(round(WINDOW * fps), 1))
     spec = OptimiseSpec(mode=mode, steps=steps, seed=seed, aggregation=reach, temporal=temporal)
     models = attacked_through(against, [load_detector(name) for name in detector], hardened)
     textures, labels = random_textures(gamut, seed), None
     if product is not None:
         textures, labels = product_textures(gamut, read_image(product), seed)
-    run = optimise(textures, models, scenes(TRAIN, frames, size, engine), spec, labels)
+    run = optimise(textures, models, scenes(TRAIN[:train], fps, size, engine), spec, labels)
     save_images(out / TEXTURES, {name: texture(hard=True).detach() for name, texture in textures.items()})
-    record = {"gamut": gamut.name, "passes": run.passes, "confidence": run.confidence, "mode": mode, "against": against}
+    record = {
+        "gamut": gamut.name,
+        "backward": run.backward,
+        "forward": run.forward,
+        "confidence": run.confidence,
+        "mode": mode,
+        "against": against,
+    }
     save_record(out / "optimise.json", "drape's optimisation", rounded(record))
     typer.echo(f"wrote {out / TEXTURES}; go on with: drape evaluate --out {out}")
 
@@ -104,17 +116,18 @@ def harden_command(
     rounds: int = typer.Option(HardenSpec.rounds, help="of attack and fine-tuning"),
     attack_steps: int = typer.Option(HardenSpec.attack_steps, help="of each round's textures"),
     steps: int = typer.Option(HardenSpec.steps, help="of each round's fine-tuning"),
-    frames: int = Frames,
+    fps: float = Fps,
     size: int = Size,
     engine: str = Engine,
+    train: int = Train,
     icc: Path | None = Profile,
     to: Path = typer.Option(Path("out/hardened.npz"), help="file for the changed weights"),
 ) -> None:
     """Fine-tune a detector on worst-case and clean walks, as a defence."""
     check_output(to, ".npz")
     spec = HardenSpec(rounds=rounds, attack_steps=attack_steps, steps=steps)
-    attack = OptimiseSpec(temporal=Temporal(window=max(frames // WINDOWS, 1)))
-    done = harden(load_detector(detector), scenes(TRAIN, frames, size, engine), gamut_of(icc), spec, attack)
+    attack = OptimiseSpec(temporal=Temporal(window=max(round(WINDOW * fps), 1)))
+    done = harden(load_detector(detector), scenes(TRAIN[:train], fps, size, engine), gamut_of(icc), spec, attack)
     save_hardened(to, done.detector, detector, spec)
     typer.echo(f"wrote {to}; go on with: drape evaluate --hardened {to}")
 
@@ -122,7 +135,7 @@ def harden_command(
 @app.command("evaluate")
 def evaluate_command(
     detector: list[str] = Detectors,
-    frames: int = Frames,
+    fps: float = Fps,
     size: int = Size,
     engine: str = Engine,
     icc: Path | None = Profile,
@@ -130,23 +143,52 @@ def evaluate_command(
     hardened: Path | None = Weights,
     compare: list[str] = typer.Option([], help="NAME=FOLDER, further textures; repeat it"),
     adaptive: list[str] = typer.Option([], help="DEFENCE=FOLDER, textures made with --against DEFENCE; repeat it"),
+    fail_under: list[str] = typer.Option(
+        [], help="MEASURE=VALUE under the optimised textures, such as recall=0.6; repeat it"
+    ),
     out: Path = Out,
 ) -> None:
     """Judge textures on held-out walks, with controls and defences; further detectors join transfer and consensus."""
     check_output(out / FIGURES)
+    limits = limits_of(fail_under)
     gamut = gamut_of(icc)
     given = Attacks(
         {kind: control(kind, gamut) for kind in CONTROLS},
-        {"worst case": load_images(out / TEXTURES), **named_textures(compare)},
+        {OPTIMISED: load_images(out / TEXTURES), **named_textures(compare)},
         named_textures(adaptive),
     )
     first, *others = [load_detector(name) for name in detector]
     subject = Subject(first, others, None if hardened is None else load_hardened(hardened, first.name))
-    measured = measure(subject, Judge(scenes(TEST[:walks], frames, size, engine)), given)
+    measured = measure(subject, Judge(scenes(TEST[:walks], fps, size, engine)), given)
     path = out / FIGURES
-    scene = {"gamut": gamut.name, "icc": icc and str(icc), "frames": frames, "size": size, "cloth": engine}
+    scene = {"gamut": gamut.name, "icc": icc and str(icc), "fps": fps, "size": size, "cloth": engine}
     save_record(path, EVALUATION, rounded({**measured, **scene}))
+    least, results = measured["seen_least"], measured["results"]
+    typer.echo(f"seen least: {least} (area {results[least]['area']:.2f}, recall {results[least]['recall']:.2f})")
+    if least in CONTROLS:
+        typer.echo(
+            f"the optimised textures hide less than this control (area {results[OPTIMISED]['area']:.2f}): more steps?"
+        )
     typer.echo(f"wrote {path}; go on with: drape report --out {out}")
+    missed = [f"{name} {results[OPTIMISED][name]:.3f} < {least_value:g}" for name, least_value in limits.items()
+              if results[OPTIMISED][name] < least_value]  # fmt: skip
+    if missed:
+        typer.echo(f"failed: {', '.join(missed)}", err=True)
+        raise typer.Exit(FAILED)
+
+
+def limits_of(pairs: Sequence[str]) -> dict[str, float]:
+    """The least values of measures, from MEASURE=VALUE."""
+    result = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in MEASURES:
+            raise unknown("measure", name, MEASURES)
+        try:
+            result[name] = float(text)
+        except ValueError:
+            raise ConfigError(f"{pair!r}; expected MEASURE=VALUE, such as recall=0.6.") from None
+    return result
 
 
 def named_textures(pairs: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
@@ -165,9 +207,9 @@ def report_command(out: Path = Out) -> None:
     """Write report.html from what optimise and evaluate left in the folder; no detector is needed."""
     check_output(out / "report.html")
     measured = load_record(out / FIGURES, EVALUATION, f"run `drape evaluate --out {out}`")
-    walk = scenes(TEST[:1], measured["frames"], measured["size"], measured["cloth"])[0]
+    walk = scenes(TEST[:1], measured["fps"], measured["size"], measured["cloth"])[0]
     gamut = gamut_of(measured["icc"] and Path(measured["icc"]))
-    clothes = {"plain": control("plain", gamut), "worst case": load_images(out / TEXTURES)}
+    clothes = {"plain": control("plain", gamut), OPTIMISED: load_images(out / TEXTURES)}
     videos = {
         f"{name} (a box where {measured['detector']} sees a person)": animation(walk.render(clothes[name]), boxes)
         for name, boxes in measured["video"].items()
@@ -180,15 +222,22 @@ def report_command(out: Path = Out) -> None:
 def demo_command(
     detector: str = typer.Option("nanodet"),
     steps: int = typer.Option(50),
-    frames: int = Frames,
+    fps: float = Fps,
     size: int = Size,
+    engine: str = Engine,
     out: Path = Out,
 ) -> None:
     """All three steps, small: a walking person seen by a real detector before and after, and behind defences."""
     check_output(out / "demo.json")
     start = time.perf_counter(), time.process_time()
-    optimise_command([detector], "sequence", "window", steps, frames, size, "drape", None, "none", None, None, 0, out)
-    evaluate_command([detector], frames, size, "drape", None, 2, None, [], [], out)
+    optimise_command(
+        detector=[detector], mode="sequence", weighting="window", steps=steps, fps=fps, size=size, engine=engine,
+        train=4, icc=None, against="none", hardened=None, product=None, seed=0, out=out,
+    )  # fmt: skip
+    evaluate_command(
+        detector=[detector], fps=fps, size=size, engine=engine, icc=None, walks=2, hardened=None, compare=[],
+        adaptive=[], fail_under=[], out=out,
+    )  # fmt: skip
     report_command(out)
     seconds = {"seconds": time.perf_counter() - start[0], "processor_seconds": time.process_time() - start[1]}
     machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s)"
@@ -203,14 +252,26 @@ def bench_command(
     work: Path = typer.Option(Path("out/drape-bench"), help="folder for textures and weights; a second run goes on"),
     seeds: int = typer.Option(BenchSpec.seeds, help="of the comparison of sequence and frames"),
     steps: int = typer.Option(BenchSpec.steps, help="of each optimisation"),
-    frames: int = typer.Option(BenchSpec.frames, min=1, max=2000, help="frames per walk"),
+    fps: float = typer.Option(BenchSpec.fps, min=0.25, max=60, help="frames per second of the walks"),
     size: int = Size,
+    engine: str = Engine,
+    train: int = Train,
     walks: int = Walks,
 ) -> None:
     """Measure: sequence against frames at equal compute, transfer, defences and attacks that know of them."""
     others = tuple(name for name in detectors() if name != detector)
     check_output(to)
-    spec = BenchSpec(detector=detector, others=others, seeds=seeds, steps=steps, frames=frames, size=size, walks=walks)
+    spec = BenchSpec(
+        detector=detector,
+        others=others,
+        seeds=seeds,
+        steps=steps,
+        fps=fps,
+        size=size,
+        cloth=engine,
+        train=train,
+        walks=walks,
+    )
     run_bench(spec, work, to)
     typer.echo(f"wrote {to}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ from drape.metrics import (
     frame_success,
     group_means,
     longest_run,
+    recall_area,
     sequence_success,
     track_recall,
 )
 from drape.progress import steps
-from drape.scene.light import LIGHTS, light_name
+from drape.scene.light import light_name
 from drape.scene.scene import Scene
 
 __all__ = [
@@ -74,21 +75,30 @@ def detect_walk(detector: Detector, scene: Scene, textures: Textures) -> list[De
 
 
 def summary(walks: Sequence[Sequence[Detection]], scenes: Sequence[Scene]) -> dict[str, Any]:
-    """The metrics of `drape.metrics` over all walks, the confidences of each, and those by side and by light."""
+    """The metrics of `drape.metrics`: means over walks, which count the same whatever their length, and each walk's
+    values.
+
+    "area" is the main one; "longest_run" is a share of the walk. Beside them AP, false boxes, the confidences of each
+    walk, and those by side and by light.
+    """
     curves = [confidences(d, s.buffers.boxes) for d, s in zip(walks, scenes, strict=True)]
-    runs = [longest_run(d) for d in curves]
     tracks = [track_recall(d, s.buffers.boxes) for d, s in zip(walks, scenes, strict=True)]
+    by_walk = {
+        "area": [recall_area(d) for d in curves],
+        "recall": [1 - frame_success(d) for d in curves],
+        "sequence_success_50": [sequence_success([d], 0.5) for d in curves],
+        "sequence_success_10": [sequence_success([d], 0.1) for d in curves],
+        "longest_run": [longest_run(d) / s.buffers.frames for d, s in zip(curves, scenes, strict=True)],
+        "track_recall": tracks,
+    }
     frames = np.concatenate(curves)
     sides = np.concatenate([s.buffers.azimuth.double().numpy() for s in scenes])
     angles, means = azimuth_curve(sides, frames, width=30.0)
     return {
         "ap50": average_precision([d for w in walks for d in w], torch.cat([s.buffers.boxes for s in scenes])),
-        "recall": 1 - frame_success(frames),
+        **{name: float(np.mean(values)) for name, values in by_walk.items()},
         "mean_confidence": float(frames.mean()),
-        "sequence_success_10": sequence_success(curves, 0.1),
-        "sequence_success_50": sequence_success(curves, 0.5),
-        "longest_run": float(np.mean(runs)),
-        "track_recall": float(np.mean(tracks)),
+        "by_walk": by_walk,
         "false_boxes": false_boxes(walks, scenes),
         "curves": {s.label: d.tolist() for s, d in zip(scenes, curves, strict=True)},
         "azimuth": {f"{a:g}": None if np.isnan(m) else float(m) for a, m in zip(angles, means, strict=True)},
@@ -194,11 +204,9 @@ def evaluate_defences(
     return {name: defended(judge, subject, name, "textures", textures) for name in subject.defences()}
 
 
-def light_curve(detector: Detector, scene: Scene, textures: Textures) -> dict[str, float]:
-    """Mean confidence on one walk under each of `LIGHTS`, everything else the same."""
-    lit = [replace(scene, label=name, light=lamp) for name, lamp in LIGHTS.items()]
-    found = evaluate(detector, lit, textures)["lights"]
-    return {name: found[name] for name in LIGHTS}
+def light_curve(detector: Detector, lit: Sequence[Scene], textures: Textures) -> dict[str, float]:
+    """Mean confidence on one walk under each light; `lit` is the walk once per light (`drape.walks.under_lights`)."""
+    return dict(evaluate(detector, lit, textures)["lights"])
 
 
 def recovered(clean: float, attacked: float, defended: float) -> float | None:

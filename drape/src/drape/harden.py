@@ -102,7 +102,7 @@ class Teacher:
 
     def __init__(self, detector: Detector, scenes: Sequence[Scene], clothes: Mapping[str, Textures]) -> None:
         self.detector, self.scenes, self.clothes = detector, scenes, clothes
-        self.photos = torch.stack([scene.background for scene in scenes])  # no other places: those judge
+        self.photos = torch.stack([scene.plate.still() for scene in scenes])  # no other places: those judge
         self.of_photos = self.see(self.photos)
         self.seen: dict[tuple[int, str], Candidates] = {}
 

@@ -12,6 +12,7 @@ from drape.detectors.base import Detection
 from drape.errors import ConfigError
 from drape.evaluate import FOUND, Judge, Subject, defended, light_curve, recovered
 from drape.metrics import transfer_matrix
+from drape.scene.scene import Scene
 
 __all__ = ["CLEAN", "Attacks", "defence_row", "defence_table", "measure", "track"]
 
@@ -91,16 +92,22 @@ def track(walk: Sequence[Detection]) -> list[list[float] | None]:
 
 
 def measure(
-    subject: Subject, judge: Judge, given: Attacks, transferred: Collection[str] | None = None
+    subject: Subject,
+    judge: Judge,
+    given: Attacks,
+    transferred: Collection[str] | None = None,
+    lit: Sequence[Scene] = (),
 ) -> dict[str, Any]:
     """All figures of a report.
 
     Args:
         transferred: the attacks that other detectors look at too; all if not given.
+        lit: one walk under several lights, for the curve over lights; there is none without.
 
     Returns:
+        seen_least: the texture, control or attack, with the least area.
         results: metrics by texture.  transfer: recall by texture and detector.  defences: `defence_table`.
-        lights: mean confidence on the first walk, by texture and light.  video: boxes on the first walk, by texture.
+        lights: mean confidence by texture and light.  video: boxes on the first walk, by texture.
     """
     textures = {**given.controls, **given.attacks}
     results = {name: judge.result(subject.detector, name, images) for name, images in textures.items()}
@@ -115,9 +122,10 @@ def measure(
     return {
         "detector": subject.detector.name,
         "attack": worst,
+        "seen_least": min(results, key=lambda name: (results[name]["area"], name)),
         "results": results,
         "transfer": {"rows": rows, "columns": columns, "recall": table.tolist()},
         "defences": defence_table(judge, subject, given),
-        "lights": {name: light_curve(subject.detector, judge.scenes[0], textures[name]) for name in shown},
+        "lights": {name: light_curve(subject.detector, lit, textures[name]) for name in shown if lit},
         "video": {name: track(judge.walks(subject.detector, name, textures[name])[0]) for name in shown},
     }

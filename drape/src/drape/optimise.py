@@ -6,9 +6,10 @@ are followed backwards. mean_i g_i d_i / p_i has the gradient of the loss as its
 variance, or a defence that aggregates over time. What d_t is comes from a pass over all frames without gradients,
 taken at every `refresh`-th step, and from the frames followed since.
 
-One step of "frames", the control, draws single frames from all walks evenly, each with a change of light of its own,
-and takes their mean. A pass forwards counts 1 and one with its way back 3; "frames" gets as many frames as that pays
-for, so equal steps are equal compute.
+Two baselines see no sequences: "frames" draws single frames from all walks evenly, each with a change of light of its
+own, and takes their mean; "static" does so with one pose per walk, the frame in its middle, which is what optimising on
+still images is. All modes follow as many frames backwards at each step; the frames that "sequence" looks at beside that
+are counted (`Run.forward`), and their cost is a few per cent where `refresh` is large.
 
 A defence that is a detector (`drape.defences.Purified`, `drape.harden`) is attacked by giving it as the detector, and
 aggregation over time by `OptimiseSpec.aggregation`.
@@ -44,9 +45,8 @@ from drape.texture import ControlPointTexture
 
 __all__ = ["MODES", "OptimiseSpec", "Run", "frame_gradient", "optimise"]
 
-MODES = ("sequence", "frames")
+MODES = ("sequence", "frames", "static")
 MEMORY = 0.9  # of the running mean of d_t
-BACKWARD = 3  # passes that one frame costs when its gradient is taken
 LAST_RATE = 0.1  # share of the learning rate that is left at the last step
 EVEN = 0.3  # share of the draws that goes evenly to all frames: what is known of them may be old
 
@@ -56,7 +56,7 @@ class OptimiseSpec:
     """How textures are optimised.
 
     Args:
-        mode: "sequence", or the control "frames".
+        mode: one of `MODES`.
         steps: of Adam.  batch: B, frames per step that gradients are taken of.
         learning_rate: on points in [0, 1], falling to a tenth.
         refresh: steps from one pass over all frames of all walks to the next; 1 is a pass at every step.
@@ -81,7 +81,7 @@ class OptimiseSpec:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise unknown("mode of optimisation", self.mode, MODES)
-        if min(self.steps, self.batch, self.refresh) < 1 or self.learning_rate <= 0:
+        if min(self.steps, self.batch, self.refresh) < 1 or not 0 < self.learning_rate < 1e3:
             raise ConfigError(
                 f"steps={self.steps}, batch={self.batch}, refresh={self.refresh}, learning_rate={self.learning_rate}; "
                 "expected at least 1 of the first three, and a rate above 0."
@@ -91,16 +91,24 @@ class OptimiseSpec:
                 f"spread={self.spread}, naturalness={self.naturalness}, aggregation={self.aggregation}; "
                 "expected none below 0."
             )
-        if self.mode == "frames" and self.aggregation:
-            raise ConfigError('mode "frames" knows no neighbouring frames; leave aggregation at 0.')
+        if self.mode != "sequence" and self.aggregation:
+            raise ConfigError(f'mode "{self.mode}" knows no neighbouring frames; leave aggregation at 0.')
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"seed={self.seed}; expected 0 up to 2^63.")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What an optimisation did: mean confidence of the frames it knew at each step, and passes through detectors."""
+    """What an optimisation did.
+
+    Attributes:
+        confidence: the mean over the frames that it knew at each step.
+        backward: frames that detectors saw with a gradient.  forward: and without.
+    """
 
     confidence: list[float]
-    passes: int
+    backward: int
+    forward: int
 
 
 @dataclass
@@ -130,32 +138,28 @@ def optimise(
     total = sum(scene.buffers.frames for scene in scenes)
     known: Known | None = None
     seen: list[float] = []
-    passes, due = 0, 0.0
+    backward = forward = 0
+    count = min(spec.batch, total)
     for step in steps(range(spec.steps), f"textures, {spec.mode}"):
         progress = step / max(spec.steps - 1, 1)
         adam.param_groups[0]["lr"] = spec.learning_rate * (1 - (1 - LAST_RATE) * progress)
         images = {name: texture(generator=generator) for name, texture in textures.items()}
-        cost = total if step % spec.refresh == 0 else 0  # of looking at all frames
         if spec.mode == "sequence":
-            if cost:
+            if step % spec.refresh == 0:
                 known = look(images, detectors, scenes, spec, generator, known)
+                forward += total * len(detectors)
             assert known is not None  # the first step looks
             loss, d = sequence_step(images, detectors, scenes, spec, generator, known, progress)
-            cost += BACKWARD * min(spec.batch, total)
         else:
-            due += (cost + BACKWARD * min(spec.batch, total)) / BACKWARD
-            count = int(due)
-            due -= count
             loss, d = frames_step(images, detectors, scenes, count, spec, generator)
-            cost = BACKWARD * count
+        backward += count * len(detectors)
         adam.zero_grad()
         (loss + regularisers(textures, spec, labels or {})).backward()
         adam.step()
         for texture in textures.values():
             texture.clamp_points()
         seen.append(float(d.mean()))
-        passes += cost * len(detectors)
-    return Run(seen, passes)
+    return Run(seen, backward, forward)
 
 
 def regularisers(
@@ -254,12 +258,16 @@ def frames_step(
     spec: OptimiseSpec,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss of `count` single frames from all walks, and their confidences."""
+    """Mean loss of `count` single frames, from all frames of all walks or one of each, and their confidences."""
     counts = [scene.buffers.frames for scene in scenes]
-    chosen = torch.randint(sum(counts), (count,), generator=generator).sort().values
-    numbers = owner(chosen, counts)
-    starts = torch.tensor([0, *counts[:-1]]).cumsum(dim=0)
-    picked = [chosen[numbers == number] - starts[number] for number in range(len(scenes))]
+    if spec.mode == "static":
+        numbers = torch.randint(len(scenes), (count,), generator=generator).sort().values
+        places = torch.tensor(counts)[numbers] // 2
+    else:
+        chosen = torch.randint(sum(counts), (count,), generator=generator).sort().values
+        numbers = owner(chosen, counts)
+        places = chosen - torch.tensor([0, *counts[:-1]]).cumsum(dim=0)[numbers]
+    picked = [places[numbers == number] for number in range(len(scenes))]
     states = [torch.randn(len(place), 2, generator=generator) for place in picked]
     d = seen_frames(images, detectors, scenes, picked, states, spec, generator)
     return smooth_step(spec.temporal, d).mean(), d.detach()

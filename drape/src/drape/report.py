@@ -18,12 +18,13 @@ from drape.plots import azimuth_svg, bars_svg, curve_svg
 __all__ = ["animation", "page", "table"]
 
 COLUMNS = {
+    "area": "area under recall over threshold",
     "ap50": "AP at IoU .5",
     "recall": "recall",
     "mean_confidence": "mean confidence",
     "sequence_success_10": "walks missed (< 10 % seen)",
     "sequence_success_50": "walks missed (< 50 % seen)",
-    "longest_run": "longest run seen, frames",
+    "longest_run": "longest run seen, share of the walk",
     "track_recall": "track recall",
     "false_boxes": "false boxes per frame",
 }
@@ -98,12 +99,12 @@ def page(measured: Mapping[str, Any], videos: Mapping[str, bytes], note: str = "
         for caption, gif in videos.items()
     )
     sections = [
-        f"<h2>The walk</h2>{figures}",
+        f"<p>Seen least: “{html.escape(measured['seen_least'])}”.</p><h2>The walk</h2>{figures}",
         f"<h2>Textures</h2>{table(results, COLUMNS)}",
         f"<h2>Defences against “{html.escape(measured['attack'])}”</h2>{table(measured['defences'], DEFENCE_COLUMNS)}",
         f"<h2>Transfer: recall of each detector</h2>{transfer_table(measured['transfer'])}",
         "<h2>By the side that is seen</h2>" + azimuth_svg({name: row["azimuth"] for name, row in shown.items()}),
-        f"<h2>By light, on the first walk</h2>{bars_svg(measured['lights'])}",
+        *([f"<h2>By light, on one walk</h2>{bars_svg(measured['lights'])}"] if measured["lights"] else []),
     ]
     for label in next(iter(shown.values()))["curves"]:
         lines = {name: row["curves"][label] for name, row in shown.items()}

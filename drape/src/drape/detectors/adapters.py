@@ -5,6 +5,7 @@ None of the three is a dependency. Each adapter takes the loaded module, and sta
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,16 @@ def corners(centre_size: Tensor) -> Tensor:
     """Boxes (cx, cy, w, h) as (x0, y0, x1, y1)."""
     centre, half = centre_size[..., :2], centre_size[..., 2:] / 2
     return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def check_class(name: str, person: int, labels: Any) -> None:
+    """Refuse another class than the person, where the model says what its classes are; made-up names say nothing."""
+    if not isinstance(labels, Mapping) or person not in labels:
+        return
+    said = str(labels[person]).lower()
+    if "person" not in said and not said.startswith("label_"):
+        found = [number for number, label in labels.items() if str(label).lower() == "person"]
+        raise DetectorError(f"class {person} of {name} is {said!r}; the person is {found or 'not among its classes'}.")
 
 
 class TransformersDetector(Detector):
@@ -46,6 +57,8 @@ class TransformersDetector(Detector):
     ) -> None:
         super().__init__(name, input_size, threshold)
         self.model, self.person, self.softmax, self.normalised = model, person, softmax, normalised
+        labels = getattr(getattr(model, "config", None), "id2label", None)
+        check_class(name, person, labels)
         self.freeze()
 
     def candidates(self, images: Tensor) -> Candidates:
@@ -54,6 +67,10 @@ class TransformersDetector(Detector):
             images = (images - mean) / deviation
         found = self.model(pixel_values=images)
         logits, boxes = read(self.name, found, "logits"), read(self.name, found, "pred_boxes")
+        if logits.ndim != 3 or not 0 <= self.person < logits.shape[-1]:
+            raise DetectorError(
+                f"{self.name} gave logits {tuple(logits.shape)}; expected [B, A, classes > {self.person}]."
+            )
         scores = logits.softmax(dim=-1) if self.softmax else logits.sigmoid()
         return Candidates(corners(boxes) * self.input_size, scores[..., self.person])
 
@@ -111,6 +128,7 @@ class UltralyticsDetector(Detector):
     ) -> None:
         super().__init__(name, input_size, threshold)
         self.model, self.person = model, person
+        check_class(name, person, getattr(model, "names", None))
         self.freeze()
 
     def candidates(self, images: Tensor) -> Candidates:

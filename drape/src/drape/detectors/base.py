@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drape.errors import ConfigError
+from drape.errors import ConfigError, DetectorError
 
 __all__ = ["Candidates", "Detection", "Detector", "box_iou", "non_maximum_suppression"]
+
+TOLERANCE = 1e-3  # that scores may lie beside [0, 1] by
+SHARES = 1.5  # boxes that all lie below it are not in pixels
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,32 @@ def non_maximum_suppression(boxes: Tensor, scores: Tensor, overlap: float = 0.5)
     return torch.tensor(kept, dtype=torch.long, device=boxes.device)
 
 
+def checked(name: str, found: Candidates, images: Tensor) -> Candidates:
+    """The candidates, if they are what `Candidates` says; where there are none, one of no size with the score 0.
+
+    Raises:
+        DetectorError: shapes do not match, a value is not finite, scores are not in [0, 1], or boxes not in pixels.
+    """
+    boxes, scores, count = found.boxes, found.scores, len(images)
+    if scores.ndim != 2 or len(scores) != count or boxes.shape != (*scores.shape, 4):
+        shapes = f"boxes {tuple(boxes.shape)} and scores {tuple(scores.shape)}"
+        raise DetectorError(f"{name} gave {shapes} for {count} frames; expected [B, A, 4] and [B, A].")
+    if scores.shape[1] == 0:
+        nothing = images.flatten(1).sum(dim=1, keepdim=True) * 0  # keeps the way back to the frames
+        return Candidates(boxes.new_zeros(count, 1, 4), nothing.to(scores))
+    if not bool(torch.isfinite(scores).all()) or not bool(torch.isfinite(boxes).all()):
+        raise DetectorError(
+            f"{name} gave scores or boxes that are not finite; check its weights and its input's scale."
+        )
+    low, high = float(scores.detach().min()), float(scores.detach().max())
+    if low < -TOLERANCE or high > 1 + TOLERANCE:
+        raise DetectorError(f"{name} gave scores from {low:.3g} to {high:.3g}; expected 0 to 1. Are they logits?")
+    largest = float(boxes.detach().abs().max())
+    if 0 < largest <= SHARES:
+        raise DetectorError(f"{name} gave boxes up to {largest:.3g}; expected pixels. Are they shares of the image?")
+    return found
+
+
 class Detector(nn.Module):
     """Base of all detectors. Frozen and in evaluation mode: batch norms must not learn from what they are shown.
 
@@ -83,6 +112,7 @@ class Detector(nn.Module):
 
         Raises:
             ConfigError: the frames are not square RGB.
+            DetectorError: what the network gave are not boxes in pixels with scores in [0, 1].
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
             raise ConfigError(f"frames have shape {tuple(images.shape)}; expected [B, 3, S, S]. Pad them to squares.")
@@ -90,7 +120,7 @@ class Detector(nn.Module):
         if side != self.input_size:
             size = (self.input_size, self.input_size)
             images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=side > size[0])
-        found = self.candidates(images)
+        found = checked(self.name, self.candidates(images), images)
         return Candidates(found.boxes * (side / self.input_size), found.scores)
 
     @torch.no_grad()

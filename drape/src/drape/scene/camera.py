@@ -1,21 +1,24 @@
-"""Fixed pinhole cameras, and the ways a person walks past them.
+"""Fixed pinhole cameras.
 
-World: z up, metres. A person at heading 0 faces -y. Azimuth is the side of the person that the camera sees, in degrees:
-0 the front, 90 the person's left side, 180 the back.
+World: z up, metres; the ground is z = 0. Azimuth is the side of the person that the camera sees, in degrees: 0 the
+front, 90 the person's left side, 180 the back.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from drape.errors import ConfigError, unknown
-from drape.scene.body import Floats
+from drape.errors import ConfigError
+from drape.scene.arrays import Floats
 
-__all__ = ["PATHS", "Camera", "azimuth_of", "place_on_path"]
+__all__ = ["AIM", "Camera", "azimuth_of", "holding"]
 
-PATHS = ("past", "towards", "away", "diagonal", "circle")
+AIM = 0.95  # metres over the world's origin, the point that cameras look at
+TALLEST, WIDEST = 2.0, 0.65  # metres that a walking person takes up: height, and to each side
+MARGIN = 0.03  # share of the image's side that stays free around the person
+FARTHEST = 40.0  # metres
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,42 +44,54 @@ class Camera:
             raise ConfigError(f"elevation={self.elevation}, fov={self.fov} degrees; expected -5 to 60 and 5 to 100.")
 
     def position(self) -> Floats:
-        """The camera's place, metres, `[3]`; it stands on the -y side."""
-        return np.array([0.0, -self.distance, 0.95 + self.distance * np.tan(np.radians(self.elevation))])
+        """The camera's place, metres, `[3]`; it stands on the -y side, and not below the ground."""
+        height = AIM + self.distance * np.tan(np.radians(self.elevation))
+        return np.array([0.0, -self.distance, max(float(height), 0.25)])
+
+    def axes(self) -> Floats:
+        """Directions to the right, down and forwards in the image, as columns `[3, 3]`."""
+        forward = np.array([0.0, 0.0, AIM]) - self.position()
+        forward /= np.linalg.norm(forward)
+        right = np.array([1.0, 0.0, 0.0])
+        return np.stack([right, np.cross(forward, right), forward], axis=1)
+
+    def focal(self, size: int) -> float:
+        """Focal length in pixels of a square image."""
+        return float(0.5 * size / np.tan(np.radians(self.fov) / 2))
 
     def project(self, points: Floats, size: int) -> Floats:
         """Pixel x, pixel y (down) and depth in metres of points `[..., 3]` in a square image, `[..., 3]`."""
-        place = self.position()
-        forward = np.array([0.0, 0.0, 0.95]) - place
-        forward /= np.linalg.norm(forward)
-        right = np.array([1.0, 0.0, 0.0])
-        down = np.cross(forward, right)
-        seen = (points - place) @ np.stack([right, down, forward], axis=1)
-        focal = 0.5 * size / np.tan(np.radians(self.fov) / 2)
+        seen = (points - self.position()) @ self.axes()
         depth = np.maximum(seen[..., 2:], 1e-3)
-        return np.concatenate([seen[..., :2] / depth * focal + size / 2, depth], axis=-1)
+        return np.concatenate([seen[..., :2] / depth * self.focal(size) + size / 2, depth], axis=-1)
+
+    def rays(self, size: int) -> Floats:
+        """Unit directions of the pixels' centres, `[size * size, 3]`, row by row."""
+        centre = (np.arange(size) + 0.5 - size / 2) / self.focal(size)
+        x, y = np.meshgrid(centre, centre)
+        seen = np.stack([x.ravel(), y.ravel(), np.ones(size * size)], axis=1) @ self.axes().T
+        return np.asarray(seen / np.linalg.norm(seen, axis=1, keepdims=True))
 
 
-def place_on_path(path: str, walked: Floats) -> tuple[Floats, Floats]:
-    """Place `[T, 3]` and heading `[T]` (degrees about z) of a person who has walked so many metres.
+def holding(camera: Camera, places: Floats, zoom: float = 1.0) -> Camera:
+    """The camera moved to where it holds a person at all `places` `[N, 2]`, `zoom` times as far as it has to be.
 
-    The middle of the walk lies near the origin, where the camera looks.
+    Raises:
+        ConfigError: no distance up to 40 m is enough.
     """
-    if path not in PATHS:
-        raise unknown("path", path, PATHS)
-    way = walked - walked[-1] / 2
-    if path == "circle":
-        radius = max(float(walked[-1]), 0.5) / (2 * np.pi)
-        angle = way / radius
-        place = radius * np.stack([np.sin(angle), -np.cos(angle), np.zeros_like(angle)], axis=1)
-        return place, np.degrees(angle) + 90.0
-    heading = {"past": 90.0, "towards": 0.0, "away": 180.0, "diagonal": 45.0}[path]
-    forward = np.array([np.sin(np.radians(heading)), -np.cos(np.radians(heading)), 0.0])
-    return way[:, None] * forward, np.full(len(way), heading)
+    corners = [(x, y, z) for x in (-WIDEST, WIDEST) for y in (-WIDEST, WIDEST) for z in (0.0, TALLEST)]
+    points = (np.pad(places, ((0, 0), (0, 1)))[:, None] + np.array(corners)).reshape(-1, 3)
+    for distance in np.arange(2.4, FARTHEST, 0.1):
+        moved = replace(camera, distance=float(distance))
+        found = moved.project(points, 1)
+        inside = (found[:, :2] > MARGIN).all() and (found[:, :2] < 1 - MARGIN).all()
+        if inside and found[:, 2].min() > 1.0:
+            return replace(camera, distance=round(float(distance * zoom), 1))
+    raise ConfigError(f"no camera up to {FARTHEST:g} m away holds the whole walk; shorten it or widen the view.")
 
 
 def azimuth_of(camera: Camera, place: Floats, heading: Floats) -> Floats:
-    """Which side of the person the camera sees, degrees in [0, 360), `[T]`."""
+    """Which side of a person at `place` `[T, 2]` the camera sees, degrees in [0, 360), `[T]`."""
     to_camera = camera.position()[:2] - place[:, :2]
     seen_from = np.degrees(np.arctan2(to_camera[:, 0], -to_camera[:, 1]))
     return np.asarray((seen_from - heading) % 360.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from drape.errors import ConfigError
-from drape.scene.body import Floats
+from drape.scene.arrays import Floats
 from drape.scene.cloth import Cloth
 from drape.scene.garments import Garment
 from drape.scene.newton_cloth import simulate_with_newton
@@ -11,14 +11,22 @@ from drape.scene.pbd_cloth import simulate_with_pbd
 
 __all__ = ["simulate"]
 
-SOLVERS = {"drape": simulate_with_pbd, "newton": simulate_with_newton}  # in the order of `drape.scene.cloth.ENGINES`
+
+def follow_body(
+    garment: Garment, shells: Floats, normals: Floats, rest_shell: Floats, cloth: Cloth, fps: float
+) -> Floats:
+    """No dynamics: the garment is where skinning puts it."""
+    return shells
+
+
+SOLVERS = {"drape": simulate_with_pbd, "newton": simulate_with_newton, "skinned": follow_body}
 
 
 def simulate(garment: Garment, shells: Floats, normals: Floats, rest_shell: Floats, cloth: Cloth, fps: float) -> Floats:
-    """The garment's vertices over a sequence, float64 `[T, G, 3]`.
+    """The garment's vertices over a sequence, float64 `[T, G, 3]`, from a body that is posed often (25 times a second).
 
     Args:
-        shells: where skinning puts the vertices, `[T, G, 3]`, metres, in a frame that moves with the walk.
+        shells: where skinning puts the vertices, `[T, G, 3]`, metres, in the world.
         normals: the skin's unit normals there, `[T, G, 3]`.
         rest_shell: `[G, 3]`, gives the rest lengths.
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array, diags_array
 
 from drape.errors import unknown
-from drape.scene.body import Floats, Rig
+from drape.scene.arrays import Floats
+from drape.scene.body import Rig
 
 __all__ = ["GARMENTS", "Garment", "make_garment", "vertex_normals"]
 
@@ -25,13 +26,10 @@ GARMENTS = ("shirt", "trousers", "hat")  # garment ids of the buffers are 1, 2, 
 TRUNK = ("root", "pelvis", "spine", "clavicle", "shoulder")
 LIMBS = {"shirt": ("upperarm",), "trousers": ("upperleg", "lowerleg")}
 # metres off the skin at rest, at the garment's top and at its hem
-OFFSET = {"shirt": (0.012, 0.032), "trousers": (0.010, 0.020), "hat": (0.022, 0.022)}
+OFFSET = {"shirt": (0.012, 0.048), "trousers": (0.012, 0.034), "hat": (0.022, 0.022)}
+SKIN, OVER = 0.005, 0.032  # metres: the nearest that cloth comes to the skin, and to it over another garment
 BRIDGING = {"shirt": 25, "trousers": 10, "hat": 4}  # rounds of smoothing that take the garment over hollows
-LOOSE = {
-    "shirt": 0.045,
-    "trousers": 0.035,
-    "hat": 0.0,
-}  # metres that the cloth may leave its rest shell by, at the hems
+LOOSE = {"shirt": 0.14, "trousers": 0.07, "hat": 0.0}  # metres that cloth may leave its rest shell by, at the hems
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,8 @@ class Garment:
         faces: int64 `[E, 3]` into the garment's vertices.
         body_faces: bool `[F]`, the body's triangles it covers.
         uv: float64 `[E, 3, 2]` in [0, 1], at the triangles' corners.
-        offset: `[G]`, metres off the skin.  loose: `[G]`, metres the cloth may move; 0 where it is held.
+        offset: `[G]`, metres off the skin.  least: `[G]`, metres that it keeps off it when it moves.
+        loose: `[G]`, metres the cloth may move; 0 where it is held.
     """
 
     name: str
@@ -53,6 +52,7 @@ class Garment:
     body_faces: NDArray[np.bool_]
     uv: Floats
     offset: Floats
+    least: Floats
     loose: Floats
 
     def shell(self, skin: Floats, normals: Floats) -> Floats:
@@ -89,10 +89,13 @@ def vertex_normals(vertices: Floats, faces: NDArray[np.int64]) -> Floats:
     """Unit normals of a mesh by area-weighted mean of its triangles', `[V, 3]`."""
     corners = vertices[faces]
     face = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    total = np.zeros_like(vertices)
-    for corner in range(3):
-        np.add.at(total, faces[:, corner], face)
+    total = np.stack([sum_by(faces, face[:, axis], len(vertices)) for axis in range(3)], axis=1)
     return np.asarray(total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12))
+
+
+def sum_by(faces: NDArray[np.int64], values: Floats, count: int) -> Floats:
+    """The sum, for each of `count` vertices, of the values `[F]` of its triangles."""
+    return np.asarray(np.bincount(faces.ravel(), np.repeat(values, 3), minlength=count), dtype=np.float64)
 
 
 def region_of(name: str, rig: Rig) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
@@ -162,7 +165,7 @@ def looseness(name: str, rig: Rig, source: NDArray[np.int64], part: NDArray[np.i
     if name == "hat":
         return np.zeros(len(source))
     height = (z - z.min()) / float(np.ptp(z))
-    free = np.clip(1.25 * (1 - height), 0.0, 1.0)
+    free = np.clip(1.25 * (1 - height), 0.0, 1.0) if name == "shirt" else np.clip(1.4 * (0.8 - height), 0.0, 1.0)
     if name == "shirt":
         free = np.where(part[source] > 0, 0.35, free)
     return np.asarray(LOOSE[name] * free)
@@ -185,4 +188,8 @@ def make_garment(name: str, rig: Rig) -> Garment:
     source, local = np.unique(chosen, return_inverse=True)
     uv = corner_uv(name, rig, chosen, part)
     loose = looseness(name, rig, source, part)
-    return Garment(name, source, local.reshape(-1, 3), body_faces, uv, offsets(name, rig, source), loose)
+    least = np.full(len(source), SKIN)
+    if name == "shirt":  # it hangs over the trousers
+        least[rig.vertices[source, 2] < rig.heads[rig.bone("spine05"), 2] + 0.04] = OVER
+    offset = np.maximum(offsets(name, rig, source), least)
+    return Garment(name, source, local.reshape(-1, 3), body_faces, uv, offset, least, loose)

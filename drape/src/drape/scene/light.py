@@ -1,8 +1,7 @@
 """Light: irradiance on a surface as a function of its normal, for an environment, the sun, or a room.
 
-The environment is a sky that is brighter above and a coloured ground, the sun adds one direction to a dimmer sky, the
-room has two lamps. Shadows are left out; a term of the normal's height stands in for what the body hides from the
-ground.
+The environment is a sky that is brighter above and a coloured ground, the sun adds one direction to a dimmer sky, rooms
+have two lamps. All lamps stand on the camera's side of the scene, so that what stands behind the walk shades no walker.
 """
 
 from __future__ import annotations
@@ -47,6 +46,15 @@ class Light:
             total = total + (normals @ towards).clamp_min(0)[..., None] * normals.new_tensor(colour)
         return total
 
+    def reached(self, normal: Tensor, sky: Tensor, lamps: Tensor) -> Tensor:
+        """Irradiance `[Q, 3]` at one normal `[3]` where shares of the sky `[Q]` and of each lamp `[L, Q]` are seen."""
+        up = (normal[2] + 1) / 2
+        total = (up * normal.new_tensor(self.sky) + (1 - up) * normal.new_tensor(self.ground)) * sky[:, None]
+        for (direction, colour), share in zip(self.lamps, lamps, strict=True):
+            towards = torch.nn.functional.normalize(normal.new_tensor(direction), dim=0)
+            total = total + (normal @ towards).clamp_min(0) * share[:, None] * normal.new_tensor(colour)
+        return total
+
 
 LIGHTS = {
     "overcast": Light(sky=(0.98, 1.0, 1.04), ground=(0.55, 0.54, 0.52)),
@@ -55,9 +63,16 @@ LIGHTS = {
     "indoor": Light(
         sky=(0.55, 0.51, 0.45),
         ground=(0.36, 0.34, 0.31),
-        lamps=(((0.4, -0.5, 1.0), (0.38, 0.35, 0.29)), ((-0.8, 0.1, 0.8), (0.24, 0.23, 0.2))),
+        lamps=(((0.4, -0.5, 1.0), (0.38, 0.35, 0.29)), ((-0.8, -0.1, 0.8), (0.24, 0.23, 0.2))),
     ),
-    "dusk": Light(sky=(0.42, 0.46, 0.56), ground=(0.24, 0.25, 0.29)),
+    "dusk": Light(sky=(0.56, 0.6, 0.72), ground=(0.32, 0.33, 0.38)),
+    "noon": Light(sky=(0.5, 0.56, 0.66), ground=(0.36, 0.35, 0.32), lamps=(((0.25, -0.4, 1.0), (0.7, 0.68, 0.62)),)),
+    "white lamps": Light(
+        sky=(0.6, 0.62, 0.64),
+        ground=(0.4, 0.4, 0.41),
+        lamps=(((-0.3, -0.2, 1.0), (0.3, 0.31, 0.32)), ((0.7, -0.3, 0.9), (0.22, 0.22, 0.23))),
+    ),
+    "hazy": Light(sky=(0.86, 0.88, 0.9), ground=(0.5, 0.5, 0.48), lamps=(((-0.5, -0.5, 1.0), (0.2, 0.19, 0.17)),)),
 }
 
 

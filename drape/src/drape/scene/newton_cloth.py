@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from drape.errors import AssetError
-from drape.scene.body import Floats
+from drape.scene.arrays import Floats
 from drape.scene.cloth import Cloth, held_to_body
 from drape.scene.garments import Garment
 
@@ -31,7 +31,7 @@ def simulate_with_newton(
 ) -> Floats:
     """The garment's vertices over a sequence; see `drape.scene.cloth_engines.simulate`.
 
-    `iterations` is not used, and `substeps` only as what `damping` refers to.
+    `iterations`, `bending` and `slack` are not used.
 
     Raises:
         AssetError: Newton is not installed.
@@ -75,7 +75,7 @@ def simulate_with_newton(
             before.particle_qd.assign(velocity.astype(np.float32))
             solver.step(before, after, None, None, dt)
             moved = held_to_body(after.particle_q.numpy().astype(np.float64), shell, normals[t], garment)
-            velocity = (1 - cloth.damping) ** (cloth.substeps / substeps) * (moved - x) / dt
+            velocity = max(1 - cloth.drag * dt, 0.0) * (moved - x) / dt
             x = moved
         result[t] = x
     return result

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from drape.scene.body import Floats
+from drape.scene.arrays import Floats
 
 __all__ = ["Hits", "rasterise"]
 
@@ -22,6 +22,7 @@ class Hits:
     Attributes:
         row, column: int64 `[P]`.  face: int64 `[P]`.
         weights: float64 `[P, 3]`, perspective-correct barycentric coordinates.
+        depth: float64 `[P]`, metres.
         area: float64 `[F]`, the triangles' areas in pixels.
     """
 
@@ -29,6 +30,7 @@ class Hits:
     column: NDArray[np.int64]
     face: NDArray[np.int64]
     weights: Floats
+    depth: Floats
     area: Floats
 
 
@@ -69,4 +71,4 @@ def rasterise(screen: Floats, faces: NDArray[np.int64], size: int) -> Hits:
     order = np.lexsort((depth, y * size + x))
     pixel = (y * size + x)[order]
     first = order[np.concatenate([[True], pixel[1:] != pixel[:-1]])] if len(order) else order
-    return Hits(y[first], x[first], face[first], inverse[first] * depth[first, None], np.abs(signed) / 2)
+    return Hits(y[first], x[first], face[first], inverse[first] * depth[first, None], depth[first], np.abs(signed) / 2)

@@ -1,6 +1,6 @@
 """From buffers and textures to frames, differentiable in the textures.
 
-    frame = pool(bg (1 - m) + m * shade(normal, light) * sample(texture, uv))
+    frame = pool(shadowed(plate) (1 - m) + m * open * irradiance(normal, light) * sample(texture, uv))
 
 `sample` is bilinear, in a mip-map whose level follows the pixel's footprint: without it a minified texture aliases,
 and its gradients are those of the aliases. `pool` averages the supersampled pixels, so mask edges blend by coverage.
@@ -20,6 +20,7 @@ from torch import Tensor
 from drape.errors import ConfigError, unknown
 from drape.scene.garments import GARMENTS
 from drape.scene.light import Light
+from drape.scene.places import Plate
 from drape.scene.sequence import Buffers
 
 __all__ = ["mip_levels", "render_frames", "render_plain", "sample_texture"]
@@ -75,18 +76,39 @@ def shown(buffers: Buffers, frames: Sequence[int]) -> Shown:
     return Shown(pixels, (frame * side + row) * side + column, len(frames))
 
 
-def compose(buffers: Buffers, seen: Shown, colour: Tensor, light: Light, background: Tensor) -> Tensor:
-    """Light the surface colours `[Q, 3]`, put them over the background and pool, `[B, 3, S, S]`."""
+def compose(buffers: Buffers, seen: Shown, colour: Tensor, light: Light, plate: Plate, frames: Sequence[int]) -> Tensor:
+    """Light the surface colours `[Q, 3]`, put them over the shadowed plate and pool, `[B, 3, S, S]`."""
     side, count = buffers.size, seen.frames
-    if background.shape not in ((3, side, side), (count, 3, side, side)):
-        raise ConfigError(
-            f"the background has shape {tuple(background.shape)}; expected (3, {side}, {side}), or one per frame."
-        )
-    lit = (colour * light.irradiance(buffers.normal[seen.pixels]).to(colour)).clamp(0, 1)
+    irradiance = light.irradiance(buffers.normal[seen.pixels]) * buffers.open[seen.pixels, None]
+    lit = (colour * irradiance.to(colour)).clamp(0, 1)
     covered = torch.cat([lit, torch.ones_like(lit[:, :1])], dim=1) / buffers.supersample**2
     pooled = colour.new_zeros(count * side * side, 4).index_add(0, seen.into, covered)
     pooled = pooled.reshape(count, side, side, 4).permute(0, 3, 1, 2)
-    return pooled[:, :3] + background * (1 - pooled[:, 3:])
+    return pooled[:, :3] + shadowed(buffers, light, plate, frames).to(colour) * (1 - pooled[:, 3:])
+
+
+def shadowed(buffers: Buffers, light: Light, plate: Plate, frames: Sequence[int]) -> Tensor:
+    """The plate under the person's shadow, `[B, 3, S, S]`."""
+    side = buffers.size
+    fits = plate.image.shape in ((3, side, side), (buffers.frames, 3, side, side))
+    if not fits or len(buffers.hidden) != 1 + len(light.lamps):
+        raise ConfigError(
+            f"the plate has shape {tuple(plate.image.shape)}, the shadows those of {len(buffers.hidden) - 1} lamps; "
+            f"expected (3, {side}, {side}) or one per frame, and {len(light.lamps)} lamps. Build the sequence "
+            "with this light."
+        )
+    upwards = torch.tensor([0.0, 0.0, 1.0])
+    result = plate.of(frames).flatten(2).clone()
+    for number, frame in enumerate(frames):
+        part = slice(buffers.shaded_starts[frame], buffers.shaded_starts[frame + 1])
+        pixels = buffers.shaded[part]
+        if len(pixels):
+            there = plate.lit.flatten(1)[:, pixels]
+            whole = light.reached(upwards, torch.ones(len(pixels)), there)
+            left = light.reached(upwards, 1 - buffers.hidden[0, part], there * (1 - buffers.hidden[1:, part]))
+            share = 1 - plate.ground.flatten()[pixels] * (1 - left / whole.clamp_min(1e-6)).T
+            result[number][:, pixels] *= share
+    return result.reshape(len(frames), 3, side, side)
 
 
 def chosen_frames(buffers: Buffers, frames: Sequence[int] | None) -> list[int]:
@@ -101,14 +123,14 @@ def render_frames(
     buffers: Buffers,
     textures: Mapping[str, Tensor],
     light: Light,
-    background: Tensor,
+    plate: Plate,
     frames: Sequence[int] | None = None,
 ) -> Tensor:
     """Frames with textured garments, `[B, 3, S, S]` in [0, 1].
 
     Args:
         textures: `[3, H, W]` in [0, 1] for each of `GARMENTS`, of any size; their dtype is that of the result.
-        background: `[3, S, S]`, or one per frame.
+        light: the one that the buffers were made for.  plate: what is behind the person.
         frames: which; all if not given.
     """
     for name in textures:
@@ -117,7 +139,8 @@ def render_frames(
     missing = [name for name in GARMENTS if name not in textures]
     if missing:
         raise ConfigError(f"no texture for {', '.join(missing)}; give one for each of {', '.join(GARMENTS)}.")
-    seen = shown(buffers, chosen_frames(buffers, frames))
+    chosen = chosen_frames(buffers, frames)
+    seen = shown(buffers, chosen)
     garment = buffers.garment[seen.pixels]
     colour = buffers.albedo[seen.pixels].to(textures[GARMENTS[0]])
     for number, name in enumerate(GARMENTS, start=1):
@@ -125,21 +148,22 @@ def render_frames(
         pixels = seen.pixels[here]
         uv, footprint = buffers.uv[pixels].to(colour), buffers.footprint[pixels].to(colour)
         colour = colour.index_copy(0, here, sample_texture(textures[name], uv, footprint))
-    return compose(buffers, seen, colour, light, background.to(colour))
+    return compose(buffers, seen, colour, light, plate, chosen)
 
 
 def render_plain(
     buffers: Buffers,
     colours: Mapping[str, tuple[float, float, float]],
     light: Light,
-    background: Tensor,
+    plate: Plate,
     frames: Sequence[int] | None = None,
 ) -> Tensor:
     """Frames with dyed garments and no texture lookup at all: the untouched render, `[B, 3, S, S]`."""
-    seen = shown(buffers, chosen_frames(buffers, frames))
+    chosen = chosen_frames(buffers, frames)
+    seen = shown(buffers, chosen)
     table = torch.zeros(256, 3)
     for number, name in enumerate(GARMENTS, start=1):
         table[number] = torch.tensor(colours[name])
     garment = buffers.garment[seen.pixels]
     colour = torch.where((garment == BODY)[:, None], buffers.albedo[seen.pixels], table[garment.long()])
-    return compose(buffers, seen, colour, light, background)
+    return compose(buffers, seen, colour, light, plate, chosen)

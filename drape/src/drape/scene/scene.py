@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from drape.errors import ConfigError
 from drape.scene.light import Light
-from drape.scene.render import render_frames
+from drape.scene.places import Plate
+from drape.scene.render import chosen_frames, render_frames
 from drape.scene.sequence import Buffers
 
 __all__ = ["Scene"]
@@ -18,12 +20,18 @@ __all__ = ["Scene"]
 
 @dataclass(frozen=True)
 class Scene:
-    """One walk: buffers, light and background `[3, S, S]`; `label` names it in reports."""
+    """One walk.
+
+    Args:
+        label: its name in reports.  buffers, light: the geometry, and the light that its shadows were made for.
+        plate: what is behind the person.  grain: deviation of the camera's noise, the same for person and plate.
+    """
 
     label: str
     buffers: Buffers
     light: Light
-    background: Tensor
+    plate: Plate
+    grain: float = 0.0
 
     def __post_init__(self) -> None:
         if not bool(torch.isfinite(self.buffers.boxes).all()):
@@ -32,5 +40,14 @@ class Scene:
             )
 
     def render(self, textures: Mapping[str, Tensor], frames: Sequence[int] | None = None) -> Tensor:
-        """The frames, `[B, 3, S, S]`."""
-        return render_frames(self.buffers, textures, self.light, self.background, frames)
+        """The frames, `[B, 3, S, S]`; the noise of a frame is always the same."""
+        result = render_frames(self.buffers, textures, self.light, self.plate, frames)
+        if self.grain == 0:
+            return result
+        noise = [self.noise(frame) for frame in chosen_frames(self.buffers, frames)]
+        return (result + self.grain * torch.stack(noise).to(result)).clamp(0, 1)
+
+    def noise(self, frame: int) -> Tensor:
+        """Unit noise of a frame, `[3, S, S]`."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.label} {frame}".encode()))
+        return torch.randn(3, self.buffers.size, self.buffers.size, generator=generator)

@@ -14,18 +14,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from drape.cache import cached_arrays
-from drape.errors import ConfigError
-from drape.scene.body import Floats, Rig, gait, load_rig, pose_walk, rotation
-from drape.scene.camera import Camera, azimuth_of, place_on_path
+from drape.errors import ConfigError, unknown
+from drape.scene.arrays import Floats
+from drape.scene.body import BODIES, Rig, load_rig
+from drape.scene.camera import Camera, azimuth_of
 from drape.scene.cloth import Cloth
 from drape.scene.cloth_engines import simulate
+from drape.scene.gait import Walked, gait, walk
 from drape.scene.garments import GARMENTS, Garment, make_garment, vertex_normals
+from drape.scene.light import light
+from drape.scene.paths import PATHS
 from drape.scene.raster import rasterise
+from drape.scene.shade import ground_points, hollows, shadows
 
-__all__ = ["Buffers", "SequenceSpec", "build_sequence"]
+__all__ = ["SKINS", "Buffers", "SequenceSpec", "build_sequence"]
 
-SKIN, HAIR, SHOE = (0.72, 0.53, 0.43), (0.16, 0.11, 0.08), (0.12, 0.12, 0.13)
-WARM_UP = 12  # frames of walking before the first one that is kept, so that the cloth has settled
+Colour = tuple[float, float, float]
+SKINS: dict[str, tuple[Colour, Colour]] = {  # of skin and hair
+    "light": ((0.82, 0.64, 0.54), (0.42, 0.3, 0.18)),
+    "middle": ((0.72, 0.53, 0.43), (0.16, 0.11, 0.08)),
+    "tan": ((0.6, 0.42, 0.31), (0.1, 0.08, 0.07)),
+    "brown": ((0.44, 0.29, 0.21), (0.07, 0.06, 0.05)),
+    "dark": ((0.29, 0.19, 0.14), (0.05, 0.045, 0.04)),
+    "grey hair": ((0.78, 0.6, 0.52), (0.62, 0.6, 0.58)),
+}
+SHOE = (0.12, 0.12, 0.13)
+WARM_UP = 1.0  # seconds of walking before the first frame, so that the cloth has settled
+POSES = 24.0  # poses per second that cloth is moved with, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,32 +48,44 @@ class SequenceSpec:
     """Everything that the buffers depend on.
 
     Args:
-        gait: a name of `drape.scene.body.GAITS`.  path: a name of `drape.scene.camera.PATHS`.
+        gait: a name of `drape.scene.gait.GAITS`.  path: a name of `drape.scene.paths.PATHS`.
+        light: a name of `drape.scene.light.LIGHTS`, for the shadows on the ground.
         frames: T.  fps: frames per second.  size: S.  supersample: 1 to 4.
         camera, cloth: where it stands, how the garments behave.
-        gender, weight, height: the body's shape, 0 to 1.  phase: of the gait at the first frame, in cycles.
+        body: a name of `drape.scene.body.BODIES`.  skin: a name of `SKINS`.
+        phase: of the gait at the first frame, in cycles.
     """
 
     gait: str = "normal"
     path: str = "past"
+    light: str = "overcast"
     frames: int = 24
-    fps: float = 12.0
+    fps: float = 6.0
     size: int = 416
     supersample: int = 2
     camera: Camera = field(default_factory=Camera)
     cloth: Cloth = field(default_factory=Cloth)
-    gender: float = 0.5
-    weight: float = 0.5
-    height: float = 0.5
+    body: str = "middle"
+    skin: str = "middle"
     phase: float = 0.0
 
     def __post_init__(self) -> None:
         gait(self.gait)
-        place_on_path(self.path, np.zeros(1))
-        if self.frames < 1 or self.fps <= 0 or self.size < 16:
-            raise ConfigError(f"frames={self.frames}, fps={self.fps}, size={self.size}; expected >= 1, > 0 and >= 16.")
+        light(self.light)
+        for kind, name, known in (("path", self.path, PATHS), ("body", self.body, BODIES), ("skin", self.skin, SKINS)):
+            if name not in known:
+                raise unknown(kind, name, known)
+        if not 1 <= self.frames <= 5000 or not 0 < self.fps <= 120 or not 16 <= self.size <= 4096:
+            raise ConfigError(
+                f"frames={self.frames}, fps={self.fps}, size={self.size}; expected 1-5000, up to 120, and 16-4096."
+            )
         if not 1 <= self.supersample <= 4:
             raise ConfigError(f"supersample={self.supersample}; expected 1 to 4.")
+
+    @property
+    def seconds(self) -> float:
+        """How long the walk takes."""
+        return self.frames / self.fps
 
 
 @dataclass(frozen=True)
@@ -72,10 +99,13 @@ class Buffers:
         garment: uint8 `[P]`: 1.. the garments of `GARMENTS`, 255 body.
         normal: float32 `[P, 3]`, unit, world.
         albedo: float32 `[P, 3]`, the body's own colour where it shows.
+        open: float32 `[P]`, share of the light that hollows of the body let through.
         footprint: float32 `[P]`, length in uv that one pixel covers.
-        boxes: float32 `[T, 4]`, the person's true box (x0, y0, x1, y1) in frame pixels; nan where out of the image.
-        azimuth: float32 `[T]`, degrees, the side that is seen.
-        size, supersample: S, and R / S.
+        shaded: int64 `[Q]`, the pixels of the frames' S * S that lie in a shadow on the ground, those of all frames
+        in a row. shaded_starts: T + 1 places in `[Q]`. hidden: float32 `[1 + L, Q]`, what the person hides there of
+        the sky and of each lamp of the light. boxes: float32 `[T, 4]`, the person's true box (x0, y0, x1, y1) in
+        frame pixels; nan where out of the image. azimuth: float32 `[T]`, degrees, the side that is seen. size,
+        supersample: S, and R / S.
     """
 
     pixel: Tensor
@@ -84,7 +114,11 @@ class Buffers:
     garment: Tensor
     normal: Tensor
     albedo: Tensor
+    open: Tensor
     footprint: Tensor
+    shaded: Tensor
+    shaded_starts: list[int]
+    hidden: Tensor
     boxes: Tensor
     azimuth: Tensor
     size: int
@@ -115,7 +149,11 @@ def build_sequence(spec: SequenceSpec) -> Buffers:
         garment=torch.from_numpy(arrays["garment"]),
         normal=torch.from_numpy(normal),
         albedo=torch.from_numpy(arrays["albedo"].astype(np.float32) / 255),
+        open=torch.from_numpy(arrays["open"].astype(np.float32) / 255),
         footprint=torch.from_numpy(arrays["footprint"].astype(np.float32)),
+        shaded=torch.from_numpy(arrays["shaded"].astype(np.int64)),
+        shaded_starts=arrays["shaded_starts"].tolist(),
+        hidden=torch.from_numpy(arrays["hidden"].astype(np.float32) / 255),
         boxes=torch.from_numpy(arrays["boxes"]),
         azimuth=torch.from_numpy(arrays["azimuth"]),
         size=spec.size,
@@ -123,7 +161,7 @@ def build_sequence(spec: SequenceSpec) -> Buffers:
     )
 
 
-def body_colours(rig: Rig) -> Floats:
+def body_colours(rig: Rig, skin: str) -> Floats:
     """A plain colour for each vertex: hair, shoes, else skin, `[V, 3]`."""
     owner = np.array(rig.bones)[rig.weights.argmax(axis=1)]
     foot = np.char.startswith(owner, "foot") | np.char.startswith(owner, "toe")
@@ -132,8 +170,8 @@ def body_colours(rig: Rig) -> Floats:
     top = z.max()
     scalp = (owner == "head") & (z > head[2] + 0.3 * (top - head[2])) & (y > head[1] - 0.015)
     crown = (owner == "head") & (z > head[2] + 0.7 * (top - head[2]))
-    colours = np.tile(np.array(SKIN), (len(z), 1))
-    colours[foot], colours[scalp | crown] = SHOE, HAIR
+    colours = np.tile(np.array(SKINS[skin][0]), (len(z), 1))
+    colours[foot], colours[scalp | crown] = SHOE, SKINS[skin][1]
     return colours
 
 
@@ -147,10 +185,10 @@ class Wardrobe:
     colours: Floats
 
 
-def dress(rig: Rig, garments: list[Garment]) -> Wardrobe:
+def dress(rig: Rig, garments: list[Garment], skin: str) -> Wardrobe:
     """One mesh; skin that a garment covers is left out."""
     hidden = np.any([g.body_faces for g in garments], axis=0)
-    colours = body_colours(rig)
+    colours = body_colours(rig, skin)
     faces, ids, uvs, rgb = (
         [rig.faces[~hidden]],
         [np.full((~hidden).sum(), 255)],
@@ -172,35 +210,43 @@ def dress(rig: Rig, garments: list[Garment]) -> Wardrobe:
     )
 
 
-def clothed_walk(spec: SequenceSpec, rig: Rig, garments: list[Garment]) -> tuple[Floats, Floats]:
-    """Vertices of body and garments together, walking on the spot, `[T, V + G.., 3]`, and metres walked `[T]`."""
-    frames = spec.frames + WARM_UP
-    start = 2 * np.pi * (spec.phase - gait(spec.gait).cadence * WARM_UP / spec.fps)
-    posed, walked = pose_walk(rig, gait(spec.gait), frames, fps=spec.fps, phase=start)
-    normals = np.stack([vertex_normals(v, rig.faces) for v in posed])
+def clothed_walk(spec: SequenceSpec, rig: Rig, garments: list[Garment]) -> Walked:
+    """The walk with the vertices of body and garments together, `[T, V + G.., 3]`."""
+    swings = spec.cloth.engine != "skinned"
+    each = int(np.ceil(POSES / spec.fps)) if swings else 1  # poses per frame
+    rate = each * spec.fps
+    before = int(np.ceil(WARM_UP * rate)) if swings else 0
+    times = np.arange(-before, (spec.frames - 1) * each + 1) / rate
+    posed = walk(rig, gait(spec.gait), spec.path, spec.seconds, times, spec.phase)
+    kept = np.arange(before, len(times), each)
+    normals = np.stack([vertex_normals(v, rig.faces) for v in posed.vertices])
     rest_normals = vertex_normals(rig.vertices, rig.faces)
-    parts = [posed]
+    parts = [posed.vertices[kept]]
     for g in garments:
-        shells = g.shell(posed[:, g.source], normals[:, g.source])
+        shells = g.shell(posed.vertices[:, g.source], normals[:, g.source])
         rest = g.shell(rig.vertices[g.source], rest_normals[g.source])
-        parts.append(simulate(g, shells, normals[:, g.source], rest, spec.cloth, spec.fps))
-    return np.concatenate(parts, axis=1)[WARM_UP:], walked[WARM_UP:] - walked[WARM_UP]
+        parts.append(simulate(g, shells, normals[:, g.source], rest, spec.cloth, rate)[kept])
+    return Walked(np.concatenate(parts, axis=1), posed.place[kept], posed.heading[kept])
 
 
 def make_arrays(spec: SequenceSpec) -> dict[str, NDArray[Any]]:
-    """The buffers as compact arrays: uv in 1/65535, normals in 1/32767, albedo in 1/255."""
-    rig = load_rig(gender=spec.gender, weight=spec.weight, height=spec.height)
+    """The buffers as compact arrays: uv in 1/65535, normals in 1/32767, albedo, open and hidden in 1/255."""
+    rig = load_rig(spec.body)
     garments = [make_garment(name, rig) for name in GARMENTS]
-    mesh = dress(rig, garments)
-    bodies, walked = clothed_walk(spec, rig, garments)
-    place, heading = place_on_path(spec.path, walked)
-    frames = [
-        render_geometry(spec, mesh, bodies[t] @ rotation("z", heading[t]).T + place[t]) for t in range(spec.frames)
-    ]
+    mesh = dress(rig, garments, spec.skin)
+    walked = clothed_walk(spec, rig, garments)
+    ground, lamp = ground_points(spec.camera, spec.size), light(spec.light)
+    frames, falls = [], []
+    for vertices, middle in zip(walked.vertices, walked.place, strict=True):
+        frames.append(render_geometry(spec, mesh, vertices))
+        falls.append(shadows(vertices, lamp, ground, middle))
     arrays: dict[str, NDArray[Any]] = {name: np.concatenate([f[name] for f in frames]) for name in frames[0]}
     arrays["boxes"] = arrays["boxes"].reshape(spec.frames, 4)
     arrays["starts"] = np.cumsum([0, *(len(f["pixel"]) for f in frames)])
-    arrays["azimuth"] = azimuth_of(spec.camera, place, heading).astype(np.float32)
+    arrays["shaded"] = np.concatenate([pixels for pixels, _ in falls])
+    arrays["shaded_starts"] = np.cumsum([0, *(len(pixels) for pixels, _ in falls)])
+    arrays["hidden"] = np.round(np.concatenate([hidden for _, hidden in falls], axis=1) * 255).astype(np.uint8)
+    arrays["azimuth"] = azimuth_of(spec.camera, walked.place, walked.heading).astype(np.float32)
     return arrays
 
 
@@ -226,6 +272,7 @@ def render_geometry(spec: SequenceSpec, mesh: Wardrobe, vertices: Floats) -> dic
         "garment": mesh.garment[hits.face],
         "normal": np.round(normal * 32767).astype(np.int16),
         "albedo": np.round(np.clip(colour, 0, 1) * 255).astype(np.uint8),
+        "open": np.round(hollows(hits.row, hits.column, hits.depth, spec.camera.focal(size)) * 255).astype(np.uint8),
         "footprint": np.minimum(footprint, 1.0).astype(np.float16),
         "boxes": (box / spec.supersample).astype(np.float32),
     }

@@ -1,0 +1,80 @@
+"""Whether a difference is more than chance: intervals by a bootstrap over walks and seeds, paired where two are
+compared.
+
+A value is known for each seed and walk. A draw takes as many seeds and as many walks again, with replacement, the
+same ones for both sides of a comparison; the interval holds the middle 95 % of the draws' means (Efron 1979,
+"Bootstrap Methods: Another Look at the Jackknife", Ann. Statist. 7; Owen 2007, "The Pigeonhole Bootstrap", Ann. Appl.
+Stat. 1, for two ways).
+
+Shapes: `N` seeds, `W` walks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drape.errors import ConfigError
+
+__all__ = ["Interval", "interval", "paired"]
+
+DRAWS = 4000
+LEVEL = 0.95
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, and the lower and upper end of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def apart(self, other: Interval) -> bool:
+        """Whether the two intervals have nothing in common."""
+        return self.high < other.low or other.high < self.low
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def table(values: Sequence[Sequence[float]] | Floats) -> Floats:
+    """Values by seed and walk, `[N, W]`."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 2 or 0 in array.shape or not np.isfinite(array).all():
+        raise ConfigError(
+            f"values have shape {array.shape}; expected finite numbers [seeds, walks], one at least of each."
+        )
+    return array
+
+
+def interval(values: Sequence[Sequence[float]] | Floats, seed: int = 0) -> Interval:
+    """The mean over seeds and walks `[N, W]`, with its interval."""
+    array = table(values)
+    rng = np.random.default_rng(seed)
+    seeds, walks = array.shape
+    chosen, taken = (rng.integers(0, count, (DRAWS, count)) for count in (seeds, walks))
+    means = np.array([array[s][:, w].mean() for s, w in zip(chosen, taken, strict=True)])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(array.mean()), float(low), float(high))
+
+
+def paired(
+    first: Sequence[Sequence[float]] | Floats, second: Sequence[Sequence[float]] | Floats, seed: int = 0
+) -> Interval:
+    """The mean of first - second over the same seeds and walks, with its interval.
+
+    A side with one seed, such as a control, is compared with every seed of the other.
+    """
+    a, b = table(first), table(second)
+    if a.shape[1] != b.shape[1] or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])):
+        raise ConfigError(
+            f"values of shapes {a.shape} and {b.shape}; expected the same walks, and the same seeds or one."
+        )
+    return interval(a - b, seed)
