@@ -1,6 +1,6 @@
 """The images of drape/docs/drape.md.
 
-python drape/benchmarks/images.py                     walks.png, a sheet of walks
+python drape/benchmarks/images.py                     walks.jpg, a sheet of walks
 python drape/benchmarks/images.py out/drape-bench     the others too, from bench.json and the folder of `drape bench`
 """
 
@@ -64,7 +64,7 @@ def walks_sheet(walks: Sequence[Walk], clothes: dict[str, torch.Tensor], fps: fl
 def main(work: Path | None) -> None:
     plain = control("plain", Gamut.proxy())
     shown = walks_sheet([TEST[number] for number in SHOWN], plain, 1.0, 416)
-    write_atomically(IMAGES / "walks.png", lambda target: shown.save(target, optimize=True))
+    write_atomically(IMAGES / "walks.jpg", lambda target: shown.save(target, quality=84))
     if work is not None:
         from_bench(work, plain)
 

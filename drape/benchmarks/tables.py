@@ -155,8 +155,8 @@ def conditions(found: dict[str, Any]) -> str:
         f"mode, {frames['forward']} more without in mode sequence); weighting {spec['weighting']} of {spec['window']} "
         f"frames; fine-tuning in {spec['rounds']} rounds of {spec['harden_steps']} steps. drape {about['drape']}, "
         f"torch {about['torch']}; an optimisation took {sum(each) / len(each):.0f} seconds of one processor, "
-        f"fine-tuning {seconds['harden']:.0f}. Score of a photograph of a person that no step has seen: {number(photo['before'])} "
-        f"before fine-tuning, {number(photo['hardened'])} after."
+        f"fine-tuning {seconds['harden']:.0f}. Score of a photograph of a person that no step has "
+        f"seen: {number(photo['before'])} before fine-tuning, {number(photo['hardened'])} after."
     )
 
 

@@ -371,9 +371,24 @@ def test_textures_made_against_defences_are_judged_with_them(
     quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, arguments in {"a": [], "b": ["--mode", "frames"], "c": ["--against", "aggregate"]}.items():
-        run_drape(monkeypatch, "optimise", "--steps", "1", "--out", str(tmp_path / name), *arguments)
+        run_drape(
+            monkeypatch, "optimise", "--train-walks", "2", "--steps", "1", "--out", str(tmp_path / name), *arguments
+        )
     weights = tmp_path / "weights.npz"
-    run_drape(monkeypatch, "harden", "--rounds", "1", "--attack-steps", "1", "--steps", "1", "--to", str(weights))
+    run_drape(
+        monkeypatch,
+        "harden",
+        "--train-walks",
+        "2",
+        "--rounds",
+        "1",
+        "--attack-steps",
+        "1",
+        "--steps",
+        "1",
+        "--to",
+        str(weights),
+    )
     run_drape(
         monkeypatch,
         "evaluate",

@@ -59,8 +59,8 @@ def interval(values: Sequence[Sequence[float]] | Floats, seed: int = 0) -> Inter
     array = table(values)
     rng = np.random.default_rng(seed)
     seeds, walks = array.shape
-    chosen, taken = (rng.integers(0, count, (DRAWS, count)) for count in (seeds, walks))
-    means = np.array([array[s][:, w].mean() for s, w in zip(chosen, taken, strict=True)])
+    drawn = (rng.multinomial(count, np.full(count, 1 / count), DRAWS) / count for count in (seeds, walks))
+    means = np.einsum("ds,sw,dw->d", next(drawn), array, next(drawn), optimize=True)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(array.mean()), float(low), float(high))
 
