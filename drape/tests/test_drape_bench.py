@@ -407,6 +407,7 @@ def test_textures_made_against_defences_are_judged_with_them(
     assert {"optimised", "frames"} <= set(measured["results"])
     assert "adaptive_recall" in measured["defences"]["aggregate"]
     assert "hardened+aggregate" in measured["defences"]
+    assert len(measured["lights"]["plain"]) >= 2
 
 
 def test_an_evaluation_below_a_limit_ends_with_an_exit_code_of_its_own(
@@ -415,7 +416,7 @@ def test_an_evaluation_below_a_limit_ends_with_an_exit_code_of_its_own(
     """Grey is seen by a detector of red with less than in plain clothes, which are red."""
     save_images(tmp_path / "textures.npz", GREY)
     common = ["drape", "evaluate", "--out", str(tmp_path), "--walks", "1", "--fps", "0.5", "--size", "64"]
-    common += ["--cloth", "skinned"]
+    common += ["--cloth", "skinned", "--no-lights"]
     for limit, code in (("0.0", 0), ("1.01", 3)):
         monkeypatch.setattr(sys, "argv", [*common, "--fail-under", f"recall={limit}"])
         with pytest.raises(SystemExit) as stopped:

@@ -30,7 +30,7 @@ from drape.optimise import OptimiseSpec, optimise
 from drape.report import animation, page
 from drape.scene.backgrounds import read_image
 from drape.scene.cloth import ENGINES
-from drape.walks import TEST, TRAIN, scenes
+from drape.walks import TEST, TRAIN, scenes, under_lights
 
 __all__ = ["app", "main"]
 
@@ -59,13 +59,14 @@ def gamut_of(icc: Path | None) -> Gamut:
     return Gamut.proxy() if icc is None else Gamut.from_profile(icc)
 
 
-def attacked_through(defence: str, detectors: Sequence[Detector], hardened: Path | None) -> list[Detector]:
+def attacked_through(defence: str, names: Sequence[str], hardened: Path | None) -> list[Detector]:
     """The detectors that an attack which knows of a defence of `KNOWN` is optimised against."""
     if defence.startswith("hardened"):
         if hardened is None:
             raise ConfigError(f"--against {defence} needs --hardened FILE, made with `drape harden`.")
-        return [load_hardened(hardened, detectors[0].name)]
-    return [Purified(d) for d in detectors] if defence == "median" else list(detectors)
+        return [load_hardened(hardened, names[0])]
+    detectors = [load_detector(name) for name in names]
+    return [Purified(d) for d in detectors] if defence == "median" else detectors
 
 
 @app.command("optimise")
@@ -92,7 +93,7 @@ def optimise_command(
     gamut, reach = gamut_of(icc), REACH if against.endswith("aggregate") else 0
     temporal = Temporal(mode=weighting, window=max(round(WINDOW * fps), 1))
     spec = OptimiseSpec(mode=mode, steps=steps, seed=seed, aggregation=reach, temporal=temporal)
-    models = attacked_through(against, [load_detector(name) for name in detector], hardened)
+    models = attacked_through(against, detector, hardened)
     textures, labels = random_textures(gamut, seed), None
     if product is not None:
         textures, labels = product_textures(gamut, read_image(product), seed)
@@ -146,6 +147,7 @@ def evaluate_command(
     fail_under: list[str] = typer.Option(
         [], help="MEASURE=VALUE under the optimised textures, such as recall=0.6; repeat it"
     ),
+    lights: bool = typer.Option(True, help="judge one walk under several lights too"),
     out: Path = Out,
 ) -> None:
     """Judge textures on held-out walks, with controls and defences; further detectors join transfer and consensus."""
@@ -158,8 +160,9 @@ def evaluate_command(
         named_textures(adaptive),
     )
     first, *others = [load_detector(name) for name in detector]
-    subject = Subject(first, others, None if hardened is None else load_hardened(hardened, first.name))
-    measured = measure(subject, Judge(scenes(TEST[:walks], fps, size, engine)), given)
+    subject = Subject(first, others, None if hardened is None else load_hardened(hardened, detector[0]))
+    lit = under_lights(TEST[0], fps, size, engine) if lights else []
+    measured = measure(subject, Judge(scenes(TEST[:walks], fps, size, engine)), given, lit=lit)
     path = out / FIGURES
     scene = {"gamut": gamut.name, "icc": icc and str(icc), "fps": fps, "size": size, "cloth": engine}
     save_record(path, EVALUATION, rounded({**measured, **scene}))
@@ -236,7 +239,7 @@ def demo_command(
     )  # fmt: skip
     evaluate_command(
         detector=[detector], fps=fps, size=size, engine=engine, icc=None, walks=2, hardened=None, compare=[],
-        adaptive=[], fail_under=[], out=out,
+        adaptive=[], fail_under=[], lights=False, out=out,
     )  # fmt: skip
     report_command(out)
     seconds = {"seconds": time.perf_counter() - start[0], "processor_seconds": time.process_time() - start[1]}
