@@ -397,6 +397,25 @@ def test_training_agrees_with_torch():
     assert np.allclose((weights * lower).detach().numpy(), gradient_rows(gram, 30)[1:, :size], atol=1e-6)
 
 
+@pytest.mark.parametrize("params", [{}, {"history": "full", "ridge": 0.1}])
+def test_each_pass_is_forecast_by_its_own_weights(params):
+    """The two passes of guidance move differently; each has to be forecast best by its own calibration."""
+    features = {"cond": smooth(3), "uncond": smooth(11)}
+    grams = {f"gram/{name}": torch.from_numpy(gram_of(steps)) for name, steps in features.items()}
+    fingerprint = replace(LINEAR, site="output", passes=("cond", "uncond"))
+    method = hasten.L2P(calibration=Calibration("l2p", grams, fingerprint), interval=4, **params)
+    stored, target = (7, 3, 2, 1, 0), 9
+    weights = {
+        name: np.asarray(method.components(FeatureKey(name)).predictors["whole"].weights(target, stored))
+        for name in features
+    }
+    assert not np.allclose(weights["cond"], weights["uncond"])
+    for name, steps in features.items():
+        known, truth = steps[0, list(stored)].numpy(), steps[0, target].numpy()
+        errors = {other: np.linalg.norm(weights[other] @ known - truth) for other in features}
+        assert min(errors, key=errors.get) == name
+
+
 def test_a_recursion_that_runs_away_is_refused():
     """Features that are nearly determined by their past give large weights of either sign."""
     calibration = Calibration(

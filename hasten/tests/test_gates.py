@@ -2,11 +2,15 @@
 
 import math
 import warnings
+from itertools import pairwise
 
 import hasten
 import pytest
+import tiny
 import torch
 from hasten.caching.gates import ThresholdGate, relative_change
+from hasten.caching.methods.easycache import RateGate
+from hasten.caching.methods.fbcache import FrontGate
 from hasten.caching.methods.magcache import MagnitudeGate
 from hasten.caching.methods.teacache import AccumulatingGate
 from hasten.calibration import Calibration, Fingerprint
@@ -50,11 +54,36 @@ def test_relative_change_is_the_ratio_of_mean_magnitudes():
     assert relative_change(new, old, same) == pytest.approx(0.5)
 
 
-def test_the_neediest_image_decides_where_asked():
+def test_the_change_of_the_worst_image_of_a_batch():
     old = torch.ones(2, 4)
     new = old + torch.tensor([[0.0], [0.8]])
     assert relative_change(new, old, same) == pytest.approx(0.4)
     assert relative_change(new, old, same, per_sample=True) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("make", [lambda m: FrontGate(m), lambda m: AccumulatingGate(m, (1.0, 0.0))], ids=["fb", "tea"])
+def test_the_worst_case_over_the_batch_decides_where_asked(make, per_sample):
+    """One image of two changes by 80 %: 40 % on the average, below the threshold of 60 %."""
+    config = hasten.FBCache if make(hasten.FBCache()).__class__ is FrontGate else hasten.TeaCache
+    gate = make(config(threshold=0.6, per_sample=per_sample, schedule="uniform"))
+    still = torch.ones(2, 4)
+    moved = still + torch.tensor([[0.0], [0.8]])
+    assert computed(follow(gate, [still, still, moved])) == ([0, 2] if per_sample else [0])
+
+
+def test_the_error_of_easycache_begins_again_at_each_computed_step():
+    """Input and result move by the same amount per step, and the error grows by a tenth of the result per step."""
+    gate = RateGate(threshold=0.25, interval=50, warmup=3, last=False)
+    steps = [torch.full((1, 4), 10.0 + step) for step in range(16)]
+    decisions = follow(gate, steps)
+    ran = computed(decisions)
+    assert ran[:3] == [0, 1, 2]
+    gaps = [b - a for a, b in pairwise(ran[2:])]
+    assert len(gaps) >= 2
+    assert min(gaps) > 1, "after a computed step the error is 0 again, and the next step is skipped"
+    after = [decisions[step + 1].indicator for step in ran[3:] if step + 1 < len(steps)]
+    assert all(indicator < 0.15 for indicator in after)
 
 
 def test_a_reduction_makes_shards_agree():
@@ -191,6 +220,18 @@ def test_front_blocks_run_at_every_step_and_the_others_do_not(pipe):
         full = run.summary().computed_steps
     assert calls == {"front": 12, "double": full, "single": full}
     assert full < 12
+
+
+def test_more_front_blocks_run_at_every_step():
+    """A model of four blocks, of which two decide."""
+    model, calls = tiny.build("WanTransformer3DModel"), [0] * 4
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    with hasten.accelerate(model, "fbcache", threshold=0.6, front=2) as run:
+        tiny.sample("WanTransformer3DModel", model, steps=12)
+        computed_steps = run.summary().computed_steps
+    assert calls == [12, 12, computed_steps, computed_steps]
+    assert computed_steps < 12
 
 
 def test_looking_at_the_modulated_input_runs_no_attention(pipe):

@@ -51,6 +51,11 @@ def seen(policy, seed=3):
     return policy.select(frames(q, seed), frames(q, seed + 1)).table()
 
 
+def selected(policy, queries):
+    """The same for given queries."""
+    return policy.select(queries, frames(q, 4)).table()
+
+
 def redundancy(*parts):
     """Of frames `[B, H, F, L, D]` that are measured part by part."""
     units = UnitKeys()
@@ -135,6 +140,19 @@ def test_top_k_is_the_most_relevant_frames_for_each_query_frame():
 
 def test_focused_forcing_without_diversity_is_top_k():
     assert torch.equal(seen(begun(FocusedForcing(budget=3, mix=1.0))), seen(begun(TopKAttention(k=3))))
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.3])
+@pytest.mark.parametrize("diversity_on", ["unrotated", "cached"])
+def test_focused_forcing_prefers_frames_that_differ(mix, diversity_on):
+    """Seven frames are copies of one, two are others: with little weight on relevance every head takes the two."""
+    policy = KVPolicy(FocusedForcing(budget=2, mix=mix, diversity_on=diversity_on))
+    keys = frames(1, 1).expand(-1, 9, -1, -1, -1).clone()
+    keys[:, [2, 7]] = frames(2, 5)
+    for start in range(0, 9, 3):
+        policy.append(keys[:, start : start + 3], frames(3, start))
+    table = selected(policy, queries=torch.zeros(B, q, L, H, D))
+    assert table.expand(B, q, H, 9).nonzero()[:, 3].unique().tolist() == [2, 7]
 
 
 def test_diversity_alone_is_the_same_for_every_query_frame():

@@ -43,7 +43,7 @@ from hasten.streaming.attention import (
 from hasten.streaming.cache import FrameCache, Unrotate, check_frames
 from hasten.streaming.selection import Selection
 
-__all__ = ["KVPolicy", "KVStream", "LayerView", "StreamingMethod"]
+__all__ = ["KVPolicy", "KVStream", "LayerView", "RefreshedMethod", "StreamingMethod"]
 
 
 @dataclass(eq=False)
@@ -92,11 +92,10 @@ class LayerView:
 class StreamingMethod(Declared, ABC):
     """Base of the methods: which frames to keep and which to look at."""
 
-    refresh_every: Annotated[
-        int | None,
-        Range(1),
-        "forwards after which a chunk's choice is made again; None keeps that of its first forward",
-    ] = None
+    @property
+    def refresh_every(self) -> int | None:
+        """Forwards after which a chunk's choice is made again; None keeps that of its first forward."""
+        return None
 
     @abstractmethod
     def score(self, view: LayerView, queries: Tensor) -> Tensor:
@@ -112,6 +111,17 @@ class StreamingMethod(Declared, ABC):
 
     def check_model(self, layers: int, facts: Mapping[str, object]) -> None:
         """Refuse a model that the method was not made for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshedMethod(StreamingMethod):
+    """Base of the methods whose choice depends on the queries, and may be made again within a chunk."""
+
+    refresh_every: Annotated[
+        int | None,
+        Range(1),
+        "forwards after which a chunk's choice is made again; None keeps that of its first forward",
+    ] = None
 
 
 class KVPolicy:

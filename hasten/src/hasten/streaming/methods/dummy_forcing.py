@@ -36,7 +36,10 @@ class DummyForcing(StreamingMethod):
     history: Annotated[int | None, Range(0), "last frames for the other heads, beside the first; None for all"] = 9
     begin: Annotated[int, Range(1), "chunks of history at which the heads are measured; before, all attend to all"] = 1
     samples: Annotated[int, Range(1), "queries to measure with"] = 64
-    refresh_every: int | None = 1  # heads are split while chunk `begin` is under way; looking that up costs nothing
+
+    @property
+    def refresh_every(self) -> int | None:
+        return 1  # heads are split while chunk `begin` is under way; looking that up costs nothing
 
     def score(self, view: LayerView, queries: Tensor) -> Tensor:
         return recency(view, queries, 1)

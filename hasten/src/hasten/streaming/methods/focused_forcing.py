@@ -31,7 +31,7 @@ from hasten.parameters import Range
 from hasten.registry import method
 from hasten.streaming.budgets import HeadBudgets
 from hasten.streaming.methods.sliding_window import sink_and_window
-from hasten.streaming.policy import LayerView, StreamingMethod
+from hasten.streaming.policy import LayerView, RefreshedMethod
 from hasten.streaming.scores import relevance, standardised
 from hasten.streaming.selection import Selection, index_of, top_frames
 
@@ -44,7 +44,7 @@ FORCED_FROM = 3  # the smallest budget of which one frame can be given to the fi
 
 @method("focused-forcing", kind="streaming", paper="Focused Forcing, arXiv:2605.18346")
 @dataclass(frozen=True, kw_only=True)
-class FocusedForcing(StreamingMethod):
+class FocusedForcing(RefreshedMethod):
     """Each frame and head attends to the frames that matter to it and differ from each other (Focused Forcing)."""
 
     budget: Annotated[

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hasten.parameters import Range
 from hasten.registry import method
-from hasten.streaming.policy import LayerView, StreamingMethod
+from hasten.streaming.policy import LayerView, RefreshedMethod
 from hasten.streaming.scores import relevance
 from hasten.streaming.selection import Selection, top_frames
 
@@ -22,7 +22,7 @@ __all__ = ["TopKAttention"]
 
 @method("topk-attention", kind="streaming", paper="ablation of Focused Forcing, arXiv:2605.18346")
 @dataclass(frozen=True, kw_only=True)
-class TopKAttention(StreamingMethod):
+class TopKAttention(RefreshedMethod):
     """Each head attends to the frames that its queries agree with most."""
 
     k: Annotated[int, Range(0), "frames of history"] = 6
