@@ -22,7 +22,7 @@ from hasten.caching.schedule import Decision
 from hasten.caching.sites import HiddenSite, ModuleSite, OutputSite, Site
 from hasten.caching.span import SpanSite
 from hasten.calibration import RunFacts
-from hasten.errors import AlreadyAcceleratedError, HastenWarning
+from hasten.errors import AdapterError, AlreadyAcceleratedError, HastenWarning
 from hasten.pipeline import context_parallel
 from hasten.pipeline.hooks import Forward, Hook, Remove, attach, compiled_whole, pass_name
 from hasten.pipeline.others import other_cache
@@ -265,7 +265,10 @@ class CachingEngine(Hook):
         hidden = self._argument(self._hidden, args, kwargs)
         dtype = (hidden if isinstance(hidden, Tensor) else hidden[0]).dtype
         encoder = (dict(zip(self._parameters, args, strict=False)) | kwargs).get("encoder_hidden_states")
-        image_tokens = math.prod(self._find_layout(args, kwargs).grid)
+        try:
+            image_tokens = math.prod(self._find_layout(args, kwargs).grid)
+        except AdapterError:  # tokens of several sizes; the site itself does not mind
+            return
         text_tokens = encoder.shape[1] if isinstance(encoder, Tensor) else 0
         cost = self.estimate_bytes(image_tokens, text_tokens, len(hidden), 1, dtype)
         if cost >= LARGE:
