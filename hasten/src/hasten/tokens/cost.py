@@ -12,10 +12,10 @@ from hasten.tokens.approximate import BLOCK, GROUPS, MOST_DISTANCES
 
 __all__ = ["TreeCost", "free_memory", "tree_cost"]
 
-# Nanoseconds for each pair of codes, and more for each number of a code: one core of a cloud machine, 2,048 to 40,000
-# codes of 8 to 256 numbers. Announcements need the order of magnitude.
-EXACT = (35.0, 0.25)
-APPROXIMATE = (28.0, 0.5)
+# Nanoseconds for each pair of codes, for each number of a pair, and for each code: fits to one core of a cloud machine,
+# 2,048 to 8,192 codes of 8 to 256 numbers exactly, 20,000 to 40,000 approximately. An announcement needs the order.
+EXACT = (35.0, 0.25, 0.0)
+APPROXIMATE = (6.0, 0.5, 350_000.0)
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,14 @@ def tree_cost(codes: int, width: int, exact: bool) -> TreeCost:
     pairs, numbers = codes * codes, codes * width
     copies = 4 * 8 * numbers
     if exact:
-        return TreeCost(codes, True, 4 * pairs + copies, pairs * (EXACT[0] + EXACT[1] * width) * 1e-9)
+        return TreeCost(codes, True, 4 * pairs + copies, _seconds(codes, width, EXACT))
     groups = min(GROUPS, codes // 2)
     memory = 12 * groups * groups + 2 * 8 * min(MOST_DISTANCES, BLOCK * codes) + copies
-    return TreeCost(codes, False, memory, pairs * (APPROXIMATE[0] + APPROXIMATE[1] * width) * 1e-9)
+    return TreeCost(codes, False, memory, _seconds(codes, width, APPROXIMATE))
+
+
+def _seconds(codes: int, width: int, each: tuple[float, float, float]) -> float:
+    return 1e-9 * (codes * codes * (each[0] + each[1] * width) + codes * each[2])
 
 
 def free_memory() -> int | None:
