@@ -126,7 +126,7 @@ def test_a_warmup_longer_than_the_run_is_refused():
         Given([], warmup=5).begin(3)
 
 
-def test_teacache_adds_up_changes_and_a_full_step_starts_anew():
+def test_teacache_adds_up_changes_and_a_computed_step_starts_again():
     config = hasten.TeaCache(threshold=0.25, schedule="uniform")
     steps = [torch.full((1, 4), 1.1**i) for i in range(8)]  # every change is 0.1 of what was before
     decisions = follow(AccumulatingGate(config, (1.0, 0.0)), steps)

@@ -564,7 +564,7 @@ def test_further_tokens_that_do_not_fit_are_refused(wrong):
 def test_frames_to_keep_must_exist():
     policy = begun(FullHistory())
     for places in ([9], [3, 1], [-1], [2, 2]):
-        with pytest.raises(ConfigError, match="rising places from 0 to 8"):
+        with pytest.raises(ConfigError, match="rising positions from 0 to 8"):
             policy.evict(places)
 
 
@@ -662,7 +662,7 @@ def test_layers_that_are_shown_their_history_one_by_one_are_measured_one_by_one(
     assert measured == [B] * 6
 
 
-def test_what_was_measured_of_a_layer_that_began_anew_is_forgotten():
+def test_what_was_measured_of_a_layer_that_began_again_is_forgotten():
     stream = grown(FocusedForcing(budget=2, mix=0.3, diversity_tokens=4))
     stream[0].score(frames(q, 3))
     stream[2].reset()

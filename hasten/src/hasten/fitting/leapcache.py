@@ -44,7 +44,7 @@ def fit_leapcache(
         lists: computed steps, such as `hasten.tune_steps` found; at most one list of each length.
         sweeps: how often to sample and solve.
         window: how many newest computed steps a forecast uses, and are held in memory.
-        ridge: pull towards reuse.
+        ridge: how far weights shrink to reuse.
         tokens: how many tokens of a call's feature are looked at.
         progress: called with (computed steps, sweeps so far, relative squared error of the final latents).
 

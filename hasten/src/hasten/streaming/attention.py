@@ -9,7 +9,7 @@
 Where everything is chosen all of them are the same call of full attention, bit for bit.
 
 Shape legend: `B` batch, `q` frames of the current chunk, `F` frames held, `L` tokens of a frame, `H` heads, `D` width
-of a head, `X` further tokens that all see, `Q` query frames that choose for themselves (`q` or 1), `n` heads of a
+of a head, `X` further tokens that all attend to, `Q` query frames that choose for themselves (`q` or 1), `n` heads of a
 group, `T` tokens chosen.
 """
 
@@ -95,7 +95,7 @@ class StreamStats:
 
 @dataclass(frozen=True, eq=False)
 class Current:
-    """The chunk that is being made, and other tokens that every query sees.
+    """The chunk that is being made, and other tokens that every query attends to.
 
     Attributes:
         queries, keys, values: `[B, q, L, H, D]`, rotated if the cache's keys are.
@@ -109,7 +109,7 @@ class Current:
 
     @property
     def visible(self) -> int:
-        """Tokens that every query sees: `q * L + X`."""
+        """Tokens that every query attends to: `q * L + X`."""
         q, L = self.keys.shape[1:3]
         return q * L + (0 if self.extra is None else self.extra[0].shape[1])
 
@@ -201,7 +201,7 @@ def _dense(current: Current, cache: FrameCache, scale: float | None, visible: Te
 
 
 def _visible(current: Current, cache: FrameCache, selection: Selection) -> Tensor:
-    """`[B, q, H, F * L + q * L + X]` bool: which keys each query frame and head sees."""
+    """`[B, q, H, F * L + q * L + X]` bool: which keys each query frame and head attends to."""
     B, q, _, H, _ = current.queries.shape
     history = selection.token_table(cache.tokens).expand(B, q, H, -1)
     return torch.cat([history, history.new_ones(B, q, H, current.visible)], 3)
@@ -214,7 +214,7 @@ def _gather(cache: FrameCache, group: HeadGroup) -> tuple[Tensor, Tensor]:
 
 
 def pack(cache: FrameCache, selection: Selection, room: int) -> list[PackedGroup]:
-    """Copy the chosen history of every group together, with room for `room` tokens that every query sees."""
+    """Copy the chosen history of every group together, with room for `room` tokens that every query attends to."""
     packed = []
     for group in selection.groups:
         keys, values = _gather(cache, group)
@@ -252,7 +252,7 @@ def _grouped(current: Current, packed: list[PackedGroup], scale: float | None) -
 
 
 def _completed(buffer: Tensor, group: PackedGroup, now: Tensor) -> Tensor:
-    """The group's history and what every query sees, `[B, n, q * L + X, D]`, written into the room behind it."""
+    """The group's history and what every query attends to, `[B, n, q * L + X, D]`, written into the room behind it."""
     B, n, length, D = now.shape
     rows = now[:, None].expand(B, group.choosers, n, length, D)
     if torch.is_grad_enabled():
@@ -301,7 +301,7 @@ def _flash(queries: Tensor) -> VarlenKernel:
 def varlen(
     current: Current, cache: FrameCache, selection: Selection, scale: float | None, kernel: VarlenKernel
 ) -> Tensor:
-    """Every (batch, query frame, head) as a sequence of `L` queries, packed end to end with the keys that it sees.
+    """Every (batch, query frame, head) as a sequence of `L` queries, packed end to end with its keys.
 
     Args:
         kernel: as `flash_attn_varlen_func`: (q, k, v, starts of q, starts of k, longest q, longest k) of
@@ -315,8 +315,8 @@ def varlen(
         n, heads = len(group.heads), list(group.heads)
         queries.append(current.queries.permute(0, 1, 3, 2, 4)[:, :, heads].reshape(-1, D))
         for part, chosen, now in zip(history, _gather(cache, group), current.by_head(), strict=True):
-            seen = now[:, None, heads].expand(B, q, n, -1, D)
-            part.append(torch.cat([chosen.expand(B, q, n, -1, D), seen], 3).reshape(-1, D))
+            attended = now[:, None, heads].expand(B, q, n, -1, D)
+            part.append(torch.cat([chosen.expand(B, q, n, -1, D), attended], 3).reshape(-1, D))
         lengths += [group.history_tokens(L) + current.visible] * (B * q * n)
     starts_q = torch.arange(len(lengths) + 1, dtype=torch.int32, device=current.queries.device) * L
     starts_k = torch.tensor([0, *lengths], device=current.queries.device).cumsum(0).to(torch.int32)

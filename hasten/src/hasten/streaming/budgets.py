@@ -1,4 +1,4 @@
-"""How many frames of the history each head may look at.
+"""How many frames of the history each head may attend to.
 
 Focused Forcing gives important heads more. With the importance `I` of each head (see `importance`):
 

@@ -2,7 +2,7 @@
 
 Frames are the unit: they are appended, chosen and evicted whole. Keys are stored as the layer attends to them, that is,
 after the rotary embedding if the model has one; `unrotate`, or plain keys given along, lets a score compare frames
-without their places in time. What frames are compared by is measured when a method first asks, once per frame.
+without their positions in time. What frames are compared by is measured when a method first asks, once per frame.
 
 Shape legend: `B` batch, `F` frames held, `L` tokens of a frame, `H` heads, `D` width of a head. Callers hand in
 `[B, F, L, H, D]`; inside, heads come first, `[B, H, F, L, D]`, so that one head's frames are read in one go.
@@ -87,7 +87,7 @@ class FrameCache:
         self._epoch = next(EPOCHS)
         self.frames: list[int] = []
         self.next_frame = 0
-        self.whole = 0  # frames that full attention would see: all so far, or those that the host still keeps
+        self.whole = 0  # frames that full attention would read: all so far, or those that the model still keeps
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -126,12 +126,12 @@ class FrameCache:
         return units + sum(t.untyped_storage().nbytes() for t in held if t is not None)
 
     def frames_of(self, heads: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, Q, n, b * L, D]` of the frames at places `[B, Q, n, b]`, for these heads `[n]`."""
+        """Keys and values `[B, Q, n, b * L, D]` of the frames at positions `[B, Q, n, b]`, for these heads `[n]`."""
         keys, values = (_rows(t, heads, frames) for t in self._buffers())
         return keys.flatten(3, 4), values.flatten(3, 4)
 
     def tokens_of(self, heads: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, Q, n, T, D]` of the tokens at places `[B, Q, n, T]` (frame times `L` plus token)."""
+        """Keys and values `[B, Q, n, T, D]` of the tokens at positions `[B, Q, n, T]` (frame times `L` plus token)."""
         keys, values = (_rows(t.flatten(2, 3), heads, tokens) for t in self._buffers())
         return keys, values
 
@@ -151,7 +151,7 @@ class FrameCache:
 
         Args:
             step: of every `step`-th token.
-            since: of the frames from this place on.
+            since: of the frames from this position on.
             others: caches like this one, whose keys follow along the batch.
 
         Raises:
@@ -249,30 +249,32 @@ class FrameCache:
         self._plain = None if plain_keys is None else plain_keys.permute(0, 3, 1, 2, 4)
         self.frames, self.next_frame, self.whole = list(frames), frames[-1] + 1, len(frames)
 
-    def keep(self, places: Sequence[int]) -> None:
-        """Evict all frames but those at these places (0 is the oldest held); their memory is freed.
+    def keep(self, positions: Sequence[int]) -> None:
+        """Evict all frames but those at these positions (0 is the oldest held); their memory is freed.
 
         Raises:
-            ConfigError: for places that do not exist or do not rise.
+            ConfigError: for positions that do not exist or do not rise.
         """
-        if list(places) != sorted(set(places)) or (places and not 0 <= places[0] <= places[-1] < len(self)):
-            raise ConfigError(f"expected rising places from 0 to {len(self) - 1}, got {list(places)}")
-        if len(places) == len(self):
+        if list(positions) != sorted(set(positions)) or (
+            positions and not 0 <= positions[0] <= positions[-1] < len(self)
+        ):
+            raise ConfigError(f"expected rising positions from 0 to {len(self) - 1}, got {list(positions)}")
+        if len(positions) == len(self):
             return
-        if not places:
+        if not positions:
             upcoming, whole = self.next_frame, self.whole
             self.clear()
             self.next_frame, self.whole = upcoming, whole
             return
         room = self._keys.shape[2] - len(self) if self._keys is not None else 0
-        index = torch.tensor(places, device=self.keys.device)
+        index = torch.tensor(positions, device=self.keys.device)
         self._keys, self._values = (self._kept(t, index, room) for t in (self.keys, self.values))
         self._plain = None if self._plain is None else self._plain.index_select(2, index)
         if self._means is not None:  # it covers the oldest frames, those that were there when it was last asked for
             self._means = self._means.index_select(2, index[index < self._means.shape[2]])
         self._units.clear()  # their sum is of frames that have gone; the few that are left are measured again
         self._epoch = next(EPOCHS)
-        self.frames = [self.frames[place] for place in places]
+        self.frames = [self.frames[position] for position in positions]
 
     @staticmethod
     def _kept(frames: Tensor, index: Tensor, room: int) -> Tensor:
@@ -297,14 +299,14 @@ class FrameCache:
         return self._keys[:, :, :end], self._values[:, :, :end]
 
 
-def _rows(held: Tensor, heads: Tensor, places: Tensor) -> Tensor:
-    """`[B, Q, n, places, ...]` of a tensor `[B, H, F, ...]`."""
+def _rows(held: Tensor, heads: Tensor, positions: Tensor) -> Tensor:
+    """`[B, Q, n, positions, ...]` of a tensor `[B, H, F, ...]`."""
     B, H, F = held.shape[:3]
     batch = torch.arange(B, device=held.device)[:, None, None, None]
     if not held.is_contiguous():  # somebody else's cache, of which a copy would cost more than is gained
-        return held[batch, heads[:, None], places]
-    rows = (batch * H + heads[:, None]) * F + places  # whole rows are copied three times as fast as single numbers
-    return held.flatten(0, 2).index_select(0, rows.flatten()).view(*places.shape, *held.shape[3:])
+        return held[batch, heads[:, None], positions]
+    rows = (batch * H + heads[:, None]) * F + positions  # whole rows are copied three times as fast as single numbers
+    return held.flatten(0, 2).index_select(0, rows.flatten()).view(*positions.shape, *held.shape[3:])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

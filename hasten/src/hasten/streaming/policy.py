@@ -1,4 +1,4 @@
-"""What a causal video model remembers, and what each forward looks at.
+"""What a causal video model remembers, and what each forward attends to.
 
 A `StreamingMethod` holds parameters and decides; a `KVPolicy` applies it to one layer: `append` a finished chunk,
 `score` and `select` frames, `evict`, `attend`, and `stats`. A `KVStream` holds the policies of all layers of a rollout.
@@ -48,7 +48,7 @@ __all__ = ["KVPolicy", "KVStream", "LayerView", "RefreshedMethod", "StreamingMet
 
 @dataclass(eq=False)
 class LayerView:
-    """What a method may look at when it decides for one layer.
+    """What a method may use when it decides for one layer.
 
     Attributes:
         layer: its number.
@@ -75,7 +75,7 @@ class LayerView:
     def together(self) -> list[LayerView]:
         """The views of all layers, if they stand at this chunk and hold the same frames; else this one alone.
 
-        A host that shows each layer its history just before that layer's turn has no other layer ready.
+        A model that gives each layer its history just before that layer's turn has no other layer ready.
         """
         views = [view for view in (there() for there in self.peers) if view is not None]
         ready = all(view.chunk == self.chunk and view.cache.same_frames(self.cache) for view in views)
@@ -90,7 +90,7 @@ class LayerView:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingMethod(Declared, ABC):
-    """Base of the methods: which frames to keep and which to look at."""
+    """Base of the methods: which frames to keep and which to attend to."""
 
     @property
     def refresh_every(self) -> int | None:
@@ -132,12 +132,12 @@ class KVPolicy:
         layer, layers: the number of this layer, and how many there are.
         backend: how attention is computed: `"grouped"`, `"masked"`, `"flex"` or `"varlen"`.
         rotated: whether keys carry a rotary embedding along time.
-        unrotate: takes it off, see `hasten.streaming.cache`.
+        unrotate: undoes it, see `hasten.streaming.cache`.
         shared: notes that all layers of a rollout share.
 
     Attributes:
         cache: the frames held.
-        view: what the method may look at.
+        view: what the method may use.
         timed: wait for a GPU before reading the clock; set it to False for full speed and meaningless times.
 
     Raises:
@@ -187,7 +187,7 @@ class KVPolicy:
         self.evict(self.method.retained(self.view))
 
     def look_at(self, keys: Tensor, values: Tensor, frames: Sequence[int], plain_keys: Tensor | None = None) -> None:
-        """Begin a chunk on a history that the host keeps itself; see `FrameCache.view`. Nothing is evicted."""
+        """Begin a chunk on a history that the model keeps itself; see `FrameCache.view`. Nothing is evicted."""
         self._forget_choice()
         self.cache.view(keys, values, frames, plain_keys)
         self._next_chunk()
@@ -198,7 +198,7 @@ class KVPolicy:
         self.view.memo.clear()
 
     def evict(self, keep: Sequence[int]) -> None:
-        """Free all frames but those at these places, 0 being the oldest held."""
+        """Free all frames but those at these positions, 0 being the oldest held."""
         if len(keep) < len(self.cache):
             self._forget_choice()
             self.view.memo.clear()
@@ -216,7 +216,7 @@ class KVPolicy:
             queries, keys: of the current chunk `[B, q, L, H, D]`.
 
         Returns:
-            None where the whole history is seen.
+            None where the whole history is attended to.
         """
         every = self.method.refresh_every
         due = not self._fresh or (every is not None and self.view.step % every == 0)
@@ -245,7 +245,7 @@ class KVPolicy:
 
         Args:
             queries, keys, values: `[B, q, L, H, D]`, rotated if the history is.
-            extra: keys and values `[B, X, H, D]` that every query sees beside those.
+            extra: keys and values `[B, X, H, D]` that every query attends to besides.
             scale: of the logits, `1 / sqrt(D)` by default.
 
         Returns:
@@ -318,7 +318,7 @@ class KVStream:
         facts: what is known of the model, by which budgets that were made for another one are refused.
 
     Attributes:
-        gates: None, or `[layers, H]` by which the host multiplies each head's output, to find out what heads are worth.
+        gates: None, or `[layers, H]` by which the model multiplies each head's output, to measure importance.
     """
 
     def __init__(

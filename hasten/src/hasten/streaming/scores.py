@@ -67,10 +67,10 @@ def attention_mass(queries: Tensor, keys: Tensor, history: Tensor, last: int, sa
         float32 on the CPU, the mean over the batch and the samples.
     """
     flat = queries.flatten(1, 2)
-    places = torch.linspace(0, flat.shape[1] - 1, min(samples, flat.shape[1]), device=flat.device).long()
-    sample = flat[:, places].transpose(1, 2).float()  # [B, H, samples, D]
-    seen = torch.cat([history.flatten(2, 3), keys.flatten(1, 2).transpose(1, 2)], 2).float()
-    weights = (sample @ seen.mT / queries.shape[-1] ** 0.5).softmax(3)
+    positions = torch.linspace(0, flat.shape[1] - 1, min(samples, flat.shape[1]), device=flat.device).long()
+    sample = flat[:, positions].transpose(1, 2).float()  # [B, H, samples, D]
+    attended = torch.cat([history.flatten(2, 3), keys.flatten(1, 2).transpose(1, 2)], 2).float()
+    weights = (sample @ attended.mT / queries.shape[-1] ** 0.5).softmax(3)
     return weights[..., -last:].sum(3).mean((0, 2)).cpu()
 
 

@@ -1,7 +1,7 @@
-"""Which frames of the history each head sees.
+"""Which frames of the history each head attends to.
 
-A selection is a list of groups of heads that see equally much, so that each group is one dense batch. The current chunk
-is no part of it: every query sees the current chunk whole.
+A selection is a list of groups of heads that attend to equally many tokens, so that each group is one dense batch. The
+current chunk is no part of it: every query attends to the whole current chunk.
 
 Shape legend: `B` batch, `Q` query frames, or 1 where all frames of the chunk share a choice, `H` heads, `n` heads of a
 group, `b` frames chosen, `F` frames held, `L` tokens of a frame, `T` tokens chosen.
@@ -23,13 +23,13 @@ __all__ = ["HeadGroup", "Selection", "frames_at", "index_of", "top_frames"]
 
 @dataclass(frozen=True, eq=False)
 class HeadGroup:
-    """Heads that see the same number of tokens of the history.
+    """Heads that attend to the same number of tokens of the history.
 
     Attributes:
         heads: their numbers.
-        frames: places in the cache `[B, Q, n, b]`, rising; `b` may be 0.
-        tokens: places in the cache's tokens `[B, Q, n, T]` (frame times `L` plus token) where only parts of the frames
-            are seen; None where they are seen whole.
+        frames: positions in the cache `[B, Q, n, b]`, rising; `b` may be 0.
+        tokens: positions in the cache's tokens `[B, Q, n, T]` (frame times `L` plus token) where only parts of the
+            frames are chosen; None where they are chosen whole.
     """
 
     heads: tuple[int, ...]
@@ -37,11 +37,11 @@ class HeadGroup:
     tokens: Tensor | None = None
 
     def history_tokens(self, tokens: int) -> int:
-        """Tokens of the history that one query sees, given the tokens of a frame."""
+        """Tokens of the history that one query attends to, given the tokens of a frame."""
         return self.frames.shape[3] * tokens if self.tokens is None else self.tokens.shape[3]
 
-    def token_places(self, tokens: int) -> Tensor:
-        """`[B, Q, n, T]`: the places of all tokens seen, in order of time."""
+    def token_positions(self, tokens: int) -> Tensor:
+        """`[B, Q, n, T]`: the positions of all tokens chosen, in order of time."""
         if self.tokens is not None:
             return self.tokens
         within = torch.arange(tokens, device=self.frames.device)
@@ -70,7 +70,7 @@ class Selection:
 
     @property
     def everything(self) -> bool:
-        """Whether every head sees every token of the history."""
+        """Whether every head attends to every token of the history."""
         return all(g.tokens is None and g.frames.shape[3] == self.held for g in self.groups)
 
     @property
@@ -78,18 +78,18 @@ class Selection:
         return sum(len(group.heads) for group in self.groups)
 
     def table(self) -> Tensor:
-        """`[B, Q, H, F]` bool: which frames are seen, whole or in part. `Q` is 1 if every group shares its choice."""
+        """`[B, Q, H, F]` bool: which frames are chosen, whole or in part. `Q` is 1 if every group shares its choice."""
         return self._spread([g.frames for g in self.groups], self.held)
 
     def token_table(self, tokens: int) -> Tensor:
-        """`[B, Q, H, F * L]` bool: which tokens are seen."""
-        return self._spread([g.token_places(tokens) for g in self.groups], self.held * tokens)
+        """`[B, Q, H, F * L]` bool: which tokens are chosen."""
+        return self._spread([g.token_positions(tokens) for g in self.groups], self.held * tokens)
 
-    def _spread(self, places: Sequence[Tensor], size: int) -> Tensor:
-        B = places[0].shape[0]
-        Q = max(p.shape[1] for p in places)
-        table = torch.zeros(B, Q, self.heads, size, dtype=torch.bool, device=places[0].device)
-        for group, chosen in zip(self.groups, places, strict=True):
+    def _spread(self, positions: Sequence[Tensor], size: int) -> Tensor:
+        B = positions[0].shape[0]
+        Q = max(p.shape[1] for p in positions)
+        table = torch.zeros(B, Q, self.heads, size, dtype=torch.bool, device=positions[0].device)
+        for group, chosen in zip(self.groups, positions, strict=True):
             n = len(group.heads)
             part = torch.zeros(B, Q, n, size, dtype=torch.bool, device=table.device)
             part.scatter_(3, chosen.expand(B, Q, n, chosen.shape[3]), True)
@@ -104,9 +104,9 @@ def index_of(numbers: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=device)
 
 
-def frames_at(places: Sequence[int], heads: Sequence[int], batch: int, device: torch.device) -> HeadGroup:
-    """A group whose heads all see the frames at these places."""
-    index = index_of(tuple(sorted(places)), device)
+def frames_at(positions: Sequence[int], heads: Sequence[int], batch: int, device: torch.device) -> HeadGroup:
+    """A group whose heads all attend to the frames at these positions."""
+    index = index_of(tuple(sorted(positions)), device)
     return HeadGroup(tuple(heads), index.expand(batch, 1, len(heads), len(index)))
 
 
@@ -130,7 +130,7 @@ def top_frames(scores: Tensor, budgets: Sequence[int]) -> Selection:
 
 @lru_cache(maxsize=512)
 def _by_size(budgets: tuple[int, ...], heads: int, held: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """The heads that see equally many frames, by that number; worked out once, because all layers ask."""
+    """The heads that attend to equally many frames, by that number; worked out once, because all layers ask."""
     if len(budgets) != heads or min(budgets) < 0:
         raise ConfigError(f"expected a budget of 0 or more frames for each of {heads} heads, got {list(budgets)}")
     sizes = [min(budget, held) for budget in budgets]

@@ -42,16 +42,16 @@ class RateGate(ThresholdGate):
         sums = self.reduce(torch.stack([tensor.float().abs().sum(), tensor.new_tensor(tensor.numel()).float()]))
         return float(sums[0] / sums[1])
 
-    def measure(self, step: int, seen: Tensor | None) -> float | None:
-        previous, self._x = self._x, seen
-        if previous is None or seen is None or len(self._computed) < 2:
+    def measure(self, step: int, observed: Tensor | None) -> float | None:
+        previous, self._x = self._x, observed
+        if previous is None or observed is None or len(self._computed) < 2:
             return None
         (x1, out1), (x0, out0) = self._computed
         rate = self._mean(out0 - out1) / max(self._mean(x0 - x1), 1e-12)
-        self._error += rate * self._mean(seen - previous) / max(self._mean(out0), 1e-12)
+        self._error += rate * self._mean(observed - previous) / max(self._mean(out0), 1e-12)
         return self._error
 
-    def on_decision(self, computed: bool, seen: Tensor | None) -> None:
+    def on_decision(self, computed: bool, observed: Tensor | None) -> None:
         if computed:
             self._error = 0.0
 

@@ -39,14 +39,14 @@ class FrontGate(ThresholdGate):
         super().begin(total)
         self._reference: Tensor | None = None
 
-    def measure(self, step: int, seen: Tensor | None) -> float | None:
-        if self._reference is None or seen is None or seen.shape != self._reference.shape:
+    def measure(self, step: int, observed: Tensor | None) -> float | None:
+        if self._reference is None or observed is None or observed.shape != self._reference.shape:
             return None
-        return relative_change(seen, self._reference, self.reduce, self._per_sample)
+        return relative_change(observed, self._reference, self.reduce, self._per_sample)
 
-    def on_decision(self, computed: bool, seen: Tensor | None) -> None:
+    def on_decision(self, computed: bool, observed: Tensor | None) -> None:
         if computed:
-            self._reference = seen
+            self._reference = observed
 
     def held(self) -> Iterable[Tensor]:
         return () if self._reference is None else (self._reference,)

@@ -113,18 +113,18 @@ def _one_step_errors(grams: Sequence[Gram], sizes: Sequence[int]) -> list[float]
 
 
 def _check_clusters(calibration: Calibration) -> None:
-    slots = {name.partition("/")[2] for name in calibration.tensors}
-    for slot in slots:
-        labels, grams = (calibration.tensors.get(f"{kind}/{slot}") for kind in ("clusters", "grams"))
+    keys = {name.partition("/")[2] for name in calibration.tensors}
+    for key in keys:
+        labels, grams = (calibration.tensors.get(f"{kind}/{key}") for kind in ("clusters", "grams"))
         if labels is None or grams is None:
-            raise ValueError(f"it lacks the clusters or the Gram matrices of {slot!r}")
+            raise ValueError(f"it lacks the clusters or the Gram matrices of {key!r}")
         if int(labels.max()) >= len(grams):
-            raise ValueError(f"a channel of {slot!r} is in cluster {int(labels.max())} of {len(grams)}")
+            raise ValueError(f"a channel of {key!r} is in cluster {int(labels.max())} of {len(grams)}")
 
 
 declare_contents(
     "hyca",
-    {"clusters/{slot}": Array("integer", ("D",), low=0), "grams/{slot}": Array("float", ("C", "L", "L"), (symmetric,))},
+    {"clusters/{key}": Array("integer", ("D",), low=0), "grams/{key}": Array("float", ("C", "L", "L"), (symmetric,))},
     _check_clusters,
 )
 

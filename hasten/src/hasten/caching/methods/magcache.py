@@ -43,14 +43,14 @@ class MagnitudeGate(ThresholdGate):
         self._warmup = max(self._first, round(self._retention * (total or len(self._ratios))))
         self.on_decision(True, None)
 
-    def measure(self, step: int, seen: Tensor | None) -> float | None:
+    def measure(self, step: int, observed: Tensor | None) -> float | None:
         total = self.total or len(self._ratios)
         nearest = round(step * (len(self._ratios) - 1) / max(total - 1, 1))
         self._ratio *= self._ratios[min(nearest, len(self._ratios) - 1)]
         self._error += abs(1 - self._ratio)
         return self._error
 
-    def on_decision(self, computed: bool, seen: Tensor | None) -> None:
+    def on_decision(self, computed: bool, observed: Tensor | None) -> None:
         if computed:
             self._ratio, self._error = 1.0, 0.0
 

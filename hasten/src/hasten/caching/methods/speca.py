@@ -42,19 +42,19 @@ class DraftGate(ThresholdGate):
         super().begin(total)
         self._error = 0.0
 
-    def measure(self, step: int, seen: Tensor | None) -> float | None:
+    def measure(self, step: int, observed: Tensor | None) -> float | None:
         return self._error
 
-    def decide(self, step: int, last_computed: int | None, seen: Tensor | None) -> Decision:
+    def decide(self, step: int, last_computed: int | None, observed: Tensor | None) -> Decision:
         progress = step / self.total if self.total else 0.0
         self._threshold = self._config.threshold * max(self._config.decay**progress, 0.1)
-        decision = super().decide(step, last_computed, seen)
+        decision = super().decide(step, last_computed, observed)
         early = last_computed is not None and step - last_computed <= self._config.least
         if decision.reason == "above threshold" and early:
             decision = Decision(False, "fewest drafts", decision.indicator)
         return decision
 
-    def on_decision(self, computed: bool, seen: Tensor | None) -> None:
+    def on_decision(self, computed: bool, observed: Tensor | None) -> None:
         self._error = 0.0  # the passes of this step set it again, and the worst of them counts
 
     def verified(self, step: int, error: float) -> None:

@@ -98,7 +98,7 @@ def _average(values: Sequence[Vector], newest: float) -> Vector:
     return np.asarray(sum(share * value for share, value in zip(shares / shares.sum(), values, strict=True)))
 
 
-declare_contents("svdcache", {"basis/{slot}": Array("float", ("D", "k"), (orthonormal,))})
+declare_contents("svdcache", {"basis/{key}": Array("float", ("D", "k"), (orthonormal,))})
 
 
 @method("svdcache", kind="caching", paper="SVD-Cache, arXiv:2601.07396", needs_calibration=True)

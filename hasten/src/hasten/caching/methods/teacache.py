@@ -60,14 +60,16 @@ class AccumulatingGate(ThresholdGate):
         self._previous: Tensor | None = None
         self._sum = 0.0
 
-    def measure(self, step: int, seen: Tensor | None) -> float | None:
-        previous, self._previous = self._previous, seen
-        if previous is None or seen is None or previous.shape != seen.shape:
+    def measure(self, step: int, observed: Tensor | None) -> float | None:
+        previous, self._previous = self._previous, observed
+        if previous is None or observed is None or previous.shape != observed.shape:
             return None
-        self._sum += float(np.polyval(self._polynomial, relative_change(seen, previous, self.reduce, self._per_sample)))
+        self._sum += float(
+            np.polyval(self._polynomial, relative_change(observed, previous, self.reduce, self._per_sample))
+        )
         return self._sum
 
-    def on_decision(self, computed: bool, seen: Tensor | None) -> None:
+    def on_decision(self, computed: bool, observed: Tensor | None) -> None:
         if computed:
             self._sum = 0.0
 

@@ -2,11 +2,11 @@
 
 The pipeline keeps two caches for each layer, of keys before rotation: recent chunks in full (`full_cache`) and older
 ones in coarser patches (`compressed_cache`). Frames are chosen from the former; compressed frames, of a quarter of the
-tokens or fewer, are always seen. When a chunk is done the pipeline encodes both caches afresh, so a chunk's history is
-rotated and looked at again when the next one begins. Training and encoding run as they are.
+tokens or fewer, are always attended to. When a chunk is done the pipeline encodes both caches again, so a chunk's
+history is rotated and scored again when the next one begins. Training and encoding run as they are.
 
 The stock processor pads queries and keys to a multiple of 128 and, when it reads the cache, masks nothing, so every
-query also sees zero keys with zero values. That is part of what the model computes, so they are kept.
+query also attends to zero keys with zero values. That is part of what the model computes, so they are kept.
 
 Needs diffusers 0.42 or newer. Source: `diffusers/models/transformers/transformer_anyflow_far.py`.
 
@@ -99,7 +99,7 @@ class StreamingProcessor:
         return tokens.transpose(1, 2).unflatten(1, (-1, self._size.full))
 
     def _look(self, cache: Tensor, far: int, rows: Tensor) -> None:
-        """Begin a chunk: rotate the full frames `[2, B, H, F * L, D]` and show them to the policy."""
+        """Begin a chunk: rotate the full frames `[2, B, H, F * L, D]` and give them to the policy."""
         policy = self._stream[self._layer]
         if not cache.shape[3]:
             policy.reset()
@@ -133,7 +133,7 @@ def attach_anyflow(target: Any, method: StreamingMethod, *, backend: Backend = "
 
     Args:
         target: an `AnyFlowFARPipeline` or its transformer. It must keep a cache (`use_kv_cache=True`, the default).
-        method: what to look at. Eviction is the pipeline's own.
+        method: what to attend to. Eviction is the pipeline's own.
         backend: how attention is computed.
 
     Raises:

@@ -4,7 +4,7 @@ Such a model (`CausalWanModel` of Self-Forcing, LongLive, Causal Forcing, ...) h
 whose `forward` writes the current chunk into its key-value cache and then calls a function `attention(q, k, v)` of its
 module on `q` `[B, q * L, H, D]` and on `k`, `v` `[B, (F + q) * L, H, D]`, the current chunk last. That one call is led
 through the stream: the instance gets a `forward` whose global name `attention` means ours. Neither the class nor the
-module changes. The cache stays the model's own; a chunk's history is looked at where it lies and not copied.
+module changes. The cache stays the model's own; a chunk's history is read where it is stored and not copied.
 
 Keys are rotated by absolute frame numbers. A rolling cache holds the first `sink_size` frames and the last ones, from
 which the numbers follow. Layout and names: Self-Forcing, arXiv:2506.08009, `wan/modules/causal_model.py`.
@@ -120,7 +120,7 @@ def attach_causal_wan(model: Any, method: StreamingMethod, *, backend: Backend =
 
     Args:
         model: with `blocks`, each with a `self_attn`; of the user's own checkout of Self-Forcing or its kin.
-        method: what to look at.
+        method: what to attend to.
         backend: how attention is computed.
 
     Raises:

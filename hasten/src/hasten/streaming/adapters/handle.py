@@ -16,7 +16,7 @@ class StreamingRun:
     """An attached stream; a context manager that takes itself off.
 
     Args:
-        stream: what the model looks at.
+        stream: what the model attends to.
         undo: gives the model its own attention back.
     """
 

@@ -1,9 +1,9 @@
-"""Dummy Forcing: heads that look at the present only need no past. "Dummy Forcing", arXiv:2601.20499.
+"""Dummy Forcing: heads that attend to the present alone need no past. "Dummy Forcing", arXiv:2601.20499.
 
 Once, early in the rollout, each head's attention mass on the first frame, on the rest of the history and on the current
 chunk is measured with a sample of the queries. The share `dummy_share` of all heads of all layers with the most mass on
-the current chunk become dummy heads: they see the last `local` frames and the current chunk, nothing else. The others
-see the first frame and the last `history` frames.
+the current chunk become dummy heads: they attend to the last `local` frames and the current chunk, nothing else. The
+others attend to the first frame and the last `history` frames.
 
 Departures: the paper's three kinds of heads with packed calls are two here, because heads of one kind make one batch in
 any case. Heads are measured in the first forward of chunk `begin` and are split before its second.
@@ -67,7 +67,7 @@ class DummyForcing(StreamingMethod):
             ([h for h in range(H) if h in dummies], sink_and_window(frames, 0, self.local)),
             ([h for h in range(H) if h not in dummies], sink_and_window(frames, 1, far)),
         )
-        groups = tuple(frames_at(places, heads, B, queries.device) for heads, places in kinds if heads)
+        groups = tuple(frames_at(positions, heads, B, queries.device) for heads, positions in kinds if heads)
         return Selection(groups, len(frames))
 
 

@@ -1,9 +1,9 @@
 """Forcing-KV: static heads keep a short context, dynamic heads keep what moves. "Forcing-KV", arXiv:2605.09681.
 
 Once, early in the rollout, each head's attention mass on the last `recent` frames (the current chunk counted in) is
-measured. Heads with a mass of `threshold` or more are static: they see the first frame and the last `context` frames.
-The others are dynamic: of the frames in between they see only the patches (bands of tokens) that changed most against
-the frame before, by the cosine of their keys; the share `retention` of them.
+measured. Heads with a mass of `threshold` or more are static: they attend to the first frame and the last `context`
+frames. The others are dynamic: of the frames in between they attend only to the patches (bands of tokens) that changed
+most against the frame before, by the cosine of their keys; the share `retention` of them.
 
 Departures: "style" because the official code was read, not ported. Which patches changed is found on the first layer's
 keys and shared by all layers, as there. Heads are measured when the history first has more frames than `recent`.
@@ -85,16 +85,16 @@ class ForcingKV(StreamingMethod):
         held, tokens, device = len(view.cache), view.cache.tokens, view.cache.keys.device
         kept = max(1, round(self.retention * self.patches))
         patches = self._shared_patches(view, kept)  # [B, F - 1, kept]; row i is of frame i + 1
-        between = [place for place in range(1, held) if place not in whole]
+        between = [position for position in range(1, held) if position not in whole]
         within = torch.arange(tokens // self.patches, device=device)
-        rows = patches[:, [place - 1 for place in between]]
+        rows = patches[:, [position - 1 for position in between]]
         starts = torch.tensor(between, device=device)[None, :, None] * tokens + rows * (tokens // self.patches)
         parts = (starts[..., None] + within).flatten(1)  # [B, tokens of the parts]
         full = torch.tensor(whole, device=device)[:, None] * tokens + torch.arange(tokens, device=device)
-        seen = torch.cat([full.flatten().expand(batch, -1), parts], 1).sort(dim=1).values
+        chosen = torch.cat([full.flatten().expand(batch, -1), parts], 1).sort(dim=1).values
         n = len(heads)
         frames = torch.arange(held, device=device).expand(batch, 1, n, held)
-        return HeadGroup(tuple(heads), frames, seen[:, None, None].expand(batch, 1, n, -1))
+        return HeadGroup(tuple(heads), frames, chosen[:, None, None].expand(batch, 1, n, -1))
 
     def _shared_patches(self, view: LayerView, kept: int) -> Tensor:
         """Found by the first layer of a chunk that needs them and used by the others."""
@@ -102,5 +102,5 @@ class ForcingKV(StreamingMethod):
         if found is None or found[0] != view.chunk:
             found = view.chunk, changed_patches(view.cache.plain_keys(), self.patches, kept)
             view.shared["patches"] = found
-        places: Tensor = found[1]
-        return places
+        positions: Tensor = found[1]
+        return positions

@@ -1,7 +1,7 @@
 """A sliding window with an attention sink. Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
-arXiv:2309.17453, with frames for tokens: all heads see the first `sink` frames and the last `window` ones.
+arXiv:2309.17453, with frames for tokens: all heads attend to the first `sink` frames and the last `window` ones.
 
-Departure: frames keep their absolute places in the rotary embedding, as in Self-Forcing; the paper renumbers them.
+Departure: frames keep their absolute positions in the rotary embedding, as in Self-Forcing; the paper renumbers them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["SlidingWindow", "recency", "sink_and_window"]
 
 def sink_and_window(frames: Sequence[int], sink: int, window: int) -> list[int]:
     """Places of the frames numbered below `sink` and of the last `window` others."""
-    sinks = [place for place, frame in enumerate(frames) if frame < sink]
+    sinks = [position for position, frame in enumerate(frames) if frame < sink]
     others = range(len(sinks), len(frames))
     return [*sinks, *others[max(len(others) - window, 0) :]]
 
@@ -50,7 +50,7 @@ class SlidingWindow(StreamingMethod):
         return recency(view, queries, self.sink)
 
     def select(self, view: LayerView, queries: Tensor, keys: Tensor) -> Selection | None:
-        # A host that keeps the cache itself evicts nothing, so the window is cut here as well.
+        # A model that keeps the cache itself evicts nothing, so the window is cut here as well.
         B, _, _, H, _ = queries.shape
-        places = sink_and_window(view.cache.frames, self.sink, self.window)
-        return Selection((frames_at(places, range(H), B, queries.device),), len(view.cache))
+        positions = sink_and_window(view.cache.frames, self.sink, self.window)
+        return Selection((frames_at(positions, range(H), B, queries.device),), len(view.cache))

@@ -1,4 +1,4 @@
-"""Top-k attention over frames: each head and query frame sees the `k` frames of the highest mean logit.
+"""Top-k attention over frames: each head and query frame attends to the `k` frames of the highest mean logit.
 
 The relevance half of Focused Forcing (arXiv:2605.18346) alone, with the same budget for every head: what is left of it
 without diversity and without head budgets.
