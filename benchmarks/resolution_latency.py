@@ -25,8 +25,8 @@ from hasten.bench import subject
 from hasten.bench.arms import Accelerated
 from hasten.bench.environment import environment
 from hasten.bench.labels import short_label
+from hasten.bench.requests import parse_request
 from hasten.bench.sampling import Attach, count_flops, draw_sample, plain
-from hasten.bench.staged import parse_combination
 from rich.progress import track
 
 FULL = 50
@@ -94,8 +94,8 @@ def rows(name: str, repeats: int) -> list[dict[str, Any]]:
 
 def row(model: subject.Subject, text: str, steps: int, side: int, repeats: int) -> dict[str, Any]:
     """Operations and seconds of a method, of the plain sampler with as many evaluations, and of the full run."""
-    combination = parse_combination(text)
-    method = Accelerated(combination.caching, combination.staged)
+    request = parse_request(text)
+    method = Accelerated(request.caching, request.resolution)
     arms: dict[str, tuple[Attach, int]] = {"full": (plain, FULL), "plain": (plain, steps), "method": (method, steps)}
     call = {"height": side, "width": side}
     counted = {arm: count_flops(model, *how, model.prompts[0], 0, call) for arm, how in arms.items()}

@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 from hasten.bench import subject
-from hasten.bench.arms import Accelerated, Attach, parse_method, plain_arms
+from hasten.bench.arms import Accelerated
 from hasten.bench.edits import edit_figures, edit_of
 from hasten.bench.environment import environment
 from hasten.bench.metrics import Lpips, psnr
-from hasten.bench.sampling import count_flops, draw_sample
-from hasten.bench.staged import is_staged, parse_combination
+from hasten.bench.plain import plain_arms
+from hasten.bench.requests import caching_method, parse_request
+from hasten.bench.sampling import Attach, count_flops, draw_sample
 from hasten.resolution.layouts import PixelLayout
 from hasten_zoo.emoji_flux.data import load_emoji_set
 from rich.progress import track
@@ -89,11 +90,10 @@ def arm_of(text: str) -> tuple[Attach, int]:
     if name in ("euler", "unipc"):
         (arm,) = plain_arms([int(count)], (name,))
         return arm.attach, arm.steps
-    if is_staged(name):
-        combination = parse_combination(name)
-        return Accelerated(combination.caching, combination.staged), combination.steps(STEPS)
-    _, cache = parse_method(name)
-    return Accelerated(cache.with_computed_steps(int(count), STEPS)), STEPS
+    request = parse_request(name)
+    if request.resolution is not None:
+        return Accelerated(request.caching, request.resolution), request.steps(STEPS)
+    return Accelerated(caching_method(name).with_computed_steps(int(count), STEPS)), STEPS
 
 
 def truths(model: subject.Subject, prompts: list[str]) -> list[Tensor]:

@@ -21,8 +21,8 @@ from hasten.bench import subject
 from hasten.bench.arms import Accelerated
 from hasten.bench.environment import environment
 from hasten.bench.metrics import Lpips, over_frames, psnr, temporal_error
+from hasten.bench.requests import parse_request
 from hasten.bench.sampling import Sample, count_flops, draw_sample, plain
-from hasten.bench.staged import parse_combination
 from hasten.resolution.plan import motion, texture
 from rich.progress import track
 
@@ -45,7 +45,7 @@ def measured(model: subject.Subject, clips: range, arms: tuple[str, ...]) -> dic
     base = count_flops(model, plain, STEPS, prompts[0], clips[0], {})[0]
     rows = []
     for text in track(arms):
-        attach = Accelerated(None, parse_combination(text).staged)
+        attach = Accelerated(None, parse_request(text).resolution)
         samples = [
             draw_sample(model, attach, STEPS, prompt, clip, {}) for clip, prompt in zip(clips, prompts, strict=True)
         ]

@@ -9,9 +9,11 @@ from dataclasses import asdict
 import pytest
 import torch
 from hasten.bench import subject
-from hasten.bench.arms import method_arms, parse_method, parse_options, plain_arms
+from hasten.bench.arms import method_arms
+from hasten.bench.plain import plain_arms
+from hasten.bench.requests import caching_method, parse_request
 from hasten.bench.result import read_result
-from hasten.bench.runner import BenchSettings, open_model, run_bench
+from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sheet import bench_sheet, contact_sheet
 from hasten.caching import HiCache, Uniform, computed_steps
 from hasten.cli import main as cli
@@ -103,49 +105,48 @@ def test_the_sheet_shows_every_image(result):
     assert one.size[0] < sheet.width
 
 
+def arms(texts, counts, total):
+    return method_arms([parse_request(text) for text in texts], counts, total, None)
+
+
 @pytest.mark.parametrize(("n", "interval"), [(12, 5), (9, 7), (7, 10)])
-def test_full_step_counts_and_ratios_are_those_of_the_papers(n, interval):
-    for arm in method_arms(["reuse", "taylorseer", "hicache"], [n], 50):
+def test_numbers_of_computed_steps_are_those_of_the_papers_intervals(n, interval):
+    for arm in arms(["reuse", "taylorseer", "hicache"], [n], 50):
         assert (arm.computed_steps, arm.params["computed_steps"]) == (n, n)
         assert computed_steps(arm.attach.method.plan(), 50) == computed_steps(Uniform(interval, 3), 50)
     assert [arm.computed_steps for arm in plain_arms([n])] == [n, n]
 
 
+@pytest.mark.parametrize(("total", "n"), [(28, 10), (20, 9), (50, 11)])
+def test_a_number_is_measured_exactly_or_the_arm_says_why_not(total, n):
+    uniform, even = arms(["foca", "foca:schedule=even"], [n], total)
+    assert len(computed_steps(even.attach.method.plan(), total)) == even.computed_steps == n
+    assert not even.error
+    if uniform.error:
+        assert f"cannot compute {n} of {total} steps" in uniform.error
+        assert uniform.computed_steps == n
+    else:
+        assert len(computed_steps(uniform.attach.method.plan(), total)) == n
+    with pytest.raises(ConfigError, match="cannot compute 11 of 50 steps"):
+        BenchSettings(methods=("foca", "hicache"), computed_steps=(11,))  # nothing would be left to measure
+    assert BenchSettings(methods=("foca", "foca:schedule=even"), computed_steps=(11,))
+
+
 def test_methods_are_read_with_their_parameters():
-    assert parse_method("hicache:order=1:sigma=0.7:site=module")[1] == HiCache(order=1, sigma=0.7, site="module")
-    with pytest.raises(ConfigError, match="param=value"):
-        parse_method("hicache:order")
+    assert caching_method("hicache:order=1:sigma=0.7:site=module") == HiCache(order=1, sigma=0.7, site="module")
+    with pytest.raises(ConfigError, match="parameter=value"):
+        parse_request("hicache:order")
     with pytest.raises(UnknownNameError, match="taylorseer"):
-        parse_method("taylorser")
-    with pytest.raises(ConfigError, match="less than warmup=3"):
-        method_arms(["hicache"], [1], 50)
-    with pytest.raises(ScheduleError, match="cannot compute 11 of 50 steps"):
-        method_arms(["hicache"], [11], 50)
+        parse_request("taylorser")
+    (arm,) = arms(["hicache"], [1], 50)
+    assert "less than warmup=3" in arm.error
 
 
-@pytest.mark.parametrize(
-    ("text", "options"),
-    [
-        ("hicache", {}),
-        ("hicache:order=1:sigma=0.7", {"order": 1, "sigma": 0.7}),
-        ("reuse:steps=0/1/2/4/9", {"steps": (0, 1, 2, 4, 9)}),
-        ("fbcache:per_sample=true:x=false", {"per_sample": True, "x": False}),
-        ("l2p:calibration=runs/l2p.safetensors", {"calibration": "runs/l2p.safetensors"}),
-        ("l2p:calibration=/runs/1/2", {"calibration": "/runs/1/2"}),
-    ],
-)
-def test_values_are_read_by_their_look(text, options):
-    name, found = parse_options(text)
-    assert name == text.split(":")[0]
-    assert found == options
-    assert {key: type(value) for key, value in found.items()} == {key: type(v) for key, v in options.items()}
-
-
-def test_listed_steps_are_kept_as_they_are():
-    (arm,) = method_arms(["reuse:steps=0/1/2/4/9"], [3], 12)
-    assert arm.computed_steps == 5
-    assert arm.params["steps"] == (0, 1, 2, 4, 9)
-    assert "sites" not in arm.params
+def test_steps_that_a_method_was_written_with_are_kept():
+    listed, spaced = arms(["reuse:steps=0/1/2/4/9", "reuse:interval=4"], [3], 12)
+    assert (listed.computed_steps, spaced.computed_steps) == (5, 5)
+    assert listed.params["steps"] == (0, 1, 2, 4, 9)
+    assert "sites" not in listed.params
 
 
 def test_second_order_sampler_leaves_the_pipelines_own_in_place(emoji):
@@ -174,38 +175,10 @@ def test_bench_and_report_commands(monkeypatch, capsys, tmp_path):
     assert "taylorseer" in out.with_suffix(".html").read_text()
 
 
-def test_methods_command_names_every_method_and_paper(monkeypatch, capsys):
-    code, text, _ = command(monkeypatch, capsys, "methods")
-    assert code == 0
-    for word in ("reuse", "taylorseer", "hicache", "sigma"):
-        assert word in text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["bench", "--model", "emoji-flx"], "Did you mean 'emoji-flux'"),
-        (["bench", "--methods", "hicahce"], "Did you mean 'hicache'"),
-        (["bench", "--computed-steps", "nine"], "whole numbers with commas"),
-        (["bench", "--computed-steps", "2"], "warmup"),
-        (["bench", "--prompts", "100000"], "asks for more than"),
-        (["bench", "--prompts", "0"], "at least 1"),
-        (["report", "nowhere.json"], "nowhere.json"),
-        (["demo", "--computed-steps", "x"], "whole numbers"),
-    ],
-)
-def test_bad_input_is_one_line_without_a_traceback(monkeypatch, capsys, tmp_path, arguments, says):
-    monkeypatch.chdir(tmp_path)
-    code, text, error = command(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert says in " ".join((text + error).split())
-    assert "Traceback" not in text + error
-
-
 def test_a_model_that_cannot_be_loaded_says_so(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="cannot load"):
-        open_model(str(tmp_path / "empty"))
+        subject.open_model(str(tmp_path / "empty"))
     with pytest.raises(ModelError, match="no emoji-flux weights"):
         load_emoji_flux(tmp_path)
     with pytest.raises(UnknownNameError):

@@ -12,18 +12,19 @@ import pytest
 import torch
 from hasten import registry
 from hasten.bench import measurements, subject
-from hasten.bench.arms import Arm, build_method, merged, parse_method, parse_options, reported
-from hasten.bench.budget import Trials
+from hasten.bench.arms import Arm, merged
 from hasten.bench.edits import at_size, edit_figures, edit_of, source_arguments, vae_unedited, with_image
-from hasten.bench.labels import short_label, split_methods
+from hasten.bench.labels import short_label
 from hasten.bench.metrics import over_frames, psnr, temporal_error
 from hasten.bench.report import render_report
+from hasten.bench.requests import caching_method, parse_request, reported
+from hasten.bench.resolution_arms import PlainCost, staged_arms
 from hasten.bench.result import Result, read_result
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sampling import call_arguments, draw_sample, plain
 from hasten.bench.sheet import bench_sheet, film_strip
-from hasten.bench.staged import PlainCost, count, is_staged, parse_combination, staged_arms
 from hasten.bench.subject import Edit, Subject
+from hasten.bench.thresholds import Trials
 from hasten.bench.tune import tuning_calls
 from hasten.caching import FoCa
 from hasten.cli import main as cli
@@ -121,23 +122,20 @@ def test_temporal_error_sees_motion_and_not_colour() -> None:
 # --- reading methods
 
 
-def test_a_plus_joins_methods_but_not_numbers_and_files() -> None:
-    assert split_methods("dvg:budget=0.5+foca:interval=4") == ["dvg:budget=0.5", "foca:interval=4"]
-    assert split_methods("dvg+foca") == ["dvg", "foca"]
-    for one in ("fbcache:threshold=1e+3", "l2p:calibration=runs/a+b.safetensors", "foca"):
-        assert split_methods(one) == [one]
+def test_labels_leave_paths_out_and_keep_what_tells_apart() -> None:
     assert short_label("dvg:budget=0.5+l2p:calibration=runs/l2p.safetensors") == "dvg, budget=0.5 + l2p"
+    assert short_label("foca:searched=runs/steps.safetensors") == "foca, searched steps"
+    assert short_label("foca:schedule=even") == "foca, even steps"
 
 
 def test_combinations_are_read() -> None:
-    found = parse_combination("dvg:budget=0.4:rates=0.2/0.5/0.75:shifts=none+foca:interval=4")
-    assert found.staged == DVG(budget=0.4, rates=(0.2, 0.5, 0.75), shifts=None)
+    found = parse_request("dvg:budget=0.4:rates=0.2/0.5/0.75:shifts=none+foca:interval=4")
+    assert found.resolution == DVG(budget=0.4, rates=(0.2, 0.5, 0.75), shifts=None)
     assert found.caching == FoCa(interval=4)
     assert found.params["dvg"]["shifts"] is None  # none is a choice where it is not the default
     assert found.params["foca"]["interval"] == 4
-    alone = parse_combination("dvg:budget=0.4")
+    alone = parse_request("dvg:budget=0.4")
     assert (alone.caching, alone.params["budget"], alone.steps(50)) == (None, 0.4, 50)
-    assert [is_staged(text) for text in ("dvg", "dvg+foca", "foca", "leap")] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -153,18 +151,12 @@ def test_combinations_are_read() -> None:
 )
 def test_combinations_that_cannot_be_are_refused(text: str, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        parse_combination(text)
+        parse_request(text)
 
 
 def test_a_resolution_method_is_no_cache() -> None:
     with pytest.raises(ConfigError, match="dvg is no caching method"):
-        parse_method("dvg")
-
-
-def test_numbers_stay_text_where_a_parameter_takes_text(short: type) -> None:
-    assert build_method("short", parse_options("short:preset=6")[1]) == short(preset="6")
-    assert build_method("dvg", parse_options("dvg:spatial=0.7")[1]).spatial == 0.7
-    assert parse_options("x:rates=0.2/0.5/0.75:file=/runs/1/2")[1] == {"rates": (0.2, 0.5, 0.75), "file": "/runs/1/2"}
+        caching_method("dvg")
 
 
 def test_equal_arms_are_measured_once_and_shown_in_every_section() -> None:
@@ -190,7 +182,7 @@ def short() -> Any:
         compress: Any = "space"
 
         @property
-        def evaluations(self) -> int:
+        def num_inference_steps(self) -> int:
             return int(self.preset)
 
     # The class is local, and so are the names of its annotations.
@@ -201,13 +193,13 @@ def short() -> Any:
 
 def test_a_methods_own_number_of_evaluations_is_used(video: Subject, short: type) -> None:
     trials = Trials(video, video.prompts[:1], 0, STEPS, {})
-    *_, arm = staged_arms([parse_combination("short:preset=7:budget=0.545")], trials)
+    *_, arm = staged_arms([parse_request("short:preset=7:budget=0.545")], trials)
     assert (arm.error, arm.steps, arm.computed_steps, arm.staged) == ("", 7, 7, True)
 
 
 def test_plain_samplers_stand_beside_at_equal_evaluations_and_at_equal_operations(video: Subject) -> None:
     trials = Trials(video, video.prompts[:1], 0, STEPS, {})
-    arms = staged_arms([parse_combination(text) for text in (DUET, "dvg:budget=0.01")], trials)
+    arms = staged_arms([parse_request(text) for text in (DUET, "dvg:budget=0.01")], trials)
     duet = next(arm for arm in arms if arm.method == DUET)
     assert duet.computed_steps < STEPS  # the cache skips some
     equal = next(arm for arm in arms if arm.note)
@@ -223,7 +215,7 @@ def test_plain_cost_is_linear_in_the_steps(video: Subject) -> None:
     trials = Trials(video, video.prompts[:1], 0, STEPS, {})
     cost = PlainCost(trials)
     for steps in (1, 5):
-        flops, layer_calls = count(trials, plain, steps)
+        flops, layer_calls = trials.cost(plain, steps, "x")
         assert cost.steps_for(flops) == steps
         assert cost.computed(layer_calls) == steps
     assert cost.steps_for(1) == 1
@@ -376,7 +368,7 @@ def test_an_editing_bench_reports_what_was_kept_and_what_was_done(editor: Subjec
         assert 0 < figures.psnr_edited < 40
     assert (foca.temporal_error, foca.per_prompt[1]["prompt"]) == (None, editor.prompts[1])
     (dvg,) = [row for row in content.rows if row.method == "dvg"]
-    assert "FluxKontextPipeline cannot run in stages" in dvg.failed  # and the rest was measured
+    assert "FluxKontextPipeline cannot run DVG" in dvg.failed  # and the rest was measured
     page = render_report(out, tmp_path / "out.html").read_text()
     for words in ("unedited dB", "edited dB", "after the way through the VAE alone: 100.0 dB"):
         assert words in page

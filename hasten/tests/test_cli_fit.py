@@ -9,7 +9,9 @@ from pathlib import Path
 import hasten
 import pytest
 import torch
+from hasten.bench import recording
 from hasten.bench.row import Row
+from hasten.bench.tune import TuneSettings, run_tune
 from hasten.calibration import Calibration
 from hasten.cli.fit import _use
 from test_bench import command
@@ -131,33 +133,6 @@ def test_bench_measures_a_scheduler_where_it_was_fitted(monkeypatch, capsys, tmp
     assert "Not measured: leap" in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("calibrate", "--methods", "l2q"), "Did you mean 'l2p'"),
-        (("calibrate", "--methods", "taylorseer"), "nothing to calibrate"),
-        (("calibrate", "--methods", "hyca:clusters"), "param=value"),
-        (("calibrate", "--methods", "hyca:site=module,l2p"), "in a command of their own"),
-        (("calibrate", "--prompts", 9999), "more than the 245 prompts"),
-        (("calibrate", "--model", "emoji-fulx"), "Did you mean 'emoji-flux'"),
-        (("tune", "--computed-steps", "4,x"), "whole numbers with commas"),
-        (("tune", "--computed-steps", "11", "--prompts", 1, *SMALL), "between 1 and the 10 steps"),
-        (("tune", "--methods", "leap,fcoa"), "Did you mean 'foca'"),
-        (("tune", "--search", "fcoa"), "Did you mean 'foca'"),
-        (("tune", "--prompts", 240, "--held-out", 9), "more than the 245 prompts"),
-        (("tune", "--max-error", -1), "must be positive"),
-    ],
-)
-def test_wrong_input_is_one_line(monkeypatch, capsys, arguments, says):
-    quick = () if "--steps" in arguments else SMALL
-    code, _, err = command(
-        monkeypatch, capsys, *arguments, *quick, *(() if "--prompts" in arguments else ("--prompts", 1))
-    )
-    assert code == 2
-    assert says in " ".join(err.split())
-    assert "Traceback" not in err
-
-
 @pytest.mark.slow
 def test_two_processes_record_what_one_does(tmp_path):
     arguments = ["calibrate", "--methods", "l2p", "--prompts", "2", *map(str, SMALL), "--tokens", "16", "--out"]
@@ -191,9 +166,36 @@ def test_the_line_to_use_names_the_objects_of_a_combination():
     assert hasten.DVG(budget=0.5).budget == 0.5
 
 
-@pytest.mark.parametrize(("search", "says"), [("dvg", "no caching method"), ("focca", "Did you mean 'foca'")])
-def test_a_search_that_cannot_be_is_told_before_anything_is_drawn(monkeypatch, capsys, tmp_path, search, says):
-    code, out, error = command(monkeypatch, capsys, "tune", "--search", search, *TUNE, "--out", tmp_path)
-    assert code == 2
-    assert says in " ".join((out + error).split())
-    assert not list(tmp_path.iterdir())
+def test_a_calibration_that_was_stopped_goes_on(emoji, monkeypatch, capsys, tmp_path):
+    arguments = ("calibrate", "--methods", "l2p", "--prompts", 3, *SMALL, "--tokens", 16, "--out")
+    original, recorded = recording.record, []
+
+    def stops(*given, **options):
+        if len(recorded) == 2:
+            raise KeyboardInterrupt
+        recorded.append(given)
+        return original(*given, **options)
+
+    monkeypatch.setattr(recording, "record", stops)
+    code, _, error = command(monkeypatch, capsys, *arguments, tmp_path)
+    assert code == 130
+    assert "2 of 3 runs are kept in" in " ".join(error.split())
+    assert not (tmp_path / "l2p.safetensors").exists()
+    monkeypatch.setattr(recording, "record", lambda *a, **o: recorded.append(a) or original(*a, **o))
+    assert command(monkeypatch, capsys, *arguments, tmp_path)[0] == 0
+    assert len(recorded) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["l2p.safetensors"]
+    assert command(monkeypatch, capsys, *arguments, tmp_path / "undisturbed")[0] == 0
+    assert (tmp_path / "l2p.safetensors").read_bytes() == (tmp_path / "undisturbed/l2p.safetensors").read_bytes()
+
+
+def test_tune_says_how_far_it_is(emoji, monkeypatch, tmp_path):
+    told = []
+    settings = TuneSettings(
+        computed_steps=(4,), methods=("leap",), prompts=3, held_out=1, steps=10, trials=2, rounds=1, batch=1,
+        call={"height": 32, "width": 32},
+    )  # fmt: skip
+    run_tune(emoji, settings, tmp_path, lambda *now: told.append(now))
+    drawing = [(done, total) for label, done, total in told if label.startswith("drawing")]
+    assert drawing == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert [label for label, done, total in told if label.startswith("leap, 4 evaluations") and done == total]

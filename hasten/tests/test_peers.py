@@ -10,9 +10,10 @@ import pytest
 import torch
 from hasten.bench import runner
 from hasten.bench.arms import Accelerated, method_arms
-from hasten.bench.budget import Trial, Trials, match_computed_steps
+from hasten.bench.thresholds import Trial, Trials, match_computed_steps
 from hasten.bench.peers import PEERS, OnACopy, Peer, _hook, chosen_peers, peer_arms, shared_copy
 from hasten.bench.report import render_report
+from hasten.bench.requests import caching_method, parse_request
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sampling import counted_layer, draw_sample, plain
 from hasten.bench.subject import Subject
@@ -62,17 +63,22 @@ def test_a_threshold_is_found_within_the_trials(wanted):
 
     found = match_computed_steps(run, wanted)
     assert len(tried) <= 10
-    assert wanted - 1 <= found.trial.computed <= wanted
+    assert wanted - 1 < found.trial.computed <= wanted
     assert run(found.threshold) == found.trial
 
 
 def test_among_equal_counts_the_better_image_is_kept():
     def run(threshold):
-        return Trial(4.0 if threshold > 0.01 else 20.0, 100 - threshold)
+        return Trial(4.5 if threshold > 0.01 else 20.0, 100 - threshold)
 
     found = match_computed_steps(run, 5)
-    assert found.trial.computed == 4
+    assert found.trial.computed == 4.5
     assert found.threshold < 0.02
+
+
+def test_a_number_that_no_threshold_comes_near_is_refused():
+    with pytest.raises(ConfigError, match="no threshold computes 5 steps: the nearest computes 4"):
+        match_computed_steps(lambda threshold: Trial(4.0 if threshold > 0.01 else 20.0, 30.0), 5)
 
 
 def test_a_budget_out_of_reach_says_what_to_do():
@@ -85,7 +91,7 @@ def test_a_budget_out_of_reach_says_what_to_do():
 @pytest.mark.parametrize("method", ["taylorseer", "taylorseer:site=module", "fbcache:threshold=0.3", "speca"])
 def test_computed_steps_are_counted_as_the_records_have_them(model, method):
     """SpeCa runs the last block at every step and FBCache the first: neither may count."""
-    _, chosen = hasten.bench.arms.parse_method(method)
+    chosen = caching_method(method)
     reference = draw_sample(model, plain, STEPS, PROMPTS[0], 0, {})
     assert reference.layer_calls == reference.forwards == STEPS
     full = []
@@ -106,17 +112,16 @@ def test_the_counted_layer_belongs_to_the_last_block_but_one(pipe):
 
 @pytest.mark.parametrize("method", ["fbcache", "easycache"])
 def test_methods_with_a_threshold_are_matched(trials, method):
-    (arm,) = method_arms([method], [6], STEPS, trials)
+    (arm,) = method_arms([parse_request(method)], [6], STEPS, trials)
     assert not arm.error
     assert arm.computed_steps == 6
     assert arm.params["threshold"] == arm.attach.method.threshold
-    assert 4 <= trials.run(arm.attach).computed <= 6
+    assert 4 <= trials.run(arm.attach, "x").computed <= 6
 
 
 def test_a_threshold_needs_trials_and_reach(trials):
-    with pytest.raises(ConfigError, match="threshold"):
-        method_arms(["fbcache"], [6], STEPS)
-    (arm,) = method_arms(["fbcache:interval=2"], [3], STEPS, trials)
+    assert method_arms([parse_request("fbcache")], [6], STEPS, None) == []  # there is nothing to see without a model
+    (arm,) = method_arms([parse_request("fbcache:interval=2")], [3], STEPS, trials)
     assert "loosest threshold" in arm.error
     assert "interval=" in arm.error
 
@@ -131,7 +136,7 @@ def test_two_passes_count_as_one_step(pipe):
             pytest.importorskip(peer.module)
     for arm in peer_arms([6], trials, peers):
         assert not arm.error, arm.error
-        assert 3 <= trials.run(arm.attach).computed <= 6
+        assert 3 <= trials.run(arm.attach, "x").computed <= 6
 
 
 # --- peers
@@ -147,7 +152,7 @@ def test_a_peer_keeps_the_budget_and_leaves_no_trace(peer, trials):
     assert not arm.error, arm.error
     assert arm.params
     again = pickle.loads(pickle.dumps(arm))  # as it travels to other processes
-    trial = trials.run(again.attach)
+    trial = trials.run(again.attach, "x")
     assert 3 <= trial.computed <= 6
     assert trial.psnr < 100  # it did something
     assert pipe.transformer is transformer
@@ -200,9 +205,9 @@ def test_peers_that_cannot_run_say_why(trials):
         Peer("picky", "torch", "torch", nothing, lambda search, wanted: []),
     )
     absent, broken, idle, picky = (arm.error for arm in peer_arms([6], trials, peers))
-    assert 'pip install "hasten[peers]"' in absent
+    assert "pip install no-such" in absent
     assert broken == "RuntimeError: no kernel for this device"
-    assert idle == "12 steps are computed, more than the 6 asked for"
+    assert idle == "12 steps are computed, not the 6 asked for"
     assert "only 6 steps" in picky
 
 
@@ -224,7 +229,7 @@ class LateFailure:
         self.allowed -= 1
         if self.allowed < 0:
             raise RuntimeError("out of memory")
-        hasten.accelerate(model, "reuse", interval=8)
+        hasten.accelerate(model, "reuse", steps=(0, 1, 2, 3, 4))
 
 
 def test_failed_peers_are_rows_and_the_rest_is_measured(model, monkeypatch, tmp_path, capsys):
@@ -239,7 +244,7 @@ def test_failed_peers_are_rows_and_the_rest_is_measured(model, monkeypatch, tmp_
     rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == ["euler", "unipc", "taylorseer", "fbcache", "absent", "late"]
     assert rows["late"]["failed"] == "RuntimeError: out of memory"
-    assert "hasten[peers]" in rows["absent"]["failed"]
+    assert "pip install no-such" in rows["absent"]["failed"]
     for name in ("absent", "late"):
         assert rows[name].keys() == rows["euler"].keys()
         assert rows[name]["psnr"] is None
@@ -277,7 +282,7 @@ def test_peers_are_chosen_by_name():
 
 def test_the_reference_model_brings_a_leap_fit(emoji):
     trials = Trials(emoji, emoji.prompts[:1], 0, 50, {})
-    fitted, absent = method_arms(["leap"], [9, 10], 50, trials)
+    fitted, absent = method_arms([parse_request("leap")], [9, 10], 50, trials)
     assert (fitted.steps, fitted.computed_steps, fitted.error) == (9, 9, "")
     assert "fitted for 5, 7, 9, 12 evaluations" in absent.error
     sample, few, whole = (

@@ -521,7 +521,7 @@ def test_the_demo_writes_a_video_that_plays(tmp_path, monkeypatch):
     with Image.open(video) as file:
         assert file.n_frames == 6
         assert file.size == (2 * 6 * SIDE + 8, 6 * SIDE + 28)
-    assert "<svg" in (out / "report.html").read_text()
+    assert "<svg" in (out / "sprites-stream" / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("shipped")
@@ -539,7 +539,7 @@ def test_bench_says_which_methods_fit_a_stream(tmp_path, monkeypatch, capsys, me
 def test_images_cannot_be_streamed(tmp_path, monkeypatch, capsys):
     words = f"bench --methods focused-forcing --prompts 1 --computed-steps 9 --json {tmp_path / 'out.json'}"
     assert command(monkeypatch, *words.split()) == 2
-    assert "focused-forcing is no caching method" in " ".join(capsys.readouterr().err.split())
+    assert "focused-forcing is no caching or resolution method" in " ".join(capsys.readouterr().err.split())
 
 
 def test_videos_side_by_side_carry_their_names():

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["sampler_label", "short_label", "split_methods"]
+from hasten.registry import split
+
+__all__ = ["sampler_label", "short_label"]
 
 SAMPLERS = {"euler": "Euler", "unipc": "UniPC", "dpmpp": "DPM-Solver++ 2M"}
-
-# A plus before a name, not one within a number (1e+3) or a file's name.
-PLUS = re.compile(r"\+(?=[A-Za-z][\w-]*(?:[:+]|$))")
-
-
-def split_methods(text: str) -> list[str]:
-    """`dvg:budget=0.5+foca:interval=4` as the texts of its methods."""
-    return PLUS.split(text.strip())
 
 
 def sampler_label(method: str) -> str:
@@ -26,22 +20,20 @@ def sampler_label(method: str) -> str:
 
 def short_label(label: str) -> str:
     """A method's text as people read it: without the paths of its files, but with names that tell them apart."""
-    return " + ".join(_short(part) for part in split_methods(label))
+    return " + ".join(_short(name, texts) for name, texts in split(label))
 
 
-def _short(label: str) -> str:
-    name, *params = label.split(":")
+def _short(name: str, texts: Mapping[str, str]) -> str:
     words = []
-    for param in params:
-        key, _, value = param.partition("=")
-        if param == "interval=1":
+    for key, value in texts.items():
+        if key == "interval" and value == "1":
             continue  # the number of computed steps decides
         if key == "calibration":
             words += [_spoken(value)] if Path(value).stem.startswith(f"{name}-") else []
         elif key == "searched":
             words.append("searched steps" if Path(value).stem == "steps" else _spoken(value))
         else:
-            words.append(f"{value} steps" if key == "schedule" else param)
+            words.append(f"{value} steps" if key == "schedule" else f"{key}={value}")
     return ", ".join([name, *(word.removeprefix(f"{name} ") for word in words)])
 
 

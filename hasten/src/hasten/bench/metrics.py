@@ -205,7 +205,7 @@ class Lpips:
     def __init__(self, device: str | torch.device = "cpu") -> None:
         path = self._weights_path()
         if path is None:
-            raise ModelError('The LPIPS weights are not installed. Install them with: pip install "hasten[lpips]"')
+            raise ModelError("The LPIPS weights are not installed. Install them with: pip install stlpips-pytorch")
         self._device = torch.device(device)
         state: dict[str, Tensor] = torch.load(path, map_location=self._device, weights_only=True)
         try:
@@ -216,7 +216,7 @@ class Lpips:
             self._heads = [state[f"lin{layer}.model.1.weight"] for layer in range(5)]
         except KeyError as error:
             raise ModelError(
-                f'{path}: no weight {error}; another version of stlpips-pytorch? Try: pip install "hasten[lpips]"'
+                f"{path}: no weight {error}; another version? Try: pip install stlpips-pytorch==0.0.2"
             ) from error
 
     @staticmethod

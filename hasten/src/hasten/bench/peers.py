@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hasten.bench.arms import Arm
-from hasten.bench.budget import Match, Trial, Trials, match_computed_steps
+from hasten.bench.arms import Arm, one_line
+from hasten.bench.sampling import draw_sample
+from hasten.bench.thresholds import Match, Trial, Trials, match_computed_steps
 from hasten.caching import Uniform, computed_steps
 from hasten.errors import AdapterError, ConfigError, ModelError, unknown
 from hasten.pipeline.view import TRANSFORMERS
@@ -91,13 +92,24 @@ class Search:
     @cached_property
     def magnitudes(self) -> list[float]:
         """MagCache's curve: mean over the prompts and passes of what the calibration of diffusers prints."""
+        return list(self.trials.recall("diffusers magcache's curve", self._calibrated))
+
+    def _calibrated(self) -> tuple[float, ...]:
         params = {"num_inference_steps": self.total, "calibrate": True}
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            self.trials.run(OnACopy(_magcache, params))
+            for i, prompt in enumerate(self.trials.prompts):
+                draw_sample(
+                    self.trials.model,
+                    OnACopy(_magcache, params),
+                    self.total,
+                    prompt,
+                    self.trials.seed + i,
+                    self.trials.call,
+                )
         curves = [ast.literal_eval(line) for line in printed.getvalue().splitlines() if line.startswith("[1.0,")]
         if not curves:
             raise ModelError("the calibration of diffusers' MagCache printed no curve; another version of diffusers?")
-        return torch.tensor(curves, dtype=torch.float64).mean(0).tolist()
+        return tuple(torch.tensor(curves, dtype=torch.float64).mean(0).tolist())
 
 
 # --- cache-dit
@@ -215,7 +227,7 @@ def _taylorseer_settings(search: Search, wanted: int, lite: bool) -> list[Params
 
 
 def _hermite(model: nn.Module, params: Params) -> None:
-    """hicache-pp leaves the loop to its user: forecast what the transformer returns, each pass by itself."""
+    """hicache-pp leaves the loop to its user: forecast what the transformer returns, each pass on its own."""
     from hicache_pp import hicache_decide, hicache_forecast, hicache_init, hicache_update_derivatives
 
     passes, config = params["passes"], {name: value for name, value in params.items() if name != "passes"}
@@ -288,7 +300,7 @@ class Peer:
     def available(self) -> None:
         """Raise a `ModelError` if the package is missing."""
         if importlib.util.find_spec(self.module) is None:
-            raise ModelError(f'{self.library} is not installed; install it with: pip install "hasten[peers]"')
+            raise ModelError(f"{self.library} is not installed; install it with: pip install {self.library}")
 
     def best(self, search: Search, wanted: int) -> Params:
         """The setting with the best PSNR among those that compute no more than `wanted` steps."""
@@ -309,13 +321,14 @@ class Peer:
     def _match(self, trials: Trials, params: Params, wanted: int) -> Match:
         def run(threshold: float) -> Trial:
             own = {self.threshold: threshold} if self.threshold else {}
-            return trials.run(OnACopy(self.switch, {**params, **own}))
+            setting = {name: value for name, value in {**params, **own}.items() if name != "mag_ratios"}
+            return trials.run(OnACopy(self.switch, {**params, **own}), f"{self.library} {self.name} {setting}")
 
         if self.threshold:
             return match_computed_steps(run, wanted, 1e-3, self.loosest)
         trial = run(0.0)
-        if trial.computed > wanted:
-            raise ConfigError(f"{trial.computed:g} steps are computed, more than the {wanted} asked for")
+        if abs(trial.computed - wanted) >= 1:
+            raise ConfigError(f"{trial.computed:g} steps are computed, not the {wanted} asked for")
         return Match(0.0, trial)
 
 
@@ -382,9 +395,3 @@ def _arm(peer: Peer, search: Search, wanted: int) -> Arm:
         return replace(arm, error=one_line(error))
     reported = {name: value for name, value in params.items() if name != "mag_ratios"}
     return replace(arm, params=reported, attach=OnACopy(peer.switch, params))
-
-
-def one_line(error: Exception) -> str:
-    """An error as one line, with its kind if it is not one of ours."""
-    text = " ".join(str(error).split()) or "no message"
-    return text if isinstance(error, (ConfigError, ModelError, AdapterError)) else f"{type(error).__name__}: {text}"

@@ -7,21 +7,19 @@ same prompt and seed in the same process. Several processes (`accelerate launch`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from hasten.bench import subject
-from hasten.bench.arms import Arm, merged, method_arms, plain_arms
-from hasten.bench.budget import Trials
-from hasten.bench.edits import vae_unedited, with_image
+from hasten import registry
+from hasten.bench.arms import Arm, merged, method_arms, one_line
+from hasten.bench.edits import edit_of, vae_unedited, with_image
 from hasten.bench.environment import environment, processes
 from hasten.bench.measurements import (
     Measurement,
@@ -33,25 +31,32 @@ from hasten.bench.measurements import (
     missing_columns,
     save_image,
 )
-from hasten.bench.peers import chosen_peers, one_line, peer_arms
+from hasten.bench.partial import Partial
+from hasten.bench.peers import Peer, chosen_peers, peer_arms
+from hasten.bench.plain import plain_arms
+from hasten.bench.requests import Request, check_counts, parse_request
+from hasten.bench.resolution_arms import staged_arms
 from hasten.bench.result import Result, Settings
 from hasten.bench.sampling import Sample, count_flops, draw_sample
-from hasten.bench.staged import is_staged, parse_combination, staged_arms
 from hasten.bench.subject import Subject
-from hasten.errors import ConfigError, HastenError, ModelError, unknown
+from hasten.bench.thresholds import Trials
+from hasten.errors import ConfigError, ModelError
+from hasten.io import check_target
 
-__all__ = ["BenchSettings", "open_model", "run_bench"]
+__all__ = ["BenchSettings", "prepared", "run_bench"]
 
-Progress = Callable[[int, int, str], None]
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int | None, str], None]
 TRIAL_PROMPTS = 2  # on which thresholds and settings are matched to a number of computed steps
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What to measure.
+    """What to measure; whatever can be wrong without a model is found out when it is made.
 
     Args:
-        methods: caches as `parse_method` reads them, resolution methods and combinations as `parse_combination` does.
+        methods: method expressions, as `parse_request` reads them.
         computed_steps: numbers of computed steps.
         prompts: how many prompts (the model's first ones, or those of `prompt_list`).
         prompt_list: own prompts instead of the model's.
@@ -61,6 +66,9 @@ class BenchSettings:
         peers: measure the other libraries too.
         only_peers: names of those to measure; all of them if empty.
         image: the user's own source image for an editing pipeline, in the place of the model's.
+
+    Raises:
+        UnknownNameError, ConfigError: for what cannot be measured.
     """
 
     methods: tuple[str, ...] = ("reuse", "taylorseer", "hicache", "foca")
@@ -79,35 +87,33 @@ class BenchSettings:
             raise ConfigError(f"--prompts must be at least 1, got {self.prompts}")
         if not self.methods or not self.computed_steps:
             raise ConfigError("give at least one method and one number of computed steps")
+        check_counts(self.computed_steps, self.steps)
+        if self.only_peers and not self.peers:
+            raise ConfigError("--only-peers says which peers to measure; give --peers as well, or leave it out")
+        self.check_prompts(self.prompt_list)
+        scheduled = method_arms(self.requests, self.computed_steps, self.steps, None)
+        if len(scheduled) == len(self.requests) * len(self.computed_steps) and all(arm.error for arm in scheduled):
+            raise ConfigError(f"{scheduled[0].method}: {scheduled[0].error}")
+        _ = self.chosen_peers
 
+    def check_prompts(self, available: tuple[str, ...] | list[str]) -> None:
+        """Raise a `ConfigError` if there are prompts, but fewer than asked for."""
+        if available and self.prompts > len(available):
+            raise ConfigError(f"--prompts {self.prompts} asks for more than the {len(available)} prompts there are")
 
-def open_model(name: str, *, dtype: torch.dtype | None = None, device: str | None = None) -> Subject:
-    """A reference model by name, or any diffusers pipeline by folder or hub id.
+    @cached_property
+    def requests(self) -> list[Request]:
+        """The methods, read."""
+        return [parse_request(text) for text in self.methods]
 
-    Raises:
-        UnknownNameError: if the name is neither a reference model, nor a folder, nor of the form `owner/model`.
-        ModelError: if the pipeline cannot be loaded.
-    """
-    if name in subject.names():
-        model = subject.load(name)
-    elif Path(name).is_dir() or "/" in name:
-        try:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=dtype or torch.bfloat16)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load the pipeline {name!r}: {error}") from error
-        prompts = [
-            "a red apple on a wooden table",
-            "a lighthouse at dusk",
-            "a cat reading a newspaper",
-            "a bowl of ramen",
-        ]
-        model = Subject(name=name, pipe=pipe, prompts=prompts)
-    else:
-        raise unknown("model", name, subject.names())
-    model.pipe.set_progress_bar_config(disable=True)
-    if device is not None:
-        model.pipe.to(device)
-    return model
+    @cached_property
+    def chosen_peers(self) -> tuple[Peer, ...]:
+        """The peers to measure, if any."""
+        return chosen_peers(self.only_peers) if self.peers else ()
+
+    def prompts_of(self, model: Subject) -> list[str]:
+        """The prompts to draw."""
+        return (list(self.prompt_list) or model.prompts)[: self.prompts]
 
 
 @dataclass
@@ -119,26 +125,15 @@ class _Measured:
     failures: dict[str, str]
 
 
-def _prompts(model: Subject, settings: BenchSettings) -> list[str]:
-    available = list(settings.prompt_list) or model.prompts
-    if settings.prompts > len(available):
-        raise ConfigError(f"--prompts {settings.prompts} asks for more than the {len(available)} prompts there are")
-    return available[: settings.prompts]
-
-
-def _arms(model: Subject, settings: BenchSettings, prompts: list[str], say: Callable[[str], None]) -> list[Arm]:
+def _arms(model: Subject, settings: BenchSettings, trials: Trials) -> list[Arm]:
     """The baseline, then all others; those with a threshold are matched to their number of computed steps here."""
-    trials = Trials(model, prompts[:TRIAL_PROMPTS], settings.seed, settings.steps, settings.call, say)
-    staged = [text for text in settings.methods if is_staged(text)]
-    caches = [text for text in settings.methods if text not in staged]
-    combinations = [parse_combination(text) for text in staged]  # a wrong name is told before anything is drawn
-    methods = method_arms(caches, list(settings.computed_steps), settings.steps, trials)
-    counts = list(dict.fromkeys(arm.computed_steps for arm in methods))
+    staged = [request for request in settings.requests if request.resolution is not None]
+    others = [request for request in settings.requests if request.resolution is None]
+    methods = method_arms(others, settings.computed_steps, settings.steps, trials)
+    counts = list(dict.fromkeys(arm.computed_steps for arm in methods if not arm.error))
     (plain,) = plain_arms([settings.steps], ("euler",))
-    arms = [replace(plain, id="baseline"), *plain_arms(counts), *methods, *staged_arms(combinations, trials)]
-    if settings.peers:
-        arms += peer_arms(counts, trials, chosen_peers(settings.only_peers))
-    return merged(arms)
+    arms = [replace(plain, id="baseline"), *plain_arms(counts), *methods, *staged_arms(staged, trials)]
+    return merged([*arms, *peer_arms(counts, trials, settings.chosen_peers)])
 
 
 def _measure(
@@ -147,52 +142,61 @@ def _measure(
     arms: list[Arm],
     mine: list[tuple[int, str]],
     images: Path,
+    kept: Partial,
     progress: Progress,
-) -> _Measured:
-    """Warm every arm up, then draw this process's prompts (number, prompt) with all of them in turn."""
-    measured = _Measured({arm.id: [] for arm in arms}, {}, {})
-    total, done = len(arms) * (len(mine) + 1), 0
+) -> None:
+    """Warm every arm up, then draw this process's prompts (number, prompt) with all of them in turn, into `kept`."""
+    rest = [(number, prompt) for number, prompt in mine if not kept.measured(number)]
+    total, done = len(arms) * (len(rest) + 1), 0
 
     def attempt(arm: Arm, label: str, action: Callable[[], Any]) -> Any:
-        """A peer that raises loses its row, and so does a resolution method that refuses the model, and nothing more.
-
-        Another error of our own ends the bench.
-        """
+        """An arm that raises loses its row, and nothing more; without the baseline there is nothing to compare with."""
         nonlocal done
         done += 1
         progress(done, total, f"{label}: {arm.id}")
-        if arm.id in measured.failures:
+        if arm.id in kept.failures:
             return None
         try:
             return action()
         except Exception as error:
-            refused = arm.staged and isinstance(error, HastenError)
-            if arm.library in ("plain", "hasten") and not refused:
+            if arm.id == "baseline":
                 raise
-            measured.failures[arm.id] = one_line(error)
+            log.warning("%s cannot be measured", arm.id, exc_info=error)
+            kept.failures[arm.id] = one_line(error)
             return None
 
-    first = (_prompts(model, settings)[0], settings.seed, settings.call)
+    if not rest and kept.flops:
+        return
+    first = (settings.prompts_of(model)[0], settings.seed, settings.call)
     for arm in arms:
         counted = attempt(arm, "warm-up", partial(count_flops, model, arm.attach, arm.steps, *first))
         if counted is not None:
-            measured.flops[arm.id] = counted[0]
-    for number, prompt in mine:
+            kept.flops[arm.id] = counted[0]
+    asked = [arm for arm in arms if arm.library == "hasten"]
+    if asked and all(arm.id in kept.failures for arm in asked):
+        raise ConfigError(f"none of the methods can be measured; {asked[0].method}: {kept.failures[asked[0].id]}")
+    for number, prompt in rest:
         turn, seed = number % len(arms), settings.seed + number
         samples: dict[str, Sample] = {}
         for arm in arms[turn:] + arms[:turn]:
-            draw = partial(draw_sample, model, arm.attach, arm.steps, prompt, seed, settings.call)
-            sample = attempt(arm, prompt, draw)
+            sample = attempt(arm, prompt, partial(_drawn, model, settings, arm, prompt, seed))
             if sample is not None:
                 samples[arm.id] = sample
+        found = {}
         for arm in arms:
             if arm.id in samples:
                 sample, reference = samples[arm.id], samples["baseline"]
                 save_image(sample, images / image_name(arm) / f"{number:02d}.png")
-                flops = _flops(model, settings, arm, prompt, seed, measured.flops[arm.id], number)
-                found = measure(model, sample, reference, prompt, number, seed, settings.steps, flops)
-                measured.measurements[arm.id].append(found)
-    return measured
+                flops = _flops(model, settings, arm, prompt, seed, kept.flops[arm.id], number)
+                found[arm.id] = measure(model, sample, reference, prompt, number, seed, settings.steps, flops)
+        kept.add(number, found)
+
+
+def _drawn(model: Subject, settings: BenchSettings, arm: Arm, prompt: str, seed: int) -> Sample:
+    sample = draw_sample(model, arm.attach, arm.steps, prompt, seed, settings.call)
+    if not bool(sample.image.isfinite().all()):
+        raise ModelError(f"the image of {prompt!r} with seed {seed} has values that are not finite")
+    return sample
 
 
 def _flops(
@@ -204,17 +208,48 @@ def _flops(
     return first if number == 0 else count_flops(model, arm.attach, arm.steps, prompt, seed, settings.call)[0]
 
 
-def _gather(own: _Measured) -> _Measured:
+def _gather(arms: list[Arm], kept: Partial) -> _Measured:
     """What all processes measured together, in the order of the prompts; operations are the first process's."""
+    own = _Measured({arm.id: kept.measurements(arm.id) for arm in arms}, kept.flops, kept.failures)
     parts: list[_Measured] = gather_object([own])
     return _Measured(
         {
-            name: sorted((f for part in parts for f in part.measurements[name]), key=lambda f: f.prompt)
+            name: sorted((m for part in parts for m in part.measurements[name]), key=lambda m: m.prompt)
             for name in own.measurements
         },
         parts[0].flops,
         {name: error for part in parts for name, error in part.failures.items()},
     )
+
+
+def _identity(model: Subject, settings: BenchSettings, process: int) -> dict[str, Any]:
+    """All that decides the figures, as plain data."""
+    texts = [text for label in settings.methods for _, given in registry.split(label) for text in given.values()]
+    files = [path.stat() for text in texts if (path := Path(text)).is_file()]
+    return {
+        "settings": asdict(settings) | {"image": str(settings.image)},
+        "model": model.name,
+        "files": [(file.st_size, file.st_mtime_ns) for file in files],
+        "environment": environment(),
+        "process": process,
+    }
+
+
+def prepared(model: Subject, settings: BenchSettings) -> Subject:
+    """The model as the settings want it.
+
+    Raises:
+        ConfigError: for settings that it cannot serve: too many prompts, a size, an image, an edit without one.
+    """
+    model.check_call(settings.call)
+    settings.check_prompts(settings.prompt_list or model.prompts)
+    for request in settings.requests:
+        if request.leap:
+            request.fit(model)
+    model = with_image(model, settings.image)
+    for prompt in settings.prompts_of(model):
+        edit_of(model, prompt)
+    return model
 
 
 def run_bench(
@@ -223,30 +258,49 @@ def run_bench(
     """Measure, and write `out` (JSON) and a folder of images beside it.
 
     Under `accelerate launch` or `torchrun` the processes share the prompts and the main one writes the file (images
-    are written by the process that drew them, so that all have to see the same folder); all of them return it.
+    are written by the process that drew them, so that all have to see the same folder); all of them return it. What is
+    measured is kept in `<stem>.partial.json` until the end: called again with the same settings, a bench that was cut
+    short goes on where it stopped.
 
     Args:
         model: from `open_model`.
         settings: what to measure.
         out: path of the JSON file; images go to `<stem>.images/`.
-        progress: called with (done, total, label) as the work goes on.
+        progress: called with (done, total, label) as the work goes on; total is None while nobody knows it.
         command: the command line that asked for it.
+
+    Raises:
+        ConfigError: for settings that the model cannot serve, before anything is drawn.
+        FileError: if `out` cannot be written, likewise.
+        KeyboardInterrupt: with a line on how to go on.
     """
     state = processes()
     tick = progress or (lambda done, total, label: None)
-    model = with_image(model, settings.image)
-    prompts = _prompts(model, settings)
-    # Every process searches, so that none waits in a collective for longer than its time limit, and all use what the
-    # main one found.
-    found = [_arms(model, settings, prompts, lambda label: tick(0, 1, label))]
-    arms: list[Arm] = broadcast_object_list(found)[0]
-    running = [arm for arm in arms if not arm.error]
+    check_target(out)
+    model = prepared(model, settings)
+    prompts = settings.prompts_of(model)
+    rank = "" if state.num_processes == 1 else f".{state.process_index}"
+    kept = Partial(out.parent / f"{out.stem}.partial{rank}.json", _identity(model, settings, state.process_index))
+    trials = Trials(
+        model, prompts[:TRIAL_PROMPTS], settings.seed, settings.steps, settings.call,
+        lambda label: tick(0, None, label), kept.trial,
+    )  # fmt: skip
     images = out.parent / f"{out.stem}.images"
     mine = list(enumerate(prompts))[state.process_index :: state.num_processes]
-    measured = _gather(_measure(model, settings, running, mine, images, tick))
-    result = _result(model, settings, arms, measured, images, command)
+    try:
+        # Every process searches, so that none waits in a collective for longer than its time limit, and all use what
+        # the main one found.
+        arms: list[Arm] = broadcast_object_list([_arms(model, settings, trials)])[0]
+        running = [arm for arm in arms if not arm.error]
+        _measure(model, settings, running, mine, images, kept, tick)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{kept.finished} of {len(mine)} prompts are kept in {kept.file}; the same command goes on from there"
+        ) from None
+    result = _result(model, settings, arms, _gather(running, kept), images, command)
     if state.is_main_process:
         result.write(out)
+    kept.remove()
     return result
 
 
@@ -255,7 +309,7 @@ def _result(
 ) -> Result:
     """The content of the JSON file."""
     baseline, *others = arms
-    prompts = _prompts(model, settings)
+    prompts = settings.prompts_of(model)
     plain = measured.measurements["baseline"]
     rows = []
     for arm in others:

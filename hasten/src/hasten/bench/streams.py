@@ -12,14 +12,17 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hasten import registry
+from hasten.acceleration import methods as _methods  # noqa: F401  (registers the methods by name)
 from hasten.bench import subject
-from hasten.bench.arms import build_method, parse_options, reported
 from hasten.bench.environment import environment
 from hasten.bench.labels import short_label
+from hasten.bench.requests import reported
 from hasten.bench.result import StreamResult, StreamSettings
 from hasten.bench.rollout import Rolled, measure
-from hasten.bench.video import best_suffix, side_by_side, write_video
+from hasten.bench.video import best_suffix, check_video_path, side_by_side, write_video
 from hasten.errors import ConfigError
+from hasten.io import check_target
 from hasten.streaming.policy import StreamingMethod
 
 __all__ = ["DEFAULT_METHODS", "StreamSettings", "parse_streaming", "run_streams"]
@@ -42,10 +45,11 @@ def parse_streaming(text: str) -> StreamingMethod:
         UnknownNameError: for a method or parameter that does not exist.
         ConfigError: for a method that does not choose history.
     """
-    name, params = parse_options(text)
-    method = build_method(name, params)
-    if not isinstance(method, StreamingMethod):
-        raise ConfigError(f"{name} chooses no history, which a streaming model needs; take one such as focused-forcing")
+    (method, *more) = registry.parse(text)
+    if more or not isinstance(method, StreamingMethod):
+        raise ConfigError(
+            f"{text.strip()} chooses no history, which a streaming model needs; take one such as focused-forcing"
+        )
     return method
 
 
@@ -69,6 +73,10 @@ def run_streams(
         together: a file for all videos of the first world side by side; beside the others by default.
         command: the command line that asked for it.
     """
+    check_target(out)
+    if together is not None:
+        check_video_path(together)
+        check_target(together)
     videos: dict[str, Tensor] = {}
     folder, suffix = out.parent / f"{out.stem}.videos", best_suffix()
     total, done = settings.worlds * (len(methods) + 1), 0

@@ -10,20 +10,33 @@ add one:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+from hasten.errors import ConfigError, ModelError, unknown
 
-from hasten.bench.rollout import RollOut
-from hasten.errors import ModelError, unknown
+if TYPE_CHECKING:  # the names of the subjects are known without torch
+    from torch import Tensor
 
-__all__ = ["Edit", "StreamingSubject", "Subject", "load", "load_streaming", "names", "streaming_names"]
+    from hasten.bench.rollout import RollOut
+
+__all__ = [
+    "Edit",
+    "StreamingSubject",
+    "Subject",
+    "check_device",
+    "load",
+    "load_streaming",
+    "names",
+    "open_model",
+    "streaming_names",
+]
 
 PIPELINES, STREAMING = "hasten.subjects", "hasten.streaming_subjects"
+PROMPTS = ("a red apple on a wooden table", "a lighthouse at dusk", "a cat reading a newspaper", "a bowl of ramen")
 ZOO = "the small trained reference models come with the distribution hasten-zoo: pip install ./zoo (or make setup)"
 
 
@@ -59,6 +72,8 @@ class Subject:
             its prompt asks for; None if the model has no ground truth.
         edits: for an editing model, one per prompt and in the same order: the sources, targets and masks; else empty.
         fitted: files that were fitted to the model and come with it, by name of the method (`"leap"`).
+        sizes: (height, width) in pixels that the model can draw; empty for whatever the pipeline takes.
+        about: what it is, in one line.
     """
 
     name: str
@@ -68,6 +83,34 @@ class Subject:
     grade: Callable[[Tensor, list[str]], list[bool]] | None = None
     edits: list[Edit] = field(default_factory=list)
     fitted: dict[str, Path] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
+    about: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What it makes."""
+        return "edits" if self.edits else "clips" if "num_frames" in self.call else "images"
+
+    def check_call(self, call: Mapping[str, Any]) -> None:
+        """Find out whether the model can be called with these arguments, before any work.
+
+        Args:
+            call: further arguments of the pipeline's call; `height` and `width` in pixels.
+
+        Raises:
+            ConfigError: for a size that it cannot draw.
+        """
+        size = tuple(call.get(name, self.call.get(name)) for name in ("height", "width"))
+        if self.sizes and size not in self.sizes:
+            known = " or ".join(f"{height}x{width}" for height, width in self.sizes)
+            raise ConfigError(
+                f"{self.name} draws {known} pixels, not {size[0]}x{size[1]}; "
+                "leave --height and --width out, or give one of its sizes"
+            )
+        unit = getattr(self.pipe, "vae_scale_factor", 1)
+        for name, length in zip(("height", "width"), size, strict=True):
+            if length is not None and (length < 1 or length % unit):
+                raise ConfigError(f"--{name} must be a positive multiple of {unit} for {self.name}, got {length}")
 
 
 @dataclass(frozen=True)
@@ -77,10 +120,12 @@ class StreamingSubject:
     Attributes:
         name: as in `load_streaming`.
         rollout: from frames and steps of the sampler to a way to roll out; see `hasten.bench.rollout`.
+        about: what it is, in one line.
     """
 
     name: str
     rollout: Callable[[int, int], RollOut]
+    about: str = ""
 
 
 def _known(group: str) -> dict[str, EntryPoint]:
@@ -110,6 +155,63 @@ def load(name: str) -> Subject:
     """
     subject: Subject = _load(PIPELINES, "reference model", name)
     return subject
+
+
+def open_model(name: str, *, dtype: Any = None, device: str | None = None) -> Subject:
+    """An installed subject by name, or any diffusers pipeline by folder or hub id.
+
+    Args:
+        name: of the subject, folder or hub id.
+        dtype: of the weights of a pipeline that is no installed subject; bfloat16 by default.
+        device: where to put the pipeline; see `check_device`.
+
+    Raises:
+        UnknownNameError: if the name is neither a subject, nor a folder, nor of the form `owner/model`.
+        ModelError: if the pipeline cannot be loaded.
+        ConfigError: for a device that is not there.
+    """
+    check_device(device)
+    if name in names():
+        model = load(name)
+    elif Path(name).is_dir() or "/" in name:
+        import torch
+        from diffusers import DiffusionPipeline
+
+        try:
+            pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype or torch.bfloat16)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot load the pipeline {name!r}: {' '.join(str(error).split())}") from error
+        model = Subject(name=name, pipe=pipe, prompts=list(PROMPTS))
+    else:
+        raise unknown("model", name, [*names(), *streaming_names()])
+    model.pipe.set_progress_bar_config(disable=True)
+    if device is not None:
+        model.pipe.to(device)
+    return model
+
+
+def check_device(name: str | None) -> None:
+    """Find out whether there is a device, such as `"cuda:1"`; None is where the model is.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    if name is None:
+        return
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: no such device; give cpu, cuda, cuda:1, mps or xpu") from None
+    if device.type == "cpu":
+        return
+    module = getattr(torch, device.type, None)
+    count = module.device_count() if module is not None and module.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ConfigError(
+            f"--device {name}: there are {count} {device.type} devices here; leave --device out for the CPU"
+        )
 
 
 def streaming_names() -> list[str]:

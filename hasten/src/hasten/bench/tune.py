@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from hasten import registry
-from hasten.bench.arms import Solved, parse_method, parse_options
+from hasten.bench.arms import Solved
 from hasten.bench.report import render_report
+from hasten.bench.requests import caching_method, check_counts, parse_request
 from hasten.bench.result import Result
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sampling import call_arguments, draw_sample, plain
-from hasten.bench.staged import is_staged
 from hasten.bench.subject import Subject
 from hasten.caching.method import SEARCHED
 from hasten.caching.methods.leapcache import LeapCache
@@ -32,14 +32,18 @@ from hasten.fitting.calibrate import fit, record
 from hasten.fitting.leap import fit_leap
 from hasten.fitting.leapcache import fit_leapcache
 from hasten.fitting.schedules import tune_steps
+from hasten.io import check_target
+from hasten.parameters import from_text
 from hasten.pipeline.replay import Replay
 from hasten.solvers.scheduler import LEAP
 
 __all__ = ["TuneSettings", "run_tune", "tuning_calls"]
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int | None], None]
+COMPUTED_STEPS = (12, 9, 7)
 LADDER = (4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 25)  # numbers of evaluations that a bound on the error is tried with
 SWEEPS = 3
+DRAWING = "drawing the plain sampler's trajectories"
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,10 @@ class TuneSettings:
     """What to learn, from what, and what to compare.
 
     Args:
-        computed_steps: numbers of computed steps; or
+        computed_steps: numbers of computed steps, 12, 9 and 7 by default; or
         max_error: the largest root mean squared error of an image (0 to 1) that is allowed; the fewest evaluations of
             LEAP that stay below it are searched.
-        methods: candidates, as `parse_method` reads them, or `("all",)`; those that have to be fitted are, and those
+        methods: candidates, as `parse_request` reads them, or `("all",)`; those that have to be fitted are, and those
             with a schedule get the learned steps.
         search: `"leap"`, whose steps the other methods take over, or a caching method to search their lists with.
         prompts: how many prompts to learn from: the last of the list.
@@ -64,7 +68,7 @@ class TuneSettings:
         rounds: of LEAP's refinement.
     """
 
-    computed_steps: tuple[int, ...] = (12, 9, 7)
+    computed_steps: tuple[int, ...] = ()
     max_error: float | None = None
     methods: tuple[str, ...] = ("leap", "leapcache", "foca", "taylorseer:order=2")
     search: str = LEAP
@@ -81,13 +85,41 @@ class TuneSettings:
     def __post_init__(self) -> None:
         if self.prompts < 1 or self.held_out < 1:
             raise ConfigError("--prompts and --held-out must be at least 1")
-        if self.max_error is not None and not self.max_error > 0:
+        if self.max_error is not None and not 0 < self.max_error < math.inf:
             raise ConfigError(f"--max-error must be positive, got {self.max_error}")
+        if self.max_error is not None and self.computed_steps:
+            raise ConfigError(
+                "--max-error finds the number of computed steps; leave out one of it and --computed-steps"
+            )
+        if self.max_error is None and not self.computed_steps:
+            object.__setattr__(self, "computed_steps", COMPUTED_STEPS)
+        check_counts(self.computed_steps, self.steps)
         if not self.methods:
             raise ConfigError("give at least one method")
         if self.methods == ("all",):
             caches = (info.name for info in registry.methods() if info.kind == "caching")
             object.__setattr__(self, "methods", (LEAP, *caches))
+        for text in self.methods:
+            self._check(text)
+        if self.search != LEAP:
+            caching_method(self.search)
+
+    def _check(self, text: str) -> None:
+        """Read a candidate before anything is learned; what it is fitted with need not be there yet."""
+        ((name, given), *more) = registry.split(text)
+        info = registry.info(name)
+        if more or name == LEAP or "calibration" in given or not info.needs_calibration:
+            parse_request(text)
+        else:
+            from_text(info.config, given, name)
+
+    def check_prompts(self, known: Sequence[str]) -> None:
+        """Raise a `ConfigError` if there are fewer prompts than asked for."""
+        if self.prompts + self.held_out > len(known):
+            raise ConfigError(
+                f"--prompts {self.prompts} and --held-out {self.held_out} ask for more than the {len(known)} prompts "
+                "there are"
+            )
 
 
 def tuning_calls(
@@ -106,39 +138,40 @@ def tuning_calls(
     return calls
 
 
-def run_tune(model: Subject, settings: TuneSettings, folder: Path, progress: Progress | None = None) -> Result:
+def run_tune(
+    model: Subject, settings: TuneSettings, folder: Path, progress: Progress | None = None, command: str = ""
+) -> Result:
     """Learn, compare, write; returns the content of `tune.json`: a bench result with `tune` beside it.
 
     Args:
         model: from `open_model`.
         settings: what to do.
         folder: where `leap.safetensors`, `steps.safetensors`, other calibrations, `tune.json` and `tune.html` go.
-        progress: called with (what is being done, done, of how many).
+        progress: called with (what is being done, done, of how many); the last is None while nobody knows it.
+        command: the command line that asked for it.
 
     Raises:
         ConfigError: if there are too few prompts, or no number of evaluations keeps the bound.
     """
-    return _Tuning(model, settings, folder, progress or (lambda label, done, total: None)).run()
+    return _Tuning(model, settings, folder, progress or (lambda label, done, total: None), command).run()
 
 
 class _Tuning:
     """One run of `hasten tune`."""
 
-    def __init__(self, model: Subject, settings: TuneSettings, folder: Path, progress: Progress) -> None:
+    def __init__(self, model: Subject, settings: TuneSettings, folder: Path, progress: Progress, command: str) -> None:
         self._model, self._settings, self._folder, self._progress = model, settings, folder, progress
+        self._command = command
         wanted = settings.prompts + settings.held_out
         known = list(settings.prompt_list) or model.prompts
-        if wanted > len(known):
-            raise ConfigError(
-                f"--prompts {settings.prompts} and --held-out {settings.held_out} ask for more than the {len(known)} "
-                "prompts there are"
-            )
+        settings.check_prompts(known)
+        model.check_call(settings.call)
+        for name in ("tune.json", "leap.safetensors"):
+            check_target(folder / name)
         learn = known[-settings.prompts :]
         self._held_out = known[-wanted : -settings.prompts]
         self._calls = tuning_calls(model, learn, settings.seed, settings.steps, settings.call, settings.batch)
-        self._names = [parse_options(text)[0] for text in settings.methods if not is_staged(text)]
-        if settings.search != LEAP:
-            parse_method(settings.search)  # a wrong name is told before anything is drawn
+        self._names = [name for text in settings.methods for name, _ in registry.split(text)]
         self._fitted: Calibration | None = None
 
     def run(self) -> Result:
@@ -159,7 +192,11 @@ class _Tuning:
         )
         file = self._folder / "tune.json"
         result = run_bench(
-            self._model, bench, file, lambda done, total, label: self._progress("comparing", done, total)
+            self._model,
+            bench,
+            file,
+            lambda done, total, label: self._progress("comparing", done, total),
+            self._command,
         )
         result.tune = {
             "best": {str(count): _best(result, count) for count in counts},
@@ -179,9 +216,10 @@ class _Tuning:
         file = self._folder / "leap.safetensors"
 
         def tick(count: int, done: int, total: int, error: float) -> None:
-            self._progress(f"leap, {count} evaluations: {-10 * math.log10(max(error, 1e-30)):.1f} dB", done, total)
+            found = f"leap, {count} evaluations: {-10 * math.log10(max(error, 1e-30)):.1f} dB"
+            self._progress(found if count else DRAWING, done, total)
 
-        self._progress("drawing the plain sampler's trajectories", 0, 1)
+        self._progress(DRAWING, 0, len(self._calls))
         self._fitted = fit_leap(
             self._model.pipe,
             self._calls,
@@ -203,7 +241,7 @@ class _Tuning:
             def tick(count: int, done: int, total: int, error: float) -> None:
                 self._progress(f"{self._settings.search}, {count} steps", done, total)
 
-            chosen = parse_method(self._settings.search)[1]
+            chosen = caching_method(self._settings.search)
             found = tune_steps(
                 self._model.pipe, chosen, self._calls, counts, trials=self._settings.trials, progress=tick
             )
@@ -214,21 +252,21 @@ class _Tuning:
 
     def _prepared(self, text: str, lists: dict[int, tuple[int, ...]]) -> str:
         """The text of a method with the files that it needs, which are made where they are missing."""
-        if is_staged(text):
+        ((name, given), *more) = registry.split(text)
+        info = registry.info(name)
+        if more or info.kind == "resolution":
             return text
-        name, options = parse_options(text)
         if name == LEAP:
-            return f"{text}:calibration={self._folder / 'leap.safetensors'}"
-        info, given = registry.info(name), set(options)
+            return text if given else f"{text}:calibration={self._folder / 'leap.safetensors'}"
         if info.needs_calibration and "calibration" not in given:
             text += f":calibration={self._calibrated(name, lists)}"
         takes_lists = name != LeapCache.name and "searched" in info.parameters
-        if takes_lists and not given & {"searched", "steps", "schedule"}:
+        if takes_lists and not given.keys() & {"searched", "steps", "schedule"}:
             text += f":searched={self._folder / 'steps.safetensors'}"
         return text
 
     def _calibrated(self, name: str, lists: dict[int, tuple[int, ...]]) -> Path:
-        self._progress(f"fitting {name}", 0, 1)
+        self._progress(f"fitting {name}", 0, None)
         if name == LeapCache.name:
 
             def tick(count: int, done: int, error: float) -> None:
@@ -242,7 +280,8 @@ class _Tuning:
     @cached_property
     def _trace(self) -> Any:
         replay, pipe = Replay(self._calls), self._model.pipe
-        return record(pipe, [partial(lambda i: pipe(**replay[i]), i) for i in range(len(replay))])
+        calls = [partial(lambda i: pipe(**replay[i]), i) for i in range(len(replay))]
+        return record(pipe, calls, progress=lambda done, total: self._progress("recording", done, total))
 
     # --- a bound instead of a number
 

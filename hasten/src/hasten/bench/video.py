@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from hasten.errors import ConfigError
 from hasten.io import write_atomically
 
-__all__ = ["best_suffix", "side_by_side", "write_video"]
+__all__ = ["best_suffix", "check_video_path", "side_by_side", "write_video"]
 
 SUFFIXES = (".mp4", ".webp", ".gif")
 BAR, GAP = 28, 8  # pixels: height of the line with the names, distance between videos
@@ -70,6 +70,20 @@ def _fitting(text: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageF
     return next((font for font in fonts if font.getlength(text) <= width), fonts[-1])
 
 
+def check_video_path(path: Path) -> None:
+    """Find out whether a video can be written under such a name.
+
+    Raises:
+        ConfigError: for another ending, or mp4 without imageio-ffmpeg.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"expected a path that ends in {', '.join(SUFFIXES)}, got {path.name}")
+    if path.suffix == ".mp4" and not _has_ffmpeg():
+        raise ConfigError(
+            "writing mp4 needs imageio-ffmpeg; pip install imageio-ffmpeg, or take a path that ends in .webp or .gif"
+        )
+
+
 def write_video(video: Tensor, path: str | Path, fps: int = 12, enlarge: int = 1) -> Path:
     """Write a video as mp4 (needs imageio-ffmpeg), webp (lossless) or gif, by the ending of the path.
 
@@ -91,12 +105,7 @@ def write_video(video: Tensor, path: str | Path, fps: int = 12, enlarge: int = 1
             f"expected a video [F, 3, H, W] with at least one frame and fps and enlarge of 1 or more, got "
             f"{list(video.shape)}, {fps} and {enlarge}"
         )
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"expected a path that ends in {', '.join(SUFFIXES)}, got {path.name}")
-    if path.suffix == ".mp4" and not _has_ffmpeg():
-        raise ConfigError(
-            "writing mp4 needs imageio-ffmpeg; pip install 'hasten[video]', or take a path that ends in .webp or .gif"
-        )
+    check_video_path(path)
     large = interpolate(video.detach().float().cpu().clamp(0, 1), scale_factor=enlarge, mode="nearest")
     frames = (large * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
     if path.suffix == ".mp4":

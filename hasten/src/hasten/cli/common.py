@@ -1,13 +1,11 @@
-"""What the commands share: the console, options, and readers of their values."""
+"""What the commands share: the console, progress bars, and the table of a result."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,22 +14,16 @@ from rich.text import Text
 
 from hasten.bench.result import Result, StreamResult
 from hasten.bench.tables import table_of
-from hasten.errors import ConfigError
 
-__all__ = ["BAR", "ModelName", "Seed", "command_line", "console", "names", "numbers", "own_prompts", "show_result"]
+if TYPE_CHECKING:
+    from hasten.bench.subject import Subject
+
+__all__ = ["BAR", "command_line", "console", "opened", "show_result"]
 
 console = Console()
 if not console.is_terminal:
     console.width = max(console.width, 130)  # a table in a log or a file need not be squeezed
 
-Seed = Annotated[int, typer.Option(help="Prompt i is drawn with seed SEED + i.")]
-ModelName = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        help="A reference model (emoji-flux, or one that edits or makes clips), a pipeline folder, or a hub id.",
-    ),
-]
 BAR = (
     TextColumn("{task.description:44.44}"),
     BarColumn(),
@@ -41,33 +33,22 @@ BAR = (
 )
 
 
+def opened(name: str, device: str | None) -> Subject:
+    """A model, loaded; of several processes, each has a device of its own."""
+    from hasten.bench.environment import processes
+    from hasten.bench.subject import check_device, open_model
+
+    check_device(device)
+    state = processes()
+    if device is None and state.num_processes > 1:
+        device = str(state.device)
+    with console.status(f"loading {name}"):
+        return open_model(name, device=device)
+
+
 def command_line() -> str:
     """The command as it was typed, for results to state."""
     return shlex.join(["hasten", *sys.argv[1:]])
-
-
-def numbers(text: str, option: str) -> list[int]:
-    """`12,9,7` as whole numbers.
-
-    Raises:
-        ConfigError: if it is something else.
-    """
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ConfigError(f"{option} takes whole numbers with commas, such as 12,9,7; got {text!r}") from None
-
-
-def names(text: str) -> list[str]:
-    """`a,b` as names."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def own_prompts(file: Path | None) -> tuple[str, ...]:
-    """The lines of a file of prompts; none without a file."""
-    if file is None:
-        return ()
-    return tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 LONGEST = 36  # characters of a method's name on a line of the table

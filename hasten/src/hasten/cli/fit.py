@@ -11,20 +11,26 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from hasten.bench.row import Row
-from hasten.cli.common import BAR, ModelName, console, names, numbers, own_prompts, show_result
+from hasten.cli.boundary import resumable
+from hasten.cli.common import BAR, command_line, console, opened, show_result
+from hasten.cli.options import (
+    Device,
+    Guidance,
+    Height,
+    ModelName,
+    PromptsFile,
+    Seed,
+    Steps,
+    Width,
+    call_of,
+    names,
+    numbers,
+    own_prompts,
+)
 from hasten.errors import ConfigError
+from hasten.io import check_target
 
-Prompts = Annotated[int, typer.Option(min=1, help="How many prompts to learn from (the model's last ones).")]
-PromptsFile = Annotated[
-    Path | None,
-    typer.Option("--prompts-file", "--from-prompts", help="Own prompts, one a line.", exists=True, dir_okay=False),
-]
-SeedFrom = Annotated[int, typer.Option("--seed", help="Prompt i is drawn with seed SEED + i.")]
-Steps = Annotated[int, typer.Option(min=2, help="Steps of the plain sampler.")]
-Height = Annotated[int | None, typer.Option(help="Height in pixels; the model's own by default.")]
-Width = Annotated[int | None, typer.Option(help="Width in pixels; the model's own by default.")]
-Guidance = Annotated[float | None, typer.Option(help="True classifier-free guidance with an empty negative prompt.")]
-Device = Annotated[str | None, typer.Option(help="Such as cuda.")]
+LearnFrom = Annotated[int, typer.Option("--prompts", min=1, help="How many prompts to learn from (the last ones).")]
 
 
 def calibrate(
@@ -32,63 +38,99 @@ def calibrate(
     methods: Annotated[
         str, typer.Option(help="Names with commas; options of the fit after colons: hyca:clusters=4.")
     ] = "l2p,hyca,svdcache,magcache,teacache",
-    prompts: Prompts = 12,
+    prompts: LearnFrom = 12,
     prompts_file: PromptsFile = None,
-    seed: SeedFrom = 1000,
+    seed: Seed = 1000,
     steps: Steps = 50,
     height: Height = None,
     width: Width = None,
     guidance: Guidance = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a feature that are kept while recording.")] = 512,
     device: Device = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for one file a method.")] = Path("calibrations"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for one file per method.")] = Path("calibrations"),
 ) -> None:
     """Record a model once, uncached, and fit the methods that have to be fitted.
 
     Use the steps, size and guidance that you will draw with. Under `accelerate launch` the prompts are shared among the
-    processes.
+    processes. Started again with the same options after it was cut short, it goes on where it stopped.
 
     Example: hasten calibrate --model emoji-flux --methods l2p,hyca:clusters=4 --prompts 12 --out calibrations
     """
     from accelerate.utils import gather_object
 
-    from hasten.bench.arms import parse_options
-    from hasten.bench.environment import processes
+    from hasten.bench.environment import environment, processes
+    from hasten.bench.recording import Recording
     from hasten.bench.tune import tuning_calls
-    from hasten.fitting import calibrate as recording
+    from hasten.fitting.calibrate import fit, merge
 
-    wanted = [parse_options(text) for text in names(methods)]
-    sites = {"module" if options.get("site") == "module" else "hidden" for _, options in wanted}
-    if len(sites) > 1:
-        raise ConfigError("methods at site=module are recorded apart: calibrate them in a command of their own")
-    (site,) = sites
-    model_ = _opened(model, device)
-    known = own_prompts(prompts_file) or model_.prompts
-    if prompts > len(known):
-        raise ConfigError(f"--prompts {prompts} asks for more than the {len(known)} prompts there are")
-    calls = tuning_calls(model_, known[-prompts:], seed, steps, _call(height, width, guidance), batch=1)
+    wanted = _fits(names(methods))
+    (site,) = {"module" if options.get("site") == "module" else "hidden" for _, options in wanted}
+    call, own = call_of(height, width, guidance), own_prompts(prompts_file)
+    _check_prompts(prompts, own)
+    files = [check_target(out / f"{name}.safetensors") for name, _ in wanted]
+    model_ = opened(model, device)
+    model_.check_call(call)
+    known = list(own) or model_.prompts
+    _check_prompts(prompts, known)
+    calls = tuning_calls(model_, known[-prompts:], seed, steps, call, batch=1)
     state = processes()
-    with state.split_between_processes(calls) as own, Progress(*BAR, console=console) as bar:
-        task = bar.add_task("recording", total=len(own))
-        trace = recording.record(
-            model_.pipe, own, site=site, tokens=tokens, progress=lambda done, total: bar.update(task, completed=done)
-        )
-    trace = recording.merge(gather_object([trace]))
+    identity = {"model": model_.name, "prompts": known[-prompts:], "seed": seed, "steps": steps, "call": call}
+    recording = Recording(out, {**identity, "environment": environment()}, site, tokens)
+    with (
+        state.split_between_processes(list(enumerate(calls))) as mine,
+        resumable(),
+        Progress(*BAR, console=console) as bar,
+    ):
+        task = bar.add_task("recording", total=len(mine))
+        own_trace = recording.run(model_.pipe, mine, lambda done, total: bar.update(task, completed=done, total=total))
+    trace = merge(gather_object([own_trace]))
     if not state.is_main_process:
         return
     table = Table("method", "fitted", "file", title=f"{model_.name}: {len(calls)} runs of {steps} steps")
-    for name, options in wanted:
-        calibration = recording.fit(trace, name, **options)
-        path = calibration.save(out / f"{name}.safetensors")
-        table.add_row(name, _figures(calibration.report), str(path))
+    for (name, options), file in zip(wanted, files, strict=True):
+        with console.status(f"fitting {name}"):
+            calibration = fit(trace, name, **options)
+        table.add_row(name, _figures(calibration.report), str(calibration.save(file)))
+    recording.remove()
     console.print(table)
     first = wanted[0][0]
-    console.print(f"use: [bold]hasten.accelerate(pipe, {first!r}, calibration='{out / first}.safetensors')[/bold]")
+    console.print(f"use: [bold]hasten.accelerate(pipe, {first!r}, calibration='{files[0]}')[/bold]")
+
+
+def _fits(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Methods to fit with the options of their fits.
+
+    Raises:
+        ConfigError: for none, for one that needs no fit, or for methods that have to be recorded apart.
+    """
+    from hasten import methods, registry
+    from hasten.parameters import from_text
+
+    if not texts:
+        raise ConfigError("--methods names what to fit, such as l2p,hyca; got nothing")
+    able = [info.name for info in methods() if hasattr(info.config, "fit")]
+    wanted = []
+    for text in texts:
+        for name, given in registry.split(text):
+            fitter = getattr(registry.info(name).config, "fit", None)
+            if fitter is None:
+                raise ConfigError(f"{name} has nothing to calibrate; the methods that have are {', '.join(able)}")
+            wanted.append((name, from_text(fitter, given, f"the fit of {name}")))
+    if len({options.get("site") == "module" for _, options in wanted}) > 1:
+        raise ConfigError("methods at site=module are recorded apart: calibrate them in a command of their own")
+    return wanted
+
+
+def _check_prompts(asked: int, known: Sequence[str]) -> None:
+    if known and asked > len(known):
+        raise ConfigError(f"--prompts {asked} asks for more than the {len(known)} prompts there are")
 
 
 def tune(
     model: ModelName = "emoji-flux",
-    computed_steps: Annotated[str, typer.Option(help="Numbers of computed steps.")] = "12,9,7",
+    computed_steps: Annotated[
+        str | None, typer.Option(help="Exact numbers of computed steps, with commas; 12,9,7 by default.")
+    ] = None,
     max_error: Annotated[
         float | None,
         typer.Option(
@@ -101,10 +143,10 @@ def tune(
     search: Annotated[
         str, typer.Option(help="What finds the steps for the caches: leap, or a caching method to search with.")
     ] = "leap",
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to learn from (the last ones).")] = 8,
+    prompts: LearnFrom = 8,
     held_out: Annotated[int, typer.Option(min=1, help="How many other prompts to compare on.")] = 8,
     prompts_file: PromptsFile = None,
-    seed: SeedFrom = 1000,
+    seed: Seed = 1000,
     steps: Steps = 50,
     height: Height = None,
     width: Width = None,
@@ -124,7 +166,7 @@ def tune(
     from hasten.bench.tune import TuneSettings, run_tune
 
     settings = TuneSettings(
-        computed_steps=tuple(numbers(computed_steps, "--computed-steps")),
+        computed_steps=() if computed_steps is None else tuple(numbers(computed_steps, "--computed-steps")),
         max_error=max_error,
         methods=tuple(names(methods)),
         search=search,
@@ -133,21 +175,24 @@ def tune(
         prompt_list=own_prompts(prompts_file),
         seed=seed,
         steps=steps,
-        call=_call(height, width, guidance),
+        call=call_of(height, width, guidance),
         trials=trials,
         rounds=rounds,
     )
-    model_ = _opened(model, device)
-    with Progress(*BAR, console=console) as bar:
+    if settings.prompt_list:
+        settings.check_prompts(settings.prompt_list)
+    model_ = opened(model, device)
+    kept = f"what is learned so far is in {out}; the same command goes on from there"
+    with resumable(kept), Progress(*BAR, console=console) as bar:
         tasks: dict[str, TaskID] = {}
 
-        def tick(label: str, done: int, total: int) -> None:
+        def tick(label: str, done: int, total: int | None) -> None:
             phase = label.partition(":")[0]
             if phase not in tasks:
                 tasks[phase] = bar.add_task(label, total=total)
             bar.update(tasks[phase], description=label, completed=done, total=total)
 
-        result = run_tune(model_, settings, out, tick)
+        result = run_tune(model_, settings, out, tick, command_line())
     show_result(result)
     for count, best in (result.tune or {})["best"].items():
         for row in result.rows:
@@ -158,37 +203,25 @@ def tune(
 
 def _use(row: Row, folder: Path) -> str:
     """How to use what a row measured, as Python."""
-    from hasten import registry
-    from hasten.bench.arms import parse_options
-    from hasten.bench.labels import split_methods
+    from hasten import methods, registry
 
-    name, options = parse_options(row.method)
+    known = {info.name: info.config for info in methods()}
+    parts = registry.split(row.method)
+    name = parts[0][0]
     if name == "leap":
         file = folder / "leap.safetensors"
         return f"pipe.scheduler = hasten.LeapScheduler.load('{file}', pipe)   # num_inference_steps={row.steps}"
     if row.staged:
-        parts = [parse_options(part) for part in split_methods(row.method)]
-        built = [f"hasten.{registry.info(part).config.__name__}({_arguments(given)})" for part, given in parts]
+        built = [f"hasten.{known[part].__name__}({_arguments(known[part], given)})" for part, given in parts]
         return f"hasten.accelerate(pipe, {', '.join(built)})   # num_inference_steps={row.steps}"
-    decided = {key: row.params[key] for key in ("computed_steps", "threshold") if row.params.get(key) is not None}
-    return f"hasten.accelerate(pipe, '{name}', {_arguments(options | decided)})"
+    decided = {key: str(row.params[key]) for key in ("computed_steps", "threshold") if row.params.get(key) is not None}
+    return f"hasten.accelerate(pipe, '{name}', {_arguments(known[name], parts[0][1] | decided)})"
 
 
-def _arguments(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in values.items())
+def _arguments(config: Any, texts: dict[str, str]) -> str:
+    from hasten.parameters import from_text
 
-
-def _opened(name: str, device: str | None) -> Any:
-    from hasten.bench.runner import open_model
-
-    with console.status(f"loading {name}"):
-        return open_model(name, device=device)
-
-
-def _call(height: int | None, width: int | None, guidance: float | None) -> dict[str, Any]:
-    """Arguments of the pipeline's call that the user gave."""
-    call: dict[str, Any] = {key: value for key, value in (("height", height), ("width", width)) if value is not None}
-    return call if guidance is None else call | {"true_cfg_scale": guidance, "negative_prompt": ""}
+    return ", ".join(f"{key}={value!r}" for key, value in from_text(config, texts).items())
 
 
 def _figures(report: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from rich.progress import Progress
 
 from hasten.bench.result import StreamSettings
 from hasten.cli.common import BAR, command_line, console, show_result
+from hasten.io import check_target
 
 __all__ = ["bench_streams", "demo_video"]
 
@@ -21,7 +22,12 @@ def bench_streams(
     """Measure the methods (the usual ones if none are given), show the table, and write JSON and videos."""
     from hasten.bench import subject
     from hasten.bench.streams import DEFAULT_METHODS, parse_streaming, run_streams
+    from hasten.bench.video import check_video_path
 
+    if together is not None:
+        check_video_path(together)
+    for target in (out, *([] if together is None else [together])):
+        check_target(target)
     arms = {text: parse_streaming(text) for text in methods or DEFAULT_METHODS}
     with console.status(f"loading {name}"):
         model = subject.load_streaming(name)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from rich.table import Table
 
-from hasten.cli.common import BAR, console, numbers
+from hasten.cli.common import BAR, console
+from hasten.cli.options import numbers
 from hasten.errors import ConfigError, ModelError
 from hasten.io import check_target, write_atomically
 

@@ -67,7 +67,8 @@ def fit_leap(
         known: an earlier result, perhaps of a fit that was cut short; what was fitted to the same prompts with the
             same settings is taken over.
         keep: called with the result so far after each number, such as `lambda fit: fit.save(path)`.
-        progress: called with (number of evaluations, trials and rounds so far, of how many, relative squared error).
+        progress: called with (number of evaluations, trials and rounds so far, of how many, relative squared error);
+            while the references are drawn with (0, calls so far, of how many, 1).
 
     Returns:
         a calibration to save, or to make a scheduler of: `LeapScheduler.of(calibration, pipe)`.
@@ -79,7 +80,9 @@ def fit_leap(
     if not calls:
         raise CalibrationError("there is nothing to learn from: give at least one call")
     replay = Replay(calls)
-    references = record_references(pipe, replay)
+    references = record_references(
+        pipe, replay, lambda done, total: progress(0, done, total, 1.0) if progress is not None else None
+    )
     for count in evaluations:
         if not 1 <= count <= references.total:
             raise ConfigError(

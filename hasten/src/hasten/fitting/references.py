@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -69,8 +69,15 @@ def _digest(calls: Replay, states: Sequence[Tensor]) -> str:
     return hashlib.sha256(prompts.encode() + noise).hexdigest()[:16]
 
 
-def record_references(pipe: Any, calls: Replay) -> References:
+def record_references(
+    pipe: Any, calls: Replay, progress: Callable[[int, int], None] = lambda done, total: None
+) -> References:
     """Draw the plain trajectories, watching the scheduler of this pipeline.
+
+    Args:
+        pipe: the pipeline.
+        calls: of which each draws some images.
+        progress: called with (calls that are done, all calls).
 
     Raises:
         CalibrationError: if the calls do not make one scheduler step for each timestep, or a state is not finite.
@@ -109,6 +116,7 @@ def record_references(pipe: Any, calls: Replay) -> References:
                     f"call {len(states) - 1}: the state after {bad[0]} steps is not finite; leave out "
                     "that call, or run the model in a wider precision"
                 )
+            progress(len(states), len(calls))
     finally:
         del scheduler.step, scheduler.set_timesteps
     digest = _digest(calls, states)

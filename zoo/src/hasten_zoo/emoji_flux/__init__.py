@@ -55,4 +55,6 @@ def load_emoji_flux(weights: Path = WEIGHTS) -> Subject:
         call={"height": 64, "width": 64, "num_inference_steps": 50, "max_sequence_length": 8},
         grade=_grade,
         fitted={"leap": LEAP} if weights == WEIGHTS else {},
+        sizes=((64, 64), (32, 32)),
+        about="FLUX.1 in small: 3-D emoji from their names",
     )

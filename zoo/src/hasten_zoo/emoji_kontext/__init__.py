@@ -103,4 +103,6 @@ def load_emoji_kontext(weights: Path = WEIGHTS) -> Subject:
         grade=grade,
         edits=[painter().edit(plan) for plan in plans.values()],
         fitted={"leap": LEAP} if weights == WEIGHTS else {},
+        sizes=((64, 64), (32, 32)),
+        about="FLUX.1-Kontext in small: edits images of emoji",
     )

@@ -47,4 +47,5 @@ def load_sprites_stream(weights: Path = WEIGHTS) -> StreamingSubject:
     Raises:
         ModelError: if the files are missing or damaged.
     """
-    return StreamingSubject("sprites-stream", partial(rollout, load_model(weights)))
+    about = "a causal video model in small: worlds of moving sprites"
+    return StreamingSubject("sprites-stream", partial(rollout, load_model(weights)), about)

@@ -116,4 +116,6 @@ def load_sprites_wan(weights: Path = WEIGHTS) -> Subject:
         },
         grade=grade,
         fitted={"leap": LEAP} if weights == WEIGHTS else {},
+        sizes=((48, 48),),
+        about="Wan 2.1 in small: clips of one moving emoji",
     )

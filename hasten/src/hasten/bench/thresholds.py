@@ -1,6 +1,6 @@
 """Equal budgets: the threshold at which a method computes as many steps as the others do.
 
-A method with a threshold decides by itself how many steps it computes. To stand beside methods with a schedule it has
+A method with a threshold decides on its own how many steps it computes. To stand beside methods with a schedule it has
 to be given the threshold that costs as much; it is searched on a few prompts, and what was then really computed is
 reported beside the number that was asked for.
 """
@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from hasten.bench.metrics import PSNR_CEILING, over_frames, psnr
-from hasten.bench.sampling import Attach, Sample, draw_sample, plain
+from hasten.bench.sampling import Attach, Sample, count_flops, draw_sample, plain
 from hasten.bench.subject import Subject
 from hasten.errors import ConfigError, HastenWarning
 
@@ -39,6 +39,9 @@ class Match:
     trial: Trial
 
 
+Recall = Callable[[str, Callable[[], tuple[float, ...]]], tuple[float, ...]]
+
+
 @dataclass
 class Trials:
     """Runs settings on the first prompts of a bench.
@@ -50,6 +53,7 @@ class Trials:
         steps: sampler steps.
         call: further arguments of the pipeline's call.
         progress: called with a line on what is being tried.
+        recall: gives what a trial of this name came to, or computes it; every trial is computed by default.
     """
 
     model: Subject
@@ -58,6 +62,7 @@ class Trials:
     steps: int
     call: dict[str, Any]
     progress: Callable[[str], None] = field(default=lambda _: None)
+    recall: Recall = field(default=lambda _, compute: compute())
 
     @cached_property
     def _references(self) -> list[Sample]:
@@ -66,18 +71,36 @@ class Trials:
     def _draw_sample(self, attach: Attach, index: int) -> Sample:
         return draw_sample(self.model, attach, self.steps, self.prompts[index], self.seed + index, self.call)
 
-    @property
+    @cached_property
     def passes(self) -> int:
         """Forwards within a step of the plain sampler."""
-        return round(self._references[0].forwards / self.steps)
+        (passes,) = self.recall("passes", lambda: (self._references[0].forwards / self.steps,))
+        return round(passes)
 
-    def run(self, attach: Attach) -> Trial:
-        """Draw the trial's prompts and count."""
+    def run(self, attach: Attach, key: str) -> Trial:
+        """Draw the trial's prompts and count; `key` names the setting."""
+        return Trial(*self.recall(key, lambda: self._run(attach)))
+
+    def cost(self, attach: Attach, steps: int, key: str) -> tuple[float, float]:
+        """Operations and calls of the counted layer, means over the trial's prompts; `key` names what is attached."""
+
+        def compute() -> tuple[float, float]:
+            counted = [
+                count_flops(self.model, attach, steps, prompt, self.seed + i, self.call)
+                for i, prompt in enumerate(self.prompts)
+            ]
+            flops, calls = zip(*((flops, sample.layer_calls) for flops, sample in counted), strict=True)
+            return statistics.fmean(flops), statistics.fmean(calls)
+
+        flops, calls = self.recall(f"cost of {key} at {steps} steps", compute)
+        return flops, calls
+
+    def _run(self, attach: Attach) -> tuple[float, float]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HastenWarning)  # a threshold that skips nothing is part of the search
             samples = [self._draw_sample(attach, i) for i in range(len(self.prompts))]
         pairs = list(zip(samples, self._references, strict=True))
-        return Trial(
+        return (
             statistics.fmean(self.steps * sample.layer_calls / reference.layer_calls for sample, reference in pairs),
             statistics.fmean(
                 min(over_frames(psnr, sample.image, reference.image), PSNR_CEILING) for sample, reference in pairs
@@ -101,7 +124,7 @@ def match_computed_steps(
         the one with the best PSNR.
 
     Raises:
-        ConfigError: if even `high` computes more.
+        ConfigError: if even `high` computes more, or no threshold comes within one step of `wanted`.
     """
     if not 0 < low < high:
         raise ConfigError(f"the range of thresholds must be 0 < low < high, got {low} to {high}")
@@ -123,4 +146,9 @@ def match_computed_steps(
         high = middle
         if (trial.computed, trial.psnr) > (best.trial.computed, best.trial.psnr):
             best = Match(middle, trial)
+    if best.trial.computed <= wanted - 1:
+        raise ConfigError(
+            f"no threshold computes {wanted} steps: the nearest computes {best.trial.computed:g}; ask for as many "
+            "or allow other numbers of skipped steps in a row"
+        )
     return best
