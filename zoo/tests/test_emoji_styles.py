@@ -229,6 +229,7 @@ def _training(pipe: FluxPipeline, data: EmojiStyles, latents: dict[int, Latents]
     return Training(net, objective, Settings(warmup_steps=5, **settings))
 
 
+@pytest.mark.slow
 def test_training_learns_and_its_export_draws_and_trains_on(
     pipe: FluxPipeline, data: EmojiStyles, latents: dict[int, Latents], tmp_path: Path
 ) -> None:
