@@ -6,7 +6,9 @@ import copy
 import gc
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import hasten
@@ -14,10 +16,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
 from hasten.errors import AlreadyAcceleratedError, ConfigError, TargetError
+from hasten.pipeline import runs, view
 from pipelines import draw, make_pipe
 from test_dvg import DVG, STEPS, film, wan
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 METHODS = {
@@ -120,6 +124,45 @@ def test_after_a_cancelled_call_others_and_the_next_are_as_ever(pipe: Any, name:
                 assert torch.equal(call(), expected)
 
 
+def test_a_call_in_the_frame_of_one_that_has_gone_is_another_run(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every call of a pipeline got the frame of the one before."""
+
+    def pipeline() -> Any:
+        frame = view._calling_frame()
+        return None if frame is None else view._first_argument(frame)
+
+    def owner() -> view.Owner:
+        return view.Owner(threading.get_ident(), None if pipeline() is None else 1)
+
+    monkeypatch.setattr(runs, "current_owner", owner)
+    monkeypatch.setattr(runs, "pipeline_of", lambda _: pipeline())
+    second = other(pipe)
+    plain = generate(second, 3)
+    with hasten.accelerate(pipe, METHODS["fresco"]):
+        fast = generate(pipe)
+        with pytest.raises(CancelError):
+            generate(pipe, callback_on_step_end=at(1, cancel))
+        assert torch.equal(generate(second, 3), plain)
+        assert torch.equal(generate(pipe), fast)
+
+
+def test_steps_of_another_loop_by_the_same_scheduler_stay_plain(pipe: Any) -> None:
+    """A loop of the user's own that was left; the next one goes by the scheduler with another model."""
+    sample, seen = torch.ones(1, 4, 4), list[dict[str, Any]]()
+    handle = pipe.transformer.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True)
+    generate(pipe)
+    handle.remove()
+    with hasten.accelerate(pipe, METHODS["fresco"]) as run, torch.no_grad():
+        pipe.scheduler.set_timesteps(9, mu=1.0)
+        pipe.transformer(**seen[0])
+        assert [found.state is not None for found in run.stages._runs.under_way] == [True]
+        pipe.scheduler.set_timesteps(sigmas=[1.0, 0.5], mu=1.0)
+        after = pipe.scheduler.step(sample, pipe.scheduler.timesteps[0], sample)[0]
+        change = pipe.scheduler.sigmas[1] - pipe.scheduler.sigmas[0]
+        torch.testing.assert_close(after, sample + change * sample)
+        assert run.stages.records == []
+
+
 def test_a_call_that_sets_the_scheduler_of_a_run_under_way_is_a_clear_error(pipe: Any) -> None:
     shared = other(pipe, FluxImg2ImgPipeline, own_scheduler=False)
     with hasten.accelerate(pipe, METHODS["fresco"]):
@@ -208,6 +251,66 @@ def test_nothing_of_a_run_is_kept_after_its_last_step(pipe: Any) -> None:
         assert [found.state for found in run.stages._runs.under_way] == [None]
 
 
+class Waits(TorchDispatchMode):
+    """Counts operations for which a GPU's host waits, or which copy an index to it."""
+
+    names = ("_local_scalar_dense", "nonzero", "equal", "item", "unique", "is_nonzero", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.counts.update([name] if name in self.names else [])
+        return func(*args, **(kwargs or {}))
+
+
+def waits(generate: Callable[..., Any], steps: int) -> list[int]:
+    """How often the host waits in each step but the first."""
+    read = runs._numbers
+
+    def on_device(timestep: Any) -> tuple[float, float]:
+        """Labels of forwards read a timestep that lies on the host, and there alone."""
+        with _disable_current_modes():
+            return read(timestep)
+
+    with pytest.MonkeyPatch.context() as patch, Waits() as mode:
+        patch.setattr(runs, "_numbers", on_device)
+        ends: list[int] = []
+
+        def look(_: Any, __: int, ___: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+            ends.append(sum(mode.counts.values()))
+            return state
+
+        generate(callback_on_step_end=look)
+    assert len(ends) == steps
+    return [after - before for before, after in pairwise(ends)]
+
+
+def test_within_a_stage_the_host_waits_no_more_than_in_the_plain_pipeline(pipe: Any) -> None:
+    plain = waits(lambda **call: generate(pipe, **call), 9)
+    for method in (METHODS["fresco"], hasten.Fresco(stages=(3, 3, 3), jump="r1"), METHODS["bottleneck"]):
+        with hasten.accelerate(pipe, method) as run:
+            own = waits(lambda **call: generate(pipe, **call), 9)
+            switched = [record.step for record in run.stages.records if record.switched]
+        # A promotion makes positions of the next step's tokens again.
+        quiet = [step for step in range(2, 9) if step not in switched and step - 1 not in switched]
+        assert quiet
+        assert [own[step - 1] for step in quiet] == [plain[step - 1] for step in quiet]
+
+
+def test_within_a_stage_of_a_clip_the_host_waits_no_more_than_in_the_plain_pipeline() -> None:
+    pipe = wan()
+    plain = waits(lambda **call: film(pipe, **call), STEPS)
+    with DVG().attach(pipe) as engine:
+        own = waits(lambda **call: film(pipe, **call), STEPS)
+        switched = [record.step for record in engine.records if record.switched]
+    quiet = [step for step in range(2, STEPS) if step not in switched and step - 1 not in switched]
+    assert quiet
+    assert [own[step - 1] for step in quiet] == [plain[step - 1] for step in quiet]
+
+
 # --- clips
 
 
@@ -270,7 +373,7 @@ def test_a_report_names_stages_tokens_and_operations(pipe: Any) -> None:
         ("full", 3, 256),
     ]
     assert (report.method, report.steps, report.full_tokens) == ("Fresco", 9, 256)
-    assert report.flops_ratio == pytest.approx(full / counter.get_total_flops(), rel=0.15)
+    assert report.flops_ratio == pytest.approx(full / counter.get_total_flops(), rel=0.03)
     assert "3 mixed (121 tokens)" in str(report)
     assert report.to_dict()["stages"][0] == {"name": "coarse", "steps": 3, "tokens": 64}
 

@@ -528,6 +528,27 @@ def test_locked_tokens_are_looked_at_again() -> None:
         assert [record.switched for record in mixed] == [False, run == 1, False, True]
 
 
+def test_locked_tokens_stay_on_one_straight_path_to_the_source() -> None:
+    """From the first mixed step on: what is left of the way, over the noise level, does not change."""
+    pipe = make("kontext")
+    left: dict[int, Tensor] = {}
+    with SpecEdit(**{**LOCAL, "reverify": False}).attach(pipe) as engine:
+
+        def look(_: Any, step: int, *__: Any) -> dict[str, Tensor]:
+            (found,) = engine._runs.under_way
+            run = found.state
+            if run is not None and run.states:
+                source = run.sources[engine.method.source].of(0)
+                locked = ~engine.plans[-1].fine.flatten() if engine.plans else slice(None)
+                left[step] = ((run.states[0].coarse - source.coarse) / run.levels[step + 1])[:, locked]
+            return {}
+
+        draw(pipe, "kontext", callback_on_step_end=look)
+    assert list(left) == [0, 1, 2, 3]  # two steps of the draft, and the mixed ones before the composite
+    for step in (2, 3):
+        torch.testing.assert_close(left[step], left[1], atol=1e-4, rtol=1e-4)
+
+
 def test_settings_change_what_comes_out() -> None:
     pipe = make("kontext")
     base = {**LOCAL, "share": 0.04, "coverage": 2, "restore": False}

@@ -14,7 +14,7 @@ Scores: the variance of a token's clean estimate over the last steps, the least 
 the greatest; variance over its channels; for comparison edges of the decoded estimate, and chance.
 
 The paper's text was not available: the split of the steps comes from its FLOPs, rules and score from two readings
-of it. Departures: pixels are enlarged, not packed tokens; a batch shares its layout, by the mean of its scores.
+of it. Departure: pixels are enlarged, not packed tokens.
 """
 
 from __future__ import annotations
