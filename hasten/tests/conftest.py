@@ -6,8 +6,9 @@ from typing import Any
 
 import hypothesis
 import pytest
-from hasten.bench import subject
 from pipelines import make_pipe
+
+from hasten.bench import subject
 
 # A busy machine is slow, and that is no error of the code.
 hypothesis.settings.register_profile("hasten", deadline=None)

@@ -17,9 +17,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import hasten
 import numpy as np
 import torch
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+import hasten
 from hasten.caching import computed_steps
 from hasten.caching.calibrated import gram_of
 from hasten.caching.components import FeatureKey
@@ -34,8 +37,6 @@ from hasten.tokens import SemanticTree, TokenMap
 from hasten.tokens.refiner import Refiner, RefinerConfig
 from hasten.tokens.replace import export_model, open_model
 from hasten.tokens.shards import TokenShards, write_shards
-from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
 
 STEPS, WIDTH = 8, 6
 SPECIMEN_NAMES = (
@@ -344,7 +345,8 @@ DEEP: Any = [[]]
 for _ in range(200):
     DEEP = [DEEP]
 VALUES: tuple[Any, ...] = (
-    None, True, False, -1, 0, 1, 2, 7, 2**31, 2**40, 2**63 - 1, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"),
+    None, True, False, -1, 0, 1, 2, 7, 2**31, 2**40, 2**63 - 1, 2**63, 10**30,
+    0.5, -0.0, 1e308, float("nan"), float("inf"),
     "", "x", "F64", "I64", "\x1b[31mred\n", "\ud800", "a" * 100_000, [], {}, [0], [0, 0], [-1, 5], [2**62, 2**62], DEEP,
     [None], {"a": 1}, [0] * 10_000, "../../etc/passwd",
 )  # fmt: skip
@@ -527,7 +529,7 @@ def try_all(specimen: Specimen, folder: Path, damages: Iterator[bytes], outcome:
                 outcome.refused += 1
             else:
                 outcome.raw += (f"not one short line: {text[:200]!r}",)
-        except Exception as error:  # noqa: BLE001 - any other error is what is looked for
+        except Exception as error:
             outcome.raw += (f"{type(error).__name__}: {error} after {content[:60]!r}",)
     path.write_bytes(whole)
     if forged:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import hasten
 import tiny
 import torch
-from hasten import registry
 from torch import nn
+
+import hasten
+from hasten import registry
 
 STEPS = 12
 # Thresholds that skip something on random weights; the other methods take an interval.

@@ -8,6 +8,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from hasten_zoo.emoji_flux import load_emoji_flux
+from PIL import Image
+
 from hasten.bench import subject
 from hasten.bench.arms import method_arms
 from hasten.bench.plain import plain_arms
@@ -17,9 +20,7 @@ from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sheet import bench_sheet, contact_sheet
 from hasten.caching import HiCache, Uniform, computed_steps
 from hasten.cli import main as cli
-from hasten.errors import ConfigError, ModelError, ScheduleError, UnknownNameError
-from hasten_zoo.emoji_flux import load_emoji_flux
-from PIL import Image
+from hasten.errors import ConfigError, ModelError, UnknownNameError
 
 
 def command(monkeypatch, capsys, *arguments):

@@ -10,6 +10,16 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from hasten_zoo.emoji_kontext import call_arguments as kontext_call
+from hasten_zoo.emoji_kontext import model as kontext
+from hasten_zoo.emoji_kontext.data import held_out_plans, painter
+from hasten_zoo.sprites_wan import model as wan
+from hasten_zoo.sprites_wan.data import all_clips
+from PIL import Image
+from subjects import install
+from test_bench import command
+from torch import Tensor
+
 from hasten import registry
 from hasten.bench import measurements, subject
 from hasten.bench.arms import Arm, merged
@@ -31,15 +41,6 @@ from hasten.cli import main as cli
 from hasten.cli.common import show_result
 from hasten.errors import ConfigError, UnknownNameError
 from hasten.resolution import DVG
-from hasten_zoo.emoji_kontext import call_arguments as kontext_call
-from hasten_zoo.emoji_kontext import model as kontext
-from hasten_zoo.emoji_kontext.data import held_out_plans, painter
-from hasten_zoo.sprites_wan import model as wan
-from hasten_zoo.sprites_wan.data import all_clips
-from PIL import Image
-from subjects import install
-from test_bench import command
-from torch import Tensor
 
 STEPS = 8
 # Every latent frame is kept, so that the clip can be as short as possible.

@@ -3,14 +3,15 @@
 import json
 import logging
 
-import hasten
 import pytest
+from subjects import install
+from test_bench import command
+
+import hasten
 from hasten.bench import runner, subject
 from hasten.bench.subject import Subject
 from hasten.cli import boundary, measure
 from hasten.errors import ConfigError, FileError
-from subjects import install
-from test_bench import command
 
 BENCH = ("bench", "--json", "out.json")
 TUNE = ("tune", "--out", "fits")
@@ -134,7 +135,8 @@ def test_an_error_of_ours_leaves_its_traceback_in_a_file(monkeypatch, capsys, tm
     error = capsys.readouterr().err
     assert stop.value.code == 1
     assert error == (
-        f"error: unexpected ZeroDivisionError: this is a bug; the traceback is in {file}, please report it with that file\n"
+        f"error: unexpected ZeroDivisionError: this is a bug; the traceback is in {file}, "
+        "please report it with that file\n"
     )
     assert "in broken" in file.read_text()
 

@@ -6,15 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hasten
 import pytest
 import torch
+from test_bench import command
+
+import hasten
 from hasten.bench import recording
 from hasten.bench.row import Row
 from hasten.bench.tune import TuneSettings, run_tune
 from hasten.calibration import Calibration
 from hasten.cli.fit import _use
-from test_bench import command
 
 SMALL = ("--steps", 10, "--height", 32, "--width", 32)
 

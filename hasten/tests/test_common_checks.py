@@ -13,11 +13,15 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import hasten
 import pytest
 import test_dvg
 import test_specedit
 import torch
+from pipelines import draw, make_pipe
+from test_specedit import small_sources  # noqa: F401 - a fixture for all tests of this file
+from torch import Tensor
+
+import hasten
 from hasten import registry
 from hasten.caching import CachingMethod
 from hasten.calibration import Calibration
@@ -28,9 +32,6 @@ from hasten.resolution import fit_stages
 from hasten.resolution.methods.specedit import SpecEdit
 from hasten.streaming import KVStream, StreamingMethod
 from hasten.streaming.cache import undo_rotation
-from pipelines import draw, make_pipe
-from test_specedit import small_sources  # noqa: F401 - a fixture for all tests of this file
-from torch import Tensor
 
 METHODS = {info.name: info for info in hasten.methods()}
 EVERY = [

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 
-import hasten
 import pytest
 import torch
-from hasten.caching import Uniform, computed_steps
-from hasten.errors import HastenError, HastenWarning
 from pipelines import draw, make_pipe
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+
+import hasten
+from hasten.caching import Uniform, computed_steps
+from hasten.errors import HastenError, HastenWarning
 
 
 @pytest.fixture(autouse=True)

@@ -3,15 +3,16 @@
 import re
 from pathlib import Path
 
-import hasten
 import pytest
 import tiny
 import torch
+from pipelines import draw, make_pipe
+
+import hasten
 from hasten import registry
 from hasten.caching import ScheduledMethod
 from hasten.models import registry as host_registry
 from hasten.parameters import parameters
-from pipelines import draw, make_pipe
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -9,11 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 import diffusers
-import hasten
 import pytest
 import tiny
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from test_variants import assemble, build, hunyuan_vae, randn, wan_vae
+from torch import Tensor
+
+import hasten
 from hasten.errors import (
     AlreadyAcceleratedError,
     ConfigError,
@@ -26,8 +29,6 @@ from hasten.resolution.layouts import block_noise, enlarge, gather, nested_axes,
 from hasten.resolution.methods.dvg import DVG
 from hasten.resolution.plan import choose, demands, density, feasible, motion, texture
 from hasten.resolution.planned import stage_lengths, switch_steps
-from test_variants import assemble, build, hunyuan_vae, randn, wan_vae
-from torch import Tensor
 
 RATES = (0.28, 0.5, 0.72)
 PIXEL = (1, 1, 1)

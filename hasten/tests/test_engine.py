@@ -2,9 +2,11 @@
 
 import warnings
 
-import hasten
 import pytest
 import torch
+from pipelines import draw, make_pipe
+
+import hasten
 from hasten.caching import HiCache, Reuse, TaylorSeer, Uniform, computed_steps
 from hasten.caching.method import SITES, ScheduledMethod
 from hasten.caching.projectors import Whole
@@ -17,7 +19,6 @@ from hasten.errors import (
     TargetError,
     UnknownNameError,
 )
-from pipelines import draw, make_pipe
 
 METHODS = ["reuse", "taylorseer", "hicache"]
 

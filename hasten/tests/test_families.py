@@ -1,13 +1,14 @@
 """Sixteen families of diffusers transformers, by their entry and by the probe."""
 
-import hasten
 import pytest
 import tiny
 import torch
+from test_engine import leftovers
+
+import hasten
 from hasten import models
 from hasten.caching import Uniform, computed_steps
 from hasten.models import registry as host_registry
-from test_engine import leftovers
 
 SITES = ("hidden", "output", "module")
 

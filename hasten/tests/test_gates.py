@@ -4,10 +4,12 @@ import math
 import warnings
 from itertools import pairwise
 
-import hasten
 import pytest
 import tiny
 import torch
+from pipelines import draw
+
+import hasten
 from hasten.caching.gates import ThresholdGate, relative_change
 from hasten.caching.methods.easycache import RateGate
 from hasten.caching.methods.fbcache import FrontGate
@@ -15,7 +17,6 @@ from hasten.caching.methods.magcache import MagnitudeGate
 from hasten.caching.methods.teacache import AccumulatingGate
 from hasten.calibration import Calibration, Fingerprint
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError, UnknownNameError
-from pipelines import draw
 
 FINGERPRINT = Fingerprint("FluxTransformer2DModel", "", "", "", tuple(range(10)), ("cond",), None, "hidden")
 

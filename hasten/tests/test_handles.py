@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hasten
 import pytest
 import torch
+from pipelines import draw
+
+import hasten
 from hasten.acceleration import DEFAULT
 from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenError, TargetError
 from hasten.pipeline.hooks import hooks_on
-from pipelines import draw
 
 
 def staged():

@@ -1,13 +1,14 @@
 """Families of transformers, and the probe for those that have no entry."""
 
-import hasten
 import pytest
 import torch
+from pipelines import draw
+from torch import nn
+
+import hasten
 from hasten import models
 from hasten.errors import AdapterError
 from hasten.models import registry as host_registry
-from pipelines import draw
-from torch import nn
 
 
 class Block(nn.Module):

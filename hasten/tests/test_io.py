@@ -16,6 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from hostile import SPECIMEN_NAMES, specimens
+from matplotlib.figure import Figure
+from PIL import Image
+
 from hasten.bench.token_plots import plot_sizes
 from hasten.bench.video import write_video
 from hasten.errors import CalibrationError, ConfigError, FileError, HastenError, ModelError
@@ -37,9 +41,6 @@ from hasten.io import (
     write_tensors,
 )
 from hasten.tokens import flat_map
-from hostile import SPECIMEN_NAMES, specimens
-from matplotlib.figure import Figure
-from PIL import Image
 
 # --- one writer
 
@@ -315,7 +316,8 @@ def test_files_are_whole_whenever_their_writer_is_killed(tmp_path: Path, work: s
     rounds, rng = 20, random.Random(0)
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), work, str(rounds)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     while process.stdout.readline().strip() != "ready":
         assert process.poll() is None
     undisturbed, leftovers = _contents(tmp_path), 0

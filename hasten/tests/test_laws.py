@@ -2,10 +2,14 @@
 
 import math
 
-import hasten
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pipelines import draw, make_pipe
+
+import hasten
 from hasten.caching.methods.ab_cache import AdamsBashforth
 from hasten.caching.methods.dmd import DynamicModes, uniform_stretch
 from hasten.caching.methods.foca import FoCaPredictor
@@ -14,9 +18,6 @@ from hasten.caching.methods.spectrum import ChebyshevRidge
 from hasten.caching.methods.svdcache import MovingAverage
 from hasten.caching.multistep import SOLVERS, Multistep
 from hasten.caching.predictors import Hermite, Reuse, Taylor
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pipelines import draw, make_pipe
 
 LINE = {
     "taylor1": Taylor(1),

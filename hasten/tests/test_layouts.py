@@ -12,11 +12,12 @@ import pytest
 import tiny
 import torch
 from diffusers import ChromaPipeline, Flux2Pipeline, FluxPipeline, LTXPipeline, QwenImagePipeline
+from torch import Tensor
+
 from hasten import models
 from hasten.caching.blocks import hidden_in, hidden_of
 from hasten.errors import AdapterError, UnknownNameError
 from hasten.models import BlockStack, ModelAdapter, TokenLayout, layout_of
-from torch import Tensor
 
 Pack = Callable[[Tensor], dict[str, Any]]
 

@@ -6,6 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from pipelines import draw, make_pipe
+
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
 from hasten.fitting.leap import fit_leap
@@ -15,7 +17,6 @@ from hasten.fitting.refine import refine
 from hasten.pipeline.replay import Replay
 from hasten.solvers import LeapScheduler
 from hasten.solvers.multistep import NormalEquations, advance
-from pipelines import draw, make_pipe
 
 STEPS = 20
 

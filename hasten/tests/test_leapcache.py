@@ -1,12 +1,13 @@
 """LEAP at a cache's site: weights that were learned on the accelerated sampler's own path."""
 
-import hasten
 import pytest
 import torch
+from pipelines import draw, make_pipe
+
+import hasten
 from hasten.caching.methods.leapcache import LearnedWeights, learned_table
 from hasten.caching.schedule import computed_steps
 from hasten.errors import CalibrationError, ConfigError, ScheduleError
-from pipelines import draw, make_pipe
 
 STEPS = 12
 LISTS = [(0, 3, 6, 9), (0, 2, 4, 6, 8, 10)]

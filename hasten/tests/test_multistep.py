@@ -4,12 +4,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from hasten.caching import Uniform, computed_steps
 from hasten.caching.methods.foca import FoCa, FoCaPredictor
 from hasten.caching.multistep import SOLVERS, Multistep
 from hasten.errors import ConfigError
-from hypothesis import given
-from hypothesis import strategies as st
 
 UNIT = {
     "newton": (3, -3, 1),

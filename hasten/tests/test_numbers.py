@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 
-import hasten
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from hasten.caching.memory import finite
-from hasten.errors import HastenWarning
 from pipelines import draw, make_pipe
 from tiny import TINY, build, first
 from torch import nn
+
+import hasten
+from hasten.caching.memory import finite
+from hasten.errors import HastenWarning
 
 FORECASTS = ["reuse", "taylorseer", "hicache", "foca", "ab-cache", "spectrum", "dmd"]
 GATED = ["fbcache", "teacache", "speca", "easycache"]

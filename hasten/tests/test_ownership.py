@@ -9,7 +9,6 @@ import threading
 import weakref
 
 import diffusers
-import hasten
 import pytest
 import torch
 from diffusers import (
@@ -19,8 +18,10 @@ from diffusers import (
     SkyReelsV2DiffusionForcingPipeline,
     UniPCMultistepScheduler,
 )
-from hasten.caching import Uniform, computed_steps
 from pipelines import draw, make_pipe
+
+import hasten
+from hasten.caching import Uniform, computed_steps
 
 METHODS = [("taylorseer", {}), ("taylorseer", {"schedule": "even"}), ("fbcache", {"threshold": 0.4})]
 A = {"prompt": "red apple", "seed": 0}
@@ -301,8 +302,9 @@ def test_model_and_pipeline_can_go(site, removed):
 
 def test_the_schedulers_count_spares_reading_the_device():
     """From the third step on nothing is read: a timestep on `meta` has no value that could be."""
-    from hasten.pipeline.runs import Runs
     from test_steps import LATENTS, pipe
+
+    from hasten.pipeline.runs import Runs
 
     log, runs = [], Runs(torch.nn.Identity())
 

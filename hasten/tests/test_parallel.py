@@ -7,16 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import hasten
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from diffusers import ContextParallelConfig
-from hasten.caching import Uniform, computed_steps
-from hasten.pipeline.context_parallel import group, sum_over
 from tiny import TINY, build, first
 from torch import Tensor, nn
+
+import hasten
+from hasten.caching import Uniform, computed_steps
+from hasten.pipeline.context_parallel import group, sum_over
 
 WORLD = 2
 STEPS = 8

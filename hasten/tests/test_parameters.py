@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import hasten
 import numpy as np
 import pytest
+
+import hasten
 from hasten import registry
 from hasten.errors import ConfigError, UnknownNameError
 from hasten.parameters import Declared, Names, Range, from_text, parameters, write

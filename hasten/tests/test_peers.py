@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import pickle
 
-import hasten
 import pytest
 import torch
+from pipelines import draw
+
+import hasten
 from hasten.bench import runner
 from hasten.bench.arms import Accelerated, method_arms
-from hasten.bench.thresholds import Trial, Trials, match_computed_steps
 from hasten.bench.peers import PEERS, OnACopy, Peer, _hook, chosen_peers, peer_arms, shared_copy
 from hasten.bench.report import render_report
 from hasten.bench.requests import caching_method, parse_request
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sampling import counted_layer, draw_sample, plain
 from hasten.bench.subject import Subject
+from hasten.bench.thresholds import Trial, Trials, match_computed_steps
 from hasten.cli.common import show_result
 from hasten.errors import AdapterError, ConfigError, ModelError, UnknownNameError
-from pipelines import draw
 
 STEPS = 12
 CALL = {"height": 32, "width": 32, "max_sequence_length": 8}

@@ -10,10 +10,11 @@ import pytest
 import tiny
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedLayer3DRope, QwenEmbedRope
+from torch import Tensor
+
 from hasten.errors import AdapterError, ConfigError, UnknownNameError
 from hasten.models.rope import PositionProxy, position_proxy, rotary, use_positions
 from hasten.resolution.positions import ImageTokens, flux_ids, qwen_positions, token_positions
-from torch import Tensor
 
 AXES = [16, 56, 56]
 QWEN = "QwenImageTransformer2DModel"

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from hasten.caching import Uniform, computed_steps
 from hasten.caching.predictors import Hermite, Reuse, Taylor, difference_ladder, hermite_coefficient
 from hasten.caching.projectors import weighted_sum
 from hasten.errors import ConfigError
-from hypothesis import given
-from hypothesis import strategies as st
 
 stored_lists = st.lists(st.integers(0, 60), min_size=1, max_size=6, unique=True).map(lambda a: sorted(a, reverse=True))
 PREDICTORS = [Reuse(), Taylor(0), Taylor(1), Taylor(3), Hermite(1), Hermite(2, sigma=0.7), Taylor(2, ladder="divided")]

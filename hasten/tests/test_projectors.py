@@ -2,20 +2,21 @@
 
 import math
 
-import hasten
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pipelines import draw
+
+import hasten
 from hasten.caching.methods.freqca import Bands, low_mask
 from hasten.caching.methods.hyca import ChannelClusters, descriptors
 from hasten.caching.methods.svdcache import Subspace
 from hasten.caching.projectors import weighted_sum
-from hasten.errors import ConfigError, UnknownNameError
+from hasten.errors import ConfigError
 from hasten.models import TokenLayout
 from hasten.pipeline.transforms import dct_matrix
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pipelines import draw
 
 GRIDS = [(4, 4), (3, 7), (1, 6), (2, 3, 5), (16, 16)]
 

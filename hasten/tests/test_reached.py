@@ -5,16 +5,17 @@ from __future__ import annotations
 import types
 import warnings
 
-import hasten
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.hooks import HookRegistry, ModelHook, apply_first_block_cache, apply_group_offloading
-from hasten.errors import AdapterError, AlreadyAcceleratedError, ConfigError, HastenWarning
-from hasten.pipeline.hooks import hooks_on
 from pipelines import draw, make_pipe
 from tiny import TINY, build, first
 from torch import nn
+
+import hasten
+from hasten.errors import AdapterError, AlreadyAcceleratedError, ConfigError, HastenWarning
+from hasten.pipeline.hooks import hooks_on
 
 CPU = torch.device("cpu")
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")

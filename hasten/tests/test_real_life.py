@@ -10,7 +10,6 @@ import warnings
 from collections import Counter
 from contextlib import nullcontext
 
-import hasten
 import pytest
 import torch
 from diffusers import (
@@ -20,13 +19,15 @@ from diffusers import (
     WanPipeline,
 )
 from diffusers.hooks import apply_group_offloading
+from pipelines import draw, make_pipe
+from tiny import TINY, build, first
+from torch import nn
+
+import hasten
 from hasten import registry
 from hasten.caching import Uniform, computed_steps
 from hasten.caching.method import SITES
 from hasten.errors import HastenError, HastenWarning, ScheduleError
-from pipelines import draw, make_pipe
-from tiny import TINY, build, first
-from torch import nn
 
 METHODS = ["reuse", "taylorseer", "hicache", "foca"]
 # One method shows the plumbing; the others show that it is theirs as well.

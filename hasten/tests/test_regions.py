@@ -6,7 +6,6 @@ import inspect
 from itertools import pairwise
 from typing import Any
 
-import hasten
 import pytest
 import torch
 from diffusers import (
@@ -16,14 +15,16 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from pipelines import draw, make_pipe
+from test_variants import VARIANTS, run_once
+from torch import Tensor
+
+import hasten
 from hasten import RALU, Bottleneck, Fresco, Spectral
 from hasten.errors import AdapterError, AlreadyAcceleratedError, ConfigError, HastenError, ScheduleError, TargetError
 from hasten.resolution import RegionMethod, fit_stages
 from hasten.resolution.layouts import PixelLayout
 from hasten.resolution.packed import _of_images
-from pipelines import draw, make_pipe
-from test_variants import VARIANTS, run_once
-from torch import Tensor
 
 METHODS = {
     "fresco": Fresco(stages=(3, 3, 3), jump="r1"),

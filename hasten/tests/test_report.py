@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from PIL import Image
+
 from hasten.bench.report import render_report
 from hasten.errors import FileError, ReportError
-from PIL import Image
 
 
 def row(method, computed_steps, psnr, library="hasten", **more):

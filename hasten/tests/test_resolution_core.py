@@ -8,6 +8,11 @@ from random import Random
 import pytest
 import torch
 from diffusers import AutoencoderTiny, FluxPipeline
+from hasten_zoo.emoji_flux.model import PixelVAE
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
 from hasten.errors import ConfigError
 from hasten.resolution.layouts import LATENT_PIXELS, PixelLayout
 from hasten.resolution.methods.fresco import Fresco
@@ -27,10 +32,6 @@ from hasten.resolution.noise import (
 from hasten.resolution.packed import MixedState
 from hasten.resolution.positions import TokenSet, flux_ids, pack, unpack
 from hasten.resolution.regions import PromotionInput, channel_variance, highest, temporal_variance
-from hasten_zoo.emoji_flux.model import PixelVAE
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
 
 HADAMARD = 0.5 * torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import cache
 
-import hasten
 import torch
+from hasten_zoo.emoji_flux.data import load_emoji_set
+from torch import Tensor
+
+import hasten
 from hasten.bench import subject
 from hasten.bench.metrics import psnr
 from hasten.resolution.seams import seam_steps
-from hasten_zoo.emoji_flux.data import load_emoji_set
-from torch import Tensor
 
 PROMPTS = 3
 

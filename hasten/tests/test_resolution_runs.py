@@ -11,18 +11,19 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-import hasten
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
-from hasten.errors import AlreadyAcceleratedError, ConfigError, TargetError
-from hasten.pipeline import runs, view
 from pipelines import draw, make_pipe
 from test_dvg import DVG, STEPS, film, wan
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
+
+import hasten
+from hasten.errors import AlreadyAcceleratedError, ConfigError, TargetError
+from hasten.pipeline import runs, view
 
 METHODS = {
     "fresco": hasten.Fresco(stages=(3, 3, 3), shares=0.3),

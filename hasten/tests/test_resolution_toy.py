@@ -15,11 +15,12 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle
+
 from hasten import RALU, Bottleneck, Fresco
 from hasten.resolution import RegionMethod
 from hasten.resolution.noise import Rewind, anchor_noise, descend, exchange_noise, low_noise, up
-from torch import Tensor
-from torch.nn.functional import pixel_shuffle
 
 SIDE, SAMPLES, SHIFT, STEPS = 32, 400, 3.0, 9
 HADAMARD = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, fields
 
 import pytest
+
 from hasten.bench.result import Result, Settings, StreamResult, StreamSettings, read_result
 from hasten.bench.row import Baseline, Column, Row, StreamRow, columns, late
 from hasten.bench.tables import as_csv, as_markdown, table_of

@@ -1,12 +1,13 @@
 """Which steps are computed: the counts that the papers' FLOPs columns rest on, and what is refused."""
 
-import hasten
 import pytest
-from hasten.caching import Explicit, Spread, TaylorSeer, Uniform, UniformCount, computed_steps
-from hasten.errors import ConfigError, ScheduleError
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from pipelines import draw
+
+import hasten
+from hasten.caching import Explicit, Spread, TaylorSeer, Uniform, UniformCount, computed_steps
+from hasten.errors import ConfigError, ScheduleError
 
 COUNTS_E3 = {2: 26, 3: 18, 4: 14, 5: 12, 6: 10, 7: 9, 8: 8, 9: 8, 10: 7, 12: 6}
 COUNTS_E2 = {3: 18, 4: 14, 5: 11, 6: 10, 7: 8, 8: 8, 9: 7}

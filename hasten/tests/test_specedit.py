@@ -10,11 +10,15 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import hasten
 import pytest
 import tiny
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from hasten_zoo.emoji_flux.model import PixelVAE
+from test_variants import VARIANTS, autoencoder, flux, image, image_vae, qwen_vae, randn
+from torch import Tensor
+
+import hasten
 from hasten.errors import (
     AdapterError,
     AlreadyAcceleratedError,
@@ -40,9 +44,6 @@ from hasten.resolution.packed import MixedState
 from hasten.resolution.positions import TokenSet, children, pack, unpack
 from hasten.resolution.seams import blend, locked_velocity, ring_weights, seam_steps
 from hasten.resolution.select import above, changed_tokens, coverage, dilate, select, top, two_means
-from hasten_zoo.emoji_flux.model import PixelVAE
-from test_variants import VARIANTS, autoencoder, flux, image, image_vae, qwen_vae, randn
-from torch import Tensor
 
 # --- distances
 

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from torch import nn
+
 from hasten.pipeline.runs import Runs
 from hasten.pipeline.view import Owner, PipelineView, alive, current_owner, pipeline_of
-from torch import nn
 
 LATENTS = torch.zeros(1, 64, 48)
 

@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
 from hasten.errors import ConfigError, UnknownNameError
 from hasten.streaming import (
     BACKENDS,
@@ -18,9 +22,6 @@ from hasten.streaming import (
 from hasten.streaming.attention import Current, attend, varlen
 from hasten.streaming.cache import FrameCache
 from hasten.streaming.selection import HeadGroup, frames_at, top_frames
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
 
 B, q, L, H, D, F = 2, 3, 8, 4, 16, 9
 PORTABLE = [name for name in BACKENDS if name != "varlen"]

@@ -3,15 +3,16 @@
 import math
 import types
 
-import hasten
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import hasten
 from hasten.errors import AdapterError, AlreadyAcceleratedError, CalibrationError, ConfigError
 from hasten.streaming import FocusedForcing, FullHistory, HeadBudgets, SlidingWindow
 from hasten.streaming.adapters import attach_anyflow, attach_causal_wan
 from hasten.streaming.adapters.causal_wan import wan_unrotate
-from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 

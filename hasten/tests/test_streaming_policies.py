@@ -4,9 +4,12 @@ import gc
 import json
 import weakref
 
-import hasten
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hasten
 from hasten.errors import CalibrationError, ConfigError
 from hasten.streaming import (
     DummyForcing,
@@ -22,8 +25,6 @@ from hasten.streaming import (
 )
 from hasten.streaming.methods.forcing_kv import changed_patches
 from hasten.streaming.scores import UnitKeys, attention_mass, pooled_relevance, relevance, standardised
-from hypothesis import given
-from hypothesis import strategies as st
 
 B, q, L, H, D = 2, 3, 8, 4, 16
 

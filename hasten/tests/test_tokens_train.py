@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
 from hasten.bench.token_plots import plot_curves, plot_images, plot_sizes, plot_swatches, plot_tree
 from hasten.cli.tokens import app, load_decoder, read_codebook
 from hasten.errors import ConfigError, HastenError, ModelError
@@ -19,8 +22,6 @@ from hasten.tokens import SemanticTree, TokenMap, flat_map
 from hasten.tokens.refiner import Refiner, RefinerConfig
 from hasten.tokens.sample import Sampling, filtered, sample_clusters, scaled_top_k
 from hasten.tokens.shards import TokenShards, write_shards
-from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 CODES = np.random.default_rng(0).standard_normal((24, 4))
 TREE = SemanticTree.fit(CODES)

@@ -2,18 +2,19 @@
 
 import tracemalloc
 
-import hasten.tokens.cost as cost_module
-import hasten.tokens.tree as tree_module
 import numpy as np
 import pytest
-from hasten.errors import ConfigError, ModelError
-from hasten.tokens import SemanticTree, TokenMap, kmeans_map, random_map
-from hasten.tokens.approximate import approximate_linkage
-from hasten.tokens.comparators import adjusted_rand, mean_within_distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import cdist, pdist
+
+import hasten.tokens.cost as cost_module
+import hasten.tokens.tree as tree_module
+from hasten.errors import ConfigError, ModelError
+from hasten.tokens import SemanticTree, TokenMap, kmeans_map, random_map
+from hasten.tokens.approximate import approximate_linkage
+from hasten.tokens.comparators import adjusted_rand, mean_within_distance
 
 
 def codes(n=60, d=4, seed=0):
@@ -164,7 +165,7 @@ def test_costs_are_announced_and_trees_that_do_not_fit_are_refused_before_any_wo
     with pytest.raises(ConfigError, match=r"exact tree of 1,000,000 codes.*use exact=False \(--no-exact\): an approx"):
         large.refuse_unless_it_fits(8)
     monkeypatch.setattr(cost_module, "free_memory", lambda: 1000)
-    with pytest.raises(ConfigError, match="60 codes.*use fewer codes"):
+    with pytest.raises(ConfigError, match=r"60 codes.*use fewer codes"):
         SemanticTree.fit(points)
     assert work == []
 

@@ -3,6 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
 from hasten.errors import AdapterError, ConfigError, ModelError, UnknownNameError
 from hasten.tokens import MemberSampler, SemanticTree, TokenMap, flat_map, kmeans_map, random_map, replace_vocabulary
 from hasten.tokens.comparators import adjusted_rand, mean_within_distance
@@ -10,11 +16,6 @@ from hasten.tokens.members import MEMBER_KINDS
 from hasten.tokens.refiner import Refiner, RefinerConfig
 from hasten.tokens.replace import export_model
 from hasten.tokens.shards import TokenShards, write_shards
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 CODES = np.random.default_rng(0).standard_normal((60, 4))
 MAP = SemanticTree.fit(CODES).map(20)

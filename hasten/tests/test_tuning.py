@@ -1,14 +1,15 @@
 """The search of computed steps, alone and on a pipeline."""
 
-import hasten
 import pytest
 import torch
-from hasten.caching.schedule import Explicit, computed_steps, spread
-from hasten.errors import CalibrationError, ConfigError, ScheduleError
-from hasten.fitting.search import search_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import draw, make_pipe
+
+import hasten
+from hasten.caching.schedule import Explicit, computed_steps, spread
+from hasten.errors import CalibrationError, ConfigError, ScheduleError
+from hasten.fitting.search import search_steps
 
 
 def distance(goal):

@@ -15,24 +15,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
-import hasten
 import pytest
 import tiny
 import torch
 from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from PIL import Image
+from test_engine import leftovers
+from test_families import count_work
+from torch import Tensor, nn
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+import hasten
 from hasten import LeapScheduler, fit_leap, models
 from hasten.caching import Uniform, computed_steps
 from hasten.caching.blocks import hidden_in
 from hasten.errors import HastenWarning
 from hasten.models import TokenLayout
 from hasten.models import registry as host_registry
-from PIL import Image
-from test_engine import leftovers
-from test_families import count_work
-from torch import Tensor, nn
-from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 SLOW = pytest.mark.slow
 SITES = ["hidden", pytest.param("output", marks=SLOW), pytest.param("module", marks=SLOW)]

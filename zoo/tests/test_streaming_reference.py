@@ -19,6 +19,10 @@ from hasten.cli import stream as cli_stream
 from hasten.errors import ConfigError, ModelError
 from hasten.fitting.importance import DistributionMatching, first_order_importance, masked_importance
 from hasten.streaming import FocusedForcing, FullHistory, HeadBudgets, SlidingWindow, StreamStats
+from PIL import Image
+from subjects import install
+from torch._subclasses.fake_tensor import FakeTensor
+
 from hasten_zoo.fit import Level, Rates, run
 from hasten_zoo.sprites_stream import ModelConfig, conditions, draw, new_stream, paths, random_world, roll_out
 from hasten_zoo.sprites_stream import evaluate as evaluation
@@ -29,9 +33,6 @@ from hasten_zoo.sprites_stream.reference import WEIGHTS, load_sprites_stream, wo
 from hasten_zoo.sprites_stream.rollout import noise_levels, rolled_chunks
 from hasten_zoo.sprites_stream.train import export, main, make_fit
 from hasten_zoo.sprites_wan.data import SIDE
-from PIL import Image
-from subjects import install
-from torch._subclasses.fake_tensor import FakeTensor
 
 TINY = ModelConfig(patch=12, width=32, heads=2, layers=2)
 WORLD = random_world(Random(0))

@@ -13,6 +13,7 @@ from hasten.tokens import SemanticTree, flat_map, random_map
 from hasten.tokens.refiner import Refiner, RefinerConfig
 from hasten.tokens.replace import export_model
 from hasten.tokens.shards import TokenShards
+
 from hasten_zoo.emoji_tokens import VQTokenizer, compare, evaluate, features, load_tokenizer, swatches
 from hasten_zoo.emoji_tokens.data import (
     BACKGROUNDS,

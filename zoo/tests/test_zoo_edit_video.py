@@ -12,6 +12,8 @@ from hasten.bench import subject
 from hasten.bench.metrics import psnr
 from hasten.errors import ConfigError, ModelError
 from hasten.solvers import LeapScheduler
+from torch import Tensor, nn
+
 from hasten_zoo import emoji_kontext, sprites_wan
 from hasten_zoo import fit as fits
 from hasten_zoo.emoji_flux import WEIGHTS as EMOJI_FLUX
@@ -24,7 +26,6 @@ from hasten_zoo.sprites_wan import data as clips_data
 from hasten_zoo.sprites_wan import evaluate as clips_evaluate
 from hasten_zoo.sprites_wan import model as clips_model
 from hasten_zoo.sprites_wan import train as clips_train
-from torch import Tensor, nn
 
 EDIT_RUN = ["--coarse", "4", "--fine", "4", "--batch", "2", "--width", "32", "--checkpoint-minutes", "0"]
 CLIP_RUN = ["--samples", "8", "--batch", "2", "--width", "32", "--layers", "1", "--checkpoint-minutes", "0"]

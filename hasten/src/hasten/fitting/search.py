@@ -1,7 +1,7 @@
 """Search of the steps at which a model is evaluated: local moves from a start, each tried once.
 
-The error of an image is a non-smooth function of the steps, without gradients, and each look at it costs a sampling. Few
-moves of one or two steps from an even spread find what matters: where the trajectory bends.
+The error of an image is a non-smooth function of the steps, without gradients, and each look at it costs a sampling.
+Few moves of one or two steps from an even spread find what matters: where the trajectory bends.
 """
 
 from __future__ import annotations
