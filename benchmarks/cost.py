@@ -91,8 +91,8 @@ def images() -> list[dict[str, Any]]:
     presets = [Fresco(preset=p) for p in ("30", "18", "11", "9")] + [RALU(preset=p) for p in ("18", "10")]
     labelled = [(f"{type(m).__name__.lower()}, preset={m.preset}", m) for m in presets]
     for label, method in [*labelled, ("bottleneck, stages=9/9", Bottleneck())]:
-        ends = method.promotions(torch.linspace(1, 0, method.evaluations + 1), (64, 64))
-        starts = [0, *(end.after for end in ends), method.evaluations]
+        ends = method.promotions(torch.linspace(1, 0, method.num_inference_steps + 1), (64, 64))
+        starts = [0, *(end.after for end in ends), method.num_inference_steps]
         shares = [0.0, *(end.share for end in ends)]
         rows.append((label, [(b - a, share) for (a, b), share in zip(pairwise(starts), shares, strict=True)]))
     return [
