@@ -1,7 +1,7 @@
 """Do the tests bite? Change one decision of the source at a time and see whether a test fails.
 
     python hasten/mutants/run.py                 all mutations of mutants.toml, two at a time
-    python hasten/mutants/run.py gates           those whose file or name contains a word
+    python hasten/mutants/run.py gates leap      those whose file or text contains one of the words
     python hasten/mutants/run.py --jobs 1
 
 A mutation that no test notices *survives*; the command lists the survivors and exits 1 if one has no `reason` in the
@@ -12,21 +12,24 @@ to a copy of `src`, and its tests run in a process of their own, forked after th
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCE, TESTS = ROOT / "hasten" / "src", ROOT / "hasten" / "tests"
-LIMIT = 600  # seconds for the tests of a mutation; one that hangs is killed, and counts so
-FAILED = 1  # pytest's exit status when tests failed
+LIMIT = 600  # seconds for the tests of a mutation; one that makes them hang is noticed
+PASSED, FAILED = 0, 1  # pytest's exit statuses when it could run the tests
+HEAVY = {"diffusers", "transformers", "torch", "scipy", "PIL", "safetensors", "hypothesis", "tokenizers", "skimage"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def load() -> list[Mutation]:
     """The mutations of `mutants.toml`."""
     content = tomllib.loads((HERE / "mutants.toml").read_text(encoding="utf-8"))
     return [
-        Mutation(file=group["file"], tests=change.get("tests", group["tests"]), **_texts(change))
+        Mutation(file=group["file"], tests=change.get("tests", group.get("tests", [])), **_texts(change))
         for group in content["group"]
         for change in group["change"]
     ]
@@ -77,48 +80,125 @@ def _texts(change: dict[str, str]) -> dict[str, str]:
     return {name: change[name] for name in ("before", "after", "reason") if name in change}
 
 
-def _child(folder: Path, tests: list[str]) -> int:
-    """Run the tests against the copy in `folder`, in this (forked) process; returns pytest's exit status."""
-    import pytest
+class Trial:
+    """The tests of one mutation (or of none) in a process of its own, against a copy of the source."""
 
-    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.path.insert(0, str(folder / "src"))
-    os.environ["PYTHONPATH"] = f"{folder / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    nodes = [str(TESTS / test) for test in tests]
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--rootdir", str(ROOT)]
-    return int(pytest.main(["-c", str(ROOT / "hasten" / "pyproject.toml"), *options, *nodes]))
+    def __init__(self, source: Path, tests: list[str], mutation: Mutation | None = None) -> None:
+        """Copy `source`, apply the mutation to the copy, fork.
 
-
-def killed(mutation: Mutation | None, tests: list[str]) -> tuple[bool, float]:
-    """Whether the tests notice the mutation, and the seconds that it took; without one, whether they fail anyway."""
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="mutant-") as name:
-        folder = Path(name)
-        shutil.copytree(SOURCE, folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+        Args:
+            source: what to copy; compiled modules that lie beside their sources come along.
+            tests: files below `tests`, or node ids in them.
+            mutation: the change, or None.
+        """
+        self.mutation, self._tests, self._started = mutation, tests, time.monotonic()
+        self.folder = Path(tempfile.mkdtemp(prefix="mutant-"))
+        shutil.copytree(source, self.folder / "src")
         if mutation is not None:
-            path = folder / "src" / "hasten" / mutation.file
+            path = self.folder / "src" / "hasten" / mutation.file
             path.write_text(mutation.applied(path.read_text(encoding="utf-8")), encoding="utf-8")
-        process = os.fork()
-        if process == 0:
+            for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+                compiled.unlink()
+        sys.stdout.flush()
+        self.process = os.fork()
+        if self.process == 0:
             status = 3
             try:
-                status = _child(folder, tests)
+                status = self._run()
             finally:
                 os._exit(status)
-        while True:
-            done, status = os.waitpid(process, os.WNOHANG)
-            if done:
-                break
-            if time.monotonic() - started > LIMIT:
-                os.kill(process, 9)
-            time.sleep(0.1)
-        code = os.waitstatus_to_exitcode(status)
-        if code > FAILED:
-            print((folder / "log").read_text(encoding="utf-8", errors="replace")[-2000:], file=sys.stderr)
-            raise RuntimeError(f"pytest ended with status {code} on {', '.join(tests)}; see above")
-    return code != 0, time.monotonic() - started
+
+    def _run(self) -> int:
+        """Run the tests, in the forked process; returns pytest's exit status."""
+        import pytest
+
+        os.setpgid(0, 0)  # so that a test that hangs is ended with what it has started
+        log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.path.insert(0, str(self.folder / "src"))
+        os.environ["PYTHONPATH"] = f"{self.folder / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        nodes = [str(TESTS / test) for test in self._tests]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", "--rootdir", str(ROOT)]
+        status = int(pytest.main(["-c", str(ROOT / "hasten" / "pyproject.toml"), *options, *nodes]))
+        loaded = [name for name in sys.modules if name.split(".")[0] in HEAVY]
+        (self.folder / "modules").write_text("\n".join(loaded), encoding="utf-8")
+        return status
+
+    def status(self) -> int | None:
+        """The exit status of the tests, negative when they were stopped by a signal; None while they run."""
+        done, status = os.waitpid(self.process, os.WNOHANG)
+        if done:
+            self.seconds = time.monotonic() - self._started
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() - self._started > LIMIT:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process, signal.SIGKILL)
+        return None
+
+    def log(self) -> str:
+        """The last lines of what the tests printed."""
+        return (self.folder / "log").read_text(encoding="utf-8", errors="replace")[-2000:]
+
+    def close(self) -> None:
+        """Remove the copy."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _finished(trial: Trial) -> int:
+    while (status := trial.status()) is None:
+        time.sleep(0.05)
+    return status
+
+
+def _unchanged(chosen: list[Mutation]) -> Path | None:
+    """Run all tests of the mutations without any; returns a copy of the source with its compiled modules.
+
+    None if the tests fail: then nothing can be said. What the tests load of large libraries is loaded here as well, so
+    that every process that is forked from this one has it.
+    """
+    tests = sorted({test for mutation in chosen for test in mutation.tests})
+    files = {test.split("::")[0] for test in tests}
+    print(f"{len(chosen)} mutations; first their tests without any: {', '.join(sorted(files))}", flush=True)
+    trial = Trial(SOURCE, [test for test in tests if "::" not in test or test.split("::")[0] not in tests])
+    if _finished(trial) != PASSED:
+        print(f"{trial.log()}\nthe tests do not pass without a mutation; nothing can be said", file=sys.stderr)
+        trial.close()
+        return None
+    print(f"they pass, in {trial.seconds:.0f} s", flush=True)
+    for name in (trial.folder / "modules").read_text(encoding="utf-8").split():
+        with suppress(ImportError):
+            importlib.import_module(name)
+    return trial.folder
+
+
+def _try_all(chosen: list[Mutation], source: Path, jobs: int) -> tuple[list[Mutation], int]:
+    """Try the mutations, `jobs` at a time, and print a line for each.
+
+    Returns:
+        Those that survived, and the number of results that are not as the list says.
+    """
+    waiting, running = list(reversed(chosen)), list[Trial]()
+    survivors, wrong = [], 0
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            mutation = waiting.pop()
+            running.append(Trial(source, mutation.tests, mutation))
+        time.sleep(0.05)
+        for trial in list(running):
+            if (status := trial.status()) is None:
+                continue
+            running.remove(trial)
+            assert trial.mutation is not None
+            word = {PASSED: "SURVIVED", FAILED: "killed"}.get(status, "hung" if status < 0 else "UNCLEAR")
+            print(f"{word:8} {trial.seconds:6.1f} s  {trial.mutation.name}", flush=True)
+            if word == "UNCLEAR":  # no test ran, or the source does not even load
+                print(trial.log(), file=sys.stderr, flush=True)
+            if word == "SURVIVED":
+                survivors.append(trial.mutation)
+            wrong += word == "UNCLEAR" or (word == "SURVIVED") != bool(trial.mutation.reason)
+            trial.close()
+    return survivors, wrong
 
 
 def main() -> int:
@@ -128,26 +208,21 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="mutations at a time")
     args = parser.parse_args()
     chosen = [m for m in load() if not args.words or any(word in m.name for word in args.words)]
+    if not chosen:
+        parser.error(f"no mutation has any of {', '.join(args.words)} in its file or text")
     os.environ["OMP_NUM_THREADS"] = "1"
-    import diffusers  # noqa: F401 - loaded once, before the forks
-    import pytest  # noqa: F401
     import torch
 
-    torch.set_num_threads(1)
-    files = sorted({test.split("::")[0] for m in chosen for test in m.tests})
-    print(f"{len(chosen)} mutations; first the tests without any: {', '.join(files)}", flush=True)
-    if killed(None, files)[0]:
-        print("the tests fail without a mutation; nothing can be said", file=sys.stderr)
+    torch.set_num_threads(1)  # no threads of its own when it forks
+    source = _unchanged(chosen)
+    if source is None:
         return 2
-    bad = survived = 0
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for mutation, (noticed, seconds) in zip(chosen, pool.map(lambda m: killed(m, m.tests), chosen), strict=True):
-            word = "killed" if noticed else "SURVIVED"
-            print(f"{word:8} {seconds:6.1f} s  {mutation.name}  {mutation.reason}", flush=True)
-            survived += not noticed
-            bad += noticed == bool(mutation.reason)
-    print(f"{len(chosen) - survived} of {len(chosen)} killed; {bad} not as listed")
-    return 1 if bad else 0
+    survivors, wrong = _try_all(chosen, source / "src", args.jobs)
+    shutil.rmtree(source, ignore_errors=True)
+    print(f"\n{len(chosen) - len(survivors)} of {len(chosen)} killed; {wrong} not as listed")
+    for mutation in survivors:
+        print(f"survived: {mutation.name}\n          {mutation.reason or 'no reason is listed: write a test'}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

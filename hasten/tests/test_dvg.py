@@ -24,7 +24,8 @@ from hasten.errors import (
     ScheduleError,
     TargetError,
 )
-from hasten.pipeline.scheduler import NoiseLevels, shift_levels
+from hasten.pipeline.scheduler import NoiseLevels, shift_levels, skip_step
+from hasten.pipeline.view import PipelineView
 from hasten.resolution.layouts import block_noise, enlarge, gather, nested_axes, pick, smooth, spread
 from hasten.resolution.methods.dvg import DVG
 from hasten.resolution.plan import choose, demands, density, feasible, motion, texture
@@ -147,6 +148,20 @@ def test_demands_add_up_and_follow_the_larger_one() -> None:
     space, time = demands(0.6, 0.1)
     assert space == pytest.approx(math.exp(1.56) / (math.exp(1.56) + math.exp(0.26)))
     assert space + time == 1
+
+
+@pytest.mark.parametrize(("shift", "choice"), [(0.0, (0.8, 18)), (1.0, (0.6, 21)), (2.0, (0.6, 22))])
+def test_a_clips_own_motion_and_texture_choose_its_plan(shift: float, choice: tuple[float, int]) -> None:
+    """Smooth waves that stand still want pixels, and the faster they move the more frames they want."""
+    plan = DVG().plan(waves(12, shift), HUNYUAN_720P, PIXEL, 50)
+    assert (plan.spatial, plan.frames) == choice
+
+
+def test_a_single_frame_demands_as_much_time_as_space() -> None:
+    method = DVG()
+    expected = choose(method._candidates(HUNYUAN_720P, PIXEL, 50), 0.5, 0.5, 0.5)
+    for clean in (waves(1, 0.0), randn(1, 4, 1, 48, 48)):
+        assert method.plan(clean, HUNYUAN_720P, PIXEL, 50).grids == expected.grids
 
 
 # --- coordinates
@@ -445,6 +460,94 @@ def test_every_kind_of_noise_is_repeatable_and_has_the_right_level(noise: str) -
     assert levels == pytest.approx([1.0] * 5, abs=0.06)
 
 
+def test_the_first_stage_begins_with_the_pipelines_own_noise() -> None:
+    """At the coordinates of its cells, also where later stages draw noise afresh."""
+    seen: dict[str, Tensor] = {}
+    for noise in ("anchor", "independent"):
+        pipe = wan()
+
+        def first(_: Any, args: tuple[Tensor, ...], name: str = noise) -> None:
+            seen.setdefault(name, args[0].clone())
+
+        pipe.transformer.patch_embedding.register_forward_pre_hook(first)
+        with DVG(noise=noise).attach(pipe):  # type: ignore[arg-type]
+            film(pipe)
+    assert torch.equal(seen["anchor"], seen["independent"])
+
+
+def test_the_estimate_is_smoothed_at_the_end_of_the_first_stage_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+
+    def watched(clean: Tensor, share: float) -> Tensor:
+        steps.append(run._runs.current.state.step)  # type: ignore[union-attr]
+        return smooth(clean, share)
+
+    monkeypatch.setattr("hasten.resolution.planned.smooth", watched)
+    with DVG().attach(wan()) as run:
+        film(run.pipe)
+    assert steps == [record.step for record in run.records if record.switched][:1]
+
+
+GREY = 100.0
+
+
+def grey(*_: Any, hidden_states: Tensor, timestep: Tensor, **__: Any) -> tuple[Tensor]:
+    """The exact denoiser of clips that are grey everywhere: whatever else is in a state is noise."""
+    return ((hidden_states - GREY) / (timestep.flatten()[0] / 1000),)
+
+
+@pytest.mark.parametrize("noise", ["field", "anchor", "independent"])
+def test_after_every_step_a_state_has_the_signal_and_the_noise_of_its_level(noise: str) -> None:
+    pipe = wan(euler(shift=3.0))
+    pipe.transformer.forward = grey
+    found: list[tuple[float, float]] = []
+
+    def measure(_: Any, step: int, __: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        found.append((float(state["latents"].mean()), float(state["latents"].std())))
+        return state
+
+    with DVG(noise=noise).attach(pipe) as run:  # type: ignore[arg-type]
+        film(pipe, callback_on_step_end=measure)
+    assert sum(record.switched for record in run.records) == 3
+    for (mean, std), record in zip(found, run.records, strict=True):
+        assert mean == pytest.approx((1 - record.next_sigma) * GREY, abs=0.1), record
+        assert std == pytest.approx(record.next_sigma, rel=0.08, abs=1e-3), record
+
+
+def test_stages_draw_noise_of_their_own() -> None:
+    """Two stages of one size: what the second one draws is not what the first one drew."""
+    pipe = wan(euler(shift=3.0))
+    pipe.transformer.forward = grey
+    states: list[Tensor] = []
+
+    def keep(_: Any, step: int, __: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        states.append(state["latents"].flatten())
+        return state
+
+    with DVG(noise="independent", stages=((0.5, 1.0), *[(1.0, 1.0)] * 3)).attach(pipe) as run:
+        film(pipe, callback_on_step_end=keep)
+    first, second = [states[record.step] for record in run.records if record.switched]
+    assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.1
+
+
+def test_a_multistep_solver_begins_again_where_a_step_was_taken_for_it() -> None:
+    """What it remembers is of other latents."""
+    used, fresh = unipc(), unipc()
+    for scheduler in (used, fresh):
+        scheduler.set_timesteps(10)
+    state = randn(1, 4, 2, 4, 4)
+    for step, t in enumerate(used.timesteps[:4]):
+        state = used.step(randn(1, 4, 2, 4, 4, seed=step), t, state, return_dict=False)[0]
+        skip_step(fresh, t)
+    for scheduler in (used, fresh):
+        skip_step(scheduler, scheduler.timesteps[4])
+    for step, t in enumerate(used.timesteps[5:8]):
+        output = randn(1, 4, 2, 4, 4, seed=10 + step)
+        one, other = (scheduler.step(output, t, state, return_dict=False)[0] for scheduler in (used, fresh))
+        assert torch.equal(one, other)
+        state = one
+
+
 class Denoiser:
     """The exact denoiser of Gaussian images with a falling spectrum, for each frame by itself, at any size."""
 
@@ -492,6 +595,18 @@ def test_experts_follow_the_levels_of_the_stage() -> None:
     assert len(high.times) + len(low.times) == STEPS
     assert min(high.times) >= 875 > max(low.times)
     assert len(high.times) == sum(record.sigma >= 0.875 for record in run.records)
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_cache_knows_at_which_times_each_expert_is_called(experts: int) -> None:
+    """One of the times is the boundary itself, which belongs to the first expert."""
+    pipe = wan(euler(shift=1.0), experts=experts, **({"boundary_ratio": 0.667} if experts == 2 else {}))
+    models = [pipe.transformer, pipe.transformer_2][:experts]
+    watches = [Watch(model) for model in models]
+    film(pipe, num_inference_steps=4, **({"guidance_scale_2": 1.0} if experts == 2 else {}))
+    assert 667.0 in watches[0].times
+    for model, watch in zip(models, watches, strict=True):
+        assert PipelineView(pipe).timesteps_of(model) == pytest.approx(watch.times)
 
 
 def test_tokens_with_their_own_timesteps() -> None:

@@ -30,15 +30,15 @@ def ratios(*values):
     return Calibration("magcache", {"ratios": tensor}, FINGERPRINT)
 
 
-def follow(gate, seen, total=None):
-    """Decisions of a gate that is shown `seen`, one a step."""
+def follow(gate, seen, total=None, result=same):
+    """Decisions of a gate that observes `seen`, one per step; `result` makes the model's output of what it observed."""
     gate.begin(total)
     last, decisions = None, []
     for step, tensor in enumerate(seen):
         decision = gate.decide(step, last, tensor)
         if decision.computed:
             last = step
-            gate.computed(step, tensor)
+            gate.computed(step, result(tensor))
         decisions.append(decision)
     return decisions
 
@@ -122,6 +122,13 @@ def test_warmup_threshold_interval_and_last_step():
     assert decisions[5].indicator == 0.0
 
 
+@pytest.mark.parametrize(("params", "all_of_them"), [({"interval": 1}, True), ({"warmup": 12}, True), ({}, False)])
+def test_what_a_gate_says_beforehand_is_what_it_does(params, all_of_them):
+    gate = Given([0.0] * 12, **params)
+    assert gate.skips_nothing(12) == all_of_them
+    assert (computed(follow(gate, [None] * 12, total=12)) == list(range(12))) == all_of_them
+
+
 def test_a_warmup_longer_than_the_run_is_refused():
     with pytest.raises(ScheduleError, match="longer than the run of 3"):
         Given([], warmup=5).begin(3)
@@ -162,6 +169,74 @@ def test_magcache_curve_stretches_to_other_numbers_of_steps():
 def test_magcache_computes_the_first_part_of_a_run():
     config = hasten.MagCache(threshold=9.0, interval=50, retention=0.3, calibration=ratios(*[1.0] * 10))
     assert computed(follow(MagnitudeGate(config, [1.0] * 10), [None] * 20, total=20)) == list(range(6))
+
+
+def growing(steps, rate=0.1):
+    """Tensors that grow by a share per step."""
+    return [torch.full((1, 4), (1 + rate) ** step) for step in range(steps)]
+
+
+def test_fbcache_compares_with_the_last_computed_step():
+    """A change of a tenth per step adds up to a third in three steps."""
+    gate = hasten.FBCache(threshold=0.25, interval=99, schedule="uniform").gate()
+    assert computed(follow(gate, growing(10))) == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_easycache_adds_up_changes_and_a_computed_step_starts_again(size):
+    """Whatever the unit of the results: where they follow the input, its own relative change is what adds up."""
+    gate = hasten.EasyCache(threshold=0.25, interval=99, schedule="uniform").gate()
+    decisions = follow(gate, growing(12), result=lambda tensor: size * tensor)
+    assert computed(decisions) == [0, 1, 2, 5, 8, 11]
+    assert decisions[3].indicator == pytest.approx(0.1, rel=0.01)
+    assert decisions[6].indicator == pytest.approx(0.1, rel=0.01)
+
+
+def test_easycache_expects_more_change_where_the_result_moves_faster_than_its_input():
+    """A cube grows by a third where its root grows by a tenth."""
+    gate = hasten.EasyCache(threshold=0.25, interval=99, schedule="uniform").gate()
+    assert len(computed(follow(gate, growing(30), result=lambda tensor: tensor**3))) == 30
+    assert len(computed(follow(gate, growing(30)))) == 12
+
+
+def drafted(error, total=20, **params):
+    """Decisions of SpeCa's gate when every draft is off by `error`."""
+    gate = hasten.SpeCa(**{"threshold": 0.1, "warmup": 1, "interval": 99, "least": 0, **params}).gate()
+    gate.begin(total)
+    last, decisions = None, []
+    for step in range(total):
+        decision = gate.decide(step, last, None)
+        if decision.computed:
+            last = step
+        else:
+            gate.verified(step, error)
+        decisions.append(decision)
+    return decisions
+
+
+def test_speca_accepts_at_the_start_what_it_refuses_at_the_end():
+    """The threshold falls from 0.1 to a tenth of it over the run, and is 0.03 in the middle."""
+    steps = computed(drafted(0.03, decay=0.1))
+    assert steps[0] == 0
+    assert 10 <= steps[1] <= 12
+    assert computed(drafted(0.03, decay=1.0)) == [0]
+    assert computed(drafted(0.009, decay=1e-6)) == [0]  # and is never less than a tenth
+
+
+def test_speca_drafts_as_many_steps_as_it_is_told_at_least():
+    assert computed(drafted(1.0, total=12, decay=1.0)) == [0, 2, 4, 6, 8, 10]
+    assert computed(drafted(1.0, total=12, decay=1.0, least=2)) == [0, 3, 6, 9]
+
+
+def test_the_worst_of_specas_passes_decides_and_is_forgotten_with_its_step():
+    gate = hasten.SpeCa(threshold=0.1, warmup=1, interval=99, least=0, decay=1.0).gate()
+    gate.begin(20)
+    assert gate.decide(0, None, None).computed
+    assert not gate.decide(1, 0, None).computed
+    for error in (0.5, 0.01):  # two passes of the step, the second one of them close
+        gate.verified(1, error)
+    assert gate.decide(2, 0, None).computed
+    assert not gate.decide(3, 2, None).computed
 
 
 # --- on a pipeline

@@ -8,10 +8,11 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from pipelines import draw, make_pipe
 
+from hasten.caching.schedule import spread
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
 from hasten.fitting.leap import fit_leap
-from hasten.fitting.leap_fitter import Fitter
+from hasten.fitting.leap_fitter import STARTS, Fitter
 from hasten.fitting.references import record_references
 from hasten.fitting.refine import refine
 from hasten.pipeline.replay import Replay
@@ -107,6 +108,17 @@ def test_a_velocity_linear_in_sigma_is_exact_with_two_evaluations():
     assert error(pipe, [toy_call()], (0,)) > 1e-6
 
 
+def test_each_evaluation_is_brought_to_the_references_state_at_its_own_step():
+    own = fitter(Toy(curved), [toy_call(0), toy_call(1)])
+    steps = (0, 4, 9, 15)
+    with own.probing():
+        leap = own.fit(steps)
+    for path, velocities in zip(own.references.states, leap.velocities, strict=True):
+        for k, goal in enumerate(steps[1:]):
+            reached = advance(path[0], velocities[: k + 1], leap.coefficients[k], ())
+            assert (reached - path[goal]).norm() < 0.5 * (reached - path[-1]).norm()
+
+
 @pytest.mark.parametrize("steps", [(0, 10), (0, 5, 12), (0, 3, 8, 15)])
 def test_the_fit_is_no_worse_than_euler_on_its_batch(steps):
     pipe, calls = Toy(curved), [toy_call(0), toy_call(1)]
@@ -155,6 +167,15 @@ def test_the_search_improves_on_the_spread():
     assert many < one
 
 
+def test_a_search_starts_from_the_best_of_its_spreads():
+    own = fitter(Toy(curved), [toy_call(0), toy_call(1)])
+    with own.probing():
+        losses = [own.fit(spread(4, STEPS, power)).error for power in STARTS]
+        found = own.search(4, 8, 0, None)[1]
+    assert max(losses) > 1.05 * min(losses)
+    assert found.start_loss == pytest.approx(min(losses))
+
+
 def fit_leap_toy(pipe, calls, trials):
     own = fitter(pipe, calls)
     with own.probing():
@@ -174,6 +195,17 @@ def test_a_damped_step_is_least_squares_at_no_damping_and_nothing_at_much():
     assert equations.damped(1e9) == pytest.approx([0, 0, 0], abs=1e-6)
 
 
+def test_damping_does_not_mind_the_unit_of_a_parameter():
+    """Times are counted up to 1000 and coefficients are about 1."""
+    generator = torch.Generator().manual_seed(2)
+    start, goal, *columns = [torch.randn(40, generator=generator, dtype=torch.float64) for _ in range(4)]
+    one, other = NormalEquations(2), NormalEquations(2)
+    one.add(start, columns, goal)
+    other.add(start, [1000 * columns[0], columns[1]], goal)
+    (a, b), (c, d) = one.damped(0.1), other.damped(0.1)
+    assert (1000 * c, d) == pytest.approx((a, b), rel=1e-6)
+
+
 def test_refinement_lowers_the_error_and_moves_the_times_between_the_steps():
     own = fitter(Toy(curved), [toy_call(0), toy_call(1)], ridge=1e-9)
     seen = []
@@ -190,6 +222,19 @@ def test_refinement_lowers_the_error_and_moves_the_times_between_the_steps():
     with held_out.probing():
         before = final_error(held_out, closed)
         assert final_error(held_out, better) < before
+
+
+@pytest.mark.parametrize(("wild", "share"), [(False, 1e-3), (True, 0.5)])
+def test_round_after_round_lowers_the_error_and_none_raises_it(wild, share):
+    """By orders of magnitude where the field is smooth; where it is not, steps that go too far are not taken."""
+    field = (lambda x, t: torch.sin(6 * x + t / 50) - 0.3 * x) if wild else curved
+    own = fitter(Toy(field), [toy_call(0), toy_call(1)], ridge=1e-9)
+    seen = []
+    with own.probing():
+        closed = own.fit((0, 6, 12, 17))
+        better = refine(own, closed, 8, seen.append)
+    assert seen == sorted(seen, reverse=True)
+    assert better.error < share * closed.error
 
 
 def final_error(own, leap):
@@ -239,7 +284,7 @@ def test_a_fit_goes_on_where_it_was_cut_short():
     assert [sorted(result.report) for result in kept] == [["3"], ["3", "4"]]
     seen = []
     again = fit_leap(pipe, [call(0)], [3, 4], known=kept[0], progress=lambda *p: seen.append(p[0]), **options)
-    assert set(seen) == {4}
+    assert set(seen) == {0, 4}  # the references, and what was not fitted yet
     assert torch.equal(again.tensors["3/coefficients"], kept[0].tensors["3/coefficients"])
     for other, settings in (([call(1)], options), ([call(0)], options | {"trials": 3})):
         afresh = fit_leap(pipe, other, [4], known=kept[0], **settings)
@@ -360,6 +405,28 @@ def test_another_model_another_number_and_another_size(fitted, tmp_path):
         LeapScheduler.of(Calibration.of("leap", Calibration("l2p", {}, fitted.fingerprint)))
 
 
+def test_at_the_first_time_noise_is_all_that_an_image_starts_with():
+    table = {"timesteps": [1000.0, 500.0], "sigmas": [1.0, 0.5], "coefficients": [[-0.5], [-0.5, -0.5]]}
+    scheduler = LeapScheduler({"2": table})
+    image, noise = torch.full((1, 4, 8, 8), 3.0), torch.randn(1, 4, 8, 8)
+    assert torch.equal(scheduler.scale_noise(image, torch.tensor([1000.0]), noise), noise)
+    halfway = scheduler.scale_noise(image, torch.tensor([500.0]), noise)
+    assert torch.allclose(halfway, (image + noise) / 2)
+
+
+def test_a_later_start_uses_the_later_rows():
+    """A model without memory of where it began: from the middle on, the second row is a step of its own length."""
+    table = {"timesteps": [1000.0, 500.0], "sigmas": [1.0, 0.5], "coefficients": [[-0.5], [-0.5, -0.5]]}
+    scheduler = LeapScheduler({"2": table})
+    scheduler.set_timesteps(2)
+    scheduler.set_begin_index(1)
+    image, noise = torch.full((1, 4, 8, 8), 3.0), torch.randn(1, 4, 8, 8)
+    state = scheduler.scale_noise(image, torch.tensor([500.0]), noise)
+    (end,) = scheduler.step(noise - image, scheduler.timesteps[1], state, return_dict=False)
+    assert torch.allclose(end, image, atol=1e-5)
+    assert scheduler.step_index == 2
+
+
 def test_image_to_image_starts_later(fitted):
     from diffusers import FluxImg2ImgPipeline
 
@@ -405,6 +472,56 @@ def test_variance_preserving_models():
     (plain,) = Toy(epsilon, scheduler)(**{**toy_call(9), "num_inference_steps": 5})
     (fast,) = Toy(epsilon, LeapScheduler({"5": table}, **options))(**{**toy_call(9), "num_inference_steps": 5})
     assert (fast - truth).norm() < 0.5 * (plain - truth).norm()
+
+
+def variance_preserving(prediction_type):
+    """The same denoiser and plain sampler, with the noise or the velocity for the model's answer."""
+    scheduler = DDIMScheduler(
+        timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True, prediction_type=prediction_type
+    )
+
+    def answer(x, t):
+        noise = torch.tanh(x) * (0.5 + t / 2000)
+        signal = scheduler.alphas_cumprod[int(t)]
+        return noise if prediction_type == "epsilon" else (noise - (1 - signal).sqrt() * x) / signal.sqrt()
+
+    return Toy(answer, scheduler)
+
+
+def test_velocities_are_sampled_as_the_noise_that_they_say():
+    """Fit and scheduler alike: the two forms of one model have the same references, coefficients and images."""
+    made = {}
+    for kind in ("epsilon", "v_prediction"):
+        pipe = variance_preserving(kind)
+        own = fitter(pipe, [toy_call()], ridge=1e-9)
+        with own.probing():
+            leap = own.fit((0, 6, 12, 17))
+        table = {"timesteps": leap.timesteps, "sigmas": leap.sigmas, "coefficients": leap.coefficients}
+        pipe.scheduler = LeapScheduler({"4": table}, prediction_type=kind)
+        (image,) = pipe(**{**toy_call(9), "num_inference_steps": 4})
+        made[kind] = (own.references.states[0][-1], leap.error, image)
+    (path, error_, image), (other_path, other_error, other_image) = made.values()
+    assert torch.allclose(path, other_path, rtol=1e-3, atol=1e-3)
+    assert other_error == pytest.approx(error_, rel=0.05)
+    assert (image - other_image).norm() < 0.01 * image.norm()
+
+
+@pytest.mark.parametrize("kind", ["flow", "epsilon", "v_prediction"])
+def test_half_precision_is_float32_rounded_once_per_step(kind):
+    """Large coefficients that nearly cancel, as fits have them."""
+    rows = [[-30.0], [70.0, -100.3], [-55.0, 77.7, -23.1]]
+    table = {"timesteps": [900.0, 600.0, 300.0], "sigmas": [3.0, 1.5, 0.5], "coefficients": rows}
+    half, single = (LeapScheduler({"3": table}, prediction_type=kind) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    state = torch.randn(1, 4, 8, 8, generator=generator).bfloat16()
+    for scheduler in (half, single):
+        scheduler.set_timesteps(3)
+    for t in half.timesteps:
+        output = torch.randn(1, 4, 8, 8, generator=generator).bfloat16()
+        (expected,) = single.step(output.float(), t, state.float(), return_dict=False)
+        (state,) = half.step(output, t, state, return_dict=False)
+        assert state.dtype == torch.bfloat16
+        assert torch.equal(state, expected.bfloat16())
 
 
 @pytest.mark.parametrize(

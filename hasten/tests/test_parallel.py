@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import hasten
 from hasten.caching import Uniform, computed_steps
+from hasten.caching.methods.hicache import AdaptiveHermite
+from hasten.pipeline import context_parallel
 from hasten.pipeline.context_parallel import group, sum_over
 
 WORLD = 2
@@ -104,6 +106,32 @@ def test_two_devices_decide_and_answer_as_one(tmp_path, before):
             assert their_held == (held // WORLD if shares else held), case
         assert torch.equal(ranks[0][i][0], ranks[1][i][0]), case
         assert not torch.allclose(alone, plain, atol=1e-5), case  # else nothing would have been shown
+
+
+def test_what_devices_measure_of_equal_tokens_is_what_one_measures(monkeypatch):
+    """Methods that fit themselves to features are told means over all devices, whatever the number of these."""
+    told: list[Tensor] = []
+    fitted = AdaptiveHermite.fitted
+
+    def watched(self: AdaptiveHermite, target: int, stored: Any, gram: Any) -> list[float]:
+        told.append(torch.as_tensor(gram).clone())
+        return fitted(self, target, stored, gram)
+
+    monkeypatch.setattr(AdaptiveHermite, "fitted", watched)
+    results, grams = [], []
+    for devices in (1, 2):
+        if devices == 2:
+            monkeypatch.setattr(context_parallel, "group", lambda model: SimpleNamespace(size=lambda: 2))
+            monkeypatch.setattr(context_parallel, "sum_over", lambda model, tensor: 2 * tensor)
+        model = build("FluxTransformer2DModel")
+        with hasten.accelerate(model, "hicache", scale="adaptive", interval=3):
+            results.append(sample("FluxTransformer2DModel", model))
+        grams.append(told.copy())
+        told.clear()
+    assert torch.equal(*results)
+    assert len(grams[0]) > 0
+    for one, two in zip(*grams, strict=True):
+        assert torch.allclose(one, two)
 
 
 def _sum_in_pairs(rank: int, folder: str) -> None:

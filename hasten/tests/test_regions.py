@@ -25,6 +25,7 @@ from hasten.errors import AdapterError, AlreadyAcceleratedError, ConfigError, Ha
 from hasten.resolution import RegionMethod, fit_stages
 from hasten.resolution.layouts import PixelLayout
 from hasten.resolution.packed import _of_images
+from hasten.resolution.regions import PromotionInput
 
 METHODS = {
     "fresco": Fresco(stages=(3, 3, 3), jump="r1"),
@@ -125,6 +126,27 @@ def test_the_coarse_stage_is_the_plain_pipeline_at_half_size(pipe: Any) -> None:
     assert {tuple(latents.shape) for latents in seen} == {(1, 256, 48)}
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_after_every_step_a_state_has_the_signal_and_the_noise_of_its_level(pipe: Any, name: str) -> None:
+    """The model says that the image is grey everywhere: whatever else is in a state is noise."""
+    grey = 100.0
+    pipe.transformer.forward = lambda *_, hidden_states, timestep, **__: (
+        (hidden_states - grey) / timestep.view(-1, 1, 1),
+    )
+    found: list[tuple[float, float]] = []
+
+    def measure(_: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found.append((float(tensors["latents"].mean()), float(tensors["latents"].std())))
+        return {}
+
+    with hasten.accelerate(pipe, METHODS[name]) as run:
+        generate(pipe, callback_on_step_end=measure)
+    assert any(record.switched for record in run.stages.records)
+    for (mean, std), record in zip(found, run.stages.records, strict=True):
+        assert mean == pytest.approx((1 - record.next_sigma) * grey, abs=0.1), record
+        assert std == pytest.approx(record.next_sigma, rel=0.08, abs=1e-3), record
+
+
 # --- what a promotion does
 
 
@@ -188,6 +210,57 @@ def test_arguments_that_cannot_be_told_apart_by_image_are_refused() -> None:
     assert rest["joint_attention_kwargs"] == {"ip_adapter_image_embeds": [torch.tensor([[1.0]])], "scale": 0.5}
     with pytest.raises(AdapterError, match="called with residuals"):
         _of_images({**given, "residuals": torch.zeros(2, 4)}, (1,), 2)
+
+
+def still_and_moving(steps: int, early: int = 0) -> PromotionInput:
+    """Token 0 moves in all steps, token 1 in the first `early` ones, token 2 in none, token 3 a little in all."""
+    snapshots = [torch.zeros(1, 4, 8) for _ in range(steps)]
+    for step, tokens in enumerate(snapshots):
+        tokens[:, 0] = step
+        tokens[:, 1] = 5 * max(early - step, 0)
+        tokens[:, 3] = 0.1 * step
+    return PromotionInput(None, (2, 2), snapshots[-1], snapshots, 0.5, lambda: torch.empty(0))
+
+
+def test_what_has_converged_is_promoted_first() -> None:
+    low, high = (
+        Fresco(score=score).scores(still_and_moving(6, early=2))[0] for score in ("temporal_low", "temporal_high")
+    )
+    assert low.argsort(descending=True, stable=True).tolist() == [1, 2, 3, 0]  # what moved long ago does not count
+    assert high.argmax() == 0
+    whole = Fresco(window=6).scores(still_and_moving(6, early=2))[0]
+    assert whole.argmax() == 2
+
+
+def test_flat_tokens_have_little_variance_over_their_channels() -> None:
+    clean = torch.ones(1, 4, 8)
+    clean[:, 2, ::2] = -1
+    promotion = PromotionInput(None, (2, 2), clean, [], 0.5, lambda: torch.empty(0))
+    assert Fresco(score="channel_high").scores(promotion).argmax() == 2
+    assert Fresco(score="channel_low").scores(promotion).argmin() == 2
+
+
+def test_what_the_variance_is_taken_of_decides(pipe: Any) -> None:
+    coarse, velocity, clean = (torch.randn(1, 4, 8) for _ in range(3))
+    chosen = {}
+    for name, wanted in (("x0", clean), ("z", coarse), ("v", velocity)):
+        method = Fresco(stages=(3, 3, 3), snapshot_of=name)  # type: ignore[arg-type]
+        assert method.snapshot(coarse, velocity, clean) is wanted
+        with hasten.accelerate(pipe, method) as run:
+            generate(pipe)
+        chosen[name] = run.stages.plans[0].fine
+    assert not torch.equal(chosen["x0"], chosen["z"])
+    assert not torch.equal(chosen["x0"], chosen["v"])
+
+
+@pytest.mark.parametrize(("units", "mixed"), [("lr_units", 7.5), ("hr_units", 15.0)])
+def test_positions_are_in_the_methods_frame_from_the_first_mixed_step_on(pipe: Any, units: Any, mixed: float) -> None:
+    """On 16x16 tokens: the farthest position that the transformer is given at each step."""
+    farthest: list[float] = []
+    pipe.transformer.pos_embed.register_forward_pre_hook(lambda _, args: farthest.append(float(args[0].max())))
+    with hasten.accelerate(pipe, Fresco(stages=(2, 2, 2), shares=(0.9,), units=units)):
+        generate(pipe, 6)
+    assert farthest == [7.0, 7.0, mixed, mixed, 15.0, 15.0]
 
 
 def test_the_rewind_goes_back_as_far_as_it_must(pipe: Any) -> None:

@@ -26,6 +26,8 @@ from hasten.resolution.noise import (
     descend,
     exchange_noise,
     fresh_children,
+    fresh_noise,
+    image_generators,
     low_noise,
     up,
 )
@@ -173,6 +175,18 @@ def test_coarse_noise_is_white_and_unit(make: object) -> None:
     assert not torch.equal(coarse, make(randn(1, 4, 512, 512, seed=1)))  # type: ignore[operator]
 
 
+def test_noise_of_an_images_own_depends_on_its_seed_and_the_offset_alone() -> None:
+    first = randn(3, 4, 8)
+    drawn = fresh_noise(image_generators(first), (4, 8), torch.device("cpu"))
+    again = fresh_noise(image_generators(first), (4, 8), torch.device("cpu"))
+    alone = fresh_noise(image_generators(first[1:2]), (4, 8), torch.device("cpu"))
+    assert torch.equal(drawn, again)
+    assert torch.equal(drawn[1:2], alone)  # whatever else is in the batch
+    later = fresh_noise(image_generators(first, offset=1), (4, 8), torch.device("cpu"))
+    others = [drawn[1], drawn[2], later[0], first[0]]
+    assert not any(torch.allclose(drawn[0], other, atol=0.1) for other in others)
+
+
 # --- packing and bookkeeping
 
 
@@ -304,6 +318,9 @@ def test_scores_and_the_choice() -> None:
     for step, tokens in enumerate(moving):
         tokens[:, 2] = step
     assert temporal_variance(moving)[0].tolist() == pytest.approx([0, 0, 2 / 3, 0])
+    moving = [tokens.clone() for tokens in moving]
+    moving[0][:, 1] = 3  # a token that moved at the beginning only
+    assert temporal_variance(moving)[0].tolist() == pytest.approx([0, 2, 2 / 3, 0])
     with pytest.raises(ConfigError, match="2 coarse steps"):
         temporal_variance(moving[:1])
     assert channel_variance(torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]))[0].tolist() == [1, 0]

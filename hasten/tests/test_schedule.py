@@ -7,6 +7,7 @@ from pipelines import draw
 
 import hasten
 from hasten.caching import Explicit, Spread, TaylorSeer, Uniform, UniformCount, computed_steps
+from hasten.caching.schedule import learned_list
 from hasten.errors import ConfigError, ScheduleError
 
 COUNTS_E3 = {2: 26, 3: 18, 4: 14, 5: 12, 6: 10, 7: 9, 8: 8, 9: 8, 10: 7, 12: 6}
@@ -74,6 +75,16 @@ def test_spread_schedules_have_any_number(count, total, name):
             computed_steps(method.plan(), total)
     else:
         assert len(computed_steps(method.plan(), total)) == count
+
+
+def test_the_longest_learned_list_that_fits_is_taken():
+    lists = [(0, 5), (0, 3, 9), (0, 1, 2, 7), (0, 1, 2, 5, 8)]
+    assert learned_list(lists, Uniform(3, 1), 10) == (0, 1, 2, 7)  # which computes 0, 3, 6, 9
+    assert learned_list(lists, Uniform(4, 1), 10) == (0, 3, 9)
+    assert learned_list(lists, 5, 10) == (0, 1, 2, 5, 8)
+    assert learned_list(lists[1:], Uniform(9, 1), 9, exact=False) == (0, 3, 9)
+    with pytest.raises(ScheduleError, match="asks for 1 computed steps, but lists were learned for 3, 4, 5"):
+        learned_list(lists[1:], Uniform(9, 1), 9)
 
 
 @pytest.mark.parametrize(("count", "interval"), [(12, 5), (9, 7), (7, 10), (10, 6), (8, 8), (50, 1)])

@@ -158,6 +158,8 @@ def test_two_means_parts_two_heaps() -> None:
     scores = torch.tensor([[0.0, 0.1, 0.2, 5.0], [0.1, 4.0, 0.0, 6.0]])
     assert two_means(scores).tolist() == [[False, False, False, True], [False, True, False, True]]
     assert not two_means(torch.full((2, 2), 0.7)).any()
+    near = torch.tensor([[1.0, 1.1, 0.9], [1.7, 1.8, 1.6]])  # far from zero, and near to each other
+    assert two_means(near).tolist() == [[False] * 3, [True] * 3]
 
 
 def test_top_takes_the_share_and_settles_ties_by_order() -> None:
@@ -502,6 +504,7 @@ def test_at_the_end_all_that_was_not_changed_tokens_is_the_source(final: int, mo
         latents = draw(pipe, "kontext", method.num_inference_steps)
     changed = ~torch.isclose(latents, source).all(-1)[0].view(apart[0].shape)
     assert changed[apart[0]].all()
+    assert (changed & ~apart[0]).any()  # the token is blended with what is around it
     assert not (changed & ~dilate(apart[0])).any()  # nothing but the token and the blend around it
 
 
@@ -548,6 +551,53 @@ def test_locked_tokens_stay_on_one_straight_path_to_the_source() -> None:
     assert list(left) == [0, 1, 2, 3]  # two steps of the draft, and the mixed ones before the composite
     for step in (2, 3):
         torch.testing.assert_close(left[step], left[1], atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_is_held_to_the_source_before_the_draft_was_verified() -> None:
+    """Up to the end of the draft the lock changes nothing; from then on it does."""
+    pipe = make("kontext")
+    seen: dict[bool, list[Tensor]] = {True: [], False: []}
+    for lock, states in seen.items():
+
+        def keep(_: Any, __: int, ___: Any, tensors: dict[str, Tensor], into: list[Tensor] = states) -> dict[str, Any]:
+            into.append(tensors["latents"].clone())
+            return {}
+
+        with SpecEdit(**LOCAL, lock=lock).attach(pipe):
+            draw(pipe, "kontext", callback_on_step_end=keep)
+    for step, (locked, free) in enumerate(zip(seen[True], seen[False], strict=True)):
+        assert torch.equal(locked, free) == (step < SPLIT["draft"]), step
+
+
+def test_the_draft_is_in_the_frame_of_coarse_tokens_until_it_was_verified() -> None:
+    """On 8x12 tokens: the farthest position that the transformer is given at each step."""
+    pipe = make("kontext")
+    farthest: list[float] = []
+    pipe.transformer.pos_embed.register_forward_pre_hook(lambda _, args: farthest.append(float(args[0].max())))
+    with SpecEdit(**LOCAL).attach(pipe):
+        draw(pipe, "kontext")
+    assert farthest[:2] == [5.0, 5.0]
+    assert min(farthest[2:]) >= 10.0
+
+
+@pytest.mark.parametrize("begin", ["source", "draft"])
+def test_the_coverage_set_begins_with_the_source(begin: Any) -> None:
+    pipe = make("kontext")
+    source = pack(pipe._encode_vae_image(2 * image(16, 24) - 1, None))
+    held: list[bool] = []
+    with SpecEdit(**{**LOCAL, "share": 0.04, "coverage": 2, "cover_init": begin}).attach(pipe) as engine:
+
+        def look(_: Any, step: int, *__: Any) -> dict[str, Tensor]:
+            if step == 1:
+                run = engine._runs.current.state
+                found, state, sigma = engine.plans[0], run.states[0], run.levels[2]
+                cover = children(found.fine & ~found.edited)[:, 0]
+                clean = (state.fine - sigma * state.noise) / (1 - sigma)
+                held.append(torch.allclose(clean[:, cover], source[:, cover], atol=1e-4))
+            return {}
+
+        draw(pipe, "kontext", callback_on_step_end=look)
+    assert held == [begin == "source"]
 
 
 def test_settings_change_what_comes_out() -> None:

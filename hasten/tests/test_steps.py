@@ -173,6 +173,43 @@ def test_a_cancelled_call_leaves_nothing_to_the_next_wherever_it_begins():
     assert len(tracker.under_way) == 1
 
 
+def test_a_call_that_takes_its_scheduler_back_to_the_start_begins_a_run():
+    """Sections of a long video, with the list of the first one."""
+    tracker, log = runs(), []
+
+    class Sections(Pipe):
+        def __call__(self, forward, steps):
+            self.scheduler.set_timesteps(steps)
+            for _ in range(2):
+                self.scheduler._step_index = None
+                latents = torch.zeros(1, 4)
+                for t in self.scheduler.timesteps:
+                    forward(t.expand(1))
+                    latents = self.scheduler.step(latents, t, latents)[0]
+
+    Sections(FlowMatchEulerDiscreteScheduler())(watched(tracker, log), 5)
+    assert [(info.run, info.step) for info in log] == [(run, step) for run in range(2) for step in range(5)]
+
+
+def test_a_users_own_loop_does_not_go_by_a_scheduler_that_a_call_goes_by():
+    caller, own, log = pipe(), [], []
+    tracker = runs(PipelineView(caller))
+
+    def loop():
+        own.extend(tracker.label(t, LATENTS)[1] for t in (1.0, 0.5))
+
+    def forward(t):
+        log.append(tracker.label(t, LATENTS)[1])
+        if len(log) == 3:
+            thread = threading.Thread(target=loop)
+            thread.start()
+            thread.join()
+
+    caller(forward, 5)
+    assert [(info.run, info.step, info.total) for info in log] == [(0, step, 5) for step in range(5)]
+    assert [(info.run, info.step, info.total) for info in own] == [(1, 0, None), (1, 1, None)]
+
+
 def test_calls_inside_calls_and_shared_transformers_do_not_mix():
     tracker, outer, inner, one, other = runs(), [], [], pipe(), pipe()
 

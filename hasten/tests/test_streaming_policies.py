@@ -128,6 +128,23 @@ def test_the_window_is_the_sink_and_the_last_frames():
     assert begun(SlidingWindow(window=4, sink=2)).cache.frames == [0, 1, 5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("method", [SlidingWindow(window=4, sink=2), DummyForcing(), ForcingKV(patches=4)])
+def test_a_window_scores_the_sink_highest_and_then_the_newest(method):
+    policy = begun(method, held=12)
+    scores = policy.score(frames(q, 3))
+    order = scores[0, 0, 0].argsort(descending=True, stable=True)
+    held = [policy.cache.frames[place] for place in order.tolist()]
+    sink = sum(frame < getattr(method, "sink", 1) for frame in held)
+    assert sink >= 1
+    assert held == [*range(sink), *sorted(held, reverse=True)[: len(held) - sink]]
+
+
+def test_chosen_frames_are_in_order_of_time():
+    selection = begun(TopKAttention(k=4)).select(frames(q, 3), frames(q, 4))
+    for group in selection.groups:
+        assert (group.frames.diff(dim=3) > 0).all()
+
+
 def test_a_window_of_nothing_is_attention_to_the_chunk_alone():
     empty, fresh = begun(SlidingWindow(window=0, sink=0)), KVPolicy(FullHistory())
     assert torch.equal(step(empty), step(fresh))
@@ -160,6 +177,26 @@ def test_diversity_alone_is_the_same_for_every_query_frame():
     table = seen(begun(FocusedForcing(budget=3, mix=0.0)))
     assert torch.equal(table, table[:, :1].expand_as(table))
     assert not torch.equal(table, seen(begun(FocusedForcing(budget=3, mix=1.0))))
+
+
+def repeating(mix, budget=2):
+    """A policy whose history is one frame seven times over, and two others at the places 3 and 6."""
+    keys = frames(1, 1).repeat(1, 9, 1, 1, 1)
+    keys[:, [3, 6]] = frames(2, 4)
+    policy = KVPolicy(FocusedForcing(budget=budget, mix=mix))
+    policy.append(keys, frames(9, 2))
+    return policy
+
+
+def test_the_mix_is_the_weight_of_relevance():
+    """Queries that ask for the frame that is repeated: relevance takes its copies, diversity the others."""
+    queries = frames(1, 1).repeat(1, q, 1, 1, 1)
+    copies = {}
+    for mix in (0.1, 0.9):
+        table = repeating(mix).select(queries, queries).table()
+        copies[mix] = float(table[..., [0, 1, 2, 4, 5, 7, 8]].sum() / table.sum())
+    assert copies[0.1] == 0
+    assert copies[0.9] == 1
 
 
 def test_a_chunk_can_choose_as_one():
