@@ -104,7 +104,7 @@ def bench_page(page: Page, result_file: Path) -> Image.Image:
     rows["euler-50"] = result["baseline"]
     prompts = result["settings"]["prompts"][: page.captions]
     with ExitStack() as stack:
-        own: Callable[[str, int], list[Path]] = lambda prompt, i: []  # noqa: E731
+        own: Callable[[str, int], list[Path]] = lambda prompt, i: []
         headings = list(page.arms.values())
         if page.edits:
             own = edit_images(Path(stack.enter_context(tempfile.TemporaryDirectory())))

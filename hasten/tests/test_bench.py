@@ -18,7 +18,8 @@ from hasten.bench.requests import caching_method, parse_request
 from hasten.bench.result import read_result
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.sheet import bench_sheet, contact_sheet
-from hasten.caching import HiCache, Uniform, computed_steps
+from hasten.caching import Uniform, computed_steps
+from hasten.caching.methods import HiCache
 from hasten.cli import main as cli
 from hasten.errors import ConfigError, ModelError, UnknownNameError
 

@@ -36,7 +36,7 @@ from hasten.bench.sheet import bench_sheet, film_strip
 from hasten.bench.subject import Edit, Subject
 from hasten.bench.thresholds import Trials
 from hasten.bench.tune import tuning_calls
-from hasten.caching import FoCa
+from hasten.caching.methods import FoCa
 from hasten.cli import main as cli
 from hasten.cli.common import show_result
 from hasten.errors import ConfigError, UnknownNameError

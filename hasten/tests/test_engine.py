@@ -7,8 +7,9 @@ import torch
 from pipelines import draw, make_pipe
 
 import hasten
-from hasten.caching import HiCache, Reuse, TaylorSeer, Uniform, computed_steps
+from hasten.caching import Uniform, computed_steps
 from hasten.caching.method import SITES, ScheduledMethod
+from hasten.caching.methods import HiCache, Reuse, TaylorSeer
 from hasten.caching.projectors import Whole
 from hasten.errors import (
     AlreadyAcceleratedError,

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from pipelines import draw
 
 import hasten
-from hasten.caching import Explicit, Spread, TaylorSeer, Uniform, UniformCount, computed_steps
+from hasten.caching import Explicit, Spread, Uniform, UniformCount, computed_steps
+from hasten.caching.methods import TaylorSeer
 from hasten.caching.schedule import learned_list
 from hasten.errors import ConfigError, ScheduleError
 

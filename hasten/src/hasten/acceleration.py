@@ -17,7 +17,6 @@ from hasten.pipeline.summary import Summary
 from hasten.pipeline.view import PipelineView, transformers
 from hasten.registry import methods
 from hasten.resolution.engine import ResolutionMethod
-from hasten.solvers import scheduler as _solvers  # noqa: F401
 from hasten.streaming.policy import StreamingMethod
 
 __all__ = ["DEFAULT", "accelerate", "methods", "remove", "summary"]

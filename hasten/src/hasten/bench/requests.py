@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hasten import registry
-from hasten.acceleration import methods  # noqa: F401  (registers the methods by name)
 from hasten.bench.subject import Subject
 from hasten.caching import CachingMethod
 from hasten.calibration import Calibration

@@ -13,7 +13,6 @@ from pathlib import Path
 from torch import Tensor
 
 from hasten import registry
-from hasten.acceleration import methods as _methods  # noqa: F401  (registers the methods by name)
 from hasten.bench import subject
 from hasten.bench.environment import environment
 from hasten.bench.labels import short_label
