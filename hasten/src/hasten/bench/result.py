@@ -97,6 +97,8 @@ class Result(_File):
 
     Attributes:
         missing: columns that were not measured at all, and why.
+        plain: mean PSNR in dB of every plain sampler on the first prompts, by number of steps and sampler; None for one
+            that the model does not have. The best of each number has a row.
         tune: what `hasten tune` adds: the best row for each number of computed steps, and what learning took.
     """
 
@@ -105,6 +107,7 @@ class Result(_File):
     baseline: Baseline
     rows: list[Row]
     missing: dict[str, str] = field(default_factory=dict)
+    plain: dict[str, dict[str, float | None]] = field(default_factory=dict)
     tune: dict[str, Any] | None = None
 
     @property
@@ -116,6 +119,14 @@ class Result(_File):
     def failed(self) -> list[Row]:
         """Rows that could not run."""
         return [row for row in self.rows if row.failed]
+
+    def best_plain(self) -> list[Row]:
+        """The best plain sampler of each number of computed steps, most first; none where they were not looked for."""
+        found = []
+        for count in sorted(map(int, self.plain), reverse=True):
+            rows = [row for row in self.measured if row.library == "plain" and row.budget == count]
+            found += [max(rows, key=lambda row: row.psnr or 0.0)] if rows else []
+        return found
 
     def groups(self) -> dict[int, list[Row]]:
         """Rows that ran by number of computed steps, most first, and the best PSNR first in each."""

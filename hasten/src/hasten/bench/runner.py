@@ -33,7 +33,7 @@ from hasten.bench.measurements import (
 )
 from hasten.bench.partial import Partial
 from hasten.bench.peers import Peer, chosen_peers, peer_arms
-from hasten.bench.plain import plain_arms
+from hasten.bench.plain import best_plain_arms, plain_arms
 from hasten.bench.requests import Request, check_counts, parse_request
 from hasten.bench.resolution_arms import staged_arms
 from hasten.bench.result import Result, Settings
@@ -66,6 +66,7 @@ class BenchSettings:
         peers: measure the other libraries too.
         only_peers: names of those to measure; all of them if empty.
         image: the user's own source image for an editing pipeline, in the place of the model's.
+        best_plain: look for the best plain sampler too, among all solvers and spacings, on the first prompts.
 
     Raises:
         UnknownNameError, ConfigError: for what cannot be measured.
@@ -81,6 +82,7 @@ class BenchSettings:
     peers: bool = False
     only_peers: tuple[str, ...] = ()
     image: Path | None = None
+    best_plain: bool = False
 
     def __post_init__(self) -> None:
         if self.prompts < 1:
@@ -116,6 +118,14 @@ class BenchSettings:
         return (list(self.prompt_list) or model.prompts)[: self.prompts]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """The baseline and all other arms, and what every plain sampler came to in the trials."""
+
+    arms: list[Arm]
+    plain: dict[str, dict[str, float | None]]
+
+
 @dataclass
 class _Measured:
     """What one process measured."""
@@ -125,15 +135,16 @@ class _Measured:
     failures: dict[str, str]
 
 
-def _arms(model: Subject, settings: BenchSettings, trials: Trials) -> list[Arm]:
+def _planned(settings: BenchSettings, trials: Trials) -> _Plan:
     """The baseline, then all others; those with a threshold are matched to their number of computed steps here."""
     staged = [request for request in settings.requests if request.resolution is not None]
     others = [request for request in settings.requests if request.resolution is None]
     methods = method_arms(others, settings.computed_steps, settings.steps, trials)
     counts = list(dict.fromkeys(arm.computed_steps for arm in methods if not arm.error))
     (plain,) = plain_arms([settings.steps], ("euler",))
-    arms = [replace(plain, id="baseline"), *plain_arms(counts), *methods, *staged_arms(staged, trials)]
-    return merged([*arms, *peer_arms(counts, trials, settings.chosen_peers)])
+    best, tried = best_plain_arms(counts, trials) if settings.best_plain else ([], {})
+    arms = [replace(plain, id="baseline"), *plain_arms(counts), *best, *methods, *staged_arms(staged, trials)]
+    return _Plan(merged([*arms, *peer_arms(counts, trials, settings.chosen_peers)]), tried)
 
 
 def _measure(
@@ -290,14 +301,14 @@ def run_bench(
     try:
         # Every process searches, so that none waits in a collective for longer than its time limit, and all use what
         # the main one found.
-        arms: list[Arm] = broadcast_object_list([_arms(model, settings, trials)])[0]
-        running = [arm for arm in arms if not arm.error]
+        plan: _Plan = broadcast_object_list([_planned(settings, trials)])[0]
+        running = [arm for arm in plan.arms if not arm.error]
         _measure(model, settings, running, mine, images, kept, tick)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{kept.finished} of {len(mine)} prompts are kept in {kept.file}; the same command goes on from there"
         ) from None
-    result = _result(model, settings, arms, _gather(running, kept), images, command)
+    result = _result(model, settings, plan, _gather(running, kept), images, command)
     if state.is_main_process:
         result.write(out)
     kept.remove()
@@ -305,10 +316,10 @@ def run_bench(
 
 
 def _result(
-    model: Subject, settings: BenchSettings, arms: list[Arm], measured: _Measured, images: Path, command: str
+    model: Subject, settings: BenchSettings, plan: _Plan, measured: _Measured, images: Path, command: str
 ) -> Result:
     """The content of the JSON file."""
-    baseline, *others = arms
+    baseline, *others = plan.arms
     prompts = settings.prompts_of(model)
     plain = measured.measurements["baseline"]
     rows = []
@@ -342,4 +353,5 @@ def _result(
         ),
         rows=rows,
         missing=missing_columns(),
+        plain=plan.plain,
     )

@@ -83,6 +83,9 @@ def _image_table(result: Result, wide: bool) -> Table:
         f"{settings.steps} plain steps"
     )
     notes = [f"{columns(Row)[name].heading} was not measured: {why}" for name, why in result.missing.items()]
+    for row in result.best_plain():
+        tried = sum(value is not None for value in result.plain[str(row.budget)].values())
+        notes.append(f"Best of {tried} plain samplers with {row.budget} steps: {row.name}")
     notes += [f"Not measured: {row.name}, {row.budget} computed steps: {row.failed}" for row in result.failed]
     if result.baseline.psnr_unedited_vae is not None:
         notes.append(f"Unedited, after the way through the VAE alone: {result.baseline.psnr_unedited_vae:.1f} dB")

@@ -66,10 +66,10 @@ class Trials:
 
     @cached_property
     def _references(self) -> list[Sample]:
-        return [self._draw_sample(plain, i) for i in range(len(self.prompts))]
+        return [self._draw_sample(plain, i, self.steps) for i in range(len(self.prompts))]
 
-    def _draw_sample(self, attach: Attach, index: int) -> Sample:
-        return draw_sample(self.model, attach, self.steps, self.prompts[index], self.seed + index, self.call)
+    def _draw_sample(self, attach: Attach, index: int, steps: int) -> Sample:
+        return draw_sample(self.model, attach, steps, self.prompts[index], self.seed + index, self.call)
 
     @cached_property
     def passes(self) -> int:
@@ -77,9 +77,9 @@ class Trials:
         (passes,) = self.recall("passes", lambda: (self._references[0].forwards / self.steps,))
         return round(passes)
 
-    def run(self, attach: Attach, key: str) -> Trial:
-        """Draw the trial's prompts and count; `key` names the setting."""
-        return Trial(*self.recall(key, lambda: self._run(attach)))
+    def run(self, attach: Attach, key: str, steps: int | None = None) -> Trial:
+        """Draw the trial's prompts and count; `key` names the setting, `steps` are other steps than the usual ones."""
+        return Trial(*self.recall(key, lambda: self._run(attach, steps or self.steps)))
 
     def cost(self, attach: Attach, steps: int, key: str) -> tuple[float, float]:
         """Operations and calls of the counted layer, means over the trial's prompts; `key` names what is attached."""
@@ -95,10 +95,10 @@ class Trials:
         flops, calls = self.recall(f"cost of {key} at {steps} steps", compute)
         return flops, calls
 
-    def _run(self, attach: Attach) -> tuple[float, float]:
+    def _run(self, attach: Attach, steps: int) -> tuple[float, float]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HastenWarning)  # a threshold that skips nothing is part of the search
-            samples = [self._draw_sample(attach, i) for i in range(len(self.prompts))]
+            samples = [self._draw_sample(attach, i, steps) for i in range(len(self.prompts))]
         pairs = list(zip(samples, self._references, strict=True))
         return (
             statistics.fmean(self.steps * sample.layer_calls / reference.layer_calls for sample, reference in pairs),

@@ -189,6 +189,7 @@ class _Tuning:
             prompt_list=tuple(self._held_out),
             steps=self._settings.steps,
             call=self._settings.call,
+            best_plain=True,
         )
         file = self._folder / "tune.json"
         result = run_bench(

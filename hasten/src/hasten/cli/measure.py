@@ -59,6 +59,7 @@ NOT_OF_STREAMS = {
     "peers": "--peers",
     "only_peers": "--only-peers",
     "image": "--image",
+    "best_plain": "--best-plain",
 }
 NOT_OF_VIDEO = {"prompts": "--prompts", "computed_steps": "--computed-steps", "steps": "--steps"}
 
@@ -159,6 +160,10 @@ def bench(
     only_peers: Annotated[
         str, typer.Option(help="Names of the peers to measure with --peers, with commas; all of them by default.")
     ] = "",
+    best_plain: Annotated[
+        bool,
+        typer.Option(help="Look for the best plain sampler too: three solvers with up to five spacings, two prompts."),
+    ] = True,
     image: Annotated[
         Path | None,
         typer.Option(help="Own source image for an editing pipeline.", exists=True, dir_okay=False),
@@ -200,6 +205,7 @@ def bench(
         peers=peers,
         only_peers=tuple(names(only_peers)),
         image=image,
+        best_plain=best_plain,
     )
     result = _measured(model, settings, json_file, device)
     if processes().is_main_process:
