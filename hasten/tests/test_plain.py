@@ -105,8 +105,8 @@ def test_the_best_plain_sampler_is_measured_and_named(pipe, tmp_path):
 
 def test_a_best_sampler_of_another_kind_gets_an_arm(pipe):
     trials = Trials(Subject("tiny", pipe, ["red apple"], CALL), ["red apple"], 0, 12, {})
-    figures = {"plain dpmpp:spacing=beta at 5": (5.0, 60.0)}
-    trials.recall = lambda key, compute: figures.get(key, (5.0, 30.0))
+    figures = {"plain dpmpp:spacing=beta at 5": (60.0,)}
+    trials.recall = lambda key, compute: figures.get(key, (30.0,))
     arms, found = best_plain_arms([5], trials)
     (arm,) = arms
     assert (arm.id, arm.attach) == ("dpmpp:spacing=beta-5", Sampler("dpmpp", "beta"))

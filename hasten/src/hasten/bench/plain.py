@@ -9,6 +9,7 @@ levels, and every solver follows them; for a variance-preserving one each solver
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from hasten.bench.arms import Arm, one_line
 from hasten.bench.sampling import Attach, plain
 from hasten.bench.thresholds import Trials
-from hasten.errors import ConfigError, HastenError, unknown
+from hasten.errors import ConfigError, unknown
 
 __all__ = ["SPACINGS", "Sampler", "best_plain_arms", "plain_arms"]
+
+log = logging.getLogger(__name__)
 
 OWN = ("euler", "unipc")  # which stand in every table, with the model's own spacing
 SOLVERS = ("euler", "unipc", "dpmpp")
@@ -202,11 +205,13 @@ def best_plain_arms(counts: Sequence[int], trials: Trials) -> tuple[list[Arm], d
 
 
 def _quality(sampler: Sampler, count: int, trials: Trials) -> float | None:
-    attach = _PLAIN.get(sampler.label, sampler)
-    try:
-        return trials.run(attach, f"plain {sampler.label} at {count}", count).psnr
-    except HastenError:
-        return None
-    except Exception as error:  # of a scheduler that does not fit the pipeline
-        trials.progress(f"plain {sampler.label}: {one_line(error)}")
-        return None
+    """Mean PSNR of a sampler; None if the model or the scheduler's class does not have it."""
+
+    def compute() -> tuple[float, ...]:
+        try:
+            return trials.sample(_PLAIN.get(sampler.label, sampler), count)[1:]
+        except Exception as error:  # whatever schedulers raise that do not fit a pipeline
+            log.info("plain %s: %s", sampler.label, one_line(error))
+            return ()
+
+    return next(iter(trials.recall(f"plain {sampler.label} at {count}", compute)), None)

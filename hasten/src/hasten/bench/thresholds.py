@@ -77,9 +77,9 @@ class Trials:
         (passes,) = self.recall("passes", lambda: (self._references[0].forwards / self.steps,))
         return round(passes)
 
-    def run(self, attach: Attach, key: str, steps: int | None = None) -> Trial:
-        """Draw the trial's prompts and count; `key` names the setting, `steps` are other steps than the usual ones."""
-        return Trial(*self.recall(key, lambda: self._run(attach, steps or self.steps)))
+    def run(self, attach: Attach, key: str) -> Trial:
+        """Draw the trial's prompts and count; `key` names the setting."""
+        return Trial(*self.recall(key, lambda: self.sample(attach, self.steps)))
 
     def cost(self, attach: Attach, steps: int, key: str) -> tuple[float, float]:
         """Operations and calls of the counted layer, means over the trial's prompts; `key` names what is attached."""
@@ -95,7 +95,8 @@ class Trials:
         flops, calls = self.recall(f"cost of {key} at {steps} steps", compute)
         return flops, calls
 
-    def _run(self, attach: Attach, steps: int) -> tuple[float, float]:
+    def sample(self, attach: Attach, steps: int) -> tuple[float, float]:
+        """Computed steps and PSNR (dB) of an arm with a number of sampler steps, means over the trial's prompts."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HastenWarning)  # a threshold that skips nothing is part of the search
             samples = [self._draw_sample(attach, i, steps) for i in range(len(self.prompts))]
