@@ -89,7 +89,8 @@ class BenchSettings:
             raise ConfigError(f"--prompts must be at least 1, got {self.prompts}")
         if not self.methods or not self.computed_steps:
             raise ConfigError("give at least one method and one number of computed steps")
-        check_counts(self.computed_steps, self.steps)
+        if any(request.resolution is None for request in self.requests):  # others have steps of their own
+            check_counts(self.computed_steps, self.steps)
         if self.only_peers and not self.peers:
             raise ConfigError("--only-peers says which peers to measure; give --peers as well, or leave it out")
         self.check_prompts(self.prompt_list)

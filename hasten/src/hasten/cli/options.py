@@ -54,8 +54,8 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def numbers(text: str, option: str) -> list[int]:
-    """`12,9,7` as whole numbers of 1 or more, at least one.
+def numbers(text: str, option: str, least: int = 1) -> list[int]:
+    """`12,9,7` as whole numbers of `least` or more, at least one.
 
     Raises:
         ConfigError: if it is something else.
@@ -64,8 +64,8 @@ def numbers(text: str, option: str) -> list[int]:
         found = [int(part) for part in names(text)]
     except ValueError:
         found = []
-    if not found or min(found) < 1:
-        raise ConfigError(f"{option} takes whole numbers of 1 or more with commas, such as 12,9,7; got {text!r}")
+    if not found or min(found) < least:
+        raise ConfigError(f"{option} takes whole numbers of {least} or more with commas, such as 12,9,7; got {text!r}")
     return found
 
 

@@ -135,7 +135,7 @@ def inspect(
         raise ConfigError("--decoder draws swatches into the folder of --plots; give both")
     decode = None if decoder is None else load_decoder(decoder)
     tree_ = SemanticTree.load(tree)
-    ks = numbers(k, "--k") or [max(1, tree_.leaves // 2**i) for i in range(1, 5)]
+    ks = numbers(k, "--k") if k else [max(1, tree_.leaves // 2**i) for i in range(1, 5)]
     table = Table("k", "largest", "median", "of one code", "height", title=f"{tree.name}: {tree_.leaves} used codes")
     maps = {f"cut {i}": tree_.map(value) for i, value in enumerate(ks)}
     for value, mapping in zip(ks, maps.values(), strict=True):
@@ -317,9 +317,7 @@ def sample(
     if refiner is not None:
         chooser = Refiner.load(refiner)
         chooser.check(mapping)
-    wanted = torch.tensor(numbers(classes, "--classes"))
-    if not len(wanted):
-        raise ConfigError("--classes needs at least one class, such as 0,0,3")
+    wanted = torch.tensor(numbers(classes, "--classes", least=0))
     with console.status("drawing"):
         clusters, states = sample_clusters(lm, wanted, mapping.clusters, length, sampling, seed)
         if chooser is None:
