@@ -72,7 +72,7 @@ test: $(STAMP) ## run the tests but for the slow ones
 test-all: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_CONFIG) $(TESTS) $(PYTEST_ARGS)
 
-mutants: $(STAMP) ## change one decision of the source at a time and see whether a test fails (half an hour)
+mutants: $(STAMP) ## change one decision of the source at a time and see whether a test fails (a quarter of an hour)
 	$(BIN)/python hasten/mutants/run.py $(MUTANTS)
 
 lint: $(STAMP) ## check style, formatting and types

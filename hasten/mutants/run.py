@@ -27,7 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCE, TESTS = ROOT / "hasten" / "src", ROOT / "hasten" / "tests"
-LIMIT = 600  # seconds for the tests of a mutation; one that makes them hang is noticed
+LIMIT = 300  # seconds for the tests of a mutation; one that makes them hang is noticed
 PASSED, FAILED = 0, 1  # pytest's exit statuses when it could run the tests
 HEAVY = {"diffusers", "transformers", "torch", "scipy", "PIL", "safetensors", "hypothesis", "tokenizers", "skimage"}
 

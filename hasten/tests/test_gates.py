@@ -152,10 +152,12 @@ def test_teacache_polynomial_is_applied_to_each_change():
     assert two.indicator == pytest.approx(2 * one.indicator, rel=1e-4)
 
 
-def test_magcache_follows_its_curve():
-    config = hasten.MagCache(threshold=0.25, interval=50, retention=0.0, calibration=ratios(*[1.0] + [0.9] * 9))
-    decisions = follow(MagnitudeGate(config, [1.0] + [0.9] * 9), [None] * 10, total=10)
-    # after a computed step: |1 - .9| = .1, then |1 - .81| more = .29 > .25
+@pytest.mark.parametrize("ratio", [0.9, 1.1])
+def test_magcache_follows_its_curve_down_and_up(ratio):
+    curve = [1.0] + [ratio] * 9
+    config = hasten.MagCache(threshold=0.25, interval=50, retention=0.0, calibration=ratios(*curve))
+    decisions = follow(MagnitudeGate(config, curve), [None] * 10, total=10)
+    # after a computed step: |1 - .9| = .1, then |1 - .81| more = .29 > .25; or .1 and .21 more
     assert computed(decisions) == [0, 2, 4, 6, 8]
 
 

@@ -1,6 +1,6 @@
 """The list of mutations (`hasten/mutants/mutants.toml`) fits the source and the tests as they are.
 
-Whether tests notice the mutations is what `make mutants` finds out, in half an hour.
+Whether tests notice the mutations is what `make mutants` finds out, in a quarter of an hour.
 """
 
 from __future__ import annotations
