@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 from subjects import install
@@ -292,3 +294,20 @@ def test_an_image_that_is_not_finite_fails_its_arm_alone(pipe, tmp_path, monkeyp
     result = runner.run_bench(model, settings, tmp_path / "out.json")
     assert "values that are not finite" in result.failed[0].failed
     assert {row.method for row in result.measured} == {"euler", "unipc"}
+
+
+def test_version_and_help_load_no_heavy_library():
+    """In a process of its own: nothing here was imported before."""
+    for arguments, words in ((["--version"], "typer torch"), (["bench", "--help"], "torch diffusers matplotlib")):
+        code = f"""
+import sys
+sys.argv = ["hasten", *{arguments!r}]
+from hasten.cli.entry import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+loaded = [name for name in {words.split()!r} if name in sys.modules]
+assert not loaded, loaded
+"""
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

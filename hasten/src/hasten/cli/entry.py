@@ -21,5 +21,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:
             raise
-        sys.exit(f"error: the command line needs {error.name}, which is not installed: pip install 'hasten[cli]'")
+        sys.exit(f"error: the command line needs {error.name}, which is not installed: pip install {error.name}")
     run()
