@@ -179,6 +179,9 @@ def test_bounds_of_the_selection() -> None:
     assert many.everywhere
     assert many.chosen.all()
     assert select((ramp >= 20).float(), bounds=(0.05, 0.9)).chosen.sum() == 80
+    for share in range(10, 100, 10):  # as many as the bound are not more
+        exact = select((ramp >= 100 - share).float(), bounds=(0.05, share / 100))
+        assert (int(exact.chosen.sum()), exact.everywhere) == (share, False)
     assert int(select(ramp, "threshold", threshold=94.5).chosen.sum()) == 5
     assert int(select(ramp, "threshold", threshold=1e3).chosen.sum()) == 5
     assert select(ramp, "top", share=0.9).chosen.sum() == 90

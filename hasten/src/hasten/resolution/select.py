@@ -148,7 +148,7 @@ def select(
     if selector == "top":
         return _selection(scores, top(scores, share))
     chosen = two_means(scores) if selector == "two-means" else above(scores, threshold)
-    found = float(chosen.float().mean())
+    found = int(chosen.sum()) / chosen.numel()  # exact: a share equal to a bound is within it
     if found > bounds[1]:
         return everything(scores)
     if found == 0:
