@@ -11,22 +11,9 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from hasten.bench.row import Row
+from hasten.cli import options
 from hasten.cli.boundary import resumable
 from hasten.cli.common import BAR, command_line, console, opened, show_result
-from hasten.cli.options import (
-    Device,
-    Guidance,
-    Height,
-    ModelName,
-    PromptsFile,
-    Seed,
-    Steps,
-    Width,
-    call_of,
-    names,
-    numbers,
-    own_prompts,
-)
 from hasten.errors import ConfigError
 from hasten.io import check_target
 
@@ -34,19 +21,19 @@ LearnFrom = Annotated[int, typer.Option("--prompts", min=1, help="How many promp
 
 
 def calibrate(
-    model: ModelName = "emoji-flux",
+    model: options.ModelName = "emoji-flux",
     methods: Annotated[
         str, typer.Option(help="Names with commas; options of the fit after colons: hyca:clusters=4.")
     ] = "l2p,hyca,svdcache,magcache,teacache",
     prompts: LearnFrom = 12,
-    prompts_file: PromptsFile = None,
-    seed: Seed = 1000,
-    steps: Steps = 50,
-    height: Height = None,
-    width: Width = None,
-    guidance: Guidance = None,
+    prompts_file: options.PromptsFile = None,
+    seed: options.Seed = 1000,
+    steps: options.Steps = 50,
+    height: options.Height = None,
+    width: options.Width = None,
+    guidance: options.Guidance = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a feature that are kept while recording.")] = 512,
-    device: Device = None,
+    device: options.Device = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for one file per method.")] = Path("calibrations"),
 ) -> None:
     """Record a model once, uncached, and fit the methods that have to be fitted.
@@ -63,9 +50,9 @@ def calibrate(
     from hasten.bench.tune import tuning_calls
     from hasten.fitting.calibrate import fit, merge
 
-    wanted = _fits(names(methods))
-    (site,) = {"module" if options.get("site") == "module" else "hidden" for _, options in wanted}
-    call, own = call_of(height, width, guidance), own_prompts(prompts_file)
+    wanted = _fits(options.names(methods))
+    (site,) = {"module" if chosen.get("site") == "module" else "hidden" for _, chosen in wanted}
+    call, own = options.call_of(height, width, guidance), options.own_prompts(prompts_file)
     _check_prompts(prompts, own)
     files = [check_target(out / f"{name}.safetensors") for name, _ in wanted]
     model_ = opened(model, device)
@@ -87,9 +74,9 @@ def calibrate(
     if not state.is_main_process:
         return
     table = Table("method", "fitted", "file", title=f"{model_.name}: {len(calls)} runs of {steps} steps")
-    for (name, options), file in zip(wanted, files, strict=True):
+    for (name, chosen), file in zip(wanted, files, strict=True):
         with console.status(f"fitting {name}"):
-            calibration = fit(trace, name, **options)
+            calibration = fit(trace, name, **chosen)
         table.add_row(name, _figures(calibration.report), str(calibration.save(file)))
     recording.remove()
     console.print(table)
@@ -127,7 +114,7 @@ def _check_prompts(asked: int, known: Sequence[str]) -> None:
 
 
 def tune(
-    model: ModelName = "emoji-flux",
+    model: options.ModelName = "emoji-flux",
     computed_steps: Annotated[
         str | None, typer.Option(help="Exact numbers of computed steps, with commas; 12,9,7 by default.")
     ] = None,
@@ -145,15 +132,15 @@ def tune(
     ] = "leap",
     prompts: LearnFrom = 8,
     held_out: Annotated[int, typer.Option(min=1, help="How many other prompts to compare on.")] = 8,
-    prompts_file: PromptsFile = None,
-    seed: Seed = 1000,
-    steps: Steps = 50,
-    height: Height = None,
-    width: Width = None,
-    guidance: Guidance = None,
+    prompts_file: options.PromptsFile = None,
+    seed: options.Seed = 1000,
+    steps: options.Steps = 50,
+    height: options.Height = None,
+    width: options.Width = None,
+    guidance: options.Guidance = None,
     trials: Annotated[int, typer.Option(min=1, help="Lists of steps to look at for each number.")] = 40,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of LEAP's refinement.")] = 3,
-    device: Device = None,
+    device: options.Device = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files.")] = Path("calibrations"),
 ) -> None:
     """Find the best image that a budget can buy on a model: learn, compare on other prompts, say what to take.
@@ -166,16 +153,16 @@ def tune(
     from hasten.bench.tune import TuneSettings, run_tune
 
     settings = TuneSettings(
-        computed_steps=() if computed_steps is None else tuple(numbers(computed_steps, "--computed-steps")),
+        computed_steps=() if computed_steps is None else tuple(options.numbers(computed_steps, "--computed-steps")),
         max_error=max_error,
-        methods=tuple(names(methods)),
+        methods=tuple(options.names(methods)),
         search=search,
         prompts=prompts,
         held_out=held_out,
-        prompt_list=own_prompts(prompts_file),
+        prompt_list=options.own_prompts(prompts_file),
         seed=seed,
         steps=steps,
-        call=call_of(height, width, guidance),
+        call=options.call_of(height, width, guidance),
         trials=trials,
         rounds=rounds,
     )
