@@ -71,7 +71,9 @@ def _calling_frame() -> FrameType | None:
 def current_owner() -> Owner:
     """The owner of what happens now on this thread."""
     frame = _calling_frame()
-    return Owner(threading.get_ident(), None if frame is None else id(frame))
+    # Also makes a thread that was not started in Python known to `threading.enumerate`.
+    thread = threading.current_thread().ident or 0
+    return Owner(thread, None if frame is None else id(frame))
 
 
 def pipeline_of(owner: Owner) -> Any:
@@ -81,15 +83,20 @@ def pipeline_of(owner: Owner) -> Any:
 
 
 def alive(owners: Iterable[Owner]) -> set[Owner]:
-    """The owners whose call, or thread, has not ended."""
-    frames: dict[int, set[int]] = {}
-    for thread, top in sys._current_frames().items():
-        frame: FrameType | None = top
-        frames[thread] = ids = set()
-        while frame is not None:
-            ids.add(id(frame))
-            frame = frame.f_back
-    return {o for o in owners if o.thread in frames and (o.frame is None or o.frame in frames[o.thread])}
+    """The owners that may go on: calls that this thread is in, and all of threads that have not ended.
+
+    What another thread is in is not looked at: `sys._current_frames` may collect garbage while it holds a lock of the
+    interpreter, and hangs there (CPython issue 106883). A call cut short on a thread that idles is forgotten when that
+    thread starts its next run.
+    """
+    here = threading.get_ident()
+    frames: set[int] = set()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        frames.add(id(frame))
+        frame = frame.f_back
+    threads = {thread.ident for thread in threading.enumerate()}
+    return {o for o in owners if (o.frame is None or o.frame in frames if o.thread == here else o.thread in threads)}
 
 
 def unwrap(module: Any) -> Any:
