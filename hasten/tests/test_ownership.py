@@ -37,8 +37,10 @@ def randn(*shape, seed=0):
 
 
 def sharing(pipe, kind=None, scheduler=None):
-    """Another pipeline over the same transformer, with a scheduler of its own."""
+    """Another pipeline over the same transformer, with a scheduler and tokenizers of its own."""
     components = {**pipe.components, "scheduler": scheduler or copy.deepcopy(pipe.scheduler)}
+    # A fast tokenizer keeps padding as state, so that threads must not share one.
+    components |= {name: copy.deepcopy(part) for name, part in components.items() if name.startswith("tokenizer")}
     other = (kind or type(pipe))(**components)
     other.set_progress_bar_config(disable=True)
     return other
