@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
 from hasten.bench.plain import SPACINGS, Sampler, best_plain_arms
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.subject import Subject
