@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from hasten import DVG, RALU, Bottleneck, Fresco
 from hasten.bench.environment import environment
 from hasten.resolution.plan import feasible
 from hasten.resolution.planned import stage_lengths
 from torch.utils.flop_counter import FlopCounterMode
-
-from hasten import DVG, RALU, Bottleneck, Fresco
 
 OUT = Path(__file__).parent / "cost.json"
 TEXT, FINE, STEPS = 512, 4096, 50  # 1024x1024 pixels

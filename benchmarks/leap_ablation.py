@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from hasten import Calibration, LeapScheduler, fit_leap
 from hasten.bench import subject
 from hasten.bench.environment import environment
 from hasten.bench.metrics import psnr
@@ -32,8 +33,6 @@ from hasten.pipeline.replay import Replay
 from hasten.solvers.multistep import NormalEquations
 from torch import Tensor
 from torch.nn import functional
-
-from hasten import Calibration, LeapScheduler, fit_leap
 
 OUT = Path(__file__).parent / "leap-ablation.json"
 LEARN, HELD_OUT, STEPS, BATCH, SEED = 16, 24, 50, 4, 1000

@@ -9,15 +9,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import hasten
 import torch
 import typer
 from diffusers import FluxTransformer2DModel
+from hasten import registry
 from hasten.calibration import Calibration, Fingerprint, model_digest
 from hasten.errors import UnknownNameError
 from hasten.io import write_atomically
-
-import hasten
-from hasten import registry
 
 IMAGE_TOKENS, TEXT_TOKENS = 4096, 512
 ORDERS = {"taylorseer": (1, 2), "hicache": (1, 2), "freqca": (2,)}

@@ -16,12 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import hasten
 import torch
 from diffusers import FluxTransformer2DModel
 from hasten.bench.environment import environment
 from rich.progress import track
-
-import hasten
 
 TOKENS, TEXT, STEPS = 64, 8, 50
 

@@ -97,6 +97,11 @@ STREAMING = {
 FRAMES, SHOWN, SEED = 48, 16, 4
 
 
+def no_images(prompt: str, i: int) -> list[Path]:
+    """Images beside those of the result: none."""
+    return []
+
+
 def bench_page(page: Page, result_file: Path) -> Image.Image:
     """A sheet of some arms of a bench result."""
     result = json.loads(result_file.read_text())
@@ -104,7 +109,7 @@ def bench_page(page: Page, result_file: Path) -> Image.Image:
     rows["euler-50"] = result["baseline"]
     prompts = result["settings"]["prompts"][: page.captions]
     with ExitStack() as stack:
-        own: Callable[[str, int], list[Path]] = lambda prompt, i: []
+        own: Callable[[str, int], list[Path]] = no_images
         headings = list(page.arms.values())
         if page.edits:
             own = edit_images(Path(stack.enter_context(tempfile.TemporaryDirectory())))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hasten import Fresco
 from hasten.bench import subject
 from hasten.bench.environment import environment
 from hasten.bench.metrics import psnr
@@ -25,8 +26,6 @@ from hasten.resolution.packed import MixedState
 from hasten.resolution.regions import PromotionInput
 from rich.progress import track
 from torch import Tensor
-
-from hasten import Fresco
 
 STEPS, TOKENS = 50, 16
 SPLITS: dict[str, dict[str, Any]] = {

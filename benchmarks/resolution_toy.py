@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from hasten import RALU, Bottleneck, Fresco, Spectral
 from hasten.bench.environment import environment
 from hasten.resolution import RegionMethod
 from hasten.resolution.positions import ImageTokens, flux_ids, pack, unpack
 from rich.progress import track
 from torch import Tensor, nn
-
-from hasten import RALU, Bottleneck, Fresco, Spectral
 
 SIDE, SHIFT, REFERENCE = 32, 3.0, 50
 LOW, HIGH = 6, 10  # limits of the bands whose energy is compared with the true spectrum
