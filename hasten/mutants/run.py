@@ -107,12 +107,14 @@ class Trial:
                 status = self._run()
             finally:
                 os._exit(status)
+        with suppress(OSError):  # a group of its own, so that what hangs is ended with all that it has started
+            os.setpgid(self.process, self.process)
 
     def _run(self) -> int:
         """Run the tests, in the forked process; returns pytest's exit status."""
         import pytest
 
-        os.setpgid(0, 0)  # so that a test that hangs is ended with what it has started
+        os.setpgid(0, 0)
         log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -132,13 +134,22 @@ class Trial:
             self.seconds = time.monotonic() - self._started
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() - self._started > LIMIT:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process, signal.SIGKILL)
+            self._kill()
         return None
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process, signal.SIGKILL)
 
     def log(self) -> str:
         """The last lines of what the tests printed."""
         return (self.folder / "log").read_text(encoding="utf-8", errors="replace")[-2000:]
+
+    def stop(self) -> None:
+        """End the tests where they are."""
+        self._kill()
+        with suppress(ChildProcessError):
+            os.waitpid(self.process, 0)
 
     def close(self) -> None:
         """Remove the copy."""
@@ -146,8 +157,13 @@ class Trial:
 
 
 def _finished(trial: Trial) -> int:
-    while (status := trial.status()) is None:
-        time.sleep(0.05)
+    try:
+        while (status := trial.status()) is None:
+            time.sleep(0.05)
+    except BaseException:
+        trial.stop()
+        trial.close()
+        raise
     return status
 
 
@@ -180,23 +196,28 @@ def _try_all(chosen: list[Mutation], source: Path, jobs: int) -> tuple[list[Muta
     """
     waiting, running = list(reversed(chosen)), list[Trial]()
     survivors, wrong = [], 0
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            mutation = waiting.pop()
-            running.append(Trial(source, mutation.tests, mutation))
-        time.sleep(0.05)
-        for trial in list(running):
-            if (status := trial.status()) is None:
-                continue
-            running.remove(trial)
-            assert trial.mutation is not None
-            word = {PASSED: "SURVIVED", FAILED: "killed"}.get(status, "hung" if status < 0 else "UNCLEAR")
-            print(f"{word:8} {trial.seconds:6.1f} s  {trial.mutation.name}", flush=True)
-            if word == "UNCLEAR":  # no test ran, or the source does not even load
-                print(trial.log(), file=sys.stderr, flush=True)
-            if word == "SURVIVED":
-                survivors.append(trial.mutation)
-            wrong += word == "UNCLEAR" or (word == "SURVIVED") != bool(trial.mutation.reason)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                mutation = waiting.pop()
+                running.append(Trial(source, mutation.tests, mutation))
+            time.sleep(0.05)
+            for trial in list(running):
+                if (status := trial.status()) is None:
+                    continue
+                running.remove(trial)
+                assert trial.mutation is not None
+                word = {PASSED: "SURVIVED", FAILED: "killed"}.get(status, "hung" if status < 0 else "UNCLEAR")
+                print(f"{word:8} {trial.seconds:6.1f} s  {trial.mutation.name}", flush=True)
+                if word == "UNCLEAR":  # no test ran, or the source does not even load
+                    print(trial.log(), file=sys.stderr, flush=True)
+                if word == "SURVIVED":
+                    survivors.append(trial.mutation)
+                wrong += word == "UNCLEAR" or (word == "SURVIVED") != bool(trial.mutation.reason)
+                trial.close()
+    finally:  # after an interruption
+        for trial in running:
+            trial.stop()
             trial.close()
     return survivors, wrong
 
@@ -217,8 +238,10 @@ def main() -> int:
     source = _unchanged(chosen)
     if source is None:
         return 2
-    survivors, wrong = _try_all(chosen, source / "src", args.jobs)
-    shutil.rmtree(source, ignore_errors=True)
+    try:
+        survivors, wrong = _try_all(chosen, source / "src", args.jobs)
+    finally:
+        shutil.rmtree(source, ignore_errors=True)
     print(f"\n{len(chosen) - len(survivors)} of {len(chosen)} killed; {wrong} not as listed")
     for mutation in survivors:
         print(f"survived: {mutation.name}\n          {mutation.reason or 'no reason is listed: write a test'}")
