@@ -93,7 +93,11 @@ class Trial:
         """
         self.mutation, self._tests, self._started = mutation, tests, time.monotonic()
         self.folder = Path(tempfile.mkdtemp(prefix="mutant-"))
-        shutil.copytree(source, self.folder / "src")
+        try:
+            shutil.copytree(source, self.folder / "src")
+        except BaseException:
+            self.close()
+            raise
         if mutation is not None:
             path = self.folder / "src" / "hasten" / mutation.file
             path.write_text(mutation.applied(path.read_text(encoding="utf-8")), encoding="utf-8")
@@ -188,14 +192,15 @@ def _unchanged(chosen: list[Mutation]) -> Path | None:
     return trial.folder
 
 
-def _try_all(chosen: list[Mutation], source: Path, jobs: int) -> tuple[list[Mutation], int]:
+def _try_all(chosen: list[Mutation], source: Path, jobs: int) -> tuple[int, list[Mutation], int]:
     """Try the mutations, `jobs` at a time, and print a line for each.
 
     Returns:
-        Those that survived, and the number of results that are not as the list says.
+        How many tests noticed, those that survived, and the number of results that are not as the list says; where no
+        test ran, nothing is known.
     """
     waiting, running = list(reversed(chosen)), list[Trial]()
-    survivors, wrong = [], 0
+    noticed, survivors, wrong = 0, [], 0
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -211,6 +216,7 @@ def _try_all(chosen: list[Mutation], source: Path, jobs: int) -> tuple[list[Muta
                 print(f"{word:8} {trial.seconds:6.1f} s  {trial.mutation.name}", flush=True)
                 if word == "UNCLEAR":  # no test ran, or the source does not even load
                     print(trial.log(), file=sys.stderr, flush=True)
+                noticed += word in ("killed", "hung")
                 if word == "SURVIVED":
                     survivors.append(trial.mutation)
                 wrong += word == "UNCLEAR" or (word == "SURVIVED") != bool(trial.mutation.reason)
@@ -219,7 +225,7 @@ def _try_all(chosen: list[Mutation], source: Path, jobs: int) -> tuple[list[Muta
         for trial in running:
             trial.stop()
             trial.close()
-    return survivors, wrong
+    return noticed, survivors, wrong
 
 
 def main() -> int:
@@ -239,10 +245,10 @@ def main() -> int:
     if source is None:
         return 2
     try:
-        survivors, wrong = _try_all(chosen, source / "src", args.jobs)
+        noticed, survivors, wrong = _try_all(chosen, source / "src", args.jobs)
     finally:
         shutil.rmtree(source, ignore_errors=True)
-    print(f"\n{len(chosen) - len(survivors)} of {len(chosen)} killed; {wrong} not as listed")
+    print(f"\n{noticed} of {len(chosen)} killed, {len(survivors)} survived; {wrong} not as listed")
     for mutation in survivors:
         print(f"survived: {mutation.name}\n          {mutation.reason or 'no reason is listed: write a test'}")
     return 1 if wrong else 0
