@@ -22,8 +22,8 @@ from hasten_zoo.emoji_styles.judge import Judge
 from hasten_zoo.emoji_styles.latents import Latents, encode_views, load_latents, save_latents
 from hasten_zoo.emoji_styles.model import TEXT_TOKENS, build_pipeline, build_tokenizer, load_pipeline, shift
 from hasten_zoo.emoji_styles.perceptual import Perceptual
-from hasten_zoo.emoji_styles.training import CHECKPOINT, Loss, Settings, Training, load_half, run
 from hasten_zoo.emoji_styles.vae import EmojiVAE
+from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, load_half, run
 
 STYLES = ["noto", "flat", "3d"]
 CONCEPTS = ["red apple", "left arrow", "cat face"]

@@ -18,14 +18,14 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import WordLevel
-from tokenizers.processors import TemplateProcessing
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-__all__ = ["EmojiTokenizer", "PixelVAE", "build_pipeline", "load_pipeline"]
+from hasten_zoo.words import WordTokenizer, word_tokenizer
+
+__all__ = ["PixelVAE", "build_pipeline", "build_tokenizer", "load_pipeline"]
 
 TEXT_TOKENS = 8
 PATCH = 2  # FluxPipeline packs another 2x2 on top, so that a token covers 4x4 pixels
@@ -62,34 +62,10 @@ class PixelVAE(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
-class EmojiTokenizer(PreTrainedTokenizerFast):
-    """A word-level tokenizer whose length never exceeds its model's.
-
-    `FluxPipeline` asks for 512 text tokens unless told otherwise, which is eight times the image of this small model.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("max_length") is not None:
-            kwargs["max_length"] = min(int(kwargs["max_length"]), int(self.model_max_length))
-        return super().__call__(*args, **kwargs)
-
-
-def build_tokenizer(captions: list[str]) -> EmojiTokenizer:
-    """A tokenizer over the words of the captions; unknown words share one token."""
-    words = sorted({word for caption in captions for word in caption.split()})
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<bos>", "<eos>", *words])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 3)])
-    return EmojiTokenizer(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        model_max_length=TEXT_TOKENS,
-    )
+def build_tokenizer(captions: list[str]) -> WordTokenizer:
+    """A tokenizer over the words of the captions."""
+    words = {word for caption in captions for word in caption.split()}
+    return word_tokenizer(words, TEXT_TOKENS, pre_tokenizers.Whitespace())
 
 
 def build_pipeline(captions: list[str], images: Tensor, width: int = 128) -> FluxPipeline:
@@ -169,7 +145,7 @@ def _without_bars() -> Iterator[None]:
 
 def load_pipeline(folder: Path) -> FluxPipeline:
     """Load a pipeline folder that the training script exported; only local files are read."""
-    tokenizer = EmojiTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = WordTokenizer.from_pretrained(folder / "tokenizer")
     with _without_bars():
         return FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),

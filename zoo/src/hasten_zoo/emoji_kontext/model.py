@@ -13,10 +13,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, Flux
 from transformers import CLIPTextConfig, CLIPTextModel, T5EncoderModel
 
 from hasten_zoo.emoji_flux.data import load_emoji_set
-from hasten_zoo.emoji_flux.model import EmojiTokenizer, PixelVAE
+from hasten_zoo.emoji_flux.model import PixelVAE
 from hasten_zoo.emoji_flux.model import build_pipeline as build_emoji_flux
 from hasten_zoo.emoji_flux.model import load_pipeline as load_emoji_flux
 from hasten_zoo.emoji_kontext.data import BACKGROUNDS, CORNERS, EFFECTS, ITEMS, TINTS
+from hasten_zoo.words import WordTokenizer
 
 __all__ = ["LEARNED", "TEXT_TOKENS", "build_pipeline", "load_pipeline"]
 
@@ -55,7 +56,7 @@ def build_pipeline(start: Path | None = None, width: int = 128) -> FluxKontextPi
 
 def load_pipeline(folder: Path) -> FluxKontextPipeline:
     """Load a pipeline folder that the training script exported, in float32; only local files are read."""
-    tokenizer = EmojiTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = WordTokenizer.from_pretrained(folder / "tokenizer")
     return FluxKontextPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         vae=PixelVAE.from_pretrained(folder / "vae"),

@@ -13,56 +13,29 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import WordLevel
-from tokenizers.processors import TemplateProcessing
+from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from hasten_zoo.emoji_styles.augment import COLOURS
 from hasten_zoo.emoji_styles.vae import EmojiVAE
+from hasten_zoo.words import WordTokenizer, word_tokenizer
 
-__all__ = ["LEARNING", "TEXT_TOKENS", "WordTokenizer", "build_pipeline", "build_tokenizer", "load_pipeline", "shift"]
+__all__ = ["LEARNING", "TEXT_TOKENS", "build_pipeline", "build_tokenizer", "load_pipeline", "shift"]
 
 TEXT_TOKENS = 16
 LEARNING = ("transformer", "text_encoder", "text_encoder_2")  # the parts that the flow trains
 SHORTEST, LONGEST = (16, 0.5), (144, 1.15)  # image tokens, and the logarithm of the shift of times there
 
 
-class WordTokenizer(PreTrainedTokenizerFast):
-    """A word-level tokenizer whose length never exceeds its model's.
-
-    `FluxPipeline` asks for 512 text tokens unless told otherwise, which is eight times the image of this model.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("max_length") is not None:
-            kwargs["max_length"] = min(int(kwargs["max_length"]), int(self.model_max_length))
-        return super().__call__(*args, **kwargs)
-
-
 def build_tokenizer(styles: list[str], concepts: list[str]) -> WordTokenizer:
-    """A tokenizer over the words of styles, concepts and colours; unknown words share one token."""
+    """A tokenizer over the words of styles, concepts and colours."""
     words = {word for text in (*styles, *concepts, *COLOURS) for word in text.split()} | {",", "on"}
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<bos>", "<eos>", *sorted(words)])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(",", "isolated")]
-    )
-    tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 3)])
-    return WordTokenizer(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        model_max_length=TEXT_TOKENS,
-    )
+    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(",", "isolated")])
+    return word_tokenizer(words, TEXT_TOKENS, split)
 
 
 def shift(tokens: int) -> float:

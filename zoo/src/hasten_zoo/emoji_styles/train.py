@@ -30,8 +30,8 @@ from hasten_zoo.emoji_styles.augment import CAPTION_LEFT_OUT, COLOURS, STYLE_LEF
 from hasten_zoo.emoji_styles.data import PACKAGES, EmojiStyles, load_emoji_styles_data
 from hasten_zoo.emoji_styles.latents import Latents, load_latents
 from hasten_zoo.emoji_styles.model import LEARNING, TEXT_TOKENS, build_pipeline, build_tokenizer, shift
-from hasten_zoo.emoji_styles.training import CHECKPOINT, Loss, Settings, Training, load_half, run, save_half
 from hasten_zoo.emoji_styles.vae import EmojiVAE
+from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, load_half, run, save_half
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHARES = {64: 0.12, 128: 0.8, 192: 0.08}  # of the batches

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from hasten_zoo.emoji_styles.augment import draw_views, plain_views, render
 from hasten_zoo.emoji_styles.data import EmojiStyles, load_emoji_styles_data
 from hasten_zoo.emoji_styles.perceptual import Perceptual
-from hasten_zoo.emoji_styles.training import CHECKPOINT, Loss, Settings, Training, run
 from hasten_zoo.emoji_styles.vae import EmojiVAE
+from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, run
 
 BATCH = 8  # images of 128 pixels; the same number of pixels for other sizes
 CROP = 64  # pixels; side of the part that LPIPS sees

@@ -18,8 +18,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from hasten_zoo.emoji_flux.model import EmojiTokenizer, build_tokenizer
+from hasten_zoo.emoji_flux.model import build_tokenizer
 from hasten_zoo.sprites_wan.data import all_clips
+from hasten_zoo.words import WordTokenizer
 
 __all__ = ["LEARNED", "TEXT_TOKENS", "KeyframeVAE", "build_pipeline", "load_pipeline"]
 
@@ -90,7 +91,7 @@ def build_pipeline(width: int = 192, layers: int = 5) -> WanPipeline:
 def load_pipeline(folder: Path) -> WanPipeline:
     """Load a pipeline folder that the training script exported, in float32; only local files are read."""
     return WanPipeline(
-        tokenizer=EmojiTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer=WordTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder").float(),
         vae=KeyframeVAE.from_pretrained(folder / "vae"),
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
