@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import shutil
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,13 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hasten_zoo.emoji_styles.augment import CAPTION_LEFT_OUT, COLOURS, STYLE_LEFT_OUT, caption
 from hasten_zoo.emoji_styles.data import PACKAGES, EmojiStyles, load_emoji_styles_data
 from hasten_zoo.emoji_styles.latents import Latents, load_latents
 from hasten_zoo.emoji_styles.model import LEARNING, TEXT_TOKENS, build_pipeline, build_tokenizer, shift
 from hasten_zoo.emoji_styles.vae import EmojiVAE
-from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, load_half, run, save_half
+from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, attention_for, load_half, run, save_half
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHARES = {64: 0.12, 128: 0.8, 192: 0.08}  # of the batches
@@ -109,13 +107,9 @@ class Objective:
         noise = torch.randn(clean.shape, **draw)
         t = shifted_times(n, clean.shape[1], generator)
         noisy = torch.lerp(clean, noise, t[:, None, None])
-        with self._attention():
+        with attention_for(self.device):
             velocity = predict(self.net, noisy, t, text, self.positions[size])
         return Loss(F.mse_loss(velocity.float(), noise - clean), n, str(size))
-
-    def _attention(self) -> AbstractContextManager[Any]:
-        """For so few tokens plain products are faster on a CPU than the fused kernel, whose backward pass is slow."""
-        return sdpa_kernel(SDPBackend.MATH) if self.device == "cpu" else nullcontext()
 
 
 def image_positions(size: int, device: str = "cpu") -> Tensor:
