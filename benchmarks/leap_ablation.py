@@ -23,13 +23,13 @@ from einops import rearrange
 from hasten import Calibration, LeapScheduler, fit_leap
 from hasten.bench import subject
 from hasten.bench.environment import environment
-from hasten.bench.metrics import psnr
 from hasten.bench.tune import tuning_calls
 from hasten.caching.schedule import spread
 from hasten.fitting.leap_fitter import STARTS, Fitter
 from hasten.fitting.references import References, record_references
 from hasten.fitting.search import search_steps
 from hasten.pipeline.replay import Replay
+from hasten.quality.metrics import psnr
 from hasten.solvers.multistep import NormalEquations
 from torch import Tensor
 from torch.nn import functional

@@ -20,7 +20,7 @@ import torch
 from hasten import Fresco
 from hasten.bench import subject
 from hasten.bench.environment import environment
-from hasten.bench.metrics import psnr
+from hasten.quality.metrics import psnr
 from hasten.resolution.noise import Rewind
 from hasten.resolution.packed import MixedState
 from hasten.resolution.regions import PromotionInput

@@ -25,10 +25,10 @@ from hasten.bench import subject
 from hasten.bench.arms import Accelerated
 from hasten.bench.edits import edit_figures, edit_of
 from hasten.bench.environment import environment
-from hasten.bench.metrics import Lpips, psnr
 from hasten.bench.plain import plain_arms
 from hasten.bench.requests import caching_method, parse_request
 from hasten.bench.sampling import Attach, count_flops, draw_sample
+from hasten.quality.metrics import Lpips, psnr
 from hasten.resolution.layouts import PixelLayout
 from hasten_zoo.emoji_flux.data import load_emoji_set
 from rich.progress import track

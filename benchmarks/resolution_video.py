@@ -20,9 +20,9 @@ import torch
 from hasten.bench import subject
 from hasten.bench.arms import Accelerated
 from hasten.bench.environment import environment
-from hasten.bench.metrics import Lpips, over_frames, psnr, temporal_error
 from hasten.bench.requests import parse_request
 from hasten.bench.sampling import Sample, count_flops, draw_sample, plain
+from hasten.quality.metrics import Lpips, over_frames, psnr, temporal_error
 from hasten.resolution.plan import motion, texture
 from rich.progress import track
 

@@ -25,7 +25,6 @@ from hasten.bench import measurements, subject
 from hasten.bench.arms import Arm, merged
 from hasten.bench.edits import at_size, edit_figures, edit_of, source_arguments, vae_unedited, with_image
 from hasten.bench.labels import short_label
-from hasten.bench.metrics import over_frames, psnr, temporal_error
 from hasten.bench.report import render_report
 from hasten.bench.requests import caching_method, parse_request, reported
 from hasten.bench.resolution_arms import PlainCost, staged_arms
@@ -40,6 +39,7 @@ from hasten.caching.methods import FoCa
 from hasten.cli import measure
 from hasten.cli.common import show_result
 from hasten.errors import ConfigError, UnknownNameError
+from hasten.quality.metrics import over_frames, psnr, temporal_error
 from hasten.resolution import DVG
 
 STEPS = 8

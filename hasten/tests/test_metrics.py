@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from hasten.bench.metrics import Lpips, flip, psnr, relative_l2, ssim, summary_statistics
+from hasten.quality.metrics import Lpips, flip, psnr, relative_l2, ssim, summary_statistics
 
 images = st.integers(0, 2**31).map(lambda seed: torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed)))
 needs_lpips = pytest.mark.skipif(not Lpips.available(), reason="the lpips extra is not installed")

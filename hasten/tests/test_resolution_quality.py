@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hasten
 from hasten.bench import subject
-from hasten.bench.metrics import psnr
+from hasten.quality.metrics import psnr
 from hasten.resolution.seams import seam_steps
 
 PROMPTS = 3

@@ -9,8 +9,8 @@ from random import Random
 import pytest
 import torch
 from hasten.bench import subject
-from hasten.bench.metrics import psnr
 from hasten.errors import ConfigError, ModelError
+from hasten.quality.metrics import psnr
 from hasten.solvers import LeapScheduler
 from torch import Tensor, nn
 

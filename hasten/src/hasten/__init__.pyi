@@ -27,6 +27,7 @@ from .fitting.schedules import tune_steps
 from .pipeline.handle import Acceleration
 from .pipeline.records import StepRecord
 from .pipeline.summary import Summary
+from .quality.configuration import Configuration, load
 from .registry import MethodInfo
 from .resolution.methods import DVG, RALU, Bottleneck, Fresco, SpecEdit, Spectral
 from .solvers.scheduler import Leap, LeapScheduler
@@ -44,6 +45,7 @@ __all__ = [
     "Acceleration",
     "Bottleneck",
     "Calibration",
+    "Configuration",
     "EasyCache",
     "FBCache",
     "FoCa",
@@ -75,6 +77,7 @@ __all__ = [
     "fit",
     "fit_leap",
     "fit_leapcache",
+    "load",
     "methods",
     "record",
     "remove",

@@ -15,6 +15,9 @@ from hasten.pipeline.handle import Acceleration
 from hasten.pipeline.hooks import hooks_on
 from hasten.pipeline.summary import Summary
 from hasten.pipeline.view import PipelineView, transformers
+from hasten.quality.configuration import Configuration
+from hasten.quality.requests import Requests, model_name
+from hasten.quality.setting import Setting, find
 from hasten.registry import methods
 from hasten.resolution.engine import ResolutionMethod
 from hasten.streaming.policy import StreamingMethod
@@ -56,7 +59,14 @@ def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | ResolutionMe
     return chosen
 
 
-def accelerate(target: Any, *methods: Any, replace: bool = False, **params: Any) -> Acceleration:
+def accelerate(
+    target: Any,
+    *methods: Any,
+    quality: str | None = None,
+    audit: float = 0.0,
+    replace: bool = False,
+    **params: Any,
+) -> Acceleration:
     """Make a diffusers pipeline (or a bare transformer) faster. The pipeline is called as before.
 
     Args:
@@ -64,18 +74,24 @@ def accelerate(target: Any, *methods: Any, replace: bool = False, **params: Any)
         methods: a method's name or object, such as `"hicache"` or `hasten.HiCache(interval=7)`; or a caching method and
             one with stages, `hasten.DVG(), hasten.FoCa(interval=3)`: the cache then starts again in each stage. Without
             a method it is HiCache with its uniform schedule: the conservative choice, which guidance does not break.
+            Or a configuration that `hasten.load` read.
+        quality: instead of a method, a tier that is certified for the model (`"lossless"`, `"high"`, `"draft"`), the
+            path of a certificate, or `"exact"` for the full run.
+        audit: with `quality`, the share of calls for which the full run is made too and the tolerance checked; the
+            logger `hasten` warns.
         replace: take away an acceleration that is there already; a caching method that does not fit leaves it.
         params: parameters of a single method; common ones of caches are `interval`, `warmup`, `site` and `steps`.
 
     Returns:
-        a handle with `.records`, `.summary()`, `.stages`, `.estimate_bytes()`, `.reset()` and `.remove()`; also a
-        context manager.
+        a handle with `.records`, `.summary()`, `.using()`, `.save()`, `.stages`, `.estimate_bytes()`, `.reset()` and
+        `.remove()`; also a context manager.
 
     Raises:
         UnknownNameError, ConfigError: for a method or parameter that cannot work.
         TargetError: if there is no transformer.
         AdapterError: if the transformer's layout is not known and cannot be found out.
         AlreadyAcceleratedError: if it is accelerated already, by hasten or by another cache.
+        CertificateError: if the quality is not certified for the model; in a call outside of its range, too.
 
     Example:
         >>> run = hasten.accelerate(pipe, "hicache", interval=7)
@@ -83,12 +99,24 @@ def accelerate(target: Any, *methods: Any, replace: bool = False, **params: Any)
         >>> print(run.summary())
         >>> run.remove()
     """
-    method, staged = _methods(methods, params)
+    if len(methods) == 1 and isinstance(methods[0], Configuration):
+        configuration = with_params(methods[0], quality=quality or methods[0].quality, audit=audit or methods[0].audit)
+        methods = () if configuration.method is None else registry.parse(configuration.method)
+        if configuration.computed_steps is not None:
+            params["computed_steps"] = configuration.computed_steps
+    else:
+        configuration = Configuration(quality=quality, audit=audit)
     modules = transformers(target)
     home = None if isinstance(target, nn.Module) else PipelineView(target)
+    staged = None
+    if configuration.quality is None:
+        method, staged = _methods(methods, params)
+        setting = None if method is None else Setting(method)
+    else:
+        setting = _certified(configuration.quality, methods, params, modules, home)
     engines = {}
-    if method is not None:
-        engines = {name: CachingEngine(module, method, home) for name, module in modules.items()}
+    if setting is not None:
+        engines = {name: CachingEngine(m, setting.method, home, setting.check) for name, m in modules.items()}
     if replace:
         for handle in _handles(modules):
             handle.remove()
@@ -98,11 +126,28 @@ def accelerate(target: Any, *methods: Any, replace: bool = False, **params: Any)
             engine.attach()
         if staged is not None:
             stages = staged.attach(target)
+        requests = Requests(modules, engines, home, setting, staged, configuration)
     except BaseException:
         for engine in engines.values():
             engine.detach()
         raise
-    return Acceleration(engines, stages, modules, home)
+    return Acceleration(engines, stages, modules, home, requests)
+
+
+def _certified(
+    quality: str,
+    methods: tuple[Any, ...],
+    params: dict[str, Any],
+    modules: dict[str, nn.Module],
+    home: PipelineView | None,
+) -> Setting:
+    """The certified setting, which decides on everything."""
+    if methods or params:
+        given = ", ".join([*map(str, methods), *params])
+        raise ConfigError(f"quality={quality!r} decides on the method and its parameters; leave {given} out")
+    if home is None:
+        raise ConfigError("a certificate is for a pipeline's calls; accelerate the pipeline, not the transformer alone")
+    return find(quality, modules, home.scheduler, model_name(home.pipe))
 
 
 def summary(target: Any, run: int = -1) -> Summary:

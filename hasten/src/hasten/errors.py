@@ -9,6 +9,7 @@ __all__ = [
     "AdapterError",
     "AlreadyAcceleratedError",
     "CalibrationError",
+    "CertificateError",
     "ConfigError",
     "CopyError",
     "FileError",
@@ -32,6 +33,10 @@ class ConfigError(HastenError, ValueError):
 
 class CalibrationError(ConfigError):
     """A calibration is missing, damaged, or belongs to something else; the message spells out the difference."""
+
+
+class CertificateError(ConfigError):
+    """A certificate is missing or damaged, or does not hold for a call; the message says why and how to certify it."""
 
 
 class ScheduleError(ConfigError):

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from hasten.bench.metrics import PSNR_CEILING, psnr
 from hasten.bench.subject import Edit, Subject
 from hasten.errors import ConfigError
+from hasten.quality.metrics import PSNR_CEILING, psnr
 
 __all__ = ["at_size", "edit_figures", "edit_of", "source_arguments", "vae_unedited", "with_image"]
 

@@ -6,13 +6,11 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hasten.bench import metrics
 from hasten.bench.arms import Arm
 from hasten.bench.edits import edit_figures
 from hasten.bench.row import Baseline, Row
@@ -20,6 +18,7 @@ from hasten.bench.sampling import Sample
 from hasten.bench.sheet import film_strip, to_pil
 from hasten.bench.subject import Subject
 from hasten.io import write_atomically
+from hasten.quality import metrics
 
 __all__ = [
     "Measurement",
@@ -65,9 +64,8 @@ class Measurement:
     flops: int | None = None
 
 
-@cache
 def _lpips() -> metrics.Lpips | None:
-    return metrics.Lpips() if metrics.Lpips.available() else None
+    return metrics.lpips() if metrics.Lpips.available() else None
 
 
 def missing_columns() -> dict[str, str]:

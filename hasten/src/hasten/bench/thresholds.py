@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from hasten.bench.metrics import PSNR_CEILING, over_frames, psnr
 from hasten.bench.sampling import Attach, Sample, count_flops, draw_sample, plain
 from hasten.bench.subject import Subject
 from hasten.errors import ConfigError, HastenWarning
+from hasten.quality.metrics import PSNR_CEILING, over_frames, psnr
 
 __all__ = ["Match", "Trial", "Trials", "match_computed_steps"]
 

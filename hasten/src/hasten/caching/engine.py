@@ -6,6 +6,7 @@ import inspect
 import math
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -62,6 +63,7 @@ class CachingEngine(Hook):
         model: the transformer.
         method: what to do.
         home: the pipeline that it is accelerated in; None for a bare transformer.
+        check: called with each run before its first forward; raises what the call is to end with.
 
     Raises:
         AdapterError: if the transformer's layout is unknown and cannot be probed.
@@ -70,9 +72,15 @@ class CachingEngine(Hook):
 
     kind = "caching"
 
-    def __init__(self, model: nn.Module, method: CachingMethod, home: PipelineView | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: CachingMethod,
+        home: PipelineView | None = None,
+        check: Callable[[Run], None] | None = None,
+    ) -> None:
         method.check_model(model)
-        self.model, self.method = model, method
+        self.model, self.method, self._home, self._check = model, method, home, check
         self._adapter = models.find(model)
         names = (self._adapter.hidden, self._adapter.timestep) if self._adapter else models.root_arguments(model)
         self._hidden, self._timestep = names
@@ -86,6 +94,16 @@ class CachingEngine(Hook):
         self._said: set[str] = set()
         self._remove: Remove | None = None
         self._refuse_other_cache()
+
+    def beside(self, method: CachingMethod, check: Callable[[Run], None] | None = None) -> CachingEngine:
+        """Another engine on the transformer, for single calls: it counts runs and keeps records together with this one.
+
+        Raises:
+            AdapterError, CalibrationError: if the method does not fit the transformer.
+        """
+        other = CachingEngine(self.model, method, self._home, check)
+        other.runs, other._records = self.runs, self._records
+        return other
 
     # --- attaching and detaching
 
@@ -200,6 +218,8 @@ class CachingEngine(Hook):
 
     def _begin(self, run: Run) -> CachingRun:
         self._refuse_other_cache()
+        if self._check is not None:
+            self._check(run)
         if compiled_whole(self.model) or (run.view is not None and run.view.compiles(self.model)):
             self._warn("compiled", WHOLE)
         self.facts = RunFacts(run.total, run.timesteps, run.guidance)

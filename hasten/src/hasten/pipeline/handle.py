@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
@@ -15,7 +17,7 @@ from hasten.pipeline.records import StepRecord
 from hasten.pipeline.summary import Summary
 from hasten.pipeline.view import PipelineView, unwrap
 
-__all__ = ["Acceleration", "CachingPart", "ResolutionPart"]
+__all__ = ["Acceleration", "CachingPart", "RequestsPart", "ResolutionPart"]
 
 
 class CachingPart(Protocol):
@@ -44,6 +46,14 @@ class ResolutionPart(Protocol):
     def remove(self) -> None: ...
 
 
+class RequestsPart(Protocol):
+    """What gives single calls settings of their own, and knows the setting of all others."""
+
+    def using(self, quality: str | None, computed_steps: int | None) -> AbstractContextManager[Any]: ...
+    def save(self, path: str | Path) -> Path: ...
+    def close(self) -> None: ...
+
+
 class Acceleration:
     """Handle of an accelerated pipeline or transformer; also a context manager that removes itself at the end."""
 
@@ -53,7 +63,9 @@ class Acceleration:
         stages: ResolutionPart | None,
         modules: Mapping[str, nn.Module],
         home: PipelineView | None,
+        requests: RequestsPart,
     ) -> None:
+        self._requests = requests
         self._engines, self._stages = dict(engines), stages
         self._modules, self._home = dict(modules), home
         for part in self._parts:
@@ -111,6 +123,37 @@ class Acceleration:
         stages = self._stages.report(run).described if self._stages is not None and staged else None
         return Summary.of([type(method).__name__ for method in self.methods], cached, staged, stages)
 
+    def using(self, *, quality: str | None = None, computed_steps: int | None = None) -> AbstractContextManager[Any]:
+        """Give the calls within a `with` a setting of their own; calls on other threads keep theirs.
+
+        Args:
+            quality: a tier that is certified for the model, the path of a certificate, or `"exact"` for the full run.
+            computed_steps: steps to compute with the method at work.
+
+        Returns:
+            what gives a pipeline to call: it shares all models with the accelerated one and has a scheduler and
+            tokenizers of this thread's own, so that calls of several threads do not disturb each other. Of a bare
+            transformer it gives the transformer. With neither argument the setting stays.
+
+        Raises:
+            ConfigError: if both are given, or the method cannot compute so many steps.
+            CertificateError: if nothing is certified for the model, or a call is outside of the certificate's range.
+
+        Example:
+            >>> with run.using(quality="draft") as pipe:
+            ...     image = pipe("a red apple").images[0]
+        """
+        return self._requests.using(quality, computed_steps)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the setting as a configuration, YAML or JSON by the name's ending; `hasten.load` reads it.
+
+        Raises:
+            ConfigError: if the setting holds what was not read from a file.
+            FileError: if it cannot be written.
+        """
+        return self._requests.save(path)
+
     def _astray(self) -> str | None:
         """Whether the pipeline calls a transformer that is not the accelerated one, as text."""
         pipe = None if self._home is None else self._home.pipe
@@ -157,6 +200,7 @@ class Acceleration:
 
     def remove(self) -> None:
         """Take the acceleration away and leave the modules as they were found; records stay readable."""
+        self._requests.close()
         if self._stages is not None:
             self._stages.remove()
         for engine in self._engines.values():

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from hasten.errors import TargetError
 
-__all__ = ["TRANSFORMERS", "Owner", "PipelineView", "alive", "current_owner", "pipeline_of", "transformers", "unwrap"]
+__all__ = [
+    "TRANSFORMERS",
+    "Owner",
+    "PipelineView",
+    "alive",
+    "call_arguments",
+    "current_owner",
+    "pipeline_of",
+    "transformers",
+    "unwrap",
+]
 
 TRANSFORMERS = ("transformer", "transformer_2")  # where pipelines keep what denoises
 
@@ -80,6 +90,22 @@ def pipeline_of(owner: Owner) -> Any:
     """The pipeline whose call the owner is, seen from within this call; None in a loop of the user's own."""
     frame = _calling_frame()
     return _first_argument(frame) if frame is not None and id(frame) == owner.frame else None
+
+
+def call_arguments(owner: Owner) -> dict[str, Any]:
+    """The arguments of the pipeline's call that the owner is, as they stand now; none in a loop of the user's own.
+
+    Pipelines fill in what was not given, such as the size, before the first forward.
+    """
+    frame = _calling_frame()
+    if frame is None or id(frame) != owner.frame:
+        return {}
+    code, local = frame.f_code, frame.f_locals
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    found = {name: local[name] for name in names if name in local}
+    if isinstance(local, dict):  # see `_first_argument`
+        local.clear()
+    return found
 
 
 def alive(owners: Iterable[Owner]) -> set[Owner]:

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hasten.bench.metrics import psnr
 from hasten.bench.sheet import image_grid
 from hasten.io import write_atomically
+from hasten.quality.metrics import psnr
 from rich.progress import track
 
 from hasten_zoo.emoji_flux import WEIGHTS, load_emoji_flux, nearest_captions

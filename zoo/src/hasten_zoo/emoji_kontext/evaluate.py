@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hasten.bench.metrics import psnr
 from hasten.bench.sheet import image_grid
 from hasten.bench.subject import Edit, Subject
 from hasten.io import write_atomically
+from hasten.quality.metrics import psnr
 from torch import Tensor
 from torch.nn import functional
 

@@ -13,8 +13,8 @@ from functools import cache
 
 import numpy as np
 import torch
-from hasten.bench.metrics import Lpips, ssim
 from hasten.errors import ConfigError
+from hasten.quality.metrics import Lpips, ssim
 from hasten.tokens import MemberSampler, TokenMap
 from numpy.typing import NDArray
 from scipy.linalg import sqrtm

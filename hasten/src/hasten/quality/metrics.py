@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "PSNR_CEILING",
     "Lpips",
     "flip",
+    "lpips",
     "over_frames",
     "psnr",
     "relative_l2",
@@ -262,3 +264,13 @@ class Lpips:
 def _blur_half(x: Tensor, kernel: Tensor) -> Tensor:
     """Depthwise 3x3 blur at stride 2; the reflected margin of 2 is the one the weights were trained with."""
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, stride=2, groups=x.shape[1])
+
+
+@cache
+def lpips() -> Lpips:
+    """The distance, with weights that are read once.
+
+    Raises:
+        ModelError: if the weights are not installed.
+    """
+    return Lpips()

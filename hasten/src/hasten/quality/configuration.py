@@ -1,0 +1,131 @@
+"""A setting as a file: `hasten.yaml`, for the library, the command line and whatever runs it.
+
+quality: high            # or a method, and perhaps computed_steps
+audit: 0.01
+
+method: foca:schedule=even
+computed_steps: 9
+
+model: black-forest-labs/FLUX.1-dev      # of the command line alone, as are steps, height, width and guidance
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, get_args
+
+from hasten import registry
+from hasten.errors import ConfigError, unknown
+from hasten.io import describe, write_atomically
+from hasten.parameters import Declared, Parameter, Range, parameters
+
+__all__ = ["Configuration", "load", "schema"]
+
+MOST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Configuration(Declared):
+    """What to do and, for the command line, with which model and call."""
+
+    quality: Annotated[str | None, "a certified tier (lossless, high, draft), a certificate's path, or exact"] = None
+    method: Annotated[str | None, "a method expression, such as foca:schedule=even"] = None
+    computed_steps: Annotated[int | None, Range(1), "steps that the method computes"] = None
+    audit: Annotated[float, Range(0, 1), "share of calls that are checked against the full run"] = 0.0
+    model: Annotated[str | None, "an installed model, a pipeline's folder, or a hub id"] = None
+    steps: Annotated[int | None, Range(1), "steps that the pipeline is called with"] = None
+    height: Annotated[int | None, Range(1), "height in pixels"] = None
+    width: Annotated[int | None, Range(1), "width in pixels"] = None
+    guidance: Annotated[float | None, Range(0), "true classifier-free guidance"] = None
+
+    def check(self) -> None:
+        if self.quality is not None and (self.method is not None or self.computed_steps is not None):
+            raise ConfigError("Configuration: quality decides on method and computed_steps; leave them or it out")
+        if self.audit and self.quality is None:
+            raise ConfigError("Configuration: audit checks the tolerance of a quality; give one, or leave audit out")
+        if self.method is not None:
+            for name, _ in registry.split(self.method):
+                registry.info(name)
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as YAML, or as JSON to a name that ends so; returns the path.
+
+        Raises:
+            FileError: if it cannot be written.
+        """
+        content = {name: value for name, value in asdict(self).items() if value not in (None, 0.0)}
+        if Path(path).suffix == ".json":
+            return write_atomically(path, json.dumps(content, indent=1) + "\n")
+        import yaml
+
+        return write_atomically(path, yaml.safe_dump(content, sort_keys=False))
+
+
+def load(path: str | Path) -> Configuration:
+    """Read a configuration, YAML or JSON; paths of files in it are relative to its folder.
+
+    Example:
+        >>> run = hasten.accelerate(pipe, hasten.load("hasten.yaml"))
+
+    Raises:
+        ConfigError: if there is no such file, or it is no configuration.
+        UnknownNameError: for an entry or a method that does not exist.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `run.save({str(path)!r})` writes one") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: no usable configuration ({describe(error)})") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ConfigError(f"{path}: expected entries such as `quality: high`, got {type(content).__name__}")
+    known = parameters(Configuration)
+    for name in content:
+        if name not in known:
+            raise unknown(f"entry of {path}", name, known)
+    return _located(Configuration(**content), path.parent)
+
+
+def _located(made: Configuration, folder: Path) -> Configuration:
+    """The configuration with the files beside it by paths that can be opened from anywhere."""
+    changes: dict[str, Any] = {}
+    if made.quality is not None and made.quality.endswith(".json"):
+        changes["quality"] = str(folder / made.quality)
+    if made.method is not None:
+        parts = []
+        for name, texts in registry.split(made.method):
+            found = {key: str(folder / text) if (folder / text).is_file() else text for key, text in texts.items()}
+            parts.append(":".join([name, *(f"{key}={text}" for key, text in found.items())]))
+        changes["method"] = "+".join(parts)
+    return replace(made, **changes)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a configuration's file."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "hasten",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {name: _property(parameter) for name, parameter in parameters(Configuration).items()},
+    }
+
+
+def _property(parameter: Parameter) -> dict[str, Any]:
+    inner, *extras = get_args(parameter.hint)  # all of them are annotated
+    limits = [extra for extra in extras if isinstance(extra, Range)]
+    kinds = [kind for kind in (get_args(inner) or (inner,)) if kind is not NoneType]
+    names = {int: "integer", float: "number", str: "string"}
+    found: dict[str, Any] = {"type": names[kinds[0]], "description": parameter.meaning}
+    for limit in limits:
+        bounds = {"minimum": limit.least, "maximum": limit.most}
+        found |= {key: value for key, value in bounds.items() if value is not None}
+    return found

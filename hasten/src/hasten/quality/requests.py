@@ -1,0 +1,157 @@
+"""The setting of an accelerated pipeline, and settings of single calls."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hasten import registry
+from hasten.caching.engine import CachingEngine
+from hasten.errors import ConfigError
+from hasten.pipeline.hooks import Hook, instead
+from hasten.pipeline.view import PipelineView
+from hasten.quality.audit import Audit
+from hasten.quality.configuration import Configuration
+from hasten.quality.setting import FixedLeap, Setting, find
+from hasten.quality.tolerance import EXACT
+
+__all__ = ["Requests", "model_name"]
+
+
+def model_name(pipe: Any) -> str:
+    """Where a pipeline was loaded from, as far as it knows; empty if it does not."""
+    config = getattr(pipe, "config", None)
+    return str(getattr(config, "_name_or_path", "") or getattr(config, "get", lambda _: "")("_name_or_path") or "")
+
+
+class Requests:
+    """Gives calls of an accelerated pipeline their settings.
+
+    Args:
+        modules: the transformers by name.
+        engines: what is attached to each of them.
+        home: the pipeline; None for a bare transformer.
+        setting: what all calls have unless they are given another; None if no caching method is at work.
+        staged: the resolution method at work, if any.
+        configuration: what the user asked for.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        engines: Mapping[str, CachingEngine],
+        home: PipelineView | None,
+        setting: Setting | None,
+        staged: Any,
+        configuration: Configuration,
+    ) -> None:
+        self._modules, self._engines, self._home = dict(modules), dict(engines), home
+        self._setting, self._staged, self._configuration = setting, staged, configuration
+        self._instead: dict[tuple[str | None, int | None], tuple[Setting, dict[Hook, Hook]]] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._scheduler = None if home is None else home.scheduler
+        self._replaced = None if setting is None else setting.scheduler()
+        if self._replaced is not None and home is not None:
+            home.pipe.scheduler = self._replaced
+        self._audit: Audit | None = None
+        if configuration.audit and home is not None and setting is not None and setting.certificate is not None:
+            full = partial(self.using, EXACT, None)
+            self._audit = Audit(home.pipe, setting.certificate, configuration.audit, full)
+
+    def close(self) -> None:
+        """Give the pipeline its scheduler back, unless somebody gave it another one, and end audits."""
+        if self._audit is not None:
+            self._audit.close()
+        pipe = None if self._home is None else self._home.pipe
+        if pipe is not None and self._replaced is not None and pipe.scheduler is self._replaced:
+            pipe.scheduler = self._scheduler
+        self._modules, self._engines, self._home, self._instead = {}, {}, None, {}
+        self._setting = self._audit = self._scheduler = None
+
+    @property
+    def audit(self) -> Audit | None:
+        """What checks calls against the full run."""
+        return self._audit
+
+    def save(self, path: str | Path) -> Path:
+        """Write the setting of all calls as a configuration; see `Acceleration.save`."""
+        if self._configuration.quality is not None:
+            return self._configuration.save(path)
+        methods = [one for one in (self._staged, self._setting and self._setting.method) if one is not None]
+        if not methods:
+            raise ConfigError("the acceleration was removed, and there is no setting to save")
+        return replace(self._configuration, method=registry.format(*methods), computed_steps=None).save(path)
+
+    @contextmanager
+    def using(self, quality: str | None, computed_steps: int | None) -> Iterator[Any]:
+        """See `Acceleration.using`."""
+        if self._staged is not None:
+            raise ConfigError("a resolution method is at work, whose stages are those of all calls; leave it out")
+        if self._setting is None:
+            raise ConfigError("the acceleration was removed; accelerate the pipeline again")
+        setting, hooks = self._made(quality, computed_steps)
+        with instead(hooks):
+            yield self._lane(setting)
+
+    def _made(self, quality: str | None, computed_steps: int | None) -> tuple[Setting, dict[Hook, Hook]]:
+        """A setting and its hooks, which are made once; features and records are of runs, so that calls may share."""
+        key = (quality, computed_steps)
+        if key == (None, None):
+            assert self._setting is not None
+            return self._setting, {}
+        with self._lock:
+            if key not in self._instead:
+                setting = self._chosen(quality, computed_steps)
+                hooks: dict[Hook, Hook] = {
+                    engine: engine.beside(setting.method, setting.check) for engine in self._engines.values()
+                }
+                self._instead[key] = setting, hooks
+            return self._instead[key]
+
+    def _chosen(self, quality: str | None, computed_steps: int | None) -> Setting:
+        assert self._setting is not None
+        if quality is not None and computed_steps is not None:
+            raise ConfigError(
+                f"quality={quality!r} decides how many steps are computed; leave out one of it and computed_steps"
+            )
+        if quality is None:
+            assert computed_steps is not None
+            return self._setting.with_computed_steps(computed_steps)
+        if self._home is None and quality != EXACT:
+            raise ConfigError("a certificate is for a pipeline's calls; accelerate the pipeline itself")
+        name = model_name(None if self._home is None else self._home.pipe)
+        return find(quality, self._modules, self._scheduler, name)
+
+    def _lane(self, setting: Setting) -> Any:
+        """A pipeline for calls of this thread: what calls change is its own, what computes is shared."""
+        pipe = None if self._home is None else self._home.pipe
+        if pipe is None:
+            return next(iter(self._modules.values()))
+        lane = copy.copy(pipe)
+        if self._audit is not None:
+            lane.__class__ = self._audit.plain_class
+        own = setting.scheduler() or copy.deepcopy(self._own_scheduler(pipe))
+        lane.__dict__["scheduler"] = own  # past the pipeline's setter, which describes its components anew
+        for name, part in vars(pipe).items():
+            if name.startswith("tokenizer") and part is not None:
+                lane.__dict__[name] = self._tokenizer(part)
+        return lane
+
+    def _own_scheduler(self, pipe: Any) -> Any:
+        return self._scheduler if isinstance(pipe.scheduler, FixedLeap) else pipe.scheduler
+
+    def _tokenizer(self, part: Any) -> Any:
+        """This thread's copy of a tokenizer: fast ones keep padding and truncation as state."""
+        copies = self._local.__dict__.setdefault("copies", {})
+        if id(part) not in copies:
+            copies[id(part)] = part, copy.deepcopy(part)  # holding it keeps its identity from being given to another
+        return copies[id(part)][1]
