@@ -146,7 +146,7 @@ def _certified(
         given = ", ".join([*map(str, methods), *params])
         raise ConfigError(f"quality={quality!r} decides on the method and its parameters; leave {given} out")
     if home is None:
-        raise ConfigError("a certificate is for a pipeline's calls; accelerate the pipeline, not the transformer alone")
+        raise ConfigError("a certificate is for a pipeline's calls; accelerate the pipeline itself")
     return find(quality, modules, home.scheduler, model_name(home.pipe))
 
 

@@ -49,6 +49,8 @@ class ResolutionPart(Protocol):
 class RequestsPart(Protocol):
     """What gives single calls settings of their own, and knows the setting of all others."""
 
+    @property
+    def audit(self) -> Any: ...
     def using(self, quality: str | None, computed_steps: int | None) -> AbstractContextManager[Any]: ...
     def save(self, path: str | Path) -> Path: ...
     def close(self) -> None: ...
@@ -144,6 +146,11 @@ class Acceleration:
             ...     image = pipe("a red apple").images[0]
         """
         return self._requests.using(quality, computed_steps)
+
+    @property
+    def audit(self) -> Any:
+        """What checks calls against the full run, with the metrics in `.checked`; None without `audit=`."""
+        return self._requests.audit
 
     def save(self, path: str | Path) -> Path:
         """Write the setting as a configuration, YAML or JSON by the name's ending; `hasten.load` reads it.

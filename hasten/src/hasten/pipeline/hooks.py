@@ -13,8 +13,8 @@ import threading
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from types import MethodType
 from typing import Any, ClassVar
@@ -33,6 +33,7 @@ __all__ = [
     "hooks_on",
     "instead",
     "pass_name",
+    "still",
     "wrap_step",
 ]
 
@@ -76,7 +77,7 @@ class _HookedCalls:
         self._module = weakref.ref(module)
         self._inner = module.__dict__.get("_call_impl")  # somebody else's, if any
         self._names = threading.local()
-        self._lock = threading.RLock()  # proxies stand in the tree during a call, which no other thread may see
+        self.lock = threading.RLock()  # proxies stand in the tree during a call, which no other thread may see
         self._compiled = module.__dict__.pop("_compiled_call_impl", None)
         self.hooks: tuple[Hook, ...] = ()  # innermost first
         call = torch.compiler.disable(self._call)
@@ -136,7 +137,7 @@ class _HookedCalls:
         forward = self._inner or functools.partial(type(module)._call_impl, module)
         for hook in self.hooks:
             forward = functools.partial(_through, hook, module, forward)
-        with self._lock:
+        with self.lock:
             return forward(*args, **kwargs)
 
     @contextmanager
@@ -226,6 +227,17 @@ def hooks_on(module: Any) -> tuple[Hook, ...]:
     """The hooks on a module, innermost first."""
     calls = getattr(module, "__dict__", {}).get(_KEY)
     return () if calls is None else calls.hooks
+
+
+@contextmanager
+def still(modules: Iterable[Any]) -> Iterator[None]:
+    """Within it no other thread is inside of these modules' calls, during which proxies may stand in their trees."""
+    with ExitStack() as stack:
+        for module in modules:
+            calls = module.__dict__.get(_KEY)
+            if calls is not None:
+                stack.enter_context(calls.lock)
+        yield
 
 
 def pass_name(module: Any) -> str | None:

@@ -51,7 +51,7 @@ class Call:
         height, width: in pixels.
         frames: of a clip.
         guidance: scales by the name of the argument; 1 where the pipeline leaves guidance out.
-        timesteps: of the run.
+        timesteps: of the run, of all transformers together.
     """
 
     height: int | None
@@ -73,7 +73,7 @@ class Call:
         against = [name for name in PROMPTS_AGAINST if name in given]
         if "true_cfg_scale" in guidance and against and all(given[name] is None for name in against):
             guidance["true_cfg_scale"] = 1.0
-        return cls(whole("height"), whole("width"), whole("num_frames"), guidance, run.timesteps)
+        return cls(whole("height"), whole("width"), whole("num_frames"), guidance, _timesteps(run))
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ class Conditions:
         """What is different about the steps of a full run, as text."""
         if timesteps is None:
             return ["the scheduler does not tell its steps"]
-        if len(timesteps) != self.steps:
-            return [f"certified for {self.steps} steps, this call has {len(timesteps)}"]
+        if len(timesteps) != len(self.timesteps):
+            return [f"certified for {len(self.timesteps)} steps, this call has {len(timesteps)}"]
         largest = max(map(abs, self.timesteps)) or 1.0
         if any(abs(a - b) > TIMESTEP_TOLERANCE * largest for a, b in zip(timesteps, self.timesteps, strict=True)):
             return ["certified at other timesteps: another shift, spacing or strength"]
@@ -149,6 +149,12 @@ class Conditions:
         """Options of `hasten certify` for these conditions."""
         size = [f"--{name} {value}" for name in ("height", "width") if (value := getattr(self, name)) is not None]
         return " ".join([*size, f"--steps {self.steps}"])
+
+
+def _timesteps(run: Run) -> tuple[float, ...] | None:
+    if run.sampler_timesteps is None or run.view is None:
+        return None
+    return tuple(run.sampler_timesteps[run.view.begin_index :].tolist())
 
 
 def scheduler_facts(scheduler: Any) -> tuple[str, dict[str, Any]]:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,23 @@ from torch import nn
 from hasten import registry
 from hasten.caching.engine import CachingEngine
 from hasten.errors import ConfigError
-from hasten.pipeline.hooks import Hook, instead
+from hasten.pipeline.hooks import Forward, Hook, instead, still
 from hasten.pipeline.view import PipelineView
 from hasten.quality.audit import Audit
 from hasten.quality.configuration import Configuration
-from hasten.quality.setting import FixedLeap, Setting, find
+from hasten.quality.setting import FULL, FixedLeap, Setting, find
 from hasten.quality.tolerance import EXACT
 
 __all__ = ["Requests", "model_name"]
+
+
+class _Through(Hook):
+    """Lets calls through as if nothing was attached."""
+
+    kind = "full run"
+
+    def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return forward(*args, **kwargs)
 
 
 def model_name(pipe: Any) -> str:
@@ -64,8 +72,7 @@ class Requests:
             home.pipe.scheduler = self._replaced
         self._audit: Audit | None = None
         if configuration.audit and home is not None and setting is not None and setting.certificate is not None:
-            full = partial(self.using, EXACT, None)
-            self._audit = Audit(home.pipe, setting.certificate, configuration.audit, full)
+            self._audit = Audit(home.pipe, setting.certificate, configuration.audit, self._full)
 
     def close(self) -> None:
         """Give the pipeline its scheduler back, unless somebody gave it another one, and end audits."""
@@ -102,6 +109,12 @@ class Requests:
         with instead(hooks):
             yield self._lane(setting)
 
+    @contextmanager
+    def _full(self) -> Iterator[Any]:
+        """A pipeline whose calls compute everything and leave no record."""
+        with instead({engine: _Through() for engine in self._engines.values()}):
+            yield self._lane(Setting(FULL))
+
     def _made(self, quality: str | None, computed_steps: int | None) -> tuple[Setting, dict[Hook, Hook]]:
         """A setting and its hooks, which are made once; features and records are of runs, so that calls may share."""
         key = (quality, computed_steps)
@@ -109,13 +122,15 @@ class Requests:
             assert self._setting is not None
             return self._setting, {}
         with self._lock:
-            if key not in self._instead:
+            if key in self._instead:
+                return self._instead[key]
+            with still(self._modules.values()):
                 setting = self._chosen(quality, computed_steps)
                 hooks: dict[Hook, Hook] = {
                     engine: engine.beside(setting.method, setting.check) for engine in self._engines.values()
                 }
-                self._instead[key] = setting, hooks
-            return self._instead[key]
+            self._instead[key] = setting, hooks
+            return setting, hooks
 
     def _chosen(self, quality: str | None, computed_steps: int | None) -> Setting:
         assert self._setting is not None

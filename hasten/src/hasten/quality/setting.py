@@ -20,7 +20,7 @@ from hasten.quality.conditions import Call
 from hasten.quality.tolerance import EXACT, TIERS, tier
 from hasten.solvers.scheduler import Leap, LeapScheduler
 
-__all__ = ["FixedLeap", "Setting", "find"]
+__all__ = ["FULL", "FixedLeap", "Setting", "find"]
 
 FULL = Reuse(interval=1, site="output")  # computes every step
 
@@ -144,7 +144,7 @@ class Setting:
         differences = conditions.call_differences(call)
         if self.leap is None:
             differences += conditions.scheduler_differences(scheduler)
-            differences += conditions.step_differences(run.timesteps)
+            differences += conditions.step_differences(call.timesteps)
         if differences:
             raise _refusal(self.certificate, differences, self._command(call))
 
@@ -159,8 +159,14 @@ class Setting:
             if (length := getattr(call, name)) is not None:
                 words += [f"--{name}", str(length)]
         words += [] if call.timesteps is None or self.leap is not None else ["--steps", str(len(call.timesteps))]
-        scale = call.guidance.get("true_cfg_scale", call.guidance.get("guidance_scale"))
-        return " ".join([*words, *([] if scale is None else ["--guidance", f"{scale:g}"])])
+        own = {} if self.certificate is None else self.certificate.conditions.guidance
+        for scale, value in call.guidance.items():
+            low, high = own.get(scale, (1.0, 1.0))
+            if scale == "true_cfg_scale" and value != 1:
+                words += ["--guidance", f"{value:g}"]
+            elif scale != "true_cfg_scale" and not low <= value <= high:
+                words += ["--set", f"{scale}={value:g}"]
+        return " ".join(words)
 
 
 def find(quality: str, modules: Mapping[str, nn.Module], scheduler: Any, name: str = "") -> Setting:

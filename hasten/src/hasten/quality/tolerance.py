@@ -58,6 +58,13 @@ class Tolerance(Declared):
         """The largest loss relative to its bound; at most 1 if all bounds are kept."""
         return max(_loss(name, values[name]) / _loss(name, bound) for name, bound in self.bounds.items())
 
+    def risk(self, requests: Sequence[Mapping[str, float]]) -> float:
+        """How near a few requests come to the tolerance, 1 where they reach it; to compare settings by."""
+        if self.share is not None:
+            return max(map(self.strain, requests))
+        losses = {name: [_loss(name, one[name]) for one in requests] for name in self.bounds}
+        return max(sum(found) / len(found) / _loss(name, self.bounds[name]) for name, found in losses.items())
+
     def p_value(self, requests: Sequence[Mapping[str, float]]) -> float:
         """Of the hypothesis that the tolerance is not kept, from the metrics of requests."""
         if self.share is not None:

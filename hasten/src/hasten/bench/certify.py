@@ -1,0 +1,427 @@
+"""`hasten certify`: the cheapest setting that keeps a tolerance, shown on held-out prompts.
+
+A few prompts *screen*: they match thresholds, and choose the settings to test and their order, from the most expensive
+to the cheapest, each kept only if no cheaper one is better. Other prompts *test* them; see `hasten.quality.testing`. A
+setting that no further prompt could save is not drawn to the end, and in a sequence nothing after the first that fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hasten import registry
+from hasten.bench.arms import Accelerated, Arm, Solved, method_arms
+from hasten.bench.environment import environment
+from hasten.bench.partial import Partial
+from hasten.bench.requests import check_counts, parse_request
+from hasten.bench.sampling import count_flops, draw_sample, plain
+from hasten.bench.subject import Subject
+from hasten.bench.thresholds import Trials
+from hasten.caching.engine import CachingEngine
+from hasten.calibration import Calibration
+from hasten.errors import CertificateError, ConfigError
+from hasten.io import Kind, check_target, digest_of, read_tensors, write_tensors
+from hasten.pipeline.runs import Run
+from hasten.pipeline.view import PipelineView, transformers
+from hasten.quality.certificate import Certificate, Evidence, Tried, store
+from hasten.quality.conditions import Call, Conditions, ModelFacts, scheduler_facts
+from hasten.quality.setting import FULL
+from hasten.quality.testing import fixed_sequence, holm
+from hasten.quality.tolerance import Tolerance, measured
+
+__all__ = ["CertifySettings", "run_certify"]
+
+Progress = Callable[[str, int, int | None], None]
+Values = dict[str, float]
+
+REFERENCE = Kind("image of a full run", dict[str, Any], CertificateError, "Delete it to draw it again.", 1 << 30)
+PROCEDURES = {"sequence": fixed_sequence, "holm": holm}
+
+
+@dataclass(frozen=True)
+class CertifySettings:
+    """What to show, and on what.
+
+    Args:
+        quality: name of the certificate: a tier, or one of the user's own.
+        tolerance: what is to be kept.
+        methods: candidates, as `parse_request` reads them, each at all numbers of computed steps.
+        computed_steps: numbers of computed steps.
+        prompts: how many prompts test; the model's or `prompt_list`'s, after those that screen.
+        screen: how many prompts screen: the first ones.
+        prompt_list: own prompts instead of the model's, of the kind that will be asked for.
+        seed: prompt `i` is drawn with seed `seed + i`.
+        steps: that the pipeline is called with.
+        call: further arguments of the pipeline's call.
+        guidance: least and largest scale; each request has one between, drawn uniformly.
+        procedure: `"sequence"` tests from the most expensive setting on, at the full level each, and stops at the
+            first that fails; `"holm"` tests all of them, at corrected levels.
+
+    Raises:
+        UnknownNameError, ConfigError: for what cannot be shown, such as too few prompts for the confidence.
+    """
+
+    quality: str
+    tolerance: Tolerance
+    methods: tuple[str, ...] = ("foca:schedule=even", "hicache", "leap")
+    computed_steps: tuple[int, ...] = (25, 20, 16, 12, 9, 7, 5)
+    prompts: int = 100
+    screen: int = 8
+    prompt_list: tuple[str, ...] = ()
+    seed: int = 3000
+    steps: int = 50
+    call: dict[str, Any] = field(default_factory=dict)
+    guidance: tuple[float, float] | None = None
+    procedure: Literal["sequence", "holm"] = "sequence"
+
+    def __post_init__(self) -> None:
+        if self.screen < 1 or not self.methods or not self.computed_steps:
+            raise ConfigError("give at least one method, one number of computed steps and one prompt that screens")
+        if self.procedure not in PROCEDURES:
+            raise ConfigError(f"--procedure must be {' or '.join(PROCEDURES)}, got {self.procedure!r}")
+        if self.guidance is not None and not 0 <= self.guidance[0] <= self.guidance[1]:
+            raise ConfigError(f"--guidance must be a number or a range such as 2:5, got {self.guidance}")
+        check_counts(self.computed_steps, self.steps)
+        if self.prompts < self.tolerance.fewest:
+            raise ConfigError(
+                f"{self.prompts} prompts cannot show {self.tolerance}, even if all keep it; "
+                f"give --prompts {self.tolerance.fewest} or more"
+            )
+        requests = [parse_request(text) for text in self.methods]
+        if staged := [request.label for request in requests if request.resolution is not None]:
+            raise ConfigError(f"{staged[0]}: certificates are for caching methods and leap; leave it out of --methods")
+        self.check_prompts(self.prompt_list)
+
+    def check_prompts(self, known: Sequence[str]) -> None:
+        """Raise a `ConfigError` if there are prompts, but fewer different ones than asked for."""
+        different = len(set(known))
+        if known and self.prompts + self.screen > different:
+            raise ConfigError(
+                f"--prompts {self.prompts} and --screen {self.screen} ask for more than the {len(set(known))} "
+                "different prompts there are; give your own with --prompts-file, of the kind that you will draw"
+            )
+
+
+@dataclass(frozen=True)
+class _Request:
+    number: int
+    prompt: str
+    seed: int
+    call: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A setting with what it costs and how it did while screening."""
+
+    arm: Arm
+    setting: str
+    files: dict[str, Path]
+    flops: int
+    strain: float
+
+
+def run_certify(
+    model: Subject,
+    settings: CertifySettings,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    command: str = "",
+) -> tuple[Certificate, Path]:
+    """Find the cheapest setting that keeps the tolerance; returns its certificate and where it was written.
+
+    What is drawn is compared and kept beside the certificate until the end: called again with the same prompts, seeds
+    and steps, a run that was cut short goes on where it stopped.
+
+    Args:
+        model: from `open_model`.
+        settings: what to show.
+        out: path of the certificate; in the store of this machine by default.
+        progress: called with (what is being done, done, of how many).
+        command: the command line that asked for it.
+
+    Raises:
+        CertificateError: if no setting passes; it names the nearest.
+        ConfigError: if the model cannot be drawn so, or there are too few prompts.
+        KeyboardInterrupt: with a line on how to go on.
+    """
+    return _Certification(model, settings, out, progress or (lambda label, done, total: None), command).run()
+
+
+class _Certification:
+    """One run of `hasten certify`."""
+
+    def __init__(
+        self, model: Subject, settings: CertifySettings, out: Path | None, progress: Progress, command: str
+    ) -> None:
+        self._model, self._settings, self._progress, self._command = model, settings, progress, command
+        settings.check_prompts(settings.prompt_list or model.prompts)
+        model.check_call(settings.call)
+        for request in map(parse_request, settings.methods):
+            if request.leap:
+                request.fit(model)
+        known = list(dict.fromkeys(settings.prompt_list or model.prompts))
+        requests = [self._request(i, prompt) for i, prompt in enumerate(known[: settings.screen + settings.prompts])]
+        self._screening, self._testing = requests[: settings.screen], requests[settings.screen :]
+        self._conditions = self._observe()
+        self._out = out or self._place()
+        check_target(self._out)
+        identity = {
+            "model": model.name,
+            "conditions": digest_of(vars(self._conditions) | {"models": str(self._conditions.models)}),
+            "requests": [(request.prompt, request.seed) for request in requests],
+            "metrics": sorted(settings.tolerance.bounds),
+            "environment": environment(),
+        }
+        digest = digest_of(identity)[:12]
+        self._folder = self._out.parent / f".certify-{digest}"
+        self._kept = Partial(self._folder / "values.json", identity)
+
+    def run(self) -> tuple[Certificate, Path]:
+        try:
+            candidates = self._screen()
+            tried, values = self._test(candidates)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"what was drawn is kept in {self._folder}; the same command goes on from there"
+            ) from None
+        passed = [index for index, result in enumerate(tried) if result.passed]
+        if not passed:
+            raise CertificateError(self._nothing(tried))
+        best = min(passed, key=lambda index: candidates[index].flops)
+        path = self._write(candidates[best], tried, best, values[best])
+        shutil.rmtree(self._folder)
+        return Certificate.load(path), path
+
+    # --- requests and conditions
+
+    def _request(self, number: int, prompt: str) -> _Request:
+        seed, call = self._settings.seed + number, dict(self._settings.call)
+        if self._settings.guidance is not None:
+            scale = random.Random(seed).uniform(*self._settings.guidance)
+            call |= {"true_cfg_scale": scale, "negative_prompt": ""}
+        return _Request(number, prompt, seed, call)
+
+    def _observe(self) -> Conditions:
+        """What a full run is like, seen as `accelerate` will see calls."""
+        pipe, found = self._model.pipe, []
+
+        def see(run: Run) -> None:
+            found.append(Call.of(run))
+
+        modules, home = transformers(pipe), PipelineView(pipe)
+        ends = self._settings.guidance or (None,)
+        for scale in dict.fromkeys(ends):
+            call = dict(self._settings.call)
+            if scale is not None:
+                call |= {"true_cfg_scale": scale, "negative_prompt": ""}
+            engines = [CachingEngine(module, FULL, home, see) for module in modules.values()]
+            try:
+                for engine in engines:
+                    engine.attach()
+                prompt = self._screening[0].prompt
+                draw_sample(self._model, plain, self._settings.steps, prompt, self._settings.seed, call)
+            finally:
+                for engine in engines:
+                    engine.detach()
+        first, name, config = found[0], *scheduler_facts(pipe.scheduler)
+        if first.timesteps is None:
+            raise ConfigError(f"{self._model.name} does not tell the steps of its scheduler, and cannot be certified")
+        return Conditions(
+            models={key: ModelFacts.of(module) for key, module in modules.items()},
+            scheduler=name,
+            scheduler_config=config,
+            steps=self._settings.steps,
+            timesteps=first.timesteps,
+            height=first.height,
+            width=first.width,
+            frames=first.frames,
+            guidance={
+                key: (min(one.guidance[key] for one in found), max(one.guidance[key] for one in found))
+                for key in first.guidance
+            },
+        )
+
+    def _place(self) -> Path:
+        conditions = {key: value for key, value in vars(self._conditions).items() if key != "models"}
+        models = {key: vars(facts) for key, facts in self._conditions.models.items()}
+        folder = store() / digest_of(models)[:12]
+        return folder / f"{self._settings.quality}-{digest_of(conditions)[:8]}.json"
+
+    # --- drawing
+
+    def _values(self, arm: Arm, setting: str, request: _Request) -> Values:
+        """The metrics of a request; drawn unless they were before."""
+
+        def compute() -> tuple[float, ...]:
+            sample = draw_sample(self._model, arm.attach, arm.steps, request.prompt, request.seed, request.call)
+            values = measured(self._settings.tolerance, sample.image, self._reference(request))
+            return tuple(values[name] for name in self._settings.tolerance.bounds)
+
+        found = self._kept.trial(f"{setting} at {arm.computed_steps}, request {request.number}", compute)
+        return dict(zip(self._settings.tolerance.bounds, found, strict=True))
+
+    def _reference(self, request: _Request) -> Tensor:
+        file = self._folder / f"{request.number:05d}.safetensors"
+        if file.exists():
+            return torch.from_numpy(read_tensors(file, REFERENCE)[0]["image"])
+        sample = draw_sample(self._model, plain, self._settings.steps, request.prompt, request.seed, request.call)
+        write_tensors(file, REFERENCE, {"image": sample.image.numpy()}, {})
+        return sample.image
+
+    # --- screening
+
+    def _screen(self) -> list[_Candidate]:
+        """The settings to test, from the most expensive to the cheapest: none has a cheaper one that did better."""
+        settings = self._settings
+        trials = Trials(
+            self._model,
+            [request.prompt for request in self._screening],
+            settings.seed,
+            settings.steps,
+            settings.call,
+            lambda label: self._progress(label, 0, None),
+            self._kept.trial,
+        )
+        arms = method_arms(
+            [parse_request(text) for text in settings.methods], settings.computed_steps, settings.steps, trials
+        )
+        usable = {arm.id: arm for arm in arms if not arm.error}
+        if not usable:
+            raise ConfigError(f"none of the methods can be tested; {arms[0].method}: {arms[0].error}")
+        done, total = 0, len(usable) * len(self._screening)
+        found = []
+        for arm in usable.values():
+            setting, files = _setting(arm)
+            values = []
+            for request in self._screening:
+                self._progress(f"screening: {arm.id}", done, total)
+                values.append(self._values(arm, setting, request))
+                done += 1
+            first = self._screening[0]
+            (flops,) = self._kept.trial(f"cost of {setting} at {arm.computed_steps}", partial(self._flops, arm, first))
+            found.append(_Candidate(arm, setting, files, int(flops), settings.tolerance.risk(values)))
+        self._progress("screening", total, total)
+        kept: list[_Candidate] = []
+        for candidate in sorted(found, key=lambda one: (one.flops, one.strain)):
+            if all(candidate.strain < cheaper.strain for cheaper in kept):
+                kept.append(candidate)
+        return kept[::-1]
+
+    def _flops(self, arm: Arm, request: _Request) -> tuple[float]:
+        flops, _ = count_flops(self._model, arm.attach, arm.steps, request.prompt, request.seed, request.call)
+        return (flops,)
+
+    # --- testing
+
+    def _test(self, candidates: Sequence[_Candidate]) -> tuple[list[Tried], list[list[Values]]]:
+        """What came of each setting; in a sequence, up to the first that fails."""
+        settings, tolerance = self._settings, self._settings.tolerance
+        everything: list[list[Values]] = []
+        p_values: list[float] = []
+        for candidate in candidates:
+            values: list[Values] = []
+            for request in self._testing:
+                self._progress(f"testing: {candidate.arm.id}", len(values), len(self._testing))
+                values.append(self._values(candidate.arm, candidate.setting, request))
+                if tolerance.hopeless(values, len(self._testing)):
+                    break
+            self._progress(f"testing: {candidate.arm.id}", len(values), len(values))
+            everything.append(values)
+            p_values.append(1.0 if len(values) < len(self._testing) else tolerance.p_value(values))
+            if settings.procedure == "sequence" and p_values[-1] > tolerance.level:
+                break
+        passed = PROCEDURES[settings.procedure](p_values, tolerance.level)
+        (full,) = self._kept.trial("cost of the full run", partial(self._flops, self._full_arm, self._screening[0]))
+        tried = [
+            Tried(
+                setting=candidate.setting,
+                computed_steps=candidate.arm.computed_steps,
+                flops_ratio=round(full / candidate.flops, 4),
+                requests=len(values),
+                kept=sum(map(tolerance.kept, values)),
+                p_value=p_value,
+                passed=yes,
+            )
+            for candidate, values, p_value, yes in zip(candidates, everything, p_values, passed, strict=False)
+        ]
+        return tried, everything
+
+    @property
+    def _full_arm(self) -> Arm:
+        steps = self._settings.steps
+        return Arm("full", "full", "plain", {}, steps, steps)
+
+    def _nothing(self, tried: Sequence[Tried]) -> str:
+        nearest = max(tried, key=lambda one: one.kept / one.requests)
+        return (
+            f"no setting keeps {self._settings.tolerance}: the nearest, {nearest.setting} with "
+            f"{nearest.computed_steps:g} computed steps, kept it for {nearest.kept} of {nearest.requests} prompts; "
+            "allow more, or give larger --computed-steps or other --methods"
+        )
+
+    # --- the certificate
+
+    def _write(self, best: _Candidate, tried: Sequence[Tried], index: int, values: Sequence[Values]) -> Path:
+        settings, tolerance = self._settings, self._settings.tolerance
+        certificate = Certificate(
+            quality=settings.quality,
+            tolerance=tolerance,
+            setting=best.setting,
+            computed_steps=best.arm.computed_steps,
+            flops_ratio=tried[index].flops_ratio,
+            conditions=self._conditions,
+            evidence=Evidence(
+                requests=len(values),
+                kept=sum(map(tolerance.kept, values)),
+                bound=tolerance.bound(values),
+                metrics={name: _spread(name, [one[name] for one in values]) for name in tolerance.bounds},
+                prompts=digest_of([(request.prompt, request.seed) for request in self._testing]),
+                screened=len(self._screening),
+                procedure=settings.procedure,
+                tried=tuple(tried),
+            ),
+            files={name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in best.files.items()},
+            environment=environment(),
+            command=self._command,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        return certificate.save(self._out, best.files)
+
+
+def _setting(arm: Arm) -> tuple[str, dict[str, Path]]:
+    """The method expression of an arm with its files by the names that they will have beside the certificate."""
+    attach = arm.attach
+    if isinstance(attach, Solved):
+        method, given = f"leap:calibration={attach.calibration.file}", [attach.calibration]
+    else:
+        assert isinstance(attach, Accelerated)
+        method = registry.format(attach.method)
+        values = [getattr(attach.method, item.name) for item in fields(attach.method)]  # type: ignore[arg-type]
+        given = [value for value in values if isinstance(value, Calibration)]
+    files = {}
+    for calibration in given:
+        if calibration.file is None:
+            raise ConfigError(f"{arm.id}: its calibration is in no file; save it and give the path")
+        path = Path(calibration.file)
+        name = f"{calibration.method}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}{path.suffix}"
+        files[name] = path
+        method = method.replace(f"={calibration.file}", f"={name}")
+    return method, files
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    worst = min(values) if name in ("psnr", "ssim") else max(values)
+    return {"median": statistics.median(values), "mean": statistics.fmean(values), "worst": worst}
