@@ -19,6 +19,7 @@ import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from hasten import DVG, RALU, Bottleneck, Fresco
 from hasten.bench.environment import environment
+from hasten.io import write_atomically
 from hasten.resolution.plan import feasible
 from hasten.resolution.planned import stage_lengths
 from torch.utils.flop_counter import FlopCounterMode
@@ -144,7 +145,7 @@ def _row(model: str, label: str, spent: float, full: float, parts: Components) -
 
 def main() -> None:
     rows = images() + edits() + videos()
-    OUT.write_text(json.dumps({"environment": environment(), "steps": STEPS, "rows": rows}, indent=1) + "\n")
+    write_atomically(OUT, json.dumps({"environment": environment(), "steps": STEPS, "rows": rows}, indent=1) + "\n")
     for row in rows:
         print(json.dumps(row))
 

@@ -5,17 +5,20 @@ python benchmarks/curves.py     writes docs/images/curves/NAME.svg from benchmar
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from hasten.bench.labels import short_label
+from hasten.io import write_atomically
 from matplotlib.figure import Figure
 from tables import emoji_flux
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "images" / "curves"
 STYLE: Any = {"svg.hashsalt": "hasten", "axes.spines.right": False, "axes.spines.top": False, "font.size": 10}
+UNSIGNED: Any = {"Date": None, "Creator": None}  # the same figures make the same file
 
 
 def points(rows: list[dict[str, Any]], label: str, field: str) -> list[tuple[int, float]]:
@@ -43,8 +46,9 @@ def draw(result: dict[str, Any], name: str, labels: list[str]) -> None:
             axes.set_xticks(sorted({r["budget"] for r in result["rows"]}))
             axes.grid(color="0.92")
         figure.axes[1].legend(frameon=False, fontsize=8)
-        OUT.mkdir(parents=True, exist_ok=True)
-        figure.savefig(OUT / f"{name}.svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+        write_atomically(
+            OUT / f"{name}.svg", partial(figure.savefig, format="svg", metadata=UNSIGNED, facecolor="white")
+        )
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from hasten.caching.schedule import spread
 from hasten.fitting.leap_fitter import STARTS, Fitter
 from hasten.fitting.references import References, record_references
 from hasten.fitting.search import search_steps
+from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
 from hasten.quality.metrics import psnr
 from hasten.solvers.multistep import NormalEquations
@@ -64,7 +65,7 @@ class Ablation:
         fits = {name: fit.report for name, fit in self.files.items()}
         prompts = {name: fit.options["prompts"] for name, fit in self.files.items()}
         content = {"environment": environment(), **about, "fits": fits, "fit_prompts": prompts, "parts": self.parts}
-        OUT.write_text(json.dumps(content, indent=1) + "\n")
+        write_atomically(OUT, json.dumps(content, indent=1) + "\n")
 
     # --- drawing
 

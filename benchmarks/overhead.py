@@ -20,6 +20,7 @@ import hasten
 import torch
 from diffusers import FluxTransformer2DModel
 from hasten.bench.environment import environment
+from hasten.io import write_atomically
 from rich.progress import track
 
 TOKENS, TEXT, STEPS = 64, 8, 50
@@ -103,7 +104,7 @@ def main() -> None:
             row = {"method": method, "site": site, "skipped_ms": round(ms, 3), "cache_bytes": held}
             row["overhead_ms"] = None if must_run is None else round(ms - must_run, 3)
             result["rows"].append(row)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(args.json, json.dumps(result, indent=1) + "\n")
     for row in result["rows"]:
         print(row)
 

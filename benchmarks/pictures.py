@@ -17,12 +17,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hasten.bench import subject
 from hasten.bench.sheet import contact_sheet, film_strip, to_pil
 from hasten.bench.streams import parse_streaming
+from hasten.io import write_atomically
 from hasten.streaming import FullHistory
 from hasten_zoo.emoji_flux.data import load_emoji_set
 from PIL import Image
@@ -173,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.page in PAGES and args.result is None:
         parser.error(f"{args.page} needs the JSON of a bench run")
     sheet = streaming_page() if args.page == "streaming" else bench_page(PAGES[args.page], args.result)
-    sheet.save(args.out or IMAGES / f"{args.page}.png", optimize=True)
+    write_atomically(args.out or IMAGES / f"{args.page}.png", partial(sheet.save, format="png", optimize=True))
 
 
 if __name__ == "__main__":

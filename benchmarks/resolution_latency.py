@@ -27,6 +27,7 @@ from hasten.bench.environment import environment
 from hasten.bench.labels import short_label
 from hasten.bench.requests import parse_request
 from hasten.bench.sampling import Attach, count_flops, draw_sample, plain
+from hasten.io import write_atomically
 from rich.progress import track
 
 FULL = 50
@@ -145,7 +146,7 @@ def main() -> None:
     merged = [row for row in kept if row["model"] != options.model] + measured
     merged.sort(key=lambda row: list(CASES).index(row["model"]))
     result = {"environment": environment(), "repeats": options.repeats, "rows": merged}
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(options.json, json.dumps(result, indent=1) + "\n")
     for one in measured:
         gain = one["against_full"]
         print(

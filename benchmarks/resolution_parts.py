@@ -20,6 +20,7 @@ import torch
 from hasten import Fresco
 from hasten.bench import subject
 from hasten.bench.environment import environment
+from hasten.io import write_atomically
 from hasten.quality.metrics import psnr
 from hasten.resolution.noise import Rewind
 from hasten.resolution.packed import MixedState
@@ -106,7 +107,7 @@ def main() -> None:
             for name, kinds in figures.items()
         },
     }
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(options.json, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["plain"]), json.dumps(result["rows"], indent=1))
 
 

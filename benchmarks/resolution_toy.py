@@ -23,6 +23,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from hasten import RALU, Bottleneck, Fresco, Spectral
 from hasten.bench.environment import environment
+from hasten.io import write_atomically
 from hasten.resolution import RegionMethod
 from hasten.resolution.positions import ImageTokens, flux_ids, pack, unpack
 from rich.progress import track
@@ -195,7 +196,7 @@ def main() -> None:
         "shift": SHIFT,
         "rows": rows,
     }
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(options.json, json.dumps(result, indent=1) + "\n")
     for row in rows:
         print(f"{row['method']:45} {row['evaluations']:3} {row['operations']:6.2f} {row['distance']:.3f}")
 

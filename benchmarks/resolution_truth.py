@@ -28,6 +28,7 @@ from hasten.bench.environment import environment
 from hasten.bench.plain import plain_arms
 from hasten.bench.requests import caching_method, parse_request
 from hasten.bench.sampling import Attach, count_flops, draw_sample
+from hasten.io import write_atomically
 from hasten.quality.metrics import Lpips, psnr
 from hasten.resolution.layouts import PixelLayout
 from hasten_zoo.emoji_flux.data import load_emoji_set
@@ -217,7 +218,7 @@ def main() -> None:
         part["scale"] = scale(model, prompts)
     whole = json.loads(options.json.read_text()) if options.json.exists() else {}
     whole[options.model] = part
-    options.json.write_text(json.dumps({name: whole[name] for name in ARMS if name in whole}, indent=1) + "\n")
+    write_atomically(options.json, json.dumps({name: whole[name] for name in ARMS if name in whole}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from hasten.bench.arms import Accelerated
 from hasten.bench.environment import environment
 from hasten.bench.requests import parse_request
 from hasten.bench.sampling import Sample, count_flops, draw_sample, plain
+from hasten.io import write_atomically
 from hasten.quality.metrics import Lpips, over_frames, psnr, temporal_error
 from hasten.resolution.plan import motion, texture
 from rich.progress import track
@@ -83,7 +84,7 @@ def main() -> None:
     model.pipe.set_progress_bar_config(disable=True)
     result = {"environment": environment(), "chosen": measured(model, CHOSEN, ARMS + TRIED)}
     result["measured"] = measured(model, MEASURED, (*ARMS, BEST))
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(options.json, json.dumps(result, indent=1) + "\n")
     for part in ("chosen", "measured"):
         for row in result[part]["rows"]:
             print(f"{part} {row['method']:45} {row['flops_ratio']:.3f} {statistics.median(row['psnr']):.2f}")

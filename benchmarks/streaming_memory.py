@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from hasten.bench.environment import environment
 from hasten.bench.streams import parse_streaming
+from hasten.io import write_atomically
 from hasten_zoo.sprites_stream.model import load_model, new_stream
 from hasten_zoo.sprites_stream.reference import WEIGHTS, worlds_of
 from hasten_zoo.sprites_stream.rollout import rolled_chunks
@@ -82,7 +83,7 @@ def main() -> None:
         "environment": environment(),
         "rows": rows,
     }
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(args.json, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from hasten.bench.environment import environment
 from hasten.bench.streams import parse_streaming
+from hasten.io import write_atomically
 from hasten.streaming import KVStream, StreamingMethod, StreamStats
 from rich.progress import track
 
@@ -82,7 +83,7 @@ def main() -> None:
         "environment": environment(),
         "rows": rows,
     }
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(args.json, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from hasten.bench.labels import short_label
 from hasten.bench.result import Result, read_result
 from hasten.bench.row import Row, columns
 from hasten.bench.tables import as_markdown, table_of
+from hasten.io import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -455,4 +456,4 @@ if __name__ == "__main__":
     if "--check" in sys.argv:
         sys.exit(f"made from older JSON files: {', '.join(map(str, stale))}; run benchmarks/tables.py" if stale else 0)
     for page in stale:
-        page.write_text(fill(page.read_text()))
+        write_atomically(page, fill(page.read_text()))

@@ -399,7 +399,7 @@ def tables(check: Annotated[bool, typer.Option(help="Only look whether the pages
         if check and new != old:
             raise SystemExit(f"{page} does not hold what the JSON files say; run python benchmarks/tokens.py tables")
         if not check:
-            page.write_text(new)
+            write_atomically(page, new)
 
 
 if __name__ == "__main__":

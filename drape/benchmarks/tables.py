@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from drape.io import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 MISSING = "Not measured yet with this edition."
 FIGURES = ROOT / "benchmarks" / "bench.json"
@@ -199,7 +201,7 @@ def main() -> None:
         if new != page:
             stale.append(path.relative_to(ROOT))
             if "--check" not in sys.argv:
-                path.write_text(new, encoding="utf-8")
+                write_text(path, new)
     if stale and "--check" in sys.argv:
         names = ", ".join(map(str, stale))
         raise SystemExit(f"error: {names} does not hold what the JSON says; run python drape/benchmarks/tables.py.")

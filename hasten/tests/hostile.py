@@ -12,7 +12,7 @@ import random
 import string
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,22 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 import hasten
+from hasten.bench import recording
+from hasten.bench.measurements import Measurement
+from hasten.bench.partial import KIND as PARTIAL
+from hasten.bench.partial import Partial
+from hasten.bench.result import Result, Settings, StreamResult, StreamSettings, read_result
+from hasten.bench.row import Baseline, Row, StreamRow
+from hasten.bench.tables import as_csv, as_markdown, table_of
 from hasten.caching import computed_steps
 from hasten.caching.calibrated import gram_of
 from hasten.caching.components import FeatureKey
 from hasten.caching.method import SEARCHED
-from hasten.calibration import Calibration, Fingerprint
-from hasten.errors import HastenError
+from hasten.calibration import Calibration, Fingerprint, Trace
+from hasten.errors import HastenError, ModelError
 from hasten.fitting.token_model import CHECKPOINT, Recipe, Trainer, build_model
-from hasten.io import digest_of
+from hasten.io import check_sealed, digest_of, read_json, read_record, write_atomically, write_sealed
+from hasten.io.folder import LIST
 from hasten.solvers.scheduler import LeapScheduler
 from hasten.streaming.budgets import HeadBudgets
 from hasten.tokens import SemanticTree, TokenMap
@@ -56,6 +64,11 @@ SPECIMEN_NAMES = (
     "shards: index",
     "checkpoint",
     "model: facts",
+    "result",
+    "stream result",
+    "partial",
+    "recording",
+    "sealed: list",
 )  # one for each writer
 FINGERPRINT = Fingerprint(
     "Model", "c" * 16, "w" * 16, "Scheduler", tuple(1000.0 - 100 * i for i in range(STEPS)), ("cond",), 3.5, "hidden"
@@ -256,6 +269,78 @@ def _use_model(folder: Path) -> str:
     return digest(model.state_dict(), mapping.labels, model.config.vocab_size)
 
 
+def _make_result(folder: Path) -> None:
+    environment = {"hasten": "0.2.0", "device": "cpu: x, 1 threads"}
+    figures: dict[str, Any] = {"computed_steps": 9.0, "flops_ratio": 5.5, "seconds": 0.4, "cache_bytes": 12}
+    rows = [
+        Row(id="foca-9", method="foca", library="hasten", budget=9, psnr=44.5, error_per_step=[0.1, None], **figures),
+        Row(id="x-9", method="dbcache", library="cache-dit", budget=9, failed="not installed"),
+    ]
+    settings = Settings(prompts=["a"], seed=0, height=64, width=64, steps=50, guidance=1.0)
+    baseline = Baseline(steps=50, computed_steps=50.0, flops=10, seconds=2.0)
+    result = Result(created="now", environment=environment, model="m", settings=settings, baseline=baseline, rows=rows)
+    result.write(folder / "file.json")
+
+
+def _make_stream_result(folder: Path) -> None:
+    times = ("seconds_per_frame", "latency_ratio", "attention_seconds", "attention_ratio")
+    figures: dict[str, Any] = dict.fromkeys((*times, "work_ratio", "kv_ratio", "overhead"), 1.5)
+    rows = [StreamRow(method="full-history", cache_bytes=3, psnr_curve=[40.0], drift={"grade": [1.0, None]}, **figures)]
+    settings = StreamSettings(1, 6, 2)
+    StreamResult(created="now", environment={}, model="m", settings=settings, rows=rows).write(folder / "file.json")
+
+
+def _use_result(folder: Path) -> str:
+    result = read_result(folder / "file.json")
+    table = table_of(result, wide=True)
+    return digest(json.dumps(asdict(result), sort_keys=True), as_markdown(table), as_csv(result))
+
+
+IDENTITY = {"model": "m"}
+
+
+def _make_partial(folder: Path) -> None:
+    partial = Partial(folder / "file.json", IDENTITY)
+    partial.flops["baseline"] = 12
+    partial.trial("t", lambda: (0.5, 1.0))
+    metrics = {"psnr": float("inf"), "ssim": 0.5}
+    partial.add(0, {"baseline": Measurement(0, metrics, [0.5], 3, 2.0, 2, None, (64, 64))})
+
+
+def _use_partial(folder: Path) -> str:
+    read_record(folder / "file.json", PARTIAL)
+    kept = Partial(folder / "file.json", IDENTITY)
+    found = kept.measurements("baseline")
+    return digest(kept.flops, kept.failures, kept.finished, repr(found), kept.trial("t", lambda: (0.5, 1.0)))
+
+
+def _make_recording(folder: Path) -> None:
+    features = {"cond": {"hidden": _features()[:1].bfloat16(), "output": torch.ones(1, STEPS, 5)}}
+    recording._write(Trace(features, FINGERPRINT), folder / "file.safetensors")
+
+
+def _use_recording(folder: Path) -> str:
+    trace = recording._read(folder / "file.safetensors")
+    return digest({name: {k: v.float() for k, v in keys.items()} for name, keys in trace.features.items()},
+                  vars(trace.fingerprint))  # fmt: skip
+
+
+def _make_sealed(folder: Path) -> None:
+    def fill(scratch: Path) -> None:
+        write_atomically(scratch / "part" / "config.json", json.dumps({"width": 8, "name": "x" * 99}))
+
+    write_sealed(folder, fill)
+
+
+def _use_sealed(folder: Path) -> str:
+    check_sealed(folder, ModelError, "Export it again.")
+    return digest(json.dumps(read_json(folder / "part" / "config.json"), sort_keys=True))
+
+
+def _seal_list(folder: Path) -> None:
+    _seal(folder, LIST, "files")
+
+
 def specimens() -> dict[str, Specimen]:
     """Every kind, by name."""
     grams = torch.from_numpy(np.stack([gram_of(_features()[..., part]) for part in (slice(0, 2), slice(2, None))]))
@@ -318,6 +403,12 @@ def specimens() -> dict[str, Specimen]:
         Specimen("model: facts", "hasten_tokens.json", _make_model, _use_model),
         Specimen("model: weights", "model.safetensors", _make_model, _use_model, _seal_model),
         Specimen("model: config", "config.json", _make_model, _use_model, _seal_model),
+        Specimen("result", "file.json", _make_result, _use_result),
+        Specimen("stream result", "file.json", _make_stream_result, _use_result),
+        Specimen("partial", "file.json", _make_partial, _use_partial),
+        Specimen("recording", "file.safetensors", _make_recording, _use_recording),
+        Specimen("sealed: list", LIST, _make_sealed, _use_sealed),
+        Specimen("sealed: file", "part/config.json", _make_sealed, _use_sealed, _seal_list),
     ]
     return {specimen.name: specimen for specimen in found}
 
@@ -424,6 +515,12 @@ def _structured_json(content: bytes, forged: bool, rng: random.Random) -> bytes:
         try:
             value["digest"] = digest_of({name: value.get(name) for name in names})
         except ValueError:
+            value["digest"] = "0" * 64
+    elif forged and isinstance(value, dict) and "schema" in value:  # a result of the bench
+        value.pop("digest", None)
+        try:
+            value["digest"] = digest_of(value)
+        except (ValueError, RecursionError):
             value["digest"] = "0" * 64
     elif forged:
         _forge(value)

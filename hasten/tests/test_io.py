@@ -27,7 +27,10 @@ from hasten.io import (
     Array,
     Kind,
     Limits,
+    add_line,
     check_arrays,
+    check_files,
+    check_sealed,
     check_target,
     conform,
     decreasing,
@@ -38,6 +41,7 @@ from hasten.io import (
     step_list,
     write_atomically,
     write_record,
+    write_sealed,
     write_tensors,
 )
 from hasten.tokens import flat_map
@@ -155,6 +159,65 @@ def test_links_permissions_and_devices_stay(tmp_path: Path) -> None:
         os.umask(old)
     write_atomically("/dev/null", b"gone")
     assert not Path("/dev/null").is_file()
+
+
+def test_lines_are_added_and_a_torn_one_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "log.jsonl"
+    for line in ("one", "zwölf"):
+        add_line(path, line)
+    assert path.read_text(encoding="utf-8") == "one\nzwölf\n"
+    path.write_text("one\ntw", encoding="utf-8")
+    add_line(path, "three")
+    assert path.read_text(encoding="utf-8") == "one\nthree\n"
+    with pytest.raises(FileError, match="cannot be written"):
+        add_line(tmp_path / "new", "line")
+
+
+# --- folders that other libraries fill
+
+
+def _two_files(folder: Path) -> None:
+    (folder / "part").mkdir()
+    (folder / "part" / "a.json").write_text("{}")
+    (folder / "b.bin").write_bytes(b"b")
+
+
+def test_a_sealed_folder_holds_what_was_written_and_nothing_else(tmp_path: Path) -> None:
+    folder = write_sealed(tmp_path / "out", _two_files)
+    check_sealed(folder, ModelError, "Again.")
+    (folder / ".hidden").write_text("")
+    check_sealed(folder, ModelError, "Again.")
+    for file, message in {"part/a.json": "'part/a.json' is missing, damaged", "digests.json": "no such file"}.items():
+        kept = (folder / file).read_bytes()
+        (folder / file).unlink()
+        with pytest.raises(ModelError, match=message):
+            check_sealed(folder, ModelError, "Again.")
+        (folder / file).write_bytes(kept)
+    (folder / "part" / "c.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"'part/c\.bin' was not written with the other files"):
+        check_sealed(folder, ModelError, "Again.")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "part", "x\0y", "link"])
+def test_a_list_names_files_of_its_own_folder_alone(tmp_path: Path, name: str) -> None:
+    folder = write_sealed(tmp_path / "out", _two_files)
+    (tmp_path / "outside").write_text("")
+    (folder / "link").symlink_to(tmp_path / "outside")
+    digest = hashlib.sha256(b"").hexdigest()
+    with pytest.raises(ModelError, match="is missing, damaged or changed"):
+        check_files(folder, {name: digest}, ModelError, "Again.")
+
+
+def test_a_folder_that_cannot_be_filled_stays_as_it_was(tmp_path: Path) -> None:
+    folder = write_sealed(tmp_path / "out", _two_files)
+
+    def fail(scratch: Path) -> None:
+        (scratch / "b.bin").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(FileError, match=r"out: cannot be written \(No space left on device\); free some space"):
+        write_sealed(folder, fail)
+    check_sealed(folder, ModelError, "Again.")
 
 
 @pytest.fixture

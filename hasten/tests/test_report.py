@@ -7,6 +7,7 @@ from PIL import Image
 
 from hasten.bench.report import render_report
 from hasten.errors import FileError, ReportError
+from hasten.io import digest_of
 
 
 def row(method, computed_steps, psnr, library="hasten", **more):
@@ -68,9 +69,14 @@ def content(tmp_path):
     }
 
 
+def sealed(content):
+    """The text of a file with this content and the digest that it has to have."""
+    return json.dumps(content | {"digest": digest_of(content)})
+
+
 def render(tmp_path, content):
     source = tmp_path / "out.json"
-    source.write_text(content if isinstance(content, str) else json.dumps(content))
+    source.write_text(content if isinstance(content, str) else sealed(content))
     return render_report(source, tmp_path / "deep" / "report.html").read_text()
 
 
@@ -126,10 +132,12 @@ def page_has_no_error_chart(page):
         (lambda c: json.dumps(c)[:200], "no usable JSON"),
         (lambda c: "[1, 2]", "not a result"),
         (lambda c: json.dumps(c | {"schema": 1}), "schema 1"),
-        (lambda c: json.dumps({k: v for k, v in c.items() if k != "baseline"}), "lacks 'baseline'"),
-        (lambda c: json.dumps(c | {"rows": [{"id": "x"}]}), "rows[0] lacks 'method'"),
+        (lambda c: json.dumps(c), "damaged or changed by hand"),
+        (lambda c: sealed(c).replace("44.444", "44.445"), "damaged or changed by hand"),
+        (lambda c: sealed({k: v for k, v in c.items() if k != "baseline"}), "lacks 'baseline'"),
+        (lambda c: sealed(c | {"rows": [{"id": "x"}]}), "rows[0] lacks 'method'"),
         (
-            lambda c: json.dumps(c | {"baseline": c["baseline"] | {"seconds": "fast"}}),
+            lambda c: sealed(c | {"baseline": c["baseline"] | {"seconds": "fast"}}),
             "baseline.seconds is 'fast', expected a finite number",
         ),
     ],
@@ -153,10 +161,10 @@ def test_nothing_outside_the_folder_and_nothing_but_images_is_embedded(tmp_path,
 
 def test_the_result_is_never_replaced_and_a_bad_place_is_named(tmp_path, content):
     source = tmp_path / "out.json"
-    source.write_text(json.dumps(content))
+    source.write_text(sealed(content))
     with pytest.raises(ReportError, match="would replace"):
         render_report(source, source)
-    assert json.loads(source.read_text()) == content
+    assert source.read_text() == sealed(content)
     with pytest.raises(FileError, match="cannot be written"):
         render_report(source, source / "report.html")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hasten_zoo.emoji_styles import evaluate, train
 from hasten_zoo.emoji_styles.augment import COLOURS, WHITE, Views, caption, draw_views, plain_views, render
-from hasten_zoo.emoji_styles.data import EmojiStyles, Package, Pair, fetch, held_out_pairs, read_pairs, write_pairs
+from hasten_zoo.emoji_styles.data import EmojiStyles, Package, PackedPairs, Pair, fetch, held_out_pairs, packed
 from hasten_zoo.emoji_styles.efficientnet import weights_path
 from hasten_zoo.emoji_styles.judge import Judge
 from hasten_zoo.emoji_styles.latents import Latents, encode_views, load_latents, save_latents
@@ -283,9 +283,11 @@ def test_every_caption_of_the_sets_fits() -> None:
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
-def test_pairs_come_back_from_their_file(data: EmojiStyles, tmp_path: Path) -> None:
-    write_pairs(data.pairs, tmp_path / "pairs.json")
-    assert set(read_pairs(tmp_path / "pairs.json")) == set(data.pairs)
+def test_pairs_come_back_packed(data: EmojiStyles) -> None:
+    pairs = packed(data.pairs)
+    assert set(pairs.unpacked()) == set(data.pairs)
+    with pytest.raises(ValueError, match="none of the"):
+        PackedPairs(pairs.concepts[:1], pairs.styles)
 
 
 def test_a_sheet_has_one_row_per_batch() -> None:

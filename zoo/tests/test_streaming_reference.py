@@ -247,7 +247,9 @@ def test_models_are_saved_and_loaded(tmp_path):
     model = tiny()
     save_model(model, tmp_path)
     assert torch.allclose(roll(load_model(tmp_path)), roll(model), atol=0.1)
-    (tmp_path / "config.json").write_text("{}")
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match="train"):
         load_model(tmp_path)
     with pytest.raises(ModelError, match="train"):

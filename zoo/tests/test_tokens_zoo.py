@@ -157,7 +157,7 @@ def test_the_feature_network_knows_objects_and_damage():
         for s in (0.02, 0.05, 0.1)
     ]
     assert 0 < steps[0] < steps[1] < steps[2]
-    with pytest.raises(ModelError, match="reinstall"):
+    with pytest.raises(ModelError, match="Reinstall"):
         features.FeatureNet.load("none")
 
 

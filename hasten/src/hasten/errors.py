@@ -16,6 +16,7 @@ __all__ = [
     "HastenError",
     "HastenWarning",
     "ModelError",
+    "NonFiniteError",
     "ReportError",
     "ScheduleError",
     "TargetError",
@@ -65,6 +66,10 @@ class AdapterError(HastenError, TypeError):
 
 class ModelError(HastenError, ValueError):
     """A model's files are missing, damaged or of another kind than expected."""
+
+
+class NonFiniteError(HastenError, ArithmeticError):
+    """A number that is not finite came up in a run; the message names step, pass and method (see `HASTEN_CHECK`)."""
 
 
 class ReportError(HastenError, ValueError):

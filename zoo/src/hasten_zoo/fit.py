@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from hasten.errors import ConfigError, ModelError
-from hasten.io import write_atomically
+from hasten.io import add_line, write_atomically, write_sealed
 from torch import Tensor, nn
 
 __all__ = ["Fit", "Level", "Rates", "averaged", "logit_normal_times", "run", "save_half"]
@@ -163,11 +163,15 @@ def averaged(folder: Path) -> dict[str, Tensor]:
 
 
 def save_half(pipe: Any, names: Sequence[str], average: dict[str, Tensor], out: Path) -> None:
-    """Write the modules `names` with their averaged weights in half precision, and the small parts, as a folder."""
+    """Write a sealed folder: the modules `names` with their averaged weights in half precision, and the small parts."""
     nn.ModuleDict({name: getattr(pipe, name) for name in names}).load_state_dict(average)
-    for name in (*names, "vae", "scheduler", "tokenizer"):
-        part = getattr(pipe, name)
-        (part.half() if name in names else part).save_pretrained(out / name)
+
+    def fill(folder: Path) -> None:
+        for name in (*names, "vae", "scheduler", "tokenizer"):
+            part = getattr(pipe, name)
+            (part.half() if name in names else part).save_pretrained(folder / name)
+
+    write_sealed(out, fill)
 
 
 def run(
@@ -187,8 +191,7 @@ def run(
             row: dict[str, object] = {"step": fit.steps, "seen": fit.seen}
             row["loss"] = {k: round(sum(v) / len(v), 5) for k, v in losses.items()}
             row |= {"lr": fit.optimizer.param_groups[0]["lr"], "seconds": round(time.monotonic() - started, 1)}
-            with (folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            add_line(folder / "log.jsonl", json.dumps(row))
             losses = {}
         if time.monotonic() - saved > 60 * checkpoint_minutes:
             _save(fit, checkpoint)

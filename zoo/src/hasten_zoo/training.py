@@ -3,8 +3,8 @@
 Training goes on in many parts, on machines that may be gone between two of them. So there are two ways back in:
 
 - `checkpoint.pt`, written atomically every few minutes: everything, and training goes on as if nothing had happened;
-- a *half-precision weights folder*, small enough to be committed: the averaged weights and the position. The optimizer
-  starts afresh with a short warm-up. Used when there is no checkpoint.
+- a *half-precision weights folder*, small enough to be committed and sealed by its list of digests: the averaged
+  weights and the position. The optimizer starts afresh with a short warm-up. Used when there is no checkpoint.
 
 The rate stays constant, which lets a run be extended at will; the running average is usable at any time. A *cooldown*
 lets the rate fall to zero over the last samples; it works on a copy in a folder of its own, and the trunk can go on.
@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from hasten.errors import ModelError
+from hasten.io import add_line, check_sealed, read_json, write_atomically, write_sealed
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -163,25 +165,42 @@ class Training:
         self.generator.manual_seed(self.settings.seed + steps)
 
 
-def save_half(parts: Mapping[str, Any], state: dict[str, Any], folder: Path) -> None:
-    """Write a run's averaged weights in half precision, and its position beside them.
+def save_half(
+    parts: Mapping[str, Any], state: dict[str, Any], folder: Path, others: Mapping[str, Any] | None = None
+) -> None:
+    """Write a run's averaged weights in half precision, and its position beside them, as a sealed folder.
 
     Args:
         parts: models of diffusers or transformers by name, as they were in the `ModuleDict` that learned; overwritten.
         state: of `Training.state`.
         folder: gets one folder per part, in pieces of at most 15 MB, and `training.json`.
+        others: further parts by name, written as they are.
+
+    Raises:
+        FileError: if it cannot be written.
     """
     nn.ModuleDict(parts).load_state_dict(state["average"])
-    for name, part in parts.items():
-        part.half().save_pretrained(folder / name, max_shard_size="15MB")
     steps, samples, _ = state["position"]
-    (folder / POSITION).write_text(json.dumps({"steps": steps, "samples": samples}) + "\n")
+
+    def fill(scratch: Path) -> None:
+        for name, part in parts.items():
+            part.half().save_pretrained(scratch / name, max_shard_size="15MB")
+        for name, part in (others or {}).items():
+            part.save_pretrained(scratch / name)
+        write_atomically(scratch / POSITION, json.dumps({"steps": steps, "samples": samples}) + "\n")
+
+    write_sealed(folder, fill)
 
 
 def load_half(parts: Mapping[str, Any], folder: Path) -> tuple[dict[str, Tensor], int, int]:
-    """What `save_half` wrote for `parts`, whose classes say how to read it: weights, steps, samples."""
+    """What `save_half` wrote for `parts`, whose classes say how to read it: weights, steps, samples.
+
+    Raises:
+        ModelError: if a file is missing, or not as it was written.
+    """
+    check_sealed(folder, ModelError, "Export the weights again, or train from the start in another folder.")
     read = nn.ModuleDict({name: type(part).from_pretrained(folder / name) for name, part in parts.items()})
-    position = json.loads((folder / POSITION).read_text())
+    position = read_json(folder / POSITION, error=ModelError)
     return read.state_dict(), position["steps"], position["samples"]
 
 
@@ -217,7 +236,6 @@ def run(
         checkpoint_minutes: between two checkpoints.
         log_every: steps per line of the log.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / CHECKPOINT).exists():
         training.restore(torch.load(folder / CHECKPOINT, weights_only=True, map_location=training.device))
     elif fallback is not None:
@@ -238,8 +256,7 @@ def run(
                 row["lr"] = training.optimizer.param_groups[0]["lr"]
                 row["samples_per_second"] = round((training.samples - seen) / (now - lined), 1)
                 row["seconds"] = round(now - started, 1)
-                with (folder / LOG).open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                add_line(folder / LOG, json.dumps(row))
                 lined, seen, sums, counts = now, training.samples, {}, {}
             if time.monotonic() - saved > 60 * checkpoint_minutes:
                 _save(training, folder)
@@ -248,6 +265,4 @@ def run(
 
 
 def _save(training: Training, folder: Path) -> None:
-    """Whole or not at all."""
-    torch.save(training.state(), folder / (CHECKPOINT + ".tmp"))
-    os.replace(folder / (CHECKPOINT + ".tmp"), folder / CHECKPOINT)
+    write_atomically(folder / CHECKPOINT, partial(torch.save, training.state()))

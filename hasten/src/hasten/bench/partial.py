@@ -11,7 +11,7 @@ from typing import Any
 
 from hasten.bench.measurements import Measurement
 from hasten.errors import HastenError, ReportError
-from hasten.io import Kind, digest_of, read_record, write_record
+from hasten.io import Kind, digest_of, read_record, shown, write_record
 
 __all__ = ["Partial"]
 
@@ -54,6 +54,9 @@ class Partial:
         if file.exists():
             try:
                 found = read_record(file, KIND)
+                for number, arms in found.prompts.items():
+                    for text in arms.values():
+                        _checked(number, text)
             except HastenError as error:
                 log.warning("%s; the bench starts again", error)
                 return
@@ -105,6 +108,17 @@ class Partial:
     def remove(self) -> None:
         """Delete the file: the bench is finished."""
         self.file.unlink(missing_ok=True)
+
+
+def _checked(number: str, text: str) -> None:
+    """Raise a ReportError for what is no measurement of a prompt."""
+    try:
+        known = _measurement(text)
+        right = known.prompt == int(number) and isinstance(known.metrics, dict) and len(known.size) == 2
+    except (TypeError, ValueError, KeyError, RecursionError):
+        right = False
+    if not right:
+        raise ReportError(f"what is kept of prompt {shown(number)} is no measurement. {KIND.remedy}")
 
 
 def _measurement(text: str) -> Measurement:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class _Content:
     """Beside the features of one call: what they belong to, and their types, which numpy does not all have."""
 
     fingerprint: Fingerprint
-    dtypes: dict[str, str]
+    dtypes: dict[str, Literal["float16", "bfloat16", "float32", "float64"]]
 
 
 KIND = Kind("recorded call", _Content, CalibrationError, "Delete it to record it again.", 4 << 30)
@@ -86,6 +86,8 @@ def _write(trace: Trace, file: Path) -> None:
 
 def _read(file: Path) -> Trace:
     tensors, content = read_tensors(file, KIND)
+    if tensors.keys() != content.dtypes.keys() or not all(BETWEEN in name for name in tensors):
+        raise CalibrationError(f"{file}: its tensors are not those of its header. {KIND.remedy}")
     features: dict[str, dict[str, Tensor]] = {}
     for name, dtype in content.dtypes.items():
         pass_name, _, slot = name.partition(BETWEEN)

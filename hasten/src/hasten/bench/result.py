@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from hasten.bench.row import Baseline, Row, StreamRow
 from hasten.errors import ConfigError, ReportError
-from hasten.io import conform, read_json, shown, write_atomically
+from hasten.io import conform, digest_of, read_json, shown, write_atomically
 
 __all__ = ["SCHEMA", "Result", "Settings", "StreamResult", "StreamSettings", "read_result"]
 
@@ -77,6 +77,8 @@ class _File:
         command: the command line that made it; empty where none did.
         environment: device, versions of torch, diffusers, hasten and python, commit of hasten's source if known.
         model: name, folder or hub id.
+
+    The file has a digest of all this beside it, which is compared when it is read.
     """
 
     schema: Literal[2] = SCHEMA
@@ -88,7 +90,8 @@ class _File:
 
     def write(self, file: Path) -> None:
         """Write the JSON file, atomically."""
-        write_atomically(file, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        content = json.loads(json.dumps(asdict(self), allow_nan=False))  # as it will be read
+        write_atomically(file, json.dumps({**content, "digest": digest_of(content)}, indent=1) + "\n")
 
 
 @dataclass(kw_only=True)
@@ -148,7 +151,7 @@ def read_result(file: Path) -> Result | StreamResult:
     """Read and check a result, of images or of a streaming model.
 
     Raises:
-        ReportError: if the file is missing, cut off, no result of `hasten bench`, or of another schema.
+        ReportError: if the file is missing, damaged, no result of `hasten bench`, or of another schema.
     """
     content = read_json(file, error=ReportError, remedy="Give the JSON that `hasten bench` wrote.")
     if not isinstance(content, dict) or "schema" not in content:
@@ -156,6 +159,11 @@ def read_result(file: Path) -> Result | StreamResult:
     if content["schema"] != SCHEMA:
         raise ReportError(
             f"{file}: schema {shown(content['schema'])}, but this version of hasten reads schema {SCHEMA}. {REMEDY}"
+        )
+    if content.pop("digest", None) != digest_of(content):
+        raise ReportError(
+            f"{file}: damaged or changed by hand: the figures do not have the digest that they were written with. "
+            f"{REMEDY}"
         )
     kind = StreamResult if content.get("kind") == "streaming" else Result
     try:

@@ -26,6 +26,7 @@ from hasten.calibration import RunFacts
 from hasten.errors import AdapterError, AlreadyAcceleratedError, HastenWarning
 from hasten.pipeline import context_parallel
 from hasten.pipeline.hooks import Forward, Hook, Remove, attach, compiled_whole, pass_name
+from hasten.pipeline.numbers import FiniteCheck
 from hasten.pipeline.others import other_cache
 from hasten.pipeline.records import Records, StepRecord
 from hasten.pipeline.runs import Run, Runs, StepInfo, signature
@@ -92,6 +93,7 @@ class CachingEngine(Hook):
         self.facts = RunFacts()
         self._state: CachingRun | None = None  # of the forward under way
         self._said: set[str] = set()
+        self._numbers = FiniteCheck(type(method).__name__)
         self._remove: Remove | None = None
         self._refuse_other_cache()
 
@@ -160,6 +162,7 @@ class CachingEngine(Hook):
             self._state = None
         state: CachingRun = run.state
         held = state.held
+        self._numbers.forward(info, decision.computed, hidden, _tensor(result))
         if info.last:
             state.free()
         ms = 1e3 * (time.perf_counter() - started)
@@ -210,6 +213,7 @@ class CachingEngine(Hook):
     def end_run(self) -> None:
         """The pipeline's call is about to end: free the features, and say so if nothing was skipped."""
         run = self.runs.current
+        self._numbers.settle()
         if run is not None:
             self._warn_if_idle(run)
             self.runs.end(run)
@@ -217,6 +221,7 @@ class CachingEngine(Hook):
     # --- a run begins
 
     def _begin(self, run: Run) -> CachingRun:
+        self._numbers.settle()  # of a run before that no pipeline ended
         self._refuse_other_cache()
         if self._check is not None:
             self._check(run)

@@ -1,12 +1,14 @@
 """Files: written atomically, read with bounds, one container for everything that is shared.
 
 `atomic` writes; `documents` reads JSON; `schema` declares what a file has to hold; `container` keeps tensors (a
-safetensors file) or plain values (JSON) under a header with a digest of the whole content.
+safetensors file) or plain values (JSON) under a header with a digest of the whole content; `folder` keeps digests of
+what other libraries wrote.
 """
 
-from hasten.io.atomic import check_target, write_atomically
+from hasten.io.atomic import add_line, check_target, write_atomically
 from hasten.io.container import Kind, digest_of, read_record, read_tensors, write_record, write_tensors
 from hasten.io.documents import Limits, describe, open_regular, parse_json, read_bytes, read_json
+from hasten.io.folder import check_files, check_sealed, write_files, write_sealed
 from hasten.io.schema import (
     Array,
     check_arrays,
@@ -23,7 +25,10 @@ __all__ = [
     "Array",
     "Kind",
     "Limits",
+    "add_line",
     "check_arrays",
+    "check_files",
+    "check_sealed",
     "check_target",
     "conform",
     "decreasing",
@@ -41,6 +46,8 @@ __all__ = [
     "step_list",
     "symmetric",
     "write_atomically",
+    "write_files",
     "write_record",
+    "write_sealed",
     "write_tensors",
 ]

@@ -18,7 +18,7 @@ try:
 except ImportError:  # not on Windows; temporaries of killed processes stay there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Content", "check_target", "write_atomically"]
+__all__ = ["Content", "add_line", "check_target", "write_atomically"]
 
 Content = str | bytes | Callable[[BinaryIO], object]
 
@@ -83,6 +83,20 @@ def write_atomically(path: str | Path, content: Content) -> Path:
     except OSError as error:
         raise _cannot_write(path, error) from error
     return path
+
+
+def add_line(path: str | Path, line: str) -> Path:
+    """Add a line to a log of one writer, atomically; a last line that was cut off is dropped. Returns the path.
+
+    Raises:
+        FileError: if it cannot be written.
+    """
+    path = Path(path)
+    try:
+        before = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return write_atomically(path, before[: before.rfind(b"\n") + 1] + line.encode() + b"\n")
 
 
 def check_target(path: str | Path) -> Path:

@@ -65,7 +65,7 @@ def conform(value: Any, kind: Any, where: str) -> Any:
             return made if origin is list else tuple(made)
         if len(args) == len(value):
             return tuple(conform(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
-    elif origin is dict and isinstance(value, dict):
+    elif origin is dict and isinstance(value, dict) and not any(map(_has_surrogates, value)):
         return {name: conform(item, args[1], f"{where}[{shown(name)}]") for name, item in value.items()}
     elif kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)

@@ -24,7 +24,8 @@ from torch import Tensor
 from hasten.errors import ConfigError, TargetError
 from hasten.parameters import Declared
 from hasten.pipeline.hooks import Forward, Hook, Remove, attach, compiled_whole, pass_name, wrap_step
-from hasten.pipeline.runs import Runs
+from hasten.pipeline.numbers import FiniteCheck
+from hasten.pipeline.runs import Runs, StepInfo
 from hasten.pipeline.scheduler import NoiseLevels, check_scheduler, skip_step
 from hasten.pipeline.view import PipelineView
 from hasten.resolution.report import ForwardSize, ResolutionRecord, ResolutionReport
@@ -63,6 +64,7 @@ class ResolutionRun:
         preview: the full-size latents that the pipeline was given in the place of the true ones.
         size: of the last forward.
         cost: of the last forward, see `ResolutionRecord`.
+        label: of the last forward.
     """
 
     number: int
@@ -71,6 +73,7 @@ class ResolutionRun:
     preview: Tensor | None = None
     size: ForwardSize | None = None
     cost: float = 1.0
+    label: StepInfo | None = None
 
     @property
     def total(self) -> int:
@@ -160,6 +163,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         self.records: list[Record] = []
         self.plans: list[Plan] = []
         self._number = 0
+        self._numbers = FiniteCheck(self.name)
         modules = self._checked_modules()
         self.check()
         self.scheduler = pipe.scheduler
@@ -268,6 +272,8 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
             output = self.coarse_forward(run, module, forward, arguments) if run.coarse else forward(*args, **kwargs)
             run.size = self.size(run, arguments)
             run.cost = run.size.cost(module)
+            assert run.label is not None
+            self._numbers.forward(run.label, True, arguments.get("hidden_states"), output[0])
             return output
         except BaseException:
             self.end_run()
@@ -275,6 +281,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
 
     def end_run(self) -> None:
         """Forget what is remembered of this thread's run."""
+        self._numbers.settle()
         if self._runs is not None and self._runs.current is not None:
             self._runs.current.state = None
 
@@ -301,6 +308,8 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
             elif scheduler is self.scheduler:  # another pipeline goes by it, which a run under way must not miss
                 self._begun = found.sampler_timesteps
         state: Run | None = found.state
+        if state is not None:
+            state.label = label
         return state
 
     def _begin(self, module: Any, arguments: Mapping[str, Any]) -> Run:

@@ -9,10 +9,7 @@ Shapes: `N` tokens, `k` clusters, `S` special tokens, `D` width.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import AdapterError, FileError, ModelError, unknown
-from hasten.io import Kind, describe, read_json, read_record, shown, write_atomically, write_record
+from hasten.errors import AdapterError, ModelError, unknown
+from hasten.io import Kind, check_files, describe, read_json, read_record, write_files, write_record
 from hasten.tokens.mapping import TokenMap
 
 __all__ = ["Converted", "export_model", "open_model", "replace_vocabulary"]
@@ -200,12 +197,7 @@ def export_model(model: Any, mapping: TokenMap, folder: str | Path) -> Path:
             f"the head has {head.out_features} rows, the map {mapping.clusters} clusters; replace_vocabulary first"
         )
     folder = Path(folder)
-    with tempfile.TemporaryDirectory() as scratch:  # other libraries write in place, file by file
-        _save_files(model, Path(scratch))
-        digests = {path.name: _digest(path) for path in sorted(Path(scratch).iterdir())}
-        for name in digests:
-            with (Path(scratch) / name).open("rb") as written:
-                write_atomically(folder / name, partial(shutil.copyfileobj, written))
+    digests = write_files(folder, partial(_save_files, model))
     mapping.save(folder / "token_map.safetensors")
     facts = {"tokens": mapping.tokens, "clusters": mapping.clusters, "map": mapping.kind, "files": digests}
     write_record(folder / FACTS, KIND, facts)
@@ -213,22 +205,13 @@ def export_model(model: Any, mapping: TokenMap, folder: str | Path) -> Path:
 
 
 def _save_files(model: Any, folder: Path) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
-        if hasattr(model, "save_pretrained"):
-            model.save_pretrained(folder)
-        else:
-            state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-            save_file(state, folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"{folder}: the model cannot be written ({error}); free some space there") from error
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+    else:
+        state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
 
 
 def open_model(folder: str | Path) -> tuple[Any, TokenMap]:
@@ -244,12 +227,7 @@ def open_model(folder: str | Path) -> tuple[Any, TokenMap]:
     facts = read_record(folder / FACTS, KIND)
     if (facts.tokens, facts.clusters) != (mapping.tokens, mapping.clusters):
         raise ModelError(f"{folder}: the map is that of another model. {KIND.remedy}")
-    for name, digest in facts.files.items():
-        path = folder / Path(name).name
-        if not path.is_file() or _digest(path) != digest:
-            raise ModelError(
-                f"{folder}: {shown(name)} is missing, damaged or changed after it was exported. {KIND.remedy}"
-            )
+    check_files(folder, facts.files, ModelError, KIND.remedy)
     try:
         return _load_weights(folder, facts).eval(), mapping
     except Exception as error:  # whatever the other library raises, this is no usable model

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from hasten.bench.subject import Subject
 from hasten.errors import ModelError
+from hasten.io import check_sealed
 from torch import Tensor
 
 from hasten_zoo.emoji_flux.data import load_emoji_set
@@ -42,6 +43,7 @@ def load_emoji_flux(weights: Path = WEIGHTS) -> Subject:
         raise ModelError(
             f"no emoji-flux weights in {weights}; reinstall hasten, or export some with the training script"
         )
+    check_sealed(weights, ModelError, "Reinstall hasten-zoo, or export them again.")
     try:
         pipe = load_pipeline(weights)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

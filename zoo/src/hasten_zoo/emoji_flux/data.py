@@ -14,6 +14,7 @@ import io
 import json
 import tarfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def prepare(images_tgz: Path, names_tgz: Path, out: Path = HERE) -> int:
     for i, tile in enumerate(tiles):
         y, x = divmod(i, COLUMNS)
         atlas[y * RESOLUTION : (y + 1) * RESOLUTION, x * RESOLUTION : (x + 1) * RESOLUTION] = tile
-    Image.fromarray(atlas).save(out / "training_set.png", optimize=True)
+    write_atomically(out / "training_set.png", partial(Image.fromarray(atlas).save, format="png", optimize=True))
     source = "@lobehub/fluent-emoji-3d 1.1.0 (MIT, images by Microsoft), emoji-datasource 16.0.0 (MIT, names)"
     write_atomically(out / "training_set.json", json.dumps({"source": source, "captions": captions}, indent=1) + "\n")
     return len(captions)

@@ -50,7 +50,6 @@ def evaluate(weights: Path, prompts: int, steps: int, seed: int, out: Path) -> d
                 f"{prompt} -> {found}" for prompt, found in zip(chosen, nearest, strict=True) if prompt != found
             ],
         }
-    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
     sheet = image_grid(images, columns=10)
     write_atomically(out / "contact_sheet.png", partial(sheet.save, format="png", optimize=True))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
-from hasten.io import write_atomically
+from hasten.io import add_line, write_atomically, write_sealed
 from torch import Tensor, nn
 
 from hasten_zoo.emoji_flux.data import load_emoji_set
@@ -166,13 +166,17 @@ class Trainer:
 
 
 def export(state: dict[str, object], out: Path) -> None:
-    """Write the averaged weights as a pipeline folder (`transformer/`, `text_encoder/`, ...), safetensors."""
+    """Write the averaged weights as a pipeline folder (`transformer/`, `text_encoder/`, ...), safetensors, sealed."""
     data = load_emoji_set()
     pipe = build_pipeline(data.captions, data.images)
     net = nn.ModuleDict({name: getattr(pipe, name) for name in ("transformer", "text_encoder", "text_encoder_2")})
     net.load_state_dict(state["average"])  # type: ignore[arg-type]
-    for name in ("transformer", "text_encoder", "text_encoder_2", "vae", "scheduler", "tokenizer"):
-        getattr(pipe, name).save_pretrained(out / name)
+
+    def fill(folder: Path) -> None:
+        for name in ("transformer", "text_encoder", "text_encoder_2", "vae", "scheduler", "tokenizer"):
+            getattr(pipe, name).save_pretrained(folder / name)
+
+    write_sealed(out, fill)
 
 
 def main() -> None:
@@ -200,8 +204,7 @@ def main() -> None:
             losses = {f"loss{r}": round(sum(v) / len(v), 5) for r, v in running.items() if v}
             row = {"step": trainer.steps, "seen32": trainer.seen[32], "seen64": trainer.seen[64], **losses}
             row |= {"lr": trainer.optimizer.param_groups[0]["lr"], "seconds": round(time.monotonic() - started, 1)}
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            add_line(log, json.dumps(row))
             running = {32: [], 64: []}
         if trainer.done or time.monotonic() - saved > 60 * args.checkpoint_minutes:
             write_atomically(checkpoint, partial(torch.save, trainer.state()))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from hasten.bench.subject import Subject
 from hasten.errors import ConfigError, ModelError
+from hasten.io import check_sealed
 from torch import Tensor
 from torch.nn import functional
 
@@ -83,6 +84,7 @@ def load_emoji_kontext(weights: Path = WEIGHTS) -> Subject:
             f"no emoji-kontext weights in {weights}; reinstall hasten, or export some with "
             "python -m hasten_zoo.emoji_kontext.train --export"
         )
+    check_sealed(weights, ModelError, "Reinstall hasten-zoo, or export them again.")
     try:
         pipe = load_pipeline(weights)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -66,7 +66,6 @@ def evaluate(
             "median_psnr_to_target": round(float(torch.tensor(distances).median()), 2),
             "failed": [prompt for ok, prompt in zip(done, prompts, strict=True) if not ok],
         }
-    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
     sources = functional.avg_pool2d(torch.stack([edit.source for edit in chosen]), 64 // sides[-1])
     triples = torch.stack([sources, targets, images], 1).flatten(0, 1)

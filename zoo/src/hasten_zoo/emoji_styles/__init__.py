@@ -26,20 +26,21 @@ def load_emoji_styles(weights: Path = WEIGHTS) -> Subject:
     Raises:
         ModelError: if the weights are missing or cannot be read.
     """
-    # Imported here, so that training runs without hasten.
+    # Imported here, so that training does not load the bench.
     from hasten.bench.subject import Subject
     from hasten.errors import ModelError
+    from hasten.io import check_sealed
 
     from hasten_zoo.emoji_styles.augment import caption
-    from hasten_zoo.emoji_styles.data import read_pairs
-    from hasten_zoo.emoji_styles.judge import Judge
+    from hasten_zoo.emoji_styles.judge import Judge, read_judge
     from hasten_zoo.emoji_styles.model import load_pipeline
 
     if not (weights / "transformer").is_dir():
         raise ModelError(f"no emoji-styles weights in {weights}; export some with the training script")
+    check_sealed(weights, ModelError, "Reinstall hasten-zoo, or export them again.")
+    pairs = [pair for pair in read_judge(HERE)[0] if not pair.held_out]
     try:
         pipe = load_pipeline(weights)
-        pairs = [pair for pair in read_pairs(HERE / "pairs.json") if not pair.held_out]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the emoji-styles files in {weights} cannot be read ({error}); export them again") from error
     judge = Judge.load(HERE) if Judge.available(HERE) else None

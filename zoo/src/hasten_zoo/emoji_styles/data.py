@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from hasten.io import write_atomically
 from PIL import Image
 from torch import Tensor
 
@@ -41,8 +42,6 @@ __all__ = [
     "held_out_pairs",
     "load_emoji_styles_data",
     "prepare",
-    "read_pairs",
-    "write_pairs",
 ]
 
 RENDERED = 384  # pixels; a multiple of every stored size, so that those are exact box averages
@@ -183,27 +182,45 @@ def load_emoji_styles_data(folder: Path) -> EmojiStyles:
     return EmojiStyles(pairs, images)
 
 
-def write_pairs(pairs: list[Pair], path: Path) -> None:
-    """Write what there is to know about the pairs without their images, compactly; goes with the weights."""
-    concepts = {pair.concept: [pair.category, pair.mirror] for pair in pairs}
+@dataclass(frozen=True)
+class PackedPairs:
+    """What there is to know about pairs without their images, compactly; goes with the weights.
+
+    Attributes:
+        concepts: name, category and whether it may be mirrored.
+        styles: for each, the numbers of the concepts that are `"seen"` in training and of those that are `"held_out"`.
+    """
+
+    concepts: list[tuple[str, str, bool]]
+    styles: dict[str, dict[str, list[int]]]
+
+    def __post_init__(self) -> None:
+        numbers = [i for known in self.styles.values() for part in known.values() for i in part]
+        if not numbers or min(numbers) < 0 or max(numbers) >= len(self.concepts):
+            raise ValueError(f"a pair is of none of the {len(self.concepts)} concepts")
+        if any(set(known) != {"seen", "held_out"} for known in self.styles.values()):
+            raise ValueError("a style has not two lists, seen and held_out")
+
+    def unpacked(self) -> list[Pair]:
+        """The pairs, style by style."""
+        return [
+            Pair(style, *self.concepts[i], held_out=kind == "held_out")
+            for style, known in self.styles.items()
+            for kind, numbers in known.items()
+            for i in numbers
+        ]
+
+
+def packed(pairs: list[Pair]) -> PackedPairs:
+    """Pairs without their images; their order becomes that of styles."""
+    concepts = {pair.concept: (pair.category, pair.mirror) for pair in pairs}
     numbers = {concept: i for i, concept in enumerate(concepts)}
     styles: dict[str, dict[str, list[int]]] = {}
     for pair in pairs:
         known = styles.setdefault(pair.style, {"seen": [], "held_out": []})
         known["held_out" if pair.held_out else "seen"].append(numbers[pair.concept])
-    rows = [[concept, *rest] for concept, rest in concepts.items()]
-    path.write_text(json.dumps({"concepts": rows, "styles": styles}, separators=(",", ":")) + "\n")
-
-
-def read_pairs(path: Path) -> list[Pair]:
-    """What `write_pairs` wrote, style by style."""
-    stored = json.loads(path.read_text())
-    pairs = []
-    for style, known in stored["styles"].items():
-        for kind, numbers in known.items():
-            for concept, category, mirror in (stored["concepts"][i] for i in numbers):
-                pairs.append(Pair(style, concept, category, mirror, kind == "held_out"))
-    return pairs
+    rows = [(concept, *rest) for concept, rest in concepts.items()]
+    return PackedPairs(rows, styles)
 
 
 def fetch(package: Package, folder: Path) -> Path:
@@ -297,6 +314,7 @@ def prepare(out: Path, packages: Path) -> int:
         keys = [(style, names[code].replace("-", " ")) for style, code, _ in wanted]
         held_out = held_out_pairs(keys)
         out.mkdir(parents=True, exist_ok=True)
+        (out / "index.json").unlink(missing_ok=True)  # comes last again: arrays without an index are not whole
         stores = {
             size: np.lib.format.open_memmap(
                 out / f"images-{size}.npy", mode="w+", dtype=np.uint8, shape=(len(wanted), size, size, 4)
@@ -318,7 +336,7 @@ def prepare(out: Path, packages: Path) -> int:
             pair = Pair(style, concept, category, _mirrors(concept, category), (style, concept) in held_out)
             pairs.append(asdict(pair))
     sources = {style: f"{p.name} {p.version} ({p.licence})" for style, p in PACKAGES.items()}
-    (out / "index.json").write_text(json.dumps({"sources": sources, "pairs": pairs}) + "\n")
+    write_atomically(out / "index.json", json.dumps({"sources": sources, "pairs": pairs}) + "\n")
     return len(pairs)
 
 

@@ -1,6 +1,6 @@
 """Which style and which concept an image shows.
 
-    python -m hasten_zoo.emoji_styles.judge --data runs/emoji-styles/data    # writes judge.safetensors and pairs.json
+    python -m hasten_zoo.emoji_styles.judge --data runs/emoji-styles/data    # writes judge.safetensors
 
 Features are those of EfficientNet-lite0 (ImageNet), nothing is trained by gradient:
 
@@ -17,16 +17,17 @@ Shapes: images `[B, 3, R, R]` in [-1, 1], on white; any R.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from hasten.errors import ModelError
+from hasten.io import Array, Kind, check_arrays, read_tensors, write_tensors
 from torch import Tensor
 from torch.nn import functional as F
 
 from hasten_zoo.emoji_styles.augment import plain_views, render
-from hasten_zoo.emoji_styles.data import EmojiStyles, Pair, load_emoji_styles_data, read_pairs, write_pairs
+from hasten_zoo.emoji_styles.data import EmojiStyles, PackedPairs, Pair, load_emoji_styles_data, packed
 from hasten_zoo.emoji_styles.efficientnet import EfficientNetLite0, weights_path
 from hasten_zoo.emoji_styles.vae import EmojiVAE
 
@@ -71,6 +72,21 @@ def _histogram(images: Tensor) -> Tensor:
     return shares.sqrt()
 
 
+FILE = "judge.safetensors"
+KIND = Kind(
+    "judge", PackedPairs, ModelError, "Reinstall hasten-zoo, or fit it with python -m hasten_zoo.emoji_styles.judge."
+)
+ARRAYS = {
+    "mean": Array("float", ("features",)),
+    "projection": Array("float", ("features", "dimensions")),
+    "references": Array("integer", ("pairs", "dimensions")),
+    "style_mean": Array("float", ("statistics",)),
+    "style_scale": Array("float", ("statistics",)),
+    "style_weight": Array("float", ("statistics", "styles")),
+    "style_bias": Array("float", ("styles",)),
+}
+
+
 @dataclass(frozen=True)
 class Judge:
     """Made by `fit`, kept by `save` and `load`; called with images, gives their styles and concepts.
@@ -91,7 +107,7 @@ class Judge:
     @staticmethod
     def available(folder: Path) -> bool:
         """Whether the network's weights are installed, and `save` has written to the folder."""
-        return weights_path() is not None and (folder / "judge.safetensors").is_file()
+        return weights_path() is not None and (folder / FILE).is_file()
 
     @property
     def styles(self) -> list[str]:
@@ -151,22 +167,38 @@ class Judge:
         return cls(list(data.pairs), halves | {"references": references}, network)
 
     def save(self, folder: Path) -> None:
-        """Write `judge.safetensors` and `pairs.json`; the order of the pairs becomes that of the file."""
-        write_pairs(self.pairs, folder / "pairs.json")
+        """Write `judge.safetensors`; the order of the pairs becomes that of the file."""
+        pairs = packed(self.pairs)
         row = {(pair.style, pair.concept): i for i, pair in enumerate(self.pairs)}
-        order = [row[pair.style, pair.concept] for pair in read_pairs(folder / "pairs.json")]
-        references = self.tensors["references"][order].contiguous()
-        save_file(self.tensors | {"references": references}, folder / "judge.safetensors")
+        order = [row[pair.style, pair.concept] for pair in pairs.unpacked()]
+        tensors = self.tensors | {"references": self.tensors["references"][order]}
+        write_tensors(folder / FILE, KIND, {name: tensor.numpy() for name, tensor in tensors.items()}, asdict(pairs))
 
     @classmethod
     def load(cls, folder: Path) -> Judge:
         """What `save` wrote.
 
         Raises:
-            FileNotFoundError: if the files or the network's weights are missing.
+            ModelError: if the file is missing or damaged.
+            FileNotFoundError: if the network's weights are missing.
         """
-        tensors = load_file(folder / "judge.safetensors")
-        return cls(read_pairs(folder / "pairs.json"), tensors, EfficientNetLite0())
+        pairs, tensors = read_judge(folder)
+        return cls(pairs, tensors, EfficientNetLite0())
+
+
+def read_judge(folder: Path) -> tuple[list[Pair], dict[str, Tensor]]:
+    """The pairs and the tensors that `Judge.save` wrote, which need no network.
+
+    Raises:
+        ModelError: if the file is missing or damaged.
+    """
+    arrays, packed_pairs = read_tensors(folder / FILE, KIND)
+    pairs = packed_pairs.unpacked()
+    try:
+        check_arrays(arrays, ARRAYS, {"pairs": len(pairs), "styles": len({pair.style for pair in pairs})})
+    except ValueError as error:
+        raise ModelError(f"{folder / FILE}: no usable judge ({error}). {KIND.remedy}") from error
+    return pairs, {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _whitening(concept: Tensor, labels: list[str]) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,13 @@ of N training pairs; latents are shifted and scaled, as the transformer sees the
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from hasten.io import write_atomically
 from torch import Tensor
 
 from hasten_zoo.emoji_styles.augment import draw_views, render
@@ -60,12 +61,9 @@ def encode_views(vae: EmojiVAE, data: EmojiStyles, size: int, views: int, seed: 
 
 
 def save_latents(latents: Latents, folder: Path, size: int) -> None:
-    """Write one size; whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write one size."""
     for name, value in (("colours", latents.colours), ("latents", latents.values)):
-        with (folder / f"{name}-{size}.tmp").open("wb") as file:
-            np.save(file, value.numpy())
-        os.replace(folder / f"{name}-{size}.tmp", folder / f"{name}-{size}.npy")
+        write_atomically(folder / f"{name}-{size}.npy", partial(np.save, arr=value.numpy()))
 
 
 def load_latents(folder: Path) -> dict[int, Latents]:

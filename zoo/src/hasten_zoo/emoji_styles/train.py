@@ -16,11 +16,13 @@ import argparse
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
+from hasten.io import write_atomically
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -146,10 +148,8 @@ def learning_parts(pipe: FluxPipeline) -> dict[str, Any]:
 
 def export(state: dict[str, Any], pipe: FluxPipeline, out: Path) -> None:
     """Write the averaged weights as a pipeline folder in half precision, from which training can also go on."""
-    save_half(learning_parts(pipe), state, out)
-    for name in ("vae", "scheduler", "tokenizer"):
-        part = getattr(pipe, name)
-        (part.half() if name == "vae" else part).save_pretrained(out / name)
+    others = {"vae": pipe.vae.half(), "scheduler": pipe.scheduler, "tokenizer": pipe.tokenizer}
+    save_half(learning_parts(pipe), state, out, others)
 
 
 def main() -> None:
@@ -202,10 +202,10 @@ def start_cooldown(trunk: Path, samples: int) -> tuple[int, tuple[int, int]]:
     folder = trunk / "cooldown"
     plan = folder / "plan.json"
     if not plan.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         position = torch.load(trunk / CHECKPOINT, weights_only=True, map_location="cpu")["position"]
-        shutil.copyfile(trunk / CHECKPOINT, folder / CHECKPOINT)
-        plan.write_text(json.dumps({"start": position[1], "length": samples}) + "\n")
+        with (trunk / CHECKPOINT).open("rb") as checkpoint:
+            write_atomically(folder / CHECKPOINT, partial(shutil.copyfileobj, checkpoint))
+        write_atomically(plan, json.dumps({"start": position[1], "length": samples}) + "\n")
     planned = json.loads(plan.read_text())
     return planned["start"] + planned["length"], (planned["start"], planned["length"])
 

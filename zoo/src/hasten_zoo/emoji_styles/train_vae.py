@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 
 import torch
+from hasten.io import write_atomically, write_sealed
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -99,8 +100,12 @@ def export(average: dict[str, Tensor], vae: EmojiVAE, data: EmojiStyles, out: Pa
     z = torch.cat([vae.encode(part, return_dict=False)[0] for part in images.split(32)])
     vae.register_to_config(shift_factor=float(z.mean()), scaling_factor=float(1 / z.std()))
     measured = {f"psnr_{size}": round(float(round_trip(vae, data, size)[0].mean()), 2) for size in (64, 128, 192)}
-    vae.half().save_pretrained(out)
-    (out / "round_trip.json").write_text(json.dumps(measured) + "\n")
+
+    def fill(folder: Path) -> None:
+        vae.half().save_pretrained(folder)
+        write_atomically(folder / "round_trip.json", json.dumps(measured) + "\n")
+
+    write_sealed(out, fill)
     return measured
 
 

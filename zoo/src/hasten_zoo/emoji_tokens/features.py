@@ -22,19 +22,19 @@ from typing import Self
 import numpy as np
 import torch
 from hasten.errors import ModelError
-from hasten.io import write_atomically
+from hasten.io import Kind, write_atomically
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hasten_zoo.emoji_tokens.data import BACKGROUNDS, HELD_OUT, OBJECTS, TRAIN, Images, images
+from hasten_zoo.weights import read_weights, write_weights
 
 __all__ = ["FEATURES", "FeatureNet", "spoiled", "train"]
 
 FEATURES = 64
 WEIGHTS = Path(__file__).parent / "weights" / "features.safetensors"
+KIND = Kind("feature network", dict[str, str], ModelError, "Reinstall hasten-zoo, or train it.")
 LR, WARMUP, BATCH = 2e-3, 100, 64
 CELL = 4
 
@@ -84,9 +84,7 @@ class FeatureNet(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file in half precision; returns its path."""
-        path = Path(path)
-        write_atomically(path, save({name: value.half().contiguous() for name, value in self.state_dict().items()}))
-        return path
+        return write_weights(path, KIND, self, {})
 
     @classmethod
     def load(cls, path: str | Path = WEIGHTS) -> Self:
@@ -95,12 +93,7 @@ class FeatureNet(nn.Module):
         Raises:
             ModelError: if the file is missing, damaged or of another network.
         """
-        net = cls()
-        try:
-            net.load_state_dict(load_file(path))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise ModelError(f"{path}: no usable feature network ({error}); reinstall hasten or train it") from error
-        return net.eval().requires_grad_(False)
+        return read_weights(path, KIND, lambda _: cls()).eval().requires_grad_(False)
 
 
 def spoiled(pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,11 +16,11 @@ from typing import Self
 
 import torch
 from hasten.errors import ConfigError, ModelError
-from hasten.io import write_atomically
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from hasten.io import Kind
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
+
+from hasten_zoo.weights import read_weights, write_weights
 
 __all__ = ["TokenizerConfig", "VQTokenizer"]
 
@@ -50,6 +50,9 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.codes < 2 or self.code_width < 2 or self.channels < 8 or self.channels % 16 or self.commitment < 0:
             raise ConfigError(f"at least 2 codes of width 2 and channels in sixteens are needed, got {self}")
+
+
+KIND = Kind("tokenizer", TokenizerConfig, ModelError, "Reinstall hasten-zoo, or train one again.")
 
 
 class Residual(nn.Module):
@@ -185,10 +188,7 @@ class VQTokenizer(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file in half precision; returns its path."""
-        path = Path(path)
-        facts = {name: str(value) for name, value in asdict(self.config).items()}
-        write_atomically(path, save({k: v.half().contiguous() for k, v in self.state_dict().items()}, metadata=facts))
-        return path
+        return write_weights(path, KIND, self, asdict(self.config))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -197,15 +197,6 @@ class VQTokenizer(nn.Module):
         Raises:
             ModelError: if the file is missing, damaged or no tokenizer.
         """
-        from safetensors import safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
-            sizes = {name: int(facts[name]) for name in ("codes", "code_width", "channels")}
-            tokenizer = cls(TokenizerConfig(**sizes, commitment=float(facts["commitment"])))
-            tokenizer.load_state_dict(load_file(path))
-            tokenizer.codebook.copy_(normalize(tokenizer.codebook, dim=-1))  # half precision rounds
-        except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
-            raise ModelError(f"{path}: no usable tokenizer ({error}); train one again") from error
-        return tokenizer.eval().requires_grad_(False)
+        tokenizer = read_weights(path, KIND, cls).eval().requires_grad_(False)
+        tokenizer.codebook.copy_(normalize(tokenizer.codebook, dim=-1))  # half precision rounds
+        return tokenizer

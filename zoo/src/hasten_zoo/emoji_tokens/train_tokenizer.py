@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hasten.io import write_atomically
+from hasten.io import add_line, write_atomically
 
 from hasten_zoo.emoji_tokens.data import TRAIN, images
 from hasten_zoo.emoji_tokens.tokenizer import TokenizerConfig, VQTokenizer
@@ -61,8 +61,7 @@ def train(out: Path, steps: int, minutes: float, batch: int, config: TokenizerCo
                 "perplexity": round(tokenizer.perplexity(), 1),
                 "seconds": round(time.monotonic() - started, 1),
             }
-            with (out / "tokenizer_log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
+            add_line(out / "tokenizer_log.jsonl", json.dumps(row))
             state = {
                 "model": tokenizer.state_dict(),
                 "sums": tokenizer.sums,

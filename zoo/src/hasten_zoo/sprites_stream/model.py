@@ -14,29 +14,30 @@ Shape legend: `B` batch, `F` frames, `L` tokens of a frame, `H` heads, `D` width
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from hasten.errors import ConfigError, ModelError
-from hasten.io import write_atomically
+from hasten.io import Kind
 from hasten.streaming.attention import Backend
 from hasten.streaming.cache import undo_rotation
 from hasten.streaming.policy import KVStream, StreamingMethod
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from hasten_zoo.sprites_stream.data import UNNAMED
 from hasten_zoo.sprites_wan.data import SPRITE
+from hasten_zoo.weights import read_weights, write_weights
 
 __all__ = ["CausalVideoTransformer", "ModelConfig", "load_model", "new_stream", "save_model"]
 
 TIME_BASE, PLACE_BASE = 1000.0, 100.0
 WAVES = 64  # channels in which a noise level is written
 SMALLEST = 0.01  # noise level down to which the velocity is that of the estimate
+MOST = 4096  # of any size
+WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class ModelConfig:
     mlp: int = 3
 
     def __post_init__(self) -> None:
+        if not all(1 <= size <= MOST for size in vars(self).values()):
+            raise ConfigError(f"sizes are 1 to {MOST}, got {self}")
         if self.side % self.patch or self.width % self.heads or (self.width // self.heads) % 8:
             raise ConfigError(
                 "expected patches that fill the side, and heads that divide the width into multiples of 8, got "
@@ -275,26 +278,23 @@ def new_stream(model: CausalVideoTransformer, method: StreamingMethod, backend: 
     return KVStream(method, config.layers, backend=backend, unrotate=model.rotary.unrotate, facts=facts)
 
 
+KIND = Kind(
+    "streaming model",
+    ModelConfig,
+    ModelError,
+    "Reinstall hasten-zoo, or train and export it with python -m hasten_zoo.sprites_stream.train.",
+)
+
+
 def save_model(model: CausalVideoTransformer, folder: Path) -> None:
-    """Write `config.json` and half-precision `model.safetensors`."""
-    write_atomically(folder / "config.json", json.dumps(asdict(model.config), indent=1))
-    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(folder / "model.safetensors", save(weights))
+    """Write `model.safetensors`, in half precision."""
+    write_weights(folder / WEIGHTS_FILE, KIND, model, asdict(model.config))
 
 
 def load_model(folder: Path) -> CausalVideoTransformer:
     """Read what `save_model` wrote, as float32.
 
     Raises:
-        ModelError: if the files are missing or damaged.
+        ModelError: if the file is missing or damaged.
     """
-    try:
-        config = ModelConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        model = CausalVideoTransformer(config)
-        model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise ModelError(
-            f"the sprites-stream files in {folder} cannot be read ({error}); train and export them with "
-            "python -m hasten_zoo.sprites_stream.train"
-        ) from error
-    return model.eval()
+    return read_weights(folder / WEIGHTS_FILE, KIND, CausalVideoTransformer).eval()

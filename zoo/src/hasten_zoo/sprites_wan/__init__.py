@@ -8,6 +8,7 @@ from random import Random
 import torch
 from hasten.bench.subject import Subject
 from hasten.errors import ConfigError, ModelError
+from hasten.io import check_sealed
 from torch import Tensor
 
 from hasten_zoo.sprites_wan.data import JITTER, OBJECTS, SIDE, Clip, all_clips, background, path, place
@@ -88,6 +89,7 @@ def load_sprites_wan(weights: Path = WEIGHTS) -> Subject:
             f"no sprites-wan weights in {weights}; reinstall hasten, or export some with "
             "python -m hasten_zoo.sprites_wan.train --export"
         )
+    check_sealed(weights, ModelError, "Reinstall hasten-zoo, or export them again.")
     try:
         pipe = load_pipeline(weights)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

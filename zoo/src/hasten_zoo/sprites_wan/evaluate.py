@@ -52,7 +52,6 @@ def evaluate(weights: Path, prompts: int, steps: int, seed: int, out: Path, guid
         "right": round(sum(right) / len(right), 3),
         "wrong": [prompt for ok, prompt in zip(right, chosen, strict=True) if not ok],
     }
-    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
     shown = torch.linspace(0, videos.shape[1] - 1, SHEET_FRAMES).long()
     frames = videos[:SHEET_CLIPS, shown].flatten(0, 1)

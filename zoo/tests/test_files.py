@@ -1,0 +1,126 @@
+"""What comes with the project: read only as it was written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hasten.errors import ModelError
+from hasten.io import check_sealed
+from hasten.io.folder import LIST
+from torch import nn
+
+import hasten_zoo
+from hasten_zoo import emoji_flux, emoji_styles, emoji_tokens, sprites_stream
+from hasten_zoo.emoji_styles.judge import read_judge
+from hasten_zoo.emoji_tokens.features import FeatureNet
+from hasten_zoo.emoji_tokens.tokenizer import VQTokenizer
+from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, run
+
+ROOT = Path(hasten_zoo.__file__).parent
+SEALED = sorted(path.parent for path in ROOT.rglob(LIST))
+CONTAINERS: dict[str, tuple[Path, Callable[[Path], object]]] = {
+    "features": (emoji_tokens.WEIGHTS / "features.safetensors", FeatureNet.load),
+    "tokenizer": (emoji_tokens.WEIGHTS / "tokenizer.safetensors", VQTokenizer.load),
+    "stream": (
+        ROOT / "sprites_stream" / "weights" / "model.safetensors",
+        lambda p: sprites_stream.load_model(p.parent),
+    ),
+    "judge": (emoji_styles.HERE / "judge.safetensors", lambda path: read_judge(path.parent)),
+}
+
+
+@pytest.mark.parametrize("folder", SEALED, ids=lambda path: path.parent.name)
+def test_the_bundled_weights_are_those_of_their_list(folder: Path) -> None:
+    check_sealed(folder, ModelError, "")
+
+
+def test_every_bundled_pipeline_has_a_list() -> None:
+    assert {folder.parent.name for folder in SEALED} == {
+        path.parents[2].name for path in ROOT.rglob("weights/transformer/config.json")
+    }
+
+
+def _flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: _flipped(folder / "transformer" / "diffusion_pytorch_model.safetensors"),
+        lambda folder: _flipped(folder / "scheduler" / "scheduler_config.json"),
+        lambda folder: _flipped(folder / LIST),
+        lambda folder: (folder / LIST).unlink(),
+        lambda folder: (folder / "vae" / "config.json").unlink(),
+        lambda folder: (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"pickle"),
+    ],
+    ids=["weights", "scheduler", "list", "no list", "no file", "another file"],
+)
+def test_damaged_weights_are_refused_before_they_are_loaded(
+    damage: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(emoji_flux.WEIGHTS, tmp_path / "weights")
+    assert emoji_flux.load_emoji_flux(folder).pipe is not None
+    damage(folder)
+    monkeypatch.setattr("hasten_zoo.emoji_flux.model.load_pipeline", lambda _: pytest.fail("it was loaded"))
+    with pytest.raises(ModelError, match="Reinstall") as caught:
+        emoji_flux.load_emoji_flux(folder)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_damaged_networks_are_refused(name: str, tmp_path: Path) -> None:
+    source, load = CONTAINERS[name]
+    path = Path(shutil.copy(source, tmp_path))
+    load(path)
+    content = path.read_bytes()
+    for place in (0, 9, len(content) // 2, len(content) - 1):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ModelError, match=path.name):
+            load(path)
+    path.write_bytes(content[:-3])
+    with pytest.raises(ModelError, match=path.name):
+        load(path)
+
+
+# --- training
+
+
+def _training() -> Training:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+
+    def loss(generator: torch.Generator) -> Loss:
+        return Loss(net(torch.randn(4, 3, generator=generator)).square().mean(), 4, "all")
+
+    return Training(net, loss, Settings(warmup_steps=2))
+
+
+def test_a_checkpoint_of_the_release_before_is_gone_on_from(tmp_path: Path) -> None:
+    """It was written with torch.save beside `checkpoint.pt.tmp`, and a log whose last line may be cut off."""
+    training = _training()
+    for _ in range(3):
+        training.step()
+    torch.save(training.state(), tmp_path / (CHECKPOINT + ".tmp"))
+    os.replace(tmp_path / (CHECKPOINT + ".tmp"), tmp_path / CHECKPOINT)
+    (tmp_path / "log.jsonl").write_text('{"step": 2}\n{"st')
+    for _ in range(3):
+        training.step()
+    again = _training()
+    run(again, tmp_path, 24, log_every=3)
+    assert again.steps == 6
+    for name, value in training.net.state_dict().items():
+        assert torch.equal(again.net.state_dict()[name], value)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert lines[0] == '{"step": 2}'
+    assert '"step": 6' in lines[1]
+    assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, "log.jsonl"}
