@@ -5,6 +5,7 @@ Arms can be pickled, so that several processes can work with the same ones.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from hasten.resolution.engine import ResolutionMethod
 from hasten.solvers.scheduler import LeapScheduler
 
 __all__ = ["Accelerated", "Arm", "Solved", "merged", "method_arms", "one_line", "says_its_steps"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,9 @@ def _adaptive_arm(request: Request, method: CachingMethod, wanted: int, trials: 
         )
     except HastenError as error:
         return replace(arm, error=f"{one_line(error)} (interval= and warmup= of the method)")
+    except Exception as error:  # whatever it is, the other arms can be measured
+        log.warning("%s cannot be measured", label, exc_info=error)
+        return replace(arm, error=one_line(error))
     fitted = _with(method, found.threshold)
     return replace(arm, params=reported(fitted), attach=Accelerated(fitted))
 

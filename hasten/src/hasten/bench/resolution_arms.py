@@ -6,6 +6,7 @@ plain samplers stand beside it: one with as many evaluations, and one with as ma
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,9 +16,10 @@ from hasten.bench.plain import plain_arms
 from hasten.bench.requests import Request
 from hasten.bench.sampling import plain
 from hasten.bench.thresholds import Trials
-from hasten.errors import HastenError
 
 __all__ = ["PlainCost", "staged_arms"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,7 +63,8 @@ def staged_arms(requests: Sequence[Request], trials: Trials) -> list[Arm]:
         arm = _arm(request, trials.steps)
         try:
             flops, layer_calls = trials.cost(arm.attach, arm.steps, request.label)
-        except HastenError as error:
+        except Exception as error:  # whatever it is, the other arms can be measured
+            log.warning("%s cannot be measured", request.label, exc_info=error)
             arms.append(replace(arm, error=one_line(error)))
             continue
         computed = cost.computed(layer_calls)

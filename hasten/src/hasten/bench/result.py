@@ -140,11 +140,17 @@ class Result(_File):
 
 @dataclass(kw_only=True)
 class StreamResult(_File):
-    """A whole file of a streaming model; the first row is that of the whole history."""
+    """A whole file of a streaming model.
+
+    Attributes:
+        rows: the first one is that of the whole history.
+        failed: why methods without a row could not be measured, by name.
+    """
 
     kind: Literal["streaming"] = "streaming"
     settings: StreamSettings
     rows: list[StreamRow]
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def read_result(file: Path) -> Result | StreamResult:

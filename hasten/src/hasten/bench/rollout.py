@@ -6,6 +6,7 @@ methods alike, and compares every video with that of the full history from the s
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from hasten.bench.arms import one_line
 from hasten.bench.row import StreamRow
-from hasten.errors import ConfigError
+from hasten.errors import ConfigError, ModelError
 from hasten.streaming.attention import StreamStats
 from hasten.streaming.methods.full import FullHistory
 from hasten.streaming.policy import StreamingMethod
@@ -24,6 +26,8 @@ __all__ = ["REFERENCE", "RollOut", "Rolled", "Watch", "fidelity", "mean_curves",
 
 REFERENCE = "full history"
 BEST = 100.0  # dB, for equal images
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,11 @@ def mean_curves(curves: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, li
 
 
 def measure(
-    roll_out: RollOut, methods: Mapping[str, StreamingMethod], seeds: Sequence[int], watch: Watch | None = None
+    roll_out: RollOut,
+    methods: Mapping[str, StreamingMethod],
+    seeds: Sequence[int],
+    watch: Watch | None = None,
+    failures: dict[str, str] | None = None,
 ) -> list[StreamRow]:
     """A row for the full history and for each method.
 
@@ -86,9 +94,12 @@ def measure(
         methods: by the names that the table gives them.
         seeds: at least one.
         watch: see `Watch`.
+        failures: gets why a method could not be rolled out, by its name; it has no row then. Without it the error is
+            raised.
 
     Raises:
         ConfigError: without seeds, or for a method named like the reference.
+        ModelError: if a video has numbers that are not finite.
     """
     if not seeds or REFERENCE in methods:
         raise ConfigError(
@@ -99,8 +110,18 @@ def measure(
     rolled: dict[str, list[Rolled]] = {name: [] for name in arms}
     likeness: dict[str, list[Tensor]] = {name: [] for name in arms}
     for seed in seeds:
-        for name, method in arms.items():
-            result = roll_out(method, seed)
+        for name, method in list(arms.items()):
+            try:
+                result = roll_out(method, seed)
+                if not bool(result.video.isfinite().all()):
+                    raise ModelError(f"the video of {name} with seed {seed} has values that are not finite")
+            except Exception as error:  # the other methods can be measured
+                if name == REFERENCE or failures is None:
+                    raise
+                log.warning("%s cannot be measured", name, exc_info=error)
+                failures[name] = one_line(error)
+                del arms[name]
+                continue
             reference = rolled[REFERENCE][-1].video if name != REFERENCE else result.video
             likeness[name].append(fidelity(result.video, reference))
             rolled[name].append(result)

@@ -171,11 +171,14 @@ def _measure(
         try:
             return action()
         except Exception as error:
-            if arm.id == "baseline":
-                raise
-            log.warning("%s cannot be measured", arm.id, exc_info=error)
-            kept.failures[arm.id] = one_line(error)
+            fail(arm, error)
             return None
+
+    def fail(arm: Arm, error: Exception) -> None:
+        if arm.id == "baseline":
+            raise error
+        log.warning("%s cannot be measured", arm.id, exc_info=error)
+        kept.failures[arm.id] = one_line(error)
 
     if not rest and kept.flops:
         return
@@ -199,8 +202,11 @@ def _measure(
             if arm.id in samples:
                 sample, reference = samples[arm.id], samples["baseline"]
                 save_image(sample, images / image_name(arm) / f"{number:02d}.png")
-                flops = _flops(model, settings, arm, prompt, seed, kept.flops[arm.id], number)
-                found[arm.id] = measure(model, sample, reference, prompt, number, seed, settings.steps, flops)
+                try:
+                    flops = _flops(model, settings, arm, prompt, seed, kept.flops[arm.id], number)
+                    found[arm.id] = measure(model, sample, reference, prompt, number, seed, settings.steps, flops)
+                except Exception as error:
+                    fail(arm, error)
         kept.add(number, found)
 
 

@@ -90,7 +90,8 @@ def run_streams(
             write_video(rolled.video[0], folder / f"{_file_name(name)}{suffix}", enlarge=ENLARGE)
 
     seeds = range(settings.seed, settings.seed + settings.worlds)
-    rows = measure(model.rollout(settings.frames, settings.steps), methods, seeds, watch)
+    failures: dict[str, str] = {}
+    rows = measure(model.rollout(settings.frames, settings.steps), methods, seeds, watch, failures)
     named = {short_label(name): video for name, video in videos.items()}
     write_video(side_by_side(named, ENLARGE), together or folder / f"all{suffix}")
     for row in rows:
@@ -103,6 +104,7 @@ def run_streams(
         model=model.name,
         settings=settings,
         rows=rows,
+        failed=failures,
     )
     result.write(out)
     return result

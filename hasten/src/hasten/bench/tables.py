@@ -101,11 +101,12 @@ def _stream_table(result: StreamResult, wide: bool) -> Table:
         Line(line.name, "plain" if i == 0 else "hasten", [*line.cells, *_drift(row, grades)], line.params)
         for i, (line, row) in enumerate(zip(_lines(result.rows, shown), result.rows, strict=True))
     ]
+    notes = [f"Not measured: {name}: {why}" for name, why in result.failed.items()]
     title = (
         f"{result.model}, {settings.worlds} videos of {settings.frames} frames, {settings.steps} steps per chunk, "
         "against the whole history"
     )
-    return Table(title, [*shown.values(), *drifts], {"": lines}, [_made(result)])
+    return Table(title, [*shown.values(), *drifts], {"": lines}, [*notes, _made(result)])
 
 
 def _drift(row: StreamRow, names: Sequence[str]) -> list[Cell]:
