@@ -109,7 +109,6 @@ def use_made_up_detectors() -> None:
 
 def load_libraries() -> None:
     """Load what the commands use before they are forked, so that kills hit their work."""
-    import drape.cli
     import hasten.bench.report
     import hasten.bench.streams
     import hasten.bench.tune
@@ -285,10 +284,7 @@ def trial(command: Sequence[str], inputs: Path, kills: int, rng: random.Random) 
         pid = start(command, folder)
         time.sleep(rng.uniform(0, seconds))
         outcome.kills += 1
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        os.kill(pid, signal.SIGKILL)  # one that has ended is there until it is waited for
         _, status = os.waitpid(pid, 0)
         outcome.after_the_end += not os.WIFSIGNALED(status)
         try:
@@ -306,7 +302,7 @@ def trial(command: Sequence[str], inputs: Path, kills: int, rng: random.Random) 
         if found:
             outcome.unequal += 1
             print(f"  unequal: {named(found)} at {sorted(map(str, found))[:5]}", flush=True)
-        outcome.leftovers += len([path for path in (folder / "out").rglob(".*")])
+        outcome.leftovers += len(list((folder / "out").rglob(".*")))
     return outcome, f"{seconds:.1f} s; not compared: {named(known)}"
 
 

@@ -11,12 +11,14 @@ import shutil
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from harness import Bench
+from hasten.io import write_atomically
 from hasten_zoo.emoji_styles import train
 from hasten_zoo.emoji_styles.data import PACKAGES, SIZES, EmojiStyles, Pair, load_emoji_styles_data
 from hasten_zoo.emoji_styles.latents import Latents, save_latents
@@ -80,10 +82,10 @@ def run_training(*arguments: str) -> None:
 def tiny_data(folder: Path) -> Path:
     """Data and latents of three images, in the form of the real ones."""
     pairs = [Pair(style, "red apple", "Food", True, False) for style in list(PACKAGES)[:3]]
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    (folder / "data" / "index.json").write_text(json.dumps({"pairs": [asdict(pair) for pair in pairs]}))
+    write_atomically(folder / "data" / "index.json", json.dumps({"pairs": [asdict(pair) for pair in pairs]}))
     for size in SIZES:
-        np.save(folder / "data" / f"images-{size}.npy", np.zeros((len(pairs), size, size, 4), np.uint8))
+        images = np.zeros((len(pairs), size, size, 4), np.uint8)
+        write_atomically(folder / "data" / f"images-{size}.npy", partial(np.save, arr=images))
     data: EmojiStyles = load_emoji_styles_data(folder / "data")
     generator = torch.Generator().manual_seed(0)
     for size in SIZES:

@@ -2,8 +2,8 @@
 
     python -m hasten_zoo.fashion_dit.features --data runs/fashion-dit/data
 
-trains it (five minutes on one core) and writes `features.safetensors` beside the card. Distances in its features are not
-FID, which is defined by another network, and are comparable only with each other.
+trains it (five minutes on one core) and writes `features.safetensors` beside the card. Distances in its features are
+not FID, which is defined by another network, and are comparable only with each other.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import json
 from pathlib import Path
 
 import torch
-from hasten.io import write_atomically
-from safetensors.torch import load_file, save
+from hasten.errors import ModelError
+from hasten.io import Kind
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hasten_zoo.fashion_dit import CLASSES, HERE
 from hasten_zoo.fashion_dit.data import FashionData, load_fashion_data, scaled
+from hasten_zoo.weights import read_weights, write_weights
 
 __all__ = ["FILE", "FashionFeatures"]
 
 FILE = HERE / "features.safetensors"
 BATCH = 128
+KIND = Kind("classifier", dict[str, str], ModelError, "Train it with python -m hasten_zoo.fashion_dit.features.")
 
 
 class FashionFeatures(nn.Module):
@@ -67,11 +69,13 @@ class FashionFeatures(nn.Module):
         """The trained classifier.
 
         Raises:
-            FileNotFoundError: if there is no such file.
+            ModelError: if the file is missing, damaged or of another network.
         """
-        network = cls()
-        network.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
-        return network.eval()
+        return read_weights(file, KIND, lambda _: cls()).eval()
+
+    def save(self, file: Path) -> Path:
+        """Write the weights in half precision; returns the path."""
+        return write_weights(file, KIND, self, {})
 
 
 def train(data: FashionData, epochs: int, seed: int = 0) -> FashionFeatures:
@@ -108,7 +112,7 @@ def main() -> None:
     network = train(data, args.epochs)
     found = network.logits(network.of(scaled(data.test))).argmax(1)
     print(json.dumps({"test_accuracy": round(float((found == data.test_labels).float().mean()), 4)}))
-    write_atomically(args.out, save({name: t.half().contiguous() for name, t in network.state_dict().items()}))
+    network.save(args.out)
 
 
 if __name__ == "__main__":

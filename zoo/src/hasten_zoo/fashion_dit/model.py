@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from hasten.errors import ModelError
+from hasten.io import check_sealed
 from torch import nn
 
 from hasten_zoo.emoji_flux.model import PixelVAE
@@ -45,7 +47,12 @@ def build_pipeline(width: int = 160, blocks: int = 6) -> DiTPipeline:
 
 
 def load_pipeline(folder: Path) -> DiTPipeline:
-    """Load a pipeline folder that the training script exported; only local files are read."""
+    """Load a pipeline folder that the training script exported; only local files are read.
+
+    Raises:
+        ModelError: if a file is missing, or not as it was written.
+    """
+    check_sealed(folder, ModelError, "Export the weights again with python -m hasten_zoo.fashion_dit.train.")
     return DiTPipeline(
         DiTTransformer2DModel.from_pretrained(folder / "transformer"),
         PixelVAE.from_pretrained(folder / "vae"),

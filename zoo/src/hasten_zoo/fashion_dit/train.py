@@ -63,9 +63,7 @@ class Objective:
 
 def export(state: dict[str, object], pipe: DiTPipeline, out: Path) -> None:
     """Write the averaged weights as a pipeline folder in half precision, from which training can also go on."""
-    save_half({"transformer": pipe.transformer}, state, out)
-    pipe.vae.save_pretrained(out / "vae")
-    pipe.scheduler.save_pretrained(out / "scheduler")
+    save_half({"transformer": pipe.transformer}, state, out, {"vae": pipe.vae, "scheduler": pipe.scheduler})
 
 
 def main() -> None:
