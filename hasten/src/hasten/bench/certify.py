@@ -12,7 +12,7 @@ import random
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -393,12 +393,17 @@ class _Certification:
                 procedure=settings.procedure,
                 tried=tuple(tried),
             ),
-            files={name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in best.files.items()},
             environment=environment(),
             command=self._command,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        return certificate.save(self._out, best.files)
+        files = {}
+        for name, file in best.files.items():  # what was learned carries what was shown of it
+            calibration = Calibration.load(file)
+            options = {**calibration.options, "certificate": certificate.content}
+            written = replace(calibration, options=options).save(self._out.with_name(name))
+            files[name] = hashlib.sha256(written.read_bytes()).hexdigest()
+        return replace(certificate, files=files).save(self._out)
 
 
 def _setting(arm: Arm) -> tuple[str, dict[str, Path]]:

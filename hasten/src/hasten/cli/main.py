@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hasten.cli import boundary, certify, fit, info, measure, tokens
+from hasten.cli import boundary, certify, fit, generate, info, measure, tokens
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +23,7 @@ app.command()(measure.bench)
 app.command()(measure.report)
 app.command()(fit.calibrate)
 app.command()(fit.tune)
+app.command()(generate.generate)
 app.command()(certify.certify)
 app.command()(certify.certificates)
 app.add_typer(tokens.app, name="tokens")

@@ -52,6 +52,7 @@ class RequestsPart(Protocol):
     @property
     def audit(self) -> Any: ...
     def using(self, quality: str | None, computed_steps: int | None) -> AbstractContextManager[Any]: ...
+    def describe(self, quality: str | None, computed_steps: int | None) -> dict[str, Any]: ...
     def save(self, path: str | Path) -> Path: ...
     def close(self) -> None: ...
 
@@ -146,6 +147,14 @@ class Acceleration:
             ...     image = pipe("a red apple").images[0]
         """
         return self._requests.using(quality, computed_steps)
+
+    def describe(self, *, quality: str | None = None, computed_steps: int | None = None) -> dict[str, Any]:
+        """The setting that `using` would give, as plain data: method, and digest of the certificate if it has one.
+
+        Raises:
+            ConfigError, CertificateError: as `using`.
+        """
+        return self._requests.describe(quality, computed_steps)
 
     @property
     def audit(self) -> Any:

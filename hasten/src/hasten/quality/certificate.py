@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from hasten import registry
 from hasten.errors import CertificateError, HastenError
-from hasten.io import Kind, read_record, write_atomically, write_record
+from hasten.io import Kind, read_record, write_record
 from hasten.quality.conditions import Conditions
 from hasten.quality.tolerance import Tolerance
 
@@ -109,21 +109,18 @@ class Certificate:
     created: str = ""
     folder: str | None = None
 
-    def save(self, path: str | Path, files: Mapping[str, Path] | None = None) -> Path:
-        """Write it, with copies of its setting's files beside it; returns the path.
-
-        Args:
-            path: of the JSON file.
-            files: where the setting's files are, by the names that it has for them.
+    def save(self, path: str | Path) -> Path:
+        """Write it; returns the path.
 
         Raises:
-            FileError: if something cannot be written.
+            FileError: if it cannot be written.
         """
-        path = Path(path)
-        for name, source in (files or {}).items():
-            write_atomically(path.with_name(name), source.read_bytes())
-        content = {name: value for name, value in asdict(self).items() if name != "folder"}
-        return write_record(path, KIND, content)
+        return write_record(path, KIND, self.content)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """It as plain values, without where it was read from."""
+        return {name: value for name, value in asdict(self).items() if name != "folder"}
 
     @classmethod
     def load(cls, path: str | Path) -> Certificate:

@@ -98,16 +98,24 @@ class Requests:
             raise ConfigError("the acceleration was removed, and there is no setting to save")
         return replace(self._configuration, method=registry.format(*methods), computed_steps=None).save(path)
 
+    def describe(self, quality: str | None, computed_steps: int | None) -> dict[str, Any]:
+        """See `Acceleration.describe`."""
+        self._check_open()
+        return self._made(quality, computed_steps)[0].describe()
+
     @contextmanager
     def using(self, quality: str | None, computed_steps: int | None) -> Iterator[Any]:
         """See `Acceleration.using`."""
+        self._check_open()
+        setting, hooks = self._made(quality, computed_steps)
+        with instead(hooks):
+            yield self._lane(setting)
+
+    def _check_open(self) -> None:
         if self._staged is not None:
             raise ConfigError("a resolution method is at work, whose stages are those of all calls; leave it out")
         if self._setting is None:
             raise ConfigError("the acceleration was removed; accelerate the pipeline again")
-        setting, hooks = self._made(quality, computed_steps)
-        with instead(hooks):
-            yield self._lane(setting)
 
     @contextmanager
     def _full(self) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from hasten import registry
 from hasten.caching.method import CachingMethod, ScheduledMethod
 from hasten.caching.methods import Reuse
 from hasten.errors import CertificateError, ConfigError
+from hasten.io import digest_of
 from hasten.pipeline.runs import Run
 from hasten.quality.certificate import Certificate, certificates
 from hasten.quality.conditions import Call
@@ -125,6 +126,16 @@ class Setting:
         if self.leap is None:
             return None
         return FixedLeap.make(self.leap, self.evaluations, self.certificate, self._command())
+
+    def describe(self) -> dict[str, Any]:
+        """It as plain data."""
+        found: dict[str, Any] = {"method": registry.format(self.leap or self.method)}
+        if self.leap is not None:
+            found["computed_steps"] = self.evaluations
+        if self.certificate is not None:
+            found |= {"quality": self.certificate.quality, "certificate": digest_of(self.certificate.content)}
+            found["method"] = self.certificate.setting  # without the folder that it was found in
+        return found
 
     def check(self, run: Run) -> None:
         """Find out at the start of a run whether its call may have this setting.

@@ -1,0 +1,90 @@
+"""`hasten generate`: many images into a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from hasten.cli import options
+from hasten.cli.boundary import resumable
+from hasten.cli.common import BAR, console, opened
+from hasten.errors import ConfigError
+from hasten.io import check_target
+
+__all__ = ["generate"]
+
+SHOWN = 5  # failures
+
+
+def generate(
+    prompts_file: Annotated[
+        Path,
+        typer.Option("--prompts-file", help='One prompt per line, or JSON: {"id": "a1", "prompt": "...", "seed": 7}.'),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for an image and a JSON file per job.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help=f"An installed model ({options.MODELS}), a pipeline's folder, a hub id."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A configuration (hasten.yaml); options take precedence.")
+    ] = None,
+    quality: Annotated[
+        str | None, typer.Option(help="A certified tier (lossless, high, draft), a certificate's path, or exact.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="A method expression, such as foca:schedule=even.")] = None,
+    computed_steps: Annotated[int | None, typer.Option(min=1, help="Steps to compute.")] = None,
+    audit: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of images that are checked against the full run.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps that the pipeline is called with.")] = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    guidance: options.Guidance = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+) -> None:
+    """Draw every prompt of a file into a folder, with where each image came from.
+
+    Without a setting nothing is accelerated. Jobs may have sizes, steps, guidance, a quality or computed steps of their
+    own. Started again after it was cut short in any way, the same command leaves out the images that are there.
+
+    Example: hasten generate --model emoji-flux --prompts-file prompts.jsonl --out images --quality high
+    """
+    from hasten.integrations.batch import Worker, overridden, read_jobs
+    from hasten.integrations.batch import generate as run
+    from hasten.quality.configuration import Configuration, load
+
+    options.call_of(height, width, guidance)  # refuses what no model can draw
+    configuration = overridden(
+        Configuration() if config is None else load(config),
+        model=model,
+        quality=quality,
+        method=method,
+        computed_steps=computed_steps,
+        audit=audit,
+        steps=steps,
+        height=height,
+        width=width,
+        guidance=guidance,
+    )
+    jobs = read_jobs(prompts_file, seed)
+    check_target(out / f"{jobs[0].id}.json")
+    if configuration.model is None:
+        raise ConfigError("a model is needed: give --model, or `model:` in the configuration")
+    worker = Worker(configuration, model=opened(configuration.model, device))
+    with resumable(), Progress(*BAR, console=console) as bar:
+        task = bar.add_task("generating", total=len(jobs))
+        failures = run(
+            worker,
+            jobs,
+            out,
+            lambda done, total, label: bar.update(task, completed=done, total=total, description=label),
+        )
+    console.print(f"{len(jobs) - len(failures)} of {len(jobs)} images: [bold]{out}[/bold]", soft_wrap=True)
+    if failures:
+        reasons = "; ".join(f"{one.id}: {one.error}" for one in failures[:SHOWN])
+        raise ConfigError(f"{len(failures)} of {len(jobs)} jobs could not be done ({reasons})")

@@ -1,0 +1,192 @@
+"""`hasten generate`: jobs read, drawn, refused; what is there is left out; killed at any time, it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from pipelines import draw, make_pipe
+from subjects import install
+
+from hasten.bench import subject
+from hasten.bench.sheet import to_pil
+from hasten.bench.subject import Subject
+from hasten.cli import main
+from hasten.errors import ConfigError
+from hasten.integrations.batch import Job, Worker, generate, overridden, read_jobs
+from hasten.quality.configuration import Configuration
+
+CALL = {"height": 32, "width": 32, "max_sequence_length": 8, "num_inference_steps": 8}
+FOCA = Configuration(method="foca:schedule=even", computed_steps=4)
+
+
+def tiny():
+    return Subject("tiny", make_pipe(), ["red apple"], dict(CALL))
+
+
+def worker(configuration=FOCA):
+    return Worker(configuration, model=tiny())
+
+
+JOBS = [Job(f"job-{i}", prompt, seed=i) for i, prompt in enumerate(("red apple", "blue car", "cat"))]
+
+
+def test_each_image_is_what_the_call_gives_with_its_provenance(tmp_path):
+    own = worker()
+    assert generate(own, JOBS, tmp_path) == []
+    for job in JOBS:
+        image = to_pil(own.draw(job)[0])
+        from PIL import Image
+
+        assert list(Image.open(tmp_path / f"{job.id}.png").getdata()) == list(image.getdata())
+        known = json.loads((tmp_path / f"{job.id}.json").read_text())
+        assert known["job"]["seed"] == job.seed
+        assert known["summary"]["computed_steps"] == 4
+        assert known["setting"]["method"].startswith("foca")
+        assert known["transformers"]["transformer"]["weights"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] * 3 + [".png"] * 3
+
+
+def test_without_a_setting_nothing_is_accelerated(tmp_path):
+    pipe = make_pipe()
+    right = draw(pipe, steps=8, seed=3, output_type="pt")[0]
+    found, provenance = Worker(Configuration(), model=tiny()).draw(Job("a", "red apple", seed=3))
+    assert torch.equal(found, right)
+    assert provenance["summary"]["computed_steps"] == 8
+
+
+def test_a_job_has_its_own_setting_and_call(tmp_path):
+    own = worker()
+    _, provenance = own.draw(Job("a", "cat", steps=6, computed_steps=3))
+    assert (provenance["summary"]["steps"], provenance["summary"]["computed_steps"]) == (6, 3)
+    guided, provenance = own.draw(Job("a", "cat", guidance=3.0, quality="exact"))
+    right = draw(make_pipe(), steps=8, prompt="cat", true_cfg_scale=3.0, negative_prompt="", output_type="pt")[0]
+    assert torch.equal(guided, right)
+    assert provenance["summary"]["passes"] == ("cond", "uncond")
+
+
+def test_what_is_there_is_left_out_and_what_is_of_another_setting_is_refused(tmp_path):
+    generate(worker(), JOBS[:2], tmp_path)
+    before = (tmp_path / "job-0.png").stat().st_mtime_ns
+    seen = []
+    generate(worker(), JOBS, tmp_path, lambda done, total, label: seen.append((done, total, label)))
+    assert (tmp_path / "job-0.png").stat().st_mtime_ns == before
+    assert seen == [(2, 3, "job-2"), (3, 3, "job-2")]
+    for other in (
+        lambda: generate(worker(overridden(FOCA, computed_steps=5)), JOBS, tmp_path),
+        lambda: generate(worker(), [Job("job-0", "a dog")], tmp_path),
+        lambda: generate(worker(), [Job("job-0", "red apple", steps=6)], tmp_path),
+    ):
+        with pytest.raises(ConfigError, match=r"job-0\.png was made of another job"):
+            other()
+
+
+def test_an_image_without_its_whole_provenance_is_refused_and_provenance_alone_is_made_again(tmp_path):
+    generate(worker(), JOBS[:1], tmp_path)
+    (tmp_path / "job-0.json").write_text("{")
+    with pytest.raises(ConfigError, match="made of another job"):
+        generate(worker(), JOBS[:1], tmp_path)
+    (tmp_path / "job-0.png").unlink()
+    assert generate(worker(), JOBS[:1], tmp_path) == []
+    assert (tmp_path / "job-0.png").exists()
+
+
+def test_a_job_that_cannot_be_done_does_not_keep_the_others(tmp_path):
+    jobs = [Job("high", "cat", quality="high"), Job("odd", "cat", height=33), *JOBS[:1]]
+    failures = generate(worker(), jobs, tmp_path)
+    assert [one.id for one in failures] == ["high", "odd"]
+    assert "not certified" in failures[0].error
+    assert (tmp_path / "job-0.png").exists()
+
+
+def test_jobs_are_prompts_or_objects(tmp_path):
+    file = tmp_path / "jobs.jsonl"
+    file.write_text('a red apple\n\n{"id": 7, "prompt": "b", "seed": 2, "quality": "exact"}\n{"prompt": "c"}\n')
+    assert read_jobs(file, 10) == [
+        Job("00000", "a red apple", seed=10), Job("7", "b", seed=2, quality="exact"), Job("00003", "c", seed=13),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "no jobs in it"),
+    ('{"id": "a"}', "line 1: it has no prompt"),
+    ('{"prompt": "a", "sed": 1}', "line 1: .*Did you mean 'seed'"),
+    ('{"prompt": "a", "id": "../a"}', "line 1: .*id must be letters"),
+    ('{"prompt": "a", "id": ".a"}', "id must be letters"),
+    ('{"prompt": "a", "seed": -1}', "seed must be"),
+    ('{"prompt": "a", "steps": 2.5}', "steps must be"),
+    ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "line 2: the id 'x' is there twice"),
+    ('{"prompt": ', "line 1"),
+])  # fmt: skip
+def test_bad_jobs_are_named_by_their_line(text, message, tmp_path):
+    (tmp_path / "jobs.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_jobs(tmp_path / "jobs.jsonl")
+
+
+def command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["hasten", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    printed = capsys.readouterr()
+    return end.value.code, " ".join((printed.out + printed.err).split())
+
+
+def test_the_command_takes_a_configuration_and_goes_on(monkeypatch, capsys, tmp_path):
+    install(monkeypatch, subject.PIPELINES, "tiny", tiny)
+    (tmp_path / "hasten.yaml").write_text("model: tiny\nmethod: foca:schedule=even\ncomputed_steps: 4\n")
+    (tmp_path / "jobs.txt").write_text("red apple\nblue car\n")
+    arguments = ("generate", "--config", tmp_path / "hasten.yaml", "--prompts-file", tmp_path / "jobs.txt")
+    code, text = command(monkeypatch, capsys, *arguments, "--out", tmp_path / "out")
+    assert (code, "2 of 2 images" in text) == (0, True)
+    code, text = command(monkeypatch, capsys, *arguments, "--out", tmp_path / "out", "--computed-steps", 3)
+    assert code == 2
+    assert "was made of another job" in text
+    code, text = command(monkeypatch, capsys, *arguments, "--out", tmp_path / "draft", "--quality", "draft")
+    assert code == 2
+    assert "'draft' is not certified" in text
+    code, text = command(monkeypatch, capsys, *arguments[:1], *arguments[3:], "--out", tmp_path / "none")
+    assert code == 2
+    assert "a model is needed" in text
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = {paths!r}
+from test_generate import CALL, FOCA, worker
+from hasten.integrations.batch import generate, read_jobs
+from pathlib import Path
+own = worker()
+print("ready", flush=True)
+generate(own, read_jobs(Path({jobs!r})), Path({out!r}))
+"""
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_every_image_is_there_once_and_right(tmp_path):
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text("".join(f"red apple {i}\n" for i in range(60)))
+    generate(worker(), read_jobs(jobs), tmp_path / "right")
+    out = tmp_path / "out"
+    code = SCRIPT.format(paths=[p for p in sys.path if p], jobs=str(jobs), out=str(out))
+    rng = random.Random(0)
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0, 0.5))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    assert not list(out.glob(".*"))  # no temporary is left
+    names = sorted(path.name for path in out.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "right").iterdir())
+    for name in names:
+        if name.endswith(".png"):
+            assert (out / name).read_bytes() == (tmp_path / "right" / name).read_bytes()
