@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from subjects import install
 from test_bench import command
 
 import hasten
 from hasten.bench import recording
 from hasten.bench.row import Row
+from hasten.bench.subject import PIPELINES, Subject
 from hasten.bench.tune import TuneSettings, run_tune
 from hasten.calibration import Calibration
 from hasten.cli.fit import _use
+from hasten.quality.certificate import certificates
 
 SMALL = ("--steps", 10, "--height", 32, "--width", 32)
 
@@ -200,3 +203,26 @@ def test_tune_says_how_far_it_is(emoji, monkeypatch, tmp_path):
     drawing = [(done, total) for label, done, total in told if label.startswith("drawing")]
     assert drawing == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert [label for label, done, total in told if label.startswith("leap, 4 evaluations") and done == total]
+
+
+def test_tune_with_a_tolerance_certifies_what_it_learned(pipe, monkeypatch, capsys, tmp_path):
+    """LEAP is learned on the last prompts, compared on those before, certified on the first ones."""
+    monkeypatch.setenv("HASTEN_CERTIFICATES", str(tmp_path / "store"))
+    prompts = [f"{colour} {thing}" for colour in ("red", "blue", "green") for thing in ("apple", "car", "cat", "dog")]
+    call = {"height": 32, "width": 32, "max_sequence_length": 8}
+    install(monkeypatch, PIPELINES, "tiny", lambda: Subject("tiny", pipe, prompts, call))
+    arguments = (
+        "tune", "--model", "tiny", "--methods", "leap", "--computed-steps", "4,3", "--prompts", 1, "--held-out", 1,
+        "--steps", 8, "--trials", 1, "--rounds", 0, "--min-psnr", 10, "--share", 0.5, "--confidence", 0.6,
+    )  # fmt: skip
+    code, _, text = command(monkeypatch, capsys, *arguments, "--certify-on", 9, "--out", tmp_path / "out")
+    assert code == 2
+    assert "--certify-on 9 and 8 that screen ask for more than the 10 prompts" in text
+    code, out, _ = command(monkeypatch, capsys, *arguments, "--certify-on", 2, "--out", tmp_path / "out")
+    assert code == 0
+    assert "hasten.accelerate(pipe, quality='custom')" in out
+    (made,) = certificates()
+    assert made.setting.startswith("leap:calibration=leap-")
+    assert made.evidence.requests == 2
+    with hasten.accelerate(pipe, quality="custom"):
+        pipe(prompts[0], num_inference_steps=8, output_type="latent", **call)

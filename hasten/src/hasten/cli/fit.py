@@ -11,11 +11,13 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from hasten.bench.row import Row
-from hasten.cli import options
+from hasten.cli import certify, options
 from hasten.cli.boundary import resumable
 from hasten.cli.common import BAR, command_line, console, opened, show_result
 from hasten.errors import ConfigError
 from hasten.io import check_target
+
+SCREEN = 8  # prompts that choose the order of the settings to certify
 
 LearnFrom = Annotated[int, typer.Option("--prompts", min=1, help="How many prompts to learn from (the last ones).")]
 
@@ -140,15 +142,26 @@ def tune(
     guidance: options.Guidance = None,
     trials: Annotated[int, typer.Option(min=1, help="Lists of steps to look at for each number.")] = 40,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of LEAP's refinement.")] = 3,
+    quality: certify.Quality = None,
+    max_lpips: certify.MaxLpips = None,
+    max_flip: certify.MaxFlip = None,
+    min_psnr: certify.MinPsnr = None,
+    min_ssim: certify.MinSsim = None,
+    share: certify.Share = None,
+    mean: certify.Mean = False,
+    confidence: certify.Confidence = None,
+    certify_on: Annotated[int, typer.Option(min=1, help="With a tolerance: how many further prompts test it.")] = 100,
     device: options.Device = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files.")] = Path("calibrations"),
 ) -> None:
     """Find the best image that a budget can buy on a model: learn, compare on other prompts, say what to take.
 
     Learns LEAP (a scheduler with learned times and coefficients), gives its times to the caches, and measures all of
-    them against the plain samplers. Started again with the same options, it goes on where it was cut short.
+    them against the plain samplers. With a tolerance (a quality or bounds) it then certifies the cheapest setting that
+    keeps it, on prompts that had no part so far; see `hasten certify`. Started again with the same options, it goes on
+    where it was cut short.
 
-    Example: hasten tune --model emoji-flux --computed-steps 9
+    Example: hasten tune --model emoji-flux --computed-steps 9 --max-lpips 0.02
     """
     from hasten.bench.tune import TuneSettings, run_tune
 
@@ -168,7 +181,18 @@ def tune(
     )
     if settings.prompt_list:
         settings.check_prompts(settings.prompt_list)
+    bounds = (quality, max_lpips, max_flip, min_psnr, min_ssim)
+    wanted = None
+    if any(value is not None for value in (*bounds, share, confidence)) or mean:
+        wanted = certify.tolerance_of(*bounds, share, mean, confidence)
     model_ = opened(model, device)
+    known = list(settings.prompt_list) or model_.prompts
+    untouched = tuple(known[: len(known) - prompts - held_out])
+    if wanted is not None and len(set(untouched)) < certify_on + SCREEN:
+        raise ConfigError(
+            f"--certify-on {certify_on} and {SCREEN} that screen ask for more than the {len(set(untouched))} prompts "
+            "that are left after --prompts and --held-out; give more with --prompts-file, or a smaller number"
+        )
     kept = f"what is learned so far is in {out}; the same command goes on from there"
     with resumable(kept), Progress(*BAR, console=console) as bar:
         tasks: dict[str, TaskID] = {}
@@ -186,6 +210,23 @@ def tune(
             if row.id == best:
                 console.print(f"[bold]{count} computed steps[/bold]: {_use(row, out)}", highlight=False)
     console.print(f"figures: [bold]{out / 'tune.json'}[/bold]   report: [bold]{out / 'tune.html'}[/bold]")
+    if wanted is not None:
+        from hasten.bench.certify import CertifySettings
+
+        measured = [row for row in result.rows if row.library == "hasten" and not row.failed and not row.staged]
+        chosen = CertifySettings(
+            quality=wanted[0],
+            tolerance=wanted[1],
+            methods=tuple(dict.fromkeys(row.method for row in measured)),
+            computed_steps=tuple(dict.fromkeys(int(count) for count in (result.tune or {})["best"])),
+            prompts=certify_on,
+            screen=SCREEN,
+            prompt_list=untouched,
+            steps=steps,
+            call=options.call_of(height, width, None),
+            guidance=None if guidance is None else (guidance, guidance),
+        )
+        certify.certified(model_, chosen, None)
 
 
 def _use(row: Row, folder: Path) -> str:
