@@ -29,7 +29,8 @@ import torch
 import typer
 from hasten.bench.environment import environment
 from hasten.bench.token_plots import plot_curves, plot_images
-from hasten.fitting.token_model import Recipe, Trainer
+from hasten.fitting.token_model import Trainer
+from hasten.fitting.token_recipe import Recipe
 from hasten.io import write_atomically
 from hasten.tokens import (
     MemberSampler,
@@ -45,7 +46,7 @@ from hasten.tokens.linkage import average_linkage
 from hasten.tokens.sample import sample_clusters
 from hasten.tokens.shards import TokenShards
 from hasten_zoo.emoji_tokens import decode, load_tokenizer
-from hasten_zoo.emoji_tokens.compare import vocabularies
+from hasten_zoo.emoji_tokens.compare import folder_of, vocabularies
 from hasten_zoo.emoji_tokens.data import HELD_OUT, TRAIN, batches, images
 from hasten_zoo.emoji_tokens.evaluate import (
     ReplacementTest,
@@ -60,7 +61,8 @@ HERE = Path(__file__).parent
 ZOO = HERE.parent / "zoo" / "src" / "hasten_zoo" / "emoji_tokens"
 PAGES = (HERE.parent / "docs" / "tokens.md", ZOO / "README.md")
 REPLACEMENT, TREE, APPROXIMATE, REFERENCE = (
-    HERE / f"tokens-{name}.json" for name in ("replacement", "tree", "approximate", "reference")
+    HERE / f"tokens-{name}.json"
+    for name in ("replacement", "tree", "approximate", "reference")
 )
 CAP = 2  # times the mean size of a cluster, for the capped cut
 CAPPED = "masc, capped"
@@ -70,37 +72,64 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 def _write(path: Path, result: dict[str, Any]) -> None:
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}"))
-    write_atomically(path, json.dumps({"created": created, "environment": environment(), **rounded}, indent=1) + "\n")
+    rounded = json.loads(
+        json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}")
+    )
+    write_atomically(
+        path,
+        json.dumps(
+            {"created": created, "environment": environment(), **rounded}, indent=1
+        )
+        + "\n",
+    )
     print(path)
 
 
 @app.command()
 def replacement(
     count: Annotated[int, typer.Option("--images", help="Held-out images.")] = 1024,
-    ks: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "1024,512,256,128",
-    seeds: Annotated[int, typer.Option(help="Of the members, the k-means and the random map.")] = 3,
+    ks: Annotated[
+        str, typer.Option(help="Numbers of clusters, with commas.")
+    ] = "1024,512,256,128",
+    seeds: Annotated[
+        int, typer.Option(help="Of the members, the k-means and the random map.")
+    ] = 3,
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = REPLACEMENT,
 ) -> None:
     """Decode held-out images with each token replaced by a random mate, under each way to cluster."""
     tokenizer, held_out = load_tokenizer(), images(count, HELD_OUT).pixels
     test = ReplacementTest(tokenizer, held_out)
     with torch.no_grad():
-        seen = torch.cat([tokenizer.encode(batch.pixels) for batch in batches(16_384, TRAIN)])
+        seen = torch.cat(
+            [tokenizer.encode(batch.pixels) for batch in batches(16_384, TRAIN)]
+        )
     counts = np.bincount(seen.flatten().numpy(), minlength=tokenizer.config.codes)
     share = counts[counts > 0] / counts.sum()
     codes = tokenizer.codebook.numpy()
     tree = SemanticTree.fit(codes, normalize="unit", used=counts)
+    weighted = {
+        "masc, usage": SemanticTree.fit(
+            codes, normalize="unit", used=counts, weights=counts
+        ),
+        "masc, neighbours": SemanticTree.fit(
+            codes, normalize="unit", used=counts, weights=_crowding(codes)
+        ),
+    }
 
     def maps(k: int, seed: int) -> dict[str, TokenMap]:
-        masc, used = tree.map(k), codes[tree.used]
-        means = kmeans_map(used, k, normalize="unit", seed=seed, runs=10)
-        mixed = random_map(TokenMap(masc.labels[tree.used]), seed)
+        masc, cap = tree.map(k), CAP * tree.leaves // k
         return {
             "masc": masc,
-            CAPPED: tree.map(k, max_size=CAP * len(codes) // k),
-            "k-means": TokenMap(means.labels[tree.nearest], "k-means"),
-            "random": TokenMap(mixed.labels[tree.nearest], "random"),
+            CAPPED: tree.map(k, max_size=cap),
+            **{name: other.map(k) for name, other in weighted.items()},
+            **{
+                f"{name}, capped": other.map(k, max_size=cap)
+                for name, other in weighted.items()
+            },
+            "k-means": kmeans_map(
+                codes, k, normalize="unit", used=counts, seed=seed, runs=10
+            ),
+            "random": random_map(masc, seed),
         }
 
     rows: list[dict[str, Any]] = []
@@ -108,10 +137,21 @@ def replacement(
         found: dict[str, list[dict[str, Any]]] = {}
         for seed in range(seeds):
             for name, mapping in maps(k, seed).items():
-                sizes = {"largest_cluster": int(mapping.sizes.max()), "tokens_in_largest": _heaviest(mapping, counts)}
+                sizes = {
+                    "largest_cluster": int(mapping.sizes.max()),
+                    "tokens_in_largest": _heaviest(mapping, counts),
+                }
                 found.setdefault(name, []).append(sizes | asdict(test(mapping, seed)))
         rows += [
-            {"k": k, "map": name, **{m: spread([row[m] for row in each]) for m in each[0] if each[0][m] is not None}}
+            {
+                "k": k,
+                "map": name,
+                **{
+                    m: spread([row[m] for row in each])
+                    for m in each[0]
+                    if each[0][m] is not None
+                },
+            }
             for name, each in found.items()
         ]
         print(f"k = {k} done", flush=True)
@@ -122,7 +162,17 @@ def replacement(
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
         **asdict(test(flat_map(tokenizer.config.codes))),
     }
-    _write(out, {"images": count, "seeds": seeds, "tokenizer": tokenizer_facts, "rows": rows})
+    _write(
+        out,
+        {"images": count, "seeds": seeds, "tokenizer": tokenizer_facts, "rows": rows},
+    )
+
+
+def _crowding(codes: Any, neighbours: int = 8) -> Any:
+    """Density of codes by their neighbours: one over the distance to the eighth."""
+    from scipy.spatial import cKDTree
+
+    return 1 / np.maximum(cKDTree(codes).query(codes, neighbours + 1)[0][:, -1], 1e-6)
 
 
 def _heaviest(mapping: TokenMap, counts: Any) -> float:
@@ -134,13 +184,26 @@ def _heaviest(mapping: TokenMap, counts: Any) -> float:
 def tree(
     codes: Annotated[int, typer.Option(help="Codes.")] = 16_384,
     width: Annotated[int, typer.Option(help="Of a code.")] = 8,
-    shared: Annotated[bool, typer.Option(help="Whether other work runs on the machine meanwhile.")] = False,
+    shared: Annotated[
+        bool, typer.Option(help="Whether other work runs on the machine meanwhile.")
+    ] = False,
 ) -> None:
     """Fit a tree of random unit vectors in a process of its own; how long it takes and how much memory."""
     child = subprocess.run(
-        [sys.executable, __file__, "tree-here", str(codes), str(width)], check=True, capture_output=True, text=True
+        [sys.executable, __file__, "tree-here", str(codes), str(width)],
+        check=True,
+        capture_output=True,
+        text=True,
     )
-    _write(TREE, {"codes": codes, "width": width, "machine_shared": shared, **json.loads(child.stdout)})
+    _write(
+        TREE,
+        {
+            "codes": codes,
+            "width": width,
+            "machine_shared": shared,
+            **json.loads(child.stdout),
+        },
+    )
 
 
 @app.command("tree-here", hidden=True)
@@ -172,17 +235,23 @@ def _unit_rows(codes: int, width: int) -> Any:
 
 @app.command()
 def approximate(
-    codes: Annotated[int, typer.Option(help="Codes, so few that the exact tree can be had.")] = 8192,
-    large: Annotated[int, typer.Option(help="Codes of a tree that is only timed; 0 for none.")] = 131_072,
+    codes: Annotated[
+        int, typer.Option(help="Codes, so few that the exact tree can be had.")
+    ] = 8192,
+    large: Annotated[
+        int, typer.Option(help="Codes of a tree that is only timed; 0 for none.")
+    ] = 131_072,
     width: Annotated[int, typer.Option(help="Of a code.")] = 8,
-    ks: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "4096,2048,1024,256",
+    ks: Annotated[
+        str, typer.Option(help="Numbers of clusters, with commas.")
+    ] = "4096,2048,1024,256",
 ) -> None:
     """How far the approximate tree of random unit vectors is from the exact one, and how long a large one takes."""
     book, cell, groups = _unit_rows(codes, width), 1024, 2048
 
     def tree_of(linked: Any, exact: bool) -> SemanticTree:
         everything = np.arange(codes)
-        return SemanticTree(*linked, everything, everything, "unit", exact, "")
+        return SemanticTree(*linked, everything, everything, "none", exact, "")
 
     exact = tree_of(average_linkage(book), True)
     near = tree_of(approximate_linkage(book, cell=cell, groups=groups), False)
@@ -215,21 +284,31 @@ def approximate(
 
 @app.command("reference")
 def reference_(
-    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/emoji-tokens"),
+    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path(
+        "runs/emoji-tokens"
+    ),
 ) -> None:
     """Sum up the finished seeds of the comparison, and draw their curves."""
     result = json.loads((data / "comparison.json").read_text())
     found = summary(result["runs"])
-    settings = {name: result[name] for name in ("k", "codes", "recipe", "sizes", "threads")}
+    settings = {
+        name: result[name] for name in ("k", "codes", "recipe", "sizes", "threads")
+    }
     count = result["sizes"]["drawn_last"]
     tokenizer, real = load_tokenizer(), images(count, HELD_OUT)
     with torch.no_grad():
-        again = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in real.pixels.split(256)])
+        again = torch.cat(
+            [
+                tokenizer.decode(tokenizer.encode(part))
+                for part in real.pixels.split(256)
+            ]
+        )
     floor = {
         "real_images": asdict(quality(real.pixels, real.classes)),
         "reconstructions": asdict(quality(again, real.classes)),
         "real_images_as_on_curves": frechet(
-            reference(), FeatureNet.load().describe(real.pixels[: result["sizes"]["drawn"]])
+            reference(),
+            FeatureNet.load().describe(real.pixels[: result["sizes"]["drawn"]]),
         ),
     }
     _write(REFERENCE, {"settings": settings, "floor": floor, **found})
@@ -239,23 +318,48 @@ def reference_(
         "entropy_over_log_k": "entropy of the predictions / log k",
         "token_loss": "nats a fine token, held out",
     }
-    print(plot_curves(curves_of(finished), labels, HERE.parent / "docs" / "images" / "tokens-curves.png"))
+    print(
+        plot_curves(
+            curves_of(finished),
+            labels,
+            HERE.parent / "docs" / "images" / "tokens-curves.png",
+        )
+    )
 
 
 @app.command("images")
 def images_(
-    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/emoji-tokens"),
+    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path(
+        "runs/emoji-tokens"
+    ),
     seed: Annotated[int, typer.Option(help="Of the runs.")] = 0,
 ) -> None:
     """One image of each object by each vocabulary's model: no guidance, members drawn uniformly, nothing chosen."""
-    result, tokenizer = json.loads((data / "comparison.json").read_text()), load_tokenizer()
-    fine, recipe = TokenShards.open(data / "fine"), Recipe(**{**result["recipe"], "seed": seed})
+    result, tokenizer = (
+        json.loads((data / "comparison.json").read_text()),
+        load_tokenizer(),
+    )
+    fine = TokenShards.open(data / "fine")
+    maps = vocabularies(
+        tokenizer.codebook.numpy(), fine.token_counts(), result["k"], seed
+    )
     rows = {}
-    for name, mapping in vocabularies(tokenizer.codebook.numpy(), fine.token_counts(), result["k"], seed).items():
+    for run in result["runs"]:
+        if run["seed"] != seed:
+            continue
+        recipe, mapping = (
+            Recipe(**{**result["recipe"], "seed": seed, "lr": run["lr"]}),
+            maps[run["vocabulary"]],
+        )
         trainer = Trainer(fine, mapping, recipe)
-        trainer.restore(data / f"{name}-{seed}" / "checkpoint.pt")
-        clusters, _ = sample_clusters(trainer.plain, torch.arange(trainer.classes), trainer.k, fine.length, seed=seed)
-        rows[name] = decode(MemberSampler.make(mapping)(clusters.numpy(), seed))
+        trainer.restore(
+            folder_of(data, run["vocabulary"], recipe) / "checkpoint.safetensors"
+        )
+        condition = trainer.conditions.of(torch.arange(trainer.classes))
+        clusters, _ = sample_clusters(trainer.causal, condition, fine.length, seed=seed)
+        rows[run["vocabulary"]] = decode(
+            MemberSampler.make(mapping)(clusters.numpy(), seed)
+        )
     print(plot_images(rows, HERE.parent / "docs" / "images" / "tokens-drawn.png"))
 
 
@@ -264,7 +368,9 @@ def _line(cells: list[str]) -> str:
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join([_line(heads), "|---" + "|--:" * (len(heads) - 1) + "|", *map(_line, rows)])
+    return "\n".join(
+        [_line(heads), "|---" + "|--:" * (len(heads) - 1) + "|", *map(_line, rows)]
+    )
 
 
 def _range(figure: dict[str, float], digits: int) -> str:
@@ -277,18 +383,32 @@ def replacement_table(result: dict[str, Any]) -> str:
     """Markdown of the semantic replacement test."""
     own = result["tokenizer"]
     columns = {"psnr": 2, "ssim": 3, "lpips": 4, "feature_distance": 2, "frechet": 3}
-    heads = ["k", "clusters", "PSNR dB", "SSIM", "LPIPS", "feature distance", "Fréchet distance", "largest cluster"]
+    heads = [
+        "k",
+        "clusters",
+        "PSNR dB",
+        "SSIM",
+        "LPIPS",
+        "feature distance",
+        "Fréchet distance",
+        "largest cluster",
+    ]
     rows = [
         [
             str(own["codes"]),
             "none",
-            *(f"{own[m]:.{d}f}" if own.get(m) is not None else "-" for m, d in columns.items()),
+            *(
+                f"{own[m]:.{d}f}" if own.get(m) is not None else "-"
+                for m, d in columns.items()
+            ),
             "1",
         ]
     ]
     for row in result["rows"]:
         cells = [_range(row[m], d) if m in row else "-" for m, d in columns.items()]
-        rows.append([str(row["k"]), row["map"], *cells, _range(row["largest_cluster"], 0)])
+        rows.append(
+            [str(row["k"]), row["map"], *cells, _range(row["largest_cluster"], 0)]
+        )
     return _table(heads, rows)
 
 
@@ -314,9 +434,26 @@ def tree_line(result: dict[str, Any]) -> str:
 
 def approximate_table(result: dict[str, Any]) -> str:
     """Markdown of the approximate tree against the exact one."""
-    heads = ["k", "adjusted Rand index", "distance within clusters: exact", "approximate", "random clusters"]
-    columns = {"adjusted_rand": 2, "within_exact": 3, "within_approximate": 3, "within_random": 3}
-    rows = [[str(row["k"]), *(f"{row[name]:.{digits}f}" for name, digits in columns.items())] for row in result["rows"]]
+    heads = [
+        "k",
+        "adjusted Rand index",
+        "distance within clusters: exact",
+        "approximate",
+        "random clusters",
+    ]
+    columns = {
+        "adjusted_rand": 2,
+        "within_exact": 3,
+        "within_approximate": 3,
+        "within_random": 3,
+    }
+    rows = [
+        [
+            str(row["k"]),
+            *(f"{row[name]:.{digits}f}" for name, digits in columns.items()),
+        ]
+        for row in result["rows"]
+    ]
     large = result["large"]
     timed = (
         f"{large['codes']:,} codes of width {result['width']} take {large['cpu_seconds']:.0f} s of processor time with "
@@ -333,27 +470,47 @@ def approximate_table(result: dict[str, Any]) -> str:
 
 def reference_table(result: dict[str, Any]) -> str:
     """Markdown of the comparison: drawn images, predictions, steps to the flat model's quality."""
-    heads = ["vocabulary", "k", "Fréchet distance", "precision", "recall", "right object", "entropy / log k"]
+    heads = [
+        "vocabulary",
+        "k",
+        "Fréchet distance",
+        "precision",
+        "recall",
+        "right object",
+        "entropy / log k",
+    ]
     heads += ["nats a fine token", "steps to flat's quality"]
     rows = []
     for name in VOCABULARIES:
         if (one := result["vocabularies"].get(name)) is None:
             continue
-        steps = ", ".join("not reached" if step is None else str(step) for step in one["steps_to_flat"])
+        steps = ", ".join(
+            "not reached" if step is None else str(step)
+            for step in one["steps_to_flat"]
+        )
         rows.append(
             [
                 name,
                 str(one["clusters"]),
                 _range(one["drawn"]["frechet"], 2),
-                *(_range(one["drawn"][m], 2) for m in ("precision", "recall", "objects")),
+                *(
+                    _range(one["drawn"][m], 2)
+                    for m in ("precision", "recall", "objects")
+                ),
                 _range(one["held_out"]["entropy_over_log_k"], 3),
                 _range(one["held_out"]["token_loss"], 3),
                 steps,
             ]
         )
     floor = result["floor"]
-    for label, key in (("reconstructions", "reconstructions"), ("real images", "real_images")):
-        cells = [f"{floor[key][m]:.2f}" for m in ("frechet", "precision", "recall", "objects")]
+    for label, key in (
+        ("reconstructions", "reconstructions"),
+        ("real images", "real_images"),
+    ):
+        cells = [
+            f"{floor[key][m]:.2f}"
+            for m in ("frechet", "precision", "recall", "objects")
+        ]
         rows.append([label, "-", *cells, "-", "-", "-"])
     return _table(heads, rows)
 
@@ -362,7 +519,13 @@ def members_table(result: dict[str, Any]) -> str:
     """Markdown of the Fréchet distance by the way to choose members."""
     kinds = ["uniform", "frequency", "medoid", "refiner"]
     rows = [
-        [name, *(_range(one["members"][kind], 2) if kind in one["members"] else "-" for kind in kinds)]
+        [
+            name,
+            *(
+                _range(one["members"][kind], 2) if kind in one["members"] else "-"
+                for kind in kinds
+            ),
+        ]
         for name, one in result["vocabularies"].items()
         if name != "flat"
     ]
@@ -384,20 +547,30 @@ def fill(text: str) -> str:
 
     def made(match: re.Match[str]) -> str:
         path, make = MAKERS[match[1]]
-        body = make(json.loads(path.read_text())) if path.exists() else "Not measured yet."
+        body = (
+            make(json.loads(path.read_text())) if path.exists() else "Not measured yet."
+        )
         return f"<!-- tokens {match[1]} -->\n{body}\n<!-- end -->"
 
-    return re.sub(r"<!-- tokens ([\w-]+) -->\n.*?\n?<!-- end -->", made, text, flags=re.DOTALL)
+    return re.sub(
+        r"<!-- tokens ([\w-]+) -->\n.*?\n?<!-- end -->", made, text, flags=re.DOTALL
+    )
 
 
 @app.command()
-def tables(check: Annotated[bool, typer.Option(help="Only look whether the pages are current.")] = False) -> None:
+def tables(
+    check: Annotated[
+        bool, typer.Option(help="Only look whether the pages are current.")
+    ] = False,
+) -> None:
     """Write the tables of docs/tokens.md and of the zoo's page."""
     for page in PAGES:
         old = page.read_text()
         new = fill(old)
         if check and new != old:
-            raise SystemExit(f"{page} does not hold what the JSON files say; run python benchmarks/tokens.py tables")
+            raise SystemExit(
+                f"{page} does not hold what the JSON files say; run python benchmarks/tokens.py tables"
+            )
         if not check:
             write_atomically(page, new)
 

@@ -36,14 +36,15 @@ from hasten.caching.components import FeatureKey
 from hasten.caching.method import SEARCHED
 from hasten.calibration import Calibration, Fingerprint, Trace
 from hasten.errors import HastenError, ModelError
-from hasten.fitting.token_model import CHECKPOINT, Recipe, Trainer, build_model
+from hasten.fitting.token_model import CHECKPOINT, Trainer
+from hasten.fitting.token_recipe import Recipe, build_model
 from hasten.io import check_sealed, digest_of, read_json, read_record, write_atomically, write_sealed
 from hasten.io.folder import LIST
 from hasten.solvers.scheduler import LeapScheduler
 from hasten.streaming.budgets import HeadBudgets
 from hasten.tokens import SemanticTree, TokenMap
+from hasten.tokens.export import export_model, open_model
 from hasten.tokens.refiner import Refiner, RefinerConfig
-from hasten.tokens.replace import export_model, open_model
 from hasten.tokens.shards import TokenShards, write_shards
 
 STEPS, WIDTH = 8, 6
@@ -254,18 +255,20 @@ def _make_checkpoint(folder: Path) -> None:
 def _use_checkpoint(folder: Path) -> str:
     trainer = _trainer(folder)
     trainer.restore(folder / CHECKPOINT)
-    position = (trainer.steps, trainer.cpu_seconds, digest(trainer.plain.state_dict()))
+    position = (trainer.steps, trainer.cpu_seconds, digest(trainer.causal.state_dict()))
     loss = trainer.step()
-    return digest(position, loss, trainer.plain.state_dict())
+    return digest(position, loss, trainer.causal.state_dict())
 
 
 def _make_model(folder: Path) -> None:
     mapping = _tree().map(5)
-    export_model(build_model(5, CLASSES, 6, RECIPE), mapping, folder)
+    built = build_model(mapping, CLASSES, 6, RECIPE)
+    export_model(built.model, mapping, folder, built.vocabulary)
 
 
 def _use_model(folder: Path) -> str:
-    model, mapping = open_model(folder)
+    opened = open_model(folder)
+    model, mapping = opened.model, opened.mapping
     return digest(model.state_dict(), mapping.labels, model.config.vocab_size)
 
 

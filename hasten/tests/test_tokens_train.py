@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hasten.bench.token_plots import plot_curves, plot_images, plot_sizes, plot_swatches, plot_tree
-from hasten.cli.tokens import app, load_decoder, read_codebook
+from hasten.cli.tokens import app, load_decoder
 from hasten.errors import ConfigError, HastenError, ModelError
 from hasten.fitting.refiner import train_refiner
-from hasten.fitting.token_model import Recipe, Trainer
+from hasten.fitting.token_model import Trainer
+from hasten.fitting.token_recipe import Recipe
 from hasten.tokens import SemanticTree, TokenMap, flat_map
+from hasten.tokens.reading import read_codebook
 from hasten.tokens.refiner import Refiner, RefinerConfig
 from hasten.tokens.sample import Sampling, filtered, sample_clusters, scaled_top_k
 from hasten.tokens.shards import TokenShards, write_shards
@@ -49,11 +51,13 @@ def test_training_learns_the_classes_and_samples_them(shards, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [20, 40]
     classes = torch.arange(4).repeat(8)
-    clusters, states = sample_clusters(trainer.plain, classes, 8, 6, Sampling(temperature=0.3, guidance=1.5))
+    condition, none = trainer.conditions.of(classes), trainer.conditions.none()
+    guided = Sampling(temperature=0.3, guidance=1.5)
+    clusters, states = sample_clusters(trainer.causal, condition, 6, guided, without=none)
     expected = MAP((5 * classes[:, None].numpy() + np.arange(6)) % 24)
     assert (clusters.numpy() == expected).mean() > 0.7
     assert states.shape == (32, 6, 16)
-    again, _ = sample_clusters(trainer.plain, classes, 8, 6, Sampling(temperature=0.3, guidance=1.5))
+    again, _ = sample_clusters(trainer.causal, condition, 6, guided, without=none)
     assert torch.equal(clusters, again)
 
 
@@ -65,7 +69,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(shards, tmp_path):
     assert first.steps == 20
     second = Trainer(shards, MAP, SMALL, cpu=True)
     assert second.run(tmp_path / "parts", every=20)
-    for a, b in zip(whole.plain.parameters(), second.plain.parameters(), strict=True):
+    for a, b in zip(whole.causal.parameters(), second.causal.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -79,17 +83,18 @@ def test_a_checkpoint_of_another_run_is_refused(shards, tmp_path):
 
 
 def test_a_refiner_is_trained_on_a_model_that_stays_as_it_is(shards):
-    model = Trainer(shards, MAP, SMALL, cpu=True).plain
+    trainer = Trainer(shards, MAP, SMALL, cpu=True)
+    model, conditions = trainer.causal, trainer.conditions
     before = [p.clone() for p in model.parameters()]
     torch.manual_seed(0)
     refiner = Refiner(MAP, RefinerConfig(hidden=16, width=16, heads=2))
-    losses = train_refiner(model, refiner, shards, steps=80, batch=16, lr=5e-3)
+    losses = train_refiner(model, refiner, shards, conditions, steps=80, batch=16, lr=5e-3)
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     with pytest.raises(ConfigError, match="knows 25 tokens"):
-        train_refiner(model, Refiner(flat_map(25), refiner.config), shards, steps=1)
+        train_refiner(model, Refiner(flat_map(25), refiner.config), shards, conditions, steps=1)
     with pytest.raises(ConfigError, match="positive"):
-        train_refiner(model, refiner, shards, steps=0)
+        train_refiner(model, refiner, shards, conditions, steps=0)
 
 
 def test_a_refiner_is_read_back_and_refuses_another_map(tmp_path):
@@ -116,7 +121,7 @@ def test_the_log_holds_what_is_measured_besides_and_the_processor_time_of_the_st
     assert again.cpu_seconds == trainer.cpu_seconds
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": 0.0}, {"heads": 3}, {"class_dropout": 1.0}, {"warmup": -1}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": 0.0}, {"heads": 3}, {"condition_dropout": 1.0}, {"accumulate": 0}, {"warmup": -1}])
 def test_recipes_that_cannot_work_are_refused(wrong):
     with pytest.raises(ConfigError):
         Recipe(**wrong)
@@ -138,8 +143,8 @@ def test_limits_keep_the_likeliest_and_scale_with_the_vocabulary():
 
 def test_classes_that_the_model_does_not_know_are_refused(shards):
     trainer = Trainer(shards, MAP, SMALL, cpu=True)
-    with pytest.raises(ConfigError, match=r"0 \.\. 3"):
-        sample_clusters(trainer.plain, torch.tensor([4]), 8, 6)
+    with pytest.raises(ConfigError, match=r"ids 29 \.\. 29 are not all in 0 \.\. 28"):
+        sample_clusters(trainer.causal, trainer.conditions.of(torch.tensor([5])), 6)
 
 
 def test_images_are_drawn(tmp_path):
@@ -229,7 +234,8 @@ WORKER = """
 import sys, torch
 from hasten.tokens import flat_map
 from hasten.tokens.shards import TokenShards
-from hasten.fitting.token_model import Recipe, Trainer
+from hasten.fitting.token_model import Trainer
+from hasten.fitting.token_recipe import Recipe
 from pathlib import Path
 recipe = Recipe(steps=6, batch=8, lr=5e-3, warmup=2, width=16, layers=1, heads=2)
 trainer = Trainer(TokenShards.open(sys.argv[1]), flat_map(24), recipe, cpu=True)

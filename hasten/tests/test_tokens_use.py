@@ -14,7 +14,7 @@ from hasten.tokens import MemberSampler, SemanticTree, TokenMap, flat_map, kmean
 from hasten.tokens.comparators import adjusted_rand, mean_within_distance
 from hasten.tokens.members import MEMBER_KINDS
 from hasten.tokens.refiner import Refiner, RefinerConfig
-from hasten.tokens.replace import export_model
+from hasten.tokens.export import export_model
 from hasten.tokens.shards import TokenShards, write_shards
 
 CODES = np.random.default_rng(0).standard_normal((60, 4))
@@ -79,7 +79,7 @@ def test_tokens_that_do_not_fit_are_refused():
         MAP([-1])
     with pytest.raises(ConfigError, match="whole numbers"):
         MAP([0.0])
-    with pytest.raises(ConfigError, match="cluster 1 has no member"):
+    with pytest.raises(ConfigError, match="cluster 1 has no used member"):
         TokenMap(np.array([0, 2, 2]))
     with pytest.raises(ConfigError, match=r"lie within 0 \.\. 2, got 0 \.\. 1073741824"):
         TokenMap(np.array([0, 1, 1 << 30]))
@@ -195,7 +195,7 @@ def test_a_hugging_face_model_is_converted_exported_and_opened_again(make, tmp_p
     assert output.logits.shape == (1, 4, 20)
     output.loss.backward()
     assert model.get_input_embeddings().weight.grad is not None
-    export_model(model, MAP, tmp_path)
+    export_model(model, MAP, tmp_path, done.vocabulary)
     again = type(model).from_pretrained(tmp_path)
     torch.testing.assert_close(again(input_ids=clusters).logits, output.logits)
     assert TokenMap.load(tmp_path / "token_map.safetensors").clusters == 20
@@ -218,7 +218,7 @@ def test_a_llamagen_module_keeps_its_classes_and_the_start_is_as_asked(tmp_path)
     assert done.parameters_saved == 2 * 40 * 16
     assert model.vocab_size == 20
     torch.testing.assert_close(model.tok_embeddings.weight[3], old[MAP.of(3)].mean(0))
-    export_model(model, MAP, tmp_path)
+    export_model(model, MAP, tmp_path, done.vocabulary)
     assert (tmp_path / "model.safetensors").is_file()
     fresh = LlamaGenLike()
     replace_vocabulary(fresh, MAP)
@@ -229,20 +229,22 @@ def test_special_rows_move_behind_the_clusters():
     model = llama(63)
     model.config.bos_token_id, model.config.eos_token_id = 61, 7
     old = model.get_input_embeddings().weight[60:].clone()
-    assert replace_vocabulary(model, MAP, special=3).rows_after == 23
+    done = replace_vocabulary(model, MAP, rows=0)
+    assert (done.rows_after, done.kept, done.cleared) == (23, 3, ("eos_token_id",))
     assert torch.equal(model.get_input_embeddings().weight[20:], old)
-    assert (model.config.bos_token_id, model.config.eos_token_id) == (21, MAP(7))
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (21, None)  # a cluster ends no text
 
 
 def test_models_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(AdapterError, match="tok_embeddings"):
         replace_vocabulary(nn.Linear(2, 2), MAP)
-    with pytest.raises(ModelError, match="special="):
+    with pytest.raises(ModelError, match="does not say which rows are image tokens; give rows="):
         replace_vocabulary(llama(63), MAP)
     with pytest.raises(UnknownNameError):
         replace_vocabulary(llama(), MAP, start="zero")
+    done = replace_vocabulary(llama(), MAP)
     with pytest.raises(ModelError, match="replace_vocabulary first"):
-        export_model(llama(), MAP, tmp_path)
+        export_model(llama(), MAP, tmp_path, done.vocabulary)
 
 
 def test_the_refiner_learns_which_member_the_hidden_state_means():

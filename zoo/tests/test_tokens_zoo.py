@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from hasten.errors import ConfigError, ModelError
-from hasten.fitting.token_model import Recipe, build_model
-from hasten.tokens import SemanticTree, flat_map, random_map
+from hasten.fitting.token_recipe import Recipe, build_model
+from hasten.tokens import SemanticTree, TokenMap, flat_map, random_map
+from hasten.tokens.codebook import codebook_fingerprint
 from hasten.tokens.refiner import Refiner, RefinerConfig
-from hasten.tokens.replace import export_model
+from hasten.tokens.export import export_model
 from hasten.tokens.shards import TokenShards
 
 from hasten_zoo.emoji_tokens import VQTokenizer, compare, evaluate, features, load_tokenizer, swatches
@@ -221,7 +222,8 @@ def test_replacement_hurts_nothing_in_a_flat_vocabulary_and_random_mates_hurt_mo
 
 def test_the_four_vocabularies_have_the_sizes_they_should_have():
     maps = compare.vocabularies(np.random.default_rng(0).standard_normal((16, 4)), np.ones(16), 5)
-    assert {name: m.clusters for name, m in maps.items()} == {"flat": 16, "k-means": 5, "random": 5, "masc": 5}
+    assert tuple(maps) == compare.ARMS
+    assert {name: m.clusters for name, m in maps.items()} == {name: 16 if name == "flat" else 5 for name in maps}
 
 
 def test_dead_codes_favour_no_vocabulary():
@@ -290,18 +292,20 @@ def test_the_shipped_model_draws_the_objects_that_it_is_asked_for():
 
 
 def test_only_what_belongs_together_is_packed(tmp_path):
-    mapping = flat_map(20)
-    model = build_model(20, len(OBJECTS), 64, Recipe(width=8, layers=1, heads=2))
-    export_model(model, mapping, tmp_path / "model")
+    fingerprint = codebook_fingerprint(load_tokenizer().codebook)
+    mapping = TokenMap(np.arange(2048) % 20, "masc", fingerprint)
+    model = build_model(mapping, len(OBJECTS), 64, Recipe(width=8, layers=1, heads=2))
+    export_model(model.model, mapping, tmp_path / "model", model.vocabulary)
     refiner = Refiner(mapping, RefinerConfig(hidden=8, width=4, heads=2)).save(tmp_path / "refiner.safetensors")
     packed = EmojiTokens.load(pack(tmp_path / "model", refiner, tmp_path / "packed"))
-    assert packed.model.dtype == torch.float32
+    assert packed.model.model.dtype == torch.float32
     for name, value in packed.model.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], atol=1e-3, rtol=1e-3)
     other = Refiner(flat_map(9), RefinerConfig(hidden=8, width=4, heads=2)).save(tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match="another map"):
         pack(tmp_path / "model", other, tmp_path / "x")
-    export_model(build_model(20, 3, 64, Recipe(width=8, layers=1, heads=2)), mapping, tmp_path / "few")
+    few = build_model(mapping, 3, 64, Recipe(width=8, layers=1, heads=2))
+    export_model(few.model, mapping, tmp_path / "few", few.vocabulary)
     with pytest.raises(ModelError, match="24 rows"):
         pack(tmp_path / "few", refiner, tmp_path / "x")
     (tmp_path / "packed" / "config.json").unlink()

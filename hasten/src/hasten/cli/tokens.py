@@ -1,4 +1,4 @@
-"""`hasten tokens fit|inspect|map|train|refine|sample`."""
+"""`hasten tokens fit|inspect|map|convert|train|refine|sample`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.progress import Progress
 from rich.table import Table
 
@@ -19,41 +18,21 @@ from hasten.io import check_target, write_atomically
 
 if TYPE_CHECKING:
     from hasten.bench.token_plots import Decode
+    from hasten.fitting.token_recipe import Conditions
+    from hasten.tokens.export import Exported
+    from hasten.tokens.hugging_face import HuggingFaceModel
 
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Smaller vocabularies for autoregressive image models (MASC).")
 
 Codebook = Annotated[
-    Path, typer.Argument(help="A codebook [codes, width]: .npy, or .safetensors with one matrix.", dir_okay=False)
+    Path, typer.Argument(help="A codebook [codes, width]: .npy, .safetensors or .pt (weights only).", dir_okay=False)
 ]
 TreeFile = Annotated[Path, typer.Argument(help="A tree that `hasten tokens fit` wrote.")]
 MapFile = Annotated[Path, typer.Option("--map", help="A map that `hasten tokens map` wrote.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
-
-
-def read_codebook(path: Path, name: str | None = None) -> NDArray[Any]:
-    """The matrix of a `.npy` or `.safetensors` file.
-
-    Raises:
-        ModelError: if there is none, or it is not clear which.
-    """
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; give a codebook as .npy or .safetensors")
-    try:
-        if path.suffix == ".npy":
-            return np.asarray(np.load(path))
-        from safetensors.torch import load_file
-
-        matrices = {key: value for key, value in load_file(path).items() if value.ndim == 2}
-    except Exception as error:  # whatever the two readers raise, the file is no codebook
-        raise ModelError(f"{path}: cannot be read as a codebook ({error})") from error
-    if name is None and len(matrices) == 1:
-        (name,) = matrices
-    if name not in matrices:
-        raise ModelError(f"{path} holds the matrices {', '.join(sorted(matrices))}; say which with --tensor")
-    return matrices[name].float().numpy()
 
 
 def load_decoder(name: str) -> Decode:
@@ -85,17 +64,25 @@ def fit(
     tokens: Annotated[
         Path | None, typer.Option(help="Shards of tokens: codes that never occur are left out of the tree.")
     ] = None,
+    density: Annotated[bool, typer.Option(help="Let each code count as often as it occurs in --tokens.")] = False,
     exact: Annotated[bool | None, typer.Option(help="Exact by default up to 32,768 codes.")] = None,
 ) -> None:
     """Fit the semantic tree of a codebook.
 
     Example: hasten tokens fit codebook.npy --normalize unit --out tree.safetensors
     """
+    from hasten.tokens.codebook import codebook_fingerprint
+    from hasten.tokens.reading import read_codebook
     from hasten.tokens.shards import TokenShards
     from hasten.tokens.tree import SemanticTree
 
     codes = read_codebook(codebook, tensor)
-    used = None if tokens is None else TokenShards.open(tokens).token_counts()
+    shards = None if tokens is None else TokenShards.open(tokens)
+    if shards is not None and shards.codebook and shards.codebook != codebook_fingerprint(codes):
+        raise ModelError(f"{tokens} holds tokens of another codebook than {codebook}; use the tokenizer's own")
+    used = None if shards is None else shards.token_counts()
+    if density and used is None:
+        raise ConfigError("--density counts how often each code occurs: give --tokens")
     check_target(out)
     if codes.ndim == 2:
         console.print(
@@ -107,6 +94,7 @@ def fit(
             codes,
             normalize=normalize,  # type: ignore[arg-type]
             used=used,
+            weights=used if density else None,
             exact=exact,
             progress=lambda done, total: bar.update(task, completed=done, total=total, description="merging"),
         )
@@ -184,6 +172,60 @@ def map_(
 
 
 @app.command()
+def convert(
+    model: Annotated[Path, typer.Argument(help="Folder of a transformers model, as save_pretrained writes it.")],
+    mapping: MapFile,
+    out: Out = Path("converted"),
+    rows: Annotated[
+        int | None, typer.Option(min=0, help="Row of the first image token, where the model does not say it.")
+    ] = None,
+    start: Annotated[str, typer.Option(help="New rows: normal, or the mean of their members' old ones.")] = "normal",
+    seed: Seed = 0,
+) -> None:
+    """Give a model's image tokens rows of clusters; text rows stay. Train the result with hasten.fitting.token_model.
+
+    Example: hasten tokens convert emu3 --map map.safetensors --start mean --out emu3-clusters
+    """
+    import transformers
+
+    from hasten.io import read_json
+    from hasten.tokens.export import export_model
+    from hasten.tokens.mapping import TokenMap
+    from hasten.tokens.replace import replace_vocabulary
+
+    mapping_ = TokenMap.load(mapping)
+    names = read_json(model / "config.json").get("architectures") or [""]
+    kind = getattr(transformers, str(names[0]), None)
+    if kind is None or not hasattr(kind, "from_pretrained"):
+        raise ModelError(f"{model} is a {names[0] or 'model without a name'}, which transformers does not have")
+    with console.status("reading"):
+        lm = kind.from_pretrained(model, local_files_only=True, use_safetensors=True, dtype="auto")
+    done = replace_vocabulary(lm, mapping_, rows=rows, start=start, seed=seed)  # type: ignore[arg-type]
+    export_model(lm, mapping_, out, done.vocabulary)
+    cleared = f", cleared: {', '.join(done.cleared)}" if done.cleared else ""
+    console.print(
+        f"{done.rows_before} to {done.rows_after} rows ({done.kept} of text kept), "
+        f"{done.parameters_saved:,} parameters fewer{cleared}: [bold]{out}[/bold]"
+    )
+
+
+def _trained(folder: Path) -> tuple[HuggingFaceModel, Exported, Conditions]:
+    """A class-conditional model that `hasten tokens train` wrote."""
+    from hasten.fitting.token_recipe import class_conditions
+    from hasten.tokens.export import open_model
+    from hasten.tokens.hugging_face import HuggingFaceModel
+
+    opened = open_model(folder)
+    classes = opened.vocabulary.before - opened.mapping.tokens - 1
+    if opened.vocabulary.offset or classes < 1:
+        raise ModelError(
+            f"{folder} is no class-conditional model of `hasten tokens train`; use hasten.tokens.sample in Python, "
+            "with conditions of its own"
+        )
+    return HuggingFaceModel(opened.model, opened.vocabulary), opened, class_conditions(opened.mapping.tokens, classes)
+
+
+@app.command()
 def train(
     tokens: Annotated[Path, typer.Argument(help="Shards of fine tokens.")],
     mapping: MapFile,
@@ -192,6 +234,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
     minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of a step, over all processes.")] = 64,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts of a process's batch, one after the other.")] = 1,
     width: Annotated[int, typer.Option(min=1)] = 256,
     layers: Annotated[int, typer.Option(min=1)] = 6,
     heads: Annotated[int, typer.Option(min=1)] = 4,
@@ -202,12 +245,14 @@ def train(
 
     Example: hasten tokens train fine --map map.safetensors --held-out val --steps 5000 --out runs/masc
     """
-    from hasten.fitting.token_model import Recipe, Trainer
+    from hasten.fitting.token_model import Trainer
+    from hasten.fitting.token_recipe import Recipe
+    from hasten.tokens.export import export_model
     from hasten.tokens.mapping import TokenMap
-    from hasten.tokens.replace import export_model
     from hasten.tokens.shards import TokenShards
 
-    recipe = Recipe(steps=steps, batch=batch, width=width, layers=layers, heads=heads, lr=lr, seed=seed)
+    sizes = {"width": width, "layers": layers, "heads": heads}
+    recipe = Recipe(steps=steps, batch=batch, accumulate=accumulate, lr=lr, seed=seed, **sizes)
     trainer = Trainer(TokenShards.open(tokens), TokenMap.load(mapping), recipe)
     other = None if held_out is None else TokenShards.open(held_out)
     main = trainer.accelerator.is_main_process
@@ -222,7 +267,8 @@ def train(
     if not main:
         return
     if done:
-        export_model(trainer.plain, trainer.mapping, out / "model")
+        built: Any = trainer.causal
+        export_model(built.model, trainer.mapping, out / "model", built.vocabulary)
         console.print(f"model: [bold]{out / 'model'}[/bold]")
     else:
         console.print(f"stopped at step {trainer.steps} of {steps}; the same command goes on")
@@ -249,19 +295,19 @@ def refine(
 
     from hasten.fitting.refiner import train_refiner
     from hasten.tokens.refiner import Refiner, RefinerConfig
-    from hasten.tokens.replace import open_model
     from hasten.tokens.shards import TokenShards
 
-    lm, mapping = open_model(model)
+    lm, opened, conditions = _trained(model)
     torch.manual_seed(seed)
-    config = RefinerConfig(hidden=lm.config.hidden_size, width=width, heads=heads, layers=layers)
-    refiner = Refiner(mapping, config)
+    config = RefinerConfig(hidden=opened.model.config.hidden_size, width=width, heads=heads, layers=layers)
+    refiner = Refiner(opened.mapping, config)
     with Progress(*BAR, console=console) as bar:
         task = bar.add_task("training", total=steps)
         losses = train_refiner(
             lm,
             refiner,
             TokenShards.open(tokens),
+            conditions,
             steps=steps,
             batch=batch,
             lr=lr,
@@ -269,7 +315,7 @@ def refine(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     last = losses[-max(1, steps // 10) :]
-    console.print(f"loss {np.mean(last):.3f} nats a token: [bold]{refiner.save(out)}[/bold]")
+    console.print(f"loss {np.mean(last):.3f} nats per token: [bold]{refiner.save(out)}[/bold]")
 
 
 @app.command()
@@ -282,7 +328,10 @@ def sample(
     refiner: Annotated[
         Path | None, typer.Option(help="A refiner that `hasten tokens refine` wrote; it takes the place of --members.")
     ] = None,
-    codebook: Annotated[Path | None, typer.Option(help="For medoid and centroid.")] = None,
+    codebook: Annotated[
+        Path | None, typer.Option(help="That the map was made of; for medoid and centroid.", dir_okay=False)
+    ] = None,
+    tensor: Annotated[str | None, typer.Option(help="Name of the matrix in the codebook's file.")] = None,
     tokens: Annotated[Path | None, typer.Option(help="Shards of fine tokens, for frequency.")] = None,
     temperature: Annotated[float, typer.Option()] = 1.0,
     top_k: Annotated[int, typer.Option(help="In fine tokens; scaled to the clusters. 0 for no limit.")] = 0,
@@ -301,26 +350,33 @@ def sample(
 
     from hasten.bench.token_plots import plot_images
     from hasten.tokens.members import MemberSampler
+    from hasten.tokens.reading import read_codebook
     from hasten.tokens.refiner import Refiner
-    from hasten.tokens.replace import open_model
     from hasten.tokens.sample import Sampling, sample_clusters, scaled_top_k
     from hasten.tokens.shards import TokenShards
 
     decode = None if decoder is None else load_decoder(decoder)
-    lm, mapping = open_model(model)
+    lm, opened, conditions = _trained(model)
+    mapping = opened.mapping
     limit = scaled_top_k(top_k, mapping.tokens, mapping.clusters)
     sampling = Sampling(temperature=temperature, top_k=limit, top_p=top_p, guidance=guidance)
-    counts = None if tokens is None else TokenShards.open(tokens).token_counts()
-    codes = None if codebook is None else read_codebook(codebook)
+    shards = None if tokens is None else TokenShards.open(tokens)
+    if shards is not None:
+        shards.check(mapping)
+    counts = None if shards is None else shards.token_counts()
+    codes = None if codebook is None else read_codebook(codebook, tensor)
     sampler = MemberSampler.make(mapping, members, codebook=codes, counts=counts)  # type: ignore[arg-type]
     chooser = None
     if refiner is not None:
         chooser = Refiner.load(refiner)
         chooser.check(mapping)
     wanted = torch.tensor(numbers(classes, "--classes", least=0))
+    known = opened.vocabulary.before - mapping.tokens - 1
+    if int(wanted.max()) >= known:
+        raise ConfigError(f"--classes: the model knows the classes 0 .. {known - 1}, got {int(wanted.max())}")
     with console.status("drawing"):
-        clusters, states = sample_clusters(lm, wanted, mapping.clusters, length, sampling, seed)
-        if chooser is None:
+        clusters, states = sample_clusters(lm, conditions.of(wanted), length, sampling, seed, conditions.none())
+        if chooser is None or states is None:
             drawn = sampler(clusters.numpy(), seed)
         else:
             drawn = chooser.sample(states, clusters, torch.Generator().manual_seed(seed)).numpy()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
 from hasten.errors import ConfigError
-from hasten.fitting.token_model import sequences
+from hasten.fitting.token_recipe import Conditions
+from hasten.tokens.causal import CausalModel
 from hasten.tokens.refiner import Refiner
 from hasten.tokens.shards import TokenShards
 
@@ -17,9 +17,10 @@ __all__ = ["train_refiner"]
 
 
 def train_refiner(
-    model: Any,
+    model: CausalModel,
     refiner: Refiner,
     shards: TokenShards,
+    conditions: Conditions,
     *,
     steps: int,
     batch: int = 64,
@@ -30,9 +31,10 @@ def train_refiner(
     """Train the refiner on fine tokens, in place; the main model is only run.
 
     Args:
-        model: causal LM as `train.build_model` makes it, trained on the refiner's clusters.
+        model: trained on the refiner's clusters.
         refiner: for the same map, with the model's width as `hidden`.
-        shards: fine tokens with their classes.
+        shards: fine tokens with what they show.
+        conditions: what the labels of the shards are to the model.
         steps, batch, lr: of AdamW.
         seed: of the images' order.
         progress: called with the steps done and the steps in all.
@@ -41,13 +43,14 @@ def train_refiner(
         The loss of each step, nats a position whose cluster has several members.
 
     Raises:
-        ConfigError: if the shards have another vocabulary, or a number is not positive.
+        ConfigError: if the shards have another vocabulary, the model does not tell its states, or a number is not
+            positive.
     """
     if len(refiner.labels) != shards.vocabulary:
         raise ConfigError(f"the refiner knows {len(refiner.labels)} tokens, the shards have {shards.vocabulary}")
     if min(steps, batch) < 1 or lr <= 0:
         raise ConfigError(f"steps, batch and lr must be positive, got {steps}, {batch} and {lr}")
-    device, k = refiner.labels.device, len(refiner.sizes)
+    device = refiner.labels.device
     optimizer = torch.optim.AdamW(refiner.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)
     rng = np.random.default_rng(seed)
     model.eval()
@@ -56,9 +59,11 @@ def train_refiner(
     for step in range(steps):
         pick = rng.integers(len(shards), size=batch)
         tokens = torch.from_numpy(shards.take(pick)).to(device)
-        inputs = sequences(refiner.labels[tokens], torch.from_numpy(shards.labels(pick)).to(device), k)[:, :-1]
+        condition = conditions.of(torch.from_numpy(shards.labels(pick))).to(device)
         with torch.no_grad():
-            hidden = model(input_ids=inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]
+            hidden = model(condition, refiner.labels[tokens][:, :-1]).states
+        if hidden is None:
+            raise ConfigError("the model's forward gives logits alone; a refiner needs the states, too")
         loss = refiner.loss(hidden, tokens)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -30,12 +30,17 @@ CELL, GROUPS = 2048, 8192
 
 
 def approximate_linkage(
-    points: Floats, progress: Progress | None = None, cell: int = CELL, groups: int = GROUPS
+    points: Floats,
+    weights: Floats | None = None,
+    progress: Progress | None = None,
+    cell: int = CELL,
+    groups: int = GROUPS,
 ) -> tuple[Ints, Floats]:
     """Merges `[N-1, 2]` and heights `[N-1]` for points `[N, D]`; as `average_linkage`, nearly.
 
     Args:
         points: float64.
+        weights: `[N]`, how much each point counts in the mean distance; all alike by default.
         progress: called with the merges done and the merges in all.
         cell: codes of a cell, on average.
         groups: clusters that are linked exactly; at most half the codes are.
@@ -46,25 +51,25 @@ def approximate_linkage(
     if cell < 2 or groups < 2:
         raise ConfigError(f"cell and groups must be at least 2, got {cell} and {groups}")
     n = len(points)
+    weights = np.ones(n) if weights is None else weights
     groups = min(groups, max(2, n // 2))
-    low_pairs, low_heights = _within_cells(points, max(1, round(n / cell)), n - groups)
+    low_pairs, low_heights = _within_cells(points, weights, max(1, round(n / cell)), n - groups)
     if progress is not None:
         progress(len(low_pairs), n - 1)
     labels = _roots(low_pairs, n)
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
-    sizes = np.diff(np.append(starts, n)).astype(np.float64)
     done = len(low_pairs)
     merges, heights = link_distances(
-        _mean_distances(points[order], starts, sizes),
-        sizes,
+        _mean_distances(points[order], weights[order], starts),
+        np.add.reduceat(weights[order], starts),
         None if progress is None else lambda now, total: progress(done + now, done + total),
     )
     top_pairs = _as_points(merges, order[starts])
     return relabel(np.concatenate([low_pairs, top_pairs]), n), np.concatenate([low_heights, heights])
 
 
-def _within_cells(points: Floats, cells: int, wanted: int) -> tuple[Ints, Floats]:
+def _within_cells(points: Floats, weights: Floats, cells: int, wanted: int) -> tuple[Ints, Floats]:
     """The `wanted` lowest merges of all cells' trees, as pairs of points, by height."""
     start = points[np.random.default_rng(0).choice(len(points), cells, replace=False)]
     with warnings.catch_warnings():
@@ -74,7 +79,7 @@ def _within_cells(points: Floats, cells: int, wanted: int) -> tuple[Ints, Floats
     for cell in np.unique(labels):
         tokens = np.flatnonzero(labels == cell)
         if len(tokens) > 1:
-            merges, height = average_linkage(points[tokens])
+            merges, height = average_linkage(points[tokens], weights[tokens])
             pairs.append(_as_points(merges, tokens))
             heights.append(height)
     every = np.concatenate(heights)
@@ -101,15 +106,19 @@ def _roots(pairs: Ints, n: int) -> NDArray[np.int64]:
     return root[:n]
 
 
-def _mean_distances(points: Floats, starts: Ints, sizes: Floats) -> Floats:
-    """Condensed mean distances between groups of neighbouring rows; `starts` are the first rows, `sizes` the counts."""
+def _mean_distances(points: Floats, weights: Floats, starts: Ints) -> Floats:
+    """Condensed weighted mean distances between groups of neighbouring rows; `starts` are the first rows."""
     groups, n = len(starts), len(points)
     sums = np.zeros((groups, groups))
-    group = np.repeat(np.arange(groups), sizes.astype(np.int64))
+    group = np.repeat(np.arange(groups), np.diff(np.append(starts, n)))
     block = max(1, min(BLOCK, MOST_DISTANCES // n))
     for first in range(0, n, block):
         rows = slice(first, min(n, first + block))
-        np.add.at(sums, group[rows], np.add.reduceat(cdist(points[rows], points), starts, axis=1))
-    sums /= sizes[:, None] * sizes[None]
+        distances = cdist(points[rows], points)
+        distances *= weights
+        distances *= weights[rows, None]
+        np.add.at(sums, group[rows], np.add.reduceat(distances, starts, axis=1))
+    mass = np.add.reduceat(weights, starts)
+    sums /= mass[:, None] * mass
     np.fill_diagonal(sums, 0.0)
     return squareform(sums, checks=False)

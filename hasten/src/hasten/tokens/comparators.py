@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.cluster.vq import kmeans2
 
 from hasten.errors import ConfigError
+from hasten.tokens.codebook import Normalize, as_codebook, codebook_fingerprint, nearest_used, prepared, used_codes
 from hasten.tokens.mapping import TokenMap
-from hasten.tokens.tree import Normalize, as_codebook, codebook_fingerprint, prepare_codes
 
 __all__ = ["adjusted_rand", "flat_map", "kmeans_map", "mean_within_distance", "random_map"]
 
@@ -27,19 +27,30 @@ def flat_map(n: int) -> TokenMap:
 
 
 def kmeans_map(
-    codebook: Any, k: int, *, normalize: Normalize = "none", seed: int = 0, runs: int = 1, iterations: int = 50
+    codebook: Any,
+    k: int,
+    *,
+    normalize: Normalize = "none",
+    used: ArrayLike | None = None,
+    seed: int = 0,
+    runs: int = 1,
+    iterations: int = 50,
 ) -> TokenMap:
     """Lloyd's k-means from `k` random codes, the best of `runs`; empty clusters get the farthest codes.
+
+    `normalize` and `used` are as for `SemanticTree.fit`: unused codes join the cluster of their nearest used code.
 
     Raises:
         ConfigError: if the codebook cannot be clustered so.
     """
     codes = as_codebook(codebook)
-    if not 1 <= k <= len(codes):
-        raise ConfigError(f"k must be 1 .. {len(codes)} (the codes), got {k}")
+    leaves = used_codes(used, len(codes))
+    if not 1 <= k <= len(leaves):
+        raise ConfigError(f"k must be 1 .. {len(leaves)} (the used codes), got {k}")
     if runs < 1 or iterations < 1:
         raise ConfigError(f"runs and iterations must be at least 1, got {runs} and {iterations}")
-    points = prepare_codes(codes, normalize)
+    everything = prepared(codes, leaves, normalize)
+    points = everything[leaves]
     best: tuple[float, NDArray[np.int64]] | None = None
     for run in range(runs):
         rng = np.random.default_rng([seed, run])
@@ -53,7 +64,10 @@ def kmeans_map(
         if best is None or inertia < best[0]:
             best = inertia, labels
     assert best is not None
-    return TokenMap(best[1].astype(np.int32), "k-means", codebook_fingerprint(codes))
+    labels = best[1][nearest_used(everything, leaves)].astype(np.int32)
+    flags = np.zeros(len(codes), bool)
+    flags[leaves] = True
+    return TokenMap(labels, "k-means", codebook_fingerprint(codes), normalize, flags)
 
 
 def _fill_empty(labels: NDArray[np.int64], distance: NDArray[np.float64], k: int) -> NDArray[np.int64]:
@@ -69,9 +83,10 @@ def _fill_empty(labels: NDArray[np.int64], distance: NDArray[np.float64], k: int
 
 
 def random_map(like: TokenMap, seed: int = 0) -> TokenMap:
-    """Clusters of the same sizes as those of `like`, of tokens drawn at random."""
-    labels = np.random.default_rng(seed).permutation(like.labels)
-    return TokenMap(labels, "random", like.fingerprint)
+    """Clusters of the same sizes as those of `like`, of used tokens drawn at random; the others stay where they are."""
+    labels = like.labels.copy()
+    labels[like.used] = np.random.default_rng(seed).permutation(labels[like.used])
+    return TokenMap(labels, "random", like.fingerprint, like.normalize, like.used)
 
 
 def adjusted_rand(a: ArrayLike, b: ArrayLike) -> float:
@@ -90,11 +105,15 @@ def adjusted_rand(a: ArrayLike, b: ArrayLike) -> float:
     return 1.0 if most == chance else (both - chance) / (most - chance)
 
 
-def mean_within_distance(codebook: Any, mapping: TokenMap, normalize: Normalize = "none") -> float:
-    """Mean Euclidean distance over all pairs of codes in a common cluster; 0 if there is no such pair."""
-    points = prepare_codes(as_codebook(codebook), normalize)
-    if len(points) != mapping.tokens:
-        raise ConfigError(f"the map has {mapping.tokens} tokens, the codebook {len(points)} codes")
+def mean_within_distance(codebook: Any, mapping: TokenMap) -> float:
+    """Mean Euclidean distance over all pairs of used codes in a common cluster; 0 if there is no such pair.
+
+    Raises:
+        ModelError: if the map was made of another codebook.
+    """
+    codes = as_codebook(codebook)
+    mapping.check(codes)
+    points = prepared(codes, np.flatnonzero(mapping.used), mapping.normalize)
     from scipy.spatial.distance import pdist
 
     total, count = 0.0, 0

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hasten.errors import ConfigError
-from hasten.tokens.approximate import BLOCK, GROUPS, MOST_DISTANCES
+from hasten.tokens.approximate import BLOCK, CELL, GROUPS, MOST_DISTANCES
+from hasten.tokens.linkage import SQUARE
 
 __all__ = ["TreeCost", "free_memory", "tree_cost"]
 
@@ -58,13 +59,18 @@ class TreeCost:
 
 def tree_cost(codes: int, width: int, exact: bool) -> TreeCost:
     """What a tree of so many codes of so many numbers costs."""
-    pairs, numbers = codes * codes, codes * width
-    copies = 4 * 8 * numbers
+    copies = 4 * 8 * codes * width
     if exact:
-        return TreeCost(codes, True, 4 * pairs + copies, _seconds(codes, width, EXACT))
+        return TreeCost(codes, True, _table(codes) + copies, _seconds(codes, width, EXACT))
     groups = min(GROUPS, codes // 2)
-    memory = 12 * groups * groups + 2 * 8 * min(MOST_DISTANCES, BLOCK * codes) + copies
+    tables = max(_table(min(codes, 2 * CELL)), 12 * groups * groups)
+    memory = tables + 2 * 8 * min(MOST_DISTANCES, BLOCK * codes) + copies
     return TreeCost(codes, False, memory, _seconds(codes, width, APPROXIMATE))
+
+
+def _table(codes: int) -> int:
+    """Bytes of the distances of so many codes: one triangle of float64, and for few codes the square besides."""
+    return (12 if codes <= SQUARE else 4) * codes * codes
 
 
 def _seconds(codes: int, width: int, each: tuple[float, float, float]) -> float:

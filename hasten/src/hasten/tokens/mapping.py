@@ -1,11 +1,14 @@
 """A partition of a token vocabulary: token -> cluster, clusters -> members.
 
-Shapes: `N` tokens, `k` clusters.
+A token that never occurs (a dead code) has a cluster, so that every token can be mapped, but is no member of it: it has
+no weight and nothing is decoded to it.
+
+Shapes: `N` tokens, `U` used tokens, `k` clusters.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -13,8 +16,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hasten.errors import ConfigError, ModelError
+from hasten.errors import ConfigError, ModelError, unknown
 from hasten.io import Array, Kind, check_arrays, read_tensors, write_tensors
+from hasten.tokens.codebook import NORMALIZE, Normalize, check_codebook
 
 __all__ = ["TokenMap"]
 
@@ -25,12 +29,14 @@ class _Content:
 
     map: str
     fingerprint: str
+    normalize: Normalize
 
 
 KIND = Kind("token map", _Content, ModelError, "Make it again with `hasten tokens map`.", 256 << 20)
 ARRAYS = {
     "labels": Array("integer", ("N",), low=0),
-    "members": Array("integer", ("N",)),
+    "used": Array("integer", ("N",), low=0, high=1),
+    "members": Array("integer", ("U",)),
     "offsets": Array("integer", ("k + 1",)),
 }
 
@@ -43,6 +49,8 @@ class TokenMap:
         labels: `[N]` int32, cluster of each token; every cluster `0 .. k-1` has a member.
         kind: how it was made: `"masc"`, `"k-means"`, `"random"`, `"flat"`.
         fingerprint: of the codebook that it was made of; empty if of none.
+        normalize: what was done to the codebook's rows.
+        used: `[N]` bool, which tokens occur; none given means all.
 
     Raises:
         ConfigError: if the labels are no such partition.
@@ -51,6 +59,8 @@ class TokenMap:
     labels: NDArray[np.int32]
     kind: str = "masc"
     fingerprint: str = ""
+    normalize: Normalize = "none"
+    used: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
 
     def __post_init__(self) -> None:
         labels = np.asarray(self.labels)
@@ -61,10 +71,18 @@ class TokenMap:
                 f"the labels of {len(labels)} tokens lie within 0 .. {len(labels) - 1}, "
                 f"got {labels.min()} .. {labels.max()}"
             )
-        empty = np.flatnonzero(np.bincount(labels) == 0)
+        if self.normalize not in NORMALIZE:
+            raise unknown("normalization", self.normalize, NORMALIZE)
+        used = np.asarray(self.used) if len(self.used) else np.ones(len(labels), bool)
+        if used.shape != labels.shape or used.dtype != bool:
+            raise ConfigError(f"used must be one bool per token, {labels.shape}; got {used.dtype} of {used.shape}")
+        empty = np.flatnonzero(np.bincount(labels[used], minlength=int(labels.max()) + 1) == 0)
         if len(empty):
-            raise ConfigError(f"cluster {empty[0]} has no member, so no token can stand for it; number them 0 .. k-1")
+            raise ConfigError(
+                f"cluster {empty[0]} has no used member, so no token can stand for it; number clusters 0 .. k-1"
+            )
         object.__setattr__(self, "labels", labels.astype(np.int32))
+        object.__setattr__(self, "used", used)
 
     @property
     def tokens(self) -> int:
@@ -78,8 +96,8 @@ class TokenMap:
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
-        """Members of each cluster, `[k]`."""
-        return np.bincount(self.labels, minlength=self.clusters)
+        """Members of each cluster, `[k]`: tokens that occur."""
+        return np.bincount(self.labels[self.used], minlength=self.clusters)
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
@@ -88,11 +106,12 @@ class TokenMap:
 
     @cached_property
     def members(self) -> NDArray[np.int64]:
-        """All tokens by cluster, `[N]`; ascending within a cluster."""
-        return np.argsort(self.labels, kind="stable")
+        """Used tokens by cluster, `[U]`; ascending within a cluster."""
+        tokens = np.flatnonzero(self.used)
+        return tokens[np.argsort(self.labels[tokens], kind="stable")]
 
     def of(self, cluster: int) -> NDArray[np.int64]:
-        """Tokens of one cluster."""
+        """Members of one cluster: its tokens that occur."""
         if not 0 <= cluster < self.clusters:
             raise ConfigError(f"there are clusters 0 .. {self.clusters - 1}, asked for {cluster}")
         return self.members[self.offsets[cluster] : self.offsets[cluster + 1]]
@@ -113,6 +132,16 @@ class TokenMap:
             )
         return self.labels[tokens]
 
+    def check(self, codebook: Any) -> None:
+        """Refuse another codebook.
+
+        Raises:
+            ModelError: if this map was made of another, or has another number of tokens.
+        """
+        if len(codebook) != self.tokens:
+            raise ModelError(f"the map has {self.tokens} tokens, the codebook {len(codebook)} codes")
+        check_codebook(codebook, self.fingerprint, "map")
+
     def refines(self, coarser: TokenMap) -> bool:
         """Whether each cluster lies within one cluster of `coarser`."""
         if self.tokens != coarser.tokens:
@@ -122,8 +151,10 @@ class TokenMap:
 
     def save(self, path: str | Path) -> Path:
         """Write labels and member lists to one safetensors file; returns its path."""
-        tensors: dict[str, NDArray[Any]] = {"labels": self.labels, "members": self.members, "offsets": self.offsets}
-        return write_tensors(path, KIND, tensors, {"map": self.kind, "fingerprint": self.fingerprint})
+        tensors: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in ARRAYS}
+        tensors["used"] = self.used.astype(np.uint8)
+        facts = {"map": self.kind, "fingerprint": self.fingerprint, "normalize": self.normalize}
+        return write_tensors(path, KIND, tensors, facts)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -135,7 +166,7 @@ class TokenMap:
         tensors, content = read_tensors(path, KIND)
         try:
             check_arrays(tensors, ARRAYS)
-            mapping = cls(tensors["labels"], content.map, content.fingerprint)
+            mapping = cls(tensors["labels"], content.map, content.fingerprint, content.normalize, tensors["used"] == 1)
             if not all(np.array_equal(tensors[name], getattr(mapping, name)) for name in ("members", "offsets")):
                 raise ValueError("its lists of members are not those of its labels")
         except ValueError as error:

@@ -5,7 +5,9 @@
 * `"medoid"`: the member with the smallest mean distance to the other members; no chance involved.
 * `"centroid"`: the member nearest to the mean of the members.
 
-The trained choice is `hasten.tokens.refiner`. Shapes: `N` tokens, `D` width, `k` clusters.
+Tokens that never occur are no members. The trained choice is `hasten.tokens.refiner`.
+
+Shapes: `N` tokens, `U` used tokens, `D` width, `k` clusters.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 
 from hasten.errors import ConfigError, unknown
+from hasten.tokens.codebook import as_codebook, prepare_codes
 from hasten.tokens.mapping import TokenMap
-from hasten.tokens.tree import Normalize, as_codebook, prepare_codes
 
 __all__ = ["MEMBER_KINDS", "MemberSampler"]
 
@@ -34,10 +36,10 @@ class MemberSampler:
 
     Attributes:
         mapping: the clusters.
-        weights: `[N]` float64, how likely each token is among its cluster's members; up to a factor a cluster.
+        weights: `[N]` float64, how likely each token is among its cluster's members; up to a factor per cluster.
 
     Raises:
-        ConfigError: if the weights leave a cluster without a member.
+        ConfigError: if the weights leave a cluster without a member, or let a token occur that never does.
     """
 
     mapping: TokenMap
@@ -49,6 +51,12 @@ class MemberSampler:
             raise ConfigError(f"one weight for each of the {self.mapping.tokens} tokens is needed, got {weights.shape}")
         if not np.isfinite(weights).all() or weights.min() < 0:
             raise ConfigError("weights must be finite and not negative")
+        stray = np.flatnonzero((weights > 0) & ~self.mapping.used)
+        if len(stray):
+            raise ConfigError(
+                f"token {stray[0]} never occurs by the map, but has a weight ({len(stray)} such tokens); "
+                "give it none, or make the map of the data in which it occurs"
+            )
         mass = np.bincount(self.mapping.labels, weights)
         if not mass.min() > 0:
             raise ConfigError(f"no member of cluster {int(mass.argmin())} has a positive weight; give one to some")
@@ -62,32 +70,32 @@ class MemberSampler:
         *,
         codebook: Any = None,
         counts: ArrayLike | None = None,
-        normalize: Normalize = "none",
     ) -> Self:
         """A sampler of one of the kinds.
 
         Args:
             mapping: the clusters.
             kind: see the module.
-            codebook: `[N, D]`, for `"medoid"` and `"centroid"`.
+            codebook: `[N, D]`, for `"medoid"` and `"centroid"`; the one that the map was made of.
             counts: `[N]`, how often each token occurs, for `"frequency"`; clusters that never occur are uniform.
-            normalize: as the codebook was clustered.
 
         Raises:
             ConfigError: if what the kind needs is missing or does not fit.
+            ModelError: if it is another codebook.
             UnknownNameError: if there is no such kind.
         """
         if kind not in MEMBER_KINDS:
             raise unknown("way to choose members", kind, MEMBER_KINDS)
         if kind == "uniform":
-            return cls(mapping, np.ones(mapping.tokens))
+            return cls(mapping, np.asarray(mapping.used, np.float64))
         if kind == "frequency":
             return cls(mapping, _frequencies(mapping, counts))
         if codebook is None:
             raise ConfigError(f"{kind} needs the codebook: give codebook=")
-        points = prepare_codes(as_codebook(codebook), normalize)
-        if len(points) != mapping.tokens:
-            raise ConfigError(f"the map has {mapping.tokens} tokens, the codebook {len(points)} codes")
+        codes = as_codebook(codebook)
+        mapping.check(codes)
+        points = np.zeros_like(codes)
+        points[mapping.used] = prepare_codes(codes[mapping.used], mapping.normalize)
         weights = np.zeros(mapping.tokens)
         for cluster in range(mapping.clusters):
             tokens = mapping.of(cluster)
@@ -115,7 +123,7 @@ class MemberSampler:
 
     @cached_property
     def _upto(self) -> NDArray[np.float64]:
-        """Running sum of `p(token | cluster)` over the member list, `[N]`: cluster c has the stretch `c .. c + 1`."""
+        """Running sum of `p(token | cluster)` over the member list, `[U]`: cluster c has the stretch `c .. c + 1`."""
         members, labels = self.mapping.members, self.mapping.labels
         mass = np.bincount(labels, self.weights)
         return np.cumsum(self.weights[members] / mass[labels[members]])
@@ -123,8 +131,9 @@ class MemberSampler:
     @cached_property
     def _likeliest(self) -> NDArray[np.int64]:
         """The member of the largest weight of each cluster, `[k]`."""
-        order = np.lexsort((-self.weights, self.mapping.labels))
-        return order[self.mapping.offsets[:-1]]
+        members = self.mapping.members
+        order = np.lexsort((-self.weights[members], self.mapping.labels[members]))
+        return members[order[self.mapping.offsets[:-1]]]
 
 
 def _frequencies(mapping: TokenMap, counts: ArrayLike | None) -> NDArray[np.float64]:
@@ -134,5 +143,5 @@ def _frequencies(mapping: TokenMap, counts: ArrayLike | None) -> NDArray[np.floa
     if weights.shape != (mapping.tokens,):
         raise ConfigError(f"counts needs one number for each of the {mapping.tokens} tokens, got {weights.shape}")
     never = np.bincount(mapping.labels, weights) == 0
-    weights[never[mapping.labels]] = 1.0
+    weights[never[mapping.labels] & mapping.used] = 1.0
     return weights

@@ -2,8 +2,8 @@
 
 The paper (arXiv:2510.04220) names one transformer decoder layer of width 512 with 4 heads; its code has an interface
 only, so the rest is our reading. Query: embedding of the cluster plus the projected hidden state. Logits over all `N`
-tokens, minus infinity outside the cluster; cross-entropy with the true token where a cluster has more than one member;
-the main model stays as it is.
+tokens, minus infinity outside the cluster's members; cross-entropy with the true token where a cluster has more than
+one member; the main model stays as it is.
 
 Shapes: `B` batch, `L` positions, `H` width of the main model, `N` tokens, `k` clusters, `W` width of the refiner.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hasten.errors import ConfigError, ModelError
 from hasten.io import Kind, read_tensors, write_tensors
 from hasten.tokens.mapping import TokenMap
+from hasten.tokens.sample import drawn_from
 
 __all__ = ["Refiner", "RefinerConfig"]
 
@@ -68,12 +69,14 @@ class Refiner(nn.Module):
 
     labels: Tensor
     sizes: Tensor
+    used: Tensor
 
     def __init__(self, mapping: TokenMap, config: RefinerConfig) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("labels", torch.from_numpy(mapping.labels).long())
         self.register_buffer("sizes", torch.from_numpy(mapping.sizes).long())
+        self.register_buffer("used", torch.from_numpy(mapping.used))
         self.cluster = nn.Embedding(mapping.clusters, config.width)
         self.project = nn.Linear(config.hidden, config.width)
         layer = nn.TransformerEncoderLayer(
@@ -101,22 +104,22 @@ class Refiner(nn.Module):
         query = self.cluster(clusters) + self.project(hidden)
         mask = nn.Transformer.generate_square_subsequent_mask(query.shape[1], device=query.device, dtype=query.dtype)
         logits = self.head(self.layers(query, mask=mask, is_causal=True))
-        return logits.masked_fill(self.labels != clusters[..., None], -torch.inf)
+        return logits.masked_fill((self.labels != clusters[..., None]) | ~self.used, -torch.inf)
 
     def loss(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Mean cross-entropy in nats over positions whose cluster has several members; zero if there are none."""
+        """Mean cross-entropy in nats over used tokens whose cluster has several members; zero if there are none."""
         clusters = self.labels[tokens]
-        open_ = self.sizes[clusters] > 1
+        counted = (self.sizes[clusters] > 1) & self.used[tokens]
         logits = self(hidden.detach(), clusters)
-        if not bool(open_.any()):
-            return logits[torch.isfinite(logits)].sum() * 0.0
-        return nn.functional.cross_entropy(logits[open_], tokens[open_])
+        each = nn.functional.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
+        return torch.where(counted.flatten(), each, 0.0).sum() / counted.sum().clamp_min(1)
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, clusters: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A member for each position, `[B, L]` int64."""
+        """A used member for each position, `[B, L]` int64."""
+        generator = generator or torch.Generator(hidden.device)
         chances = self(hidden, clusters).softmax(dim=-1)
-        return torch.multinomial(chances.flatten(0, 1), 1, generator=generator).reshape(clusters.shape)
+        return drawn_from(chances.flatten(0, 1), generator).reshape(clusters.shape)
 
     def check(self, mapping: TokenMap) -> None:
         """Refuse another map than the one that the refiner was made for.
@@ -124,7 +127,8 @@ class Refiner(nn.Module):
         Raises:
             ModelError: if it is another.
         """
-        if not torch.equal(self.labels.cpu(), torch.from_numpy(mapping.labels).long()):
+        same = torch.equal(self.labels.cpu(), torch.from_numpy(mapping.labels).long())
+        if not same or not torch.equal(self.used.cpu(), torch.from_numpy(mapping.used)):
             raise ModelError(
                 f"the refiner is for another map ({len(self.labels)} tokens in {len(self.sizes)} clusters) than this "
                 f"one ({mapping.tokens} in {mapping.clusters}); train one for this map with `hasten tokens refine`"
@@ -133,6 +137,7 @@ class Refiner(nn.Module):
     def save(self, path: str | Path) -> Path:
         """Write weights, map and size to one safetensors file, atomically; returns its path."""
         tensors = {name: value.detach().cpu().numpy() for name, value in self.state_dict().items()}
+        tensors["used"] = tensors["used"].astype(np.uint8)
         return write_tensors(path, KIND, tensors, {"config": asdict(self.config)})
 
     @classmethod
@@ -144,7 +149,8 @@ class Refiner(nn.Module):
         """
         arrays, content = read_tensors(path, KIND)
         try:
-            mapping = TokenMap(arrays.get("labels", np.empty(0)))
+            arrays["used"] = arrays.get("used", np.ones(0)) == 1
+            mapping = TokenMap(arrays.get("labels", np.empty(0)), used=arrays["used"])
             with torch.device("meta"):  # before memory for the sizes in the header is asked for
                 shapes = {name: value.shape for name, value in cls(mapping, content.config).state_dict().items()}
             if {name: array.shape for name, array in arrays.items()} != shapes:

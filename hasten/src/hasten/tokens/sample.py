@@ -6,14 +6,14 @@ Shapes: `B` images, `L` tokens, `k` clusters, `H` width of the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError
+from hasten.tokens.causal import CausalModel, Condition
 
-__all__ = ["Sampling", "filtered", "sample_clusters", "scaled_top_k"]
+__all__ = ["Sampling", "drawn_from", "filtered", "sample_clusters", "scaled_top_k"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Sampling:
         temperature: divides the logits.
         top_k: only the likeliest so many clusters; 0 for all.
         top_p: only the likeliest clusters that reach this probability together.
-        guidance: logits are `none + guidance (class - none)`; 1 leaves the forward without a class out.
+        guidance: logits are `without + guidance (with - without)` the condition; 1 leaves the forward without out.
 
     Raises:
         ConfigError: if a value cannot work.
@@ -61,43 +61,61 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     return chances / chances.sum(-1, keepdim=True)
 
 
+def drawn_from(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """One of `k` for each row of probabilities `[B, k]`, `[B]` int64.
+
+    The likeliest after division by exponential noise: as often as `multinomial` draws it, but nothing waits for the
+    device.
+    """
+    noise = torch.empty_like(chances).exponential_(1.0, generator=generator)
+    return (chances / noise).argmax(dim=-1)
+
+
 @torch.no_grad()
 def sample_clusters(
-    model: Any, classes: Tensor, k: int, length: int, sampling: Sampling | None = None, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Clusters `[B, L]` for classes `[B]`, and the hidden states `[B, L, H]` that they were drawn from.
+    model: CausalModel,
+    condition: Condition,
+    length: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    without: Condition | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Clusters `[B, L]` for conditions, and the hidden states `[B, L, H]` that they were drawn from.
 
     Args:
-        model: Hugging Face causal LM with rows `k + class`, the last row for "no class", as `train.build_model` makes.
-        classes: int64.
-        k: clusters.
-        length: tokens of an image.
+        model: of the clusters.
+        condition: of the images.
+        length: clusters of an image.
         sampling: how to draw.
         seed: of the draws.
+        without: the condition that stands for none, which guidance needs; one for all images, or one for each.
 
     Raises:
-        ConfigError: if a class is unknown to the model.
+        ConfigError: if there is guidance without `without`, or a condition is unknown to the model.
     """
     sampling = sampling or Sampling()
-    known = int(model.config.vocab_size) - k - 1
-    if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < known:
-        raise ConfigError(f"classes must be in 0 .. {known - 1}, got {classes.unique().tolist()}")
     guided = sampling.guidance != 1.0
-    generator = torch.Generator(device=classes.device).manual_seed(seed)
-    inputs = (k + classes)[:, None]
-    if guided:
-        inputs = torch.cat([inputs, torch.full_like(inputs, k + known)])
-    cache, clusters, states = None, [], []
+    if guided and without is None:
+        raise ConfigError("guidance needs the condition that stands for none: give without=")
+    images = len(condition)
+    generator = torch.Generator(device=condition.ids.device).manual_seed(seed)
+    if guided and without is not None:
+        condition = condition.and_then(without.to(condition.ids.device).expanded(images))
+    clusters: list[Tensor] = []
+    states: list[Tensor] = []
     model.eval()
-    for _ in range(length):
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True, output_hidden_states=True)
-        cache = output.past_key_values
-        logits = output.logits[:, -1, :k].float()
+    decoding = model.decode(condition, length)
+    prediction = next(decoding)
+    while True:
+        logits = prediction.logits.float()
         if guided:
-            with_class, without = logits.chunk(2)
-            logits = without + sampling.guidance * (with_class - without)
-        drawn = torch.multinomial(filtered(logits, sampling), 1, generator=generator)
+            with_it, without_it = logits.chunk(2)
+            logits = torch.where(with_it.isinf(), with_it, without_it + sampling.guidance * (with_it - without_it))
+        drawn = drawn_from(filtered(logits, sampling), generator)
         clusters.append(drawn)
-        states.append(output.hidden_states[-1][: len(classes), -1])
-        inputs = torch.cat([drawn, drawn]) if guided else drawn
-    return torch.cat(clusters, dim=1), torch.stack(states, dim=1)
+        if prediction.states is not None:
+            states.append(prediction.states[:images])
+        if len(clusters) == length:
+            break
+        prediction = decoding.send(torch.cat([drawn, drawn]) if guided else drawn)
+    return torch.stack(clusters, dim=1), torch.stack(states, dim=1) if states else None

@@ -1,8 +1,10 @@
 """Token sets as memory-mapped shards: a folder of `.npy` files and an `index.json`.
 
 Each shard is `[images, L]` of the smallest unsigned type that holds the vocabulary; nothing is read before it is
-needed. `labels-*.npy` hold one class per image, if there are classes. The index has the digest of each file, which is
-compared when the shards are opened (by reading them through once, 1 GB in about a second).
+needed. `labels-*.npy` hold what each image shows, if that is told: a class, or a text as ids of the model's tokenizer
+with -1 in front of shorter ones. The index has the fingerprint of the codebook, if that is told, so that tokens meet no
+map of another one; and the digest of each file, which is compared when the shards are opened (by reading them through
+once, 1 GB in about a second).
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from hasten.errors import ConfigError, ModelError
 from hasten.io import Kind, describe, open_regular, read_record, write_atomically, write_record
+from hasten.tokens.causal import Condition
+from hasten.tokens.codebook import codebook_fingerprint
 from hasten.tokens.mapping import TokenMap
 
 __all__ = ["TokenShards", "write_shards"]
@@ -41,10 +46,13 @@ class _Index:
     length: int
     counts: tuple[int, ...]
     labels: bool
+    text: int
+    codebook: str
     digests: dict[str, str]
 
     def __post_init__(self) -> None:
-        if not 1 <= self.vocabulary <= MOST_TOKENS or self.length < 1 or any(count < 0 for count in self.counts):
+        sizes = (self.text, *self.counts)
+        if not 1 <= self.vocabulary <= MOST_TOKENS or self.length < 1 or any(size < 0 for size in sizes):
             raise ValueError(f"sizes must be positive, and the vocabulary at most {MOST_TOKENS}")
 
 
@@ -52,46 +60,71 @@ KIND = Kind("token shards", _Index, ModelError, REMEDY)
 
 
 def write_shards(
-    folder: str | Path, tokens: ArrayLike, vocabulary: int, labels: ArrayLike | None = None, rows: int = ROWS
+    folder: str | Path,
+    tokens: ArrayLike,
+    vocabulary: int,
+    labels: ArrayLike | None = None,
+    rows: int = ROWS,
+    codebook: Any = None,
 ) -> TokenShards:
-    """Write tokens `[images, L]` (and classes `[images]`) in shards of `rows` images.
+    """Write tokens in shards.
+
+    Args:
+        folder: where to.
+        tokens: `[images, L]`.
+        vocabulary: number of tokens that there are.
+        labels: what each image shows: classes `[images]`, or texts `[images, P]` as ids with -1 in front.
+        rows: images of a shard.
+        codebook: that the tokens are of, `[vocabulary, width]`; its fingerprint is kept.
 
     Raises:
         ConfigError: if the arrays do not fit the vocabulary or each other.
     """
     values = np.asarray(tokens)
-    classes = None if labels is None else np.asarray(labels)
+    shown_labels = None if labels is None else np.asarray(labels)
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise ConfigError(f"tokens must be whole numbers [images, L], got {values.dtype} of {values.shape}")
-    if classes is not None and classes.shape != values.shape[:1]:
-        raise ConfigError(f"one class per image is needed, {len(values)}, got the shape {classes.shape}")
+    if shown_labels is not None and (shown_labels.shape[:1] != values.shape[:1] or shown_labels.ndim not in (1, 2)):
+        raise ConfigError(
+            f"one class per image, or the ids of one text, is needed, {len(values)}; got the shape {shown_labels.shape}"
+        )
+    if shown_labels is not None and shown_labels.ndim == 2:
+        Condition.padded(torch.from_numpy(shown_labels.astype(np.int64)))
     if rows < 1:
         raise ConfigError(f"rows must be at least 1, got {rows}")
+    if codebook is not None and len(codebook) != vocabulary:
+        raise ConfigError(f"the codebook has {len(codebook)} codes, the vocabulary {vocabulary} tokens")
     pieces = (
-        (values[first : first + rows], None if classes is None else classes[first : first + rows])
+        (values[first : first + rows], None if shown_labels is None else shown_labels[first : first + rows])
         for first in range(0, len(values), rows)
     )
-    return _write(Path(folder), pieces, values.shape[1], vocabulary, classes is not None)
+    index = {
+        "vocabulary": vocabulary,
+        "length": values.shape[1],
+        "labels": shown_labels is not None,
+        "text": shown_labels.shape[1] if shown_labels is not None and shown_labels.ndim == 2 else 0,
+        "codebook": "" if codebook is None else codebook_fingerprint(codebook),
+    }
+    return _write(Path(folder), pieces, index)
 
 
-def _write(
-    folder: Path, pieces: Iterator[tuple[Any, Any]], length: int, vocabulary: int, labelled: bool
-) -> TokenShards:
+def _write(folder: Path, pieces: Iterator[tuple[Any, Any]], index: dict[str, Any]) -> TokenShards:
+    vocabulary = index["vocabulary"]
     if not 1 <= vocabulary <= MOST_TOKENS:
         raise ConfigError(f"a vocabulary has 1 .. {MOST_TOKENS} tokens, got {vocabulary}")
     dtype = np.min_scalar_type(vocabulary - 1)
     counts, digests = [], {}
-    for i, (tokens, classes) in enumerate(pieces):
+    for i, (tokens, labels) in enumerate(pieces):
         if tokens.size and (tokens.min() < 0 or tokens.max() >= vocabulary):
             raise ConfigError(f"tokens {tokens.min()} .. {tokens.max()} do not fit a vocabulary of {vocabulary}")
-        files = {"tokens": tokens.astype(dtype)} | ({"labels": classes.astype(np.int32)} if labelled else {})
+        files = {"tokens": tokens.astype(dtype)} | ({"labels": labels.astype(np.int32)} if index["labels"] else {})
         for kind, array in files.items():
             name = f"{kind}-{i:05d}.npy"
             content = _npy(array)
             write_atomically(folder / name, content)
             digests[name] = hashlib.sha256(content).hexdigest()
         counts.append(len(tokens))
-    index = {"vocabulary": vocabulary, "length": length, "counts": counts, "labels": labelled, "digests": digests}
+    index = {**index, "counts": counts, "digests": digests}
     write_record(folder / "index.json", KIND, index)  # last, so that a folder with an index is whole
     return TokenShards.open(folder)
 
@@ -133,7 +166,9 @@ class TokenShards:
         length: tokens per image, `L`.
         counts: images of each shard.
         arrays: the shards, memory-mapped.
-        classes: one class per image, memory-mapped; empty without classes.
+        classes: one class per image, or the ids of one text `[images, P]`, memory-mapped; empty without either.
+        text: ids of a text, `P`; 0 for classes.
+        codebook: fingerprint of the codebook that the tokens are of; empty if that is not told.
     """
 
     folder: Path
@@ -142,6 +177,8 @@ class TokenShards:
     counts: tuple[int, ...]
     arrays: tuple[NDArray[Any], ...]
     classes: tuple[NDArray[Any], ...]
+    text: int = 0
+    codebook: str = ""
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
@@ -162,15 +199,21 @@ class TokenShards:
                 if array.size and int(array.max()) >= index.vocabulary:
                     raise ValueError(f"shard {i} has the token {array.max()}, but there are {index.vocabulary}")
             classes = [
-                _map(folder / (name := f"labels-{end}"), index.digests.get(name), (np.int32,), (count,))
+                _map(
+                    folder / (name := f"labels-{end}"),
+                    index.digests.get(name),
+                    (np.int32,),
+                    (count, index.text) if index.text else (count,),
+                )
                 for end, count in numbered
                 if index.labels
             ]
-            if any(array.size and int(array.min()) < 0 for array in classes):
+            if any(array.size and int(array.min()) < (-1 if index.text else 0) for array in classes):
                 raise ValueError("a class is negative")
         except (OSError, ValueError) as error:
             raise ModelError(f"{folder}: no usable token shards ({describe(error)}). {REMEDY}") from error
-        return cls(folder, index.vocabulary, index.length, index.counts, tuple(arrays), tuple(classes))
+        facts = (index.vocabulary, index.length, index.counts)
+        return cls(folder, *facts, tuple(arrays), tuple(classes), index.text, index.codebook)
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -194,7 +237,7 @@ class TokenShards:
         return np.asarray(rows, np.int64).reshape(-1, self.length)
 
     def labels(self, indices: ArrayLike) -> NDArray[np.int64]:
-        """Classes `[B]` of some images; zeros without classes."""
+        """Classes `[B]` or texts `[B, P]` of some images; zeros without either."""
         if not self.classes:
             return np.zeros(len(np.asarray(indices)), np.int64)
         return np.asarray([self.classes[shard][row] for shard, row in self._places(indices)], np.int64)
@@ -206,6 +249,21 @@ class TokenShards:
             counts += np.bincount(array.reshape(-1), minlength=self.vocabulary)
         return counts
 
+    def check(self, mapping: TokenMap) -> None:
+        """Refuse a map of another codebook.
+
+        Raises:
+            ConfigError: if the map is of another vocabulary.
+            ModelError: if it was made of another codebook than the one that the tokens are of.
+        """
+        if mapping.tokens != self.vocabulary:
+            raise ConfigError(f"the map has {mapping.tokens} tokens, the shards a vocabulary of {self.vocabulary}")
+        if self.codebook and mapping.fingerprint and self.codebook != mapping.fingerprint:
+            raise ModelError(
+                f"the tokens are of the codebook {self.codebook}, the map of {mapping.fingerprint}; "
+                "use the map of this tokenizer"
+            )
+
     def mapped(
         self, mapping: TokenMap, folder: str | Path, progress: Callable[[int, int], None] | None = None
     ) -> TokenShards:
@@ -213,9 +271,9 @@ class TokenShards:
 
         Raises:
             ConfigError: if the map is of another vocabulary, or the folder is the shards' own.
+            ModelError: if the map is of another codebook.
         """
-        if mapping.tokens != self.vocabulary:
-            raise ConfigError(f"the map has {mapping.tokens} tokens, the shards a vocabulary of {self.vocabulary}")
+        self.check(mapping)
         if Path(folder).resolve() == self.folder.resolve():
             raise ConfigError(f"{folder} holds the fine tokens; write the clusters to another folder")
 
@@ -225,4 +283,5 @@ class TokenShards:
                 if progress is not None:
                     progress(i + 1, len(self.arrays))
 
-        return _write(Path(folder), pieces(), self.length, mapping.clusters, bool(self.classes))
+        index = {"vocabulary": mapping.clusters, "length": self.length, "labels": bool(self.classes), "text": self.text}
+        return _write(Path(folder), pieces(), {**index, "codebook": ""})

@@ -6,73 +6,40 @@ same tree and finer cuts refine coarser ones.
 
 Departures: rows can be scaled to unit length first (`normalize="unit"`), as tokenizers with `l2_norm` look codes up;
 the published script takes the raw rows. Codes that are never used are left out of the tree and join the cluster of
-their nearest used code, which keeps cuts nested. A cap on the size of a cluster skips the merges beyond it.
+their nearest used code, which keeps cuts nested; they are no members, so that nothing is decoded to them. A cap on the
+size of a cluster skips the merges beyond it. Codes can count by their density (`weights`).
 
 Shapes: `N` codes, `U` used codes, `D` width, `k` clusters.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hasten.errors import ConfigError, ModelError, unknown
+from hasten.errors import ConfigError, ModelError
 from hasten.io import Array, Kind, check_arrays, increasing, read_tensors, write_tensors
 from hasten.tokens.approximate import approximate_linkage
+from hasten.tokens.codebook import (
+    Normalize,
+    as_codebook,
+    check_codebook,
+    codebook_fingerprint,
+    nearest_used,
+    prepared,
+    used_codes,
+)
 from hasten.tokens.cost import TreeCost, tree_cost
 from hasten.tokens.linkage import Progress, average_linkage
 from hasten.tokens.mapping import TokenMap
 
-__all__ = ["Normalize", "SemanticTree", "as_codebook", "codebook_fingerprint", "prepare_codes"]
+__all__ = ["SemanticTree"]
 
-Normalize = Literal["none", "unit"]
-NORMALIZE = ("none", "unit")
 EXACT_LIMIT = 32_768  # 4.3 GB of distances
-
-
-def as_codebook(codebook: Any) -> NDArray[np.float64]:
-    """A codebook `[N, D]` (array, or tensor on any device) as float64.
-
-    Raises:
-        ConfigError: if it is no finite matrix of at least two rows.
-    """
-    if hasattr(codebook, "detach"):
-        codebook = codebook.detach().cpu().float().numpy()
-    codes = np.asarray(codebook, dtype=np.float64)
-    if codes.ndim != 2 or len(codes) < 2 or not codes.shape[1]:
-        raise ConfigError(f"a codebook is a matrix [codes, width] of at least two codes, got the shape {codes.shape}")
-    bad = np.flatnonzero(~np.isfinite(codes).all(axis=1))
-    if len(bad):
-        raise ConfigError(f"code {bad[0]} has a value that is not finite ({len(bad)} such codes); repair the codebook")
-    return codes
-
-
-def prepare_codes(codes: NDArray[np.float64], normalize: Normalize) -> NDArray[np.float64]:
-    """The vectors whose distances count, `[N, D]`.
-
-    Raises:
-        ConfigError: if a row of zeros is to have unit length.
-    """
-    if normalize not in NORMALIZE:
-        raise unknown("normalization", normalize, NORMALIZE)
-    if normalize == "none":
-        return codes
-    lengths = np.linalg.norm(codes, axis=1, keepdims=True)
-    zero = np.flatnonzero(lengths[:, 0] == 0)
-    if len(zero):
-        raise ConfigError(f"code {zero[0]} is zero and has no direction; use normalize='none' or mark it as unused")
-    return codes / lengths
-
-
-def codebook_fingerprint(codebook: Any) -> str:
-    """Digest of a codebook: its shape and its values as float32."""
-    codes = as_codebook(codebook).astype(np.float32)
-    return hashlib.sha256(repr(codes.shape).encode() + codes.tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -122,6 +89,7 @@ class SemanticTree:
         *,
         normalize: Normalize = "none",
         used: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         exact: bool | None = None,
         progress: Progress | None = None,
     ) -> Self:
@@ -131,6 +99,8 @@ class SemanticTree:
             codebook: array or tensor; computed in float64.
             normalize: `"unit"` for tokenizers that look up normalized codes (LlamaGen's), else `"none"`.
             used: `[N]` bool, or how often each code occurs; all codes by default.
+            weights: `[N]`, how much each code counts in mean distances, such as how often it occurs; by default all
+                alike, as in the paper.
             exact: whether to keep all distances, `U^2 / 2` float64; by default up to 32,768 codes, beyond that the
                 approximate way of `hasten.tokens.approximate`.
             progress: called with the merges done and the merges in all.
@@ -139,24 +109,15 @@ class SemanticTree:
             ConfigError: if the codebook or `used` cannot be clustered, or the memory for it is not there.
         """
         codes = as_codebook(codebook)
-        leaves = _used_codes(used, len(codes))
-        prepared = codes.copy()
-        prepared[leaves] = prepare_codes(codes[leaves], normalize)
-        dead = np.setdiff1d(np.arange(len(codes)), leaves)
-        if normalize == "unit":
-            prepared[dead] /= np.maximum(np.linalg.norm(prepared[dead], axis=1, keepdims=True), 1e-30)
+        leaves = used_codes(used, len(codes))
+        density = _density(weights, leaves, len(codes))
+        points = prepared(codes, leaves, normalize)
         cost = cls.cost(len(leaves), codes.shape[1], exact)
         cost.refuse_unless_it_fits(codes.shape[1])
-        exact = cost.exact
-        link = average_linkage if exact else approximate_linkage
-        merges, heights = link(prepared[leaves], progress=progress)
-        nearest = np.empty(len(codes), np.int64)
-        nearest[leaves] = np.arange(len(leaves))
-        if len(dead):
-            from scipy.spatial import cKDTree
-
-            nearest[dead] = cKDTree(prepared[leaves]).query(prepared[dead])[1]
-        return cls(merges, heights, leaves, nearest, normalize, exact, codebook_fingerprint(codes))
+        link = average_linkage if cost.exact else approximate_linkage
+        merges, heights = link(points[leaves], density, progress=progress)
+        nearest = nearest_used(points, leaves)
+        return cls(merges, heights, leaves, nearest, normalize, cost.exact, codebook_fingerprint(codes))
 
     @staticmethod
     def cost(codes: int, width: int, exact: bool | None = None) -> TreeCost:
@@ -210,7 +171,9 @@ class SemanticTree:
 
     def map(self, k: int, max_size: int | None = None) -> TokenMap:
         """The cut as a `TokenMap`; arguments and errors as in `cut`."""
-        return TokenMap(self.cut(k, max_size), "masc", self.fingerprint)
+        used = np.zeros(len(self.nearest), bool)
+        used[self.used] = True
+        return TokenMap(self.cut(k, max_size), "masc", self.fingerprint, self.normalize, used)
 
     def check(self, codebook: Any) -> None:
         """Refuse another codebook.
@@ -218,10 +181,7 @@ class SemanticTree:
         Raises:
             ModelError: if this tree was not made of `codebook`.
         """
-        if (other := codebook_fingerprint(codebook)) != self.fingerprint:
-            raise ModelError(
-                f"the tree was fitted to the codebook {self.fingerprint}, this one is {other}; fit a tree to this one"
-            )
+        check_codebook(codebook, self.fingerprint, "tree")
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, atomically; returns its path."""
@@ -263,14 +223,13 @@ class SemanticTree:
             raise ValueError("a used code is not its own leaf")
 
 
-def _used_codes(used: ArrayLike | None, n: int) -> NDArray[np.int64]:
-    """Tokens of the used codes, ascending."""
-    if used is None:
-        return np.arange(n)
-    flags = np.asarray(used)
-    if flags.shape != (n,):
-        raise ConfigError(f"used needs one value for each of the {n} codes, got the shape {flags.shape}")
-    leaves = np.flatnonzero(flags > 0)
-    if len(leaves) < 2:
-        raise ConfigError(f"a tree needs at least two used codes, {len(leaves)} are marked as used")
-    return leaves
+def _density(weights: ArrayLike | None, leaves: NDArray[np.int64], n: int) -> NDArray[np.float64] | None:
+    """Weights of the used codes."""
+    if weights is None:
+        return None
+    values = np.asarray(weights, np.float64)
+    if values.shape != (n,):
+        raise ConfigError(f"weights needs one value for each of the {n} codes, got the shape {values.shape}")
+    if not np.isfinite(values).all() or not (values[leaves] > 0).all():
+        raise ConfigError("the weights of used codes must be positive and finite; leave the others out with used=")
+    return values[leaves]

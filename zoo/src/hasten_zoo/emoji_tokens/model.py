@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-from hasten.errors import ModelError
+from hasten.errors import ConfigError, ModelError
+from hasten.fitting.token_recipe import Conditions, class_conditions
 from hasten.tokens import TokenMap
+from hasten.tokens.export import export_model, open_model
+from hasten.tokens.hugging_face import HuggingFaceModel
 from hasten.tokens.refiner import Refiner
-from hasten.tokens.replace import export_model, open_model
 from hasten.tokens.sample import Sampling, sample_clusters
 from torch import Tensor
 
@@ -35,13 +37,15 @@ class EmojiTokens:
 
     Attributes:
         tokenizer: decodes tokens.
-        model: `LlamaForCausalLM` of clusters; class `c` is row `k + c`.
+        model: `HuggingFaceModel` of a `LlamaForCausalLM` of clusters.
+        conditions: what classes are to it.
         mapping: token -> cluster.
         refiner: chooses the members.
     """
 
     tokenizer: VQTokenizer
-    model: Any
+    model: HuggingFaceModel
+    conditions: Conditions
     mapping: TokenMap
     refiner: Refiner
 
@@ -52,10 +56,13 @@ class EmojiTokens:
         Raises:
             ModelError: if a file is missing or damaged, or they do not belong together.
         """
-        model, mapping = open_model(folder)
+        opened, tokenizer = open_model(folder), load_tokenizer()
+        opened.mapping.check(tokenizer.codebook)
         refiner = Refiner.load(folder / "refiner.safetensors")
-        refiner.check(mapping)
-        return cls(load_tokenizer(), model, mapping, refiner)
+        refiner.check(opened.mapping)
+        model = HuggingFaceModel(opened.model, opened.vocabulary)
+        conditions = class_conditions(opened.mapping.tokens, len(OBJECTS))
+        return cls(tokenizer, model, conditions, opened.mapping, refiner)
 
     @torch.no_grad()
     def draw(self, classes: Tensor, sampling: Sampling | None = None, seed: int = 0) -> Tensor:
@@ -64,8 +71,12 @@ class EmojiTokens:
         Raises:
             ConfigError: if there is no such object.
         """
-        length = self.model.config.max_position_embeddings - 1  # the class comes first
-        clusters, states = sample_clusters(self.model, classes, self.mapping.clusters, length, sampling, seed)
+        if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < len(OBJECTS):
+            raise ConfigError(f"objects are 0 .. {len(OBJECTS) - 1}, got {classes.unique().tolist()}")
+        length = self.model.model.config.max_position_embeddings - 1  # the class comes first
+        condition, without = self.conditions.of(classes), self.conditions.none()
+        clusters, states = sample_clusters(self.model, condition, length, sampling, seed, without)
+        assert states is not None
         tokens = self.refiner.sample(states, clusters, torch.Generator().manual_seed(seed))
         return self.tokenizer.decode(tokens)
 
@@ -76,14 +87,15 @@ def pack(model: Path, refiner: Path, to: Path) -> Path:
     Raises:
         ModelError: if the refiner is for another map, or the model knows other objects.
     """
-    (lm, mapping), chooser = open_model(model), Refiner.load(refiner)
+    opened, chooser = open_model(model), Refiner.load(refiner)
+    mapping, rows = opened.mapping, opened.vocabulary.after
     chooser.check(mapping)
-    if lm.config.vocab_size != mapping.clusters + len(OBJECTS) + 1:
+    if rows != mapping.clusters + len(OBJECTS) + 1:
         raise ModelError(
-            f"{model} has {lm.config.vocab_size} rows; expected {mapping.clusters} clusters, {len(OBJECTS)} objects "
+            f"{model} has {rows} rows; expected {mapping.clusters} clusters, {len(OBJECTS)} objects "
             "and one for no object"
         )
-    export_model(lm.half(), mapping, to)
+    export_model(opened.model.half(), mapping, to, opened.vocabulary)
     chooser.half().save(to / "refiner.safetensors")
     return to
 

@@ -1,0 +1,132 @@
+"""What a training of a token model is made of: its recipe, its conditions, and the model that is built by default.
+
+Shapes: `B` batch, `N` tokens, `P` ids of a condition.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hasten.errors import ConfigError
+from hasten.tokens.causal import Condition
+from hasten.tokens.hugging_face import HuggingFaceModel
+from hasten.tokens.mapping import TokenMap
+from hasten.tokens.vocabulary import Vocabulary
+
+__all__ = ["Conditions", "Recipe", "build_model", "class_conditions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: images of a step, over all processes.
+        accumulate: parts in which a process takes its images of a step, one after the other.
+        lr: peak learning rate.
+        warmup: steps until it is reached.
+        condition_dropout: share of images that are trained without their condition.
+        width, layers, heads: of the model that is built where none is given.
+        seed: of the weights and the order of the images.
+
+    Raises:
+        ConfigError: if a value cannot work.
+    """
+
+    steps: int = 2000
+    batch: int = 64
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: int = 100
+    condition_dropout: float = 0.1
+    width: int = 256
+    layers: int = 6
+    heads: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (self.steps, self.batch, self.accumulate, self.width, self.layers, self.heads)
+        if min(counts) < 1 or self.warmup < 0 or self.lr <= 0:
+            raise ConfigError(f"sizes, steps and the learning rate must be positive, got {self}")
+        if self.width % (2 * self.heads):
+            raise ConfigError(f"twice the heads must divide the width, got {self.heads} and {self.width}")
+        if not 0 <= self.condition_dropout < 1:
+            raise ConfigError(f"condition_dropout must be in [0, 1), got {self.condition_dropout}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: linear warm-up, then cosine to a tenth."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        share = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.55 + 0.45 * math.cos(math.pi * min(1.0, share)))
+
+
+def build_model(
+    mapping: TokenMap, classes: int, length: int, recipe: Recipe, codebooks: tuple[int, ...] = ()
+) -> HuggingFaceModel:
+    """A `HuggingFaceModel` of a `LlamaForCausalLM` with rows for clusters, classes and "no class", seeded.
+
+    Ids before the replacement are the `N` tokens, then the classes, then "no class".
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(recipe.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=mapping.clusters + classes + 1,
+            hidden_size=recipe.width,
+            intermediate_size=8 * recipe.width // 3,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            max_position_embeddings=length + 1,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+            use_cache=True,
+        )
+    )
+    vocabulary = Vocabulary.of_clusters(mapping, classes + 1, "model.embed_tokens", "lm_head")
+    return HuggingFaceModel(model, vocabulary, codebooks=codebooks)
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """What the labels of shards are to a model.
+
+    Attributes:
+        first_class: id of class 0, where labels are classes; texts are ids already.
+        without: the ids `[P]` that stand for no condition, for dropout and guidance; None without either.
+    """
+
+    first_class: int = 0
+    without: Tensor | None = None
+
+    def of(self, labels: Tensor, dropped: Tensor | None = None) -> Condition:
+        """Conditions of labels: classes `[B]` or texts `[B, P]`, without those that are dropped `[B]`."""
+        ids = labels[:, None] + self.first_class if labels.ndim == 1 else labels
+        if self.without is None or dropped is None:
+            return Condition.padded(ids)
+        missing = max(0, len(self.without) - ids.shape[1])
+        ids = nn.functional.pad(ids, (missing, 0), value=-1)
+        none = nn.functional.pad(self.without, (ids.shape[1] - len(self.without), 0), value=-1)
+        return Condition.padded(torch.where(dropped[:, None], none, ids))
+
+    def none(self) -> Condition:
+        """The one that stands for no condition.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        if self.without is None:
+            raise ConfigError("the model was trained with its conditions alone; guidance needs ids that stand for none")
+        return Condition(self.without[None])
+
+
+def class_conditions(tokens: int, classes: int) -> Conditions:
+    """Of a model that `build_model` made: class 0 is behind the `N` tokens, and "no class" behind the classes."""
+    return Conditions(tokens, torch.tensor([tokens + classes]))

@@ -1,0 +1,92 @@
+"""What a model's configuration says about ids, after its image tokens became clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from hasten.tokens.mapping import TokenMap
+from hasten.tokens.vocabulary import Vocabulary, vocabulary_mapping
+
+__all__ = ["pin_image_tokens", "renumber_configuration"]
+
+ID_SUFFIXES = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
+
+
+def renumber_configuration(model: nn.Module, found: Vocabulary, mapping: TokenMap) -> tuple[str, ...]:
+    """Let sizes and ids of the configuration be those after the replacement; names of ids that were image tokens.
+
+    Special tokens that were image tokens become None: a cluster must not end a text. Image tables beside those of a
+    language model leave its ids as they are.
+    """
+    configurations = list(_configurations(model))
+    if not _holds_ids(model, found):
+        return ()
+    for holder in (*configurations, *model.modules()):
+        if getattr(holder, "vocab_size", None) == found.before:
+            holder.vocab_size = found.after
+    cleared = [name for configuration in configurations for name in _renumber(configuration, found)]
+    known = vocabulary_mapping(model)
+    if known is not None:
+        known.vocab_map.update({name: int(found.new_ids[row]) for name, row in known.vocab_map.items()})
+        known.__init__(known.vocab_map)  # it keeps the ids of some tokens
+        pin_image_tokens(model, found, mapping)
+    return tuple(dict.fromkeys(cleared))
+
+
+def pin_image_tokens(model: nn.Module, found: Vocabulary, mapping: TokenMap) -> None:
+    """Let a model's own way from codes to rows give clusters, and the way back a member that is used.
+
+    transformers works these tables out from names, one row per name, and keeps them once they are made.
+    """
+    known = vocabulary_mapping(model)
+    if known is None:
+        return
+    for name in [name for name, value in vars(type(known)).items() if hasattr(value, "func")]:  # cached properties
+        known.__dict__.pop(name, None)
+    known.image_tokens = list(range(found.offset, found.offset + found.clusters))
+    known.img2bpe = {token: found.offset + int(label) for token, label in enumerate(mapping.labels)}
+    known.bpe2img = {found.offset + c: int(token) for c, token in enumerate(mapping.members[mapping.offsets[:-1]])}
+
+
+def _holds_ids(model: nn.Module, found: Vocabulary) -> bool:
+    """Whether the replaced table is the one whose rows the model's ids are."""
+    get = getattr(model, "get_input_embeddings", None)
+    return get is None or get() is model.get_submodule(found.embedding)
+
+
+def _configurations(model: nn.Module) -> Iterator[Any]:
+    """The configuration, those within it, and that of generation."""
+    waiting = [getattr(model, "config", None), getattr(model, "generation_config", None)]
+    while waiting:
+        one = waiting.pop(0)
+        if one is None:
+            continue
+        yield one
+        waiting += [value for value in vars(one).values() if hasattr(value, "to_dict") and value is not one]
+
+
+def _renumber(configuration: Any, found: Vocabulary) -> list[str]:
+    """Renumber what a configuration names; the names of what was cleared."""
+    image = set(found.rows.tolist())
+    cleared = []
+
+    def new(token: Any) -> Any:
+        kept = isinstance(token, int) and 0 <= token < found.before
+        return int(found.new_ids[token]) if kept else token
+
+    for name, value in list(vars(configuration).items()):
+        if not name.endswith(ID_SUFFIXES) or isinstance(value, bool):
+            continue
+        if isinstance(value, list) and value and all(isinstance(token, int) for token in value):
+            left = [new(token) for token in value if token not in image]
+            if len(left) < len(value):
+                cleared.append(name)
+            setattr(configuration, name, left or None)
+        elif isinstance(value, int):
+            if value in image:
+                cleared.append(name)
+            setattr(configuration, name, None if value in image else new(value))
+    return cleared

@@ -1,0 +1,154 @@
+"""Tokenizers with several codebooks (residual VQ): one tree per codebook, one vocabulary for the model.
+
+Each position of an image has one token of each codebook. The model gets them one after the other, coarse to fine: ids
+of codebook `c` lie behind those of the codebooks before it, and so do clusters.
+
+Shapes: `C` codebooks, `N_c` tokens and `k_c` clusters of codebook `c`, `L` positions of an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hasten.errors import ConfigError, ModelError
+from hasten.tokens.codebook import Normalize
+from hasten.tokens.mapping import TokenMap
+from hasten.tokens.members import Kind, MemberSampler
+from hasten.tokens.tree import SemanticTree
+
+__all__ = ["ResidualMaps"]
+
+
+@dataclass(frozen=True, eq=False)
+class ResidualMaps:
+    """One map per codebook.
+
+    Attributes:
+        maps: of the codebooks, coarse to fine.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+
+    maps: tuple[TokenMap, ...]
+
+    def __post_init__(self) -> None:
+        if not self.maps:
+            raise ConfigError("at least one map is needed, one per codebook")
+
+    @classmethod
+    def fit(
+        cls,
+        codebooks: Sequence[Any],
+        clusters: Sequence[int],
+        *,
+        normalize: Normalize = "none",
+        used: Sequence[ArrayLike | None] | None = None,
+        max_size: int | None = None,
+    ) -> Self:
+        """One tree per codebook, cut at its number of clusters; further arguments as for `SemanticTree`.
+
+        Raises:
+            ConfigError: if the numbers do not fit each other, or a codebook cannot be clustered.
+        """
+        each = [None] * len(codebooks) if used is None else list(used)
+        if len(clusters) != len(codebooks) or len(each) != len(codebooks):
+            raise ConfigError(
+                f"{len(codebooks)} codebooks need as many numbers of clusters and of used codes, got {len(clusters)} "
+                f"and {len(each)}"
+            )
+        trees = [SemanticTree.fit(codes, normalize=normalize, used=u) for codes, u in zip(codebooks, each, strict=True)]
+        return cls(tuple(tree.map(k, max_size) for tree, k in zip(trees, clusters, strict=True)))
+
+    @property
+    def codebooks(self) -> tuple[int, ...]:
+        """Clusters of each codebook; what a `CausalModel` wants to know."""
+        return tuple(mapping.clusters for mapping in self.maps)
+
+    def stacked(self) -> TokenMap:
+        """One map of all tokens, `sum N_c` of them: for shards, `replace_vocabulary` and training."""
+        first = np.cumsum([0, *self.codebooks[:-1]])
+        labels = np.concatenate([m.labels + begin for m, begin in zip(self.maps, first, strict=True)])
+        used = np.concatenate([m.used for m in self.maps])
+        prints = [m.fingerprint for m in self.maps]
+        known = hashlib.sha256(repr(prints).encode()).hexdigest()[:16] if all(prints) else ""
+        return TokenMap(labels.astype(np.int32), self.maps[0].kind, known, self.maps[0].normalize, used)
+
+    def flat(self, tokens: ArrayLike) -> NDArray[np.int64]:
+        """Tokens `[..., L, C]` as ids of the one vocabulary, `[..., L C]`.
+
+        Raises:
+            ConfigError: if they are no tokens of the codebooks.
+        """
+        values = np.asarray(tokens)
+        if values.ndim < 2 or values.shape[-1] != len(self.maps) or not np.issubdtype(values.dtype, np.integer):
+            raise ConfigError(
+                f"tokens must be whole numbers [..., L, {len(self.maps)}], one per codebook; got {values.dtype} of "
+                f"{values.shape}"
+            )
+        sizes = np.array([m.tokens for m in self.maps])
+        if values.size and (values.min() < 0 or (values >= sizes).any()):
+            raise ConfigError(f"a token is none of its codebook's; they have {sizes.tolist()} tokens")
+        first = np.cumsum([0, *sizes[:-1]])
+        return (values.astype(np.int64) + first).reshape(*values.shape[:-2], -1)
+
+    def split(self, flat: ArrayLike) -> NDArray[np.int64]:
+        """What `flat` made, as tokens `[..., L, C]` again.
+
+        Raises:
+            ConfigError: if an id is of another codebook than its position.
+        """
+        ids = np.asarray(flat)
+        count = len(self.maps)
+        if ids.ndim < 1 or ids.shape[-1] % count:
+            raise ConfigError(f"ids of {count} codebooks come in turn, so that {count} divides their number")
+        sizes = np.array([m.tokens for m in self.maps])
+        tokens = ids.reshape(*ids.shape[:-1], -1, count) - np.cumsum([0, *sizes[:-1]])
+        if tokens.size and ((tokens < 0) | (tokens >= sizes)).any():
+            raise ConfigError("an id is of another codebook than its position")
+        return tokens
+
+    def members(
+        self,
+        kind: Kind = "uniform",
+        *,
+        codebooks: Sequence[Any] | None = None,
+        counts: Sequence[ArrayLike] | None = None,
+    ) -> MemberSampler:
+        """Chooses members of the one vocabulary; arguments as for `MemberSampler.make`, one per codebook."""
+        parts = [
+            MemberSampler.make(
+                mapping,
+                kind,
+                codebook=None if codebooks is None else codebooks[i],
+                counts=None if counts is None else counts[i],
+            ).weights
+            for i, mapping in enumerate(self.maps)
+        ]
+        return MemberSampler(self.stacked(), np.concatenate(parts))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `map-0.safetensors` and so on; returns the folder."""
+        for i, mapping in enumerate(self.maps):
+            mapping.save(Path(folder) / f"map-{i}.safetensors")
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ModelError: if a map is missing or damaged.
+        """
+        names = sorted(Path(folder).glob("map-*.safetensors"), key=lambda path: (len(path.name), path.name))
+        wanted = [f"map-{i}.safetensors" for i in range(len(names))]
+        if not names or [path.name for path in names] != wanted:
+            raise ModelError(f"{folder}: expected map-0.safetensors and so on without a gap; write the maps again")
+        return cls(tuple(TokenMap.load(path) for path in names))
