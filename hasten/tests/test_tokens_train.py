@@ -121,7 +121,9 @@ def test_the_log_holds_what_is_measured_besides_and_the_processor_time_of_the_st
     assert again.cpu_seconds == trainer.cpu_seconds
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": 0.0}, {"heads": 3}, {"condition_dropout": 1.0}, {"accumulate": 0}, {"warmup": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"lr": 0.0}, {"heads": 3}, {"condition_dropout": 1.0}, {"accumulate": 0}, {"warmup": -1}]
+)
 def test_recipes_that_cannot_work_are_refused(wrong):
     with pytest.raises(ConfigError):
         Recipe(**wrong)
@@ -232,28 +234,84 @@ def test_the_commands_refuse_what_they_cannot_read(tmp_path):
 
 WORKER = """
 import sys, torch
+from pathlib import Path
 from hasten.tokens import flat_map
 from hasten.tokens.shards import TokenShards
 from hasten.fitting.token_model import Trainer
 from hasten.fitting.token_recipe import Recipe
-from pathlib import Path
-recipe = Recipe(steps=6, batch=8, lr=5e-3, warmup=2, width=16, layers=1, heads=2)
-trainer = Trainer(TokenShards.open(sys.argv[1]), flat_map(24), recipe, cpu=True)
-assert trainer.accelerator.num_processes == int(sys.argv[3])
-trainer.run(Path(sys.argv[2]), every=3)
+shards, out, processes, shard, accumulate, minutes = sys.argv[1:]
+recipe = Recipe(steps=6, batch=8, accumulate=int(accumulate), lr=5e-3, warmup=2, width=16, layers=2, heads=2)
+held = TokenShards.open(shards)
+trainer = Trainer(held, flat_map(24), recipe, shard=shard == "shard", cpu=True)
+assert trainer.accelerator.num_processes == int(processes)
+assert trainer.sharded == (shard == "shard" and int(processes) > 1)
+if trainer.sharded:
+    sizes = [p.to_local().numel() for p in trainer.causal.parameters()]
+    assert sum(sizes) < 0.6 * sum(p.numel() for p in trainer.causal.parameters())
+trainer.run(Path(out), held, minutes=None if minutes == "all" else float(minutes), every=3)
 """
 
 
-@pytest.mark.slow
-def test_two_processes_train_the_model_that_one_trains(shards, tmp_path):
-    script = tmp_path / "worker.py"
+def launched(shards, folder, processes, shard="whole", accumulate=1, minutes="all"):
+    """Train in processes of their own; the checkpoint."""
+    script = folder.parent / "worker.py"
     script.write_text(WORKER)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    for n in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", str(script)]
-        arguments = [str(shards.folder), str(tmp_path / f"run{n}"), str(n)]
-        subprocess.run([sys.executable, *launch, *arguments], check=True, env=environment, timeout=300)
-    one, two = (load_file(tmp_path / f"run{n}" / "checkpoint.safetensors") for n in (1, 2))
-    for name in (name for name in one if name.startswith("model/")):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
+    arguments = [str(shards.folder), str(folder), str(processes), shard, str(accumulate), str(minutes)]
+    subprocess.run([sys.executable, *launch, *arguments], check=True, env=environment, timeout=300)
+    return load_file(folder / "checkpoint.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The checkpoint of one process, and its shards."""
+    folder = tmp_path_factory.mktemp("alone")
+    classes = np.arange(32) % 4
+    shards = write_shards(folder / "fine", (5 * classes[:, None] + np.arange(6)) % 24, 24, classes)
+    return launched(shards, folder / "run", 1), shards
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shard", "accumulate"), [("whole", 1), ("whole", 2), ("shard", 1), ("shard", 2)])
+def test_two_processes_train_the_model_that_one_trains(shard, accumulate, alone, tmp_path):
+    one, shards = alone
+    two = launched(shards, tmp_path / "run", 2, shard, accumulate)
+    assert one.keys() == two.keys()
+    for name in (name for name in one if name.startswith(("model/", "optimizer/"))):
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
-    assert len(Path(tmp_path / "run2" / "log.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_from_its_checkpoint_with_another_number_of_processes(alone, tmp_path):
+    one, shards = alone
+    launched(shards, tmp_path / "run", 2, "shard", minutes=0)
+    again = launched(shards, tmp_path / "run", 1)
+    for name in (name for name in one if name.startswith("model/")):
+        torch.testing.assert_close(one[name], again[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_in_parts_is_the_batch(shards):
+    """Whatever the parts, a step is that of all images together."""
+    whole, parts = (
+        Trainer(shards, MAP, Recipe(batch=8, accumulate=n, width=16, layers=1, heads=2), cpu=True) for n in (1, 4)
+    )
+    assert whole.step() == pytest.approx(parts.step(), rel=1e-5)
+    for a, b in zip(whole.causal.parameters(), parts.causal.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ConfigError, match="3 parts each do not divide the batch of 8"):
+        Trainer(shards, MAP, Recipe(batch=8, accumulate=3, width=16, layers=1, heads=2), cpu=True)
+
+
+def test_conditions_are_dropped_as_often_as_asked_and_need_what_stands_for_none(shards):
+    trainer = Trainer(shards, MAP, Recipe(batch=8, condition_dropout=0.5, width=16, layers=1, heads=2), cpu=True)
+    ids = torch.cat([trainer.batch(step)[0].ids for step in range(100)])
+    none = trainer.conditions.none().ids.item()
+    assert 0.4 < (ids == none).float().mean() < 0.6
+    assert none not in trainer.conditions.of(torch.arange(4)).ids
+    model = trainer.causal
+    with pytest.raises(ConfigError, match="ids that stand for none"):
+        Trainer(shards, MAP, Recipe(), model, cpu=True)
+    with pytest.raises(ConfigError, match="predicts 8 clusters, the map has 9"):
+        Trainer(shards, TREE.map(9), Recipe(condition_dropout=0.0), model, cpu=True)

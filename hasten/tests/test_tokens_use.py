@@ -12,9 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from hasten.errors import AdapterError, ConfigError, ModelError, UnknownNameError
 from hasten.tokens import MemberSampler, SemanticTree, TokenMap, flat_map, kmeans_map, random_map, replace_vocabulary
 from hasten.tokens.comparators import adjusted_rand, mean_within_distance
+from hasten.tokens.export import export_model
 from hasten.tokens.members import MEMBER_KINDS
 from hasten.tokens.refiner import Refiner, RefinerConfig
-from hasten.tokens.export import export_model
 from hasten.tokens.shards import TokenShards, write_shards
 
 CODES = np.random.default_rng(0).standard_normal((60, 4))

@@ -11,8 +11,8 @@ from hasten.errors import ConfigError, ModelError
 from hasten.fitting.token_recipe import Recipe, build_model
 from hasten.tokens import SemanticTree, TokenMap, flat_map, random_map
 from hasten.tokens.codebook import codebook_fingerprint
-from hasten.tokens.refiner import Refiner, RefinerConfig
 from hasten.tokens.export import export_model
+from hasten.tokens.refiner import Refiner, RefinerConfig
 from hasten.tokens.shards import TokenShards
 
 from hasten_zoo.emoji_tokens import VQTokenizer, compare, evaluate, features, load_tokenizer, swatches
