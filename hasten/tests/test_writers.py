@@ -20,8 +20,8 @@ METHODS = {"write_text", "write_bytes", "savefig", "save_pretrained", "to_csv", 
 # What writes otherwise, and why that is right.
 EXCEPTIONS = {
     "hasten/mutants/run.py: write_text": "changes a scratch copy of the source, which is thrown away",
-    "hasten/src/hasten/tokens/replace.py: save_pretrained": "fills the scratch folder of write_files",
-    "hasten/src/hasten/tokens/replace.py: save_file": "fills the scratch folder of write_files",
+    "hasten/src/hasten/tokens/export.py: save_pretrained": "fills the scratch folder of write_files",
+    "hasten/src/hasten/tokens/export.py: save_file": "fills the scratch folder of write_files",
     "hasten/src/hasten/cli/boundary.py: open": "a traceback, in a new file of the system's temporary folder",
     "drape/src/drape/cli.py: open": "a traceback, in a new file of the system's temporary folder",
     "drape/src/drape/detectors/fetch.py: write_bytes": "into the temporary file of drape's writer",
