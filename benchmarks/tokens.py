@@ -107,14 +107,6 @@ def replacement(
     share = counts[counts > 0] / counts.sum()
     codes = tokenizer.codebook.numpy()
     tree = SemanticTree.fit(codes, normalize="unit", used=counts)
-    weighted = {
-        "masc, usage": SemanticTree.fit(
-            codes, normalize="unit", used=counts, weights=counts
-        ),
-        "masc, neighbours": SemanticTree.fit(
-            codes, normalize="unit", used=counts, weights=_crowding(codes)
-        ),
-    }
 
     def maps(k: int, seed: int) -> dict[str, TokenMap]:
         masc, cap = tree.map(k), CAP * tree.leaves // k
@@ -166,6 +158,57 @@ def replacement(
         out,
         {"images": count, "seeds": seeds, "tokenizer": tokenizer_facts, "rows": rows},
     )
+
+
+@app.command()
+def density(
+    count: Annotated[int, typer.Option("--images", help="Held-out images.")] = 512,
+    ks: Annotated[
+        str, typer.Option(help="Numbers of clusters, with commas.")
+    ] = "1024,512,256,128",
+    seeds: Annotated[int, typer.Option(help="Of the members and the k-means.")] = 3,
+) -> None:
+    """Trees in which codes count by their density, in the same test: by usage, and by how near neighbours are."""
+    tokenizer = load_tokenizer()
+    test = ReplacementTest(tokenizer, images(count, HELD_OUT).pixels)
+    test.lpips = None  # slow, and near to SSIM in the whole test
+    with torch.no_grad():
+        seen = torch.cat(
+            [tokenizer.encode(batch.pixels) for batch in batches(16_384, TRAIN)]
+        )
+    counts = np.bincount(seen.flatten().numpy(), minlength=tokenizer.config.codes)
+    codes = tokenizer.codebook.numpy()
+    weights = {"all alike": None, "usage": counts, "near neighbours": _crowding(codes)}
+    trees = {
+        n: SemanticTree.fit(codes, normalize="unit", used=counts, weights=w)
+        for n, w in weights.items()
+    }
+    rows = []
+    for k in (int(text) for text in ks.split(",")):
+        cap = CAP * trees["usage"].leaves // k
+        fixed = {
+            (name, limit): tree.map(k, limit)
+            for name, tree in trees.items()
+            for limit in (None, cap)
+        }
+        found: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+        for seed in range(seeds):
+            means = kmeans_map(
+                codes, k, normalize="unit", used=counts, seed=seed, runs=3
+            )
+            for which, mapping in {**fixed, ("k-means", None): means}.items():
+                found.setdefault(which, []).append(asdict(test(mapping, seed)))
+        rows += [
+            {
+                "k": k,
+                "weights": name,
+                "cap": limit,
+                **{m: spread([one[m] for one in each]) for m in DENSITY_MEASURES},
+            }
+            for (name, limit), each in found.items()
+        ]
+        print(f"k = {k} done", flush=True)
+    _write(DENSITY, {"images": count, "seeds": seeds, "rows": rows})
 
 
 def _crowding(codes: Any, neighbours: int = 8) -> Any:

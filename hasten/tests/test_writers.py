@@ -13,7 +13,7 @@ PLACES = ("hasten/src", "hasten/mutants", "zoo/src", "drape/src", "benchmarks", 
 WRITERS = ("hasten/src/hasten/io/", "drape/src/drape/io.py")
 HANDLES = {"file", "stream", "buffer", "target"}  # what the one writer hands out, or memory
 FUNCTIONS = {
-    "torch.save", "np.save", "np.savez", "np.savez_compressed", "json.dump", "pickle.dump", "save_file", "save_model",
+    "torch.save", "np.save", "np.savez", "np.savez_compressed", "json.dump", "pickle.dump", "save_file",
     "np.lib.format.open_memmap", "os.replace", "os.rename", "shutil.copy", "shutil.copyfile", "shutil.move",
 }  # fmt: skip
 METHODS = {"write_text", "write_bytes", "savefig", "save_pretrained", "to_csv", "tofile"}
@@ -21,7 +21,7 @@ METHODS = {"write_text", "write_bytes", "savefig", "save_pretrained", "to_csv", 
 EXCEPTIONS = {
     "hasten/mutants/run.py: write_text": "changes a scratch copy of the source, which is thrown away",
     "hasten/src/hasten/tokens/export.py: save_pretrained": "fills the scratch folder of write_files",
-    "hasten/src/hasten/tokens/export.py: save_model": "fills the scratch folder of write_files",
+    "hasten/src/hasten/tokens/export.py: save_file": "fills the scratch folder of write_files",
     "hasten/src/hasten/cli/boundary.py: open": "a traceback, in a new file of the system's temporary folder",
     "drape/src/drape/cli.py: open": "a traceback, in a new file of the system's temporary folder",
     "drape/src/drape/detectors/fetch.py: write_bytes": "into the temporary file of drape's writer",

@@ -131,12 +131,13 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _save_files(model: Any, folder: Path) -> None:
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
 
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
     else:
-        save_model(model, str(folder / "model.safetensors"))
+        state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
 
 
 def open_model(folder: str | Path, model: nn.Module | None = None) -> Exported:
@@ -171,10 +172,10 @@ def open_model(folder: str | Path, model: nn.Module | None = None) -> Exported:
 
 
 def _load_into(model: nn.Module, folder: Path, vocabulary: Vocabulary) -> None:
-    from safetensors.torch import load_model
+    from safetensors.torch import load_file
 
     resize_tables(model, vocabulary)
-    load_model(model, str(folder / "model.safetensors"))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
 
 
 def _pretrained(folder: Path, facts: _Facts, vocabulary: Vocabulary) -> Any:
