@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hasten.cli import boundary, certify, fit, generate, info, measure, tokens
+from hasten.cli import boundary, certify, comfyui, fit, generate, info, measure, tokens
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +27,7 @@ app.command()(generate.generate)
 app.command()(certify.certify)
 app.command()(certify.certificates)
 app.add_typer(tokens.app, name="tokens")
+app.add_typer(comfyui.app, name="comfyui")
 
 
 def _version(wanted: bool) -> None:

@@ -1,4 +1,5 @@
 """Where hasten meets what others run: thin, and imported only when asked for.
 
-`batch` generates many images into a folder, on one machine; `ray_batch` does the same on a cluster.
+`batch` generates many images into a folder, `comfyui` is a node pack, `vllm_omni` and `sglang` are plug-ins of these
+engines.
 """

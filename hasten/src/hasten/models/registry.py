@@ -14,6 +14,8 @@ _HOSTS: dict[str, ModelAdapter] = {}
 def register(class_name: str, spec: ModelAdapter) -> ModelAdapter:
     """Teach hasten the family of transformers whose class (or a base of it) is called `class_name`.
 
+    A full name, `package.module.Class`, is for that class alone, and takes precedence over one without the module.
+
     A later registration of the same name replaces the earlier one.
     """
     _HOSTS[class_name] = spec
@@ -28,6 +30,7 @@ def registered() -> dict[str, ModelAdapter]:
 def find(model: nn.Module) -> ModelAdapter | None:
     """The entry for a model, or None if its family is not known."""
     for cls in type(model).__mro__:
-        if cls.__name__ in _HOSTS:
-            return _HOSTS[cls.__name__]
+        for name in (f"{cls.__module__}.{cls.__qualname__}", cls.__name__):
+            if name in _HOSTS:
+                return _HOSTS[name]
     return None
