@@ -127,6 +127,45 @@ def test_the_old_file_stays_when_a_write_fails(tmp_path: Path) -> None:
         write_text(path / "below", "x")
 
 
+def test_what_a_killed_writer_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "f[1].npz"
+    (tmp_path / f".f[1]-{'0' * 32}.npz").write_bytes(b"half")
+    (tmp_path / f".f[1]-mine{'0' * 28}.npz").write_bytes(b"a user's own")
+
+    def write_another(target: Path) -> None:
+        write_atomically(path, lambda inner: inner.write_bytes(b"inner"))  # meanwhile
+        target.write_bytes(b"outer")
+
+    write_atomically(path, write_another)
+    assert path.read_bytes() == b"outer"
+    assert sorted(os.listdir(tmp_path)) == [f".f[1]-mine{'0' * 28}.npz", "f[1].npz"]
+
+
+def test_links_are_followed_and_permissions_and_devices_stay(tmp_path: Path) -> None:
+    path = tmp_path / "real"
+    write_text(path, "old")
+    path.chmod(0o640)
+    (tmp_path / "link").symlink_to(path)
+    write_text(tmp_path / "link", "new")
+    assert path.read_text() == "new"
+    assert (tmp_path / "link").is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+    write_text(Path("/dev/null"), "gone")
+    assert not Path("/dev/null").is_file()
+    for bad in (Path(f"{tmp_path}/zero\0byte"), tmp_path):
+        with pytest.raises(OutputError, match="cannot be written"):
+            write_text(bad, "")
+
+
+def test_a_value_error_of_the_content_is_not_taken_for_one_of_the_path(tmp_path: Path) -> None:
+    def fail(_: Path) -> None:
+        raise ValueError("no such number")
+
+    with pytest.raises(ValueError, match="no such number"):
+        write_atomically(tmp_path / "f", fail)
+    assert os.listdir(tmp_path) == []
+
+
 def write_often(path: Path, letter: str) -> None:
     for _ in range(150):
         write_text(path, letter * 50000)
@@ -152,6 +191,10 @@ def test_two_writers_never_tear_a_file(tmp_path: Path) -> None:
 def test_outputs_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     check_output(tmp_path / "new" / "deep" / "f.npz", ".npz")
+    assert os.listdir(tmp_path / "new" / "deep") == []
+    if os.path.isdir("/proc/self"):
+        with pytest.raises(OutputError, match="cannot be written"):
+            check_output(Path("/proc/nowhere/f.npz"))
     for path, says in ((tmp_path, "folder"), (tmp_path / "file" / "x", "no folder"), (tmp_path / "x.pt", "must end")):
         with pytest.raises(OutputError, match=says):
             check_output(path, ".npz" if says == "must end" else None)

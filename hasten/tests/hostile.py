@@ -40,6 +40,9 @@ from hasten.fitting.token_model import CHECKPOINT, Trainer
 from hasten.fitting.token_recipe import Recipe, build_model
 from hasten.io import check_sealed, digest_of, read_json, read_record, write_atomically, write_sealed
 from hasten.io.folder import LIST
+from hasten.quality.certificate import Certificate, Evidence, Tried
+from hasten.quality.conditions import Conditions
+from hasten.quality.tolerance import Tolerance
 from hasten.solvers.scheduler import LeapScheduler
 from hasten.streaming.budgets import HeadBudgets
 from hasten.tokens import SemanticTree, TokenMap
@@ -70,6 +73,7 @@ SPECIMEN_NAMES = (
     "partial",
     "recording",
     "sealed: list",
+    "certificate",
 )  # one for each writer
 FINGERPRINT = Fingerprint(
     "Model", "c" * 16, "w" * 16, "Scheduler", tuple(1000.0 - 100 * i for i in range(STEPS)), ("cond",), 3.5, "hidden"
@@ -328,6 +332,26 @@ def _use_recording(folder: Path) -> str:
                   vars(trace.fingerprint))  # fmt: skip
 
 
+def _make_certificate(folder: Path) -> None:
+    write_atomically(folder / "foca.safetensors", b"steps")
+    tried = Tried("foca:searched=foca.safetensors", 9.0, 5.5, 40, 39, 0.01, True)
+    evidence = Evidence(40, 39, {"share": 0.95}, {"flip": {"median": 0.01}}, "p" * 16, 8, "fixed order", (tried,))
+    conditions = Conditions(
+        {}, "Scheduler", {"shift": 3.0}, 50, (1.0, 0.5), 64, 64, None, {"guidance_scale": (1.0, 3.5)}
+    )
+    files = {"foca.safetensors": _sha256(folder / "foca.safetensors")}
+    tolerance = Tolerance(max_flip=0.05)
+    made = Certificate("high", tolerance, tried.setting, 9, 5.5, conditions, evidence, files, {"torch": "2"}, "hasten")
+    made.save(folder / "file.json")
+
+
+def _use_certificate(folder: Path) -> str:
+    made = Certificate.load(folder / "file.json")
+    content = {name: value for name, value in asdict(made).items() if name != "folder"}
+    call = made.tolerance.kept({"flip": 0.01}), made.tolerance.level
+    return digest(json.dumps(content, sort_keys=True), str(made), made.expression.replace(str(folder), ""), call)
+
+
 def _make_sealed(folder: Path) -> None:
     def fill(scratch: Path) -> None:
         write_atomically(scratch / "part" / "config.json", json.dumps({"width": 8, "name": "x" * 99}))
@@ -410,6 +434,7 @@ def specimens() -> dict[str, Specimen]:
         Specimen("stream result", "file.json", _make_stream_result, _use_result),
         Specimen("partial", "file.json", _make_partial, _use_partial),
         Specimen("recording", "file.safetensors", _make_recording, _use_recording),
+        Specimen("certificate", "file.json", _make_certificate, _use_certificate),
         Specimen("sealed: list", LIST, _make_sealed, _use_sealed),
         Specimen("sealed: file", "part/config.json", _make_sealed, _use_sealed, _seal_list),
     ]

@@ -30,11 +30,11 @@ from drape.calibrate import scores_of_false_boxes, threshold_keeping
 from drape.controls import CONTROLS, control, load_images, random_textures, save_images
 from drape.detectors import load_detector
 from drape.detectors.base import Detection, Detector
-from drape.errors import ConfigError
+from drape.errors import AssetError, ConfigError
 from drape.evaluate import DEFENCES, Judge, Subject, Walks, defended, evaluate
 from drape.gamut import Gamut
 from drape.harden import HardenSpec, harden, load_hardened, save_hardened
-from drape.io import load_arrays, save_arrays, write_text
+from drape.io import load_arrays, load_record, save_arrays, save_record, write_text
 from drape.measure import Attacks, measure
 from drape.objective import Temporal
 from drape.optimise import MODES, OptimiseSpec, optimise
@@ -46,7 +46,10 @@ from drape.walks import TEST, TRAIN, scenes, under_lights
 
 __all__ = ["BenchSpec", "compare", "run_bench"]
 
-KIND = "drape's detections"
+KIND, RUN, THRESHOLD, MEASURED, FIGURES = (
+    f"drape's {what}" for what in ("detections", "optimisation", "threshold", "measurements", "benchmark")
+)
+AGAIN = "delete it and the file of its seconds beside it, and it will be made again"
 REACH = 2  # frames that `drape.defences.aggregate` looks before and after
 SEEDED = tuple(name for name in DEFENCES if name != "median")  # defences that are judged for every seed
 HIGHER_IS_STRONGER = {
@@ -90,11 +93,11 @@ class BenchSpec:
 
     def __post_init__(self) -> None:
         few = 1 <= self.train <= len(TRAIN) and 1 <= self.walks <= len(TEST)
-        if self.seeds < 1 or not few or self.detector in self.others:
+        if self.seeds < 1 or self.steps < 1 or not few or self.detector in self.others:
             raise ConfigError(
-                f"seeds={self.seeds}, train={self.train}, walks={self.walks}, detector={self.detector}, "
-                f"others={self.others}; expected at least one seed, 1 to {len(TRAIN)} training walks, 1 to {len(TEST)} "
-                "held-out ones, and others that are not the detector."
+                f"seeds={self.seeds}, steps={self.steps}, train={self.train}, walks={self.walks}, "
+                f"detector={self.detector}, others={self.others}; expected at least one seed and one step, 1 to "
+                f"{len(TRAIN)} training walks, 1 to {len(TEST)} held-out ones, and others that are not the detector."
             )
         self.hardening()  # refuse what cannot run before anything has run
         self.optimisation("sequence", 0)
@@ -123,7 +126,7 @@ class Store:
         self.folder = folder
         text = json.dumps(asdict(spec), indent=1)
         known = folder / "spec.json"
-        if known.exists() and known.read_text() != text:
+        if known.exists() and known.read_text(encoding="utf-8", errors="replace") != text:
             raise ConfigError(f"{folder} holds a run with other settings; delete it or name another folder.")
         write_text(known, text)
 
@@ -138,7 +141,7 @@ class Store:
 
     def seconds(self) -> dict[str, float]:
         """Processor seconds of every step; of one that was stopped and went on, those of its last part."""
-        return {path.stem: float(path.read_text()) for path in sorted(self.folder.glob("*.seconds"))}
+        return {path.stem: _seconds(path) for path in sorted(self.folder.glob("*.seconds"))}
 
     def textures(
         self, name: str, detectors: Sequence[Detector], walks: Sequence[Scene], spec: OptimiseSpec
@@ -150,10 +153,8 @@ class Store:
             textures = random_textures(Gamut.proxy(), spec.seed)
             run = optimise(textures, detectors, walks, spec)
             save_images(path, {garment: texture(hard=True).detach() for garment, texture in textures.items()})
-            record = json.dumps(
-                {"passes": {"backward": run.backward, "forward": run.forward}, "confidence": run.confidence}
-            )
-            write_text(self.folder / f"{name}.run.json", record)
+            record = {"passes": {"backward": run.backward, "forward": run.forward}, "confidence": run.confidence}
+            save_record(self.folder / f"{name}.run.json", RUN, record)
 
         self.timed(name, make)
         return load_images(path)
@@ -161,7 +162,7 @@ class Store:
     def passes(self) -> dict[str, dict[str, int]]:
         """Frames that the detectors saw in each optimisation, with and without a gradient."""
         found = sorted(self.folder.glob("*.run.json"))
-        return {p.name.removesuffix(".run.json"): json.loads(p.read_text())["passes"] for p in found}
+        return {p.name.removesuffix(".run.json"): load_record(p, RUN, AGAIN)["passes"] for p in found}
 
     def hardened(self, detector: Detector, walks: Sequence[Scene], spec: BenchSpec) -> Detector:
         """The fine-tuned detector, made if it is not there."""
@@ -170,7 +171,7 @@ class Store:
         def make() -> None:
             done = harden(detector, walks, Gamut.proxy(), spec.hardening(), spec.optimisation("sequence", 0))
             save_hardened(path, done.detector, spec.detector, spec.hardening())
-            write_text(self.folder / "hardened.loss.json", json.dumps(done.loss))
+            save_record(self.folder / "hardened.loss.json", RUN, {"loss": done.loss})
 
         self.timed("harden", make)
         return load_hardened(path)
@@ -183,12 +184,20 @@ class Store:
 
         def make() -> None:
             scores = scores_of_false_boxes(detector, walks, clothes)
-            write_text(path, json.dumps(threshold_keeping(scores, scores, detector.threshold)))
+            save_record(path, THRESHOLD, {"threshold": threshold_keeping(scores, scores, detector.threshold)})
 
         self.timed("threshold", make)
         result = copy.deepcopy(detector)
-        result.name, result.threshold = f"{detector.name}+threshold", float(json.loads(path.read_text()))
+        kept = load_record(path, THRESHOLD, AGAIN)["threshold"]
+        result.name, result.threshold = f"{detector.name}+threshold", float(kept)
         return result
+
+
+def _seconds(path: Path) -> float:
+    try:
+        return float(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AssetError(f"{path} holds no number of seconds; delete it, and its step will run again.") from error
 
 
 class KeptJudge(Judge):
@@ -352,10 +361,10 @@ def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
             "photograph_score": photo,
             "thresholds": {d.name: d.threshold for d in (detector, recalibrated, hardened)},
         }
-        write_text(judged, json.dumps(rounded(record)))
+        save_record(judged, MEASURED, rounded(record))
 
     store.timed("judge", judge)
-    measured = json.loads(judged.read_text())
+    measured = load_record(judged, MEASURED, AGAIN)
     groups = {kind: [kind] for kind in CONTROLS} | {m: [f"{m}-{seed}" for seed in range(spec.seeds)] for m in MODES}
     figures = {
         "about": {
@@ -372,5 +381,5 @@ def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
         "undecided_walks": undecided(measured["results"]),
         **measured,
     }
-    write_text(to, json.dumps(rounded(figures), indent=1) + "\n")
+    save_record(to, FIGURES, rounded(figures))
     return figures

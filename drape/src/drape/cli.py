@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from drape.defences import Purified
 from drape.detectors import detectors, load_detector
 from drape.detectors.base import Detector
 from drape.errors import ConfigError, DrapeError, unknown
-from drape.evaluate import Judge, Subject
+from drape.evaluate import DEFENCES, Judge, Subject
 from drape.gamut import Gamut
 from drape.harden import HardenSpec, harden, load_hardened, save_hardened
 from drape.io import check_output, load_record, save_record, write_text
@@ -43,12 +44,20 @@ MEASURES = ("area", "recall", "track_recall", "ap50")  # that `--fail-under` tak
 FAILED = 3  # exit code of an evaluation below a limit
 WINDOW = 1.5  # seconds, of the weighting "window"
 
+
+def known_engine(name: str) -> str:
+    """The name of a cloth engine, refused before any work if there is none."""
+    if name not in ENGINES:
+        raise unknown("cloth engine", name, ENGINES)
+    return name
+
+
 Detectors = typer.Option(["nanodet"], "--detector", help="repeat it for an ensemble")
 Out = typer.Option(Path("out/drape"), help="folder for what is made")
 Fps = typer.Option(3.0, min=0.25, max=60, help="frames per second of the walks, which take 4 to 8 seconds")
 Size = typer.Option(416, min=16, max=2048, help="side of a frame in pixels")
 Profile = typer.Option(None, help="ICC profile of a printer; without one a proxy gamut is used")
-Engine = typer.Option("drape", "--cloth", help="what moves the cloth: " + " or ".join(ENGINES))
+Engine = typer.Option("drape", "--cloth", help="what moves the cloth: " + " or ".join(ENGINES), callback=known_engine)
 Weights = typer.Option(None, help="weights that `drape harden` wrote")
 Train = typer.Option(len(TRAIN), "--train-walks", min=1, max=len(TRAIN), help="how many of the training walks")
 Walks = typer.Option(len(TEST), min=1, max=len(TEST), help="how many of the held-out walks")
@@ -93,10 +102,10 @@ def optimise_command(
     gamut, reach = gamut_of(icc), REACH if against.endswith("aggregate") else 0
     temporal = Temporal(mode=weighting, window=max(round(WINDOW * fps), 1))
     spec = OptimiseSpec(mode=mode, steps=steps, seed=seed, aggregation=reach, temporal=temporal)
-    models = attacked_through(against, detector, hardened)
     textures, labels = random_textures(gamut, seed), None
     if product is not None:
         textures, labels = product_textures(gamut, read_image(product), seed)
+    models = attacked_through(against, detector, hardened)
     run = optimise(textures, models, scenes(TRAIN[:train], fps, size, engine), spec, labels)
     save_images(out / TEXTURES, {name: texture(hard=True).detach() for name, texture in textures.items()})
     record = {
@@ -152,12 +161,15 @@ def evaluate_command(
 ) -> None:
     """Judge textures on held-out walks, with controls and defences; further detectors join transfer and consensus."""
     check_output(out / FIGURES)
-    limits = limits_of(fail_under)
+    limits, knowing = limits_of(fail_under), named_textures(adaptive)
+    for defence in knowing:
+        if defence not in DEFENCES:
+            raise unknown("defence", defence, DEFENCES)
     gamut = gamut_of(icc)
     given = Attacks(
         {kind: control(kind, gamut) for kind in CONTROLS},
         {OPTIMISED: load_images(out / TEXTURES), **named_textures(compare)},
-        named_textures(adaptive),
+        knowing,
     )
     first, *others = [load_detector(name) for name in detector]
     subject = Subject(first, others, None if hardened is None else load_hardened(hardened, detector[0]))
@@ -190,7 +202,9 @@ def limits_of(pairs: Sequence[str]) -> dict[str, float]:
         try:
             result[name] = float(text)
         except ValueError:
-            raise ConfigError(f"{pair!r}; expected MEASURE=VALUE, such as recall=0.6.") from None
+            result[name] = math.nan
+        if not math.isfinite(result[name]):
+            raise ConfigError(f"{pair!r}; expected MEASURE=VALUE, such as recall=0.6.")
     return result
 
 

@@ -7,6 +7,9 @@ Nothing is parsed before its size is known to be sane, and nothing is believed b
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import glob
 import hashlib
 import io
 import json
@@ -15,12 +18,17 @@ import uuid
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drape.errors import AssetError, OutputError
+from drape.errors import AssetError, DrapeError, OutputError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows; temporaries of killed processes stay there
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "check_output",
@@ -40,7 +48,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def check_output(path: Path, suffix: str | None = None) -> None:
-    """Refuse, before any work, a path that no file can be written to.
+    """Refuse, before any work, a path that no file can be written to; makes its folder.
 
     Raises:
         OutputError: it is a folder, ends otherwise than `suffix`, or lies where nothing can be created.
@@ -54,36 +62,98 @@ def check_output(path: Path, suffix: str | None = None) -> None:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{path} cannot be written: {folder} is no folder that can be written to; name another one.")
+    try:  # a file system may refuse what permissions allow
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.is_file():
+            temporary, held = _temporary(path)
+            held.close()
+            temporary.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror or error}); free space or name another."
+        ) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, then move it there.
 
     A reader sees the old file or the new one, never a part; on any failure the old one stays and the temporary one is
-    removed. Of two writers the last one wins.
+    removed. Of two writers the last one wins. Temporary files that a killed process left are removed by the next
+    writer. A link is followed, permissions stay, and a device is written straight.
 
     Raises:
         OutputError: the operating system refuses (full disk, missing permission, a folder in the way).
     """
-    temporary = path.parent / f".{path.stem}-{uuid.uuid4().hex}{path.suffix}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target = _target(path)
+        if target.is_dir():
+            raise OSError(errno.EISDIR, "it is a folder")
+        if target.exists() and not target.is_file():
+            write(target)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        temporary, held = _temporary(target)
         try:
-            write(temporary)
-            with temporary.open("rb") as made:
-                os.fsync(made.fileno())
-            temporary.replace(path)
+            with held:
+                write(temporary)
+                with temporary.open("rb") as made:
+                    os.fsync(made.fileno())
+                if target.exists():
+                    temporary.chmod(target.stat().st_mode & 0o7777)
+                if fcntl is None:
+                    held.close()  # Windows replaces no open file
+                temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with contextlib.suppress(OSError):  # Windows opens no folders, and some file systems do not sync them
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except DrapeError:
+        raise
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written ({error.strerror or error}); free space or name another."
         ) from error
+
+
+def _target(path: Path) -> Path:
+    """The file that a path is or links to."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:  # a name with a zero byte
+        raise OSError(errno.EINVAL, str(error)) from error
+
+
+def _temporary(target: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside the target, locked as long as it is open; with the target's suffix, which tells its format."""
+    while True:
+        temporary = target.with_name(f".{_stem(target)}-{uuid.uuid4().hex}{target.suffix}")
+        held = temporary.open("xb")
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks: leftovers stay there
+                fcntl.flock(held, fcntl.LOCK_EX)
+        if temporary.exists():  # else another writer took it for a leftover before it was locked
+            return temporary, held
+        held.close()
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove the target's temporaries that nobody holds: their writers were killed."""
+    if fcntl is None:
+        return
+    for leftover in target.parent.glob(f".{glob.escape(_stem(target))}-{'[0-9a-f]' * 32}{glob.escape(target.suffix)}"):
+        with contextlib.suppress(OSError), leftover.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
+
+
+def _stem(target: Path) -> str:
+    """What a temporary's name begins with: file systems allow 255 bytes, 38 and the suffix are ours."""
+    return os.fsdecode(os.fsencode(target.stem)[:160])
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,6 @@ distributions bring theirs through the entry point group `hasten.certificates` (
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 
 from hasten import registry
 from hasten.errors import CertificateError, HastenError
-from hasten.io import Kind, read_record, write_record
+from hasten.io import Kind, check_files, read_record, write_record
 from hasten.quality.conditions import Conditions
 from hasten.quality.tolerance import Tolerance
 
@@ -132,12 +131,7 @@ class Certificate:
         """
         content = read_record(path, KIND)
         folder = Path(path).parent
-        for name, digest in content.files.items():
-            file = folder / name
-            if not file.is_file():
-                raise CertificateError(f"{path}: {name} is not beside it, which its setting needs. {REMEDY}")
-            if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-                raise CertificateError(f"{path}: {name} is not the file that was certified. {REMEDY}")
+        check_files(folder, content.files, CertificateError, f"{path} certifies a setting with that file. {REMEDY}")
         return cls(**{**vars(content), "folder": str(folder)})
 
     @property

@@ -19,7 +19,7 @@ from typing import Annotated, Any, get_args
 
 from hasten import registry
 from hasten.errors import ConfigError, unknown
-from hasten.io import describe, write_atomically
+from hasten.io import describe, read_bytes, write_atomically
 from hasten.parameters import Declared, Parameter, Range, parameters
 
 __all__ = ["Configuration", "load", "schema"]
@@ -78,19 +78,19 @@ def load(path: str | Path) -> Configuration:
 
     path = Path(path)
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"it has more than {MOST_BYTES} bytes")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_bytes(path, MOST_BYTES).decode())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `run.save({str(path)!r})` writes one") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: no usable configuration ({describe(error)})") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ConfigError(f"{path}: expected entries such as `quality: high`, got {type(content).__name__}")
     known = parameters(Configuration)
-    for name in content:
+    for name, value in content.items():
         if name not in known:
             raise unknown(f"entry of {path}", name, known)
+        if not isinstance(value, (str, int, float, NoneType)):  # lists may be short to write and endless to show
+            raise ConfigError(f"{path}: {name} is a {type(value).__name__}, expected text or a number")
     return _located(Configuration(**content), path.parent)
 
 
