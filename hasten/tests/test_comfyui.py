@@ -22,6 +22,7 @@ from hasten.errors import CalibrationError, ConfigError, HastenError
 from hasten.integrations import comfyui
 from hasten.integrations.comfyui import nodes
 from hasten.integrations.comfyui.adapters import ADAPTERS
+from hasten.integrations.listed import listed
 from hasten.pipeline.hooks import hooks_on
 
 WIDTH, STEPS = 16, 10
@@ -341,8 +342,8 @@ def test_steps_of_every_run_are_those_of_its_sigmas():
     with pytest.raises(HastenError, match="computed_steps=4 is more than the 3 steps"):
         sample(patched, KSampler(euler), sigmas(3))
     assert not hooks_on(patched.model.diffusion_model)
-    listed = nodes._listed(hasten.FoCa(computed_steps=4, schedule="even"), 10)
-    assert list(listed.steps) == computed_steps(Spread(4), 10)
+    method = listed(hasten.FoCa(computed_steps=4, schedule="even"), 10)
+    assert list(method.steps) == computed_steps(Spread(4), 10)
 
 
 def test_a_sampler_of_two_evaluations_is_warned_of(caplog):

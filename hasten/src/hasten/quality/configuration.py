@@ -22,7 +22,7 @@ from hasten.errors import ConfigError, unknown
 from hasten.io import describe, read_bytes, write_atomically
 from hasten.parameters import Declared, Parameter, Range, parameters
 
-__all__ = ["Configuration", "load", "schema"]
+__all__ = ["Configuration", "configuration_of", "load", "read", "schema"]
 
 MOST_BYTES = 1 << 20
 
@@ -74,24 +74,46 @@ def load(path: str | Path) -> Configuration:
         ConfigError: if there is no such file, or it is no configuration.
         UnknownNameError: for an entry or a method that does not exist.
     """
+    path = Path(path)
+    return configuration_of(read(path), str(path), path.parent)
+
+
+def read(path: Path) -> Any:
+    """The content of a YAML or JSON file.
+
+    Raises:
+        ConfigError: if there is none that can be read.
+    """
     import yaml
 
-    path = Path(path)
     try:
-        content = yaml.safe_load(read_bytes(path, MOST_BYTES).decode())
+        return yaml.safe_load(read_bytes(path, MOST_BYTES).decode())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `run.save({str(path)!r})` writes one") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: no usable configuration ({describe(error)})") from error
+
+
+def configuration_of(content: Any, origin: str, folder: Path) -> Configuration:
+    """The configuration in plain values that were read.
+
+    Args:
+        content: entries by name.
+        origin: where they come from, for messages.
+        folder: that paths in them are relative to.
+
+    Raises:
+        ConfigError, UnknownNameError: if they are none.
+    """
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ConfigError(f"{path}: expected entries such as `quality: high`, got {type(content).__name__}")
+        raise ConfigError(f"{origin}: expected entries such as `quality: high`, got {type(content).__name__}")
     known = parameters(Configuration)
     for name, value in content.items():
         if name not in known:
-            raise unknown(f"entry of {path}", name, known)
+            raise unknown(f"entry of {origin}", name, known)
         if not isinstance(value, (str, int, float, NoneType)):  # lists may be short to write and endless to show
-            raise ConfigError(f"{path}: {name} is a {type(value).__name__}, expected text or a number")
-    return _located(Configuration(**content), path.parent)
+            raise ConfigError(f"{origin}: {name} is a {type(value).__name__}, expected text or a number")
+    return _located(Configuration(**content), folder)
 
 
 def _located(made: Configuration, folder: Path) -> Configuration:

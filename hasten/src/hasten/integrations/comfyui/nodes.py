@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from hasten import registry
 from hasten.acceleration import accelerate
-from hasten.caching.method import CachingMethod, ScheduledMethod
-from hasten.caching.schedule import computed_steps
+from hasten.caching.method import ScheduledMethod
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError
 from hasten.integrations.comfyui import adapters as _adapters  # noqa: F401  (registers ComfyUI's classes)
+from hasten.integrations.listed import listed
 from hasten.pipeline.summary import Summary
 from hasten.solvers.scheduler import LEAP, LeapScheduler
 
@@ -131,7 +131,7 @@ def _accelerated(
     sigmas: Tensor = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
     total = len(sigmas) - 1
     denoiser = executor.class_obj.model_patcher.model.diffusion_model
-    with accelerate(denoiser, _listed(chosen, total)) as run:
+    with accelerate(denoiser, listed(chosen, total)) as run:
         result = executor(*args, **kwargs)
         if run.records:
             session.summary = run.summary()
@@ -145,12 +145,6 @@ def _accelerated(
                     total,
                 )
     return result
-
-
-def _listed(chosen: ScheduledMethod, total: int) -> CachingMethod:
-    """The method with its computed steps as a list, since a denoiser alone does not tell how many steps a run has."""
-    steps = tuple(computed_steps(chosen.plan(), total))
-    return replace(chosen, steps=steps, computed_steps=None, schedule="uniform")
 
 
 class Summarise:
