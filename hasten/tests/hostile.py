@@ -201,7 +201,7 @@ def _use_scheduler(folder: Path) -> str:
 @cache
 def _tree() -> SemanticTree:
     codes = np.random.default_rng(0).standard_normal((24, 4))
-    return SemanticTree.fit(codes, used=np.arange(24) % 5)
+    return SemanticTree.fit(codes, used=np.arange(24) % 5, normalize="none")
 
 
 def _use_map(folder: Path) -> str:

@@ -24,10 +24,10 @@ from hasten.tokens.shards import TokenShards, write_shards
 RNG = np.random.default_rng(0)
 BOOK = RNG.standard_normal((2048, 8)).astype(np.float32)
 COUNTS = np.where(RNG.random(2048) < 0.06, RNG.integers(1, 50, 2048), 0)  # 6 % of the codes are in use
-SPARSE = SemanticTree.fit(BOOK, used=COUNTS).map(32, max_size=8)
+SPARSE = SemanticTree.fit(BOOK, used=COUNTS, normalize="none").map(32, max_size=8)
 MAKERS = {
     "masc": SPARSE,
-    "k-means": kmeans_map(BOOK, 32, used=COUNTS),
+    "k-means": kmeans_map(BOOK, 32, used=COUNTS, normalize="none"),
     "random": random_map(SPARSE, 1),
 }
 
@@ -131,18 +131,24 @@ def test_codes_count_by_their_density():
     points = np.random.default_rng(0).standard_normal((40, 3))
     weights = np.random.default_rng(1).integers(1, 5, 40)
     copies = np.repeat(np.arange(40), weights)
-    many = SemanticTree.fit(points[copies])
+    many = SemanticTree.fit(points[copies], normalize="none")
     first = np.flatnonzero(np.diff(copies, prepend=-1))
     for k in (3, 8, 20):
-        weighted = SemanticTree.fit(points, weights=weights).cut(k)
+        weighted = SemanticTree.fit(points, weights=weights, normalize="none").cut(k)
         assert adjusted_rand(weighted, many.cut(k)[first]) == 1.0
         merges, heights = approximate_linkage(points, weights.astype(float), cell=40, groups=20)
         near = SemanticTree(merges, heights, np.arange(40), np.arange(40), "none", False, "")
         assert adjusted_rand(near.cut(k), weighted) == 1.0
-    assert adjusted_rand(SemanticTree.fit(points).cut(8), SemanticTree.fit(points, weights=weights).cut(8)) < 1.0
+    assert (
+        adjusted_rand(
+            SemanticTree.fit(points, normalize="none").cut(8),
+            SemanticTree.fit(points, weights=weights, normalize="none").cut(8),
+        )
+        < 1.0
+    )
     for wrong in (np.ones(3), np.zeros(40), np.full(40, np.nan)):
         with pytest.raises(ConfigError, match="weights"):
-            SemanticTree.fit(points, weights=wrong)
+            SemanticTree.fit(points, weights=wrong, normalize="none")
 
 
 def test_tokens_are_drawn_as_often_as_they_should_be_without_multinomial():
@@ -166,9 +172,11 @@ class TwoBooks(torch.nn.Module):
 def test_several_codebooks_have_a_tree_each_and_positions_keep_to_theirs(tmp_path):
     books = [BOOK[:40], BOOK[100:130]]
     used = [np.arange(40) % 4, np.arange(30) % 3]
-    maps = ResidualMaps.fit(books, (6, 5), used=used)
+    maps = ResidualMaps.fit(books, (6, 5), used=used, normalize="none")
     assert maps.codebooks == (6, 5)
-    np.testing.assert_array_equal(maps.maps[1].labels, SemanticTree.fit(books[1], used=used[1]).cut(5))
+    np.testing.assert_array_equal(
+        maps.maps[1].labels, SemanticTree.fit(books[1], used=used[1], normalize="none").cut(5)
+    )
     fine = np.stack(
         [np.flatnonzero(used[0])[RNG.integers(0, 30, (12, 4))], np.flatnonzero(used[1])[RNG.integers(0, 20, (12, 4))]],
         -1,
@@ -195,7 +203,7 @@ def test_several_codebooks_have_a_tree_each_and_positions_keep_to_theirs(tmp_pat
     with pytest.raises(ConfigError, match="another codebook than its position"):
         maps.split([50, 3])
     with pytest.raises(ConfigError, match="as many numbers"):
-        ResidualMaps.fit(books, (6,))
+        ResidualMaps.fit(books, (6,), normalize="none")
     with pytest.raises(ModelError, match="without a gap"):
         ResidualMaps.load(tmp_path)
     with pytest.raises(ConfigError, match="must add up to 11"):

@@ -179,7 +179,7 @@ def test_a_converted_model_is_trained_with_texts_sampled_and_refined(layout, tmp
 def test_a_llama_of_100_text_and_1024_image_rows_goes_from_codebook_to_export(tmp_path):
     codes = np.random.default_rng(0).standard_normal((1024, 8)).astype(np.float32)
     counts = np.random.default_rng(1).integers(0, 3, 1024)
-    mapping = SemanticTree.fit(codes, used=counts).map(128, max_size=32)
+    mapping = SemanticTree.fit(codes, used=counts, normalize="none").map(128, max_size=32)
     model = llama(100, 1024, eos_token_id=100 + 7, bos_token_id=99)
     text = model.get_input_embeddings().weight[:100].clone()
     done = replace_vocabulary(model, mapping, rows=range(100, 1124), start="mean")

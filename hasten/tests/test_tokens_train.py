@@ -25,7 +25,7 @@ from hasten.tokens.sample import Sampling, filtered, sample_clusters, scaled_top
 from hasten.tokens.shards import TokenShards, write_shards
 
 CODES = np.random.default_rng(0).standard_normal((24, 4))
-TREE = SemanticTree.fit(CODES)
+TREE = SemanticTree.fit(CODES, normalize="none")
 MAP = TREE.map(8)
 SMALL = Recipe(steps=40, batch=8, lr=5e-3, warmup=5, width=16, layers=1, heads=2)
 
@@ -164,7 +164,7 @@ def test_images_are_drawn(tmp_path):
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     for wrong in (
         lambda: plot_tree(TREE, tmp_path / "x.png", top=1),
-        lambda: plot_tree(SemanticTree.fit(CODES, exact=False), tmp_path / "x.png"),
+        lambda: plot_tree(SemanticTree.fit(CODES, exact=False, normalize="none"), tmp_path / "x.png"),
         lambda: plot_sizes({}, tmp_path / "x.png"),
         lambda: plot_images({"none": np.empty((0, 4, 4, 3), np.float32)}, tmp_path / "x.png"),
         lambda: plot_swatches(MAP, decode, tmp_path / "x.png", members=0),

@@ -48,7 +48,7 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def four_hundred():
     points = codes(400, 8)
-    return points, SemanticTree.fit(points)
+    return points, SemanticTree.fit(points, normalize="none")
 
 
 @pytest.mark.parametrize("k", [1, 7, 100, 399])
@@ -69,7 +69,7 @@ def test_the_merges_and_heights_are_those_of_scipy(four_hundred):
 @given(st.integers(2, 40), st.integers(0, 1000), st.floats(1e-3, 1e3), st.data())
 def test_any_cut_is_exact_scale_free_and_nested(n, seed, scale, data):
     points = codes(n, 3, seed)
-    tree, scaled = SemanticTree.fit(points), SemanticTree.fit(points * scale)
+    tree, scaled = SemanticTree.fit(points, normalize="none"), SemanticTree.fit(points * scale, normalize="none")
     k = data.draw(st.integers(1, n))
     coarser = data.draw(st.integers(1, k))
     assert len(np.unique(tree.cut(k))) == k
@@ -86,7 +86,7 @@ def test_refines_tells_when_it_does_not(four_hundred):
 @settings(max_examples=30)
 @given(st.integers(4, 40), st.integers(0, 1000), st.integers(1, 6), st.data())
 def test_a_cap_holds_and_keeps_k_and_nesting(n, seed, cap, data):
-    tree = SemanticTree.fit(codes(n, 2, seed))
+    tree = SemanticTree.fit(codes(n, 2, seed), normalize="none")
     least = n - int((tree.sizes <= cap).sum())
     k = data.draw(st.integers(least, n))
     coarse = tree.cut(least, cap)
@@ -100,9 +100,9 @@ def test_a_cap_holds_and_keeps_k_and_nesting(n, seed, cap, data):
 
 def test_equal_codes_merge_first_and_ties_are_no_trouble():
     points = np.repeat(codes(5), 4, axis=0)
-    tree = SemanticTree.fit(points)
+    tree = SemanticTree.fit(points, normalize="none")
     assert same(tree.cut(5), np.repeat(np.arange(5), 4))
-    grid = SemanticTree.fit(np.stack(np.meshgrid(range(5), range(5)), -1).reshape(-1, 2))
+    grid = SemanticTree.fit(np.stack(np.meshgrid(range(5), range(5)), -1).reshape(-1, 2), normalize="none")
     assert np.bincount(grid.cut(6)).sum() == 25
 
 
@@ -110,8 +110,8 @@ def test_dead_codes_join_the_cluster_of_their_nearest_used_code():
     points = codes(60)
     used = np.ones(60, bool)
     used[[3, 10, 41]] = False
-    tree = SemanticTree.fit(points, used=used)
-    np.testing.assert_array_equal(tree.cut(20)[used], SemanticTree.fit(points[used]).cut(20))
+    tree = SemanticTree.fit(points, used=used, normalize="none")
+    np.testing.assert_array_equal(tree.cut(20)[used], SemanticTree.fit(points[used], normalize="none").cut(20))
     distance = cdist(points, points[used])
     for dead in (3, 10, 41):
         assert tree.cut(20)[dead] == tree.cut(20)[used][distance[dead].argmin()]
@@ -133,7 +133,7 @@ def test_pieces_of_two_moons_lie_in_one_moon_at_least_as_often_as_those_of_k_mea
     lower = np.stack([1 - np.cos(t), 0.5 - np.sin(t)], -1)
     points = np.concatenate([upper, lower]) + 0.03 * rng.standard_normal((300, 2))
     moon = np.repeat([0, 1], 150)
-    tree, means = SemanticTree.fit(points).map(8), kmeans_map(points, 8, runs=5)
+    tree, means = SemanticTree.fit(points, normalize="none").map(8), kmeans_map(points, 8, runs=5, normalize="none")
 
     def purity(mapping):
         return sum(np.bincount(moon[mapping.of(c)]).max() for c in range(8)) / 300
@@ -166,7 +166,7 @@ def test_costs_are_announced_and_trees_that_do_not_fit_are_refused_before_any_wo
         large.refuse_unless_it_fits(8)
     monkeypatch.setattr(cost_module, "free_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"60 codes.*use fewer codes"):
-        SemanticTree.fit(points)
+        SemanticTree.fit(points, normalize="none")
     assert work == []
 
 
@@ -175,7 +175,7 @@ def test_what_is_announced_is_what_a_tree_takes():
     for n, exact in ((3000, True), (3000, False)):
         points = np.random.default_rng(0).standard_normal((n, 4))
         tracemalloc.start()
-        SemanticTree.fit(points, exact=exact)
+        SemanticTree.fit(points, exact=exact, normalize="none")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert 0.5 < SemanticTree.cost(n, 4, exact).memory / peak < 2.5
@@ -187,7 +187,7 @@ def test_files_that_are_no_trees_are_refused(tmp_path):
     (tmp_path / "damaged").write_bytes(b"abc")
     with pytest.raises(ModelError, match="cut off"):
         SemanticTree.load(tmp_path / "damaged")
-    path = SemanticTree.fit(codes()).map(5).save(tmp_path / "map")
+    path = SemanticTree.fit(codes(), normalize="none").map(5).save(tmp_path / "map")
     with pytest.raises(ModelError, match=r"no usable semantic tree .*: 'token map'"):
         SemanticTree.load(path)
 
@@ -212,23 +212,23 @@ def test_bad_codebooks_are_refused(codebook, options, message):
 @pytest.mark.parametrize(("k", "cap"), [(0, None), (61, None), (5, 0)])
 def test_bad_cuts_are_refused(k, cap):
     with pytest.raises(ConfigError):
-        SemanticTree.fit(codes()).cut(k, cap)
+        SemanticTree.fit(codes(), normalize="none").cut(k, cap)
 
 
 def test_progress_comes_to_its_end():
     seen = []
-    SemanticTree.fit(codes(200), progress=lambda done, total: seen.append((done, total)))
+    SemanticTree.fit(codes(200), progress=lambda done, total: seen.append((done, total)), normalize="none")
     assert seen == sorted(seen)
     assert seen[-1] == (199, 199)
 
 
 def test_the_approximate_tree_is_exact_with_one_cell_and_near_with_several():
     points = codes(600, 4)
-    exact = SemanticTree.fit(points)
+    exact = SemanticTree.fit(points, normalize="none")
     merges, heights = approximate_linkage(points, cell=600, groups=300)
     np.testing.assert_allclose(heights, exact.heights, rtol=1e-9)
     assert len(merges) == 599
-    near = SemanticTree.fit(points, exact=False)
+    near = SemanticTree.fit(points, exact=False, normalize="none")
     assert not near.exact
     merges, heights = approximate_linkage(points, cell=100, groups=150)
     near = SemanticTree(merges, heights, exact.used, exact.nearest, "none", False, "")

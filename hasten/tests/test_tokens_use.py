@@ -18,7 +18,7 @@ from hasten.tokens.refiner import Refiner, RefinerConfig
 from hasten.tokens.shards import TokenShards, write_shards
 
 CODES = np.random.default_rng(0).standard_normal((60, 4))
-MAP = SemanticTree.fit(CODES).map(20)
+MAP = SemanticTree.fit(CODES, normalize="none").map(20)
 COUNTS = np.random.default_rng(1).integers(0, 50, 60)
 
 
@@ -89,12 +89,14 @@ def test_comparators_have_the_sizes_they_should_have():
     assert flat_map(60).clusters == 60
     assert (np.sort(random_map(MAP, 1).sizes) == np.sort(MAP.sizes)).all()
     assert (random_map(MAP, 1).labels != random_map(MAP, 2).labels).any()
-    means = kmeans_map(CODES, 20, runs=3)
+    means = kmeans_map(CODES, 20, runs=3, normalize="none")
     assert means.clusters == 20
     assert mean_within_distance(CODES, means) < 0.7 * mean_within_distance(CODES, random_map(means))
-    assert kmeans_map(np.zeros((9, 2)), 9).clusters == 9  # every cluster has a member even where all codes are equal
+    assert (
+        kmeans_map(np.zeros((9, 2)), 9, normalize="none").clusters == 9
+    )  # every cluster has a member even where all codes are equal
     with pytest.raises(ConfigError, match=r"1 \.\. 60"):
-        kmeans_map(CODES, 61)
+        kmeans_map(CODES, 61, normalize="none")
 
 
 def test_adjusted_rand_is_one_for_equal_partitions_and_near_zero_by_chance():

@@ -60,7 +60,9 @@ def fit(
     codebook: Codebook,
     out: Out = Path("tree.safetensors"),
     tensor: Annotated[str | None, typer.Option(help="Name of the matrix in a safetensors file.")] = None,
-    normalize: Annotated[str, typer.Option(help="unit for tokenizers that look up normalized codes; none")] = "none",
+    normalize: Annotated[
+        str, typer.Option(help="unit for tokenizers that look codes up by direction, none for those by distance.")
+    ] = "unit",
     tokens: Annotated[
         Path | None, typer.Option(help="Shards of tokens: codes that never occur are left out of the tree.")
     ] = None,
@@ -69,7 +71,7 @@ def fit(
 ) -> None:
     """Fit the semantic tree of a codebook.
 
-    Example: hasten tokens fit codebook.npy --normalize unit --out tree.safetensors
+    Example: hasten tokens fit vq_ds16_c2i.pt --tokens fine --out tree.safetensors
     """
     from hasten.tokens.codebook import codebook_fingerprint
     from hasten.tokens.reading import read_codebook

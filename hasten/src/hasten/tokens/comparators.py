@@ -30,7 +30,7 @@ def kmeans_map(
     codebook: Any,
     k: int,
     *,
-    normalize: Normalize = "none",
+    normalize: Normalize = "unit",
     used: ArrayLike | None = None,
     seed: int = 0,
     runs: int = 1,

@@ -49,7 +49,7 @@ class ResidualMaps:
         codebooks: Sequence[Any],
         clusters: Sequence[int],
         *,
-        normalize: Normalize = "none",
+        normalize: Normalize = "unit",
         used: Sequence[ArrayLike | None] | None = None,
         max_size: int | None = None,
     ) -> Self:
