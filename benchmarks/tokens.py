@@ -3,11 +3,13 @@
     python benchmarks/tokens.py replacement     semantic replacement test -> tokens-replacement.json
     python benchmarks/tokens.py tree            time and memory of a tree of LlamaGen's size -> tokens-tree.json
     python benchmarks/tokens.py approximate     the approximate tree against the exact one -> tokens-approximate.json
-    python benchmarks/tokens.py reference       what the comparison has finished -> tokens-reference.json, curves
-    python benchmarks/tokens.py images        what the models of its first seed draw -> docs/images/tokens-drawn.png
+    python benchmarks/tokens.py density         trees in which codes count by their density -> tokens-density.json
+    python benchmarks/tokens.py fair            what the comparison has finished -> tokens-fair.json
+    python benchmarks/tokens.py images          what the models of its first seed draw -> docs/images/tokens-drawn.png
     python benchmarks/tokens.py tables          the tables of both pages; with --check it only looks at them
 
-`reference` and `images` read what `python -m hasten_zoo.emoji_tokens.compare` wrote.
+`fair` and `images` read what `python -m hasten_zoo.emoji_tokens.compare` wrote. `tokens-reference.json` is that of 0.1.0:
+three seeds, one learning rate for all.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import numpy as np
 import torch
 import typer
 from hasten.bench.environment import environment
-from hasten.bench.token_plots import plot_curves, plot_images
+from hasten.bench.token_plots import plot_images
 from hasten.fitting.token_model import Trainer
 from hasten.fitting.token_recipe import Recipe
 from hasten.io import write_atomically
@@ -50,20 +52,17 @@ from hasten_zoo.emoji_tokens.compare import folder_of, vocabularies
 from hasten_zoo.emoji_tokens.data import HELD_OUT, TRAIN, batches, images
 from hasten_zoo.emoji_tokens.evaluate import (
     ReplacementTest,
-    frechet,
-    quality,
-    reference,
 )
-from hasten_zoo.emoji_tokens.features import FeatureNet
-from hasten_zoo.emoji_tokens.summary import curves_of, spread, summary
+from hasten_zoo.emoji_tokens.summary import differences, rates, spread, summary
 
 HERE = Path(__file__).parent
 ZOO = HERE.parent / "zoo" / "src" / "hasten_zoo" / "emoji_tokens"
 PAGES = (HERE.parent / "docs" / "tokens.md", ZOO / "README.md")
-REPLACEMENT, TREE, APPROXIMATE, REFERENCE = (
+REPLACEMENT, TREE, APPROXIMATE, REFERENCE, DENSITY, NORMALIZATION, FAIR = (
     HERE / f"tokens-{name}.json"
-    for name in ("replacement", "tree", "approximate", "reference")
+    for name in ("replacement", "tree", "approximate", "reference", "density", "normalization", "fair")
 )
+DENSITY_MEASURES = {"psnr": 2, "ssim": 3, "feature_distance": 2, "frechet": 2}
 CAP = 2  # times the mean size of a cluster, for the capped cut
 CAPPED = "masc, capped"
 VOCABULARIES = ("flat", "k-means", "random", "masc")
@@ -72,15 +71,10 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 def _write(path: Path, result: dict[str, Any]) -> None:
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    rounded = json.loads(
-        json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}")
-    )
+    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}"))
     write_atomically(
         path,
-        json.dumps(
-            {"created": created, "environment": environment(), **rounded}, indent=1
-        )
-        + "\n",
+        json.dumps({"created": created, "environment": environment(), **rounded}, indent=1) + "\n",
     )
     print(path)
 
@@ -88,39 +82,26 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 @app.command()
 def replacement(
     count: Annotated[int, typer.Option("--images", help="Held-out images.")] = 1024,
-    ks: Annotated[
-        str, typer.Option(help="Numbers of clusters, with commas.")
-    ] = "1024,512,256,128",
-    seeds: Annotated[
-        int, typer.Option(help="Of the members, the k-means and the random map.")
-    ] = 3,
+    ks: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "1024,512,256,128",
+    seeds: Annotated[int, typer.Option(help="Of the members, the k-means and the random map.")] = 3,
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = REPLACEMENT,
 ) -> None:
     """Decode held-out images with each token replaced by a random mate, under each way to cluster."""
     tokenizer, held_out = load_tokenizer(), images(count, HELD_OUT).pixels
     test = ReplacementTest(tokenizer, held_out)
     with torch.no_grad():
-        seen = torch.cat(
-            [tokenizer.encode(batch.pixels) for batch in batches(16_384, TRAIN)]
-        )
+        seen = torch.cat([tokenizer.encode(batch.pixels) for batch in batches(16_384, TRAIN)])
     counts = np.bincount(seen.flatten().numpy(), minlength=tokenizer.config.codes)
     share = counts[counts > 0] / counts.sum()
     codes = tokenizer.codebook.numpy()
     tree = SemanticTree.fit(codes, normalize="unit", used=counts)
 
     def maps(k: int, seed: int) -> dict[str, TokenMap]:
-        masc, cap = tree.map(k), CAP * tree.leaves // k
+        masc = tree.map(k)
         return {
             "masc": masc,
-            CAPPED: tree.map(k, max_size=cap),
-            **{name: other.map(k) for name, other in weighted.items()},
-            **{
-                f"{name}, capped": other.map(k, max_size=cap)
-                for name, other in weighted.items()
-            },
-            "k-means": kmeans_map(
-                codes, k, normalize="unit", used=counts, seed=seed, runs=10
-            ),
+            CAPPED: tree.map(k, max_size=CAP * tree.leaves // k),
+            "k-means": kmeans_map(codes, k, normalize="unit", used=counts, seed=seed, runs=10),
             "random": random_map(masc, seed),
         }
 
@@ -138,11 +119,7 @@ def replacement(
             {
                 "k": k,
                 "map": name,
-                **{
-                    m: spread([row[m] for row in each])
-                    for m in each[0]
-                    if each[0][m] is not None
-                },
+                **{m: spread([row[m] for row in each]) for m in each[0] if each[0][m] is not None},
             }
             for name, each in found.items()
         ]
@@ -163,9 +140,7 @@ def replacement(
 @app.command()
 def density(
     count: Annotated[int, typer.Option("--images", help="Held-out images.")] = 512,
-    ks: Annotated[
-        str, typer.Option(help="Numbers of clusters, with commas.")
-    ] = "1024,512,256,128",
+    ks: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "1024,512,256,128",
     seeds: Annotated[int, typer.Option(help="Of the members and the k-means.")] = 3,
 ) -> None:
     """Trees in which codes count by their density, in the same test: by usage, and by how near neighbours are."""
@@ -173,29 +148,18 @@ def density(
     test = ReplacementTest(tokenizer, images(count, HELD_OUT).pixels)
     test.lpips = None  # slow, and near to SSIM in the whole test
     with torch.no_grad():
-        seen = torch.cat(
-            [tokenizer.encode(batch.pixels) for batch in batches(16_384, TRAIN)]
-        )
+        seen = torch.cat([tokenizer.encode(batch.pixels) for batch in batches(16_384, TRAIN)])
     counts = np.bincount(seen.flatten().numpy(), minlength=tokenizer.config.codes)
     codes = tokenizer.codebook.numpy()
     weights = {"all alike": None, "usage": counts, "near neighbours": _crowding(codes)}
-    trees = {
-        n: SemanticTree.fit(codes, normalize="unit", used=counts, weights=w)
-        for n, w in weights.items()
-    }
+    trees = {n: SemanticTree.fit(codes, normalize="unit", used=counts, weights=w) for n, w in weights.items()}
     rows = []
     for k in (int(text) for text in ks.split(",")):
         cap = CAP * trees["usage"].leaves // k
-        fixed = {
-            (name, limit): tree.map(k, limit)
-            for name, tree in trees.items()
-            for limit in (None, cap)
-        }
+        fixed = {(name, limit): tree.map(k, limit) for name, tree in trees.items() for limit in (None, cap)}
         found: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
         for seed in range(seeds):
-            means = kmeans_map(
-                codes, k, normalize="unit", used=counts, seed=seed, runs=3
-            )
+            means = kmeans_map(codes, k, normalize="unit", used=counts, seed=seed, runs=3)
             for which, mapping in {**fixed, ("k-means", None): means}.items():
                 found.setdefault(which, []).append(asdict(test(mapping, seed)))
         rows += [
@@ -227,9 +191,7 @@ def _heaviest(mapping: TokenMap, counts: Any) -> float:
 def tree(
     codes: Annotated[int, typer.Option(help="Codes.")] = 16_384,
     width: Annotated[int, typer.Option(help="Of a code.")] = 8,
-    shared: Annotated[
-        bool, typer.Option(help="Whether other work runs on the machine meanwhile.")
-    ] = False,
+    shared: Annotated[bool, typer.Option(help="Whether other work runs on the machine meanwhile.")] = False,
 ) -> None:
     """Fit a tree of random unit vectors in a process of its own; how long it takes and how much memory."""
     child = subprocess.run(
@@ -278,16 +240,10 @@ def _unit_rows(codes: int, width: int) -> Any:
 
 @app.command()
 def approximate(
-    codes: Annotated[
-        int, typer.Option(help="Codes, so few that the exact tree can be had.")
-    ] = 8192,
-    large: Annotated[
-        int, typer.Option(help="Codes of a tree that is only timed; 0 for none.")
-    ] = 131_072,
+    codes: Annotated[int, typer.Option(help="Codes, so few that the exact tree can be had.")] = 8192,
+    large: Annotated[int, typer.Option(help="Codes of a tree that is only timed; 0 for none.")] = 131_072,
     width: Annotated[int, typer.Option(help="Of a code.")] = 8,
-    ks: Annotated[
-        str, typer.Option(help="Numbers of clusters, with commas.")
-    ] = "4096,2048,1024,256",
+    ks: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "4096,2048,1024,256",
 ) -> None:
     """How far the approximate tree of random unit vectors is from the exact one, and how long a large one takes."""
     book, cell, groups = _unit_rows(codes, width), 1024, 2048
@@ -325,56 +281,49 @@ def approximate(
     _write(APPROXIMATE, {**facts, "rows": rows, "large": timed})
 
 
-@app.command("reference")
-def reference_(
-    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path(
-        "runs/emoji-tokens"
-    ),
+@app.command("fair")
+def fair_(
+    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/emoji-tokens"),
 ) -> None:
-    """Sum up the finished seeds of the comparison, and draw their curves."""
+    """Sum up the finished seeds of the comparison: each vocabulary at its best learning rate, with intervals."""
     result = json.loads((data / "comparison.json").read_text())
     found = summary(result["runs"])
-    settings = {
-        name: result[name] for name in ("k", "codes", "recipe", "sizes", "threads")
-    }
-    count = result["sizes"]["drawn_last"]
-    tokenizer, real = load_tokenizer(), images(count, HELD_OUT)
-    with torch.no_grad():
-        again = torch.cat(
-            [
-                tokenizer.decode(tokenizer.encode(part))
-                for part in real.pixels.split(256)
-            ]
-        )
-    floor = {
-        "real_images": asdict(quality(real.pixels, real.classes)),
-        "reconstructions": asdict(quality(again, real.classes)),
-        "real_images_as_on_curves": frechet(
-            reference(),
-            FeatureNet.load().describe(real.pixels[: result["sizes"]["drawn"]]),
-        ),
-    }
-    _write(REFERENCE, {"settings": settings, "floor": floor, **found})
     finished = [run for run in result["runs"] if run["seed"] in found["seeds"]]
-    labels = {
-        "frechet": "Fréchet distance of drawn images",
-        "entropy_over_log_k": "entropy of the predictions / log k",
-        "token_loss": "nats a fine token, held out",
-    }
-    print(
-        plot_curves(
-            curves_of(finished),
-            labels,
-            HERE.parent / "docs" / "images" / "tokens-curves.png",
+    names = list(found["vocabularies"])
+    against = {
+        f"{one} - {other}": differences(finished, one, other)
+        for one, other in (
+            ("masc", "k-means"),
+            ("masc", "flat"),
+            ("k-means", "flat"),
+            ("masc, density", "masc"),
         )
+        if one in names and other in names
+    }
+    settings = {name: result[name] for name in ("k", "codes", "recipe", "sizes", "threads", "rates")}
+    facts = {
+        "settings": settings,
+        "tuning": rates(result["tuning"]),
+        "differences": against,
+    }
+    _write(
+        FAIR,
+        {
+            **facts,
+            **{name: found[name] for name in ("seeds", "goal")},
+            "vocabularies": _short(found),
+        },
     )
+
+
+def _short(found: dict[str, Any]) -> dict[str, Any]:
+    """Figures without curves."""
+    return {n: {k: v for k, v in one.items() if k != "frechet_curve"} for n, one in found["vocabularies"].items()}
 
 
 @app.command("images")
 def images_(
-    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path(
-        "runs/emoji-tokens"
-    ),
+    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/emoji-tokens"),
     seed: Annotated[int, typer.Option(help="Of the runs.")] = 0,
 ) -> None:
     """One image of each object by each vocabulary's model: no guidance, members drawn uniformly, nothing chosen."""
@@ -383,9 +332,7 @@ def images_(
         load_tokenizer(),
     )
     fine = TokenShards.open(data / "fine")
-    maps = vocabularies(
-        tokenizer.codebook.numpy(), fine.token_counts(), result["k"], seed
-    )
+    maps = vocabularies(tokenizer.codebook.numpy(), fine.token_counts(), result["k"], seed)
     rows = {}
     for run in result["runs"]:
         if run["seed"] != seed:
@@ -395,14 +342,10 @@ def images_(
             maps[run["vocabulary"]],
         )
         trainer = Trainer(fine, mapping, recipe)
-        trainer.restore(
-            folder_of(data, run["vocabulary"], recipe) / "checkpoint.safetensors"
-        )
+        trainer.restore(folder_of(data, run["vocabulary"], recipe) / "checkpoint.safetensors")
         condition = trainer.conditions.of(torch.arange(trainer.classes))
         clusters, _ = sample_clusters(trainer.causal, condition, fine.length, seed=seed)
-        rows[run["vocabulary"]] = decode(
-            MemberSampler.make(mapping)(clusters.numpy(), seed)
-        )
+        rows[run["vocabulary"]] = decode(MemberSampler.make(mapping)(clusters.numpy(), seed))
     print(plot_images(rows, HERE.parent / "docs" / "images" / "tokens-drawn.png"))
 
 
@@ -411,9 +354,7 @@ def _line(cells: list[str]) -> str:
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(
-        [_line(heads), "|---" + "|--:" * (len(heads) - 1) + "|", *map(_line, rows)]
-    )
+    return "\n".join([_line(heads), "|---" + "|--:" * (len(heads) - 1) + "|", *map(_line, rows)])
 
 
 def _range(figure: dict[str, float], digits: int) -> str:
@@ -440,18 +381,13 @@ def replacement_table(result: dict[str, Any]) -> str:
         [
             str(own["codes"]),
             "none",
-            *(
-                f"{own[m]:.{d}f}" if own.get(m) is not None else "-"
-                for m, d in columns.items()
-            ),
+            *(f"{own[m]:.{d}f}" if own.get(m) is not None else "-" for m, d in columns.items()),
             "1",
         ]
     ]
     for row in result["rows"]:
         cells = [_range(row[m], d) if m in row else "-" for m, d in columns.items()]
-        rows.append(
-            [str(row["k"]), row["map"], *cells, _range(row["largest_cluster"], 0)]
-        )
+        rows.append([str(row["k"]), row["map"], *cells, _range(row["largest_cluster"], 0)])
     return _table(heads, rows)
 
 
@@ -527,19 +463,13 @@ def reference_table(result: dict[str, Any]) -> str:
     for name in VOCABULARIES:
         if (one := result["vocabularies"].get(name)) is None:
             continue
-        steps = ", ".join(
-            "not reached" if step is None else str(step)
-            for step in one["steps_to_flat"]
-        )
+        steps = ", ".join("not reached" if step is None else str(step) for step in one["steps_to_flat"])
         rows.append(
             [
                 name,
                 str(one["clusters"]),
                 _range(one["drawn"]["frechet"], 2),
-                *(
-                    _range(one["drawn"][m], 2)
-                    for m in ("precision", "recall", "objects")
-                ),
+                *(_range(one["drawn"][m], 2) for m in ("precision", "recall", "objects")),
                 _range(one["held_out"]["entropy_over_log_k"], 3),
                 _range(one["held_out"]["token_loss"], 3),
                 steps,
@@ -550,10 +480,7 @@ def reference_table(result: dict[str, Any]) -> str:
         ("reconstructions", "reconstructions"),
         ("real images", "real_images"),
     ):
-        cells = [
-            f"{floor[key][m]:.2f}"
-            for m in ("frechet", "precision", "recall", "objects")
-        ]
+        cells = [f"{floor[key][m]:.2f}" for m in ("frechet", "precision", "recall", "objects")]
         rows.append([label, "-", *cells, "-", "-", "-"])
     return _table(heads, rows)
 
@@ -564,15 +491,122 @@ def members_table(result: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            *(
-                _range(one["members"][kind], 2) if kind in one["members"] else "-"
-                for kind in kinds
-            ),
+            *(_range(one["members"][kind], 2) if kind in one["members"] else "-" for kind in kinds),
         ]
         for name, one in result["vocabularies"].items()
         if name != "flat"
     ]
     return _table(["vocabulary", *kinds], rows)
+
+
+def _interval(figure: dict[str, float], digits: int) -> str:
+    """Mean and its 95 % interval."""
+    low, mean, high = (f"{figure[name]:.{digits}f}" for name in ("low", "mean", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def fair_table(result: dict[str, Any]) -> str:
+    """Markdown of the comparison at each vocabulary's best learning rate."""
+    heads = [
+        "vocabulary",
+        "k",
+        "learning rate",
+        "Fréchet distance",
+        "with its refiner",
+        "nats per fine token",
+    ]
+    heads += ["steps to flat's quality", "processor seconds", "refiner"]
+    rows = []
+    for name, one in result["vocabularies"].items():
+        steps = ", ".join("not reached" if step is None else str(step) for step in one["steps_to_flat"])
+        refined, cost = (
+            one["members"].get("refiner"),
+            one["member_cpu_seconds"].get("refiner"),
+        )
+        rows.append(
+            [
+                name,
+                str(one["clusters"]),
+                f"{one['lr']:g}",
+                _interval(one["drawn"]["frechet"], 1),
+                "-" if refined is None else _interval(refined, 1),
+                _interval(one["held_out"]["token_loss"], 3),
+                steps,
+                f"{one['cpu_seconds']['mean']:.0f}",
+                "-" if cost is None else f"{cost['mean']:.0f}",
+            ]
+        )
+    return _table(heads, rows)
+
+
+def rates_table(result: dict[str, Any]) -> str:
+    """Markdown of the Fréchet distance by learning rate, with the seed that counts for nothing else."""
+    columns = [f"{rate:g}" for rate in result["settings"]["rates"]]
+    rows = [[name, *(f"{found[c]:.1f}" for c in columns)] for name, found in result["tuning"].items()]
+    return _table(["vocabulary", *columns], rows)
+
+
+def differences_table(result: dict[str, Any]) -> str:
+    """Markdown of differences seed by seed."""
+    rows = [
+        [name, _interval(one["frechet"], 1), _interval(one["token_loss"], 3)]
+        for name, one in result["differences"].items()
+    ]
+    return _table(["difference", "Fréchet distance", "nats per fine token"], rows)
+
+
+def density_table(result: dict[str, Any]) -> str:
+    """Markdown of trees in which codes count by their density."""
+    rows = [
+        [
+            str(row["k"]),
+            "k-means" if row["weights"] == "k-means" else f"MASC, {row['weights']}",
+            "-" if row["cap"] is None else str(row["cap"]),
+            *(_range(row[m], digits) for m, digits in DENSITY_MEASURES.items()),
+        ]
+        for row in result["rows"]
+    ]
+    return _table(
+        [
+            "k",
+            "clusters, weights",
+            "cap",
+            "PSNR dB",
+            "SSIM",
+            "feature distance",
+            "Fréchet distance",
+        ],
+        rows,
+    )
+
+
+def normalization_table(result: dict[str, Any]) -> str:
+    """Markdown of raw and unit rows under tokenizers of both kinds."""
+    rows = []
+    for kind in ("direction", "distance"):
+        of = {(row["k"], row["rows"], row["clusters"]): row for row in result[kind]}
+        for k in dict.fromkeys(row["k"] for row in result[kind]):
+            cells = [f"{of[k, n, c]['psnr']:.2f}" for c in ("masc", "k-means") for n in ("none", "unit")]
+            some = of[k, "none", "masc"]
+            rows.append(
+                [
+                    f"by {kind}",
+                    str(k),
+                    f"{some['plain']:.2f}",
+                    *cells,
+                    f"{some['adjusted_rand_none_unit']:.2f}",
+                ]
+            )
+    heads = [
+        "codes are looked up",
+        "k",
+        "tokenizer",
+        "MASC, raw",
+        "MASC, unit",
+        "k-means, raw",
+        "k-means, unit",
+    ]
+    return _table([*heads, "adjusted Rand of the trees"], rows)
 
 
 MAKERS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
@@ -582,6 +616,11 @@ MAKERS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "approximate": (APPROXIMATE, approximate_table),
     "reference": (REFERENCE, reference_table),
     "members": (REFERENCE, members_table),
+    "fair": (FAIR, fair_table),
+    "rates": (FAIR, rates_table),
+    "differences": (FAIR, differences_table),
+    "density": (DENSITY, density_table),
+    "normalization": (NORMALIZATION, normalization_table),
 }
 
 
@@ -590,30 +629,22 @@ def fill(text: str) -> str:
 
     def made(match: re.Match[str]) -> str:
         path, make = MAKERS[match[1]]
-        body = (
-            make(json.loads(path.read_text())) if path.exists() else "Not measured yet."
-        )
+        body = make(json.loads(path.read_text())) if path.exists() else "Not measured yet."
         return f"<!-- tokens {match[1]} -->\n{body}\n<!-- end -->"
 
-    return re.sub(
-        r"<!-- tokens ([\w-]+) -->\n.*?\n?<!-- end -->", made, text, flags=re.DOTALL
-    )
+    return re.sub(r"<!-- tokens ([\w-]+) -->\n.*?\n?<!-- end -->", made, text, flags=re.DOTALL)
 
 
 @app.command()
 def tables(
-    check: Annotated[
-        bool, typer.Option(help="Only look whether the pages are current.")
-    ] = False,
+    check: Annotated[bool, typer.Option(help="Only look whether the pages are current.")] = False,
 ) -> None:
     """Write the tables of docs/tokens.md and of the zoo's page."""
     for page in PAGES:
         old = page.read_text()
         new = fill(old)
         if check and new != old:
-            raise SystemExit(
-                f"{page} does not hold what the JSON files say; run python benchmarks/tokens.py tables"
-            )
+            raise SystemExit(f"{page} does not hold what the JSON files say; run python benchmarks/tokens.py tables")
         if not check:
             write_atomically(page, new)
 

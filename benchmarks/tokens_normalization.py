@@ -87,11 +87,26 @@ def measured(tokenizer: VQTokenizer, rows: Any, seeds: int) -> list[dict[str, An
             means = kmeans_map(rows, k, normalize=name, used=used, runs=3)
             for how, one in (("masc", mapping), ("k-means", means)):
                 values = [
-                    psnr(tokenizer.decode(torch.from_numpy(MemberSampler.make(one)(one(tokens.numpy()), seed))), pixels)
+                    psnr(
+                        tokenizer.decode(torch.from_numpy(MemberSampler.make(one)(one(tokens.numpy()), seed))),
+                        pixels,
+                    )
                     for seed in range(seeds)
                 ]
-                row = {"k": k, "rows": name, "clusters": how, "psnr": float(np.mean(values)), "plain": plain}
-                found.append(row | {"used": int((used > 0).sum()), "adjusted_rand_none_unit": agreement})
+                row = {
+                    "k": k,
+                    "rows": name,
+                    "clusters": how,
+                    "psnr": float(np.mean(values)),
+                    "plain": plain,
+                }
+                found.append(
+                    row
+                    | {
+                        "used": int((used > 0).sum()),
+                        "adjusted_rand_none_unit": agreement,
+                    }
+                )
     return found
 
 
@@ -117,7 +132,10 @@ def main(
             result["length_spread"] = float(lengths.std() / lengths.mean())
         result[name] = measured(tokenizer, rows, seeds)
         print(json.dumps(result[name], indent=1), flush=True)
-    facts = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment()}
+    facts = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+    }
     rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}"))
     settings = {"codes": codes, "steps": steps, "seeds": seeds}
     write_atomically(OUT, json.dumps({**facts, **settings, **rounded}, indent=1) + "\n")

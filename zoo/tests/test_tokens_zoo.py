@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hasten.errors import ConfigError, ModelError
+from hasten.errors import ConfigError, ModelError, UnknownNameError
 from hasten.fitting.token_recipe import Recipe, build_model
 from hasten.tokens import SemanticTree, TokenMap, flat_map, random_map
 from hasten.tokens.codebook import codebook_fingerprint
@@ -30,7 +30,7 @@ from hasten_zoo.emoji_tokens.data import (
 )
 from hasten_zoo.emoji_tokens.features import FeatureNet
 from hasten_zoo.emoji_tokens.model import EmojiTokens, pack
-from hasten_zoo.emoji_tokens.summary import summary
+from hasten_zoo.emoji_tokens.summary import differences, interval, rates, summary
 from hasten_zoo.emoji_tokens.tokenizer import TokenizerConfig
 from hasten_zoo.emoji_tokens.train_tokenizer import train
 
@@ -235,12 +235,15 @@ def test_dead_codes_favour_no_vocabulary():
     assert sorted(sizes["random"]) == sorted(sizes["masc"])
 
 
-def finished(name, seed, *distances):
+def finished(name, seed, *distances, lr=1e-3):
     """A run as `compare` keeps it."""
     figures = {"loss": 1.0, "loss_over_log_k": 0.2, "entropy_over_log_k": 0.2, "token_loss": 2.0}
-    curve = [{"step": 100 * (i + 1), "cpu_seconds": i + 1.0, "frechet": x, **figures} for i, x in enumerate(distances)]
+    curve = [
+        {"step": 100 * (i + 1), "cpu_seconds": i + 1.0, "seconds": i + 2.0, "frechet": x, **figures}
+        for i, x in enumerate(distances)
+    ]
     last = {"uniform": {"frechet": distances[-1], "precision": 0.5, "recall": 0.5, "objects": 0.5}}
-    facts = {"clusters": 5, "largest_cluster": 3, "parameters": 100}
+    facts = {"clusters": 5, "largest_cluster": 3, "parameters": 100, "lr": lr}
     return {"vocabulary": name, "seed": seed, **facts, "curve": curve, "last": last}
 
 
@@ -255,9 +258,30 @@ def test_the_summary_says_when_a_run_is_as_good_as_the_flat_one_in_the_end():
         "masc": [200, 300],
         "random": [None, None],
     }
-    assert found["vocabularies"]["masc"]["drawn"]["frechet"] == {"mean": 3.5, "min": 3, "max": 4}
+    drawn = found["vocabularies"]["masc"]["drawn"]["frechet"]
+    assert (drawn["mean"], drawn["min"], drawn["max"]) == (3.5, 3, 4)
+    assert drawn["low"] < 3 < 4 < drawn["high"]  # of two seeds an interval is wide
     with pytest.raises(ConfigError, match="no seed is complete"):
         summary([finished("masc", 0, 1)])
+
+
+def test_intervals_are_of_the_mean_and_differences_are_taken_seed_by_seed():
+    draws = np.random.default_rng(0).normal(3.0, 2.0, (2000, 5))
+    held = [found["low"] <= 3.0 <= found["high"] for found in map(interval, draws.tolist())]
+    assert 0.93 < np.mean(held) < 0.97
+    assert interval([2.0])["high"] == float("inf")
+    runs = [finished(name, s, 9 + s + d) for s in range(5) for name, d in (("masc", 0), ("k-means", 1 + 0.1 * s))]
+    found = differences(runs, "masc", "k-means")["frechet"]
+    assert found["mean"] == pytest.approx(-1.2)
+    assert -1.5 < found["low"] < found["high"] < -1.0  # though seeds differ by more
+    with pytest.raises(ConfigError, match="both masc and flat"):
+        differences(runs, "masc", "flat")
+
+
+def test_each_vocabulary_gets_its_own_best_learning_rate():
+    tuning = [finished("flat", 100, x, lr=lr) for lr, x in ((1e-3, 8.0), (2e-3, 5.0), (4e-3, 6.0))]
+    assert compare.best_rate(tuning) == 2e-3
+    assert rates(tuning) == {"flat": {"0.001": 8.0, "0.002": 5.0, "0.004": 6.0}}
 
 
 def test_tokenizer_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -319,18 +343,21 @@ def test_only_what_belongs_together_is_packed(tmp_path):
 def test_the_comparison_is_resumed_and_measures_all_four(tmp_path, few):
     recipe = Recipe(steps=2, batch=4, width=16, layers=1, heads=2)
     sizes = compare.Sizes(train=600, held_out=8, drawn=16, drawn_last=16, every=1, refiner_steps=1)
-    assert not compare.compare(tmp_path, recipe, 5, 1, minutes=0.0, sizes=sizes)
-    assert compare.compare(tmp_path, recipe, 5, 1, minutes=5.0, sizes=sizes)
-    runs = json.loads((tmp_path / "comparison.json").read_text())["runs"]
-    assert [(run["vocabulary"], len(run["curve"])) for run in runs] == [
-        ("flat", 2),
-        ("k-means", 2),
-        ("random", 2),
-        ("masc", 2),
+    options = {"sizes": sizes, "rates": (1e-3, 2e-3)}
+    assert not compare.compare(tmp_path, recipe, 5, 1, minutes=0.0, **options)
+    assert compare.compare(tmp_path, recipe, 5, 1, minutes=5.0, **options)
+    result = json.loads((tmp_path / "comparison.json").read_text())
+    assert [(run["vocabulary"], len(run["curve"])) for run in result["runs"]] == [(name, 2) for name in compare.ARMS]
+    assert [(run["vocabulary"], run["lr"]) for run in result["tuning"]] == [
+        (name, lr) for name in compare.ARMS for lr in (1e-3, 2e-3)
     ]
-    assert set(runs[3]["last"]) == {"uniform", "frequency", "medoid", "refiner"}
-    assert summary(runs)["seeds"] == [0]
+    of = {run["vocabulary"]: run for run in result["runs"]}
+    assert set(of["masc"]["last"]) == set(of["k-means"]["last"]) == {"uniform", "frequency", "medoid", "refiner"}
+    assert of["masc"]["last"]["refiner"]["cpu_seconds"] > 0
+    assert summary(result["runs"])["seeds"] == [0]
     assert len(TokenShards.open(tmp_path / "fine")) == 600
+    with pytest.raises(UnknownNameError, match="Did you mean 'k-means'"):
+        compare.compare(tmp_path, recipe, 5, 1, minutes=0.0, arms=("kmeans",))
 
 
 def test_the_pages_hold_what_the_json_files_say():
@@ -344,9 +371,11 @@ def test_the_pages_hold_what_the_json_files_say():
 def test_tables_show_means_ranges_and_what_was_not_reached():
     script = runpy.run_path(str(ROOT / "benchmarks" / "tokens.py"))
     runs = [finished("flat", 0, 9, 6), finished("masc", 0, 5, 4), finished("flat", 1, 9, 7), finished("masc", 1, 9, 8)]
-    floor = {"frechet": 0.1, "precision": 0.9, "recall": 0.9, "objects": 1.0}
-    result = summary(runs) | {"floor": {"reconstructions": floor, "real_images": floor}}
-    flat, masc = script["reference_table"](result).splitlines()[2:4]
-    assert "| 6.50 (6.00-7.00) |" in flat
+    tuning = [finished(name, 100, 9, lr=lr) for name in ("flat", "masc") for lr in (1e-3, 2e-3)]
+    found = summary(runs) | {"tuning": rates(tuning), "settings": {"rates": [1e-3, 2e-3]}}
+    found["differences"] = {"masc - flat": differences(runs, "masc", "flat")}
+    flat, masc = script["fair_table"](found).splitlines()[2:4]
+    assert "| 6.5 (0.1 to 12.9) |" in flat
     assert "100, not reached" in masc
-    assert "| 6.00 (4.00-8.00) | - |" in script["members_table"](result).splitlines()[2]
+    assert "| masc | 9.0 | 9.0 |" in script["rates_table"](found)
+    assert "| masc - flat | -0.5 (" in script["differences_table"](found)

@@ -1,4 +1,7 @@
-"""From the runs of `compare` to the figures of the documentation: means over the seeds, spread, and steps to a goal.
+"""From the runs of `compare` to the figures of the documentation: means over the seeds, intervals, and steps to a goal.
+
+Intervals are those of Student's t at 95 %. Differences to another vocabulary are taken seed by seed, as runs of a seed
+share weights and images; one whose interval holds 0 is none that these seeds show.
 
 The goal is the flat model's final quality: the mean over the seeds of the last point of its curves. `steps_to_flat` is,
 for each seed, the first point of a curve that is at least as good, None if there is none; all runs share one learning
@@ -7,11 +10,14 @@ rate schedule, so that a run which is good early is so at a high learning rate.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from hasten.errors import ConfigError
+from scipy.stats import t
 
-__all__ = ["curves_of", "spread", "summary"]
+__all__ = ["curves_of", "differences", "interval", "rates", "spread", "summary"]
 
 MEASURES = ("frechet", "precision", "recall", "objects")
 PREDICTION = ("loss", "loss_over_log_k", "entropy_over_log_k", "token_loss")
@@ -21,6 +27,40 @@ Run = dict[str, Any]
 def spread(values: list[float]) -> dict[str, float]:
     """Mean, least and most."""
     return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """`spread`, and the 95 % interval of the mean: `low`, `high`; infinite for a single value."""
+    n = len(values)
+    reach = float("inf") if n < 2 else float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
+    found = spread(values)
+    return {**found, "low": found["mean"] - reach, "high": found["mean"] + reach}
+
+
+def differences(runs: list[Run], one: str, other: str) -> dict[str, dict[str, float]]:
+    """Figures of one vocabulary minus those of another, seed by seed, with their intervals.
+
+    Raises:
+        ConfigError: if no seed has both.
+    """
+    of = {(run["vocabulary"], run["seed"]): run for run in runs}
+    seeds = [seed for seed in sorted({run["seed"] for run in runs}) if (one, seed) in of and (other, seed) in of]
+    if not seeds:
+        raise ConfigError(f"no seed has runs of both {one} and {other}; let `compare` run to its end first")
+
+    def each(figure: Callable[[Run], float]) -> dict[str, float]:
+        return interval([figure(of[one, seed]) - figure(of[other, seed]) for seed in seeds])
+
+    found = {m: each(lambda run, m=m: run["last"]["uniform"][m]) for m in MEASURES}
+    return found | {m: each(lambda run, m=m: run["curve"][-1][m]) for m in ("token_loss",)}
+
+
+def rates(tuning: list[Run]) -> dict[str, dict[str, float]]:
+    """For each vocabulary the Fréchet distance in the end by the learning rate that it was trained with."""
+    found: dict[str, dict[str, float]] = {}
+    for run in tuning:
+        found.setdefault(run["vocabulary"], {})[f"{run['lr']:g}"] = run["curve"][-1]["frechet"]
+    return found
 
 
 def curves_of(runs: list[Run]) -> dict[str, list[list[Run]]]:
@@ -70,12 +110,19 @@ def _of_one(runs: list[Run], goal: float) -> dict[str, Any]:
         "clusters": first["clusters"],
         "largest_cluster": first["largest_cluster"],
         "parameters": first["parameters"],
+        "lr": first["lr"],
         "cpu_seconds": spread([run["curve"][-1]["cpu_seconds"] for run in runs]),
+        "seconds": spread([run["curve"][-1]["seconds"] for run in runs]),
         "steps_to_flat": steps,
         "cpu_seconds_to_flat": seconds,
-        "drawn": {m: spread([run["last"]["uniform"][m] for run in runs]) for m in MEASURES},
-        "members": {kind: spread([run["last"][kind]["frechet"] for run in runs]) for kind in first["last"]},
-        "held_out": {m: spread([run["curve"][-1][m] for run in runs]) for m in PREDICTION},
+        "drawn": {m: interval([run["last"]["uniform"][m] for run in runs]) for m in MEASURES},
+        "members": {kind: interval([run["last"][kind]["frechet"] for run in runs]) for kind in first["last"]},
+        "member_cpu_seconds": {
+            kind: spread([run["last"][kind]["cpu_seconds"] for run in runs])
+            for kind, figures in first["last"].items()
+            if "cpu_seconds" in figures
+        },
+        "held_out": {m: interval([run["curve"][-1][m] for run in runs]) for m in PREDICTION},
         "frechet_curve": [
             {"step": rows[0]["step"], **spread([row["frechet"] for row in rows])}
             for rows in zip(*(run["curve"] for run in runs), strict=True)
