@@ -555,6 +555,42 @@ def differences_table(result: dict[str, Any]) -> str:
     return _table(["difference", "Fréchet distance", "nats per fine token"], rows)
 
 
+def fair_line(result: dict[str, Any]) -> str:
+    """What the seeds show, and what they do not."""
+    names = {"masc": "MASC", "k-means": "k-means", "flat": "the flat vocabulary", "masc, density": "MASC with density"}
+    said = []
+    for pair, one in result["differences"].items():
+        first, second = (names[name] for name in pair.split(" - "))
+        found = one["frechet"]
+        if found["low"] <= 0 <= found["high"]:
+            said.append(f"between {first} and {second} no difference in the Fréchet distance is shown")
+        else:
+            which = (first, second) if found["mean"] < 0 else (second, first)
+            ends = sorted(abs(found[end]) for end in ("low", "high"))
+            amount = f"{abs(found['mean']):.1f} ({ends[0]:.1f} to {ends[1]:.1f})"
+            said.append(f"{which[0]} is ahead of {which[1]} by {amount}")
+    recipe, seeds = result["settings"]["recipe"], len(result["seeds"])
+    shares = [one["drawn"]["objects"]["mean"] for one in result["vocabularies"].values()]
+    return (
+        f"{seeds} seed{'s' * (seeds != 1)}, {recipe['steps']} steps of {recipe['batch']} images, width "
+        f"{recipe['width']}, {recipe['layers']} layers: {'; '.join(said)}. This is the very beginning of a training: "
+        f"{100 * min(shares):.0f} to {100 * max(shares):.0f} per cent of the images show the object that was asked for "
+        "(6 by chance)."
+    )
+
+
+def density_line(result: dict[str, Any]) -> str:
+    """How much the weights change."""
+    of = {(row["k"], row["weights"], row["cap"] is None): row["psnr"]["mean"] for row in result["rows"]}
+    parts = []
+    for name in ("usage", "near neighbours"):
+        for free in (True, False):
+            changes = [of[k, w, f] - of[k, "all alike", f] for k, w, f in of if w == name and f == free]
+            how = "without a cap" if free else "with it"
+            parts.append(f"{name} {how} {min(changes):+.2f} to {max(changes):+.2f} dB")
+    return f"Against codes that count alike, over all k: {', '.join(parts)}."
+
+
 def density_table(result: dict[str, Any]) -> str:
     """Markdown of trees in which codes count by their density."""
     rows = [
@@ -619,7 +655,9 @@ MAKERS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "fair": (FAIR, fair_table),
     "rates": (FAIR, rates_table),
     "differences": (FAIR, differences_table),
+    "fair-words": (FAIR, fair_line),
     "density": (DENSITY, density_table),
+    "density-words": (DENSITY, density_line),
     "normalization": (NORMALIZATION, normalization_table),
 }
 

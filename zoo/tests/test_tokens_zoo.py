@@ -379,3 +379,7 @@ def test_tables_show_means_ranges_and_what_was_not_reached():
     assert "100, not reached" in masc
     assert "| masc | 9.0 | 9.0 |" in script["rates_table"](found)
     assert "| masc - flat | -0.5 (" in script["differences_table"](found)
+    found["settings"]["recipe"] = {"steps": 2, "batch": 8, "width": 16, "layers": 1}
+    assert "between MASC and the flat vocabulary no difference" in script["fair_line"](found)
+    found["differences"]["masc - flat"]["frechet"] = {"mean": -2.0, "low": -3.0, "high": -1.0}
+    assert "MASC is ahead of the flat vocabulary by 2.0 (1.0 to 3.0)" in script["fair_line"](found)
