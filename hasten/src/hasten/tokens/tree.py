@@ -5,9 +5,9 @@ their members, and the closest two merge. The whole merge list is kept, so that 
 same tree and finer cuts refine coarser ones.
 
 Departures: rows are scaled to unit length first (`normalize="unit"`), as tokenizers with `l2_norm` look codes up; the
-published script takes the raw rows (`"none"`). Codes that are never used are left out of the tree and join the cluster of
-their nearest used code, which keeps cuts nested; they are no members, so that nothing is decoded to them. A cap on the
-size of a cluster skips the merges beyond it. Codes can count by their density (`weights`).
+published script takes the raw rows (`"none"`). Codes that are never used are left out of the tree and join the cluster
+of their nearest used code, which keeps cuts nested; they are no members, so that nothing is decoded to them. A cap on
+the size of a cluster skips the merges beyond it. Codes can count by their density (`weights`).
 
 Shapes: `N` codes, `U` used codes, `D` width, `k` clusters.
 """
@@ -98,7 +98,7 @@ class SemanticTree:
         Args:
             codebook: array or tensor; computed in float64.
             normalize: `"unit"` for tokenizers that look codes up by direction (LlamaGen's), `"none"` for those that
-                do by distance. Where lengths differ, the wrong one costs most with codes that are looked up by direction,
+                do by distance. Where lengths differ, the wrong one costs most where codes are looked up by direction,
                 which is why that is the default (measured in `docs/tokens.md`).
             used: `[N]` bool, or how often each code occurs; all codes by default.
             weights: `[N]`, how much each code counts in mean distances, such as how often it occurs; by default all

@@ -10,7 +10,6 @@ rate schedule, so that a run which is good early is so at a high learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,11 +47,11 @@ def differences(runs: list[Run], one: str, other: str) -> dict[str, dict[str, fl
     if not seeds:
         raise ConfigError(f"no seed has runs of both {one} and {other}; let `compare` run to its end first")
 
-    def each(figure: Callable[[Run], float]) -> dict[str, float]:
-        return interval([figure(of[one, seed]) - figure(of[other, seed]) for seed in seeds])
+    def figures(run: Run) -> dict[str, float]:
+        return {m: run["last"]["uniform"][m] for m in MEASURES} | {"token_loss": run["curve"][-1]["token_loss"]}
 
-    found = {m: each(lambda run, m=m: run["last"]["uniform"][m]) for m in MEASURES}
-    return found | {m: each(lambda run, m=m: run["curve"][-1][m]) for m in ("token_loss",)}
+    pairs = [(figures(of[one, seed]), figures(of[other, seed])) for seed in seeds]
+    return {m: interval([a[m] - b[m] for a, b in pairs]) for m in (*MEASURES, "token_loss")}
 
 
 def rates(tuning: list[Run]) -> dict[str, dict[str, float]]:
