@@ -26,7 +26,7 @@ from hasten.caching.methods.l2p import (
 from hasten.caching.methods.svdcache import MovingAverage, Subspace
 from hasten.caching.predictors import Hermite, Reuse, Taylor
 from hasten.caching.schedule import Explicit, Uniform
-from hasten.calibration import Calibration, Fingerprint, Trace
+from hasten.calibration import Calibration, Fingerprint, Trace, same_weights, weights_digest
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError, UnknownNameError
 from hasten.pipeline.hooks import hooks_on
 
@@ -279,6 +279,70 @@ def test_another_model_is_refused(calibrations):
         hasten.accelerate(other, "hyca", calibration=calibrations["hyca"]).remove()
     wide = subject.load("emoji-flux").pipe
     refused(wide, calibrations["hyca"], "another configuration")
+
+
+def in_8_bits(how, model):
+    """The same weights as others keep them: cast by layer, in a tensor that knows its scale, or as bitsandbytes."""
+    if how.startswith("float8"):
+        model.enable_layerwise_casting(storage_dtype=getattr(torch, how), compute_dtype=torch.float32)
+        return
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        weight = module.weight.detach()
+        rows = weight.abs().amax(1).clamp(min=1e-6)
+        kept = (weight / rows[:, None] * 127).round().to(torch.int8)
+        if how == "subclass":
+            wide = kept.float() * rows[:, None] / 127
+            kind = type("Int8", (torch.Tensor,), {"dequantize": lambda _, wide=wide: wide})
+            kept = torch.Tensor._make_subclass(kind, kept)
+        module.weight = torch.nn.Parameter(kept, requires_grad=False)
+        if how == "int8":
+            module.weight.SCB = rows
+
+
+@pytest.mark.parametrize("how", ["float8_e4m3fn", "float8_e5m2", "subclass", "int8", "bfloat16", "float16"])
+def test_the_same_weights_in_fewer_bits_are_the_same_model(calibrations, how):
+    own = calibrations["l2p"]
+    for seed in (0, 5):
+        model = make_pipe(seed).transformer
+        if "float16" in how:
+            model.to(getattr(torch, how))
+        else:
+            in_8_bits(how, model)
+        differences = own.check_model(model)
+        assert differences == ([] if seed == 0 else ["calibrated for other weights of the same architecture"])
+        # Fitted to few bits, used with many.
+        narrow = replace(own, fingerprint=replace(own.fingerprint, weights=weights_digest(model)))
+        assert (narrow.check_model(make_pipe().transformer) == []) == (seed == 0)
+
+
+def test_a_calibration_serves_a_model_cast_by_layer(calibrations):
+    pipe = make_pipe()
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    plain = draw(pipe, STEPS)
+    for name in FITTED:
+        with hasten.accelerate(pipe, name, calibration=calibrations[name]):
+            assert (draw(pipe, STEPS) - plain).norm() < 0.3 * plain.norm()
+
+
+def test_weights_that_were_trained_further_are_other_weights(calibrations):
+    model, own = make_pipe().transformer, calibrations["l2p"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * parameter.abs().mean() * torch.randn(parameter.shape))
+    assert own.check_model(model) == ["calibrated for other weights of the same architecture"]
+
+
+@pytest.mark.parametrize("text", ["619eea0fe6d06e54", "wide:", "wide:zz", "wide:0000", "wide:" + "c07f" * 128, ":"])
+def test_a_text_that_is_no_digest_of_weights_is_no_model(text):
+    assert not same_weights(text, make_pipe().transformer)
+
+
+def test_weights_that_are_elsewhere_cannot_be_told_apart(calibrations):
+    own, model = calibrations["l2p"], make_pipe(5).transformer
+    assert replace(own, fingerprint=replace(own.fingerprint, weights="")).check_model(model) == []
+    assert own.check_model(model.to("meta")) == []
 
 
 def test_another_sampling_is_refused_with_the_difference(calibrations):

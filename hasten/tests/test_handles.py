@@ -51,6 +51,48 @@ def test_replace_takes_the_old_one_away_and_a_refused_one_leaves_it(pipe):
     assert not hooks_on(pipe.transformer)
 
 
+def test_replace_with_a_resolution_method_and_one_that_does_not_fit(pipe):
+    size = {"height": 64, "width": 64}
+    with hasten.accelerate(pipe, staged(), hasten.TaylorSeer(interval=3)) as fresh:
+        both = draw(pipe, **size)
+        assert fresh.summary().skipped_steps
+    with hasten.accelerate(pipe, staged()):
+        alone = draw(pipe, **size)
+    old = hasten.accelerate(pipe, staged())
+    old_hooks = hooks_on(pipe.transformer)
+    for wrong, error in (
+        ((pipe.transformer, staged()), TargetError),  # a bare transformer has no scheduler
+        ((pipe, hasten.SpecEdit()), TargetError),  # edits take another pipeline
+        ((pipe, "dvg"), TargetError),
+    ):
+        with pytest.raises(error):
+            hasten.accelerate(*wrong, replace=True)
+        assert hooks_on(pipe.transformer) == old_hooks
+    assert torch.equal(draw(pipe, **size), alone)
+    new = hasten.accelerate(pipe, staged(), hasten.TaylorSeer(interval=3), replace=True)
+    assert torch.equal(draw(pipe, **size), both)
+    assert torch.equal(draw(pipe, **size), both)
+    old.remove()
+    assert len(hooks_on(pipe.transformer)) == 2
+    # A cache alone takes both away, and the scheduler's step with them.
+    cache = hasten.accelerate(pipe, "taylorseer", interval=3, replace=True)
+    assert [hook.kind for hook in hooks_on(pipe.transformer)] == ["caching"]
+    assert "step" not in vars(pipe.scheduler)
+    new.remove()
+    cache.remove()
+    assert not hooks_on(pipe.transformer)
+
+
+def test_a_stale_scheduler_does_not_hinder_replacing(pipe):
+    """After the scheduler was exchanged the method has to be put on again: replace=True does it in one line."""
+    hasten.accelerate(pipe, staged())
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    with pytest.raises(ConfigError, match="another scheduler"):
+        draw(pipe, height=64, width=64)
+    with hasten.accelerate(pipe, staged(), replace=True):
+        draw(pipe, height=64, width=64)
+
+
 def test_replace_reaches_what_was_put_on_the_bare_transformer(pipe):
     hasten.accelerate(pipe.transformer, "taylorseer", interval=4)
     with hasten.accelerate(pipe, "reuse", interval=4, replace=True) as run:

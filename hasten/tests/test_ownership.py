@@ -18,10 +18,12 @@ from diffusers import (
     SkyReelsV2DiffusionForcingPipeline,
     UniPCMultistepScheduler,
 )
+from endless import Endless, Growth
 from pipelines import draw, make_pipe
 
 import hasten
 from hasten.caching import Uniform, computed_steps
+from hasten.pipeline.runs import MOST_PASSES
 
 METHODS = [("taylorseer", {}), ("taylorseer", {"schedule": "even"}), ("fbcache", {"threshold": 0.4})]
 A = {"prompt": "red apple", "seed": 0}
@@ -319,3 +321,44 @@ def test_the_schedulers_count_spares_reading_the_device():
     assert [info.step for info in log] == list(range(8))
     assert [info.timestep for info in log] == pytest.approx(caller.scheduler.timesteps.tolist())
     assert log[-1].last
+
+
+@pytest.mark.parametrize("method", [("hicache", {"interval": 2, "warmup": 2}), ("fbcache", {"threshold": 0.1})])
+def test_calls_without_end_make_nothing_grow(method):
+    """`benchmarks/endurance.py` makes 100,000 of them and looks at the time as well."""
+    name, params = method
+    pipe, growth = Endless(), Growth()
+    with hasten.accelerate(pipe, name, **params):
+        for _ in range(4):
+            growth.run(lambda i: pipe(5 if i % 7 == 0 else 4, 32 if i % 10 == 0 else 16), 70)
+    objects = [row["objects"] for row in growth.rows]
+    assert max(objects[1:]) - min(objects[1:]) < 70  # less than one for each call
+
+
+def test_a_model_that_is_always_asked_at_one_time_makes_nothing_grow():
+    """Without a pipeline each of these forwards may be one more pass of the same step."""
+    pipe, growth = Endless(), Growth()
+    latents, time = torch.ones(1, 16, 8), torch.ones(1)
+    with hasten.accelerate(pipe.transformer, "taylorseer", interval=2, warmup=1) as run, torch.no_grad():
+        for _ in range(4):
+            growth.run(lambda _: pipe.transformer(latents, time), 3 * MOST_PASSES)
+        (engine,) = run.engines.values()
+        assert len(engine.runs.current.state.memories) <= MOST_PASSES
+        assert all(record.computed for record in run.records)
+        assert len({record.run for record in run.records}) == 12
+
+
+def test_a_resolution_method_keeps_the_latest_runs(monkeypatch):
+    monkeypatch.setattr("hasten.resolution.engine.KEPT", 3)
+    monkeypatch.setattr("hasten.resolution.engine.PLANS", 2)
+    pipe = make_pipe()
+    size = {"height": 64, "width": 64}
+    with hasten.accelerate(pipe, hasten.Fresco(stages=(2, 1, 1), shares=0.3)) as run:
+        for _ in range(6):
+            draw(pipe, 4, **size)
+        assert sorted({record.run for record in run.stages.records}) == [3, 4, 5]
+        assert len(run.stages.plans) <= 2 + 2  # and those of the run itself
+        assert run.summary().steps == 4
+        assert run.summary(0) == run.summary(-3)
+        with pytest.raises(hasten.errors.ConfigError, match="no run 3"):
+            run.summary(3)

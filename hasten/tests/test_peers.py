@@ -212,9 +212,21 @@ def test_peers_that_cannot_run_say_why(trials):
     assert "only 6 steps" in picky
 
 
-def test_a_cache_that_hooks_nothing_is_an_error(pipe):
-    with pytest.raises(ModelError, match="hooks no module of FluxTransformer2DModel"):
-        _hook(shared_copy(pipe.transformer), lambda model, config: None, object())
+def test_a_cache_that_hooks_nothing_is_an_error(pipe, monkeypatch):
+    monkeypatch.setattr("diffusers.hooks.apply_first_block_cache", lambda model, config: None)
+    with pytest.raises(ModelError, match="FirstBlockCacheConfig hooks no module of FluxTransformer2DModel"):
+        _hook(shared_copy(pipe.transformer), "apply_first_block_cache", "FirstBlockCacheConfig")
+
+
+def test_older_diffusers_have_fewer_caches_and_registries_that_forget_nothing(pipe, monkeypatch):
+    """0.35 has no TaylorSeer; registries remember those of their children from 0.41 on."""
+    monkeypatch.delattr("diffusers.hooks.apply_taylorseer_cache", raising=False)
+    with pytest.raises(ModelError, match="has no TaylorSeerCacheConfig; it takes a newer one"):
+        _hook(shared_copy(pipe.transformer), "apply_taylorseer_cache", "TaylorSeerCacheConfig")
+    monkeypatch.delattr("diffusers.hooks.HookRegistry.invalidate_child_registries_cache", raising=False)
+    model = shared_copy(pipe.transformer)
+    _hook(model, "apply_first_block_cache", "FirstBlockCacheConfig", threshold=0.5)
+    assert model.transformer_blocks[0]._diffusers_hook.hooks
 
 
 # --- the bench

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import types
 import warnings
 
+import diffusers
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import HookRegistry, ModelHook, apply_first_block_cache, apply_group_offloading
 from pipelines import draw, make_pipe
 from tiny import TINY, build, first
@@ -250,14 +252,15 @@ def test_whole_model_compilation_is_reached_and_told(pipe, how, when):
 # --- caches of others
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        FirstBlockCacheConfig(threshold=0.5),
-        TaylorSeerCacheConfig(cache_interval=4, disable_cache_before_step=3),
-        PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500),
-    ],
-)
+CACHES = [
+    FirstBlockCacheConfig(threshold=0.5),
+    PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500),
+]
+if hasattr(diffusers, "TaylorSeerCacheConfig"):  # not in diffusers 0.35
+    CACHES.append(diffusers.TaylorSeerCacheConfig(cache_interval=4, disable_cache_before_step=3))
+
+
+@pytest.mark.parametrize("config", CACHES)
 def test_a_diffusers_cache_is_refused_in_either_order(pipe, config):
     plain = draw(pipe)
     with hasten.accelerate(pipe, "taylorseer", interval=4) as run:
@@ -371,6 +374,71 @@ def test_proxies_leave_state_and_parameters_alone(pipe):
         draw(pipe)
         assert list(model.state_dict()) == names
     assert len(set(seen)) == 1
+
+
+# --- the forward called directly
+
+
+def recorded_arguments(pipe):
+    """Arguments of a pipeline's latest forward."""
+    arguments = {}
+    handle = pipe.transformer.register_forward_pre_hook(lambda _m, _a, kw: arguments.update(kw), with_kwargs=True)
+    draw(pipe, 2)
+    handle.remove()
+    return arguments
+
+
+@pytest.mark.parametrize("kind", ["caching", "resolution"])
+def test_a_forward_called_past_the_hooks_is_told_once(pipe, kind):
+    arguments = recorded_arguments(pipe)
+    model = pipe.transformer
+    method = hasten.TaylorSeer(interval=4) if kind == "caching" else hasten.Fresco(stages=(4, 4, 4), shares=0.3)
+    with warnings.catch_warnings(record=True) as caught, hasten.accelerate(pipe, method):
+        warnings.simplefilter("always")
+        draw(pipe, 12)
+        with torch.no_grad():
+            model.x_embedder(arguments["hidden_states"])  # a submodule on its own is no forward
+            assert not messages(caught)
+            passed = [model.forward(**arguments)[0] for _ in range(2)]
+    (message,) = messages(caught)
+    assert "FluxTransformer2DModel.forward(...) was called directly" in message
+    with torch.no_grad():
+        assert torch.equal(passed[0], model(**arguments)[0])
+        assert torch.equal(passed[0], passed[1])
+
+
+def start_and_join(worker):
+    worker.start()
+    worker.join()
+
+
+def test_a_forward_called_on_another_thread_is_told_too(pipe):
+    arguments, seen = recorded_arguments(pipe), []
+
+    def elsewhere():
+        with torch.no_grad():
+            seen.append(pipe.transformer.forward(**arguments)[0])
+
+    worker = threading.Thread(target=elsewhere)
+    with hasten.accelerate(pipe, "taylorseer", warmup=1):
+        draw(pipe, 2)
+        with pytest.warns(HastenWarning, match="called directly"):
+            start_and_join(worker)
+    assert len(seen) == 1
+
+
+def test_a_forward_compiled_in_one_graph_is_no_bypass_and_nothing_is_left_on_submodules(pipe):
+    model = pipe.transformer
+    plain = draw(pipe, 2)
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        hasten.accelerate(pipe, "reuse", warmup=1, interval=1, site="output"),
+    ):
+        warnings.simplefilter("always")
+        assert near(draw(pipe, 2), plain)
+    assert not messages(caught)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 # --- the pipeline calls another transformer

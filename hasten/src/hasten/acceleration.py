@@ -79,7 +79,7 @@ def accelerate(
             path of a certificate, or `"exact"` for the full run.
         audit: with `quality`, the share of calls for which the full run is made too and the tolerance checked; the
             logger `hasten` warns.
-        replace: take away an acceleration that is there already; a caching method that does not fit leaves it.
+        replace: take away an acceleration that is there already; a method that does not fit leaves it.
         params: parameters of a single method; common ones of caches are `interval`, `warmup`, `site` and `steps`.
 
     Returns:
@@ -117,19 +117,21 @@ def accelerate(
     engines = {}
     if setting is not None:
         engines = {name: CachingEngine(m, setting.method, home, setting.check) for name, m in modules.items()}
+    stages = None if staged is None else staged.engine(target)
     if replace:
         for handle in _handles(modules):
             handle.remove()
-    stages = None
     try:
         for engine in engines.values():
             engine.attach()
-        if staged is not None:
-            stages = staged.attach(target)
+        if stages is not None:
+            stages.attach()
         requests = Requests(modules, engines, home, setting, staged, configuration)
     except BaseException:
         for engine in engines.values():
             engine.detach()
+        if stages is not None:
+            stages.remove()
         raise
     return Acceleration(engines, stages, modules, home, requests)
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -23,11 +25,14 @@ __all__ = [
     "Trace",
     "declare_contents",
     "model_digest",
+    "same_weights",
     "weights_digest",
 ]
 
 MOST_BYTES = 4 << 30
 TIMESTEP_TOLERANCE = 1e-3  # relative to the largest timestep
+# Relative distance of weights that are the same: after rounding to 16 bits, and to 8 (float8_e5m2: 0.06).
+WIDE, NARROW = 0.005, 0.08
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Fingerprint:
     Attributes:
         model: class of the transformer.
         config: digest of its configuration (its architecture).
-        weights: digest of a sample of its weights.
+        weights: a few of its weights, see `weights_digest`.
         scheduler: class of the scheduler; empty for a bare transformer.
         timesteps: of the sampler, one a step.
         passes: forwards within a step, in order.
@@ -204,7 +209,7 @@ class Calibration:
             differences.append(f"calibrated for {own.model}, this is {type(model).__name__}")
         elif own.config != model_digest(model):
             differences.append(f"calibrated for a {own.model} of another configuration (size, depth or inputs)")
-        elif own.weights != weights_digest(model):
+        elif not same_weights(own.weights, model):
             differences.append("calibrated for other weights of the same architecture")
         return differences
 
@@ -278,14 +283,49 @@ def model_digest(model: nn.Module) -> str:
 
 
 def weights_digest(model: nn.Module, samples: int = 16) -> str:
-    """Digest of a few numbers of some parameters, rounded so that a change of dtype leaves it as it is."""
+    """A few numbers of some parameters, to be compared by `same_weights`; empty where they are elsewhere (offloaded).
+
+    Returns:
+        `"wide:"` or `"narrow:"` (some are kept in 8 bits), and the numbers as bfloat16 in hexadecimal.
+    """
     named = sorted(model.named_parameters(), key=lambda item: item[0])
-    chosen: Mapping[str, Tensor] = dict(named[:: max(1, len(named) // samples)])
-    numbers = {}
-    for name, parameter in chosen.items():
-        flat = parameter.detach().flatten()
-        if flat.is_meta:  # offloaded weights are elsewhere
+    numbers, narrow = [], False
+    for _, parameter in named[:: max(1, len(named) // samples)]:
+        if parameter.is_meta:
             return ""
-        some = flat[:: max(1, flat.numel() // 8)][:8].to(torch.bfloat16).float()
-        numbers[name] = some.tolist()
-    return _digest(json.dumps(numbers).encode())
+        narrow |= type(parameter.data) is not Tensor or parameter.itemsize == 1
+        flat = _wide(parameter).flatten()
+        numbers.append(flat[:: max(1, flat.numel() // 8)][:8].to("cpu", torch.bfloat16))
+    values = torch.cat(numbers).view(torch.int16).numpy() if numbers else np.zeros(0, np.int16)
+    return f"{'narrow' if narrow else 'wide'}:{values.astype('<i2').tobytes().hex()}"
+
+
+def _wide(parameter: Tensor) -> Tensor:
+    """The numbers that a parameter stands for, whatever it is kept in."""
+    data = parameter.detach()
+    rows = getattr(parameter, "SCB", None)  # the largest of each row in bitsandbytes' int8
+    if isinstance(rows, Tensor):
+        return data.float() * rows.to(data.device).float()[:, None] / 127
+    return data.float() if type(data) is Tensor else data.dequantize()
+
+
+def same_weights(digest: str, model: nn.Module) -> bool:
+    """Whether a model has the weights of a digest, as far as its numbers are kept exactly enough to tell."""
+    (kind, own), (here_kind, here) = _numbers(digest), _numbers(weights_digest(model))
+    if not len(own) or not len(here):
+        return digest == "" or not len(here)
+    if len(own) != len(here):
+        return False
+    tolerance = NARROW if "narrow" in (kind, here_kind) else WIDE
+    return bool(np.linalg.norm(own - here) <= tolerance * np.linalg.norm(own))
+
+
+def _numbers(digest: str) -> tuple[str, npt.NDArray[np.float32]]:
+    """Kind and numbers of a digest; none for a text that is no digest."""
+    kind, _, text = digest.partition(":")
+    try:
+        halves = np.frombuffer(bytes.fromhex(text), "<u2")
+    except ValueError:
+        halves = np.zeros(0, "<u2")
+    numbers: npt.NDArray[np.float32] = (halves.astype(np.uint32) << 16).view(np.float32)
+    return kind, numbers

@@ -164,20 +164,22 @@ def _dbcache_settings(search: Search, wanted: int) -> list[Params]:
 # --- diffusers
 
 
-def _hook(model: nn.Module, apply: Callable[[nn.Module, Any], None], config: Any) -> None:
-    """Apply a cache of diffusers; the functions serve models without `enable_cache` too."""
-    from diffusers.hooks import HookRegistry
+def _hook(model: nn.Module, apply: str, config: str, **params: Any) -> None:
+    """Apply a cache of diffusers, by name since older ones have fewer; they serve models without `enable_cache` too."""
+    from diffusers import __version__, hooks
 
-    apply(model, config)
+    if not hasattr(hooks, apply):
+        raise ModelError(f"diffusers {__version__} has no {config}; it takes a newer one")
+    getattr(hooks, apply)(model, getattr(hooks, config)(**params))
     if not any(getattr(getattr(module, "_diffusers_hook", None), "hooks", None) for module in model.modules()):
-        raise ModelError(f"{type(config).__name__} hooks no module of {type(model).__name__} and would do nothing")
-    HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
+        raise ModelError(f"{config} hooks no module of {type(model).__name__} and would do nothing")
+    registry = hooks.HookRegistry.check_if_exists_or_initialize(model)
+    if hasattr(registry, "invalidate_child_registries_cache"):  # from diffusers 0.41 on
+        registry.invalidate_child_registries_cache()
 
 
 def _first_block(model: nn.Module, params: Params) -> None:
-    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
-
-    _hook(model, apply_first_block_cache, FirstBlockCacheConfig(**params))
+    _hook(model, "apply_first_block_cache", "FirstBlockCacheConfig", **params)
 
 
 def _first_block_settings(search: Search, wanted: int) -> list[Params]:
@@ -185,9 +187,7 @@ def _first_block_settings(search: Search, wanted: int) -> list[Params]:
 
 
 def _magcache(model: nn.Module, params: Params) -> None:
-    from diffusers.hooks import MagCacheConfig, apply_mag_cache
-
-    _hook(model, apply_mag_cache, MagCacheConfig(**params))
+    _hook(model, "apply_mag_cache", "MagCacheConfig", **params)
 
 
 def _magcache_settings(search: Search, wanted: int) -> list[Params]:
@@ -208,10 +208,8 @@ def _magcache_settings(search: Search, wanted: int) -> list[Params]:
 
 
 def _taylorseer(model: nn.Module, params: Params) -> None:
-    from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
-
     dtype = next(model.parameters()).dtype  # the default, bfloat16, would handicap a float32 model
-    _hook(model, apply_taylorseer_cache, TaylorSeerCacheConfig(taylor_factors_dtype=dtype, **params))
+    _hook(model, "apply_taylorseer_cache", "TaylorSeerCacheConfig", taylor_factors_dtype=dtype, **params)
 
 
 def _taylorseer_settings(search: Search, wanted: int, lite: bool) -> list[Params]:

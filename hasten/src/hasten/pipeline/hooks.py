@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from hasten.errors import AlreadyAcceleratedError, CopyError, HastenWarning
+from hasten.pipeline.bypass import Watch
 
 __all__ = [
     "Forward",
@@ -79,6 +80,8 @@ class _HookedCalls:
         self._names = threading.local()
         self.lock = threading.RLock()  # proxies stand in the tree during a call, which no other thread may see
         self._compiled = module.__dict__.pop("_compiled_call_impl", None)
+        self._thread: int | None = None  # that is within a call
+        self._watch = Watch(module, lambda: self._thread == threading.get_ident())
         self.hooks: tuple[Hook, ...] = ()  # innermost first
         call = torch.compiler.disable(self._call)
 
@@ -115,6 +118,7 @@ class _HookedCalls:
         module = self.module
         if module is None:
             return
+        self._watch.remove()
         for name, ours in self._ours.items():
             if module.__dict__.get(name) is ours:
                 del module.__dict__[name]
@@ -138,7 +142,11 @@ class _HookedCalls:
         for hook in self.hooks:
             forward = functools.partial(_through, hook, module, forward)
         with self.lock:
-            return forward(*args, **kwargs)
+            outer, self._thread = self._thread, threading.get_ident()
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._thread = outer
 
     @contextmanager
     def _cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:

@@ -29,6 +29,7 @@ from hasten.pipeline.view import Owner, PipelineView, alive, current_owner, pipe
 
 __all__ = ["Run", "Runs", "StepInfo", "sample_shape", "signature"]
 
+MOST_PASSES = 64  # of one step where nobody counts the steps: a model that is always asked at one time has no steps
 NEAR = 0.01  # relative distance at which two timesteps are the same, since pipelines cast them to half precision
 
 
@@ -118,12 +119,23 @@ class Run:
         if self._counted:
             return index is not None and self._index is not None and index >= self._index
         value, mean = _numbers(timestep)
-        if self.total is None and signature(hidden) != self._shape and (value, mean) != (self._value, self._mean):
+        moved = (value, mean) != (self._value, self._mean)
+        if self.total is None and self._other_latents(hidden, moved):
+            return False
+        if not moved and self._passes_now >= MOST_PASSES:
             return False
         if (value - self._value) * self._direction >= 0:
             return True
         back_to_start = (value - self._first) * self._direction <= NEAR * abs(self._first)
         return self.total is not None and not back_to_start
+
+    def _other_latents(self, hidden: Any, moved: bool) -> bool:
+        """Whether latents are of another run: passes of one step may differ in the batch alone."""
+        return sample_shape(hidden) != self._sample or (moved and signature(hidden) != self._shape)
+
+    @property
+    def _passes_now(self) -> int:
+        return sum(self._names.values())
 
     def label(self, timestep: Any, hidden: Any, name: str | None) -> StepInfo:
         """Label a forward that is about to happen in this run."""
@@ -142,9 +154,9 @@ class Run:
             if self._counted is None and not first_step:
                 self._counted = moved
             self._step += 1
-            self._passes, self._names = sum(self._names.values()), Counter()
+            self._passes, self._names = self._passes_now, Counter()
         first_pass = not self._names
-        pass_name = f"pass{sum(self._names.values())}" if name is None else name
+        pass_name = f"pass{self._passes_now}" if name is None else name
         if name is not None and self._names[name]:
             pass_name = f"{name}#{self._names[name]}"  # windows of one step, or a second evaluation
         self._names[name] += 1
@@ -167,7 +179,7 @@ class Run:
     def _is_last(self, value: float) -> bool:
         if self.timesteps is None or self._step < len(self.timesteps) - 1:
             return False
-        if sum(self._names.values()) < self._passes:
+        if self._passes_now < self._passes:
             return False
         if self._counted:
             return True
@@ -196,6 +208,7 @@ class Runs:
         self._module, self._home = module, home
         self._runs: dict[Owner, Run] = {}
         self._numbers = count()
+        self._called: Tensor | None = None  # timesteps of the latest call of a pipeline
 
     def label(self, timestep: Any, hidden: Any, name: str | None = None) -> tuple[Run, StepInfo]:
         """The run and the label of a forward that is about to happen.
@@ -239,6 +252,8 @@ class Runs:
         for gone in set(others) - alive(others):
             self._runs.pop(gone, None)
         run = self._runs[owner] = Run(next(self._numbers), owner, self._view(owner), self._module)
+        if owner.frame is not None:
+            self._called = run.sampler_timesteps
         return run
 
     def _view(self, owner: Owner) -> PipelineView | None:
@@ -247,6 +262,7 @@ class Runs:
             return PipelineView(pipe)
         if self._home is None or getattr(self._home.scheduler, "num_inference_steps", None) is None:
             return None
-        # A loop of the user's own may go by the pipeline's scheduler, unless a call of the pipeline does.
-        taken = any(run.sampler_timesteps is self._home.timesteps for run in self.under_way)
-        return None if taken else self._home
+        # A loop of the user's own may go by the pipeline's scheduler, unless a call of the pipeline does, or did.
+        taken = [self._called, *(run.sampler_timesteps for run in self.under_way)]
+        mine = self._home.at_start and all(timesteps is not self._home.timesteps for timesteps in taken)
+        return self._home if mine else None

@@ -195,6 +195,11 @@ class PipelineView:
         return self.begin_index if index is None else index
 
     @property
+    def at_start(self) -> bool:
+        """Whether the scheduler has taken no step of its list, as far as it counts them."""
+        return self.step_index in (None, self.begin_index)
+
+    @property
     def guidance(self) -> float | None:
         """The guidance scale of the run under way."""
         scale = getattr(self.pipe, "_guidance_scale", None)

@@ -25,6 +25,7 @@ from hasten.errors import ConfigError, TargetError
 from hasten.parameters import Declared
 from hasten.pipeline.hooks import Forward, Hook, Remove, attach, compiled_whole, pass_name, wrap_step
 from hasten.pipeline.numbers import FiniteCheck
+from hasten.pipeline.records import KEPT
 from hasten.pipeline.runs import Runs, StepInfo
 from hasten.pipeline.scheduler import NoiseLevels, check_scheduler, skip_step
 from hasten.pipeline.view import PipelineView
@@ -32,6 +33,7 @@ from hasten.resolution.report import ForwardSize, ResolutionRecord, ResolutionRe
 
 __all__ = ["ResolutionEngine", "ResolutionMethod", "ResolutionRun", "SamplerStep", "with_sample"]
 
+PLANS = 4 * KEPT  # that are kept; a run has one, or one for each image and change of resolution
 PURE = 0.99  # least noise level that a run may begin at
 
 
@@ -46,8 +48,14 @@ class ResolutionMethod(Declared, ABC):
         return None
 
     @abstractmethod
+    def engine(self, pipe: Any) -> ResolutionEngine[Any, Any, Any]:
+        """What runs a pipeline with this method, not yet attached; raises the errors of `ResolutionEngine`."""
+
     def attach(self, pipe: Any) -> ResolutionEngine[Any, Any, Any]:
-        """Put the method on a pipeline, around what is there, until `.remove()` of what is returned."""
+        """Put the method on a pipeline, around what is there, until `.remove()` or the end of the `with`."""
+        engine = self.engine(pipe)
+        engine.attach()
+        return engine
 
 
 # --- a run
@@ -143,13 +151,12 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         method: what to do.
 
     Attributes:
-        records: one per sampler step.
-        plans: what was decided in each run, such as grids, layouts and edit maps.
+        records: one per sampler step, of the latest runs.
+        plans: what was decided in the latest ones, such as grids, layouts and edit maps.
 
     Raises:
         TargetError: for another pipeline, or a compiled transformer.
         ConfigError: for a scheduler that cannot be served.
-        AlreadyAcceleratedError: if the transformer has a resolution method already.
     """
 
     kind: ClassVar[str] = "resolution"
@@ -164,15 +171,24 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         self.plans: list[Plan] = []
         self._number = 0
         self._numbers = FiniteCheck(self.name)
-        modules = self._checked_modules()
-        self.check()
-        self.scheduler = pipe.scheduler
-        self._runs: Runs | None = Runs(modules[0], PipelineView(pipe))
-        # The list that the last run began with; holding it keeps its identity from being given to another one.
-        self._begun: Tensor | None = self.scheduler.timesteps
+        self._runs: Runs | None = None
+        self._begun: Tensor | None = None
         self._removals: list[Remove] = []
+        self._modules = self._checked_modules()
+        self.check()
+
+    def attach(self) -> None:
+        """Stand around the transformer's calls and the scheduler's step.
+
+        Raises:
+            AlreadyAcceleratedError: if the transformer has a resolution method already.
+        """
+        self.scheduler = self.pipe.scheduler
+        self._runs = Runs(self._modules[0], PipelineView(self.pipe))
+        # The list that the last run began with; holding it keeps its identity from being given to another one.
+        self._begun = self.scheduler.timesteps
         try:
-            for module in modules:
+            for module in self._modules:
                 self._removals.append(attach(module, self))
         except BaseException:
             self.remove()
@@ -185,6 +201,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         while self._removals:
             self._removals.pop()()
         self.pipe = self._runs = self._begun = None  # a removed engine keeps no model
+        self._modules.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -321,7 +338,15 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
             )
         number = self._number
         self._number += 1
+        self._forget_oldest(number)
         return self.begin(number, levels, module, arguments)
+
+    def _forget_oldest(self, number: int) -> None:
+        """Drop records and plans of runs that are long over; runs under way may count on the place of a plan."""
+        assert self._runs is not None
+        self.records[:] = [record for record in self.records if record.run > number - KEPT]
+        if all(run.state is None for run in self._runs.under_way):
+            del self.plans[:-PLANS]
 
     # --- around the scheduler
 

@@ -161,8 +161,7 @@ class RegionMethod(ResolutionMethod):
             the noise level of the state afterwards.
         """
 
-    def attach(self, pipe: Any) -> RegionEngine:
-        """Make the pipeline begin coarse, until `.remove()` or the end of the `with`."""
+    def engine(self, pipe: Any) -> RegionEngine:
         return RegionEngine(pipe, self)
 
 

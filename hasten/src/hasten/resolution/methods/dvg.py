@@ -86,8 +86,7 @@ class DVG(PlannedMethod):
                 f"that do not fall and end at (1, 1), got {self.stages}"
             )
 
-    def attach(self, pipe: Any) -> PlannedEngine:
-        """Make the pipeline run in stages, until `.remove()` or the end of the `with`."""
+    def engine(self, pipe: Any) -> PlannedEngine:
         return PlannedEngine(pipe, self)
 
     def first(self, full: Grid, patch: Grid, steps: int) -> Grid:

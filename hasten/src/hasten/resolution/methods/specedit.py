@@ -125,8 +125,7 @@ class SpecEdit(ResolutionMethod):
         """Steps of a run."""
         return self.draft + self.mixed + self.final
 
-    def attach(self, pipe: Any) -> SpecEditEngine:
-        """Make the pipeline edit in this way, until `.remove()` or the end of the `with`."""
+    def engine(self, pipe: Any) -> SpecEditEngine:
         return SpecEditEngine(pipe, self)
 
 
