@@ -7,6 +7,10 @@ TORCH ?= 2.13.0
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
 TEST_JOBS ?= 2
+# The diffusers that `make test-versions` tests beside the one in .venv, and the tests: what stands in other people's code.
+VERSIONS ?= 0.35.2 0.38.0 0.40.0
+VERSION_TESTS ?= $(addprefix hasten/tests/test_,$(addsuffix .py,ownership reached numbers handles steps fuzz \
+  resolution_runs peers leap compile families))
 BENCH_MODEL ?= emoji-flux
 BENCH_METHODS ?= reuse,taylorseer,hicache,foca
 BENCH_COMPUTED_STEPS ?= 12,9,7
@@ -29,10 +33,10 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all mutants lint types bench docs clean
+.PHONY: help setup demo test test-all test-versions mutants lint types bench docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## create .venv and install both projects into it (only if missing or stale)
 	@echo "ready: $(BIN)/hasten --help"
@@ -72,6 +76,22 @@ test: $(STAMP) ## run the tests but for the slow ones
 test-all: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_CONFIG) $(TESTS) $(PYTEST_ARGS)
 
+test-versions: $(STAMP) $(VERSIONS:%=.versions/%/.done) ## run the tests of pipelines with older diffusers, too
+	for python in $(VERSIONS:%=.versions/%/bin/python) $(BIN)/python; do \
+	  "$$python" -c 'import diffusers; print("== diffusers", diffusers.__version__)'; \
+	  OMP_NUM_THREADS=1 "$$python" -m pytest $(PYTEST_CONFIG) $(VERSION_TESTS) -m "not slow" $(PYTEST_ARGS); \
+	done
+
+# An environment on top of .venv: torch and all else is shared, but for diffusers and what it does not go with.
+.versions/%/.done: $(STAMP)
+	$(BIN)/python -m venv --clear .versions/$*
+	shared=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	own=$$(.versions/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$shared')" > "$$own/shared.pth"
+	.versions/$*/bin/python -m pip --disable-pip-version-check install "diffusers==$*" ftfy \
+	  $(if $(filter 0.35.%,$*),"transformers<5",transformers)
+	touch $@
+
 mutants: $(STAMP) ## change one decision of the source at a time and see whether a test fails (a quarter of an hour)
 	$(BIN)/python hasten/mutants/run.py $(MUTANTS)
 
@@ -102,7 +122,7 @@ $(DOCS_STAMP): $(STAMP)
 docs: $(DOCS_STAMP) ## build the site into site/
 	$(BIN)/python -m mkdocs build --strict --site-dir site
 
-clean: ## remove .venv, caches, out/ and site/ (runs/ stays)
-	rm -rf $(VENV) out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .versions, caches, out/ and site/ (runs/ stays)
+	rm -rf $(VENV) .versions out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf $(foreach p,$(PROJECTS),$(p)/.pytest_cache $(p)/.mypy_cache $(p)/.ruff_cache $(p)/.hypothesis $(p)/dist)
 	find $(PROJECTS) -name __pycache__ -type d -prune -exec rm -rf {} +

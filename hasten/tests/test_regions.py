@@ -14,7 +14,7 @@ from diffusers import (
     FluxImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from pipelines import draw, make_pipe
 from test_variants import VARIANTS, run_once
 from torch import Tensor
@@ -26,6 +26,10 @@ from hasten.resolution import RegionMethod, fit_stages
 from hasten.resolution.layouts import PixelLayout
 from hasten.resolution.packed import _of_images
 from hasten.resolution.regions import PromotionInput
+
+pipeline_qwenimage_edit_plus = pytest.importorskip(  # not in diffusers 0.35
+    "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus"
+)
 
 METHODS = {
     "fresco": Fresco(stages=(3, 3, 3), jump="r1"),
