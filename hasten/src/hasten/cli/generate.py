@@ -46,6 +46,13 @@ def generate(
     guidance: options.Guidance = None,
     seed: options.Seed = 0,
     device: options.Device = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", help="Share the jobs among the workers of a Ray cluster: its address, or local."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: one per GPU by default, else per CPU.")
+    ] = None,
 ) -> None:
     """Draw every prompt of a file into a folder, with where each image came from.
 
@@ -75,15 +82,21 @@ def generate(
     check_target(out / f"{jobs[0].id}.json")
     if configuration.model is None:
         raise ConfigError("a model is needed: give --model, or `model:` in the configuration")
-    worker = Worker(configuration, model=opened(configuration.model, device))
+    if workers is not None and ray is None:
+        raise ConfigError("--workers is how many workers a Ray cluster has; give --ray as well, or leave it out")
+    worker = None if ray is not None else Worker(configuration, model=opened(configuration.model, device))
     with resumable(), Progress(*BAR, console=console) as bar:
         task = bar.add_task("generating", total=len(jobs))
-        failures = run(
-            worker,
-            jobs,
-            out,
-            lambda done, total, label: bar.update(task, completed=done, total=total, description=label),
-        )
+
+        def tick(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, description=label)
+
+        if worker is not None:
+            failures = run(worker, jobs, out, tick)
+        else:
+            from hasten.integrations.ray_batch import generate as share
+
+            failures = share(configuration, jobs, out, None if ray == "local" else ray, workers, tick)
     console.print(f"{len(jobs) - len(failures)} of {len(jobs)} images: [bold]{out}[/bold]", soft_wrap=True)
     if failures:
         reasons = "; ".join(f"{one.id}: {one.error}" for one in failures[:SHOWN])

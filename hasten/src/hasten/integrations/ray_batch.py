@@ -1,0 +1,133 @@
+"""The jobs of a batch on the workers of a Ray cluster: one model per worker, whatever of it may die.
+
+A worker that dies starts again, and its job with it: the same job gives the same image. Images are written by the
+driver, so that the folder need not be shared; a driver that dies leaves whole images, and goes on as on one machine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten.errors import ConfigError, HastenError
+from hasten.integrations.batch import Failure, Job, Progress, Worker, pending, write
+from hasten.quality.configuration import Configuration
+
+__all__ = ["generate"]
+
+log = logging.getLogger("hasten")
+
+RETRIES = 5  # of a job whose worker died
+AHEAD = 2  # jobs that a worker has at a time, so that it does not wait for the driver
+
+
+class _Actor:
+    """A worker in a process of its own."""
+
+    def __init__(self, configuration: Configuration, device: str | None) -> None:
+        self._worker = Worker(configuration, device)
+
+    def identities(self, jobs: Sequence[Job]) -> list[str | None]:
+        """Digests of jobs; None for one that cannot be done."""
+        found: list[str | None] = []
+        for job in jobs:
+            try:
+                found.append(self._worker.identity(job))
+            except HastenError:
+                found.append(None)
+        return found
+
+    def draw(self, job: Job) -> tuple[Any, dict[str, Any]] | Failure:
+        """Pixels as an array and their provenance, or why there are none."""
+        try:
+            image, provenance = self._worker.draw(job)
+        except HastenError as error:
+            return Failure(job.id, str(error))
+        return image.numpy(), provenance
+
+
+def generate(
+    configuration: Configuration,
+    jobs: Sequence[Job],
+    folder: Path,
+    address: str | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[Failure]:
+    """Draw the jobs that have no image in a folder yet on a Ray cluster; see `hasten.integrations.batch.generate`.
+
+    Args:
+        configuration: model and setting; every worker loads them.
+        jobs: what to draw, with different ids.
+        folder: of the driver.
+        address: of the cluster; None starts one on this machine.
+        workers: how many; one per GPU of the cluster by default, or one per CPU but one where it has none.
+        progress: called with (done, of how many, id).
+
+    Returns:
+        the jobs that could not be done.
+
+    Raises:
+        ConfigError: if Ray is not installed, or images of that name were made of other jobs.
+        KeyboardInterrupt: with a line on how to go on.
+    """
+    try:
+        import ray  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise ConfigError("--ray needs Ray, which is not installed: pip install ray") from None
+    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
+    try:
+        return _Cluster(ray, configuration, workers).run(jobs, folder, progress or (lambda done, total, label: None))
+    finally:
+        ray.shutdown()
+
+
+class _Cluster:
+    """Workers and what they have to do."""
+
+    def __init__(self, ray: Any, configuration: Configuration, workers: int | None) -> None:
+        self._ray = ray
+        resources = ray.cluster_resources()
+        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        count = workers or gpus or max(1, cpus - 1)
+        share = {"num_gpus": min(1.0, gpus / count)} if gpus else {"num_cpus": min(1.0, cpus / count)}
+        remote = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **share)(_Actor)
+        self._actors = [remote.remote(configuration, "cuda" if gpus else None) for _ in range(count)]
+
+    def run(self, jobs: Sequence[Job], folder: Path, tick: Progress) -> list[Failure]:
+        identities = self._ray.get(self._actors[0].identities.remote(list(jobs)))
+        known = {job.id: identity for job, identity in zip(jobs, identities, strict=True)}
+        rest = deque(pending(jobs, folder, lambda job: str(known[job.id])))
+        done, failures = len(jobs) - len(rest), []
+        under_way: dict[Any, tuple[Any, Job]] = {}
+
+        def start(actor: Any) -> None:
+            if rest:
+                job = rest.popleft()
+                under_way[actor.draw.remote(job)] = actor, job
+
+        try:
+            for actor in self._actors * AHEAD:
+                start(actor)
+            while under_way:
+                (ready,), _ = self._ray.wait(list(under_way), num_returns=1)
+                actor, job = under_way.pop(ready)
+                start(actor)
+                result = self._ray.get(ready)
+                if isinstance(result, Failure):
+                    failures.append(result)
+                else:
+                    pixels, provenance = result
+                    write(folder, job, torch.from_numpy(pixels.copy()), provenance)
+                done += 1
+                tick(done, len(jobs), job.id)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{done} of {len(jobs)} images are in {folder}; the same command goes on from there"
+            ) from None
+        return failures
