@@ -57,6 +57,14 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "hasten", "bench", "--model", "sprites-stream", "--methods", "focused-forcing:budget=6:diversity_tokens=16",
         "--prompts", "1", "--frames", "9", "--steps", "2", "--json", "out/bench.json",
     ),
+    "certify": (
+        "hasten", "certify", "--methods", "foca:schedule=even", "--computed-steps", "4,3", "--min-psnr", "10",
+        "--share", "0.5", "--confidence", "0.6", "--prompts", "6", "--screen", "2", *SMALL, "--out", "out/draft.json",
+    ),
+    "generate": (
+        "hasten", "generate", "--model", "emoji-flux", "--prompts-file", "prompts.txt", "--method", "foca", *SMALL,
+        "--out", "out",
+    ),
     "tokens-fit": ("hasten", "tokens", "fit", "codebook.npy", "--out", "out/tree.safetensors"),
     "tokens-train": (
         "hasten", "tokens", "train", "fine", "--map", "map.safetensors", "--steps", "400", "--batch", "4", "--width",
@@ -80,6 +88,7 @@ def prepare(folder: Path) -> None:
 
     codes = np.random.default_rng(0).standard_normal((1200, 8))
     write_atomically(folder / "codebook.npy", lambda file: np.save(file, codes))
+    write_atomically(folder / "prompts.txt", "red apple\nblue car\nowl\nred apple\ncat\n")
     write_shards(folder / "fine", np.arange(480).reshape(80, 6) % 24, 24)
     flat_map(24).save(folder / "map.safetensors")
 

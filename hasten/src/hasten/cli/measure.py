@@ -148,7 +148,7 @@ def bench(
             min=1, help="Steps of the plain sampler and of every cached method, 50; of each chunk of a stream, 8."
         ),
     ] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of a streaming model's videos.")] = 48,
+    frames: Annotated[int, typer.Option(min=1, max=100_000, help="Frames of a streaming model's videos.")] = 48,
     height: Height = None,
     width: Width = None,
     guidance: Guidance = None,

@@ -12,6 +12,7 @@ from hasten.bench import subject
 from hasten.errors import ConfigError
 
 __all__ = [
+    "MOST_SEED",
     "ComputedSteps",
     "Device",
     "Guidance",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 MODELS = ", ".join([*subject.names(), *subject.streaming_names()]) or "none installed"
+MOST_PIXELS = 16_384  # of a side; tokens beyond take memory that no machine has
 MOST_SEED = 2**62  # every prompt adds its number, and generators take 64 bits
 
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Prompt i is drawn with seed SEED + i.")]
@@ -98,6 +100,8 @@ def call_of(height: int | None, width: int | None, guidance: float | None) -> di
         if length is not None:
             if length < 1:
                 raise ConfigError(f"--{name} must be at least 1 pixel, got {length}")
+            if length > MOST_PIXELS:
+                raise ConfigError(f"--{name} must be at most {MOST_PIXELS} pixels, got {length}")
             call[name] = length
     if guidance is not None:
         if not math.isfinite(guidance) or guidance < 0:

@@ -12,9 +12,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from hasten.cli.common import BAR, console
-from hasten.cli.options import numbers
+from hasten.cli.options import MOST_SEED, numbers
 from hasten.errors import ConfigError, ModelError
-from hasten.io import check_target, write_atomically
+from hasten.io import check_target, describe, write_atomically
 
 if TYPE_CHECKING:
     from hasten.bench.token_plots import Decode
@@ -32,7 +32,7 @@ Codebook = Annotated[
 TreeFile = Annotated[Path, typer.Argument(help="A tree that `hasten tokens fit` wrote.")]
 MapFile = Annotated[Path, typer.Option("--map", help="A map that `hasten tokens map` wrote.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of everything that is drawn.")]
 
 
 def load_decoder(name: str) -> Decode:
@@ -161,6 +161,8 @@ def map_(
 
     if (tokens is None) != (mapped is None):
         raise ConfigError("--tokens and --mapped belong together: the shards to read, and the folder to write")
+    for target in (out, *([] if mapped is None else [mapped / "index.json"])):
+        check_target(target)
     mapping = SemanticTree.load(tree).map(k, max_size)
     mapping.save(out)
     console.print(f"{mapping.tokens} tokens to {mapping.clusters} clusters: [bold]{out}[/bold]")
@@ -200,8 +202,12 @@ def convert(
     kind = getattr(transformers, str(names[0]), None)
     if kind is None or not hasattr(kind, "from_pretrained"):
         raise ModelError(f"{model} is a {names[0] or 'model without a name'}, which transformers does not have")
-    with console.status("reading"):
-        lm = kind.from_pretrained(model, local_files_only=True, use_safetensors=True, dtype="auto")
+    check_target(out / "config.json")
+    try:
+        with console.status("reading"):
+            lm = kind.from_pretrained(model, local_files_only=True, use_safetensors=True, dtype="auto")
+    except Exception as error:  # whatever the other library raises, this is no usable model
+        raise ModelError(f"{model}: no usable model ({describe(error)}); give a folder of save_pretrained") from error
     done = replace_vocabulary(lm, mapping_, rows=rows, start=start, seed=seed)  # type: ignore[arg-type]
     export_model(lm, mapping_, out, done.vocabulary)
     cleared = f", cleared: {', '.join(done.cleared)}" if done.cleared else ""
@@ -234,7 +240,9 @@ def train(
     out: Out = Path("runs/tokens"),
     held_out: Annotated[Path | None, typer.Option(help="Shards to measure on.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, max=1e9, help="Stop after so long; the same command goes on.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of a step, over all processes.")] = 64,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts of a process's batch, one after the other.")] = 1,
     width: Annotated[int, typer.Option(min=1)] = 256,
@@ -247,13 +255,15 @@ def train(
 
     Example: hasten tokens train fine --map map.safetensors --held-out val --steps 5000 --out runs/masc
     """
-    from hasten.fitting.token_model import Trainer
+    from hasten.fitting.token_model import CHECKPOINT, Trainer
     from hasten.fitting.token_recipe import Recipe
     from hasten.tokens.export import export_model
     from hasten.tokens.mapping import TokenMap
     from hasten.tokens.shards import TokenShards
 
     sizes = {"width": width, "layers": layers, "heads": heads}
+    for name in (CHECKPOINT, "log.jsonl"):
+        check_target(out / name)
     recipe = Recipe(steps=steps, batch=batch, accumulate=accumulate, lr=lr, seed=seed, **sizes)
     trainer = Trainer(TokenShards.open(tokens), TokenMap.load(mapping), recipe)
     other = None if held_out is None else TokenShards.open(held_out)
@@ -299,6 +309,7 @@ def refine(
     from hasten.tokens.refiner import Refiner, RefinerConfig
     from hasten.tokens.shards import TokenShards
 
+    check_target(out)
     lm, opened, conditions = _trained(model)
     torch.manual_seed(seed)
     config = RefinerConfig(hidden=opened.model.config.hidden_size, width=width, heads=heads, layers=layers)
@@ -336,7 +347,7 @@ def sample(
     tensor: Annotated[str | None, typer.Option(help="Name of the matrix in the codebook's file.")] = None,
     tokens: Annotated[Path | None, typer.Option(help="Shards of fine tokens, for frequency.")] = None,
     temperature: Annotated[float, typer.Option()] = 1.0,
-    top_k: Annotated[int, typer.Option(help="In fine tokens; scaled to the clusters. 0 for no limit.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, help="In fine tokens; scaled to the clusters. 0 for no limit.")] = 0,
     top_p: Annotated[float, typer.Option()] = 1.0,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 1.0,
     decoder: Annotated[
@@ -358,8 +369,11 @@ def sample(
     from hasten.tokens.shards import TokenShards
 
     decode = None if decoder is None else load_decoder(decoder)
+    check_target(out)
     lm, opened, conditions = _trained(model)
-    mapping = opened.mapping
+    mapping, most = opened.mapping, opened.model.config.max_position_embeddings - 1
+    if length > most:
+        raise ConfigError(f"--length {length}: the model was trained on images of at most {most} tokens")
     limit = scaled_top_k(top_k, mapping.tokens, mapping.clusters)
     sampling = Sampling(temperature=temperature, top_k=limit, top_p=top_p, guidance=guidance)
     shards = None if tokens is None else TokenShards.open(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -48,7 +49,7 @@ def train_refiner(
     """
     if len(refiner.labels) != shards.vocabulary:
         raise ConfigError(f"the refiner knows {len(refiner.labels)} tokens, the shards have {shards.vocabulary}")
-    if min(steps, batch) < 1 or lr <= 0:
+    if min(steps, batch) < 1 or not 0 < lr < math.inf:
         raise ConfigError(f"steps, batch and lr must be positive, got {steps}, {batch} and {lr}")
     device = refiner.labels.device
     optimizer = torch.optim.AdamW(refiner.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hasten.errors import ConfigError
 from hasten.tokens.causal import Condition
+from hasten.tokens.cost import free_memory
 from hasten.tokens.hugging_face import HuggingFaceModel
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.vocabulary import Vocabulary
@@ -51,7 +52,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         counts = (self.steps, self.batch, self.accumulate, self.width, self.layers, self.heads)
-        if min(counts) < 1 or self.warmup < 0 or self.lr <= 0:
+        if min(counts) < 1 or self.warmup < 0 or not 0 < self.lr < math.inf:
             raise ConfigError(f"sizes, steps and the learning rate must be positive, got {self}")
         if self.width % (2 * self.heads):
             raise ConfigError(f"twice the heads must divide the width, got {self.heads} and {self.width}")
@@ -75,10 +76,12 @@ def build_model(
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    rows = mapping.clusters + classes + 1
+    _refuse_unless_it_fits(recipe.layers * 12 * recipe.width**2 + 2 * rows * recipe.width)
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=mapping.clusters + classes + 1,
+            vocab_size=rows,
             hidden_size=recipe.width,
             intermediate_size=8 * recipe.width // 3,
             num_hidden_layers=recipe.layers,
@@ -92,6 +95,16 @@ def build_model(
     )
     vocabulary = Vocabulary.of_clusters(mapping, classes + 1, "model.embed_tokens", "lm_head")
     return HuggingFaceModel(model, vocabulary, codebooks=codebooks)
+
+
+def _refuse_unless_it_fits(parameters: int) -> None:
+    """Raise a ConfigError if there is no memory for a model of about so many parameters, its gradient and moments."""
+    needed, free = 16 * parameters, free_memory()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"the model has about {parameters:,} parameters, for whose training {needed / 2**30:.1f} GiB are needed, "
+            f"but {free / 2**30:.1f} are free; use a smaller --width, or fewer --layers"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ Shapes: `B` images, `L` tokens, `k` clusters, `H` width of the model.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,8 @@ class Sampling:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.guidance < 0:
+        finite = 0 < self.temperature < math.inf and 0 <= self.guidance < math.inf
+        if not finite or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"temperature must be positive, top_k and guidance not negative, top_p in (0, 1]; got {self}"
             )
