@@ -11,6 +11,7 @@ from test_bench import command
 
 import hasten
 from hasten.bench import runner, subject
+from hasten.bench.result import read_result
 from hasten.bench.subject import Subject
 from hasten.cli import boundary, measure
 from hasten.errors import ConfigError, FileError
@@ -176,6 +177,7 @@ def test_an_error_of_ours_leaves_its_traceback_in_a_file(monkeypatch, capsys, tm
     ("raised", "code", "says"),
     [
         (FileError("a\n  b"), 2, "error: a b"),
+        (FileError("no \x1b[31mred\x07 file"), 2, "error: no [31mred file"),
         (KeyboardInterrupt("3 of 4 are kept"), 130, "stopped: 3 of 4 are kept"),
         (KeyboardInterrupt(), 130, "stopped: nothing was kept"),
     ],
@@ -340,3 +342,43 @@ loaded = [name for name in {words.split()!r} if name in sys.modules]
 assert not loaded, loaded
 """
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("method", ["fbcache", "foca"])
+def test_an_arm_that_fails_in_any_way_loses_its_row_alone(pipe, tmp_path, monkeypatch, method):
+    """In the search for a threshold, or when it is measured."""
+    call = {"height": 32, "width": 32, "max_sequence_length": 8}
+    model = Subject("tiny", pipe, ["red apple"], call)
+
+    def fails(original):
+        def replaced(model, attach, *rest):
+            chosen = getattr(attach, "method", None)
+            if chosen is not None and type(chosen).__name__.lower() == method:
+                raise ZeroDivisionError("in a\nmethod")
+            return original(model, attach, *rest)
+
+        return replaced
+
+    monkeypatch.setattr(runner, "draw_sample", fails(runner.draw_sample))
+    monkeypatch.setattr("hasten.bench.thresholds.draw_sample", fails(runner.draw_sample))
+    settings = runner.BenchSettings(methods=(method, "reuse"), computed_steps=(5,), prompts=1, steps=8)
+    result = runner.run_bench(model, settings, tmp_path / "out.json")
+    assert [row.failed for row in result.failed] == ["ZeroDivisionError: in a method"]
+    assert {row.method for row in result.measured} == {"euler", "unipc", "reuse"}
+    assert read_result(tmp_path / "out.json") == result
+
+
+def test_a_measurement_that_fails_loses_its_row_alone(pipe, tmp_path, monkeypatch):
+    call = {"height": 32, "width": 32, "max_sequence_length": 8}
+    model = Subject("tiny", pipe, ["red apple"], call)
+    original = runner.measure
+
+    def broken(model, sample, reference, *rest):
+        if sample.cache_bytes:  # of a method that keeps features
+            raise ValueError("no such figure")
+        return original(model, sample, reference, *rest)
+
+    monkeypatch.setattr(runner, "measure", broken)
+    settings = runner.BenchSettings(methods=("reuse",), computed_steps=(5,), prompts=1, steps=8)
+    result = runner.run_bench(model, settings, tmp_path / "out.json")
+    assert [row.failed for row in result.failed] == ["ValueError: no such figure"]

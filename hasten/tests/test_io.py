@@ -28,6 +28,7 @@ from hasten.io import (
     Kind,
     Limits,
     add_line,
+    alone,
     check_arrays,
     check_files,
     check_sealed,
@@ -171,6 +172,54 @@ def test_lines_are_added_and_a_torn_one_is_dropped(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == "one\nthree\n"
     with pytest.raises(FileError, match="cannot be written"):
         add_line(tmp_path / "new", "line")
+
+
+def test_one_process_alone_works_on_a_file(tmp_path: Path) -> None:
+    path, code = tmp_path / "out.json", "import sys; from hasten.io import alone\nwith alone(sys.argv[1]): print('in')"
+
+    def another() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+
+    with alone(path):
+        with pytest.raises(FileError, match="another process is at work on it"), alone(path):
+            pass
+        assert "another process is at work on it" in another().stderr
+        with alone(tmp_path / "other.json"):
+            pass
+    assert another().stdout == "in\n"
+    (tmp_path / ".out.json.lock").touch()  # of a process that was killed
+    with alone(path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with alone("/dev/null"):
+        pass
+
+
+def test_links_in_a_loop_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for write in (check_target, lambda path: write_atomically(path, b"")):
+        with pytest.raises(FileError, match="symbolic links"):
+            write(tmp_path / "a")
+    assert (tmp_path / "a").is_symlink()
+
+
+def test_a_pipe_that_takes_a_files_place_while_it_is_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_atomically(tmp_path / "x.json", "{}")
+    found = os.stat
+
+    def then_swapped(*args: Any, **kwargs: Any) -> Any:
+        result = found(*args, **kwargs)
+        if args[0] == path:
+            path.unlink()
+            os.mkfifo(path)
+        return result
+
+    monkeypatch.setattr(os, "stat", then_swapped)
+    with pytest.raises(FileError, match="no regular file"):
+        read_json(path)
 
 
 # --- folders that other libraries fill

@@ -18,7 +18,7 @@ from hasten.cli import main as cli
 from hasten.cli import stream as cli_stream
 from hasten.errors import ConfigError, ModelError
 from hasten.fitting.importance import DistributionMatching, first_order_importance, masked_importance
-from hasten.streaming import FocusedForcing, FullHistory, HeadBudgets, SlidingWindow, StreamStats
+from hasten.streaming import FocusedForcing, FullHistory, HeadBudgets, SlidingWindow, StreamStats, TopKAttention
 from PIL import Image
 from subjects import install
 from torch._subclasses.fake_tensor import FakeTensor
@@ -407,6 +407,26 @@ def fake_roll(calls):
         return Rolled(video, [2.0, 4.0] if full else [1.0, 2.0], stats, grades)
 
     return roll
+
+
+def test_methods_that_fail_are_named_and_have_no_row():
+    good = fake_roll([])
+
+    def roll(method, seed):
+        rolled = good(method, seed)
+        if isinstance(method, SlidingWindow) and seed == 4:  # after one seed that was fine
+            raise ZeroDivisionError("in a\nmethod")
+        broken = rolled.video * float("nan") if isinstance(method, TopKAttention) else rolled.video
+        return replace(rolled, video=broken)
+
+    failures = {}
+    methods = {"window": SlidingWindow(), "top": TopKAttention(k=2), "other": FullHistory()}
+    rows = measure(roll, methods, [3, 4], failures=failures)
+    assert [row.method for row in rows] == [REFERENCE, "other"]
+    assert failures["window"] == "ZeroDivisionError: in a method"
+    assert "values that are not finite" in failures["top"]
+    with pytest.raises(ZeroDivisionError):
+        measure(roll, {"window": SlidingWindow()}, [3, 4])
 
 
 def test_rows_compare_each_method_with_the_full_history():

@@ -316,5 +316,5 @@ def main() -> None:
 
 
 def one_line(message: object) -> str:
-    """A message without its line breaks."""
-    return " ".join(str(message).split())
+    """A message without line breaks and orders to a terminal."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in str(message)).split())

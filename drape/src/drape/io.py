@@ -88,6 +88,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         target = _target(path)
         if target.is_dir():
             raise OSError(errno.EISDIR, "it is a folder")
+        if target.is_symlink():  # a loop: else it would have been followed
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         if target.exists() and not target.is_file():
             write(target)
             return

@@ -41,7 +41,7 @@ from hasten.bench.sampling import Sample, count_flops, draw_sample
 from hasten.bench.subject import Subject
 from hasten.bench.thresholds import Trials
 from hasten.errors import ConfigError, ModelError
-from hasten.io import check_target
+from hasten.io import alone, check_target
 
 __all__ = ["BenchSettings", "prepared", "run_bench"]
 
@@ -289,7 +289,7 @@ def run_bench(
 
     Raises:
         ConfigError: for settings that the model cannot serve, before anything is drawn.
-        FileError: if `out` cannot be written, likewise.
+        FileError: if `out` cannot be written, or another process is measuring into it, likewise.
         KeyboardInterrupt: with a line on how to go on.
     """
     state = processes()
@@ -298,28 +298,30 @@ def run_bench(
     model = prepared(model, settings)
     prompts = settings.prompts_of(model)
     rank = "" if state.num_processes == 1 else f".{state.process_index}"
-    kept = Partial(out.parent / f"{out.stem}.partial{rank}.json", _identity(model, settings, state.process_index))
-    trials = Trials(
-        model, prompts[:TRIAL_PROMPTS], settings.seed, settings.steps, settings.call,
-        lambda label: tick(0, None, label), kept.trial,
-    )  # fmt: skip
-    images = out.parent / f"{out.stem}.images"
-    mine = list(enumerate(prompts))[state.process_index :: state.num_processes]
-    try:
-        # Every process searches, so that none waits in a collective for longer than its time limit, and all use what
-        # the main one found.
-        plan: _Plan = broadcast_object_list([_planned(settings, trials)])[0]
-        running = [arm for arm in plan.arms if not arm.error]
-        _measure(model, settings, running, mine, images, kept, tick)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{kept.finished} of {len(mine)} prompts are kept in {kept.file}; the same command goes on from there"
-        ) from None
-    result = _result(model, settings, plan, _gather(running, kept), images, command)
-    if state.is_main_process:
-        result.write(out)
-    kept.remove()
-    return result
+    unfinished = out.parent / f"{out.stem}.partial{rank}.json"
+    with alone(unfinished):
+        kept = Partial(unfinished, _identity(model, settings, state.process_index))
+        trials = Trials(
+            model, prompts[:TRIAL_PROMPTS], settings.seed, settings.steps, settings.call,
+            lambda label: tick(0, None, label), kept.trial,
+        )  # fmt: skip
+        images = out.parent / f"{out.stem}.images"
+        mine = list(enumerate(prompts))[state.process_index :: state.num_processes]
+        try:
+            # Every process searches, so that none waits in a collective for longer than its time limit, and all
+            # use what the main one found.
+            plan: _Plan = broadcast_object_list([_planned(settings, trials)])[0]
+            running = [arm for arm in plan.arms if not arm.error]
+            _measure(model, settings, running, mine, images, kept, tick)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{kept.finished} of {len(mine)} prompts are kept in {kept.file}; the same command goes on from there"
+            ) from None
+        result = _result(model, settings, plan, _gather(running, kept), images, command)
+        if state.is_main_process:
+            result.write(out)
+        kept.remove()
+        return result
 
 
 def _result(

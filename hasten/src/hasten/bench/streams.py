@@ -21,7 +21,7 @@ from hasten.bench.result import StreamResult, StreamSettings
 from hasten.bench.rollout import Rolled, measure
 from hasten.bench.video import best_suffix, check_video_path, side_by_side, write_video
 from hasten.errors import ConfigError
-from hasten.io import check_target
+from hasten.io import alone, check_target
 from hasten.streaming.policy import StreamingMethod
 
 __all__ = ["DEFAULT_METHODS", "StreamSettings", "parse_streaming", "run_streams"]
@@ -72,7 +72,19 @@ def run_streams(
         together: a file for all videos of the first world side by side; beside the others by default.
         command: the command line that asked for it.
     """
-    check_target(out)
+    with alone(out):
+        return _run(model, methods, settings, out, progress, together, command)
+
+
+def _run(
+    model: subject.StreamingSubject,
+    methods: Mapping[str, StreamingMethod],
+    settings: StreamSettings,
+    out: Path,
+    progress: Callable[[int, int, str], None] | None,
+    together: Path | None,
+    command: str,
+) -> StreamResult:
     if together is not None:
         check_video_path(together)
         check_target(together)

@@ -90,7 +90,8 @@ def _say_usage(error: Any) -> None:
 
 def _say(what: str, message: str, code: int) -> None:
     """One line on standard error, then the end."""
-    line = Text.assemble((f"{what}: ", "bold red"), " ".join(message.split()))
+    printable = "".join(sign if sign.isprintable() else " " for sign in message)  # names may hold orders to a terminal
+    line = Text.assemble((f"{what}: ", "bold red"), " ".join(printable.split()))
     Console(stderr=True, soft_wrap=True).print(line)
     sys.exit(code)
 

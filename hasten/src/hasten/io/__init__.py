@@ -5,7 +5,7 @@ safetensors file) or plain values (JSON) under a header with a digest of the who
 what other libraries wrote.
 """
 
-from hasten.io.atomic import add_line, check_target, write_atomically
+from hasten.io.atomic import add_line, alone, check_target, write_atomically
 from hasten.io.container import Kind, digest_of, read_record, read_tensors, write_record, write_tensors
 from hasten.io.documents import Limits, describe, open_regular, parse_json, read_bytes, read_json
 from hasten.io.folder import check_files, check_sealed, write_files, write_sealed
@@ -26,6 +26,7 @@ __all__ = [
     "Kind",
     "Limits",
     "add_line",
+    "alone",
     "check_arrays",
     "check_files",
     "check_sealed",

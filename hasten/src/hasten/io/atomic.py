@@ -6,8 +6,8 @@ import errno
 import glob
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +18,7 @@ try:
 except ImportError:  # not on Windows; temporaries of killed processes stay there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Content", "add_line", "check_target", "write_atomically"]
+__all__ = ["Content", "add_line", "alone", "check_target", "write_atomically"]
 
 Content = str | bytes | Callable[[BinaryIO], object]
 
@@ -119,6 +119,47 @@ def check_target(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def alone(path: str | Path) -> Iterator[None]:
+    """Work on a file, and what lies beside it, as the only process that does, as far as the file system has locks.
+
+    Raises:
+        FileError: if another process is at work on it.
+    """
+    path = check_target(path)
+    if fcntl is None or (path.exists() and not path.is_file()):
+        yield
+        return
+    lock = path.with_name(f".{_shortened(path.name)}.lock")
+    held = _lock(path, lock)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()
+        held.close()
+
+
+def _lock(path: Path, lock: Path) -> BinaryIO:
+    """The open file of a lock that nobody else has; a file system without locks lets everybody."""
+    while True:
+        try:
+            held = lock.open("ab")
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.close()
+            raise FileError(f"{path}: another process is at work on it; wait for it, or name another file") from None
+        except OSError:
+            return held
+        with suppress(FileNotFoundError):
+            if os.path.samestat(lock.stat(), os.fstat(held.fileno())):
+                return held
+        held.close()  # who held it took it away meanwhile
+
+
 def _target(path: Path) -> Path:
     try:
         target = Path(os.path.realpath(path))
@@ -126,6 +167,8 @@ def _target(path: Path) -> Path:
         raise OSError(errno.EINVAL, str(error)) from error
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if target.is_symlink():  # else it would have been followed
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     return target
 
 
@@ -142,7 +185,11 @@ def _fill(file: BinaryIO, content: Content) -> None:
 
 
 def _prefix(target: Path) -> str:
-    return f".{os.fsdecode(os.fsencode(target.name)[:LONGEST_NAME])}."
+    return f".{_shortened(target.name)}."
+
+
+def _shortened(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:LONGEST_NAME])
 
 
 def _temporary(target: Path) -> tuple[Path, BinaryIO]:

@@ -190,4 +190,6 @@ def _read(file: BufferedReader, dtype: np.dtype[Any], shape: tuple[int, ...]) ->
     array = np.empty(math.prod(shape), dtype)
     if array.size and file.readinto(array.view(np.uint8).data) != array.nbytes:
         raise ValueError("cut off while it was read")
+    if dtype.kind == "b" and array.size and array.view(np.uint8).max() > 1:
+        raise ValueError("a truth value is neither 0 nor 1")
     return array.reshape(shape)

@@ -40,14 +40,24 @@ def open_regular(path: Path, most: int) -> tuple[BufferedReader, int]:
         OSError: if it cannot be opened.
         ValueError: if it is no regular file, or larger than `most` bytes.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: a pipe would wait for ever
+    if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened, which some devices take for an order
         raise ValueError("it is no regular file")
-    file = path.open("rb")
-    size = os.fstat(file.fileno()).st_size
-    if size > most:
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 - the caller closes it
+    try:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):  # somebody put another one there meanwhile
+            raise ValueError("it is no regular file")
+        if found.st_size > most:
+            raise ValueError(f"it has {found.st_size / MIB:.1f} MiB, expected at most {most / MIB:.1f}")
+    except BaseException:
         file.close()
-        raise ValueError(f"it has {size / MIB:.1f} MiB, expected at most {most / MIB:.1f}")
-    return file, size
+        raise
+    return file, found.st_size
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A descriptor; the open of a pipe does not wait for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_bytes(path: Path, most: int) -> bytes:
