@@ -240,9 +240,7 @@ def train(
     out: Out = Path("runs/tokens"),
     held_out: Annotated[Path | None, typer.Option(help="Shards to measure on.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, max=1e9, help="Stop after so long; the same command goes on.")
-    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, max=1e9, help="Stop then; the same command goes on.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images of a step, over all processes.")] = 64,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts of a process's batch, one after the other.")] = 1,
     width: Annotated[int, typer.Option(min=1)] = 256,
@@ -262,8 +260,7 @@ def train(
     from hasten.tokens.shards import TokenShards
 
     sizes = {"width": width, "layers": layers, "heads": heads}
-    for name in (CHECKPOINT, "log.jsonl"):
-        check_target(out / name)
+    check_target(out / CHECKPOINT)
     recipe = Recipe(steps=steps, batch=batch, accumulate=accumulate, lr=lr, seed=seed, **sizes)
     trainer = Trainer(TokenShards.open(tokens), TokenMap.load(mapping), recipe)
     other = None if held_out is None else TokenShards.open(held_out)
