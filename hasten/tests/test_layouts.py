@@ -15,9 +15,9 @@ from diffusers import ChromaPipeline, Flux2Pipeline, FluxPipeline, LTXPipeline, 
 from torch import Tensor
 
 from hasten import models
-from hasten.caching.blocks import hidden_in, hidden_of
 from hasten.errors import AdapterError, UnknownNameError
 from hasten.models import BlockStack, ModelAdapter, TokenLayout, layout_of
+from hasten.models.blocks import hidden_in, hidden_of
 
 Pack = Callable[[Tensor], dict[str, Any]]
 
@@ -118,7 +118,8 @@ def at_blocks(model: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     blocks = stack.blocks(model)
     handles = [
         blocks[0].register_forward_pre_hook(
-            lambda _, args, kwargs: seen.update(first=hidden_of(stack, args, kwargs).clone()), with_kwargs=True
+            lambda _, args, kwargs: seen.update(first=hidden_of(stack, blocks[0], args, kwargs).clone()),
+            with_kwargs=True,
         ),
         blocks[-1].register_forward_hook(lambda _, args, output: seen.update(last=hidden_in(stack, output))),
     ]

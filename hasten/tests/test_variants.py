@@ -30,10 +30,10 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 import hasten
 from hasten import LeapScheduler, fit_leap, models
 from hasten.caching import Uniform, computed_steps
-from hasten.caching.blocks import hidden_in
 from hasten.errors import HastenWarning
 from hasten.models import TokenLayout
 from hasten.models import registry as host_registry
+from hasten.models.blocks import hidden_in
 
 pipeline_qwenimage_edit_plus = pytest.importorskip(  # not in diffusers 0.35
     "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus"

@@ -22,15 +22,15 @@ class Tiny:
     arguments: Callable[[Tensor, float], dict[str, Any]]
 
 
-def _randn(*shape: int, seed: int = 7) -> Tensor:
+def randn(*shape: int, seed: int = 7) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _time(t: float, batch: int = 1, scale: float = 1000.0) -> Tensor:
+def time_of(t: float, batch: int = 1, scale: float = 1000.0) -> Tensor:
     return torch.full((batch,), scale * t)
 
 
-def _ids(height: int, width: int, axes: int = 3) -> Tensor:
+def ids(height: int, width: int, axes: int = 3) -> Tensor:
     ids = torch.zeros(height, width, axes)
     ids[..., 1] += torch.arange(height)[:, None]
     ids[..., 2] += torch.arange(width)[None]
@@ -54,10 +54,10 @@ TINY: dict[str, Tiny] = {
         (1, 16, 4),
         lambda x, t: {
             "hidden_states": x,
-            "timestep": _time(t, scale=1),
-            "encoder_hidden_states": _randn(1, TEXT, 32),
-            "pooled_projections": _randn(1, 32),
-            "img_ids": _ids(4, 4),
+            "timestep": time_of(t, scale=1),
+            "encoder_hidden_states": randn(1, TEXT, 32),
+            "pooled_projections": randn(1, 32),
+            "img_ids": ids(4, 4),
             "txt_ids": torch.zeros(TEXT, 3),
         },
     ),
@@ -66,10 +66,10 @@ TINY: dict[str, Tiny] = {
         (1, 16, 4),
         lambda x, t: {
             "hidden_states": x,
-            "timestep": _time(t, scale=1),
-            "encoder_hidden_states": _randn(1, TEXT, 32),
+            "timestep": time_of(t, scale=1),
+            "encoder_hidden_states": randn(1, TEXT, 32),
             "guidance": torch.ones(1),
-            "img_ids": _ids(4, 4, 4),
+            "img_ids": ids(4, 4, 4),
             "txt_ids": torch.zeros(TEXT, 4),
         },
     ),
@@ -85,8 +85,8 @@ TINY: dict[str, Tiny] = {
         (1, 16, 16),
         lambda x, t: {
             "hidden_states": x,
-            "timestep": _time(t, scale=1),
-            "encoder_hidden_states": _randn(1, TEXT, 32),
+            "timestep": time_of(t, scale=1),
+            "encoder_hidden_states": randn(1, TEXT, 32),
             "encoder_hidden_states_mask": torch.ones(1, TEXT, dtype=torch.long),
             "img_shapes": [[(1, 4, 4)]],
         },
@@ -106,11 +106,11 @@ TINY: dict[str, Tiny] = {
         VIDEO_LATENT,
         lambda x, t: {
             "hidden_states": x,
-            "timestep": _time(t),
-            "encoder_hidden_states": _randn(1, TEXT, 32),
+            "timestep": time_of(t),
+            "encoder_hidden_states": randn(1, TEXT, 32),
             "encoder_attention_mask": torch.ones(1, TEXT),
-            "pooled_projections": _randn(1, 32),
-            "guidance": _time(1.0),
+            "pooled_projections": randn(1, 32),
+            "guidance": time_of(1.0),
         },
     ),
     "HunyuanVideo15Transformer3DModel": Tiny(
@@ -130,10 +130,10 @@ TINY: dict[str, Tiny] = {
         VIDEO_LATENT,
         lambda x, t: {
             "hidden_states": x,
-            "timestep": _time(t),
-            "encoder_hidden_states": _randn(1, TEXT, 32),
+            "timestep": time_of(t),
+            "encoder_hidden_states": randn(1, TEXT, 32),
             "encoder_attention_mask": torch.ones(1, TEXT),
-            "encoder_hidden_states_2": _randn(1, TEXT, 32),
+            "encoder_hidden_states_2": randn(1, TEXT, 32),
             "encoder_attention_mask_2": torch.ones(1, TEXT),
             "image_embeds": torch.zeros(1, 3, 16),
         },
@@ -141,7 +141,7 @@ TINY: dict[str, Tiny] = {
     "WanTransformer3DModel": Tiny(
         {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": 32, "freq_dim": 32, "ffn_dim": 64, "num_layers": 4},
         VIDEO_LATENT,
-        lambda x, t: {"hidden_states": x, "timestep": _time(t), "encoder_hidden_states": _randn(1, TEXT, 32)},
+        lambda x, t: {"hidden_states": x, "timestep": time_of(t), "encoder_hidden_states": randn(1, TEXT, 32)},
     ),
     "SD3Transformer2DModel": Tiny(
         {
@@ -158,9 +158,9 @@ TINY: dict[str, Tiny] = {
         (1, 4, 8, 8),
         lambda x, t: {
             "hidden_states": x,
-            "timestep": _time(t),
-            "encoder_hidden_states": _randn(1, TEXT, 32),
-            "pooled_projections": _randn(1, 32),
+            "timestep": time_of(t),
+            "encoder_hidden_states": randn(1, TEXT, 32),
+            "pooled_projections": randn(1, 32),
         },
     ),
     "DiTTransformer2DModel": Tiny(
@@ -175,7 +175,7 @@ TINY: dict[str, Tiny] = {
         (1, 4, 8, 8),
         lambda x, t: {
             "hidden_states": x,
-            "timestep": _time(t).long().clamp(max=999),
+            "timestep": time_of(t).long().clamp(max=999),
             "class_labels": torch.tensor([3]),
         },
     ),
@@ -194,8 +194,8 @@ TINY: dict[str, Tiny] = {
         (1, 4, 8, 8),
         lambda x, t: {
             "hidden_states": x,
-            "timestep": _time(t),
-            "encoder_hidden_states": _randn(1, TEXT, 32),
+            "timestep": time_of(t),
+            "encoder_hidden_states": randn(1, TEXT, 32),
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         },
     ),
@@ -211,8 +211,8 @@ TINY: dict[str, Tiny] = {
         (1, 32, 4),
         lambda x, t: {
             "hidden_states": x,
-            "timestep": _time(t),
-            "encoder_hidden_states": _randn(1, TEXT, 32),
+            "timestep": time_of(t),
+            "encoder_hidden_states": randn(1, TEXT, 32),
             "encoder_attention_mask": torch.ones(1, TEXT),
             "num_frames": 2,
             "height": 4,
@@ -233,7 +233,7 @@ TINY: dict[str, Tiny] = {
             "max_text_seq_length": TEXT,
         },
         (1, 2, 4, 8, 8),
-        lambda x, t: {"hidden_states": x, "timestep": _time(t), "encoder_hidden_states": _randn(1, TEXT, 32)},
+        lambda x, t: {"hidden_states": x, "timestep": time_of(t), "encoder_hidden_states": randn(1, TEXT, 32)},
     ),
     "ZImageTransformer2DModel": Tiny(
         {
@@ -248,16 +248,16 @@ TINY: dict[str, Tiny] = {
             "axes_lens": [64, 32, 32],
         },
         (4, 1, 8, 8),
-        lambda x, t: {"x": [x], "t": _time(1 - t, scale=1), "cap_feats": [_randn(TEXT, 32)]},
+        lambda x, t: {"x": [x], "t": time_of(1 - t, scale=1), "cap_feats": [randn(TEXT, 32)]},
     ),
     "ChromaTransformer2DModel": Tiny(
         {**FLUX_LIKE, "approximator_num_channels": 16, "approximator_hidden_dim": 32, "approximator_layers": 1},
         (1, 16, 4),
         lambda x, t: {
             "hidden_states": x,
-            "timestep": _time(t, scale=1),
-            "encoder_hidden_states": _randn(1, TEXT, 32),
-            "img_ids": _ids(4, 4),
+            "timestep": time_of(t, scale=1),
+            "encoder_hidden_states": randn(1, TEXT, 32),
+            "img_ids": ids(4, 4),
             "txt_ids": torch.zeros(TEXT, 3),
         },
     ),
@@ -277,8 +277,8 @@ TINY: dict[str, Tiny] = {
         (1, 4, 8, 8),
         lambda x, t: {
             "hidden_states": x,
-            "timestep": _time(t),
-            "encoder_hidden_states": _randn(1, TEXT, 32),
+            "timestep": time_of(t),
+            "encoder_hidden_states": randn(1, TEXT, 32),
             "original_size": torch.tensor([[64.0, 64.0]]),
             "target_size": torch.tensor([[64.0, 64.0]]),
             "crop_coords": torch.tensor([[0.0, 0.0]]),
@@ -297,8 +297,8 @@ TINY: dict[str, Tiny] = {
         VIDEO_LATENT,
         lambda x, t: {
             "hidden_states": x,
-            "timestep": _time(t),
-            "encoder_hidden_states": _randn(1, TEXT, 32),
+            "timestep": time_of(t),
+            "encoder_hidden_states": randn(1, TEXT, 32),
             "encoder_attention_mask": torch.ones(1, TEXT, dtype=torch.bool),
         },
     ),
@@ -315,18 +315,18 @@ TINY: dict[str, Tiny] = {
             "sample_size": 8,
         },
         (1, 4, 8, 8),
-        lambda x, t: {"hidden_states": x, "timestep": _time(t), "encoder_hidden_states": _randn(1, TEXT, 32)},
+        lambda x, t: {"hidden_states": x, "timestep": time_of(t), "encoder_hidden_states": randn(1, TEXT, 32)},
     ),
 }
 
 
-def build(name: str) -> Any:
-    """The tiny transformer of that class, in evaluation mode, every zero-initialised weight given a value."""
+def build(name: str, tiny: Tiny | None = None) -> Any:
+    """The tiny model of that class, in evaluation mode, every zero-initialised weight given a value."""
     torch.manual_seed(0)
-    model = getattr(diffusers, name)(**TINY[name].config).eval()
+    model = getattr(diffusers, name)(**(tiny or TINY[name]).config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.any():
+            if not parameter.any() or not (parameter.abs() < 1e3).all():  # zeroed, or never initialised
                 parameter.normal_(std=0.1)
     return model
 
@@ -341,7 +341,7 @@ def first(output: Any) -> Tensor:
 def sample(name: str, model: Any, steps: int = 12, guided: bool = False) -> Tensor:
     """A toy Euler sampler that changes the latent by a few per cent a step."""
     tiny = TINY[name]
-    x = _randn(*tiny.latent, seed=1)
+    x = randn(*tiny.latent, seed=1)
     for i in range(steps):
         t = 1 - i / steps
         velocity = first(model(**tiny.arguments(x, t)))

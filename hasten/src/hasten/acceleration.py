@@ -14,7 +14,7 @@ from hasten.errors import ConfigError, unknown
 from hasten.pipeline.handle import Acceleration
 from hasten.pipeline.hooks import hooks_on
 from hasten.pipeline.summary import Summary
-from hasten.pipeline.view import PipelineView, transformers
+from hasten.pipeline.view import PipelineView, denoisers
 from hasten.quality.configuration import Configuration
 from hasten.quality.requests import Requests, model_name
 from hasten.quality.setting import Setting, find
@@ -67,10 +67,12 @@ def accelerate(
     replace: bool = False,
     **params: Any,
 ) -> Acceleration:
-    """Make a diffusers pipeline (or a bare transformer) faster. The pipeline is called as before.
+    """Make a diffusers pipeline (or a bare denoiser) faster. The pipeline is called as before.
 
     Args:
-        target: a pipeline with a `transformer` (and perhaps a `transformer_2`), or a transformer.
+        target: a pipeline with a `transformer` (and perhaps a `transformer_2` or an `unconditional_transformer`), a
+            `unet`, a `prior` or a `decoder` that denoises; or a transformer or UNet itself. On a UNet a cache works at
+            the output, unless told `site="deep"`: the inner levels forecast, the outermost one computed.
         methods: a method's name or object, such as `"hicache"` or `hasten.HiCache(interval=7)`; or a caching method and
             one with stages, `hasten.DVG(), hasten.FoCa(interval=3)`: the cache then starts again in each stage. Without
             a method it is HiCache with its uniform schedule: the conservative choice, which guidance does not break.
@@ -88,8 +90,8 @@ def accelerate(
 
     Raises:
         UnknownNameError, ConfigError: for a method or parameter that cannot work.
-        TargetError: if there is no transformer.
-        AdapterError: if the transformer's layout is not known and cannot be found out.
+        TargetError: if there is nothing that denoises.
+        AdapterError: if the denoiser's layout is not known and cannot be found out, or the method does not fit it.
         AlreadyAcceleratedError: if it is accelerated already, by hasten or by another cache.
         CertificateError: if the quality is not certified for the model; in a call outside of its range, too.
 
@@ -106,7 +108,7 @@ def accelerate(
             params["computed_steps"] = configuration.computed_steps
     else:
         configuration = Configuration(quality=quality, audit=audit)
-    modules = transformers(target)
+    modules = denoisers(target)
     home = None if isinstance(target, nn.Module) else PipelineView(target)
     staged = None
     if configuration.quality is None:
@@ -153,28 +155,28 @@ def _certified(
 
 
 def summary(target: Any, run: int = -1) -> Summary:
-    """What a run on an accelerated pipeline or transformer saved; the latest one unless told otherwise.
+    """What a run on an accelerated pipeline or denoiser saved; the latest one unless told otherwise.
 
     Raises:
         ConfigError: if the target is not accelerated, or there was no such run.
     """
-    handles = _handles(transformers(target))
+    handles = _handles(denoisers(target))
     if not handles:
         raise ConfigError(f"this {type(target).__name__} is not accelerated; call hasten.accelerate on it first")
     return handles[0].summary(run)
 
 
 def remove(target: Any) -> None:
-    """Take every acceleration of hasten away from a pipeline or transformer; nothing happens if there is none.
+    """Take every acceleration of hasten away from a pipeline or denoiser; nothing happens if there is none.
 
     Raises:
-        TargetError: if there is no transformer.
+        TargetError: if there is nothing that denoises.
     """
-    for handle in _handles(transformers(target)):
+    for handle in _handles(denoisers(target)):
         handle.remove()
 
 
 def _handles(modules: dict[str, nn.Module]) -> list[Acceleration]:
-    """The handles of what is at work on some transformers, the latest first."""
+    """The handles of what is at work on some denoisers, the latest first."""
     found = [hook.handle for module in modules.values() for hook in reversed(hooks_on(module))]
     return list(dict.fromkeys(handle for handle in found if handle is not None))

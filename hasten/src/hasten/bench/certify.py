@@ -34,7 +34,7 @@ from hasten.calibration import Calibration
 from hasten.errors import CertificateError, ConfigError
 from hasten.io import Kind, check_target, digest_of, read_tensors, write_tensors
 from hasten.pipeline.runs import Run
-from hasten.pipeline.view import PipelineView, transformers
+from hasten.pipeline.view import PipelineView, denoisers
 from hasten.quality.certificate import Certificate, Evidence, Tried, store
 from hasten.quality.conditions import Call, Conditions, ModelFacts, scheduler_facts
 from hasten.quality.setting import FULL
@@ -221,7 +221,7 @@ class _Certification:
         def see(run: Run) -> None:
             found.append(Call.of(run))
 
-        modules, home = transformers(pipe), PipelineView(pipe)
+        modules, home = denoisers(pipe), PipelineView(pipe)
         ends = self._settings.guidance or (None,)
         for scale in dict.fromkeys(ends):
             call = dict(self._settings.call)

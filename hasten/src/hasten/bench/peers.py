@@ -31,7 +31,7 @@ from hasten.bench.sampling import draw_sample
 from hasten.bench.thresholds import Match, Trial, Trials, match_computed_steps
 from hasten.caching import Uniform, computed_steps
 from hasten.errors import AdapterError, ConfigError, ModelError, unknown
-from hasten.pipeline.view import TRANSFORMERS
+from hasten.pipeline.view import denoisers
 
 __all__ = ["PEERS", "OnACopy", "Peer", "chosen_peers", "peer_arms", "shared_copy"]
 
@@ -65,8 +65,7 @@ class OnACopy:
 
     @contextlib.contextmanager
     def __call__(self, pipe: Any) -> Iterator[None]:
-        found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
-        originals = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+        originals = {name: getattr(pipe, name) for name in denoisers(pipe)}
         try:
             for name, original in originals.items():
                 model = shared_copy(original)

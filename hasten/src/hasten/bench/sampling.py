@@ -19,7 +19,7 @@ from hasten.bench.edits import source_arguments
 from hasten.bench.subject import Subject
 from hasten.models.probe import require_stacks
 from hasten.pipeline.handle import Acceleration
-from hasten.pipeline.view import TRANSFORMERS
+from hasten.pipeline.view import denoisers
 
 __all__ = ["Attach", "Sample", "call_arguments", "count_flops", "counted_layer", "draw_sample", "plain"]
 
@@ -73,8 +73,7 @@ def counted_layer(model: nn.Module) -> str:
 @contextmanager
 def _counting(pipe: Any, attach: Attach) -> Iterator[tuple[Acceleration | None, Counter[str]]]:
     """Switch an arm on and count the calls of the transformers and of their counted layers."""
-    found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
-    models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+    models = {name: getattr(pipe, name) for name in denoisers(pipe)}
     names = {name: counted_layer(model) for name, model in models.items()}
     # hasten's arms put proxies into the model itself, the peers' arms put a copy in its place: where the model is
     # still the same, so is its layer, though perhaps not to be found under its name.

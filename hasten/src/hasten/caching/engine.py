@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from hasten import models
 from hasten.caching.components import FeatureKey
+from hasten.caching.deep import DeepSite
 from hasten.caching.gates import relative_change
 from hasten.caching.memory import Listener, PassMemory, without_autocast
 from hasten.caching.method import CachingMethod
@@ -24,6 +26,7 @@ from hasten.caching.sites import HiddenSite, ModuleSite, OutputSite, Site
 from hasten.caching.span import SpanSite
 from hasten.calibration import RunFacts
 from hasten.errors import AdapterError, AlreadyAcceleratedError, HastenWarning
+from hasten.models.forms import tensors_in
 from hasten.pipeline import context_parallel
 from hasten.pipeline.hooks import Forward, Hook, Remove, attach, compiled_whole, pass_name
 from hasten.pipeline.numbers import FiniteCheck
@@ -47,8 +50,7 @@ LARGE = 256 * 2**20  # bytes that are worth a word before they are kept
 
 def _tensor(result: Any) -> Tensor:
     """The prediction in a transformer's result; of a list of images the first."""
-    sample = result if isinstance(result, Tensor) else result[0]
-    return sample[0] if isinstance(sample, list) else sample
+    return tensors_in(result)[0]
 
 
 def _mean(model: nn.Module, mean: Tensor) -> Tensor:
@@ -83,8 +85,13 @@ class CachingEngine(Hook):
         method.check_model(model)
         self.model, self.method, self._home, self._check = model, method, home, check
         self._adapter = models.find(model)
-        names = (self._adapter.hidden, self._adapter.timestep) if self._adapter else models.root_arguments(model)
-        self._hidden, self._timestep = names
+        self._hidden: str
+        self._timestep: str | None
+        if self._adapter is None:
+            self._hidden, self._timestep = models.root_arguments(model)
+        else:
+            self._hidden, self._timestep = self._adapter.hidden, self._adapter.timestep
+        self._calls = count(1)
         self._parameters = list(inspect.signature(model.forward).parameters)
         self.site = self._make_site()
         self.runs = Runs(model, home)
@@ -151,7 +158,7 @@ class CachingEngine(Hook):
             self._warn("gradients", GRADIENTS)
             return forward(*args, **kwargs)
         hidden = self._argument(self._hidden, args, kwargs)
-        run, info = self.runs.label(self._argument(self._timestep, args, kwargs), hidden, pass_name(module))
+        run, info = self.runs.label(self._time(args, kwargs), hidden, pass_name(module))
         started = time.perf_counter()
         try:
             result, decision = self._forward(run, info, forward, args, kwargs)
@@ -267,14 +274,27 @@ class CachingEngine(Hook):
             state.gate.verified(state.step, relative_change(draft, checked, state.gate.reduce))
 
     def _make_site(self) -> Site:
-        feature = self.method.feature()
-        if self.method.site == "output":
+        feature, plain = self.method.feature(), type(self.method.feature())()
+        unet = self._adapter is None and models.is_unet(self.model)
+        if unet and self.method.site == "hidden" and feature != plain:
+            raise AdapterError(
+                f"{type(self.method).__name__} stands between the blocks of a transformer, and "
+                f"{type(self.model).__name__} is a UNet, whose levels hand nothing on; use easycache, or a method "
+                "with a schedule at site='output' or site='deep'"
+            )
+        if self.method.site == "deep":
+            return DeepSite(self.model)
+        if self.method.site == "output" or (unet and self.method.site == "hidden"):
             return OutputSite(self.model, feature.change, partial(self._argument, self._hidden))
         if self.method.site == "module":
             return ModuleSite(self.model, self._adapter)
-        if feature != type(feature)():
+        if feature != plain:
             return SpanSite(self.model, self._adapter, feature, self._verified)
         return HiddenSite(self.model, self._adapter)
+
+    def _time(self, args: Any, kwargs: Any) -> Any:
+        """The timestep of a call; of a model that is given none, a number that is another one in each call."""
+        return -float(next(self._calls)) if self._timestep is None else self._argument(self._timestep, args, kwargs)
 
     def _argument(self, name: str, args: Any, kwargs: Any) -> Any:
         if name in kwargs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, Self
 
 from torch import nn
 
@@ -27,10 +27,9 @@ from hasten.errors import CalibrationError, ConfigError, ScheduleError
 from hasten.io import Array, step_list
 from hasten.parameters import Declared, Range, parameters
 
-__all__ = ["SEARCHED", "SITES", "CachingMethod", "Feature", "ScheduledMethod", "SiteName"]
+__all__ = ["SEARCHED", "CachingMethod", "Feature", "ScheduledMethod", "SiteName"]
 
-SiteName = Literal["hidden", "output", "module"]
-SITES: tuple[SiteName, ...] = get_args(SiteName)
+SiteName = Literal["hidden", "output", "module", "deep"]
 SEARCHED = "steps"  # what a calibration of lists of computed steps is called
 INTERVAL = 5
 POWERS = {"even": 1.0, "early": 1.3}  # of the schedules that are spread
@@ -72,8 +71,8 @@ class CachingMethod(Declared):
 
     site: Annotated[
         SiteName,
-        "what is cached: image tokens after the last block (hidden), the prediction (output), or every attention and "
-        "feed-forward output (module)",
+        "what is cached: image tokens after the last block (hidden; of a UNet, which has none, the prediction), the "
+        "prediction (output), every attention and feed-forward output (module), or the inner levels of a UNet (deep)",
     ] = "hidden"
     warmup: Annotated[int, Range(1), "computed steps at the start"] = 3
 

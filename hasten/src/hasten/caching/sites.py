@@ -5,8 +5,8 @@ child modules, and takes them out again whatever happens; between forwards the m
 Block code is neither copied nor hooked, so compiled blocks, LoRA layers, attention processors and offload hooks keep
 working. Proxies are made once, and again when what they stand for was replaced.
 
-Cache keys: a site names each tensor that it remembers; `hidden` and `output` have one key (`output` one for each tensor
-of a list), `module` one for every tensor that a described submodule returns.
+Cache keys: a site names each tensor that it remembers; `hidden` has one key for each stream that leaves the last block,
+`output` one for each tensor of the result, `module` one for every tensor that a described submodule returns.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from hasten import models
-from hasten.caching.blocks import answer, hidden_in, hidden_of, owner_of, same_blocks, swapped
 from hasten.caching.memory import PassMemory, finite
 from hasten.errors import AdapterError
-from hasten.models import BlockStack, ModelAdapter, Proxy, patch_size
+from hasten.models import ModelAdapter, Proxy, patch_size
+from hasten.models.blocks import Skipped, owner_of, streams_in, swapped
+from hasten.models.forms import Form
 from hasten.pipeline.hooks import Forward
 
-__all__ = ["Decide", "HiddenSite", "ModuleSite", "OutputSite", "Site"]
+__all__ = ["Decide", "HiddenSite", "ModuleSite", "OutputSite", "PlainSite", "Site", "forecast_streams", "stream_key"]
 
 Decide = Callable[[Tensor | None], bool]
 Latents = Callable[[Any, Any], Any]
@@ -56,7 +57,7 @@ class Site(ABC):
         """Numbers (not bytes) that one stored step of one pass holds."""
 
 
-class _PlainSite(Site):
+class PlainSite(Site):
     """A site whose decision does not depend on what happens inside the forward."""
 
     def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> tuple[Any, bool]:
@@ -88,54 +89,26 @@ class _Recorder(Proxy):
         return output
 
 
-class _PassThrough(Proxy):
-    """A block that does nothing: returns what it was given, in the order in which its stack returns it."""
-
-    def __init__(self, original: nn.Module, stack: BlockStack) -> None:
-        super().__init__(original)
-        self.stack = stack
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return answer(self.stack, hidden_of(self.stack, args, kwargs), args, kwargs)
+def _record(memory: PassMemory, streams: dict[str, Tensor]) -> None:
+    for name, tensor in streams.items():
+        memory.record(stream_key(name), tensor)
 
 
-class _Forecast(_PassThrough):
-    """The last block of a skipped forward: returns the forecast image tokens."""
-
-    def __init__(self, original: nn.Module, stack: BlockStack, forecast: Callable[[], Tensor]) -> None:
-        super().__init__(original, stack)
-        self.forecast = forecast
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return answer(self.stack, self.forecast(), args, kwargs)
+def stream_key(name: str) -> str:
+    """The cache key of a stream that leaves the last block."""
+    return "hidden" if name == "hidden" else f"hidden/{name}"
 
 
-class _Form:
-    """What one call of a submodule returned, without the numbers."""
-
-    def __init__(self, output: Any) -> None:
-        self.is_tuple = isinstance(output, tuple)
-        tensors = output if self.is_tuple else (output,)
-        self._likes = [None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-
-    def build(self, make: Callable[[int], Tensor]) -> Any:
-        """An output of that form, `make(i)` giving its tensors."""
-        tensors = tuple(None if like is None else make(i) for i, like in enumerate(self._likes))
-        return tensors if self.is_tuple else tensors[0]
-
-    def filler(self) -> Any:
-        """An output of that form that nobody reads, since everything that it feeds is forecast."""
-
-        def make(i: int) -> Tensor:
-            like = self._likes[i]
-            assert like is not None
-            return torch.empty(like[0], dtype=like[1], device=like[2])
-
-        return self.build(make)
+def forecast_streams(memory: PassMemory) -> dict[str, Tensor]:
+    """The forecast of every stream that left the last block on computed steps."""
+    keys = [key for key in memory.cache_keys if key == "hidden" or key.startswith("hidden/")]
+    return {key.removeprefix("hidden/"): memory.forecast(key) for key in keys}
 
 
-class OutputSite(_PlainSite):
+class OutputSite(PlainSite):
     """The transformer's result, after the final layer: nothing of the model runs on a skipped step.
+
+    Every tensor of the result is forecast: a clip and its sound, an image of each size.
 
     Args:
         model: the transformer.
@@ -157,24 +130,33 @@ class OutputSite(_PlainSite):
 
     def compute(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         result = forward(*args, **kwargs)
-        sample = result if isinstance(result, Tensor) else result[0]
-        several = isinstance(sample, list)  # some models return one tensor for each image
-        # Only the kind of the result is kept, for the steps that have to make one.
-        memory.forms["output"] = (Tensor if isinstance(result, Tensor) else type(result), several)
-        for i, tensor in enumerate(sample if several else [sample]):
-            start = _like(self._inputs(args, kwargs)[i], tensor) if self._change else None
+        form = Form(result, type(self._model).__name__)
+        for i, tensor in enumerate(form.tensors):
+            start = self._start(i, tensor, args, kwargs)
             memory.record(f"output/{i}", tensor if start is None else tensor - start)
+        memory.forms["output"] = form.forget()  # for the steps that have to make a result of the same kind
         return result
 
     def skip(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        kind, several = memory.forms["output"]
-        tensors = [memory.forecast(key) for key in memory.cache_keys]
-        if self._change:
-            tensors = [finite(t + _like(x, t)) for x, t in zip(self._inputs(args, kwargs), tensors, strict=False)]
-        sample = tensors if several else tensors[0]
-        if kind is Tensor:
-            return sample
-        return (sample,) if kind is tuple else kind(sample=sample)
+        form: Form = memory.forms["output"]
+
+        def make(i: int) -> Tensor:
+            tensor = memory.forecast(f"output/{i}")
+            start = self._start(i, tensor, args, kwargs)
+            return tensor if start is None else finite(tensor + start)
+
+        return form.build(make)
+
+    def _start(self, i: int, result: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+        """What a result is remembered as a change of: the latents that it belongs to.
+
+        None without `change`, and for what has no counterpart among the latents (sound beside a clip), of which the
+        result itself is remembered.
+        """
+        if not self._change:
+            return None
+        latents = self._inputs(args, kwargs)
+        return _like(latents[i], result) if i < len(latents) and latents[i].dim() == result.dim() else None
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         config: Any = self._model.config
@@ -183,59 +165,47 @@ class OutputSite(_PlainSite):
         return int(batch * image_tokens * channels * per_token)
 
 
-class HiddenSite(_PlainSite):
-    """The image tokens after the last block.
+class HiddenSite(PlainSite):
+    """The image tokens after the last block, and with them every other stream that leaves it for a final layer.
 
-    A skipped step runs the embeddings and the final layer, with this step's modulation.
+    A skipped step runs the embeddings and the final layers, with this step's modulation.
     """
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter | None) -> None:
         if adapter is None:
             models.require_stacks(model)
         self._model, self.adapter = model, adapter
-        self._memory: PassMemory | None = None  # of the forward under way, until it is asked for the forecast
-        self._skipped: dict[str, nn.ModuleList] = {}
+        self._memory: PassMemory | None = None  # of the skipped forward under way
+        self._skipped: Skipped | None = None
 
     def compute(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         if self.adapter is None:
-            result, self.adapter, hidden = models.trace(self._model, forward, args, kwargs)
-            memory.record("hidden", hidden)
+            result, self.adapter, streams = models.trace(self._model, forward, args, kwargs)
+            _record(memory, streams)
             return result
         stack = self.adapter.used(self._model)[-1]
-        blocks = stack.blocks(self._model)
-
-        def record(output: Any) -> None:
-            memory.record("hidden", hidden_in(stack, output))
-
-        last = str(len(blocks) - 1)
-        with swapped([(blocks, last, _Recorder(blocks[-1], record))]):
+        container = stack.container(self._model)
+        last = next(reversed(container._modules))
+        block = stack.blocks(self._model)[-1]
+        recorder = _Recorder(block, lambda output: _record(memory, streams_in(stack, output)))
+        with swapped([(container, last, recorder)]):
             return forward(*args, **kwargs)
 
     def skip(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         assert self.adapter is not None
+        if self._skipped is None:
+            self._skipped = Skipped(self._model, self.adapter, self._forecast)
         self._memory = memory
-        stacks = self.adapter.used(self._model)
         try:
-            with swapped([(self._model, stack.name, self._proxies(stack, stack is stacks[-1])) for stack in stacks]):
+            with self._skipped.inside():
                 result = forward(*args, **kwargs)
-            return result if self._memory is None else None
+            return result if self._skipped.asked else None
         finally:
             self._memory = None
 
-    def _proxies(self, stack: BlockStack, last: bool) -> nn.ModuleList:
-        """As many proxies as blocks, since some models read the length of the list or count along."""
-        blocks = stack.blocks(self._model)
-        if not same_blocks(self._skipped.get(stack.name), blocks):
-            skipped: list[nn.Module] = [_PassThrough(block, stack) for block in blocks]
-            if last:
-                skipped[-1] = _Forecast(blocks[-1], stack, self._forecast)
-            self._skipped[stack.name] = nn.ModuleList(skipped)
-        return self._skipped[stack.name]
-
-    def _forecast(self) -> Tensor:
+    def _forecast(self) -> dict[str, Tensor]:
         assert self._memory is not None
-        memory, self._memory = self._memory, None
-        return memory.forecast("hidden")
+        return forecast_streams(self._memory)
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         if self.adapter is None:
@@ -260,7 +230,7 @@ class _Submodule(Proxy):
         return self.site.answer(self)
 
 
-class ModuleSite(_PlainSite):
+class ModuleSite(PlainSite):
     """Every attention and feed-forward output, before its gate: the papers' form, and the one that costs memory."""
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter | None) -> None:
@@ -333,18 +303,18 @@ class ModuleSite(_PlainSite):
         assert self._memory is not None
         call = self._calls[module.key]
         self._calls[module.key] += 1
-        self._memory.forms.setdefault(module.key, []).append(_Form(output))
+        form = Form(output, f"{module.key!r} of {type(self._model).__name__}")
         if module.forecast:
-            for i, tensor in enumerate(output if isinstance(output, tuple) else (output,)):
-                if tensor is not None:
-                    self._memory.record(f"{module.key}/{call}/{i}", tensor)
+            for i, tensor in enumerate(form.tensors):
+                self._memory.record(f"{module.key}/{call}/{i}", tensor)
+        self._memory.forms.setdefault(module.key, []).append(form.forget())
 
     def answer(self, module: _Submodule) -> Any:
         """What a submodule would have returned."""
         assert self._memory is not None
         memory, call = self._memory, self._calls[module.key]
         self._calls[module.key] += 1
-        forms: list[_Form] = memory.forms.get(module.key, [])
+        forms: list[Form] = memory.forms.get(module.key, [])
         if call >= len(forms):
             raise _NotRecordedError
         if not module.forecast:

@@ -15,15 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from hasten import models
-from hasten.caching.blocks import answer, encoder_of, hidden_in, hidden_of, owner_of, same_blocks, swapped, with_streams
 from hasten.caching.memory import PassMemory, finite
 from hasten.caching.method import Feature
-from hasten.caching.sites import Decide, Site
+from hasten.caching.sites import Decide, Site, forecast_streams, stream_key
 from hasten.errors import AdapterError, ConfigError
 from hasten.models import BlockStack, ModelAdapter, Proxy
+from hasten.models.blocks import (
+    answer,
+    encoder_of,
+    filled_like,
+    hidden_in,
+    hidden_of,
+    owner_of,
+    same_blocks,
+    stream_of,
+    streams_in,
+    swapped,
+    with_streams,
+)
 from hasten.pipeline.hooks import Forward
 
 __all__ = ["SpanSite"]
+
+_DRAFT = "input/"  # cache keys of what the last block is given, by stream
 
 
 class _Seen(Exception):  # noqa: N818 - not an error: it carries a tensor out of a block
@@ -71,6 +85,17 @@ class _Block(Proxy):
         return self.site.block(self, args, kwargs)
 
 
+def _entering(block: _Block, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """The streams in a call of a block, by name."""
+    stack, module = block.stack, block.original
+    streams: dict[str, Tensor | None] = {
+        "hidden": hidden_of(stack, module, args, kwargs),
+        "encoder": encoder_of(stack, module, args, kwargs),
+    }
+    streams |= {name: stream_of(module, name, args, kwargs) for name in stack.streams}
+    return {name: tensor for name, tensor in streams.items() if isinstance(tensor, Tensor)}
+
+
 class SpanSite(Site):
     """Image tokens after the last block, or the change that the blocks behind the front ones make.
 
@@ -95,7 +120,7 @@ class SpanSite(Site):
         if adapter is None:
             models.require_stacks(model)
         self._model, self.adapter, self._feature, self._verified = model, adapter, feature, verified
-        self._proxies: dict[str, nn.ModuleList] = {}
+        self._proxies: dict[str, nn.Module] = {}
         self._last = -1
         self._clear()
 
@@ -107,7 +132,7 @@ class SpanSite(Site):
         self._done = False  # whether the last block was called
         self._front_ran = False
         self._start: Tensor | None = None
-        self._entry: tuple[Tensor, Tensor | None] | None = None
+        self._entry: dict[str, Tensor] | None = None  # the streams that entered the span
 
     def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> tuple[Any, bool]:
         if self.adapter is None:
@@ -122,7 +147,7 @@ class SpanSite(Site):
         self._memory, self._decide = memory, decide
         stacks = self.adapter.used(self._model)
         try:
-            with swapped([(self._model, stack.name, self._blocks(stack, stacks)) for stack in stacks]):
+            with swapped([(*stack.holder(self._model), self._blocks(stack, stacks)) for stack in stacks]):
                 result = forward(*args, **kwargs)
             if self._entry is None:  # all blocks were left out
                 decide(None)
@@ -130,7 +155,7 @@ class SpanSite(Site):
         finally:
             self._clear()
 
-    def _blocks(self, stack: BlockStack, stacks: list[BlockStack]) -> nn.ModuleList:
+    def _blocks(self, stack: BlockStack, stacks: list[BlockStack]) -> nn.Module:
         """Proxies for the blocks of a stack."""
         sizes = [len(s.blocks(self._model)) for s in stacks]
         if self._feature.front >= sizes[0]:
@@ -146,75 +171,84 @@ class SpanSite(Site):
         if not same_blocks(self._proxies.get(stack.name), stack.blocks(self._model)):
             first = sum(sizes[: stacks.index(stack)])
             blocks = [_Block(b, stack, first + i, self) for i, b in enumerate(stack.blocks(self._model))]
-            self._proxies[stack.name] = nn.ModuleList(blocks)
+            self._proxies[stack.name] = filled_like(stack.container(self._model), list(blocks))
         return self._proxies[stack.name]
 
     def block(self, block: _Block, args: Any, kwargs: Any) -> Any:
         """What happens in the place of one block."""
         stack, front = block.stack, self._feature.front
-        hidden, encoder = hidden_of(stack, args, kwargs), encoder_of(stack, args, kwargs)
         if self._start is None:
-            self._start = hidden
+            self._start = hidden_of(stack, block.original, args, kwargs)
         if self._entry is None and block.position >= front:
-            self._enter(block, hidden, encoder, args, kwargs)
+            self._enter(block, args, kwargs)
         if block.position < front or (self._computing and block.position < self._last):
             self._front_ran |= block.position < front
             return block.original(*args, **kwargs)
         if block.position < self._last:
-            return answer(stack, hidden, args, kwargs)
+            return answer(stack, block.original, args, kwargs, {})
         self._done = True
         if self._computing:
-            return self._record(block, hidden, encoder, args, kwargs)
+            return self._record(block, args, kwargs)
         return self._forecast(block, args, kwargs)
 
-    def _enter(self, block: _Block, hidden: Tensor, encoder: Tensor | None, args: Any, kwargs: Any) -> None:
+    def _enter(self, block: _Block, args: Any, kwargs: Any) -> None:
         """The front blocks have run: let the gate observe its input and decide."""
         assert self._decide is not None
         assert self._memory is not None
-        self._entry = (hidden, encoder)
+        self._entry = _entering(block, args, kwargs)
         observed = None
         if self._feature.gate_input == "modulated" and block.position == 0:
             observed = modulated_input(block.original, block.stack, args, kwargs)
             self._memory.observe("modulated", observed)
         elif self._feature.gate_input == "front" and self._front_ran:
             assert self._start is not None
-            observed = hidden - self._start
+            observed = self._entry["hidden"] - self._start
         self._computing = self._decide(observed)
 
-    def _record(self, block: _Block, hidden: Tensor, encoder: Tensor | None, args: Any, kwargs: Any) -> Any:
+    def _record(self, block: _Block, args: Any, kwargs: Any) -> Any:
         assert self._memory is not None
         output = block.original(*args, **kwargs)
-        new = hidden_in(block.stack, output)
         entry = self._joined(block.stack)
-        self._memory.observe("entry", entry)
-        self._memory.record("hidden", new - entry if self._feature.change else new)
+        self._memory.observe("entry", entry["hidden"])
+        for name, new in streams_in(block.stack, output).items():
+            start = self._start_of(entry, name, new)
+            self._memory.record(stream_key(name), new if start is None else new - start)
         if self._feature.verify:
-            self._memory.record("input", hidden)
-            if encoder is not None and "encoder" in block.stack.returns:
-                self._memory.record("encoder", encoder)
+            drafted = _entering(block, args, kwargs)
+            for name, tensor in drafted.items():
+                if name in block.stack.returns:
+                    self._memory.record(_DRAFT + name, tensor)
         return output
 
-    def _joined(self, stack: BlockStack) -> Tensor:
+    def _joined(self, stack: BlockStack) -> dict[str, Tensor]:
         """What entered the span, in the form in which the last stack carries it."""
         assert self.adapter is not None
         assert self._entry is not None
-        hidden, encoder = self._entry
+        entry = self._entry
         if stack.joint and len(self.adapter.used(self._model)) > 1:
-            assert encoder is not None
-            return torch.cat([encoder, hidden], dim=1)  # text first, in all families with a joint second stack
-        return hidden
+            # text first, in all families with a joint second stack
+            return {**entry, "hidden": torch.cat([entry["encoder"], entry["hidden"]], dim=1)}
+        return entry
 
     def _forecast(self, block: _Block, args: Any, kwargs: Any) -> Any:
         assert self._memory is not None
-        new = self._memory.forecast("hidden")
+        new = forecast_streams(self._memory)
         if self._feature.verify:
-            draft = {name: self._memory.forecast(name) for name in self._memory.cache_keys if name != "hidden"}
-            args_, kwargs_ = with_streams(block.stack, args, kwargs, draft["input"], draft.get("encoder"))
-            self._verified(hidden_in(block.stack, block.original(*args_, **kwargs_)), new)
-        # Not `hidden`: what a ControlNet adds between the blocks is in it, and in the remembered change already.
-        if self._feature.change:
-            new = finite(self._joined(block.stack) + new)
-        return answer(block.stack, new, args, kwargs)
+            keys = [key for key in self._memory.cache_keys if key.startswith(_DRAFT)]
+            draft = {key.removeprefix(_DRAFT): self._memory.forecast(key) for key in keys}
+            args_, kwargs_ = with_streams(block.stack, block.original, args, kwargs, draft)
+            self._verified(hidden_in(block.stack, block.original(*args_, **kwargs_)), new["hidden"])
+        # Not what comes in here: what a ControlNet adds between the blocks is in it, and in the remembered change.
+        entry = self._joined(block.stack)
+        for name, change in new.items():
+            start = self._start_of(entry, name, change)
+            new[name] = change if start is None else finite(start + change)
+        return answer(block.stack, block.original, args, kwargs, new)
+
+    def _start_of(self, entry: dict[str, Tensor], name: str, like: Tensor) -> Tensor | None:
+        """What a stream is remembered as a change of; None where it did not enter the span in the same form."""
+        start = entry.get(name) if self._feature.change else None
+        return start if start is not None and start.shape == like.shape else None
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         adapter = self.adapter or ModelAdapter(stacks=())

@@ -18,7 +18,7 @@ from hasten.errors import CalibrationError
 from hasten.fitting.references import References
 from hasten.fitting.search import Search, search_steps
 from hasten.pipeline.replay import Replay
-from hasten.pipeline.view import TRANSFORMERS
+from hasten.pipeline.view import denoisers
 from hasten.solvers.multistep import NormalEquations, advance
 
 __all__ = ["STARTS", "Fitter", "Leap"]
@@ -153,8 +153,8 @@ class Fitter:
         """While this lasts, the pipeline's scheduler is a probe."""
         original = self._pipe.scheduler
         self._probe = _Probe(original.config)
-        models = [getattr(self._pipe, name, None) for name in TRANSFORMERS]
-        self._bypasses = [_Bypass(model, self._probe) for model in models if isinstance(model, nn.Module)]
+        models = [getattr(self._pipe, name) for name in denoisers(self._pipe)]
+        self._bypasses = [_Bypass(model, self._probe) for model in models]
         with ExitStack() as stack:
             stack.callback(setattr, self._pipe, "scheduler", original)
             self._pipe.scheduler = self._probe

@@ -1,12 +1,14 @@
 """The vocabulary in which a transformer's wiring is described.
 
 A *stack* is a list of blocks that the transformer runs in order. A block takes the image tokens ("hidden") and
-perhaps the text tokens ("encoder"), by name or by position, and returns one or both.
+perhaps the text tokens ("encoder"), by name or by position, and returns one or both. What else it takes and returns, a
+stream of its own such as the tokens of the sound that goes with a clip, is named as the block's argument is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -15,9 +17,8 @@ from hasten.errors import AdapterError, unknown
 
 __all__ = ["BlockModules", "BlockStack", "LayoutKind", "ModelAdapter"]
 
-Stream = Literal["encoder", "hidden"]
 Tokens = Literal["image", "text", "joint"]
-LayoutKind = Literal["latent", "frames", "history", "ids", "shapes", "sizes", "list"]
+LayoutKind = Literal["latent", "channels-last", "frames", "history", "ids", "positions", "shapes", "sizes", "list"]
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,46 @@ class BlockStack:
     """One list of blocks.
 
     Attributes:
-        name: the attribute of the transformer that holds the list.
-        returns: what a block returns, in order.
+        name: where the transformer holds the list, `"blocks"` or `"model.blocks"`.
+        returns: what a block returns, in order: `"encoder"`, `"hidden"`, the name of another argument whose stream it
+            carries on (it is forecast beside the image tokens), or None for what is always None.
         hidden: name of the block's argument with the image tokens.
         encoder: name of the block's argument with the text tokens, or None.
         joint: whether the image tokens come with the text tokens in one sequence.
         modules: submodules for the module site, or None if that site is not described.
+        wrapped: whether a block that returns one tensor returns it in a tuple.
+        side: whether the blocks stand beside the stacks (what one returns is added to the image tokens): those that are
+            called before the last block of the last stack feed only skipped blocks.
     """
 
     name: str
-    returns: tuple[Stream, ...] = ("encoder", "hidden")
+    returns: tuple[str | None, ...] = ("encoder", "hidden")
     hidden: str = "hidden_states"
     encoder: str | None = "encoder_hidden_states"
     joint: bool = False
     modules: BlockModules | None = None
+    wrapped: bool = False
+    side: bool = False
 
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
-        """The list of blocks of `model`."""
-        blocks = getattr(model, self.name)
-        assert isinstance(blocks, nn.ModuleList)
-        return blocks
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Arguments of a block that carry streams beside image and text."""
+        return tuple(name for name in self.returns if name not in (None, "hidden", "encoder"))
+
+    def container(self, model: nn.Module) -> nn.Module:
+        """The module of `model` that holds the blocks: a `ModuleList`, `Sequential` or `ModuleDict`."""
+        container = attrgetter(self.name)(model)
+        assert isinstance(container, nn.Module)
+        return container
+
+    def holder(self, model: nn.Module) -> tuple[nn.Module, str]:
+        """The module of `model` that holds the container, and the container's name in it."""
+        path, _, name = self.name.rpartition(".")
+        return (model.get_submodule(path) if path else model), name
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks of `model`, in order."""
+        return [block for block in self.container(model)._modules.values() if block is not None]
 
 
 @dataclass(frozen=True)
@@ -70,21 +91,22 @@ class ModelAdapter:
     Attributes:
         stacks: in the order in which the transformer runs them. The image tokens that leave the last non-empty one go
             to the final norm and projection.
-        timestep: name of the transformer's timestep argument.
+        timestep: name of the transformer's timestep argument; None where it has none, and every call is a step.
         hidden: name of the transformer's argument whose shape identifies the image's size.
         width: name of the attribute (of the model or its config) with the width of the image tokens, for estimates;
             without one, heads times head width is tried.
         layout: which arguments of the transformer tell where the tokens of the image lie, or None if that is unknown:
-            `"latent"` (latents `[B, C, H, W]` or `[B, C, T, H, W]`), `"frames"` (`[B, T, C, H, W]`), `"history"` (as
-            latent, after latents of the clip so far), `"ids"` (`img_ids`), `"shapes"` (`img_shapes`), `"sizes"`
-            (`num_frames`, `height`, `width` or `video_coords`) or `"list"` (a latent `[C, T, H, W]` for each image).
+            `"latent"` (latents `[B, C, H, W]` or `[B, C, T, H, W]`), `"channels-last"` (`[B, T, H, W, C]`), `"frames"`
+            (`[B, T, C, H, W]`), `"history"` (as latent, after latents of the clip so far), `"ids"` (`img_ids`),
+            `"positions"` (`position_ids` of text, then image), `"shapes"` (`img_shapes`), `"sizes"` (`num_frames`,
+            `height`, `width` or `video_coords`) or `"list"` (a latent `[C, T, H, W]` for each image).
 
     Raises:
         UnknownNameError: for a layout of another name.
     """
 
     stacks: tuple[BlockStack, ...]
-    timestep: str = "timestep"
+    timestep: str | None = "timestep"
     hidden: str = "hidden_states"
     width: str = "inner_dim"
     layout: LayoutKind | None = None
@@ -94,8 +116,12 @@ class ModelAdapter:
             raise unknown("layout", self.layout, get_args(LayoutKind))
 
     def used(self, model: nn.Module) -> list[BlockStack]:
-        """The stacks of this model that have blocks (a family may allow an empty one)."""
-        return [stack for stack in self.stacks if len(stack.blocks(model))]
+        """The stacks of this model that carry the image tokens and have blocks (a family may allow an empty one)."""
+        return [stack for stack in self.stacks if not stack.side and stack.blocks(model)]
+
+    def beside(self, model: nn.Module) -> list[BlockStack]:
+        """The stacks of this model that stand beside those, and have blocks."""
+        return [stack for stack in self.stacks if stack.side and stack.blocks(model)]
 
     def width_of(self, model: Any) -> int:
         """Channels of an image token between the blocks."""

@@ -1,4 +1,8 @@
-"""Image transformers with one stack: Qwen-Image, Stable Diffusion 3, DiT, PixArt, Z-Image, CogView4 and Sana."""
+"""Image transformers that are not of FLUX's kind.
+
+Qwen-Image, Stable Diffusion 3, DiT, PixArt, Z-Image, CogView4, Sana, HunyuanDiT, HunyuanImage, Ideogram 4, Krea 2,
+Bria Fibo 2 and Amused.
+"""
 
 from __future__ import annotations
 
@@ -99,5 +103,121 @@ COGVIEW4 = register(
             ),
         ),
         layout="latent",
+    ),
+)
+
+# One sequence of text, reference images and, last, the image that is made.
+QWEN_IMAGE_21 = register(
+    "QwenImage21Transformer2DModel",
+    ModelAdapter(
+        stacks=(
+            BlockStack(
+                "transformer_blocks",
+                returns=("hidden",),
+                encoder=None,
+                joint=True,
+                modules=BlockModules(forecast=(("attn", ("joint",)), ("img_mlp", ("joint",)))),
+            ),
+        ),
+    ),
+)
+
+# The second half of the blocks also gets what left the first half: passed by when both are skipped.
+HUNYUAN_DIT = register(
+    "HunyuanDiT2DModel",
+    ModelAdapter(
+        stacks=(
+            BlockStack(
+                "blocks",
+                returns=("hidden",),
+                modules=BlockModules(forecast=(("attn1", ("image",)), ("attn2", ("image",)), ("ff", ("image",)))),
+            ),
+        ),
+        layout="latent",
+    ),
+)
+
+# In the single blocks image tokens come first; they are handed on apart.
+HUNYUAN_IMAGE = register(
+    "HunyuanImageTransformer2DModel",
+    ModelAdapter(
+        stacks=(
+            BlockStack(
+                "transformer_blocks",
+                returns=("hidden", "encoder"),
+                modules=BlockModules(
+                    forecast=(("attn", ("image", "text")), ("ff", ("image",)), ("ff_context", ("text",))),
+                ),
+            ),
+            BlockStack(
+                "single_transformer_blocks",
+                returns=("hidden", "encoder"),
+                modules=BlockModules(forecast=(("proj_out", ("joint",)),), skip=("attn", "proj_mlp", "act_mlp")),
+            ),
+        ),
+        layout="latent",
+    ),
+)
+
+IDEOGRAM_4 = register(
+    "Ideogram4Transformer2DModel",
+    ModelAdapter(
+        stacks=(
+            BlockStack(
+                "layers",
+                returns=("hidden",),
+                encoder=None,
+                joint=True,
+                modules=BlockModules(forecast=(("attention", ("joint",)), ("feed_forward", ("joint",)))),
+            ),
+        ),
+        layout="positions",
+    ),
+)
+
+KREA_2 = register(
+    "Krea2Transformer2DModel",
+    ModelAdapter(
+        stacks=(
+            BlockStack(
+                "transformer_blocks",
+                returns=("hidden",),
+                encoder=None,
+                joint=True,
+                modules=BlockModules(forecast=(("attn", ("joint",)), ("ff", ("joint",)))),
+            ),
+        ),
+        layout="positions",
+    ),
+)
+
+# The text is condensed to a few tokens before the blocks; the refiners there run on every step.
+BRIA_FIBO_2 = register(
+    "BriaFibo2Transformer2DModel",
+    ModelAdapter(
+        stacks=(
+            BlockStack(
+                "layers",
+                returns=("hidden",),
+                hidden="x",
+                encoder=None,
+                joint=True,
+                modules=BlockModules(
+                    forecast=(("attention", ("joint",)), ("cross_attention", ("joint",)), ("feed_forward", ("joint",))),
+                ),
+            ),
+        ),
+        width="dim",
+    ),
+)
+
+# Amused: predicts the codes of an image, and is not told how far it has come.
+UVIT = register(
+    "UVit2DModel",
+    ModelAdapter(
+        stacks=(BlockStack("transformer_layers", returns=("hidden",)),),
+        timestep=None,
+        hidden="input_ids",
+        width="hidden_size",
     ),
 )

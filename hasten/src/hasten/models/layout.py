@@ -139,6 +139,17 @@ def _from_frames(model: Any, adapter: ModelAdapter, arguments: Arguments) -> Tok
     return TokenLayout(_divided((frames, height, width), patch_size(model.config)))
 
 
+def _from_last(model: Any, adapter: ModelAdapter, arguments: Arguments) -> TokenLayout:
+    """Latents `[B, T, H, W, C]`."""
+    if arguments.get("sparse_params"):
+        raise AdapterError(
+            f"{type(model).__name__} was called with sparse_params, which puts its tokens in another order; use a "
+            "method that does not split features by their place"
+        )
+    _, *sizes, _ = _argument(model, arguments, adapter.hidden).shape
+    return TokenLayout(_still(_divided(sizes, patch_size(model.config))))
+
+
 def _from_history(model: Any, adapter: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """Latents `[B, C, T, H, W]` after those of the clip so far, in coarser patches the older they are."""
     before = 0
@@ -164,6 +175,20 @@ def _from_ids(model: Any, adapter: ModelAdapter, arguments: Arguments) -> TokenL
     return TokenLayout(_row_major(model, ids[first : first + len(own), 1:3]), text + first)
 
 
+def _from_positions(model: Any, adapter: ModelAdapter, arguments: Arguments) -> TokenLayout:
+    """`position_ids` `[N, 3]` or `[B, N, 3]`: (frame, row, column) of text tokens, then of the image's.
+
+    The image's tokens are those that `indicator` says (2), or else as many as there are latents `[B, N, C]`.
+    """
+    positions = _argument(model, arguments, "position_ids")
+    positions = _on_host(positions[0] if positions.ndim == 3 else positions)
+    first = len(positions) - _argument(model, arguments, adapter.hidden).shape[1]
+    if arguments.get("indicator") is not None:
+        own = np.flatnonzero(_on_host(arguments["indicator"][0]) == 2)
+        first = int(own[0]) if len(own) else len(positions)
+    return TokenLayout(_row_major(model, positions[first:, 1:]), first)
+
+
 def _from_shapes(model: Any, adapter: ModelAdapter, arguments: Arguments) -> TokenLayout:
     """`img_shapes`: for each image of the batch (T, H, W), or a list of such whose later ones are references."""
     shapes = _argument(model, arguments, "img_shapes")
@@ -180,7 +205,8 @@ def _from_sizes(model: Any, adapter: ModelAdapter, arguments: Arguments) -> Toke
     """
     if arguments.get("video_coords") is None:
         return TokenLayout(tuple(int(_argument(model, arguments, n)) for n in ("num_frames", "height", "width")))
-    coordinates = _on_host(arguments["video_coords"][0].T)
+    own = arguments["video_coords"][0]
+    coordinates = _on_host((own[..., 0] if own.ndim == 3 else own).T)  # LTX-2 gives where a patch begins and ends
     origins = np.flatnonzero((coordinates == coordinates.min(0)).all(1))
     first = int(origins[-1]) if len(origins) else 0
     return TokenLayout(_row_major(model, coordinates[first:]), first)
@@ -210,9 +236,11 @@ def _require_one_size(model: Any, sizes: Sequence[tuple[int, ...]]) -> None:
 
 _READERS: dict[LayoutKind, Callable[[Any, ModelAdapter, Arguments], TokenLayout]] = {
     "latent": _from_latent,
+    "channels-last": _from_last,
     "frames": _from_frames,
     "history": _from_history,
     "ids": _from_ids,
+    "positions": _from_positions,
     "shapes": _from_shapes,
     "sizes": _from_sizes,
     "list": _from_list,

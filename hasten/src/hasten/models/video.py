@@ -1,4 +1,8 @@
-"""Video transformers: HunyuanVideo, 1.5 and FramePack, Wan and VACE, Sana-Video, LTX-Video, CogVideoX and Mochi."""
+"""Video transformers.
+
+HunyuanVideo, 1.5 and FramePack, Wan, VACE and Animate, SkyReels, Sana-Video, LTX-Video, CogVideoX, Mochi, Kandinsky 5
+and Cosmos. Those whose clips have sound are in `sound`.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +47,63 @@ WAN = register("WanTransformer3DModel", ModelAdapter(stacks=(_WAN,), layout="lat
 # The control blocks (8 beside 40 blocks in the 14B model) run on skipped steps too: `vace_layers` may name the last
 # block, and what a control block adds comes after the block of its layer.
 WAN_VACE = register("WanVACETransformer3DModel", ModelAdapter(stacks=(_WAN,), layout="latent"))
+
+# What the blocks of the face add goes into the blocks behind them, and is of no use where these are skipped.
+WAN_ANIMATE = register(
+    "WanAnimateTransformer3DModel",
+    ModelAdapter(
+        stacks=(
+            _WAN,
+            BlockStack("face_adapter", returns=("hidden",), encoder=None, side=True, modules=BlockModules(())),
+        ),
+        layout="latent",
+    ),
+)
+
+WAN_ANIMATE_2 = register(
+    "WanAnimate2Transformer3DModel",
+    ModelAdapter(
+        stacks=(
+            BlockStack(
+                "blocks",
+                returns=("hidden",),
+                modules=BlockModules(
+                    forecast=(("self_attn", ("image",)), ("cross_attn", ("image",)), ("ffn", ("image",))),
+                ),
+            ),
+        ),
+        width="dim",
+        layout="list",
+    ),
+)
+
+SKYREELS = register("SkyReelsV2Transformer3DModel", ModelAdapter(stacks=(_WAN,), layout="latent"))
+
+# The text blocks (2 beside 32 or 60) run on every step.
+KANDINSKY_5 = register(
+    "Kandinsky5Transformer3DModel",
+    ModelAdapter(
+        stacks=(
+            BlockStack(
+                "visual_transformer_blocks",
+                returns=("hidden",),
+                hidden="visual_embed",
+                encoder="text_embed",
+                modules=BlockModules(
+                    forecast=(
+                        ("self_attention", ("image",)),
+                        ("cross_attention", ("image",)),
+                        ("feed_forward", ("image",)),
+                    ),
+                ),
+            ),
+        ),
+        width="model_dim",
+        layout="channels-last",
+    ),
+)
+
+COSMOS = register("CosmosTransformer3DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="latent"))
 
 SANA_VIDEO = register("SanaVideoTransformer3DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="latent"))
 

@@ -17,21 +17,24 @@ from typing import Any, NamedTuple
 from diffusers import DiffusionPipeline, ModularPipeline
 from torch import Tensor, nn
 
-from hasten.errors import TargetError
+from hasten import models
+from hasten.errors import AdapterError, TargetError
 
 __all__ = [
-    "TRANSFORMERS",
+    "DENOISERS",
     "Owner",
     "PipelineView",
     "alive",
     "call_arguments",
     "current_owner",
+    "denoisers",
     "pipeline_of",
-    "transformers",
     "unwrap",
 ]
 
-TRANSFORMERS = ("transformer", "transformer_2")  # where pipelines keep what denoises
+_EXPERTS = ("transformer", "transformer_2")  # which take over from each other within a run
+# Where pipelines keep what denoises.
+DENOISERS = (*_EXPERTS, "unconditional_transformer", "unet", "prior", "decoder")
 
 
 class Owner(NamedTuple):
@@ -130,24 +133,34 @@ def unwrap(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
-def transformers(target: Any) -> dict[str, nn.Module]:
-    """The transformers of a pipeline by name, unwrapped; a bare one by the name of its class.
+def denoisers(target: Any) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline by name, unwrapped; a bare one by the name of its class.
 
     Raises:
         TargetError: if there is none.
     """
     if isinstance(target, nn.Module):
         return {type(unwrap(target)).__name__: unwrap(target)}
-    found = {name: getattr(target, name, None) for name in TRANSFORMERS}
-    modules = {name: unwrap(module) for name, module in found.items() if isinstance(module, nn.Module)}
+    found = {name: unwrap(getattr(target, name, None)) for name in DENOISERS}
+    modules = {
+        name: module
+        for name, module in found.items()
+        if isinstance(module, nn.Module) and (name in _EXPERTS or _takes_a_timestep(module))
+    }
     if not modules:
-        unet = getattr(target, "unet", None) is not None
-        has = " (it has a `unet`, which hasten does not accelerate)" if unet else ""
         raise TargetError(
-            f"{type(target).__name__} has no transformer{has}; give a diffusers pipeline with a `transformer`, "
-            "or the transformer itself"
+            f"{type(target).__name__} has nothing that denoises; give a diffusers pipeline with one of "
+            f"{', '.join(DENOISERS)}, or the transformer or UNet itself"
         )
     return modules
+
+
+def _takes_a_timestep(module: nn.Module) -> bool:
+    """Whether a module denoises, since pipelines call other things a decoder, too."""
+    try:
+        return models.find(module) is not None or bool(models.root_arguments(module))
+    except AdapterError:
+        return False
 
 
 class PipelineView:
@@ -207,7 +220,7 @@ class PipelineView:
 
     def compiles(self, module: nn.Module) -> bool:
         """Whether the pipeline calls a transformer through `torch.compile`."""
-        parts = [getattr(self.pipe, name, None) for name in TRANSFORMERS]
+        parts = [getattr(self.pipe, name, None) for name in DENOISERS]
         return any(unwrap(part) is module and part is not module for part in parts)
 
     def timesteps_of(self, module: nn.Module) -> tuple[float, ...] | None:
@@ -220,7 +233,7 @@ class PipelineView:
             timesteps = timesteps[:-1]
         # Two experts take over from each other at a boundary (Wan 2.2).
         ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
-        first, second = (unwrap(getattr(pipe, name, None)) for name in TRANSFORMERS)
+        first, second = (unwrap(getattr(pipe, name, None)) for name in _EXPERTS)
         if ratio is not None and first is not None and second is not None:
             early = timesteps >= ratio * scheduler.config.num_train_timesteps
             timesteps = timesteps[early if module is first else ~early]

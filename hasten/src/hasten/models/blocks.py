@@ -1,0 +1,210 @@
+"""How one speaks with blocks: putting proxies in their places, reading and answering their calls, skipping them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from hasten.models.adapter import BlockStack, ModelAdapter
+from hasten.models.proxy import Proxy
+
+__all__ = [
+    "Skipped",
+    "answer",
+    "encoder_of",
+    "filled_like",
+    "hidden_in",
+    "hidden_of",
+    "owner_of",
+    "same_blocks",
+    "stream_of",
+    "streams_in",
+    "swapped",
+    "with_streams",
+]
+
+
+@contextmanager
+def swapped(changes: list[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
+    """Put modules in the places of children, and the children back in the end, unless somebody put others there."""
+    originals = [parent._modules[name] for parent, name, _ in changes]
+    try:
+        for parent, name, module in changes:
+            parent._modules[name] = module
+        yield
+    finally:
+        for (parent, name, module), original in zip(changes, originals, strict=True):
+            if parent._modules[name] is module:
+                parent._modules[name] = original
+
+
+def filled_like(container: nn.Module, blocks: list[nn.Module]) -> nn.Module:
+    """A container of the same kind (`ModuleList`, `Sequential`, ...) and the same names with other blocks in it."""
+    filled = copy.copy(container)
+    names = [name for name, block in container._modules.items() if block is not None]
+    filled.__dict__["_modules"] = dict(zip(names, blocks, strict=True))
+    return filled
+
+
+def same_blocks(proxies: nn.Module | None, blocks: list[nn.Module]) -> bool:
+    """Whether the proxies stand for these very blocks; users replace, wrap and compile blocks between calls."""
+    if proxies is None or len(proxies._modules) != len(blocks):
+        return False
+    return all(getattr(proxy, "original", None) is b for proxy, b in zip(proxies.children(), blocks, strict=True))
+
+
+def owner_of(block: nn.Module, name: str) -> nn.Module | None:
+    """The block, or what it wraps, that has a child of that name; None if neither has."""
+    return next((module for module in block.modules() if name in module._modules), None)
+
+
+@cache
+def _parameters(block: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(block.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def _index(block: nn.Module, name: str, usual: int) -> int:
+    """Where an argument comes in the block's signature; where it usually comes, for blocks that do not name it."""
+    kind: Any = type(getattr(block, "_orig_mod", block))
+    parameters = _parameters(kind)
+    return parameters.index(name) if name in parameters else usual
+
+
+def stream_of(block: nn.Module, name: str, args: Any, kwargs: Any, usual: int = 0) -> Any:
+    """An argument in a call of a block, by name or by position; None if it was not given."""
+    if name in kwargs:
+        return kwargs[name]
+    index = _index(block, name, usual)
+    return args[index] if index < len(args) else None
+
+
+def hidden_of(stack: BlockStack, block: nn.Module, args: Any, kwargs: Any) -> Tensor:
+    """The image tokens in a call of one of the stack's blocks."""
+    hidden: Tensor = stream_of(block, stack.hidden, args, kwargs)
+    return hidden
+
+
+def encoder_of(stack: BlockStack, block: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
+    """The text tokens in a call of one of the stack's blocks, if it has any."""
+    return None if stack.encoder is None else stream_of(block, stack.encoder, args, kwargs, usual=1)
+
+
+def with_streams(
+    stack: BlockStack, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], streams: Mapping[str, Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with other tokens: `"hidden"`, `"encoder"` or a stream's own name."""
+    positional, named = list(args), dict(kwargs)
+    for stream, value in streams.items():
+        name = {"hidden": stack.hidden, "encoder": stack.encoder}.get(stream, stream)
+        if name in named:
+            named[name] = value
+        elif name is not None:
+            positional[_index(block, name, usual=int(stream == "encoder"))] = value
+    return tuple(positional), named
+
+
+def hidden_in(stack: BlockStack, output: Any) -> Tensor:
+    """The image tokens in what one of the stack's blocks returned."""
+    return output[stack.returns.index("hidden")] if isinstance(output, (tuple, list)) else output
+
+
+def streams_in(stack: BlockStack, output: Any) -> dict[str, Tensor]:
+    """What has to be forecast of what the last block of a stack returned: image tokens and further streams."""
+    outputs = output if isinstance(output, (tuple, list)) else (output,)
+    named = {name: value for name, value in zip(stack.returns, outputs, strict=False) if value is not None}
+    return {name: value for name, value in named.items() if name in ("hidden", *stack.streams)}
+
+
+def answer(stack: BlockStack, block: nn.Module, args: Any, kwargs: Any, streams: Mapping[str, Tensor]) -> Any:
+    """What a block of the stack would return with these streams, and with the others as they were given to it."""
+    answers = tuple(
+        None if name is None else streams[name] if name in streams else _given(stack, block, name, args, kwargs)
+        for name in stack.returns
+    )
+    return answers[0] if len(answers) == 1 and not stack.wrapped else answers
+
+
+def _given(stack: BlockStack, block: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
+    if name == "hidden":
+        return hidden_of(stack, block, args, kwargs)
+    return encoder_of(stack, block, args, kwargs) if name == "encoder" else stream_of(block, name, args, kwargs)
+
+
+class _PassThrough(Proxy):
+    """A block that does nothing: returns what it was given, in the order in which its stack returns it."""
+
+    def __init__(self, original: nn.Module, stack: BlockStack) -> None:
+        super().__init__(original)
+        self.stack = stack
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return answer(self.stack, self.original, args, kwargs, {})
+
+
+class _Last(_PassThrough):
+    """The last block of a skipped forward: returns the forecast streams."""
+
+    def __init__(self, original: nn.Module, stack: BlockStack, forecast: Callable[[], Mapping[str, Tensor]]) -> None:
+        super().__init__(original, stack)
+        self.forecast = forecast
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return answer(self.stack, self.original, args, kwargs, self.forecast())
+
+
+class _Beside(_PassThrough):
+    """A block beside the stacks: does nothing until the forecast is there, and what it always did from then on."""
+
+    def __init__(self, original: nn.Module, stack: BlockStack, skipped: Skipped) -> None:
+        super().__init__(original, stack)
+        self.__dict__["skipped"] = skipped
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs) if self.skipped.asked else super().forward(*args, **kwargs)
+
+
+class Skipped:
+    """The blocks of a transformer, none of which runs: the last one returns what is forecast.
+
+    Args:
+        model: the transformer.
+        adapter: how it is laid out.
+        forecast: gives the streams that leave the last block, by name.
+    """
+
+    def __init__(self, model: nn.Module, adapter: ModelAdapter, forecast: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._model, self._adapter, self._given = model, adapter, forecast
+        self._proxies: dict[str, nn.Module] = {}
+        self.asked = False  # whether the forward under way has come to the last block
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """For the length of one forward."""
+        self.asked = False
+        stacks = self._adapter.used(self._model)
+        changes = [(*stack.holder(self._model), self._filled(stack, stack is stacks[-1])) for stack in stacks]
+        changes += [(*s.holder(self._model), self._filled(s, False)) for s in self._adapter.beside(self._model)]
+        with swapped(changes):
+            yield
+
+    def _filled(self, stack: BlockStack, last: bool) -> nn.Module:
+        """As many proxies as blocks, since some models read the length of the list or count along; made once."""
+        blocks = stack.blocks(self._model)
+        if not same_blocks(self._proxies.get(stack.name), blocks):
+            proxies: list[nn.Module] = [
+                _Beside(block, stack, self) if stack.side else _PassThrough(block, stack) for block in blocks
+            ]
+            if last:
+                proxies[-1] = _Last(blocks[-1], stack, self._forecast)
+            self._proxies[stack.name] = filled_like(stack.container(self._model), proxies)
+        return self._proxies[stack.name]
+
+    def _forecast(self) -> Mapping[str, Tensor]:
+        self.asked = True
+        return self._given()
