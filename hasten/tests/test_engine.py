@@ -8,7 +8,7 @@ from pipelines import draw, make_pipe
 
 import hasten
 from hasten.caching import Uniform, computed_steps
-from hasten.caching.method import SITES, ScheduledMethod
+from hasten.caching.method import ScheduledMethod
 from hasten.caching.methods import HiCache, Reuse, TaylorSeer
 from hasten.caching.projectors import Whole
 from hasten.errors import (
@@ -21,6 +21,7 @@ from hasten.errors import (
     UnknownNameError,
 )
 
+SITES = ("hidden", "output", "module")
 METHODS = ["reuse", "taylorseer", "hicache"]
 
 

@@ -324,7 +324,7 @@ def test_blocks_that_cannot_be_watched_are_refused_and_wrong_calls_fail_as_they_
     with pytest.raises(AdapterError, match=r"cannot be watched \(AssertionError.*register\('Asking'"):
         run_of(model)
     run.remove()
-    with hasten.accelerate(DiT(), "reuse") as run, torch.no_grad(), pytest.raises(RuntimeError, match="mat1|size"):
+    with hasten.accelerate(DiT(), "reuse") as run, torch.no_grad(), pytest.raises(RuntimeError, match=r"mat1|size"):
         run._engines["DiT"].model(torch.ones(1, 6, WIDTH + 1), torch.ones(1), torch.ones(1, WIDTH))
 
 
