@@ -149,7 +149,7 @@ class Subject:
                 return Verdict("interval 1 is not the plain model")
         with _counted(self.model, interval=INTERVAL, **params):
             for step in self.outputs(constant=True, steps=2):
-                if not _near(step, self.constant):
+                if not near(step, self.constant):
                     return Verdict("an output is lost")
         calls: list[int] = []
         with self.counting(), _counted(self.model, interval=INTERVAL, **params) as run:
@@ -181,7 +181,7 @@ def _same(first: list[list[Tensor]], second: list[list[Tensor]]) -> bool:
     return all(len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in zip(first, second, strict=True))
 
 
-def _near(found: list[Tensor], expected: list[Tensor]) -> bool:
+def near(found: list[Tensor], expected: list[Tensor]) -> bool:
     """Whether all outputs are there and right; a cache sums in another order than the model."""
     return len(found) == len(expected) and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, expected, strict=True)
