@@ -55,7 +55,9 @@ def peer_verdict(name: str, peer: str) -> checks.Verdict:
             with subject.counting():
                 steps = subject.outputs(constant=True, shares=calls)
     except (Exception, SystemExit) as error:
-        return checks.Verdict("fails", detail=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}")
+        return checks.Verdict(
+            "fails", detail=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+        )
     finally:
         subject.model = model
     share = calls[-1] / calls[0]

@@ -307,6 +307,59 @@ def matrix_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_PEERS = {"dbcache": "cache-dit", "first-block": "diffusers, first block"}
+_COLUMNS = {
+    "transformer": {"hidden": "hidden", "output": "output", "module": "module", **_PEERS},
+    "unet": {"output": "output", "deep": "deep"},
+}
+
+
+def _denoisers(result: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    return {name: row["cells"] for name, row in result["denoisers"].items() if row["kind"] == kind}
+
+
+def denoisers_table(result: dict[str, Any], kind: str) -> str:
+    """Markdown of `denoisers.json`: the layers that a skipped step runs, as a share of a computed one's."""
+    columns = _COLUMNS[kind]
+    lines = [_row([kind.replace("unet", "UNet"), *columns.values()]), "|---" + "|--:" * len(columns) + "|"]
+    rows = _denoisers(result, kind)
+    for name, cells in rows.items():
+        lines.append(_row([name, *(_verdict(cells[column]) for column in columns)]))
+    totals = [f"{sum(cells[c]['status'] == 'right' for cells in rows.values())} of {len(rows)}" for c in columns]
+    environment = result["environment"]
+    lines += [
+        _row(["**right**", *totals]),
+        "",
+        f"torch {environment['torch']}, diffusers {environment['diffusers']}; tiny models, whose embeddings and "
+        "refiners are a large part of them.",
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(cell: dict[str, Any]) -> str:
+    if cell["status"] == "right":
+        return f"{cell['share']:.2f}"
+    return {"refused": "-", "an output is lost": "differs"}.get(cell["status"], cell["status"])
+
+
+def coverage(result: dict[str, Any]) -> str:
+    """How many denoisers are right, in two sentences."""
+
+    def count(kind: str, *sites: str) -> int:
+        rows = _denoisers(result, kind).values()
+        return sum(any(cells[site]["status"] == "right" for site in sites) for cells in rows)
+
+    transformers, unets = (len(_denoisers(result, kind)) for kind in ("transformer", "unet"))
+    version = result["environment"]["diffusers"]
+    return (
+        f"Of the {transformers} transformers that diffusers {version} ships, {count('transformer', 'hidden', 'output')} "
+        f"are right at some site and {count('transformer', 'hidden')} at the hidden one (cache-dit "
+        f"{count('transformer', 'dbcache')}, diffusers' first-block cache {count('transformer', 'first-block')}). "
+        f"Of its {unets} UNets {count('unet', 'output')} are right at the output, and {count('unet', 'deep')} with "
+        "their inner levels forecast as DeepCache does."
+    )
+
+
 def memory_table(result: dict[str, Any]) -> str:
     """Markdown of `memory.json`."""
     sites = ("output", "hidden", "module")
@@ -421,6 +474,9 @@ TABLES = {
     "demo": lambda: bench_table("demo"),
     "overhead": lambda: overhead_table(_read("overhead.json")),
     "matrix": lambda: matrix_table(_read("matrix.json")),
+    "transformers": lambda: denoisers_table(_read("denoisers.json"), "transformer"),
+    "unets": lambda: denoisers_table(_read("denoisers.json"), "unet"),
+    "coverage": lambda: coverage(_read("denoisers.json")),
     "cost": lambda: cost_table(_read("cost.json")),
     "memory": lambda: memory_table(_read("memory.json")),
 }

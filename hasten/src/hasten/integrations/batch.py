@@ -26,7 +26,7 @@ from hasten.bench.video import write_video
 from hasten.errors import ConfigError, FileError, HastenError, unknown
 from hasten.io import digest_of, parse_json, read_json, write_atomically
 from hasten.parameters import Declared, Range, parameters
-from hasten.pipeline.view import transformers
+from hasten.pipeline.view import denoisers
 from hasten.quality.conditions import ModelFacts
 from hasten.quality.configuration import Configuration
 
@@ -135,7 +135,7 @@ class Worker:
         chosen = replace(configuration, quality="exact") if plain else configuration
         self._run = accelerate(self.model.pipe, chosen)
         self._environment = environment()
-        models = {name: vars(ModelFacts.of(part)) for name, part in transformers(self.model.pipe).items()}
+        models = {name: vars(ModelFacts.of(part)) for name, part in denoisers(self.model.pipe).items()}
         self._facts = {"model": self.model.name, "transformers": models}
 
     def identity(self, job: Job) -> str:

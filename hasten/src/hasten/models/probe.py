@@ -299,7 +299,7 @@ def trace(
                 f"the blocks of {type(model).__name__} cannot be watched ({type(error).__name__}: {reason}). "
                 f"{_remedy(model, guess)}, or use site='output'"
             ) from error
-        described += [str(entry) for entry in seen]
+        described += [str(entry) for entry in seen if entry.share >= _LEAST_SHARE]
         for stacks in _readings(seen):
             adapter = ModelAdapter(stacks=stacks, hidden=hidden, timestep=timestep)
             last = stacks[-1]

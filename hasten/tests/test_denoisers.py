@@ -1,0 +1,56 @@
+"""Every denoiser of the installed diffusers at every site: right, or refused by name, as `benchmarks/denoisers.json` says.
+
+A few of different build are checked always, all of them with the slow tests.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from denoisers import checks
+
+ROOT = Path(__file__).resolve().parents[2]
+SEEN = json.loads((ROOT / "benchmarks" / "denoisers.json").read_text(encoding="utf-8"))["denoisers"]
+FEW = [
+    "LTX2VideoTransformer3DModel",  # two streams, by its entry
+    "PriorTransformer",  # by the probe; its result has another name
+    "LatteTransformer3DModel",  # two lists in turn, tokens turned around between the blocks
+    "Cosmos3OmniTransformer",  # lists of latents, several timesteps
+    "UNet2DConditionModel",
+    "StableCascadeUNet",  # levels that are lists
+]
+
+
+def cells():
+    """Denoiser and site; slow unless it is one of the few."""
+    for name in checks.DENOISERS:
+        for site in checks.SITES:
+            yield pytest.param(name, site, marks=() if name in FEW else pytest.mark.slow)
+
+
+def test_no_denoiser_of_the_installed_diffusers_is_untested():
+    untested = checks.shipped() - set(checks.DENOISERS)
+    assert not untested, f"untested: write tiny configurations for {', '.join(sorted(untested))} in tests/denoisers"
+    assert set(SEEN) == set(checks.DENOISERS), "run benchmarks/denoisers.py"
+
+
+@pytest.mark.parametrize(("name", "site"), cells())
+def test_a_denoiser_at_a_site(name, site):
+    verdict = checks.subject(name).check(site)
+    assert verdict.status == SEEN[name]["cells"][site]["status"], verdict.detail
+    assert verdict.status in ("right", "refused")
+    assert verdict.status == "right" or name in verdict.detail  # a refusal names what it refuses
+
+
+def right(kind, *sites):
+    """How many denoisers of a kind are right at one of the sites."""
+    rows = [row["cells"] for row in SEEN.values() if row["kind"] == kind]
+    return sum(any(cells[site]["status"] == "right" for site in sites) for cells in rows), len(rows)
+
+
+def test_nearly_all_of_them_are_right():
+    assert right("transformer", "hidden")[0] >= 68
+    assert right("transformer", "hidden", "output")[0] >= 70
+    found, total = right("unet", "output")
+    assert found >= 9
+    assert found / total >= 0.9
