@@ -384,7 +384,8 @@ def alternatives(name: str, parameter: Parameter, now: Any) -> Sequence[Any]:
     elif allowed(parameter.hint).kinds == {bool}:
         values = [not now]
     elif choices(parameter.hint):
-        values = [choice for choice in choices(parameter.hint) if choice not in (now, "searched")]  # needs a file
+        # "searched" needs a file, "deep" a UNet
+        values = [choice for choice in choices(parameter.hint) if choice not in (now, "searched", "deep")]
     elif isinstance(now, int):
         values = [now + 1, now - 1]
     elif isinstance(now, float):

@@ -1,4 +1,4 @@
-"""Every denoiser of the installed diffusers at every site: right, or refused by name, as `benchmarks/denoisers.json` says.
+"""Every denoiser of the installed diffusers at every site: right, or refused by name, as the benchmark saw it.
 
 A few of different build are checked always, all of them with the slow tests.
 """

@@ -138,7 +138,7 @@ def test_methods_and_sites_that_do_not_fit_are_refused_by_name(sdxl):
     transformer = tiny.build("SD3Transformer2DModel")
     with pytest.raises(AdapterError, match=r"inner levels of a UNet, and SD3Transformer2DModel has none"):
         hasten.accelerate(transformer, "reuse", site="deep")
-    with pytest.raises(TargetError, match="one of transformer, .*unet, prior, decoder"):
+    with pytest.raises(TargetError, match=r"one of transformer, .*unet, prior, decoder"):
         hasten.accelerate(object(), "reuse")
     with hasten.accelerate(sdxl, "easycache", threshold=2.0) as run:
         draw(sdxl)

@@ -264,7 +264,15 @@ class CachingEngine(Hook):
 
     def _find_layout(self, args: Any, kwargs: Any) -> models.TokenLayout:
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
-        return models.layout_of(self.model, self._adapter, arguments)
+        layout = models.layout_of(self.model, self._adapter, arguments)
+        streams = self._adapter.used(self.model)[-1].streams if self._adapter is not None else ()
+        if streams and self.method.needs_layout:
+            raise AdapterError(
+                f"{type(self.method).__name__} splits features by the place of their tokens in the image, and "
+                f"{type(self.model).__name__} has a stream of its own without such places ({', '.join(streams)}); use a "
+                "method that does not, such as foca"
+            )
+        return layout
 
     def _verified(self, checked: Tensor, draft: Tensor) -> None:
         state = self._state

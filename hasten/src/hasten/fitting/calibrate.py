@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from hasten.calibration import Calibration, Fingerprint, Trace, model_digest, we
 from hasten.errors import CalibrationError, ConfigError, unknown
 from hasten.parameters import parameters
 from hasten.pipeline.handle import Acceleration
+from hasten.pipeline.view import denoisers
 
 __all__ = ["Tape", "calibrate", "fingerprint_of", "fit", "merge", "record"]
 
@@ -29,10 +30,10 @@ class _Watch(Reuse):
     """Computes every step, in the way in which a gate would look at it."""
 
     interval: int = 1
-    look: bool = True
+    look: Literal["nothing", "input", "modulated"] = "modulated"
 
     def feature(self) -> Feature:
-        return Feature(gate_input="modulated") if self.look else Feature()
+        return Feature(gate_input=self.look)
 
 
 class Tape:
@@ -186,9 +187,12 @@ def merge(traces: Sequence[Trace]) -> Trace:
 def _watch(target: Any, site: str) -> Acceleration:
     if site == "module":
         return accelerate(target, Reuse(interval=1, site="module"))
-    transformer = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
-    host = models.find(transformer) if isinstance(transformer, nn.Module) else None
-    return accelerate(target, _Watch(look=host is not None and all(s.modules is not None for s in host.stacks)))
+    model = next(iter(denoisers(target).values()))
+    adapter = models.find(model)
+    if adapter is not None and all(stack.modules is not None for stack in adapter.stacks):
+        return accelerate(target, _Watch())
+    # The first attention is not known; a UNet has no blocks to look in front of.
+    return accelerate(target, _Watch(look="nothing" if adapter is None and models.is_unet(model) else "input"))
 
 
 def fit(trace: Trace, method: str, **options: Any) -> Calibration:

@@ -21,7 +21,6 @@ from hasten.caching.method import CachingMethod, ScheduledMethod
 from hasten.errors import ConfigError, ScheduleError, TargetError, unknown
 from hasten.integrations.listed import listed
 from hasten.pipeline.handle import Acceleration
-from hasten.pipeline.view import TRANSFORMERS
 
 __all__ = ["NAME", "register"]
 
@@ -29,6 +28,7 @@ log = logging.getLogger("hasten")
 
 NAME = "hasten"
 ENTRIES = ("method", "computed_steps")
+USUAL = ("transformer", "transformer_2")  # where pipelines that say nothing else keep what denoises
 RUNNER = "vllm_omni.diffusion.worker.diffusion_model_runner"  # has the function under a name of its own
 
 
@@ -121,7 +121,7 @@ class _Backend:
 
     @staticmethod
     def _modules(pipeline: Any) -> list[nn.Module]:
-        names = getattr(pipeline, "_dit_modules", None) or TRANSFORMERS
+        names = getattr(pipeline, "_dit_modules", None) or USUAL
         found = [getattr(pipeline, name, None) for name in names]
         modules = [module for module in found if isinstance(module, nn.Module)]
         if not modules:

@@ -148,6 +148,11 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
         if isinstance(module, nn.Module) and (name in _EXPERTS or _takes_a_timestep(module))
     }
     if not modules:
+        if isinstance(target, ModularPipeline):
+            raise TargetError(
+                f"{type(target).__name__} has no denoiser yet; call its load_components() or "
+                "update_components(transformer=...) first"
+            )
         raise TargetError(
             f"{type(target).__name__} has nothing that denoises; give a diffusers pipeline with one of "
             f"{', '.join(DENOISERS)}, or the transformer or UNet itself"
