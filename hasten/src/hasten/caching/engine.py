@@ -269,8 +269,8 @@ class CachingEngine(Hook):
         if streams and self.method.needs_layout:
             raise AdapterError(
                 f"{type(self.method).__name__} splits features by the place of their tokens in the image, and "
-                f"{type(self.model).__name__} has a stream of its own without such places ({', '.join(streams)}); use a "
-                "method that does not, such as foca"
+                f"{type(self.model).__name__} has a stream of its own without such places ({', '.join(streams)}); use "
+                "a method that does not, such as foca"
             )
         return layout
 
