@@ -301,6 +301,7 @@ def test_a_certified_scheduler_is_in_place_for_the_same_calls_and_goes_again(emo
     with hasten.accelerate(pipe, quality=str(solved)) as run:
         fast = drawn(emoji, pipe)
         assert (run.summary().steps, run.summary().computed_steps) == (5, 5)
+        assert run.summary().method == "Leap"
         with pytest.raises(CertificateError, match=r"certified for 50 steps, this call has 20.*--steps 20"):
             drawn(emoji, pipe, num_inference_steps=20)
         with pytest.raises(CertificateError, match=r"certified for height 64, this call has 32|certified at shift"):
@@ -419,8 +420,11 @@ def test_a_call_has_its_own_setting_and_the_hook_stays(certified):
             assert torch.equal(draw(pipe), fresh({**even, "computed_steps": 4}))  # of this thread, whatever is called
             with run.using(quality="exact") as inner:
                 assert torch.equal(draw(inner), fresh({}))
+                assert run.summary().method == "full run"
+            assert run.summary(0).method == "FoCa"
             assert hooks_on(pipe.transformer) == hooks
         with run.using(quality=str(certified)) as own:
+            assert run.describe(quality=str(certified))["method"].startswith("taylorseer:")
             assert torch.equal(draw(own), fresh({"quality": str(certified)}))
             with pytest.raises(CertificateError, match="this call has 9"):
                 draw(own, steps=9)
