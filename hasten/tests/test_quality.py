@@ -136,7 +136,7 @@ def test_a_range_of_guidance_is_drawn_from_and_kept(tmp_path):
             return plain(self, *args, **kwargs)
 
     pipe.__class__ = Seen
-    made, _ = run_certify(subject_of(pipe), settings(guidance=(2.0, 4.0)), tmp_path / "high.json")
+    made, _ = run_certify(subject_of(pipe), settings(guidance=(2.0, 4.0), computed_steps=(6,)), tmp_path / "high.json")
     assert made.conditions.guidance["true_cfg_scale"] == (2.0, 4.0)
     assert len(set(scales)) > 8
     assert all(2 <= scale <= 4 for scale in scales if scale is not None)
@@ -252,10 +252,10 @@ def test_quality_decides_alone_and_for_pipelines_alone(certified):
         hasten.accelerate(pipe, "foca", audit=0.1)
 
 
-def test_two_certificates_for_one_model_are_named(own_store):
-    pipe = make_pipe()
-    run_certify(subject_of(pipe), settings())
-    run_certify(subject_of(pipe), settings(steps=11))
+def test_two_certificates_for_one_model_are_named(own_store, certified):
+    pipe, made = make_pipe(), Certificate.load(certified)
+    made.save(own_store / "a.json")
+    replace(made, conditions=replace(made.conditions, steps=11)).save(own_store / "b.json")
     with pytest.raises(CertificateError, match=r"2 certificates.*--steps 11.*give the path of one"):
         hasten.accelerate(pipe, quality="high")
 
