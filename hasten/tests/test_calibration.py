@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,6 +257,38 @@ def test_other_files_are_no_calibrations(calibrations, tmp_path):
         hasten.L2P(calibration=calibrations["hyca"])
     with pytest.raises(CalibrationError, match="has to be fitted"):
         hasten.accelerate(make_pipe(), "l2p")
+
+
+def test_what_cannot_be_fitted_is_refused_before_the_first_call(recorded):
+    def never():
+        pytest.fail("a call was made")
+
+    pipe, _ = recorded
+    for method, options, error, says in (
+        ("taylorseer", {}, ConfigError, "nothing to calibrate"),
+        ("l2q", {}, UnknownNameError, "Did you mean 'l2p'"),
+        ("hyca", {"clusers": 3}, UnknownNameError, "Did you mean 'clusters'"),
+        ("hyca", {"clusters": "many"}, ConfigError, "clusters must be"),
+    ):
+        with pytest.raises(error, match=says):
+            hasten.calibrate(pipe, method, [never], **options)
+
+
+def test_two_experts_are_refused_by_name_before_the_first_call(recorded):
+    pipe, _ = recorded
+    second = make_pipe(1).transformer
+    two = SimpleNamespace(transformer=pipe.transformer, transformer_2=second, scheduler=pipe.scheduler)
+    with pytest.raises(CalibrationError, match=r"2 transformers \(transformer, transformer_2\)"):
+        hasten.calibrate(two, "l2p", [lambda: pytest.fail("a call was made")])
+    assert not hooks_on(two.transformer)
+    assert not hooks_on(two.transformer_2)
+
+
+def test_runs_of_two_steps_can_be_recorded(recorded):
+    """Recording computes every step, whatever the warm-up of a schedule."""
+    pipe, _ = recorded
+    for site in ("hidden", "module"):
+        assert hasten.record(pipe, [call(num_inference_steps=2)], site=site).fingerprint.steps == 2
 
 
 # --- mismatches

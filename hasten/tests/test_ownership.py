@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import warnings
 import weakref
 
 import diffusers
@@ -23,6 +24,7 @@ from pipelines import draw, make_pipe
 
 import hasten
 from hasten.caching import Uniform, computed_steps
+from hasten.errors import HastenWarning
 from hasten.pipeline.runs import MOST_PASSES
 
 METHODS = [("taylorseer", {}), ("taylorseer", {"schedule": "even"}), ("fbcache", {"threshold": 0.4})]
@@ -362,3 +364,60 @@ def test_a_resolution_method_keeps_the_latest_runs(monkeypatch):
         assert run.summary(0) == run.summary(-3)
         with pytest.raises(hasten.errors.ConfigError, match="no run 3"):
             run.summary(3)
+
+
+# --- switched off, on or over while a call is under way
+
+
+@pytest.mark.parametrize("site", ["hidden", "output", "module"])
+def test_an_acceleration_removed_in_mid_call_leaves_the_rest_of_the_call_plain(site):
+    pipe = make_pipe()
+    plain = draw(pipe, **A)
+    run = hasten.accelerate(pipe, "taylorseer", steps=(0, 1, 2, 3, 4, 5), site=site)
+    assert torch.equal(draw(pipe, **A, callback_on_step_end=at(4, run.remove)), plain)
+    assert len(run.records) == 5
+    assert torch.equal(draw(pipe, **A), plain)
+
+
+def test_threads_may_call_while_another_switches_off_and_on():
+    """Removal waits for the forward under way; what comes after it is plain. Nothing raises."""
+    pipe = make_pipe()
+    callers, failed, done = [pipe, sharing(pipe)], [], threading.Event()
+
+    def work(caller):
+        try:
+            while not done.is_set():
+                assert draw(caller, 3).isfinite().all()
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(caller,)) for caller in callers]
+    for thread in threads:
+        thread.start()
+    for method in (("taylorseer", {"warmup": 1, "interval": 2}), ("reuse", {"site": "module", "warmup": 1})) * 8:
+        hasten.accelerate(pipe, method[0], **method[1], replace=True)
+    hasten.remove(pipe)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert torch.equal(draw(pipe, **A), draw(callers[1], **A))
+
+
+def test_a_resolution_method_removed_in_a_coarse_step_says_what_is_lost():
+    pipe = make_pipe()
+    run = hasten.accelerate(pipe, hasten.Fresco(stages=(4, 4, 4), shares=0.3))
+    with pytest.warns(HastenWarning, match="removed in the middle of a call that is still coarse"):
+        draw(pipe, **A, height=64, width=64, callback_on_step_end=at(2, run.remove))
+    with warnings.catch_warnings(), hasten.accelerate(pipe, hasten.Fresco(stages=(4, 4, 4), shares=0.3)):
+        warnings.simplefilter("error", HastenWarning)
+        draw(pipe, **A, height=64, width=64)
+
+
+def test_a_call_that_a_pipeline_interrupts_itself_leaves_nothing(pipe):
+    """`pipe._interrupt`, the documented way to stop a call: the rest of the loop is passed over."""
+    expected = alone("taylorseer", {}, **B)
+    with hasten.accelerate(pipe, "taylorseer", interval=4) as run:
+        draw(pipe, **A, callback_on_step_end=at(5, lambda: setattr(pipe, "_interrupt", True)))
+        assert torch.equal(draw(pipe, **B), expected)
+        assert not run.engines["transformer"].runs.under_way

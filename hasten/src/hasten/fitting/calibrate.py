@@ -30,6 +30,7 @@ class _Watch(Reuse):
     """Computes every step, in the way in which a gate would look at it."""
 
     interval: int = 1
+    warmup: int = 1
     look: Literal["nothing", "input", "modulated"] = "modulated"
 
     def feature(self) -> Feature:
@@ -186,13 +187,31 @@ def merge(traces: Sequence[Trace]) -> Trace:
 
 def _watch(target: Any, site: str) -> Acceleration:
     if site == "module":
-        return accelerate(target, Reuse(interval=1, site="module"))
+        return accelerate(target, Reuse(interval=1, warmup=1, site="module"))
     model = next(iter(denoisers(target).values()))
     adapter = models.find(model)
     if adapter is not None and all(stack.modules is not None for stack in adapter.stacks):
         return accelerate(target, _Watch())
     # The first attention is not known; a UNet has no blocks to look in front of.
     return accelerate(target, _Watch(look="nothing" if adapter is None and models.is_unet(model) else "input"))
+
+
+def _options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method's fit, checked.
+
+    Raises:
+        UnknownNameError: for a method or an option that does not exist.
+        ConfigError: for a method that needs no calibration, or a value that cannot work.
+    """
+    fitter = getattr(registry.info(method).config, "fit", None)
+    if fitter is None:
+        able = [other.name for other in registry.methods() if hasattr(other.config, "fit")]
+        raise ConfigError(f"{method} has nothing to calibrate; the methods that have are {', '.join(able)}")
+    known = parameters(fitter)
+    for name in options:
+        if name not in known:
+            raise unknown(f"fit option of {method}", name, known)
+    return {name: known[name].accept(value, method) for name, value in options.items()}
 
 
 def fit(trace: Trace, method: str, **options: Any) -> Calibration:
@@ -209,20 +228,12 @@ def fit(trace: Trace, method: str, **options: Any) -> Calibration:
         ConfigError: for a method that needs no calibration.
         CalibrationError: for a trace with a number that is not finite.
     """
-    info = registry.info(method)
-    fitter = getattr(info.config, "fit", None)
-    if fitter is None:
-        able = [other.name for other in registry.methods() if hasattr(other.config, "fit")]
-        raise ConfigError(f"{method} has nothing to calibrate; the methods that have are {', '.join(able)}")
-    known = parameters(fitter)
-    for name in options:
-        if name not in known:
-            raise unknown(f"fit option of {method}", name, known)
-    options = {name: known[name].accept(value, method) for name, value in options.items()}
+    options = _options(method, options)
     features = {(name, key): runs for name, keys in trace.features.items() for key, runs in keys.items()}
     for i in range(min((len(runs) for runs in features.values()), default=0)):
         _refuse_non_finite({place: runs[i] for place, runs in features.items()}, i)
-    fitted = fitter(trace, **options)
+    info = registry.info(method)
+    fitted = info.config.fit(trace, **options)
     site = options.get("site", info.parameters["site"].default)
     fingerprint = Fingerprint(**{**vars(trace.fingerprint), "site": site})
     return Calibration(method, fitted.tensors, fingerprint, fitted.report, dict(options))
@@ -257,6 +268,7 @@ def calibrate(
         >>> calibration.save("l2p.safetensors")
         >>> run = hasten.accelerate(pipe, "l2p", calibration="l2p.safetensors", schedule="even", interval=7)
     """
+    options = _options(method, options)
     site = "module" if options.get("site") == "module" else "hidden"
     trace = record(target, calls, site=site, tokens=tokens, progress=progress)
     return fit(trace, method, **options)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hasten.errors import ConfigError, HastenWarning
+from hasten.pipeline.hooks import still
 from hasten.pipeline.records import StepRecord
 from hasten.pipeline.summary import Summary
 from hasten.pipeline.view import PipelineView, unwrap
@@ -220,14 +221,15 @@ class Acceleration:
 
     def remove(self) -> None:
         """Take the acceleration away and leave the modules as they were found; records stay readable."""
-        self._requests.close()
-        if self._stages is not None:
-            self._stages.remove()
-        for engine in self._engines.values():
-            engine.detach()
-        for part in self._parts:
-            part.handle = None
-        self._modules, self._home = {}, None
+        with still(self._modules.values()):  # a forward on another thread comes to its end
+            self._requests.close()
+            if self._stages is not None:
+                self._stages.remove()
+            for engine in self._engines.values():
+                engine.detach()
+            for part in self._parts:
+                part.handle = None
+            self._modules, self._home = {}, None
 
     def __enter__(self) -> Self:
         return self

@@ -139,9 +139,9 @@ class _HookedCalls:
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         forward = self._inner or functools.partial(type(module)._call_impl, module)
-        for hook in self.hooks:
-            forward = functools.partial(_through, hook, module, forward)
         with self.lock:
+            for hook in self.hooks:  # as they are now: one may have gone while this thread waited
+                forward = functools.partial(_through, hook, module, forward)
             outer, self._thread = self._thread, threading.get_ident()
             try:
                 return forward(*args, **kwargs)

@@ -11,6 +11,7 @@ Two layouts stand on this base: packed tokens of two sizes (`packed.py`) and uni
 from __future__ import annotations
 
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from hasten.errors import ConfigError, TargetError
+from hasten.errors import ConfigError, HastenWarning, TargetError
 from hasten.parameters import Declared
 from hasten.pipeline.hooks import Forward, Hook, Remove, attach, compiled_whole, pass_name, wrap_step
 from hasten.pipeline.numbers import FiniteCheck
@@ -198,6 +199,14 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
 
     def remove(self) -> None:
         """Take the engine away and leave pipeline and scheduler as they were found; records stay readable."""
+        under_way = () if self._runs is None else self._runs.under_way
+        if any(run.state is not None and run.state.coarse for run in under_way if self._removals):
+            warnings.warn(
+                f"{self.name} was removed in the middle of a call that is still coarse: its image has lost what the "
+                "coarse tokens held; call the pipeline again",
+                HastenWarning,
+                stacklevel=3,
+            )
         while self._removals:
             self._removals.pop()()
         self.pipe = self._runs = self._begun = None  # a removed engine keeps no model
