@@ -91,7 +91,7 @@ PAGES = {
 }
 STREAMING = {
     "full-history": "full history",
-    "focused-forcing:budget=6:diversity_tokens=16": "focused-forcing",
+    "focused-forcing:budget=6": "focused-forcing",
     "topk-attention:k=6": "topk-attention",
     "sliding-window:window=5": "sliding-window",
     "dummy-forcing:local=1:history=10": "dummy-forcing",

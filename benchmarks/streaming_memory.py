@@ -25,7 +25,7 @@ from hasten_zoo.sprites_stream.rollout import rolled_chunks
 
 METHODS = (
     "sliding-window:window=5",
-    "focused-forcing:budget=6:window=20:diversity_tokens=16",
+    "focused-forcing:budget=6",
     "full-history",
 )
 UNBOUNDED = "full-history"

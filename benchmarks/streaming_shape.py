@@ -25,7 +25,7 @@ HEADS, WIDTH, TOKENS, CHUNK = 12, 128, 1560, 3
 METHODS = (
     "full-history",
     "focused-forcing:budget=5",
-    "focused-forcing:budget=5:choice=chunk",
+    "focused-forcing:budget=5:choice=frame",
     "sliding-window:window=4",
     "topk-attention:k=5",
     "dummy-forcing:local=1:history=9",
@@ -38,7 +38,7 @@ def rolled(
 ) -> StreamStats:
     """One layer's work for a rollout."""
     generator = torch.Generator().manual_seed(0)
-    stream = KVStream(method, 1)
+    stream = KVStream(method, 1, timed=True)
     for _ in range(chunks):
         shape = (3, 1, CHUNK, tokens, HEADS, WIDTH)
         for _ in range(steps + 1):

@@ -353,6 +353,7 @@ VALUES: dict[tuple[str, str], Any] = {
     ("focused-forcing", "refresh_every"): [1],
     ("focused-forcing", "diversity_tokens"): [2],
     ("focused-forcing", "window"): [3],
+    ("focused-forcing", "forget_after"): [1],
     ("topk-attention", "refresh_every"): [1],
     ("dummy-forcing", "samples"): [3],
     ("forcing-kv", "samples"): [3],

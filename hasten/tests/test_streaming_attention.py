@@ -18,9 +18,12 @@ from hasten.streaming import (
     Selection,
     SlidingWindow,
     TopKAttention,
+    kernels,
 )
-from hasten.streaming.attention import Current, attend, varlen
+from hasten.streaming.attention import attend, prepare
 from hasten.streaming.cache import FrameCache
+from hasten.streaming.current import Current
+from hasten.streaming.kernels import varlen
 from hasten.streaming.selection import HeadGroup, frames_at, top_frames
 
 B, q, L, H, D, F = 2, 3, 8, 4, 16, 9
@@ -142,7 +145,7 @@ COVERING = [
     SlidingWindow(window=F, sink=1),
     TopKAttention(k=F),
     FocusedForcing(budget=F),
-    FocusedForcing(budget=F + 5, choice="chunk", mix=0.2),
+    FocusedForcing(budget=F + 5, choice="frame", mix=0.2),
     FocusedForcing(budget=HeadBudgets.uniform(1, H, F)),
     DummyForcing(local=F, history=F),
     ForcingKV(threshold=0.0, context=F),
@@ -205,6 +208,97 @@ def test_grouped_is_masked_for_every_selection(budgets, held, choosers, seed):
     assert selection.table().sum(3).tolist() == [[[min(b, held) for b in budgets]] * choosers] * B
     grouped, masked = (attend(name, now, cache, selection) for name in ("grouped", "masked"))
     assert torch.allclose(grouped, masked, atol=1e-5)
+    with torch.no_grad():  # now the frames of a choice that the chunk shares are exchanged in place
+        for _ in range(2):
+            assert torch.allclose(attend("grouped", now, cache, selection), masked, atol=1e-5)
+            assert torch.allclose(attend("masked", now, cache, selection), masked, atol=1e-5)
+            assert torch.equal(cache.keys, filled(held).keys)
+            assert torch.equal(cache.values, filled(held).values)
+
+
+@pytest.mark.parametrize("budgets", [[3] * H, [0, 2, 2, 5]])
+def test_a_choice_that_the_chunk_shares_is_read_where_it_lies(budgets):
+    """No key or value of the history is copied in a forward, and none is held twice."""
+    cache, now = filled(), current()
+    selection = top_frames(torch.randn(B, 1, H, F, generator=torch.Generator().manual_seed(8)), budgets)
+    with torch.no_grad():
+        prepared = prepare("grouped", cache, selection, now)
+        assert prepared.nbytes == 0
+        addresses = [t.data_ptr() for t in cache._buffers()]
+        keys, values = cache.end(3, q)
+        for part, whole in zip((keys, values), cache._buffers(), strict=True):
+            assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        for _ in range(3):
+            attend("grouped", now, cache, selection, prepared)
+        assert [t.data_ptr() for t in cache._buffers()] == addresses
+        per_frame = top_frames(torch.randn(B, q, H, F), [3] * H)
+        assert prepare("grouped", cache, per_frame, now).nbytes == 2 * B * H * q * (3 + q) * L * D * 4
+
+
+def test_a_borrowed_cache_is_never_written_to():
+    keys, values = frames(F, 1), frames(F, 2)
+    before = keys.clone(), values.clone()
+    cache, now = FrameCache(), current()
+    cache.view(keys, values, range(F))
+    selection = mixed(per_frame=False)
+    with torch.no_grad():
+        out = attend("grouped", now, cache, selection)
+    assert torch.equal(keys, before[0])
+    assert torch.equal(values, before[1])
+    assert torch.allclose(out, by_hand(now, filled(), selection), atol=1e-5)
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_exchanged_frames_stay_themselves(data):
+    """Whatever is brought to the end, evicted and appended: every head finds every frame where it says it is."""
+    cache = filled(held=6)
+    known_keys, known_values = frames(6, 1), frames(6, 2)
+    with torch.no_grad():
+        for round_ in range(data.draw(st.integers(1, 5))):
+            held = len(cache)
+            b = data.draw(st.integers(1, held))
+            generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+            heads = data.draw(st.sampled_from([None, torch.tensor([0, 2]), torch.tensor([3])]))
+            n = H if heads is None else len(heads)
+            chosen = torch.rand(B, n, held, generator=generator).argsort(2)[..., :b].sort(2).values
+            cache.bring_to_end(chosen, heads)
+            last = [t[:, :, held - b : held] for t in cache._buffers()]
+            every = torch.arange(H) if heads is None else heads
+            wanted = cache.frames_of(every, chosen[:, None])
+            for part, want in zip(last, wanted, strict=True):
+                found = part.index_select(1, every).sort(2).values
+                assert torch.equal(found, want[:, 0].unflatten(2, (b, L)).sort(2).values)
+            kept = sorted(data.draw(st.sets(st.integers(0, held - 1), min_size=1)))
+            cache.keep(kept)
+            new = frames(2, 50 + round_), frames(2, 60 + round_)
+            cache.append(*new)
+            known_keys, known_values = (
+                torch.cat([old[:, kept], more], 1) for old, more in zip((known_keys, known_values), new, strict=True)
+            )
+            assert torch.equal(cache.keys, known_keys.permute(0, 3, 1, 2, 4))
+            assert torch.equal(cache.values, known_values.permute(0, 3, 1, 2, 4))
+            assert torch.allclose(cache.means, known_keys.mean(2).transpose(1, 2), atol=1e-6)
+
+
+def test_the_block_mask_is_made_once_per_choice(monkeypatch):
+    made = []
+    plain = kernels._compiled(False)
+    monkeypatch.setattr(
+        kernels, "_compiled", lambda _: (plain[0], lambda *a, **k: (made.append(1), plain[1](*a, **k))[1])
+    )
+    policy = KVPolicy(FocusedForcing(budget=2, forget_after=None), backend="flex")
+    for chunk in range(3):
+        policy.append(frames(3, chunk), frames(3, chunk + 5))
+    now = current()
+    with torch.no_grad():
+        for _ in range(4):
+            policy.attend(now.queries, now.keys, now.values)
+        assert len(made) == 1
+        policy.append(frames(3, 8), frames(3, 9))
+        for _ in range(2):
+            policy.attend(now.queries, now.keys, now.values)
+    assert len(made) == 2
 
 
 def test_gradients_reach_queries_and_values_through_every_backend():

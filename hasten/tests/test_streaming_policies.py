@@ -24,7 +24,7 @@ from hasten.streaming import (
     TopKAttention,
 )
 from hasten.streaming.methods.forcing_kv import changed_patches
-from hasten.streaming.scores import UnitKeys, attention_mass, pooled_relevance, relevance, standardised
+from hasten.streaming.scores import attention_mass, pooled_relevance, redundancy, relevance, standardised
 
 B, q, L, H, D = 2, 3, 8, 4, 16
 
@@ -55,14 +55,6 @@ def seen(policy, seed=3):
 def selected(policy, queries):
     """The same for given queries."""
     return policy.select(queries, frames(q, 4)).table()
-
-
-def redundancy(*parts):
-    """Of frames `[B, H, F, L, D]` that are measured part by part."""
-    units = UnitKeys()
-    for part in parts:
-        units.extend(part)
-    return units.redundancy()
 
 
 # ---------------------------------------------------------------- scores
@@ -157,7 +149,7 @@ def test_top_k_is_the_most_relevant_frames_for_each_query_frame():
 
 
 def test_focused_forcing_without_diversity_is_top_k():
-    assert torch.equal(seen(begun(FocusedForcing(budget=3, mix=1.0))), seen(begun(TopKAttention(k=3))))
+    assert torch.equal(seen(begun(FocusedForcing(budget=3, mix=1.0, choice="frame"))), seen(begun(TopKAttention(k=3))))
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.3])
@@ -200,7 +192,7 @@ def test_the_mix_is_the_weight_of_relevance():
 
 
 def test_a_chunk_can_choose_as_one():
-    per_frame, per_chunk = (begun(FocusedForcing(budget=3, choice=name)) for name in ("frame", "chunk"))
+    per_frame, per_chunk = (begun(FocusedForcing(budget=3, choice=name)) for name in ("frame", "maximum"))
     assert seen(per_frame).shape[1] == q
     assert seen(per_chunk).shape[1] == 1
     for policy in (per_frame, per_chunk):
@@ -209,9 +201,39 @@ def test_a_chunk_can_choose_as_one():
     assert per_frame.stats().kv_bytes == q * per_chunk.stats().kv_bytes
 
 
+def choosing(choice, budget=1):
+    """A policy whose nine frames are marks, asked by three query frames: two for frame 2, one harder for frame 6."""
+    policy = KVPolicy(FocusedForcing(budget=budget, mix=1.0, choice=choice))
+    policy.append(5 * torch.eye(D)[:9].view(1, 9, 1, 1, D).expand(B, 9, L, H, D), frames(9, 2))
+    queries = torch.eye(D)[2].expand(B, q, L, H, D).clone()
+    queries[:, :2] += 0.9 * torch.eye(D)[4]
+    queries[:, 2] = torch.eye(D)[6]
+    return policy, queries
+
+
+def test_who_chooses():
+    """Frame 6 has the highest score of any query frame; frame 2 that of most of them, and the highest mean."""
+    found = {}
+    for choice in ("maximum", "mean", "union", "frame"):
+        policy, queries = choosing(choice)
+        table = policy.select(queries, queries).table()
+        found[choice] = [table[0, i, 0].nonzero().flatten().tolist() for i in range(table.shape[1])]
+        assert torch.equal(table, table[:1, :, :1].expand_as(table))
+    assert found == {"maximum": [[6]], "mean": [[2]], "union": [[2, 6]], "frame": [[2], [2], [6]]}
+
+
+def test_a_union_has_what_every_query_frame_would_choose():
+    for seed in range(5):
+        own, all_ = (begun(FocusedForcing(budget=2, choice=choice)) for choice in ("frame", "union"))
+        wanted, found = seen(own, seed).any(1), seen(all_, seed)[:, 0]
+        assert (found | ~wanted).all()
+        sizes = wanted.sum(2).amax(0)  # budgets are of heads: the entries of a batch have equally many
+        assert torch.equal(found.sum(2), sizes.expand(B, H))
+
+
 def test_heads_get_their_own_budgets():
     budgets = HeadBudgets(((0, 1, 4, 20),))
-    assert seen(begun(FocusedForcing(budget=budgets))).sum(3).unique(dim=0).tolist() == [[[0, 1, 4, 9]] * q]
+    assert seen(begun(FocusedForcing(budget=budgets))).sum(3).unique(dim=0).tolist() == [[[0, 1, 4, 9]]]
 
 
 def test_the_first_frame_can_be_forced_on_heads_that_can_afford_it():
@@ -226,7 +248,7 @@ def test_the_first_frame_can_be_forced_on_heads_that_can_afford_it():
 def test_the_pool_of_frames_can_be_a_window():
     policy = begun(FocusedForcing(budget=2, window=4), held=12)
     assert policy.cache.frames == [0, 8, 9, 10, 11]
-    assert seen(policy).shape == (B, q, H, 5)
+    assert seen(policy).shape == (B, 1, H, 5)
 
 
 def rotate(keys, numbers):
@@ -354,7 +376,7 @@ def test_patches_must_divide_the_frame():
         SlidingWindow(),
         TopKAttention(),
         FocusedForcing(),
-        FocusedForcing(choice="chunk"),
+        FocusedForcing(choice="frame"),
         DummyForcing(),
         ForcingKV(),
     ],
@@ -450,7 +472,7 @@ def test_impossible_importance_is_refused():
 
 
 def test_work_is_counted_in_pairs_and_bytes():
-    policy = begun(TopKAttention(k=2))
+    policy = begun(TopKAttention(k=2), timed=True)
     step(policy)
     stats = policy.stats()
     assert stats.pairs == B * H * (q * L) * (2 + q) * L
@@ -462,6 +484,14 @@ def test_work_is_counted_in_pairs_and_bytes():
     assert stats.attention_seconds > 0
     assert stats.select_seconds > 0
     assert stats.overhead > 0
+    assert stats.full_cache_bytes == 2 * B * H * 9 * L * D * 4
+
+
+def test_no_time_is_taken_unless_asked_for():
+    policy = begun(TopKAttention(k=2))
+    step(policy)
+    assert policy.stats().forwards == 1
+    assert policy.stats().seconds == policy.stats().overhead == 0
 
 
 def test_evicted_frames_still_count_as_full_work():
@@ -487,51 +517,64 @@ def test_a_stream_adds_its_layers_up_and_gates_its_heads():
 
 
 def tensors_of(policy):
-    """All tensors that the cache and what it measures by hold."""
-    holders = [policy.cache, *policy.cache._units.values()]
-    return [thing for holder in holders for thing in vars(holder).values() if isinstance(thing, torch.Tensor)]
+    """All tensors that the cache holds."""
+    return [thing for thing in vars(policy.cache).values() if isinstance(thing, torch.Tensor)]
 
 
 def test_eviction_frees_memory():
-    policy = KVPolicy(FocusedForcing(budget=2, diversity_tokens=2))
+    policy = KVPolicy(FocusedForcing(budget=2))
     for _ in range(10):
         policy.append(frames(3), frames(3))
     step(policy)
     old = [weakref.ref(tensor) for tensor in tensors_of(policy)]
     full = policy.stats().cache_bytes
-    assert policy.stats().packed_bytes > 0
-    policy.evict([0, 28, 29])
+    with torch.no_grad():
+        policy.evict([0, 28, 29])
     gc.collect()
-    assert len(old) == 5  # keys, values, means, unit keys and their sum
+    assert len(old) == 4  # keys, values, means, and where frames are
     assert all(tensor() is None for tensor in old)
-    assert policy.stats().packed_bytes == 0
     assert policy.cache.frames == [0, 28, 29]
-    assert policy.stats().cache_bytes == sum(t.untyped_storage().nbytes() for t in tensors_of(policy)) < 0.25 * full
+    assert policy.stats().cache_bytes == sum(t.untyped_storage().nbytes() for t in tensors_of(policy)) < 0.3 * full
     policy.evict([])
     assert tensors_of(policy) == []
     policy.append(frames(3), frames(3))
     assert policy.cache.frames == [30, 31, 32]
 
 
+def test_what_frames_are_compared_by_takes_next_to_no_memory():
+    """Their means and where they are; keys are compared where they lie."""
+    policy = begun(FocusedForcing(budget=2, forget_after=None), held=30)
+    with torch.no_grad():
+        bare = policy.cache.nbytes
+        step(policy)
+    assert policy.cache.nbytes - bare == policy.cache.means.nbytes + policy.cache._slots.nbytes
+    big = 2 * 12 * 128 * 1560 * 2  # a frame's keys and values at Wan 2.1 1.3B's size, bfloat16
+    assert (12 * 128 * 4 + 12 * 8) / big < 0.01
+
+
 def test_a_dropped_stream_is_freed_at_once():
-    """Layers know of each other, but hold each other only weakly."""
-    stream = KVStream(FocusedForcing(budget=2, diversity_tokens=2), 2)
-    for layer in range(2):
-        stream[layer].append(frames(9, 1), frames(9, 2))
-    step(stream[0])
+    stream = KVStream(FocusedForcing(budget=2), 2)
+    with torch.no_grad():
+        for layer in range(2):
+            stream[layer].append(frames(9, 1), frames(9, 2))
+        step(stream[0])
     held = [weakref.ref(tensor) for tensor in tensors_of(stream[0])]
     gc.disable()
     try:
         del stream
-        assert [tensor() for tensor in held] == [None] * 5
+        assert [tensor() for tensor in held] == [None] * 4
     finally:
         gc.enable()
 
 
-@pytest.mark.parametrize(
-    "method",
-    [SlidingWindow(window=4), FocusedForcing(budget=2, window=6), FocusedForcing(budget=2, window=6, choice="chunk")],
-)
+BOUNDED = [
+    SlidingWindow(window=4),
+    FocusedForcing(budget=2, window=6, forget_after=None),
+    FocusedForcing(budget=2, window=6, forget_after=None, choice="frame"),
+]
+
+
+@pytest.mark.parametrize("method", BOUNDED)
 def test_a_thousand_frames_in_constant_memory(method):
     policy, sizes = KVPolicy(method), []
     chunk = [frames(2, s, B=1, L=4, H=2, D=8) for s in range(5)]
@@ -543,6 +586,177 @@ def test_a_thousand_frames_in_constant_memory(method):
     assert policy.cache.next_frame == 1000
     assert max(sizes[10:]) == min(sizes[10:]) == sizes[-1]
     assert sizes[-1] == sum(t.untyped_storage().nbytes() for t in tensors_of(policy))
+    assert policy.stats().full_cache_bytes == 1000 * policy.cache.frame_bytes
+
+
+def test_room_grows_by_a_share_and_not_by_a_chunk():
+    """Buffers are made anew a few times, not once per chunk."""
+    cache, made = FrameCache(), set()
+    with torch.no_grad():
+        for chunk in range(100):
+            cache.append(frames(3, chunk, L=2, D=4), frames(3, chunk, L=2, D=4))
+            made.add(cache._keys.data_ptr())
+            assert cache._keys.shape[2] >= len(cache) + 3
+            assert cache._keys.shape[2] <= 1.25 * (len(cache) + 3)
+    assert len(made) < 30
+
+
+# ---------------------------------------------------------------- forgetting
+
+
+def watched(method, seen_by_chunk, layers=1, chunk=3):
+    """Roll out so that every head looks at the frames that `seen_by_chunk` names for the chunk, and no others."""
+    stream = KVStream(method, layers)
+    width = 32
+    marks = torch.eye(width)
+    with torch.no_grad():
+        for number, wanted in enumerate(seen_by_chunk):
+            first = number * chunk
+            keys = 5 * marks[first : first + chunk].view(1, chunk, 1, 1, width).expand(1, chunk, 2, 2, width)
+            queries = sum(marks[frame] for frame in wanted) if wanted else torch.zeros(width)
+            queries = queries.view(1, 1, 1, 1, width).expand(1, chunk, 2, 2, width)
+            for layer in range(layers):
+                stream.attend(layer, queries, keys, keys, first=first)
+                stream[layer].append(keys, keys, first=first)
+    return stream
+
+
+def forgetting(chunks, budget=2):
+    return FocusedForcing(budget=budget, mix=1.0, forget_after=chunks)
+
+
+def test_frames_that_no_head_chose_are_forgotten_and_the_chosen_ones_are_not():
+    looked_at = [[], [0, 2], [0, 4], [0, 4], [0, 4], [0, 4]]
+    assert watched(forgetting(None), looked_at)[0].cache.frames == list(range(18))
+    # Frames 0 and 4 were chosen to the end; 12 to 14 were there to be chosen once, 15 to 17 never.
+    assert watched(forgetting(1), looked_at)[0].cache.frames == [0, 4, 15, 16, 17]
+    assert watched(forgetting(2), looked_at)[0].cache.frames == [0, 4, 12, 13, 14, 15, 16, 17]
+    assert watched(forgetting(3), looked_at)[0].cache.frames == [0, 4, *range(9, 18)]
+
+
+@pytest.mark.parametrize("choice", ["frame", "union"])
+def test_a_frame_is_kept_for_as_long_as_one_head_of_one_query_frame_chooses_it(choice):
+    policy = KVPolicy(FocusedForcing(budget=1, mix=1.0, forget_after=1, choice=choice))
+    keys = 5 * torch.eye(16)[:9].view(1, 9, 1, 1, 16).expand(1, 9, L, H, 16)
+    with torch.no_grad():
+        policy.append(keys, keys)
+        queries = 5 * torch.eye(16)[3].expand(1, q, L, H, 16).clone()
+        queries[:, 2, :, 1] = 50 * torch.eye(16)[7]  # one head, and of it the last frame alone
+        policy.attend(queries, keys[:, :3], keys[:, :3])
+        policy.append(keys[:, :3], keys[:, :3])
+    assert policy.cache.frames == [3, 7, 9, 10, 11]
+
+
+def test_choices_within_a_chunk_all_count():
+    policy = KVPolicy(FocusedForcing(budget=1, mix=1.0, forget_after=1, refresh_every=1))
+    keys = 5 * torch.eye(16)[:9].view(1, 9, 1, 1, 16).expand(1, 9, L, H, 16)
+    with torch.no_grad():
+        policy.append(keys, keys)
+        for frame in (2, 5):
+            policy.attend(5 * torch.eye(16)[frame].expand(1, q, L, H, 16), keys[:, :3], keys[:, :3])
+        policy.append(keys[:, :3], keys[:, :3])
+    assert policy.cache.frames == [2, 5, 9, 10, 11]
+
+
+def test_nothing_is_forgotten_while_everything_is_seen():
+    assert watched(forgetting(1, budget=9), [[], [0], [0], [0]])[0].cache.frames == list(range(12))
+
+
+def test_layers_forget_for_themselves_and_memory_stays_bounded():
+    method = FocusedForcing(budget=2, forget_after=1)
+    stream, sizes = KVStream(method, 2), []
+    with torch.no_grad():
+        for chunk in range(60):
+            for layer in range(2):
+                now = [frames(3, 7 * chunk + layer + s, B=1, L=2, H=2, D=8) for s in range(3)]
+                stream.attend(layer, *now, first=3 * chunk)
+                stream[layer].append(*now[1:], first=3 * chunk)
+            sizes.append([len(policy.cache) for policy in stream])
+    assert max(max(pair) for pair in sizes) <= 2 * 2 + 3 + 3  # two heads' choices, new frames, and those just appended
+    assert any(stream[0].cache.frames != stream[1].cache.frames for _ in [0])
+
+
+# ---------------------------------------------------------------- peaks
+
+
+def test_the_peak_is_the_most_that_all_layers_held_at_once():
+    stream, most = KVStream(FocusedForcing(budget=2, choice="frame", forget_after=None), 3), 0
+    with torch.no_grad():
+        for chunk in range(4):
+            for layer in range(3):
+                stream.attend(layer, frames(q, 3), frames(q, 4), frames(q, 5))
+                held = sum(policy.cache.nbytes + policy.stats().packed_bytes for policy in stream)
+                most = max(most, held)
+            for layer in range(3):
+                stream[layer].append(frames(3, chunk), frames(3, chunk + 9))
+                most = max(most, sum(policy.cache.nbytes + policy.stats().packed_bytes for policy in stream))
+    stats = stream.stats()
+    assert stats.peak_bytes >= most > stats.cache_bytes  # moving a buffer of one layer comes on top of it
+    assert stats.peak_bytes <= most + 2 * stream[0].cache.nbytes
+    stream.reset()
+    assert stream.stats().peak_bytes == stream.stats().cache_bytes == 0
+
+
+def test_a_choice_per_chunk_peaks_lower_than_one_per_frame():
+    peaks = {}
+    for choice in ("maximum", "frame"):
+        stream = KVStream(FocusedForcing(budget=2, choice=choice, forget_after=None), 3)
+        with torch.no_grad():
+            for chunk in range(4):
+                for layer in range(3):
+                    stream.attend(layer, frames(q, 3), frames(q, 4), frames(q, 5))
+                for layer in range(3):
+                    stream[layer].append(frames(3, chunk), frames(3, chunk + 9))
+        peaks[choice] = stream.stats().peak_bytes / stream.stats().full_cache_bytes
+    assert peaks["maximum"] < 0.7 * peaks["frame"]
+
+
+# ---------------------------------------------------------------- misuse
+
+
+def test_a_missed_reset_is_told():
+    stream = watched(FullHistory(), [[], [], []])
+    now = frames(3, B=1, L=2, H=2, D=32)
+    with pytest.raises(ConfigError, match=r"frame 0 comes after 9 frames: call reset\(\)"):
+        stream.attend(0, now, now, now, first=0)
+    stream.reset()
+    stream.attend(0, now, now, now, first=0)
+
+
+def test_frames_out_of_turn_are_told():
+    policy = begun(FullHistory())
+    with pytest.raises(ConfigError, match="frame 6 comes again, after 9 frames"):
+        policy.append(frames(3), frames(3), first=6)
+    with pytest.raises(ConfigError, match="frame 12 comes after 9 frames"):
+        policy.attend(frames(3), frames(3), frames(3), first=12)
+
+
+def test_two_appends_in_a_step_are_refused():
+    policy = begun(FullHistory())  # a history may be given chunk by chunk, before anything is made
+    step(policy)
+    policy.append(frames(3), frames(3))
+    with pytest.raises(ConfigError, match="layer 0 was given a chunk twice without a forward in between"):
+        policy.append(frames(3), frames(3))
+    assert len(policy.cache) == 12
+    policy.reset()
+    policy.append(frames(3), frames(3))
+
+
+def test_fewer_key_heads_than_query_heads_are_told():
+    keys = frames(3, H=2)
+    with pytest.raises(ConfigError, match=r"grouped-query attention is not served.*repeat_interleave\(2, dim=3\)"):
+        KVPolicy(FullHistory()).attend(frames(3, H=4), keys, keys)
+    policy = begun(FullHistory())
+    with pytest.raises(ConfigError, match="2 heads where 4 were expected"):
+        policy.attend(frames(3), keys, keys)
+
+
+@pytest.mark.parametrize("layer", [2, -1])
+def test_layers_that_there_are_not_are_told(layer):
+    stream = KVStream(FullHistory(), 2)
+    with pytest.raises(ConfigError, match=f"from 0 to 1, got {layer}"):
+        stream.attend(layer, frames(3), frames(3), frames(3))
+    assert [policy.view.layer for policy in stream] == [0, 1]
 
 
 def test_appending_keeps_what_was_there():
@@ -615,130 +829,9 @@ def test_plain_keys_come_always_or_never():
         policy.append(frames(3), frames(2), frames(3))
 
 
-def undone(keys, numbers):
-    return rotate(keys, -numbers)
-
-
-def test_a_frame_is_turned_back_once():
-    turned = []
-
-    def undo(keys, numbers):
-        turned.extend(numbers.tolist())
-        return undone(keys, numbers)
-
-    cache, whole = FrameCache(unrotate=undo), FrameCache(unrotate=undone)
-    for start in range(0, 15, 3):
-        for each in (cache, whole):
-            each.append(frames(3, start), frames(3))
-        alike = cache.redundancy(4)
-    assert turned == list(range(15))
-    assert torch.allclose(alike, whole.redundancy(4), atol=1e-5)
-    assert torch.allclose(alike[0], redundancy(whole.plain_keys(4)), atol=1e-5)
-    for each in (cache, whole):
-        each.keep([0, 4, 8, 9, 11])
-    assert torch.allclose(cache.redundancy(4)[0], redundancy(whole.plain_keys(4)), atol=1e-5)
-    assert turned[15:] == [0, 4, 8, 9, 11]
-    cache.clear()
-    assert cache.nbytes == 0
-
-
 def test_redundancy_is_the_mean_cosine_with_the_mean_key():
     keys = frames(6).permute(0, 3, 1, 2, 4)
     wanted = torch.nn.functional.cosine_similarity(keys, keys.mean(2, keepdim=True), dim=-1).mean(-1)
     assert torch.allclose(redundancy(keys), wanted, atol=1e-5)
-    assert torch.allclose(redundancy(*keys.split([1, 3, 2], 2)), wanted, atol=1e-5)
     keys[:, :, 2] = 0
     assert (redundancy(keys)[:, :, 2] == 0).all()
-
-
-def grown(method, layers=3, in_step=True, **arguments):
-    """A stream whose layers hold nine frames of their own; in step, or the last layer a chunk behind."""
-    stream = KVStream(method, layers, **arguments)
-    for layer in range(layers):
-        for chunk in range(3 if in_step or layer < layers - 1 else 2):
-            at = 10 * layer + chunk
-            plain = frames(3, at + 100) if arguments.get("rotated") and "unrotate" not in arguments else None
-            stream[layer].append(frames(3, at), frames(3, at + 5), plain)
-    return stream
-
-
-@pytest.mark.parametrize("arguments", [{}, {"unrotate": undone}, {"rotated": True}], ids=["plain", "undone", "given"])
-@pytest.mark.parametrize("diversity_on", ["unrotated", "cached"])
-@pytest.mark.parametrize("in_step", [True, False])
-def test_layers_that_are_measured_together_choose_as_each_by_itself(arguments, diversity_on, in_step, monkeypatch):
-    method = FocusedForcing(budget=2, mix=0.3, diversity_tokens=4, diversity_on=diversity_on)
-    stream, alone = (grown(method, in_step=in_step, **arguments) for _ in range(2))
-    for policy in alone:
-        policy.view.peers = ()
-    measured = counted(monkeypatch)
-    for chunk in range(2):
-        for layer in range(3):
-            assert torch.allclose(stream[layer].score(frames(q, 3)), alone[layer].score(frames(q, 3)), atol=1e-4)
-        for layer in range(3):
-            for each in (stream, alone):
-                plain = frames(3, 300) if arguments == {"rotated": True} else None
-                each[layer].append(frames(3, chunk), frames(3, chunk), plain)
-        together = [B * 3] if in_step else [B] * 3
-        assert sorted(measured) == sorted([*together, *[B] * 3])
-        measured.clear()
-
-
-def counted(monkeypatch):
-    """The batch of every measurement of new frames."""
-    measured, extend = [], UnitKeys.extend
-    monkeypatch.setattr(UnitKeys, "extend", lambda self, keys: (measured.append(len(keys)), extend(self, keys))[1])
-    return measured
-
-
-def test_layers_that_are_shown_their_history_one_by_one_are_measured_one_by_one(monkeypatch):
-    measured = counted(monkeypatch)
-    stream = KVStream(FocusedForcing(budget=2, diversity_tokens=4), 3)
-    for held in (6, 9):
-        for layer in range(3):
-            stream[layer].look_at(frames(held, layer), frames(held, layer), range(held))
-            stream[layer].score(frames(q, 3))
-    assert measured == [B] * 6
-
-
-def test_what_was_measured_of_a_layer_that_began_again_is_forgotten():
-    stream = grown(FocusedForcing(budget=2, mix=0.3, diversity_tokens=4))
-    stream[0].score(frames(q, 3))
-    stream[2].reset()
-    for chunk in range(3):
-        stream[2].append(frames(3, 70 + chunk), frames(3, 80 + chunk))
-    for layer in range(2):
-        stream[layer].view.memo.clear()
-    wanted = KVPolicy(stream.method)
-    for chunk in range(3):
-        wanted.append(frames(3, 70 + chunk), frames(3, 80 + chunk))
-    assert stream[2].view.together() != [stream[2].view]
-    assert torch.allclose(stream[2].score(frames(q, 3)), wanted.score(frames(q, 3)), atol=1e-4)
-
-
-def test_frames_evicted_by_hand_are_no_longer_compared():
-    policy = begun(FocusedForcing(budget=2, diversity_tokens=4))
-    step(policy)
-    policy.evict([0, 2, 3, 7])
-    fresh = KVPolicy(policy.method)
-    for tensor, seed in ((policy.cache.keys, 1), (policy.cache.values, 2)):
-        assert torch.equal(tensor, frames(9, seed)[:, [0, 2, 3, 7]].permute(0, 3, 1, 2, 4))
-    fresh.append(frames(9, 1)[:, [0, 2, 3, 7]], frames(9, 2)[:, [0, 2, 3, 7]])
-    assert torch.equal(seen(policy), seen(fresh))
-    assert torch.allclose(step(policy), step(fresh), atol=1e-6)
-
-
-@pytest.mark.parametrize("rotated", [True, False])
-def test_frames_can_be_compared_by_some_of_their_tokens(rotated):
-    """With `diversity_tokens=2` of 8, every fourth token counts; the others may be anything."""
-    policies = []
-    for seed in (1, 50):
-        keys = frames(9, seed)
-        keys[:, :, ::4] = frames(9, 1)[:, :, ::4]
-        arguments = {"unrotate": lambda keys, numbers: rotate(keys, -numbers)} if rotated else {}
-        policy = KVPolicy(FocusedForcing(budget=3, mix=0.0, diversity_tokens=2), **arguments)
-        policy.append(keys, frames(9, 2))
-        policies.append(policy)
-    assert torch.equal(seen(policies[0]), seen(policies[1]))
-    everything = KVPolicy(FocusedForcing(budget=3, mix=0.0, diversity_tokens=8), **arguments)
-    everything.append(frames(9, 1), frames(9, 2))
-    assert not torch.equal(seen(everything), seen(policies[0]))

@@ -20,7 +20,7 @@ from hasten.quality.requests import Requests, model_name
 from hasten.quality.setting import Setting, find
 from hasten.registry import methods
 from hasten.resolution.engine import ResolutionMethod
-from hasten.streaming.policy import StreamingMethod
+from hasten.streaming.method import StreamingMethod
 
 __all__ = ["DEFAULT", "accelerate", "methods", "remove", "summary"]
 

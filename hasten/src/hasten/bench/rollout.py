@@ -18,11 +18,11 @@ from torch import Tensor
 from hasten.bench.arms import one_line
 from hasten.bench.row import StreamRow
 from hasten.errors import ConfigError, ModelError
-from hasten.streaming.attention import StreamStats
+from hasten.streaming.method import StreamingMethod
 from hasten.streaming.methods.full import FullHistory
-from hasten.streaming.policy import StreamingMethod
+from hasten.streaming.stats import StreamStats
 
-__all__ = ["REFERENCE", "RollOut", "Rolled", "Watch", "fidelity", "mean_curves", "measure"]
+__all__ = ["REFERENCE", "RollOut", "Rolled", "Watch", "amdahl", "fidelity", "mean_curves", "measure"]
 
 REFERENCE = "full history"
 BEST = 100.0  # dB, for equal images
@@ -130,9 +130,13 @@ def measure(
     return [_row(name, rolled[name], torch.cat(likeness[name]), rolled[REFERENCE]) for name in arms]
 
 
+def amdahl(share: float, ratio: float) -> float:
+    """Times faster that a whole can be at most, of which a `share` in [0, 1] becomes `ratio` times faster."""
+    return 1 / (1 - share + share / ratio)
+
+
 def _attention(rolled: Rolled) -> float:
-    stats = rolled.stats
-    return stats.attention_seconds + stats.pack_seconds + stats.select_seconds
+    return rolled.stats.seconds
 
 
 def _row(name: str, rolled: Sequence[Rolled], likeness: Tensor, reference: Sequence[Rolled]) -> StreamRow:
@@ -140,16 +144,21 @@ def _row(name: str, rolled: Sequence[Rolled], likeness: Tensor, reference: Seque
     seconds, attention = (median(map(f, rolled)) for f in (lambda r: sum(r.chunk_seconds), _attention))
     full_seconds, full_attention = (median(map(f, reference)) for f in (lambda r: sum(r.chunk_seconds), _attention))
     stats = [r.stats for r in rolled]
+    share, work = full_attention / full_seconds, sum(s.full_pairs for s in stats) / sum(s.pairs for s in stats)
     return StreamRow(
         method=name,
         seconds_per_frame=seconds / frames,
         attention_seconds=attention,
         latency_ratio=full_seconds / seconds,
         attention_ratio=full_attention / attention,
-        work_ratio=sum(s.full_pairs for s in stats) / sum(s.pairs for s in stats),
+        work_ratio=work,
         kv_ratio=sum(s.full_kv_bytes for s in stats) / sum(s.kv_bytes for s in stats),
+        attention_share=share,
+        most_ratio=amdahl(share, work),
         overhead=median(s.overhead for s in stats),
         cache_bytes=max(s.cache_bytes for s in stats),
+        cache_ratio=max(s.cache_bytes / s.full_cache_bytes for s in stats),
+        peak_bytes=max(s.peak_bytes for s in stats),
         psnr=None if name == REFERENCE else float(likeness.mean()),
         psnr_curve=likeness.mean(0).tolist(),
         seconds_curve=[median(times) for times in zip(*(r.chunk_seconds for r in rolled), strict=True)],

@@ -190,8 +190,22 @@ class StreamRow:
     attention_ratio: Annotated[float, Column("attention", "time for attention, times less", better="more")]
     work_ratio: Annotated[float, Column("work", "pairs of queries and keys, times fewer")]
     kv_ratio: Annotated[float, Column("KV read", "bytes of keys and values, times fewer")]
+    attention_share: Annotated[
+        float,
+        Column("attention share", "of the time with the whole history", unit="%", digits=0),
+    ]
+    most_ratio: Annotated[
+        float,
+        Column("at most", "speed-up by Amdahl's law, if attention's time falls with its work"),
+    ]
     overhead: Annotated[float, Column("choosing", "share of the time for attention", unit="%", digits=1)]
-    cache_bytes: Annotated[int, Column("cache", "keys and values held at the end", unit="B")]
+    cache_bytes: Annotated[int, Column("held", "keys, values and what they are chosen by, at the end", unit="B")]
+    cache_ratio: Annotated[
+        float, Column("of all", "held, relative to keys and values of the whole history", unit="%", digits=0)
+    ]
+    peak_bytes: Annotated[
+        int, Column("peak", "most held at once, copies of chosen frames and buffers being moved included", unit="B")
+    ]
     psnr: Annotated[
         Figure, Column("PSNR", "to the video with the whole history", unit="dB", digits=1, better="more")
     ] = None

@@ -22,13 +22,13 @@ from hasten.bench.rollout import Rolled, measure
 from hasten.bench.video import best_suffix, check_video_path, side_by_side, write_video
 from hasten.errors import ConfigError
 from hasten.io import alone, check_target
-from hasten.streaming.policy import StreamingMethod
+from hasten.streaming.method import StreamingMethod
 
 __all__ = ["DEFAULT_METHODS", "StreamSettings", "parse_streaming", "run_streams"]
 
 # Six frames of history for each head are a quarter of the mean history of 48 frames.
 DEFAULT_METHODS = (
-    "focused-forcing:budget=6:diversity_tokens=16",
+    "focused-forcing:budget=6",
     "sliding-window:window=5",
     "topk-attention:k=6",
     "dummy-forcing:local=1:history=10",

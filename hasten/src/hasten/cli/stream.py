@@ -13,7 +13,7 @@ from hasten.io import check_target
 
 __all__ = ["bench_streams", "demo_video"]
 
-DEMO = ("focused-forcing:budget=6:diversity_tokens=16", "sliding-window:window=5")
+DEMO = ("focused-forcing:budget=6", "sliding-window:window=5")
 
 
 def bench_streams(

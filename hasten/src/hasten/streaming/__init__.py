@@ -7,9 +7,10 @@
 Tensors are `[batch, frames, tokens of a frame, heads, width of a head]`.
 """
 
-from hasten.streaming.attention import BACKENDS, StreamStats
+from hasten.streaming.attention import BACKENDS
 from hasten.streaming.budgets import HeadBudgets
 from hasten.streaming.cache import FrameCache
+from hasten.streaming.method import StreamingMethod
 from hasten.streaming.methods import (
     DummyForcing,
     FocusedForcing,
@@ -18,8 +19,9 @@ from hasten.streaming.methods import (
     SlidingWindow,
     TopKAttention,
 )
-from hasten.streaming.policy import KVPolicy, KVStream, StreamingMethod
+from hasten.streaming.policy import KVPolicy, KVStream
 from hasten.streaming.selection import HeadGroup, Selection
+from hasten.streaming.stats import StreamStats
 
 __all__ = [
     "BACKENDS",

@@ -2,26 +2,32 @@
 
 Frames are the unit: they are appended, chosen and evicted whole. Keys are stored as the layer attends to them, that is,
 after the rotary embedding if the model has one; `unrotate`, or plain keys given along, lets a score compare frames
-without their positions in time. What frames are compared by is measured when a method first asks, once per frame.
+without their positions in time.
 
-Shape legend: `B` batch, `F` frames held, `L` tokens of a frame, `H` heads, `D` width of a head. Callers hand in
-`[B, F, L, H, D]`; inside, heads come first, `[B, H, F, L, D]`, so that one head's frames are read in one go.
+The buffers have room behind the last frame: the current chunk is written there, so that history and chunk are one
+view. For attention the order of frames does not matter, so every head may store them in an order of its own: the
+frames that it attends to are brought to the end, next to the current chunk, and are a view as well; frames to be
+evicted are brought to the end and cut off. `_slots` tells where each frame is.
+
+Shape legend: `B` batch, `F` frames held, `C` frames that there is room for, `L` tokens of a frame, `H` heads, `D` width
+of a head. Callers hand in `[B, F, L, H, D]`; inside, heads come first, `[B, H, F, L, D]`, so that one head's frames are
+read in one go.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import count
 
 import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError
-from hasten.streaming.scores import UnitKeys
+from hasten.streaming.rows import exchanges, row_starts, rows_at
 
 __all__ = ["FrameCache", "Unrotate", "check_frames", "undo_rotation"]
 
-EPOCHS = count()  # numbers for times in which frames only came, in any cache; others know by it what they measured
+GROWTH = 1.25  # of the buffers, when they are full
+SHRINK = 1.35  # times too large at which they are made anew
 
 Unrotate = Callable[[Tensor, Tensor], Tensor]
 """Undoes the rotary embedding along time: keys `[B, H, F, L, D]` and absolute frame numbers `[F]` to keys."""
@@ -36,6 +42,12 @@ def check_frames(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
         )
     if like is None:
         return
+    heads, known = tensor.shape[3], like.shape[3]
+    if heads != known and max(heads, known) % min(heads, known) == 0 and tensor.shape[4] == like.shape[4]:
+        raise ConfigError(
+            f"{name} have {heads} heads where {known} were expected; grouped-query attention is not served: give keys "
+            f"and values a head per query head, with repeat_interleave({max(heads, known) // min(heads, known)}, dim=3)"
+        )
     same = [axis for axis in range(5) if axis != 1]
     if any(tensor.shape[axis] != like.shape[axis] for axis in same):
         raise ConfigError(
@@ -70,6 +82,13 @@ class FrameCache:
     Args:
         rotated: whether the keys carry a rotary embedding along time.
         unrotate: undoes it; without it, plain keys must be given to `append` where a method asks for them.
+
+    Attributes:
+        frames: absolute numbers of the frames held, rising.
+        next_frame: number of the next one.
+        whole: frames that full attention would read: all so far, or those that the model still keeps.
+        borrowed: whether the tensors are somebody else's, see `view`.
+        moment: most bytes that the latest change held for a moment, while buffers were moved.
     """
 
     def __init__(self, *, rotated: bool = False, unrotate: Unrotate | None = None) -> None:
@@ -79,37 +98,43 @@ class FrameCache:
 
     def clear(self) -> None:
         """Forget everything and free the memory."""
-        self._keys: Tensor | None = None  # [B, H, F + room, L, D]; the room at the end is for the current chunk
+        self._keys: Tensor | None = None  # [B, H, C, L, D]
         self._values: Tensor | None = None
-        self._plain: Tensor | None = None  # [B, H, F, L, D]
-        self._means: Tensor | None = None  # [B, H, up to F, D] float32
-        self._units: dict[tuple[int, bool, tuple[int, ...]], UnitKeys] = {}  # see redundancy
-        self._epoch = next(EPOCHS)
+        self._plain: Tensor | None = None  # [B, H, F, L, D], in order
+        self._means: Tensor | None = None  # [B, H, up to F, D] float32, in order
+        self._slots: Tensor | None = None  # [B, H, F]: where each frame is; None where all are in order
         self.frames: list[int] = []
-        self.next_frame = 0
-        self.whole = 0  # frames that full attention would read: all so far, or those that the model still keeps
+        self.next_frame = self.whole = self.moment = 0
+        self._latest = 0  # frames of the latest chunk, for which there is room behind the history
+        self.borrowed = False
 
     def __len__(self) -> int:
         return len(self.frames)
 
+    # --- what is held
+
     @property
     def keys(self) -> Tensor:
-        """`[B, H, F, L, D]`, as they are attended to."""
-        assert self._keys is not None
-        return self._keys[:, :, : len(self)]
+        """`[B, H, F, L, D]`, as they are attended to, in order; a copy where heads have orders of their own."""
+        return self._in_order(self._buffers()[0])
 
     @property
     def values(self) -> Tensor:
-        """`[B, H, F, L, D]`."""
-        assert self._values is not None
-        return self._values[:, :, : len(self)]
+        """`[B, H, F, L, D]`, as `keys`."""
+        return self._in_order(self._buffers()[1])
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, H, F, L, D]` in the order in which each head stores them: always views."""
+        keys, values = self._buffers()
+        return keys[:, :, : len(self)], values[:, :, : len(self)]
 
     @property
     def means(self) -> Tensor:
         """Mean key of each frame `[B, H, F, D]`, float32, without a gradient."""
         known = 0 if self._means is None else self._means.shape[2]
         if self._means is None or known < len(self):
-            fresh = self.keys.detach()[:, :, known:].sum(3, dtype=torch.float32) / self.tokens
+            fresh = self._in_order(self._buffers()[0].detach(), known).sum(3, dtype=torch.float32) / self.tokens
             self._means = fresh if self._means is None else torch.cat([self._means, fresh], 2)
         return self._means
 
@@ -120,20 +145,25 @@ class FrameCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: keys, values, plain keys, means, and what frames are compared by."""
-        held = (self._keys, self._values, self._plain, self._means)
-        units = sum(units.nbytes for units in self._units.values())
-        return units + sum(t.untyped_storage().nbytes() for t in held if t is not None)
+        """Bytes held: keys, values, plain keys, means, and the places of frames; what is borrowed counts, too."""
+        held = (self._keys, self._values, self._plain, self._means, self._slots)
+        return sum(t.untyped_storage().nbytes() for t in held if t is not None)
 
-    def frames_of(self, heads: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, Q, n, b * L, D]` of the frames at positions `[B, Q, n, b]`, for these heads `[n]`."""
-        keys, values = (_rows(t, heads, frames) for t in self._buffers())
-        return keys.flatten(3, 4), values.flatten(3, 4)
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one frame's keys and values; 0 while empty."""
+        if self._keys is None:
+            return 0
+        B, H, _, L, D = self._keys.shape
+        return 2 * B * H * L * D * self._keys.element_size()
 
-    def tokens_of(self, heads: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, Q, n, T, D]` of the tokens at positions `[B, Q, n, T]` (frame times `L` plus token)."""
-        keys, values = (_rows(t.flatten(2, 3), heads, tokens) for t in self._buffers())
-        return keys, values
+    def alike(self, other: FrameCache) -> bool:
+        """Whether another cache holds frames in tensors of the same kind."""
+        if not len(self) or not len(other):
+            return False
+        kinds = [(*c.stored[0].shape[:2], *c.stored[0].shape[3:], c._plain is None) for c in (self, other)]
+        ours, theirs = self.stored[0], other.stored[0]
+        return kinds[0] == kinds[1] and ours.dtype == theirs.dtype and ours.device == theirs.device
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         """Keys and values with the room behind them."""
@@ -141,57 +171,71 @@ class FrameCache:
         assert self._values is not None
         return self._keys, self._values
 
-    def same_frames(self, other: FrameCache) -> bool:
-        """Whether another cache holds the same frames, in tensors of the same kind."""
-        kinds = [(c.keys.shape, c.keys.dtype, c.keys.device, c._plain is None) for c in (self, other) if len(c)]
-        return self.frames == other.frames and len(set(kinds)) <= 1
+    def _in_order(self, buffer: Tensor, since: int = 0, step: int = 1) -> Tensor:
+        """Frames of a buffer from position `since` on, in order, of every `step`-th token."""
+        if self._slots is None:
+            return buffer[:, :, since : len(self), ::step]
+        slots = self._slots[:, :, since:]
+        rows = row_starts(buffer, None)[..., None] + slots  # whole rows are copied ten times as fast as single numbers
+        return buffer.flatten(0, 2)[:, ::step].index_select(0, rows.flatten()).unflatten(0, slots.shape)
 
-    def plain_keys(self, step: int = 1, since: int = 0, others: Sequence[FrameCache] = ()) -> Tensor:
-        """Keys without the rotary embedding along time, `[B, H, F - since, L / step, D]`.
+    def in_storage_order(self, table: Tensor) -> Tensor:
+        """A table `[B, Q, H, F * L]` over the tokens in order, as one over the tokens as each head stores them."""
+        if self._slots is None:
+            return table
+        B, Q, H, _ = table.shape
+        frames = table.view(B, Q, H, len(self), -1)
+        slots = self._slots[:, None, :, :, None].expand_as(frames)
+        return torch.empty_like(frames).scatter_(3, slots, frames).view_as(table)
+
+    def frames_of(self, heads: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Q, n, b * L, D]` of the frames at positions `[B, Q, n, b]`, for these heads `[n]`."""
+        frames = self._where(heads, frames)
+        keys, values = (rows_at(t, heads, frames) for t in self._buffers())
+        return keys.flatten(3, 4), values.flatten(3, 4)
+
+    def tokens_of(self, heads: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Q, n, T, D]` of the tokens at positions `[B, Q, n, T]` (frame times `L` plus token)."""
+        L = self.tokens
+        if self._slots is not None:
+            tokens = self._where(heads, tokens // L) * L + tokens % L
+        keys, values = (rows_at(t.flatten(2, 3), heads, tokens) for t in self._buffers())
+        return keys, values
+
+    def _where(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """Slots of the frames at positions `[B, Q, n, b]`, for these heads `[n]`."""
+        if self._slots is None:
+            return positions
+        slots = self._slots.index_select(1, heads)[:, None].expand(-1, positions.shape[1], -1, -1)
+        return slots.gather(3, positions)
+
+    def plain_keys(self, step: int = 1, others: Sequence[FrameCache] = ()) -> Tensor:
+        """Keys without the rotary embedding along time, in order, of every `step`-th token, `[B, H, F, L / step, D]`.
 
         Args:
-            step: of every `step`-th token.
-            since: of the frames from this position on.
-            others: caches like this one, whose keys follow along the batch.
+            step: of the tokens.
+            others: caches of other layers like this one, whose frames follow.
 
         Raises:
             ConfigError: if the keys are rotated and there is no way back.
         """
         if not self.rotated:
-            return self._stored_keys(step, since, others)
+            return self.stored_keys(step, others)
         if self._plain is not None:
-            return _joined([c._plain[:, :, since:, ::step] for c in (self, *others) if c._plain is not None])
+            return _joined([c._plain[:, :, :, ::step] for c in (self, *others) if c._plain is not None])
         if self._unrotate is None:
             raise ConfigError(
                 "frames were to be compared by keys without rotary embedding, but the cache has only rotated ones; "
                 'give plain_keys to append, or unrotate to the policy, or choose diversity_on="cached"'
             )
-        numbers = torch.tensor(self.frames[since:], device=self.keys.device)
-        return self._unrotate(self._stored_keys(step, since, others), numbers)
+        numbers = [number for cache in (self, *others) for number in cache.frames]
+        return self._unrotate(self.stored_keys(step, others), torch.tensor(numbers, device=self._buffers()[0].device))
 
-    def _stored_keys(self, step: int, since: int, others: Sequence[FrameCache]) -> Tensor:
+    def stored_keys(self, step: int = 1, others: Sequence[FrameCache] = ()) -> Tensor:
         """As `plain_keys`, but keys as they are stored."""
-        return _joined([c.keys[:, :, since:, ::step] for c in (self, *others)])
+        return _joined([c._in_order(c._buffers()[0], step=step) for c in (self, *others)])
 
-    def redundancy(self, step: int = 1, *, rotated: bool = False, others: Sequence[FrameCache] = ()) -> Tensor:
-        """Similarity of each frame to the mean of all, see `UnitKeys`: `[1 + others, B, H, F]` float32.
-
-        Args:
-            step: compare by every `step`-th token. Those of a `step` above 1 are few and kept until frames are
-                evicted, so that each rotation is undone and each frame measured once; all of them would take as much
-                memory as the keys.
-            rotated: compare keys as they are stored, with their rotation along time.
-            others: caches like this one, measured along with it. With small frames nearly all of the time goes into
-                starting the operations, of which there are no more for many layers than for one.
-        """
-        what = (step, rotated, tuple(other._epoch for other in others))
-        units = self._units.get(what, UnitKeys())
-        known = len(units)
-        if known < len(self):
-            units.extend(self._stored_keys(step, known, others) if rotated else self.plain_keys(step, known, others))
-        if step > 1:
-            self._units[what] = units
-        return units.redundancy().unflatten(0, (1 + len(others), -1))
+    # --- more and fewer frames
 
     def append(self, keys: Tensor, values: Tensor, plain_keys: Tensor | None = None) -> None:
         """Remember the frames of a finished chunk.
@@ -204,31 +248,44 @@ class FrameCache:
         Raises:
             ConfigError: for another shape, dtype or device than before.
         """
-        old = None if self._keys is None else self.keys.permute(0, 2, 3, 1, 4)
+        old = None if self._keys is None else self._keys.permute(0, 2, 3, 1, 4)
         check_frames("keys", keys, old)
         check_frames("values", values, keys)
         if values.shape != keys.shape or (plain_keys is not None and plain_keys.shape != keys.shape):
             raise ConfigError(f"expected values and plain keys of the keys' shape {list(keys.shape)}")
         if len(self) and (plain_keys is None) != (self._plain is None):
             raise ConfigError("plain keys came with some chunks and not with others; give them always or never")
-        added = keys.shape[1]
+        self.moment = 0
+        held, added = len(self), keys.shape[1]
+        self._latest = added
         if plain_keys is not None:
             plain = plain_keys.permute(0, 3, 1, 2, 4)
             self._plain = plain.contiguous() if self._plain is None else torch.cat([self._plain, plain], 2)
-        self._keys = self._extended(self._keys, keys, room=added)
-        self._values = self._extended(self._values, values, room=added)
+        for name, new in (("_keys", keys), ("_values", values)):
+            buffer = self._with_room(getattr(self, name), new, held + 2 * added)
+            buffer[:, :, held : held + added] = new.permute(0, 3, 1, 2, 4)
+            setattr(self, name, buffer)
+        if self._slots is not None:
+            fresh = torch.arange(held, held + added, device=keys.device)
+            self._slots = torch.cat([self._slots, fresh.expand(*self._slots.shape[:2], added)], 2)
+        self.borrowed = False
         self.frames += range(self.next_frame, self.next_frame + added)
         self.next_frame += added
         self.whole += added
 
-    def _extended(self, old: Tensor | None, new: Tensor, room: int) -> Tensor:
-        """Old frames, new frames and room for the next chunk, in one tensor."""
-        B, F, L, H, D = new.shape
-        held = len(self)
-        grown = new.new_empty(B, H, held + F + room, L, D)
-        if old is not None:
-            grown[:, :, :held] = old[:, :, :held]
-        grown[:, :, held : held + F] = new.permute(0, 3, 1, 2, 4)
+    def _with_room(self, buffer: Tensor | None, like: Tensor, needed: int) -> Tensor:
+        """A buffer for `needed` frames: the same, or a larger one with what was held.
+
+        Where there are gradients, tensors that others have seen are left alone.
+        """
+        if buffer is not None and buffer.shape[2] >= needed and not (self.borrowed or torch.is_grad_enabled()):
+            return buffer
+        B, _, L, H, D = like.shape
+        room = needed if buffer is None else max(needed, int(GROWTH * needed))
+        grown = like.new_empty(B, H, room, L, D)
+        if buffer is not None:
+            grown[:, :, : len(self)] = buffer[:, :, : len(self)]
+            self.moment = max(self.moment, self.nbytes + grown.untyped_storage().nbytes())
         return grown
 
     def view(self, keys: Tensor, values: Tensor, frames: Sequence[int], plain_keys: Tensor | None = None) -> None:
@@ -248,9 +305,12 @@ class FrameCache:
         self._keys, self._values = keys.permute(0, 3, 1, 2, 4), values.permute(0, 3, 1, 2, 4)
         self._plain = None if plain_keys is None else plain_keys.permute(0, 3, 1, 2, 4)
         self.frames, self.next_frame, self.whole = list(frames), frames[-1] + 1, len(frames)
+        self.borrowed = True
 
     def keep(self, positions: Sequence[int]) -> None:
-        """Evict all frames but those at these positions (0 is the oldest held); their memory is freed.
+        """Evict all frames but those at these positions (0 is the oldest held).
+
+        Their room serves the frames to come; it is freed where there would be far too much of it.
 
         Raises:
             ConfigError: for positions that do not exist or do not rise.
@@ -266,49 +326,85 @@ class FrameCache:
             self.clear()
             self.next_frame, self.whole = upcoming, whole
             return
-        room = self._keys.shape[2] - len(self) if self._keys is not None else 0
-        index = torch.tensor(positions, device=self.keys.device)
-        self._keys, self._values = (self._kept(t, index, room) for t in (self.keys, self.values))
+        keys, _ = self._buffers()
+        index = torch.tensor(positions, device=keys.device)
         self._plain = None if self._plain is None else self._plain.index_select(2, index)
         if self._means is not None:  # it covers the oldest frames, those that were there when it was last asked for
             self._means = self._means.index_select(2, index[index < self._means.shape[2]])
-        self._units.clear()  # their sum is of frames that have gone; the few that are left are measured again
-        self._epoch = next(EPOCHS)
+        needed = len(positions) + self._latest
+        if self.borrowed or torch.is_grad_enabled() or keys.shape[2] > SHRINK * (needed + self._latest):
+            self._keys, self._values = (self._copied(t, index, needed) for t in self._buffers())
+            self._slots, self.borrowed = None, False
+        else:
+            gone = sorted(set(range(len(self))) - set(positions))
+            self.bring_to_end(torch.tensor(gone, device=keys.device).expand(*keys.shape[:2], -1))
+            assert self._slots is not None
+            self._slots = self._slots.index_select(2, index)
         self.frames = [self.frames[position] for position in positions]
 
-    @staticmethod
-    def _kept(frames: Tensor, index: Tensor, room: int) -> Tensor:
-        B, H, _, L, D = frames.shape
-        kept = frames.new_empty(B, H, len(index) + room, L, D)
-        kept[:, :, : len(index)] = frames.index_select(2, index)
+    def _copied(self, buffer: Tensor, index: Tensor, needed: int) -> Tensor:
+        """Some frames, in order, in a buffer of their own with room for so many."""
+        B, H, _, L, D = buffer.shape
+        kept = buffer.new_empty(B, H, needed, L, D)
+        kept[:, :, : len(index)] = self._in_order(buffer).index_select(2, index)
         return kept
 
-    def with_current(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """History and current chunk `[B, H, F + F_q, L, D]`: written into the room behind the history if that fits.
+    def bring_to_end(self, frames: Tensor, heads: Tensor | None = None) -> None:
+        """Exchange frames in place, so that those at positions `[B, n, b]` are the last ones that a head stores.
 
-        The result is valid until the next call.
+        Args:
+            frames: different ones for each head.
+            heads: `[n]`; None for all.
         """
-        current = [t.permute(0, 3, 1, 2, 4) for t in (keys, values)]
-        if self._keys is None or self._values is None:
-            return current[0], current[1]
+        held, B, b = len(self), frames.shape[0], frames.shape[2]
+        if self._slots is None:
+            H = self._buffers()[0].shape[1]
+            self._slots = torch.arange(held, device=frames.device).expand(B, H, held).contiguous()
+        slots = self._slots if heads is None else self._slots.index_select(1, heads)
+        here, there = exchanges(slots.gather(2, frames), held - b)
+        stored = torch.empty_like(slots).scatter_(2, slots, torch.arange(held, device=slots.device).expand_as(slots))
+        first, second = stored.gather(2, here), stored.gather(2, there)
+        slots = slots.scatter(2, first, there).scatter_(2, second, here)
+        self._slots = slots if heads is None else self._slots.index_copy(1, heads, slots)
+        self.moment = 0
+        for buffer in self._buffers():
+            rows = (row_starts(buffer, heads)[..., None] + places for places in (here, there))
+            ours, theirs = (row.flatten() for row in rows)
+            flat = buffer.view(-1, *buffer.shape[3:])
+            moved, back = flat.index_select(0, ours), flat.index_select(0, theirs)
+            flat.index_copy_(0, theirs, moved).index_copy_(0, ours, back)
+            self.moment = max(self.moment, self.nbytes + moved.nbytes + back.nbytes)
+
+    def end(self, frames: int, current: int) -> tuple[Tensor, Tensor]:
+        """Views `[B, H, (frames + current) * L, D]`: the last frames that each head stores, and room behind them."""
+        first, last = len(self) - frames, len(self) + current
+        keys, values = (t[:, :, first:last].flatten(2, 3) for t in self._buffers())
+        return keys, values
+
+    def write_current(self, keys: Tensor, values: Tensor) -> bool:
+        """Write a chunk `[B, F_q, L, H, D]` into the room behind the history; False where that cannot be."""
+        if self._keys is None or self.borrowed or torch.is_grad_enabled():
+            return False
         held, end = len(self), len(self) + keys.shape[1]
-        if self._keys.shape[2] < end or torch.is_grad_enabled():
-            return torch.cat([self.keys, current[0]], 2), torch.cat([self.values, current[1]], 2)
-        for buffer, new in zip((self._keys, self._values), current, strict=True):
-            buffer[:, :, held:end] = new
-        return self._keys[:, :, :end], self._values[:, :, :end]
+        if self._keys.shape[2] < end:
+            return False
+        for buffer, new in zip(self._buffers(), (keys, values), strict=True):
+            buffer[:, :, held:end] = new.permute(0, 3, 1, 2, 4)
+        return True
 
-
-def _rows(held: Tensor, heads: Tensor, positions: Tensor) -> Tensor:
-    """`[B, Q, n, positions, ...]` of a tensor `[B, H, F, ...]`."""
-    B, H, F = held.shape[:3]
-    batch = torch.arange(B, device=held.device)[:, None, None, None]
-    if not held.is_contiguous():  # somebody else's cache, of which a copy would cost more than is gained
-        return held[batch, heads[:, None], positions]
-    rows = (batch * H + heads[:, None]) * F + positions  # whole rows are copied three times as fast as single numbers
-    return held.flatten(0, 2).index_select(0, rows.flatten()).view(*positions.shape, *held.shape[3:])
+    def with_current(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored history and current chunk `[B, H, F + F_q, L, D]`; a view until the next call, where that fits."""
+        if self.write_current(keys, values):
+            end = len(self) + keys.shape[1]
+            whole = self._buffers()
+            return whole[0][:, :, :end], whole[1][:, :, :end]
+        current = [t.permute(0, 3, 1, 2, 4) for t in (keys, values)]
+        if self._keys is None:
+            return current[0], current[1]
+        stored = self.stored
+        return torch.cat([stored[0], current[0]], 2), torch.cat([stored[1], current[1]], 2)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """One after another along the batch."""
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    """Frames one after another."""
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]

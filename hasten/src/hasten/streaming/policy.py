@@ -17,111 +17,31 @@ of a head, `Q` query frames that choose for themselves (`q` or 1).
 
 from __future__ import annotations
 
-import time
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError, unknown
-from hasten.parameters import Declared, Range
 from hasten.streaming.attention import (
     BACKENDS,
     Backend,
-    Current,
-    PackedGroup,
-    StreamStats,
+    Prepared,
     attend,
     attention_pairs,
     kv_bytes,
-    pack,
+    prepare,
 )
 from hasten.streaming.cache import FrameCache, Unrotate, check_frames
+from hasten.streaming.current import Current
+from hasten.streaming.method import LayerView, StreamingMethod
 from hasten.streaming.selection import Selection
+from hasten.streaming.stats import Ledger, Stopwatch, StreamStats
 
-__all__ = ["KVPolicy", "KVStream", "LayerView", "RefreshedMethod", "StreamingMethod"]
-
-
-@dataclass(eq=False)
-class LayerView:
-    """What a method may use when it decides for one layer.
-
-    Attributes:
-        layer: its number.
-        layers: how many there are.
-        cache: the frames held.
-        chunk: chunks finished so far.
-        step: forwards of the current chunk so far, this one not counted.
-        memo: the method's own notes on this layer; emptied when a chunk is appended.
-        notes: the method's own notes on this layer for the whole rollout.
-        shared: the method's own notes that all layers share for the whole rollout.
-        peers: the views of all layers of the stream, this one among them; none for a layer on its own.
-    """
-
-    layer: int
-    layers: int
-    cache: FrameCache
-    chunk: int = 0
-    step: int = 0
-    memo: dict[str, Any] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
-    shared: dict[str, Any] = field(default_factory=dict)
-    peers: Sequence[weakref.ref[LayerView]] = ()  # weak: what a dropped stream holds is freed at once
-
-    def together(self) -> list[LayerView]:
-        """The views of all layers, if they stand at this chunk and hold the same frames; else this one alone.
-
-        A model that gives each layer its history just before that layer's turn has no other layer ready.
-        """
-        views = [view for view in (there() for there in self.peers) if view is not None]
-        ready = all(view.chunk == self.chunk and view.cache.same_frames(self.cache) for view in views)
-        return views if views and ready else [self]
-
-    def restart(self) -> None:
-        """Begin a new rollout."""
-        self.chunk = self.step = 0
-        for notes in (self.memo, self.notes, self.shared):
-            notes.clear()
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamingMethod(Declared, ABC):
-    """Base of the methods: which frames to keep and which to attend to."""
-
-    @property
-    def refresh_every(self) -> int | None:
-        """Forwards after which a chunk's choice is made again; None keeps that of its first forward."""
-        return None
-
-    @abstractmethod
-    def score(self, view: LayerView, queries: Tensor) -> Tensor:
-        """What each frame of the history is worth, `[B, Q, H, F]` float32; the higher, the sooner it is chosen."""
-
-    @abstractmethod
-    def select(self, view: LayerView, queries: Tensor, keys: Tensor) -> Selection | None:
-        """The choice for queries and keys `[B, q, L, H, D]` of the current chunk; None for the whole history."""
-
-    def retained(self, view: LayerView) -> Sequence[int]:
-        """Places in the cache that are kept when a chunk has been appended; the others are evicted."""
-        return range(len(view.cache))
-
-    def check_model(self, layers: int, facts: Mapping[str, object]) -> None:
-        """Refuse a model that the method was not made for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefreshedMethod(StreamingMethod):
-    """Base of the methods whose choice depends on the queries, and may be made again within a chunk."""
-
-    refresh_every: Annotated[
-        int | None,
-        Range(1),
-        "forwards after which a chunk's choice is made again; None keeps that of its first forward",
-    ] = None
+__all__ = ["KVPolicy", "KVStream"]
 
 
 class KVPolicy:
@@ -133,12 +53,13 @@ class KVPolicy:
         backend: how attention is computed: `"grouped"`, `"masked"`, `"flex"` or `"varlen"`.
         rotated: whether keys carry a rotary embedding along time.
         unrotate: undoes it, see `hasten.streaming.cache`.
+        timed: whether times are taken, between events on a GPU; nothing waits for them.
         shared: notes that all layers of a rollout share.
+        ledger: of all layers of a rollout.
 
     Attributes:
         cache: the frames held.
         view: what the method may use.
-        timed: wait for a GPU before reading the clock; set it to False for full speed and meaningless times.
 
     Raises:
         UnknownNameError: for another back-end.
@@ -153,48 +74,94 @@ class KVPolicy:
         backend: Backend = "grouped",
         rotated: bool = False,
         unrotate: Unrotate | None = None,
+        timed: bool = False,
         shared: dict[str, Any] | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         if backend not in BACKENDS:
             raise unknown("attention back-end", backend, BACKENDS)
         self.method, self.backend = method, backend
-        self.timed = True
         self.cache = FrameCache(rotated=rotated, unrotate=unrotate)
         self.view = LayerView(layer, layers, self.cache, shared={} if shared is None else shared)
-        self._sums = StreamStats()
+        self._sums, self._clock = StreamStats(), Stopwatch(timed)
+        self._ledger, self._held = ledger or Ledger(), 0
+        self._attended = False  # since the latest chunk was appended; True before the first forward, too
+        self._begun = False
+        self._prepared: Prepared | None = None
         self._forget_choice()
 
     def _forget_choice(self) -> None:
         self._chosen: Selection | None = None
-        self._packed: list[PackedGroup] | None = None
+        self._prepared = None
         self._fresh = False
+
+    def _book(self, moment: int = 0) -> None:
+        """Tell the ledger what is held now, and what was for a moment."""
+        held = self.cache.nbytes + (0 if self._prepared is None else self._prepared.nbytes)
+        self._ledger.change(self._held, held, moment)
+        self._held = held
 
     def reset(self) -> None:
         """Begin a new rollout: forget all frames and notes. Statistics stay."""
         self.cache.clear()
         self.view.restart()
         self._forget_choice()
+        self._begun = False
+        self._book()
 
-    def append(self, keys: Tensor, values: Tensor, plain_keys: Tensor | None = None) -> None:
-        """Remember the clean frames of a finished chunk, `[B, F, L, H, D]`, and evict what the method gives up.
+    def append(
+        self, keys: Tensor, values: Tensor, plain_keys: Tensor | None = None, *, first: int | None = None
+    ) -> None:
+        """Remember the clean frames of a finished chunk, and evict what the method gives up.
 
-        `plain_keys` are the keys without rotary embedding, for methods that compare frames by them. Gradients flow
-        through the history; outside training run under `torch.no_grad()`.
+        Gradients flow through the history; outside training run under `torch.no_grad()`.
+
+        Args:
+            keys, values: `[B, F, L, H, D]`.
+            plain_keys: the keys without rotary embedding, for methods that compare frames by them.
+            first: number of the first of these frames in the video, to be checked.
+
+        Raises:
+            ConfigError: for tensors that do not fit the history, a second append in a step, or frames that are not the
+                next ones.
         """
+        self._check_next(first)
+        if self._begun and not self._attended:
+            raise ConfigError(
+                f"layer {self.view.layer} was given a chunk twice without a forward in between; append once per chunk, "
+                "in its last forward, and call reset() before frames of another video"
+            )
         self._forget_choice()
         self.cache.append(keys, values, plain_keys)
+        self._book(self.cache.moment)
         self._next_chunk()
         self.evict(self.method.retained(self.view))
+
+    def _check_next(self, first: int | None) -> None:
+        """Refuse frames that are not the next ones of the video."""
+        due = self.cache.next_frame
+        if first is None or first == due:
+            return
+        if first == 0:
+            raise ConfigError(f"frame 0 comes after {due} frames: call reset() before another video begins")
+        if first < due:
+            raise ConfigError(
+                f"frame {first} comes again, after {due} frames: append each chunk once, in its last forward; guidance "
+                "with two passes needs two streams"
+            )
+        raise ConfigError(f"frame {first} comes after {due} frames: append the chunks before it first")
 
     def look_at(self, keys: Tensor, values: Tensor, frames: Sequence[int], plain_keys: Tensor | None = None) -> None:
         """Begin a chunk on a history that the model keeps itself; see `FrameCache.view`. Nothing is evicted."""
         self._forget_choice()
         self.cache.view(keys, values, frames, plain_keys)
+        self._book()
         self._next_chunk()
 
     def _next_chunk(self) -> None:
         self.view.chunk += 1
         self.view.step = 0
+        self._attended = False
         self.view.memo.clear()
 
     def evict(self, keep: Sequence[int]) -> None:
@@ -203,6 +170,7 @@ class KVPolicy:
             self._forget_choice()
             self.view.memo.clear()
         self.cache.keep(keep)
+        self._book(self.cache.moment)
 
     def score(self, queries: Tensor) -> Tensor:
         """What each frame held is worth to the queries `[B, q, L, H, D]`: `[B, Q, H, F]` float32."""
@@ -224,7 +192,7 @@ class KVPolicy:
             with torch.no_grad():
                 chosen = self.method.select(self.view, queries, keys)
             if chosen is not self._chosen:
-                self._packed = None
+                self._prepared = None
             self._chosen, self._fresh = chosen, True
         return self._chosen
 
@@ -240,6 +208,7 @@ class KVPolicy:
         *,
         extra: tuple[Tensor, Tensor] | None = None,
         scale: float | None = None,
+        first: int | None = None,
     ) -> Tensor:
         """Attention of the current chunk to itself and to the chosen frames.
 
@@ -247,36 +216,38 @@ class KVPolicy:
             queries, keys, values: `[B, q, L, H, D]`, rotated if the history is.
             extra: keys and values `[B, X, H, D]` that every query attends to besides.
             scale: of the logits, `1 / sqrt(D)` by default.
+            first: number of the chunk's first frame in the video, to be checked.
 
         Returns:
             `[B, q, L, H, D]`.
 
         Raises:
-            ConfigError: for shapes or dtypes that do not fit the history.
+            ConfigError: for shapes or dtypes that do not fit the history, or frames that are not the next ones.
         """
-        held = self.cache.keys.permute(0, 2, 3, 1, 4) if len(self.cache) else keys
+        self._check_next(first)
+        held = self.cache.stored[0].permute(0, 2, 3, 1, 4) if len(self.cache) else keys
         for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
             check_frames(name, tensor, held)
         if extra is not None:
             _check_extra(extra, held)
         current = Current(queries, keys, values, extra)
-        started = self._now(queries)
+        marks = [self._clock.mark(queries)]
         chosen = self.select(queries, keys)
-        selected = self._now(queries)
-        if self.backend == "grouped" and chosen is not None and not chosen.everything and self._packed is None:
-            self._packed = pack(self.cache, chosen, current.visible)
-        packed = self._now(queries)
-        out = attend(self.backend, current, self.cache, chosen, self._packed, scale)
-        self._count(current, chosen, (started, selected, packed, self._now(queries)))
+        marks.append(self._clock.mark(queries))
+        if chosen is not None and self._prepared is None:
+            self.cache.moment = 0
+            self._prepared = prepare(self.backend, self.cache, chosen, current)
+            self._book(self.cache.moment)
+        marks.append(self._clock.mark(queries))
+        out = attend(self.backend, current, self.cache, chosen, self._prepared, scale)
+        marks.append(self._clock.mark(queries))
+        self._clock.add(marks)
+        self._count(current, chosen)
         self.view.step += 1
+        self._attended = self._begun = True
         return out
 
-    def _now(self, tensor: Tensor) -> float:
-        if self.timed and tensor.is_cuda:
-            torch.cuda.synchronize(tensor.device)  # or the times would be those of launching the kernels
-        return time.perf_counter()
-
-    def _count(self, current: Current, chosen: Selection | None, times: tuple[float, float, float, float]) -> None:
+    def _count(self, current: Current, chosen: Selection | None) -> None:
         held, past = len(self.cache), self.cache.whole
         self._sums += StreamStats(
             forwards=1,
@@ -284,16 +255,22 @@ class KVPolicy:
             full_pairs=attention_pairs(None, current, past),
             kv_bytes=kv_bytes(chosen, current, held),
             full_kv_bytes=kv_bytes(None, current, past),
-            select_seconds=times[1] - times[0],
-            pack_seconds=times[2] - times[1],
-            attention_seconds=times[3] - times[2],
         )
 
     def stats(self) -> StreamStats:
-        """Sums so far and what is held now."""
-        packed = sum(g.keys.nbytes + g.values.nbytes for g in self._packed or [])
-        held = StreamStats(cache_bytes=self.cache.nbytes, packed_bytes=packed, frames=len(self.cache))
-        return self._sums + held
+        """Sums so far and what is held now; the peak is that of all layers with the same ledger."""
+        choosing, packing, attending = self._clock.seconds()
+        now = StreamStats(
+            select_seconds=choosing,
+            pack_seconds=packing,
+            attention_seconds=attending,
+            cache_bytes=self.cache.nbytes,
+            packed_bytes=0 if self._prepared is None else self._prepared.nbytes,
+            full_cache_bytes=self.cache.frame_bytes * self.cache.whole,
+            peak_bytes=self._ledger.peak,
+            frames=len(self.cache),
+        )
+        return self._sums + now
 
 
 def _check_extra(extra: tuple[Tensor, Tensor], held: Tensor) -> None:
@@ -316,6 +293,7 @@ class KVStream:
         layers: of the model.
         backend, rotated, unrotate: as for `KVPolicy`.
         facts: what is known of the model, by which budgets that were made for another one are refused.
+        timed: whether times are taken, between events on a GPU; nothing waits for them.
 
     Attributes:
         gates: None, or `[layers, H]` by which the model multiplies each head's output, to measure importance.
@@ -330,16 +308,18 @@ class KVStream:
         rotated: bool = False,
         unrotate: Unrotate | None = None,
         facts: Mapping[str, object] | None = None,
+        timed: bool = False,
     ) -> None:
         if layers < 1:
             raise ConfigError(f"expected at least one layer, got {layers}")
         method.check_model(layers, facts or {})
         self.method = method
         self.gates: Tensor | None = None
+        self._ledger = Ledger()
         shared: dict[str, Any] = {}
+        common: dict[str, Any] = {"backend": backend, "rotated": rotated, "unrotate": unrotate, "timed": timed}
         self._policies = [
-            KVPolicy(method, i, layers, backend=backend, rotated=rotated, unrotate=unrotate, shared=shared)
-            for i in range(layers)
+            KVPolicy(method, i, layers, **common, shared=shared, ledger=self._ledger) for i in range(layers)
         ]
         views = [policy.view for policy in self._policies]
         for view in views:
@@ -349,7 +329,19 @@ class KVStream:
         return len(self._policies)
 
     def __getitem__(self, layer: int) -> KVPolicy:
+        """The memory of a layer.
+
+        Raises:
+            ConfigError: for a layer that the stream was not made for.
+        """
+        if not 0 <= layer < len(self):
+            raise ConfigError(
+                f"expected a layer from 0 to {len(self) - 1}, got {layer}; a stream is made for all layers of the model"
+            )
         return self._policies[layer]
+
+    def __iter__(self) -> Iterator[KVPolicy]:
+        return iter(self._policies)
 
     def attend(
         self,
@@ -360,16 +352,19 @@ class KVStream:
         *,
         extra: tuple[Tensor, Tensor] | None = None,
         scale: float | None = None,
+        first: int | None = None,
     ) -> Tensor:
         """`KVPolicy.attend` of one layer, times its heads' gates if there are any."""
-        out = self[layer].attend(queries, keys, values, extra=extra, scale=scale)
+        out = self[layer].attend(queries, keys, values, extra=extra, scale=scale, first=first)
         return out if self.gates is None else out * self.gates[layer, :, None].to(out)
 
     def reset(self) -> None:
-        """Begin a new rollout in all layers. Statistics stay."""
+        """Begin a new rollout in all layers. Statistics stay, but for the peak."""
         for policy in self._policies:
             policy.reset()
+        self._ledger.peak = self._ledger.total
 
     def stats(self) -> StreamStats:
-        """Sums over all layers."""
-        return sum((policy.stats() for policy in self._policies), StreamStats())
+        """Sums over all layers, and the most that they held at once."""
+        sums = sum((policy.stats() for policy in self._policies), StreamStats())
+        return replace(sums, peak_bytes=self._ledger.peak)

@@ -8,13 +8,15 @@ Shape legend: `B` batch, `q` query frames, `L` tokens of a frame, `S` of them by
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from hasten.errors import ConfigError
 
-__all__ = ["UnitKeys", "attention_mass", "pooled_relevance", "relevance", "standardised"]
+__all__ = ["attention_mass", "pooled_relevance", "redundancy", "relevance", "standardised"]
 
 EPSILON = 1e-6
 
@@ -68,62 +70,29 @@ def attention_mass(queries: Tensor, keys: Tensor, history: Tensor, last: int, sa
     """
     flat = queries.flatten(1, 2)
     positions = torch.linspace(0, flat.shape[1] - 1, min(samples, flat.shape[1]), device=flat.device).long()
-    sample = flat[:, positions].transpose(1, 2).float()  # [B, H, samples, D]
-    attended = torch.cat([history.flatten(2, 3), keys.flatten(1, 2).transpose(1, 2)], 2).float()
-    weights = (sample @ attended.mT / queries.shape[-1] ** 0.5).softmax(3)
+    sample = flat[:, positions].transpose(1, 2)  # [B, H, samples, D]; products in its dtype, keys are not copied
+    logits = [sample @ part.mT for part in (history.flatten(2, 3), keys.flatten(1, 2).transpose(1, 2))]
+    weights = (torch.cat(logits, 3).float() / queries.shape[-1] ** 0.5).softmax(3)
     return weights[..., -last:].sum(3).mean((0, 2)).cpu()
 
 
-class UnitKeys:
-    """Keys of length one by which frames are compared, and the sum of the keys as they are.
+def redundancy(keys: Tensor, parts: Sequence[int] = ()) -> Tensor:
+    """Similarity of a frame to the mean of all: mean over tokens of the cosine with the mean key, `[B, H, F]` float32.
 
-    Frames are measured once, when they are first asked about. The similarity of all of them is one small product then.
+    Args:
+        keys: `[B, H, F, S, D]`, `S` tokens of each frame; without their rotation along time, or equal frames look
+            different.
+        parts: numbers of frames of several histories, one after another, each with a mean of its own; one by default.
     """
-
-    def __init__(self) -> None:
-        self._units: Tensor | None = None  # [B, H, F + room, S, D] float32
-        self._sum: Tensor | None = None  # [B, H, S, D] float32
-        self._held = 0
-
-    def __len__(self) -> int:
-        return self._held
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(t.untyped_storage().nbytes() for t in (self._units, self._sum) if t is not None)
-
-    @torch.no_grad()
-    def extend(self, plain_keys: Tensor) -> None:
-        """Measure further frames.
-
-        Args:
-            plain_keys: `[B, H, F, S, D]`, `S` tokens of each; unrotated along time, or equal frames look different.
-        """
-        keys = plain_keys.float()
-        units, added = _directions(keys), keys.sum(2)
-        held, self._held = self._held, self._held + keys.shape[2]
-        if self._units is None or self._sum is None:
-            self._units, self._sum = units, added
-            return
-        self._sum += added
-        if self._held > self._units.shape[2]:  # room is doubled, or every chunk would copy all that came before
-            B, H, _, S, D = units.shape
-            grown = units.new_empty(B, H, max(self._held, 2 * held), S, D)
-            grown[:, :, :held] = self._units[:, :, :held]
-            self._units = grown
-        self._units[:, :, held : self._held] = units
-
-    @torch.no_grad()
-    def redundancy(self) -> Tensor:
-        """Similarity of a frame to the mean of all: mean over tokens of the cosine with the mean key, `[B, H, F]`."""
-        assert self._units is not None
-        assert self._sum is not None
-        B, H, _, S, _ = self._units.shape
-        direction = _directions(self._sum)  # the mean points where the sum points
-        units = self._units[:, :, : self._held].flatten(3).flatten(0, 1)
-        # The vector stands on the left: on a CPU the product with a single column takes seven times as long.
-        return (direction.view(B * H, 1, -1) @ units.mT).view(B, H, -1) / S
+    if len(parts) > 1:
+        of = torch.repeat_interleave(torch.tensor(parts)).to(keys.device)
+        total = keys.new_zeros(*keys.shape[:2], len(parts), *keys.shape[3:], dtype=torch.float32)
+        total.index_add_(2, of, keys.float())
+        direction = _directions(total).index_select(2, of)
+    else:
+        direction = _directions(keys.sum(2, keepdim=True, dtype=torch.float32))  # the mean points where the sum points
+    lengths = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).clamp_(min=EPSILON)
+    return ((keys * direction).sum(-1) / lengths).mean(-1)
 
 
 def _directions(keys: Tensor) -> Tensor:

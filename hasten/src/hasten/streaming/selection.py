@@ -85,6 +85,13 @@ class Selection:
         """`[B, Q, H, F * L]` bool: which tokens are chosen."""
         return self._spread([g.token_positions(tokens) for g in self.groups], self.held * tokens)
 
+    def chosen(self) -> Tensor:
+        """`[F]` bool: which frames any query frame, head or batch entry attends to."""
+        table = torch.zeros(self.held, dtype=torch.bool, device=self.groups[0].frames.device)
+        for group in self.groups:
+            table.index_fill_(0, group.frames.flatten(), True)
+        return table
+
     def _spread(self, positions: Sequence[Tensor], size: int) -> Tensor:
         B = positions[0].shape[0]
         Q = max(p.shape[1] for p in positions)

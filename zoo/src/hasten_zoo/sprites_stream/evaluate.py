@@ -24,7 +24,7 @@ from hasten_zoo.sprites_stream.rollout import roll_out
 __all__ = ["ablations", "fitted_budgets", "head_importance"]
 
 BUDGET = 6  # frames of history, a quarter of the mean history of 48 frames
-TOKENS = 16  # of the 64 of a frame; choosing by all of them costs 5 % of the attention time at this size
+TOKENS = 64  # all of a frame; with `choice="frame"` and nothing forgotten it is release 0.1.0's default
 
 
 def head_importance(model: CausalVideoTransformer, frames: int, steps: int, seed: int = 0) -> torch.Tensor:
@@ -42,17 +42,23 @@ def head_importance(model: CausalVideoTransformer, frames: int, steps: int, seed
 def ablations(budget: int, budgets: HeadBudgets | None) -> dict[str, StreamingMethod]:
     """What each part of Focused Forcing gives."""
     arms: dict[str, StreamingMethod] = {
-        "choice per chunk": FocusedForcing(budget=budget, choice="chunk", diversity_tokens=TOKENS),
+        "choice per frame, nothing forgotten": FocusedForcing(
+            budget=budget, choice="frame", diversity_tokens=TOKENS, forget_after=None
+        ),
+        "choice per frame": FocusedForcing(budget=budget, choice="frame"),
+        "choice of all frames": FocusedForcing(budget=budget, choice="union"),
+        "choice by the mean": FocusedForcing(budget=budget, choice="mean"),
+        "nothing forgotten": FocusedForcing(budget=budget, forget_after=None),
+        "forgotten after a chunk": FocusedForcing(budget=budget, forget_after=1),
         "no diversity": FocusedForcing(budget=budget, mix=1.0),
-        "diversity alone": FocusedForcing(budget=budget, mix=0.0, diversity_tokens=TOKENS),
-        "diversity of all tokens": FocusedForcing(budget=budget),
-        "diversity on cached keys": FocusedForcing(budget=budget, diversity_on="cached", diversity_tokens=TOKENS),
-        "chosen anew each step": FocusedForcing(budget=budget, refresh_every=1, diversity_tokens=TOKENS),
-        "first frame kept": FocusedForcing(budget=budget, keep_first=True, diversity_tokens=TOKENS),
+        "diversity alone": FocusedForcing(budget=budget, mix=0.0),
+        "diversity of all tokens": FocusedForcing(budget=budget, diversity_tokens=TOKENS),
+        "diversity on cached keys": FocusedForcing(budget=budget, diversity_on="cached"),
+        "chosen anew each step": FocusedForcing(budget=budget, refresh_every=1),
+        "first frame kept": FocusedForcing(budget=budget, keep_first=True),
     }
     if budgets is not None:
-        arms["importance budgets"] = FocusedForcing(budget=budgets, diversity_tokens=TOKENS)
-        arms["importance budgets per chunk"] = FocusedForcing(budget=budgets, choice="chunk", diversity_tokens=TOKENS)
+        arms["importance budgets"] = FocusedForcing(budget=budgets)
     return arms
 
 

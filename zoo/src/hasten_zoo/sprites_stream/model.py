@@ -23,7 +23,8 @@ from hasten.errors import ConfigError, ModelError
 from hasten.io import Kind
 from hasten.streaming.attention import Backend
 from hasten.streaming.cache import undo_rotation
-from hasten.streaming.policy import KVStream, StreamingMethod
+from hasten.streaming.method import StreamingMethod
+from hasten.streaming.policy import KVStream
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -225,9 +226,9 @@ class CausalVideoTransformer(nn.Module):
             parts = shared + block.modulation[:, None]
             q, k, v = block.project(x, parts)
             q, k = self.rotary(q, frames), self.rotary(k, frames)
-            attended = stream.attend(layer, q, k, v)
+            attended = stream.attend(layer, q, k, v, first=first)
             if keep:
-                stream[layer].append(k, v)
+                stream[layer].append(k, v, first=first)
             x = block.finish(x, attended, parts)
         return self._end(x, state, video, t)
 
@@ -271,11 +272,13 @@ def teacher_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
     return torch.cat([*clean, *noisy], 2).unflatten(2, (2 * F, L)).transpose(2, 3)
 
 
-def new_stream(model: CausalVideoTransformer, method: StreamingMethod, backend: Backend = "grouped") -> KVStream:
-    """An empty memory for one rollout of the model."""
+def new_stream(
+    model: CausalVideoTransformer, method: StreamingMethod, backend: Backend = "grouped", timed: bool = False
+) -> KVStream:
+    """An empty memory for one rollout of the model; `timed` takes times of its parts."""
     config = model.config
     facts = {"model": "sprites-stream", "layers": config.layers, "heads": config.heads, "chunk": config.chunk}
-    return KVStream(method, config.layers, backend=backend, unrotate=model.rotary.unrotate, facts=facts)
+    return KVStream(method, config.layers, backend=backend, unrotate=model.rotary.unrotate, facts=facts, timed=timed)
 
 
 KIND = Kind(

@@ -9,7 +9,7 @@ from random import Random
 import torch
 from hasten.bench.rollout import Rolled, RollOut
 from hasten.bench.subject import StreamingSubject
-from hasten.streaming.policy import StreamingMethod
+from hasten.streaming.method import StreamingMethod
 
 from hasten_zoo.sprites_stream.data import World, random_world
 from hasten_zoo.sprites_stream.grade import grade
@@ -32,7 +32,7 @@ def rollout(model: CausalVideoTransformer, frames: int, steps: int, graded: bool
 
     @torch.no_grad()
     def roll(method: StreamingMethod, seed: int) -> Rolled:
-        stream = new_stream(model, method)
+        stream = new_stream(model, method, timed=True)
         worlds = worlds_of(seed)
         result = roll_out(model, worlds, stream, frames, steps, seed)
         grades = [grade(w, v) for w, v in zip(worlds, result.video, strict=True)] if graded else []

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from hasten.errors import AdapterError, AlreadyAcceleratedError
 from hasten.streaming.adapters.handle import StreamingRun
 from hasten.streaming.attention import Backend
-from hasten.streaming.policy import KVStream, StreamingMethod
+from hasten.streaming.method import StreamingMethod
+from hasten.streaming.policy import KVStream
 
 __all__ = ["attach_anyflow"]
 

@@ -27,7 +27,8 @@ from hasten.errors import AdapterError, AlreadyAcceleratedError
 from hasten.streaming.adapters.handle import StreamingRun
 from hasten.streaming.attention import Backend
 from hasten.streaming.cache import undo_rotation
-from hasten.streaming.policy import KVStream, StreamingMethod
+from hasten.streaming.method import StreamingMethod
+from hasten.streaming.policy import KVStream
 
 __all__ = ["attach_causal_wan", "wan_unrotate"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from hasten.streaming.attention import StreamStats
 from hasten.streaming.policy import KVStream
+from hasten.streaming.stats import StreamStats
 
 __all__ = ["StreamingRun"]
 

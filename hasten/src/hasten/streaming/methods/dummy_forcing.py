@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hasten.parameters import Range
 from hasten.registry import method
+from hasten.streaming.method import LayerView, StreamingMethod
 from hasten.streaming.methods.sliding_window import recency, sink_and_window
-from hasten.streaming.policy import LayerView, StreamingMethod
 from hasten.streaming.scores import attention_mass
 from hasten.streaming.selection import Selection, frames_at
 
@@ -50,7 +50,7 @@ class DummyForcing(StreamingMethod):
         measured = view.shared.setdefault("mass", {})
         if view.layer not in measured:
             own = keys.shape[1] * keys.shape[2]
-            measured[view.layer] = attention_mass(queries, keys, view.cache.keys, own, self.samples)
+            measured[view.layer] = attention_mass(queries, keys, view.cache.stored[0], own, self.samples)
             return None
         if len(measured) < view.layers:
             return None

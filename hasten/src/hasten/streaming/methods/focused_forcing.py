@@ -10,10 +10,12 @@ Head `h` keeps the `b_h` frames of the highest `S`. Every query attends to the w
 neither on the query nor on the noise, so it is computed once per chunk; frames up to the budget need no score at all.
 
 Departures: neither the paper's text nor its code was at hand, only a reading note of it, which does not give the
-numbers `b_min`, `b_max`, `gamma` and `lambda`; the defaults are ours. Frames are compared by keys without their
-rotation along time (`diversity_on="unrotated"`), because with it equal frames look different and far ones always
-diverse; `"cached"` is the formula as printed. The choice of a chunk's first forward holds for the chunk
-(`refresh_every`).
+numbers `b_min`, `b_max`, `gamma` and `lambda`; the defaults are ours. The frames of a chunk choose as one, by the
+highest `S` of any of them (`choice="maximum"`): the choice is read once and where it lies, while a choice per query
+frame reads most of the history in all. Frames are compared by a few of their tokens (`diversity_tokens`), and by keys
+without their rotation along time (`diversity_on="unrotated"`), because with it equal frames look different and far ones
+always diverse; `"cached"` is the formula as printed. The choice of a chunk's first forward holds for the chunk
+(`refresh_every`). Frames that no head of a layer has chosen for some chunks are evicted (`forget_after`).
 """
 
 from __future__ import annotations
@@ -30,15 +32,16 @@ from torch import Tensor
 from hasten.parameters import Range
 from hasten.registry import method
 from hasten.streaming.budgets import HeadBudgets
+from hasten.streaming.method import LayerView, RefreshedMethod
 from hasten.streaming.methods.sliding_window import sink_and_window
-from hasten.streaming.policy import LayerView, RefreshedMethod
-from hasten.streaming.scores import relevance, standardised
+from hasten.streaming.scores import redundancy, relevance, standardised
 from hasten.streaming.selection import Selection, index_of, top_frames
 
 __all__ = ["FocusedForcing"]
 
-Choice = Literal["frame", "chunk"]
+Choice = Literal["maximum", "mean", "union", "frame"]
 DiversityOn = Literal["unrotated", "cached"]
+TOGETHER = 2**26  # bytes of keys and values, of all their tokens, that are compared at once
 FORCED_FROM = 3  # the smallest budget of which one frame can be given to the first
 
 
@@ -53,21 +56,28 @@ class FocusedForcing(RefreshedMethod):
     mix: Annotated[float, Range(0, 1), "`lambda`, the weight of relevance against diversity; 1 is relevance alone"] = (
         0.5
     )
-    choice: Annotated[Choice, "whether every query frame chooses for itself, or the chunk as one"] = "frame"
+    choice: Annotated[
+        Choice,
+        "whether the chunk chooses as one, by the highest score of any of its frames, by their mean relevance or with all "
+        "that any of them would choose, or every query frame for itself",
+    ] = "maximum"
     diversity_on: Annotated[
         DiversityOn, "keys by which frames are compared: without their rotation along time, or as they are cached"
     ] = "unrotated"
     diversity_tokens: Annotated[
-        int | None,
-        Range(1),
-        "tokens of a frame, evenly spread, by which frames are compared, at the most; None for all",
-    ] = None
+        int, Range(1), "tokens of a frame, evenly spread, by which frames are compared, at the most"
+    ] = 16
     keep_first: Annotated[
         bool, "heads with a budget of three or more always attend to the first frame, which holds identity"
     ] = False
     window: Annotated[
         int | None, Range(1), "frames to choose from, beside the first; older ones are evicted; None keeps all"
     ] = None
+    forget_after: Annotated[
+        int | None,
+        Range(1),
+        "chunks in which no head of a layer chooses a frame until it is evicted; None keeps all",
+    ] = 2
 
     def check(self) -> None:
         super().check()
@@ -92,12 +102,31 @@ class FocusedForcing(RefreshedMethod):
 
     def retained(self, view: LayerView) -> Sequence[int]:
         frames = view.cache.frames
-        return range(len(frames)) if self.window is None else sink_and_window(frames, 1, self.window)
+        kept = range(len(frames)) if self.window is None else sink_and_window(frames, 1, self.window)
+        if self.forget_after is None:
+            return kept
+        used = self._used(view)
+        return [position for position in kept if view.chunk - used[frames[position]] < self.forget_after]
+
+    def _used(self, view: LayerView) -> dict[int, int]:
+        """The latest chunk in which a head chose each frame held; one that nobody could choose yet counts as chosen."""
+        choices = view.notes.pop("chosen", ())
+        unused = {number for numbers, _ in choices for number in numbers}
+        for numbers, selection in choices:
+            unused -= {number for number, yes in zip(numbers, selection.chosen().tolist(), strict=True) if yes}
+        known = view.notes.get("used", {})
+        used = {n: known.get(n, view.chunk) if n in unused else view.chunk for n in view.cache.frames}
+        view.notes["used"] = used
+        return used
 
     def score(self, view: LayerView, queries: Tensor) -> Tensor:
         """`S` of every frame: `[B, q, H, F]`, or `[B, 1, H, F]` where the chunk chooses as one."""
+        scores = self._per_frame(view, queries)
+        return scores.amax(1, keepdim=True) if self.choice in ("maximum", "union") else scores
+
+    def _per_frame(self, view: LayerView, queries: Tensor) -> Tensor:
         fit = relevance(queries, view.cache.means)
-        if self.choice == "chunk":
+        if self.choice == "mean":
             fit = fit.mean(1, keepdim=True)
         if self.mix == 1:
             return standardised(fit)
@@ -106,18 +135,17 @@ class FocusedForcing(RefreshedMethod):
     def _diversity(self, view: LayerView) -> Tensor:
         """`D~`, `[B, 1, H, F]`, once per chunk."""
         if "diversity" not in view.memo:
-            tokens = view.cache.tokens
-            step = 1 if self.diversity_tokens is None else math.ceil(tokens / self.diversity_tokens)
-            # All tokens of all layers at once would take too much memory; a few of them take little time together.
-            layers = view.together() if step > 1 else [view]
-            if any("diversity" in layer.memo for layer in layers):
-                layers = [view]  # the last of layers that were ready one by one
-            first, *others = layers
-            similarity = first.cache.redundancy(
-                step, rotated=self.diversity_on == "cached", others=[other.cache for other in others]
-            )
-            for layer, diversity in zip(layers, standardised(-similarity)[:, :, None], strict=True):
-                layer.memo["diversity"] = diversity
+            step = math.ceil(view.cache.tokens / self.diversity_tokens)
+            # With small frames nearly all of the time goes into starting operations: as few for many layers as for one.
+            layers = [layer for layer in view.together() if "diversity" not in layer.memo]
+            caches = [layer.cache for layer in layers]
+            if sum(map(len, caches)) * caches[0].frame_bytes > TOGETHER * step:
+                layers, caches = layers[:1], caches[:1]
+            first, *others = caches
+            keys = (first.stored_keys if self.diversity_on == "cached" else first.plain_keys)(step, others)
+            parts = [len(cache) for cache in caches]
+            for layer, alike in zip(layers, redundancy(keys, parts).split(parts, 2), strict=True):
+                layer.memo["diversity"] = standardised(-alike)[:, None]
         known: Tensor = view.memo["diversity"]
         return known
 
@@ -125,8 +153,25 @@ class FocusedForcing(RefreshedMethod):
         budgets = self.budgets(view.layer, queries.shape[3])
         if len(view.cache) <= min(budgets):
             return None
-        scores = self.score(view, queries)
+        scores = self._per_frame(view, queries)
         if self.keep_first and view.cache.frames[0] == 0:
             able = tuple(head for head, budget in enumerate(budgets) if budget >= FORCED_FROM)
             scores[..., 0].index_fill_(2, index_of(able, scores.device), torch.inf)
-        return top_frames(scores, budgets)
+        if self.choice == "union":
+            scores, budgets = _union(scores, budgets)
+        elif self.choice == "maximum":
+            scores = scores.amax(1, keepdim=True)
+        selection = top_frames(scores, budgets)
+        if self.forget_after is not None:
+            view.notes.setdefault("chosen", []).append((tuple(view.cache.frames), selection))
+        return selection
+
+
+def _union(scores: Tensor, budgets: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+    """Scores `[B, 1, H, F]` and budgets by which `top_frames` takes all that any query frame would choose.
+
+    Budgets are the same for a batch: where one has a smaller union than another, the next best frames fill it up.
+    """
+    table = top_frames(scores, budgets).table().any(1, keepdim=True)
+    sizes = table.sum(3).amax((0, 1))  # read by the host, which has to know how much attention there will be
+    return scores.amax(1, keepdim=True).masked_fill(table, torch.inf), tuple(sizes.tolist())

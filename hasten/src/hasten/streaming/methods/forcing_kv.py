@@ -21,8 +21,8 @@ from torch.nn.functional import cosine_similarity
 from hasten.errors import ConfigError
 from hasten.parameters import Range
 from hasten.registry import method
+from hasten.streaming.method import LayerView, StreamingMethod
 from hasten.streaming.methods.sliding_window import recency, sink_and_window
-from hasten.streaming.policy import LayerView, StreamingMethod
 from hasten.streaming.scores import attention_mass
 from hasten.streaming.selection import HeadGroup, Selection, frames_at
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hasten.registry import method
-from hasten.streaming.policy import LayerView, StreamingMethod
+from hasten.streaming.method import LayerView, StreamingMethod
 from hasten.streaming.selection import Selection
 
 __all__ = ["FullHistory"]

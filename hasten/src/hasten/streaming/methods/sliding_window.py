@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hasten.parameters import Range
 from hasten.registry import method
-from hasten.streaming.policy import LayerView, StreamingMethod
+from hasten.streaming.method import LayerView, StreamingMethod
 from hasten.streaming.selection import Selection, frames_at
 
 __all__ = ["SlidingWindow", "recency", "sink_and_window"]

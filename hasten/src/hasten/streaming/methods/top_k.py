@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hasten.parameters import Range
 from hasten.registry import method
-from hasten.streaming.policy import LayerView, RefreshedMethod
+from hasten.streaming.method import LayerView, RefreshedMethod
 from hasten.streaming.scores import relevance
 from hasten.streaming.selection import Selection, top_frames
 
