@@ -282,11 +282,14 @@ def test_exchanged_frames_stay_themselves(data):
 
 
 def test_the_block_mask_is_made_once_per_choice(monkeypatch):
-    made = []
-    plain = kernels._compiled(False)
-    monkeypatch.setattr(
-        kernels, "_compiled", lambda _: (plain[0], lambda *a, **k: (made.append(1), plain[1](*a, **k))[1])
-    )
+    made: list[int] = []
+    kernel, make_mask = kernels._compiled(False)
+
+    def counted(*arguments, **named):
+        made.append(1)
+        return make_mask(*arguments, **named)
+
+    monkeypatch.setattr(kernels, "_compiled", lambda _: (kernel, counted))
     policy = KVPolicy(FocusedForcing(budget=2, forget_after=None), backend="flex")
     for chunk in range(3):
         policy.append(frames(3, chunk), frames(3, chunk + 5))

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hasten
 from hasten.errors import AdapterError, AlreadyAcceleratedError, CalibrationError, ConfigError
+from hasten.pipeline.hooks import hooks_on
 from hasten.streaming import FocusedForcing, FullHistory, HeadBudgets, SlidingWindow
 from hasten.streaming.adapters import attach_anyflow, attach_causal_wan
 from hasten.streaming.adapters.causal_wan import wan_unrotate
@@ -106,9 +107,44 @@ def test_anyflow_is_attached_once_and_is_anyflow():
         attach_anyflow(nn.Linear(1, 1), FullHistory())
 
 
-def test_accelerate_says_where_streaming_methods_go():
-    with pytest.raises(ConfigError, match="attach_anyflow"):
-        hasten.accelerate(anyflow(), "focused-forcing", budget=2)
+def test_the_one_verb_serves_streaming_pipelines():
+    pipe = anyflow()
+    plain = draw(pipe)
+    run = hasten.accelerate(pipe, FocusedForcing(budget=1))
+    with pytest.raises(ConfigError, match="call the pipeline first"):
+        hasten.summary(pipe)
+    less = draw(pipe)
+    assert run.stats().work_ratio > 1
+    assert not torch.equal(less, plain)
+    assert "fewer pairs of query and key" in str(hasten.summary(pipe))
+    assert "FocusedForcing" in str(hasten.summary(pipe.transformer))
+    with pytest.raises(AlreadyAcceleratedError):
+        hasten.accelerate(pipe, "focused-forcing", budget=2)
+    again = hasten.accelerate(pipe, "focused-forcing", budget=1, replace=True)
+    assert torch.equal(draw(pipe), less)
+    assert again.method == FocusedForcing(budget=1)
+    hasten.remove(pipe)
+    assert torch.equal(draw(pipe), plain)
+    assert not hooks_on(pipe.transformer)
+
+
+def test_the_one_verb_serves_causal_wan_models():
+    model = wan()
+    plain = roll_out(model)
+    with hasten.accelerate(model, SlidingWindow(window=2)) as run:
+        assert not torch.equal(roll_out(model), plain)
+        assert run.stats().work_ratio > 1
+    assert torch.equal(roll_out(model), plain)
+    assert vars(model).keys() == vars(wan()).keys()
+
+
+def test_the_one_verb_says_which_models_have_a_history(pipe):
+    with pytest.raises(AdapterError, match=r"FluxTransformer2DModel is not known to be.*hasten\.KVStream"):
+        hasten.accelerate(pipe, FocusedForcing())
+    with pytest.raises(ConfigError, match="give it alone"):
+        hasten.accelerate(anyflow(), FocusedForcing(), hasten.FoCa())
+    with pytest.raises(ConfigError, match="leave FocusedForcing out"):
+        hasten.accelerate(anyflow(), FocusedForcing(), quality="high")
 
 
 def test_budgets_of_another_model_are_refused():

@@ -219,7 +219,7 @@ def is_tensor(thing):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [SlidingWindow(window=4), FocusedForcing(budget=2, window=6, diversity_tokens=4)],
+    [SlidingWindow(window=4), FocusedForcing(budget=2, window=6, diversity_tokens=4, forget_after=None)],
     ids=["window", "focused"],
 )
 def test_a_thousand_frames_of_the_model_take_no_more_memory_than_a_hundred(method):
@@ -233,6 +233,33 @@ def test_a_thousand_frames_of_the_model_take_no_more_memory_than_a_hundred(metho
                 seen[3 * i] = stream.stats().cache_bytes, living_bytes()
     assert stream[0].cache.next_frame == 1002
     assert seen[102] == seen[1002]
+
+
+def test_what_no_head_chooses_is_forgotten_over_a_long_rollout():
+    """Frames held, and with them memory and work, stop growing; without forgetting they are all there."""
+    model, held = tiny(), {}
+    for name, method in (
+        ("kept", FocusedForcing(budget=1, forget_after=None)),
+        ("forgotten", FocusedForcing(budget=1)),
+    ):
+        stream, most = new_stream(model, method), []
+        with torch.no_grad():
+            for _ in islice(rolled_chunks(model, (WORLD,), stream, steps=1), 40):
+                most.append(stream.stats().frames)
+        held[name] = most
+    assert held["kept"][-1] == 120
+    assert max(held["forgotten"][20:]) <= max(held["forgotten"][:20]) < 30
+
+
+def test_a_stream_that_was_not_reset_is_told():
+    model = tiny()
+    stream = new_stream(model, FullHistory())
+    with torch.no_grad():
+        for _ in islice(rolled_chunks(model, (WORLD,), stream, steps=1), 2):
+            pass
+        words = conditions(WORLD, 0, 3)[None]
+        with pytest.raises(ConfigError, match=r"frame 0 comes after 6 frames: call reset\(\)"):
+            model(torch.zeros(1, 3, 3, SIDE, SIDE), torch.ones(1, 3), words, stream, 0)
 
 
 def test_noise_levels_fall_from_one_to_zero():
@@ -401,7 +428,15 @@ def fake_roll(calls):
         video = torch.full((1, 2, 3, 4, 4), 0.5 if full else 0.6)
         work = 100 if full else 25
         stats = StreamStats(
-            forwards=1, pairs=work, full_pairs=100, kv_bytes=work, full_kv_bytes=200, attention_seconds=work / 100
+            forwards=1,
+            pairs=work,
+            full_pairs=100,
+            kv_bytes=work,
+            full_kv_bytes=200,
+            attention_seconds=3 * work / 100,
+            cache_bytes=work // 5,
+            full_cache_bytes=20,
+            peak_bytes=work // 4,
         )
         grades = [{"identity": [1.0, float("nan")]}, {"identity": [0.0, float("nan")]}]
         return Rolled(video, [2.0, 4.0] if full else [1.0, 2.0], stats, grades)
@@ -438,6 +473,10 @@ def test_rows_compare_each_method_with_the_full_history():
     assert (full.latency_ratio, full.work_ratio, full.psnr) == (1, 1, None)
     assert (window.latency_ratio, window.work_ratio, window.kv_ratio, window.attention_ratio) == (2, 4, 8, 4)
     assert window.seconds_per_frame == 1.5
+    assert (full.attention_share, full.most_ratio) == (0.5, 1)
+    assert window.attention_share == 0.5  # of the whole history's time, which is what can be saved of
+    assert window.most_ratio == pytest.approx(1 / (0.5 + 0.5 / 4))  # Amdahl: half of the time falls to a quarter
+    assert (window.cache_bytes, window.cache_ratio, window.peak_bytes) == (5, 0.25, 6)
     assert window.seconds_curve == [1, 2]
     assert window.psnr_curve == pytest.approx([20, 20], abs=1e-3)
     assert window.drift["identity"][0] == 0.5

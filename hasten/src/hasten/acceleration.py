@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace as with_params
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
@@ -20,6 +20,7 @@ from hasten.quality.requests import Requests, model_name
 from hasten.quality.setting import Setting, find
 from hasten.registry import methods
 from hasten.resolution.engine import ResolutionMethod
+from hasten.streaming.adapters import StreamingRun, attach_stream
 from hasten.streaming.method import StreamingMethod
 
 __all__ = ["DEFAULT", "accelerate", "methods", "remove", "summary"]
@@ -50,13 +51,38 @@ def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | ResolutionMe
                 raise unknown(f"parameter of {type(chosen).__name__}", name, chosen.__dataclass_fields__)
         chosen = with_params(chosen, **params)
     if isinstance(chosen, StreamingMethod):
-        raise ConfigError(
-            f"{type(chosen).__name__} chooses the history of a streaming model; put it on one with "
-            "hasten.streaming.adapters.attach_anyflow or attach_causal_wan, or call hasten.KVStream in your own loop"
-        )
+        raise ConfigError(f"{type(chosen).__name__} chooses the history of a streaming model; give it alone")
     if not isinstance(chosen, (CachingMethod, ResolutionMethod)):
         raise ConfigError(f"a method is a name or a method object such as hasten.HiCache(), got {chosen!r}")
     return chosen
+
+
+def _streaming(methods: tuple[Any, ...], params: dict[str, Any]) -> StreamingMethod | None:
+    """The method that chooses history, if that is what was given."""
+    if len(methods) != 1:
+        return None
+    (chosen,) = methods
+    kinds = {info.name: info.kind for info in registry.methods()}
+    if isinstance(chosen, str) and kinds.get(chosen) == "streaming":
+        chosen = registry.build(chosen, **params)
+    elif isinstance(chosen, StreamingMethod) and params:
+        chosen = with_params(chosen, **params)
+    return chosen if isinstance(chosen, StreamingMethod) else None
+
+
+@overload
+def accelerate(target: Any, method: StreamingMethod, /, *, replace: bool = False) -> StreamingRun: ...
+
+
+@overload
+def accelerate(
+    target: Any,
+    *methods: Any,
+    quality: str | None = None,
+    audit: float = 0.0,
+    replace: bool = False,
+    **params: Any,
+) -> Acceleration: ...
 
 
 def accelerate(
@@ -66,7 +92,7 @@ def accelerate(
     audit: float = 0.0,
     replace: bool = False,
     **params: Any,
-) -> Acceleration:
+) -> Acceleration | StreamingRun:
     """Make a diffusers pipeline (or a bare denoiser) faster. The pipeline is called as before.
 
     Args:
@@ -76,7 +102,8 @@ def accelerate(
         methods: a method's name or object, such as `"hicache"` or `hasten.HiCache(interval=7)`; or a caching method and
             one with stages, `hasten.DVG(), hasten.FoCa(interval=3)`: the cache then starts again in each stage. Without
             a method it is HiCache with its uniform schedule: the conservative choice, which guidance does not break.
-            Or a configuration that `hasten.load` read.
+            Or a configuration that `hasten.load` read. Or a method that chooses history, for a pipeline of streaming
+            video that has an adapter, or its transformer: `hasten.FocusedForcing(budget=6)`.
         quality: instead of a method, a tier that is certified for the model (`"lossless"`, `"high"`, `"draft"`), the
             path of a certificate, or `"exact"` for the full run.
         audit: with `quality`, the share of calls for which the full run is made too and the tolerance checked; the
@@ -86,7 +113,8 @@ def accelerate(
 
     Returns:
         a handle with `.records`, `.summary()`, `.using()`, `.save()`, `.stages`, `.estimate_bytes()`, `.reset()` and
-        `.remove()`; also a context manager.
+        `.remove()`; also a context manager. For a method that chooses history, one with `.stream`, `.stats()`,
+        `.summary()` and `.remove()`.
 
     Raises:
         UnknownNameError, ConfigError: for a method or parameter that cannot work.
@@ -101,6 +129,9 @@ def accelerate(
         >>> print(run.summary())
         >>> run.remove()
     """
+    history = _streaming(methods, params)
+    if history is not None:
+        return _streamed(target, history, quality, replace)
     if len(methods) == 1 and isinstance(methods[0], Configuration):
         configuration = with_params(methods[0], quality=quality or methods[0].quality, audit=audit or methods[0].audit)
         methods = () if configuration.method is None else registry.parse(configuration.method)
@@ -136,6 +167,17 @@ def accelerate(
             stages.remove()
         raise
     return Acceleration(engines, stages, modules, home, requests)
+
+
+def _streamed(target: Any, method: StreamingMethod, quality: str | None, replace: bool) -> StreamingRun:
+    """A streaming model that attends to what the method chooses."""
+    if quality is not None:
+        raise ConfigError(f"quality={quality!r} decides on the method; leave {type(method).__name__} out")
+    modules = transformers(target)
+    if replace:
+        for handle in _handles(modules):
+            handle.remove()
+    return attach_stream(next(iter(modules.values())), method)
 
 
 def _certified(
@@ -176,7 +218,7 @@ def remove(target: Any) -> None:
         handle.remove()
 
 
-def _handles(modules: dict[str, nn.Module]) -> list[Acceleration]:
+def _handles(modules: dict[str, nn.Module]) -> list[Any]:
     """The handles of what is at work on some denoisers, the latest first."""
     found = [hook.handle for module in modules.values() for hook in reversed(hooks_on(module))]
     return list(dict.fromkeys(handle for handle in found if handle is not None))

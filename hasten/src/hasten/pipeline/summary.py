@@ -31,6 +31,7 @@ class Summary:
         computed_ms: median milliseconds of a computed forward, None where no cache measured any.
         skipped_ms: median milliseconds of a skipped forward, None if there was none.
         stages: steps and tokens of a resolution method's stages, as text; None without one.
+        history: of a streaming model, what was read and held of the history, as text; None of others.
     """
 
     method: str
@@ -43,8 +44,11 @@ class Summary:
     computed_ms: float | None
     skipped_ms: float | None
     stages: str | None = None
+    history: str | None = None
 
     def __str__(self) -> str:
+        if self.history is not None:
+            return f"{self.method}: {self.history}"
         fewer = f" ({self.flops_ratio:.2f}x fewer)" if self.stages is None else ""
         text = f"{self.method}: {self.computed_steps} of {self.steps} steps computed"
         if self.passes:

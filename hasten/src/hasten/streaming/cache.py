@@ -26,8 +26,8 @@ from hasten.streaming.rows import exchanges, row_starts, rows_at
 
 __all__ = ["FrameCache", "Unrotate", "check_frames", "undo_rotation"]
 
-GROWTH = 1.25  # of the buffers, when they are full
-SHRINK = 1.35  # times too large at which they are made anew
+GROWTH = 1.125  # of the buffers, when they are full
+SHRINK = 1.25  # times too large at which they are made anew
 
 Unrotate = Callable[[Tensor, Tensor], Tensor]
 """Undoes the rotary embedding along time: keys `[B, H, F, L, D]` and absolute frame numbers `[F]` to keys."""

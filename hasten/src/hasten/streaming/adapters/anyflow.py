@@ -165,4 +165,4 @@ def attach_anyflow(target: Any, method: StreamingMethod, *, backend: Backend = "
         for block, processor in zip(model.blocks, stock, strict=True):
             block.attn1.set_processor(processor)
 
-    return StreamingRun(stream, undo)
+    return StreamingRun(model, stream, undo)

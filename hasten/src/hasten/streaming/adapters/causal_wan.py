@@ -152,4 +152,4 @@ def attach_causal_wan(model: Any, method: StreamingMethod, *, backend: Backend =
         for layer in layers:
             del layer.forward
 
-    return StreamingRun(stream, undo)
+    return StreamingRun(model, stream, undo)

@@ -58,8 +58,8 @@ class FocusedForcing(RefreshedMethod):
     )
     choice: Annotated[
         Choice,
-        "whether the chunk chooses as one, by the highest score of any of its frames, by their mean relevance or with all "
-        "that any of them would choose, or every query frame for itself",
+        "whether the chunk chooses as one, by the highest score of any of its frames, by their mean relevance or all that "
+        "any of them would choose, or every frame for itself",
     ] = "maximum"
     diversity_on: Annotated[
         DiversityOn, "keys by which frames are compared: without their rotation along time, or as they are cached"
@@ -77,7 +77,7 @@ class FocusedForcing(RefreshedMethod):
         int | None,
         Range(1),
         "chunks in which no head of a layer chooses a frame until it is evicted; None keeps all",
-    ] = 2
+    ] = 3
 
     def check(self) -> None:
         super().check()
