@@ -238,10 +238,8 @@ def test_a_thousand_frames_of_the_model_take_no_more_memory_than_a_hundred(metho
 def test_what_no_head_chooses_is_forgotten_over_a_long_rollout():
     """Frames held, and with them memory and work, stop growing; without forgetting they are all there."""
     model, held = tiny(), {}
-    for name, method in (
-        ("kept", FocusedForcing(budget=1, forget_after=None)),
-        ("forgotten", FocusedForcing(budget=1)),
-    ):
+    methods = {"kept": FocusedForcing(budget=1, forget_after=None), "forgotten": FocusedForcing(budget=1)}
+    for name, method in methods.items():
         stream, most = new_stream(model, method), []
         with torch.no_grad():
             for _ in islice(rolled_chunks(model, (WORLD,), stream, steps=1), 40):
@@ -572,6 +570,11 @@ def test_bench_writes_figures_videos_and_a_report(tmp_path, monkeypatch, capsys)
     assert page.count("data:image/webp") + page.count("data:video/mp4") == 4
     assert page.count("<svg") == 3
     assert "sliding-window, window=1" in page
+    for heading in ("attention share", "at most", "held share", "peak"):
+        assert heading in page
+    assert focused["most_ratio"] > full["most_ratio"] == 1
+    assert 0 < focused["attention_share"] < 1
+    assert focused["peak_bytes"] >= focused["cache_bytes"] > 0
 
 
 @pytest.mark.usefixtures("shipped")

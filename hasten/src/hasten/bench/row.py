@@ -190,22 +190,20 @@ class StreamRow:
     attention_ratio: Annotated[float, Column("attention", "time for attention, times less", better="more")]
     work_ratio: Annotated[float, Column("work", "pairs of queries and keys, times fewer")]
     kv_ratio: Annotated[float, Column("KV read", "bytes of keys and values, times fewer")]
-    attention_share: Annotated[
-        float,
-        Column("attention share", "of the time with the whole history", unit="%", digits=0),
-    ]
-    most_ratio: Annotated[
-        float,
-        Column("at most", "speed-up by Amdahl's law, if attention's time falls with its work"),
-    ]
     overhead: Annotated[float, Column("choosing", "share of the time for attention", unit="%", digits=1)]
     cache_bytes: Annotated[int, Column("held", "keys, values and what they are chosen by, at the end", unit="B")]
+    attention_share: Annotated[
+        Figure, Column("attention share", "of the time with the whole history", unit="%", digits=0, wide=True)
+    ] = None
+    most_ratio: Annotated[
+        Figure, Column("at most", "speed-up by Amdahl's law, if attention's time falls with its work", wide=True)
+    ] = None
     cache_ratio: Annotated[
-        float, Column("of all", "held, relative to keys and values of the whole history", unit="%", digits=0)
-    ]
-    peak_bytes: Annotated[
-        int, Column("peak", "most held at once, copies of chosen frames and buffers being moved included", unit="B")
-    ]
+        Figure, Column("held share", "of keys and values of the whole history", unit="%", digits=0, wide=True)
+    ] = None
+    peak_bytes: Annotated[int | None, Column("peak", "most held at once, all copies included", unit="B", wide=True)] = (
+        None
+    )
     psnr: Annotated[
         Figure, Column("PSNR", "to the video with the whole history", unit="dB", digits=1, better="more")
     ] = None

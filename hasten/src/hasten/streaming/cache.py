@@ -26,7 +26,7 @@ from hasten.streaming.rows import exchanges, row_starts, rows_at
 
 __all__ = ["FrameCache", "Unrotate", "check_frames", "undo_rotation"]
 
-GROWTH = 1.125  # of the buffers, when they are full
+GROWTH = 1.0625  # of the buffers, when they are full
 SHRINK = 1.25  # times too large at which they are made anew
 
 Unrotate = Callable[[Tensor, Tensor], Tensor]

@@ -33,6 +33,6 @@ def attach_stream(model: Any, method: StreamingMethod, *, backend: Backend = "gr
         return attach_causal_wan(model, method, backend=backend)
     raise AdapterError(
         f"{type(method).__name__} chooses the history of a streaming model, which {type(model).__name__} is not known "
-        "to be: there are adapters for AnyFlowFARPipeline and for causal Wan models of the Self-Forcing kind; in a loop "
-        "of your own call hasten.KVStream"
+        "to be: there are adapters for AnyFlowFARPipeline and for causal Wan models of the Self-Forcing kind; in a "
+        "loop of your own call hasten.KVStream"
     )

@@ -58,15 +58,15 @@ class FocusedForcing(RefreshedMethod):
     )
     choice: Annotated[
         Choice,
-        "whether the chunk chooses as one, by the highest score of any of its frames, by their mean relevance or all that "
-        "any of them would choose, or every frame for itself",
+        "whether the chunk chooses as one, by the highest score of any of its frames, by their mean relevance or all "
+        "that any of them would choose, or every frame for itself",
     ] = "maximum"
     diversity_on: Annotated[
         DiversityOn, "keys by which frames are compared: without their rotation along time, or as they are cached"
     ] = "unrotated"
     diversity_tokens: Annotated[
         int, Range(1), "tokens of a frame, evenly spread, by which frames are compared, at the most"
-    ] = 16
+    ] = 32
     keep_first: Annotated[
         bool, "heads with a budget of three or more always attend to the first frame, which holds identity"
     ] = False
