@@ -173,7 +173,7 @@ def _streamed(target: Any, method: StreamingMethod, quality: str | None, replace
     """A streaming model that attends to what the method chooses."""
     if quality is not None:
         raise ConfigError(f"quality={quality!r} decides on the method; leave {type(method).__name__} out")
-    modules = transformers(target)
+    modules = denoisers(target)
     if replace:
         for handle in _handles(modules):
             handle.remove()

@@ -58,8 +58,7 @@ class FocusedForcing(RefreshedMethod):
     )
     choice: Annotated[
         Choice,
-        "whether the chunk chooses as one, by the highest score of any of its frames, by their mean relevance or all "
-        "that any of them would choose, or every frame for itself",
+        "how a chunk chooses as one: by its frames' highest score, their mean, all of their choices; or per frame",
     ] = "maximum"
     diversity_on: Annotated[
         DiversityOn, "keys by which frames are compared: without their rotation along time, or as they are cached"
