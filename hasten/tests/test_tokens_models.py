@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_tokens import CODES, MAP, TEXT, TOKENS, USED, chameleon, emu3, janus, llama
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from hasten.cli.tokens import app
@@ -346,6 +347,82 @@ def test_what_a_model_does_to_its_logits_is_not_left_out():
         HuggingFaceModel(model, done.vocabulary)
     with pytest.raises(ConfigError, match="belong together"):
         HuggingFaceModel(llama(), done.vocabulary, row_length=4)
+
+
+def test_no_mask_is_made_where_there_is_no_padding_and_half_precision_is_kept(monkeypatch, tmp_path):
+    model, done = converted("llama")
+    causal, masks = HuggingFaceModel(model, done.vocabulary).eval(), []
+    forward = type(model.model).forward
+    monkeypatch.setattr(
+        type(model.model),
+        "forward",
+        lambda self, *args, **kw: masks.append(kw["attention_mask"]) or forward(self, *args, **kw),
+    )
+    even, padded = Condition(torch.tensor([[1, 9]])), Condition.padded(torch.tensor([[-1, 9]]))
+    sample_clusters(causal, even, 4, Sampling(guidance=2.0), without=Condition(torch.tensor([[1, 3]])))
+    assert set(masks) == {None}
+    for shown, none in ((padded, Condition(torch.tensor([[1, 3]]))), (even, Condition(torch.tensor([[3]])))):
+        masks.clear()
+        sample_clusters(causal, shown, 4, Sampling(guidance=2.0), without=none)
+        assert all(mask is not None for mask in masks)
+    export_model(model.to(torch.bfloat16), MAP, tmp_path, done.vocabulary)
+    assert open_model(tmp_path, dtype=torch.bfloat16).model.dtype == torch.bfloat16
+    assert open_model(tmp_path).model.dtype == torch.float32
+
+
+def test_a_bfloat16_model_is_trained_kept_and_gone_on_with(tmp_path):
+    model, done = converted("emu3")
+    causal = HuggingFaceModel(model.to(torch.bfloat16), done.vocabulary)
+    shards = write_shards(
+        tmp_path / "fine", np.flatnonzero(USED)[np.arange(48).reshape(8, 6)], TOKENS, np.full((8, 1), 3)
+    )
+    recipe = Recipe(steps=4, batch=4, lr=1e-2, condition_dropout=0.0)
+    trainer = Trainer(shards, MAP, recipe, causal, cpu=True)
+    trainer.run(tmp_path / "run", every=2)
+    fresh, again = converted("emu3")
+    second = Trainer(shards, MAP, recipe, HuggingFaceModel(fresh.to(torch.bfloat16), again.vocabulary), cpu=True)
+    second.restore(tmp_path / "run" / "checkpoint.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(causal.parameters(), second.causal.parameters(), strict=True))
+    moments = [trainer.optimizer.state[p]["exp_avg"] for p in causal.trained()]
+    for moment, parameter in zip(moments, second.causal.trained(), strict=True):
+        assert torch.equal(moment, second.optimizer.state[parameter]["exp_avg"])
+
+
+@EVERY
+def test_training_leaves_what_images_do_not_need_as_it_was(layout, tmp_path):
+    """Text rows that no condition has, a tokenizer within the model, a vision tower, a text head."""
+    model, done = converted(layout)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    shards = write_shards(
+        tmp_path / "fine", np.flatnonzero(USED)[np.arange(48).reshape(8, 6)], TOKENS, np.full((8, 1), 3)
+    )
+    causal = HuggingFaceModel(model, done.vocabulary)
+    trainer = Trainer(shards, MAP, Recipe(steps=5, batch=8, lr=0.1, condition_dropout=0.0), causal, cpu=True)
+    trainer.run(tmp_path / "run")
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {done.vocabulary.embedding + ".weight", done.vocabulary.head + ".weight"} <= changed
+    assert not {name for name in changed if "vqmodel" in name or "vision_model" in name}
+    table = model.get_input_embeddings().weight
+    name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    text = np.setdiff1d(np.arange(model.get_input_embeddings().num_embeddings), [3])
+    if layout != "janus":
+        text = np.setdiff1d(text, done.vocabulary.offset + np.arange(20))
+        assert not torch.equal(
+            after["lm_head.weight"][done.vocabulary.offset], before["lm_head.weight"][done.vocabulary.offset]
+        )
+        assert torch.equal(after["lm_head.weight"][text], before["lm_head.weight"][text])
+    assert torch.equal(table[text], before[f"{name}.weight"][text])
+
+
+def test_a_model_with_learned_positions_is_sampled_as_it_predicts():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=TOKENS, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
+    model.config.eos_token_id = model.config.bos_token_id = None
+    causal = HuggingFaceModel(model, replace_vocabulary(model, MAP).vocabulary).eval()
+    shown = Condition.padded(torch.tensor([[-1, 1], [2, 3]]))
+    clusters, states = sample_clusters(causal, shown, 8)
+    torch.testing.assert_close(causal(shown, clusters[:, :-1]).states, states, atol=1e-5, rtol=1e-4)
 
 
 def test_forwards_and_conditions_that_do_not_fit_are_refused():

@@ -65,7 +65,8 @@ class Trainer:
         shards: fine tokens with what they show.
         mapping: token -> cluster.
         recipe: of the training.
-        model: of the clusters; by default a class-conditional one is built.
+        model: of the clusters; by default a class-conditional one is built. What its predictions do not depend on (a
+            tokenizer, a vision tower) is frozen.
         conditions: what the labels of the shards are to a model that is given.
         codebooks: of a model that is built, for several codebooks in turn.
         shard: whether processes share out parameters, gradients and moments (FSDP).
@@ -114,15 +115,23 @@ class Trainer:
             raise ConfigError("condition_dropout needs conditions with ids that stand for none; without them it is 0")
         self.causal: CausalModel = model.to(self.accelerator.device)
         self.sharded = shard and self.accelerator.num_processes > 1
+        used = {id(p) for p in self.causal.trained()}
+        for parameter in self.causal.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in used)
         if self.sharded:
             _shard(self.causal)
-        parameters = [p for p in self.causal.parameters() if p.requires_grad]
+        parameters = [p for p in self.causal.trained() if p.requires_grad]
+        kept = {id(p) for p in self.causal.undecayed()}
+        decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in kept]
         groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": 0.05},
+            {"params": [p for p in parameters if p.ndim < 2 or id(p) in kept], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), eps=1e-8)
-        self.model: Any = self.causal if self.sharded else self.accelerator.prepare_model(self.causal)
+        self.model: Any = self.causal
+        self._stepper: Any = self.optimizer
+        if not self.sharded:
+            self.model, self._stepper = self.accelerator.prepare(self.causal, self.optimizer)
         self.steps = 0
         self.cpu_seconds = self.seconds = 0.0  # of this process, for the steps alone
 
@@ -158,11 +167,14 @@ class Trainer:
         for part in range(parts):
             own = slice(part * size, (part + 1) * size)
             with self._synchronised(part == parts - 1):
-                loss = self.loss(Condition(condition.ids[own], condition.mask[own]), clusters[own]) / parts
+                loss = self.loss(condition.part(own), clusters[own]) / parts
                 self.accelerator.backward(loss)
             total += loss.detach()
-        nn.utils.clip_grad_norm_(self.causal.parameters(), 1.0)
-        self.optimizer.step()
+        if self.sharded:
+            nn.utils.clip_grad_norm_(self.causal.parameters(), 1.0)
+        else:  # with half precision it divides by the loss's scale first
+            self.accelerator.clip_grad_norm_(self.causal.parameters(), 1.0)
+        self._stepper.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         self.cpu_seconds += time.process_time() - cpu

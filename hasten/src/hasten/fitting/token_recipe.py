@@ -94,7 +94,7 @@ def build_model(
         )
     )
     vocabulary = Vocabulary.of_clusters(mapping, classes + 1, "model.embed_tokens", "lm_head")
-    return HuggingFaceModel(model, vocabulary, codebooks=codebooks)
+    return HuggingFaceModel(model, vocabulary, codebooks=codebooks, keep_text=False)
 
 
 def _refuse_unless_it_fits(parameters: int) -> None:

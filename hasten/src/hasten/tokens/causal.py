@@ -44,17 +44,21 @@ class Condition:
     Attributes:
         ids: `[B, P]` int64.
         mask: `[B, P]` bool, False for padding, which lies in front; all True by default.
+        has_padding: whether there is any; told once, so that no device has to be asked for it.
 
     Raises:
-        ConfigError: if there is no id, or the padding is not in front.
+        ConfigError: if the ids are no matrix, or the mask is none of theirs.
     """
 
     ids: Tensor
     mask: Tensor
+    has_padding: bool
 
-    def __init__(self, ids: Tensor, mask: Tensor | None = None) -> None:
+    def __init__(self, ids: Tensor, mask: Tensor | None = None, has_padding: bool | None = None) -> None:
         object.__setattr__(self, "ids", ids)
         object.__setattr__(self, "mask", torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
+        found = mask is not None and (not bool(mask.all()) if has_padding is None else has_padding)
+        object.__setattr__(self, "has_padding", found)
         if ids.ndim != 2 or ids.shape != self.mask.shape or not ids.shape[1] or ids.is_floating_point():
             raise ConfigError(f"a condition is whole numbers [B, P] with a mask, got {ids.dtype} {tuple(ids.shape)}")
 
@@ -75,7 +79,11 @@ class Condition:
 
     def to(self, device: torch.device) -> Condition:
         """On another device."""
-        return Condition(self.ids.to(device), self.mask.to(device))
+        return Condition(self.ids.to(device), self.mask.to(device), self.has_padding)
+
+    def part(self, images: slice) -> Condition:
+        """Of some of the images."""
+        return Condition(self.ids[images], self.mask[images], self.has_padding)
 
     def and_then(self, other: Condition) -> Condition:
         """The images of both, the shorter condition padded in front."""
@@ -85,7 +93,9 @@ class Condition:
             for one in (self, other)
             for missing in (longest - one.ids.shape[1],)
         ]
-        return Condition(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        padded = self.has_padding or other.has_padding or self.ids.shape != (len(self), other.ids.shape[1])
+        ids, mask = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Condition(ids, mask, padded)
 
     def expanded(self, images: int) -> Condition:
         """One condition for all of so many images.
@@ -95,7 +105,7 @@ class Condition:
         """
         if len(self) not in (1, images):
             raise ConfigError(f"one condition, or one for each of {images} images is needed, got {len(self)}")
-        return Condition(self.ids.expand(images, -1), self.mask.expand(images, -1))
+        return Condition(self.ids.expand(images, -1), self.mask.expand(images, -1), self.has_padding)
 
 
 class CausalModel(nn.Module, ABC):
@@ -116,6 +126,14 @@ class CausalModel(nn.Module, ABC):
     @abstractmethod
     def forward(self, condition: Condition, clusters: Tensor) -> Prediction:
         """Predictions of the first `l + 1` clusters, given the first `l` `[B, l]` int64 (0 of them at first)."""
+
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters that predictions depend on; a tokenizer or a vision tower within the model is none of them."""
+        return list(self.parameters())
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Parameters of which some rows get no gradient and are to stay as they are, so that weight decay is off."""
+        return []
 
     def decode(self, condition: Condition, length: int) -> Decoding:
         """Yields the prediction of each of `length` clusters, and is sent what was drawn, `[B]`.

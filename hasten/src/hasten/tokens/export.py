@@ -35,7 +35,7 @@ class Exported:
     """A model of clusters.
 
     Attributes:
-        model: in float32, whatever precision it was kept in.
+        model: of transformers, or the module that was given.
         mapping: token -> cluster.
         vocabulary: its tables, and the ids before and after.
     """
@@ -140,13 +140,14 @@ def _save_files(model: Any, folder: Path) -> None:
         save_file(state, folder / "model.safetensors")
 
 
-def open_model(folder: str | Path, model: nn.Module | None = None) -> Exported:
+def open_model(folder: str | Path, model: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> Exported:
     """What `export_model` wrote.
 
     Args:
         folder: that it wrote.
         model: a freshly built module of the class that was exported, with its vocabulary before the replacement; it
             gets the tables and the weights. Needed for modules that are not of transformers.
+        dtype: of a model of transformers, whatever precision it was kept in.
 
     Raises:
         ModelError: if the folder is no such model, or a file is not as it was written.
@@ -162,7 +163,7 @@ def open_model(folder: str | Path, model: nn.Module | None = None) -> Exported:
     try:
         vocabulary = facts.vocabulary(mapping)
         if model is None:
-            model = _pretrained(folder, facts, vocabulary)
+            model = _pretrained(folder, facts, vocabulary, dtype)
         else:
             _load_into(model, folder, vocabulary)
         pin_image_tokens(model, vocabulary, mapping)
@@ -178,7 +179,7 @@ def _load_into(model: nn.Module, folder: Path, vocabulary: Vocabulary) -> None:
     model.load_state_dict(load_file(folder / "model.safetensors"))
 
 
-def _pretrained(folder: Path, facts: _Facts, vocabulary: Vocabulary) -> Any:
+def _pretrained(folder: Path, facts: _Facts, vocabulary: Vocabulary, dtype: torch.dtype) -> Any:
     """A model of transformers, if its weights are exactly those of its configuration: else it makes up the rest."""
     import transformers
 
@@ -208,7 +209,7 @@ def _pretrained(folder: Path, facts: _Facts, vocabulary: Vocabulary) -> Any:
 
     Resized.__name__, Resized.__module__ = kind.__name__, kind.__module__  # names of tensors go by them
     model, info = Resized.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
     for state in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(state):

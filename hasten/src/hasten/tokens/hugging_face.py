@@ -13,7 +13,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hasten.errors import AdapterError, ConfigError
 from hasten.tokens.causal import CausalModel, Condition, Decoding, Prediction
@@ -21,10 +21,14 @@ from hasten.tokens.vocabulary import Vocabulary
 
 __all__ = ["HuggingFaceModel"]
 
-# Head with tables beside those of the language model -> how clusters are embedded, and what predicts them.
+# Head with tables beside those of the language model -> how clusters are embedded, what predicts them, what is between.
 BESIDE = {
-    "model.generation_head.vision_head": ("prepare_embeddings_for_image_generation", "model.generation_head"),
-    "gen_head.vision_head": ("prepare_gen_img_embeds", "gen_head"),
+    "model.generation_head.vision_head": (
+        "prepare_embeddings_for_image_generation",
+        "model.generation_head",
+        "model.generation_aligner",
+    ),
+    "gen_head.vision_head": ("prepare_gen_img_embeds", "gen_head", "gen_aligner"),
 }
 SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -38,6 +42,7 @@ class HuggingFaceModel(CausalModel):
         row_length: clusters in a row of the image, where each row ends with a token.
         row_end: that token, an id of the model's tokenizer before the replacement.
         codebooks: sizes of the vocabularies that positions take in turn.
+        keep_text: whether rows of text that no image needs are to stay as they are in training.
 
     Raises:
         AdapterError: if it is not known how the model predicts clusters.
@@ -55,8 +60,10 @@ class HuggingFaceModel(CausalModel):
         row_length: int | None = None,
         row_end: int | None = None,
         codebooks: tuple[int, ...] = (),
+        keep_text: bool = True,
     ) -> None:
         super().__init__(vocabulary.clusters, codebooks)
+        self.keep_text = keep_text
         if (row_length is None) != (row_end is None) or (row_length is not None and row_length < 1):
             raise ConfigError(f"row_length and row_end belong together, got {row_length} and {row_end}")
         self.model = model
@@ -86,6 +93,17 @@ class HuggingFaceModel(CausalModel):
                 f"{self.vocabulary.embedding} and {self.vocabulary.head} are {table.embedding_dim} and "
                 f"{head.in_features} wide, the model {config.hidden_size}; give its forward to a FunctionModel instead"
             )
+
+    def trained(self) -> list[nn.Parameter]:
+        names = [self.vocabulary.embedding, self.vocabulary.head, *(self.beside[1:] if self.beside else ())]
+        parts = [self._decoder(), self.model.get_input_embeddings(), *map(self.model.get_submodule, names)]
+        return list({id(p): p for part in parts for p in part.parameters()}.values())
+
+    def undecayed(self) -> list[nn.Parameter]:
+        if not self.keep_text:
+            return []
+        head: Any = self.model.get_submodule(self.vocabulary.head)
+        return [self.model.get_input_embeddings().weight, *([] if self.own else head.parameters())]
 
     def _decoder(self) -> Any:
         language = getattr(self.model, "language_model", None)  # Janus in its own repository
@@ -123,11 +141,15 @@ class HuggingFaceModel(CausalModel):
             logits = torch.nn.functional.linear(states, head.weight[rows], bias)
         return self.within_codebook(logits, first)
 
-    def _run(self, inputs: Tensor, mask: Tensor, seen: int, **cache: Any) -> tuple[Tensor, Any]:
-        """States of inputs `[B, n, H]` behind `seen` others; `mask` `[B, seen + n]` tells padding."""
-        positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, seen:]
-        output = self._decoder()(inputs_embeds=inputs, attention_mask=mask.long(), position_ids=positions, **cache)
-        return output.last_hidden_state, output
+    def _run(self, inputs: Tensor, mask: Tensor | None, seen: int, **cache: Any) -> Tensor:
+        """States of inputs `[B, n, H]` behind `seen` others; `mask` `[B, seen + n]` tells padding, if there is any."""
+        if mask is None:  # a mask would be looked at, for which the device had to be waited for
+            positions = torch.arange(seen, seen + inputs.shape[1], device=inputs.device).expand(len(inputs), -1)
+        else:
+            positions, mask = (mask.long().cumsum(1) - 1).clamp_min(0)[:, seen:], mask.long()
+        output = self._decoder()(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, **cache)
+        states: Tensor = output.last_hidden_state
+        return states
 
     def _rows(self, clusters: Tensor) -> Tensor:
         """Clusters as inputs, with the token that ends each full row."""
@@ -149,7 +171,7 @@ class HuggingFaceModel(CausalModel):
         prefix = self.model.get_input_embeddings()(self._known(condition.ids))
         inputs = torch.cat([prefix, self._rows(clusters).to(prefix)], dim=1) if clusters.shape[1] else prefix
         mask = torch.nn.functional.pad(condition.mask, (0, inputs.shape[1] - prefix.shape[1]), value=True)
-        states, _ = self._run(inputs, mask, 0, use_cache=False)
+        states = self._run(inputs, mask if condition.has_padding else None, 0, use_cache=False)
         places = prefix.shape[1] - 1 + self._before(clusters.shape[1] + 1, states.device)
         states = states[:, places]
         return Prediction(self._predict(states, 0), states)
@@ -168,7 +190,7 @@ class HuggingFaceModel(CausalModel):
         seen = 0
         for place in range(length):
             upto = seen + inputs.shape[1]
-            states, _ = self._run(inputs, mask[:, :upto], seen, **kept)
+            states = self._run(inputs, mask[:, :upto] if condition.has_padding else None, seen, **kept)
             seen = upto
             drawn = yield Prediction(self._predict(states[:, -1:], place)[:, 0], states[:, -1])
             inputs = self._embed(drawn[:, None])
