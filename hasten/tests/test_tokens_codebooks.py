@@ -79,6 +79,11 @@ def test_weights_for_tokens_that_never_occur_are_refused():
         TokenMap(np.array([0, 1, 1]), used=np.array([True, True]))
 
 
+def test_clusters_that_the_counts_do_not_have_are_uniform_over_used_members():
+    sampler = MemberSampler.make(SPARSE, "frequency", counts=np.zeros(2048))
+    np.testing.assert_array_equal(sampler.weights > 0, COUNTS > 0)
+
+
 def test_a_map_keeps_what_it_knows_of_its_codebook(tmp_path):
     unit = SemanticTree.fit(BOOK, normalize="unit", used=COUNTS).map(32)
     again = TokenMap.load(unit.save(tmp_path / "map.safetensors"))
