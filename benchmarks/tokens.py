@@ -8,8 +8,8 @@
     python benchmarks/tokens.py images          what the models of its first seed draw -> docs/images/tokens-drawn.png
     python benchmarks/tokens.py tables          the tables of both pages; with --check it only looks at them
 
-`fair` and `images` read what `python -m hasten_zoo.emoji_tokens.compare` wrote. `tokens-reference.json` is that of 0.1.0:
-three seeds, one learning rate for all.
+`fair` and `images` read what `python -m hasten_zoo.emoji_tokens.compare` wrote. `tokens-reference.json` is that of
+0.1.0: three seeds, one learning rate for all.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ REPLACEMENT, TREE, APPROXIMATE, REFERENCE, DENSITY, NORMALIZATION, FAIR = (
     HERE / f"tokens-{name}.json"
     for name in ("replacement", "tree", "approximate", "reference", "density", "normalization", "fair")
 )
+NO_SEED = "No seed is complete yet; the command is below."
 DENSITY_MEASURES = {"psnr": 2, "ssim": 3, "feature_distance": 2, "frechet": 2}
 CAP = 2  # times the mean size of a cluster, for the capped cut
 CAPPED = "masc, capped"
@@ -287,33 +288,18 @@ def fair_(
 ) -> None:
     """Sum up the finished seeds of the comparison: each vocabulary at its best learning rate, with intervals."""
     result = json.loads((data / "comparison.json").read_text())
-    found = summary(result["runs"])
-    finished = [run for run in result["runs"] if run["seed"] in found["seeds"]]
-    names = list(found["vocabularies"])
-    against = {
-        f"{one} - {other}": differences(finished, one, other)
-        for one, other in (
-            ("masc", "k-means"),
-            ("masc", "flat"),
-            ("k-means", "flat"),
-            ("masc, density", "masc"),
-        )
-        if one in names and other in names
-    }
     settings = {name: result[name] for name in ("k", "codes", "recipe", "sizes", "threads", "rates")}
-    facts = {
-        "settings": settings,
-        "tuning": rates(result["tuning"]),
-        "differences": against,
-    }
-    _write(
-        FAIR,
-        {
-            **facts,
-            **{name: found[name] for name in ("seeds", "goal")},
-            "vocabularies": _short(found),
-        },
-    )
+    facts = {"settings": settings, "tuning": rates(result["tuning"])}
+    names = list(facts["tuning"])
+    seeds_of = [{run["seed"] for run in result["runs"] if run["vocabulary"] == name} for name in names]
+    whole = set.intersection(*seeds_of)
+    if whole:
+        finished = [run for run in result["runs"] if run["seed"] in whole]
+        found = summary(finished)
+        pairs = (("masc", "k-means"), ("masc", "flat"), ("k-means", "flat"), ("masc, density", "masc"))
+        against = {f"{a} - {b}": differences(finished, a, b) for a, b in pairs if a in names and b in names}
+        facts |= {"differences": against, "seeds": found["seeds"], "goal": found["goal"], "vocabularies": _short(found)}
+    _write(FAIR, facts)
 
 
 def _short(found: dict[str, Any]) -> dict[str, Any]:
@@ -507,6 +493,8 @@ def _interval(figure: dict[str, float], digits: int) -> str:
 
 def fair_table(result: dict[str, Any]) -> str:
     """Markdown of the comparison at each vocabulary's best learning rate."""
+    if "vocabularies" not in result:
+        return NO_SEED
     heads = [
         "vocabulary",
         "k",
@@ -548,6 +536,8 @@ def rates_table(result: dict[str, Any]) -> str:
 
 def differences_table(result: dict[str, Any]) -> str:
     """Markdown of differences seed by seed."""
+    if "vocabularies" not in result:
+        return NO_SEED
     rows = [
         [name, _interval(one["frechet"], 1), _interval(one["token_loss"], 3)]
         for name, one in result["differences"].items()
@@ -557,6 +547,8 @@ def differences_table(result: dict[str, Any]) -> str:
 
 def fair_line(result: dict[str, Any]) -> str:
     """What the seeds show, and what they do not."""
+    if "vocabularies" not in result:
+        return "Without complete seeds no difference between vocabularies is claimed here."
     names = {"masc": "MASC", "k-means": "k-means", "flat": "the flat vocabulary", "masc, density": "MASC with density"}
     said = []
     for pair, one in result["differences"].items():

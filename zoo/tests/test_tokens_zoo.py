@@ -383,3 +383,5 @@ def test_tables_show_means_ranges_and_what_was_not_reached():
     assert "between MASC and the flat vocabulary no difference" in script["fair_line"](found)
     found["differences"]["masc - flat"]["frechet"] = {"mean": -2.0, "low": -3.0, "high": -1.0}
     assert "MASC is ahead of the flat vocabulary by 2.0 (1.0 to 3.0)" in script["fair_line"](found)
+    for name in ("fair_table", "differences_table"):
+        assert script[name]({"tuning": {}}) == script["NO_SEED"]
