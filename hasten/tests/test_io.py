@@ -369,15 +369,16 @@ elif work == "fit":
         tree.save(folder / "tree.safetensors")
         tree.map(20).save(folder / "map.safetensors")
 else:
-    from hasten.fitting.token_model import Recipe, Trainer
+    from hasten.fitting.token_model import Trainer
+    from hasten.fitting.token_recipe import Recipe
     from hasten.tokens import flat_map
-    from hasten.tokens.replace import export_model
+    from hasten.tokens.export import export_model
     from hasten.tokens.shards import write_shards
     shards = write_shards(folder / "shards", np.arange(480).reshape(80, 6) % 24, 24)
     def act():
         trainer = Trainer(shards, flat_map(24), Recipe(steps=60, batch=4, width=16, layers=1, heads=2), cpu=True)
         assert trainer.run(folder, every=2)
-        export_model(trainer.plain, trainer.mapping, folder / "model")
+        export_model(trainer.causal.model, trainer.mapping, folder / "model", trainer.causal.vocabulary)
 act()
 print("ready", flush=True)
 for _ in range(int(sys.argv[4])):
@@ -415,7 +416,7 @@ def test_files_are_whole_whenever_their_writer_is_killed(tmp_path: Path, work: s
     from hasten.calibration import Calibration
     from hasten.fitting.token_model import KIND
     from hasten.tokens import SemanticTree, TokenMap
-    from hasten.tokens.replace import open_model
+    from hasten.tokens.export import open_model
 
     readers = {
         "l2p.safetensors": Calibration.load,
