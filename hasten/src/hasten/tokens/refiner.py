@@ -26,6 +26,7 @@ from hasten.tokens.sample import drawn_from
 __all__ = ["Refiner", "RefinerConfig"]
 
 MOST_LAYERS = 128
+MOST_WIDTH = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ class RefinerConfig:
     def __post_init__(self) -> None:
         if min(self.hidden, self.width, self.heads, self.layers) < 1 or self.layers > MOST_LAYERS:
             raise ConfigError(f"all sizes must be at least 1, and the layers at most {MOST_LAYERS}, got {self}")
+        if max(self.hidden, self.width) > MOST_WIDTH:
+            raise ConfigError(f"widths must be at most {MOST_WIDTH}, got {self}")
         if self.width % self.heads:
             raise ConfigError(f"heads must divide the width, got {self.heads} and {self.width}")
 
