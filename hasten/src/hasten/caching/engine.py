@@ -130,6 +130,7 @@ class CachingEngine(Hook):
         """Go away, and let go of the transformer; records stay readable."""
         if self._remove is not None:
             self._remove()
+            self._numbers.settle()
             self.runs.end()
             self._remove = self._state = self.listener = None
             del self.model, self.site, self.runs

@@ -70,8 +70,6 @@ class FiniteCheck:
                 raise NonFiniteError(f"{where}: {whose} is not finite; {cure}")
         elif info.last:
             self._last = finite(hidden, result)
-            if self._last.device.type == "cpu":
-                self.settle()
 
     def settle(self) -> None:
         """Read what the last forward of a run came to, unless that is done, and warn if its numbers are not finite."""

@@ -207,6 +207,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
                 HastenWarning,
                 stacklevel=3,
             )
+        self._numbers.settle()
         while self._removals:
             self._removals.pop()()
         self.pipe = self._runs = self._begun = None  # a removed engine keeps no model
@@ -339,6 +340,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         return state
 
     def _begin(self, module: Any, arguments: Mapping[str, Any]) -> Run:
+        self._numbers.settle()  # of a run before that no pipeline ended
         levels = NoiseLevels(self.scheduler)
         if self.scheduler.begin_index or levels[0] < PURE:
             raise ConfigError(
