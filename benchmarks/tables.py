@@ -450,6 +450,38 @@ def fits_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def pipelines_table(result: dict[str, Any]) -> str:
+    """Markdown of `leap-pipelines.json`: the error with all steps and plain coefficients, or why not."""
+    lines = ["| pipeline | class, scheduler | relative error at all steps |", "|---|---|---|"]
+    for name, row in result["rows"].items():
+        told = f"{row['error']:.1e}" if row["refused"] is None else f"refused: {row['refused'].partition(';')[0]}"
+        lines.append(_row([name, f"{row['pipeline']}, {row['scheduler']}", told]))
+    environment = result["environment"]
+    lines += ["", f"Tiny random weights, 12 steps; diffusers {environment['diffusers']}, torch {environment['torch']}."]
+    return "\n".join(lines)
+
+
+def second_table(names: list[str]) -> str:
+    """Markdown of what `leap_measure.py` wrote: medians, and LEAP's lead with its interval."""
+    heads = ["model", "guidance", "evaluations", "sampler", "PSNR, dB", "LEAP is above by (95 %)"]
+    lines = [_row(heads), "|---|--:|--:|---|--:|--:|"]
+    for name in names:
+        if not (ROOT / "benchmarks" / name).exists():
+            continue
+        result = _read(name)
+        model, prompts = result["options"]["model"], result["options"]["held_out"]
+        for key, row in result["rows"].items():
+            lead, scale = result["against"].get(key), row["guidance"]
+            above = "" if lead is None else f"{lead['lead']:.1f} ({lead['low']:.1f} to {lead['high']:.1f})"
+            sampler = f"{row['name']} ({row['sampler']})" if "sampler" in row else row["name"]
+            figure = _cell(row.get("median", row.get("float32")), 1)
+            scale = "-" if scale is None else f"{scale:g}"
+            lines.append(_row([f"{model}, {prompts} prompts", scale, str(row["count"]), sampler, figure, above]))
+    lines += ["", "Held-out prompts, against 50 plain steps; intervals by a paired bootstrap over prompts."]
+    return "\n".join(lines)
+
+
+SECOND = ["leap-flux-guided.json", "leap-flux.json", "leap-wan.json", "leap-kontext.json"]
 HIDDEN = ("seconds", "closed_form", "relative_squared_error", "evaluations")
 TABLES = {
     "emoji-flux": lambda: overview_table(*emoji_flux()),
@@ -459,6 +491,8 @@ TABLES = {
     "leap-100": lambda: bench_table("emoji-flux-100"),
     "leap-ablation": lambda: ablation_table(_read("leap-ablation.json")),
     "leap-fits": lambda: fits_table(_read("leap-ablation.json")),
+    "leap-pipelines": lambda: pipelines_table(_read("leap-pipelines.json")),
+    "leap-second": lambda: second_table(SECOND),
     "resolution": lambda: truth_table(_read("resolution-truth.json")["emoji-flux"], "emoji-flux"),
     "edit": lambda: truth_table(_read("resolution-truth.json")["emoji-kontext"], "emoji-kontext"),
     "resolution-cells": lambda: cells_table(_read("resolution-truth.json")),

@@ -169,23 +169,44 @@ def _weights(method: Any) -> list[Any]:
 def _leap_tables() -> dict[str, Any]:
     tables: dict[str, Any] = {}
     for count in (3, 5):
-        times = torch.linspace(1000, 100, count)
-        rows = torch.randn(count, count, dtype=torch.float64, generator=torch.Generator().manual_seed(count)).tril()
-        tables |= {f"{count}/timesteps": times, f"{count}/sigmas": times / 1000, f"{count}/coefficients": rows}
+        times = torch.linspace(1000, 100, count, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(count)
+        found = {"timesteps": times, "levels": times / 1000}
+        for form, width in (("guided", 1), ("passes", 2)):
+            rows = torch.zeros(2, count, 1 + width * count, dtype=torch.float64)
+            for k in range(count):
+                end = 1 + width * (k + 1)
+                rows[:, k, :end] = torch.randn(2, end, dtype=torch.float64, generator=generator)
+            found[form] = rows
+        tables |= {f"{count}/{name}": tensor for name, tensor in found.items()}
     return tables
 
 
-LEAP_OPTIONS = {"prediction_type": "flow", "num_train_timesteps": 1000, "shift_mu": 0.5}
+LEAP_OPTIONS = {
+    "prediction_type": "flow_prediction",
+    "num_train_timesteps": 1000,
+    "shift_mu": 0.5,
+    "guidances": [2.0, 3.0],
+    "mixtures": [2.0, 3.0],
+    "noise_scale": 1.0,
+    "plain": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+}
 
 
 def _sampled(scheduler: LeapScheduler) -> torch.Tensor:
     """What the scheduler makes of a fixed model in its shortest run."""
-    count = min(map(int, scheduler.config.tables))
-    scheduler.set_timesteps(count)
-    x = torch.linspace(-1, 1, 8)
-    for t in scheduler.timesteps:
-        x = scheduler.step(x * 0.5 + t / 1000, t, x).prev_sample
-    return x
+    count, scheduler = min(map(int, scheduler.config.tables)), scheduler.at_guidance(2.5)
+    made = []
+    for scheduler.expects_passes in (False, True):
+        scheduler.set_timesteps(count)
+        x = torch.linspace(-1, 1, 8)[None]
+        for t in scheduler.timesteps:
+            passes = [x * 0.5 + t / 1000, 0.3 * x]
+            for answer in passes:
+                scheduler.observe(answer)
+            x = scheduler.step(passes[1] + 2.5 * (passes[0] - passes[1]), t, x).prev_sample
+        made.append(x)
+    return torch.cat(made)
 
 
 def _make_scheduler(folder: Path) -> None:
@@ -194,8 +215,8 @@ def _make_scheduler(folder: Path) -> None:
 
 def _use_scheduler(folder: Path) -> str:
     scheduler = LeapScheduler.from_pretrained(folder)
-    names = ("prediction_type", "num_train_timesteps", "shift_mu")
-    return digest(_sampled(scheduler), [scheduler.config[name] for name in names], len(scheduler))
+    names = ("prediction_type", "num_train_timesteps", "shift_mu", "plain", "fingerprint", "certificate")
+    return digest(_sampled(scheduler), [str(scheduler.config[name]) for name in names], len(scheduler))
 
 
 @cache

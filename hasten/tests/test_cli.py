@@ -86,6 +86,8 @@ WRONG = [
     ((*TUNE, "--max-error", "-1"), "--max-error must be positive"),
     ((*TUNE, "--max-error", "nan"), "--max-error must be positive"),
     ((*TUNE, "--computed-steps", "4,x"), "whole numbers of 1 or more"),
+    ((*TUNE, "--guidances", "1.5,3"), "--guidances needs --guidance"),
+    ((*TUNE, "--guidance", "3", "--guidances", "3,x"), "--guidances takes different numbers"),
     ((*TUNE, "--computed-steps", "51"), "between 1 and the 50 steps"),
     ((*TUNE, "--methods", "leap,fcoa"), "Did you mean 'foca'?"),
     ((*TUNE, "--methods", "hyca:intervall=3"), "unknown parameter of hyca 'intervall'"),

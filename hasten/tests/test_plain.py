@@ -7,12 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from hasten.bench.plain import SPACINGS, Sampler, best_plain_arms
+from hasten.bench.plain import best_plain_arms
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.subject import Subject
 from hasten.bench.tables import table_of
 from hasten.bench.thresholds import Trials
 from hasten.errors import ConfigError
+from hasten.solvers.plain import SPACINGS, Sampler
 
 MEAN, SPREAD = torch.tensor([0.7, -1.0, 0.2]), torch.tensor([0.3, 0.5, 1.5])
 CALL = {"height": 32, "width": 32, "max_sequence_length": 8}

@@ -30,7 +30,9 @@ from .pipeline.summary import Summary
 from .quality.configuration import Configuration, load
 from .registry import MethodInfo
 from .resolution.methods import DVG, RALU, Bottleneck, Fresco, SpecEdit, Spectral
-from .solvers.scheduler import Leap, LeapScheduler
+from .solvers.hub import from_hub
+from .solvers.method import Leap
+from .solvers.scheduler import LeapScheduler
 from .streaming.methods import FocusedForcing
 from .streaming.policy import KVStream
 
@@ -77,6 +79,7 @@ __all__ = [
     "fit",
     "fit_leap",
     "fit_leapcache",
+    "from_hub",
     "load",
     "methods",
     "record",

@@ -20,6 +20,7 @@ from hasten.quality.requests import Requests, model_name
 from hasten.quality.setting import Setting, find
 from hasten.registry import methods
 from hasten.resolution.engine import ResolutionMethod
+from hasten.solvers.method import Leap
 from hasten.streaming.adapters import StreamingRun, attach_stream
 from hasten.streaming.method import StreamingMethod
 
@@ -28,31 +29,37 @@ __all__ = ["DEFAULT", "accelerate", "methods", "remove", "summary"]
 DEFAULT = "hicache"  # what `accelerate(pipe)` takes: safe under guidance, if not the fastest
 
 
-def _methods(methods: tuple[Any, ...], params: dict[str, Any]) -> tuple[CachingMethod | None, ResolutionMethod | None]:
-    """The caching method and the resolution method, of which there may be one each."""
+Chosen = tuple[CachingMethod | None, ResolutionMethod | None, Leap | None]
+
+
+def _methods(methods: tuple[Any, ...], params: dict[str, Any]) -> Chosen:
+    """The caching method and the resolution method, of which there may be one each; or LEAP."""
     methods = methods or (DEFAULT,)
     if len(methods) > 1 and params:
         raise ConfigError(f"with several methods, give each its own parameters: {', '.join(params)} could be of any")
     chosen = [_method(method, params) for method in methods]
     caching = [method for method in chosen if isinstance(method, CachingMethod)]
     staged = [method for method in chosen if isinstance(method, ResolutionMethod)]
+    solvers = [method for method in chosen if isinstance(method, Leap)]
+    if solvers and len(chosen) > 1:
+        raise ConfigError("leap replaces the scheduler, which other methods need; give it alone")
     if len(caching) > 1 or len(staged) > 1:
         given = ", ".join(map(str, methods))
         raise ConfigError(f"give one caching method, one resolution method (dvg, fresco), or one of each; got {given}")
-    return next(iter(caching), None), next(iter(staged), None)
+    return next(iter(caching), None), next(iter(staged), None), next(iter(solvers), None)
 
 
-def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | ResolutionMethod:
+def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | ResolutionMethod | Leap:
     if isinstance(chosen, str):
         chosen = registry.build(chosen, **params)
-    elif isinstance(chosen, (CachingMethod, ResolutionMethod)) and params:
+    elif isinstance(chosen, (CachingMethod, ResolutionMethod, Leap)) and params:
         for name in params:
             if name not in chosen.__dataclass_fields__:
                 raise unknown(f"parameter of {type(chosen).__name__}", name, chosen.__dataclass_fields__)
         chosen = with_params(chosen, **params)
     if isinstance(chosen, StreamingMethod):
         raise ConfigError(f"{type(chosen).__name__} chooses the history of a streaming model; give it alone")
-    if not isinstance(chosen, (CachingMethod, ResolutionMethod)):
+    if not isinstance(chosen, (CachingMethod, ResolutionMethod, Leap)):
         raise ConfigError(f"a method is a name or a method object such as hasten.HiCache(), got {chosen!r}")
     return chosen
 
@@ -100,7 +107,8 @@ def accelerate(
             `unet`, a `prior` or a `decoder` that denoises; or a transformer or UNet itself. On a UNet a cache works at
             the output, unless told `site="deep"`: the inner levels forecast, the outermost one computed.
         methods: a method's name or object, such as `"hicache"` or `hasten.HiCache(interval=7)`; or a caching method and
-            one with stages, `hasten.DVG(), hasten.FoCa(interval=3)`: the cache then starts again in each stage. Without
+            one with stages, `hasten.DVG(), hasten.FoCa(interval=3)`: the cache then starts again in each stage; or
+            `hasten.Leap(file)`, on a pipeline with any denoiser, whose scheduler it replaces meanwhile. Without
             a method it is HiCache with its uniform schedule: the conservative choice, which guidance does not break.
             Or a configuration that `hasten.load` read. Or a method that chooses history, for a pipeline of streaming
             video that has an adapter, or its transformer: `hasten.FocusedForcing(budget=6)`.
@@ -139,11 +147,10 @@ def accelerate(
             params["computed_steps"] = configuration.computed_steps
     else:
         configuration = Configuration(quality=quality, audit=audit)
+    method, staged, solver = (None, None, None) if configuration.quality is not None else _methods(methods, params)
     modules = denoisers(target)
     home = None if isinstance(target, nn.Module) else PipelineView(target)
-    staged = None
     if configuration.quality is None:
-        method, staged = _methods(methods, params)
         setting = None if method is None else Setting(method)
     else:
         setting = _certified(configuration.quality, methods, params, modules, home)
@@ -151,6 +158,7 @@ def accelerate(
     if setting is not None:
         engines = {name: CachingEngine(m, setting.method, home, setting.check) for name, m in modules.items()}
     stages = None if staged is None else staged.engine(target)
+    solving = None if solver is None else solver.engine(target)
     if replace:
         for handle in _handles(modules):
             handle.remove()
@@ -159,14 +167,18 @@ def accelerate(
             engine.attach()
         if stages is not None:
             stages.attach()
-        requests = Requests(modules, engines, home, setting, staged, configuration)
+        if solving is not None:
+            solving.attach()
+        requests = Requests(modules, engines, home, setting, solver if staged is None else staged, configuration)
     except BaseException:
         for engine in engines.values():
             engine.detach()
         if stages is not None:
             stages.remove()
+        if solving is not None:
+            solving.remove()
         raise
-    return Acceleration(engines, stages, modules, home, requests)
+    return Acceleration(engines, stages, modules, home, requests, solving)
 
 
 def _streamed(target: Any, method: StreamingMethod, quality: str | None, replace: bool) -> StreamingRun:

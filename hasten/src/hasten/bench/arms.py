@@ -6,8 +6,7 @@ Arms can be pickled, so that several processes can work with the same ones.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from hasten.calibration import Calibration
 from hasten.errors import ConfigError, HastenError
 from hasten.pipeline.handle import Acceleration
 from hasten.resolution.engine import ResolutionMethod
-from hasten.solvers.scheduler import LeapScheduler
+from hasten.solvers import Leap
 
 __all__ = ["Accelerated", "Arm", "Solved", "merged", "method_arms", "one_line", "says_its_steps"]
 
@@ -71,18 +70,12 @@ class Accelerated:
 
 @dataclass(frozen=True)
 class Solved:
-    """Puts a LEAP scheduler in the place of the pipeline's own."""
+    """Switches LEAP on: its scheduler and the hook that tells the passes apart."""
 
     calibration: Calibration
 
-    @contextmanager
-    def __call__(self, pipe: Any) -> Iterator[None]:
-        original = pipe.scheduler
-        pipe.scheduler = LeapScheduler.of(self.calibration, pipe)
-        try:
-            yield
-        finally:
-            pipe.scheduler = original
+    def __call__(self, pipe: Any) -> Acceleration:
+        return accelerate(pipe, Leap(self.calibration))
 
 
 def says_its_steps(method: ScheduledMethod) -> bool:

@@ -14,7 +14,7 @@ from hasten.caching import CachingMethod
 from hasten.calibration import Calibration
 from hasten.errors import ConfigError
 from hasten.resolution.engine import ResolutionMethod
-from hasten.solvers.scheduler import LEAP
+from hasten.solvers.content import LEAP
 
 __all__ = ["Request", "caching_method", "check_counts", "parse_request", "reported"]
 

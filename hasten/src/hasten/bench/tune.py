@@ -35,7 +35,7 @@ from hasten.fitting.schedules import tune_steps
 from hasten.io import check_target
 from hasten.parameters import from_text
 from hasten.pipeline.replay import Replay
-from hasten.solvers.scheduler import LEAP
+from hasten.solvers.content import LEAP
 
 __all__ = ["TuneSettings", "run_tune", "tuning_calls"]
 
@@ -66,6 +66,7 @@ class TuneSettings:
         batch: prompts that are drawn at a time while learning.
         trials: lists of steps to look at for each number.
         rounds: of LEAP's refinement.
+        guidances: scales that one LEAP file is to serve, and all between; that of the calls by default.
     """
 
     computed_steps: tuple[int, ...] = ()
@@ -81,6 +82,7 @@ class TuneSettings:
     batch: int = 4
     trials: int = 40
     rounds: int = 3
+    guidances: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prompts < 1 or self.held_out < 1:
@@ -93,6 +95,8 @@ class TuneSettings:
             )
         if self.max_error is None and not self.computed_steps:
             object.__setattr__(self, "computed_steps", COMPUTED_STEPS)
+        if self.guidances and not self.call.keys() & {"true_cfg_scale", "guidance_scale"}:
+            raise ConfigError("--guidances needs --guidance, the scale at which the methods are compared")
         check_counts(self.computed_steps, self.steps)
         if not self.methods:
             raise ConfigError("give at least one method")
@@ -227,6 +231,7 @@ class _Tuning:
             counts,
             trials=self._settings.trials,
             rounds=self._settings.rounds,
+            guidances=self._settings.guidances,
             known=Calibration.load(file) if file.exists() else None,
             keep=lambda result: result.save(file),
             progress=tick,

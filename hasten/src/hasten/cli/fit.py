@@ -142,6 +142,10 @@ def tune(
     guidance: options.Guidance = None,
     trials: Annotated[int, typer.Option(min=1, help="Lists of steps to look at for each number.")] = 40,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of LEAP's refinement.")] = 3,
+    guidances: Annotated[
+        str,
+        typer.Option(help="Scales that one LEAP file is to serve, and all between: 1.5,3,5; --guidance is compared."),
+    ] = "",
     quality: certify.Quality = None,
     max_lpips: certify.MaxLpips = None,
     max_flip: certify.MaxFlip = None,
@@ -178,6 +182,7 @@ def tune(
         call=options.call_of(height, width, guidance),
         trials=trials,
         rounds=rounds,
+        guidances=tuple(options.scales(guidances, "--guidances")),
     )
     if settings.prompt_list:
         settings.check_prompts(settings.prompt_list)
@@ -238,7 +243,7 @@ def _use(row: Row, folder: Path) -> str:
     name = parts[0][0]
     if name == "leap":
         file = folder / "leap.safetensors"
-        return f"pipe.scheduler = hasten.LeapScheduler.load('{file}', pipe)   # num_inference_steps={row.steps}"
+        return f"hasten.accelerate(pipe, hasten.Leap('{file}'))   # num_inference_steps={row.steps}"
     if row.staged:
         built = [f"hasten.{known[part].__name__}({_arguments(known[part], given)})" for part, given in parts]
         return f"hasten.accelerate(pipe, {', '.join(built)})   # num_inference_steps={row.steps}"

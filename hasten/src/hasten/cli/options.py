@@ -27,6 +27,7 @@ __all__ = [
     "numbers",
     "own_prompts",
     "refuse_given",
+    "scales",
 ]
 
 MODELS = ", ".join([*subject.names(), *subject.streaming_names()]) or "none installed"
@@ -68,6 +69,21 @@ def numbers(text: str, option: str, least: int = 1) -> list[int]:
         found = []
     if not found or min(found) < least:
         raise ConfigError(f"{option} takes whole numbers of {least} or more with commas, such as 12,9,7; got {text!r}")
+    return found
+
+
+def scales(text: str, option: str) -> list[float]:
+    """`1.5,3,5` as different finite numbers of 0 or more; none for an empty text.
+
+    Raises:
+        ConfigError: if it is something else.
+    """
+    try:
+        found = [float(part) for part in names(text)] if text else []
+    except ValueError:
+        found = [-1.0]
+    if len(set(found)) < len(found) or not all(math.isfinite(scale) and scale >= 0 for scale in found):
+        raise ConfigError(f"{option} takes different numbers with commas, such as 1.5,3,5; got {text!r}")
     return found
 
 

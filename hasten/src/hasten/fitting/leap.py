@@ -1,43 +1,49 @@
 """LEAP: least-squares extrapolation along the path. Our own method; related in spirit to learned non-stationary
 solvers (Shaul et al., BNS, 2024).
 
-With the plain sampler `x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v_i`, a sampler with few evaluations at the steps
-`s_0 = 0 < s_1 < ... < s_{n-1}` is any choice of coefficients in
+Any multistep sampler with `n` evaluations is a choice of times and of coefficients in
 
-    x(s_{k+1}) = X_0 + sum_{j<=k} c_kj v_j,      v_k = model(x(s_k), sigma_{s_k})
+    x_{k+1} = r_k x_0 + sum_{j<=k} a_kj g_j + b_kj d_j
 
-Reference trajectories of the plain sampler are drawn once. Then, evaluation after evaluation, the model is asked at
-the state that the fast sampler itself has reached, and `c_k` brings it as near to the reference's state at `s_{k+1}` as
-the known velocities allow: a small linear system for the whole training batch. No gradient passes through the model,
-and training sees what it will meet in use. The steps themselves are searched by local moves, each judged by the final
-error; what comes before the first changed step need not be evaluated again. At last coefficients and times are refined
-together (`refine.py`).
+where `g_j` is the model's answer with guidance and `d_j` the difference of the two passes that it was mixed of.
+Reference trajectories of the plain sampler are drawn once. Then, evaluation after evaluation, the model is asked at the
+state that the fast sampler itself has reached, and row `k` brings it as near to the reference's state at the next time
+as the known columns allow: a small linear system for the whole training batch. No gradient passes through the model,
+and training sees what it will meet in use.
 
-The pipeline evaluates the model, with its own guidance.
+Times are looked for on the references first (`surrogate.py`, no evaluations), then by local moves, each judged by the
+final error. The plain solvers are points of the same family, and so is every solver with fewer evaluations: they are
+starts, too, so the result is never worse on its prompts than the best of them. At last coefficients and times are
+refined together (`refine.py`).
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from hasten.acceleration import accelerate
-from hasten.calibration import Calibration
+from hasten.calibration import Calibration, Fingerprint, model_digest, weights_digest
 from hasten.errors import CalibrationError, ConfigError
-from hasten.fitting.calibrate import fingerprint_of
+from hasten.fitting.evaluator import Evaluator
+from hasten.fitting.guidance import continued, halfway, joined, path_at
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.fitting.references import References, record_references
 from hasten.fitting.refine import refine
-from hasten.fitting.search import Search, figures
+from hasten.fitting.starts import Starts, find_starts, plain_solvers
+from hasten.fitting.surrogate import Surrogate
 from hasten.pipeline.replay import Replay
-from hasten.solvers.scheduler import LEAP
+from hasten.solvers.content import LEAP, first_denoiser
+from hasten.solvers.multistep import Row
+from hasten.solvers.tables import COLUMNS, Table, packed, unpacked
 
-__all__ = ["fit_leap"]
+__all__ = ["fit_leap", "plain_config"]
 
 Progress = Callable[[int, int, int, float], None]
+SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
 
 
 def fit_leap(
@@ -45,6 +51,8 @@ def fit_leap(
     calls: Sequence[Mapping[str, Any]],
     evaluations: Sequence[int],
     *,
+    guidances: Sequence[float] = (),
+    held_out: Sequence[Mapping[str, Any]] = (),
     trials: int = 40,
     rounds: int = 3,
     ridge: float = 1e-6,
@@ -56,13 +64,17 @@ def fit_leap(
     """Learn a solver for each number of evaluations.
 
     Args:
-        pipe: a pipeline of a flow-matching or variance-preserving model.
+        pipe: a pipeline of a flow-matching or variance-preserving model, with a linear scheduler (no noise, no
+            clipping).
         calls: arguments of its calls, with the steps, size and guidance that the references are to have, each with
             generators or latents. Give batches: each evaluation of the fit runs every call once.
-        evaluations: numbers of evaluations.
-        trials: lists of steps to look at for each number; 1 takes the spread that a search would start from.
+        evaluations: numbers of evaluations; those that differ by one or two help each other.
+        guidances: scales at which coefficients are fitted, at the same times; three serve all scales between them. By
+            default the one of the calls.
+        held_out: other calls, on which the error is reported beside that of the training.
+        trials: lists of times that the model judges for each number; 1 takes what the references alone suggest.
         rounds: of the joint refinement of times and coefficients; 0 leaves it out.
-        ridge: see `solvers/fit.py`.
+        ridge: how strongly coefficients are drawn to those of the plain sampler.
         seed: of the search.
         known: an earlier result, perhaps of a fit that was cut short; what was fitted to the same prompts with the
             same settings is taken over.
@@ -71,80 +83,280 @@ def fit_leap(
             while the references are drawn with (0, calls so far, of how many, 1).
 
     Returns:
-        a calibration to save, or to make a scheduler of: `LeapScheduler.of(calibration, pipe)`.
+        a calibration to save, to give to `Leap`, or to make a scheduler of: `LeapScheduler.of(calibration, pipe)`.
 
     Raises:
-        CalibrationError: if there are no calls, or they cannot be followed.
-        ConfigError: if a number does not fit the run.
+        CalibrationError: if there are no calls, they cannot be followed, or the scheduler is none that LEAP can follow.
+        ConfigError: if a number or a guidance scale does not fit the run.
     """
     if not calls:
         raise CalibrationError("there is nothing to learn from: give at least one call")
-    replay = Replay(calls)
-    references = record_references(
-        pipe, replay, lambda done, total: progress(0, done, total, 1.0) if progress is not None else None
-    )
+    if trials < 1 or rounds < 0:
+        raise ConfigError(f"trials must be at least 1 and rounds at least 0, got {trials} and {rounds}")
+    fit = _Fit(pipe, calls, guidances, held_out, ridge, progress)
     for count in evaluations:
-        if not 1 <= count <= references.total:
-            raise ConfigError(
-                f"evaluations must be between 1 and the {references.total} steps of the references, got {count}"
-            )
-    with accelerate(pipe, "reuse", interval=1) as run:
-        pipe(**replay[0])
-        fingerprint = fingerprint_of(pipe, run, "output")
-    fitter = Fitter(pipe, replay, references, ridge)
-    with fitter.probing():
-        shift_mu = fitter.shift_mu()
-    options = {
-        "prediction_type": references.prediction_type,
-        "num_train_timesteps": int(pipe.scheduler.config.num_train_timesteps),
-        "shift_mu": shift_mu,
-        "prompts": references.prompts,
-        "learned_from": references.digest,
-        "trials": trials,
-        "rounds": rounds,
-        "ridge": ridge,
-        "seed": seed,
-    }
-    result = Calibration(LEAP, {}, fingerprint, {}, options)
-    if known is not None and (known.fingerprint, known.options) == (fingerprint, options):
+        if not 1 <= count <= fit.total:
+            raise ConfigError(f"evaluations must be between 1 and the {fit.total} steps of the references, got {count}")
+    options = fit.options | {"trials": trials, "rounds": rounds, "ridge": ridge, "seed": seed}
+    result = Calibration(LEAP, {}, fit.fingerprint, {}, options)
+    if known is not None and (known.fingerprint, known.options) == (result.fingerprint, result.options):
         result = known
-    with fitter.probing():
-        for count in evaluations:
-            if str(count) in result.report:
-                continue
-
-            def tick(done: int, error: float, count: int = count) -> None:
-                if progress is not None:
-                    progress(count, done, trials + rounds, error)
-
-            fitter.evaluations = 0
-            found, search = fitter.search(count, trials, seed, lambda done, _, error: tick(done, error))
-            closed = found.error
-            found = refine(fitter, found, rounds, lambda error: tick(trials, error))
-            result = _with(result, found, search, closed, fitter)
-            tick(trials + rounds, found.error)
-            if keep is not None:
-                keep(result)
-    replay.rewind()
+    for count in sorted(evaluations):
+        if str(count) in result.report:
+            fit.recall(unpacked(result.tensors)[str(count)])
+            continue
+        table, report = fit.solver(count, trials, rounds, seed)
+        tensors = result.tensors | packed({count: table})
+        result = Calibration(LEAP, tensors, result.fingerprint, result.report | {str(count): report}, options)
+        if keep is not None:
+            keep(result)
+    fit.rewind()
     return result
 
 
-def _with(known: Calibration, found: Leap, search: Search, closed: float, fitter: Fitter) -> Calibration:
-    """A result with one more solver."""
-    count = len(found.steps)
-    references: References = fitter.references
-    rows = torch.zeros(count, count, dtype=torch.float64)
-    for k, row in enumerate(found.coefficients):
-        rows[k, : k + 1] = torch.tensor(row, dtype=torch.float64)
-    tensors: dict[str, Tensor] = known.tensors | {
-        f"{count}/coefficients": rows,
-        f"{count}/timesteps": torch.tensor(found.timesteps),
-        f"{count}/sigmas": torch.tensor(found.sigmas),
+class _At:
+    """The fit at one guidance scale: its calls, references and evaluator."""
+
+    def __init__(
+        self, pipe: Any, calls: Sequence[Mapping[str, Any]], ridge: float, tick: Callable[[int], None]
+    ) -> None:
+        self.replay = Replay(calls)
+        self.references = record_references(pipe, self.replay, lambda done, total: tick(done))
+        self.evaluator = Evaluator(pipe, self.replay)
+        self.fitters = {
+            form: Fitter(self.evaluator, self.references, ridge, width)
+            for form, width in COLUMNS.items()
+            if form == "guided" or self.references.differences
+        }
+
+
+class _Fit:
+    """A fit under way."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        calls: Sequence[Mapping[str, Any]],
+        guidances: Sequence[float],
+        held_out: Sequence[Mapping[str, Any]],
+        ridge: float,
+        progress: Progress | None,
+    ) -> None:
+        self._pipe, self._progress = pipe, progress
+        name, own = _guidance_of(pipe, calls[0])
+        if guidances and (name is None or len(set(guidances)) < len(guidances)):
+            raise ConfigError(f"guidances have to differ, and the calls have to take one of {', '.join(SCALES)}")
+        self._scales: list[float | None] = list(guidances) or [own]
+        groups = [_at_scale(calls, name, scale) for scale in guidances] or [calls]
+        total, done = (2 * len(groups) - 1 + bool(held_out)) * len(calls), 0
+
+        def tick(_: int) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(0, done, max(total, done), 1.0)
+
+        self._at = [_At(pipe, group, ridge, tick) for group in groups]
+        few = calls[: -(-len(calls) // 2)]
+        self._between = [(scale, _At(pipe, _at_scale(few, name, scale), ridge, tick)) for scale in halfway(guidances)]
+        self._middle = min(range(len(groups)), key=lambda i: abs(i - (len(groups) - 1) / 2))
+        middle = self._at[self._middle].references
+        self._held = None
+        if held_out:
+            others = _at_scale(held_out, name, self._scales[self._middle]) if guidances else held_out
+            self._held = _At(pipe, others, ridge, tick)
+        self.total = middle.total
+        self._before: Leap | None = None
+        self._recalled: Mapping[str, Any] | None = None
+        self._surrogate = Surrogate(middle, COLUMNS[self._form])
+        self.fingerprint = _fingerprint(pipe, middle, self._scales[self._middle])
+        self.options = self._options(middle)
+
+    @property
+    def _form(self) -> str:
+        """The form whose times are searched."""
+        return list(self._at[self._middle].fitters)[-1]
+
+    def _options(self, references: References) -> dict[str, Any]:
+        evaluator = self._at[self._middle].evaluator
+        with evaluator.probing():
+            evaluator(0, references.states[0][0], references.plain.timesteps[0])
+            # FLUX.2's shift depends on the number of steps too, and tells nothing of the image's size then.
+            mu = references.mu if evaluator.mu == references.mu else None
+        return {
+            "prediction_type": references.kind,
+            "num_train_timesteps": int(self._pipe.scheduler.config.num_train_timesteps),
+            "shift_mu": mu,
+            "guidances": self._scales,
+            "mixtures": [at.references.mixture for at in self._at],
+            "noise_scale": references.plain.noise_scale,
+            "plain": plain_config(self._pipe.scheduler),
+            "prompts": references.prompts,
+            "learned_from": references.digest,
+        }
+
+    def rewind(self) -> None:
+        """Leave the generators of all calls as they were."""
+        for at in self._all:
+            at.replay.rewind()
+
+    @property
+    def _all(self) -> list[_At]:
+        return [*self._at, *(at for _, at in self._between), *([] if self._held is None else [self._held])]
+
+    # --- one number of evaluations
+
+    def recall(self, table: Mapping[str, Any]) -> None:
+        """Let a table of an earlier fit be a start of the next one."""
+        self._recalled = table
+
+    def _extendable(self) -> Leap | None:
+        """The solver with fewer evaluations."""
+        if self._recalled is not None:
+            at = self._at[self._middle]
+            self._before = at.fitters[self._form].exact(
+                self._recalled["timesteps"], self._recalled[self._form][self._middle]
+            )
+            self._recalled = None
+        return self._before
+
+    def solver(self, count: int, trials: int, rounds: int, seed: int) -> tuple[Table, dict[str, Any]]:
+        """The table for a number of evaluations, and what is to be told of it."""
+        middle = self._at[self._middle]
+        made_before = sum(at.evaluator.made for at in self._all)
+
+        def tick(done: int, error: float) -> None:
+            if self._progress is not None:
+                self._progress(count, min(done, trials + rounds), trials + rounds, error)
+
+        with middle.evaluator.probing():
+            starts = self._starts(middle, count, trials, seed, tick)
+            best = self._refined(middle.fitters[self._form], starts, rounds, lambda error: tick(trials, error))
+        self._before = best
+        rows = {form: self._rows(form, best, rounds) for form in middle.fitters}
+        levels = tuple(middle.references.level_at(time) for time in best.timesteps)
+        table = Table(
+            best.timesteps,
+            levels,
+            _frozen(rows["guided"]),
+            _frozen(rows["passes"]) if "passes" in rows else None,
+        )
+        tick(trials + rounds, best.error)
+        report = self._report(starts, best, rows[self._form][self._middle])
+        report["evaluations_of_fit"] = sum(at.evaluator.made for at in self._all) - made_before
+        return table, report
+
+    def _starts(self, at: _At, count: int, trials: int, seed: int, tick: Callable[[int, float], None]) -> Starts:
+        evaluator, kind = at.evaluator, at.references.kind
+        plain = plain_solvers(evaluator.scheduler, evaluator.arguments(count), kind) if trials > 1 else {}
+        return find_starts(
+            at.fitters[self._form],
+            self._surrogate,
+            plain,
+            self._extendable(),
+            count,
+            trials=trials,
+            looked_at=max(1, len(at.replay) // 2),
+            seed=seed,
+            progress=tick,
+        )
+
+    def _refined(self, fitter: Fitter, starts: Starts, rounds: int, progress: Callable[[float], None]) -> Leap:
+        """The best start, refined; where there are several, each gets a round first."""
+        found = list(starts.leaps.values())
+        if len(found) > 1 and rounds:
+            found = sorted((refine(fitter, leap, 1) for leap in found[:2]), key=lambda leap: leap.error)
+            rounds -= 1
+        return refine(fitter, found[0], rounds, progress)
+
+    def _rows(self, form: str, best: Leap, rounds: int) -> list[list[Row]]:
+        """Coefficients at all guidance scales for the times that were found."""
+        middle = self._at[self._middle]
+        own = best
+        if form != self._form:
+            with middle.evaluator.probing():
+                fitter = middle.fitters[form]
+                own = refine(fitter, fitter.fit(best.timesteps), min(rounds, 1), times=False)
+        fits = []
+        for at in self._at:
+            with at.evaluator.probing():
+                fits.append(own.rows if at is middle else continued(at.fitters[form], own, rounds).rows)
+        if len(fits) == 1:
+            return fits
+        scales = [scale for scale in self._scales if scale is not None]
+        paths = []
+        for scale, at in [*zip(scales, self._at, strict=True), *self._between]:
+            with at.evaluator.probing():
+                paths.append((scale, at.fitters[form], path_at(at.fitters[form], own.timesteps, fits, scales, scale)))
+        return joined(fits, scales, paths)
+
+    def _report(self, starts: Starts, best: Leap, rows: Sequence[Row]) -> dict[str, Any]:
+        middle = self._at[self._middle].references
+        first = next(iter(starts.leaps.items()))
+        report: dict[str, Any] = {
+            "steps": _steps(middle, best.timesteps),
+            "relative_squared_error": best.error,
+            "start": first[0],
+            "at_the_start": first[1].error,
+            "trials": starts.trials,
+            "plain": None
+            if starts.plain is None
+            else {"sampler": starts.plain[0], "relative_squared_error": starts.plain[1]},
+            "formula_error": middle.error,
+            "evaluations_of_references": sum(at.references.total * at.references.prompts for at in self._all),
+        }
+        if self._held is not None:
+            with self._held.evaluator.probing():
+                report["held_out"] = self._held.fitters[self._form].exact(best.timesteps, rows).error
+        return report
+
+
+def _guidance_of(pipe: Any, call: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """The argument by which a call sets its guidance scale, and the scale."""
+    for name in SCALES:
+        if call.get(name) is not None:
+            return name, float(call[name])
+    return None, None
+
+
+def _at_scale(calls: Sequence[Mapping[str, Any]], name: str | None, scale: float | None) -> Sequence[Mapping[str, Any]]:
+    """The calls with another guidance scale."""
+    return [{**call, str(name): scale} for call in calls]
+
+
+def _fingerprint(pipe: Any, references: References, guidance: float | None) -> Fingerprint:
+    model = first_denoiser(pipe)
+    return Fingerprint(
+        model=type(model).__name__,
+        config=model_digest(model),
+        weights=weights_digest(model),
+        scheduler=type(pipe.scheduler).__name__,
+        timesteps=tuple(references.plain.timesteps),
+        passes=("cond", "uncond") if references.differences else ("cond",),
+        guidance=guidance,
+        site="output",
+    )
+
+
+def plain_config(scheduler: Any) -> dict[str, Any]:
+    """The configuration of a scheduler as JSON holds it, with the name of its class; infinite defaults are left out."""
+    content: dict[str, Any] = json.loads(scheduler.to_json_string())
+    return {
+        name: value for name, value in content.items() if not (isinstance(value, float) and not math.isfinite(value))
     }
-    report = figures(search) | {
-        "closed_form": closed,
-        "relative_squared_error": found.error,
-        "evaluations_of_references": references.total * references.prompts,
-        "evaluations_of_fit": fitter.evaluations,
-    }
-    return Calibration(LEAP, tensors, known.fingerprint, known.report | {str(count): report}, known.options)
+
+
+def _frozen(fits: Sequence[Sequence[Row]]) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    return tuple(tuple(tuple(row) for row in rows) for rows in fits)
+
+
+def _steps(references: References, times: Sequence[float]) -> list[int]:
+    """The plain sampler's steps next to some times, each another one: lists for caching methods."""
+    grid = [*references.plain.timesteps, 0.0]
+    places = np.interp(times, grid[::-1], np.arange(len(grid))[::-1])
+    steps = [0]
+    for place in places[1:]:
+        steps.append(max(round(float(place)), steps[-1] + 1))
+    for i in range(len(steps) - 1, 0, -1):
+        steps[i] = min(steps[i], references.total - len(steps) + i)
+    return steps

@@ -1,9 +1,10 @@
-"""Trajectories of the plain sampler, in the variables in which it is linear: what LEAP is fitted to."""
+"""Trajectories of the plain sampler: what LEAP is fitted to, checked against the scheduler's own formula."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -13,10 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.errors import CalibrationError, ConfigError
+from hasten.errors import CalibrationError
+from hasten.fitting.symbolic import PlainSolver, kind_of, prepared, read_off, relative_error, scales_of, why_not_linear
 from hasten.pipeline.replay import Replay
+from hasten.solvers.passes import difference, mixture_of, watch_passes
 
 __all__ = ["References", "record_references"]
+
+EXACT = 1e-4  # largest relative error of a state where everything is float32
+ROUNDINGS = 40  # of half precision, in which some schedulers keep the state
 
 
 @dataclass(frozen=True)
@@ -24,43 +30,70 @@ class References:
     """Trajectories of the plain sampler.
 
     Attributes:
-        states: for each call `[T + 1, B, ...]`, from noise to image, in the variables in which the sampler is linear.
-        timesteps: `[T]`.
-        sigmas: `[T + 1]`, the last one 0.
+        states: for each call `[T + 1, B, ...]` on the CPU in float32, from noise to image, as the model gets them.
+        outputs: for each call `[T, B, ...]`, the model's answers with guidance.
+        differences: likewise of the two passes of a step; empty where there were not two.
+        plain: times, noise levels and rows of the scheduler.
+        kind: prediction type.
+        error: of the scheduler's rows, the largest relative error of a state.
         mu: the resolution-dependent shift that the pipeline used, if any.
-        prediction_type: as in `LeapScheduler`.
+        mixture: weight of the first pass in the mixture; None where it is no plain mixture of two.
+        forwards: calls of the denoiser in a step.
+        arguments: of the scheduler's `set_timesteps`.
         digest: of the prompts and the noise that they were drawn from.
     """
 
     states: list[Tensor]
-    timesteps: list[float]
-    sigmas: list[float]
+    outputs: list[Tensor]
+    differences: list[Tensor]
+    plain: PlainSolver
+    kind: str
+    error: float
     mu: float | None
-    prediction_type: str
+    mixture: float | None
+    forwards: int
+    arguments: dict[str, Any]
     digest: str
 
     @property
     def total(self) -> int:
         """Steps of the plain sampler."""
-        return len(self.timesteps)
+        return len(self.plain.timesteps)
 
     @property
     def prompts(self) -> int:
         """How many images there are."""
         return sum(path.shape[1] for path in self.states)
 
-    def sigma_at(self, timestep: float) -> float:
-        """Noise level between the steps of a flow-matching sampler, where it is proportional to the timestep."""
-        return float(np.interp(timestep, [0.0, *self.timesteps[::-1]], self.sigmas[::-1]))
+    def level_at(self, timestep: float) -> float:
+        """Noise level at a time: between the steps of a flow in proportion, else along the arc of signal and noise."""
+        first = self.plain.timesteps[0]
+        times = [0.0, *self.plain.timesteps[::-1], max(1.1 * first, first + 1)]  # other solvers may begin earlier
+        levels = np.array([*self.plain.levels[::-1], 1.0])
+        if self.kind == "flow_prediction":
+            return float(np.interp(timestep, times, levels))
+        return float(np.sin(np.interp(timestep, times, np.arcsin(levels))))
 
+    def at(self, position: float) -> float:
+        """The timestep at a position counted in steps of the plain sampler, `0 <= position < T`."""
+        return float(np.interp(position, np.arange(self.total + 1), [*self.plain.timesteps, 0.0]))
 
-def _prediction_type(scheduler: Any) -> str:
-    kind = scheduler.config.get("prediction_type")
-    if kind in (None, "flow_prediction"):
-        return "flow"
-    if kind not in ("epsilon", "v_prediction"):
-        raise ConfigError(f"LEAP knows flow, epsilon and v_prediction models, got prediction_type {kind!r}")
-    return str(kind)
+    def goal(self, call: int, level: float) -> Tensor:
+        """The state of a call at a noise level, `[B, ...]`: on the plain sampler's own path between its steps."""
+        levels, path = self.plain.levels, self.states[call]
+        later = next((i for i, own in enumerate(levels) if own <= level), len(levels) - 1)
+        if later == 0 or levels[later] == level:
+            return path[later]
+        before, after = levels[later - 1], levels[later]
+        if self.kind == "flow_prediction":
+            share = (before - level) / (before - after)
+            return torch.lerp(path[later - 1], path[later], share)
+        # The model's answer being held, states run along an arc: x = A cos + B sin, with level = sin.
+        angles = [math.asin(min(1.0, s)) for s in (before, level, after)]
+        width = math.sin(angles[0] - angles[2])
+        return path[later - 1] * (math.sin(angles[1] - angles[2]) / width) + path[later] * (
+            math.sin(angles[0] - angles[1]) / width
+        )
 
 
 def _digest(calls: Replay, states: Sequence[Tensor]) -> str:
@@ -69,67 +102,152 @@ def _digest(calls: Replay, states: Sequence[Tensor]) -> str:
     return hashlib.sha256(prompts.encode() + noise).hexdigest()[:16]
 
 
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy, since pipelines write latents in place."""
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+class _Recorder:
+    """Watches a pipeline's scheduler and denoisers for the length of a `with`."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe, self.scheduler = pipe, pipe.scheduler
+        self.arguments: dict[str, Any] = {}
+        self.forwards: list[int] = []
+        self.mixtures: list[float] = []
+        self.dtype = torch.float32
+        self.start()
+
+    def start(self) -> None:
+        """A call of the pipeline begins."""
+        self.states: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.differences: list[Tensor | None] = []
+        self._answers: list[Tensor] = []
+
+    def __enter__(self) -> _Recorder:
+        plain_step, plain_set = self.scheduler.step, self.scheduler.set_timesteps
+
+        @wraps(plain_step)  # pipelines read the signature
+        def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._before(model_output, sample)
+            result = plain_step(model_output, timestep, sample, *args, **kwargs)
+            self.states.append(_kept(result[0] if isinstance(result, tuple) else result.prev_sample))
+            return result
+
+        @wraps(plain_set)
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            self.arguments = dict(zip(("num_inference_steps", "device"), args, strict=False)) | kwargs
+            return plain_set(*args, **kwargs)
+
+        self.scheduler.step, self.scheduler.set_timesteps = step, set_timesteps
+        _, self._unhook = watch_passes(self._pipe, self._answers_append)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unhook()
+        del self.scheduler.step, self.scheduler.set_timesteps
+
+    def _answers_append(self, answer: Tensor) -> None:
+        self._answers.append(answer)
+
+    def _before(self, output: Tensor, sample: Tensor) -> None:
+        answers, self._answers = self._answers, []
+        apart = difference(answers, output)
+        if apart is not None:
+            self.mixtures.append(mixture_of(answers, output, apart))
+        self.forwards.append(len(answers))
+        self.dtype = output.dtype
+        if not self.states:
+            self.states.append(_kept(sample))
+        self.outputs.append(_kept(output))
+        self.differences.append(None if apart is None else _kept(apart))
+
+    @property
+    def mixture(self) -> float | None:
+        """The weight of the first pass, if it is the same in all steps."""
+        if not self.mixtures:
+            return None
+        middle = float(np.median(self.mixtures))
+        return middle if np.ptp(self.mixtures) <= 0.02 * max(1.0, abs(middle)) else None
+
+
 def record_references(
     pipe: Any, calls: Replay, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> References:
-    """Draw the plain trajectories, watching the scheduler of this pipeline.
-
-    Args:
-        pipe: the pipeline.
-        calls: of which each draws some images.
-        progress: called with (calls that are done, all calls).
+    """Draw the plain trajectories, watching scheduler and denoisers of this pipeline, and check that its scheduler is
+    a formula that reproduces them.
 
     Raises:
-        CalibrationError: if the calls do not make one scheduler step for each timestep, or a state is not finite.
+        CalibrationError: if the calls do not make one scheduler step for each timestep, a state is not finite, or the
+            scheduler is none that LEAP can follow (it draws noise, clips, or evaluates twice in a step).
         ConfigError: for a prediction type that LEAP does not know.
     """
-    scheduler, plain_step, plain_set = pipe.scheduler, pipe.scheduler.step, pipe.scheduler.set_timesteps
-    kind, mu = _prediction_type(scheduler), None
-    states: list[Tensor] = []
-    path: list[Tensor] = []
-
-    @wraps(plain_step)  # pipelines read the signature
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = plain_step(model_output, timestep, sample, *args, **kwargs)
-        if not path:
-            path.append(sample.float().cpu())
-        path.append((result[0] if isinstance(result, tuple) else result.prev_sample).float().cpu())
-        return result
-
-    @wraps(plain_set)
-    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-        nonlocal mu
-        mu = None if kwargs.get("mu") is None else float(kwargs["mu"])
-        return plain_set(*args, **kwargs)
-
-    scheduler.step, scheduler.set_timesteps = step, set_timesteps
-    try:
-        for call in calls:
-            path.clear()
+    kind = kind_of(pipe.scheduler)
+    states, outputs, differences = [], [], []
+    error, plain = 0.0, None
+    with _Recorder(pipe) as recorder:
+        for number, call in enumerate(calls):
+            recorder.start()
             pipe(**call)
-            if not path:
-                raise CalibrationError(f"call {len(states)} made no step of the pipeline's scheduler; LEAP needs them")
-            states.append(torch.stack(path))
-            bad = [k for k, state in enumerate(path) if not bool(state.isfinite().all())]
+            if not recorder.states:
+                raise CalibrationError(f"call {number} made no step of the pipeline's scheduler; LEAP needs them")
+            bad = [k for k, state in enumerate(recorder.states) if not bool(state.isfinite().all())]
             if bad:
                 raise CalibrationError(
-                    f"call {len(states) - 1}: the state after {bad[0]} steps is not finite; leave out "
+                    f"call {number}: the state after {bad[0]} steps is not finite; leave out "
                     "that call, or run the model in a wider precision"
                 )
-            progress(len(states), len(calls))
-    finally:
-        del scheduler.step, scheduler.set_timesteps
-    digest = _digest(calls, states)
-    timesteps = [float(t) for t in scheduler.timesteps]
-    if kind == "flow":
-        sigmas = [float(s) for s in scheduler.sigmas]
-    else:
-        kept = [float(scheduler.alphas_cumprod[round(t)]) for t in timesteps]
-        sigmas = [((1 - a) / a) ** 0.5 for a in kept] + [0.0]
-        scale = torch.tensor([(1 + s * s) ** 0.5 for s in sigmas])
-        states = [path_ * scale.view(-1, *[1] * (path_.ndim - 1)) for path_ in states]
-    if len(sigmas) != len(timesteps) + 1 or any(len(s) != len(sigmas) for s in states):
+            plain = plain or _formula(recorder, kind)
+            path = _as_inputs(recorder, kind)
+            if len(path) != len(plain.timesteps) + 1:
+                raise CalibrationError(
+                    f"call {number} made {len(path) - 1} steps of the {len(plain.timesteps)} of "
+                    f"{type(pipe.scheduler).__name__}: it starts later (image to image), or makes several runs; give "
+                    "calls that go through the schedule once from its start"
+                )
+            error = max(error, relative_error(plain.rows, path, recorder.outputs))
+            states.append(torch.stack(path))
+            outputs.append(torch.stack(recorder.outputs))
+            if all(one is not None for one in recorder.differences):
+                differences.append(torch.stack([one for one in recorder.differences if one is not None]))
+            progress(number + 1, len(calls))
+    rounding = torch.finfo(recorder.dtype).eps
+    if not error <= max(EXACT, ROUNDINGS * rounding if rounding > 1e-6 else 0.0):
         raise CalibrationError(
-            "the calls did not make one scheduler step for each timestep; give alike text-to-image calls"
+            f"LEAP cannot follow {type(pipe.scheduler).__name__}: its formula misses its own trajectories by "
+            f"{100 * error:.2g} %{why_not_linear(pipe.scheduler)}"
         )
-    return References(states, timesteps, sigmas, mu, kind, digest)
+    assert plain is not None
+    mu = recorder.arguments.get("mu")
+    return References(
+        states,
+        outputs,
+        differences if len(differences) == len(states) else [],
+        plain,
+        kind,
+        error,
+        None if mu is None else float(mu),
+        recorder.mixture,
+        max(recorder.forwards),
+        recorder.arguments,
+        _digest(calls, states),
+    )
+
+
+def _formula(recorder: _Recorder, kind: str) -> PlainSolver:
+    """The formula of the scheduler as the pipeline prepared it."""
+    own = recorder.scheduler
+    step, set_timesteps = own.__dict__.pop("step"), own.__dict__.pop("set_timesteps")  # a copy takes its own steps
+    try:
+        return read_off(prepared(own, recorder.arguments), kind)
+    finally:
+        own.step, own.set_timesteps = step, set_timesteps
+
+
+def _as_inputs(recorder: _Recorder, kind: str) -> list[Tensor]:
+    """The states of a call as the model gets them."""
+    _, scales = scales_of(recorder.scheduler, kind)
+    if len(scales) != len(recorder.states):
+        return recorder.states
+    return [scale * state for scale, state in zip(scales, recorder.states, strict=True)]

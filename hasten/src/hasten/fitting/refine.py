@@ -1,13 +1,15 @@
 """Joint refinement of a LEAP solver on the error of the final image, by Gauss-Newton steps without gradients.
 
-The closed form brings every state near to the reference's, but only the last one is seen. So all coefficients and all
-times are moved together: with `x_T(theta)` the final states of the training batch,
+The closed form brings every state near to the reference's, but only the last one is seen. So coefficients and times are
+moved together: with `x_T(theta)` the final states of the training batch,
 
     (J^T J + damping diag(J^T J)) delta = J^T (X_T - x_T(theta))
 
-(Levenberg and Marquardt). The columns of `J` for the last row are the velocities themselves; the others come from
-finite differences: one parameter is moved, and the evaluations that follow it are made again. That is about `n^3 / 6`
-evaluations an image and round, from outside, so any pipeline will do.
+(Levenberg and Marquardt). The columns of `J` for the last row are the solver's columns themselves; the others come from
+finite differences: one parameter is moved, and the evaluations that follow it are made again. The columns of a row are
+nearly parallel, so it is moved along the few directions that move its state most: `DIRECTIONS` for each row, and the
+times, take about `(DIRECTIONS + 1) n^2 / 2` evaluations per image and round. Half of the calls are enough for it, and
+a Jacobian serves several steps; all calls judge them.
 """
 
 from __future__ import annotations
@@ -19,119 +21,144 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from hasten.fitting.leap_fitter import Fitter, Leap, Rows
-from hasten.solvers.multistep import NormalEquations, advance
+from hasten.fitting.leap_fitter import Fitter, Leap
+from hasten.solvers.multistep import NormalEquations, Row, combine
 
-__all__ = ["refine"]
+__all__ = ["DIRECTIONS", "Move", "refine"]
 
-TRIES = 4  # dampings in a round
-SMALLEST_GAIN = 1e-3  # a round that lowers the error by a smaller share is the last
+Times = tuple[float, ...]
+
+DIRECTIONS = 3  # of each row
+STEPS = 4  # with one Jacobian
+TRIES = 4  # dampings in a step
+SMALLEST_GAIN = 0.02  # a step or round that lowers the error by a smaller share is the last
+SIZE = 0.25  # of the move of a finite difference along a row, in the cube root of float32's rounding
 
 
 @dataclass(frozen=True)
-class _Theta:
-    """What is moved: all coefficients, and the times but the first."""
+class Move:
+    """A direction in which a solver is moved: along its rows, or one time.
 
-    rows: Rows
-    timesteps: list[float]
+    Attributes:
+        row: number of the first row that is moved; or of the time.
+        along: the change of this row, and of those after it as far as they change; None for a time.
+    """
 
-    def moved(self, delta: list[float], times: bool) -> _Theta:
-        numbers = iter(delta)
-        rows = [[c + next(numbers) for c in row] for row in self.rows]
-        first, *others = self.timesteps
-        return _Theta(rows, [first, *(t + next(numbers) for t in others)] if times else self.timesteps)
+    row: int
+    along: tuple[tuple[float, ...], ...] | None
 
-    @property
-    def ordered(self) -> bool:
-        """Whether the times still fall towards 0."""
-        return all(a > b for a, b in pairwise([*self.timesteps, 0.0]))
+    def applied(self, timesteps: Times, rows: list[Row], by: float) -> tuple[Times, list[Row]]:
+        """Times and rows after a move."""
+        if self.along is None:
+            return (*timesteps[: self.row], timesteps[self.row] + by, *timesteps[self.row + 1 :]), rows
+        moved = list(rows)
+        for k, change in enumerate(self.along, start=self.row):
+            moved[k] = [number + by * step for number, step in zip(rows[k], change, strict=True)]
+        return timesteps, moved
+
+    def size(self, timesteps: Times) -> float:
+        """The step of a finite difference: the best one as far as rounding lets it be small."""
+        step = torch.finfo(torch.float32).eps ** (1 / 3)
+        if self.along is not None:
+            return SIZE * step
+        before, own, later = (*timesteps, 0.0)[self.row - 1 : self.row + 2]
+        return min(4 * step, 0.25) * min(before - own, own - later)
 
 
-def refine(fitter: Fitter, leap: Leap, rounds: int, progress: Callable[[float], None] | None = None) -> Leap:
+def refine(
+    fitter: Fitter,
+    leap: Leap,
+    rounds: int,
+    progress: Callable[[float], None] | None = None,
+    *,
+    times: bool = True,
+    directions: int = DIRECTIONS,
+    moves: Callable[[Leap], list[Move]] | None = None,
+) -> Leap:
     """Improve a solver by a few rounds; never worse on the training batch than it was.
 
     Args:
-        fitter: while it is probing.
+        fitter: of the calls that the solver was fitted to, while its evaluator is probing.
         leap: what to start from.
         rounds: at most.
         progress: called with the relative squared error after each round.
-
-    Returns:
-        the solver, whose times lie between the steps of the plain sampler where the model is a flow; for
-        variance-preserving models the times stay.
+        times: whether the times are moved, too; the first one stays.
+        directions: most directions of each row but the last.
+        moves: what may be moved, instead of these directions, the whole last row and the times.
     """
-    damping, times = 1e-2, fitter.references.prediction_type == "flow"
+    damping, free = 1e-3, moves is None
     for _ in range(rounds):
-        before, equations = leap.error, _linearised(fitter, leap, times)
-        for _ in range(TRIES):
-            found = _tried(fitter, leap, equations.damped(damping), times)
-            if found is not None and found.error < leap.error:
-                leap, damping = found, max(damping / 10, 1e-7)
+        start = leap
+        chosen = _moves(fitter, start, times, directions) if moves is None else moves(start)
+        jacobian = [_Jacobian(fitter, start, i, chosen) for i in range(-(-len(fitter.calls) // 2))]
+        for _ in range(STEPS):
+            before = leap.error
+            leap, damping = _step(fitter, leap, chosen, jacobian, damping, free)
+            if leap.error > (1 - SMALLEST_GAIN) * before:
                 break
-            damping *= 10
         if progress is not None:
             progress(leap.error)
-        if leap.error > (1 - SMALLEST_GAIN) * before:
+        if leap.error > (1 - SMALLEST_GAIN) * start.error:
             break
     return leap
 
 
-def _tried(fitter: Fitter, leap: Leap, delta: list[float], times: bool) -> Leap | None:
-    theta = _Theta(leap.coefficients, leap.timesteps).moved(delta, times)
-    if not theta.ordered:
+def _step(
+    fitter: Fitter, leap: Leap, moves: list[Move], jacobian: list[_Jacobian], damping: float, free: bool
+) -> tuple[Leap, float]:
+    """The solver after one step, and the next damping; `free`: the last row is moved as a whole, too."""
+    last = len(leap.rows[-1]) if free else 0
+    equations = NormalEquations(len(moves) + last)
+    for i, derivatives in enumerate(jacobian):
+        goal = fitter.references.states[fitter.calls[i]][-1]
+        equations.add([*derivatives.columns, *leap.columns[i][:last]], goal - combine(leap.columns[i], leap.rows[-1]))
+    for _ in range(TRIES):
+        found = _tried(fitter, leap, moves, equations.damped(damping), free)
+        if found is not None and found.error < leap.error:
+            return found, max(damping / 10, 1e-8)
+        damping *= 10
+    return leap, damping
+
+
+def _tried(fitter: Fitter, leap: Leap, moves: list[Move], delta: Row, free: bool) -> Leap | None:
+    timesteps, rows = leap.timesteps, leap.rows
+    for move, by in zip(moves, delta, strict=False):
+        timesteps, rows = move.applied(timesteps, rows, by)
+    if not all(a > b for a, b in pairwise([*timesteps, 0.0])):
         return None
-    return fitter.score(leap.steps, theta.timesteps, _sigmas(fitter, leap, theta.timesteps), theta.rows)
+    if not free:
+        return fitter.exact(timesteps, rows)
+    return fitter.score(timesteps, [*rows[:-1], [a + b for a, b in zip(rows[-1], delta[len(moves) :], strict=True)]])
 
 
-def _sigmas(fitter: Fitter, leap: Leap, timesteps: list[float]) -> list[float]:
-    same = timesteps == leap.timesteps
-    return leap.sigmas if same else [fitter.references.sigma_at(t) for t in timesteps]
+def _moves(fitter: Fitter, leap: Leap, times: bool, directions: int) -> list[Move]:
+    """The directions of all rows but the last, each of which moves the state by the same length, and the times."""
+    moves = []
+    size = sum(float(fitter.references.states[call][0].double().square().sum()) for call in fitter.calls) ** 0.5
+    for k, row in enumerate(leap.rows[:-1]):
+        equations = NormalEquations(len(row))
+        for columns in leap.columns:
+            equations.add(columns[: len(row)], columns[0])
+        scale = equations.gram.diagonal().clamp_min(1e-300).sqrt()
+        strengths, vectors = torch.linalg.eigh(equations.gram / scale[:, None] / scale)
+        for i in range(1, min(directions, len(row)) + 1):
+            along = vectors[:, -i] / scale * size / strengths[-i].clamp_min(1e-12).sqrt()
+            moves.append(Move(k, (tuple(along.tolist()),)))
+    return moves + [Move(k, None) for k in range(1, len(leap.timesteps)) if times]
 
 
-def _linearised(fitter: Fitter, leap: Leap, times: bool) -> NormalEquations:
-    """The normal equations of all parameters at a solver."""
-    count = len(leap.timesteps)
-    equations = NormalEquations(count * (count + 1) // 2 + (count - 1 if times else 0))
-    for call, reference in enumerate(fitter.references.states):
-        columns = _Columns(fitter, leap, call)
-        moves = [columns.coefficient(k, j) for k in range(count) for j in range(k + 1)]
-        if times:
-            moves += [columns.time(k) for k in range(1, count)]
-        equations.add(columns.final, moves, reference[-1])
-    return equations
+class _Jacobian:
+    """Derivatives of the final state of one call with respect to the moves."""
 
-
-class _Columns:
-    """Derivatives of the final state of one call."""
-
-    def __init__(self, fitter: Fitter, leap: Leap, call: int) -> None:
-        self._fitter, self._leap, self._call = fitter, leap, call
-        self._velocities = leap.velocities[call]
-        self._start = fitter.references.states[call][0]
-        self.final = self._end(self._velocities)
-        # The best step of a forward difference, as far as rounding lets it be small.
-        self._step = torch.finfo(fitter.dtype).eps ** (1 / 3)
-
-    def _end(self, velocities: list[Tensor]) -> Tensor:
-        return advance(self._start, velocities, self._leap.coefficients[-1], ())
-
-    def coefficient(self, k: int, j: int) -> Tensor:
-        """With respect to `c_kj`; the last row moves the final state along the velocity itself."""
-        leap, velocity = self._leap, self._velocities[j]
-        if k == len(leap.timesteps) - 1:
-            return velocity
-        move = 0.25 * self._step * float(self._start.square().mean().sqrt() / velocity.square().mean().sqrt())
-        rows = [list(row) for row in leap.coefficients]
-        rows[k][j] += move
-        after = self._fitter.follow(self._call, leap.timesteps, leap.sigmas, rows, self._velocities[: k + 1])
-        return (self._end(after) - self.final) / move
-
-    def time(self, k: int) -> Tensor:
-        """With respect to the time of evaluation `k`."""
-        leap = self._leap
-        later = [*leap.timesteps, 0.0][k + 1]
-        move = min(4 * self._step, 0.25) * min(leap.timesteps[k - 1] - leap.timesteps[k], leap.timesteps[k] - later)
-        timesteps = [*leap.timesteps[:k], leap.timesteps[k] + move, *leap.timesteps[k + 1 :]]
-        sigmas = _sigmas(self._fitter, leap, timesteps)
-        after = self._fitter.follow(self._call, timesteps, sigmas, leap.coefficients, self._velocities[:k])
-        return (self._end(after) - self.final) / move
+    def __init__(self, fitter: Fitter, leap: Leap, index: int, moves: list[Move]) -> None:
+        known = leap.columns[index]
+        final = combine(known, leap.rows[-1])
+        self.columns: list[Tensor] = []
+        for move in moves:
+            size = move.size(leap.timesteps)
+            timesteps, rows = move.applied(leap.timesteps, leap.rows, size)
+            shared = move.row + (move.along is not None)  # a row is used by the evaluation after it
+            first = known[: 1 + fitter.width * shared]
+            after = fitter.follow(fitter.calls[index], timesteps, rows, first)
+            column = (combine(after, rows[-1]) - final) / size
+            self.columns.append(column if bool(column.isfinite().all()) else torch.zeros_like(column))

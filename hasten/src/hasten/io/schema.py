@@ -111,6 +111,7 @@ class Array:
         shape: a number, or a letter for a size that is the same wherever it occurs; all sizes are at least 1.
         checks: functions that return a complaint, or None.
         low, high: least and largest value, if any.
+        needed: whether there has to be one.
     """
 
     dtype: Literal["float", "integer"]
@@ -118,6 +119,7 @@ class Array:
     checks: tuple[Check, ...] = ()
     low: float | None = None
     high: float | None = None
+    needed: bool = True
 
 
 def check_arrays(
@@ -148,7 +150,7 @@ def check_arrays(
         scope.update({key: int(text) for key, text in match.groupdict().items() if key in declared[known].shape})
         if complaint := _complaint(array, declared[known], scope):
             raise ValueError(f"{shown(name)} {complaint}")
-    if missing := [name for name in declared if name not in found]:
+    if missing := [name for name, array in declared.items() if array.needed and name not in found]:
         raise ValueError(f"it lacks {missing[0]!r}")
 
 

@@ -18,7 +18,7 @@ from hasten.pipeline.records import StepRecord
 from hasten.pipeline.summary import Summary
 from hasten.pipeline.view import PipelineView, unwrap
 
-__all__ = ["Acceleration", "CachingPart", "RequestsPart", "ResolutionPart"]
+__all__ = ["Acceleration", "CachingPart", "RequestsPart", "ResolutionPart", "SolverPart"]
 
 
 class CachingPart(Protocol):
@@ -54,9 +54,19 @@ class RequestsPart(Protocol):
     def audit(self) -> Any: ...
     def using(self, quality: str | None, computed_steps: int | None) -> AbstractContextManager[Any]: ...
     def describe(self, quality: str | None, computed_steps: int | None) -> dict[str, Any]: ...
-    def name_of(self, run: int) -> str: ...
     def save(self, path: str | Path) -> Path: ...
     def close(self) -> None: ...
+
+
+class SolverPart(Protocol):
+    """What solves with another scheduler."""
+
+    method: Any
+
+    @property
+    def records(self) -> list[Any]: ...
+    def forget(self) -> None: ...
+    def remove(self) -> None: ...
 
 
 class Acceleration:
@@ -69,16 +79,17 @@ class Acceleration:
         modules: Mapping[str, nn.Module],
         home: PipelineView | None,
         requests: RequestsPart,
+        solver: SolverPart | None = None,
     ) -> None:
         self._requests = requests
-        self._engines, self._stages = dict(engines), stages
+        self._engines, self._stages, self._solver = dict(engines), stages, solver
         self._modules, self._home = dict(modules), home
         for part in self._parts:
             part.handle = self
 
     @property
     def _parts(self) -> list[Any]:
-        return [*self._engines.values(), *([] if self._stages is None else [self._stages])]
+        return [*self._engines.values(), *(part for part in (self._stages, self._solver) if part is not None)]
 
     @property
     def engines(self) -> dict[str, Any]:
@@ -105,7 +116,7 @@ class Acceleration:
     def methods(self) -> list[Any]:
         """The methods at work: a caching method, a resolution method, or one of each."""
         own = [self.method] if self._engines else []
-        return own if self._stages is None else [*own, self._stages.method]
+        return [*own, *(part.method for part in (self._stages, self._solver) if part is not None)]
 
     @property
     def records(self) -> list[StepRecord]:
@@ -121,15 +132,13 @@ class Acceleration:
         astray = self._astray()
         cached = {name: _pick(engine.records, run) for name, engine in self._engines.items()}
         staged = _pick([] if self._stages is None else self._stages.records, run)
+        staged = staged or _pick([] if self._solver is None else self._solver.records, run)
         if not staged and not any(cached.values()):
             raise ConfigError(astray or f"there is no run {run} to sum up: call the pipeline first")
         if astray:
             warnings.warn(astray, HastenWarning, stacklevel=2)
         stages = self._stages.report(run).described if self._stages is not None and staged else None
-        number = next((records[0].run for records in cached.values() if records), None)
-        names = [] if number is None else [self._requests.name_of(number)]
-        names += [] if self._stages is None else [type(self._stages.method).__name__]
-        return Summary.of(names, cached, staged, stages)
+        return Summary.of([type(method).__name__ for method in self.methods], cached, staged, stages)
 
     def using(self, *, quality: str | None = None, computed_steps: int | None = None) -> AbstractContextManager[Any]:
         """Give the calls within a `with` a setting of their own; calls on other threads keep theirs.
@@ -218,13 +227,16 @@ class Acceleration:
         if self._stages is not None:
             self._stages.records.clear()
             self._stages.plans.clear()
+        if self._solver is not None:
+            self._solver.forget()
 
     def remove(self) -> None:
         """Take the acceleration away and leave the modules as they were found; records stay readable."""
         with still(self._modules.values()):  # a forward on another thread comes to its end
             self._requests.close()
-            if self._stages is not None:
-                self._stages.remove()
+            for part in (self._stages, self._solver):
+                if part is not None:
+                    part.remove()
             for engine in self._engines.values():
                 engine.detach()
             for part in self._parts:

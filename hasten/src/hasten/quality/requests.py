@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,13 @@ from torch import nn
 from hasten import registry
 from hasten.caching.engine import CachingEngine
 from hasten.errors import ConfigError
-from hasten.pipeline.hooks import Forward, Hook, instead, still
-from hasten.pipeline.records import KEPT
-from hasten.pipeline.runs import Run
+from hasten.pipeline.hooks import Forward, Hook, Remove, instead, still
 from hasten.pipeline.view import PipelineView
 from hasten.quality.audit import Audit
 from hasten.quality.configuration import Configuration
 from hasten.quality.setting import FULL, FixedLeap, Setting, find
 from hasten.quality.tolerance import EXACT
+from hasten.solvers.passes import watch_passes
 
 __all__ = ["Requests", "model_name"]
 
@@ -51,7 +49,7 @@ class Requests:
         engines: what is attached to each of them.
         home: the pipeline; None for a bare transformer.
         setting: what all calls have unless they are given another; None if no caching method is at work.
-        staged: the resolution method at work, if any.
+        staged: the resolution method or LEAP, if one is at work.
         configuration: what the user asked for.
     """
 
@@ -67,13 +65,14 @@ class Requests:
         self._modules, self._engines, self._home = dict(modules), dict(engines), home
         self._setting, self._staged, self._configuration = setting, staged, configuration
         self._instead: dict[tuple[str | None, int | None], tuple[Setting, dict[Hook, Hook]]] = {}
-        self._names: dict[int, str] = {}  # of the runs that had a setting of their own
-        self._label = "" if setting is None else setting.label
         self._lock = threading.Lock()
         self._local = threading.local()
+        self._unhook: Remove | None = None
         self._scheduler = None if home is None else home.scheduler
         self._replaced = None if setting is None else setting.scheduler()
         if self._replaced is not None and home is not None:
+            _, self._unhook = watch_passes(home.pipe, self._replaced.observe)
+            self._replaced.expects_passes = True
             home.pipe.scheduler = self._replaced
         self._audit: Audit | None = None
         if configuration.audit and home is not None and setting is not None and setting.certificate is not None:
@@ -83,6 +82,8 @@ class Requests:
         """Give the pipeline its scheduler back, unless somebody gave it another one, and end audits."""
         if self._audit is not None:
             self._audit.close()
+        if self._unhook is not None:
+            self._unhook()
         pipe = None if self._home is None else self._home.pipe
         if pipe is not None and self._replaced is not None and pipe.scheduler is self._replaced:
             pipe.scheduler = self._scheduler
@@ -118,7 +119,7 @@ class Requests:
 
     def _check_open(self) -> None:
         if self._staged is not None:
-            raise ConfigError("a resolution method is at work, whose stages are those of all calls; leave it out")
+            raise ConfigError("a resolution method or LEAP is at work, and is for all calls alike; leave it out")
         if self._setting is None:
             raise ConfigError("the acceleration was removed; accelerate the pipeline again")
 
@@ -140,22 +141,10 @@ class Requests:
             with still(self._modules.values()):
                 setting = self._chosen(quality, computed_steps)
                 hooks: dict[Hook, Hook] = {
-                    engine: engine.beside(setting.method, partial(self._begin, setting))
-                    for engine in self._engines.values()
+                    engine: engine.beside(setting.method, setting.check) for engine in self._engines.values()
                 }
             self._instead[key] = setting, hooks
             return setting, hooks
-
-    def _begin(self, setting: Setting, run: Run) -> None:
-        """A run with a setting of its own is about to begin."""
-        setting.check(run)
-        self._names[run.number] = setting.label
-        while len(self._names) > 2 * KEPT:  # runs are numbered per transformer, and kept so long
-            self._names.pop(next(iter(self._names)))
-
-    def name_of(self, run: int) -> str:
-        """What the setting of a run is called."""
-        return self._names.get(run, self._label)
 
     def _chosen(self, quality: str | None, computed_steps: int | None) -> Setting:
         assert self._setting is not None
@@ -180,6 +169,8 @@ class Requests:
         if self._audit is not None:
             lane.__class__ = self._audit.plain_class
         own = setting.scheduler() or copy.deepcopy(self._own_scheduler(pipe))
+        if isinstance(own, FixedLeap):
+            own.expects_passes = self._unhook is not None
         lane.__dict__["scheduler"] = own  # past the pipeline's setter, which describes its components anew
         for name, part in vars(pipe).items():
             if name.startswith("tokenizer") and part is not None:

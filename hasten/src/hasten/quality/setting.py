@@ -19,7 +19,7 @@ from hasten.pipeline.runs import Run
 from hasten.quality.certificate import Certificate, certificates
 from hasten.quality.conditions import Call
 from hasten.quality.tolerance import EXACT, TIERS, tier
-from hasten.solvers.scheduler import Leap, LeapScheduler
+from hasten.solvers import Leap, LeapScheduler
 
 __all__ = ["FULL", "FixedLeap", "Setting", "find"]
 
@@ -126,13 +126,6 @@ class Setting:
         if self.leap is None:
             return None
         return FixedLeap.make(self.leap, self.evaluations, self.certificate, self._command())
-
-    @property
-    def label(self) -> str:
-        """What summaries call it."""
-        if self.leap is not None:
-            return type(self.leap).__name__
-        return "full run" if self.method == FULL else type(self.method).__name__
 
     def describe(self) -> dict[str, Any]:
         """It as plain data."""

@@ -1,8 +1,12 @@
-"""The closed form of LEAP: coefficients of a multistep formula by least squares.
+"""The multistep formula of LEAP, and its coefficients by least squares.
 
-    c = argmin || X_0 + sum_j c_j v_j - X_goal ||^2 + ridge * mean(diag G) * || c - c_prior ||^2,     G = V^T V
+    x_{k+1} = r_k x_0 + sum_{j<=k} a_kj g_j + b_kj d_j
 
-Shapes: states and velocities are `[B, ...]`; the sums run over everything, so that a fit may be fed batch by batch.
+`g_j` is what the pipeline made of the model's answer at evaluation `j` (guidance applied) and `d_j` the difference of
+the two passes that it was made of, where they are known. A *row* lists the numbers of one `k` in the order of the
+*columns* `x_0, g_0, (d_0,) g_1, (d_1,) ...`, so that each row goes on where the one before it ends.
+
+Shapes: states and columns are `[B, ...]`; the sums run over everything, so that a fit may be fed batch by batch.
 """
 
 from __future__ import annotations
@@ -12,59 +16,44 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["NormalEquations", "advance"]
+__all__ = ["NormalEquations", "Row", "combine"]
+
+Row = list[float]
 
 
 class NormalEquations:
-    """Accumulates `V^T V` and `V^T (goal - start)` over batches, in float64."""
+    """Accumulates `V^T V` and `V^T goal` over batches, in float64."""
 
     def __init__(self, size: int) -> None:
-        self._gram = torch.zeros(size, size, dtype=torch.float64)
+        self.gram = torch.zeros(size, size, dtype=torch.float64)
         self._right = torch.zeros(size, dtype=torch.float64)
 
-    def add(self, start: Tensor, velocities: Sequence[Tensor], goal: Tensor) -> None:
-        """Add a batch: what `start` has to become by moving along the velocities."""
-        flat = torch.stack([v.double().flatten() for v in velocities])
-        self._gram += (flat @ flat.T).cpu()
-        self._right += (flat @ (goal.double() - start.double()).flatten()).cpu()
+    def add(self, columns: Sequence[Tensor], goal: Tensor) -> None:
+        """Add a batch: what the columns have to be combined to."""
+        flat = torch.stack([column.double().flatten() for column in columns])
+        self.gram += (flat @ flat.T).cpu()
+        self._right += (flat @ goal.double().flatten()).cpu()
 
-    def solve(self, prior: Sequence[float], ridge: float) -> list[float]:
+    def solve(self, prior: Sequence[float], ridge: float) -> Row:
         """The coefficients, drawn towards `prior` by `ridge`."""
         towards = torch.tensor(prior, dtype=torch.float64)
-        pull = ridge * self._gram.diagonal().mean().clamp_min(1e-300)
-        left = self._gram + pull * torch.eye(len(towards), dtype=torch.float64)
-        right = (self._right + pull * towards)[:, None]
-        return torch.linalg.lstsq(left, right, driver="gelsd").solution[:, 0].tolist()
+        weight = ridge * self.gram.diagonal().mean().clamp_min(1e-300)
+        left = self.gram + weight * torch.eye(len(towards), dtype=torch.float64)
+        right = (self._right - self.gram @ towards)[:, None]
+        return (towards + torch.linalg.lstsq(left, right, driver="gelsd").solution[:, 0]).tolist()
 
-    def damped(self, damping: float) -> list[float]:
-        """The step of Levenberg and Marquardt: each coefficient is pulled to 0, by `damping` times its own weight."""
-        scale = self._gram.diagonal().clamp_min(1e-300).sqrt()
-        left = self._gram / scale[:, None] / scale + damping * torch.eye(len(scale), dtype=torch.float64)
+    def damped(self, damping: float) -> Row:
+        """The step of Levenberg and Marquardt: each coefficient is drawn to 0, by `damping` times its own weight."""
+        scale = self.gram.diagonal().clamp_min(1e-300).sqrt()
+        left = self.gram / scale[:, None] / scale + damping * torch.eye(len(scale), dtype=torch.float64)
         solution = torch.linalg.lstsq(left, (self._right / scale)[:, None], driver="gelsd").solution[:, 0]
         return (solution / scale).tolist()
 
 
-def advance(
-    state: Tensor, velocities: Sequence[Tensor | None], now: Sequence[float], before: Sequence[float]
-) -> Tensor:
-    """One step of the formula: `x_{k+1} = x_k + sum_j (c_kj - c_{k-1,j}) v_j`.
-
-    The same as starting from `X_0`, but what somebody else does to the state between steps (inpainting, a callback) is
-    kept. A coefficient that does not change costs nothing; velocities from before a later start are None, and their
-    share goes to the oldest known one.
-
-    Args:
-        state: `x_k`.
-        velocities: `v_0 .. v_k`.
-        now: `c_k0 .. c_kk`.
-        before: `c_{k-1,0} .. c_{k-1,k-1}`.
-    """
-    changes = [c - (before[j] if j < len(before) else 0.0) for j, c in enumerate(now)]
-    known = next(j for j, velocity in enumerate(velocities) if velocity is not None)
-    changes[known] += sum(changes[:known])
-    result = state
-    for velocity, change in zip(velocities[known:], changes[known:], strict=True):
-        if change != 0.0:
-            assert velocity is not None
-            result = result + change * velocity
-    return result
+def combine(columns: Sequence[Tensor], row: Sequence[float]) -> Tensor:
+    """The state that a row makes of its columns; columns after its end are left out."""
+    state = row[0] * columns[0]
+    for column, coefficient in zip(columns[1 : len(row)], row[1:], strict=True):
+        if coefficient != 0.0:
+            state = state + coefficient * column
+    return state

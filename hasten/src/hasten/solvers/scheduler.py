@@ -4,127 +4,66 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from hasten.calibration import Calibration, declare_contents
+from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
-from hasten.io import Array, Limits, conform, decreasing, describe, digest_of, read_json, write_atomically
-from hasten.parameters import Declared
-from hasten.registry import method
-from hasten.solvers.multistep import advance
+from hasten.io import Limits, describe, digest_of, read_json, write_atomically
+from hasten.pipeline.view import current_owner, pipeline_of
+from hasten.solvers.content import LEAP, REMEDY, arguments_of, check_arguments, refuse_other_model
+from hasten.solvers.formula import Formula, Learned, SecondOrder, signal
+from hasten.solvers.passes import difference, mixture_of
+from hasten.solvers.tables import COLUMNS, interpolated
 
-__all__ = ["LEAP", "Leap", "LeapScheduler"]
+__all__ = ["LeapScheduler"]
 
-LEAP = "leap"  # what a calibration of this scheduler is called
-Table = Mapping[str, Any]
-CONFIG = Limits(16 << 20, depth=8)
-REMEDY = "Make it again with `hasten tune`."
-
-
-@dataclass(frozen=True)
-class _Solver:
-    """The table for one number of evaluations, as JSON holds it."""
-
-    timesteps: tuple[float, ...]
-    sigmas: tuple[float, ...]
-    coefficients: tuple[tuple[float, ...], ...]
-
-    def check(self, count: int) -> None:
-        """Raise ValueError for a table that is none of `count` evaluations."""
-        sizes = (len(self.timesteps), len(self.sigmas), len(self.coefficients))
-        if set(sizes) != {count} or any(len(row) != k + 1 for k, row in enumerate(self.coefficients)):
-            raise ValueError(f"the table for {count} evaluations does not have {count} times and rows of 1 to {count}")
-        for name in ("timesteps", "sigmas"):
-            if complaint := decreasing(np.asarray(getattr(self, name))):
-                raise ValueError(f"{name} of the table for {count} evaluations: {complaint}")
-        if self.sigmas[-1] <= 0 or self.timesteps[-1] < 0:
-            raise ValueError(f"the last time of the table for {count} evaluations must be before the end of the run")
-
-
-@dataclass(frozen=True)
-class _Config:
-    """What a `LeapScheduler` is made of, as JSON holds it."""
-
-    tables: dict[str, _Solver]
-    prediction_type: Literal["flow", "epsilon", "v_prediction"]
-    num_train_timesteps: int
-    shift_mu: float | None
-
-    def __post_init__(self) -> None:
-        if not self.tables:
-            raise ValueError("it has no table")
-        for count, solver in self.tables.items():
-            if not (count.isascii() and count.isdigit() and count == str(int(count))):
-                raise ValueError(f"a table is for {count!r} evaluations, expected a number")
-            solver.check(int(count))
-        if self.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}, expected at least 1")
-
-
-def _tables(calibration: Calibration) -> dict[str, dict[str, Any]]:
-    tables: dict[str, dict[str, Any]] = {}
-    for name, tensor in calibration.tensors.items():
-        count, _, field = name.partition("/")
-        rows = tensor.tolist()
-        if field == "coefficients":
-            rows = [row[: k + 1] for k, row in enumerate(rows)]
-        tables.setdefault(count, {})[field] = rows
-    return tables
-
-
-def _arguments(calibration: Calibration) -> dict[str, Any]:
-    """Arguments of the scheduler of a fit."""
-    names = ("prediction_type", "num_train_timesteps", "shift_mu")
-    return {"tables": _tables(calibration), **{name: calibration.options.get(name) for name in names}}
-
-
-def _check_fit(calibration: Calibration) -> None:
-    for name, tensor in calibration.tensors.items():
-        if name.endswith("/coefficients") and bool(tensor.triu(1).any()):
-            raise ValueError(f"{name!r} makes use of later evaluations")
-    conform(_plain(_arguments(calibration)), _Config, "the fit")
-
-
-declare_contents(
-    LEAP,
-    {
-        "{n}/coefficients": Array("float", ("n", "n")),
-        "{n}/timesteps": Array("float", ("n",)),
-        "{n}/sigmas": Array("float", ("n",)),
-    },
-    _check_fit,
+CONFIG = Limits(16 << 20, depth=10)
+MOST_TAKEN = 1000
+OWN = (
+    "tables",
+    "prediction_type",
+    "num_train_timesteps",
+    "shift_mu",
+    "guidances",
+    "mixtures",
+    "guidance",
+    "noise_scale",
+    "fingerprint",
+    "certificate",
+    "plain",
 )
-
-
-def _plain(value: Any) -> Any:
-    """Mappings and sequences as JSON knows them: diffusers freezes what it keeps."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+MIXTURE_TOLERANCE = 0.03  # of the guidance scale that a run shows, relative; half precision shows it less exactly
 
 
 class LeapScheduler(SchedulerMixin, ConfigMixin):
     """A multistep solver with learned times and coefficients, for flow-matching and variance-preserving models.
 
-    `pipe.scheduler = LeapScheduler.load("flux-9.safetensors")`, then `pipe(prompt, num_inference_steps=9)`. Each step
-    costs one evaluation; the pipeline applies guidance as it always does.
+    `pipe.scheduler = LeapScheduler.load("flux-9.safetensors", pipe)`, then `pipe(prompt, num_inference_steps=9)`. Each
+    step costs one evaluation; the pipeline applies guidance as it always does. Put in by `hasten.accelerate(pipe,
+    hasten.Leap(file))` it is handed what each pass says, and uses the coefficients for both.
 
     Args:
-        tables: for each number of evaluations (as text) `{"timesteps": [n], "sigmas": [n], "coefficients": [[1], [2],
-            ..., [n]]}`; row `k` says how far to have moved along each velocity after evaluation `k`.
-        prediction_type: `"flow"` (the velocity of `x = (1 - sigma) x0 + sigma noise`), `"epsilon"` or `"v_prediction"`
-            (variance-preserving; `sigma` is then noise over signal).
+        tables: for each number of evaluations (as text) a `Table` as JSON.
+        prediction_type: `"flow_prediction"` (the velocity of `x = (1 - s) x0 + s noise`), `"epsilon"` or
+            `"v_prediction"` (variance-preserving).
         num_train_timesteps: of the model.
         shift_mu: the resolution-dependent shift that the tables belong to; None if the pipeline has none.
+        guidances: the guidance scales of the fits in each table; None where the calls did not name one.
+        mixtures: the weight of the first pass in the mixture for each of them, where it was seen.
+        guidance: at which to use the tables without a hook, which tells it otherwise.
+        noise_scale: of the noise that a run begins with.
+        fingerprint: `model`, `config` and `weights` of the denoiser that the tables belong to.
+        certificate: figures that were measured with the tables, as the file carries them.
+        plain: configuration of the plain scheduler; its entries stand in `config` too, for `X.from_config`.
         digest: of all these, written by `save_pretrained`; files without it are refused.
 
     Raises:
@@ -133,7 +72,11 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
-    init_noise_sigma = 1.0
+    has_compatibles = True
+    _compatibles: ClassVar[list[str]] = [
+        *(kind.name for kind in KarrasDiffusionSchedulers),
+        "FlowMatchEulerDiscreteScheduler",
+    ]
     timesteps: Tensor
     sigmas: Tensor
 
@@ -141,52 +84,71 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
     def __init__(
         self,
         tables: dict[str, Any] | None = None,
-        prediction_type: str = "flow",
+        prediction_type: str = "flow_prediction",
         num_train_timesteps: int = 1000,
         shift_mu: float | None = None,
+        guidances: list[float | None] | None = None,
+        mixtures: list[float | None] | None = None,
+        guidance: float | None = None,
+        noise_scale: float = 1.0,
+        fingerprint: dict[str, str] | None = None,
+        certificate: dict[str, Any] | None = None,
+        plain: dict[str, Any] | None = None,
         digest: str | None = None,
     ) -> None:
         if not tables:
             raise ConfigError("a LeapScheduler needs tables; load one that `hasten tune` wrote with LeapScheduler.load")
-        content = _plain(
-            {
-                "tables": tables,
-                "prediction_type": prediction_type,
-                "num_train_timesteps": num_train_timesteps,
-                "shift_mu": shift_mu,
-            }
-        )
+        self.register_to_config(guidances=guidances or [None], mixtures=mixtures or [None])
+        content = _as_json({name: self.config[name] for name in OWN})
         try:
-            conform(content, _Config, "the configuration")
+            self._checked, own = check_arguments(content), digest_of(content)
         except ValueError as error:
             raise ConfigError(f"no usable LeapScheduler ({error}). {REMEDY}") from error
-        own = digest_of(content)
         if digest not in (None, own):
             raise ConfigError(f"this LeapScheduler was damaged or changed after it was saved. {REMEDY}")
-        self.register_to_config(digest=own)
+        others = {name: value for name, value in (plain or {}).items() if name not in (*OWN, "digest")}
+        self.register_to_config(digest=own, **{name: v for name, v in others.items() if not name.startswith("_")})
+        self.init_noise_sigma = noise_scale
+        self.expects_passes = False  # whether a hook hands the passes to `observe`
+        self.taken: deque[int] = deque(maxlen=MOST_TAKEN)  # numbers of the latest evaluations, run after run
+        self._known: Callable[[], Any] = lambda: None  # the pipeline that was compared
         self._choose(max(tables, key=int))
 
     @classmethod
-    def load(cls, path: str | Path, pipe: Any = None) -> Self:
+    def load(cls, path: str | Path, pipe: Any = None, guidance: float | None = None) -> Self:
         """Read the tables that `hasten tune` or `fit_leap(...).save` wrote.
 
         Args:
             path: the file.
-            pipe: a pipeline whose model is to be compared with the one that the tables were fitted to.
+            pipe: a pipeline whose denoiser is to be compared with the one that the tables were fitted to.
+            guidance: the scale at which the pipeline will be called, for a file that was fitted at several.
 
         Raises:
             CalibrationError: if the file is damaged, no LEAP file, or belongs to another model than `pipe`'s.
+            ConfigError: if a guidance scale is needed, or lies outside of those that were fitted.
         """
-        return cls.of(Calibration.of(LEAP, path), pipe)
+        return cls.of(Calibration.of(LEAP, path), pipe, guidance)
 
     @classmethod
-    def of(cls, calibration: Calibration, pipe: Any = None) -> Self:
+    def of(cls, calibration: Calibration, pipe: Any = None, guidance: float | None = None) -> Self:
         """The scheduler of a fit; see `load`."""
+        scheduler = cls(**arguments_of(calibration), guidance=guidance)
         if pipe is not None:
-            differences = calibration.check_model(pipe.transformer)
-            if differences:
-                raise CalibrationError(f"leap: {'; '.join(differences)}. Fit again with `hasten tune`")
-        return cls(**_arguments(calibration))
+            scheduler.check_model(pipe)
+        return scheduler
+
+    def at_guidance(self, guidance: float) -> Self:
+        """The same tables at another guidance scale, for use without a hook."""
+        own = {name: _as_json(self.config[name]) for name in OWN}
+        return type(self)(**own | {"guidance": guidance})
+
+    def check_model(self, pipe: Any) -> None:
+        """Compare the denoiser of a pipeline with the one that the tables belong to.
+
+        Raises:
+            CalibrationError: if it is another one.
+        """
+        refuse_other_model(self._checked.fingerprint, pipe)
 
     # --- its file, scheduler_config.json
 
@@ -219,7 +181,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         texts = ("digest", "_class_name", "_diffusers_version")
         if not isinstance(content, dict) or not all(isinstance(content.get(name), str) for name in texts):
             raise CalibrationError(f"{json_file}: no LeapScheduler that hasten 0.2 or later saved. {REMEDY}")
-        return content
+        return {name: value for name, value in content.items() if name in (*OWN, *texts)}  # the rest is in `plain`
 
     # --- what pipelines call
 
@@ -235,6 +197,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
 
         Raises:
             ScheduleError: if there is no table for so many evaluations.
+            CalibrationError: if the pipeline that calls has another denoiser.
         """
         wanted = num_inference_steps or next((len(x) for x in (sigmas, timesteps) if x is not None), None)
         if str(wanted) not in self.config.tables:
@@ -249,18 +212,31 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
                 HastenWarning,
                 stacklevel=2,
             )
+        self._check_caller()
         self._choose(str(wanted))
         self.timesteps = self.timesteps.to(device)
         self.num_inference_steps = wanted
 
+    def _check_caller(self) -> None:
+        """Compare the denoiser of the pipeline whose call this is, once."""
+        pipe = pipeline_of(current_owner())
+        if pipe is not None and self._known() is not pipe:
+            self.check_model(pipe)
+            self._known = weakref.ref(pipe)
+
     def _choose(self, count: str) -> None:
-        self._table: Table = self.config.tables[count]
+        self._table = self._checked.tables[count]
         # A new tensor for every run: what watches the pipeline tells runs apart by it.
-        self.timesteps = torch.tensor(self._table["timesteps"], dtype=torch.float32)
-        self.sigmas = torch.tensor([*self._table["sigmas"], 0.0], dtype=torch.float32)
+        self.timesteps = torch.tensor(self._table.timesteps, dtype=torch.float32)
+        self._levels = [*self._table.levels, 0.0]
+        kind = self._checked.prediction_type
+        self.sigmas = torch.tensor(
+            self._levels if kind == "flow_prediction" else [s / max(signal(s, kind), 1e-12) for s in self._levels]
+        )
         self._begin_index: int | None = None
         self._step_index: int | None = None
-        self._velocities: list[Tensor | None] = []
+        self._formula: Formula | None = None
+        self._answers: list[Tensor] = []
 
     @property
     def step_index(self) -> int | None:
@@ -284,63 +260,115 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         """Nothing is scaled."""
         return sample
 
+    def observe(self, answer: Tensor) -> None:
+        """Take what one pass said; `step` makes use of it."""
+        self._answers.append(answer)
+
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True, **_: Any
     ) -> SchedulerOutput | tuple[Tensor]:
-        """One evaluation further: `x_{k+1} = x_k + sum_j (c_kj - c_{k-1,j}) v_j` in float32."""
+        """One evaluation further, in float32.
+
+        Raises:
+            ScheduleError: if the passes or their guidance are not those of the fit.
+        """
         if self._step_index is None:
-            self._step_index = self._begin_index or self.index_for_timestep(timestep)
-            self._velocities = [None] * self._step_index
-        k = self._step_index
-        state, velocity = self._scaled(sample.float(), model_output.float(), k)
-        self._velocities.append(velocity)
-        rows = self._table["coefficients"]
-        state = advance(state, self._velocities, rows[k], rows[k - 1] if k else ())
-        if self.config.prediction_type != "flow":
-            state = state / (1 + self.sigmas[k + 1].to(state.device) ** 2).sqrt()
+            begin = self._begin_index
+            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+        k, answers = self._step_index, self._answers
+        self._answers = []
+        state, output = sample.float(), model_output.float()
+        apart = difference(answers, output) if self.expects_passes else None
+        if self._formula is None:
+            self._formula = self._begin(k, output, answers, apart)
+        if self._formula.columns == 2 and apart is None:
+            raise ScheduleError(f"LEAP needs both passes at every evaluation, and at evaluation {k} there were not two")
+        state = self._formula.advance(k, state, output, apart)
+        self.taken.append(k)
         self._step_index += 1
-        if self._step_index == len(rows):
-            self._velocities = []
+        if self._step_index == len(self._table.timesteps):
+            self._formula = None
         previous = state.to(model_output.dtype)
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
-    def _scaled(self, sample: Tensor, output: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """State and velocity in the variables in which the plain sampler is linear."""
-        if self.config.prediction_type == "flow":
-            return sample, output
-        sigma = self.sigmas[k].to(sample.device)
-        alpha = 1 / (1 + sigma**2).sqrt()
-        if self.config.prediction_type == "v_prediction":
-            output = alpha * output + sigma * alpha * sample
-        return sample / alpha, output
+    def _begin(self, k: int, output: Tensor, answers: list[Tensor], apart: Tensor | None) -> Formula:
+        """The formula for a run that begins at evaluation `k`."""
+        kind = self._checked.prediction_type
+        if k:
+            warnings.warn(
+                f"this run starts at evaluation {k} of {len(self._table.timesteps)}, and LEAP's coefficients hold from "
+                "the first one on: it goes on with DPM-Solver++ 2M at the learned times; fit_leap with calls of this "
+                "strength learns coefficients for it",
+                HastenWarning,
+                stacklevel=4,
+            )
+            return SecondOrder(self._levels, kind)
+        mixture = None if apart is None else mixture_of(answers, output, apart)
+        form = "passes" if apart is not None and self._table.passes is not None else "guided"
+        fits = self._table.passes if form == "passes" else self._table.guided
+        assert fits is not None
+        if self.expects_passes and form == "guided" and self._table.passes is not None:
+            raise ScheduleError(
+                "LEAP was fitted with guidance, two passes for each evaluation, and this run makes one: call the "
+                "pipeline with the guidance of the fit, or fit without guidance"
+            )
+        scale = self._scale(mixture)
+        scales = self._scales(mixture)
+        return Learned(interpolated(fits, scales, scale), self._levels, kind, COLUMNS[form])
+
+    def _scales(self, mixture: float | None) -> list[float]:
+        """The guidance scales of the fits, in the measure in which the run's is known."""
+        found = self._checked.mixtures if mixture is not None and None not in self._checked.mixtures else ()
+        found = found or self._checked.guidances
+        return [0.0 if one is None else one for one in found]
+
+    def _scale(self, mixture: float | None) -> float:
+        """The guidance scale of the run, as far as it is known, in the measure of `_scales`.
+
+        Raises:
+            ScheduleError: if it is outside of what was fitted.
+        """
+        seen = mixture is not None and None not in self._checked.mixtures
+        scales = self._scales(mixture)
+        scale = mixture if seen else self._checked.guidance
+        if scale is None:
+            if len(scales) > 1:
+                known = ", ".join(f"{one:g}" for one in scales)
+                raise ScheduleError(
+                    f"LEAP was fitted for guidance {known}, and a scheduler does not see the scale: use "
+                    "hasten.accelerate(pipe, hasten.Leap(file)), or LeapScheduler.load(file, pipe, guidance=...)"
+                )
+            return scales[0]
+        low, high = min(scales), max(scales)
+        slack = MIXTURE_TOLERANCE * max(abs(low), abs(high), 1.0)
+        if not low - slack <= scale <= high + slack:
+            fitted = " to ".join(f"{one:g}" for one in dict.fromkeys((low, high)))
+            raise ScheduleError(
+                f"LEAP was fitted for guidance {fitted}, and this run has {scale:.4g}: call the pipeline with that "
+                "guidance, or fit for this one (fit_leap(..., guidances=...) serves a range)"
+            )
+        return scale
+
+    # --- image to image
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """`(1 - sigma) sample + sigma noise` (image-to-image of flow-matching pipelines)."""
+        """`(1 - s) sample + s noise` (image-to-image of flow-matching pipelines)."""
         return self.add_noise(sample, noise, timestep)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noise a clean sample to the level of a timestep."""
-        levels = self.sigmas[[self.index_for_timestep(t) for t in timesteps.flatten()]].to(noise)
-        sigma = levels.view(-1, *[1] * (noise.ndim - 1))
-        if self.config.prediction_type == "flow":
-            return (1 - sigma) * original_samples + sigma * noise
-        return (original_samples + sigma * noise) / (1 + sigma**2).sqrt()
+        kind = self._checked.prediction_type
+        levels = [self._levels[self.index_for_timestep(t)] for t in timesteps.flatten()]
+        shape = (-1, *[1] * (noise.ndim - 1))
+        noisy, clean = torch.tensor(levels).view(shape), torch.tensor([signal(s, kind) for s in levels]).view(shape)
+        return clean.to(noise) * original_samples + noisy.to(noise) * noise
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
 
-@method(LEAP, kind="solver", paper="ours", needs_calibration=True)
-@dataclass(frozen=True)
-class Leap(Declared):
-    """Sample with learned times and coefficients in place of the pipeline's scheduler (LEAP)."""
-
-    calibration: Annotated[Calibration | str | None, "what `hasten tune` or `fit_leap` learned"] = None
-
-    def check(self) -> None:
-        object.__setattr__(self, "calibration", Calibration.of(LEAP, self.calibration))
-
-    def scheduler(self, pipe: Any = None) -> LeapScheduler:
-        """The scheduler to put in place of the pipeline's own; see `LeapScheduler.load`."""
-        assert isinstance(self.calibration, Calibration)
-        return LeapScheduler.of(self.calibration, pipe)
+def _as_json(value: Any) -> Any:
+    """Mappings and sequences as JSON knows them: diffusers freezes what it keeps."""
+    if isinstance(value, Mapping):
+        return {name: _as_json(item) for name, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value

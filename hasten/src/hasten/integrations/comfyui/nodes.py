@@ -23,7 +23,8 @@ from hasten.errors import CalibrationError, ConfigError
 from hasten.integrations.comfyui import adapters as _adapters  # noqa: F401  (registers ComfyUI's classes)
 from hasten.integrations.listed import listed
 from hasten.pipeline.summary import Summary
-from hasten.solvers.scheduler import LEAP, LeapScheduler
+from hasten.solvers import LeapScheduler
+from hasten.solvers.content import LEAP
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "Session"]
 

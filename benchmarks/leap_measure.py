@@ -1,0 +1,480 @@
+"""LEAP of the second generation on a trained model: fitted, then measured on held-out prompts beside the plain samplers
+and the learned solvers of the literature.
+
+python benchmarks/leap_measure.py --model emoji-flux --guidance 3 --counts 9,7 --out benchmarks/leap-flux-guided.json
+python benchmarks/leap_measure.py --model emoji-flux --counts 16,14,12,10,9,8,7,6,5,4 --old --out benchmarks/leap-flux.json
+
+Everything that is finished is kept in `--work` and in the JSON: the same command goes on where it was cut short. The
+model of prompt `i` is drawn with seed `i`; those learned from are the last of the list, with seeds from 1000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hasten.bench.environment import environment
+from hasten.bench.learned_solvers import SOLVERS, fit_learned_solver
+from hasten.quality.metrics import psnr
+from hasten.bench.subject import open_model
+from hasten.bench.tune import tuning_calls
+from hasten.calibration import Calibration
+from hasten.errors import ConfigError
+from hasten.fitting.evaluator import Evaluator
+from hasten.fitting.leap import fit_leap
+from hasten.fitting.leap_fitter import Fitter
+from hasten.fitting.references import record_references
+from hasten.pipeline.replay import Replay
+from hasten.solvers import Leap, LeapScheduler
+from hasten.solvers.plain import SOLVERS as PLAIN
+from hasten.solvers.plain import SPACINGS, Sampler
+from torch import Tensor
+
+import hasten
+
+STEPS, SEED, TRIED = (
+    50,
+    1000,
+    4,
+)  # TRIED: held-out prompts on which the best plain sampler is chosen
+RESAMPLES = 2000
+
+
+def main() -> None:
+    """Fit and measure what is not there yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="emoji-flux")
+    parser.add_argument(
+        "--guidance", type=float, help="true classifier-free guidance; none by default"
+    )
+    parser.add_argument(
+        "--guidances", default="", help="scales for one file, such as 1.5,3,5"
+    )
+    parser.add_argument(
+        "--at",
+        default="",
+        help="further scales at which that file is used, beside a fit of its own",
+    )
+    parser.add_argument("--counts", default="9,7,5")
+    parser.add_argument("--learn", type=int, default=16)
+    parser.add_argument("--held-out", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--learned",
+        default="",
+        help=f"learned solvers to fit as well: {','.join(SOLVERS)}",
+    )
+    parser.add_argument("--learned-counts", default="9,7")
+    parser.add_argument(
+        "--old",
+        action="store_true",
+        help="measure the tables in benchmarks/leap-0.1.0.json as well",
+    )
+    parser.add_argument(
+        "--half", action="store_true", help="measure LEAP in bfloat16 as well"
+    )
+    parser.add_argument(
+        "--ablation",
+        default="",
+        help="one number of evaluations to take the fit apart at",
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/leap"))
+    parser.add_argument("--out", type=Path, required=True)
+    Measure(parser.parse_args()).run()
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers with commas."""
+    return [float(one) for one in text.split(",") if one]
+
+
+class Measure:
+    """One model at one guidance scale, or several."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, options.out
+        self.model = open_model(options.model)
+        self.pipe = self.model.pipe
+        self.counts = [int(count) for count in numbers(options.counts)]
+        self.guidances = numbers(options.guidances)
+        known = json.loads(self.out.read_text()) if self.out.exists() else {}
+        self.rows: dict[str, Any] = known.get("rows", {})
+        self.fits: dict[str, Any] = known.get("fits", {})
+        self.work = options.work / self.out.stem
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def write(self) -> None:
+        """Write everything measured so far, with what can be computed from it."""
+        about = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(self.options).items()
+        }
+        content = {
+            "environment": environment(),
+            "options": about,
+            "steps": STEPS,
+            "fits": self.fits,
+            "rows": self.rows,
+        }
+        content["against"] = self.against()
+        self.out.write_text(json.dumps(content, indent=1) + "\n")
+
+    # --- drawing
+
+    def call(self, scale: float | None) -> dict[str, Any]:
+        """Arguments of a call at a guidance scale."""
+        return {} if scale is None else {"true_cfg_scale": scale, "negative_prompt": ""}
+
+    def calls(
+        self, scale: float | None, learn: bool, count: int | None = None
+    ) -> list[dict[str, Any]]:
+        """The calls to learn from, or the held-out ones."""
+        prompts = self.model.prompts
+        chosen = (
+            prompts[-self.options.learn :]
+            if learn
+            else prompts[: count or self.options.held_out]
+        )
+        seed = SEED if learn else 0
+        return tuning_calls(
+            self.model, chosen, seed, STEPS, self.call(scale), self.options.batch
+        )
+
+    def draw(self, calls: Sequence[dict[str, Any]], steps: int) -> list[Tensor]:
+        """Images `[3, H, W]` or clips `[F, 3, H, W]` in [0, 1]."""
+        replay, images = Replay(calls), []
+        for arguments in replay:
+            made = self.pipe(
+                **{**arguments, "output_type": "pt", "num_inference_steps": steps}
+            )[0]
+            images += list(made.float())
+        replay.rewind()
+        return images
+
+    def reference(self, scale: float | None) -> list[Tensor]:
+        """The plain sampler's images of the held-out prompts."""
+        file = self.work / f"reference-{scale}-{self.options.held_out}.pt"
+        if not file.exists():
+            torch.save(self.draw(self.calls(scale, False), STEPS), file)
+        images: list[Tensor] = torch.load(file)
+        return images
+
+    def measure(
+        self,
+        name: str,
+        count: int,
+        scale: float | None,
+        draw: Callable[[list[dict[str, Any]]], list[Tensor]],
+        **more: Any,
+    ) -> None:
+        """A row: PSNR of every held-out prompt."""
+        key = f"{name}, {count}" + ("" if scale is None else f", guidance {scale:g}")
+        if key in self.rows:
+            return
+        drawn = draw(self.calls(scale, False))
+        values = [
+            _psnr(a, b) for a, b in zip(drawn, self.reference(scale), strict=True)
+        ]
+        self.rows[key] = {
+            "name": name,
+            "count": count,
+            "guidance": scale,
+            "median": float(np.median(values)),
+        } | more
+        self.rows[key]["psnr"] = [round(value, 3) for value in values]
+        self.write()
+        print(key, round(self.rows[key]["median"], 2), flush=True)
+
+    def leap(
+        self,
+        fit: Calibration,
+        count: int,
+        scale: float | None,
+        name: str,
+        *,
+        hook: bool = True,
+    ) -> None:
+        """A row of LEAP, with the hook or as a scheduler alone."""
+
+        def draw(calls: list[dict[str, Any]]) -> list[Tensor]:
+            if hook:
+                with hasten.accelerate(self.pipe, Leap(fit)):
+                    return self.draw(calls, count)
+            return self.scheduled(
+                LeapScheduler.of(fit, self.pipe, guidance=scale), calls, count
+            )
+
+        self.measure(name, count, scale, draw)
+
+    def scheduled(
+        self, scheduler: Any, calls: list[dict[str, Any]], count: int
+    ) -> list[Tensor]:
+        """Images with another scheduler."""
+        original, self.pipe.scheduler = self.pipe.scheduler, scheduler
+        try:
+            return self.draw(calls, count)
+        finally:
+            self.pipe.scheduler = original
+
+    # --- parts
+
+    def run(self) -> None:
+        """Fit and measure what is not there yet."""
+        scale = self.options.guidance
+        for count in self.counts:
+            self.plain(count, scale)
+        fit = self.fit("leap", self.counts, [scale])
+        for count in self.counts:
+            self.leap(fit, count, scale, "leap")
+            if fit.fingerprint.passes[1:]:
+                self.leap(fit, count, scale, "leap, scheduler alone", hook=False)
+        if self.options.old:
+            self.old(scale)
+        if self.guidances:
+            self.range()
+        for name in filter(None, self.options.learned.split(",")):
+            for count in numbers(self.options.learned_counts):
+                self.learned(name, int(count), scale)
+        if self.options.ablation:
+            self.ablation(int(self.options.ablation), scale)
+        if self.options.half:
+            self.half(fit, scale)
+        self.write()
+
+    def fit(
+        self,
+        name: str,
+        counts: Sequence[int],
+        scales: Sequence[float | None],
+        **settings: Any,
+    ) -> Calibration:
+        """A fit, or what an earlier run kept of it."""
+        file = self.work / f"{name}.safetensors"
+        known = Calibration.load(file) if file.exists() else None
+        started, asked = (
+            time.process_time(),
+            {"trials": self.options.trials, "rounds": self.options.rounds} | settings,
+        )
+        scale = scales[len(scales) // 2]
+        fitted = fit_leap(
+            self.pipe,
+            self.calls(scale, True),
+            counts,
+            guidances=[one for one in scales if one is not None]
+            if len(scales) > 1
+            else (),
+            known=known,
+            keep=lambda fit: fit.save(file),
+            progress=lambda count, done, total, error: print(
+                name, count, done, total, f"{error:.3g}", flush=True
+            ),
+            **asked,
+        )
+        seconds = (
+            self.fits.get(name, {}).get("cpu_seconds", 0.0)
+            + time.process_time()
+            - started
+        )
+        self.fits[name] = {
+            "report": fitted.report,
+            "options": asked,
+            "prompts": fitted.options["prompts"],
+        }
+        self.fits[name]["cpu_seconds"] = round(seconds, 1)
+        self.write()
+        return fitted
+
+    def plain(self, count: int, scale: float | None) -> None:
+        """Euler, and the best of all solvers and spacings on the first prompts."""
+        own = self.pipe.scheduler
+        self.measure("euler", count, scale, lambda calls: self.draw(calls, count))
+        if any(
+            row["name"].startswith("best plain")
+            and (row["count"], row["guidance"]) == (count, scale)
+            for row in self.rows.values()
+        ):
+            return
+        tried_on = min(TRIED, self.options.held_out)
+        few, reference = self.calls(scale, False, tried_on), self.reference(scale)[:tried_on]
+        tried: dict[str, float] = {}
+        for sampler in (
+            Sampler(solver, spacing) for solver in PLAIN for spacing in SPACINGS
+        ):
+            try:
+                drawn = self.scheduled(sampler.scheduler(own), few, count)
+            except (
+                ConfigError,
+                ValueError,
+                TypeError,
+                ImportError,
+                AssertionError,
+            ) as error:
+                print(
+                    sampler.label,
+                    "not for this model:",
+                    " ".join(str(error).split())[:80],
+                )
+                continue
+            tried[sampler.label] = float(
+                np.mean([_psnr(a, b) for a, b in zip(drawn, reference, strict=True)])
+            )
+        best = max(tried, key=lambda label: tried[label])
+        solver, _, spacing = best.partition(":spacing=")
+        sampler = Sampler(solver, spacing)
+        scheduled = lambda calls: self.scheduled(sampler.scheduler(own), calls, count)
+        self.measure("best plain", count, scale, scheduled, sampler=best, tried=tried)
+
+    def old(self, scale: float | None) -> None:
+        """The tables of release 0.1.0 for this model and guidance."""
+        known = json.loads((Path(__file__).parent / "leap-0.1.0.json").read_text())
+        entry = known[
+            self.options.model + ("" if scale is None else f", guidance {scale:g}")
+        ]
+        for count, table in entry["tables"].items():
+            rows = [[1.0, *row[: k + 1]] for k, row in enumerate(table["coefficients"])]
+            own = {
+                "timesteps": table["timesteps"],
+                "levels": table["sigmas"],
+                "guided": [rows],
+            }
+            scheduler = LeapScheduler({count: own})
+            drawn = lambda calls, s=scheduler, n=int(count): self.scheduled(s, calls, n)
+            self.measure("leap 0.1.0", int(count), scale, drawn)
+
+    def range(self) -> None:
+        """One file for a range of guidance, beside fits of their own."""
+        counts = [int(count) for count in numbers(self.options.learned_counts)]
+        shared = self.fit("range", counts, self.guidances)
+        for scale in [*self.guidances, *numbers(self.options.at)]:
+            own = self.fit(f"own-{scale:g}", counts, [scale])
+            for count in counts:
+                self.measure(
+                    "euler", count, scale, lambda calls, n=count: self.draw(calls, n)
+                )
+                self.leap(shared, count, scale, "leap, one file")
+                self.leap(own, count, scale, "leap, own fit")
+
+    def learned(self, name: str, count: int, scale: float | None) -> None:
+        """A learned solver of the literature, at LEAP's rounds of refinement."""
+        replay = Replay(self.calls(scale, True))
+        evaluator, table = Evaluator(self.pipe, replay), None
+
+        def draw(calls: list[dict[str, Any]]) -> list[Tensor]:
+            nonlocal table
+            fitter = Fitter(evaluator, record_references(self.pipe, replay), 1e-6, 1)
+            with evaluator.probing():
+                found = fit_learned_solver(name, fitter, count, self.options.rounds + 1)
+            levels = [fitter.references.level_at(time) for time in found.timesteps]
+            table = {
+                str(count): {
+                    "timesteps": list(found.timesteps),
+                    "levels": levels,
+                    "guided": [found.rows],
+                }
+            }
+            self.fits[f"{name}, {count}"] = {
+                "error": found.error,
+                "evaluations_of_fit": evaluator.made,
+            }
+            replay.rewind()
+            return self.scheduled(
+                LeapScheduler(table, prediction_type=fitter.references.kind),
+                calls,
+                count,
+            )
+
+        self.measure(name, count, scale, draw)
+
+    def ablation(self, count: int, scale: float | None) -> None:
+        """The fit without one part at a time."""
+        parts = {
+            "no search": {"trials": 1},
+            "no refinement": {"rounds": 0},
+            "neither": {"trials": 1, "rounds": 0},
+        }
+        for name, settings in parts.items():
+            fit = self.fit(f"ablation {name}", [count], [scale], **settings)
+            self.leap(fit, count, scale, name)
+            if fit.fingerprint.passes[1:]:
+                self.leap(fit, count, scale, f"{name}, scheduler alone", hook=False)
+
+    def half(self, fit: Calibration, scale: float | None) -> None:
+        """LEAP in bfloat16, against the plain sampler in bfloat16 and in float32."""
+        truth = self.reference(scale)
+        self.pipe.to(torch.bfloat16)
+        plain = self.draw(self.calls(scale, False), STEPS)
+        for count in self.counts:
+            with hasten.accelerate(self.pipe, Leap(fit)):
+                drawn = self.draw(self.calls(scale, False), count)
+            key = f"leap in bfloat16, {count}"
+            against = {"its own precision": plain, "float32": truth}
+            self.rows[key] = {
+                "name": "leap in bfloat16",
+                "count": count,
+                "guidance": scale,
+            } | {
+                name: float(
+                    np.median([_psnr(a, b) for a, b in zip(drawn, images, strict=True)])
+                )
+                for name, images in against.items()
+            }
+            self.write()
+        self.pipe.to(torch.float32)
+
+    # --- what it comes to
+
+    def against(self) -> dict[str, Any]:
+        """LEAP's lead over every other row of the same number and guidance: medians with 95 % of a paired bootstrap."""
+        found = {}
+        rng = np.random.default_rng(0)
+        for key, row in self.rows.items():
+            own = next(
+                (
+                    r
+                    for r in self.rows.values()
+                    if r["name"] in ("leap", "leap, one file")
+                    and r is not row
+                    and (r["count"], r["guidance"]) == (row["count"], row["guidance"])
+                ),
+                None,
+            )
+            if (
+                own is None
+                or "psnr" not in row
+                or row["name"] in ("leap", "leap, one file")
+            ):
+                continue
+            lead = np.asarray(own["psnr"]) - np.asarray(row["psnr"])
+            means = np.median(
+                lead[rng.integers(len(lead), size=(RESAMPLES, len(lead)))], axis=1
+            )
+            low, high = np.quantile(means, (0.025, 0.975))
+            found[key] = {
+                "lead": float(np.median(lead)),
+                "low": float(low),
+                "high": float(high),
+            }
+        return found
+
+
+def _psnr(image: Tensor, reference: Tensor) -> float:
+    """Of an image, or the median over the frames of a clip."""
+    if image.ndim == 4:
+        return float(
+            np.median([psnr(a, b) for a, b in zip(image, reference, strict=True)])
+        )
+    return psnr(image, reference)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What LEAP's files have to hold, a calibration's as well as a `scheduler_config.json`, and whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from hasten.calibration import Calibration, declare_contents, model_digest, same_weights
+from hasten.errors import CalibrationError
+from hasten.io import conform
+from hasten.pipeline.view import denoisers
+from hasten.solvers.tables import ARRAYS, Table, unpacked
+
+__all__ = ["LEAP", "REMEDY", "Content", "arguments_of", "check_arguments", "first_denoiser", "refuse_other_model"]
+
+LEAP = "leap"  # what a calibration of this scheduler is called
+REMEDY = "Make it again with `hasten tune`."
+# What `fit_leap` writes into the options of a calibration for the scheduler.
+OPTIONS = ("prediction_type", "num_train_timesteps", "shift_mu", "guidances", "mixtures", "noise_scale", "plain")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The denoiser that tables belong to; see `hasten.calibration.Fingerprint`."""
+
+    model: str
+    config: str
+    weights: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a `LeapScheduler` is made of, as JSON holds it; see there."""
+
+    tables: dict[str, Table]
+    prediction_type: Literal["flow_prediction", "epsilon", "v_prediction"]
+    num_train_timesteps: int
+    shift_mu: float | None
+    guidances: tuple[float | None, ...]
+    mixtures: tuple[float | None, ...]
+    guidance: float | None
+    noise_scale: float
+    fingerprint: Owner | None
+    certificate: dict[str, Any] | None
+    plain: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        if not self.tables:
+            raise ValueError("it has no table")
+        for count, table in self.tables.items():
+            if not (count.isascii() and count.isdigit() and count == str(int(count))):
+                raise ValueError(f"a table is for {count!r} evaluations, expected a number")
+            table.check(int(count), len(self.guidances))
+        if self.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}, expected at least 1")
+        if not self.noise_scale > 0:
+            raise ValueError(f"noise_scale is {self.noise_scale}, expected a positive number")
+        several = len(self.guidances) > 1
+        if not self.guidances or len(self.mixtures) != len(self.guidances) or (several and None in self.guidances):
+            raise ValueError("each fit needs a guidance scale and a mixture")
+        if any(len(set(scales)) < len(scales) for scales in (self.guidances, _known(self.mixtures))):
+            raise ValueError("two fits have the same guidance")
+
+
+def _known(scales: tuple[float | None, ...]) -> tuple[float | None, ...]:
+    return () if None in scales else scales
+
+
+def check_arguments(content: Mapping[str, Any]) -> Content:
+    """The arguments of a `LeapScheduler`, checked.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    made: Content = conform(content, Content, "the configuration")
+    return made
+
+
+def arguments_of(calibration: Calibration) -> dict[str, Any]:
+    """Arguments of the scheduler of a fit."""
+    own = calibration.fingerprint
+    options = {name: calibration.options[name] for name in OPTIONS if name in calibration.options}
+    return {
+        "tables": unpacked(calibration.tensors),
+        "fingerprint": {"model": own.model, "config": own.config, "weights": own.weights},
+        "certificate": calibration.options.get("certificate"),
+        **options,
+    }
+
+
+def _check_fit(calibration: Calibration) -> None:
+    arguments = arguments_of(calibration)
+    missing = [name for name in OPTIONS if name not in arguments]
+    if missing:
+        raise ValueError(f"its options lack {missing[0]!r}")
+    conform({**arguments, "guidance": None}, Content, "the fit")
+
+
+declare_contents(LEAP, ARRAYS, _check_fit)
+
+
+def first_denoiser(pipe: Any) -> nn.Module:
+    """The denoiser that a fingerprint is of.
+
+    Raises:
+        TargetError: if there is none.
+    """
+    return next(iter(denoisers(pipe).values()))
+
+
+def refuse_other_model(own: Owner | None, pipe: Any) -> None:
+    """Raise a CalibrationError if a pipeline's denoiser is another one; offloaded weights are not compared."""
+    if own is None:
+        return
+    model = first_denoiser(pipe)
+    if own.model != type(model).__name__:
+        wrong = f"fitted for {own.model}, this is {type(model).__name__}"
+    elif own.config != model_digest(model):
+        wrong = f"fitted for a {own.model} of another configuration (size, depth or inputs)"
+    elif not same_weights(own.weights, model):
+        wrong = "fitted for other weights of the same architecture"
+    else:
+        return
+    raise CalibrationError(f"leap: {wrong}. Fit again with `hasten tune`")

@@ -1,0 +1,125 @@
+"""What a LEAP file holds for one number of evaluations, as JSON and as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hasten.io import Array, decreasing
+
+__all__ = ["ARRAYS", "COLUMNS", "Table", "interpolated", "lagrange", "packed", "unpacked"]
+
+Rows = tuple[tuple[float, ...], ...]
+COLUMNS = {"guided": 1, "passes": 2}  # columns per evaluation of a form
+
+# G guidance scales; rows of n evaluations are padded with zeros.
+ARRAYS = {
+    "{n}/timesteps": Array("float", ("n",), (decreasing,), low=0),
+    "{n}/levels": Array("float", ("n",), (decreasing,), low=0, high=1),
+    "{n}/guided": Array("float", ("G", "n", "w")),
+    "{n}/passes": Array("float", ("G", "n", "v"), needed=False),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Times and coefficients for one number of evaluations.
+
+    Attributes:
+        timesteps: of the evaluations, as the model counts time.
+        levels: noise levels there: the share of noise in `(1 - s) x + s noise` of a flow, in
+            `sqrt(1 - s^2) x + s noise` of a variance-preserving model.
+        guided: for each guidance scale the rows over the guided outputs alone; row `k` has `2 + k` numbers.
+        passes: likewise over the guided outputs and the differences of the passes; row `k` has `3 + 2 k` numbers.
+    """
+
+    timesteps: tuple[float, ...]
+    levels: tuple[float, ...]
+    guided: tuple[Rows, ...]
+    passes: tuple[Rows, ...] | None = None
+
+    def check(self, count: int, scales: int) -> None:
+        """Raise ValueError for a table that is none of `count` evaluations at so many guidance scales."""
+        if {len(self.timesteps), len(self.levels)} != {count}:
+            raise ValueError(f"the table for {count} evaluations does not have {count} times and levels")
+        for name in ("timesteps", "levels"):
+            if complaint := decreasing(np.asarray(getattr(self, name))):
+                raise ValueError(f"{name} of the table for {count} evaluations: {complaint}")
+        if self.timesteps[-1] < 0 or not 0 < self.levels[-1] <= self.levels[0] <= 1:
+            raise ValueError(f"the times of the table for {count} evaluations must be within the run")
+        for form, columns in COLUMNS.items():
+            rows = getattr(self, form)
+            if rows is None:
+                continue
+            if len(rows) != scales:
+                raise ValueError(f"the table for {count} evaluations has {len(rows)} fits for {scales} guidance scales")
+            if any([len(row) for row in one] != [1 + columns * (k + 1) for k in range(count)] for one in rows):
+                raise ValueError(f"the table for {count} evaluations does not have {count} rows that grow by {columns}")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The table as a calibration keeps it."""
+        found = {
+            "timesteps": torch.tensor(self.timesteps, dtype=torch.float64),
+            "levels": torch.tensor(self.levels, dtype=torch.float64),
+        }
+        for form in COLUMNS:
+            rows = getattr(self, form)
+            if rows is not None:
+                found[form] = torch.stack([_padded(one) for one in rows])
+        return found
+
+
+def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
+    made = torch.zeros(len(rows), len(rows[-1]), dtype=torch.float64)
+    for k, row in enumerate(rows):
+        made[k, : len(row)] = torch.tensor(row, dtype=torch.float64)
+    return made
+
+
+def packed(tables: Mapping[int, Table]) -> dict[str, Tensor]:
+    """Tensors of a calibration."""
+    return {f"{n}/{name}": tensor for n, table in tables.items() for name, tensor in table.tensors().items()}
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """The tables in a calibration's tensors, as JSON has them.
+
+    Raises:
+        ValueError: if a row has numbers after its end.
+    """
+    tables: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        count, _, entry = name.partition("/")
+        content = tensor.tolist()
+        if entry in COLUMNS:
+            ends = [1 + COLUMNS[entry] * (k + 1) for k in range(len(content[0]))]
+            if any(any(row[end:]) for one in content for row, end in zip(one, ends, strict=True)):
+                raise ValueError(f"{name!r} makes use of later evaluations")
+            content = [[row[:end] for row, end in zip(one, ends, strict=True)] for one in content]
+        tables.setdefault(count, {})[entry] = content
+    return tables
+
+
+def lagrange(scales: Sequence[float], scale: float) -> list[float]:
+    """Weights with which values at some scales make the value of their polynomial at another one."""
+    weights = []
+    for i, own in enumerate(scales):
+        others = [other for j, other in enumerate(scales) if j != i]
+        weights.append(float(np.prod([(scale - other) / (own - other) for other in others])))
+    return weights
+
+
+def interpolated(fits: Sequence[Sequence[Sequence[float]]], scales: Sequence[float], scale: float) -> list[list[float]]:
+    """Rows at a guidance scale: the polynomial through those at the fitted scales (three make it quadratic)."""
+    if len(fits) == 1:
+        return [list(row) for row in fits[0]]
+    weights = lagrange(scales, scale)
+    return [
+        [sum(w * number for w, number in zip(weights, numbers, strict=True)) for numbers in zip(*rows, strict=True)]
+        for rows in zip(*fits, strict=True)
+    ]

@@ -1,0 +1,458 @@
+"""The fit of LEAP: closed form, starts, refinement, and what is refused."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from solvable import STEPS, Toy, curved, noise, relative, toy_call
+
+from hasten.bench.learned_solvers import SOLVERS, fit_learned_solver, optimal_steps
+from hasten.calibration import Calibration
+from hasten.errors import CalibrationError, ConfigError, UnknownNameError
+from hasten.fitting.evaluator import Evaluator
+from hasten.fitting.leap import fit_leap
+from hasten.fitting.leap_fitter import Fitter
+from hasten.fitting.references import record_references
+from hasten.fitting.refine import _Jacobian, _moves, refine
+from hasten.fitting.starts import extended, plain_solvers
+from hasten.fitting.surrogate import Surrogate
+from hasten.fitting.symbolic import prepared, read_off
+from hasten.pipeline.replay import Replay
+from hasten.solvers import LeapScheduler
+from hasten.solvers.formula import carried
+from hasten.solvers.multistep import NormalEquations, combine
+
+pytestmark = pytest.mark.filterwarnings("ignore:The `scale_model_input` function")
+UNCLIPPED = {"clip_sample": False, "timestep_spacing": "trailing"}
+
+
+def fitter(pipe, calls, ridge=0.0, width=1):
+    replay = Replay(calls)
+    return Fitter(Evaluator(pipe, replay), record_references(pipe, replay), ridge, width)
+
+
+def at(own, steps):
+    """Times at steps of the references."""
+    return [own.references.plain.timesteps[step] for step in steps]
+
+
+def error(pipe, calls, steps, ridge=0.0):
+    own = fitter(pipe, calls, ridge)
+    with own.evaluator.probing():
+        return own.fit(at(own, steps)).error
+
+
+# --- the closed form
+
+
+def test_normal_equations_agree_with_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    batches = [[torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(4)] for _ in range(3)]
+    equations = NormalEquations(3)
+    for goal, *columns in batches:
+        equations.add(columns, goal)
+    left = torch.cat([torch.stack([v.flatten() for v in columns], 1) for _, *columns in batches])
+    right = torch.cat([goal.flatten() for goal, *_ in batches])
+    expected = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+    assert equations.solve([0.0] * 3, 0.0) == pytest.approx(expected.tolist(), rel=1e-9)
+    assert equations.solve([1.0, -2.0, 0.5], 1e12) == pytest.approx([1.0, -2.0, 0.5], abs=1e-6)
+
+
+def test_a_damped_step_is_least_squares_at_no_damping_and_nothing_at_much_in_any_unit():
+    generator = torch.Generator().manual_seed(2)
+    goal, *columns = [torch.randn(40, generator=generator, dtype=torch.float64) for _ in range(4)]
+    one, other = NormalEquations(3), NormalEquations(3)
+    one.add(columns, goal)
+    other.add([1000 * columns[0], *columns[1:]], goal)
+    expected = torch.linalg.lstsq(torch.stack(columns, 1), goal[:, None]).solution[:, 0]
+    assert one.damped(1e-12) == pytest.approx(expected.tolist(), rel=1e-6)
+    assert one.damped(1e9) == pytest.approx([0, 0, 0], abs=1e-6)
+    assert [1000 * other.damped(0.1)[0], *other.damped(0.1)[1:]] == pytest.approx(one.damped(0.1), rel=1e-6)
+
+
+def test_a_constant_velocity_is_exact_with_one_evaluation_and_a_linear_one_with_two():
+    a, b = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(3))
+    assert error(Toy(lambda x, t: a.expand_as(x)), [toy_call()], (0,)) < 1e-12
+    linear = Toy(lambda x, t: (a + b * t / 1000).expand_as(x))
+    assert error(linear, [toy_call()], (0, 9)) < 1e-12
+    assert error(linear, [toy_call()], (0,)) > 1e-6
+
+
+def test_each_evaluation_is_brought_to_the_references_state_at_its_own_time():
+    own, steps = fitter(Toy(), [toy_call(0), toy_call(1)]), (0, 4, 9, 15)
+    with own.evaluator.probing():
+        leap = own.fit(at(own, steps))
+    for path, columns in zip(own.references.states, leap.columns, strict=True):
+        for k, goal in enumerate(steps[1:]):
+            reached = combine(columns, leap.rows[k])
+            assert (reached - path[goal]).norm() < 0.5 * (reached - path[-1]).norm()
+
+
+def test_all_steps_with_a_strong_ridge_are_the_plain_sampler():
+    for pipe in (Toy(), Toy(noise, DDIMScheduler(**UNCLIPPED))):
+        own = fitter(pipe, [toy_call()], ridge=1e6)
+        with own.evaluator.probing():
+            assert own.fit(at(own, range(STEPS))).error < 1e-10
+
+
+def test_the_start_is_a_column_of_its_own():
+    """A field that shrinks the state: only what is left of the noise has to be known."""
+    own = fitter(Toy(lambda x, t: 2.0 * x), [toy_call()])
+    with own.evaluator.probing():
+        free = own.fit(at(own, (0,)))
+    assert free.error < 1e-10
+    assert free.rows[0][0] != 1.0 or free.rows[0][1] != -1.0
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_between_the_steps_goals_lie_on_the_plain_samplers_own_path(prediction):
+    """One whole step of a constant answer, against two halves of it."""
+    scheduler = DDIMScheduler(**UNCLIPPED, prediction_type=prediction)
+    own = fitter(Toy(lambda x, t: torch.full_like(x, 0.3), scheduler), [toy_call(batch=1)])
+    references = own.references
+    coarse = references.plain.levels
+    between = 0.5 * (coarse[7] + coarse[8])
+    rows = own.prior([], [*coarse[:8], between, coarse[8]])
+    columns = [references.states[0][0], *references.outputs[0][:9]]
+    assert torch.allclose(references.goal(0, between), combine(columns[:9], rows[7]), atol=1e-5)
+
+
+def test_evaluations_that_two_lists_share_are_made_once():
+    own = fitter(Toy(), [toy_call()])
+    with own.evaluator.probing():
+        own.remember(own.fit(at(own, (0, 5, 10, 15))))
+        assert own.evaluator.made == 4 * 4  # four images
+        again = own.fit(at(own, (0, 5, 10, 16)))
+        assert own.evaluator.made == 5 * 4
+    fresh = fitter(Toy(), [toy_call()])
+    with fresh.evaluator.probing():
+        assert fresh.fit(at(fresh, (0, 5, 10, 16))).error == pytest.approx(again.error, rel=1e-9)
+
+
+# --- schedulers as formulas
+
+FOLLOWED = {
+    "flow euler": (curved, lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    "ddim": (noise, lambda: DDIMScheduler(**UNCLIPPED)),
+    "ddim of stable diffusion": (
+        noise,
+        lambda: DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+    ),
+    "ddim, v": (noise, lambda: DDIMScheduler(**UNCLIPPED, prediction_type="v_prediction")),
+    "zero terminal snr": (
+        noise,
+        lambda: DDIMScheduler(**UNCLIPPED, prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    ),
+    "euler discrete": (noise, EulerDiscreteScheduler),
+    "euler discrete, karras": (noise, lambda: EulerDiscreteScheduler(use_karras_sigmas=True)),
+    "lms": (noise, LMSDiscreteScheduler),
+    "dpmpp": (noise, DPMSolverMultistepScheduler),
+    "unipc": (noise, UniPCMultistepScheduler),
+    "unipc of a flow": (
+        curved,
+        lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ),
+}
+REFUSED = {
+    "ancestral": EulerAncestralDiscreteScheduler,
+    "clipping": DDIMScheduler,
+    "thresholding": lambda: DDIMScheduler(clip_sample=False, thresholding=True),
+    "noise": DDPMScheduler,
+    "heun": HeunDiscreteScheduler,
+    "flow heun": FlowMatchHeunDiscreteScheduler,
+    "kdpm2": KDPM2DiscreteScheduler,
+    "plms": PNDMScheduler,
+    "consistency": LCMScheduler,
+    "edm": EDMEulerScheduler,
+    "sde": lambda: DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+    "stochastic flow": lambda: FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_with_all_steps_and_plain_coefficients_it_is_the_plain_sampler(name):
+    """Through the scheduler itself, as pipelines call it."""
+    field, made = FOLLOWED[name]
+    pipe = Toy(field, made())
+    references = record_references(pipe, Replay([toy_call()]))
+    assert references.error < 1e-5
+    plain = references.plain
+    table = {"timesteps": plain.timesteps, "levels": plain.levels[:-1], "guided": [plain.rows]}
+    scheduler = LeapScheduler(
+        {str(STEPS): table}, prediction_type=references.kind, noise_scale=plain.noise_scale, shift_mu=None
+    )
+    (reference,) = pipe(**toy_call(9))
+    assert relative(pipe, scheduler, STEPS, reference) < 1e-5
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_few_steps_are_nearer_than_plain_ones_on_other_seeds(name):
+    field, made = FOLLOWED[name]
+    pipe = Toy(field, made())
+    fit = fit_leap(pipe, [toy_call(0), toy_call(1)], [5], trials=3, rounds=1, held_out=[toy_call(2)])
+    (reference,) = pipe(**toy_call(9))
+    assert relative(pipe, LeapScheduler.of(fit, pipe), 5, reference) < 0.5 * relative(pipe, None, 5, reference)
+    told = fit.report["5"]
+    assert told["relative_squared_error"] < 100 * told["held_out"] < 1e4 * told["relative_squared_error"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_schedulers_that_cannot_be_followed_are_refused_by_name(name):
+    scheduler = REFUSED[name]()
+    field = curved if "flow" in name else noise
+    with pytest.raises(
+        (CalibrationError, ConfigError), match=f"{type(scheduler).__name__}.*give the pipeline a linear"
+    ):
+        fit_leap(Toy(field, scheduler), [toy_call()], [5], trials=2, rounds=0)
+
+
+def test_an_sde_solver_is_refused():
+    pytest.importorskip("torchsde")
+    with pytest.raises(CalibrationError, match="DPMSolverSDEScheduler"):
+        fit_leap(Toy(noise, DPMSolverSDEScheduler()), [toy_call()], [5], trials=2, rounds=0)
+
+
+@pytest.mark.parametrize(("name", "count"), [("flow euler", 8), ("dpmpp", 7), ("zero terminal snr", 6)])
+def test_plain_solvers_are_read_off_exactly(name, count):
+    """Each solver and spacing: its rows, run through the fitter, are what its own scheduler makes."""
+    from hasten.solvers.plain import Sampler
+
+    field, made = FOLLOWED[name]
+    pipe = Toy(field, made())
+    own = fitter(pipe, [toy_call()])
+    with own.evaluator.probing():
+        solvers = plain_solvers(own.evaluator.scheduler, own.evaluator.arguments(count), own.references.kind)
+        errors = {label: own.plain(solver).error for label, solver in solvers.items()}
+    assert {"euler", "unipc"} <= set(solvers)
+    (reference,) = pipe(**toy_call())
+    for label, found in errors.items():
+        solver, _, spacing = label.partition(":spacing=")
+        scheduler = Sampler(solver, spacing).scheduler(pipe.scheduler)
+        truth = relative(pipe, scheduler, count, reference, seed=0)
+        assert found**0.5 == pytest.approx(truth, rel=1e-3, abs=1e-6), label
+
+
+def test_reading_off_leaves_the_scheduler_as_it_was():
+    scheduler = UniPCMultistepScheduler()
+    scheduler.set_timesteps(7)
+    before = scheduler.timesteps
+    read_off(prepared(scheduler, {"num_inference_steps": 5}), "epsilon")
+    assert scheduler.timesteps is before
+
+
+# --- starts and the search
+
+
+@pytest.mark.parametrize("name", ["flow euler", "ddim", "unipc"])
+def test_a_fit_is_never_worse_than_the_best_plain_solver_and_falls_with_every_evaluation(name):
+    field, made = FOLLOWED[name]
+    fit = fit_leap(Toy(field, made()), [toy_call(0), toy_call(1)], [5, 3, 4, 6, 8], trials=18, rounds=1)
+    assert list(fit.report) == ["3", "4", "5", "6", "8"]
+    errors = [told["relative_squared_error"] for told in fit.report.values()]
+    assert errors == sorted(errors, reverse=True)
+    for told in fit.report.values():
+        assert told["relative_squared_error"] <= told["plain"]["relative_squared_error"]
+
+
+def test_one_evaluation_more_is_never_worse_before_anything_else_is_done():
+    own = fitter(Toy(), [toy_call(0), toy_call(1)], ridge=1e-9)
+    with own.evaluator.probing():
+        leap = own.fit(at(own, (0, 6, 13)))
+        made = own.evaluator.made
+        longer = extended(own, leap)
+        assert own.evaluator.made - made == 3 * 8  # the new evaluation alone, at three places
+        assert own.exact(longer.timesteps, longer.rows).error == pytest.approx(longer.error, rel=1e-4)
+    assert len(longer.timesteps) == 4
+    assert longer.error <= leap.error
+
+
+def test_the_surrogate_ranks_lists_as_the_model_does():
+    own = fitter(Toy(), [toy_call(0), toy_call(1)], ridge=1e-9)
+    surrogate = Surrogate(own.references, 1)
+    lists = [(0, 1, 2, 3), (0, 5, 10, 15), (0, 8, 14, 17), (0, 16, 17, 18)]
+    with own.evaluator.probing():
+        errors = [own.fit(at(own, steps)).error for steps in lists]
+        best = own.fit(at(own, surrogate.best(4, 0.3))).error
+    told = [surrogate.left_out(steps, 0.3) for steps in lists]
+    assert sorted(range(4), key=errors.__getitem__)[:1] == sorted(range(4), key=told.__getitem__)[:1]
+    assert best <= min(errors)
+
+
+def test_the_search_improves_on_what_the_references_suggest():
+    errors = [
+        fit_leap(Toy(), [toy_call(0), toy_call(1)], [4], trials=trials, rounds=0).report["4"]["relative_squared_error"]
+        for trials in (1, 40)
+    ]
+    assert errors[1] < errors[0]
+
+
+# --- the joint refinement
+
+
+def test_refinement_lowers_the_error_and_moves_the_times_between_the_steps():
+    own = fitter(Toy(), [toy_call(0), toy_call(1)], ridge=1e-9)
+    seen = []
+    with own.evaluator.probing():
+        closed = own.fit(at(own, (0, 6, 12, 17)))
+        better = refine(own, closed, 3, seen.append)
+        still = refine(own, closed, 1, times=False)
+    assert better.error < 0.5 * closed.error
+    assert seen == sorted(seen, reverse=True)
+    assert better.timesteps[0] == closed.timesteps[0]
+    assert all(a > b > 0 for a, b in pairwise(better.timesteps))
+    assert any(t not in own.references.plain.timesteps for t in better.timesteps[1:])
+    assert still.timesteps == closed.timesteps
+    assert still.error < closed.error
+    held_out = fitter(Toy(), [toy_call(7)])
+    with held_out.evaluator.probing():
+        assert held_out.exact(better.timesteps, better.rows).error < held_out.exact(closed.timesteps, closed.rows).error
+
+
+def test_variance_preserving_models_have_their_times_refined_too():
+    own = fitter(Toy(noise, DDIMScheduler(**UNCLIPPED)), [toy_call()], ridge=1e-9)
+    with own.evaluator.probing():
+        closed = own.fit(at(own, (0, 6, 12, 17)))
+        better = refine(own, closed, 2)
+        fixed = refine(own, closed, 2, times=False)
+    assert better.timesteps != closed.timesteps
+    assert better.error < fixed.error < closed.error
+
+
+def test_steps_that_go_too_far_are_not_taken():
+    own = fitter(Toy(lambda x, t: torch.sin(6 * x + t / 50) - 0.3 * x), [toy_call(0), toy_call(1)], ridge=1e-9)
+    seen = []
+    with own.evaluator.probing():
+        closed = own.fit(at(own, (0, 6, 12, 17)))
+        better = refine(own, closed, 6, seen.append)
+    assert seen == sorted(seen, reverse=True)
+    assert better.error < closed.error
+
+
+def test_the_columns_of_the_refinement_are_derivatives():
+    """On a linear field the final state is a polynomial in the parameters; differences of another size agree."""
+    own = fitter(Toy(lambda x, t: 0.5 * x + t / 1000), [toy_call()], ridge=1e-9)
+    with own.evaluator.probing():
+        leap = own.fit(at(own, (0, 8, 14)))
+        moves = _moves(own, leap, True, 2)
+        columns = _Jacobian(own, leap, 0, moves).columns
+        final = combine(leap.columns[0], leap.rows[-1])
+        assert [move.along is None for move in moves] == [False] * 4 + [True] * 2
+        for move, column in zip(moves, columns, strict=True):
+            size = 5.0 if move.along is None else 0.02
+            times, rows = move.applied(leap.timesteps, leap.rows, size)
+            moved = combine(own.follow(0, times, rows, []), rows[-1])
+            assert torch.allclose((moved - final) / size, column, rtol=0.02, atol=2e-3 * float(column.abs().max()))
+
+
+# --- learned solvers of the literature
+
+
+@pytest.mark.parametrize("field", [curved, noise], ids=["flow", "variance-preserving"])
+def test_learned_solvers_of_the_literature_learn_within_their_families(field):
+    pipe = Toy() if field is curved else Toy(noise, DDIMScheduler(**UNCLIPPED))
+    own = fitter(pipe, [toy_call(0), toy_call(1)], ridge=1e-9)
+    references = own.references
+    errors, leaps = {}, {}
+    with own.evaluator.probing():
+        even = [references.at(STEPS * k / 4) for k in range(4)]
+        start = own.exact(even, own.prior([], [*map(references.level_at, even), 0.0]))
+        for name in SOLVERS:
+            leaps[name] = fit_learned_solver(name, own, 4, 3)
+            errors[name] = leaps[name].error
+            assert own.exact(leaps[name].timesteps, leaps[name].rows).error == pytest.approx(errors[name], rel=1e-3)
+    assert max(errors.values()) < start.error
+    assert errors["bns"] < errors["dyweight"] < errors["optimal-steps"]
+    assert errors["bns"] < errors["s4s"] < errors["optimal-steps"]
+    for name, window in (("s4s", 3), ("dyweight", 4)):  # what is out of the window keeps its share of the state
+        levels = [*map(references.level_at, leaps[name].timesteps), 0.0]
+        for k in range(1, 4):
+            kept = carried(levels[k], levels[k + 1], references.kind)
+            old = [kept * number for number in leaps[name].rows[k - 1][: 1 + max(0, k + 1 - window)]]
+            assert leaps[name].rows[k][: len(old)] == pytest.approx(old, rel=0.05, abs=1e-6)
+    with pytest.raises(UnknownNameError):
+        fit_learned_solver("bsn", own, 4, 1)
+
+
+def test_optimal_steps_is_the_best_list_of_its_objective():
+    """Against all lists of three."""
+    from itertools import combinations
+
+    own = fitter(Toy(), [toy_call(0)])
+    references, path = own.references, own.references.states[0]
+
+    def lost(steps):
+        total = 0.0
+        for i, j in pairwise([*steps, STEPS]):
+            made = path[i] + (references.plain.levels[j] - references.plain.levels[i]) * references.outputs[0][i]
+            total += float((made - path[j]).double().square().sum())
+        return total
+
+    best = min(((0, *rest) for rest in combinations(range(1, STEPS), 2)), key=lost)
+    assert optimal_steps(own, 3) == at(own, best)
+
+
+# --- calls, and a fit that is cut short
+
+
+def test_a_fit_goes_on_where_it_was_cut_short():
+    kept, options = [], {"trials": 2, "rounds": 0}
+    fit_leap(Toy(), [toy_call(0)], [3, 4], keep=kept.append, **options)
+    assert [sorted(result.report) for result in kept] == [["3"], ["3", "4"]]
+    seen = []
+    again = fit_leap(Toy(), [toy_call(0)], [3, 4], known=kept[0], progress=lambda *p: seen.append(p[0]), **options)
+    assert set(seen) == {0, 4}  # the references, and what was not fitted yet
+    assert torch.equal(again.tensors["3/guided"], kept[0].tensors["3/guided"])
+    worse, better = (one["relative_squared_error"] for one in again.report.values())
+    assert better <= worse  # the solver that was known is a start of the next one
+    for other, settings in (([toy_call(1)], options), ([toy_call(0)], options | {"trials": 3})):
+        afresh = fit_leap(Toy(), other, [4], known=kept[0], **settings)
+        assert sorted(afresh.report) == ["4"]
+
+
+def test_the_same_calls_can_be_fitted_twice():
+    pipe, calls = Toy(), [toy_call(0)]
+    first, second = (fit_leap(pipe, calls, [3], trials=1, rounds=1) for _ in range(2))
+    assert torch.equal(first.tensors["3/guided"], second.tensors["3/guided"])
+    assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+    assert "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize("name", ["transformer", "unet", "prior"])
+def test_any_denoiser_will_do(name):
+    fit = fit_leap(Toy(name=name), [toy_call(0)], [4], trials=2, rounds=1)
+    assert fit.fingerprint.model == "Net"
+    LeapScheduler.of(fit, Toy(name=name))
+
+
+def test_bad_fits_are_refused():
+    with pytest.raises(CalibrationError, match="nothing to learn from"):
+        fit_leap(Toy(), [], [4])
+    with pytest.raises(ConfigError, match="between 1 and the 20 steps"):
+        fit_leap(Toy(), [toy_call(0)], [21], trials=1)
+    with pytest.raises(ConfigError, match="trials must be at least 1"):
+        fit_leap(Toy(), [toy_call(0)], [4], trials=0)
+    with pytest.raises(ConfigError, match="guidances have to differ"):
+        fit_leap(Toy(), [toy_call(0, guidance_scale=3.0)], [4], guidances=(2.0, 2.0))
+    with pytest.raises(ConfigError, match="prediction_type 'sample'"):
+        fit_leap(Toy(noise, DDIMScheduler(prediction_type="sample")), [toy_call(0)], [4])
+    with pytest.raises(CalibrationError, match="not of 'leap'"):
+        Calibration.of("leap", Calibration("l2p", {}, fit_leap(Toy(), [toy_call()], [2], trials=1).fingerprint))
