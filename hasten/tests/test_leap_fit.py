@@ -38,7 +38,6 @@ from hasten.fitting.surrogate import Surrogate
 from hasten.fitting.symbolic import prepared, read_off
 from hasten.pipeline.replay import Replay
 from hasten.solvers import LeapScheduler
-from hasten.solvers.formula import carried
 from hasten.solvers.multistep import NormalEquations, combine
 
 pytestmark = pytest.mark.filterwarnings("ignore:The `scale_model_input` function")
@@ -366,10 +365,8 @@ def test_the_columns_of_the_refinement_are_derivatives():
 # --- learned solvers of the literature
 
 
-@pytest.mark.parametrize("field", [curved, noise], ids=["flow", "variance-preserving"])
-def test_learned_solvers_of_the_literature_learn_within_their_families(field):
-    pipe = Toy() if field is curved else Toy(noise, DDIMScheduler(**UNCLIPPED))
-    own = fitter(pipe, [toy_call(0), toy_call(1)], ridge=1e-9)
+def test_learned_solvers_of_the_literature_learn_within_their_families():
+    own = fitter(Toy(), [toy_call(0), toy_call(1)], ridge=1e-9)
     references = own.references
     errors, leaps = {}, {}
     with own.evaluator.probing():
@@ -379,19 +376,17 @@ def test_learned_solvers_of_the_literature_learn_within_their_families(field):
             leaps[name] = fit_learned_solver(name, own, 4, 3)
             errors[name] = leaps[name].error
             assert own.exact(leaps[name].timesteps, leaps[name].rows).error == pytest.approx(errors[name], rel=1e-3)
-    assert max(errors[name] for name in ("bns", "s4s", "dyweight")) <= start.error
-    assert errors["bns"] < start.error
-    if field is curved:
-        assert max(errors[name] for name in ("s4s", "dyweight")) < start.error
-        assert errors["bns"] < min(errors["dyweight"], errors["s4s"])
-    for name, window in (("s4s", 3), ("dyweight", 4)):  # what is out of the window keeps its share of the state
-        levels = [*map(references.level_at, leaps[name].timesteps), 0.0]
+    assert max(errors[name] for name in ("bns", "s4s", "dyweight")) < start.error
+    assert errors["bns"] < min(errors["dyweight"], errors["s4s"])
+    for name, window in (("s4s", 3), ("dyweight", 4)):  # what is out of the window stays as it was
         for k in range(1, 4):
-            kept = carried(levels[k], levels[k + 1], references.kind)
-            old = [kept * number for number in leaps[name].rows[k - 1][: 1 + max(0, k + 1 - window)]]
-            assert leaps[name].rows[k][: len(old)] == pytest.approx(old, rel=0.05, abs=1e-6)
+            old = leaps[name].rows[k - 1][: 1 + max(0, k + 1 - window)]
+            assert leaps[name].rows[k][: len(old)] == pytest.approx(old, abs=1e-6)
     with pytest.raises(UnknownNameError):
         fit_learned_solver("bsn", own, 4, 1)
+    other = fitter(Toy(noise, DDIMScheduler(**UNCLIPPED)), [toy_call(0)])
+    with pytest.raises(ConfigError, match="flow-matching models alone"):
+        fit_learned_solver("bns", other, 4, 1)
 
 
 def test_optimal_steps_is_the_best_list_of_its_objective():
