@@ -39,6 +39,8 @@ def frames(count, seed=0, dtype=torch.float32, **sizes):
 def filled(held=F, dtype=torch.float32, **sizes):
     cache = FrameCache()
     cache.append(frames(held, 1, dtype, **sizes), frames(held, 2, dtype, **sizes))
+    with torch.no_grad():
+        cache.reserve()
     return cache
 
 

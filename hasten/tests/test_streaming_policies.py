@@ -595,6 +595,7 @@ def test_room_grows_by_a_share_and_not_by_a_chunk():
     with torch.no_grad():
         for chunk in range(100):
             cache.append(frames(3, chunk, L=2, D=4), frames(3, chunk, L=2, D=4))
+            cache.reserve()
             made.add(cache._keys.data_ptr())
             assert cache._keys.shape[2] >= len(cache) + 3
             assert cache._keys.shape[2] <= 1.0625 * (len(cache) + 3)

@@ -22,42 +22,15 @@ import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError
-from hasten.streaming.rows import exchanges, row_starts, rows_at
+from hasten.streaming.rows import check_frames, exchanges, row_starts, rows_at
 
-__all__ = ["FrameCache", "Unrotate", "check_frames", "undo_rotation"]
+__all__ = ["FrameCache", "Unrotate", "undo_rotation"]
 
 GROWTH = 1.0625  # of the buffers, when they are full
-SHRINK = 1.25  # times too large at which they are made anew
+SHRINK = 1.125  # times too large at which they are made anew
 
 Unrotate = Callable[[Tensor, Tensor], Tensor]
 """Undoes the rotary embedding along time: keys `[B, H, F, L, D]` and absolute frame numbers `[F]` to keys."""
-
-
-def check_frames(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
-    """Refuse what is not `[B, F, L, H, D]`, or does not match another tensor but in its number of frames."""
-    if tensor.ndim != 5 or 0 in tensor.shape:
-        raise ConfigError(
-            f"expected {name} of shape [B, F, L, H, D] (batch, frames, tokens of a frame, heads, width of a head), "
-            f"none of them 0, got {list(tensor.shape)}; split the tokens into frames with unflatten"
-        )
-    if like is None:
-        return
-    heads, known = tensor.shape[3], like.shape[3]
-    if heads != known and max(heads, known) % min(heads, known) == 0 and tensor.shape[4] == like.shape[4]:
-        raise ConfigError(
-            f"{name} have {heads} heads where {known} were expected; grouped-query attention is not served: give keys "
-            f"and values a head per query head, with repeat_interleave({max(heads, known) // min(heads, known)}, dim=3)"
-        )
-    same = [axis for axis in range(5) if axis != 1]
-    if any(tensor.shape[axis] != like.shape[axis] for axis in same):
-        raise ConfigError(
-            f"expected {name} to agree in batch, tokens, heads and width with {list(like.shape)}, got "
-            f"{list(tensor.shape)}; a cache serves one layer and one size of frame, so call reset() for another"
-        )
-    if tensor.dtype != like.dtype or tensor.device != like.device:
-        raise ConfigError(
-            f"expected {name} in {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}; convert it first"
-        )
 
 
 def undo_rotation(keys: Tensor, rotations: Tensor) -> Tensor:
@@ -262,7 +235,7 @@ class FrameCache:
             plain = plain_keys.permute(0, 3, 1, 2, 4)
             self._plain = plain.contiguous() if self._plain is None else torch.cat([self._plain, plain], 2)
         for name, new in (("_keys", keys), ("_values", values)):
-            buffer = self._with_room(getattr(self, name), new, held + 2 * added)
+            buffer = self._with_room(getattr(self, name), new, held + added)
             buffer[:, :, held : held + added] = new.permute(0, 3, 1, 2, 4)
             setattr(self, name, buffer)
         if self._slots is not None:
@@ -272,6 +245,15 @@ class FrameCache:
         self.frames += range(self.next_frame, self.next_frame + added)
         self.next_frame += added
         self.whole += added
+
+    def reserve(self) -> None:
+        """Make room behind the history for a chunk as long as the latest one; call it when what may go has gone."""
+        self.moment, needed = 0, len(self) + self._latest
+        if self._keys is None or self.borrowed or self._keys.shape[2] >= needed:
+            return
+        for name in ("_keys", "_values"):
+            buffer = getattr(self, name)
+            setattr(self, name, self._with_room(buffer, buffer.permute(0, 2, 3, 1, 4), needed))
 
     def _with_room(self, buffer: Tensor | None, like: Tensor, needed: int) -> Tensor:
         """A buffer for `needed` frames: the same, or a larger one with what was held.
@@ -332,7 +314,7 @@ class FrameCache:
         if self._means is not None:  # it covers the oldest frames, those that were there when it was last asked for
             self._means = self._means.index_select(2, index[index < self._means.shape[2]])
         needed = len(positions) + self._latest
-        if self.borrowed or torch.is_grad_enabled() or keys.shape[2] > SHRINK * (needed + self._latest):
+        if self.borrowed or torch.is_grad_enabled() or keys.shape[2] > SHRINK * needed:
             self._keys, self._values = (self._copied(t, index, needed) for t in self._buffers())
             self._slots, self.borrowed = None, False
         else:

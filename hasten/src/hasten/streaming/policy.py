@@ -35,9 +35,10 @@ from hasten.streaming.attention import (
     kv_bytes,
     prepare,
 )
-from hasten.streaming.cache import FrameCache, Unrotate, check_frames
+from hasten.streaming.cache import FrameCache, Unrotate
 from hasten.streaming.current import Current
 from hasten.streaming.method import LayerView, StreamingMethod
+from hasten.streaming.rows import check_frames
 from hasten.streaming.selection import Selection
 from hasten.streaming.stats import Ledger, Stopwatch, StreamStats
 
@@ -136,6 +137,8 @@ class KVPolicy:
         self._book(self.cache.moment)
         self._next_chunk()
         self.evict(self.method.retained(self.view))
+        self.cache.reserve()
+        self._book(self.cache.moment)
 
     def _check_next(self, first: int | None) -> None:
         """Refuse frames that are not the next ones of the video."""

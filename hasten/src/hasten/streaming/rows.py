@@ -1,4 +1,4 @@
-"""Frames as rows of a buffer: which to exchange, where a head's begin, and copies of some.
+"""Frames of the right shape, and as rows of a buffer: which to exchange, where a head's begin, and copies of some.
 
 Shape legend: `B` batch, `Q` query frames that choose for themselves, `H` heads, `n` some of them, `b` frames of each,
 `F` frames held, `C` frames that there is room for.
@@ -9,7 +9,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["exchanges", "row_starts", "rows_at"]
+from hasten.errors import ConfigError
+
+__all__ = ["check_frames", "exchanges", "row_starts", "rows_at"]
+
+
+def check_frames(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
+    """Refuse what is not `[B, F, L, H, D]`, or does not match another tensor but in its number of frames."""
+    if tensor.ndim != 5 or 0 in tensor.shape:
+        raise ConfigError(
+            f"expected {name} of shape [B, F, L, H, D] (batch, frames, tokens of a frame, heads, width of a head), "
+            f"none of them 0, got {list(tensor.shape)}; split the tokens into frames with unflatten"
+        )
+    if like is None:
+        return
+    heads, known = tensor.shape[3], like.shape[3]
+    if heads != known and max(heads, known) % min(heads, known) == 0 and tensor.shape[4] == like.shape[4]:
+        raise ConfigError(
+            f"{name} have {heads} heads where {known} were expected; grouped-query attention is not served: give keys "
+            f"and values a head per query head, with repeat_interleave({max(heads, known) // min(heads, known)}, dim=3)"
+        )
+    same = [axis for axis in range(5) if axis != 1]
+    if any(tensor.shape[axis] != like.shape[axis] for axis in same):
+        raise ConfigError(
+            f"expected {name} to agree in batch, tokens, heads and width with {list(like.shape)}, got "
+            f"{list(tensor.shape)}; a cache serves one layer and one size of frame, so call reset() for another"
+        )
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ConfigError(
+            f"expected {name} in {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}; convert it first"
+        )
 
 
 def exchanges(where: Tensor, first: int) -> tuple[Tensor, Tensor]:
