@@ -215,14 +215,22 @@ def shape_table(result: dict[str, Any]) -> str:
 
 def overhead_table(result: dict[str, Any]) -> str:
     """Markdown of `overhead.json`."""
-    lines = ["| site | method | cached forward ms | of that Python overhead ms | cache KiB |", "|---|---|--:|--:|--:|"]
+    lines = ["| library | method | site | skipped ms | shortest | computed ms | shortest | Python calls |"]
+    lines.append("|---|---|---|--:|--:|--:|--:|--:|")
     for row in result["rows"]:
-        cells = [row["site"], row["method"], _cell(row["skipped_ms"], 2), _cell(row["overhead_ms"], 2)]
-        lines.append(_row([*cells, _cell(row["cache_bytes"] / 1024, 0)]))
+        cells = [row["library"] or "-", row["method"], row["site"] or "-"]
+        if "error" in row:
+            lines.append(_row([*cells, row["error"], "", "", "", ""]))
+            continue
+        times = [
+            _cell(row[f"{kind}_ms"], 3) for kind in ("skipped", "skipped_shortest", "computed", "computed_shortest")
+        ]
+        lines.append(_row([*cells, *times, "-" if row["skipped_calls"] is None else str(row["skipped_calls"])]))
+    environment = result["environment"]
     lines.append("")
     lines.append(
-        f"{result['model']}; plain forward {result['plain_ms']:.1f} ms, embeddings and final layer alone "
-        f"{result['embeddings_and_final_layer_ms']:.2f} ms; {result['environment']['device']}."
+        f"{result['model']}; medians and shortest of whole forwards over {result['runs']} runs of 50 steps, all arms in "
+        f"turn; {environment['device']}, torch {environment['torch']}, load average {result['load']:.1f}."
     )
     return "\n".join(lines)
 

@@ -307,7 +307,7 @@ def test_model_and_pipeline_can_go(site, removed):
 
 
 def test_the_schedulers_count_spares_reading_the_device():
-    """From the third step on nothing is read: a timestep on `meta` has no value that could be."""
+    """From the second step on nothing is read: a timestep on `meta` has no value that could be."""
     from test_steps import LATENTS, pipe
 
     from hasten.pipeline.runs import Runs
@@ -315,7 +315,7 @@ def test_the_schedulers_count_spares_reading_the_device():
     log, runs = [], Runs(torch.nn.Identity())
 
     def forward(t):
-        t = t if len(log) < 2 else t.to("meta")
+        t = t if len(log) < 1 else t.to("meta")
         log.append(runs.label(t, LATENTS)[1])
 
     caller = pipe(FlowMatchEulerDiscreteScheduler)

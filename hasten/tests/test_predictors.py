@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hasten.caching import Uniform, computed_steps
 from hasten.caching.predictors import Hermite, Reuse, Taylor, difference_ladder, hermite_coefficient
-from hasten.caching.projectors import weighted_sum
+from hasten.caching.sums import weighted_sum
 from hasten.errors import ConfigError
 
 stored_lists = st.lists(st.integers(0, 60), min_size=1, max_size=6, unique=True).map(lambda a: sorted(a, reverse=True))

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMa
 from torch import nn
 
 from hasten.pipeline.runs import Runs
-from hasten.pipeline.view import Owner, PipelineView, alive, current_owner, pipeline_of
+from hasten.pipeline.view import Caller, Owner, PipelineView, alive, current_owner
 
 LATENTS = torch.zeros(1, 64, 48)
 
@@ -265,8 +265,8 @@ def test_the_owner_is_the_nearest_call():
     seen = []
 
     def forward(_):
-        owner = current_owner()
-        seen.append((owner, pipeline_of(owner), owner in alive([owner])))
+        caller = Caller()
+        seen.append((caller.owner, caller.pipe, caller.owner in alive([caller.owner])))
 
     one = pipe()
     one(forward, 2)
@@ -275,7 +275,7 @@ def test_the_owner_is_the_nearest_call():
     assert alive([seen[0][0]]) == set()  # the call is over
     here = current_owner()
     assert here == Owner(threading.get_ident(), None)
-    assert pipeline_of(here) is None
+    assert Caller().pipe is None
     assert alive([here]) == {here}
 
 

@@ -164,7 +164,7 @@ def accelerate(
             handle.remove()
     try:
         for engine in engines.values():
-            engine.attach()
+            engine.attach(target if isinstance(target, nn.Module) and target is not engine.model else None)
         if stages is not None:
             stages.attach()
         if solving is not None:

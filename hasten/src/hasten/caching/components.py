@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
-from hasten.caching.predictors import Predictor
+import numpy as np
+import numpy.typing as npt
+
+from hasten.caching.predictors import GramPredictor, Predictor
 from hasten.caching.projectors import Projector
 from hasten.errors import ConfigError
 from hasten.models import TokenLayout
 
 __all__ = ["Components", "FeatureKey"]
+
+MOST_WEIGHTS = 4096  # that are known at a time; a run has one for each skipped step
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class Components:
 
     projector: Projector
     predictors: Mapping[str, Predictor]
+    _known: dict[tuple[int, tuple[int, ...]], Mapping[str, Sequence[float]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if set(self.predictors) != set(self.projector.components):
@@ -41,3 +50,40 @@ class Components:
                 f"{type(self.projector).__name__} splits features into {sorted(self.projector.components)}, "
                 f"but there are predictors for {sorted(self.predictors)}; give each component one predictor"
             )
+
+    @cached_property
+    def memory(self) -> int:
+        """How many stored steps are used."""
+        return max(predictor.memory for predictor in self.predictors.values())
+
+    @cached_property
+    def fitted(self) -> bool:
+        """Whether a predictor fits its weights to the features at hand."""
+        return any(isinstance(predictor, GramPredictor) for predictor in self.predictors.values())
+
+    def weights(
+        self, target: int, stored: tuple[int, ...], gram: npt.NDArray[np.float64]
+    ) -> Mapping[str, Sequence[float]]:
+        """Weights of each component on the stored steps, newest first, for a forecast at `target`.
+
+        Where they depend on the steps alone they are worked out once, for all features and runs.
+
+        Args:
+            target: the step to forecast.
+            stored: steps whose features are kept, newest first.
+            gram: inner products of these features, for predictors that are fitted to them.
+        """
+        if self.fitted:
+            return {
+                name: predictor.fitted(target, stored, gram)
+                if isinstance(predictor, GramPredictor)
+                else predictor.weights(target, stored)
+                for name, predictor in self.predictors.items()
+            }
+        weights = self._known.get((target, stored))
+        if weights is None:
+            if len(self._known) >= MOST_WEIGHTS:
+                self._known.clear()
+            weights = {name: predictor.weights(target, stored) for name, predictor in self.predictors.items()}
+            self._known[target, stored] = weights
+        return weights

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from hasten import models
-from hasten.caching.components import FeatureKey
+from hasten.caching.components import Components, FeatureKey
 from hasten.caching.deep import DeepSite
 from hasten.caching.gates import relative_change
-from hasten.caching.memory import Listener, PassMemory, without_autocast
+from hasten.caching.memory import Listener, PassMemory
 from hasten.caching.method import CachingMethod
 from hasten.caching.run import CachingRun
 from hasten.caching.schedule import Decision
@@ -28,23 +27,25 @@ from hasten.calibration import RunFacts
 from hasten.errors import AdapterError, AlreadyAcceleratedError, HastenWarning
 from hasten.models.forms import tensors_in
 from hasten.pipeline import context_parallel
-from hasten.pipeline.hooks import Forward, Hook, Remove, attach, compiled_whole, pass_name
+from hasten.pipeline.hooks import Forward, Hook, Remove, adopt_wrapper, attach, compiled_call, pass_name
 from hasten.pipeline.numbers import FiniteCheck
 from hasten.pipeline.others import other_cache
-from hasten.pipeline.records import Records, StepRecord
+from hasten.pipeline.records import Entry, Records, StepRecord, started, stopped
 from hasten.pipeline.runs import Run, Runs, StepInfo, signature
 from hasten.pipeline.view import PipelineView
 
 __all__ = ["CachingEngine"]
 
 WHOLE = (
-    "the transformer is compiled as a whole, and hasten runs it uncompiled; "
-    "compile its blocks instead: transformer.compile_repeated_blocks()"
+    "the transformer is compiled as a whole, but {method} works inside of it at site '{site}', so that it runs "
+    "uncompiled; compile its blocks instead, transformer.compile_repeated_blocks(), or use a method with a schedule at "
+    "site 'hidden' or 'output'"
 )
 GRADIENTS = (
     "an accelerated transformer was called with gradients enabled: forecasts have none, so it is computed in full; "
     "call it under torch.no_grad() to be faster, or .remove() the acceleration to train"
 )
+MOST_KEYS = 4096  # feature keys whose components are kept
 LARGE = 256 * 2**20  # bytes that are worth a word before they are kept
 
 
@@ -93,14 +94,17 @@ class CachingEngine(Hook):
             self._hidden, self._timestep = self._adapter.hidden, self._adapter.timestep
         self._calls = count(1)
         self._parameters = list(inspect.signature(model.forward).parameters)
+        self._positions = {name: position for position, name in enumerate(self._parameters)}
         self.site = self._make_site()
         self.runs = Runs(model, home)
         self._records = Records()
         self.listener: Listener | None = None
         self.facts = RunFacts()
         self._state: CachingRun | None = None  # of the forward under way
+        self._memory: PassMemory | None = None
         self._said: set[str] = set()
         self._numbers = FiniteCheck(type(method).__name__)
+        self._components: dict[FeatureKey, Components] = {}
         self._remove: Remove | None = None
         self._refuse_other_cache()
 
@@ -116,15 +120,28 @@ class CachingEngine(Hook):
 
     # --- attaching and detaching
 
-    def attach(self) -> None:
+    def attach(self, wrapper: nn.Module | None = None) -> None:
         """Stand around the transformer's calls.
+
+        Args:
+            wrapper: what `torch.compile(model)` returned, if that was given in the transformer's place.
 
         Raises:
             AlreadyAcceleratedError: if hasten does already.
         """
         self._remove = attach(self.model, self)
-        if compiled_whole(self.model):
-            self._warn("compiled", WHOLE)
+        if wrapper is None and self._home is not None:
+            wrapper = self._home.wrapper_of(self.model)
+        self._go_inside(wrapper)
+
+    def _go_inside(self, wrapper: nn.Module | None) -> None:
+        """Let a compiler of the whole transformer compile what runs inside of the hook, where the site can."""
+        if wrapper is not None:
+            adopt_wrapper(self.model, wrapper)
+        compiled = compiled_call(self.model)
+        self.site.compiled = compiled if self.site.compilable else None
+        if compiled is not None and not self.site.compilable:
+            self._warn("compiled", WHOLE.format(method=type(self.method).__name__, site=self.method.site))
 
     def detach(self) -> None:
         """Go away, and let go of the transformer; records stay readable."""
@@ -132,7 +149,7 @@ class CachingEngine(Hook):
             self._remove()
             self._numbers.settle()
             self.runs.end()
-            self._remove = self._state = self.listener = None
+            self._remove = self._state = self._memory = self.listener = None
             del self.model, self.site, self.runs
 
     @property
@@ -157,63 +174,60 @@ class CachingEngine(Hook):
         """The transformer's result, computed or forecast."""
         if torch.is_grad_enabled():
             self._warn("gradients", GRADIENTS)
-            return forward(*args, **kwargs)
+            return (self.site.compiled or forward)(*args, **kwargs)
         hidden = self._argument(self._hidden, args, kwargs)
         run, info = self.runs.label(self._time(args, kwargs), hidden, pass_name(module))
-        started = time.perf_counter()
+        device = _device(hidden)
+        start = started(device)
         try:
-            result, decision = self._forward(run, info, forward, args, kwargs)
+            result, decision = self._forward(run, info, hidden, device, forward, args, kwargs)
         except BaseException:
             self.runs.end(run)
             raise
         finally:
-            self._state = None
+            self._state = self._memory = None
         state: CachingRun = run.state
         held = state.held
         self._numbers.forward(info, decision.computed, hidden, _tensor(result))
         if info.last:
             state.free()
-        ms = 1e3 * (time.perf_counter() - started)
-        self._records.add(
-            StepRecord(
-                info.run,
-                info.step,
-                info.pass_name,
-                info.timestep,
-                decision.computed,
-                decision.reason,
-                ms,
-                held,
-                decision.indicator,
-            )
-        )
+        number, step, name = info.run, info.step, info.pass_name
+        computed, reason, indicator = decision.computed, decision.reason, decision.indicator
+        self._records.add(Entry(number, step, name, info.timestep, computed, reason, stopped(start), held, indicator))
         return result
 
-    def _forward(self, run: Run, info: StepInfo, forward: Forward, args: Any, kwargs: Any) -> tuple[Any, Decision]:
+    def _forward(
+        self, run: Run, info: StepInfo, hidden: Any, device: torch.device, forward: Forward, args: Any, kwargs: Any
+    ) -> tuple[Any, Decision]:
         if run.state is None:
             run.state = self._begin(run)
         elif info.step == 1 and info.first_pass:
             self.method.check_passes(list(run.state.memories))
         state: CachingRun = run.state
         self._state = state
-        hidden = self._argument(self._hidden, args, kwargs)
-        device = _device(hidden)
-        mixed = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        memory = state.memory(info, (signature(hidden), mixed), partial(self._new_memory, info, args, kwargs))
-        taken: list[Decision] = []
+        mixed = _mixed_precision(device.type)
+        memory = state.memory(info, (signature(hidden), mixed))
+        if memory is None:
+            memory = state.add_memory(info, self._new_memory(info, args, kwargs))
+        memory.mixed = mixed is not None
+        self._memory = memory
+        decision: Decision | None = None
 
         def decide(observed: Tensor | None) -> bool:
-            with without_autocast(device):
-                taken.append(state.decide(info, memory, observed))
-            return taken[0].computed
+            nonlocal decision
+            with memory.exact(device):
+                decision = state.decide(info, memory, observed)
+            return decision.computed
 
         result, computed = self.site.run(forward, args, kwargs, memory, decide)
-        decision = taken[0]
-        if computed and not decision.computed:
-            decision = Decision(True, "the forward has no place for a forecast")
-        if computed and info.first_pass and state.gate is not None:
-            with without_autocast(device):
-                state.gate.computed(info.step, _tensor(result))
+        assert decision is not None
+        if computed:
+            memory.settle()
+            if not decision.computed:
+                decision = Decision(True, "the forward has no place for a forecast")
+            if info.first_pass and state.gate is not None:
+                with memory.exact(device):
+                    state.gate.computed(info.step, _tensor(result))
         if self.listener is not None:
             self.listener(info.pass_name, info.step, "output", _tensor(result))
         return result, decision
@@ -233,8 +247,7 @@ class CachingEngine(Hook):
         self._refuse_other_cache()
         if self._check is not None:
             self._check(run)
-        if compiled_whole(self.model) or (run.view is not None and run.view.compiles(self.model)):
-            self._warn("compiled", WHOLE)
+        self._go_inside(None if run.view is None else run.view.wrapper_of(self.model))
         self.facts = RunFacts(run.total, run.timesteps, run.guidance)
         self.method.check_run(self.facts)
         gate = self.method.gate()
@@ -261,7 +274,17 @@ class CachingEngine(Hook):
         layout = self._find_layout(args, kwargs) if self.method.needs_layout else None
         if self.method.site == "module":
             self._state_cost(args, kwargs)
-        return PassMemory(self.method.components, info.pass_name, layout, partial(_mean, self.model), self.listener)
+        mean = partial(_mean, self.model)
+        return PassMemory(self._components_of, info.pass_name, layout, mean, self.listener)
+
+    def _components_of(self, key: FeatureKey) -> Components:
+        """The method's components of a feature key, made once, since they keep tables on the device."""
+        components = self._components.get(key)
+        if components is None:
+            if len(self._components) >= MOST_KEYS:  # images of ever other sizes
+                self._components.clear()
+            components = self._components[key] = self.method.components(key)
+        return components
 
     def _find_layout(self, args: Any, kwargs: Any) -> models.TokenLayout:
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
@@ -279,7 +302,8 @@ class CachingEngine(Hook):
         state = self._state
         assert state is not None
         assert state.gate is not None
-        with without_autocast(draft.device):
+        assert self._memory is not None
+        with self._memory.exact(draft.device):
             state.gate.verified(state.step, relative_change(draft, checked, state.gate.reduce))
 
     def _make_site(self) -> Site:
@@ -306,9 +330,7 @@ class CachingEngine(Hook):
         return -float(next(self._calls)) if self._timestep is None else self._argument(self._timestep, args, kwargs)
 
     def _argument(self, name: str, args: Any, kwargs: Any) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        return args[self._parameters.index(name)]
+        return kwargs[name] if name in kwargs else args[self._positions[name]]
 
     # --- what is said
 
@@ -363,6 +385,13 @@ class CachingEngine(Hook):
         components = self.method.components(FeatureKey())
         stored = max(predictor.memory for predictor in components.predictors.values())
         return passes * stored * dtype.itemsize * self.site.estimate(image_tokens, text_tokens, batch)
+
+
+def _mixed_precision(device_type: str) -> torch.dtype | None:
+    """The dtype of the autocast under way on a kind of device, if any; some kinds have none."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def _device(hidden: Any) -> torch.device:

@@ -8,15 +8,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hasten.caching.schedule import Decision, Schedule, computed_steps
+from hasten.caching.sums import magnitude
 from hasten.errors import ScheduleError
 
 __all__ = ["Gate", "Scheduled", "ThresholdGate", "relative_change"]
 
 Reduce = Callable[[Tensor], Tensor]
+TINY = float(torch.finfo(torch.float32).tiny)
 
 
 class Gate(ABC):
@@ -118,17 +121,18 @@ class ThresholdGate(Gate):
         return self._interval == 1 or total <= self._warmup
 
 
-def relative_change(new: Tensor, old: Tensor, reduce: Reduce, per_sample: bool = False) -> float:
-    """`mean |new - old| / mean |old|`, the measure of FBCache and TeaCache, in float32.
+def relative_change(
+    new: Tensor, old: Tensor, reduce: Reduce, per_sample: bool = False, size: Tensor | None = None
+) -> float:
+    """`mean |new - old| / mean |old|`, the measure of FBCache and TeaCache, summed in float32. Reads one tensor.
 
     Args:
         new, old: `[B, ...]`.
         reduce: adds up sums over the devices that share the tokens of one image.
         per_sample: measure each image of the batch on its own and return the largest change, the worst case over the
             batch; otherwise the batch is measured as one.
+        size: `magnitude(old, per_sample)`, where that is known.
     """
-    difference, size = (new.float() - old.float()).abs(), old.float().abs()
-    dims = tuple(range(1, new.ndim)) if per_sample and new.ndim > 1 else tuple(range(new.ndim))
-    sums = reduce(torch.stack([difference.sum(dims), size.sum(dims)]))
-    ratio = sums[0] / sums[1].clamp_min(torch.finfo(torch.float32).tiny)
-    return float(ratio.max())
+    sums = torch.stack([magnitude(new - old, per_sample), magnitude(old, per_sample) if size is None else size])
+    change, whole = np.asarray(reduce(sums).tolist())
+    return float(np.max(change / np.maximum(whole, TINY)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,58 +13,87 @@ import torch
 from torch import Tensor
 
 from hasten.caching.components import Components, FeatureKey
-from hasten.caching.predictors import GramPredictor
+from hasten.caching.sums import fused_on, inner_product
 from hasten.models import TokenLayout
 
-__all__ = ["Listener", "PassMemory", "finite", "without_autocast"]
+__all__ = ["Listener", "PassMemory", "finite"]
 
 Listener = Callable[[str, int, str, Tensor], None]
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Features keep the dtype in which the model made them; autocast would round what is computed from them."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+AS_IT_IS = nullcontext()
 
 
 def finite(forecast: Tensor) -> Tensor:
-    """A forecast within the range of its dtype: models in float16 clip what they compute, an extrapolation does not."""
+    """Clip a forecast, in place, to the range of its dtype: models in float16 do so, an extrapolation does not."""
     if forecast.dtype is not torch.float16:
         return forecast
     limits = torch.finfo(forecast.dtype)
-    return forecast.clamp(limits.min, limits.max)
+    return forecast.clamp_(limits.min, limits.max)
 
 
-class _Stored:
-    """The newest features under one cache key, and what forecasts them."""
+class _Ring:
+    """The newest features under one cache key, in buffers that are written in turn and keep their addresses.
+
+    Args:
+        components: what forecasts them.
+    """
 
     def __init__(self, components: Components) -> None:
         self.components = components
-        keep = max(predictor.memory for predictor in components.predictors.values())
-        self.steps: deque[tuple[int, Tensor]] = deque(maxlen=keep)  # newest first
-        self.fitted = any(isinstance(predictor, GramPredictor) for predictor in components.predictors.values())
+        self.size = components.memory
+        self.features: deque[Tensor] = deque()  # newest first
+        self.steps: tuple[int, ...] = ()
         self.gram: npt.NDArray[np.float64] = np.zeros((0, 0))
 
-    def add(self, step: int, feature: Tensor, mean: Callable[[Tensor], Tensor]) -> None:
-        self.steps.appendleft((step, feature))
-        if self.fitted:
-            row = [(feature.float() * old.float()).mean(dtype=torch.float64) for _, old in self.steps]
-            size = len(row)
-            gram = np.empty((size, size))
-            gram[1:, 1:] = self.gram[: size - 1, : size - 1]
-            gram[0] = gram[:, 0] = mean(torch.stack(row)).cpu().numpy()
-            self.gram = gram
+    def write(self, step: int, feature: Tensor) -> int:
+        """Copy a feature into the oldest buffer, or into a new one while there are fewer than are used.
+
+        Returns:
+            by how many bytes the buffers have grown.
+        """
+        grown = 0
+        buffer = self.features.pop() if len(self.features) == self.size else None
+        if buffer is None or not _alike(buffer, feature):
+            grown = feature.nbytes - (0 if buffer is None else buffer.nbytes)
+            fused_on(feature.device)  # what compiles and waits does so here, not on a skipped step
+            with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
+                buffer = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
+        self.features.appendleft(buffer.copy_(feature.detach()))
+        self.steps = (step, *self.steps[: self.size - 1])
+        return grown
+
+    def weights(self, target: int) -> Mapping[str, Sequence[float]]:
+        """Weights of each component on the features, for a forecast at step `target`."""
+        return self.components.weights(target, self.steps, self.gram)
+
+    def products(self) -> Tensor:
+        """Inner products of the newest feature with all that are kept, divided by its size, `[k]` float64."""
+        newest = self.features[0].view(-1)
+        return torch.stack([inner_product(newest, old.view(-1)) for old in self.features]) / newest.numel()
+
+    def extend_gram(self, row: npt.NDArray[np.float64]) -> None:
+        """Take in the products of the newest feature."""
+        size = len(row)
+        gram = np.empty((size, size))
+        gram[1:, 1:] = self.gram[: size - 1, : size - 1]
+        gram[0] = gram[:, 0] = row
+        self.gram = gram
+
+
+def _alike(buffer: Tensor, feature: Tensor) -> bool:
+    """Whether a buffer can hold a feature; a module's output may change its size within a run."""
+    return buffer.shape == feature.shape and buffer.dtype == feature.dtype and buffer.device == feature.device
 
 
 class PassMemory:
     """Features of one pass of one run, and their forecast.
 
     Args:
-        components: gives the split and the predictors of a feature.
-        pass_name: the pass.
-        layout: where the image's tokens lie, or None where that is not known.
-        mean: averages per-device means over the devices that share the tokens of one image.
-        listener: called with (pass, step, cache key, feature) for everything recorded.
+        components: gives split and predictors of a feature key.
+        pass_name: of the pass.
+        layout: where the tokens of the image lie, for methods that split by it.
+        mean: means of numbers over each device's tokens, as means over all tokens of one image.
+        listener: called with (pass, step, cache key, feature) for everything recorded. The feature is the memory's own
+            and is written over later: a listener copies what it keeps.
     """
 
     def __init__(
@@ -77,66 +106,60 @@ class PassMemory:
     ) -> None:
         self._components, self._pass_name, self._layout = components, pass_name, layout
         self._mean, self._listener = mean, listener
-        self._stored: dict[str, _Stored] = {}
-        self._weights: dict[tuple[int, tuple[int, ...], int], dict[str, list[float]]] = {}
+        self._rings: dict[str, _Ring] = {}
+        self._unread: list[tuple[_Ring, Tensor]] = []  # rings whose newest products are on the device alone
         self.step = 0
+        self.bytes = 0  # of the features held
+        self.mixed = False  # whether the forward under way is in mixed precision
         # What the site has to know of the results beside their features.
         self.forms: dict[str, Any] = {}
 
     @property
     def empty(self) -> bool:
         """Whether nothing has been recorded yet."""
-        return not self._stored
+        return not self._rings
 
     @property
     def cache_keys(self) -> tuple[str, ...]:
         """Cache keys of what has been recorded, in order."""
-        return tuple(self._stored)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the features held."""
-        return sum(f.numel() * f.element_size() for stored in self._stored.values() for _, f in stored.steps)
+        return tuple(self._rings)
 
     def record(self, key: str, feature: Tensor) -> None:
         """Keep the feature of the current step. It is copied, since models go on to work on views of it."""
-        stored = self._stored.get(key)
-        if stored is None:
-            stored = self._stored[key] = _Stored(self._components(FeatureKey(self._pass_name, key, self._layout)))
-        if stored.steps and stored.steps[0][0] == self.step:
+        ring = self._rings.get(key)
+        if ring is None:
+            ring = self._rings[key] = _Ring(self._components(FeatureKey(self._pass_name, key, self._layout)))
+        elif ring.steps[0] == self.step:
             raise RuntimeError(
                 f"feature {key!r} was recorded twice in step {self.step}: its module runs twice in a forward"
             )
-        with without_autocast(feature.device):
-            stored.add(self.step, feature.detach().clone(), self._mean)
-        self.observe(key, stored.steps[0][1])
+        self.bytes += ring.write(self.step, feature)
+        if ring.components.fitted:
+            with self.exact(feature.device):
+                self._unread.append((ring, ring.products()))
+        self.observe(key, ring.features[0])
 
     def observe(self, key: str, tensor: Tensor) -> None:
         """Tell the listener of a tensor that need not be remembered."""
         if self._listener is not None:
             self._listener(self._pass_name, self.step, key, tensor)
 
-    def forecast(self, key: str) -> Tensor:
-        """The feature that the current step would have had."""
-        stored = self._stored[key]
-        steps = tuple(step for step, _ in stored.steps)
-        features = [feature for _, feature in stored.steps]
-        with without_autocast(features[0].device):
-            return finite(stored.components.projector.combine(features, self._weigh(stored, steps)))
+    def settle(self) -> None:
+        """The forward of a computed step is over: read what predictors are fitted to, at once for all cache keys."""
+        if not self._unread:
+            return
+        rows = self._mean(torch.cat([row for _, row in self._unread])).cpu().numpy()
+        for ring, row in self._unread:
+            ring.extend_gram(rows[: len(row)])
+            rows = rows[len(row) :]
+        self._unread.clear()
 
-    def _weigh(self, stored: _Stored, steps: tuple[int, ...]) -> Mapping[str, list[float]]:
-        """Weights of each component. They depend on the steps alone, and so serve all features of the same components,
-        unless a predictor fits them to the features themselves."""
-        predictors = stored.components.predictors.items()
-        if stored.fitted:
-            return {
-                name: predictor.fitted(self.step, steps, stored.gram)
-                if isinstance(predictor, GramPredictor)
-                else predictor.weights(self.step, steps)
-                for name, predictor in predictors
-            }
-        key = (self.step, steps, id(stored.components))
-        if key not in self._weights:
-            self._weights = {k: w for k, w in self._weights.items() if k[0] == self.step}
-            self._weights[key] = {name: predictor.weights(self.step, steps) for name, predictor in predictors}
-        return self._weights[key]
+    def forecast(self, key: str) -> Tensor:
+        """The feature that the current step would have had, as a new tensor."""
+        ring = self._rings[key]
+        with self.exact(ring.features[0].device):
+            return finite(ring.components.projector.combine([*ring.features], ring.weights(self.step)))
+
+    def exact(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Features keep the dtype in which the model made them; autocast would round what is computed from them."""
+        return torch.autocast(device.type, enabled=False) if self.mixed else AS_IT_IS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 from torch import Tensor
 
@@ -32,14 +32,19 @@ class CachingRun:
         self._decision = Decision(True, "first step")
         self.step = 0
 
-    def memory(self, info: StepInfo, signature: Hashable, make: Callable[[], PassMemory]) -> PassMemory:
+    def memory(self, info: StepInfo, signature: Hashable) -> PassMemory | None:
         """What is remembered of the pass; nothing where its latents have another shape, dtype or device than before."""
-        if signature != self._signatures.get(info.pass_name):
+        memory = self.memories.get(info.pass_name)
+        if memory is None or signature != self._signatures[info.pass_name]:
             self.memories.pop(info.pass_name, None)
             self._signatures[info.pass_name] = signature
-        memory = self.memories.get(info.pass_name)
-        if memory is None:
-            memory = self.memories[info.pass_name] = make()
+            return None
+        memory.step = info.step
+        return memory
+
+    def add_memory(self, info: StepInfo, memory: PassMemory) -> PassMemory:
+        """Begin to remember a pass."""
+        self.memories[info.pass_name] = memory
         memory.step = info.step
         return memory
 

@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from operator import is_
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hasten import models
 from hasten.caching.memory import PassMemory, finite
+from hasten.caching.sums import add_into
 from hasten.errors import AdapterError
-from hasten.models import ModelAdapter, Proxy, patch_size
+from hasten.models import BlockStack, ModelAdapter, Proxy, patch_size
 from hasten.models.blocks import Skipped, owner_of, streams_in, swapped
 from hasten.models.forms import Form
 from hasten.pipeline.hooks import Forward
@@ -36,7 +37,16 @@ Latents = Callable[[Any, Any], Any]
 
 
 class Site(ABC):
-    """One way to skip a transformer's work. Used by one forward at a time."""
+    """One way to skip a transformer's work. Used by one forward at a time.
+
+    Attributes:
+        compilable: whether a transformer that is compiled as a whole can run compiled here: whether what the site does
+            within a forward can be traced.
+        compiled: what runs the transformer, compiled as a whole; None where it is not, or not `compilable`.
+    """
+
+    compilable: ClassVar[bool] = False
+    compiled: Forward | None = None
 
     @abstractmethod
     def run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, decide: Decide) -> tuple[Any, bool]:
@@ -77,15 +87,21 @@ class PlainSite(Site):
 
 
 class _Recorder(Proxy):
-    """Runs the module that it stands for and records what comes out."""
+    """Runs the last block and keeps the streams that come out."""
 
-    def __init__(self, original: nn.Module, record: Callable[[Any], None]) -> None:
+    def __init__(self, original: nn.Module, stack: BlockStack) -> None:
         super().__init__(original)
-        self.record = record
+        self.stack = stack
+        self.record: Callable[[dict[str, Tensor]], None] | None = None
+        self.seen: list[dict[str, Tensor]] = []  # where a compiler traces, which takes out what is put into a list
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.original(*args, **kwargs)
-        self.record(output)
+        streams = streams_in(self.stack, output)
+        if self.record is None:  # the model may go on to work in place
+            self.seen.append({name: tensor.clone() for name, tensor in streams.items()})
+        else:
+            self.record(streams)
         return output
 
 
@@ -116,6 +132,8 @@ class OutputSite(PlainSite):
         latents: gives the transformer's input from the arguments of a call.
     """
 
+    compilable: ClassVar[bool] = True
+
     def __init__(self, model: nn.Module, change: bool = False, latents: Latents | None = None) -> None:
         self._model, self._change = model, change
         self._latents = latents or (lambda args, kwargs: args[0])
@@ -129,7 +147,7 @@ class OutputSite(PlainSite):
         return latents if isinstance(latents, list) else [latents]
 
     def compute(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        result = forward(*args, **kwargs)
+        result = (self.compiled or forward)(*args, **kwargs)
         form = Form(result, type(self._model).__name__)
         for i, tensor in enumerate(form.tensors):
             start = self._start(i, tensor, args, kwargs)
@@ -143,7 +161,7 @@ class OutputSite(PlainSite):
         def make(i: int) -> Tensor:
             tensor = memory.forecast(f"output/{i}")
             start = self._start(i, tensor, args, kwargs)
-            return tensor if start is None else finite(tensor + start)
+            return tensor if start is None else finite(add_into(tensor, start))
 
         return form.build(make)
 
@@ -168,18 +186,24 @@ class OutputSite(PlainSite):
 class HiddenSite(PlainSite):
     """The image tokens after the last block, and with them every other stream that leaves it for a final layer.
 
-    A skipped step runs the embeddings and the final layers, with this step's modulation.
+    A skipped step runs the embeddings and the final layers, with this step's modulation. Where the transformer is
+    compiled as a whole, that is one graph per shape, and the forecast, which the fused sum makes before, its input: so
+    the graph depends on neither the method nor the number of stored steps. Computed steps are a graph of their own.
     """
+
+    compilable: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, adapter: ModelAdapter | None) -> None:
         if adapter is None:
             models.require_stacks(model)
         self._model, self.adapter = model, adapter
-        self._memory: PassMemory | None = None  # of the skipped forward under way
+        self._recorder: _Recorder | None = None
         self._skipped: Skipped | None = None
+        self._memory: PassMemory | None = None  # of the skipped forward under way
+        self._made: dict[str, Tensor] | None = None  # the forecast, where a compiler traces
 
     def compute(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
-        if self.adapter is None:
+        if self.adapter is None:  # watching is not for a compiler
             result, self.adapter, streams = models.trace(self._model, forward, args, kwargs)
             _record(memory, streams)
             return result
@@ -187,23 +211,37 @@ class HiddenSite(PlainSite):
         container = stack.container(self._model)
         last = next(reversed(container._modules))
         block = stack.blocks(self._model)[-1]
-        recorder = _Recorder(block, lambda output: _record(memory, streams_in(stack, output)))
-        with swapped([(container, last, recorder)]):
-            return forward(*args, **kwargs)
+        recorder = self._recorder
+        if recorder is None or recorder.original is not block:
+            recorder = self._recorder = _Recorder(block, stack)
+        recorder.record = partial(_record, memory) if self.compiled is None else None
+        try:
+            with swapped([(container, last, recorder)]):
+                result = (self.compiled or forward)(*args, **kwargs)
+            for streams in recorder.seen:
+                _record(memory, streams)
+            return result
+        finally:
+            recorder.record = None
+            recorder.seen.clear()
 
     def skip(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         assert self.adapter is not None
         if self._skipped is None:
             self._skipped = Skipped(self._model, self.adapter, self._forecast)
         self._memory = memory
+        if self.compiled is not None:
+            self._made = forecast_streams(memory)
         try:
             with self._skipped.inside():
-                result = forward(*args, **kwargs)
+                result = (self.compiled or forward)(*args, **kwargs)
             return result if self._skipped.asked else None
         finally:
-            self._memory = None
+            self._memory = self._made = None
 
     def _forecast(self) -> dict[str, Tensor]:
+        if self._made is not None:
+            return self._made
         assert self._memory is not None
         return forecast_streams(self._memory)
 
@@ -222,7 +260,7 @@ class _Submodule(Proxy):
         self.__dict__["site"] = site
         self.key, self.forecast = key, forecast
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.site.computing:
             output = self.original(*args, **kwargs)
             self.site.record(self, output)
@@ -248,21 +286,23 @@ class ModuleSite(PlainSite):
                 "BlockStack(..., modules=BlockModules(...))"
             )
         self._proxies: list[tuple[nn.Module, str, nn.Module]] = []  # (parent, submodule's name, proxy)
+        self._originals: list[nn.Module] = []  # that the proxies stand for
         self._blocks: list[nn.Module] = []
         self._memory: PassMemory | None = None  # of the forward under way
-        self._calls: Counter[str] = Counter()
+        self._calls: dict[str, int] = {}  # of each submodule in this forward
         self.computing = True
 
     def _swaps(self) -> list[tuple[nn.Module, str, nn.Module]]:
         blocks = [block for stack in self.adapter.used(self._model) for block in stack.blocks(self._model)]
-        if any(hasattr(block, "_orig_mod") or block._compiled_call_impl is not None for block in blocks):
+        if any("_orig_mod" in block._modules or block._compiled_call_impl is not None for block in blocks):
             raise AdapterError(
                 f"site 'module' works inside the blocks of {type(self._model).__name__}, which are compiled; "
                 "use site='hidden', or do not compile them"
             )
         same = len(blocks) == len(self._blocks) and all(map(is_, blocks, self._blocks))
-        if not same or any(parent._modules[name] is not proxy.original for parent, name, proxy in self._proxies):
+        if not same or not all(map(is_, [parent._modules[name] for parent, name, _ in self._proxies], self._originals)):
             self._blocks, self._proxies = blocks, self._build()
+            self._originals = [proxy.original for _, _, proxy in self._proxies]  # type: ignore[misc]
         return self._proxies
 
     def _build(self) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -301,8 +341,8 @@ class ModuleSite(PlainSite):
     def record(self, module: _Submodule, output: Any) -> None:
         """Remember what a submodule returned."""
         assert self._memory is not None
-        call = self._calls[module.key]
-        self._calls[module.key] += 1
+        call = self._calls.get(module.key, 0)
+        self._calls[module.key] = call + 1
         form = Form(output, f"{module.key!r} of {type(self._model).__name__}")
         if module.forecast:
             for i, tensor in enumerate(form.tensors):
@@ -311,15 +351,16 @@ class ModuleSite(PlainSite):
 
     def answer(self, module: _Submodule) -> Any:
         """What a submodule would have returned."""
-        assert self._memory is not None
-        memory, call = self._memory, self._calls[module.key]
-        self._calls[module.key] += 1
-        forms: list[Form] = memory.forms.get(module.key, [])
+        memory, key = self._memory, module.key
+        assert memory is not None
+        call = self._calls.get(key, 0)
+        self._calls[key] = call + 1
+        forms: list[Form] = memory.forms.get(key, [])
         if call >= len(forms):
             raise _NotRecordedError
         if not module.forecast:
             return forms[call].filler()
-        return forms[call].build(lambda i: memory.forecast(f"{module.key}/{call}/{i}"))
+        return forms[call].build(lambda i: memory.forecast(f"{key}/{call}/{i}"))
 
     def estimate(self, image_tokens: int, text_tokens: int, batch: int) -> int:
         tokens = {"image": image_tokens, "text": text_tokens, "joint": image_tokens + text_tokens}

@@ -18,6 +18,7 @@ from hasten import models
 from hasten.caching.memory import PassMemory, finite
 from hasten.caching.method import Feature
 from hasten.caching.sites import Decide, Site, forecast_streams, stream_key
+from hasten.caching.sums import add_into
 from hasten.errors import AdapterError, ConfigError
 from hasten.models import BlockStack, ModelAdapter, Proxy
 from hasten.models.blocks import (
@@ -81,7 +82,7 @@ class _Block(Proxy):
         self.stack, self.position = stack, position
         self.__dict__["site"] = site
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.site.block(self, args, kwargs)
 
 
@@ -242,7 +243,7 @@ class SpanSite(Site):
         entry = self._joined(block.stack)
         for name, change in new.items():
             start = self._start_of(entry, name, change)
-            new[name] = change if start is None else finite(start + change)
+            new[name] = change if start is None else finite(add_into(change, start))
         return answer(block.stack, block.original, args, kwargs, new)
 
     def _start_of(self, entry: dict[str, Tensor], name: str, like: Tensor) -> Tensor | None:

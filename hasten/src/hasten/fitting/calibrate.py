@@ -47,17 +47,33 @@ class Tape:
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
         self._run: dict[tuple[str, str], list[Tensor]] = {}
+        self._forward: tuple[str, int] | None = None  # whose samples are still on the device
+        self._samples: list[tuple[tuple[str, str], Tensor]] = []
         self.runs: list[dict[tuple[str, str], Tensor]] = []
 
     def __call__(self, pass_name: str, step: int, slot: str, tensor: Tensor) -> None:
-        self._run.setdefault((pass_name, slot), []).append(self._sample(slot, tensor))
+        if (pass_name, step) != self._forward:
+            self._gather()
+            self._forward = (pass_name, step)
+        self._samples.append(((pass_name, slot), self._sample(slot, tensor)))
 
     def _sample(self, slot: str, tensor: Tensor) -> Tensor:
+        """The tokens that are kept, in memory of their own, since the feature's is written over."""
         if slot.startswith("output"):
             flat = tensor.detach().flatten()
-            return flat[:: max(1, flat.numel() // (64 * self._tokens))].to("cpu", copy=True)
+            return flat[:: max(1, flat.numel() // (64 * self._tokens))].clone()
         tokens = tensor.detach().flatten(0, -2)
-        return tokens[:: -(-len(tokens) // self._tokens)].to("cpu", copy=True)
+        return tokens[:: -(-len(tokens) // self._tokens)].clone()
+
+    def _gather(self) -> None:
+        """Bring the samples of one forward to the host: one copy, however many there are, of each dtype."""
+        for dtype in dict.fromkeys(sample.dtype for _, sample in self._samples):
+            alike = [(key, sample) for key, sample in self._samples if sample.dtype == dtype]
+            gathered = torch.cat([sample.flatten() for _, sample in alike]).cpu()
+            parts = gathered.split([sample.numel() for _, sample in alike])
+            for (key, sample), part in zip(alike, parts, strict=True):
+                self._run.setdefault(key, []).append(part.view(sample.shape))
+        self._samples.clear()
 
     def end_run(self) -> None:
         """A call of the pipeline is over.
@@ -65,6 +81,8 @@ class Tape:
         Raises:
             CalibrationError: if the model produced a number that is not finite.
         """
+        self._gather()
+        self._forward = None
         run = {key: torch.stack(steps) for key, steps in self._run.items()}
         _refuse_non_finite(run, len(self.runs))
         self.runs.append(run)

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ __all__ = [
     "swapped",
     "with_streams",
 ]
+
+
+NOWHERE = 1 << 30  # the position of an argument that there is none of
 
 
 @contextmanager
@@ -137,14 +141,27 @@ def _given(stack: BlockStack, block: nn.Module, name: str, args: Any, kwargs: An
 
 
 class _PassThrough(Proxy):
-    """A block that does nothing: returns what it was given, in the order in which its stack returns it."""
+    """A block that does nothing: returns what it was given, in the order in which its stack returns it.
+
+    Every block of every skipped step comes here: no more is done than is needed, and not by way of `nn.Module`'s call.
+    """
 
     def __init__(self, original: nn.Module, stack: BlockStack) -> None:
         super().__init__(original)
-        self.stack = stack
+        self._streams, self._alone = stack.returns, len(stack.returns) == 1 and not stack.wrapped
+        self._places = tuple(_place(stack, original, name) for name in stack.returns)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return answer(self.stack, self.original, args, kwargs, {})
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = []
+        for name, index in self._places:
+            given.append(kwargs[name] if name in kwargs else args[index] if index < len(args) else None)
+        return given[0] if self._alone else tuple(given)
+
+
+def _place(stack: BlockStack, block: nn.Module, stream: str | None) -> tuple[str | None, int]:
+    """Name and position of the argument with a stream; of no argument for what a block returns besides."""
+    name = {"hidden": stack.hidden, "encoder": stack.encoder}.get(stream or "", stream)
+    return name, NOWHERE if name is None else _index(block, name, usual=int(stream == "encoder"))
 
 
 class _Last(_PassThrough):
@@ -154,8 +171,15 @@ class _Last(_PassThrough):
         super().__init__(original, stack)
         self.forecast = forecast
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return answer(self.stack, self.original, args, kwargs, self.forecast())
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        streams = self.forecast()
+        given: list[Any] = []
+        for stream, (name, index) in zip(self._streams, self._places, strict=True):
+            if stream is not None and stream in streams:
+                given.append(streams[stream])
+            else:
+                given.append(kwargs[name] if name in kwargs else args[index] if index < len(args) else None)
+        return given[0] if self._alone else tuple(given)
 
 
 class _Beside(_PassThrough):
@@ -165,8 +189,8 @@ class _Beside(_PassThrough):
         super().__init__(original, stack)
         self.__dict__["skipped"] = skipped
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.original(*args, **kwargs) if self.skipped.asked else super().forward(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs) if self.skipped.asked else super().__call__(*args, **kwargs)
 
 
 class Skipped:
@@ -181,6 +205,7 @@ class Skipped:
     def __init__(self, model: nn.Module, adapter: ModelAdapter, forecast: Callable[[], Mapping[str, Tensor]]) -> None:
         self._model, self._adapter, self._given = model, adapter, forecast
         self._proxies: dict[str, nn.Module] = {}
+        self._originals: dict[str, list[nn.Module]] = {}
         self.asked = False  # whether the forward under way has come to the last block
 
     @contextmanager
@@ -195,8 +220,9 @@ class Skipped:
 
     def _filled(self, stack: BlockStack, last: bool) -> nn.Module:
         """As many proxies as blocks, since some models read the length of the list or count along; made once."""
-        blocks = stack.blocks(self._model)
-        if not same_blocks(self._proxies.get(stack.name), blocks):
+        blocks, known = stack.blocks(self._model), self._originals.get(stack.name, [])
+        if len(known) != len(blocks) or not all(map(is_, known, blocks)):
+            self._originals[stack.name] = blocks
             proxies: list[nn.Module] = [
                 _Beside(block, stack, self) if stack.side else _PassThrough(block, stack) for block in blocks
             ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,15 +21,16 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hasten.errors import AlreadyAcceleratedError, CopyError, HastenWarning
+from hasten.errors import AlreadyAcceleratedError, CopyError
 from hasten.pipeline.bypass import Watch
 
 __all__ = [
     "Forward",
     "Hook",
     "Remove",
+    "adopt_wrapper",
     "attach",
-    "compiled_whole",
+    "compiled_call",
     "hooks_on",
     "instead",
     "pass_name",
@@ -79,7 +79,9 @@ class _HookedCalls:
         self._inner = module.__dict__.get("_call_impl")  # somebody else's, if any
         self._names = threading.local()
         self.lock = threading.RLock()  # proxies stand in the tree during a call, which no other thread may see
-        self._compiled = module.__dict__.pop("_compiled_call_impl", None)
+        self.compiled: Forward | None = module.__dict__.pop("_compiled_call_impl", None)
+        self._wrapper: Any = None  # of `torch.compile(module)`, and what it called before
+        self._wrapped_forward: Forward | None = None
         self._thread: int | None = None  # that is within a call
         self._watch = Watch(module, lambda: self._thread == threading.get_ident())
         self.hooks: tuple[Hook, ...] = ()  # innermost first
@@ -88,7 +90,7 @@ class _HookedCalls:
         def call_impl(*args: Any, **kwargs: Any) -> Any:
             return call(*args, **kwargs)  # one frame down, or `compile()` would unwrap and trace what is disabled
 
-        self._ours: dict[str, Any] = {_KEY: self, "_call_impl": call_impl}
+        self._ours: dict[str, Any] = {_KEY: self, "_call_impl": call_impl, "compile": self._compile}
         for name, method in (
             ("cache_context", self._cache_context),
             ("enable_cache", self._enable_cache),
@@ -110,8 +112,27 @@ class _HookedCalls:
         return names[-1] if names else None
 
     @property
-    def compiled(self) -> bool:
-        return self._compiled is not None or self.module.__dict__.get("_compiled_call_impl") is not None
+    def own_call(self) -> Forward:
+        """What the module's call runs inside of the hooks."""
+        return self._inner or MethodType(type(self.module)._call_impl, self.module)
+
+    def adopt(self, wrapper: Any) -> None:
+        """Let `torch.compile(module)` call the hooks uncompiled, and keep for them what it would have compiled."""
+        if wrapper is self._wrapper:
+            return
+        self._release_wrapper()
+        self.compiled = wrapper.dynamo_ctx(self.own_call)
+        self._wrapper, self._wrapped_forward = wrapper, wrapper.forward
+        wrapper.forward = torch.compiler.disable(self.module.__call__)
+
+    def _release_wrapper(self) -> None:
+        if self._wrapper is not None:
+            self._wrapper.forward, self.compiled = self._wrapped_forward, None
+            self._wrapper = self._wrapped_forward = None
+
+    def _compile(self, *args: Any, **kwargs: Any) -> None:
+        """As the module's own, but inside of the hooks: they decide what runs, and only what runs is compiled."""
+        self.compiled = torch.compile(self.own_call, *args, **kwargs)
 
     def leave(self) -> None:
         """Take away what stands in the module's dictionary, as far as nobody put something else there."""
@@ -124,27 +145,19 @@ class _HookedCalls:
                 del module.__dict__[name]
                 if name in self._before:
                     module.__dict__[name] = self._before[name]
-        if module.__dict__.get("_compiled_call_impl") is None:
-            if self._compiled is not None:
-                module._compiled_call_impl = self._compiled
-        else:
-            del module._compiled_call_impl  # it was compiled around hooks that are gone
-            warnings.warn(
-                f"{type(module).__name__}.compile() was called while hasten was at work on it, and is undone with it; "
-                "call compile() again",
-                HastenWarning,
-                stacklevel=4,
-            )
+        self._release_wrapper()
+        if self.compiled is not None:
+            module._compiled_call_impl = self.compiled
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module
-        forward = self._inner or functools.partial(type(module)._call_impl, module)
+        module, forward = self.module, self.own_call
         with self.lock:
-            for hook in self.hooks:  # as they are now: one may have gone while this thread waited
+            hooks = self.hooks  # as they are now: one may have gone while this thread waited
+            for hook in hooks[:-1]:
                 forward = functools.partial(_through, hook, module, forward)
             outer, self._thread = self._thread, threading.get_ident()
             try:
-                return forward(*args, **kwargs)
+                return _active(hooks[-1]).call(module, forward, args, kwargs) if hooks else forward(*args, **kwargs)
             finally:
                 self._thread = outer
 
@@ -254,10 +267,15 @@ def pass_name(module: Any) -> str | None:
     return None if calls is None else calls.name
 
 
-def compiled_whole(module: Any) -> bool:
-    """Whether `module.compile()` was called on a module, which hooks make of no use."""
+def compiled_call(module: Any) -> Forward | None:
+    """What runs a module compiled as a whole, hooks left out; None for a module that is not."""
     calls = module.__dict__.get(_KEY)
-    return getattr(module, "_compiled_call_impl", None) is not None if calls is None else calls.compiled
+    return getattr(module, "_compiled_call_impl", None) if calls is None else calls.compiled
+
+
+def adopt_wrapper(module: nn.Module, wrapper: nn.Module) -> None:
+    """Stand inside of `wrapper`, the result of `torch.compile(module)`, as long as there are hooks on the module."""
+    module.__dict__[_KEY].adopt(wrapper)
 
 
 class _WrappedStep:

@@ -44,6 +44,7 @@ class FiniteCheck:
     def __init__(self, method: str) -> None:
         self._method = method
         self._last: Tensor | None = None
+        self._all = checks_all()  # asked once per run, since looking into the environment takes longer than it seems
 
     def forward(self, info: StepInfo, computed: bool, hidden: Any, result: Any) -> None:
         """A forward has happened.
@@ -57,7 +58,9 @@ class FiniteCheck:
         Raises:
             NonFiniteError: if everything is checked and a number is not finite, naming step, pass and method.
         """
-        if checks_all():
+        if info.first_step:
+            self._all = checks_all()
+        if self._all:
             where = f"step {info.step}, pass {info.pass_name!r}, with {self._method}"
             if not bool(finite(hidden)):
                 raise NonFiniteError(

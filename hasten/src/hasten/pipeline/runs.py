@@ -16,16 +16,14 @@ it comes with other latents or under a name that the step had already.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hasten.pipeline.view import Owner, PipelineView, alive, current_owner, pipeline_of
+from hasten.pipeline.view import Caller, Owner, PipelineView, alive, current_owner
 
 __all__ = ["Run", "Runs", "StepInfo", "sample_shape", "signature"]
 
@@ -33,8 +31,7 @@ MOST_PASSES = 64  # of one step where nobody counts the steps: a model that is a
 NEAR = 0.01  # relative distance at which two timesteps are the same, since pipelines cast them to half precision
 
 
-@dataclass(frozen=True)
-class StepInfo:
+class StepInfo(NamedTuple):
     """The label of one forward.
 
     Attributes:
@@ -102,7 +99,8 @@ class Run:
         self._counted: bool | None = None  # whether the scheduler counts the steps; None until the first step ends
         self._first = self._value = self._mean = float("nan")
         self._direction = 0.0
-        self._names: Counter[str | None] = Counter()
+        self._names: dict[str | None, int] = {}  # forwards of this step by name
+        self._passes_now = 0  # of this step
         self._passes = 0  # of the step before
         self._shape: Hashable = None
         self._sample: Hashable = None
@@ -118,6 +116,8 @@ class Run:
         index = self._count()
         if self._counted:
             return index is not None and self._index is not None and index >= self._index
+        if self.total is not None and self._direction == 0.0 and self._passes_now < MOST_PASSES:
+            return True  # one value alone has no direction to go back from
         value, mean = _numbers(timestep)
         moved = (value, mean) != (self._value, self._mean)
         if self.total is None and self._other_latents(hidden, moved):
@@ -133,33 +133,33 @@ class Run:
         """Whether latents are of another run: passes of one step may differ in the batch alone."""
         return sample_shape(hidden) != self._sample or (moved and signature(hidden) != self._shape)
 
-    @property
-    def _passes_now(self) -> int:
-        return sum(self._names.values())
-
     def label(self, timestep: Any, hidden: Any, name: str | None) -> StepInfo:
         """Label a forward that is about to happen in this run."""
         first_step = self._step < 0
         index, sample = self._count(), sample_shape(hidden)
         moved = index != self._index
+        if self._counted is None and not first_step and moved:
+            self._counted = True
         value, mean = self._read(timestep, moved)
         repeated = (value, mean, sample) == (self._value, self._mean, self._sample)
         if first_step:
             self._first, self._counted = value, None if index is not None else False
         elif not self._counted and self._direction == 0.0:
             self._direction = value - self._value
-        if self._counted is False and name is not None and self._names[name]:
+        if self._counted is False and name is not None and name in self._names:
             repeated = False  # a second-order sampler evaluates twice at one time
         if first_step or moved or (not self._counted and not repeated):
             if self._counted is None and not first_step:
                 self._counted = moved
             self._step += 1
-            self._passes, self._names = self._passes_now, Counter()
-        first_pass = not self._names
+            self._passes, self._passes_now, self._names = self._passes_now, 0, {}
+        first_pass = not self._passes_now
+        before = self._names.get(name, 0)
         pass_name = f"pass{self._passes_now}" if name is None else name
-        if name is not None and self._names[name]:
-            pass_name = f"{name}#{self._names[name]}"  # windows of one step, or a second evaluation
-        self._names[name] += 1
+        if name is not None and before:
+            pass_name = f"{name}#{before}"  # windows of one step, or a second evaluation
+        self._names[name] = before + 1
+        self._passes_now += 1
         self._index, self._value, self._mean, self._sample = index, value, mean, sample
         if first_pass:
             self._shape = signature(hidden)
@@ -218,16 +218,16 @@ class Runs:
             hidden: the transformer's latents, a tensor or a list of them.
             name: the pass, if the pipeline names it.
         """
-        owner = current_owner()
-        run = self._runs.get(owner)
-        if run is None or not self._same_pipeline(run) or not run.goes_on(timestep, hidden):
-            run = self._begin(owner)
+        caller = Caller()
+        run = self._runs.get(caller.owner)
+        # A frame that has gone leaves its identity to others: the same owner may be the call of another pipeline.
+        if (
+            run is None
+            or (run.view is not None and run.owner.frame is not None and run.view.pipe is not caller.pipe)
+            or not run.goes_on(timestep, hidden)
+        ):
+            run = self._begin(caller)
         return run, run.label(timestep, hidden, name)
-
-    @staticmethod
-    def _same_pipeline(run: Run) -> bool:
-        """Whether the owner is the call that began the run; a frame that has gone leaves its identity to others."""
-        return run.owner.frame is None or run.view is None or run.view.pipe is pipeline_of(run.owner)
 
     @property
     def current(self) -> Run | None:
@@ -246,18 +246,18 @@ class Runs:
         elif self._runs.get(run.owner) is run:
             del self._runs[run.owner]
 
-    def _begin(self, owner: Owner) -> Run:
+    def _begin(self, caller: Caller) -> Run:
+        owner = caller.owner
         self._runs.pop(owner, None)
         others = list(self._runs)
         for gone in set(others) - alive(others):
             self._runs.pop(gone, None)
-        run = self._runs[owner] = Run(next(self._numbers), owner, self._view(owner), self._module)
+        run = self._runs[owner] = Run(next(self._numbers), owner, self._view(caller.pipe), self._module)
         if owner.frame is not None:
             self._called = run.sampler_timesteps
         return run
 
-    def _view(self, owner: Owner) -> PipelineView | None:
-        pipe = pipeline_of(owner)
+    def _view(self, pipe: Any) -> PipelineView | None:
         if pipe is not None:
             return PipelineView(pipe)
         if self._home is None or getattr(self._home.scheduler, "num_inference_steps", None) is None:

@@ -22,13 +22,13 @@ from hasten.errors import AdapterError, TargetError
 
 __all__ = [
     "DENOISERS",
+    "Caller",
     "Owner",
     "PipelineView",
     "alive",
     "call_arguments",
     "current_owner",
     "denoisers",
-    "pipeline_of",
     "unwrap",
 ]
 
@@ -54,10 +54,8 @@ _known: dict[int, tuple[CodeType, bool]] = {}
 
 
 def _executes_pipeline(frame: FrameType) -> bool:
-    """Whether a frame executes `__call__` of a pipeline."""
+    """Whether a frame of a function called `__call__` is one of a pipeline."""
     code = frame.f_code
-    if code.co_name != "__call__":
-        return False
     known = _known.get(id(code))
     if known is None:
         known = _known[id(code)] = (code, isinstance(_first_argument(frame), (DiffusionPipeline, ModularPipeline)))
@@ -74,25 +72,32 @@ def _first_argument(frame: FrameType) -> Any:
     return argument
 
 
-def _calling_frame() -> FrameType | None:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _executes_pipeline(frame):
-        frame = frame.f_back
-    return frame
+class Caller:
+    """Who makes the forward under way on this thread.
+
+    Attributes:
+        owner: of what happens now.
+        frame: that executes the pipeline's call; None in a loop of the user's own. Keep it no longer than a moment.
+    """
+
+    def __init__(self) -> None:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and not (frame.f_code.co_name == "__call__" and _executes_pipeline(frame)):
+            frame = frame.f_back
+        self.frame = frame
+        # Also makes a thread that was not started in Python known to `threading.enumerate`.
+        thread = threading.current_thread().ident or 0
+        self.owner = Owner(thread, None if frame is None else id(frame))
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline whose call it is; None in a loop of the user's own."""
+        return None if self.frame is None else _first_argument(self.frame)
 
 
 def current_owner() -> Owner:
     """The owner of what happens now on this thread."""
-    frame = _calling_frame()
-    # Also makes a thread that was not started in Python known to `threading.enumerate`.
-    thread = threading.current_thread().ident or 0
-    return Owner(thread, None if frame is None else id(frame))
-
-
-def pipeline_of(owner: Owner) -> Any:
-    """The pipeline whose call the owner is, seen from within this call; None in a loop of the user's own."""
-    frame = _calling_frame()
-    return _first_argument(frame) if frame is not None and id(frame) == owner.frame else None
+    return Caller().owner
 
 
 def call_arguments(owner: Owner) -> dict[str, Any]:
@@ -100,8 +105,9 @@ def call_arguments(owner: Owner) -> dict[str, Any]:
 
     Pipelines fill in what was not given, such as the size, before the first forward.
     """
-    frame = _calling_frame()
-    if frame is None or id(frame) != owner.frame:
+    caller = Caller()
+    frame = caller.frame
+    if frame is None or caller.owner.frame != owner.frame:
         return {}
     code, local = frame.f_code, frame.f_locals
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
@@ -223,10 +229,10 @@ class PipelineView:
         scale = getattr(self.pipe, "_guidance_scale", None)
         return float(scale) if isinstance(scale, (int, float)) else None
 
-    def compiles(self, module: nn.Module) -> bool:
-        """Whether the pipeline calls a transformer through `torch.compile`."""
+    def wrapper_of(self, module: nn.Module) -> nn.Module | None:
+        """What `torch.compile(module)` returned, if the pipeline calls that in the denoiser's place."""
         parts = [getattr(self.pipe, name, None) for name in DENOISERS]
-        return any(unwrap(part) is module and part is not module for part in parts)
+        return next((part for part in parts if unwrap(part) is module and part is not module), None)
 
     def timesteps_of(self, module: nn.Module) -> tuple[float, ...] | None:
         """The timesteps of the run at which a transformer is called; reads the list, so once per run."""

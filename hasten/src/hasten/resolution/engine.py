@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hasten.errors import ConfigError, HastenWarning, TargetError
 from hasten.parameters import Declared
-from hasten.pipeline.hooks import Forward, Hook, Remove, attach, compiled_whole, pass_name, wrap_step
+from hasten.pipeline.hooks import Forward, Hook, Remove, attach, compiled_call, pass_name, wrap_step
 from hasten.pipeline.numbers import FiniteCheck
 from hasten.pipeline.records import KEPT
 from hasten.pipeline.runs import Runs, StepInfo
@@ -423,7 +423,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         modules = [getattr(pipe, name, None) for name in self.transformers]
         modules = [module for module in modules if module is not None]
         for module in modules:
-            if hasattr(module, "_orig_mod") or compiled_whole(module):
+            if hasattr(module, "_orig_mod") or compiled_call(module) is not None:
                 raise TargetError(
                     "the transformer is compiled as a whole, which passes hooks by; "
                     "compile its blocks instead: transformer.compile_repeated_blocks(dynamic=True)"

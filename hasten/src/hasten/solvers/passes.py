@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hasten.pipeline.hooks import Forward, Hook, Remove, attach
-from hasten.pipeline.view import current_owner, denoisers, pipeline_of
+from hasten.pipeline.view import Caller, denoisers
 
 __all__ = ["PassesHook", "difference", "mixture_of", "watch_passes"]
 
@@ -94,7 +94,7 @@ class PassesHook(Hook):
 
     def _observer(self) -> Callable[[Tensor], None] | None:
         """Who wants to know: other pipelines may share the denoiser, and have such a scheduler of their own."""
-        caller = pipeline_of(current_owner())
+        caller = Caller().pipe
         if caller is None or caller is self._pipe:
             return self._observe
         scheduler = getattr(caller, "scheduler", None)

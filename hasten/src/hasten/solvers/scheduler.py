@@ -18,7 +18,7 @@ from torch import Tensor
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
 from hasten.io import Limits, describe, digest_of, read_json, write_atomically
-from hasten.pipeline.view import current_owner, pipeline_of
+from hasten.pipeline.view import Caller
 from hasten.solvers.content import LEAP, REMEDY, arguments_of, check_arguments, refuse_other_model
 from hasten.solvers.formula import Formula, Learned, SecondOrder, signal
 from hasten.solvers.passes import difference, mixture_of
@@ -219,7 +219,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
 
     def _check_caller(self) -> None:
         """Compare the denoiser of the pipeline whose call this is, once."""
-        pipe = pipeline_of(current_owner())
+        pipe = Caller().pipe
         if pipe is not None and self._known() is not pipe:
             self.check_model(pipe)
             self._known = weakref.ref(pipe)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from hasten.caching.adaptive import AdaptiveMethod
-from hasten.caching.gates import Gate, ThresholdGate
+from hasten.caching.gates import TINY, Gate, ThresholdGate
 from hasten.caching.method import Feature
+from hasten.caching.sums import magnitude
 from hasten.registry import method
 
 __all__ = ["EasyCache"]
@@ -35,20 +36,19 @@ class RateGate(ThresholdGate):
     def begin(self, total: int | None) -> None:
         super().begin(total)
         self._x: Tensor | None = None
-        self._computed: list[tuple[Tensor, Tensor]] = []  # (input, result) of the two newest computed steps
+        self._computed: tuple[Tensor, Tensor] | None = None  # input and result of the newest computed step
+        # Magnitudes that a computed step settles, on the device: change of the result and of the input since the one
+        # before, and the result. They are ratios of means over equal numbers of elements, and so of sums.
+        self._scales: Tensor | None = None
         self._error = 0.0
-
-    def _mean(self, tensor: Tensor) -> float:
-        sums = self.reduce(torch.stack([tensor.float().abs().sum(), tensor.new_tensor(tensor.numel()).float()]))
-        return float(sums[0] / sums[1])
 
     def measure(self, step: int, observed: Tensor | None) -> float | None:
         previous, self._x = self._x, observed
-        if previous is None or observed is None or len(self._computed) < 2:
+        if previous is None or observed is None or previous.shape != observed.shape or self._scales is None:
             return None
-        (x1, out1), (x0, out0) = self._computed
-        rate = self._mean(out0 - out1) / max(self._mean(x0 - x1), 1e-12)
-        self._error += rate * self._mean(observed - previous) / max(self._mean(out0), 1e-12)
+        sums = self.reduce(torch.cat([self._scales, magnitude(observed - previous)[None]])).tolist()
+        result_change, input_change, result, change = sums
+        self._error += result_change / max(input_change, TINY) * change / max(result, TINY)
         return self._error
 
     def on_decision(self, computed: bool, observed: Tensor | None) -> None:
@@ -57,10 +57,14 @@ class RateGate(ThresholdGate):
 
     def computed(self, step: int, output: Tensor) -> None:
         assert self._x is not None
-        self._computed = [*self._computed[-1:], (self._x, output)]
+        x, before, self._computed = self._x, self._computed, (self._x, output)
+        self._scales = None
+        if before is not None and before[0].shape == x.shape and before[1].shape == output.shape:
+            changes = (output - before[1], x - before[0], output)
+            self._scales = torch.stack([magnitude(change) for change in changes])
 
     def held(self) -> Iterable[Tensor]:
-        return [tensor for pair in self._computed for tensor in pair] + ([] if self._x is None else [self._x])
+        return [*(self._computed or ()), *(() if self._x is None else (self._x,))]
 
 
 @method("easycache", kind="caching", paper="EasyCache, arXiv:2507.02860")

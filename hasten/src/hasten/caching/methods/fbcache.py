@@ -22,6 +22,7 @@ from torch import Tensor
 from hasten.caching.adaptive import AdaptiveMethod
 from hasten.caching.gates import Gate, ThresholdGate, relative_change
 from hasten.caching.method import Feature
+from hasten.caching.sums import magnitude
 from hasten.parameters import Range
 from hasten.registry import method
 
@@ -38,15 +39,17 @@ class FrontGate(ThresholdGate):
     def begin(self, total: int | None) -> None:
         super().begin(total)
         self._reference: Tensor | None = None
+        self._size: Tensor | None = None  # of the reference
 
     def measure(self, step: int, observed: Tensor | None) -> float | None:
         if self._reference is None or observed is None or observed.shape != self._reference.shape:
             return None
-        return relative_change(observed, self._reference, self.reduce, self._per_sample)
+        return relative_change(observed, self._reference, self.reduce, self._per_sample, self._size)
 
     def on_decision(self, computed: bool, observed: Tensor | None) -> None:
         if computed:
             self._reference = observed
+            self._size = None if observed is None else magnitude(observed, self._per_sample)
 
     def held(self) -> Iterable[Tensor]:
         return () if self._reference is None else (self._reference,)

@@ -31,7 +31,8 @@ from torch import Tensor
 from hasten.caching.components import Components, FeatureKey
 from hasten.caching.method import ScheduledMethod
 from hasten.caching.predictors import Hermite, Ladder, Order, Predictor, Scale
-from hasten.caching.projectors import Projector, Whole, weighted_sum
+from hasten.caching.projectors import Projector, Whole, gap
+from hasten.caching.sums import Weight, weighted_sum
 from hasten.errors import ConfigError
 from hasten.models import TokenLayout
 from hasten.parameters import Range
@@ -41,6 +42,7 @@ from hasten.registry import method
 __all__ = ["Bands", "FreqCa"]
 
 Split = Literal["dct", "fft", "none"]
+CHANNEL_PARTS = 16  # in which a Fourier transform, which needs float32, takes the channels
 
 
 @lru_cache(maxsize=32)
@@ -65,24 +67,10 @@ class Bands:
     def __init__(self, layout: TokenLayout, split: str, cutoff: float) -> None:
         self._layout, self._split, self._cutoff = layout, split, cutoff
         self._count = math.prod(layout.grid)
+        # Each axis' low rows of the DCT and the mask of the low coefficients among them.
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], Tensor]] = {}
 
-    def low(self, tokens: Tensor) -> Tensor:
-        """The low band of the image's tokens `[B, n, D]` (float32)."""
-        if self._split == "fft":
-            spectrum = torch.fft.rfft(tokens, dim=1)
-            frequency = torch.fft.rfftfreq(tokens.shape[1], device=tokens.device)
-            spectrum[:, frequency > self._cutoff * frequency.max()] = 0
-            return torch.fft.irfft(spectrum, n=tokens.shape[1], dim=1)
-        grid = self._layout.grid
-        field = tokens.unflatten(1, grid)
-        for axis, n in enumerate(grid, start=1):
-            field = torch.tensordot(field, dct_matrix(n, tokens.device), dims=([axis], [1])).movedim(-1, axis)
-        field = field * low_mask(grid, self._cutoff).to(tokens.device)[None, ..., None]
-        for axis, n in enumerate(grid, start=1):
-            field = torch.tensordot(field, dct_matrix(n, tokens.device), dims=([axis], [0])).movedim(-1, axis)
-        return field.flatten(1, len(grid))
-
-    def combine(self, features: Sequence[Tensor], weights: Mapping[str, Sequence[float]]) -> Tensor:
+    def combine(self, features: Sequence[Tensor], weights: Mapping[str, Sequence[Weight]]) -> Tensor:
         first, end = self._layout.offset, self._layout.offset + self._count
         if features[0].ndim != 3 or features[0].shape[1] < end:
             grid = "x".join(map(str, self._layout.grid))
@@ -90,11 +78,47 @@ class Bands:
                 f"FreqCa expects tokens [B, N, D] with a {grid} grid from token {first} on, "
                 f"got {tuple(features[0].shape)}; where devices share the tokens of an image, use another method"
             )
-        whole = weighted_sum([f.float() for f in features], weights["high"])
-        image = [f[:, first:end].float() for f in features]
-        gap = [low - high for low, high in zip(weights["low"], weights["high"], strict=True)]
-        whole[:, first:end] += self.low(weighted_sum(image, gap))
-        return whole.to(features[0].dtype)
+        whole = weighted_sum(features, weights["high"])
+        change = weighted_sum(features, gap(weights, "low", "high"))
+        add = self._add_low_frequencies if self._split == "fft" else self._add_low_coefficients
+        add(whole[:, first:end], change[:, first:end])
+        return whole
+
+    def _add_low_coefficients(self, total: Tensor, tokens: Tensor) -> None:
+        """Add the low band of `tokens` `[B, n, D]` by a DCT of which only low rows are computed."""
+        place = (tokens.device, tokens.dtype)
+        tables = self._tables.get(place)
+        if tables is None:
+            tables = self._tables[place] = self._low_rows(*place)
+        (first, *others), mask = tables
+        batch, _, width = tokens.shape
+        grid, kept = self._layout.grid, mask.shape
+        field = first @ tokens.view(batch, grid[0], -1)  # [B, m0, n1 ... D]
+        for axis, rows in enumerate(others, start=1):
+            field = rows @ field.view(batch * math.prod(kept[:axis]), grid[axis], -1)
+        field = field.view(batch, *kept, width) * mask[..., None]
+        for axis, rows in reversed(list(enumerate(others, start=1))):
+            field = rows.T @ field.view(batch * math.prod(kept[:axis]), kept[axis], -1)
+        back = first.T.expand(batch, -1, -1)
+        total.view(batch, grid[0], -1).baddbmm_(back, field.view(batch, kept[0], -1))
+
+    def _low_rows(self, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+        grid, mask = self._layout.grid, low_mask(self._layout.grid, self._cutoff)
+        # Along its own axis a row is low where it is low at zero frequency of the others.
+        kept = [int(mask.movedim(axis, 0).flatten(1)[:, 0].sum()) for axis in range(len(grid))]
+        rows = [dct_matrix(n, device, dtype)[:m] for n, m in zip(grid, kept, strict=True)]
+        return rows, mask[tuple(map(slice, kept))].to(device, dtype)
+
+    def _add_low_frequencies(self, total: Tensor, tokens: Tensor) -> None:
+        """Add the low band of `tokens` `[B, n, D]` along the sequence, some channels at a time."""
+        count, width = tokens.shape[1:]
+        kept = math.floor(self._cutoff * (count // 2) + 1e-9) + 1
+        size = -(-width // CHANNEL_PARTS)
+        for start in range(0, width, size):
+            channels = slice(start, start + size)
+            spectrum = torch.fft.rfft(tokens[..., channels].float(), dim=1)
+            spectrum[:, kept:] = 0
+            total[..., channels] += torch.fft.irfft(spectrum, n=count, dim=1).to(total.dtype)
 
 
 @method("freqca", kind="caching", paper="FreqCa, arXiv:2510.08669")

@@ -36,6 +36,7 @@ from hasten.caching.components import Components, FeatureKey
 from hasten.caching.multistep import SOLVERS, Multistep
 from hasten.caching.predictors import Hermite, Predictor, Reuse, Taylor
 from hasten.caching.projectors import Whole
+from hasten.caching.sums import Weight, weighted_sum
 from hasten.calibration import Calibration, Fit, Trace, declare_contents
 from hasten.errors import CalibrationError, ConfigError
 from hasten.io import Array, symmetric
@@ -63,18 +64,28 @@ class ChannelClusters:
 
     def __init__(self, labels: Tensor, count: int) -> None:
         self._labels = labels
+        self._members: dict[torch.device, Tensor] = {}  # [C, D] float32, 1 where a channel is in a cluster
         self.components: tuple[str, ...] = tuple(f"cluster{c}" for c in range(count))
 
-    def combine(self, features: Sequence[Tensor], weights: Mapping[str, Sequence[float]]) -> Tensor:
+    def combine(self, features: Sequence[Tensor], weights: Mapping[str, Sequence[Weight]]) -> Tensor:
         first = features[0]
         if first.shape[-1] != len(self._labels):
             raise CalibrationError(f"clusters are of {len(self._labels)} channels, got {tuple(first.shape)}")
-        table = torch.tensor([list(weights[name]) for name in self.components], dtype=torch.float32)  # [C, K]
-        vectors = table[self._labels].T.to(first.device)  # [K, D]
-        total = first.float() * vectors[0]
-        for feature, vector in zip(features[1:], vectors[1:], strict=True):
-            total.addcmul_(feature.float(), vector)
-        return total.to(first.dtype)
+        members = self._members.get(first.device)
+        if members is None:
+            clusters = torch.arange(len(self.components))[:, None]
+            members = self._members[first.device] = (self._labels == clusters).float().to(first.device)
+        # Numbers go to the device with the operations that take them, a table would have to be copied there.
+        columns = zip(*(weights[name] for name in self.components), strict=True)
+        return weighted_sum(features, [_by_channel(members, column) for column in columns])
+
+
+def _by_channel(members: Tensor, weights: Sequence[Weight]) -> Tensor:
+    """One weight for each channel, `[D]`, from one for each cluster."""
+    vector = members[0] * weights[0]
+    for row, weight in zip(members[1:], weights[1:], strict=True):
+        vector = vector + row * weight if isinstance(weight, Tensor) else torch.add(vector, row, alpha=weight)
+    return vector
 
 
 def descriptors(steps: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ from hasten.caching.calibrated import CalibratedMethod
 from hasten.caching.components import Components, FeatureKey
 from hasten.caching.multistep import Vector
 from hasten.caching.predictors import Order, Predictor, Reuse, Taylor
-from hasten.caching.projectors import Whole, weighted_sum
+from hasten.caching.projectors import Whole, gap
+from hasten.caching.sums import Weight, weighted_sum
 from hasten.calibration import Fit, Trace, declare_contents
 from hasten.errors import CalibrationError
 from hasten.io import Array, orthonormal
@@ -54,19 +55,22 @@ class Subspace:
 
     def __init__(self, basis: Tensor) -> None:
         self._basis = basis
+        self._moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def combine(self, features: Sequence[Tensor], weights: Mapping[str, Sequence[float]]) -> Tensor:
-        if features[0].shape[-1] != len(self._basis):
+    def combine(self, features: Sequence[Tensor], weights: Mapping[str, Sequence[Weight]]) -> Tensor:
+        width = features[0].shape[-1]
+        if width != len(self._basis):
             raise CalibrationError(
                 f"the basis is for features of {len(self._basis)} channels, got {tuple(features[0].shape)}"
             )
-        if self._basis.device != features[0].device:
-            self._basis = self._basis.to(features[0].device)
-        wide = [feature.float() for feature in features]
-        whole = weighted_sum(wide, weights["residual"])
-        gap = [p - r for p, r in zip(weights["principal"], weights["residual"], strict=True)]
-        change = weighted_sum(wide, gap)
-        return (whole + (change @ self._basis) @ self._basis.T).to(features[0].dtype)
+        place = (features[0].device, features[0].dtype)
+        basis = self._moved.get(place)
+        if basis is None:
+            basis = self._moved[place] = self._basis.to(*place)
+        whole = weighted_sum(features, weights["residual"])
+        change = weighted_sum(features, gap(weights, "principal", "residual"))
+        whole.view(-1, width).addmm_(change.view(-1, width) @ basis, basis.T)
+        return whole
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from torch import Tensor
 from hasten.caching.adaptive import AdaptiveMethod
 from hasten.caching.gates import Gate, ThresholdGate, relative_change
 from hasten.caching.method import Feature
+from hasten.caching.sums import magnitude
 from hasten.calibration import Calibration, Fit, Trace, declare_contents
 from hasten.io import Array
 from hasten.parameters import Names, Range
@@ -58,15 +59,16 @@ class AccumulatingGate(ThresholdGate):
     def begin(self, total: int | None) -> None:
         super().begin(total)
         self._previous: Tensor | None = None
+        self._size: Tensor | None = None  # of the previous one
         self._sum = 0.0
 
     def measure(self, step: int, observed: Tensor | None) -> float | None:
         previous, self._previous = self._previous, observed
+        size, self._size = self._size, None if observed is None else magnitude(observed, self._per_sample)
         if previous is None or observed is None or previous.shape != observed.shape:
             return None
-        self._sum += float(
-            np.polyval(self._polynomial, relative_change(observed, previous, self.reduce, self._per_sample))
-        )
+        change = relative_change(observed, previous, self.reduce, self._per_sample, size)
+        self._sum += float(np.polyval(self._polynomial, change))
         return self._sum
 
     def on_decision(self, computed: bool, observed: Tensor | None) -> None:
