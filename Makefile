@@ -9,8 +9,7 @@ PYTEST_ARGS ?=
 TEST_JOBS ?= 2
 # The diffusers that `make test-versions` tests beside the one in .venv, and the tests: what stands in other people's code.
 VERSIONS ?= 0.35.2 0.38.0 0.40.0
-VERSION_TESTS ?= $(addprefix hasten/tests/test_,$(addsuffix .py,ownership reached numbers handles steps fuzz \
-  resolution_runs peers leap compile families))
+VERSION_TESTS ?= $(addprefix hasten/tests/test_,$(addsuffix .py,steps handles fuzz reached ownership))
 BENCH_MODEL ?= emoji-flux
 BENCH_METHODS ?= reuse,taylorseer,hicache,foca
 BENCH_COMPUTED_STEPS ?= 12,9,7

@@ -143,6 +143,12 @@ def test_offloading_by_the_pipeline_over_many_calls(first, site):
 
 @pytest.mark.parametrize("first", ["offload", "accelerate"])
 def test_group_offloading_in_either_order_over_many_calls(first, tmp_path):
+    try:
+        alone = make_pipe()
+        apply_group_offloading(alone.transformer, CPU, CPU, "leaf_level", offload_to_disk_path=str(tmp_path / "alone"))
+        draw(alone, 1)
+    except AttributeError:
+        pytest.skip("this diffusers offloads groups from an accelerator only")
     pipe = make_pipe()
     plain = draw(pipe)
     with hasten.accelerate(pipe, "taylorseer", interval=4):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 TEXT = 5
+# Qwen-Image counts its text tokens itself since diffusers 0.36.
+QWEN: dict[str, Any] = {"txt_seq_lens": [TEXT]} if diffusers.__version__.startswith("0.35") else {}
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ TINY: dict[str, Tiny] = {
             "encoder_hidden_states": randn(1, TEXT, 32),
             "encoder_hidden_states_mask": torch.ones(1, TEXT, dtype=torch.long),
             "img_shapes": [[(1, 4, 4)]],
+            **QWEN,
         },
     ),
     "HunyuanVideoTransformer3DModel": Tiny(
