@@ -2,7 +2,7 @@
 and the learned solvers of the literature.
 
 python benchmarks/leap_measure.py --model emoji-flux --guidance 3 --counts 9,7 --out benchmarks/leap-flux-guided.json
-python benchmarks/leap_measure.py --model emoji-flux --counts 16,14,12,10,9,8,7,6,5,4 --old --out benchmarks/leap-flux.json
+python benchmarks/leap_measure.py --model emoji-flux --counts 16,14,12,10,9,8,7,6,5,4 --old --out leap-flux.json
 
 Everything that is finished is kept in `--work` and in the JSON: the same command goes on where it was cut short. The
 model of prompt `i` is drawn with seed `i`; those learned from are the last of the list, with seeds from 1000.
@@ -14,14 +14,15 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hasten
 import numpy as np
 import torch
 from hasten.bench.environment import environment
 from hasten.bench.learned_solvers import SOLVERS, fit_learned_solver
-from hasten.quality.metrics import psnr
 from hasten.bench.subject import open_model
 from hasten.bench.tune import tuning_calls
 from hasten.calibration import Calibration
@@ -31,12 +32,11 @@ from hasten.fitting.leap import fit_leap
 from hasten.fitting.leap_fitter import Fitter
 from hasten.fitting.references import record_references
 from hasten.pipeline.replay import Replay
+from hasten.quality.metrics import psnr
 from hasten.solvers import Leap, LeapScheduler
 from hasten.solvers.plain import SOLVERS as PLAIN
 from hasten.solvers.plain import SPACINGS, Sampler
 from torch import Tensor
-
-import hasten
 
 STEPS, SEED, TRIED = (
     50,
@@ -48,16 +48,10 @@ RESAMPLES = 2000
 
 def main() -> None:
     """Fit and measure what is not there yet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-flux")
-    parser.add_argument(
-        "--guidance", type=float, help="true classifier-free guidance; none by default"
-    )
-    parser.add_argument(
-        "--guidances", default="", help="scales for one file, such as 1.5,3,5"
-    )
+    parser.add_argument("--guidance", type=float, help="true classifier-free guidance; none by default")
+    parser.add_argument("--guidances", default="", help="scales for one file, such as 1.5,3,5")
     parser.add_argument(
         "--at",
         default="",
@@ -80,9 +74,7 @@ def main() -> None:
         action="store_true",
         help="measure the tables in benchmarks/leap-0.1.0.json as well",
     )
-    parser.add_argument(
-        "--half", action="store_true", help="measure LEAP in bfloat16 as well"
-    )
+    parser.add_argument("--half", action="store_true", help="measure LEAP in bfloat16 as well")
     parser.add_argument(
         "--ablation",
         default="",
@@ -115,10 +107,7 @@ class Measure:
 
     def write(self) -> None:
         """Write everything measured so far, with what can be computed from it."""
-        about = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(self.options).items()
-        }
+        about = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.options).items()}
         content = {
             "environment": environment(),
             "options": about,
@@ -135,28 +124,18 @@ class Measure:
         """Arguments of a call at a guidance scale."""
         return {} if scale is None else {"true_cfg_scale": scale, "negative_prompt": ""}
 
-    def calls(
-        self, scale: float | None, learn: bool, count: int | None = None
-    ) -> list[dict[str, Any]]:
+    def calls(self, scale: float | None, learn: bool, count: int | None = None) -> list[dict[str, Any]]:
         """The calls to learn from, or the held-out ones."""
         prompts = self.model.prompts
-        chosen = (
-            prompts[-self.options.learn :]
-            if learn
-            else prompts[: count or self.options.held_out]
-        )
+        chosen = prompts[-self.options.learn :] if learn else prompts[: count or self.options.held_out]
         seed = SEED if learn else 0
-        return tuning_calls(
-            self.model, chosen, seed, STEPS, self.call(scale), self.options.batch
-        )
+        return tuning_calls(self.model, chosen, seed, STEPS, self.call(scale), self.options.batch)
 
     def draw(self, calls: Sequence[dict[str, Any]], steps: int) -> list[Tensor]:
         """Images `[3, H, W]` or clips `[F, 3, H, W]` in [0, 1]."""
         replay, images = Replay(calls), []
         for arguments in replay:
-            made = self.pipe(
-                **{**arguments, "output_type": "pt", "num_inference_steps": steps}
-            )[0]
+            made = self.pipe(**{**arguments, "output_type": "pt", "num_inference_steps": steps})[0]
             images += list(made.float())
         replay.rewind()
         return images
@@ -182,9 +161,7 @@ class Measure:
         if key in self.rows:
             return
         drawn = draw(self.calls(scale, False))
-        values = [
-            _psnr(a, b) for a, b in zip(drawn, self.reference(scale), strict=True)
-        ]
+        values = [_psnr(a, b) for a, b in zip(drawn, self.reference(scale), strict=True)]
         self.rows[key] = {
             "name": name,
             "count": count,
@@ -210,15 +187,11 @@ class Measure:
             if hook:
                 with hasten.accelerate(self.pipe, Leap(fit)):
                     return self.draw(calls, count)
-            return self.scheduled(
-                LeapScheduler.of(fit, self.pipe, guidance=scale), calls, count
-            )
+            return self.scheduled(LeapScheduler.of(fit, self.pipe, guidance=scale), calls, count)
 
         self.measure(name, count, scale, draw)
 
-    def scheduled(
-        self, scheduler: Any, calls: list[dict[str, Any]], count: int
-    ) -> list[Tensor]:
+    def scheduled(self, scheduler: Any, calls: list[dict[str, Any]], count: int) -> list[Tensor]:
         """Images with another scheduler."""
         original, self.pipe.scheduler = self.pipe.scheduler, scheduler
         try:
@@ -270,21 +243,13 @@ class Measure:
             self.pipe,
             self.calls(scale, True),
             counts,
-            guidances=[one for one in scales if one is not None]
-            if len(scales) > 1
-            else (),
+            guidances=[one for one in scales if one is not None] if len(scales) > 1 else (),
             known=known,
             keep=lambda fit: fit.save(file),
-            progress=lambda count, done, total, error: print(
-                name, count, done, total, f"{error:.3g}", flush=True
-            ),
+            progress=lambda count, done, total, error: print(name, count, done, total, f"{error:.3g}", flush=True),
             **asked,
         )
-        seconds = (
-            self.fits.get(name, {}).get("cpu_seconds", 0.0)
-            + time.process_time()
-            - started
-        )
+        seconds = self.fits.get(name, {}).get("cpu_seconds", 0.0) + time.process_time() - started
         self.fits[name] = {
             "report": fitted.report,
             "options": asked,
@@ -299,17 +264,14 @@ class Measure:
         own = self.pipe.scheduler
         self.measure("euler", count, scale, lambda calls: self.draw(calls, count))
         if any(
-            row["name"].startswith("best plain")
-            and (row["count"], row["guidance"]) == (count, scale)
+            row["name"].startswith("best plain") and (row["count"], row["guidance"]) == (count, scale)
             for row in self.rows.values()
         ):
             return
         tried_on = min(TRIED, self.options.held_out)
         few, reference = self.calls(scale, False, tried_on), self.reference(scale)[:tried_on]
         tried: dict[str, float] = {}
-        for sampler in (
-            Sampler(solver, spacing) for solver in PLAIN for spacing in SPACINGS
-        ):
+        for sampler in (Sampler(solver, spacing) for solver in PLAIN for spacing in SPACINGS):
             try:
                 drawn = self.scheduled(sampler.scheduler(own), few, count)
             except (
@@ -325,21 +287,20 @@ class Measure:
                     " ".join(str(error).split())[:80],
                 )
                 continue
-            tried[sampler.label] = float(
-                np.mean([_psnr(a, b) for a, b in zip(drawn, reference, strict=True)])
-            )
+            tried[sampler.label] = float(np.mean([_psnr(a, b) for a, b in zip(drawn, reference, strict=True)]))
         best = max(tried, key=lambda label: tried[label])
         solver, _, spacing = best.partition(":spacing=")
         sampler = Sampler(solver, spacing)
-        scheduled = lambda calls: self.scheduled(sampler.scheduler(own), calls, count)
+
+        def scheduled(calls: list[dict[str, Any]]) -> list[Tensor]:
+            return self.scheduled(sampler.scheduler(own), calls, count)
+
         self.measure("best plain", count, scale, scheduled, sampler=best, tried=tried)
 
     def old(self, scale: float | None) -> None:
         """The tables of release 0.1.0 for this model and guidance."""
         known = json.loads((Path(__file__).parent / "leap-0.1.0.json").read_text())
-        entry = known[
-            self.options.model + ("" if scale is None else f", guidance {scale:g}")
-        ]
+        entry = known[self.options.model + ("" if scale is None else f", guidance {scale:g}")]
         for count, table in entry["tables"].items():
             rows = [[1.0, *row[: k + 1]] for k, row in enumerate(table["coefficients"])]
             own = {
@@ -348,7 +309,7 @@ class Measure:
                 "guided": [rows],
             }
             scheduler = LeapScheduler({count: own})
-            drawn = lambda calls, s=scheduler, n=int(count): self.scheduled(s, calls, n)
+            drawn = partial(self.scheduled, scheduler, count=int(count))
             self.measure("leap 0.1.0", int(count), scale, drawn)
 
     def range(self) -> None:
@@ -358,9 +319,7 @@ class Measure:
         for scale in [*self.guidances, *numbers(self.options.at)]:
             own = self.fit(f"own-{scale:g}", counts, [scale])
             for count in counts:
-                self.measure(
-                    "euler", count, scale, lambda calls, n=count: self.draw(calls, n)
-                )
+                self.measure("euler", count, scale, lambda calls, n=count: self.draw(calls, n))
                 self.leap(shared, count, scale, "leap, one file")
                 self.leap(own, count, scale, "leap, own fit")
 
@@ -423,9 +382,7 @@ class Measure:
                 "count": count,
                 "guidance": scale,
             } | {
-                name: float(
-                    np.median([_psnr(a, b) for a, b in zip(drawn, images, strict=True)])
-                )
+                name: float(np.median([_psnr(a, b) for a, b in zip(drawn, images, strict=True)]))
                 for name, images in against.items()
             }
             self.write()
@@ -448,16 +405,10 @@ class Measure:
                 ),
                 None,
             )
-            if (
-                own is None
-                or "psnr" not in row
-                or row["name"] in ("leap", "leap, one file")
-            ):
+            if own is None or "psnr" not in row or row["name"] in ("leap", "leap, one file"):
                 continue
             lead = np.asarray(own["psnr"]) - np.asarray(row["psnr"])
-            means = np.median(
-                lead[rng.integers(len(lead), size=(RESAMPLES, len(lead)))], axis=1
-            )
+            means = np.median(lead[rng.integers(len(lead), size=(RESAMPLES, len(lead)))], axis=1)
             low, high = np.quantile(means, (0.025, 0.975))
             found[key] = {
                 "lead": float(np.median(lead)),
@@ -470,9 +421,7 @@ class Measure:
 def _psnr(image: Tensor, reference: Tensor) -> float:
     """Of an image, or the median over the frames of a clip."""
     if image.ndim == 4:
-        return float(
-            np.median([psnr(a, b) for a, b in zip(image, reference, strict=True)])
-        )
+        return float(np.median([psnr(a, b) for a, b in zip(image, reference, strict=True)]))
     return psnr(image, reference)
 
 

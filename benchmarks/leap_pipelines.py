@@ -24,12 +24,7 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     rows = {name: asdict(check(name)) for name in PIPELINES}
-    OUT.write_text(
-        json.dumps(
-            {"environment": environment(), "exact": EXACT, "rows": rows}, indent=1
-        )
-        + "\n"
-    )
+    OUT.write_text(json.dumps({"environment": environment(), "exact": EXACT, "rows": rows}, indent=1) + "\n")
     for name, row in rows.items():
         print(f"{name}: {row['refused'] or row['error']}")
 

@@ -21,14 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hasten
 import torch
 from diffusers import FluxTransformer2DModel
 from hasten.bench.environment import environment
 from hasten.bench.peers import PEERS, shared_copy
 from hasten.io import write_atomically
 from rich.progress import track
-
-import hasten
 
 TOKENS, TEXT, STEPS, INTERVAL = 64, 8, 50, 7
 METHODS = [(method, site) for site in ("hidden", "output", "module") for method in ("reuse", "taylorseer", "hicache")]

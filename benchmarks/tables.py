@@ -229,8 +229,8 @@ def overhead_table(result: dict[str, Any]) -> str:
     environment = result["environment"]
     lines.append("")
     lines.append(
-        f"{result['model']}; medians and shortest of whole forwards over {result['runs']} runs of 50 steps, all arms in "
-        f"turn; {environment['device']}, torch {environment['torch']}, load average {result['load']:.1f}."
+        f"{result['model']}; medians and shortest of whole forwards over {result['runs']} runs of 50 steps, all arms "
+        f"in turn; {environment['device']}, torch {environment['torch']}, load average {result['load']:.1f}."
     )
     return "\n".join(lines)
 
@@ -360,8 +360,8 @@ def coverage(result: dict[str, Any]) -> str:
     transformers, unets = (len(_denoisers(result, kind)) for kind in ("transformer", "unet"))
     version = result["environment"]["diffusers"]
     return (
-        f"Of the {transformers} transformers that diffusers {version} ships, {count('transformer', 'hidden', 'output')} "
-        f"are right at some site and {count('transformer', 'hidden')} at the hidden one (cache-dit "
+        f"Of the {transformers} transformers that diffusers {version} ships, "
+        f"{count('transformer', 'hidden', 'output')} are right at some site and {count('transformer', 'hidden')} at the hidden one (cache-dit "
         f"{count('transformer', 'dbcache')}, diffusers' first-block cache {count('transformer', 'first-block')}). "
         f"Of its {unets} UNets {count('unet', 'output')} are right at the output, and {count('unet', 'deep')} with "
         "their inner levels forecast as DeepCache does."
