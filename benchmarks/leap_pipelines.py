@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hasten.bench.environment import environment
+from hasten.io import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks/leap-pipelines.json"
@@ -24,7 +25,8 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     rows = {name: asdict(check(name)) for name in PIPELINES}
-    OUT.write_text(json.dumps({"environment": environment(), "exact": EXACT, "rows": rows}, indent=1) + "\n")
+    content = {"environment": environment(), "exact": EXACT, "rows": rows}
+    write_atomically(OUT, json.dumps(content, indent=1) + "\n")
     for name, row in rows.items():
         print(f"{name}: {row['refused'] or row['error']}")
 
