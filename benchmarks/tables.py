@@ -359,10 +359,11 @@ def coverage(result: dict[str, Any]) -> str:
 
     transformers, unets = (len(_denoisers(result, kind)) for kind in ("transformer", "unet"))
     version = result["environment"]["diffusers"]
+    right, hidden = count("transformer", "hidden", "output"), count("transformer", "hidden")
+    dbcache, first_block = count("transformer", "dbcache"), count("transformer", "first-block")
     return (
-        f"Of the {transformers} transformers that diffusers {version} ships, "
-        f"{count('transformer', 'hidden', 'output')} are right at some site and {count('transformer', 'hidden')} at the hidden one (cache-dit "
-        f"{count('transformer', 'dbcache')}, diffusers' first-block cache {count('transformer', 'first-block')}). "
+        f"Of the {transformers} transformers that diffusers {version} ships, {right} are right at some site and "
+        f"{hidden} at the hidden one (cache-dit {dbcache}, diffusers' first-block cache {first_block}). "
         f"Of its {unets} UNets {count('unet', 'output')} are right at the output, and {count('unet', 'deep')} with "
         "their inner levels forecast as DeepCache does."
     )
