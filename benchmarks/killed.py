@@ -228,7 +228,9 @@ def _json(path: Path) -> Any:
 
 def contents(folder: Path) -> dict[str, Any]:
     """Every file of a folder but temporaries and what an unfinished run keeps hidden, by name."""
-    found = sorted(path for path in (folder / "out").rglob("*") if path.is_file() and not path.name.endswith(".tmp"))
+    found = sorted(
+        path for path in (folder / "out").rglob("*") if path.is_file() and not path.name.endswith((".tmp", ".lock"))
+    )
     return {path.relative_to(folder).as_posix(): content_of(path) for path in found}
 
 

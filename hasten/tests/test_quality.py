@@ -136,7 +136,7 @@ def test_a_range_of_guidance_is_drawn_from_and_kept(tmp_path):
             return plain(self, *args, **kwargs)
 
     pipe.__class__ = Seen
-    made, _ = run_certify(subject_of(pipe), settings(guidance=(2.0, 4.0)), tmp_path / "high.json")
+    made, _ = run_certify(subject_of(pipe), settings(guidance=(2.0, 4.0), computed_steps=(6,)), tmp_path / "high.json")
     assert made.conditions.guidance["true_cfg_scale"] == (2.0, 4.0)
     assert len(set(scales)) > 8
     assert all(2 <= scale <= 4 for scale in scales if scale is not None)
@@ -252,10 +252,10 @@ def test_quality_decides_alone_and_for_pipelines_alone(certified):
         hasten.accelerate(pipe, "foca", audit=0.1)
 
 
-def test_two_certificates_for_one_model_are_named(own_store):
-    pipe = make_pipe()
-    run_certify(subject_of(pipe), settings())
-    run_certify(subject_of(pipe), settings(steps=11))
+def test_two_certificates_for_one_model_are_named(own_store, certified):
+    pipe, made = make_pipe(), Certificate.load(certified)
+    made.save(own_store / "a.json")
+    replace(made, conditions=replace(made.conditions, steps=11)).save(own_store / "b.json")
     with pytest.raises(CertificateError, match=r"2 certificates.*--steps 11.*give the path of one"):
         hasten.accelerate(pipe, quality="high")
 
@@ -301,6 +301,7 @@ def test_a_certified_scheduler_is_in_place_for_the_same_calls_and_goes_again(emo
     with hasten.accelerate(pipe, quality=str(solved)) as run:
         fast = drawn(emoji, pipe)
         assert (run.summary().steps, run.summary().computed_steps) == (5, 5)
+        assert run.summary().method == "Leap"
         with pytest.raises(CertificateError, match=r"certified for 50 steps, this call has 20.*--steps 20"):
             drawn(emoji, pipe, num_inference_steps=20)
         with pytest.raises(CertificateError, match=r"certified for height 64, this call has 32|certified at shift"):
@@ -419,8 +420,11 @@ def test_a_call_has_its_own_setting_and_the_hook_stays(certified):
             assert torch.equal(draw(pipe), fresh({**even, "computed_steps": 4}))  # of this thread, whatever is called
             with run.using(quality="exact") as inner:
                 assert torch.equal(draw(inner), fresh({}))
+                assert run.summary().method == "full run"
+            assert run.summary(0).method == "FoCa"
             assert hooks_on(pipe.transformer) == hooks
         with run.using(quality=str(certified)) as own:
+            assert run.describe(quality=str(certified))["method"].startswith("taylorseer:")
             assert torch.equal(draw(own), fresh({"quality": str(certified)}))
             with pytest.raises(CertificateError, match="this call has 9"):
                 draw(own, steps=9)

@@ -71,8 +71,8 @@ class CachingMethod(Declared):
 
     site: Annotated[
         SiteName,
-        "what is cached: image tokens after the last block (hidden; of a UNet, which has none, the prediction), the "
-        "prediction (output), every attention and feed-forward output (module), or the inner levels of a UNet (deep)",
+        "what is cached: tokens after the last block (hidden), the prediction (output), every attention and "
+        "feed-forward output (module), a UNet's inner levels (deep)",
     ] = "hidden"
     warmup: Annotated[int, Range(1), "computed steps at the start"] = 3
 

@@ -13,9 +13,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from hasten.errors import HastenWarning
+from hasten.errors import CopyError, HastenWarning
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "copy_error"]
+
+
+def copy_error(module: Any) -> CopyError:
+    """Why an accelerated module cannot be copied."""
+    return CopyError(
+        f"this {type(module).__name__} is accelerated, and a copy would run the original; "
+        "call .remove() on the handle that accelerate() returned before you copy or pickle it"
+    )
+
+
+class _Look:
+    """The hook on a submodule."""
+
+    def __init__(self, watch: Watch, name: str) -> None:
+        self._watch, self._name = watch, name
+
+    def __call__(self, _module: nn.Module, _arguments: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._watch.look(self._name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise copy_error(self._watch.module)
 
 
 class Watch:
@@ -32,22 +54,21 @@ class Watch:
         self._module, self._hooked = weakref.ref(module), hooked
         self._code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         children = {name: child for name, child in module.named_children() if not isinstance(child, nn.ModuleList)}
-        self._handles = {name: child.register_forward_pre_hook(self._look_at(name)) for name, child in children.items()}
+        self._handles = {name: child.register_forward_pre_hook(_Look(self, name)) for name, child in children.items()}
         self._settled = False
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The one with hooks on it; None once it is gone."""
+        return self._module()
 
     def remove(self) -> None:
         """Look no more."""
         while self._handles:
             self._handles.popitem()[1].remove()
 
-    def _look_at(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def look(_module: nn.Module, _arguments: Any) -> None:
-            if not torch.compiler.is_compiling():
-                self._look(name)
-
-        return look
-
-    def _look(self, name: str) -> None:
+    def look(self, name: str) -> None:
+        """A submodule of this name is called."""
         if self._hooked():
             if not self._settled:
                 self._settled = True

@@ -54,6 +54,7 @@ class RequestsPart(Protocol):
     def audit(self) -> Any: ...
     def using(self, quality: str | None, computed_steps: int | None) -> AbstractContextManager[Any]: ...
     def describe(self, quality: str | None, computed_steps: int | None) -> dict[str, Any]: ...
+    def name_of(self, run: int) -> str: ...
     def save(self, path: str | Path) -> Path: ...
     def close(self) -> None: ...
 
@@ -138,7 +139,10 @@ class Acceleration:
         if astray:
             warnings.warn(astray, HastenWarning, stacklevel=2)
         stages = self._stages.report(run).described if self._stages is not None and staged else None
-        return Summary.of([type(method).__name__ for method in self.methods], cached, staged, stages)
+        number = next((records[0].run for records in cached.values() if records), None)
+        names = [] if number is None else [self._requests.name_of(number)]
+        names += [] if self._stages is None else [type(self._stages.method).__name__]
+        return Summary.of(names, cached, staged, stages)
 
     def using(self, *, quality: str | None = None, computed_steps: int | None = None) -> AbstractContextManager[Any]:
         """Give the calls within a `with` a setting of their own; calls on other threads keep theirs.

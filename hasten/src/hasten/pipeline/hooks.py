@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hasten.errors import AlreadyAcceleratedError, CopyError
-from hasten.pipeline.bypass import Watch
+from hasten.errors import AlreadyAcceleratedError
+from hasten.pipeline.bypass import Watch, copy_error
 
 __all__ = [
     "Forward",
@@ -188,10 +188,7 @@ class _HookedCalls:
         return self._before.get(name) or functools.partial(getattr(type(self.module), name), self.module)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise CopyError(
-            f"this {type(self.module).__name__} is accelerated, and a copy would run the original; "
-            "call .remove() on the handle that accelerate() returned before you copy or pickle it"
-        )
+        raise copy_error(self.module)
 
 
 def _through(hook: Hook, module: Any, forward: Forward, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from hasten import registry
 from hasten.caching.engine import CachingEngine
 from hasten.errors import ConfigError
 from hasten.pipeline.hooks import Forward, Hook, Remove, instead, still
+from hasten.pipeline.records import KEPT
+from hasten.pipeline.runs import Run
 from hasten.pipeline.view import PipelineView
 from hasten.quality.audit import Audit
 from hasten.quality.configuration import Configuration
@@ -65,6 +68,8 @@ class Requests:
         self._modules, self._engines, self._home = dict(modules), dict(engines), home
         self._setting, self._staged, self._configuration = setting, staged, configuration
         self._instead: dict[tuple[str | None, int | None], tuple[Setting, dict[Hook, Hook]]] = {}
+        self._names: dict[int, str] = {}  # of the runs that had a setting of their own
+        self._label = "" if setting is None else setting.label
         self._lock = threading.Lock()
         self._local = threading.local()
         self._unhook: Remove | None = None
@@ -141,10 +146,22 @@ class Requests:
             with still(self._modules.values()):
                 setting = self._chosen(quality, computed_steps)
                 hooks: dict[Hook, Hook] = {
-                    engine: engine.beside(setting.method, setting.check) for engine in self._engines.values()
+                    engine: engine.beside(setting.method, partial(self._begin, setting))
+                    for engine in self._engines.values()
                 }
             self._instead[key] = setting, hooks
             return setting, hooks
+
+    def _begin(self, setting: Setting, run: Run) -> None:
+        """A run with a setting of its own is about to begin."""
+        setting.check(run)
+        self._names[run.number] = setting.label
+        while len(self._names) > 2 * KEPT:  # runs are numbered per transformer, and kept so long
+            self._names.pop(next(iter(self._names)))
+
+    def name_of(self, run: int) -> str:
+        """What the setting of a run is called."""
+        return self._names.get(run, self._label)
 
     def _chosen(self, quality: str | None, computed_steps: int | None) -> Setting:
         assert self._setting is not None

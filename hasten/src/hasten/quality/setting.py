@@ -127,6 +127,13 @@ class Setting:
             return None
         return FixedLeap.make(self.leap, self.evaluations, self.certificate, self._command())
 
+    @property
+    def label(self) -> str:
+        """What summaries call it."""
+        if self.leap is not None:
+            return type(self.leap).__name__
+        return "full run" if self.method == FULL else type(self.method).__name__
+
     def describe(self) -> dict[str, Any]:
         """It as plain data."""
         found: dict[str, Any] = {"method": registry.format(self.leap or self.method)}

@@ -232,7 +232,7 @@ def fetch(package: Package, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / f"{package.name.removeprefix('@').replace('/', '-')}-{package.version}.tgz"
     if not archive.exists():
-        command = ["npm", "pack", f"{package.name}@{package.version}", "--silent"]
+        command = ["npm", "pack", "--ignore-scripts", f"{package.name}@{package.version}", "--silent"]
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     digest = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if digest != package.integrity:
