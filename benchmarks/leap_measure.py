@@ -14,7 +14,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +49,10 @@ RESAMPLES = 2000
 
 def main() -> None:
     """Fit and measure what is not there yet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-flux")
-    parser.add_argument(
-        "--guidance", type=float, help="true classifier-free guidance; none by default"
-    )
-    parser.add_argument(
-        "--guidances", default="", help="scales for one file, such as 1.5,3,5"
-    )
+    parser.add_argument("--guidance", type=float, help="true classifier-free guidance; none by default")
+    parser.add_argument("--guidances", default="", help="scales for one file, such as 1.5,3,5")
     parser.add_argument(
         "--at",
         default="",
@@ -82,9 +75,7 @@ def main() -> None:
         action="store_true",
         help="measure the file that comes with the model as well",
     )
-    parser.add_argument(
-        "--half", action="store_true", help="measure LEAP in bfloat16 as well"
-    )
+    parser.add_argument("--half", action="store_true", help="measure LEAP in bfloat16 as well")
     parser.add_argument(
         "--ablation",
         default="",
@@ -117,10 +108,7 @@ class Measure:
 
     def write(self) -> None:
         """Write everything measured so far, with what can be computed from it."""
-        about = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(self.options).items()
-        }
+        about = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.options).items()}
         content = {
             "environment": environment(),
             "options": about,
@@ -137,28 +125,18 @@ class Measure:
         """Arguments of a call at a guidance scale."""
         return {} if scale is None else {"true_cfg_scale": scale, "negative_prompt": ""}
 
-    def calls(
-        self, scale: float | None, learn: bool, count: int | None = None
-    ) -> list[dict[str, Any]]:
+    def calls(self, scale: float | None, learn: bool, count: int | None = None) -> list[dict[str, Any]]:
         """The calls to learn from, or the held-out ones."""
         prompts = self.model.prompts
-        chosen = (
-            prompts[-self.options.learn :]
-            if learn
-            else prompts[: count or self.options.held_out]
-        )
+        chosen = prompts[-self.options.learn :] if learn else prompts[: count or self.options.held_out]
         seed = SEED if learn else 0
-        return tuning_calls(
-            self.model, chosen, seed, STEPS, self.call(scale), self.options.batch
-        )
+        return tuning_calls(self.model, chosen, seed, STEPS, self.call(scale), self.options.batch)
 
     def draw(self, calls: Sequence[dict[str, Any]], steps: int) -> list[Tensor]:
         """Images `[3, H, W]` or clips `[F, 3, H, W]` in [0, 1]."""
         replay, images = Replay(calls), []
         for arguments in replay:
-            made = self.pipe(
-                **{**arguments, "output_type": "pt", "num_inference_steps": steps}
-            )[0]
+            made = self.pipe(**{**arguments, "output_type": "pt", "num_inference_steps": steps})[0]
             images += list(made.float())
         replay.rewind()
         return images
@@ -170,9 +148,7 @@ class Measure:
             images = self.draw(self.calls(scale, False), STEPS)
             write_atomically(
                 file,
-                save(
-                    {f"{i:04d}": image.contiguous() for i, image in enumerate(images)}
-                ),
+                save({f"{i:04d}": image.contiguous() for i, image in enumerate(images)}),
             )
         return [image for _, image in sorted(load_file(file).items())]
 
@@ -189,9 +165,7 @@ class Measure:
         if key in self.rows:
             return
         drawn = draw(self.calls(scale, False))
-        values = [
-            _psnr(a, b) for a, b in zip(drawn, self.reference(scale), strict=True)
-        ]
+        values = [_psnr(a, b) for a, b in zip(drawn, self.reference(scale), strict=True)]
         self.rows[key] = {
             "name": name,
             "count": count,
@@ -217,15 +191,11 @@ class Measure:
             if hook:
                 with hasten.accelerate(self.pipe, Leap(fit)):
                     return self.draw(calls, count)
-            return self.scheduled(
-                LeapScheduler.of(fit, self.pipe, guidance=scale), calls, count
-            )
+            return self.scheduled(LeapScheduler.of(fit, self.pipe, guidance=scale), calls, count)
 
         self.measure(name, count, scale, draw)
 
-    def scheduled(
-        self, scheduler: Any, calls: list[dict[str, Any]], count: int
-    ) -> list[Tensor]:
+    def scheduled(self, scheduler: Any, calls: list[dict[str, Any]], count: int) -> list[Tensor]:
         """Images with another scheduler."""
         original, self.pipe.scheduler = self.pipe.scheduler, scheduler
         try:
@@ -277,21 +247,13 @@ class Measure:
             self.pipe,
             self.calls(scale, True),
             counts,
-            guidances=[one for one in scales if one is not None]
-            if len(scales) > 1
-            else (),
+            guidances=[one for one in scales if one is not None] if len(scales) > 1 else (),
             known=known,
             keep=lambda fit: fit.save(file),
-            progress=lambda count, done, total, error: print(
-                name, count, done, total, f"{error:.3g}", flush=True
-            ),
+            progress=lambda count, done, total, error: print(name, count, done, total, f"{error:.3g}", flush=True),
             **asked,
         )
-        seconds = (
-            self.fits.get(name, {}).get("cpu_seconds", 0.0)
-            + time.process_time()
-            - started
-        )
+        seconds = self.fits.get(name, {}).get("cpu_seconds", 0.0) + time.process_time() - started
         self.fits[name] = {
             "report": fitted.report,
             "options": asked,
@@ -306,8 +268,7 @@ class Measure:
         own = self.pipe.scheduler
         self.measure("euler", count, scale, lambda calls: self.draw(calls, count))
         if any(
-            row["name"].startswith("best plain")
-            and (row["count"], row["guidance"]) == (count, scale)
+            row["name"].startswith("best plain") and (row["count"], row["guidance"]) == (count, scale)
             for row in self.rows.values()
         ):
             return
@@ -317,9 +278,7 @@ class Measure:
             self.reference(scale)[:tried_on],
         )
         tried: dict[str, float] = {}
-        for sampler in (
-            Sampler(solver, spacing) for solver in PLAIN for spacing in SPACINGS
-        ):
+        for sampler in (Sampler(solver, spacing) for solver in PLAIN for spacing in SPACINGS):
             try:
                 drawn = self.scheduled(sampler.scheduler(own), few, count)
             except (
@@ -335,9 +294,7 @@ class Measure:
                     " ".join(str(error).split())[:80],
                 )
                 continue
-            tried[sampler.label] = float(
-                np.mean([_psnr(a, b) for a, b in zip(drawn, reference, strict=True)])
-            )
+            tried[sampler.label] = float(np.mean([_psnr(a, b) for a, b in zip(drawn, reference, strict=True)]))
         best = max(tried, key=lambda label: tried[label])
         solver, _, spacing = best.partition(":spacing=")
         sampler = Sampler(solver, spacing)
@@ -360,9 +317,7 @@ class Measure:
         for scale in [*self.guidances, *numbers(self.options.at)]:
             own = self.fit(f"own-{scale:g}", counts, [scale])
             for count in counts:
-                self.measure(
-                    "euler", count, scale, lambda calls, n=count: self.draw(calls, n)
-                )
+                self.measure("euler", count, scale, lambda calls, n=count: self.draw(calls, n))
                 self.leap(shared, count, scale, "leap, one file")
                 self.leap(own, count, scale, "leap, own fit")
 
@@ -425,9 +380,7 @@ class Measure:
                 "count": count,
                 "guidance": scale,
             } | {
-                name: float(
-                    np.median([_psnr(a, b) for a, b in zip(drawn, images, strict=True)])
-                )
+                name: float(np.median([_psnr(a, b) for a, b in zip(drawn, images, strict=True)]))
                 for name, images in against.items()
             }
             self.write()
@@ -450,16 +403,10 @@ class Measure:
                 ),
                 None,
             )
-            if (
-                own is None
-                or "psnr" not in row
-                or row["name"] in ("leap", "leap, one file")
-            ):
+            if own is None or "psnr" not in row or row["name"] in ("leap", "leap, one file"):
                 continue
             lead = np.asarray(own["psnr"]) - np.asarray(row["psnr"])
-            means = np.median(
-                lead[rng.integers(len(lead), size=(RESAMPLES, len(lead)))], axis=1
-            )
+            means = np.median(lead[rng.integers(len(lead), size=(RESAMPLES, len(lead)))], axis=1)
             low, high = np.quantile(means, (0.025, 0.975))
             found[key] = {
                 "lead": float(np.median(lead)),
@@ -472,9 +419,7 @@ class Measure:
 def _psnr(image: Tensor, reference: Tensor) -> float:
     """Of an image, or the median over the frames of a clip."""
     if image.ndim == 4:
-        return float(
-            np.median([psnr(a, b) for a, b in zip(image, reference, strict=True)])
-        )
+        return float(np.median([psnr(a, b) for a, b in zip(image, reference, strict=True)]))
     return psnr(image, reference)
 
 
