@@ -12,6 +12,7 @@ lets the rate fall to zero over the last samples; it works on a copy in a folder
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import signal
@@ -29,7 +30,7 @@ from hasten.io import add_line, check_sealed, read_json, write_atomically, write
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Loss", "Settings", "Training", "attention_for", "load_half", "run", "save_half"]
+__all__ = ["Loss", "Settings", "Training", "add_options", "attention_for", "load_half", "run", "run_with", "save_half"]
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -262,6 +263,31 @@ def run(
                 _save(training, folder)
                 saved = time.monotonic()
     _save(training, folder)
+
+
+def add_options(parser: argparse.ArgumentParser, out: Path, samples: int, batch: int, committed: Path) -> None:
+    """The options that every training script has, with the defaults of one."""
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--samples", type=int, default=samples, help="images to see in total, earlier parts counted")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="budget of this part")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--float32", action="store_true", help="no bfloat16")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--committed", type=Path, default=committed, help="weights to go on from without a checkpoint")
+    parser.add_argument("--export", type=Path, help="only write the averaged weights of the last checkpoint here")
+
+
+def run_with(
+    args: argparse.Namespace, training: Training, parts: Mapping[str, Any], folder: Path, samples: int
+) -> None:
+    """Train as the options of `add_options` ask, from the committed weights of `parts` where there is no checkpoint."""
+    if args.compile:
+        parts["transformer"].compile()
+    known = (args.committed / "transformer").is_dir()
+    run(training, folder, samples, args.minutes, (lambda: load_half(parts, args.committed)) if known else None)
 
 
 def _save(training: Training, folder: Path) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from hasten_zoo.emoji_styles.data import PACKAGES, EmojiStyles, load_emoji_style
 from hasten_zoo.emoji_styles.latents import Latents, load_latents
 from hasten_zoo.emoji_styles.model import LEARNING, TEXT_TOKENS, build_pipeline, build_tokenizer, shift
 from hasten_zoo.emoji_styles.vae import EmojiVAE
-from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, attention_for, load_half, run, save_half
+from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, add_options, attention_for, run_with, save_half
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHARES = {64: 0.12, 128: 0.8, 192: 0.08}  # of the batches
@@ -158,18 +157,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=runs / "data")
     parser.add_argument("--vae", type=Path, help="default: the folder of train_vae, else the committed one")
     parser.add_argument("--latents", type=Path, default=runs / "latents")
-    parser.add_argument("--out", type=Path, default=runs / "flow")
-    parser.add_argument("--samples", type=int, default=1_200_000, help="images to see in total, earlier parts counted")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="budget of this part")
     parser.add_argument("--cooldown", type=int, metavar="SAMPLES", help="let the rate fall to zero, in OUT/cooldown")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--float32", action="store_true", help="no bfloat16")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--committed", type=Path, default=WEIGHTS, help="weights to go on from without a checkpoint")
-    parser.add_argument("--export", type=Path, help="only write the averaged weights of the last checkpoint here")
+    add_options(parser, runs / "flow", 1_200_000, 32, WEIGHTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -191,10 +180,7 @@ def main() -> None:
     objective = Objective(net, latents, Captions(data, latents, pipe.tokenizer), args.batch, args.device)
     settings = Settings(lr=args.lr, cooldown=cooldown, bfloat16=not args.float32)
     training = Training(net, objective, settings, args.device)
-    if args.compile:
-        parts["transformer"].compile()
-    known = (args.committed / "transformer").is_dir()
-    run(training, folder, total, args.minutes, (lambda: load_half(parts, args.committed)) if known else None)
+    run_with(args, training, parts, folder, total)
 
 
 def start_cooldown(trunk: Path, samples: int) -> tuple[int, tuple[int, int]]:

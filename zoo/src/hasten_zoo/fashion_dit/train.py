@@ -11,7 +11,6 @@ label in ten is left out. No augmentation: the distribution is what is judged.
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from hasten_zoo.fashion_dit import WEIGHTS
 from hasten_zoo.fashion_dit.data import load_fashion_data, scaled
 from hasten_zoo.fashion_dit.model import NO_CLASS, build_pipeline, without_label_dropout
-from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, attention_for, load_half, run, save_half
+from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, add_options, attention_for, run_with, save_half
 
 LABEL_LEFT_OUT = 0.1
 SNR_CAP = 5.0
@@ -70,17 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs = Path("runs/fashion-dit")
     parser.add_argument("--data", type=Path, default=runs / "data")
-    parser.add_argument("--out", type=Path, default=runs / "noise")
-    parser.add_argument("--samples", type=int, default=3_000_000, help="images to see in total, earlier parts counted")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="budget of this part")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--float32", action="store_true", help="no bfloat16")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--committed", type=Path, default=WEIGHTS, help="weights to go on from without a checkpoint")
-    parser.add_argument("--export", type=Path, help="only write the averaged weights of the last checkpoint here")
+    add_options(parser, runs / "noise", 3_000_000, 64, WEIGHTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -93,10 +82,7 @@ def main() -> None:
     objective = Objective(pipe, data.train, data.train_labels, args.batch, args.device)
     settings = Settings(lr=args.lr, bfloat16=not args.float32)
     training = Training(nn.ModuleDict(parts), objective, settings, args.device)
-    if args.compile:
-        pipe.transformer.compile()
-    known = (args.committed / "transformer").is_dir()
-    run(training, args.out, args.samples, args.minutes, (lambda: load_half(parts, args.committed)) if known else None)
+    run_with(args, training, parts, args.out, args.samples)
 
 
 if __name__ == "__main__":
