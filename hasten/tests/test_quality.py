@@ -14,7 +14,8 @@ import torch
 from pipelines import draw, make_pipe
 
 import hasten
-from hasten.bench.certify import CertifySettings, run_certify
+from hasten.bench.certify import run_certify
+from hasten.bench.certify_settings import CertifySettings
 from hasten.bench.subject import Subject
 from hasten.errors import CertificateError, ConfigError, HastenError, UnknownNameError
 from hasten.pipeline.hooks import hooks_on

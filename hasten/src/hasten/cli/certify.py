@@ -16,7 +16,7 @@ from hasten.cli.common import BAR, command_line, console, opened
 from hasten.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hasten.bench.certify import CertifySettings
+    from hasten.bench.certify_settings import CertifySettings
     from hasten.bench.subject import Subject
     from hasten.quality.certificate import Certificate
     from hasten.quality.tolerance import Tolerance
@@ -123,7 +123,7 @@ def certify(
 
     Example: hasten certify --model emoji-flux --max-lpips 0.02 --min-psnr 30 --share 0.95 --confidence 0.9
     """
-    from hasten.bench.certify import CertifySettings
+    from hasten.bench.certify_settings import CertifySettings
 
     name, tolerance = tolerance_of(quality, max_lpips, max_flip, min_psnr, min_ssim, share, mean, confidence)
     if out is not None and out.suffix != ".json":

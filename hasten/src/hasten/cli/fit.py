@@ -216,7 +216,7 @@ def tune(
                 console.print(f"[bold]{count} computed steps[/bold]: {_use(row, out)}", highlight=False)
     console.print(f"figures: [bold]{out / 'tune.json'}[/bold]   report: [bold]{out / 'tune.html'}[/bold]")
     if wanted is not None:
-        from hasten.bench.certify import CertifySettings
+        from hasten.bench.certify_settings import CertifySettings
 
         measured = [row for row in result.rows if row.library == "hasten" and not row.failed and not row.staged]
         chosen = CertifySettings(

@@ -18,6 +18,7 @@ from hasten.models.proxy import Proxy
 __all__ = [
     "Skipped",
     "answer",
+    "argument_names",
     "encoder_of",
     "filled_like",
     "hidden_in",
@@ -69,14 +70,15 @@ def owner_of(block: nn.Module, name: str) -> nn.Module | None:
 
 
 @cache
-def _parameters(block: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(block.forward).parameters)[1:]  # type: ignore[attr-defined]
+def argument_names(kind: type) -> tuple[str, ...]:
+    """Names of the arguments that the forward of a class of modules takes by position."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
 def _index(block: nn.Module, name: str, usual: int) -> int:
     """Where an argument comes in the block's signature; where it usually comes, for blocks that do not name it."""
     kind: Any = type(getattr(block, "_orig_mod", block))
-    parameters = _parameters(kind)
+    parameters = argument_names(kind)
     return parameters.index(name) if name in parameters else usual
 
 

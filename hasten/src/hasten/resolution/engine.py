@@ -10,29 +10,28 @@ Two layouts stand on this base: packed tokens of two sizes (`packed.py`) and uni
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from hasten.errors import ConfigError, HastenWarning, TargetError
+from hasten.models.blocks import argument_names
 from hasten.parameters import Declared
 from hasten.pipeline.hooks import Forward, Hook, Remove, attach, compiled_call, pass_name, wrap_step
 from hasten.pipeline.numbers import FiniteCheck
 from hasten.pipeline.records import KEPT
 from hasten.pipeline.runs import Runs, StepInfo
-from hasten.pipeline.scheduler import NoiseLevels, check_scheduler, skip_step
+from hasten.pipeline.scheduler import NoiseLevels, check_scheduler
 from hasten.pipeline.view import PipelineView
 from hasten.resolution.report import ForwardSize, ResolutionRecord, ResolutionReport
+from hasten.resolution.sampler_step import SamplerStep
 
-__all__ = ["ResolutionEngine", "ResolutionMethod", "ResolutionRun", "SamplerStep", "with_sample"]
+__all__ = ["ResolutionEngine", "ResolutionMethod", "ResolutionRun", "with_sample"]
 
 PLANS = 4 * KEPT  # that are kept; a run has one, or one for each image and change of resolution
 PURE = 0.99  # least noise level that a run may begin at
@@ -98,47 +97,6 @@ class ResolutionRun:
 Run = TypeVar("Run", bound=ResolutionRun)
 Record = TypeVar("Record", bound=ResolutionRecord)
 Plan = TypeVar("Plan")
-
-
-class SamplerStep:
-    """One call of `scheduler.step`, as the pipeline makes it.
-
-    Attributes:
-        prediction: the guided prediction at full size, every coarse value copied.
-        sample: the latents that the pipeline has.
-    """
-
-    def __init__(
-        self,
-        scheduler: Any,
-        own_step: Any,
-        prediction: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> None:
-        self.prediction, self.sample = prediction, sample
-        self._scheduler, self._own_step, self._timestep = scheduler, own_step, timestep
-        self._args, self._kwargs = args, kwargs
-
-    def solve(self, velocity: Tensor, latents: Tensor) -> Tensor:
-        """The scheduler's own step on other latents."""
-        kwargs = {**self._kwargs, "return_dict": False}
-        solved: Tensor = self._own_step(velocity, self._timestep, latents, *self._args, **kwargs)[0]
-        return solved
-
-    def skip(self) -> None:
-        """Let the scheduler pass the step, which the engine takes."""
-        skip_step(self._scheduler, self._timestep)
-
-    def plain(self) -> Any:
-        """What the scheduler's own step gives the pipeline."""
-        return self._own_step(self.prediction, self._timestep, self.sample, *self._args, **self._kwargs)
-
-    def output(self, latents: Tensor) -> Any:
-        """Latents in the form in which the pipeline asked for them."""
-        return SchedulerOutput(prev_sample=latents) if self._kwargs.get("return_dict", True) else (latents,)
 
 
 # --- the engine
@@ -291,7 +249,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
 
     def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the transformer on the true latents, with the result at full size."""
-        arguments = dict(zip(_parameters(type(module)), args, strict=False)) | kwargs  # type: ignore[arg-type]
+        arguments = dict(zip(argument_names(type(module)), args, strict=False)) | kwargs  # type: ignore[arg-type]
         run = self._run_of(module, arguments)
         if run is None:
             return forward(*args, **kwargs)
@@ -435,9 +393,3 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
 def with_sample(output: Any, sample: Tensor) -> Any:
     """A transformer's output, a tuple or a model output, with another prediction in it."""
     return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
-
-
-@cache
-def _parameters(kind: type) -> list[str]:
-    """Names of the arguments that a transformer's forward takes by position."""
-    return list(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]

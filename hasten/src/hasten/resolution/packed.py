@@ -21,10 +21,11 @@ from hasten.errors import AdapterError, ConfigError, ScheduleError
 from hasten.models.rope import PositionProxy, position_proxy, use_positions
 from hasten.pipeline.hooks import Forward
 from hasten.pipeline.scheduler import NoiseLevels
-from hasten.resolution.engine import Plan, Record, ResolutionEngine, ResolutionRun, SamplerStep, with_sample
+from hasten.resolution.engine import Plan, Record, ResolutionEngine, ResolutionRun, with_sample
 from hasten.resolution.layouts import LATENT_PIXELS, PixelLayout
 from hasten.resolution.positions import TokenSet, Units, children, flux_ids, grid_sizes, qwen_positions
 from hasten.resolution.report import ForwardSize
+from hasten.resolution.sampler_step import SamplerStep
 
 __all__ = ["MixedState", "PackedEngine", "PackedRun", "check_even", "check_total"]
 

@@ -21,11 +21,12 @@ from hasten.models import patch_size
 from hasten.parameters import Range
 from hasten.pipeline.hooks import Forward
 from hasten.pipeline.scheduler import NoiseLevels, own_shift, shift_levels
-from hasten.resolution.engine import ResolutionEngine, ResolutionMethod, ResolutionRun, SamplerStep, with_sample
+from hasten.resolution.engine import ResolutionEngine, ResolutionMethod, ResolutionRun, with_sample
 from hasten.resolution.layouts import Axes, Grid, block_noise, enlarge, gather, nested_axes, pick, smooth, spread
 from hasten.resolution.noise import fresh_noise, image_generators
 from hasten.resolution.plan import Plan
 from hasten.resolution.report import ForwardSize, ResolutionRecord
+from hasten.resolution.sampler_step import SamplerStep
 
 __all__ = ["PlannedEngine", "PlannedMethod", "PlannedRecord", "stage_lengths", "switch_steps"]
 
