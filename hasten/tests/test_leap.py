@@ -107,6 +107,7 @@ def test_the_hook_hands_over_both_passes_and_nothing_of_it_is_left(fused):
         assert run.summary().steps == 4
         relative(pipe, None, 4, reference, **GUIDED)
         assert hasten.summary(pipe).steps == 4
+        assert str(run.summary()).startswith("Leap: 4 of 4 steps")
         assert isinstance(run.methods[0], hasten.Leap)
     assert pipe.scheduler is own
     assert dict(vars(pipe.transformer)) == before

@@ -145,6 +145,15 @@ def test_the_one_verb_says_which_models_have_a_history(pipe):
         hasten.accelerate(anyflow(), FocusedForcing(), hasten.FoCa())
     with pytest.raises(ConfigError, match="leave FocusedForcing out"):
         hasten.accelerate(anyflow(), FocusedForcing(), quality="high")
+    with pytest.raises(ConfigError, match="leave audit out"):
+        hasten.accelerate(anyflow(), FocusedForcing(), audit=0.1)
+
+
+def test_a_history_that_does_not_fit_leaves_what_is_there(pipe):
+    with hasten.accelerate(pipe, "foca", interval=2) as run:
+        with pytest.raises(AdapterError, match="is not known to be"):
+            hasten.accelerate(pipe, FocusedForcing(), replace=True)
+        assert list(hooks_on(pipe.transformer)) == list(run.engines.values())
 
 
 def test_budgets_of_another_model_are_refused():

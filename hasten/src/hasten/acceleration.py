@@ -21,7 +21,7 @@ from hasten.quality.setting import Setting, find
 from hasten.registry import methods
 from hasten.resolution.engine import ResolutionMethod
 from hasten.solvers.method import Leap
-from hasten.streaming.adapters import StreamingRun, attach_stream
+from hasten.streaming.adapters import StreamingRun, adapter_of, attach_stream
 from hasten.streaming.method import StreamingMethod
 
 __all__ = ["DEFAULT", "accelerate", "methods", "remove", "summary"]
@@ -139,7 +139,7 @@ def accelerate(
     """
     history = _streaming(methods, params)
     if history is not None:
-        return _streamed(target, history, quality, replace)
+        return _streamed(target, history, Configuration(quality=quality, audit=audit), replace)
     if len(methods) == 1 and isinstance(methods[0], Configuration):
         configuration = with_params(methods[0], quality=quality or methods[0].quality, audit=audit or methods[0].audit)
         methods = () if configuration.method is None else registry.parse(configuration.method)
@@ -181,15 +181,18 @@ def accelerate(
     return Acceleration(engines, stages, modules, home, requests, solving)
 
 
-def _streamed(target: Any, method: StreamingMethod, quality: str | None, replace: bool) -> StreamingRun:
+def _streamed(target: Any, method: StreamingMethod, configuration: Configuration, replace: bool) -> StreamingRun:
     """A streaming model that attends to what the method chooses."""
-    if quality is not None:
-        raise ConfigError(f"quality={quality!r} decides on the method; leave {type(method).__name__} out")
+    if configuration.quality is not None:
+        name = type(method).__name__
+        raise ConfigError(f"quality={configuration.quality!r} decides on the method; leave {name} out")
     modules = denoisers(target)
+    model = next(iter(modules.values()))
+    adapter_of(model, method)  # one that does not fit leaves what is there
     if replace:
         for handle in _handles(modules):
             handle.remove()
-    return attach_stream(next(iter(modules.values())), method)
+    return attach_stream(model, method)
 
 
 def _certified(

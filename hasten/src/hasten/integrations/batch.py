@@ -230,6 +230,11 @@ def write(folder: Path, job: Job, image: Tensor, provenance: dict[str, Any]) -> 
     return write_atomically(folder / f"{job.id}.png", lambda file: to_pil(image).save(file, format="png"))
 
 
+def interrupted(done: int, of: int, folder: Path) -> KeyboardInterrupt:
+    """What ends a job that was stopped, with a line on how to go on."""
+    return KeyboardInterrupt(f"{done} of {of} images are in {folder}; the same command goes on from there")
+
+
 def generate(worker: Worker, jobs: Sequence[Job], folder: Path, progress: Progress | None = None) -> list[Failure]:
     """Draw the jobs that have no image in a folder yet; a job that cannot be done does not keep the others.
 
@@ -263,9 +268,7 @@ def generate(worker: Worker, jobs: Sequence[Job], folder: Path, progress: Progre
             done += 1
             tick(done, len(jobs), job.id)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{done} of {len(jobs)} images are in {folder}; the same command goes on from there"
-        ) from None
+        raise interrupted(done, len(jobs), folder) from None
     return failures
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hasten.errors import ConfigError, HastenError
-from hasten.integrations.batch import Failure, Job, Progress, Worker, pending, write
+from hasten.integrations.batch import Failure, Job, Progress, Worker, interrupted, pending, write
 from hasten.quality.configuration import Configuration
 
 __all__ = ["generate"]
@@ -127,7 +127,5 @@ class _Cluster:
                 done += 1
                 tick(done, len(jobs), job.id)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{done} of {len(jobs)} images are in {folder}; the same command goes on from there"
-            ) from None
+            raise interrupted(done, len(jobs), folder) from None
         return failures

@@ -141,7 +141,7 @@ class Acceleration:
         stages = self._stages.report(run).described if self._stages is not None and staged else None
         number = next((records[0].run for records in cached.values() if records), None)
         names = [] if number is None else [self._requests.name_of(number)]
-        names += [] if self._stages is None else [type(self._stages.method).__name__]
+        names += [type(part.method).__name__ for part in (self._stages, self._solver) if part is not None]
         return Summary.of(names, cached, staged, stages)
 
     def using(self, *, quality: str | None = None, computed_steps: int | None = None) -> AbstractContextManager[Any]:

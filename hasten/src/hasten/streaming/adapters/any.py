@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from hasten.errors import AdapterError
@@ -11,7 +12,27 @@ from hasten.streaming.adapters.handle import StreamingRun
 from hasten.streaming.attention import Backend
 from hasten.streaming.method import StreamingMethod
 
-__all__ = ["attach_stream"]
+__all__ = ["adapter_of", "attach_stream"]
+
+Attach = Callable[..., StreamingRun]
+
+
+def adapter_of(model: Any, method: StreamingMethod) -> Attach:
+    """What leads a model through a stream.
+
+    Raises:
+        AdapterError: if there is no adapter for it.
+    """
+    if type(model).__name__ == "AnyFlowFARTransformer3DModel":
+        return attach_anyflow
+    blocks = list(getattr(model, "blocks", ()))
+    if blocks and hasattr(model, "freqs") and all(hasattr(block, "self_attn") for block in blocks):
+        return attach_causal_wan
+    raise AdapterError(
+        f"{type(method).__name__} chooses the history of a streaming model, which {type(model).__name__} is not known "
+        "to be: there are adapters for AnyFlowFARPipeline and for causal Wan models of the Self-Forcing kind; in a "
+        "loop of your own call hasten.KVStream"
+    )
 
 
 def attach_stream(model: Any, method: StreamingMethod, *, backend: Backend = "grouped") -> StreamingRun:
@@ -26,13 +47,4 @@ def attach_stream(model: Any, method: StreamingMethod, *, backend: Backend = "gr
         AdapterError: if there is no adapter for it.
         AlreadyAcceleratedError: if it is attached already.
     """
-    if type(model).__name__ == "AnyFlowFARTransformer3DModel":
-        return attach_anyflow(model, method, backend=backend)
-    blocks = list(getattr(model, "blocks", ()))
-    if blocks and hasattr(model, "freqs") and all(hasattr(block, "self_attn") for block in blocks):
-        return attach_causal_wan(model, method, backend=backend)
-    raise AdapterError(
-        f"{type(method).__name__} chooses the history of a streaming model, which {type(model).__name__} is not known "
-        "to be: there are adapters for AnyFlowFARPipeline and for causal Wan models of the Self-Forcing kind; in a "
-        "loop of your own call hasten.KVStream"
-    )
+    return adapter_of(model, method)(model, method, backend=backend)
