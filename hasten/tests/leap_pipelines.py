@@ -14,8 +14,17 @@ import diffusers
 import pytest
 import test_variants as variants
 import torch
+from denoisers.unets import CONDITION, SDXL, TYPES_2D
 from test_variants import CLIP, FLUX_TEXT, GUIDED, MASKED_TEXT, QWEN_TEXT, SMALL, VARIANTS, assemble, build, flow
 from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
+    T5Config,
+    T5EncoderModel,
+)
 
 from hasten.errors import HastenError
 from hasten.fitting.leap import plain_config
@@ -58,6 +67,43 @@ def stable_diffusion(scheduler: str, **config: Any) -> Callable[[], Any]:
     return make
 
 
+def stable_diffusion_xl(scheduler: str, **config: Any) -> Callable[[], Any]:
+    """Stable Diffusion XL with a scheduler."""
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        return assemble(
+            "StableDiffusionXLPipeline",
+            unet=diffusers.UNet2DConditionModel(**SDXL).eval(),
+            vae=variants.image_vae(),
+            scheduler=getattr(diffusers, scheduler)(**config),
+            add_watermarker=False,
+        )
+
+    return make
+
+
+def sound() -> Any:
+    """AudioLDM 2: a spectrogram under two texts; vocoder and language models are asked for their settings alone."""
+    torch.manual_seed(0)
+    unet = diffusers.AudioLDM2UNet2DConditionModel(
+        **{**CONDITION, **TYPES_2D, "cross_attention_dim": ((24, 24), (24, 24), (24, 24))},
+        transformer_layers_per_block=1,
+    ).eval()
+    vocoder = SpeechT5HifiGan(
+        SpeechT5HifiGanConfig(model_in_dim=8, upsample_initial_channel=8, upsample_rates=[4], upsample_kernel_sizes=[8])
+    )
+    return assemble(
+        "AudioLDM2Pipeline",
+        unet=unet,
+        vae=variants.image_vae(),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+        vocoder=vocoder,
+        text_encoder_2=T5EncoderModel(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
+        language_model=GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=2)),
+    )
+
+
 def unconditional(pipeline: str, scheduler: str, **config: Any) -> Callable[[], Any]:
     """A UNet that is told nothing."""
 
@@ -93,6 +139,26 @@ def dit() -> Any:
 
 
 SD = {**GUIDED, "guidance_scale": 3.0, "height": 8, "width": 8}
+NARROW, WORDS = variants.randn(1, 7, 24), variants.randn(1, 5, 24, seed=2)
+XL = {
+    "prompt_embeds": NARROW,
+    "negative_prompt_embeds": NARROW.flip(1),
+    "pooled_prompt_embeds": variants.randn(1, 16),
+    "negative_pooled_prompt_embeds": variants.randn(1, 16, seed=1),
+    "guidance_scale": 3.0,
+    "height": 8,
+    "width": 8,
+}
+SOUND = {
+    "prompt_embeds": NARROW,
+    "negative_prompt_embeds": NARROW.flip(1),
+    "attention_mask": torch.ones(1, 7, dtype=torch.long),
+    "negative_attention_mask": torch.ones(1, 7, dtype=torch.long),
+    "generated_prompt_embeds": WORDS,
+    "negative_generated_prompt_embeds": WORDS.flip(1),
+    "guidance_scale": 3.0,
+    "audio_length_in_s": 0.002,
+}
 UNCLIPPED = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
 
@@ -149,6 +215,10 @@ OWN: dict[str, Pipeline] = {
     "stable diffusion, ancestral": (stable_diffusion("EulerAncestralDiscreteScheduler"), SD),
     "stable diffusion, heun": (stable_diffusion("HeunDiscreteScheduler"), SD),
     "stable diffusion, lcm": (stable_diffusion("LCMScheduler"), SD),
+    "stable diffusion xl, euler": (stable_diffusion_xl("EulerDiscreteScheduler"), XL),
+    "stable diffusion xl, dpmpp": (stable_diffusion_xl("DPMSolverMultistepScheduler", use_karras_sigmas=True), XL),
+    "stable diffusion xl, v": (stable_diffusion_xl("EulerDiscreteScheduler", prediction_type="v_prediction"), XL),
+    "audioldm 2": (sound, SOUND),
     "stable diffusion, v and zero snr": (
         stable_diffusion("DDIMScheduler", clip_sample=False, **ZERO_SNR),
         SD,

@@ -61,7 +61,10 @@ def kind_of(scheduler: Any) -> str:
         return "flow_prediction"
     kind = scheduler.config.get("prediction_type")
     if kind not in ("flow_prediction", "epsilon", "v_prediction"):
-        raise ConfigError(f"LEAP knows flow, epsilon and v_prediction models, got prediction_type {kind!r}")
+        raise ConfigError(
+            f"LEAP cannot follow {type(scheduler).__name__}: it knows flow, epsilon and v_prediction models, got "
+            f"prediction_type {kind!r}; give the pipeline another scheduler, or a cache in place of LEAP"
+        )
     return str(kind)
 
 
