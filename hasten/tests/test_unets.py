@@ -211,6 +211,21 @@ def test_a_controlnet_goes_on_working(sd15, site):
     assert torch.equal(draw(sd15, image=hint, **call), plain)
 
 
+def test_leap_on_a_unet_is_nearer_than_as_many_plain_steps(sdxl, tmp_path):
+    plain, own, before = draw(sdxl), sdxl.scheduler, leftovers(sdxl.unet)
+    few = draw(sdxl, num_inference_steps=4)
+    call = {"prompt": "a fish", "height": 16, "width": 16, "num_inference_steps": STEPS, "output_type": "latent"}
+    calls = [{**call, "generator": torch.Generator().manual_seed(seed)} for seed in (1, 2)]
+    file = hasten.fit_leap(sdxl, calls, [4], trials=10, rounds=1).save(tmp_path / "leap.safetensors")
+    with hasten.accelerate(sdxl, hasten.Leap(file)) as run:
+        learned = draw(sdxl, num_inference_steps=4)
+        assert str(run.summary()).startswith("Leap: 4 of 4 steps")
+    assert (learned - plain).norm() < (few - plain).norm() / 2
+    assert sdxl.scheduler is own
+    assert leftovers(sdxl.unet) == before
+    assert torch.equal(draw(sdxl), plain)
+
+
 def test_a_tiny_sdxl_through_the_command_line(sdxl, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "sdxl"
     sdxl.save_pretrained(folder)
