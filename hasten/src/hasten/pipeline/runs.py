@@ -11,7 +11,8 @@ unconditional, ...). Each owner (see `view`) has at most one run under way. A ru
 
 Where the scheduler counts its steps, a step is one of its counts: nothing is read from the device. Elsewhere the
 timestep argument tells: another value is another step, the same value again is the next pass of the same step, unless
-it comes with other latents or under a name that the step had already.
+it comes with other latents or under a name that the step had already. A timestep that is an entry of the scheduler's
+list, as the one that a UNet gets, is known by its place there; any other has to be read.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class Run:
         self.sampler_timesteps = None if view is None else view.timesteps
         self.timesteps = None if view is None else view.timesteps_of(module)
         self.total = None if self.timesteps is None else len(self.timesteps)
+        self._entries: list[float] | None = None  # of the scheduler's list, once they are asked for
         self.guidance = None if view is None else view.guidance
         self.state: Any = None
         self._step = -1
@@ -118,7 +120,7 @@ class Run:
             return index is not None and self._index is not None and index >= self._index
         if self.total is not None and self._direction == 0.0 and self._passes_now < MOST_PASSES:
             return True  # one value alone has no direction to go back from
-        value, mean = _numbers(timestep)
+        value, mean = self._numbers(timestep)
         moved = (value, mean) != (self._value, self._mean)
         if self.total is None and self._other_latents(hidden, moved):
             return False
@@ -140,7 +142,7 @@ class Run:
         moved = index != self._index
         if self._counted is None and not first_step and moved:
             self._counted = True
-        value, mean = self._read(timestep, moved)
+        value, mean = self._timestep(timestep, moved)
         repeated = (value, mean, sample) == (self._value, self._mean, self._sample)
         if first_step:
             self._first, self._counted = value, None if index is not None else False
@@ -167,14 +169,23 @@ class Run:
             self.number, self._step, pass_name, first_pass, first_step, self._is_last(value), self.total, value
         )
 
-    def _read(self, timestep: Any, moved: bool) -> tuple[float, float]:
+    def _timestep(self, timestep: Any, moved: bool) -> tuple[float, float]:
         """The timestep, latest and mean; from the list where reading it would wait for the device."""
         on_device = isinstance(timestep, Tensor) and timestep.device.type != "cpu"
         if not (self._counted and on_device and self.timesteps):
-            return _numbers(timestep)
+            return self._numbers(timestep)
         step = min(self._step + moved, len(self.timesteps) - 1)
         value = self.timesteps[step] * (self._first / self.timesteps[0] if self.timesteps[0] else 1.0)
         return value, value
+
+    def _numbers(self, timestep: Any) -> tuple[float, float]:
+        """Latest and mean timestep, since every image, frame or token may have its own."""
+        place = _place_in(self.sampler_timesteps, timestep)
+        if place is None or self.sampler_timesteps is None:
+            return _read(timestep)
+        if self._entries is None:
+            self._entries = [float(entry) for entry in self.sampler_timesteps.tolist()]
+        return self._entries[place], self._entries[place]
 
     def _is_last(self, value: float) -> bool:
         if self.timesteps is None or self._step < len(self.timesteps) - 1:
@@ -188,8 +199,20 @@ class Run:
         return abs(value - ratio * self.timesteps[-1]) <= NEAR * abs(self._first)
 
 
-def _numbers(timestep: Any) -> tuple[float, float]:
-    """Latest and mean timestep, since every image, frame or token may have its own. Waits for the device."""
+def _place_in(entries: Tensor | None, timestep: Any) -> int | None:
+    """Which entry of a list a timestep is a view of (`for t in timesteps`, `t.expand(B)`); None if it is none."""
+    if entries is None or not isinstance(timestep, Tensor) or timestep.dtype != entries.dtype:
+        return None
+    memory = timestep.untyped_storage().data_ptr()
+    spread = any(stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True) if size > 1)
+    if not memory or memory != entries.untyped_storage().data_ptr() or spread:
+        return None
+    place = (timestep.storage_offset() - entries.storage_offset()) // max(entries.stride(0), 1)
+    return place if 0 <= place < len(entries) else None
+
+
+def _read(timestep: Any) -> tuple[float, float]:
+    """Latest and mean of the numbers of a timestep. Waits for the device."""
     if not isinstance(timestep, Tensor) or timestep.numel() == 1:
         return float(timestep), float(timestep)
     latest, mean = torch.stack([timestep.max().float(), timestep.float().mean()]).tolist()
