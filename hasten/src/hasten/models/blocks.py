@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from operator import is_, itemgetter
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -152,16 +152,8 @@ class _PassThrough(Proxy):
         super().__init__(original)
         self._streams, self._alone = stack.returns, len(stack.returns) == 1 and not stack.wrapped
         self._places = tuple(_place(stack, original, name) for name in stack.returns)
-        names = [name for name, _ in self._places]
-        # One call in C reads them all where they are given by name, as nearly every model of diffusers does.
-        self._read = None if None in names or stack.wrapped else itemgetter(*names)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._read is not None and not args:
-            try:
-                return self._read(kwargs)
-            except KeyError:  # an argument left out
-                pass
         given = []
         for name, index in self._places:
             given.append(kwargs[name] if name in kwargs else args[index] if index < len(args) else None)
