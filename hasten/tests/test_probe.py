@@ -223,7 +223,34 @@ class ClipAndSound(Base):
         return torch.cat([out["clip"], out["sound"]], 1)
 
 
-STYLES = [DiT, Mixed, InSequence, ByName, Nested, Wrapped, MMDiT, Flux, Wan, ClipAndSound]
+class Tied(DiT):
+    """Two blocks that each stand in two places."""
+
+    def build(self):
+        first, second = Block(), Block()
+        self.blocks = nn.ModuleList([first, second, first, second])
+
+
+class Shared(DiT):
+    """One block in every place."""
+
+    def build(self):
+        self.blocks = nn.ModuleList([Block()] * 4)
+
+
+class Faint(ClipAndSound):
+    """A second output whose numbers are tiny."""
+
+    def forward(self, x, context, t):
+        out = super().forward(x, context, t)
+        return out | {"sound": 1e-5 * out["sound"]}
+
+    def call(self, x, t):
+        out = self(x, torch.linspace(-1, 1, 3 * WIDTH).reshape(1, 3, WIDTH), t)
+        return torch.cat([out["clip"], 1e5 * out["sound"]], 1)
+
+
+STYLES = [DiT, Mixed, InSequence, ByName, Nested, Wrapped, MMDiT, Flux, Wan, ClipAndSound, Tied, Shared, Faint]
 
 
 def run_of(model, steps=9, constant=False):
@@ -260,6 +287,40 @@ def test_the_probe_finds_the_blocks_of_every_style(style):
     for handle in handles:
         handle.remove()
     assert 0 < (better[-1] - plain[-1]).norm() < (fast[-1] - plain[-1]).norm() < 0.6 * plain[-1].norm()
+
+
+def test_blocks_whose_forward_is_called_are_skipped_too():
+    class Direct(DiT):
+        def forward(self, x, t, y):
+            c = self.time(t) + y
+            for block in self.blocks:
+                x = block.forward(x, c)
+            return self.final_layer(x) * (1 + c[:, None])
+
+    model, ran = Direct(), []
+    plain = run_of(model)
+    with hasten.accelerate(model, "reuse", interval=1):
+        assert all(map(torch.equal, run_of(model), plain))
+    handles = [block.mlp.register_forward_hook(lambda *_: ran.append(1)) for block in model.blocks]
+    with hasten.accelerate(model, "reuse", interval=3, warmup=1):
+        run_of(model)
+    for handle in handles:
+        handle.remove()
+    assert len(ran) == 3 * len(model.blocks)
+    assert all(map(torch.equal, run_of(model), plain))
+
+
+def test_a_timestep_that_is_no_number_or_is_not_there_is_refused_by_name():
+    class Listed(DiT):
+        def forward(self, x, y, t=None):
+            return super().forward(x, torch.ones(1) if t is None else t[0], y)
+
+    model, x, y = Listed(), torch.ones(1, 6, WIDTH), torch.ones(1, WIDTH)
+    with hasten.accelerate(model, "reuse"), torch.no_grad():
+        with pytest.raises(AdapterError, match=r"Listed was given a list for 't', expected a number.*timestep=None"):
+            model(x, y, [torch.ones(1)])
+        with pytest.raises(AdapterError, match=r"Listed was called without 't'.*register\('Listed'"):
+            model(x, y)
 
 
 @pytest.mark.parametrize(

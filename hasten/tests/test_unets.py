@@ -213,6 +213,47 @@ def test_a_controlnet_goes_on_working(sd15, site):
     assert torch.equal(draw(sd15, image=hint, **call), plain)
 
 
+def part_of(sdxl: Any, part: str) -> tuple[Any, dict[str, Any]]:
+    """Pipelines that go through a part of their scheduler's list, or through one with a timestep that comes twice."""
+    if part == "first part":
+        return sdxl, {"num_inference_steps": 16, "denoising_end": 0.6}
+    fitting = built("UNet2DConditionModel", **{**CONDITION, **TYPES_2D, "cross_attention_dim": 8})
+    names = ("vae", "text_encoder", "tokenizer")
+    kind = diffusers.StableDiffusionPipeline if part == "pndm" else diffusers.StableDiffusionImg2ImgPipeline
+    pndm = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    pipe = kind(
+        **{name: getattr(sdxl, name) for name in names},
+        unet=fitting,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1) if part == "ddim img2img" else pndm,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    image = {"image": randn(1, 3, 16, 16).sigmoid(), "strength": 0.6, "num_inference_steps": 16}
+    return pipe, {} if part == "pndm" else image
+
+
+@pytest.mark.parametrize(
+    ("part", "steps"), [("first part", 9), ("pndm", 10), ("ddim img2img", 9), ("pndm img2img", 10)]
+)
+def test_as_many_steps_are_computed_as_were_asked_for(sdxl, part, steps):
+    pipe, call = part_of(sdxl, part)
+    sizes = {"height": None, "width": None} if "image" in call else {"height": 16, "width": 16}
+    call = {"prompt": "a fish", "num_inference_steps": STEPS, "output_type": "latent", **sizes, **call}
+    call = {name: value for name, value in call.items() if value is not None}
+    ran = []
+    handle = pipe.unet.mid_block.register_forward_hook(lambda *_: ran.append(1))
+    with hasten.accelerate(pipe, "taylorseer", schedule="even", computed_steps=4) as run:
+        pipe(**call, generator=torch.Generator().manual_seed(0))
+        summary = run.summary()
+        assert (len(ran), summary.computed_steps, summary.skipped_steps) == (4, 4, steps - 4)
+        assert run.records[-1].computed  # even: from the first step to the last
+        # A UNet has none of the methods that tell a transformer of the end of a call; its features go all the same.
+        assert not run.engines["unet"].runs.under_way
+    handle.remove()
+
+
 def test_leap_on_a_unet_is_nearer_than_as_many_plain_steps(sdxl, tmp_path):
     plain, own, before = draw(sdxl), sdxl.scheduler, leftovers(sdxl.unet)
     few = draw(sdxl, num_inference_steps=4)

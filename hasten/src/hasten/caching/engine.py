@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hasten import models
+from hasten.caching.arguments import Arguments
 from hasten.caching.components import Components, FeatureKey
 from hasten.caching.deep import DeepSite
 from hasten.caching.gates import relative_change
@@ -86,15 +85,7 @@ class CachingEngine(Hook):
         method.check_model(model)
         self.model, self.method, self._home, self._check = model, method, home, check
         self._adapter = models.find(model)
-        self._hidden: str
-        self._timestep: str | None
-        if self._adapter is None:
-            self._hidden, self._timestep = models.root_arguments(model)
-        else:
-            self._hidden, self._timestep = self._adapter.hidden, self._adapter.timestep
-        self._calls = count(1)
-        self._parameters = list(inspect.signature(model.forward).parameters)
-        self._positions = {name: position for position, name in enumerate(self._parameters)}
+        self._arguments = Arguments(model, self._adapter)
         self.site = self._make_site()
         self.runs = Runs(model, home)
         self._records = Records()
@@ -175,8 +166,8 @@ class CachingEngine(Hook):
         if torch.is_grad_enabled():
             self._warn("gradients", GRADIENTS)
             return (self.site.compiled or forward)(*args, **kwargs)
-        hidden = self._argument(self._hidden, args, kwargs)
-        run, info = self.runs.label(self._time(args, kwargs), hidden, pass_name(module))
+        hidden = self._arguments.latents(args, kwargs)
+        run, info = self.runs.label(self._arguments.timestep(args, kwargs), hidden, pass_name(module))
         device = _device(hidden)
         start = started(device)
         try:
@@ -287,7 +278,7 @@ class CachingEngine(Hook):
         return components
 
     def _find_layout(self, args: Any, kwargs: Any) -> models.TokenLayout:
-        arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
+        arguments = self._arguments.named(args, kwargs)
         layout = models.layout_of(self.model, self._adapter, arguments)
         streams = self._adapter.used(self.model)[-1].streams if self._adapter is not None else ()
         if streams and self.method.needs_layout:
@@ -318,19 +309,12 @@ class CachingEngine(Hook):
         if self.method.site == "deep":
             return DeepSite(self.model)
         if self.method.site == "output" or (unet and self.method.site == "hidden"):
-            return OutputSite(self.model, feature.change, partial(self._argument, self._hidden))
+            return OutputSite(self.model, feature.change, self._arguments.latents)
         if self.method.site == "module":
             return ModuleSite(self.model, self._adapter)
         if feature != plain:
             return SpanSite(self.model, self._adapter, feature, self._verified)
         return HiddenSite(self.model, self._adapter)
-
-    def _time(self, args: Any, kwargs: Any) -> Any:
-        """The timestep of a call; of a model that is given none, a number that is another one in each call."""
-        return -float(next(self._calls)) if self._timestep is None else self._argument(self._timestep, args, kwargs)
-
-    def _argument(self, name: str, args: Any, kwargs: Any) -> Any:
-        return kwargs[name] if name in kwargs else args[self._positions[name]]
 
     # --- what is said
 
@@ -338,9 +322,9 @@ class CachingEngine(Hook):
         """Say what the module site is going to keep, before it is kept."""
         if self._adapter is None or self._adapter.layout is None:
             return
-        hidden = self._argument(self._hidden, args, kwargs)
+        hidden = self._arguments.latents(args, kwargs)
         dtype = (hidden if isinstance(hidden, Tensor) else hidden[0]).dtype
-        encoder = (dict(zip(self._parameters, args, strict=False)) | kwargs).get("encoder_hidden_states")
+        encoder = self._arguments.named(args, kwargs).get("encoder_hidden_states")
         try:
             image_tokens = math.prod(self._find_layout(args, kwargs).grid)
         except AdapterError:  # tokens of several sizes; the site itself does not mind

@@ -177,8 +177,8 @@ def spread(count: int, total: int, power: float = 1.0) -> tuple[int, ...]:
 
 def _needs_total(what: str) -> ScheduleError:
     return ScheduleError(
-        f"{what} has to know how many steps a run has, which a bare transformer does not tell; "
-        "accelerate the pipeline instead, or list the computed steps with steps=..."
+        f"{what} has to know how many steps a run has, which neither a bare denoiser tells nor a pipeline without a "
+        "`scheduler`; accelerate a pipeline that has one, or list the computed steps with steps=..."
     )
 
 

@@ -22,6 +22,10 @@ class Proxy(nn.Module):
         self.__dict__["original"] = original  # where it is found at once
         self._modules["original"] = original
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """For models that call their blocks' forward themselves; a proxy defines this or `__call__`."""
+        return self(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

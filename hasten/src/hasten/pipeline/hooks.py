@@ -91,11 +91,9 @@ class _HookedCalls:
             return call(*args, **kwargs)  # one frame down, or `compile()` would unwrap and trace what is disabled
 
         self._ours: dict[str, Any] = {_KEY: self, "_call_impl": call_impl, "compile": self._compile}
-        for name, method in (
-            ("cache_context", self._cache_context),
-            ("enable_cache", self._enable_cache),
-            ("_reset_stateful_cache", self._reset_stateful_cache),
-        ):
+        # Pipelines call it at their end where a denoiser has it, which UNets do not.
+        self._ours["_reset_stateful_cache"] = self._reset_stateful_cache
+        for name, method in (("cache_context", self._cache_context), ("enable_cache", self._enable_cache)):
             if hasattr(type(module), name):
                 self._ours[name] = method
         self._before = {name: module.__dict__[name] for name in self._ours if name in module.__dict__}
@@ -182,7 +180,8 @@ class _HookedCalls:
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
         for hook in self.hooks:
             _active(hook).end_run()
-        self._original("_reset_stateful_cache")(*args, **kwargs)
+        if hasattr(type(self.module), "_reset_stateful_cache"):
+            self._original("_reset_stateful_cache")(*args, **kwargs)
 
     def _original(self, name: str) -> Any:
         return self._before.get(name) or functools.partial(getattr(type(self.module), name), self.module)

@@ -80,6 +80,7 @@ class Run:
         owner: whose it is.
         view: of the pipeline whose call it is; None where only the transformer is known.
         module: the transformer.
+        loop: the list of timesteps that the pipeline's call goes through, if it has one.
 
     Attributes:
         total: steps of the run, where the scheduler tells.
@@ -87,11 +88,13 @@ class Run:
         state: whatever the caller remembers of the run.
     """
 
-    def __init__(self, number: int, owner: Owner, view: PipelineView | None, module: nn.Module) -> None:
+    def __init__(
+        self, number: int, owner: Owner, view: PipelineView | None, module: nn.Module, loop: Any = None
+    ) -> None:
         self.number, self.owner, self.view = number, owner, view
         # Holding the tensor keeps its identity from being given to another one.
         self.sampler_timesteps = None if view is None else view.timesteps
-        self.timesteps = None if view is None else view.timesteps_of(module)
+        self.timesteps = None if view is None else view.timesteps_of(module, loop)
         self.total = None if self.timesteps is None else len(self.timesteps)
         self._entries: list[float] | None = None  # of the scheduler's list, once they are asked for
         self.guidance = None if view is None else view.guidance
@@ -275,7 +278,8 @@ class Runs:
         others = list(self._runs)
         for gone in set(others) - alive(others):
             self._runs.pop(gone, None)
-        run = self._runs[owner] = Run(next(self._numbers), owner, self._view(caller.pipe), self._module)
+        view = self._view(caller.pipe)
+        run = self._runs[owner] = Run(next(self._numbers), owner, view, self._module, caller.timesteps)
         if owner.frame is not None:
             self._called = run.sampler_timesteps
         return run

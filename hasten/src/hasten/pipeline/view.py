@@ -94,6 +94,19 @@ class Caller:
         """The pipeline whose call it is; None in a loop of the user's own."""
         return None if self.frame is None else _first_argument(self.frame)
 
+    @property
+    def timesteps(self) -> Any:
+        """What the pipeline's call has under that name, as its loop goes through it; None where it has nothing."""
+        return None if self.frame is None else _locals(self.frame, ["timesteps"]).get("timesteps")
+
+
+def _locals(frame: FrameType, names: Iterable[str]) -> dict[str, Any]:
+    local = frame.f_locals
+    found = {name: local[name] for name in names if name in local}
+    if isinstance(local, dict):  # see `_first_argument`
+        local.clear()
+    return found
+
 
 def current_owner() -> Owner:
     """The owner of what happens now on this thread."""
@@ -109,12 +122,8 @@ def call_arguments(owner: Owner) -> dict[str, Any]:
     frame = caller.frame
     if frame is None or caller.owner.frame != owner.frame:
         return {}
-    code, local = frame.f_code, frame.f_locals
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    found = {name: local[name] for name in names if name in local}
-    if isinstance(local, dict):  # see `_first_argument`
-        local.clear()
-    return found
+    code = frame.f_code
+    return _locals(frame, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
 
 def alive(owners: Iterable[Owner]) -> set[Owner]:
@@ -174,6 +183,16 @@ def _takes_a_timestep(module: nn.Module) -> bool:
         return False
 
 
+def _is_part(loop: Any, timesteps: Tensor) -> bool:
+    """Whether a tensor is a slice of the scheduler's list; looks at no number, which would wait for the device."""
+    return (
+        isinstance(loop, Tensor)
+        and loop.dim() == 1
+        and len(loop) > 0
+        and loop.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+    )
+
+
 class PipelineView:
     """What a pipeline tells of the run under way: read-only, and without keeping the pipeline alive.
 
@@ -214,7 +233,8 @@ class PipelineView:
         """Where in the list the scheduler stands; None for one that does not count."""
         scheduler = self.scheduler
         if not hasattr(scheduler, "step_index"):
-            return None
+            counter = getattr(scheduler, "counter", None)  # PNDM, in whose list a timestep comes twice
+            return counter if isinstance(counter, int) else None
         index = scheduler.step_index
         return self.begin_index if index is None else index
 
@@ -234,13 +254,21 @@ class PipelineView:
         parts = [getattr(self.pipe, name, None) for name in DENOISERS]
         return next((part for part in parts if unwrap(part) is module and part is not module), None)
 
-    def timesteps_of(self, module: nn.Module) -> tuple[float, ...] | None:
-        """The timesteps of the run at which a transformer is called; reads the list, so once per run."""
+    def timesteps_of(self, module: nn.Module, loop: Any = None) -> tuple[float, ...] | None:
+        """The timesteps of the run at which a transformer is called; reads the list, so once per run.
+
+        Args:
+            module: the transformer.
+            loop: what the pipeline goes through. It counts where it is a part of the scheduler's list: image to image
+                with a scheduler that has no begin index, `denoising_end`, lists that end with the time of the image.
+        """
         if self.timesteps is None:
             return None
         pipe, scheduler = self.pipe, self.scheduler
         timesteps = self.timesteps[self.begin_index :]
-        if type(scheduler).__name__ == "SCMScheduler":  # its list ends with the time of the finished image
+        if _is_part(loop, self.timesteps):
+            timesteps = loop
+        elif type(scheduler).__name__ == "SCMScheduler":  # its list ends with the time of the finished image
             timesteps = timesteps[:-1]
         # Two experts take over from each other at a boundary (Wan 2.2).
         ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
