@@ -6,6 +6,7 @@ A few of different build are checked always, all of them with the slow tests.
 import json
 from pathlib import Path
 
+import diffusers
 import pytest
 from denoisers import checks
 
@@ -32,6 +33,21 @@ def test_no_denoiser_of_the_installed_diffusers_is_untested():
     untested = checks.shipped() - set(checks.DENOISERS)
     assert not untested, f"untested: write tiny configurations for {', '.join(sorted(untested))} in tests/denoisers"
     assert set(SEEN) == set(checks.DENOISERS), "run benchmarks/denoisers.py"
+
+
+@pytest.mark.parametrize(
+    ("module", "forward"),
+    [
+        ("models.transformers.transformer_new", lambda self, hidden_states, timestep: None),
+        ("models.unets.unet_new", lambda self, sample, time: None),
+        ("models.new", lambda self, x, t: None),
+        ("pipelines.new.modeling", lambda self, x, sigmas: None),
+    ],
+)
+def test_a_denoiser_of_a_newer_diffusers_is_untested(monkeypatch, module, forward):
+    new = type("New", (diffusers.ModelMixin,), {"forward": forward, "__module__": f"diffusers.{module}"})
+    monkeypatch.setattr(diffusers, "NewDenoiser", new, raising=False)
+    assert checks.shipped() - set(checks.DENOISERS) == {"NewDenoiser"}
 
 
 @pytest.mark.parametrize(("name", "site"), cells())

@@ -20,7 +20,8 @@ from denoisers.clips import CLIPS
 from denoisers.images import IMAGES
 from denoisers.sounds import SOUNDS
 from denoisers.unets import UNETS
-from hasten.errors import HastenError
+from hasten.errors import AdapterError, HastenError
+from hasten.models import root_arguments
 from hasten.pipeline.runs import Run, Runs, StepInfo
 
 SITES = ("hidden", "output", "module", "deep")
@@ -44,11 +45,18 @@ def shipped() -> set[str]:
         if not inspect.isclass(cls) or not issubclass(cls, diffusers.ModelMixin) or cls is diffusers.ModelMixin:
             continue
         module = cls.__module__.removeprefix("diffusers.")
-        timed = any("timestep" in name for name in inspect.signature(cls.forward).parameters)
-        ours = module.startswith(("models.transformers.", "models.unets."))
-        if ours or (timed and not module.startswith("models.")) or name.startswith("UNet"):
+        ours = module.startswith(("models.transformers.", "models.unets.")) or name.startswith("UNet")
+        if ours or (_timed(cls) and not module.startswith(("models.controlnets.", "models.autoencoders."))):
             found.add(name)
     return found - set(PARTS)
+
+
+def _timed(cls: Any) -> bool:
+    """Whether a class is called with a time, in the words of the probe."""
+    try:
+        return bool(root_arguments(cls))
+    except AdapterError:
+        return False
 
 
 @dataclass(frozen=True)
