@@ -220,6 +220,7 @@ def test_models_lists_what_is_installed_and_known(monkeypatch, capsys):
     for word in ("emoji-flux", "64x64, 32x32", "images", "edits", "clips", "17 frames", "sprites-stream", "video"):
         assert word in text
     assert "FluxTransformer2DModel" in text
+    assert "with a UNet (sites output and deep)" in text
     for name in ("demo", "bench", "tune", "calibrate"):
         assert "sprites-wan" in command(monkeypatch, capsys, name, "--help")[1].replace("\n", "")
 

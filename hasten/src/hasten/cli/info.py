@@ -70,4 +70,5 @@ def list_models() -> None:
         sites = ["hidden", "output", *(["module"] if all(stack.modules for stack in adapter.stacks) else [])]
         families.add_row(family, ", ".join(sites))
     console.print(families)
-    console.print("any diffusers pipeline with one of these, or one whose blocks can be found, is a --model")
+    console.print("any diffusers pipeline with one of these, or with one whose blocks can be found, is a --model;")
+    console.print("so is one with a UNet (sites output and deep)")
