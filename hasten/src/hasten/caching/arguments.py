@@ -45,7 +45,8 @@ class Arguments:
 
     def latents(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The latents of a call: a tensor or a list of them."""
-        return self._argument("hidden", self._hidden, args, kwargs)
+        given = kwargs.get(self._hidden)  # as nearly every pipeline gives them: at once, on every skipped step
+        return self._argument("hidden", self._hidden, args, kwargs) if given is None else given
 
     def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The timestep of a call; of a model that is given none, a number that is another one in each call.
