@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -261,6 +262,25 @@ def test_two_certificates_for_one_model_are_named(own_store, certified):
         hasten.accelerate(pipe, quality="high")
 
 
+def test_what_a_distribution_brings_is_found_and_this_machines_own_takes_precedence(
+    own_store, certified, tmp_path, monkeypatch
+):
+    pipe, made, brought = make_pipe(), Certificate.load(certified), tmp_path / "brought"
+    made.save(brought / "high.json")
+    entry = SimpleNamespace(load=lambda: lambda: brought)
+    monkeypatch.setattr(
+        "hasten.quality.certificate.entry_points", lambda group: [entry] if group == "hasten.certificates" else []
+    )
+    with hasten.accelerate(pipe, quality="high") as run:
+        assert run.describe()["method"] == made.setting
+    replace(made, setting=made.setting.replace("taylorseer", "foca")).save(own_store / "high.json")
+    with hasten.accelerate(pipe, quality="high") as run:
+        assert run.describe()["method"].startswith("foca")
+    replace(made, conditions=replace(made.conditions, scheduler="DDIMScheduler")).save(own_store / "high.json")
+    with hasten.accelerate(pipe, quality="high") as run:  # that one is for another pipeline
+        assert run.describe()["method"] == made.setting
+
+
 @pytest.mark.parametrize("damage", ["digest", "text", "gone"])
 def test_a_damaged_certificate_is_refused_by_name_and_left_out_of_the_store(damage, certified, own_store, caplog):
     own_store.mkdir()
@@ -289,6 +309,15 @@ def solved(tmp_path_factory, emoji):
     return run_certify(emoji, given, folder / "high.json")[1]
 
 
+def test_certificates_of_one_fit_share_a_folder(emoji, solved):
+    loose = Tolerance(min_psnr=10, share=0.5, confidence=0.6)
+    given = settings(
+        quality="draft", tolerance=loose, methods=("leap",), computed_steps=(5,), prompts=2, screen=1, steps=50
+    )
+    made, _ = run_certify(emoji, given, solved.with_name("draft.json"))
+    assert Certificate.load(solved).files.keys().isdisjoint(made.files)
+
+
 def drawn(model, pipe, **changes):
     arguments = {**model.call, "output_type": "pt", "generator": torch.Generator().manual_seed(3), **changes}
     return pipe(model.prompts[0], **arguments).images
@@ -297,8 +326,8 @@ def drawn(model, pipe, **changes):
 def test_a_certified_scheduler_is_in_place_for_the_same_calls_and_goes_again(emoji, solved):
     pipe, own = emoji.pipe, emoji.pipe.scheduler
     right = hasten.LeapScheduler.load(emoji.fitted["leap"])
-    (file,) = solved.parent.glob("leap-*.safetensors")
-    assert hasten.Calibration.load(file).options["certificate"]["tolerance"]["min_psnr"] == 20
+    (file,) = Certificate.load(solved).files
+    assert hasten.Calibration.load(solved.parent / file).options["certificate"]["tolerance"]["min_psnr"] == 20
     with hasten.accelerate(pipe, quality=str(solved)) as run:
         fast = drawn(emoji, pipe)
         assert (run.summary().steps, run.summary().computed_steps) == (5, 5)

@@ -239,7 +239,7 @@ class _Certification:
         done, total = 0, len(usable) * len(self._screening)
         found = []
         for arm in usable.values():
-            setting, files = _setting(arm)
+            setting, files = _setting(arm, digest_of(self._out.name)[:6])
             values = []
             for request in self._screening:
                 self._progress(f"screening: {arm.id}", done, total)
@@ -341,8 +341,11 @@ class _Certification:
         return replace(certificate, files=files).save(self._out)
 
 
-def _setting(arm: Arm) -> tuple[str, dict[str, Path]]:
-    """The method expression of an arm with its files by the names that they will have beside the certificate."""
+def _setting(arm: Arm, mark: str) -> tuple[str, dict[str, Path]]:
+    """The method expression of an arm with its files by the names that they will have beside the certificate.
+
+    The mark is the certificate's: each has files of its own, as they carry what was shown of them.
+    """
     attach = arm.attach
     if isinstance(attach, Solved):
         method, given = f"leap:calibration={attach.calibration.file}", [attach.calibration]
@@ -356,7 +359,7 @@ def _setting(arm: Arm) -> tuple[str, dict[str, Path]]:
         if calibration.file is None:
             raise ConfigError(f"{arm.id}: its calibration is in no file; save it and give the path")
         path = Path(calibration.file)
-        name = f"{calibration.method}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}{path.suffix}"
+        name = f"{calibration.method}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}-{mark}{path.suffix}"
         files[name] = path
         method = method.replace(f"={calibration.file}", f"={name}")
     return method, files

@@ -205,10 +205,10 @@ def _range(text: str) -> tuple[float, float]:
 def certificates() -> None:
     """List the certificates of this machine."""
     from hasten.quality.certificate import certificates as known
-    from hasten.quality.certificate import store
+    from hasten.quality.certificate import shipped, store
 
     table = Table("quality", "model", "setting", "computed", "FLOPs ratio", "steps", "size", "guidance", "made")
-    found = known()
+    found = known() + shipped()
     for one in found:
         conditions = one.conditions
         size = f"{conditions.height}x{conditions.width}" + (f"x{conditions.frames}" if conditions.frames else "")

@@ -2,13 +2,15 @@
 
 A certificate is a JSON file with a digest, beside the calibrations that its setting needs. `hasten certify` writes it
 into the store of this machine, where `hasten.accelerate(pipe, quality="high")` finds it by the model's weights; other
-distributions bring theirs through the entry point group `hasten.certificates` (a function that returns a folder).
+distributions bring theirs through the entry point group `hasten.certificates` (a function that returns a folder), which
+count where the store has none for the model.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,7 +22,7 @@ from hasten.io import Kind, check_files, read_record, write_record
 from hasten.quality.conditions import Conditions
 from hasten.quality.tolerance import Tolerance
 
-__all__ = ["Certificate", "Evidence", "Tried", "certificates", "store"]
+__all__ = ["Certificate", "Evidence", "Tried", "certificates", "shipped", "store"]
 
 log = logging.getLogger(__name__)
 
@@ -162,8 +164,16 @@ def store() -> Path:
 
 
 def certificates() -> list[Certificate]:
-    """All certificates of this machine; files that are none are named in a warning of the logger and left out."""
-    folders = [store(), *(Path(entry.load()()) for entry in entry_points(group=GROUP))]
+    """The certificates of this machine's store; files that are none are named in a warning and left out."""
+    return _in([store()])
+
+
+def shipped() -> list[Certificate]:
+    """The certificates that installed distributions bring."""
+    return _in([Path(entry.load()()) for entry in entry_points(group=GROUP)])
+
+
+def _in(folders: Sequence[Path]) -> list[Certificate]:
     found = []
     for path in (path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("*.json"))):
         try:

@@ -16,7 +16,7 @@ from hasten.caching.methods import Reuse
 from hasten.errors import CertificateError, ConfigError
 from hasten.io import digest_of
 from hasten.pipeline.runs import Run
-from hasten.quality.certificate import Certificate, certificates
+from hasten.quality.certificate import Certificate, certificates, shipped
 from hasten.quality.conditions import Call
 from hasten.quality.tolerance import EXACT, TIERS, tier
 from hasten.solvers import Leap, LeapScheduler
@@ -208,10 +208,13 @@ def find(quality: str, modules: Mapping[str, nn.Module], scheduler: Any, name: s
         if differences:
             raise _refusal(certificate, differences, f"hasten certify --model {name or 'MODEL'}")
         return Setting.of(certificate, name)
-    known = [certificate for certificate in certificates() if certificate.quality == quality]
+    known, fitting = [], []
+    for source in (certificates, shipped):  # what was certified here takes precedence
+        found = [certificate for certificate in source() if certificate.quality == quality]
+        fitting = fitting or [one for one in found if not _differences(one, modules, scheduler)]
+        known += found
     if not known:
         tier(quality)  # refuses what is no tier
-    fitting = [certificate for certificate in known if not _differences(certificate, modules, scheduler)]
     if len(fitting) > 1:
         listed = "; ".join(f"{one.conditions.options} in {one.folder}" for one in fitting)
         raise CertificateError(
