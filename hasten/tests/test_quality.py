@@ -409,6 +409,15 @@ def test_a_share_of_the_calls_is_audited(certified):
         assert 2 <= len(run.audit.checked) <= 11
 
 
+def test_calls_of_using_are_audited_where_they_have_the_certified_setting(certified):
+    pipe = make_pipe()
+    with hasten.accelerate(pipe, quality=str(certified), audit=1.0) as run:
+        for asked, checked in (({}, 1), ({"quality": str(certified)}, 2), ({"computed_steps": 4}, 2)):
+            with run.using(**asked) as own:
+                audited(own, run)
+            assert len(run.audit.checked) == checked
+
+
 def test_calls_outside_of_the_tolerance_are_warned_of_and_too_many_raise_an_alarm(certified, tmp_path, caplog):
     made = Certificate.load(certified)
     broken = replace(made, tolerance=Tolerance(min_psnr=90, share=0.95, confidence=0.9), folder=None)
@@ -481,6 +490,17 @@ def test_bad_settings_of_single_calls_are_refused_and_change_nothing(asked, mess
         assert run.summary().computed_steps == 6
     with pytest.raises(ConfigError, match="was removed"), run.using(computed_steps=4):
         pass
+
+
+def test_settings_of_single_calls_do_not_pile_up():
+    pipe = make_pipe()
+    with hasten.accelerate(pipe, "foca", schedule="even", computed_steps=6) as run:
+        for count in range(1, 200):
+            with run.using(computed_steps=count):
+                pass
+        assert len(run._requests._instead) < 100
+        with run.using(computed_steps=4) as own:
+            assert torch.equal(draw(own), fresh({"schedule": "even", "computed_steps": 4}))
 
 
 def test_a_transformer_alone_has_single_calls_too():

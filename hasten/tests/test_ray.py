@@ -31,7 +31,7 @@ assert failures == []
 """
 
 
-def workers_of(mark):
+def workers_of(mark, kind=b"_Actor"):
     """Process ids of a driver's workers."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -39,7 +39,7 @@ def workers_of(mark):
             name, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
         except OSError:
             continue
-        if name.startswith(b"ray::") and b"_Actor" in name and mark.encode() in environment:
+        if name.startswith(b"ray::") and kind in name and mark.encode() in environment:
             found.append(int(process.name))
     return found
 

@@ -25,22 +25,13 @@ def generate(
         typer.Option("--prompts-file", help='One prompt per line, or JSON: {"id": "a1", "prompt": "...", "seed": 7}.'),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for an image and a JSON file per job.")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help=f"An installed model ({options.MODELS}), a pipeline's folder, a hub id."),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="A configuration (hasten.yaml); options take precedence.")
-    ] = None,
-    quality: Annotated[
-        str | None, typer.Option(help="A certified tier (lossless, high, draft), a certificate's path, or exact.")
-    ] = None,
-    method: Annotated[str | None, typer.Option(help="A method expression, such as foca:schedule=even.")] = None,
-    computed_steps: Annotated[int | None, typer.Option(min=1, help="Steps to compute.")] = None,
-    audit: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of images that are checked against the full run.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps that the pipeline is called with.")] = None,
+    model: options.OwnModel = None,
+    config: options.ConfigFile = None,
+    quality: options.Quality = None,
+    method: options.Method = None,
+    computed_steps: options.SomeSteps = None,
+    audit: options.Audit = None,
+    steps: options.CallSteps = None,
     height: options.Height = None,
     width: options.Width = None,
     guidance: options.Guidance = None,
@@ -50,9 +41,7 @@ def generate(
         str | None,
         typer.Option("--ray", help="Share the jobs among the workers of a Ray cluster: its address, or local."),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="With --ray: one per GPU by default, else per CPU.")
-    ] = None,
+    workers: options.Workers = None,
 ) -> None:
     """Draw every prompt of a file into a folder, with where each image came from.
 
@@ -61,13 +50,11 @@ def generate(
 
     Example: hasten generate --model emoji-flux --prompts-file prompts.jsonl --out images --quality high
     """
-    from hasten.integrations.batch import Worker, overridden, read_jobs
+    from hasten.integrations.batch import Worker, read_jobs
     from hasten.integrations.batch import generate as run
-    from hasten.quality.configuration import Configuration, load
 
-    options.call_of(height, width, guidance)  # refuses what no model can draw
-    configuration = overridden(
-        Configuration() if config is None else load(config),
+    configuration = options.configured(
+        config,
         model=model,
         quality=quality,
         method=method,
@@ -80,11 +67,9 @@ def generate(
     )
     jobs = read_jobs(prompts_file, seed)
     check_target(out / f"{jobs[0].id}.json")
-    if configuration.model is None:
-        raise ConfigError("a model is needed: give --model, or `model:` in the configuration")
     if workers is not None and ray is None:
         raise ConfigError("--workers is how many workers a Ray cluster has; give --ray as well, or leave it out")
-    worker = None if ray is not None else Worker(configuration, model=opened(configuration.model, device))
+    worker = None if ray is not None else Worker(configuration, model=opened(str(configuration.model), device))
     with resumable(), Progress(*BAR, console=console) as bar:
         task = bar.add_task("generating", total=len(jobs))
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hasten.cli import boundary, certify, comfyui, fit, generate, info, measure, tokens
+from hasten.cli import boundary, certify, comfyui, fit, generate, info, measure, playground, serve, tokens
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +24,8 @@ app.command()(measure.report)
 app.command()(fit.calibrate)
 app.command()(fit.tune)
 app.command()(generate.generate)
+app.command()(serve.serve)
+app.command()(playground.playground)
 app.command()(certify.certify)
 app.command()(certify.certificates)
 app.add_typer(tokens.app, name="tokens")

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hasten.bench import subject
 from hasten.errors import ConfigError
 
+if TYPE_CHECKING:
+    from hasten.quality.configuration import Configuration
+
 __all__ = [
     "MOST_SEED",
+    "Audit",
+    "CallSteps",
     "ComputedSteps",
+    "ConfigFile",
     "Device",
     "Guidance",
     "Height",
+    "Method",
     "ModelName",
+    "OwnModel",
     "PromptsFile",
+    "Quality",
     "Seed",
+    "SomeSteps",
     "Steps",
     "Width",
+    "Workers",
     "call_of",
+    "configured",
     "names",
     "numbers",
     "own_prompts",
@@ -50,6 +62,25 @@ Device = Annotated[str | None, typer.Option(help="Such as cuda or cuda:1; where 
 PromptsFile = Annotated[
     Path | None, typer.Option("--prompts-file", "--from-prompts", help="Own prompts, one per line.")
 ]
+
+# One setting for many images: a configuration, or what is said instead.
+OwnModel = Annotated[
+    str | None,
+    typer.Option("--model", help=f"An installed model ({MODELS}), a pipeline's folder, a hub id."),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="A configuration (hasten.yaml); options take precedence.")
+]
+Quality = Annotated[
+    str | None, typer.Option(help="A certified tier (lossless, high, draft), a certificate's path, or exact.")
+]
+Method = Annotated[str | None, typer.Option(help="A method expression, such as foca:schedule=even.")]
+SomeSteps = Annotated[int | None, typer.Option("--computed-steps", min=1, help="Steps to compute.")]
+Audit = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of images that are checked against the full run.")
+]
+CallSteps = Annotated[int | None, typer.Option("--steps", min=1, help="Steps that the pipeline is called with.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Of Ray: one per GPU by default, else per CPU.")]
 
 
 def names(text: str) -> list[str]:
@@ -124,6 +155,22 @@ def call_of(height: int | None, width: int | None, guidance: float | None) -> di
             raise ConfigError(f"--guidance must be a finite number of 0 or more, got {guidance}")
         call |= {"true_cfg_scale": guidance, "negative_prompt": ""}
     return call
+
+
+def configured(file: Path | None, **given: Any) -> Configuration:
+    """The configuration of a file with the options that were given besides, which take precedence.
+
+    Raises:
+        ConfigError: if they do not go together, or name no model.
+    """
+    from hasten.integrations.batch import overridden
+    from hasten.quality.configuration import Configuration, load
+
+    call_of(given["height"], given["width"], given["guidance"])  # refuses what no model can draw
+    configuration = overridden(Configuration() if file is None else load(file), **given)
+    if configuration.model is None:
+        raise ConfigError("a model is needed: give --model, or `model:` in the configuration")
+    return configuration
 
 
 def refuse_given(context: typer.Context, options: dict[str, str], why: str) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hasten.errors import ConfigError, HastenError
 from hasten.integrations.batch import Failure, Job, Progress, Worker, interrupted, pending, write
 from hasten.quality.configuration import Configuration
 
-__all__ = ["generate"]
+__all__ = ["RETRIES", "connected", "generate"]
 
 log = logging.getLogger("hasten")
 
@@ -76,13 +77,34 @@ def generate(
         ConfigError: if Ray is not installed, or images of that name were made of other jobs.
         KeyboardInterrupt: with a line on how to go on.
     """
+    with connected(address, workers) as (count, share):
+        return _Cluster(configuration, count, share).run(jobs, folder, progress or (lambda done, total, label: None))
+
+
+@contextmanager
+def connected(address: str | None, workers: int | None) -> Iterator[tuple[int, dict[str, float]]]:
+    """A cluster within a `with`: how many workers, and the resources of each.
+
+    Args:
+        address: of the cluster; None starts one on this machine.
+        workers: how many; one per GPU by default, or one per CPU but one where there is none.
+
+    Raises:
+        ConfigError: if Ray is not installed, or does not start.
+    """
     try:
-        import ray  # type: ignore[import-not-found,unused-ignore]
+        import ray
     except ImportError:
-        raise ConfigError("--ray needs Ray, which is not installed: pip install ray") from None
-    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
+        raise ConfigError("this needs Ray, which is not installed: pip install ray") from None
     try:
-        return _Cluster(ray, configuration, workers).run(jobs, folder, progress or (lambda done, total, label: None))
+        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
+    except Exception as error:  # Ray raises no narrower one
+        raise ConfigError(f"--ray: no cluster at {address or 'this machine'} ({error}); is it busy?") from error
+    try:
+        resources = ray.cluster_resources()
+        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        count = workers or gpus or max(1, cpus - 1)
+        yield count, {"num_gpus": min(1.0, gpus / count)} if gpus else {"num_cpus": min(1.0, cpus / count)}
     finally:
         ray.shutdown()
 
@@ -90,14 +112,13 @@ def generate(
 class _Cluster:
     """Workers and what they have to do."""
 
-    def __init__(self, ray: Any, configuration: Configuration, workers: int | None) -> None:
+    def __init__(self, configuration: Configuration, count: int, share: dict[str, float]) -> None:
+        import ray
+
         self._ray = ray
-        resources = ray.cluster_resources()
-        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-        count = workers or gpus or max(1, cpus - 1)
-        share = {"num_gpus": min(1.0, gpus / count)} if gpus else {"num_cpus": min(1.0, cpus / count)}
         remote = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **share)(_Actor)
-        self._actors = [remote.remote(configuration, "cuda" if gpus else None) for _ in range(count)]
+        device = "cuda" if "num_gpus" in share else None
+        self._actors = [remote.remote(configuration, device) for _ in range(count)]
 
     def run(self, jobs: Sequence[Job], folder: Path, tick: Progress) -> list[Failure]:
         identities = self._ray.get(self._actors[0].identities.remote(list(jobs)))

@@ -28,6 +28,8 @@ from hasten.solvers.passes import watch_passes
 
 __all__ = ["Requests", "model_name"]
 
+MOST_SETTINGS = 64  # kept of single calls: a service is asked for any number
+
 
 class _Through(Hook):
     """Lets calls through as if nothing was attached."""
@@ -149,6 +151,8 @@ class Requests:
                     engine: engine.beside(setting.method, partial(self._begin, setting))
                     for engine in self._engines.values()
                 }
+            while len(self._instead) >= MOST_SETTINGS:  # calls under way hold theirs
+                self._instead.pop(next(iter(self._instead)))
             self._instead[key] = setting, hooks
             return setting, hooks
 
@@ -183,7 +187,8 @@ class Requests:
         if pipe is None:
             return next(iter(self._modules.values()))
         lane = copy.copy(pipe)
-        if self._audit is not None:
+        audited = self._setting is not None and setting.certificate == self._setting.certificate
+        if self._audit is not None and not audited:
             lane.__class__ = self._audit.plain_class
         own = setting.scheduler() or copy.deepcopy(self._own_scheduler(pipe))
         if isinstance(own, FixedLeap):

@@ -208,7 +208,8 @@ def find(quality: str, modules: Mapping[str, nn.Module], scheduler: Any, name: s
         if differences:
             raise _refusal(certificate, differences, f"hasten certify --model {name or 'MODEL'}")
         return Setting.of(certificate, name)
-    known, fitting = [], []
+    known: list[Certificate] = []
+    fitting: list[Certificate] = []
     for source in (certificates, shipped):  # what was certified here takes precedence
         found = [certificate for certificate in source() if certificate.quality == quality]
         fitting = fitting or [one for one in found if not _differences(one, modules, scheduler)]

@@ -12,10 +12,15 @@ from torch import Tensor
 
 from hasten_zoo.emoji_flux.data import load_emoji_set
 
-__all__ = ["load_emoji_flux", "nearest_captions"]
+__all__ = ["certificates", "load_emoji_flux", "nearest_captions"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 LEAP = Path(__file__).parent / "leap.safetensors"  # `hasten tune --computed-steps 12,9,7,5`, without guidance
+
+
+def certificates() -> Path:
+    """The folder with what `hasten certify` wrote about this model."""
+    return Path(__file__).parent / "certificates"
 
 
 def nearest_captions(images: Tensor) -> list[str]:
