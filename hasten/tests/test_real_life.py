@@ -466,6 +466,21 @@ def test_unnamed_passes_may_come_in_any_order(passes):
         assert torch.allclose(guided(model, passes, named=False), named, atol=1e-5)
 
 
+def test_a_pass_without_a_name_that_is_left_out_is_told():
+    model = build(FLUX)
+
+    def passes(step):
+        return ["uncond", "cond"] if step < 6 else ["cond"]
+
+    with hasten.accelerate(model, "taylorseer", interval=4):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            guided(model, passes, named=True)
+            guided(model, lambda _: ["cond", "uncond"], named=False)
+        with pytest.warns(HastenWarning, match=r"fewer passes.*Name the passes"):
+            guided(model, passes, named=False)
+
+
 def make_sd3():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = StableDiffusion3Pipeline(build("SD3Transformer2DModel"), scheduler, *[None] * 7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable
 
 from torch import Tensor
@@ -10,9 +11,15 @@ from hasten.caching.gates import Gate
 from hasten.caching.memory import PassMemory
 from hasten.caching.schedule import Decision
 from hasten.calibration import RunFacts
+from hasten.errors import HastenWarning
 from hasten.pipeline.runs import StepInfo
 
 __all__ = ["CachingRun"]
+
+UNSURE = (
+    "a step had fewer passes than the one before, and none has a name: if it was not the last one that was left out, "
+    "features of one pass serve another. Name the passes: with transformer.cache_context('cond'): ..."
+)
 
 
 class CachingRun:
@@ -34,6 +41,8 @@ class CachingRun:
 
     def memory(self, info: StepInfo, signature: Hashable) -> PassMemory | None:
         """What is remembered of the pass; nothing where its latents have another shape, dtype or device than before."""
+        if info.unsure:
+            warnings.warn(UNSURE, HastenWarning, stacklevel=2)
         memory = self.memories.get(info.pass_name)
         if memory is None or signature != self._signatures[info.pass_name]:
             self.memories.pop(info.pass_name, None)

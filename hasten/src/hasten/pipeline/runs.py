@@ -44,6 +44,7 @@ class StepInfo(NamedTuple):
         last: whether this is the last forward of the run, as far as can be told.
         total: steps of the run, where the scheduler tells; None where only the transformer is known.
         timestep: that the transformer was called with, in the model's own unit.
+        unsure: whether the step before had fewer passes, none of them named: which one it left out nobody knows.
     """
 
     run: int
@@ -54,6 +55,7 @@ class StepInfo(NamedTuple):
     last: bool
     total: int | None
     timestep: float
+    unsure: bool = False
 
 
 def sample_shape(hidden: Any) -> Hashable:
@@ -107,6 +109,7 @@ class Run:
         self._names: dict[str | None, int] = {}  # forwards of this step by name
         self._passes_now = 0  # of this step
         self._passes = 0  # of the step before
+        self._alike = False  # whether unnamed passes of a step have latents that look the same
         self._shape: Hashable = None
         self._sample: Hashable = None
 
@@ -140,7 +143,7 @@ class Run:
 
     def label(self, timestep: Any, hidden: Any, name: str | None) -> StepInfo:
         """Label a forward that is about to happen in this run."""
-        first_step = self._step < 0
+        first_step, unsure = self._step < 0, False
         index, sample = self._count(), sample_shape(hidden)
         moved = index != self._index
         if self._counted is None and not first_step and moved:
@@ -157,6 +160,7 @@ class Run:
             if self._counted is None and not first_step:
                 self._counted = moved
             self._step += 1
+            unsure = self._alike and name is None and self._passes_now < self._passes
             self._passes, self._passes_now, self._names = self._passes_now, 0, {}
         first_pass = not self._passes_now
         before = self._names.get(name, 0)
@@ -168,9 +172,10 @@ class Run:
         self._index, self._value, self._mean, self._sample = index, value, mean, sample
         if first_pass:
             self._shape = signature(hidden)
-        return StepInfo(
-            self.number, self._step, pass_name, first_pass, first_step, self._is_last(value), self.total, value
-        )
+        elif name is None:
+            self._alike = signature(hidden) == self._shape
+        last = self._is_last(value)
+        return StepInfo(self.number, self._step, pass_name, first_pass, first_step, last, self.total, value, unsure)
 
     def _timestep(self, timestep: Any, moved: bool) -> tuple[float, float]:
         """The timestep, latest and mean; from the list where reading it would wait for the device."""
