@@ -91,7 +91,7 @@ class Front:
         self._steps = Counter(
             "hasten_steps", "Steps of these images, computed or skipped.", ["kind"], registry=self._registry
         )
-        self._seconds = Histogram("hasten_request_seconds", "Time to the answer with images.", registry=self._registry)
+        self._seconds = Histogram("hasten_request_seconds", "Time to the answer.", registry=self._registry)
         self._under_way = Gauge(
             "hasten_requests_under_way", "Requests that wait or are drawn.", registry=self._registry
         )
@@ -206,4 +206,4 @@ def running(
                 raise ConfigError(problem)
             yield f"http://{host}:{port}"
         finally:
-            serve.shutdown()
+            serve.delete(NAME) if address else serve.shutdown()  # a cluster may serve other things, too
