@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hasten.bench.token_plots import plot_curves, plot_images, plot_sizes, plot_swatches, plot_tree
-from hasten.cli.tokens import app, load_decoder
+from hasten.cli.options import load_decoder
+from hasten.cli.tokens import app
 from hasten.errors import ConfigError, HastenError, ModelError
 from hasten.fitting.refiner import train_refiner
 from hasten.fitting.token_model import Trainer

@@ -22,7 +22,24 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from hasten.errors import ConfigError, unknown
 
-__all__ = ["Declared", "Names", "Parameter", "Range", "choices", "from_text", "parameters", "write"]
+__all__ = [
+    "MOST_GUIDANCE",
+    "MOST_PIXELS",
+    "MOST_STEPS",
+    "Declared",
+    "Names",
+    "Parameter",
+    "Range",
+    "choices",
+    "from_text",
+    "parameters",
+    "write",
+]
+
+# Of what several rooms take: numbers beyond are slips, or ask for more time or memory than there is.
+MOST_PIXELS = 16_384  # of a side
+MOST_STEPS = 10_000  # of a sampler; models are trained with a thousand
+MOST_GUIDANCE = 1_000
 
 
 @dataclass(frozen=True)
@@ -50,9 +67,13 @@ class Range:
 
     def __str__(self) -> str:
         if self == Range(least=self.least) and self.least is not None:
-            return f"of {self.least:g} or more"
+            return f"of {_plainly(self.least)} or more"
         limits = {"from": self.least, "above": self.above, "to": self.most, "below": self.below}
-        return " ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
+        return " ".join(f"{word} {_plainly(limit)}" for word, limit in limits.items() if limit is not None)
+
+
+def _plainly(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 class Names(tuple[str, ...]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from hasten.cli import options
 from hasten.cli.boundary import resumable
 from hasten.cli.common import BAR, command_line, console, opened
 from hasten.errors import ConfigError
+from hasten.parameters import MOST_GUIDANCE, MOST_STEPS, Range
 
 if TYPE_CHECKING:
     from hasten.bench.certify_settings import CertifySettings
@@ -94,8 +96,12 @@ def certify(
     confidence: Confidence = None,
     methods: Annotated[str, typer.Option(help="Candidates, as for bench.")] = "foca:schedule=even,hicache,leap",
     computed_steps: options.ComputedSteps = "25,20,16,12,9,7,5",
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts test, one image each.")] = 100,
-    screen: Annotated[int, typer.Option(min=1, help="How many other prompts choose the order (the first ones).")] = 8,
+    prompts: Annotated[
+        int, options.number(Range(1, options.MOST_COUNT), "How many prompts test, one image each.")
+    ] = 100,
+    screen: Annotated[
+        int, options.number(Range(1, options.MOST_COUNT), "How many other prompts choose the order (the first ones).")
+    ] = 8,
     prompts_file: options.PromptsFile = None,
     seed: options.Seed = 3000,
     steps: options.Steps = 50,
@@ -132,7 +138,7 @@ def certify(
         quality=name,
         tolerance=tolerance,
         methods=tuple(options.names(methods)),
-        computed_steps=tuple(options.numbers(computed_steps, "--computed-steps")),
+        computed_steps=tuple(options.numbers(computed_steps, "--computed-steps", Range(1, MOST_STEPS))),
         prompts=prompts,
         screen=screen,
         prompt_list=options.own_prompts(prompts_file),
@@ -189,17 +195,21 @@ def _arguments(texts: list[str]) -> dict[str, float]:
             found[name.strip()] = float(value)
         except ValueError:
             equals = ""
-        if not equals or not name.strip().isidentifier():
+        if not equals or not name.strip().isidentifier() or not math.isfinite(found[name.strip()]):
             raise ConfigError(f"--set takes an argument and a number, such as guidance_scale=2.5; got {text!r}")
     return found
 
 
 def _range(text: str) -> tuple[float, float]:
+    low, _, high = text.partition(":")
     try:
-        low, _, high = text.partition(":")
-        return float(low), float(high or low)
+        found = float(low), float(high or low)
     except ValueError:
-        raise ConfigError(f"--guidance must be a number or a range such as 2:5, got {text!r}") from None
+        found = 1.0, 0.0
+    limits = Range(0, MOST_GUIDANCE)
+    if found[0] > found[1] or not all(scale in limits for scale in found):
+        raise ConfigError(f"--guidance must be a number {limits} or a range such as 2:5, got {text!r}")
+    return found
 
 
 def certificates() -> None:

@@ -16,10 +16,13 @@ from hasten.cli.boundary import resumable
 from hasten.cli.common import BAR, command_line, console, opened, show_result
 from hasten.errors import ConfigError
 from hasten.io import check_target
+from hasten.parameters import MOST_STEPS, Range
 
 SCREEN = 8  # prompts that choose the order of the settings to certify
 
-LearnFrom = Annotated[int, typer.Option("--prompts", min=1, help="How many prompts to learn from (the last ones).")]
+LearnFrom = Annotated[
+    int, options.number(Range(1, options.MOST_COUNT), "How many prompts to learn from (the last ones).", "--prompts")
+]
 
 
 def calibrate(
@@ -34,7 +37,9 @@ def calibrate(
     height: options.Height = None,
     width: options.Width = None,
     guidance: options.Guidance = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a feature that are kept while recording.")] = 512,
+    tokens: Annotated[
+        int, options.number(Range(1, options.MOST_COUNT), "Tokens of a feature that are kept while recording.")
+    ] = 512,
     device: options.Device = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for one file per method.")] = Path("calibrations"),
 ) -> None:
@@ -122,8 +127,9 @@ def tune(
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option(
-            help="Instead of a number: the largest root mean squared error of an image, 0 to 1 (0.01 is 40 dB)."
+        options.number(
+            Range(above=0, most=1),
+            "Instead of a number: the largest root mean squared error of an image, 0.01 is 40 dB.",
         ),
     ] = None,
     methods: Annotated[
@@ -133,15 +139,17 @@ def tune(
         str, typer.Option(help="What finds the steps for the caches: leap, or a caching method to search with.")
     ] = "leap",
     prompts: LearnFrom = 8,
-    held_out: Annotated[int, typer.Option(min=1, help="How many other prompts to compare on.")] = 8,
+    held_out: Annotated[int, options.number(Range(1, options.MOST_COUNT), "How many other prompts to compare on.")] = 8,
     prompts_file: options.PromptsFile = None,
     seed: options.Seed = 1000,
     steps: options.Steps = 50,
     height: options.Height = None,
     width: options.Width = None,
     guidance: options.Guidance = None,
-    trials: Annotated[int, typer.Option(min=1, help="Lists of steps to look at for each number.")] = 40,
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds of LEAP's refinement.")] = 3,
+    trials: Annotated[
+        int, options.number(Range(1, options.MOST_COUNT), "Lists of steps to look at for each number.")
+    ] = 40,
+    rounds: Annotated[int, options.number(Range(0, options.MOST_COUNT), "Rounds of LEAP's refinement.")] = 3,
     guidances: Annotated[
         str,
         typer.Option(help="Scales that one LEAP file is to serve, and all between: 1.5,3,5; --guidance is compared."),
@@ -154,7 +162,9 @@ def tune(
     share: certify.Share = None,
     mean: certify.Mean = False,
     confidence: certify.Confidence = None,
-    certify_on: Annotated[int, typer.Option(min=1, help="With a tolerance: how many further prompts test it.")] = 100,
+    certify_on: Annotated[
+        int, options.number(Range(1, options.MOST_COUNT), "With a tolerance: how many further prompts test it.")
+    ] = 100,
     device: options.Device = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files.")] = Path("calibrations"),
 ) -> None:
@@ -170,7 +180,9 @@ def tune(
     from hasten.bench.tune import TuneSettings, run_tune
 
     settings = TuneSettings(
-        computed_steps=() if computed_steps is None else tuple(options.numbers(computed_steps, "--computed-steps")),
+        computed_steps=()
+        if computed_steps is None
+        else tuple(options.numbers(computed_steps, "--computed-steps", Range(1, MOST_STEPS))),
         max_error=max_error,
         methods=tuple(options.names(methods)),
         search=search,

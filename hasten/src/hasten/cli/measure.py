@@ -15,6 +15,7 @@ from hasten.cli import stream
 from hasten.cli.boundary import resumable
 from hasten.cli.common import BAR, command_line, console, opened, show_result
 from hasten.cli.options import (
+    MOST_COUNT,
     ComputedSteps,
     Device,
     Guidance,
@@ -26,16 +27,19 @@ from hasten.cli.options import (
     Width,
     call_of,
     names,
+    number,
     numbers,
     own_prompts,
     refuse_given,
 )
 from hasten.errors import ConfigError
 from hasten.io import check_target, write_atomically
+from hasten.parameters import MOST_STEPS, Range
 
 if TYPE_CHECKING:
     from hasten.bench.runner import BenchSettings
 
+MOST_FRAMES = 100_000
 CACHES = "reuse,taylorseer,hicache,foca"
 DEMO = ("reuse", "taylorseer", "hicache", "foca", "foca:schedule=even", "leap")
 DEMOS = {
@@ -85,7 +89,7 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder; each model has a folder of its own in it, for images, figures and report.")
     ] = Path("out/demo"),
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 6,
+    prompts: Annotated[int, number(Range(1, MOST_COUNT), "How many prompts.")] = 6,
     computed_steps: ComputedSteps = "9",
     seed: Seed = 0,
     model: ModelName = "emoji-flux",
@@ -112,7 +116,7 @@ def demo(
     folder = out / Path(model).name
     settings = BenchSettings(
         methods=DEMOS.get(model, DEMO if model in subject.names() else DEMO[:-1]),
-        computed_steps=tuple(numbers(computed_steps, "--computed-steps")),
+        computed_steps=tuple(numbers(computed_steps, "--computed-steps", Range(1, MOST_STEPS))),
         prompts=prompts,
         seed=seed,
         steps=steps,
@@ -139,16 +143,17 @@ def bench(
         ),
     ] = CACHES,
     computed_steps: ComputedSteps = "12,9,7",
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts; of a streaming model, worlds.")] = 16,
+    prompts: Annotated[int, number(Range(1, MOST_COUNT), "How many prompts; of a streaming model, worlds.")] = 16,
     prompts_file: PromptsFile = None,
     seed: Seed = 0,
     steps: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Steps of the plain sampler and of every cached method, 50; of each chunk of a stream, 8."
+        number(
+            Range(1, MOST_STEPS),
+            "Steps of the plain sampler and of every cached method, 50; of each chunk of a stream, 8.",
         ),
     ] = None,
-    frames: Annotated[int, typer.Option(min=1, max=100_000, help="Frames of a streaming model's videos.")] = 48,
+    frames: Annotated[int, number(Range(1, MOST_FRAMES), "Frames of a streaming model's videos.")] = 48,
     height: Height = None,
     width: Width = None,
     guidance: Guidance = None,
@@ -196,7 +201,7 @@ def bench(
     refuse_given(context, {"frames": "--frames"}, f"{model} streams no video")
     settings = BenchSettings(
         methods=tuple(names(methods)),
-        computed_steps=tuple(numbers(computed_steps, "--computed-steps")),
+        computed_steps=tuple(numbers(computed_steps, "--computed-steps", Range(1, MOST_STEPS))),
         prompts=prompts,
         prompt_list=own_prompts(prompts_file),
         seed=seed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,11 +10,14 @@ import typer
 
 from hasten.bench import subject
 from hasten.errors import ConfigError
+from hasten.parameters import MOST_GUIDANCE, MOST_PIXELS, MOST_STEPS, Range
 
 if TYPE_CHECKING:
+    from hasten.bench.token_plots import Decode
     from hasten.quality.configuration import Configuration
 
 __all__ = [
+    "MOST_COUNT",
     "MOST_SEED",
     "Audit",
     "CallSteps",
@@ -35,7 +38,9 @@ __all__ = [
     "Workers",
     "call_of",
     "configured",
+    "load_decoder",
     "names",
+    "number",
     "numbers",
     "own_prompts",
     "refuse_given",
@@ -43,20 +48,44 @@ __all__ = [
 ]
 
 MODELS = ", ".join([*subject.names(), *subject.streaming_names()]) or "none installed"
-MOST_PIXELS = 16_384  # of a side; tokens beyond take memory that no machine has
 MOST_SEED = 2**62  # every prompt adds its number, and generators take 64 bits
+MOST_COUNT = 1_000_000  # of prompts, trials and the like
+MOST_WORKERS = 100_000
 
-Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Prompt i is drawn with seed SEED + i.")]
+
+def number(limits: Range, text: str, *names: str) -> Any:
+    """An option that takes a number within limits; another one is refused in one line, before any work.
+
+    Args:
+        limits: of the number; not finite ones lie outside of all.
+        text: its help, to which the limits are added.
+        names: as they are written, where they are not the parameter's.
+    """
+
+    def check(context: typer.Context, option: typer.CallbackParam, given: Any) -> Any:
+        if given is not None and given not in limits:
+            kind = "whole number" if isinstance(given, int) else "number"
+            where = context.command_path
+            raise ConfigError(f"{option.opts[0]} must be a {kind} {limits}, got {given} (see {where} --help)")
+        return given
+
+    return typer.Option(*names, help=f"{text} A number {limits}.", callback=check)
+
+
+Seed = Annotated[int, number(Range(0, MOST_SEED), "Prompt i is drawn with seed SEED + i.")]
 ModelName = Annotated[
     str, typer.Option("--model", help=f"An installed model ({MODELS}), a pipeline's folder, or a hub id.")
 ]
 ComputedSteps = Annotated[str, typer.Option(help="Exact numbers of computed steps, with commas.")]
-Steps = Annotated[int, typer.Option(min=2, help="Steps of the plain sampler.")]
-Height = Annotated[int | None, typer.Option(help="Height in pixels; the model's own by default.")]
-Width = Annotated[int | None, typer.Option(help="Width in pixels; the model's own by default.")]
+Steps = Annotated[int, number(Range(2, MOST_STEPS), "Steps of the plain sampler.")]
+Height = Annotated[int | None, number(Range(1, MOST_PIXELS), "Height in pixels; the model's own by default.")]
+Width = Annotated[int | None, number(Range(1, MOST_PIXELS), "Width in pixels; the model's own by default.")]
 Guidance = Annotated[
     float | None,
-    typer.Option(help="True classifier-free guidance (two forwards per step) with an empty negative prompt."),
+    number(
+        Range(0, MOST_GUIDANCE),
+        "True classifier-free guidance (two forwards per step) with an empty negative prompt.",
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cuda or cuda:1; where the model is by default.")]
 PromptsFile = Annotated[
@@ -75,12 +104,10 @@ Quality = Annotated[
     str | None, typer.Option(help="A certified tier (lossless, high, draft), a certificate's path, or exact.")
 ]
 Method = Annotated[str | None, typer.Option(help="A method expression, such as foca:schedule=even.")]
-SomeSteps = Annotated[int | None, typer.Option("--computed-steps", min=1, help="Steps to compute.")]
-Audit = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Share of images that are checked against the full run.")
-]
-CallSteps = Annotated[int | None, typer.Option("--steps", min=1, help="Steps that the pipeline is called with.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Of Ray: one per GPU by default, else per CPU.")]
+SomeSteps = Annotated[int | None, number(Range(1, MOST_STEPS), "Steps to compute.", "--computed-steps")]
+Audit = Annotated[float | None, number(Range(0, 1), "Share of images that are checked against the full run.")]
+CallSteps = Annotated[int | None, number(Range(1, MOST_STEPS), "Steps that the pipeline is called with.", "--steps")]
+Workers = Annotated[int | None, number(Range(1, MOST_WORKERS), "Of Ray: one per GPU by default, else per CPU.")]
 
 
 def names(text: str) -> list[str]:
@@ -88,8 +115,8 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def numbers(text: str, option: str, least: int = 1) -> list[int]:
-    """`12,9,7` as whole numbers of `least` or more, at least one.
+def numbers(text: str, option: str, limits: Range) -> list[int]:
+    """`12,9,7` as whole numbers within limits, at least one.
 
     Raises:
         ConfigError: if it is something else.
@@ -98,13 +125,13 @@ def numbers(text: str, option: str, least: int = 1) -> list[int]:
         found = [int(part) for part in names(text)]
     except ValueError:
         found = []
-    if not found or min(found) < least:
-        raise ConfigError(f"{option} takes whole numbers of {least} or more with commas, such as 12,9,7; got {text!r}")
+    if not found or not all(count in limits for count in found):
+        raise ConfigError(f"{option} takes whole numbers {limits} with commas, such as 12,9,7; got {text!r}")
     return found
 
 
 def scales(text: str, option: str) -> list[float]:
-    """`1.5,3,5` as different finite numbers of 0 or more; none for an empty text.
+    """`1.5,3,5` as different numbers from 0 to `MOST_GUIDANCE`; none for an empty text.
 
     Raises:
         ConfigError: if it is something else.
@@ -113,8 +140,9 @@ def scales(text: str, option: str) -> list[float]:
         found = [float(part) for part in names(text)] if text else []
     except ValueError:
         found = [-1.0]
-    if len(set(found)) < len(found) or not all(math.isfinite(scale) and scale >= 0 for scale in found):
-        raise ConfigError(f"{option} takes different numbers with commas, such as 1.5,3,5; got {text!r}")
+    limits = Range(0, MOST_GUIDANCE)
+    if len(set(found)) < len(found) or not all(scale in limits for scale in found):
+        raise ConfigError(f"{option} takes different numbers {limits} with commas, such as 1.5,3,5; got {text!r}")
     return found
 
 
@@ -137,22 +165,9 @@ def own_prompts(file: Path | None) -> tuple[str, ...]:
 
 
 def call_of(height: int | None, width: int | None, guidance: float | None) -> dict[str, Any]:
-    """Arguments of a pipeline's call.
-
-    Raises:
-        ConfigError: for a size or guidance that no model can have.
-    """
-    call: dict[str, Any] = {}
-    for name, length in (("height", height), ("width", width)):
-        if length is not None:
-            if length < 1:
-                raise ConfigError(f"--{name} must be at least 1 pixel, got {length}")
-            if length > MOST_PIXELS:
-                raise ConfigError(f"--{name} must be at most {MOST_PIXELS} pixels, got {length}")
-            call[name] = length
+    """Arguments of a pipeline's call."""
+    call: dict[str, Any] = {name: x for name, x in (("height", height), ("width", width)) if x is not None}
     if guidance is not None:
-        if not math.isfinite(guidance) or guidance < 0:
-            raise ConfigError(f"--guidance must be a finite number of 0 or more, got {guidance}")
         call |= {"true_cfg_scale": guidance, "negative_prompt": ""}
     return call
 
@@ -166,7 +181,6 @@ def configured(file: Path | None, **given: Any) -> Configuration:
     from hasten.integrations.batch import overridden
     from hasten.quality.configuration import Configuration, load
 
-    call_of(given["height"], given["width"], given["guidance"])  # refuses what no model can draw
     configuration = overridden(Configuration() if file is None else load(file), **given)
     if configuration.model is None:
         raise ConfigError("a model is needed: give --model, or `model:` in the configuration")
@@ -188,3 +202,23 @@ def refuse_given(context: typer.Context, options: dict[str, str], why: str) -> N
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise ConfigError(f"{why}; leave {option} out")
+
+
+def load_decoder(name: str) -> Decode:
+    """The function `module:function` that draws tokens as images `[n, H, W, 3]` in [0, 1].
+
+    For `inspect` it gets tokens `[n]`, each to be drawn alone; for `sample` the tokens `[n, L]` of images.
+
+    Raises:
+        ConfigError: if there is no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"--decoder {name}: {error}; give module:function, such as hasten_zoo.emoji_tokens:swatches"
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"--decoder {name} is a {type(found).__name__}, expected a function of tokens")
+    return found

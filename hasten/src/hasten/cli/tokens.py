@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +11,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from hasten.cli.common import BAR, console
-from hasten.cli.options import MOST_SEED, numbers
+from hasten.cli.options import MOST_COUNT, MOST_SEED, load_decoder, number, numbers
 from hasten.errors import ConfigError, ModelError
 from hasten.io import check_target, describe, write_atomically
+from hasten.parameters import MOST_GUIDANCE, Range
 
 if TYPE_CHECKING:
-    from hasten.bench.token_plots import Decode
     from hasten.fitting.token_recipe import Conditions
     from hasten.tokens.export import Exported
     from hasten.tokens.hugging_face import HuggingFaceModel
@@ -26,33 +25,28 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Smaller vocabularies for autoregressive image models (MASC).")
 
+MOST_UPDATES = 1_000_000_000
+MOST_WIDTH = 65_536
+MOST_LAYERS = 128
+MOST_HEADS = 1024
+MOST_RATE = 10
+MOST_TOKENS = 1_048_576  # of an image
+MOST_CODES = 2**31
+MOST_MINUTES = 10_000_000
+MOST_TEMPERATURE = 1000
+
 Codebook = Annotated[
     Path, typer.Argument(help="A codebook [codes, width]: .npy, .safetensors or .pt (weights only).", dir_okay=False)
 ]
 TreeFile = Annotated[Path, typer.Argument(help="A tree that `hasten tokens fit` wrote.")]
 MapFile = Annotated[Path, typer.Option("--map", help="A map that `hasten tokens map` wrote.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
-Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of everything that is drawn.")]
-
-
-def load_decoder(name: str) -> Decode:
-    """The function `module:function` that draws tokens as images `[n, H, W, 3]` in [0, 1].
-
-    For `inspect` it gets tokens `[n]`, each to be drawn alone; for `sample` the tokens `[n, L]` of images.
-
-    Raises:
-        ConfigError: if there is no such function.
-    """
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"--decoder {name}: {error}; give module:function, such as hasten_zoo.emoji_tokens:swatches"
-        ) from error
-    if not callable(found):
-        raise ConfigError(f"--decoder {name} is a {type(found).__name__}, expected a function of tokens")
-    return found
+Seed = Annotated[int, number(Range(0, MOST_SEED), "Of everything that is drawn.")]
+Layers = Annotated[int, number(Range(1, MOST_LAYERS), "Layers of it.")]
+Heads = Annotated[int, number(Range(1, MOST_HEADS), "Heads of attention.")]
+Updates = Annotated[int, number(Range(1, MOST_UPDATES), "Optimizer steps.", "--steps")]
+Batch = Annotated[int, number(Range(1, MOST_COUNT), "Images of a step, over all processes.")]
+Rate = Annotated[float, number(Range(above=0, most=MOST_RATE), "Peak learning rate.")]
 
 
 @app.command()
@@ -124,8 +118,9 @@ def inspect(
     if decoder is not None and plots is None:
         raise ConfigError("--decoder draws swatches into the folder of --plots; give both")
     decode = None if decoder is None else load_decoder(decoder)
+    given = numbers(k, "--k", Range(1, MOST_CODES)) if k else []
     tree_ = SemanticTree.load(tree)
-    ks = numbers(k, "--k") if k else [max(1, tree_.leaves // 2**i) for i in range(1, 5)]
+    ks = given or [max(1, tree_.leaves // 2**i) for i in range(1, 5)]
     table = Table("k", "largest", "median", "of one code", "height", title=f"{tree.name}: {tree_.leaves} used codes")
     maps = {f"cut {i}": tree_.map(value) for i, value in enumerate(ks)}
     for value, mapping in zip(ks, maps.values(), strict=True):
@@ -146,9 +141,9 @@ def inspect(
 @app.command("map")
 def map_(
     tree: TreeFile,
-    k: Annotated[int, typer.Option(min=1, help="Clusters.")],
+    k: Annotated[int, number(Range(1, MOST_CODES), "Clusters.")],
     out: Out = Path("map.safetensors"),
-    max_size: Annotated[int | None, typer.Option(min=1, help="Most used codes of a cluster.")] = None,
+    max_size: Annotated[int | None, number(Range(1, MOST_CODES), "Most used codes of a cluster.")] = None,
     tokens: Annotated[Path | None, typer.Option(help="Shards of tokens that are to be mapped.")] = None,
     mapped: Annotated[Path | None, typer.Option(help="Folder for the mapped shards.")] = None,
 ) -> None:
@@ -181,7 +176,7 @@ def convert(
     mapping: MapFile,
     out: Out = Path("converted"),
     rows: Annotated[
-        int | None, typer.Option(min=0, help="Row of the first image token, where the model does not say it.")
+        int | None, number(Range(0, MOST_CODES), "Row of the first image token, where the model does not say it.")
     ] = None,
     start: Annotated[str, typer.Option(help="New rows: normal, or the mean of their members' old ones.")] = "normal",
     seed: Seed = 0,
@@ -239,14 +234,16 @@ def train(
     mapping: MapFile,
     out: Out = Path("runs/tokens"),
     held_out: Annotated[Path | None, typer.Option(help="Shards to measure on.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
-    minutes: Annotated[float | None, typer.Option(min=0, max=1e9, help="Stop then; the same command goes on.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images of a step, over all processes.")] = 64,
-    accumulate: Annotated[int, typer.Option(min=1, help="Parts of a process's batch, one after the other.")] = 1,
-    width: Annotated[int, typer.Option(min=1)] = 256,
-    layers: Annotated[int, typer.Option(min=1)] = 6,
-    heads: Annotated[int, typer.Option(min=1)] = 4,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    steps: Updates = 2000,
+    minutes: Annotated[
+        float | None, number(Range(0, MOST_MINUTES), "Stop after as many; the same command goes on.")
+    ] = None,
+    batch: Batch = 64,
+    accumulate: Annotated[int, number(Range(1, MOST_COUNT), "Parts of a process's batch, one after the other.")] = 1,
+    width: Annotated[int, number(Range(1, MOST_WIDTH), "Width of the model; twice the heads divide it.")] = 256,
+    layers: Layers = 6,
+    heads: Heads = 4,
+    lr: Rate = 1e-3,
     seed: Seed = 0,
 ) -> None:
     """Train a class-conditional model on clusters; resumable, and under `accelerate launch` data parallel.
@@ -288,12 +285,12 @@ def refine(
     tokens: Annotated[Path, typer.Argument(help="Shards of fine tokens.")],
     model: Annotated[Path, typer.Option("--model", help="The folder `model` that `hasten tokens train` wrote.")],
     out: Out = Path("refiner.safetensors"),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 64,
-    width: Annotated[int, typer.Option(min=1, help="Of the refiner; 512 in the paper.")] = 512,
-    heads: Annotated[int, typer.Option(min=1)] = 4,
-    layers: Annotated[int, typer.Option(min=1)] = 1,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
+    steps: Updates = 1000,
+    batch: Batch = 64,
+    width: Annotated[int, number(Range(1, MOST_WIDTH), "Width of the refiner; 512 in the paper.")] = 512,
+    heads: Heads = 4,
+    layers: Layers = 1,
+    lr: Rate = 2e-4,
     seed: Seed = 0,
 ) -> None:
     """Train a refiner, which chooses the member of a cluster by the model's hidden state; the model is only run.
@@ -332,7 +329,7 @@ def refine(
 def sample(
     model: Annotated[Path, typer.Argument(help="The folder `model` that `hasten tokens train` wrote.")],
     classes: Annotated[str, typer.Option(help="One class an image, with commas.")],
-    length: Annotated[int, typer.Option(min=1, help="Tokens of an image.")],
+    length: Annotated[int, number(Range(1, MOST_TOKENS), "Tokens of an image.")],
     out: Out = Path("samples.npy"),
     members: Annotated[str, typer.Option(help="uniform, frequency, medoid or centroid.")] = "uniform",
     refiner: Annotated[
@@ -343,10 +340,10 @@ def sample(
     ] = None,
     tensor: Annotated[str | None, typer.Option(help="Name of the matrix in the codebook's file.")] = None,
     tokens: Annotated[Path | None, typer.Option(help="Shards of fine tokens, for frequency.")] = None,
-    temperature: Annotated[float, typer.Option()] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="In fine tokens; scaled to the clusters. 0 for no limit.")] = 0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 1.0,
+    temperature: Annotated[float, number(Range(above=0, most=MOST_TEMPERATURE), "Divides the logits.")] = 1.0,
+    top_k: Annotated[int, number(Range(0, MOST_CODES), "In fine tokens; scaled to the clusters. 0 for no limit.")] = 0,
+    top_p: Annotated[float, number(Range(above=0, most=1), "Of the likeliest clusters together.")] = 1.0,
+    guidance: Annotated[float, number(Range(0, MOST_GUIDANCE), "Classifier-free guidance; 1 is off.")] = 1.0,
     decoder: Annotated[
         str | None, typer.Option(help="module:function that draws images of tokens; writes a .png beside --out.")
     ] = None,
@@ -366,6 +363,7 @@ def sample(
     from hasten.tokens.shards import TokenShards
 
     decode = None if decoder is None else load_decoder(decoder)
+    wanted = torch.tensor(numbers(classes, "--classes", Range(0, MOST_CODES)))
     check_target(out)
     lm, opened, conditions = _trained(model)
     mapping, most = opened.mapping, opened.model.config.max_position_embeddings - 1
@@ -383,7 +381,6 @@ def sample(
     if refiner is not None:
         chooser = Refiner.load(refiner)
         chooser.check(mapping)
-    wanted = torch.tensor(numbers(classes, "--classes", least=0))
     known = opened.vocabulary.before - mapping.tokens - 1
     if int(wanted.max()) >= known:
         raise ConfigError(f"--classes: the model knows the classes 0 .. {known - 1}, got {int(wanted.max())}")

@@ -25,7 +25,7 @@ from hasten.bench.subject import Subject, open_model
 from hasten.bench.video import write_video
 from hasten.errors import ConfigError, FileError, HastenError, unknown
 from hasten.io import digest_of, parse_json, read_json, write_atomically
-from hasten.parameters import Declared, Range, parameters
+from hasten.parameters import MOST_GUIDANCE, MOST_PIXELS, MOST_STEPS, Declared, Range, parameters
 from hasten.pipeline.view import denoisers
 from hasten.quality.conditions import ModelFacts
 from hasten.quality.configuration import Configuration
@@ -46,12 +46,12 @@ class Job(Declared):
     prompt: Annotated[str, "what to draw"]
     seed: Annotated[int, Range(0, MOST_SEED), "of its noise"] = 0
     negative_prompt: Annotated[str | None, "what not to draw, with guidance"] = None
-    steps: Annotated[int | None, Range(1), "steps that the pipeline is called with"] = None
-    height: Annotated[int | None, Range(1), "in pixels"] = None
-    width: Annotated[int | None, Range(1), "in pixels"] = None
-    guidance: Annotated[float | None, Range(0), "true classifier-free guidance"] = None
+    steps: Annotated[int | None, Range(1, MOST_STEPS), "steps that the pipeline is called with"] = None
+    height: Annotated[int | None, Range(1, MOST_PIXELS), "in pixels"] = None
+    width: Annotated[int | None, Range(1, MOST_PIXELS), "in pixels"] = None
+    guidance: Annotated[float | None, Range(0, MOST_GUIDANCE), "true classifier-free guidance"] = None
     quality: Annotated[str | None, "a certified tier, or exact"] = None
-    computed_steps: Annotated[int | None, Range(1), "steps to compute"] = None
+    computed_steps: Annotated[int | None, Range(1, MOST_STEPS), "steps to compute"] = None
 
     def check(self) -> None:
         if not ID.fullmatch(self.id):

@@ -20,7 +20,7 @@ from typing import Annotated, Any, get_args
 from hasten import registry
 from hasten.errors import ConfigError, unknown
 from hasten.io import describe, read_bytes, write_atomically
-from hasten.parameters import Declared, Parameter, Range, parameters
+from hasten.parameters import MOST_GUIDANCE, MOST_PIXELS, MOST_STEPS, Declared, Parameter, Range, parameters
 
 __all__ = ["Configuration", "configuration_of", "load", "read", "schema"]
 
@@ -33,13 +33,13 @@ class Configuration(Declared):
 
     quality: Annotated[str | None, "a certified tier (lossless, high, draft), a certificate's path, or exact"] = None
     method: Annotated[str | None, "a method expression, such as foca:schedule=even"] = None
-    computed_steps: Annotated[int | None, Range(1), "steps that the method computes"] = None
+    computed_steps: Annotated[int | None, Range(1, MOST_STEPS), "steps that the method computes"] = None
     audit: Annotated[float, Range(0, 1), "share of calls that are checked against the full run"] = 0.0
     model: Annotated[str | None, "an installed model, a pipeline's folder, or a hub id"] = None
-    steps: Annotated[int | None, Range(1), "steps that the pipeline is called with"] = None
-    height: Annotated[int | None, Range(1), "height in pixels"] = None
-    width: Annotated[int | None, Range(1), "width in pixels"] = None
-    guidance: Annotated[float | None, Range(0), "true classifier-free guidance"] = None
+    steps: Annotated[int | None, Range(1, MOST_STEPS), "steps that the pipeline is called with"] = None
+    height: Annotated[int | None, Range(1, MOST_PIXELS), "height in pixels"] = None
+    width: Annotated[int | None, Range(1, MOST_PIXELS), "width in pixels"] = None
+    guidance: Annotated[float | None, Range(0, MOST_GUIDANCE), "true classifier-free guidance"] = None
 
     def check(self) -> None:
         if self.quality is not None and (self.method is not None or self.computed_steps is not None):
