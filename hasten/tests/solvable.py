@@ -42,13 +42,19 @@ class Toy:
         scheduler: unmodified.
         fused: whether guidance makes one batch of two, else two calls.
         name: under which the denoiser is kept.
+        steps: of every run, whatever is asked for; None for as many as asked for.
     """
 
     def __init__(
-        self, field: Field = curved, scheduler: Any = None, fused: bool = False, name: str = "transformer"
+        self,
+        field: Field = curved,
+        scheduler: Any = None,
+        fused: bool = False,
+        name: str = "transformer",
+        steps: int | None = None,
     ) -> None:
         self.scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0)
-        self.fused, self.name = fused, name
+        self.fused, self.name, self.steps = fused, name, steps
         setattr(self, name, Net(field))
 
     def _answer(self, x: Tensor, t: float, scale: float | None) -> Tensor:
@@ -72,7 +78,7 @@ class Toy:
         dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor]:
         x = torch.randn(batch, 2, 8, generator=generator).to(dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        self.scheduler.set_timesteps(num_inference_steps)
+        self.scheduler.set_timesteps(self.steps or num_inference_steps)
         for t in self.scheduler.timesteps:
             scale = getattr(self.scheduler, "scale_model_input", lambda x, t: x)
             output = self._answer(scale(x, t), float(t), guidance_scale).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -23,7 +24,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from solvable import STEPS, Toy, curved, noise, relative, toy_call
+from solvable import STEPS, Net, Toy, curved, noise, relative, toy_call
 
 from hasten.bench.learned_solvers import SOLVERS, fit_learned_solver, optimal_steps
 from hasten.calibration import Calibration
@@ -433,6 +434,46 @@ def test_the_same_calls_can_be_fitted_twice():
     assert "step" not in vars(pipe.scheduler)
 
 
+class Idle(Toy):
+    """A pipeline that must not be called."""
+
+    def __call__(self, *args, num_inference_steps=STEPS, **kwargs):
+        pytest.fail("the pipeline was called")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"evaluations": [99]}, "evaluations must be one or more whole numbers from 1 to 20, got [99]"),
+        ({"evaluations": [4, 0]}, "evaluations must be one or more whole numbers from 1 to 20, got [4, 0]"),
+        ({"evaluations": [4.5]}, "whole numbers from 1 to 20, got [4.5]"),
+        ({"evaluations": [True]}, "whole numbers from 1 to 20, got [True]"),
+        ({"evaluations": []}, "whole numbers from 1 to 20, got []"),
+        ({"evaluations": 4}, "whole numbers from 1 to 20, got 4"),
+        ({"calls": [{"num_inference_steps": 6}], "evaluations": [7]}, "whole numbers from 1 to 6, got [7]"),
+        ({"calls": [{"sigmas": [1.0, 0.5]}], "evaluations": [3]}, "whole numbers from 1 to 2, got [3]"),
+        ({"calls": {"prompt": "a red apple"}}, "such as [{'prompt': 'a red apple'}]; got a dict"),
+        ({"calls": ["a red apple"]}, "such as [{'prompt': 'a red apple'}]; got a str"),
+        ({"held_out": ["a red apple"]}, "such as [{'prompt': 'a red apple'}]; got a str"),
+        ({"trials": 0}, "trials must be a whole number of 1 or more, got 0"),
+        ({"trials": "40"}, "trials must be a whole number of 1 or more, got '40'"),
+        ({"rounds": -1}, "rounds must be a whole number of 0 or more, got -1"),
+        ({"ridge": math.nan}, "ridge must be a number of 0 or more, got nan"),
+        ({"seed": -1}, "seed must be a whole number of 0 or more, got -1"),
+        ({"guidances": (1.5, math.inf)}, "guidances must be one or more numbers from 0 to 1000, got (1.5, inf)"),
+        ({"guidances": (-1.0,)}, "guidances must be one or more numbers from 0 to 1000, got (-1.0,)"),
+        ({"pipe": Net(curved)}, "and Net has none; give a diffusers pipeline"),
+        ({"pipe": None}, "and NoneType has none; give a diffusers pipeline"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_before_any_call(changes, says):
+    given = {"pipe": Idle(), "calls": [{}], "evaluations": [4], **changes}
+    with pytest.raises(ConfigError) as refused:
+        fit_leap(given.pop("pipe"), given.pop("calls"), given.pop("evaluations"), **given)
+    assert says in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", ["transformer", "unet", "prior"])
 def test_any_denoiser_will_do(name):
     fit = fit_leap(Toy(name=name), [toy_call(0)], [4], trials=2, rounds=1)
@@ -443,10 +484,8 @@ def test_any_denoiser_will_do(name):
 def test_bad_fits_are_refused():
     with pytest.raises(CalibrationError, match="nothing to learn from"):
         fit_leap(Toy(), [], [4])
-    with pytest.raises(ConfigError, match="between 1 and the 20 steps"):
-        fit_leap(Toy(), [toy_call(0)], [21], trials=1)
-    with pytest.raises(ConfigError, match="trials must be at least 1"):
-        fit_leap(Toy(), [toy_call(0)], [4], trials=0)
+    with pytest.raises(ConfigError, match=r"evaluations must be one or more whole numbers from 1 to 10, got \[11\]"):
+        fit_leap(Toy(steps=10), [toy_call(0, num_inference_steps=20)], [11], trials=1)  # it makes ten, whatever it says
     with pytest.raises(ConfigError, match="guidances have to differ"):
         fit_leap(Toy(), [toy_call(0, guidance_scale=3.0)], [4], guidances=(2.0, 2.0))
     with pytest.raises(ConfigError, match="prediction_type 'sample'"):

@@ -30,6 +30,7 @@ __all__ = [
     "Names",
     "Parameter",
     "Range",
+    "accepted",
     "choices",
     "from_text",
     "parameters",
@@ -246,6 +247,15 @@ def _expected(hint: Any, limit: Limit = None, many: bool = False) -> str:
         return f"{noun + 's' if many else 'a ' + noun} {limit if isinstance(limit, Range) else ''}".strip()
     known = {str: "the path of a file", bool: "True or False", NoneType: "None"}
     return known.get(hint, f"a {getattr(hint, '__name__', hint)}") + ("s" if many and hint not in known else "")
+
+
+def accepted(owner: str, name: str, hint: Any, value: Any) -> Any:
+    """An argument of a function in the type that a hint declares, such as `tuple[Annotated[int, Range(1)], ...]`.
+
+    Raises:
+        ConfigError: for a wrong type or a value out of range.
+    """
+    return Parameter(name, hint, MISSING, "").accept(value, owner)
 
 
 def choices(hint: Any, limit: Limit = None) -> tuple[Any, ...]:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hasten import models, registry
 from hasten.acceleration import accelerate
+from hasten.caching.engine import CachingEngine
 from hasten.caching.method import Feature
 from hasten.caching.methods import Reuse
 from hasten.calibration import Calibration, Fingerprint, Trace, model_digest, weights_digest
 from hasten.errors import CalibrationError, ConfigError, unknown
-from hasten.parameters import parameters
+from hasten.parameters import Range, accepted, parameters
 from hasten.pipeline.handle import Acceleration
 from hasten.pipeline.view import denoisers
 
-__all__ = ["Tape", "calibrate", "fingerprint_of", "fit", "merge", "record"]
+__all__ = ["Tape", "calibrate", "engine_of", "fingerprint_of", "fit", "merge", "record"]
 
 Call = Mapping[str, Any] | Callable[[], Any]
 Progress = Callable[[int, int], None]
@@ -125,17 +126,12 @@ def record(
     """
     if not calls:
         raise CalibrationError("there is nothing to record: give at least one call, such as {'prompt': 'a red apple'}")
-    if tokens < 1:
-        raise ConfigError(f"tokens must be at least 1, got {tokens}")
+    accepted("record", "tokens", Annotated[int, Range(1)], tokens)
+    if isinstance(calls, Mapping) or not all(callable(call) or isinstance(call, Mapping) for call in calls):
+        raise ConfigError("calls are a list with the arguments of each call, such as [{'prompt': 'a red apple'}]")
     tape = Tape(tokens)
     with _watch(target, site) as run:
-        if len(run.engines) != 1:
-            raise CalibrationError(
-                f"the pipeline has {len(run.engines)} transformers ({', '.join(run.engines)}); "
-                "calibrate a pipeline with one, or one transformer with functions as calls"
-            )
-        (engine,) = run.engines.values()
-        engine.listener = tape
+        engine_of(run).listener = tape
         for i, call in enumerate(calls):
             run.reset()
             call() if callable(call) else target(**call)
@@ -148,9 +144,23 @@ def record(
     return Trace(tape.features(), fingerprint)
 
 
+def engine_of(run: Acceleration) -> CachingEngine:
+    """The engine of a pipeline with one transformer.
+
+    Raises:
+        CalibrationError: if there are several.
+    """
+    if len(run.engines) != 1:
+        raise CalibrationError(
+            f"the pipeline has {len(run.engines)} transformers ({', '.join(run.engines)}); "
+            "calibrate a pipeline with one, or one transformer with functions as calls"
+        )
+    return next(iter(run.engines.values()))
+
+
 def fingerprint_of(target: Any, run: Acceleration, site: str) -> Fingerprint:
     """What the latest run of a pipeline with one transformer was."""
-    (engine,) = run.engines.values()
+    engine = engine_of(run)
     model, scheduler = engine.model, getattr(target, "scheduler", None)
     latest = [record for record in run.records if record.run == run.records[-1].run]
     passes = tuple(dict.fromkeys(record.pass_name for record in latest))

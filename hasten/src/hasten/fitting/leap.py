@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -35,8 +35,11 @@ from hasten.fitting.references import References, record_references
 from hasten.fitting.refine import refine
 from hasten.fitting.starts import Starts, find_starts, plain_solvers
 from hasten.fitting.surrogate import Surrogate
+from hasten.parameters import MOST_GUIDANCE, Range, accepted
+from hasten.pipeline.hooks import refuse_accelerated
 from hasten.pipeline.replay import Replay
-from hasten.solvers.content import LEAP, first_denoiser
+from hasten.pipeline.view import denoisers
+from hasten.solvers.content import LEAP, check_pipeline, denoiser_of
 from hasten.solvers.multistep import Row
 from hasten.solvers.tables import COLUMNS, Table, packed, unpacked
 
@@ -88,15 +91,25 @@ def fit_leap(
     Raises:
         CalibrationError: if there are no calls, they cannot be followed, or the scheduler is none that LEAP can follow.
         ConfigError: if a number or a guidance scale does not fit the run.
+        AlreadyAcceleratedError: if the pipeline is accelerated.
     """
+    check_pipeline(pipe)
+    refuse_accelerated(denoisers(pipe).values())
     if not calls:
         raise CalibrationError("there is nothing to learn from: give at least one call")
-    if trials < 1 or rounds < 0:
-        raise ConfigError(f"trials must be at least 1 and rounds at least 0, got {trials} and {rounds}")
+    arguments = {
+        "trials": (Annotated[int, Range(1)], trials),
+        "rounds": (Annotated[int, Range(0)], rounds),
+        "ridge": (Annotated[float, Range(0)], ridge),
+        "seed": (Annotated[int, Range(0)], seed),
+        **({"guidances": (tuple[Annotated[float, Range(0, MOST_GUIDANCE)], ...], guidances)} if len(guidances) else {}),
+    }
+    for name, (hint, value) in arguments.items():
+        accepted("fit_leap", name, hint, value)
+    Replay(held_out)
+    _check_counts(evaluations, Replay(calls).steps(pipe))
     fit = _Fit(pipe, calls, guidances, held_out, ridge, progress)
-    for count in evaluations:
-        if not 1 <= count <= fit.total:
-            raise ConfigError(f"evaluations must be between 1 and the {fit.total} steps of the references, got {count}")
+    _check_counts(evaluations, fit.total)  # a run may have other steps than it was asked for
     options = fit.options | {"trials": trials, "rounds": rounds, "ridge": ridge, "seed": seed}
     result = Calibration(LEAP, {}, fit.fingerprint, {}, options)
     if known is not None and (known.fingerprint, known.options) == (result.fingerprint, result.options):
@@ -112,6 +125,11 @@ def fit_leap(
             keep(result)
     fit.rewind()
     return result
+
+
+def _check_counts(evaluations: Sequence[int], steps: int | None) -> None:
+    """Raise a ConfigError for numbers of evaluations that references of so many steps do not allow."""
+    accepted("fit_leap", "evaluations", tuple[Annotated[int, Range(1, steps)], ...], evaluations)
 
 
 class _At:
@@ -325,9 +343,9 @@ def _at_scale(calls: Sequence[Mapping[str, Any]], name: str | None, scale: float
 
 
 def _fingerprint(pipe: Any, references: References, guidance: float | None) -> Fingerprint:
-    model = first_denoiser(pipe)
+    name, model = denoiser_of(pipe)
     return Fingerprint(
-        model=type(model).__name__,
+        model=name,
         config=model_digest(model),
         weights=weights_digest(model),
         scheduler=type(pipe.scheduler).__name__,

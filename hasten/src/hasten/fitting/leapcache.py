@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from hasten.caching.methods.leapcache import RIDGE, WINDOW, LeapCache, learned_t
 from hasten.calibration import Calibration, Fingerprint
 from hasten.errors import CalibrationError, ConfigError
 from hasten.fitting.calibrate import Tape, record
+from hasten.parameters import Range, accepted
 from hasten.pipeline.replay import Replay
 
 __all__ = ["fit_leapcache"]
@@ -55,6 +56,10 @@ def fit_leapcache(
     if not calls:
         raise CalibrationError("there is nothing to learn from: give at least one call")
     replay = Replay(calls)
+    for name, value, least in (("sweeps", sweeps, 1), ("window", window, 1), ("tokens", tokens, 1)):
+        accepted("fit_leapcache", name, Annotated[int, Range(least)], value)
+    accepted("fit_leapcache", "ridge", Annotated[float, Range(0)], ridge)
+    _check_lists(lists, replay.steps(pipe))
     finals: list[Tensor] = []
 
     def sample(index: int) -> None:
@@ -62,14 +67,11 @@ def fit_leapcache(
 
     trace = record(pipe, [partial(sample, i) for i in range(len(replay))], tokens=tokens)
     fingerprint, total = trace.fingerprint, trace.fingerprint.steps
+    _check_lists(lists, total)  # a run may have other steps than it was asked for
     tensors: dict[str, Tensor] = {}
     report = {}
     for given in lists:
         steps = tuple(int(step) for step in given)
-        if steps[:1] != (0,) or list(steps) != sorted(set(steps)) or steps[-1] >= total or len(steps) == total:
-            raise ConfigError(
-                f"a list of computed steps increases from 0 to {total - 1} and leaves some out, got {steps}"
-            )
         goal = {name: slots["hidden"] for name, slots in trace.features.items()}
         known = {name: features[:, list(steps)] for name, features in goal.items()}
         best, errors = None, []
@@ -88,6 +90,16 @@ def fit_leapcache(
     replay.rewind()
     options = {"sweeps": sweeps, "window": window, "ridge": ridge, "prompts": sum(map(len, finals))}
     return Calibration(LeapCache.name, tensors, fingerprint, report, options)
+
+
+def _check_lists(lists: Sequence[Sequence[int]], total: int | None) -> None:
+    """Raise a ConfigError for lists of computed steps that a run of so many steps does not allow."""
+    for given in lists:
+        steps = accepted("fit_leapcache", "lists", tuple[Annotated[int, Range(0)], ...], given)
+        most = max(steps) + 2 if total is None else total
+        if steps[0] != 0 or list(steps) != sorted(set(steps)) or steps[-1] >= most or len(steps) == most:
+            end = "" if total is None else f" to {total - 1}"
+            raise ConfigError(f"a list of computed steps increases from 0{end} and leaves some out, got {steps}")
 
 
 def _calibration(tables: Mapping[str, Tensor], steps: Steps, fingerprint: Fingerprint) -> Calibration:

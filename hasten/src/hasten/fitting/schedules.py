@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from hasten.caching.method import SEARCHED, CachingMethod, ScheduledMethod
 from hasten.caching.schedule import spread
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError
-from hasten.fitting.calibrate import fingerprint_of
+from hasten.fitting.calibrate import engine_of, fingerprint_of
 from hasten.fitting.search import figures, search_steps
+from hasten.parameters import Range, accepted
 from hasten.pipeline.replay import Replay
 
 __all__ = ["tune_steps"]
@@ -55,7 +56,7 @@ def tune_steps(
         a calibration for the parameter `searched` of any scheduled caching method.
 
     Raises:
-        CalibrationError: if a call does not give the same result twice.
+        CalibrationError: if a call does not give the same result twice, or the pipeline has several transformers.
         ConfigError: if a number of computed steps does not fit the run.
     """
     if not calls:
@@ -66,11 +67,15 @@ def tune_steps(
             f"{type(chosen).__name__} computes no listed steps; search with a method that does, such as foca"
         )
     replay = Replay(calls)
+    accepted("tune_steps", "trials", Annotated[int, Range(1)], trials)
+    accepted("tune_steps", "seed", Annotated[int, Range(0)], seed)
+    _check_counts(computed_steps, replay.steps(target))
 
     def sample(index: int) -> Tensor:
         return torch.as_tensor(target(**replay[index])[0]).float()
 
     with accelerate(target, "reuse", interval=1) as run:
+        engine_of(run)  # refuses several before any call
         references = [sample(i) for i in range(len(calls))]
         if not torch.equal(sample(0), references[0]):
             raise CalibrationError(
@@ -78,6 +83,7 @@ def tune_steps(
             )
         fingerprint = fingerprint_of(target, run, "hidden")
     total = fingerprint.steps
+    _check_counts(computed_steps, total)  # a run may have other steps than it was asked for
     scale = torch.cat([reference.flatten() for reference in references]).square().mean().item()
 
     def loss_of(steps: tuple[int, ...]) -> float:
@@ -87,8 +93,6 @@ def tune_steps(
 
     tensors, report = {}, {}
     for count in computed_steps:
-        if not 2 <= count < total:
-            raise ConfigError(f"computed steps must be at least 2 and fewer than the {total} of the run, got {count}")
 
         def tick(done: int, most: int, best: float, count: int = count) -> None:
             if progress is not None:
@@ -100,3 +104,9 @@ def tune_steps(
     replay.rewind()
     options = {"method": type(chosen).__name__, "trials": trials, "seed": seed, "calls": len(calls)}
     return Calibration(SEARCHED, tensors, fingerprint, report, options)
+
+
+def _check_counts(computed_steps: Sequence[int], total: int | None) -> None:
+    """Raise a ConfigError for numbers of computed steps that leave nothing to search in a run of so many steps."""
+    most = None if total is None else total - 1
+    accepted("tune_steps", "computed_steps", tuple[Annotated[int, Range(2, most)], ...], computed_steps)

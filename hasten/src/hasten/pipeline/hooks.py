@@ -34,6 +34,7 @@ __all__ = [
     "hooks_on",
     "instead",
     "pass_name",
+    "refuse_accelerated",
     "still",
     "wrap_step",
 ]
@@ -244,6 +245,17 @@ def hooks_on(module: Any) -> tuple[Hook, ...]:
     """The hooks on a module, innermost first."""
     calls = getattr(module, "__dict__", {}).get(_KEY)
     return () if calls is None else calls.hooks
+
+
+def refuse_accelerated(modules: Iterable[Any]) -> None:
+    """Raise an AlreadyAcceleratedError if something of hasten is at work on one of these modules."""
+    for module in modules:
+        if hooks_on(module):
+            kinds = " and ".join(hook.kind for hook in hooks_on(module))
+            raise AlreadyAcceleratedError(
+                f"this {type(module).__name__} is accelerated ({kinds}), and what is learned of it has to come from "
+                "plain runs; call .remove() on the handle that accelerate() returned, or hasten.remove(...) first"
+            )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 from hasten.errors import HastenWarning, NonFiniteError
 from hasten.pipeline.runs import StepInfo
 
-__all__ = ["CHECK", "FiniteCheck", "checks_all", "finite"]
+__all__ = ["CHECK", "FiniteCheck", "check_step", "checks_all", "finite"]
 
 CHECK = "HASTEN_CHECK"
 
@@ -34,6 +34,34 @@ def finite(*values: Any) -> Tensor:
     return found[0] if len(found) == 1 else torch.stack([flag.to(found[0].device) for flag in found]).all()
 
 
+def check_step(method: str, step: int, prediction: Tensor, latents: Tensor, every: bool) -> None:
+    """Look at a step of a solver, which waits for the device: the last one of a run, or every one.
+
+    Args:
+        method: its name.
+        step: its number in the run.
+        prediction: what the solver was given.
+        latents: what it made of that.
+        every: whether every step is checked, see `checks_all`; else a warning is all.
+
+    Raises:
+        NonFiniteError: if everything is checked and a number is not finite.
+    """
+    if bool(finite(prediction, latents)):
+        return
+    if every:
+        whose = "the latents that it made are" if bool(finite(prediction)) else "the model's own prediction is"
+        raise NonFiniteError(f"step {step}, with {method}: {whose} not finite; run the model in a wider precision")
+    warnings.warn(_broken(method, f"step {step}, the last one"), HastenWarning, stacklevel=3)
+
+
+def _broken(method: str, where: str) -> str:
+    return (
+        f"a run with {method} ended with latents that are not finite ({where}), so its image is broken; call it again "
+        f"with {CHECK}=1 in the environment to be told the step, the pass and whether the model or a forecast did it"
+    )
+
+
 class FiniteCheck:
     """Looks at what a method's forwards take and give.
 
@@ -44,6 +72,7 @@ class FiniteCheck:
     def __init__(self, method: str) -> None:
         self._method = method
         self._last: Tensor | None = None
+        self._where = ""
         self._all = checks_all()  # asked once per run, since looking into the environment takes longer than it seems
 
     def forward(self, info: StepInfo, computed: bool, hidden: Any, result: Any) -> None:
@@ -72,16 +101,10 @@ class FiniteCheck:
                 cure = "run the model in a wider precision" if computed else "compute more steps, or use a lower order"
                 raise NonFiniteError(f"{where}: {whose} is not finite; {cure}")
         elif info.last:
-            self._last = finite(hidden, result)
+            self._last, self._where = finite(hidden, result), f"step {info.step}, the last one"
 
     def settle(self) -> None:
         """Read what the last forward of a run came to, unless that is done, and warn if its numbers are not finite."""
         last, self._last = self._last, None
         if last is not None and not bool(last):
-            warnings.warn(
-                f"a run with {self._method} ended with latents that are not finite, so its image is broken; call it "
-                f"again with {CHECK}=1 in the environment to be told the step, the pass and whether the model or a "
-                "forecast did it",
-                HastenWarning,
-                stacklevel=2,
-            )
+            warnings.warn(_broken(self._method, self._where), HastenWarning, stacklevel=2)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from hasten.errors import ConfigError
 
 __all__ = ["Replay"]
 
@@ -15,9 +18,20 @@ class Replay:
 
     Args:
         calls: keyword arguments of a pipeline, perhaps with a `generator` or a list of them.
+
+    Raises:
+        ConfigError: if they are something else.
     """
 
     def __init__(self, calls: Sequence[Mapping[str, Any]]) -> None:
+        wrong = (
+            calls if not isinstance(calls, Sequence) else next((c for c in calls if not isinstance(c, Mapping)), None)
+        )
+        if wrong is not None:
+            raise ConfigError(
+                "calls are a list with the arguments of each call, such as [{'prompt': 'a red apple'}]; got a "
+                f"{type(wrong).__name__}"
+            )
         self._calls = calls
         self._states = [[generator.get_state() for generator in _generators(call)] for call in calls]
 
@@ -28,6 +42,15 @@ class Replay:
         """The arguments of a call, for latents as the result."""
         self._rewind(index)
         return {**self._calls[index], "output_type": "latent"}
+
+    def steps(self, pipe: Any) -> int | None:
+        """Steps of the pipeline's runs, as far as the first call or the pipeline's own default says it."""
+        call = self._calls[0]
+        listed = next((call[name] for name in ("sigmas", "timesteps") if call.get(name) is not None), None)
+        default = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
+        steps = call.get("num_inference_steps", None if default is None else default.default)
+        found = steps if listed is None else len(listed)
+        return found if isinstance(found, int) else None
 
     def rewind(self) -> None:
         """Leave all generators as they were at first."""

@@ -99,6 +99,17 @@ class Caller:
         """What the pipeline's call has under that name, as its loop goes through it; None where it has nothing."""
         return None if self.frame is None else _locals(self.frame, ["timesteps"]).get("timesteps")
 
+    @property
+    def given(self) -> dict[str, Any] | None:
+        """The arguments by name that the pipeline's call was made with; None where that does not show.
+
+        Pipelines fill in what was not given, but `torch.no_grad`, which wraps their calls, keeps what it was handed.
+        """
+        outer = None if self.frame is None else self.frame.f_back
+        if outer is None or outer.f_code.co_name != "decorate_context":
+            return None
+        return dict(_locals(outer, ["kwargs"]).get("kwargs", {}))
+
 
 def _locals(frame: FrameType, names: Iterable[str]) -> dict[str, Any]:
     local = frame.f_locals

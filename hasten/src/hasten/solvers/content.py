@@ -9,12 +9,21 @@ from typing import Any, Literal
 from torch import nn
 
 from hasten.calibration import Calibration, declare_contents, model_digest, same_weights
-from hasten.errors import CalibrationError
+from hasten.errors import CalibrationError, ConfigError
 from hasten.io import conform
 from hasten.pipeline.view import denoisers
 from hasten.solvers.tables import ARRAYS, Table, unpacked
 
-__all__ = ["LEAP", "REMEDY", "Content", "arguments_of", "check_arguments", "first_denoiser", "refuse_other_model"]
+__all__ = [
+    "LEAP",
+    "REMEDY",
+    "Content",
+    "arguments_of",
+    "check_arguments",
+    "check_pipeline",
+    "denoiser_of",
+    "refuse_other_model",
+]
 
 LEAP = "leap"  # what a calibration of this scheduler is called
 REMEDY = "Make it again with `hasten tune`."
@@ -102,22 +111,32 @@ def _check_fit(calibration: Calibration) -> None:
 declare_contents(LEAP, ARRAYS, _check_fit)
 
 
-def first_denoiser(pipe: Any) -> nn.Module:
-    """The denoiser that a fingerprint is of.
+def check_pipeline(pipe: Any) -> None:
+    """Raise a ConfigError for what is no pipeline with a scheduler."""
+    if not callable(pipe) or getattr(pipe, "scheduler", None) is None:
+        raise ConfigError(
+            f"LEAP replaces the scheduler of a pipeline, and {type(pipe).__name__} has none; give a diffusers pipeline"
+        )
+
+
+def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
+    """The name and the module that a fingerprint is of; several denoisers, such as the two of Wan 2.2, are one module.
 
     Raises:
         TargetError: if there is none.
     """
-    return next(iter(denoisers(pipe).values()))
+    found = denoisers(pipe)
+    name = "+".join(type(model).__name__ for model in found.values())
+    return name, nn.ModuleDict(found) if len(found) > 1 else next(iter(found.values()))
 
 
 def refuse_other_model(own: Owner | None, pipe: Any) -> None:
     """Raise a CalibrationError if a pipeline's denoiser is another one; offloaded weights are not compared."""
     if own is None:
         return
-    model = first_denoiser(pipe)
-    if own.model != type(model).__name__:
-        wrong = f"fitted for {own.model}, this is {type(model).__name__}"
+    name, model = denoiser_of(pipe)
+    if own.model != name:
+        wrong = f"fitted for {own.model}, this is {name}"
     elif own.config != model_digest(model):
         wrong = f"fitted for a {own.model} of another configuration (size, depth or inputs)"
     elif not same_weights(own.weights, model):

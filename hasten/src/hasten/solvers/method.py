@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from hasten.calibration import Calibration
-from hasten.errors import AlreadyAcceleratedError, ConfigError
+from hasten.errors import AlreadyAcceleratedError
 from hasten.parameters import Declared
 from hasten.pipeline.hooks import Remove
 from hasten.registry import method
-from hasten.solvers.content import LEAP
+from hasten.solvers.content import LEAP, check_pipeline
 from hasten.solvers.passes import PassesHook, watch_passes
 from hasten.solvers.scheduler import LeapScheduler
 
@@ -39,8 +39,7 @@ class Leap(Declared):
             ConfigError: for what is no pipeline with a scheduler.
             CalibrationError: if the fit belongs to another model.
         """
-        if not callable(pipe) or getattr(pipe, "scheduler", None) is None:
-            raise ConfigError(f"LEAP replaces the scheduler of a pipeline, and {type(pipe).__name__} has none")
+        check_pipeline(pipe)
         return AttachedLeap(self, pipe)
 
 

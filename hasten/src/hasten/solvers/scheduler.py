@@ -18,7 +18,9 @@ from torch import Tensor
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
 from hasten.io import Limits, describe, digest_of, read_json, write_atomically
+from hasten.pipeline.numbers import check_step, checks_all
 from hasten.pipeline.view import Caller
+from hasten.solvers.asked import asked_by_user, check_asked
 from hasten.solvers.content import LEAP, REMEDY, arguments_of, check_arguments, refuse_other_model
 from hasten.solvers.formula import Formula, Learned, SecondOrder, signal
 from hasten.solvers.passes import difference, mixture_of
@@ -193,17 +195,19 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
         timesteps: Any = None,
     ) -> None:
-        """Choose the table; the times are the learned ones, whatever `sigmas` a pipeline proposes.
+        """Choose the table; the times are the learned ones, whatever `sigmas` a pipeline proposes or a user gives.
 
         Raises:
-            ScheduleError: if there is no table for so many evaluations.
+            ScheduleError: if there is no table for so many evaluations, or the user's sigmas begin at less noise.
             CalibrationError: if the pipeline that calls has another denoiser.
         """
+        asked = asked_by_user(sigmas, timesteps)
         wanted = num_inference_steps or next((len(x) for x in (sigmas, timesteps) if x is not None), None)
         if str(wanted) not in self.config.tables:
             known = ", ".join(sorted(self.config.tables, key=int))
+            rest = f" and leave {' and '.join(asked)} out" if asked else ""
             raise ScheduleError(
-                f"LEAP was fitted for {known} evaluations, not for {wanted}; use num_inference_steps={known}"
+                f"LEAP was fitted for {known} evaluations, not for {wanted}; use num_inference_steps={known}{rest}"
             )
         own = self.config.shift_mu
         if mu is not None and own is not None and abs(mu - own) > 1e-3:
@@ -214,6 +218,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
             )
         self._check_caller()
         self._choose(str(wanted))
+        check_asked(asked, {"sigmas": self.sigmas, "timesteps": self.timesteps})
         self.timesteps = self.timesteps.to(device)
         self.num_inference_steps = wanted
 
@@ -236,6 +241,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._formula: Formula | None = None
+        self._checks_all = False
         self._answers: list[Tensor] = []
 
     @property
@@ -271,6 +277,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
 
         Raises:
             ScheduleError: if the passes or their guidance are not those of the fit.
+            NonFiniteError: if everything is checked and a number is not finite; see `hasten.pipeline.numbers`.
         """
         if self._step_index is None:
             begin = self._begin_index
@@ -286,13 +293,17 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         state = self._formula.advance(k, state, output, apart)
         self.taken.append(k)
         self._step_index += 1
-        if self._step_index == len(self._table.timesteps):
-            self._formula = None
         previous = state.to(model_output.dtype)
+        last = self._step_index == len(self._table.timesteps)
+        if last or self._checks_all:
+            check_step("LEAP", k, model_output, previous, self._checks_all)
+        if last:
+            self._formula = None
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
     def _begin(self, k: int, output: Tensor, answers: list[Tensor], apart: Tensor | None) -> Formula:
         """The formula for a run that begins at evaluation `k`."""
+        self._checks_all = checks_all()
         kind = self._checked.prediction_type
         if k:
             warnings.warn(
