@@ -9,7 +9,7 @@ import warnings
 import diffusers
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import FirstBlockCacheConfig, FluxPipeline, PyramidAttentionBroadcastConfig
 from diffusers.hooks import HookRegistry, ModelHook, apply_first_block_cache, apply_group_offloading
 from pipelines import draw, make_pipe
 from tiny import TINY, build, first
@@ -365,6 +365,43 @@ def test_lora_fused_and_unfused_between_calls(pipe):
                 assert torch.equal(draw(twin), latents)
 
 
+def lora_file(folder, seed, rank):
+    """A LoRA as it is shared."""
+    peft = pytest.importorskip("peft")
+    model = make_pipe().transformer
+    model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k"]), "style")
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    layers = peft.get_peft_model_state_dict(model, adapter_name="style")
+    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+    return folder
+
+
+@pytest.mark.parametrize("first", ["lora", "hasten"])
+@pytest.mark.parametrize("site", ["hidden", "module"])
+def test_lora_hot_swapped_between_calls(pipe, tmp_path, first, site):
+    """Weights of another rank put in the place of those that are there: as with acceleration of each afresh."""
+    files = [lora_file(tmp_path / str(rank), seed=rank, rank=rank) for rank in (2, 4)]
+    twin = make_pipe()
+    for one in (pipe, twin):
+        one.enable_lora_hotswap(target_rank=4)
+    run = None if first == "lora" else hasten.accelerate(pipe, "taylorseer", interval=3, site=site)
+    images = []
+    for file in (*files, files[0]):
+        for one in (pipe, twin):
+            one.load_lora_weights(file, adapter_name="style", hotswap=bool(images))
+        run = run or hasten.accelerate(pipe, "taylorseer", interval=3, site=site)
+        images.append(draw(pipe, 6))
+        with hasten.accelerate(twin, "taylorseer", interval=3, site=site):
+            assert torch.equal(draw(twin, 6), images[-1])
+    assert not near(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+    run.remove()
+    assert torch.equal(draw(pipe, 6), draw(twin, 6))
+
+
 def test_proxies_leave_state_and_parameters_alone(pipe):
     model, seen = pipe.transformer, []
     names = list(model.state_dict())
@@ -442,6 +479,45 @@ def test_a_forward_compiled_in_one_graph_is_no_bypass_and_nothing_is_left_on_sub
         assert near(draw(pipe, 2), plain)
     assert not messages(caught)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("order", "site"),
+    [
+        ("after", "hidden"),
+        pytest.param("before", "hidden", marks=pytest.mark.slow),
+        pytest.param("after", "module", marks=pytest.mark.slow),
+    ],
+)
+def test_a_forward_compiled_in_one_graph_is_named_where_proxies_stand_in_it(pipe, order, site):
+    model, plain = pipe.transformer, draw(pipe, 3)
+
+    def compile_it():
+        model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+
+    if order == "before":
+        compile_it()
+    with hasten.accelerate(pipe, "taylorseer", warmup=1, interval=2, site=site):
+        if order == "after":
+            compile_it()
+        with pytest.raises(
+            ConfigError, match=r"compiled in one graph \(fullgraph=True\).*transformer.compile"
+        ) as error:
+            draw(pipe, 3)
+        assert len(str(error.value).splitlines()) == 1
+    del model.forward
+    assert torch.equal(draw(pipe, 3), plain)
+
+
+def test_a_compilers_own_error_stays_what_it_is(pipe):
+    model = pipe.transformer
+    model.x_embedder.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with (
+        hasten.accelerate(pipe, "taylorseer", warmup=1, interval=2, site="output"),
+        pytest.raises(torch._dynamo.exc.TorchDynamoException),
+    ):
+        draw(pipe, 4)
 
 
 # --- the pipeline calls another transformer

@@ -34,7 +34,10 @@ __all__ = [
 ]
 
 Ladder = Literal["recursive", "divided"]
-Order = Annotated[int, Range(0)]
+# At the far end of an interval the weights of order n add up to 2^(n + 1) - 1 in magnitude: from order 7 on they make
+# half of a feature, and more, of bfloat16's rounding (2^-9), and each order keeps one feature more in memory.
+MOST_ORDER = 6
+Order = Annotated[int, Range(0, MOST_ORDER)]
 Scale = Annotated[float, Range(above=0, most=1)]  # HiCache diverges above 1
 ALL = 1024  # more computed steps than any run has
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from hasten.errors import AlreadyAcceleratedError
 from hasten.pipeline.bypass import Watch, copy_error
+from hasten.pipeline.compiled import one_graph_error
 
 __all__ = [
     "Forward",
@@ -157,6 +158,11 @@ class _HookedCalls:
             outer, self._thread = self._thread, threading.get_ident()
             try:
                 return _active(hooks[-1]).call(module, forward, args, kwargs) if hooks else forward(*args, **kwargs)
+            except Exception as error:
+                clear = one_graph_error(module, error)
+                if clear is not None:
+                    raise clear from error
+                raise
             finally:
                 self._thread = outer
 
