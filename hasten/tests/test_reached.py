@@ -510,6 +510,7 @@ def test_a_forward_compiled_in_one_graph_is_named_where_proxies_stand_in_it(pipe
 
 
 def test_a_compilers_own_error_stays_what_it_is(pipe):
+    torch._dynamo.reset()  # nothing that other tests compiled
     model = pipe.transformer
     model.x_embedder.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
