@@ -9,6 +9,7 @@ import typer
 from hasten.cli import options
 from hasten.cli.common import console, opened
 from hasten.errors import ConfigError
+from hasten.parameters import Range
 
 __all__ = ["playground"]
 
@@ -18,7 +19,7 @@ def playground(
     host: Annotated[
         str, typer.Option(help="Where to listen; 0.0.0.0 for all of the machine's networks.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = 7860,
+    port: Annotated[int, options.number(Range(1, 65_535), "Where to listen.")] = 7860,
     device: options.Device = None,
 ) -> None:
     """Try settings in a browser: full and fast image side by side, what differs, times, and the Python line.

@@ -9,6 +9,7 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.common import console
+from hasten.parameters import Range
 
 __all__ = ["serve"]
 
@@ -27,9 +28,10 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Where to listen; 0.0.0.0 for all of the machine's networks.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = 8000,
+    port: Annotated[int, options.number(Range(1, 65_535), "Where to listen.")] = 8000,
     queue: Annotated[
-        int, typer.Option(min=1, help="Images that wait for a worker; others are answered with 429.")
+        int,
+        options.number(Range(1, options.MOST_COUNT), "Images that wait for a worker; others are answered with 429."),
     ] = 64,
     ray: Annotated[str | None, typer.Option("--ray", help="Address of a Ray cluster; this machine by default.")] = None,
     workers: options.Workers = None,
