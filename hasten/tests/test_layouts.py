@@ -14,6 +14,7 @@ import torch
 from denoisers.checks import DENOISERS
 from denoisers.images import positions
 from diffusers import ChromaPipeline, Flux2Pipeline, FluxPipeline, LTXPipeline, QwenImagePipeline
+from diffusers.modular_pipelines.flux3.before_denoise import _prepare_image_ids
 from torch import Tensor
 
 from hasten import models
@@ -60,6 +61,10 @@ def flux(pipeline: Any) -> Pack:
 
 def flux2(latent: Tensor) -> dict[str, Any]:
     return {"hidden_states": Flux2Pipeline._pack_latents(latent), "img_ids": Flux2Pipeline._prepare_latent_ids(latent)}
+
+
+def flux3(latent: Tensor) -> dict[str, Any]:
+    return {"hidden_states": tokens(latent), "img_ids": _prepare_image_ids(*latent.shape[2:], 1.0)}
 
 
 def qwen(latent: Tensor) -> dict[str, Any]:
@@ -122,6 +127,7 @@ FINE = {"latent": (1, 4, 3, 6, 10), "grid": (3, 6, 10), "pixel": np.s_[0, :, 2, 
 CASES = {
     "FluxTransformer2DModel": Case(**PACKED, pack=flux(FluxPipeline)),
     "Flux2Transformer2DModel": Case((1, 4, 3, 5), (3, 5), np.s_[0, :, 1, 3], (1, 3), flux2, offset=tiny.TEXT),
+    "Flux3Transformer2DModel": Case((1, 4, 3, 5), (3, 5), np.s_[0, :, 1, 3], (1, 3), flux3),
     "QwenImageTransformer2DModel": Case(**PACKED, pack=qwen),
     "HunyuanVideoTransformer3DModel": VIDEO,
     "HunyuanVideo15Transformer3DModel": Case(**FINE, pack=plain),

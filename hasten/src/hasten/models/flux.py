@@ -1,4 +1,4 @@
-"""FLUX.1, FLUX.2 and Chroma: double-stream blocks, then single-stream blocks."""
+"""FLUX.1, FLUX.2 and Chroma: double-stream blocks, then single-stream blocks. FLUX.3: blocks of each mode, then of all."""
 
 from __future__ import annotations
 
@@ -42,6 +42,30 @@ CHROMA = register(
             DOUBLE,
             BlockStack(
                 "single_transformer_blocks", returns=("hidden",), encoder=None, joint=True, modules=SINGLE_OUTPUT
+            ),
+        ),
+        layout="ids",
+    ),
+)
+
+
+def _own(name: str, kind: str) -> BlockStack:
+    """A stack of FLUX.3 whose tokens see each other alone."""
+    modules = BlockModules(forecast=(("attn", (kind,)), ("ff", (kind,))))
+    return BlockStack(name, returns=("hidden",), encoder=None, modules=modules)
+
+
+# Text, the image and reference images each go through blocks of their own before they meet.
+FLUX3 = register(
+    "Flux3Transformer2DModel",
+    ModelAdapter(
+        stacks=(
+            _own("txt_mode_blocks", "text"),
+            _own("mode_blocks.image", "image"),
+            _own("mode_blocks.image_cond", "image"),
+            BlockStack(
+                "single_transformer_blocks",
+                modules=BlockModules(forecast=(("attn", ("joint",)), ("ff", ("joint",)))),
             ),
         ),
         layout="ids",
