@@ -1,4 +1,4 @@
-"""FLUX.1, FLUX.2 and Chroma: double-stream blocks, then single-stream ones. FLUX.3: blocks of each mode, then of all."""
+"""FLUX.1, FLUX.2, Chroma: double-stream blocks, then single-stream ones. FLUX.3: blocks of each mode, then of all."""
 
 from __future__ import annotations
 
