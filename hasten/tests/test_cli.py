@@ -136,8 +136,8 @@ WRONG = [
     (("demo", "--out", "empty.txt"), "empty.txt/emoji-flux/result.json: cannot be written"),
     (("certify", "--max-flip", "nan"), "max_flip must be a number"),
     (("certify", "--quality", "hihg"), "Did you mean 'high'?"),
-    (("generate", "--prompts-file", "empty.txt", "--out", "pictures"), "empty.txt"),
-    (("generate", "--prompts-file", "nowhere.txt", "--out", "pictures"), "nowhere.txt"),
+    (("generate", "--model", "x", "--prompts-file", "empty.txt", "--out", "pictures"), "empty.txt"),
+    (("generate", "--model", "x", "--prompts-file", "nowhere.txt", "--out", "pictures"), "nowhere.txt"),
     (("benhc",), "No such command 'benhc'"),
 ]
 
