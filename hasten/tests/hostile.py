@@ -407,7 +407,7 @@ def specimens() -> dict[str, Specimen]:
             lambda path: hasten.HyCa(calibration=path, interval=3).chosen,
         ),
         "svdcache": (
-            {"basis/hidden": basis},
+            {"basis/cond/hidden": basis},
             lambda path: _weights(hasten.SVDCache(calibration=path, interval=3)),
         ),
         "magcache": (

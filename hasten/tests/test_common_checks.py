@@ -303,6 +303,7 @@ CONTEXT: dict[tuple[str, str], dict[str, Any]] = {
     ("magcache", "warmup"): {"retention": 0.0},
     ("teacache", "per_sample"): {"threshold": 0.4},
     ("freqca", "low_order"): {"cutoff": 0.5},
+    ("hyca", "assigned"): {"calibration": lambda: calibration("hyca", clusters=2)},
     ("hyca", "criterion"): {"calibration": lambda: calibration("hyca", clusters=4)},
     ("hyca", "strict"): {"calibration": lambda: calibration("hyca", site="module")},
     ("svdcache", "strict"): {"calibration": lambda: calibration("svdcache", site="module")},
@@ -330,7 +331,9 @@ CONTEXT: dict[tuple[str, str], dict[str, Any]] = {
 VALUES: dict[tuple[str, str], Any] = {
     ("dmd", "ridge"): [0.5],
     ("spectrum", "window"): [2],
+    ("freqca", "domain"): ["plain"],  # normed is the default on this model
     ("hyca", "solvers"): [("hold",)],
+    ("hyca", "assigned"): [("hold", "newton")],
     ("hyca", "calibration"): lambda: [calibration("hyca", clusters=8)],
     ("l2p", "window"): [1],
     ("leapcache", "warmup"): [5],
@@ -367,6 +370,10 @@ COMMON: dict[str, Sequence[Any]] = {"interval": [3], "computed_steps": [6, 9], "
 EXCEPTIONS = {
     ("fbcache", "front"): "the small pipeline has two blocks; test_gates counts those of a deeper one",
     ("l2p", "published"): "the published lists are for 50 steps; test_calibration asks for each of them",
+    **dict.fromkeys(
+        [(name, "domain") for name in ("hyca", "svdcache", "l2p", "leapcache")],
+        "the calibration decides; test_calibration sees that another one is refused",
+    ),
     ("leap", "calibration"): "a fit takes a search; tests of LEAP compare schedulers of different fits",
 }
 

@@ -45,6 +45,7 @@ TABLE = [
     *(row(method, site, 0, 1) for method in FITTED for site in ("hidden", "output")),
     row("dmd", "module", 0, 1),
     *(row(method, "hidden", temporaries=2) for method in ("freqca", "svdcache")),
+    row("foca:normed", "hidden"),
     row("hyca", "hidden"),  # one sum with a weight for each channel
     *(row(method, "output" if method == "easycache" else "hidden", 1, 1) for method in GATES),
     row("magcache", "hidden"),
@@ -109,6 +110,8 @@ def parameters(method, site, calibrations):
     params = {"site": site, "interval": 4}
     if method == "hicache:adaptive":
         params["scale"] = "adaptive"
+    if method == "foca:normed":
+        params["domain"] = "normed"
     if name in calibrations:
         params["calibration"] = calibrations[name]
         params["strict"] = False
@@ -169,6 +172,7 @@ def test_the_table(monkeypatch, calibrations, method, site, skipped_reads, compu
         keys = 2 if name == "speca" else 1
         stored = max(record.cache_bytes for record in records) // FEATURE[site]
         assert sum(made for _, made in seen["record"]) <= max(stored, keys)
+        assert max(peak for peak, _ in seen["record"]) <= keys  # the buffer, and nothing beside it
 
 
 class StopError(Exception):

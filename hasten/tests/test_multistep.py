@@ -1,6 +1,7 @@
 """Multistep formulas and FoCa: textbook coefficients, exactness, and the recursion that the closed form stands for."""
 
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -65,6 +66,23 @@ def test_foca_stored_has_the_known_unit_form_and_is_exact_on_lines():
     assert FoCaPredictor("stored").weights(3, (2, 1, 0)) == pytest.approx([2.5, -2, 0.5])
     got = forecast(FoCaPredictor("stored"), 9, (7, 2, 1), lambda t: 4.0 * t)
     assert got == pytest.approx(36)
+
+
+@pytest.mark.parametrize("make", [partial(FoCaPredictor, "stored"), partial(Multistep, "newton")])
+def test_the_gate_makes_the_first_interval_a_straight_line(make):
+    free, gated = make(), make(first=2)
+    assert free.weights(6, (2, 1, 0))[2] != 0
+    assert gated.weights(6, (2, 1, 0)) == pytest.approx([5, -4, 0])
+    assert gated.weights(12, (9, 2, 1)) == free.weights(12, (9, 2, 1))
+    assert make(first=3).weights(6, (2, 1, 0)) == [1, 0, 0]
+
+
+def test_uniform_schedules_alone_have_the_gate():
+    def weights(**params):
+        return FoCa(computed_steps=9, **params).predictors()["whole"].weights(6, (2, 1, 0))
+
+    assert weights() == pytest.approx([5, -4, 0])
+    assert weights(schedule="even") == FoCaPredictor("stored").weights(6, (2, 1, 0))
 
 
 def test_foca_author_is_the_same_for_the_whole_interval():

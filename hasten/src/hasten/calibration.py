@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from hasten.io import Array, Kind, check_arrays, read_tensors, write_tensors
 
 __all__ = [
     "Calibration",
+    "Domain",
     "Fingerprint",
     "Fit",
     "RunFacts",
@@ -29,6 +30,7 @@ __all__ = [
     "weights_digest",
 ]
 
+Domain = Literal["plain", "normed"]
 MOST_BYTES = 4 << 30
 TIMESTEP_TOLERANCE = 1e-3  # relative to the largest timestep
 # Relative distance of weights that are the same: after rounding to 16 bits, and to 8 (float8_e5m2: 0.06).
@@ -48,6 +50,7 @@ class Fingerprint:
         passes: forwards within a step, in order.
         guidance: guidance scale as far as the pipeline tells; None if it does not.
         site: where the features were taken.
+        domain: whether the fit is to image tokens as they are, or as the model's final norm leaves them.
     """
 
     model: str
@@ -58,6 +61,7 @@ class Fingerprint:
     passes: tuple[str, ...]
     guidance: float | None
     site: str
+    domain: Domain = "plain"
 
     @property
     def steps(self) -> int:
@@ -81,7 +85,8 @@ class Trace:
     Attributes:
         features: `[S, T, ...]` for each pass and slot: S runs of T steps. `"hidden"` (what leaves the last block) and
             `"entry"` (what enters the first one) are `[S, T, N, D]` with N sampled tokens, `"modulated"` likewise,
-            `"output"` is `[S, T, M]` with M sampled numbers.
+            `"output"` is `[S, T, M]` with M sampled numbers. `"normed"` is `"hidden"` as the model's final norm leaves
+            it, where that norm is known.
         fingerprint: what they belong to.
     """
 
@@ -107,6 +112,24 @@ class Trace:
             )
         return names
 
+    def domain(self, site: str, asked: Domain | None) -> Domain:
+        """The domain to fit in: the one that is asked for, else the normed one where the trace has it.
+
+        Raises:
+            CalibrationError: if the trace does not have what is asked for.
+        """
+        able = site == "hidden" and all("normed" in slots for slots in self.features.values())
+        if asked == "normed" and not able:
+            raise CalibrationError(
+                f"domain='normed' needs the image tokens behind a final norm that is known, and this trace of "
+                f"{self.fingerprint.model} at site {site!r} has none; use domain='plain'"
+            )
+        return asked or ("normed" if able else "plain")
+
+    def steps(self, key: str, domain: Domain) -> dict[str, Tensor]:
+        """The features under a cache key in a domain, `[S, T, N, D]` float32 by pass."""
+        return {name: slots["normed" if domain == "normed" else key].float() for name, slots in self.features.items()}
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -114,6 +137,7 @@ class Fit:
 
     tensors: dict[str, Tensor]
     report: dict[str, Any] = field(default_factory=dict)
+    domain: Domain = "plain"
 
 
 @dataclass(frozen=True, eq=False)

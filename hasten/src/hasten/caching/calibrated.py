@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from hasten.caching.method import ScheduledMethod
 from hasten.caching.schedule import computed_steps
-from hasten.calibration import Calibration, RunFacts
-from hasten.errors import CalibrationError, HastenWarning, ScheduleError
+from hasten.calibration import Calibration, Domain, RunFacts
+from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
 
 __all__ = ["CalibratedMethod", "Gram", "forecast_error", "gram_of"]
 
@@ -53,6 +53,16 @@ class CalibratedMethod(ScheduledMethod):
     def check(self) -> None:
         object.__setattr__(self, "calibration", Calibration.of(self.name, self.calibration))
         super().check()
+        own = self.fitted.fingerprint.domain
+        if self.site == "hidden" and self.domain not in (None, own):
+            raise ConfigError(
+                f"{type(self).__name__}: the calibration is of the {own} domain, got domain={self.domain!r}; leave it "
+                f"out, or calibrate again with domain={self.domain}"
+            )
+
+    @property
+    def kept(self) -> Domain | None:
+        return self.fitted.fingerprint.domain if self.site == "hidden" else "plain"
 
     @property
     def fitted(self) -> Calibration:

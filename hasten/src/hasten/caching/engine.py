@@ -298,7 +298,7 @@ class CachingEngine(Hook):
             state.gate.verified(state.step, relative_change(draft, checked, state.gate.reduce))
 
     def _make_site(self) -> Site:
-        feature, plain = self.method.feature(), type(self.method.feature())()
+        feature, plain, norm = self.method.feature(), type(self.method.feature())(), self.method.norm_of(self.model)
         unet = self._adapter is None and models.is_unet(self.model)
         if unet and self.method.site == "hidden" and feature != plain:
             raise AdapterError(
@@ -314,7 +314,7 @@ class CachingEngine(Hook):
             return ModuleSite(self.model, self._adapter)
         if feature != plain:
             return SpanSite(self.model, self._adapter, feature, self._verified)
-        return HiddenSite(self.model, self._adapter)
+        return HiddenSite(self.model, self._adapter, norm)
 
     # --- what is said
 

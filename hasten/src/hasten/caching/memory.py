@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hasten.caching.components import Components, FeatureKey
-from hasten.caching.sums import fused_on, inner_product
-from hasten.models import TokenLayout
+from hasten.caching.sums import fused_on, inner_product, map_tokens
+from hasten.models import FinalNorm, TokenLayout
 
 __all__ = ["Listener", "PassMemory", "finite"]
 
@@ -44,8 +44,13 @@ class _Ring:
         self.steps: tuple[int, ...] = ()
         self.gram: npt.NDArray[np.float64] = np.zeros((0, 0))
 
-    def write(self, step: int, feature: Tensor) -> int:
+    def write(self, step: int, feature: Tensor, norm: FinalNorm | None = None) -> int:
         """Copy a feature into the oldest buffer, or into a new one while there are fewer than are used.
+
+        Args:
+            step: of the feature.
+            feature: what is kept; nobody's own.
+            norm: what it is kept as it leaves; None for as it is.
 
         Returns:
             by how many bytes the buffers have grown.
@@ -57,7 +62,11 @@ class _Ring:
             fused_on(feature.device)  # what compiles and waits does so here, not on a skipped step
             with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
                 buffer = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
-        self.features.appendleft(buffer.copy_(feature.detach()))
+        if norm is None:
+            buffer.copy_(feature.detach())
+        else:
+            map_tokens(norm, feature.detach(), buffer)
+        self.features.appendleft(buffer)
         self.steps = (step, *self.steps[: self.size - 1])
         return grown
 
@@ -124,8 +133,11 @@ class PassMemory:
         """Cache keys of what has been recorded, in order."""
         return tuple(self._rings)
 
-    def record(self, key: str, feature: Tensor) -> None:
-        """Keep the feature of the current step. It is copied, since models go on to work on views of it."""
+    def record(self, key: str, feature: Tensor, norm: FinalNorm | None = None) -> None:
+        """Keep the feature of the current step, normalised where a norm is given.
+
+        It is copied, since models go on to work on views of it.
+        """
         ring = self._rings.get(key)
         if ring is None:
             ring = self._rings[key] = _Ring(self._components(FeatureKey(self._pass_name, key, self._layout)))
@@ -133,7 +145,8 @@ class PassMemory:
             raise RuntimeError(
                 f"feature {key!r} was recorded twice in step {self.step}: its module runs twice in a forward"
             )
-        self.bytes += ring.write(self.step, feature)
+        with self.exact(feature.device):
+            self.bytes += ring.write(self.step, feature, norm)
         if ring.components.fitted:
             with self.exact(feature.device):
                 self._unread.append((ring, ring.products()))

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from torch import nn
 
+from hasten import models
 from hasten.caching.components import Components, FeatureKey
 from hasten.caching.gates import Gate, Scheduled
 from hasten.caching.predictors import Predictor
@@ -22,8 +23,8 @@ from hasten.caching.schedule import (
     computed_steps,
     learned_list,
 )
-from hasten.calibration import Calibration, RunFacts, declare_contents
-from hasten.errors import CalibrationError, ConfigError, ScheduleError
+from hasten.calibration import Calibration, Domain, RunFacts, declare_contents
+from hasten.errors import AdapterError, CalibrationError, ConfigError, ScheduleError
 from hasten.io import Array, step_list
 from hasten.parameters import Declared, Range, parameters
 
@@ -110,6 +111,26 @@ class CachingMethod(Declared):
         raise NotImplementedError
 
     @property
+    def kept(self) -> Domain | None:
+        """The domain in which image tokens are kept; None for the normed one where the model's final norm is known."""
+        return "plain"
+
+    def norm_of(self, model: nn.Module) -> models.FinalNorm | None:
+        """The norm of a model as whose results its image tokens are kept; None where they are kept as they are.
+
+        Raises:
+            AdapterError: if the normed domain is asked for and the model's final norm is not known.
+        """
+        if self.kept == "plain":
+            return None
+        try:
+            return models.final_norm(model, models.find(model))
+        except AdapterError:
+            if self.kept == "normed":
+                raise
+            return None
+
+    @property
     def saves(self) -> bool:
         """Whether the user asked for any step to be skipped."""
         raise NotImplementedError
@@ -140,6 +161,11 @@ class ScheduledMethod(CachingMethod):
         int | None, Range(1), f"steps from one computed step to the next, {INTERVAL} by default; 1 computes every step"
     ] = None
     computed_steps: Annotated[int | None, Range(1), "exactly so many computed steps, in place of an interval"] = None
+    domain: Annotated[
+        Domain | None,
+        "what is kept at the hidden site: image tokens as they are (plain), or as the model's final norm leaves them "
+        "(normed); None is normed where that norm is known",
+    ] = "plain"
     steps: Annotated[tuple[int, ...] | None, Range(0), "the computed steps themselves, in place of a schedule"] = None
     searched: Annotated[
         Calibration | str | None,
@@ -149,6 +175,11 @@ class ScheduledMethod(CachingMethod):
 
     def check(self) -> None:
         super().check()
+        if self.domain == "normed" and self.site != "hidden":
+            raise ConfigError(
+                f"{type(self).__name__}: domain='normed' is of image tokens before the model's final norm; use "
+                f"site='hidden' with it, got site={self.site!r}"
+            )
         if self.searched is not None:
             object.__setattr__(self, "searched", Calibration.of(SEARCHED, self.searched))
         elif self.schedule == "searched":
@@ -176,6 +207,10 @@ class ScheduledMethod(CachingMethod):
                     f"{type(self).__name__}: {name} and {clash[0]} both say which steps are computed; "
                     f"leave out {name} or {' and '.join(clash)}"
                 )
+
+    @property
+    def kept(self) -> Domain | None:
+        return self.domain if self.site == "hidden" else "plain"
 
     def plan(self) -> Schedule:
         """Which steps are computed."""

@@ -95,23 +95,40 @@ SOLVERS: dict[str, Callable[[StoredSteps], Vector]] = {
 
 @dataclass(frozen=True)
 class Multistep(Declared):
-    """A predictor by one of the formulas of this file, `SOLVERS`."""
+    """A predictor by one of the formulas of this file, `SOLVERS`.
+
+    Args:
+        solver: its name.
+        first: see `three_point_weights`.
+    """
 
     solver: Annotated[str, Names(SOLVERS)]
+    first: int = 0
     memory = 3
 
     def weights(self, target: int, stored: Sequence[int]) -> list[float]:
-        return three_point_weights(SOLVERS[self.solver], target, stored)
+        return three_point_weights(SOLVERS[self.solver], target, stored, self.first)
 
 
-def three_point_weights(formula: Callable[[StoredSteps], Vector], target: int, stored: Sequence[int]) -> list[float]:
-    """Weights of a formula of three stored steps, with the fall-backs of a short history; further steps get 0."""
+def three_point_weights(
+    formula: Callable[[StoredSteps], Vector], target: int, stored: Sequence[int], first: int = 0
+) -> list[float]:
+    """Weights of a formula of three stored steps, with the fall-backs of a short history; further steps get 0.
+
+    Args:
+        formula: weights of the three newest steps.
+        target: the step to forecast.
+        stored: steps, newest first.
+        first: computed steps before this one have no difference of their own, as in `difference_ladder`. The last step
+            of a uniform schedule's warm-up has one, so that the first interval is a straight line: a second difference
+            of adjacent steps, taken over an interval of many, is mostly noise.
+    """
     unit = np.eye(len(stored))
     x = float(target - stored[0])
-    if len(stored) == 1:
-        return [1.0]
+    if len(stored) == 1 or stored[0] < first:
+        return unit[0].tolist()
     g0 = float(stored[0] - stored[1])
-    if len(stored) == 2:
+    if len(stored) == 2 or stored[1] < first:
         weights = unit[0] + x * (unit[0] - unit[1]) / g0
     else:
         weights = formula(StoredSteps(unit[0], unit[1], unit[2], g0, float(stored[1] - stored[2]), x))

@@ -25,7 +25,7 @@ from hasten import models
 from hasten.caching.memory import PassMemory, finite
 from hasten.caching.sums import add_into
 from hasten.errors import AdapterError
-from hasten.models import BlockStack, ModelAdapter, Proxy, patch_size
+from hasten.models import BlockStack, FinalNorm, ModelAdapter, Proxy, patch_size
 from hasten.models.blocks import Skipped, owner_of, streams_in, swapped
 from hasten.models.forms import Form
 from hasten.pipeline.hooks import Forward
@@ -105,9 +105,9 @@ class _Recorder(Proxy):
         return output
 
 
-def _record(memory: PassMemory, streams: dict[str, Tensor]) -> None:
+def _record(memory: PassMemory, norm: FinalNorm | None, streams: dict[str, Tensor]) -> None:
     for name, tensor in streams.items():
-        memory.record(stream_key(name), tensor)
+        memory.record(stream_key(name), tensor, norm if name == "hidden" else None)
 
 
 def stream_key(name: str) -> str:
@@ -189,14 +189,20 @@ class HiddenSite(PlainSite):
     A skipped step runs the embeddings and the final layers, with this step's modulation. Where the transformer is
     compiled as a whole, that is one graph per shape, and the forecast, which the fused sum makes before, its input: so
     the graph depends on neither the method nor the number of stored steps. Computed steps are a graph of their own.
+
+    Args:
+        model: the transformer.
+        adapter: how it is laid out; None for a family that the first forward has to trace.
+        norm: the model's final norm, where image tokens are to be kept as it leaves them. Forecasts go through it once
+            more, which changes nothing; computed steps never see what is kept.
     """
 
     compilable: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module, adapter: ModelAdapter | None) -> None:
+    def __init__(self, model: nn.Module, adapter: ModelAdapter | None, norm: FinalNorm | None = None) -> None:
         if adapter is None:
             models.require_stacks(model)
-        self._model, self.adapter = model, adapter
+        self._model, self.adapter, self._norm = model, adapter, norm
         self._recorder: _Recorder | None = None
         self._skipped: Skipped | None = None
         self._memory: PassMemory | None = None  # of the skipped forward under way
@@ -205,7 +211,7 @@ class HiddenSite(PlainSite):
     def compute(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         if self.adapter is None:  # watching is not for a compiler
             result, self.adapter, streams = models.trace(self._model, forward, args, kwargs)
-            _record(memory, streams)
+            _record(memory, self._norm, streams)
             return result
         stack = self.adapter.used(self._model)[-1]
         container = stack.container(self._model)
@@ -214,12 +220,12 @@ class HiddenSite(PlainSite):
         recorder = self._recorder
         if recorder is None or recorder.original is not block:
             recorder = self._recorder = _Recorder(block, stack)
-        recorder.record = partial(_record, memory) if self.compiled is None else None
+        recorder.record = partial(_record, memory, self._norm) if self.compiled is None else None
         try:
             with swapped([(container, last, recorder)]):
                 result = (self.compiled or forward)(*args, **kwargs)
             for streams in recorder.seen:
-                _record(memory, streams)
+                _record(memory, self._norm, streams)
             return result
         finally:
             recorder.record = None

@@ -9,7 +9,7 @@ expression where a compiler traces, which fuses it with what comes before and af
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hasten.errors import HastenWarning
 
-__all__ = ["Weight", "add_into", "fused_on", "inner_product", "magnitude", "weighted_sum"]
+__all__ = ["Weight", "add_into", "fused_on", "inner_product", "magnitude", "map_tokens", "weighted_sum"]
 
 Weight = float | Tensor  # of a whole feature, or `[D]` float32 of its channels; in a traced graph also `[]`
 CHUNK = {"cpu": 1 << 16}  # numbers that are summed at a time; on the host they stay in the second-level cache
@@ -57,6 +57,13 @@ def add_into(total: Tensor, other: Tensor) -> Tensor:
     if torch.result_type(total, other) != total.dtype or total.shape != other.shape:
         return total + other
     return total.add_(other)
+
+
+def map_tokens(function: Callable[[Tensor], Tensor], tokens: Tensor, out: Tensor) -> None:
+    """Write `function(tokens)`, which is token by token, into `out`, both `[..., N, D]`: some tokens at a time."""
+    size = max(1, CHUNK.get(tokens.device.type, LARGE_CHUNK) * tokens.shape[-2] // max(tokens.numel(), 1))
+    for part, place in zip(tokens.split(size, -2), out.split(size, -2), strict=True):
+        place.copy_(function(part))
 
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from hasten.caching.engine import CachingEngine
 from hasten.caching.method import Feature
 from hasten.caching.methods import Reuse
 from hasten.calibration import Calibration, Fingerprint, Trace, model_digest, weights_digest
-from hasten.errors import CalibrationError, ConfigError, unknown
+from hasten.errors import AdapterError, CalibrationError, ConfigError, unknown
 from hasten.parameters import Range, accepted, parameters
 from hasten.pipeline.handle import Acceleration
 from hasten.pipeline.view import denoisers
@@ -141,7 +141,19 @@ def record(
         if not run.records:
             raise CalibrationError("the calls never ran the transformer")
         fingerprint = fingerprint_of(target, run, site)
-    return Trace(tape.features(), fingerprint)
+        features = tape.features()
+        norm = _norm(engine.model)
+        if site == "hidden" and norm is not None:
+            for slots in features.values():
+                slots["normed"] = norm(slots["hidden"])
+    return Trace(features, fingerprint)
+
+
+def _norm(model: nn.Module) -> models.FinalNorm | None:
+    try:
+        return models.final_norm(model, models.find(model))
+    except AdapterError:
+        return None
 
 
 def engine_of(run: Acceleration) -> CachingEngine:
@@ -263,7 +275,7 @@ def fit(trace: Trace, method: str, **options: Any) -> Calibration:
     info = registry.info(method)
     fitted = info.config.fit(trace, **options)
     site = options.get("site", info.parameters["site"].default)
-    fingerprint = Fingerprint(**{**vars(trace.fingerprint), "site": site})
+    fingerprint = Fingerprint(**{**vars(trace.fingerprint), "site": site, "domain": fitted.domain})
     return Calibration(method, fitted.tensors, fingerprint, fitted.report, dict(options))
 
 

@@ -5,6 +5,7 @@ from hasten.models import image as _image  # noqa: F401
 from hasten.models import sound as _sound  # noqa: F401
 from hasten.models import video as _video  # noqa: F401
 from hasten.models.adapter import BlockModules, BlockStack, LayoutKind, ModelAdapter
+from hasten.models.final_norm import FinalNorm, final_norm
 from hasten.models.layout import TokenLayout, layout_of, patch_size
 from hasten.models.probe import require_stacks, root_arguments, trace
 from hasten.models.proxy import Proxy
@@ -15,11 +16,13 @@ __all__ = [
     "BlockModules",
     "BlockStack",
     "DeepPart",
+    "FinalNorm",
     "LayoutKind",
     "ModelAdapter",
     "Proxy",
     "TokenLayout",
     "deep_part",
+    "final_norm",
     "find",
     "is_unet",
     "layout_of",

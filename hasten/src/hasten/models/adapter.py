@@ -100,6 +100,8 @@ class ModelAdapter:
             (`[B, T, C, H, W]`), `"history"` (as latent, after latents of the clip so far), `"ids"` (`img_ids`),
             `"positions"` (`position_ids` of text, then image), `"shapes"` (`img_shapes`), `"sizes"` (`num_frames`,
             `height`, `width` or `video_coords`) or `"list"` (a latent `[C, T, H, W]` for each image).
+        final_norm: name of the norm over the channels of each token that the image tokens go to from the last stack,
+            with nothing but a choice of tokens before it; None if it is not known.
 
     Raises:
         UnknownNameError: for a layout of another name.
@@ -110,6 +112,7 @@ class ModelAdapter:
     hidden: str = "hidden_states"
     width: str = "inner_dim"
     layout: LayoutKind | None = None
+    final_norm: str | None = None
 
     def __post_init__(self) -> None:
         if self.layout is not None and self.layout not in get_args(LayoutKind):

@@ -14,7 +14,11 @@ SINGLE_OUTPUT = BlockModules(forecast=(("proj_out", ("joint",)),), skip=("attn",
 
 FLUX = register(
     "FluxTransformer2DModel",
-    ModelAdapter(stacks=(DOUBLE, BlockStack("single_transformer_blocks", modules=SINGLE_OUTPUT)), layout="ids"),
+    ModelAdapter(
+        stacks=(DOUBLE, BlockStack("single_transformer_blocks", modules=SINGLE_OUTPUT)),
+        layout="ids",
+        final_norm="norm_out.norm",
+    ),
 )
 
 # From here on the single blocks see text and image tokens in one sequence; the hidden site forecasts all of it.
@@ -32,6 +36,7 @@ FLUX2 = register(
             ),
         ),
         layout="ids",
+        final_norm="norm_out.norm",
     ),
 )
 
@@ -45,6 +50,7 @@ CHROMA = register(
             ),
         ),
         layout="ids",
+        final_norm="norm_out.norm",
     ),
 )
 

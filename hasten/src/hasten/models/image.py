@@ -21,6 +21,7 @@ QWEN_IMAGE = register(
             ),
         ),
         layout="shapes",
+        final_norm="norm_out.norm",
     ),
 )
 
@@ -42,6 +43,7 @@ SD3 = register(
             ),
         ),
         layout="latent",
+        final_norm="norm_out.norm",
     ),
 )
 
@@ -57,6 +59,7 @@ DIT = register(
             ),
         ),
         layout="latent",
+        final_norm="norm_out",
     ),
 )
 
@@ -66,9 +69,13 @@ CROSS_ATTENTION = BlockStack(
     modules=BlockModules(forecast=(("attn1", ("image",)), ("attn2", ("image",)), ("ff", ("image",)))),
 )
 
-PIXART = register("PixArtTransformer2DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="latent"))
+PIXART = register(
+    "PixArtTransformer2DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="latent", final_norm="norm_out")
+)
 
-SANA = register("SanaTransformer2DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="latent"))
+SANA = register(
+    "SanaTransformer2DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="latent", final_norm="norm_out.norm")
+)
 
 # The refiners before `layers` are small and prepare the text and image tokens: they run on every step.
 Z_IMAGE = register(
@@ -88,6 +95,7 @@ Z_IMAGE = register(
         hidden="x",
         width="dim",
         layout="list",
+        final_norm="all_final_layer.2-1.norm_final",
     ),
 )
 
@@ -103,6 +111,7 @@ COGVIEW4 = register(
             ),
         ),
         layout="latent",
+        final_norm="norm_out.norm",
     ),
 )
 
@@ -134,6 +143,7 @@ HUNYUAN_DIT = register(
             ),
         ),
         layout="latent",
+        final_norm="norm_out.norm",
     ),
 )
 
@@ -156,6 +166,7 @@ HUNYUAN_IMAGE = register(
             ),
         ),
         layout="latent",
+        final_norm="norm_out.norm",
     ),
 )
 
@@ -172,6 +183,7 @@ IDEOGRAM_4 = register(
             ),
         ),
         layout="positions",
+        final_norm="final_layer.norm_final",
     ),
 )
 
@@ -208,6 +220,7 @@ BRIA_FIBO_2 = register(
             ),
         ),
         width="dim",
+        final_norm="final_layer.norm_final",
     ),
 )
 

@@ -30,6 +30,7 @@ LTX_2 = register(
             ),
         ),
         layout="sizes",
+        final_norm="norm_out",
     ),
 )
 

@@ -23,17 +23,19 @@ _HUNYUAN_SINGLE = BlockStack(
 )
 
 HUNYUAN_VIDEO = register(
-    "HunyuanVideoTransformer3DModel", ModelAdapter(stacks=(_HUNYUAN_DOUBLE, _HUNYUAN_SINGLE), layout="latent")
+    "HunyuanVideoTransformer3DModel",
+    ModelAdapter(stacks=(_HUNYUAN_DOUBLE, _HUNYUAN_SINGLE), layout="latent", final_norm="norm_out.norm"),
 )
 
 # The same blocks; tokens of the clip so far come first and are forecast with the others.
 FRAMEPACK = register(
     "HunyuanVideoFramepackTransformer3DModel",
-    ModelAdapter(stacks=(_HUNYUAN_DOUBLE, _HUNYUAN_SINGLE), layout="history"),
+    ModelAdapter(stacks=(_HUNYUAN_DOUBLE, _HUNYUAN_SINGLE), layout="history", final_norm="norm_out.norm"),
 )
 
 HUNYUAN_VIDEO_15 = register(
-    "HunyuanVideo15Transformer3DModel", ModelAdapter(stacks=(_HUNYUAN_DOUBLE,), layout="latent")
+    "HunyuanVideo15Transformer3DModel",
+    ModelAdapter(stacks=(_HUNYUAN_DOUBLE,), layout="latent", final_norm="norm_out.norm"),
 )
 
 _WAN = BlockStack(
@@ -42,7 +44,7 @@ _WAN = BlockStack(
     modules=BlockModules(forecast=(("attn1", ("image",)), ("attn2", ("image",)), ("ffn", ("image",)))),
 )
 
-WAN = register("WanTransformer3DModel", ModelAdapter(stacks=(_WAN,), layout="latent"))
+WAN = register("WanTransformer3DModel", ModelAdapter(stacks=(_WAN,), layout="latent", final_norm="norm_out"))
 
 # The control blocks (8 beside 40 blocks in the 14B model) run on skipped steps too: `vace_layers` may name the last
 # block, and what a control block adds comes after the block of its layer.
@@ -77,7 +79,9 @@ WAN_ANIMATE_2 = register(
     ),
 )
 
-SKYREELS = register("SkyReelsV2Transformer3DModel", ModelAdapter(stacks=(_WAN,), layout="latent"))
+SKYREELS = register(
+    "SkyReelsV2Transformer3DModel", ModelAdapter(stacks=(_WAN,), layout="latent", final_norm="norm_out")
+)
 
 # The text blocks (2 beside 32 or 60) run on every step.
 KANDINSKY_5 = register(
@@ -100,14 +104,21 @@ KANDINSKY_5 = register(
         ),
         width="model_dim",
         layout="channels-last",
+        final_norm="out_layer.norm",
     ),
 )
 
-COSMOS = register("CosmosTransformer3DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="latent"))
+COSMOS = register(
+    "CosmosTransformer3DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="latent", final_norm="norm_out.norm")
+)
 
-SANA_VIDEO = register("SanaVideoTransformer3DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="latent"))
+SANA_VIDEO = register(
+    "SanaVideoTransformer3DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="latent", final_norm="norm_out.norm")
+)
 
-LTX_VIDEO = register("LTXVideoTransformer3DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="sizes"))
+LTX_VIDEO = register(
+    "LTXVideoTransformer3DModel", ModelAdapter(stacks=(CROSS_ATTENTION,), layout="sizes", final_norm="norm_out")
+)
 
 COGVIDEOX = register(
     "CogVideoXTransformer3DModel",
@@ -120,6 +131,7 @@ COGVIDEOX = register(
             ),
         ),
         layout="frames",
+        final_norm="norm_final",
     ),
 )
 
@@ -137,5 +149,6 @@ MOCHI = register(
             ),
         ),
         layout="latent",
+        final_norm="norm_out.norm",
     ),
 )

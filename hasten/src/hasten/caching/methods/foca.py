@@ -18,7 +18,7 @@ The text leaves open which slope `F'_k` is and whether `F_k` may be forecasts. T
 * `"author"`: the constant form of a snippet by the authors, `7/6 F0 - 1/6 F1` for the whole interval. Keeps 2 features.
 
 Departures: the default site is the hidden one (the paper's is `"module"`); slopes between computed steps are divided by
-    their gap.
+their gap; on a uniform schedule the first interval is a straight line (`"stored"`), as in TaylorSeer's code.
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ def literal_weights(target: int, stored: Sequence[int]) -> Vector:
 
 @dataclass(frozen=True)
 class FoCaPredictor(Declared):
-    """FoCa's forecast in one of its forms."""
+    """FoCa's forecast in one of its forms; `first` gates the stored one, see `three_point_weights`."""
 
     form: Form = "stored"
+    first: int = 0
 
     @property
     def memory(self) -> int:
@@ -74,7 +75,7 @@ class FoCaPredictor(Declared):
 
     def weights(self, target: int, stored: Sequence[int]) -> list[float]:
         if self.form == "stored":
-            return three_point_weights(from_stored, target, stored)
+            return three_point_weights(from_stored, target, stored, self.first)
         if self.form == "literal":
             return [float(w) for w in literal_weights(target, stored)]
         return [1.0] if len(stored) == 1 else [7 / 6, -1 / 6, *[0.0] * (len(stored) - 2)]
@@ -90,4 +91,4 @@ class FoCa(ScheduledMethod):
     ] = "stored"
 
     def predictors(self) -> Mapping[str, Predictor]:
-        return {"whole": FoCaPredictor(self.form)}
+        return {"whole": FoCaPredictor(self.form, self.first_difference)}

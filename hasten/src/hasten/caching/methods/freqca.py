@@ -5,7 +5,12 @@ Models via Frequency-Aware Caching", arXiv:2510.08669.
     F^(a_0 + x) = P_low F(a_0) + P_high (Hermite forecast of order 2, sigma = 0.71)
 
 The paper's observation is that low bands are similar from step to step but not continuous, high bands continuous but
-not similar. It does not hold everywhere: measure before you believe it.
+not similar. Whether it holds is a property of the model; on the small trained models here it is the other way round.
+`hasten tune --method freqca` finds by whole runs which band to reuse (an order of 0), which to forecast, and where to
+split; `mode="paper"` is the published rule as it stands.
+
+Features are those behind the model's final norm where that is known (`domain`): the norm passes on the ratio of the
+bands alone, which holding one and moving the other would change.
 
 `split="dct"` keeps low what lies within `cutoff` of the largest radius of a DCT-II over the grid, `"fft"` what lies
 within `cutoff` of the largest frequency of a Fourier transform along the flattened tokens, `"none"` forecasts all.
@@ -33,15 +38,17 @@ from hasten.caching.method import ScheduledMethod
 from hasten.caching.predictors import Hermite, Ladder, Order, Predictor, Scale
 from hasten.caching.projectors import Projector, Whole, gap
 from hasten.caching.sums import Weight, weighted_sum
+from hasten.calibration import Domain
 from hasten.errors import ConfigError
 from hasten.models import TokenLayout
-from hasten.parameters import Range
+from hasten.parameters import Range, parameters
 from hasten.pipeline.transforms import dct_matrix
 from hasten.registry import method
 
 __all__ = ["Bands", "FreqCa"]
 
 Split = Literal["dct", "fft", "none"]
+PAPERS = ("split", "cutoff", "low_order", "order", "sigma", "ladder", "domain")  # what mode="paper" decides
 CHANNEL_PARTS = 16  # in which a Fourier transform, which needs float32, takes the channels
 
 
@@ -129,12 +136,27 @@ class FreqCa(ScheduledMethod):
     needs_layout: ClassVar[bool] = True
 
     site: Literal["hidden"] = "hidden"
+    mode: Annotated[
+        Literal["paper", "given"], "the published rule, or the other parameters; both are the same bands by default"
+    ] = "given"
     split: Annotated[Split, "transform that tells the bands apart; none forecasts all of the feature"] = "dct"
     cutoff: Annotated[float, Range(0, 1), "share of the largest radius or frequency that counts as low"] = 0.1
     low_order: Annotated[Order, "of the low band's Hermite forecast; 0 is reuse, as in the paper"] = 0
-    order: Annotated[Order, "of the high band's Hermite forecast"] = 2
+    order: Annotated[Order, "of the high band's Hermite forecast; 0 is reuse"] = 2
     sigma: Annotated[Scale, "of both forecasts"] = 0.71
     ladder: Annotated[Ladder, "the official differences, or the true ones at irregular gaps (divided)"] = "recursive"
+    domain: Domain | None = None
+
+    def check(self) -> None:
+        super().check()
+        own = {name: parameter.default for name, parameter in parameters(FreqCa).items() if name in PAPERS}
+        changed = [name for name, default in own.items() if getattr(self, name) != default]
+        if self.mode == "paper" and changed:
+            raise ConfigError(f"FreqCa: mode='paper' decides on {changed[0]}; leave one of them out")
+
+    @property
+    def kept(self) -> Domain | None:
+        return "plain" if self.mode == "paper" else super().kept
 
     def _bands(self) -> dict[str, Predictor]:
         first = self.first_difference

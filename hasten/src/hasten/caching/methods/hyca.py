@@ -15,8 +15,15 @@ calibration keeps, so that solvers are chosen when the method is built, for the 
 * `"rollout"`: error over the skipped steps of the schedule in use, at the true horizons;
 * `"one-step"`: the paper's, one step ahead from three successive steps.
 
+Neither error ranks solvers as the images do, since a forecast's error goes on into the steps behind it. `assigned`
+names the solver of each cluster instead, as `hasten tune --method hyca` finds it for a schedule by whole runs.
+
+Features are those behind the model's final norm where that is known (`domain`): the norm passes on the ratio of
+channels alone, which solvers that differ from channel to channel would change.
+
 Departures: solvers are built on computed steps alone, with their true spacing, because recursion on forecasts amplifies
-errors; clusters are per cache key; indicators are z-scored over channels.
+errors; their differences begin, as TaylorSeer's do, at the last warm-up step; clusters are per cache key; indicators
+are z-scored over channels.
 """
 
 from __future__ import annotations
@@ -37,21 +44,28 @@ from hasten.caching.multistep import SOLVERS, Multistep
 from hasten.caching.predictors import Hermite, Predictor, Reuse, Taylor
 from hasten.caching.projectors import Whole
 from hasten.caching.sums import Weight, weighted_sum
-from hasten.calibration import Calibration, Fit, Trace, declare_contents
+from hasten.calibration import Calibration, Domain, Fit, Trace, declare_contents
 from hasten.errors import CalibrationError, ConfigError
 from hasten.io import Array, symmetric
 from hasten.parameters import Names, Range
 from hasten.registry import method
 
-__all__ = ["CANDIDATES", "ChannelClusters", "HyCa", "descriptors"]
+__all__ = ["CANDIDATES", "ChannelClusters", "HyCa", "candidate", "descriptors"]
 
-CANDIDATES: dict[str, Predictor] = {
-    "hold": Reuse(),
-    "taylor1": Taylor(1),
-    "taylor2": Taylor(2),
-    "hermite": Hermite(2, sigma=0.5),
-    **{name: Multistep(name) for name in SOLVERS},
-}
+CANDIDATES = ("hold", "taylor1", "taylor2", "hermite", *SOLVERS)
+
+
+def candidate(name: str, first: int = 0) -> Predictor:
+    """The solver called `name`, whose differences count from the computed step `first` on."""
+    if name in SOLVERS:
+        return Multistep(name, first)
+    others: dict[str, Predictor] = {
+        "hold": Reuse(),
+        "taylor1": Taylor(1, first),
+        "taylor2": Taylor(2, first),
+        "hermite": Hermite(2, first, sigma=0.5),
+    }
+    return others[name]
 
 
 class ChannelClusters:
@@ -114,10 +128,10 @@ def descriptors(steps: Tensor) -> Tensor:
 
 def _one_step_errors(grams: Sequence[Gram], sizes: Sequence[int]) -> list[float]:
     """Relative error, one step ahead, of the best solver of each cluster; zero where there is no history yet."""
-    errors = [0.0] * 3
+    errors, solvers = [0.0] * 3, [candidate(name) for name in CANDIDATES]
     for t in range(3, len(grams[0])):
         past = (t - 1, t - 2, t - 3)
-        best = [min(forecast_error(g, t, past, s.weights(t, past)) for s in CANDIDATES.values()) for g in grams]
+        best = [min(forecast_error(g, t, past, s.weights(t, past)) for s in solvers) for g in grams]
         size = sum(n * g[t, t] for n, g in zip(sizes, grams, strict=True))
         errors.append(float(np.sqrt(sum(n * e for n, e in zip(sizes, best, strict=True)) / max(size, 1e-300))))
     return errors
@@ -152,19 +166,46 @@ class HyCa(CalibratedMethod):
         Literal["rollout", "one-step"], "error by which a solver is chosen: over this schedule, or one step ahead"
     ] = "rollout"
     solvers: Annotated[tuple[str, ...] | None, Names(CANDIDATES), "solvers to choose from; None is all"] = None
+    assigned: Annotated[
+        tuple[str, ...] | None,
+        Names(CANDIDATES),
+        "the solver of each cluster, as `hasten tune --method hyca` finds them; None chooses by the criterion",
+    ] = None
+    domain: Domain | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.assigned is None:
+            return
+        if self.solvers is not None:
+            raise ConfigError("HyCa: assigned and solvers both say which solvers are used; leave one out")
+        for key, grams in self._grams.items():
+            if len(grams) != len(self.assigned):
+                raise ConfigError(
+                    f"HyCa: assigned names {len(self.assigned)} solvers, but {key!r} has {len(grams)} clusters; give "
+                    "one for each"
+                )
+
+    @property
+    def _grams(self) -> dict[str, Tensor]:
+        """The clusters' Gram matrices by cache key."""
+        kind = "grams/"
+        return {name.removeprefix(kind): t for name, t in self.fitted.tensors.items() if name.startswith(kind)}
 
     @cached_property
     def chosen(self) -> dict[str, tuple[str, ...]]:
         """The solver of each cluster, by cache key."""
-        chosen = {}
-        for key, grams in self.fitted.tensors.items():
-            kind, _, name = key.partition("/")
-            if kind == "grams":
-                chosen[name] = tuple(self._best(np.asarray(gram)) for gram in grams)
-        return chosen
+        return {
+            key: self.assigned or tuple(self._best(np.asarray(gram)) for gram in grams)
+            for key, grams in self._grams.items()
+        }
+
+    def solver(self, name: str) -> Predictor:
+        """A candidate as it serves this schedule."""
+        return candidate(name, self.first_difference)
 
     def _best(self, gram: Gram) -> str:
-        errors = {name: self._error(gram, CANDIDATES[name]) for name in self.solvers or CANDIDATES}
+        errors = {name: self._error(gram, self.solver(name)) for name in self.solvers or CANDIDATES}
         return min(errors, key=lambda name: errors[name])
 
     def _error(self, gram: Gram, solver: Predictor) -> float:
@@ -181,26 +222,27 @@ class HyCa(CalibratedMethod):
         split = {}
         for key, solvers in self.chosen.items():
             labels = self.fitted.tensors[f"clusters/{key}"].long()
-            predictors = {f"cluster{c}": CANDIDATES[name] for c, name in enumerate(solvers)}
+            predictors = {f"cluster{c}": self.solver(name) for c, name in enumerate(solvers)}
             split[key] = Components(ChannelClusters(labels, len(solvers)), predictors)
         return split
 
     def components(self, key: FeatureKey) -> Components:
         if key.cache_key in self._by_key:
             return self._by_key[key.cache_key]
-        return Components(Whole(), {"whole": Taylor(2)})
+        return Components(Whole(), {"whole": self.solver("taylor2")})
 
     @staticmethod
     def fit(
         trace: Trace,
-        clusters: Annotated[int, Range(1), "how many clusters of channels"] = 2,
+        clusters: Annotated[int, Range(1), "how many clusters of channels"] = 4,
         seed: Annotated[int, Range(0), "of k-means"] = 0,
         site: Annotated[Literal["hidden", "module"], "whose features are clustered"] = "hidden",
+        domain: Annotated[Domain | None, "plain or normed; None is normed where the final norm is known"] = None,
     ) -> Fit:
         """Clusters of channels and their Gram matrices; a trace of one run is enough."""
-        tensors, report = {}, {}
+        tensors, report, domain = {}, {}, trace.domain(site, domain)
         for key in trace.cache_keys(site):
-            steps = torch.cat([features[key].float() for features in trace.features.values()])
+            steps = torch.cat([*trace.steps(key, domain).values()])
             table = descriptors(steps).double().numpy()
             if clusters > len(table):
                 raise ConfigError(f"{key!r} has {len(table)} channels, which make no {clusters} clusters; use fewer")
@@ -216,4 +258,4 @@ class HyCa(CalibratedMethod):
                 "channels": np.bincount(labels).tolist(),
                 "one_step_error_per_step": _one_step_errors(grams, np.bincount(labels).tolist()),
             }
-        return Fit(tensors, report)
+        return Fit(tensors, report, domain)

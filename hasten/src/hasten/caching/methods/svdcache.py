@@ -3,8 +3,8 @@
     F = F V V^T + R,   V = [D, k] leading right singular vectors of a probe run's features, k by their share of energy
     F^ = forecast(F V) V^T + R(a_0)
 
-The singular values cancel, so a calibration is V alone. Because projection and forecasts are linear, whole features are
-kept and a skipped step projects one tensor: `F^ = reuse + (forecast - reuse) V V^T`.
+The singular values cancel, so a calibration is V alone, one for each pass. Because projection and forecasts are linear,
+whole features are kept and a skipped step projects one tensor: `F^ = reuse + (forecast - reuse) V V^T`.
 
 The paper speaks of an exponential moving average with weight 0.9 and of extrapolation. The readings, as `mode`:
 
@@ -14,7 +14,12 @@ The paper speaks of an exponential moving average with weight 0.9 and of extrapo
 * `"new-heavy"`: a moving average of features that gives the newest a weight of `beta`;
 * `"literal"`: a moving average of features that gives the newest a weight of `1 - beta`, as printed: it lags.
 
-Departures: averages run over the computed steps that are kept (`window`), started again at the oldest of them.
+Features are those behind the model's final norm where that is known (`domain`): the norm passes on the ratio of
+channels alone, which a forecast of some of them would change. The basis is of features less their mean (`centred`),
+which has no part in a forecast of changes, and else takes the first directions for itself.
+
+Departures: both of these; averages run over the computed steps that are kept (`window`), started again at the oldest of
+them.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from hasten.caching.multistep import Vector
 from hasten.caching.predictors import Order, Predictor, Reuse, Taylor
 from hasten.caching.projectors import Whole, gap
 from hasten.caching.sums import Weight, weighted_sum
-from hasten.calibration import Fit, Trace, declare_contents
+from hasten.calibration import Domain, Fit, Trace, declare_contents
 from hasten.errors import CalibrationError
 from hasten.io import Array, orthonormal
 from hasten.parameters import Range
@@ -102,7 +107,7 @@ def _average(values: Sequence[Vector], newest: float) -> Vector:
     return np.asarray(sum(share * value for share, value in zip(shares / shares.sum(), values, strict=True)))
 
 
-declare_contents("svdcache", {"basis/{key}": Array("float", ("D", "k"), (orthonormal,))})
+declare_contents("svdcache", {"basis/{pass_}/{key}": Array("float", ("D", "k"), (orthonormal,))})
 
 
 @method("svdcache", kind="caching", paper="SVD-Cache, arXiv:2601.07396", needs_calibration=True)
@@ -119,6 +124,7 @@ class SVDCache(CalibratedMethod):
     beta: Annotated[float, Range(above=0, below=1), "weight of the past in the moving average"] = 0.5
     order: Annotated[Order, "of the Taylor forecast"] = 2
     window: Annotated[int, Range(2), "how many computed steps are kept for the average"] = 4
+    domain: Domain | None = None
 
     def _principal(self) -> Predictor:
         if self.mode == "taylor":
@@ -126,7 +132,9 @@ class SVDCache(CalibratedMethod):
         return MovingAverage(self.mode, self.beta, self.window)
 
     def components(self, key: FeatureKey) -> Components:
-        basis = self.fitted.tensors.get(f"basis/{key.cache_key}")
+        known = self.fitted.fingerprint.passes
+        pass_name = key.pass_name if key.pass_name in known else known[0]
+        basis = self.fitted.tensors.get(f"basis/{pass_name}/{key.cache_key}")
         if basis is None:  # a small tensor that was not worth a basis, such as one that a module returns once per run
             return Components(Whole(), {"whole": self._principal()})
         return Components(Subspace(basis), {"principal": self._principal(), "residual": Reuse()})
@@ -136,32 +144,29 @@ class SVDCache(CalibratedMethod):
         trace: Trace,
         energy: Annotated[float, Range(above=0, most=1), "share of the energy that the subspace holds"] = 0.85,
         of: Annotated[Literal["features", "changes"], "the paper's, or changes, which a forecast follows"] = "features",
+        centred: Annotated[bool, "whether the mean of all steps and tokens is taken away"] = True,
         site: Annotated[Literal["hidden", "module"], "whose features are decomposed"] = "hidden",
+        domain: Annotated[Domain | None, "plain or normed; None is normed where the final norm is known"] = None,
     ) -> Fit:
-        """A basis for each cache key from all steps, tokens and passes."""
-        tensors, report = {}, {}
+        """A basis for each pass and cache key from all steps and tokens."""
+        tensors, report, domain = {}, {}, trace.domain(site, domain)
         for key in trace.cache_keys(site):
-            rows = []
-            for features in trace.features.values():
-                steps = features[key].float()
-                rows.append((steps.diff(dim=1) if of == "changes" else steps).flatten(0, -2))
-            covariance = torch.zeros(rows[0].shape[-1], rows[0].shape[-1], dtype=torch.float64)
-            for row in rows:
-                covariance += (row.T @ row).double()
-            if not bool(covariance.any()):
-                raise CalibrationError(f"the features of {key!r} are all zero, so that they have no subspace")
-            values, vectors = torch.linalg.eigh(covariance)
-            shares = values.flip(0).clamp_min(0).cumsum(0) / values.clamp_min(0).sum().clamp_min(1e-300)
-            k = min(int((shares < energy - 1e-12).sum()) + 1, len(values))
-            tensors[f"basis/{key}"] = vectors.flip(1)[:, :k].float().contiguous()
-            basis = tensors[f"basis/{key}"]
-            steps = torch.cat([features[key].float() for features in trace.features.values()])
-            steps = steps.movedim(1, 0).flatten(1, -2)
-            held = (steps @ basis).square().sum((1, 2)) / steps.square().sum((1, 2)).clamp_min(1e-30)
-            report[key] = {
-                "k": k,
-                "width": len(values),
-                "energy": float(shares[k - 1]),
-                "energy_per_step": held.tolist(),
-            }
-        return Fit(tensors, report)
+            for pass_name, steps in trace.steps(key, domain).items():
+                rows = (steps.diff(dim=1) if of == "changes" else steps).flatten(0, -2)
+                if centred:
+                    rows = rows - rows.mean(0)
+                values, vectors = torch.linalg.eigh((rows.T @ rows).double())
+                if not bool(values.max() > 0):
+                    raise CalibrationError(f"the features of {key!r} do not vary, so that they have no subspace")
+                shares = values.flip(0).clamp_min(0).cumsum(0) / values.clamp_min(0).sum()
+                k = min(int((shares < energy - 1e-12).sum()) + 1, len(values))
+                basis = tensors[f"basis/{pass_name}/{key}"] = vectors.flip(1)[:, :k].float().contiguous()
+                changes = steps.diff(dim=1).movedim(1, 0).flatten(1, -2)  # [T - 1, S N, D]
+                held = (changes @ basis).square().sum((1, 2)) / changes.square().sum((1, 2)).clamp_min(1e-30)
+                report[f"{pass_name}/{key}"] = {
+                    "k": k,
+                    "width": len(values),
+                    "energy": float(shares[k - 1]),
+                    "share_of_change_per_step": held.tolist(),
+                }
+        return Fit(tensors, report, domain)
