@@ -12,12 +12,14 @@ from subjects import install
 from test_bench import command
 
 import hasten
+from hasten import registry
 from hasten.bench import recording
 from hasten.bench.row import Row
 from hasten.bench.subject import PIPELINES, Subject
 from hasten.bench.tune import TuneSettings, run_tune
 from hasten.calibration import Calibration
 from hasten.cli.fit import _use
+from hasten.fitting import closed_loop
 from hasten.quality.certificate import certificates
 
 SMALL = ("--steps", 10, "--height", 32, "--width", 32)
@@ -111,6 +113,49 @@ def test_tune_searches_with_a_cache_and_fits_what_needs_it(monkeypatch, capsys, 
     assert rows["hyca"]["params"]["searched"] == "given"
     assert len(steps) == 4
     assert "searched" not in rows["l2p"]["params"]
+
+
+def test_tune_chooses_the_parameters_of_one_method_and_goes_on(emoji, monkeypatch, capsys, tmp_path):
+    wanted = ("--method", "hicache:schedule=even", "--try", "sigma=0.4,0.7", "--try", "order=1,2", "--prompts", 2)
+    arguments = ("tune", *wanted, "--computed-steps", 4, *SMALL, "--out", tmp_path)
+    code, out, _ = command(monkeypatch, capsys, *arguments)
+    assert code == 0
+    content = json.loads((tmp_path / "tuned-hicache.json").read_text())
+    best, trials = content["best"]["4"], content["trials"]["4"]
+    assert best["decibels"] == pytest.approx(max(trials.values()), abs=1e-3)
+    assert best["method"].startswith("hicache:schedule=even:")
+    (method,) = registry.parse(best["method"])
+    assert method.computed_steps == 4
+    assert method.sigma in (0.4, 0.5, 0.7)
+    assert best["method"] in " ".join(out.split())
+    monkeypatch.setattr(closed_loop._Loop, "_sample", lambda self, index: torch.zeros(1, 3, 2, 2))  # runs nothing again
+    assert command(monkeypatch, capsys, *arguments)[0] == 0
+    assert json.loads((tmp_path / "tuned-hicache.json").read_text())["best"] == content["best"]
+
+
+def test_tune_fits_what_the_method_needs(emoji, monkeypatch, capsys, tmp_path):
+    arguments = ("--method", "svdcache", "--try", "mode=velocity,taylor", "--computed-steps", 4, "--prompts", 2)
+    assert command(monkeypatch, capsys, "tune", *arguments, *SMALL, "--out", tmp_path)[0] == 0
+    file = tmp_path / "svdcache.safetensors"
+    assert Calibration.load(file).fingerprint.domain == "normed"
+    assert str(file) in json.loads((tmp_path / "tuned-svdcache.json").read_text())["best"]["4"]["method"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--try", "sigma=0.4"), "--try names values for --method"),
+        (("--method", "hicache", "--max-error", "0.1"), "leave out --max-error"),
+        (("--method", "hicache", "--try", "sigm=0.4"), "--try takes a parameter of hicache"),
+        (("--method", "hicache", "--try", "sigma=2"), "sigma must be"),
+        (("--method", "dvg+foca"), "--method tunes one caching method"),
+        (("--method", "leapcache"), "leapcache is fitted by a command of its own"),
+    ],
+)
+def test_bad_requests_to_tune_a_method(emoji, monkeypatch, capsys, tmp_path, arguments, says):
+    code, _, err = command(monkeypatch, capsys, "tune", *arguments, *SMALL, "--out", tmp_path)
+    assert code == 2
+    assert says in " ".join(err.split())
 
 
 @pytest.mark.slow

@@ -101,12 +101,26 @@ def test_replace_reaches_what_was_put_on_the_bare_transformer(pipe):
 
 
 def test_without_a_method_it_is_the_default(pipe):
-    with hasten.accelerate(pipe, DEFAULT):
+    with hasten.accelerate(pipe, *registry.parse(DEFAULT)):
         expected = draw(pipe)
     with hasten.accelerate(pipe) as run:
         assert torch.equal(draw(pipe), expected)
-        assert run.method.schedule == "uniform"
+        computed = [record.step for record in run.records if record.computed]
+        assert (computed[0], computed[-1]) == (0, run.summary().steps - 1)  # forecasts lie between computed steps
         assert run.summary().skipped_steps
+    with hasten.accelerate(pipe, interval=3, sigma=0.5) as run:
+        assert (run.method.order, run.method.sigma, run.method.interval) == (1, 0.5, 3)
+    with hasten.accelerate(pipe, steps=(0, 2, 7)) as run:
+        draw(pipe)
+        assert [record.step for record in run.records if record.computed] == [0, 2, 7]
+
+
+def test_the_default_serves_a_bare_transformer(pipe):
+    with hasten.accelerate(pipe.transformer) as run:
+        draw(pipe)
+        assert run.summary().computed_steps == len(computed_steps(Uniform(5), 12))
+    with hasten.accelerate(pipe.transformer, computed_steps=5), pytest.raises(ScheduleError, match="how many steps"):
+        draw(pipe)
 
 
 def test_a_summary_of_a_resolution_method_alone_and_with_a_cache(pipe):

@@ -115,3 +115,88 @@ def test_calls_that_cannot_be_repeated_and_bad_numbers_are_refused():
     with pytest.raises(ConfigError, match=r"computed_steps must be one or more whole numbers from 2 to 11, got \[12\]"):
         hasten.tune_steps(pipe, "taylorseer", [call(0)], [12], trials=2)
     draw(pipe, 2)
+
+
+# --- parameters by whole runs
+
+
+def images(*seeds):
+    return [{**call(*seeds), "output_type": "pt"}]
+
+
+def test_a_method_is_tuned_to_the_best_of_its_settings():
+    pipe = make_pipe()
+    plain = draw(pipe, 12)
+    start, values = hasten.HiCache(computed_steps=4), {"sigma": [0.3, 0.7], "order": [0, 1]}
+    tuned = hasten.tune_method(pipe, start, images(0, 1), values=values)
+    assert torch.equal(draw(pipe, 12), plain)
+    assert tuned.settled
+    assert tuned.decibels == max(tuned.trials.values()) >= tuned.start
+    assert len(tuned.trials) <= 1 + 2 * 3
+
+    def decibels(method):
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        with hasten.accelerate(pipe, method):
+            fast = pipe(**images(0, 1)[0] | {"generator": generators})[0]
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        full = pipe(**images(0, 1)[0] | {"generator": generators})[0]
+        return float(-10 * (fast - full).square().flatten(1).mean(1).log10().mean())
+
+    assert tuned.decibels == pytest.approx(decibels(tuned.method), abs=1e-3)
+    assert tuned.start == pytest.approx(decibels(start), abs=1e-3)
+    for sigma, order in ((tuned.method.sigma, 0), (0.3, tuned.method.order), (0.7, tuned.method.order)):
+        assert decibels(hasten.HiCache(computed_steps=4, sigma=sigma, order=order)) <= tuned.decibels + 1e-3
+
+
+def test_what_was_tried_is_not_run_again(monkeypatch):
+    pipe, kept = make_pipe(), []
+    arguments = (pipe, hasten.TaylorSeer(computed_steps=4), images(0))
+    first = hasten.tune_method(*arguments, keep=lambda figures: kept.append(dict(figures)))
+    assert kept[-1] == first.trials
+    drawn = []
+    monkeypatch.setattr(type(pipe), "__call__", _counted(type(pipe).__call__, drawn))
+    again = hasten.tune_method(*arguments, known=first.trials)
+    assert len(drawn) == 2  # the full run, twice
+    assert (again.method, again.decibels) == (first.method, first.decibels)
+
+
+def _counted(own, drawn):
+    def call(self, *args, **kwargs):
+        drawn.append(1)
+        return own(self, *args, **kwargs)
+
+    return call
+
+
+def test_hyca_starts_from_the_best_single_solver():
+    pipe = make_pipe()
+    calls = [call(0)]
+    fitted = hasten.calibrate(pipe, "hyca", [{**calls[0], "output_type": "latent"}], clusters=2)
+    method = hasten.HyCa(calibration=fitted, computed_steps=4, solvers=("taylor1", "bdf2", "hermite"))
+    tuned = hasten.tune_method(pipe, method, images(0))
+    single = {
+        text: figure for text, figure in tuned.trials.items() if len({*text.split("assigned=")[-1].split("/")}) == 1
+    }
+    assert len(single) >= 3
+    assert tuned.decibels >= max(tuned.trials[text] for text in single)
+    assert tuned.method.solvers is None
+    assert len(tuned.method.assigned) == 2
+
+
+def test_settings_that_cannot_work_are_passed_over_and_a_start_that_cannot_is_refused():
+    pipe = make_pipe()
+    values = {"order": [1], "warmup": [1, 5]}  # a warm-up longer than the computed steps
+    tuned = hasten.tune_method(pipe, hasten.TaylorSeer(computed_steps=4, warmup=2), images(0), values=values)
+    assert tuned.method.warmup in (1, 2)
+    with pytest.raises(ScheduleError):
+        hasten.tune_method(pipe, hasten.TaylorSeer(computed_steps=40), images(0))
+    with pytest.raises(ConfigError, match="FBCache declares no values to try"):
+        hasten.tune_method(pipe, "fbcache", images(0))
+    with pytest.raises(ConfigError, match="FoCa has no parameter 'sigma' to tune"):
+        hasten.tune_method(pipe, "foca", images(0), values={"sigma": [0.3]})
+
+
+def test_trials_of_a_method_run_out():
+    tuned = hasten.tune_method(make_pipe(), hasten.HiCache(computed_steps=4), images(0), trials=3)
+    assert len(tuned.trials) == 3
+    assert not tuned.settled

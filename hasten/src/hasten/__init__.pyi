@@ -21,6 +21,7 @@ from .caching.methods import (
 from .calibration import Calibration
 from .errors import HastenError, HastenWarning
 from .fitting.calibrate import calibrate, fit, record
+from .fitting.closed_loop import tune_method
 from .fitting.leap import fit_leap
 from .fitting.leapcache import fit_leapcache
 from .fitting.schedules import tune_steps
@@ -85,5 +86,6 @@ __all__ = [
     "record",
     "remove",
     "summary",
+    "tune_method",
     "tune_steps",
 ]

@@ -26,15 +26,17 @@ from hasten.streaming.method import StreamingMethod
 
 __all__ = ["DEFAULT", "accelerate", "methods", "remove", "summary"]
 
-DEFAULT = "hicache"  # what `accelerate(pipe)` takes: safe under guidance, if not the fastest
-
+# What `accelerate(pipe)` takes, as a method expression: a straight line with 0.72 of its slope, between computed steps
+# that end with the last one. Measured with and without guidance (docs/which-method.md): a whole slope or a parabola is
+# better without guidance, and worse than the plain sampler with it.
+DEFAULT = "hicache:schedule=auto:order=1:sigma=0.6"
 
 Chosen = tuple[CachingMethod | None, ResolutionMethod | None, Leap | None]
 
 
 def _methods(methods: tuple[Any, ...], params: dict[str, Any]) -> Chosen:
     """The caching method and the resolution method, of which there may be one each; or LEAP."""
-    methods = methods or (DEFAULT,)
+    methods = methods or (_default(params),)
     if len(methods) > 1 and params:
         raise ConfigError(f"with several methods, give each its own parameters: {', '.join(params)} could be of any")
     chosen = [_method(method, params) for method in methods]
@@ -47,6 +49,13 @@ def _methods(methods: tuple[Any, ...], params: dict[str, Any]) -> Chosen:
         given = ", ".join(map(str, methods))
         raise ConfigError(f"give one caching method, one resolution method (dvg, fresco), or one of each; got {given}")
     return next(iter(caching), None), next(iter(staged), None), next(iter(solvers), None)
+
+
+def _default(params: dict[str, Any]) -> CachingMethod:
+    """The default method; lists of computed steps that are given take the place of its schedule."""
+    (chosen,) = registry.parse(DEFAULT)
+    assert isinstance(chosen, CachingMethod)
+    return with_params(chosen, schedule="uniform") if params.keys() & {"steps", "searched"} else chosen
 
 
 def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | ResolutionMethod | Leap:
@@ -109,7 +118,7 @@ def accelerate(
         methods: a method's name or object, such as `"hicache"` or `hasten.HiCache(interval=7)`; or a caching method and
             one with stages, `hasten.DVG(), hasten.FoCa(interval=3)`: the cache then starts again in each stage; or
             `hasten.Leap(file)`, on a pipeline with any denoiser, whose scheduler it replaces meanwhile. Without
-            a method it is HiCache with its uniform schedule: the conservative choice, which guidance does not break.
+            a method it is HiCache with a damped straight line on an even schedule, which guidance does not break.
             Or a configuration that `hasten.load` read. Or a method that chooses history, for a pipeline of streaming
             video that has an adapter, or its transformer: `hasten.FocusedForcing(budget=6)`.
         quality: instead of a method, a tier that is certified for the model (`"lossless"`, `"high"`, `"draft"`), the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from torch import nn
 
@@ -33,7 +33,7 @@ __all__ = ["SEARCHED", "CachingMethod", "Feature", "ScheduledMethod", "SiteName"
 SiteName = Literal["hidden", "output", "module", "deep"]
 SEARCHED = "steps"  # what a calibration of lists of computed steps is called
 INTERVAL = 5
-POWERS = {"even": 1.0, "early": 1.3}  # of the schedules that are spread
+POWERS = {"even": 1.0, "early": 1.3, "auto": 1.0}  # of the schedules that are spread
 
 
 def _check_lists(calibration: Calibration) -> None:
@@ -68,6 +68,7 @@ class CachingMethod(Declared):
     """Base of the caching methods: parameters that all of them share."""
 
     adaptive: ClassVar[bool] = False  # whether a gate decides, by a parameter `threshold`
+    tried: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values that a tuner tries, by parameter
     needs_layout: ClassVar[bool] = False  # whether components() has to know where the image's tokens lie
 
     site: Annotated[
@@ -130,6 +131,20 @@ class CachingMethod(Declared):
                 raise
             return None
 
+    def axes(self) -> Sequence[str]:
+        """Names of the ways in which a tuner may change the method; see `along`."""
+        return list(self.tried)
+
+    def along(self, axis: str) -> list[Self]:
+        """The method changed along an axis; without those that cannot work."""
+        methods = []
+        for value in self.tried[axis]:
+            try:
+                methods.append(replace(self, **{axis: value}))
+            except ConfigError:
+                continue
+        return methods
+
     @property
     def saves(self) -> bool:
         """Whether the user asked for any step to be skipped."""
@@ -151,11 +166,11 @@ class ScheduledMethod(CachingMethod):
     The schedules: `"uniform"` is a warm-up, then every `interval` steps (the papers' rule); `"last"` the same, and the
     last step; `"even"` spreads as many as uniform has evenly from the first step to the last; `"early"` spreads them
     so, but denser early; `"searched"` takes a list of `searched`. All but the first need a pipeline, which tells how
-    many steps there are; so does `computed_steps`.
+    many steps there are; so does `computed_steps`. `"auto"` is even there, and uniform on a bare transformer.
     """
 
     schedule: Annotated[
-        Literal["uniform", "last", "even", "early", "searched"], "where the computed steps fall in the run"
+        Literal["uniform", "last", "even", "early", "auto", "searched"], "where the computed steps fall in the run"
     ] = "uniform"
     interval: Annotated[
         int | None, Range(1), f"steps from one computed step to the next, {INTERVAL} by default; 1 computes every step"
@@ -221,7 +236,8 @@ class ScheduledMethod(CachingMethod):
             lists = [steps.tolist() for steps in self.searched.tensors.values()]
             return Explicit(self.learned_list(lists, self.searched))
         if self.schedule in POWERS:
-            return Spread(asked, POWERS[self.schedule])
+            unknown = asked if self.schedule == "auto" and isinstance(asked, Uniform) else None
+            return Spread(asked, POWERS[self.schedule], unknown)
         if isinstance(asked, int):
             return UniformCount(asked, self.warmup, last)
         return replace(asked, last=last)

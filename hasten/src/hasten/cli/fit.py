@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress, TaskID
@@ -17,6 +17,9 @@ from hasten.cli.common import BAR, command_line, console, opened, show_result
 from hasten.errors import ConfigError
 from hasten.io import check_target
 from hasten.parameters import MOST_STEPS, Range
+
+if TYPE_CHECKING:
+    from hasten.bench.tune_method import MethodTuning
 
 SCREEN = 8  # prompts that choose the order of the settings to certify
 
@@ -138,6 +141,17 @@ def tune(
     search: Annotated[
         str, typer.Option(help="What finds the steps for the caches: leap, or a caching method to search with.")
     ] = "leap",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Instead of all this: one caching method, such as foca:schedule=even, whose parameters are chosen by "
+            "whole runs."
+        ),
+    ] = "",
+    tried: Annotated[
+        list[str] | None,
+        typer.Option("--try", help="With --method: a parameter and the values to try, sigma=0.4,0.5; may be repeated."),
+    ] = None,
     prompts: LearnFrom = 8,
     held_out: Annotated[int, options.number(Range(1, options.MOST_COUNT), "How many other prompts to compare on.")] = 8,
     prompts_file: options.PromptsFile = None,
@@ -175,8 +189,34 @@ def tune(
     keeps it, on prompts that had no part so far; see `hasten certify`. Started again with the same options, it goes on
     where it was cut short.
 
+    With --method it chooses the parameters of one caching method instead, and says the best setting as an expression.
+
     Example: hasten tune --model emoji-flux --computed-steps 9 --max-lpips 0.02
     """
+    if method:
+        if max_error is not None or quality is not None:
+            raise ConfigError("--method tunes for numbers of computed steps; leave out --max-error and --quality")
+        from hasten.bench.tune_method import MethodTuning, values_of
+
+        tune_one(
+            model,
+            MethodTuning(
+                method=method,
+                computed_steps=tuple(options.numbers(computed_steps or "12,9,7", "--computed-steps")),
+                values=values_of(method, tried or []),
+                prompts=prompts,
+                prompt_list=options.own_prompts(prompts_file),
+                seed=seed,
+                steps=steps,
+                call=options.call_of(height, width, guidance),
+                trials=trials,
+            ),
+            device,
+            out,
+        )
+        return
+    if tried:
+        raise ConfigError("--try names values for --method; give one, such as --method hicache")
     from hasten.bench.tune import TuneSettings, run_tune
 
     settings = TuneSettings(
@@ -244,6 +284,29 @@ def tune(
             guidance=None if guidance is None else (guidance, guidance),
         )
         certify.certified(model_, chosen, None)
+
+
+def tune_one(model: str, tuning: MethodTuning, device: str | None, out: Path) -> None:
+    """Choose the parameters of one caching method."""
+    from hasten.bench.tune_method import run_tune_method
+
+    model_ = opened(model, device)
+    tasks: dict[str, TaskID] = {}
+    kept = f"what was tried so far is in {out}; the same command goes on from there"
+    with resumable(kept), Progress(*BAR, console=console) as bar:
+
+        def tick(label: str, done: int, total: int) -> None:
+            phase = label.partition(":")[0]
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(label, total=total)
+            bar.update(tasks[phase], description=label, completed=done, total=total)
+
+        found = run_tune_method(model_, tuning, out, tick)
+    table = Table("computed steps", "dB", "at the start", "setting", title=f"{model_.name}: {tuning.prompts} prompts")
+    for count, best in found["best"].items():
+        table.add_row(count, f"{best['decibels']:.2f}", f"{best['at_the_start']:.2f}", best["method"])
+    console.print(table)
+    console.print(f"all trials: [bold]{out / f'tuned-{tuning.name}.json'}[/bold]")
 
 
 def _use(row: Row, folder: Path) -> str:

@@ -52,6 +52,10 @@ class Replay:
         found = steps if listed is None else len(listed)
         return found if isinstance(found, int) else None
 
+    def output_type(self, index: int) -> str:
+        """The kind of result that a call asks for itself."""
+        return str(self._calls[index].get("output_type", "latent"))
+
     def rewind(self) -> None:
         """Leave all generators as they were at first."""
         for index in range(len(self)):

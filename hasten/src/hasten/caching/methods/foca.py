@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -85,6 +85,8 @@ class FoCaPredictor(Declared):
 @dataclass(frozen=True, kw_only=True)
 class FoCa(ScheduledMethod):
     """Forecast the features of skipped steps by BDF2 and calibrate by Heun's rule (FoCa)."""
+
+    tried: ClassVar[Mapping[str, tuple[Any, ...]]] = {"form": ("stored", "literal"), "domain": ("plain", "normed")}
 
     form: Annotated[
         Form, "slopes from stored steps alone, the recursion as it is printed (literal), or the authors' constants"

@@ -28,7 +28,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -134,6 +134,13 @@ class FreqCa(ScheduledMethod):
     """Reuse the low frequencies of the image's tokens and forecast the high ones (FreqCa)."""
 
     needs_layout: ClassVar[bool] = True
+    tried: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "low_order": (0, 1, 2),
+        "order": (0, 1, 2),
+        "split": ("dct", "fft", "none"),
+        "cutoff": (0.05, 0.1, 0.2, 0.4),
+        "domain": ("normed", "plain"),
+    }
 
     site: Literal["hidden"] = "hidden"
     mode: Annotated[

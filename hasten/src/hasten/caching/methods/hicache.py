@@ -17,6 +17,8 @@ Departures: the default site is the hidden one (the paper's is `"module"`); sums
 takes differences relative to the newest feature, over a whole gap, so that it does not depend on the unit of the
 features (`alpha` is therefore not the published 1.28); its mean runs over the features that are kept; its largest scale
 is `1/sqrt(2)`, the whole slope, in place of 1, which overshoots.
+
+Which scale serves a model best depends on it: `hasten tune --method hicache` finds it by whole runs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +75,12 @@ class AdaptiveHermite(Hermite):
 @dataclass(frozen=True, kw_only=True)
 class HiCache(ScheduledMethod):
     """Extrapolate the features of skipped steps in a scaled Hermite basis (HiCache)."""
+
+    tried: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "sigma": (0.3, 0.4, 0.5, 0.6, 0.71, 0.85),
+        "order": (1, 2),
+        "domain": ("plain", "normed"),
+    }
 
     order: Annotated[Order, "highest difference; `order + 1` features are kept; 0 is reuse"] = 2
     sigma: Annotated[Scale, "scale of the basis; smaller trusts the slope less; the paper's for FLUX.1-dev is 0.5"] = (

@@ -29,9 +29,9 @@ are z-scored over channels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -185,6 +185,18 @@ class HyCa(CalibratedMethod):
                     f"HyCa: assigned names {len(self.assigned)} solvers, but {key!r} has {len(grams)} clusters; give "
                     "one for each"
                 )
+
+    def axes(self) -> Sequence[str]:
+        """All clusters at once, for the best single solver to start from; then each cluster."""
+        return ["every cluster", *map(str, range(len(next(iter(self.chosen.values())))))]
+
+    def along(self, axis: str) -> list[Self]:
+        now = next(iter(self.chosen.values()))
+        names = [name for name in self.solvers or CANDIDATES if name != "hold"]
+        if axis == "every cluster":
+            return [replace(self, solvers=None, assigned=(name,) * len(now)) for name in names]
+        i = int(axis)
+        return [replace(self, solvers=None, assigned=(*now[:i], name, *now[i + 1 :])) for name in names]
 
     @property
     def _grams(self) -> dict[str, Tensor]:

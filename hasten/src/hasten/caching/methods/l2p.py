@@ -25,9 +25,9 @@ Gram matrix, which gives the same gradients as the data up to a factor that Adam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -157,6 +157,7 @@ class L2P(CalibratedMethod):
 
     name: ClassVar[str] = "l2p"
     bound_to_run: ClassVar[bool] = True
+    tried: ClassVar[Mapping[str, tuple[Any, ...]]] = {"ridge": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1), "window": (2, 3, 4)}
 
     site: Literal["output", "hidden"] = "output"
     fit_by: Annotated[Literal["closed", "gradient"], "ridge regression, or the paper's training"] = "closed"

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -116,6 +116,11 @@ class SVDCache(CalibratedMethod):
     """Forecast the principal subspace of the channels and reuse the rest (SVD-Cache)."""
 
     name: ClassVar[str] = "svdcache"
+    tried: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "mode": ("velocity", "taylor"),
+        "order": (1, 2),
+        "beta": (0.3, 0.5, 0.7),
+    }
 
     site: Literal["hidden", "module"] = "hidden"
     mode: Annotated[

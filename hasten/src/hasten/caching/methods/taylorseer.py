@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from hasten.caching.method import ScheduledMethod
 from hasten.caching.predictors import Ladder, Order, Predictor, Taylor
@@ -29,6 +29,12 @@ __all__ = ["TaylorSeer"]
 @dataclass(frozen=True, kw_only=True)
 class TaylorSeer(ScheduledMethod):
     """Extrapolate the features of skipped steps by a Taylor polynomial (TaylorSeer)."""
+
+    tried: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "order": (1, 2, 3),
+        "ladder": ("recursive", "divided"),
+        "domain": ("plain", "normed"),
+    }
 
     order: Annotated[Order, "highest difference; `order + 1` features are kept; 0 is reuse"] = 1
     ladder: Annotated[Ladder, "the official differences, or the true ones at irregular gaps (divided)"] = "recursive"
