@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from pipelines import draw
 
 import hasten
+from hasten import registry
 from hasten.acceleration import DEFAULT
-from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenError, TargetError
+from hasten.caching import Uniform, computed_steps
+from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenError, ScheduleError, TargetError
 from hasten.pipeline.hooks import hooks_on
 
 
@@ -115,12 +118,15 @@ def test_without_a_method_it_is_the_default(pipe):
         assert [record.step for record in run.records if record.computed] == [0, 2, 7]
 
 
-def test_the_default_serves_a_bare_transformer(pipe):
-    with hasten.accelerate(pipe.transformer) as run:
-        draw(pipe)
-        assert run.summary().computed_steps == len(computed_steps(Uniform(5), 12))
-    with hasten.accelerate(pipe.transformer, computed_steps=5), pytest.raises(ScheduleError, match="how many steps"):
-        draw(pipe)
+def test_the_default_serves_a_bare_transformer():
+    name = "FluxTransformer2DModel"
+    model = tiny.build(name)
+    with torch.no_grad(), hasten.accelerate(model) as run:
+        tiny.sample(name, model)
+        assert [record.step for record in run.records if record.computed] == computed_steps(Uniform(5), 12)
+    with torch.no_grad(), hasten.accelerate(model, computed_steps=5):
+        with pytest.raises(ScheduleError, match="how many steps"):
+            tiny.sample(name, model)
 
 
 def test_a_summary_of_a_resolution_method_alone_and_with_a_cache(pipe):

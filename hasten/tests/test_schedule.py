@@ -94,6 +94,14 @@ def test_a_count_is_the_smallest_interval_that_has_it(count, interval):
     assert computed_steps(plan, 50) == computed_steps(TaylorSeer(interval=interval).plan(), 50)
 
 
+def test_auto_is_even_where_the_number_of_steps_is_known_and_uniform_elsewhere():
+    auto, even, uniform = (TaylorSeer(schedule=name, interval=7) for name in ("auto", "even", "uniform"))
+    assert computed_steps(auto.plan(), 50) == computed_steps(even.plan(), 50)
+    assert auto.plan().for_run(None) == uniform.plan().for_run(None)
+    with pytest.raises(ScheduleError, match="has to know how many steps"):
+        TaylorSeer(schedule="auto", computed_steps=9).plan().for_run(None)
+
+
 @pytest.mark.parametrize("schedule", ["uniform", "last", "even", "early"])
 def test_with_computed_steps_is_exact_or_refuses(schedule):
     for count in range(1, 51):

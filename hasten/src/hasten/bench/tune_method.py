@@ -167,6 +167,8 @@ def _calibrated(
     if not file.exists():
         replay, pipe = Replay(calls), model.pipe
         runs = [partial(lambda i: pipe(**replay[i]), i) for i in range(len(replay))]
-        site: dict[str, Any] = {"site": given["site"]} if "site" in given and "site" in parameters(info.config.fit) else {}
+        site: dict[str, Any] = (
+            {"site": given["site"]} if "site" in given and "site" in parameters(info.config.fit) else {}
+        )
         calibrate(pipe, name, runs, progress=partial(progress, f"recording for {name}"), **site).save(file)
     return f"{tuning.method}:calibration={file}"
