@@ -124,9 +124,9 @@ def test_the_default_serves_a_bare_transformer():
     with torch.no_grad(), hasten.accelerate(model) as run:
         tiny.sample(name, model)
         assert [record.step for record in run.records if record.computed] == computed_steps(Uniform(5), 12)
-    with torch.no_grad(), hasten.accelerate(model, computed_steps=5):
-        with pytest.raises(ScheduleError, match="how many steps"):
-            tiny.sample(name, model)
+    run = hasten.accelerate(model, computed_steps=5)
+    with torch.no_grad(), run, pytest.raises(ScheduleError, match="how many steps"):
+        tiny.sample(name, model)
 
 
 def test_a_summary_of_a_resolution_method_alone_and_with_a_cache(pipe):

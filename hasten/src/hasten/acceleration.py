@@ -9,7 +9,7 @@ from torch import nn
 
 from hasten import registry
 from hasten.caching.engine import CachingEngine
-from hasten.caching.method import CachingMethod
+from hasten.caching.method import CachingMethod, ScheduledMethod
 from hasten.errors import ConfigError, unknown
 from hasten.pipeline.handle import Acceleration
 from hasten.pipeline.hooks import hooks_on
@@ -54,7 +54,7 @@ def _methods(methods: tuple[Any, ...], params: dict[str, Any]) -> Chosen:
 def _default(params: dict[str, Any]) -> CachingMethod:
     """The default method; lists of computed steps that are given take the place of its schedule."""
     (chosen,) = registry.parse(DEFAULT)
-    assert isinstance(chosen, CachingMethod)
+    assert isinstance(chosen, ScheduledMethod)
     return with_params(chosen, schedule="uniform") if params.keys() & {"steps", "searched"} else chosen
 
 
