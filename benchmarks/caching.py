@@ -15,6 +15,7 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import hasten
 import numpy as np
 from hasten import registry
 from hasten.bench.environment import environment
+from hasten.bench.plain import plain_arms
 from hasten.bench.requests import caching_method
+from hasten.bench.sampling import Attach
 from hasten.bench.subject import open_model
 from hasten.bench.tune import tuning_calls
 from hasten.errors import ConfigError, ScheduleError
@@ -33,12 +36,12 @@ from hasten.solvers.plain import SOLVERS, SPACINGS, Sampler
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-SEED, TRIED = (
-    1000,
-    4,
-)  # TRIED: held-out prompts on which the best plain sampler is chosen
+SEED = 1000
+TRIED = 4  # held-out prompts on which the best plain sampler is chosen
+FAILS = (ConfigError, ValueError, TypeError, ImportError, AssertionError)  # of schedulers that do not fit a pipeline
 ARMS = (
-    "reuse;taylorseer:order=1;taylorseer:order=2;hicache;foca;freqca;freqca:split=none;svdcache;"
+    "reuse;taylorseer:order=1;taylorseer:order=2;taylorseer:order=2:domain=normed;hicache;hicache:order=1:sigma=0.6;foca;"
+    "foca:domain=normed;freqca;freqca:split=none;freqca:mode=paper;svdcache;svdcache:mode=taylor;hyca;"
     "l2p;l2p:history=full:fit_by=gradient:published=true"
 )
 
@@ -197,31 +200,22 @@ class Measure:
 
     def plain(self, count: int) -> None:
         """The pipeline's own sampler with as many steps; and the best of all, chosen on a few prompts."""
-        samplers = [Sampler(solver, spacing) for solver in SOLVERS for spacing in SPACINGS]
-        best = samplers[0]
+        own = {arm.method: arm.attach for arm in plain_arms([count])}
+        named = {sampler.label: sampler for sampler in map(Sampler, *zip(*product(SOLVERS, SPACINGS), strict=True))}
+        samplers: dict[str, Attach] = named | own
         if self.options.plain and f"best plain @ {count}" not in self.rows:
             tried = {}
-            for sampler in samplers:
+            for label, sampler in samplers.items():
                 try:
-                    tried[sampler] = float(np.mean(self.quality(self.draw(sampler(self.pipe), TRIED, count))))
-                except Exception as error:  # whatever schedulers raise that do not fit a pipeline
-                    print(
-                        sampler.label,
-                        "not for this model:",
-                        " ".join(str(error).split())[:80],
-                    )
-            best = max(tried, key=lambda sampler: tried[sampler])
-            row = self.measured(self.quality(self.draw(best(self.pipe), steps=count)))
-            about = {
-                "sampler": best.label,
-                "tried": {s.label: round(v, 2) for s, v in tried.items()},
-            }
-            self.note(
-                f"best plain @ {count}",
-                {"method": "best plain", "count": count} | about | row,
-            )
+                    tried[label] = float(np.mean(self.quality(self.draw(sampler(self.pipe), TRIED, count))))
+                except FAILS as error:
+                    print(label, "not for this model:", " ".join(str(error).split())[:80])
+            best = max(tried, key=lambda label: tried[label])
+            row = self.measured(self.quality(self.draw(samplers[best](self.pipe), steps=count)))
+            about = {"sampler": best, "tried": {label: round(value, 2) for label, value in tried.items()}}
+            self.note(f"best plain @ {count}", {"method": "best plain", "count": count} | about | row)
         if f"plain @ {count}" not in self.rows:
-            row = self.measured(self.quality(self.draw(samplers[0](self.pipe), steps=count)))
+            row = self.measured(self.quality(self.draw(own["euler"](self.pipe), steps=count)))
             self.note(f"plain @ {count}", {"method": "plain", "count": count} | row)
 
 

@@ -191,9 +191,9 @@ def test_schedules_that_do_not_fit_the_run_are_refused():
 def test_last_adds_the_last_step_and_needs_its_number():
     assert computed_steps(Uniform(7, 3, last=True), 50) == [0, 1, 2, 9, 16, 23, 30, 37, 44, 49]
     assert computed_steps(Uniform(5, 1, last=True), 11) == [0, 5, 10]
-    with pytest.raises(ScheduleError, match="bare transformer"):
+    with pytest.raises(ScheduleError, match="has to know how many steps"):
         Uniform(5, 3, last=True).for_run(None)
-    with pytest.raises(ScheduleError, match="bare transformer"):
+    with pytest.raises(ScheduleError, match="has to know how many steps"):
         Spread(Uniform(5, 3)).for_run(None)
 
 
