@@ -142,7 +142,7 @@ class Measure:
     def note(self, key: str, row: dict[str, Any]) -> None:
         """Keep a row and write all of them."""
         self.rows[key] = row
-        about = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.options).items()}
+        about = {name: value for name, value in vars(self.options).items() if not isinstance(value, Path)}
         content = {"environment": environment(), "options": about, "rows": self.rows}
         write_atomically(self.out, json.dumps(content, indent=1) + "\n")
         print(

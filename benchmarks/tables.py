@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import statistics
 import sys
@@ -514,6 +515,103 @@ def certificates_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def default_table(names: list[str]) -> str:
+    """Markdown of the default beside the plain samplers, from what `caching.py` wrote."""
+    heads = [
+        "model",
+        "guidance",
+        "computed",
+        "default, dB",
+        "best plain sampler, dB",
+        "above by (95 %)",
+        "worst prompt, dB",
+    ]
+    lines = [_row(heads), "|---|--:|--:|--:|---|--:|---|"]
+    for result in _caching(names):
+        rows, options = result["rows"], result["options"]
+        own = {
+            row["count"]: row for row in rows.values() if f"{row['method']}" == DEFAULT and row["schedule"] == "even"
+        }
+        for count, row in sorted(own.items(), reverse=True):
+            plain = rows.get(f"best plain @ {count}")
+            if plain is None:
+                continue
+            scale = "-" if options["guidance"] is None else f"{options['guidance']:g}"
+            worst, value = row["worst"]
+            cells = [options["model"], scale, f"{count} of {options['steps']}", _cell(row["median"], 1)]
+            cells += [f"{_cell(plain['median'], 1)} ({plain['sampler']})", _lead(row, plain), f"{value:.1f} ({worst})"]
+            lines.append(_row(cells))
+    lines += ["", f"Medians, against the full run; {INTERVALS}. {_prompts(names)}"]
+    return "\n".join(lines)
+
+
+def caching_table(names: list[str]) -> str:
+    """Markdown of the caching methods beside their ablations, from what `caching.py` wrote."""
+    results = _caching(names)
+    heads = ["model", "guidance", "schedule", "method"]
+    counts = sorted({row["count"] for result in results for row in result["rows"].values()}, reverse=True)
+    heads += [f"{count}, dB" for count in counts] + ["above its ablation at 9 by (95 %)"]
+    lines = [_row(heads), "|---|--:|---|---" + "|--:" * (len(heads) - 4) + "|"]
+    for result in results:
+        options, arms = result["options"], {}
+        for row in result["rows"].values():
+            arms.setdefault((row.get("schedule", "-"), row["method"]), {})[row["count"]] = row
+        scale = "-" if options["guidance"] is None else f"{options['guidance']:g}"
+        for (schedule, method), rows in sorted(arms.items(), key=lambda arm: (arm[0][0], -_mean(arm[1]))):
+            other = arms.get((schedule, ABLATIONS.get(method, "")), {}).get(9)
+            above = (
+                _lead(rows[9], other) + f" {short_label(other['method'])}"
+                if other and "psnr" in rows.get(9, {})
+                else ""
+            )
+            cells = [options["model"], scale, schedule, short_label(method)]
+            lines.append(_row([*cells, *(_cell(rows.get(count, {}).get("median"), 1) for count in counts), above]))
+    lines += ["", f"Medians, against 50 plain steps; {INTERVALS}. {_prompts(names)}"]
+    return "\n".join(lines)
+
+
+def _mean(rows: dict[int, dict[str, Any]]) -> float:
+    return statistics.fmean(row.get("median", 0.0) for row in rows.values())
+
+
+def _caching(names: list[str]) -> list[dict[str, Any]]:
+    return [_read(name) for name in names if (ROOT / "benchmarks" / name).exists()]
+
+
+def _prompts(names: list[str]) -> str:
+    told = {f"{r['options']['model']}: {r['options']['held_out']} held-out prompts" for r in _caching(names)}
+    return f"{'; '.join(sorted(told))}." if told else "Not measured yet."
+
+
+def _lead(row: dict[str, Any], other: dict[str, Any]) -> str:
+    """The mean lead over another row in dB, with the interval of a paired bootstrap over prompts."""
+    draw = random.Random(0)
+    leads = [a - b for a, b in zip(row["psnr"], other["psnr"], strict=True)]
+    means = sorted(statistics.fmean(draw.choices(leads, k=len(leads))) for _ in range(2000))
+    return f"{statistics.fmean(leads):+.1f} ({means[49]:+.1f} to {means[1949]:+.1f})"
+
+
+INTERVALS = "mean leads, with intervals by a paired bootstrap over prompts"
+DEFAULT = "hicache:order=1:sigma=0.6"
+ABLATIONS = {
+    "svdcache": "reuse",
+    "svdcache:mode=taylor": "taylorseer:order=2:domain=normed",
+    "freqca": "freqca:split=none",
+    "freqca:mode=paper": "reuse",
+    "foca": "taylorseer:order=2",
+    "hyca": "taylorseer:order=2:domain=normed",
+}
+CACHING = ["caching-emoji-flux.json", "caching-emoji-flux-guided.json", "caching-sprites-wan.json"]
+DEFAULTS = [
+    "default-emoji-flux.json",
+    "default-emoji-flux-guided.json",
+    "default-emoji-flux-28.json",
+    "default-emoji-flux-28-guided.json",
+    "default-sprites-wan.json",
+    "default-sprites-wan-guided.json",
+    "default-emoji-kontext.json",
+    "default-emoji-kontext-guided.json",
+]
 SECOND = ["leap-flux-guided.json", "leap-flux.json", "leap-wan.json", "leap-kontext.json"]
 HIDDEN = ("seconds", "closed_form", "relative_squared_error", "evaluations")
 TABLES = {
@@ -525,6 +623,8 @@ TABLES = {
     "leap-ablation": lambda: ablation_table(_read("leap-ablation.json")),
     "leap-fits": lambda: fits_table(_read("leap-ablation.json")),
     "leap-pipelines": lambda: pipelines_table(_read("leap-pipelines.json")),
+    "default": lambda: default_table(DEFAULTS),
+    "caching": lambda: caching_table(CACHING),
     "leap-second": lambda: second_table(SECOND),
     "resolution": lambda: truth_table(_read("resolution-truth.json")["emoji-flux"], "emoji-flux"),
     "edit": lambda: truth_table(_read("resolution-truth.json")["emoji-kontext"], "emoji-kontext"),

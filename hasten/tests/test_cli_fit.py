@@ -153,7 +153,7 @@ def test_tune_fits_what_the_method_needs(emoji, monkeypatch, capsys, tmp_path):
     ],
 )
 def test_bad_requests_to_tune_a_method(emoji, monkeypatch, capsys, tmp_path, arguments, says):
-    code, _, err = command(monkeypatch, capsys, "tune", *arguments, *SMALL, "--out", tmp_path)
+    code, _, err = command(monkeypatch, capsys, "tune", *arguments, "--computed-steps", 4, *SMALL, "--out", tmp_path)
     assert code == 2
     assert says in " ".join(err.split())
 
