@@ -202,7 +202,9 @@ def tune(
             model,
             MethodTuning(
                 method=method,
-                computed_steps=tuple(options.numbers(computed_steps or "12,9,7", "--computed-steps")),
+                computed_steps=tuple(
+                    options.numbers(computed_steps or "12,9,7", "--computed-steps", Range(1, MOST_STEPS))
+                ),
                 values=values_of(method, tried or []),
                 prompts=prompts,
                 prompt_list=options.own_prompts(prompts_file),

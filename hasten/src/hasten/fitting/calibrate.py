@@ -142,7 +142,7 @@ def record(
             raise CalibrationError("the calls never ran the transformer")
         fingerprint = fingerprint_of(target, run, site)
         features = tape.features()
-        norm = _norm(engine.model)
+        norm = _norm(engine_of(run).model)
         if site == "hidden" and norm is not None:
             for slots in features.values():
                 slots["normed"] = norm(slots["hidden"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from hasten import registry
 from hasten.acceleration import accelerate
 from hasten.caching.method import CachingMethod
 from hasten.errors import AdapterError, CalibrationError, ConfigError, ScheduleError
-from hasten.parameters import parameters, write
+from hasten.parameters import Range, accepted, parameters, write
 from hasten.pipeline.replay import Replay
 
 __all__ = ["Tuned", "tune_method"]
@@ -79,8 +79,7 @@ def tune_method(
     """
     if not calls:
         raise CalibrationError("there is nothing to tune on: give at least one call")
-    if trials < 1:
-        raise ConfigError(f"trials must be at least 1, got {trials}")
+    accepted("tune_method", "trials", Annotated[int, Range(1)], trials)
     start = registry.build(method) if isinstance(method, str) else method
     if not isinstance(start, CachingMethod):
         raise ConfigError(f"{type(start).__name__} is no caching method, and one is needed here, such as foca")
