@@ -149,7 +149,6 @@ def test_tune_fits_what_the_method_needs(emoji, monkeypatch, capsys, tmp_path):
         (("--method", "hicache", "--try", "sigm=0.4"), "--try takes a parameter of hicache"),
         (("--method", "hicache", "--try", "sigma=2"), "sigma must be"),
         (("--method", "dvg+foca"), "--method tunes one caching method"),
-        (("--method", "leapcache"), "leapcache is fitted by a command of its own"),
     ],
 )
 def test_bad_requests_to_tune_a_method(emoji, monkeypatch, capsys, tmp_path, arguments, says):

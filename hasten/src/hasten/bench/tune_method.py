@@ -161,8 +161,6 @@ def _calibrated(
     info = registry.info(name)
     if not info.needs_calibration or "calibration" in given:
         return tuning.method
-    if not hasattr(info.config, "fit"):
-        raise ConfigError(f"{name} is fitted by a command of its own; give its file, {name}:calibration=FILE")
     file = folder / f"{name}.safetensors"
     if not file.exists():
         replay, pipe = Replay(calls), model.pipe
