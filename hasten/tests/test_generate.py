@@ -15,6 +15,7 @@ import torch
 from pipelines import draw, make_pipe
 from subjects import install
 
+import hasten
 from hasten.bench import subject
 from hasten.bench.sheet import to_pil
 from hasten.bench.subject import Subject
@@ -96,6 +97,21 @@ def test_an_image_without_its_whole_provenance_is_refused_and_provenance_alone_i
     (tmp_path / "job-0.png").unlink()
     assert generate(worker(), JOBS[:1], tmp_path) == []
     assert (tmp_path / "job-0.png").exists()
+
+
+def test_leap_and_resolution_methods_are_for_all_jobs(emoji):
+    leap = Configuration(method=f"leap:calibration={emoji.fitted['leap']}", steps=5)
+    image, provenance = Worker(leap, model=emoji).draw(Job("a", "red apple", seed=3))
+    hasten.remove(emoji.pipe)
+    with hasten.accelerate(emoji.pipe, hasten.Leap(emoji.fitted["leap"])):
+        call = emoji.call | {"num_inference_steps": 5, "generator": torch.Generator().manual_seed(3)}
+        right = emoji.pipe("red apple", **call, output_type="pt").images[0]
+    assert torch.equal(image, right)
+    assert provenance["setting"]["method"].startswith("leap")
+    assert provenance["summary"]["computed_steps"] == 5
+    with pytest.raises(ConfigError, match="for all calls alike"):
+        Worker(leap, model=emoji).draw(Job("a", "red apple", computed_steps=7))
+    hasten.remove(emoji.pipe)
 
 
 def test_a_job_that_cannot_be_done_does_not_keep_the_others(tmp_path):

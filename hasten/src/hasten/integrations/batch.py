@@ -134,6 +134,7 @@ class Worker:
         plain = all(getattr(configuration, name) is None for name in ("quality", "method", "computed_steps"))
         chosen = replace(configuration, quality="exact") if plain else configuration
         self._run = accelerate(self.model.pipe, chosen)
+        self._run.describe()  # what has no description cannot be told in a provenance
         self._environment = environment()
         models = {name: vars(ModelFacts.of(part)) for name, part in denoisers(self.model.pipe).items()}
         self._facts = {"model": self.model.name, "transformers": models}

@@ -106,19 +106,27 @@ class Requests:
         """Write the setting of all calls as a configuration; see `Acceleration.save`."""
         if self._configuration.quality is not None:
             return self._configuration.save(path)
+        return replace(self._configuration, method=self._expression(), computed_steps=None).save(path)
+
+    def _expression(self) -> str:
         methods = [one for one in (self._staged, self._setting and self._setting.method) if one is not None]
         if not methods:
-            raise ConfigError("the acceleration was removed, and there is no setting to save")
-        return replace(self._configuration, method=registry.format(*methods), computed_steps=None).save(path)
+            raise ConfigError("the acceleration was removed, and there is no setting")
+        return registry.format(*methods)
 
     def describe(self, quality: str | None, computed_steps: int | None) -> dict[str, Any]:
         """See `Acceleration.describe`."""
+        if self._staged is not None and (quality, computed_steps) == (None, None):
+            return {"method": self._expression()}
         self._check_open()
         return self._made(quality, computed_steps)[0].describe()
 
     @contextmanager
     def using(self, quality: str | None, computed_steps: int | None) -> Iterator[Any]:
         """See `Acceleration.using`."""
+        if self._staged is not None and (quality, computed_steps) == (None, None):
+            yield next(iter(self._modules.values())) if self._home is None else self._home.pipe
+            return
         self._check_open()
         setting, hooks = self._made(quality, computed_steps)
         with instead(hooks):
@@ -126,7 +134,9 @@ class Requests:
 
     def _check_open(self) -> None:
         if self._staged is not None:
-            raise ConfigError("a resolution method or LEAP is at work, and is for all calls alike; leave it out")
+            raise ConfigError(
+                "a resolution method or LEAP is at work, and is for all calls alike; ask for nothing else"
+            )
         if self._setting is None:
             raise ConfigError("the acceleration was removed; accelerate the pipeline again")
 
