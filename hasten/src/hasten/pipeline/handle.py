@@ -154,8 +154,8 @@ class Acceleration:
         Returns:
             what gives a pipeline to call: it shares all models with the accelerated one and has a scheduler and
             tokenizers of this thread's own, so that calls of several threads do not disturb each other. Of a bare
-            transformer it gives the transformer. With neither argument the setting stays. A resolution method or LEAP is
-            for all calls alike, and gives the accelerated pipeline itself, for one call at a time.
+            transformer it gives the transformer. With neither argument the setting stays. A resolution method or LEAP
+            is for all calls alike, and gives the accelerated pipeline itself, for one call at a time.
 
         Raises:
             ConfigError: if both are given, or the method cannot compute so many steps.
