@@ -53,6 +53,8 @@ def generate(
     from hasten.integrations.batch import Worker, read_jobs
     from hasten.integrations.batch import generate as run
 
+    jobs = read_jobs(prompts_file, seed)
+    check_target(out / f"{jobs[0].id}.json")
     configuration = options.configured(
         config,
         model=model,
@@ -65,8 +67,6 @@ def generate(
         width=width,
         guidance=guidance,
     )
-    jobs = read_jobs(prompts_file, seed)
-    check_target(out / f"{jobs[0].id}.json")
     if workers is not None and ray is None:
         raise ConfigError("--workers is how many workers a Ray cluster has; give --ray as well, or leave it out")
     worker = None if ray is not None else Worker(configuration, model=opened(str(configuration.model), device))
