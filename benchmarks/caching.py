@@ -40,7 +40,7 @@ SEED = 1000
 TRIED = 4  # held-out prompts on which the best plain sampler is chosen
 FAILS = (ConfigError, ValueError, TypeError, ImportError, AssertionError)  # of schedulers that do not fit a pipeline
 ARMS = (
-    "reuse;taylorseer:order=1;taylorseer:order=2;taylorseer:order=2:domain=normed;hicache;hicache:order=1:sigma=0.6;foca;"
+    "reuse;taylorseer:order=1;taylorseer:order=2;taylorseer:order=2:domain=normed;hicache;hicache:order=1:sigma=0.66;foca;"
     "foca:domain=normed;freqca;freqca:split=none;freqca:mode=paper;svdcache;svdcache:mode=taylor;hyca;"
     "l2p;l2p:history=full:fit_by=gradient:published=true"
 )

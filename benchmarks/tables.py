@@ -592,7 +592,7 @@ def _lead(row: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 INTERVALS = "mean leads, with intervals by a paired bootstrap over prompts"
-DEFAULT = "hicache:order=1:sigma=0.6"
+DEFAULT = "hicache:order=1:sigma=0.66"
 ABLATIONS = {
     "svdcache": "reuse",
     "svdcache:mode=taylor": "taylorseer:order=2:domain=normed",

@@ -161,7 +161,7 @@ def test_descriptors_tell_smooth_channels_from_noisy_ones():
 
 def test_equal_orders_in_both_bands_are_hicache(pipe):
     """With the same predictor in both bands nothing is split."""
-    with hasten.accelerate(pipe, "hicache", interval=3, sigma=0.71):
+    with hasten.accelerate(pipe, "hicache", interval=3, sigma=0.71, domain="normed"):
         whole = draw(pipe)
     for split in ("dct", "fft", "none"):
         with hasten.accelerate(pipe, "freqca", interval=3, split=split, low_order=2):

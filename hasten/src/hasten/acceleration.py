@@ -26,10 +26,10 @@ from hasten.streaming.method import StreamingMethod
 
 __all__ = ["DEFAULT", "accelerate", "methods", "remove", "summary"]
 
-# What `accelerate(pipe)` takes, as a method expression: a straight line with 0.72 of its slope, between computed steps
+# What `accelerate(pipe)` takes, as a method expression: a straight line with 0.87 of its slope, between computed steps
 # that end with the last one. Measured with and without guidance (docs/which-method.md): a whole slope or a parabola is
 # better without guidance, and worse than the plain sampler with it.
-DEFAULT = "hicache:schedule=auto:order=1:sigma=0.6"
+DEFAULT = "hicache:schedule=auto:order=1:sigma=0.66"
 
 Chosen = tuple[CachingMethod | None, ResolutionMethod | None, Leap | None]
 
