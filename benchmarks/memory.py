@@ -30,7 +30,7 @@ def _calibration(method: str, model: Any, site: str) -> Calibration:
     gram = features @ features.T
     tensors = {
         "gram/pass0": gram,
-        "basis/hidden": torch.zeros(3072, 64),
+        "basis/pass0/hidden": torch.zeros(3072, 64),
         "clusters/hidden": torch.zeros(3072, dtype=torch.int32),
         "grams/hidden": gram[None],
         "ratios": torch.ones(50),
