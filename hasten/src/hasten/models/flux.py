@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hasten.models.adapter import BlockModules, BlockStack, ModelAdapter
+from hasten.models.adapter import BlockModules, BlockStack, ModelAdapter, Tokens
 from hasten.models.registry import register
 
 DOUBLE = BlockStack(
@@ -55,7 +55,7 @@ CHROMA = register(
 )
 
 
-def _own(name: str, kind: str) -> BlockStack:
+def _own(name: str, kind: Tokens) -> BlockStack:
     """A stack of FLUX.3 whose tokens see each other alone."""
     modules = BlockModules(forecast=(("attn", (kind,)), ("ff", (kind,))))
     return BlockStack(name, returns=("hidden",), encoder=None, modules=modules)
