@@ -391,7 +391,9 @@ def test_lora_hot_swapped_between_calls(pipe, tmp_path, first, site):
     images = []
     for file in (*files, files[0]):
         for one in (pipe, twin):
-            one.load_lora_weights(file, adapter_name="style", hotswap=bool(images))
+            one.load_lora_weights(
+                file, weight_name="pytorch_lora_weights.safetensors", adapter_name="style", hotswap=bool(images)
+            )
         run = run or hasten.accelerate(pipe, "taylorseer", interval=3, site=site)
         images.append(draw(pipe, 6))
         with hasten.accelerate(twin, "taylorseer", interval=3, site=site):
