@@ -609,6 +609,7 @@ def test_a_setting_is_saved_and_loaded(tmp_path, certified):
     ("computed_steps: nine", "computed_steps must be"),
     ("- high", "expected entries"),
     ("a: [", "no usable configuration"),
+    ("method: foca\nmethod: hicache", "'method' is there twice"),
     ("!!python/object/apply:os.system [echo]", "no usable configuration"),
 ])  # fmt: skip
 def test_bad_configurations_are_one_clear_error(text, message, tmp_path):

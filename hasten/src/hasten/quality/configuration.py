@@ -86,8 +86,18 @@ def read(path: Path) -> Any:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML without entries that are there twice, of which the last one would count."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [name.value for name, _ in node.value]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"the entry {twice!r} is there twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(read_bytes(path, MOST_BYTES).decode())
+        return yaml.load(read_bytes(path, MOST_BYTES).decode(), Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `run.save({str(path)!r})` writes one") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
