@@ -87,6 +87,7 @@ def test_a_trace_holds_every_step_of_every_call(recorded):
         "modulated": (2, STEPS, 64, 32),
         "entry": (2, STEPS, 64, 32),
         "hidden": (2, STEPS, 64, 32),
+        "normed": (2, STEPS, 64, 32),
         "output": (2, STEPS, 64 * 48),
     }
     assert trace.fingerprint.steps == STEPS

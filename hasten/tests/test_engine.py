@@ -349,7 +349,7 @@ def test_a_warmup_longer_than_the_run_is_refused_and_the_pipeline_stays_usable(p
         ("hicahce", {}, UnknownNameError, "Did you mean 'hicache'"),
         ("hicache", {"sgima": 0.5}, UnknownNameError, "Did you mean 'sigma'"),
         ("hicache", {"interval": 0}, ConfigError, "HiCache: interval must be a whole number of 1 or more"),
-        ("hicache", {"order": -1}, ConfigError, "HiCache: order must be a whole number of 0 or more"),
+        ("hicache", {"order": -1}, ConfigError, "HiCache: order must be a whole number from 0 to 6"),
         ("hicache", {"sigma": 2.0}, ConfigError, "HiCache: sigma must be a number above 0 to 1"),
         ("taylorseer", {"warmup": 0}, ConfigError, "TaylorSeer: warmup must be"),
         ("reuse", {"site": "hiden"}, ConfigError, "did you mean 'hidden'"),

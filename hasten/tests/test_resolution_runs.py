@@ -267,7 +267,7 @@ class Waits(TorchDispatchMode):
 
 def waits(generate: Callable[..., Any], steps: int) -> list[int]:
     """How often the host waits in each step but the first."""
-    read = runs._numbers
+    read = runs._read
 
     def on_device(timestep: Any) -> tuple[float, float]:
         """Labels of forwards read a timestep that lies on the host, and there alone."""
@@ -275,7 +275,7 @@ def waits(generate: Callable[..., Any], steps: int) -> list[int]:
             return read(timestep)
 
     with pytest.MonkeyPatch.context() as patch, Waits() as mode:
-        patch.setattr(runs, "_numbers", on_device)
+        patch.setattr(runs, "_read", on_device)
         ends: list[int] = []
 
         def look(_: Any, __: int, ___: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
