@@ -15,7 +15,6 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,14 @@ import hasten
 import numpy as np
 from hasten import registry
 from hasten.bench.environment import environment
-from hasten.bench.plain import plain_arms
+from hasten.bench.plain import plain_samplers
 from hasten.bench.requests import caching_method
-from hasten.bench.sampling import Attach
 from hasten.bench.subject import open_model
 from hasten.bench.tune import tuning_calls
 from hasten.errors import ConfigError, ScheduleError
 from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
 from hasten.quality.metrics import over_frames, psnr
-from hasten.solvers.plain import SOLVERS, SPACINGS, Sampler
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -200,9 +197,7 @@ class Measure:
 
     def plain(self, count: int) -> None:
         """The pipeline's own sampler with as many steps; and the best of all, chosen on a few prompts."""
-        own = {arm.method: arm.attach for arm in plain_arms([count])}
-        named = {sampler.label: sampler for sampler in map(Sampler, *zip(*product(SOLVERS, SPACINGS), strict=True))}
-        samplers: dict[str, Attach] = named | own
+        samplers = plain_samplers()
         if self.options.plain and f"best plain @ {count}" not in self.rows:
             tried = {}
             for label, sampler in samplers.items():
@@ -215,7 +210,7 @@ class Measure:
             about = {"sampler": best, "tried": {label: round(value, 2) for label, value in tried.items()}}
             self.note(f"best plain @ {count}", {"method": "best plain", "count": count} | about | row)
         if f"plain @ {count}" not in self.rows:
-            row = self.measured(self.quality(self.draw(own["euler"](self.pipe), steps=count)))
+            row = self.measured(self.quality(self.draw(samplers["euler"](self.pipe), steps=count)))
             self.note(f"plain @ {count}", {"method": "plain", "count": count} | row)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from hasten.bench.environment import environment
 from hasten.bench.learned_solvers import SOLVERS, fit_learned_solver
+from hasten.bench.plain import plain_samplers
 from hasten.bench.subject import open_model
 from hasten.bench.tune import tuning_calls
 from hasten.calibration import Calibration
@@ -34,8 +35,6 @@ from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
 from hasten.quality.metrics import psnr
 from hasten.solvers import Leap, LeapScheduler
-from hasten.solvers.plain import SOLVERS as PLAIN
-from hasten.solvers.plain import SPACINGS, Sampler
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -265,7 +264,6 @@ class Measure:
 
     def plain(self, count: int, scale: float | None) -> None:
         """Euler, and the best of all solvers and spacings on the first prompts."""
-        own = self.pipe.scheduler
         self.measure("euler", count, scale, lambda calls: self.draw(calls, count))
         if any(
             row["name"].startswith("best plain") and (row["count"], row["guidance"]) == (count, scale)
@@ -277,10 +275,16 @@ class Measure:
             self.calls(scale, False, tried_on),
             self.reference(scale)[:tried_on],
         )
+        samplers = plain_samplers()
+
+        def drawn(label: str, calls: list[dict[str, Any]]) -> list[Tensor]:
+            with samplers[label](self.pipe):
+                return self.draw(calls, count)
+
         tried: dict[str, float] = {}
-        for sampler in (Sampler(solver, spacing) for solver in PLAIN for spacing in SPACINGS):
+        for label in samplers:
             try:
-                drawn = self.scheduled(sampler.scheduler(own), few, count)
+                images = drawn(label, few)
             except (
                 ConfigError,
                 ValueError,
@@ -288,21 +292,11 @@ class Measure:
                 ImportError,
                 AssertionError,
             ) as error:
-                print(
-                    sampler.label,
-                    "not for this model:",
-                    " ".join(str(error).split())[:80],
-                )
+                print(label, "not for this model:", " ".join(str(error).split())[:80])
                 continue
-            tried[sampler.label] = float(np.mean([_psnr(a, b) for a, b in zip(drawn, reference, strict=True)]))
+            tried[label] = float(np.mean([_psnr(a, b) for a, b in zip(images, reference, strict=True)]))
         best = max(tried, key=lambda label: tried[label])
-        solver, _, spacing = best.partition(":spacing=")
-        sampler = Sampler(solver, spacing)
-
-        def scheduled(calls: list[dict[str, Any]]) -> list[Tensor]:
-            return self.scheduled(sampler.scheduler(own), calls, count)
-
-        self.measure("best plain", count, scale, scheduled, sampler=best, tried=tried)
+        self.measure("best plain", count, scale, lambda calls: drawn(best, calls), sampler=best, tried=tried)
 
     def old(self, scale: float | None) -> None:
         """The file that comes with the model: coefficients of release 0.1.0, fitted without guidance."""

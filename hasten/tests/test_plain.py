@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from hasten.bench.plain import best_plain_arms
+from hasten.bench.plain import OWN, best_plain_arms, plain_arms, plain_samplers
 from hasten.bench.runner import BenchSettings, run_bench
 from hasten.bench.subject import Subject
 from hasten.bench.tables import table_of
@@ -17,6 +17,12 @@ from hasten.solvers.plain import SPACINGS, Sampler
 
 MEAN, SPREAD = torch.tensor([0.7, -1.0, 0.2]), torch.tensor([0.3, 0.5, 1.5])
 CALL = {"height": 32, "width": 32, "max_sequence_length": 8}
+
+
+def test_samplers_that_stand_in_every_table_are_tried_as_they_stand_there():
+    samplers = plain_samplers()
+    assert {arm.method: arm.attach for arm in plain_arms([9])} == {name: samplers[name] for name in OWN}
+    assert samplers["unipc:spacing=beta"] == Sampler("unipc", "beta")
 
 
 def clean_and_noise(x, signal, noise):

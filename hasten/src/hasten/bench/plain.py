@@ -15,7 +15,7 @@ from hasten.bench.thresholds import Trials
 from hasten.errors import unknown
 from hasten.solvers.plain import SOLVERS, SPACINGS, Sampler, is_flow
 
-__all__ = ["best_plain_arms", "plain_arms"]
+__all__ = ["best_plain_arms", "plain_arms", "plain_samplers"]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,12 @@ def _unipc(pipe: Any) -> Iterator[None]:
 
 
 _PLAIN: dict[str, Attach] = {"euler": plain, "unipc": _unipc}
+
+
+def plain_samplers() -> dict[str, Attach]:
+    """All plain solvers with all spacings by label; those of `OWN` as they stand in the tables."""
+    samplers = (Sampler(solver, spacing) for solver in SOLVERS for spacing in SPACINGS)
+    return {sampler.label: _PLAIN.get(sampler.label, sampler) for sampler in samplers}
 
 
 def plain_arms(counts: Sequence[int], samplers: Sequence[str] = OWN) -> list[Arm]:
@@ -72,9 +78,9 @@ def best_plain_arms(counts: Sequence[int], trials: Trials) -> tuple[list[Arm], d
     arms, found = [], {}
     for count in counts:
         figures: dict[str, float | None] = {}
-        for sampler in (Sampler(solver, spacing) for solver in SOLVERS for spacing in SPACINGS):
-            trials.progress(f"plain {sampler.label}, {count} steps")
-            figures[sampler.label] = _quality(sampler, count, trials)
+        for label, attach in plain_samplers().items():
+            trials.progress(f"plain {label}, {count} steps")
+            figures[label] = _quality(label, attach, count, trials)
         found[str(count)] = figures
         known = {label: value for label, value in figures.items() if value is not None}
         best = max(known, key=lambda label: known[label], default=OWN[0])
@@ -85,14 +91,14 @@ def best_plain_arms(counts: Sequence[int], trials: Trials) -> tuple[list[Arm], d
     return arms, found
 
 
-def _quality(sampler: Sampler, count: int, trials: Trials) -> float | None:
+def _quality(label: str, attach: Attach, count: int, trials: Trials) -> float | None:
     """Mean PSNR of a sampler; None if the model or the scheduler's class does not have it."""
 
     def compute() -> tuple[float, ...]:
         try:
-            return trials.sample(_PLAIN.get(sampler.label, sampler), count)[1:]
+            return trials.sample(attach, count)[1:]
         except Exception as error:  # whatever schedulers raise that do not fit a pipeline
-            log.info("plain %s: %s", sampler.label, one_line(error))
+            log.info("plain %s: %s", label, one_line(error))
             return ()
 
-    return next(iter(trials.recall(f"plain {sampler.label} at {count}", compute)), None)
+    return next(iter(trials.recall(f"plain {label} at {count}", compute)), None)
