@@ -131,6 +131,11 @@ def test_tune_chooses_the_parameters_of_one_method_and_goes_on(emoji, monkeypatc
     monkeypatch.setattr(closed_loop._Loop, "_sample", lambda self, index: torch.zeros(1, 3, 2, 2))  # runs nothing again
     assert command(monkeypatch, capsys, *arguments)[0] == 0
     assert json.loads((tmp_path / "tuned-hicache.json").read_text())["best"] == content["best"]
+    (tmp_path / "tuned-hicache.json").write_text("{cut off")
+    code, _, error = command(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "tuned-hicache.json" in error
+    assert "Take it away to begin again." in " ".join(error.split())
 
 
 def test_tune_fits_what_the_method_needs(emoji, monkeypatch, capsys, tmp_path):

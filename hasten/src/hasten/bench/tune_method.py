@@ -21,7 +21,7 @@ from hasten.bench.tune import tuning_calls
 from hasten.errors import ConfigError
 from hasten.fitting.calibrate import calibrate
 from hasten.fitting.closed_loop import tune_method
-from hasten.io import check_target, write_atomically
+from hasten.io import check_target, read_json, write_atomically
 from hasten.parameters import parameters
 from hasten.pipeline.replay import Replay
 
@@ -119,7 +119,7 @@ def run_tune_method(model: Subject, tuning: MethodTuning, folder: Path, progress
     }
     content: dict[str, Any] = {"identity": identity, "environment": environment(), "best": {}, "trials": {}}
     if file.exists():
-        earlier = json.loads(file.read_text())
+        earlier = read_json(file, remedy="Take it away to begin again.")
         if earlier.get("identity") == identity:
             content |= {"best": earlier["best"], "trials": earlier["trials"]}
     for count in tuning.computed_steps:
