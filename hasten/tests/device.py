@@ -13,6 +13,7 @@ from numbers. What has to wait for a GPU, or copy to it, comes through `Device` 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["DEVICE", "Device", "Held", "host", "move"]
+__all__ = ["DEVICE", "Device", "Held", "Waits", "host", "move"]
 
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
@@ -139,3 +140,18 @@ class Device(TorchDispatchMode):
     def _gone(self, key: int) -> None:
         self._known.discard(key)
         self.live -= 1
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations for which a GPU's host waits, or which copy an index to it."""
+
+    names = ("_local_scalar_dense", "nonzero", "equal", "item", "unique", "is_nonzero", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.counts.update([name] if name in self.names else [])
+        return func(*args, **(kwargs or {}))

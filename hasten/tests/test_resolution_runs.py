@@ -6,19 +6,19 @@ import copy
 import gc
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from device import Waits
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
 from pipelines import draw, make_pipe
 from test_dvg import DVG, STEPS, film, wan
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 import hasten
@@ -248,21 +248,6 @@ def test_nothing_of_a_run_is_kept_after_its_last_step(pipe: Any) -> None:
     with hasten.accelerate(pipe, METHODS["fresco"]) as run:
         generate(pipe)
         assert [found.state for found in run.stages._runs.under_way] == [None]
-
-
-class Waits(TorchDispatchMode):
-    """Counts operations for which a GPU's host waits, or which copy an index to it."""
-
-    names = ("_local_scalar_dense", "nonzero", "equal", "item", "unique", "is_nonzero", "lift_fresh")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.counts.update([name] if name in self.names else [])
-        return func(*args, **(kwargs or {}))
 
 
 def waits(generate: Callable[..., Any], steps: int) -> list[int]:

@@ -11,10 +11,10 @@ import pytest
 import tiny
 import torch
 from denoisers.unets import CONDITION, SDXL, TYPES_2D
+from device import Waits
 from test_bench import command
 from test_engine import leftovers
 from tiny import randn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import hasten
@@ -307,20 +307,10 @@ def test_a_tiny_sdxl_through_the_command_line(sdxl, tmp_path, monkeypatch, capsy
     assert not any(row.get("failed") for row in rows)
 
 
-class Reads(TorchDispatchMode):
-    """Counts numbers read from tensors."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
 def test_no_step_reads_the_timestep_whether_or_not_the_scheduler_counts(sdxl, monkeypatch, scheduler):
     monkeypatch.setattr(sdxl, "scheduler", getattr(diffusers, scheduler)())
-    plain, reads, label = draw(sdxl), Reads(), Runs.label
+    plain, reads, label = draw(sdxl), Waits(), Runs.label
 
     def counted(*args: Any) -> Any:
         with reads:
@@ -330,9 +320,9 @@ def test_no_step_reads_the_timestep_whether_or_not_the_scheduler_counts(sdxl, mo
     few, many = [], []
     for steps, found in ((4, few), (12, many)):
         with hasten.accelerate(sdxl, "taylorseer", interval=3) as run:
-            reads.count = 0
+            reads.counts.clear()
             draw(sdxl, num_inference_steps=steps)
-            found += [reads.count, len({record.step for record in run.records})]
+            found += [reads.counts.total(), len({record.step for record in run.records})]
     assert many[1] > few[1] >= 4
     assert many[0] == few[0] <= 2
     with hasten.accelerate(sdxl, "taylorseer", interval=1):

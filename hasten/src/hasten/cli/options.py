@@ -26,9 +26,11 @@ __all__ = [
     "Device",
     "Guidance",
     "Height",
+    "Host",
     "Method",
     "ModelName",
     "OwnModel",
+    "Port",
     "PromptsFile",
     "Quality",
     "Seed",
@@ -107,6 +109,8 @@ Method = Annotated[str | None, typer.Option(help="A method expression, such as f
 SomeSteps = Annotated[int | None, number(Range(1, MOST_STEPS), "Steps to compute.", "--computed-steps")]
 Audit = Annotated[float | None, number(Range(0, 1), "Share of images that are checked against the full run.")]
 CallSteps = Annotated[int | None, number(Range(1, MOST_STEPS), "Steps that the pipeline is called with.", "--steps")]
+Host = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for all of the machine's networks.")]
+Port = Annotated[int, number(Range(1, 65_535), "Where to listen.")]
 Workers = Annotated[int | None, number(Range(1, MOST_WORKERS), "Of Ray: one per GPU by default, else per CPU.")]
 
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from hasten.cli import options
 from hasten.cli.common import console, opened
 from hasten.errors import ConfigError
-from hasten.parameters import Range
 
 __all__ = ["playground"]
 
 
 def playground(
     model: options.ModelName = "emoji-flux",
-    host: Annotated[
-        str, typer.Option(help="Where to listen; 0.0.0.0 for all of the machine's networks.")
-    ] = "127.0.0.1",
-    port: Annotated[int, options.number(Range(1, 65_535), "Where to listen.")] = 7860,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 7860,
     device: options.Device = None,
 ) -> None:
     """Try settings in a browser: full and fast image side by side, what differs, times, and the Python line.

@@ -25,10 +25,8 @@ def serve(
     height: options.Height = None,
     width: options.Width = None,
     guidance: options.Guidance = None,
-    host: Annotated[
-        str, typer.Option(help="Where to listen; 0.0.0.0 for all of the machine's networks.")
-    ] = "127.0.0.1",
-    port: Annotated[int, options.number(Range(1, 65_535), "Where to listen.")] = 8000,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
     queue: Annotated[
         int,
         options.number(Range(1, options.MOST_COUNT), "Images that wait for a worker; others are answered with 429."),

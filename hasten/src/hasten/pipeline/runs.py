@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hasten.pipeline.view import Caller, Owner, PipelineView, alive, current_owner
+from hasten.pipeline.view import Caller, Owner, PipelineView, alive, current_owner, same_memory
 
 __all__ = ["Run", "Runs", "StepInfo", "sample_shape", "signature"]
 
@@ -211,9 +211,8 @@ def _place_in(entries: Tensor | None, timestep: Any) -> int | None:
     """Which entry of a list a timestep is a view of (`for t in timesteps`, `t.expand(B)`); None if it is none."""
     if entries is None or not isinstance(timestep, Tensor) or timestep.dtype != entries.dtype:
         return None
-    memory = timestep.untyped_storage().data_ptr()
     spread = any(stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True) if size > 1)
-    if not memory or memory != entries.untyped_storage().data_ptr() or spread:
+    if spread or not timestep.untyped_storage().data_ptr() or not same_memory(timestep, entries):
         return None
     place = (timestep.storage_offset() - entries.storage_offset()) // max(entries.stride(0), 1)
     return place if 0 <= place < len(entries) else None

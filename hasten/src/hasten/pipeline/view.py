@@ -29,6 +29,7 @@ __all__ = [
     "call_arguments",
     "current_owner",
     "denoisers",
+    "same_memory",
     "unwrap",
 ]
 
@@ -194,14 +195,14 @@ def _takes_a_timestep(module: nn.Module) -> bool:
         return False
 
 
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether one tensor is a view of the other; looks at no number, which would wait for the device."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 def _is_part(loop: Any, timesteps: Tensor) -> bool:
-    """Whether a tensor is a slice of the scheduler's list; looks at no number, which would wait for the device."""
-    return (
-        isinstance(loop, Tensor)
-        and loop.dim() == 1
-        and len(loop) > 0
-        and loop.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
-    )
+    """Whether a tensor is a slice of the scheduler's list."""
+    return isinstance(loop, Tensor) and loop.dim() == 1 and len(loop) > 0 and same_memory(loop, timesteps)
 
 
 class PipelineView:
