@@ -70,3 +70,10 @@ def test_nearly_all_of_them_are_right():
     found, total = right("unet", "output")
     assert found >= 9
     assert found / total >= 0.9
+
+
+@pytest.mark.parametrize("method", ["fbcache", "teacache"])
+@pytest.mark.parametrize("name", checks.TRANSFORMERS)
+def test_a_gate_between_the_blocks_sees_the_image(name, method):
+    """Nothing that stays as it is from step to step, such as the text, is what it goes by."""
+    assert checks.subject(name).gate(method) in ("computes", "refused")

@@ -356,6 +356,23 @@ def test_lists_that_are_little_of_the_model_are_refused():
     run.remove()
 
 
+def test_blocks_that_run_in_another_order_than_they_stand_in_are_refused_by_name():
+    class Backwards(DiT):
+        """Runs its last block first, so that what leaves the last of the list is not what the result is made of."""
+
+        def forward(self, x, t, y):
+            stack, self.blocks = self.blocks, nn.ModuleList(reversed(self.blocks))
+            try:
+                return super().forward(x, t, y)
+            finally:
+                self.blocks = stack
+
+    run = hasten.accelerate(Backwards(), "reuse")
+    with pytest.raises(AdapterError, match="its blocks are called in another order than they stand in"):
+        run_of(run._engines["Backwards"].model)
+    run.remove()
+
+
 def test_a_stream_that_is_lost_is_refused_by_name():
     class Recurrent(DiT):
         """Runs its blocks twice, so that what leaves the last one is not what the result is made of."""

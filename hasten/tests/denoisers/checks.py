@@ -174,6 +174,17 @@ class Subject:
             return Verdict("skipped steps run too much", share)
         return Verdict("right", share)
 
+    def gate(self, method: str) -> str:
+        """What a gate does that lets no change pass: `"computes"` every step, `"refused"`, or what is wrong."""
+        try:
+            with hasten.accelerate(self.model, method, threshold=1e-9, warmup=1) as run:
+                for engine in run._engines.values():
+                    engine.runs = _Counted(self.model)
+                self.outputs()
+                return "computes" if all(record.computed for record in run.records) else "skips whatever comes"
+        except HastenError:
+            return "refused"
+
 
 LARGEST_SHARE = 0.75  # of layers that a skipped step may run; tiny models have few blocks beside their embeddings
 

@@ -48,17 +48,21 @@ class _Seen(Exception):  # noqa: N818 - not an error: it carries a tensor out of
 
 
 class _Capture(Proxy):
-    """Stands for a block's attention and ends the forward with what the attention was about to get."""
+    """Stands for a block's attention and ends the forward with the image tokens that the attention was about to get."""
+
+    def __init__(self, original: nn.Module, place: int) -> None:
+        super().__init__(original)
+        self._place = place  # of the image tokens among the streams
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        raise _Seen(kwargs.get("hidden_states", tensors[0]))
+        raise _Seen(kwargs["hidden_states"] if "hidden_states" in kwargs else tensors[self._place])
 
 
 def modulated_input(block: nn.Module, stack: BlockStack, args: Any, kwargs: Any) -> Tensor:
     """The normalised and modulated image tokens that a block's attention gets, without running the attention."""
     assert stack.modules is not None
-    attention = stack.modules.forecast[0][0]
+    attention, streams = stack.modules.forecast[0]
     eager = getattr(block, "_orig_mod", block)  # leaving a compiled block by an exception would break its graph
     owner = owner_of(eager, attention)
     if owner is None:
@@ -66,7 +70,9 @@ def modulated_input(block: nn.Module, stack: BlockStack, args: Any, kwargs: Any)
             f"{type(eager).__name__} has no {attention!r} whose input could be looked at; describe its family with "
             "hasten.models.register, or use a method without a modulated input, such as fbcache"
         )
-    with swapped([(owner, attention, _Capture(getattr(owner, attention)))]):
+    with swapped(
+        [(owner, attention, _Capture(getattr(owner, attention), streams.index("image") if "image" in streams else 0))]
+    ):
         try:
             eager.forward(*args, **kwargs)
         except _Seen as seen:
@@ -203,6 +209,12 @@ class SpanSite(Site):
             self._memory.observe("modulated", observed)
         elif self._feature.gate_input == "front" and self._front_ran:
             assert self._start is not None
+            if self._entry["hidden"].shape != self._start.shape:
+                raise AdapterError(
+                    f"the tokens of {type(self._model).__name__} change their form between blocks, from "
+                    f"{list(self._start.shape)} to {list(self._entry['hidden'].shape)}, so that the change that the "
+                    "front blocks make cannot be told; use a method that does not look at it, such as easycache or foca"
+                )
             observed = self._entry["hidden"] - self._start
         self._computing = self._decide(observed)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hasten.models.adapter import BlockModules, BlockStack, ModelAdapter, Tokens
+from hasten.models.adapter import BlockModules, BlockStack, ModelAdapter
 from hasten.models.registry import register
 
 DOUBLE = BlockStack(
@@ -55,20 +55,25 @@ CHROMA = register(
 )
 
 
-def _own(name: str, kind: Tokens) -> BlockStack:
-    """A stack of FLUX.3 whose tokens see each other alone."""
-    modules = BlockModules(forecast=(("attn", (kind,)), ("ff", (kind,))))
-    return BlockStack(name, returns=("hidden",), encoder=None, modules=modules)
+def _beside(name: str) -> BlockStack:
+    """A stack of FLUX.3 that carries no token of the image."""
+    return BlockStack(name, returns=("hidden",), encoder=None, side=True, modules=BlockModules(()))
 
 
-# Text, the image and reference images each go through blocks of their own before they meet.
+# Text, the image and reference images each go through blocks of their own before they meet. Text and references are at
+# no noise, so that what enters their blocks is the same in every step and tells a gate nothing.
 FLUX3 = register(
     "Flux3Transformer2DModel",
     ModelAdapter(
         stacks=(
-            _own("txt_mode_blocks", "text"),
-            _own("mode_blocks.image", "image"),
-            _own("mode_blocks.image_cond", "image"),
+            _beside("txt_mode_blocks"),
+            BlockStack(
+                "mode_blocks.image",
+                returns=("hidden",),
+                encoder=None,
+                modules=BlockModules(forecast=(("attn", ("image",)), ("ff", ("image",)))),
+            ),
+            _beside("mode_blocks.image_cond"),
             BlockStack(
                 "single_transformer_blocks",
                 modules=BlockModules(forecast=(("attn", ("joint",)), ("ff", ("joint",)))),

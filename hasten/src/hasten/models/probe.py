@@ -117,9 +117,10 @@ def _remedy(model: nn.Module, stacks: list[BlockStack]) -> str:
 class _Watch(Proxy):
     """Stands in for one block while the forward is watched."""
 
-    def __init__(self, block: nn.Module, seen: _Seen) -> None:
+    def __init__(self, block: nn.Module, seen: _Seen, position: int) -> None:
         super().__init__(block)
         self.__dict__["seen"] = seen
+        self.position = position
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.original(*args, **kwargs)
@@ -151,7 +152,7 @@ class _Seen:
     problem: str = ""
     called: int = 0
     latest: Any = None
-    calls: dict[int, int] = field(default_factory=dict)
+    positions: list[int] = field(default_factory=list)  # of its blocks, in the order of their calls
 
     def note(self, watch: _Watch, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """One call of one of its blocks; a block that stands in several places is one in each."""
@@ -159,9 +160,11 @@ class _Seen:
         self.clock[0] += 1
         self.called = self.clock[0]
         self.names.add(type(block).__name__)
-        self.calls[id(watch)] = self.calls.get(id(watch), 0) + 1
-        if self.calls[id(watch)] > 1:
+        if watch.position in self.positions:
             self.problem = "a block is called twice in a forward"
+        elif self.positions and watch.position < self.positions[-1]:
+            self.problem = "its blocks are called in another order than they stand in"
+        self.positions.append(watch.position)
         names = _parameters(getattr(block, "_orig_mod", block).forward)
         if names[:1] == ["args"]:
             names = ["hidden_states", "encoder_hidden_states"]
@@ -225,7 +228,7 @@ def _watch(model: nn.Module, paths: list[str], run: Callable[[], Any]) -> tuple[
         entry = _Seen(path, _weight(container) / total, clock)
         seen.append(entry)
         blocks = [(name, block) for name, block in container._modules.items() if block is not None]
-        changes += [(container, name, _Watch(block, entry)) for name, block in blocks]
+        changes += [(container, name, _Watch(block, entry, i)) for i, (name, block) in enumerate(blocks)]
     with swapped(changes):
         output = run()
     return output, seen, {entry.path: entry.latest for entry in seen}
