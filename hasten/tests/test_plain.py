@@ -25,6 +25,16 @@ def test_samplers_that_stand_in_every_table_are_tried_as_they_stand_there():
     assert samplers["unipc:spacing=beta"] == Sampler("unipc", "beta")
 
 
+@pytest.mark.parametrize("solver", ["unipc", "dpmpp"])
+def test_solvers_of_a_flow_stand_at_the_levels_of_the_pipelines_own_scheduler(pipe, solver):
+    """FLUX's pipelines keep their levels to themselves where a scheduler says that its own are those of a flow."""
+    pipe("red apple", num_inference_steps=5, output_type="latent", **CALL)
+    own = pipe.scheduler.sigmas
+    with Sampler(solver)(pipe):
+        pipe("red apple", num_inference_steps=5, output_type="latent", **CALL)
+        assert pipe.scheduler.sigmas == pytest.approx(own, abs=2e-6)
+
+
 def clean_and_noise(x, signal, noise):
     """Posterior means of the sample and of the noise in `x = signal sample + noise noise`."""
     variance = (signal * SPREAD) ** 2 + noise**2

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
-
-from diffusers import UniPCMultistepScheduler
+from collections.abc import Sequence
 
 from hasten.bench.arms import Arm, one_line
 from hasten.bench.sampling import Attach, plain
 from hasten.bench.thresholds import Trials
 from hasten.errors import unknown
-from hasten.solvers.plain import SOLVERS, SPACINGS, Sampler, is_flow
+from hasten.solvers.plain import SOLVERS, SPACINGS, Sampler
 
 __all__ = ["best_plain_arms", "plain_arms", "plain_samplers"]
 
@@ -22,31 +18,10 @@ log = logging.getLogger(__name__)
 OWN = ("euler", "unipc")  # which stand in every table, with the model's own spacing
 
 
-@contextmanager
-def _unipc(pipe: Any) -> Iterator[None]:
-    """UniPC of order 2 in place of the pipeline's scheduler, with the same noise levels where the model is a flow."""
-    original = pipe.scheduler
-    extra = {
-        "use_flow_sigmas": True,
-        "prediction_type": "flow_prediction",
-        "flow_shift": original.config.get("shift", 1.0),
-    }
-    pipe.scheduler = UniPCMultistepScheduler.from_config(
-        original.config, solver_order=2, **(extra if is_flow(original) else {})
-    )
-    try:
-        yield
-    finally:
-        pipe.scheduler = original
-
-
-_PLAIN: dict[str, Attach] = {"euler": plain, "unipc": _unipc}
-
-
 def plain_samplers() -> dict[str, Attach]:
-    """All plain solvers with all spacings by label; those of `OWN` as they stand in the tables."""
+    """All plain solvers with all spacings by label; the pipeline's own scheduler stays as it is."""
     samplers = (Sampler(solver, spacing) for solver in SOLVERS for spacing in SPACINGS)
-    return {sampler.label: _PLAIN.get(sampler.label, sampler) for sampler in samplers}
+    return {sampler.label: plain if sampler.label == "euler" else sampler for sampler in samplers}
 
 
 def plain_arms(counts: Sequence[int], samplers: Sequence[str] = OWN) -> list[Arm]:
@@ -58,10 +33,11 @@ def plain_arms(counts: Sequence[int], samplers: Sequence[str] = OWN) -> list[Arm
     Raises:
         UnknownNameError: for another sampler.
     """
+    known = {name: sampler for name, sampler in plain_samplers().items() if name in OWN}
     for name in samplers:
-        if name not in _PLAIN:
-            raise unknown("sampler", name, _PLAIN)
-    return [Arm(f"{name}-{n}", name, "plain", {}, n, n, _PLAIN[name]) for n in counts for name in samplers]
+        if name not in known:
+            raise unknown("sampler", name, known)
+    return [Arm(f"{name}-{n}", name, "plain", {}, n, n, known[name]) for n in counts for name in samplers]
 
 
 def best_plain_arms(counts: Sequence[int], trials: Trials) -> tuple[list[Arm], dict[str, dict[str, float | None]]]:

@@ -38,7 +38,11 @@ def is_flow(scheduler: Any) -> bool:
 
 
 class _Following:
-    """A multistep solver of a flow that takes its noise levels from another scheduler."""
+    """A multistep solver of a flow that takes its noise levels from another scheduler.
+
+    Its settings do not say that its levels are those of a flow: pipelines that ask for levels of their own (FLUX's
+    `linspace(1, 1 / n, n)`) keep them to themselves then, and the levels would end at a thousandth instead.
+    """
 
     leader: Any
     shifted: ClassVar[dict[str, float]] = {}  # a shift that the solver asks for and that comes to nothing
@@ -60,6 +64,10 @@ class _Following:
         levels = self.leader.sigmas.detach().to("cpu", torch.float32).clone()
         levels[0] = min(float(levels[0]), NEARLY_ONE)
         self.sigmas, self.timesteps = levels, self.leader.timesteps
+
+    def _sigma_to_alpha_sigma_t(self, sigma: Any) -> tuple[Any, Any]:
+        """Signal and noise at a noise level: `x = (1 - level) sample + level noise`."""
+        return 1 - sigma, sigma
 
 
 class _UniPC(_Following, UniPCMultistepScheduler):
@@ -115,13 +123,14 @@ class Sampler:
         if self.solver == "euler":
             return leader
         # The solver keeps the pipeline's settings, from which pipelines compute a shift; the leader heeds them.
+        own = {name: original.config.get(name, False) for name in ("use_dynamic_shifting", "use_flow_sigmas")}
         follower = FOLLOWING[self.solver].from_config(
             {**original.config, "use_dynamic_shifting": False, **dict.fromkeys(filter(None, SPACINGS.values()), False)},
             solver_order=2,
             use_flow_sigmas=True,
             prediction_type="flow_prediction",
         )
-        follower.register_to_config(use_dynamic_shifting=original.config.get("use_dynamic_shifting", False))
+        follower.register_to_config(**own)
         follower.leader = leader
         return follower
 

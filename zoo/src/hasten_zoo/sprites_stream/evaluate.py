@@ -55,7 +55,7 @@ def ablations(budget: int, budgets: HeadBudgets | None) -> dict[str, StreamingMe
         "diversity of all tokens": FocusedForcing(budget=budget, diversity_tokens=TOKENS),
         "diversity on cached keys": FocusedForcing(budget=budget, diversity_on="cached"),
         "chosen anew each step": FocusedForcing(budget=budget, refresh_every=1),
-        "first frame kept": FocusedForcing(budget=budget, keep_first=True),
+        "first frame not kept": FocusedForcing(budget=budget, keep_first=False),
     }
     if budgets is not None:
         arms["importance budgets"] = FocusedForcing(budget=budgets)

@@ -68,7 +68,7 @@ class FocusedForcing(RefreshedMethod):
     ] = 32
     keep_first: Annotated[
         bool, "heads with a budget of three or more always attend to the first frame, which holds identity"
-    ] = False
+    ] = True
     window: Annotated[
         int | None, Range(1), "frames to choose from, beside the first; older ones are evicted; None keeps all"
     ] = None
