@@ -3,6 +3,7 @@
 python benchmarks/caching.py --model emoji-flux --out benchmarks/caching-emoji-flux.json
 python benchmarks/caching.py --model emoji-flux --guidance 3 --out benchmarks/caching-emoji-flux-guided.json
 python benchmarks/caching.py --arms "foca;hicache:sigma=0.6" --schedules even --counts 9 --held-out 8 --out try.json
+python benchmarks/caching.py --arms "foca:site=module;hyca:site=module" --counts 9 --out module.json
 
 Prompts are drawn in batches, prompt `i` with seed `i`; what is fitted learns from the last prompts of the list, with
 seeds from 1000. Every row is written as soon as it is measured: the same command goes on where it was cut short.
@@ -13,8 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from functools import cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,12 @@ import hasten
 import numpy as np
 from hasten import registry
 from hasten.bench.environment import environment
-from hasten.bench.plain import plain_samplers
 from hasten.bench.requests import caching_method
 from hasten.bench.subject import open_model
-from hasten.bench.tune import tuning_calls
 from hasten.errors import ConfigError, ScheduleError
 from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
-from hasten.quality.metrics import over_frames, psnr
-from safetensors.torch import load_file, save
+from held_out import HeldOut
 from torch import Tensor
 
 SEED = 1000
@@ -74,8 +71,10 @@ class Measure:
         self.pipe = self.model.pipe
         self.rows: dict[str, Any] = json.loads(self.out.read_text())["rows"] if self.out.exists() else {}
         scale = "" if options.guidance is None else f"-{options.guidance:g}"
+        self.scale: float | None = options.guidance
         self.work = options.work / f"{options.model}{scale}-{options.steps}"
         self.work.mkdir(parents=True, exist_ok=True)
+        self.held_out = HeldOut(self.model, options.steps, options.learn, options.held_out, options.batch, self.work)
 
     def run(self) -> None:
         """Measure what is not there yet."""
@@ -87,54 +86,7 @@ class Measure:
                 for count in counts:
                     self.arm(arm, schedule, count)
 
-    # --- drawing
-
-    def calls(self, learn: bool, count: int | None = None) -> list[dict[str, Any]]:
-        """The calls to learn from, or the held-out ones."""
-        prompts, scale = self.model.prompts, self.options.guidance
-        chosen = prompts[-self.options.learn :] if learn else prompts[: count or self.options.held_out]
-        call = {} if scale is None else {"true_cfg_scale": scale, "negative_prompt": ""}
-        return tuning_calls(
-            self.model,
-            chosen,
-            SEED if learn else 0,
-            self.options.steps,
-            call,
-            self.options.batch,
-        )
-
-    def draw(
-        self,
-        attach: AbstractContextManager[Any],
-        count: int | None = None,
-        steps: int | None = None,
-    ) -> list[Tensor]:
-        """Images `[3, H, W]` or clips `[F, 3, H, W]` in [0, 1] of the held-out prompts, or of so many of them."""
-        calls, images = self.calls(False, count), []
-        with attach:
-            for arguments in Replay(calls):
-                given = {
-                    "output_type": "pt",
-                    "num_inference_steps": steps or self.options.steps,
-                }
-                images += list(self.pipe(**{**arguments, **given})[0].float())
-        return images
-
-    def references(self) -> list[Tensor]:
-        """The full run of every held-out prompt."""
-        file = self.work / f"references-{self.options.held_out}.safetensors"
-        if not file.exists():
-            images = self.draw(hasten.accelerate(self.pipe, "reuse", interval=1))
-            write_atomically(
-                file,
-                save({f"{i:04d}": image.contiguous() for i, image in enumerate(images)}),
-            )
-        return [image for _, image in sorted(load_file(file).items())]
-
-    def quality(self, images: Sequence[Tensor]) -> list[float]:
-        """PSNR of every image."""
-        pairs = zip(images, self.references(), strict=False)
-        return [round(over_frames(psnr, a, b) if a.dim() == 4 else psnr(a, b), 3) for a, b in pairs]
+    # --- rows
 
     def note(self, key: str, row: dict[str, Any]) -> None:
         """Keep a row and write all of them."""
@@ -148,8 +100,9 @@ class Measure:
             flush=True,
         )
 
-    def measured(self, values: Sequence[float]) -> dict[str, Any]:
-        """Figures of a row from the PSNR of every prompt."""
+    def measured(self, images: Sequence[Tensor]) -> dict[str, Any]:
+        """Figures of a row: PSNR of every prompt, and what they come to."""
+        values = self.held_out.quality(images, self.scale)
         worst = int(np.argmin(values))
         return {
             "median": round(float(np.median(values)), 3),
@@ -157,8 +110,6 @@ class Measure:
             "worst": [self.model.prompts[worst], values[worst]],
             "psnr": list(values),
         }
-
-    # --- rows
 
     def arm(self, expression: str, schedule: str, count: int) -> None:
         """A caching method on a schedule with a number of computed steps."""
@@ -175,43 +126,40 @@ class Measure:
         except (ConfigError, ScheduleError) as error:
             self.note(key, row | {"refused": str(error)})
             return
-        images = self.draw(hasten.accelerate(self.pipe, method))
-        self.note(key, row | self.measured(self.quality(images)))
+        with hasten.accelerate(self.pipe, method):
+            images = self.held_out.draw(self.held_out.calls(self.scale))
+        self.note(key, row | self.measured(images))
 
     def fitted(self, expression: str) -> str:
         """The expression with its calibration, which is made where it is missing."""
         ((name, given),) = registry.split(expression)
         if not registry.info(name).needs_calibration or "calibration" in given:
             return expression
-        file = self.work / f"{name}.safetensors"
+        site = {"site": given["site"]} if "site" in given else {}
+        file = self.work / ("-".join((name, *site.values())) + ".safetensors")
         if not file.exists():
-            hasten.fit(self.trace, name).save(file)
+            hasten.fit(self.trace(**site), name, **site).save(file)
         return f"{expression}:calibration={file}"
 
-    @cached_property
-    def trace(self) -> Any:
-        """What the methods that are fitted learn from."""
-        replay = Replay(self.calls(True))
-        calls = [partial(lambda i: self.pipe(**replay[i]), i) for i in range(len(replay))]
-        return hasten.record(self.pipe, calls, tokens=4096)
+    @cache  # noqa: B019 (one object, for as long as the process)
+    def trace(self, site: str = "hidden") -> Any:
+        """What the methods that are fitted learn from; one call at the module site, whose traces are large."""
+        replay = Replay(self.held_out.calls(self.scale, learn=True))
+        many = range(len(replay) if site == "hidden" else 1)
+        calls = [partial(lambda i: self.pipe(**replay[i]), i) for i in many]
+        return hasten.record(self.pipe, calls, site=site, tokens=4096)
 
     def plain(self, count: int) -> None:
         """The pipeline's own sampler with as many steps; and the best of all, chosen on a few prompts."""
-        samplers = plain_samplers()
+        calls = self.held_out.calls(self.scale)
         if self.options.plain and f"best plain @ {count}" not in self.rows:
-            tried = {}
-            for label, sampler in samplers.items():
-                try:
-                    tried[label] = float(np.mean(self.quality(self.draw(sampler(self.pipe), TRIED, count))))
-                except FAILS as error:
-                    print(label, "not for this model:", " ".join(str(error).split())[:80])
-            best = max(tried, key=lambda label: tried[label])
-            row = self.measured(self.quality(self.draw(samplers[best](self.pipe), steps=count)))
-            about = {"sampler": best, "tried": {label: round(value, 2) for label, value in tried.items()}}
-            self.note(f"best plain @ {count}", {"method": "best plain", "count": count} | about | row)
+            best, tried = self.held_out.best_plain(count, self.scale)
+            about = {"method": "best plain", "count": count, "sampler": best, "tried": tried}
+            images = self.held_out.plain(best)(calls, count)
+            self.note(f"best plain @ {count}", about | self.measured(images))
         if f"plain @ {count}" not in self.rows:
-            row = self.measured(self.quality(self.draw(samplers["euler"](self.pipe), steps=count)))
-            self.note(f"plain @ {count}", {"method": "plain", "count": count} | row)
+            images = self.held_out.draw(calls, count)
+            self.note(f"plain @ {count}", {"method": "plain", "count": count} | self.measured(images))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ and the learned solvers of the literature.
 python benchmarks/leap_measure.py --model emoji-flux --guidance 3 --counts 9,7 --out benchmarks/leap-flux-guided.json
 python benchmarks/leap_measure.py --model emoji-flux --counts 16,14,12,10,9,8,7,6,5,4 --old --out leap-flux.json
 
-Everything that is finished is kept in `--work` and in the JSON: the same command goes on where it was cut short. The
-model of prompt `i` is drawn with seed `i`; those learned from are the last of the list, with seeds from 1000.
+Everything that is finished is kept in `--work` and in the JSON: the same command goes on where it was cut short.
 """
 
 from __future__ import annotations
@@ -22,27 +21,20 @@ import numpy as np
 import torch
 from hasten.bench.environment import environment
 from hasten.bench.learned_solvers import SOLVERS, fit_learned_solver
-from hasten.bench.plain import plain_samplers
 from hasten.bench.subject import open_model
-from hasten.bench.tune import tuning_calls
 from hasten.calibration import Calibration
-from hasten.errors import ConfigError
 from hasten.fitting.evaluator import Evaluator
 from hasten.fitting.leap import fit_leap
 from hasten.fitting.leap_fitter import Fitter
 from hasten.fitting.references import record_references
 from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
-from hasten.quality.metrics import psnr
+from hasten.quality.metrics import over_frames, psnr
 from hasten.solvers import Leap, LeapScheduler
-from safetensors.torch import load_file, save
+from held_out import HeldOut
 from torch import Tensor
 
-STEPS, SEED, TRIED = (
-    50,
-    1000,
-    4,
-)  # TRIED: held-out prompts on which the best plain sampler is chosen
+STEPS = 50
 RESAMPLES = 2000
 
 
@@ -104,6 +96,7 @@ class Measure:
         self.fits: dict[str, Any] = known.get("fits", {})
         self.work = options.work / self.out.stem
         self.work.mkdir(parents=True, exist_ok=True)
+        self.held_out = HeldOut(self.model, STEPS, options.learn, options.held_out, options.batch, self.work)
 
     def write(self) -> None:
         """Write everything measured so far, with what can be computed from it."""
@@ -120,37 +113,6 @@ class Measure:
 
     # --- drawing
 
-    def call(self, scale: float | None) -> dict[str, Any]:
-        """Arguments of a call at a guidance scale."""
-        return {} if scale is None else {"true_cfg_scale": scale, "negative_prompt": ""}
-
-    def calls(self, scale: float | None, learn: bool, count: int | None = None) -> list[dict[str, Any]]:
-        """The calls to learn from, or the held-out ones."""
-        prompts = self.model.prompts
-        chosen = prompts[-self.options.learn :] if learn else prompts[: count or self.options.held_out]
-        seed = SEED if learn else 0
-        return tuning_calls(self.model, chosen, seed, STEPS, self.call(scale), self.options.batch)
-
-    def draw(self, calls: Sequence[dict[str, Any]], steps: int) -> list[Tensor]:
-        """Images `[3, H, W]` or clips `[F, 3, H, W]` in [0, 1]."""
-        replay, images = Replay(calls), []
-        for arguments in replay:
-            made = self.pipe(**{**arguments, "output_type": "pt", "num_inference_steps": steps})[0]
-            images += list(made.float())
-        replay.rewind()
-        return images
-
-    def reference(self, scale: float | None) -> list[Tensor]:
-        """The plain sampler's images of the held-out prompts."""
-        file = self.work / f"reference-{scale}-{self.options.held_out}.safetensors"
-        if not file.exists():
-            images = self.draw(self.calls(scale, False), STEPS)
-            write_atomically(
-                file,
-                save({f"{i:04d}": image.contiguous() for i, image in enumerate(images)}),
-            )
-        return [image for _, image in sorted(load_file(file).items())]
-
     def measure(
         self,
         name: str,
@@ -163,15 +125,15 @@ class Measure:
         key = f"{name}, {count}" + ("" if scale is None else f", guidance {scale:g}")
         if key in self.rows:
             return
-        drawn = draw(self.calls(scale, False))
-        values = [_psnr(a, b) for a, b in zip(drawn, self.reference(scale), strict=True)]
+        drawn = draw(self.held_out.calls(scale))
+        values = self.held_out.quality(drawn, scale)
         self.rows[key] = {
             "name": name,
             "count": count,
             "guidance": scale,
             "median": float(np.median(values)),
         } | more
-        self.rows[key]["psnr"] = [round(value, 3) for value in values]
+        self.rows[key]["psnr"] = values
         self.write()
         print(key, round(self.rows[key]["median"], 2), flush=True)
 
@@ -189,7 +151,7 @@ class Measure:
         def draw(calls: list[dict[str, Any]]) -> list[Tensor]:
             if hook:
                 with hasten.accelerate(self.pipe, Leap(fit)):
-                    return self.draw(calls, count)
+                    return self.held_out.draw(calls, count)
             return self.scheduled(LeapScheduler.of(fit, self.pipe, guidance=scale), calls, count)
 
         self.measure(name, count, scale, draw)
@@ -198,7 +160,7 @@ class Measure:
         """Images with another scheduler."""
         original, self.pipe.scheduler = self.pipe.scheduler, scheduler
         try:
-            return self.draw(calls, count)
+            return self.held_out.draw(calls, count)
         finally:
             self.pipe.scheduler = original
 
@@ -244,7 +206,7 @@ class Measure:
         scale = scales[len(scales) // 2]
         fitted = fit_leap(
             self.pipe,
-            self.calls(scale, True),
+            self.held_out.calls(scale, learn=True),
             counts,
             guidances=[one for one in scales if one is not None] if len(scales) > 1 else (),
             known=known,
@@ -264,39 +226,15 @@ class Measure:
 
     def plain(self, count: int, scale: float | None) -> None:
         """Euler, and the best of all solvers and spacings on the first prompts."""
-        self.measure("euler", count, scale, lambda calls: self.draw(calls, count))
+        self.measure("euler", count, scale, lambda calls: self.held_out.draw(calls, count))
         if any(
             row["name"].startswith("best plain") and (row["count"], row["guidance"]) == (count, scale)
             for row in self.rows.values()
         ):
             return
-        tried_on = min(TRIED, self.options.held_out)
-        few, reference = (
-            self.calls(scale, False, tried_on),
-            self.reference(scale)[:tried_on],
-        )
-        samplers = plain_samplers()
-
-        def drawn(label: str, calls: list[dict[str, Any]]) -> list[Tensor]:
-            with samplers[label](self.pipe):
-                return self.draw(calls, count)
-
-        tried: dict[str, float] = {}
-        for label in samplers:
-            try:
-                images = drawn(label, few)
-            except (
-                ConfigError,
-                ValueError,
-                TypeError,
-                ImportError,
-                AssertionError,
-            ) as error:
-                print(label, "not for this model:", " ".join(str(error).split())[:80])
-                continue
-            tried[label] = float(np.mean([_psnr(a, b) for a, b in zip(images, reference, strict=True)]))
-        best = max(tried, key=lambda label: tried[label])
-        self.measure("best plain", count, scale, lambda calls: drawn(best, calls), sampler=best, tried=tried)
+        best, tried = self.held_out.best_plain(count, scale)
+        draw = self.held_out.plain(best)
+        self.measure("best plain", count, scale, lambda calls: draw(calls, count), sampler=best, tried=tried)
 
     def old(self, scale: float | None) -> None:
         """The file that comes with the model: coefficients of release 0.1.0, fitted without guidance."""
@@ -311,13 +249,13 @@ class Measure:
         for scale in [*self.guidances, *numbers(self.options.at)]:
             own = self.fit(f"own-{scale:g}", counts, [scale])
             for count in counts:
-                self.measure("euler", count, scale, lambda calls, n=count: self.draw(calls, n))
+                self.measure("euler", count, scale, lambda calls, n=count: self.held_out.draw(calls, n))
                 self.leap(shared, count, scale, "leap, one file")
                 self.leap(own, count, scale, "leap, own fit")
 
     def learned(self, name: str, count: int, scale: float | None) -> None:
         """A learned solver of the literature, at LEAP's rounds of refinement."""
-        replay = Replay(self.calls(scale, True))
+        replay = Replay(self.held_out.calls(scale, learn=True))
         evaluator, table = Evaluator(self.pipe, replay), None
 
         def draw(calls: list[dict[str, Any]]) -> list[Tensor]:
@@ -361,12 +299,12 @@ class Measure:
 
     def half(self, fit: Calibration, scale: float | None) -> None:
         """LEAP in bfloat16, against the plain sampler in bfloat16 and in float32."""
-        truth = self.reference(scale)
+        truth = self.held_out.references(scale)
         self.pipe.to(torch.bfloat16)
-        plain = self.draw(self.calls(scale, False), STEPS)
+        plain = self.held_out.draw(self.held_out.calls(scale))
         for count in self.counts:
             with hasten.accelerate(self.pipe, Leap(fit)):
-                drawn = self.draw(self.calls(scale, False), count)
+                drawn = self.held_out.draw(self.held_out.calls(scale), count)
             key = f"leap in bfloat16, {count}"
             against = {"its own precision": plain, "float32": truth}
             self.rows[key] = {
@@ -374,7 +312,7 @@ class Measure:
                 "count": count,
                 "guidance": scale,
             } | {
-                name: float(np.median([_psnr(a, b) for a, b in zip(drawn, images, strict=True)]))
+                name: float(np.median([over_frames(psnr, a, b) for a, b in zip(drawn, images, strict=True)]))
                 for name, images in against.items()
             }
             self.write()
@@ -408,13 +346,6 @@ class Measure:
                 "high": float(high),
             }
         return found
-
-
-def _psnr(image: Tensor, reference: Tensor) -> float:
-    """Of an image, or the median over the frames of a clip."""
-    if image.ndim == 4:
-        return float(np.median([psnr(a, b) for a, b in zip(image, reference, strict=True)]))
-    return psnr(image, reference)
 
 
 if __name__ == "__main__":

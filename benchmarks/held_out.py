@@ -1,0 +1,102 @@
+"""Prompts that nothing learned from, their full runs, and the best plain sampler on them: for benchmarks of a model.
+
+The image of held-out prompt `i` is drawn with seed `i`; what is fitted learns from the last prompts of the list, with
+seeds from 1000.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hasten.bench.plain import plain_samplers
+from hasten.bench.subject import Subject
+from hasten.bench.tune import tuning_calls
+from hasten.errors import ConfigError
+from hasten.io import write_atomically
+from hasten.pipeline.replay import Replay
+from hasten.quality.metrics import over_frames, psnr
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+SEED = 1000
+TRIED = 4  # held-out prompts on which the best plain sampler is chosen
+FAILS = (ConfigError, ValueError, TypeError, ImportError, AssertionError)  # of schedulers that do not fit a pipeline
+
+Calls = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How the prompts of a model are drawn.
+
+    Attributes:
+        model: from `open_model`.
+        steps: of the full run.
+        learn: how many of the last prompts are learned from.
+        many: how many of the first ones are held out.
+        batch: prompts per call.
+        work: the folder of the references.
+    """
+
+    model: Subject
+    steps: int
+    learn: int
+    many: int
+    batch: int
+    work: Path
+
+    def calls(self, scale: float | None, *, learn: bool = False, many: int | None = None) -> Calls:
+        """Arguments of the held-out calls, or of those to learn from, at a scale of true guidance or without it."""
+        prompts = self.model.prompts
+        chosen = prompts[-self.learn :] if learn else prompts[: many or self.many]
+        guidance = {} if scale is None else {"true_cfg_scale": scale, "negative_prompt": ""}
+        return tuning_calls(self.model, chosen, SEED if learn else 0, self.steps, guidance, self.batch)
+
+    def draw(self, calls: Calls, steps: int | None = None) -> list[Tensor]:
+        """Images `[3, H, W]` or clips `[F, 3, H, W]` in [0, 1]."""
+        replay, images = Replay(calls), []
+        for arguments in replay:
+            given = {"output_type": "pt", "num_inference_steps": steps or self.steps}
+            images += list(self.model.pipe(**{**arguments, **given})[0].float())
+        replay.rewind()
+        return images
+
+    def references(self, scale: float | None) -> list[Tensor]:
+        """The plain sampler's images of the held-out prompts at all steps; drawn once."""
+        file = self.work / f"reference-{self.steps}-{scale}-{self.many}.safetensors"
+        if not file.exists():
+            images = self.draw(self.calls(scale))
+            write_atomically(file, save({f"{i:04d}": image.contiguous() for i, image in enumerate(images)}))
+        return [image for _, image in sorted(load_file(file).items())]
+
+    def quality(self, images: Sequence[Tensor], scale: float | None) -> list[float]:
+        """PSNR to the full run of every image, in dB; of a clip the mean over its frames."""
+        pairs = zip(images, self.references(scale), strict=False)
+        return [round(over_frames(psnr, a, b), 3) for a, b in pairs]
+
+    def best_plain(self, count: int, scale: float | None) -> tuple[str, dict[str, float]]:
+        """The label of the best plain sampler with `count` steps, and mean PSNR on the first prompts of all of them."""
+        samplers, tried = plain_samplers(), {}
+        few = self.calls(scale, many=TRIED)
+        for label, sampler in samplers.items():
+            try:
+                with sampler(self.model.pipe):
+                    images = self.draw(few, count)
+            except FAILS as error:
+                print(label, "not for this model:", " ".join(str(error).split())[:80])
+                continue
+            tried[label] = round(float(np.mean(self.quality(images, scale))), 2)
+        return max(tried, key=lambda label: tried[label]), tried
+
+    def plain(self, label: str) -> Callable[[Calls, int], list[Tensor]]:
+        """What draws with a plain sampler."""
+
+        def draw(calls: Calls, count: int) -> list[Tensor]:
+            with plain_samplers()[label](self.model.pipe):
+                return self.draw(calls, count)
+
+        return draw
