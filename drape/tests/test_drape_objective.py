@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from drape.defences import aggregate, consensus
+from drape.defences import aggregate, consensus, union
 from drape.detectors.base import Candidates, Detection, box_iou, non_maximum_suppression
 from drape.errors import ConfigError, UnknownNameError
 from drape.evaluate import recovered
@@ -24,19 +26,17 @@ from drape.metrics import (
 )
 from drape.objective import (
     WEIGHTINGS,
-    Drift,
     Temporal,
     confidence,
-    drift,
     frame_weights,
     naturalness,
-    photometric,
     sequence_loss,
     spread,
     temporal_loss,
     walks_loss,
 )
 from drape.texture import ControlPointTexture, TextureSpec
+from drape.transforms import Transforms, drift, photometric
 
 BOX = torch.tensor([10.0, 10, 20, 40])
 NONE = Detection(torch.zeros(0, 4), torch.zeros(0))
@@ -82,6 +82,19 @@ def test_hard_and_windowed_weights_prefer_the_frames_that_are_seen() -> None:
     torch.testing.assert_close(frame_weights(Temporal(mode="uniform"), d), torch.full((6,), 1 / 6))
 
 
+def test_a_run_counts_only_where_a_whole_window_is_seen() -> None:
+    """Six frames that are seen in a row, and the same number scattered: the mean is the same, the run is not."""
+    together = torch.tensor([0.9] * 6 + [0.1] * 6)
+    scattered = torch.tensor([0.9, 0.1] * 6)
+    for mode, gap in (("uniform", 0.0), ("run", 0.3)):
+        temporal = Temporal(mode=mode, window=4, kappa=20)
+        losses = [float(temporal_loss(temporal, d)) for d in (together, scattered)]
+        assert losses[0] - losses[1] == pytest.approx(gap, abs=1e-6) or losses[0] - losses[1] > gap > 0
+    values = scattered.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(temporal_loss(temporal, values), values)
+    torch.testing.assert_close(gradient, frame_weights(temporal, values))
+
+
 def test_curriculum_goes_from_one_frame_to_all() -> None:
     temporal = Temporal(mode="curriculum")
     assert [temporal.window_at(p, 9) for p in (0.0, 0.5, 1.0)] == [1, 5, 9]
@@ -106,14 +119,14 @@ def test_drift_has_the_autocorrelation_of_its_coefficient(generator: torch.Gener
 
 def test_photometric_changes_drift_slowly_and_stay_in_range(generator: torch.Generator) -> None:
     frames = torch.full((40, 3, 4, 4), 0.5)
-    means = photometric(frames, Drift(noise=0.0), generator).mean(dim=(1, 2, 3))
+    means = photometric(frames, Transforms(noise=0.0), generator).mean(dim=(1, 2, 3))
     assert float((means - 0.5).abs().max()) <= 0.1
     assert float(means.diff().abs().mean()) < 0.5 * float(means.std())
-    whole = photometric(frames, Drift(noise=0.0), states=torch.linspace(-1, 1, 80).view(40, 2))
-    part = photometric(frames[5:7], Drift(noise=0.0), states=torch.linspace(-1, 1, 80).view(40, 2)[5:7])
+    whole = photometric(frames, Transforms(noise=0.0), states=torch.linspace(-1, 1, 80).view(40, 2))
+    part = photometric(frames[5:7], Transforms(noise=0.0), states=torch.linspace(-1, 1, 80).view(40, 2)[5:7])
     assert torch.equal(whole[5:7], part)
     with pytest.raises(ConfigError, match="states"):
-        photometric(frames, Drift(), states=torch.zeros(3, 2))
+        photometric(frames, Transforms(), states=torch.zeros(3, 2))
 
 
 def test_confidence_counts_boxes_on_the_person_only() -> None:
@@ -151,8 +164,11 @@ def test_spread_is_larger_for_points_on_a_heap_and_naturalness_for_another_patte
     [
         lambda: Temporal(mode="windw"),
         lambda: Temporal(window=0),
-        lambda: Drift(coefficient=1.0),
-        lambda: Drift(contrast=-1),
+        lambda: Transforms(coefficient=1.0),
+        lambda: Transforms(contrast=-1),
+        lambda: Transforms(zoom=(0.5, -0.5)),
+        lambda: Transforms(places=1.5),
+        lambda: Temporal(mining=-0.1),
         lambda: drift(0, 1, 0.5),
         lambda: temporal_loss(Temporal(), torch.zeros(0)),
         lambda: Temporal().window_at(1.5, 4),
@@ -214,24 +230,45 @@ def test_curves_groups_and_transfer() -> None:
         transfer_matrix({"a": {"a": 1.0}, "b": {"b": 1.0}})
 
 
-def test_aggregation_bridges_gaps_and_costs_false_boxes() -> None:
+def test_aggregation_bridges_gaps_from_what_has_passed() -> None:
     truth = BOX.expand(5, 4)
     gap = [seen(0.9), NONE, NONE, NONE, seen(0.8)]
-    assert confidences(aggregate(gap, reach=1), truth).tolist() == pytest.approx([0.9, 0.9, 0, 0.8, 0.8])
-    false = [
-        *[seen(0.7)] * 2,
-        Detection(torch.stack([BOX, BOX + 100]), torch.tensor([0.7, 0.85])),
-        *[seen(0.7)] * 2,
-    ]
+    assert confidences(aggregate(gap, reach=1), truth).tolist() == pytest.approx([0.9, 0.9, 0, 0, 0.8])
+    assert confidences(aggregate(gap, reach=3), truth).tolist() == pytest.approx([0.9, 0.9, 0.9, 0.9, 0.8])
+    whole, cut = aggregate(gap, reach=2), aggregate(gap[:3], reach=2)
+    for early, late in zip(cut, whole, strict=False):
+        assert torch.equal(early.boxes, late.boxes)  # frames to come change nothing
+
+
+def test_aggregation_moves_boxes_on_and_gives_them_up_where_the_person_is_found() -> None:
+    walking = [seen(0.9, 8.0 * t) for t in range(3)]
+    bridged = aggregate([*walking, NONE], reach=1)
+    assert bridged[3].boxes.tolist() == [(BOX + 24).tolist()]
+    assert [len(found.scores) for found in aggregate(walking, reach=2)] == [1, 1, 1]
+    unsure = aggregate([seen(0.9), seen(0.3, 100)], reach=1)
+    assert sorted(unsure[1].scores.tolist()) == pytest.approx([0.3, 0.9])
+
+
+def test_aggregation_costs_false_boxes() -> None:
+    truth = BOX.expand(5, 4)
+    stray = Detection(torch.stack([BOX, BOX + 100]), torch.tensor([0.7, 0.85]))
+    false = [seen(0.7), seen(0.7), stray, seen(0.7), seen(0.7)]
     assert average_precision(aggregate(false, reach=1), truth) < average_precision(false, truth)
-    assert [len(d.scores) for d in aggregate(false, reach=1)] == [1, 2, 2, 2, 1]
+    assert [len(d.scores) for d in aggregate(false, reach=1)] == [1, 1, 2, 2, 1]
 
 
-def test_consensus_sees_what_any_detector_sees() -> None:
-    both = consensus([[seen(0.9), NONE], [seen(0.4), seen(0.6)]])
-    assert [d.scores.tolist() for d in both] == [[pytest.approx(0.9)], [pytest.approx(0.6)]]
-    with pytest.raises(ConfigError, match="same"):
-        consensus([[NONE], [NONE, NONE]])
+def test_consensus_takes_as_many_as_it_says() -> None:
+    views = [[seen(0.9), seen(0.9)], [seen(0.6, 0.5), NONE], [seen(0.4), seen(0.7, 100)]]
+    two, three = consensus(views), consensus(views, least=3)
+    assert [d.scores.tolist() for d in two] == [[pytest.approx(0.6)], []]
+    assert three[0].scores.tolist() == [pytest.approx(0.4)]
+    anyone = union(views)
+    assert [sorted(d.scores.tolist()) for d in anyone] == [[pytest.approx(0.9)], pytest.approx([0.7, 0.9])]
+    for join in (consensus, union):
+        with pytest.raises(ConfigError, match="same"):
+            join([[NONE], [NONE, NONE]])
+    with pytest.raises(ConfigError, match="least=4"):
+        consensus(views, least=4)
 
 
 def test_recovered_share() -> None:
@@ -239,11 +276,13 @@ def test_recovered_share() -> None:
     assert recovered(0.5, 0.5, 0.6) is None
 
 
-def test_loss_of_walks_is_their_mean() -> None:
+def test_loss_of_walks_is_their_mean_or_leans_to_those_that_are_seen() -> None:
     walks = [torch.linspace(0.1, 0.9, 6), torch.linspace(0.5, 0.2, 4)]
     for mode in WEIGHTINGS:
         temporal = Temporal(mode=mode, window=2)
-        expected = np.mean([float(sequence_loss(temporal, d, d, 0.5)) for d in walks])
-        assert float(walks_loss(temporal, walks, walks, 0.5)) == pytest.approx(expected, abs=1e-6)
+        each = [float(sequence_loss(temporal, d, d, 0.5)) for d in walks]
+        even, mined = (walks_loss(replace(temporal, mining=m), walks, walks, 0.5) for m in (0.0, 0.6))
+        assert float(even) == pytest.approx(np.mean(each), abs=1e-6)
+        assert float(even) < float(mined) < max(each)  # more weight for the one that is seen more
     with pytest.raises(ConfigError, match="running"):
         walks_loss(Temporal(), walks, [])

@@ -74,9 +74,9 @@ def test_static_poses_are_one_frame_per_walk(scene: Scene, monkeypatch: pytest.M
     shown: set[int] = set()
     real = Scene.render
 
-    def render(self: Scene, images: object, frames: list[int] | None = None) -> torch.Tensor:
+    def render(self: Scene, images: object, frames: list[int] | None = None, relight: object = None) -> torch.Tensor:
         shown.update(frames or range(self.buffers.frames))
-        return real(self, images, frames)  # type: ignore[arg-type]
+        return real(self, images, frames, relight)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Scene, "render", render)
     run("static", Red(), scene, steps=4)
@@ -91,7 +91,7 @@ def test_optimisation_is_that_of_its_seed(scene: Scene) -> None:
     assert first != other
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "hard", "curriculum"])
+@pytest.mark.parametrize("weighting", ["uniform", "hard", "curriculum", "run"])
 def test_every_weighting_lowers_the_confidence(weighting: str, scene: Scene) -> None:
     result, _ = run("sequence", Red(), scene, temporal=Temporal(mode=weighting))
     assert result.confidence[-1] < result.confidence[0]
@@ -125,7 +125,7 @@ def test_defences_are_reported_beside_the_attack(scene: Scene) -> None:
     plain = control("plain", Gamut.proxy())
     rows = evaluate_defences(Red(), [scene], plain)
     assert set(rows) == {"aggregate", "median"}
-    expected = {"aggregate", "median", "consensus", "consensus+aggregate"}
+    expected = {"aggregate", "median", "consensus", "union", "consensus+aggregate", "union+aggregate"}
     assert set(evaluate_defences(Red(), [scene], plain, [Red()])) == expected
     assert "hardened+consensus" not in evaluate_defences(Red(), [scene], plain, hardened=Red())
     bare = evaluate(Red(), [scene], plain)

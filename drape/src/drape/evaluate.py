@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from drape.calibrate import false_scores
-from drape.defences import Purified, aggregate, consensus
+from drape.defences import Purified, aggregate, consensus, union
 from drape.detectors.base import Detection, Detector
 from drape.errors import ConfigError, unknown
 from drape.metrics import (
@@ -48,8 +48,10 @@ DEFENCES = (
     "aggregate",
     "median",
     "consensus",
+    "union",
     "hardened",
     "consensus+aggregate",
+    "union+aggregate",
     "hardened+aggregate",
     "hardened+consensus",
 )
@@ -60,18 +62,11 @@ Walks = list[list[Detection]]
 
 
 def detect_walk(detector: Detector, scene: Scene, textures: Textures) -> list[Detection]:
-    """Detections of every frame, with scores brought to a threshold of .5 so that detectors can be compared.
-
-    Scores below the detector's own threshold are stretched over [0, .5], those above over [.5, 1].
-    """
+    """Detections of every frame, with scores brought to a threshold of .5 (`Detector.scaled`)."""
     with torch.no_grad():
         frames = scene.render(textures)
     found = [d for part in frames.split(BATCH) for d in detector.detect(part)]
-    at = detector.threshold
-    return [
-        Detection(d.boxes, torch.where(d.scores < at, d.scores / (2 * at), 0.5 + (d.scores - at) / (2 * (1 - at))))
-        for d in found
-    ]
+    return [Detection(d.boxes, detector.scaled(d.scores)) for d in found]
 
 
 def summary(walks: Sequence[Sequence[Detection]], scenes: Sequence[Scene]) -> dict[str, Any]:
@@ -154,7 +149,7 @@ class Subject:
 
     def defences(self) -> tuple[str, ...]:
         """Those of `DEFENCES` that it has what is needed for."""
-        missing = set() if self.others else {"consensus"}
+        missing = set() if self.others else {"consensus", "union"}
         missing |= set() if self.hardened else {"hardened"}
         missing |= set() if self.recalibrated else {"threshold"}
         return tuple(name for name in DEFENCES if not missing & set(name.split("+")))
@@ -179,9 +174,10 @@ def defended(judge: Judge, subject: Subject, defence: str, name: str, textures: 
     if "median" in parts:
         detector = Purified(detector)
     walks = judge.walks(detector, name, textures)
-    if "consensus" in parts:
+    if "consensus" in parts or "union" in parts:
         others = [judge.walks(other, name, textures) for other in subject.others]
-        walks = [consensus(views) for views in zip(walks, *others, strict=True)]
+        join = consensus if "consensus" in parts else union
+        walks = [join(views) for views in zip(walks, *others, strict=True)]
     if "aggregate" in parts:
         walks = [aggregate(walk) for walk in walks]
     return summary(walks, judge.scenes)

@@ -33,10 +33,10 @@ from drape.detectors.registry import load_detector
 from drape.errors import AssetError, ConfigError
 from drape.gamut import Gamut
 from drape.io import check_output, load_arrays, save_arrays
-from drape.objective import Drift, photometric
 from drape.optimise import OptimiseSpec, optimise
 from drape.progress import steps
 from drape.scene.scene import Scene
+from drape.transforms import Transforms, photometric
 
 __all__ = ["HardenSpec", "Hardened", "distillation_loss", "harden", "load_hardened", "save_hardened"]
 
@@ -186,7 +186,7 @@ def learning_loss(
     with torch.no_grad():
         frames = torch.cat(
             [
-                photometric(scene.render(worst, attacked.tolist()), Drift(), generator),
+                photometric(scene.render(worst, attacked.tolist()), Transforms(), generator),
                 scene.render(teacher.clothes[kind], clean.tolist()),
                 teacher.photos[photo],
             ]

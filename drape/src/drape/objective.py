@@ -1,4 +1,4 @@
-"""The objective over a sequence: confidences, temporal weights, drifting transformations, regularisers, ensembles.
+"""The objective over a sequence: confidences, temporal weights, regularisers, ensembles.
 
     L = E_theta [ sum_t w_t softplus(k (d_t - d0)) / k  +  lam_v Var_t(d_t) ]  +  lam_c spread  +  lam_n naturalness
 
@@ -25,15 +25,12 @@ from drape.texture import ControlPointTexture
 
 __all__ = [
     "WEIGHTINGS",
-    "Drift",
     "Temporal",
     "aggregated",
     "confidence",
-    "drift",
     "ensemble_confidence",
     "frame_weights",
     "naturalness",
-    "photometric",
     "sequence_loss",
     "smooth_step",
     "spread",
@@ -41,7 +38,7 @@ __all__ = [
     "walks_loss",
 ]
 
-WEIGHTINGS = ("uniform", "hard", "window", "curriculum")
+WEIGHTINGS = ("uniform", "hard", "window", "curriculum", "run")
 VARIANTS = {"best": 0.01, "max": 0.1, "smooth": 0.1}  # to the least overlap with the true box that counts
 SHARPNESS = 20.0  # of the smooth maximum
 SPREAD_CELLS = 40.0
@@ -75,10 +72,11 @@ def confidence(found: Candidates, truth: Tensor, variant: str = "max") -> Tensor
 
 
 def ensemble_confidence(detectors: Sequence[Detector], frames: Tensor, truth: Tensor, variant: str = "max") -> Tensor:
-    """The mean of d_t over several detectors, `[B]`."""
+    """The mean of d_t over several detectors, `[B]`, each scaled so that .5 is its own threshold."""
     if not detectors:
         raise ConfigError("an ensemble needs at least one detector.")
-    return torch.stack([confidence(detector(frames), truth, variant) for detector in detectors]).mean(dim=0)
+    each = [detector.scaled(confidence(detector(frames), truth, variant)) for detector in detectors]
+    return torch.stack(each).mean(dim=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +85,14 @@ class Temporal:
 
     Args:
         mode: "uniform"; "hard", weights that are the softmax of kappa times the running mean of d_t; "window", a smooth
-            maximum over windows of the mean loss in each, which bounds the longest detected run; "curriculum", the same
-            with windows that grow from one frame to the whole sequence in the course of the optimisation.
-        kappa: sharpness of "hard" and "window".
+            maximum over windows of the mean loss in each; "run", one over windows of the soft minimum in each, which
+            is large only where a whole window is seen, and so bounds the longest run; "curriculum", "window" with
+            windows that grow from one frame to the whole sequence in the course of the optimisation.
+        kappa: sharpness of "hard", "window" and "run", and of `mining`.
         window: frames per window.
         slope, threshold: k and d0 of the smooth step.
         variance: weight of Var_t(d_t).
+        mining: share of the weight that goes to walks by the softmax of kappa times their loss; the rest goes evenly.
 
     Raises:
         UnknownNameError: the mode is none of `WEIGHTINGS`.
@@ -103,8 +103,9 @@ class Temporal:
     kappa: float = 10.0
     window: int = 8
     slope: float = 10.0
-    threshold: float = 0.2
+    threshold: float = 0.3
     variance: float = 0.1
+    mining: float = 0.3
 
     def __post_init__(self) -> None:
         if self.mode not in WEIGHTINGS:
@@ -114,6 +115,8 @@ class Temporal:
                 f"kappa={self.kappa}, slope={self.slope}, window={self.window}, variance={self.variance}; "
                 "expected kappa and slope above 0, window 1 or more, variance 0 or more."
             )
+        if not 0 <= self.mining <= 1:
+            raise ConfigError(f"mining={self.mining}; expected a share from 0 to 1.")
 
     def window_at(self, progress: float, frames: int) -> int:
         """The window's length at a share `progress` of the training, never more than the sequence."""
@@ -138,11 +141,12 @@ def frame_weights(temporal: Temporal, d: Tensor, running: Tensor | None = None, 
     if temporal.mode == "hard":
         return (temporal.kappa * (values if running is None else running.detach())).softmax(dim=0)
     length = temporal.window_at(progress, len(values))
-    share = (temporal.kappa * windows(values, length).mean(dim=1)).softmax(dim=0)
+    parts = windows(values, length)
+    share = (temporal.kappa * window_values(temporal, parts)).softmax(dim=0)
+    within = (-temporal.kappa * parts).softmax(dim=1) if temporal.mode == "run" else torch.full_like(parts, 1 / length)
     order = (torch.arange(len(values))[:, None] + torch.arange(length)) % len(values)
-    return torch.zeros_like(values).index_add(
-        0, order.reshape(-1).to(values.device), (share / length).repeat_interleave(length)
-    )
+    counted = (share[:, None] * within).reshape(-1)
+    return torch.zeros_like(values).index_add(0, order.reshape(-1).to(values.device), counted)
 
 
 def windows(values: Tensor, length: int) -> Tensor:
@@ -150,17 +154,25 @@ def windows(values: Tensor, length: int) -> Tensor:
     return torch.cat([values, values[: length - 1]]).unfold(0, length, 1)
 
 
+def window_values(temporal: Temporal, parts: Tensor) -> Tensor:
+    """One value for each window `[N, length]`: its mean, or in mode "run" its soft minimum, which is below the mean."""
+    if temporal.mode != "run":
+        return parts.mean(dim=1)
+    length = torch.tensor(float(parts.shape[1]), dtype=parts.dtype, device=parts.device)
+    return (length.log() - (-temporal.kappa * parts).logsumexp(dim=1)) / temporal.kappa
+
+
 def temporal_loss(temporal: Temporal, values: Tensor, running: Tensor | None = None, progress: float = 1.0) -> Tensor:
     """One number from the losses of all frames `[T]`.
 
     "window" and "curriculum": (1 / kappa) log mean_windows exp(kappa * mean of the window), at least the mean over
-    frames.
+    frames. "run": the same of the windows' soft minima, -(1 / kappa) log mean_t exp(-kappa * loss).
     """
     if values.ndim != 1 or len(values) == 0:
         raise ConfigError(f"the frames' losses have shape {tuple(values.shape)}; expected [T] with at least one frame.")
     if temporal.mode in ("uniform", "hard"):
         return (frame_weights(temporal, values, running) * values).sum()
-    means = windows(values, temporal.window_at(progress, len(values))).mean(dim=1)
+    means = window_values(temporal, windows(values, temporal.window_at(progress, len(values))))
     count = torch.tensor(float(len(means)), dtype=values.dtype, device=values.device)
     return ((temporal.kappa * means).logsumexp(dim=0) - count.log()) / temporal.kappa
 
@@ -177,32 +189,36 @@ def sequence_loss(temporal: Temporal, d: Tensor, running: Tensor | None = None, 
 
 
 def walks_loss(temporal: Temporal, walks: Sequence[Tensor], running: Sequence[Tensor], progress: float = 1.0) -> Tensor:
-    """The mean loss of several sequences: what counts is the share of walks that are missed, so all count the same.
+    """The loss of several sequences: their mean, with a share of the weight (`Temporal.mining`) on those seen most.
 
     A smooth maximum over the windows of all walks together was tried: it spends the texture on the walk that is seen
     most, and in a trial on one seed fewer walks were missed.
 
     Args:
-        walks, running: the confidences of each sequence `[T]`, and their running means.
+        walks, running: the confidences of each sequence `[T]`, and their running means, which the weights follow.
     """
     if not walks or len(walks) != len(running):
         raise ConfigError(f"{len(walks)} sequences, {len(running)} running means; expected one each, and at least one.")
-    each = [sequence_loss(temporal, d, r, progress) for d, r in zip(walks, running, strict=True)]
-    return torch.stack(each).mean()
+    each = torch.stack([sequence_loss(temporal, d, r, progress) for d, r in zip(walks, running, strict=True)])
+    with torch.no_grad():
+        known = torch.stack([sequence_loss(temporal, r, r, progress) for r in running])
+        weights = (1 - temporal.mining) / len(known) + temporal.mining * (temporal.kappa * known).softmax(dim=0)
+    return (weights * each).sum()
 
 
 def aggregated(d: Tensor, reach: int) -> Tensor:
-    """What aggregation over `reach` frames before and after makes of confidences `[T]`: a smooth maximum, `[T]`.
+    """What aggregation over the `reach` frames before makes of confidences `[T]`: a smooth maximum, `[T]`.
 
-    sum_s d_s softmax_s(k d_s) over the neighbourhood, which ends at the sequence's ends; between mean and maximum. An
-    attack that knows of `drape.defences.aggregate` is optimised through it.
+    sum_s d_s softmax_s(k d_s) over the frame and those before it, which begin with the sequence; between mean and
+    maximum. An attack that knows of `drape.defences.aggregate` is optimised through it.
     """
     if d.ndim != 1 or reach < 0:
         raise ConfigError(f"confidences {tuple(d.shape)}, reach={reach}; expected [T], and 0 or more.")
     if reach == 0:
         return d
     place = torch.arange(len(d), device=d.device)
-    away = (place[:, None] - place).abs() > reach
+    age = place[:, None] - place
+    away = (age < 0) | (age > reach)
     share = (SHARPNESS * d).expand(len(d), -1).masked_fill(away, -torch.inf).softmax(dim=1)
     return share @ d
 
@@ -223,56 +239,3 @@ def naturalness(texture: ControlPointTexture, labels: Tensor) -> Tensor:
         expected = (texture.spec.height, texture.spec.width)
         raise ConfigError(f"the label map has shape {tuple(labels.shape)}; expected {expected}.")
     return F.nll_loss(texture.log_probability()[None], labels[None])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drift:
-    """Photometric transformations, sampled once per sequence and drifting slowly in it.
-
-    Args:
-        contrast, brightness: half-widths, around 1 and 0.  noise: standard deviation, drawn again for every pixel.
-        coefficient: of the AR(1) process, .95: independent draws per frame would average out what is to be measured.
-    """
-
-    contrast: float = 0.1
-    brightness: float = 0.1
-    noise: float = 0.02
-    coefficient: float = 0.95
-
-    def __post_init__(self) -> None:
-        if min(self.contrast, self.brightness, self.noise) < 0 or self.contrast >= 1:
-            raise ConfigError(
-                f"contrast={self.contrast}, brightness={self.brightness}, noise={self.noise}; expected none below 0, "
-                "and a contrast below 1."
-            )
-        if not 0 <= self.coefficient < 1:
-            raise ConfigError(f"coefficient={self.coefficient}; expected 0 up to, not including, 1.")
-
-
-def drift(frames: int, channels: int, coefficient: float, generator: torch.Generator | None = None) -> Tensor:
-    """A stationary AR(1) process with unit variance, x_t = a x_{t-1} + sqrt(1 - a^2) e_t, `[frames, channels]`."""
-    if frames < 1 or not 0 <= coefficient < 1:
-        raise ConfigError(f"frames={frames}, coefficient={coefficient}; expected at least 1, and 0 up to below 1.")
-    shocks = torch.randn(frames, channels, generator=generator)
-    steps = [shocks[0]]
-    for shock in shocks[1:]:
-        steps.append(coefficient * steps[-1] + (1 - coefficient**2) ** 0.5 * shock)
-    return torch.stack(steps)
-
-
-def photometric(
-    frames: Tensor, transform: Drift, generator: torch.Generator | None = None, states: Tensor | None = None
-) -> Tensor:
-    """Frames `[T, 3, S, S]` of one sequence with drifting contrast and brightness, and noise, in [0, 1].
-
-    Args:
-        states: `[T, 2]` of `drift`, for frames that are a part of a sequence; drawn if not given.
-    """
-    if states is None:
-        states = drift(len(frames), 2, transform.coefficient, generator)
-    if states.shape != (len(frames), 2):
-        raise ConfigError(f"states have shape {tuple(states.shape)}; expected {(len(frames), 2)}, two for each frame.")
-    amount = torch.tanh(states.to(frames))[:, :, None, None, None]  # stays inside the half-widths
-    contrast, brightness = 1 + transform.contrast * amount[:, 0], transform.brightness * amount[:, 1]
-    noise = torch.randn(frames.shape, generator=generator).to(frames) * transform.noise
-    return ((frames - 0.5) * contrast + 0.5 + brightness + noise).clamp(0, 1)

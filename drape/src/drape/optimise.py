@@ -1,15 +1,15 @@
 """Worst-case textures: optimisation over whole sequences, and its control, frame by frame with equal compute.
 
 The loss of "sequence", `drape.objective.walks_loss`, is differentiated to the confidences of all frames of all walks,
-g_t = dL/dd_t; then B frames, drawn with probabilities p_t that follow |g_t|,
-are followed backwards. mean_i g_i d_i / p_i has the gradient of the loss as its expectation, whatever L is: windows,
-variance, or a defence that aggregates over time. What d_t is comes from a pass over all frames without gradients,
-taken at every `refresh`-th step, and from the frames followed since.
+g_t = dL/dd_t; then B frames, drawn with probabilities p_t that follow |g_t|, are followed backwards. mean_i g_i d_i /
+p_i has the gradient of the loss as its expectation, whatever L is: windows, variance, or a defence that aggregates over
+time. What d_t is comes from a pass over all frames without gradients, taken at every `refresh`-th step, and from the
+frames followed since; g_t is taken again with what the drawn frames show before they are followed.
 
-Two baselines see no sequences: "frames" draws single frames from all walks evenly, each with a change of light of its
-own, and takes their mean; "static" does so with one pose per walk, the frame in its middle, which is what optimising on
-still images is. All modes follow as many frames backwards at each step; the frames that "sequence" looks at beside that
-are counted (`Run.forward`), and their cost is a few per cent where `refresh` is large.
+Two baselines see no sequences: "frames" draws single frames from all walks evenly, each with changes of its own
+(`drape.transforms`), and takes their mean; "static" does so with one pose per walk, the frame in its middle, which is
+what optimising on still images is. All modes follow as many frames backwards at each step; the frames that "sequence"
+looks at beside that are counted (`Run.forward`).
 
 A defence that is a detector (`drape.defences.Purified`, `drape.harden`) is attacked by giving it as the detector, and
 aggregation over time by `OptimiseSpec.aggregation`.
@@ -28,13 +28,10 @@ from torch import Tensor
 from drape.detectors.base import Detector
 from drape.errors import ConfigError, unknown
 from drape.objective import (
-    Drift,
     Temporal,
     aggregated,
-    drift,
     ensemble_confidence,
     naturalness,
-    photometric,
     smooth_step,
     spread,
     walks_loss,
@@ -42,6 +39,7 @@ from drape.objective import (
 from drape.progress import steps
 from drape.scene.scene import Scene
 from drape.texture import ControlPointTexture
+from drape.transforms import STATES, Transforms, drawn_for, drift, shown
 
 __all__ = ["MODES", "OptimiseSpec", "Run", "frame_gradient", "optimise"]
 
@@ -63,7 +61,7 @@ class OptimiseSpec:
         aggregation: frames before and after that the defence is reckoned to aggregate over; 0 for none.
         spread: weight of the spread regulariser, 50 in AdvCaT.
         naturalness: weight of staying like a product, for textures that have label maps.
-        temporal, drift: weighting of the frames and photometric changes.  seed: of all randomness.
+        temporal, transforms: weighting of the frames, and what they are changed by.  seed: of all randomness.
     """
 
     mode: str = "sequence"
@@ -75,7 +73,7 @@ class OptimiseSpec:
     spread: float = 1.0
     naturalness: float = 0.1
     temporal: Temporal = field(default_factory=Temporal)
-    drift: Drift = field(default_factory=Drift)
+    transforms: Transforms = field(default_factory=Transforms)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -185,20 +183,20 @@ def frame_gradient(
 
 
 def draw_frames(gradient: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Frames to follow backwards, int64 `[B]`, and what their confidences are multiplied by, `[B]`.
+    """Frames to follow backwards, int64 `[B]`, and how often each is expected among them, `[B]`.
 
     Systematic draws from probabilities that follow |g_t|: evenly spaced, so that no frame comes more than once more
     often than it should.
     """
     total = len(gradient)
     if count >= total:
-        return torch.arange(total), gradient
+        return torch.arange(total), torch.ones(total)
     size = gradient.abs()
     share = EVEN / total + (1 - EVEN) * size / size.sum().clamp_min(1e-12)
     share = share / share.sum()
     places = (torch.arange(count) + torch.rand(1, generator=generator)) / count
     chosen = torch.searchsorted(share.cumsum(dim=0), places).clamp_max(total - 1)
-    return chosen, gradient[chosen] / (share[chosen] * count)
+    return chosen, share[chosen] * count
 
 
 def look(
@@ -212,9 +210,15 @@ def look(
     """A pass without gradients over all frames of all walks."""
     last = []
     with torch.no_grad():
-        for scene in scenes:
-            changed = photometric(scene.render(images), spec.drift, generator)
-            last.append(batched(detectors, changed, scene.buffers.boxes, spec.batch))
+        for number, scene in enumerate(scenes):
+            every = torch.arange(scene.buffers.frames)
+            states = drift(len(every), STATES, spec.transforms.coefficient, generator)
+            drawn = drawn_for(scenes, number, spec.transforms, generator, states)
+            parts = []
+            for part in every.split(spec.batch):
+                frames, boxes = shown(drawn, images, part, spec.transforms, generator)
+                parts.append(ensemble_confidence(detectors, frames, boxes))
+            last.append(torch.cat(parts))
     before = last if known is None else known.running
     return Known(last, [MEMORY * old + (1 - MEMORY) * new for old, new in zip(before, last, strict=True)])
 
@@ -233,13 +237,12 @@ def sequence_step(
     The frames of one walk share a drifting light; each walk has its own.
     """
     counts = [len(d) for d in known.last]
-    gradient = frame_gradient(known.last, known.running, spec, progress)
-    chosen, factors = draw_frames(gradient, spec.batch, generator)
+    chosen, share = draw_frames(frame_gradient(known.last, known.running, spec, progress), spec.batch, generator)
     places = chosen.split(torch.bincount(owner(chosen, counts), minlength=len(scenes)).tolist())
     picked, states, start = [], [], 0
     for place, count in zip(places, counts, strict=True):
         picked.append(place - start)
-        states.append(drift(count, 2, spec.drift.coefficient, generator)[place - start])
+        states.append(drift(count, STATES, spec.transforms.coefficient, generator))
         start += count
     d = seen_frames(images, detectors, scenes, picked, states, spec, generator)
     for number, part in enumerate(d.detach().split([len(place) for place in picked])):
@@ -247,7 +250,8 @@ def sequence_step(
         old = known.running[number][here]
         known.last[number] = known.last[number].index_put((here,), part)
         known.running[number] = known.running[number].index_put((here,), MEMORY * old + (1 - MEMORY) * part)
-    return (factors * d).sum(), torch.cat(known.last)
+    gradient = frame_gradient(known.last, known.running, spec, progress)[chosen]  # with what the frames show now
+    return (gradient / share * d).sum(), torch.cat(known.last)
 
 
 def frames_step(
@@ -268,7 +272,7 @@ def frames_step(
         numbers = owner(chosen, counts)
         places = chosen - torch.tensor([0, *counts[:-1]]).cumsum(dim=0)[numbers]
     picked = [places[numbers == number] for number in range(len(scenes))]
-    states = [torch.randn(len(place), 2, generator=generator) for place in picked]
+    states = [torch.randn(frames, STATES, generator=generator) for frames in counts]
     d = seen_frames(images, detectors, scenes, picked, states, spec, generator)
     return smooth_step(spec.temporal, d).mean(), d.detach()
 
@@ -287,16 +291,12 @@ def seen_frames(
     spec: OptimiseSpec,
     generator: torch.Generator,
 ) -> Tensor:
-    """Confidences of some frames of each walk, `picked`, under changes of light, `states`; with gradients."""
+    """Confidences of some frames of each walk, `picked`, with changes by `states` of all its frames; with gradients."""
     frames, boxes = [], []
-    for scene, place, state in zip(scenes, picked, states, strict=True):
+    for number, (place, state) in enumerate(zip(picked, states, strict=True)):
         if len(place):
-            frames.append(photometric(scene.render(images, place.tolist()), spec.drift, generator, state))
-            boxes.append(scene.buffers.boxes[place])
+            drawn = drawn_for(scenes, number, spec.transforms, generator, state)
+            seen, true = shown(drawn, images, place, spec.transforms, generator)
+            frames.append(seen)
+            boxes.append(true)
     return ensemble_confidence(detectors, torch.cat(frames), torch.cat(boxes))
-
-
-def batched(detectors: Sequence[Detector], frames: Tensor, boxes: Tensor, batch: int) -> Tensor:
-    """Confidences of many frames, a few at a time, `[T]`."""
-    pairs = zip(frames.split(batch), boxes.split(batch), strict=True)
-    return torch.cat([ensemble_confidence(detectors, f, b) for f, b in pairs])

@@ -134,6 +134,14 @@ class Detector(nn.Module):
             result.append(Detection(boxes[above][kept], scores[above][kept]))
         return result
 
+    def scaled(self, scores: Tensor) -> Tensor:
+        """Scores brought to a threshold of .5, so that detectors can be compared and averaged.
+
+        Those below the detector's own threshold are stretched over [0, .5], those above over [.5, 1].
+        """
+        at = self.threshold
+        return torch.where(scores < at, scores / (2 * at), 0.5 + (scores - at) / (2 * (1 - at)))
+
     def weights(self) -> list[nn.Parameter]:
         """The weights that fine-tuning may change, from the input to the output."""
         return list(self.parameters())

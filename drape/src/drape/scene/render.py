@@ -10,7 +10,7 @@ Shapes: `B` frames, `Q` pixels of the buffers that they show, `S` side of the fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from drape.scene.light import Light
 from drape.scene.places import Plate
 from drape.scene.sequence import Buffers
 
-__all__ = ["mip_levels", "render_frames", "render_plain", "sample_texture"]
+__all__ = ["Relight", "Shown", "mip_levels", "render_frames", "render_plain", "sample_texture"]
 
 BODY = 255
 COARSEST = 8  # pixels per side that a mip level keeps at least
@@ -58,11 +58,14 @@ def sample_texture(texture: Tensor, uv: Tensor, footprint: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Shown:
-    """The pixels of some frames: `Q` indices into the buffers' pixels, and into the frames' `B * S * S` pixels."""
+    """What the chosen frames show: `Q` indices into the buffers' pixels, and into the frames' `B * S * S` pixels."""
 
     pixels: Tensor
     into: Tensor
-    frames: int
+    chosen: list[int]
+
+
+Relight = Callable[[Buffers, Shown, Tensor], Tensor]  # irradiance `[Q, 3]` in place of the light's own `[Q, 3]`
 
 
 def shown(buffers: Buffers, frames: Sequence[int]) -> Shown:
@@ -73,18 +76,21 @@ def shown(buffers: Buffers, frames: Sequence[int]) -> Shown:
     place = buffers.pixel[pixels]
     row, column = place // (side * k) // k, place % (side * k) // k
     frame = torch.arange(len(frames)).repeat_interleave(counts)
-    return Shown(pixels, (frame * side + row) * side + column, len(frames))
+    return Shown(pixels, (frame * side + row) * side + column, list(frames))
 
 
-def compose(buffers: Buffers, seen: Shown, colour: Tensor, light: Light, plate: Plate, frames: Sequence[int]) -> Tensor:
+def compose(
+    buffers: Buffers, seen: Shown, colour: Tensor, light: Light, plate: Plate, relight: Relight | None = None
+) -> Tensor:
     """Light the surface colours `[Q, 3]`, put them over the shadowed plate and pool, `[B, 3, S, S]`."""
-    side, count = buffers.size, seen.frames
-    irradiance = light.irradiance(buffers.normal[seen.pixels]) * buffers.open[seen.pixels, None]
+    side, count = buffers.size, len(seen.chosen)
+    own = light.irradiance(buffers.normal[seen.pixels])
+    irradiance = (own if relight is None else relight(buffers, seen, own)) * buffers.open[seen.pixels, None]
     lit = (colour * irradiance.to(colour)).clamp(0, 1)
     covered = torch.cat([lit, torch.ones_like(lit[:, :1])], dim=1) / buffers.supersample**2
     pooled = colour.new_zeros(count * side * side, 4).index_add(0, seen.into, covered)
     pooled = pooled.reshape(count, side, side, 4).permute(0, 3, 1, 2)
-    return pooled[:, :3] + shadowed(buffers, light, plate, frames).to(colour) * (1 - pooled[:, 3:])
+    return pooled[:, :3] + shadowed(buffers, light, plate, seen.chosen).to(colour) * (1 - pooled[:, 3:])
 
 
 def shadowed(buffers: Buffers, light: Light, plate: Plate, frames: Sequence[int]) -> Tensor:
@@ -125,13 +131,14 @@ def render_frames(
     light: Light,
     plate: Plate,
     frames: Sequence[int] | None = None,
+    relight: Relight | None = None,
 ) -> Tensor:
     """Frames with textured garments, `[B, 3, S, S]` in [0, 1].
 
     Args:
         textures: `[3, H, W]` in [0, 1] for each of `GARMENTS`, of any size; their dtype is that of the result.
         light: the one that the buffers were made for.  plate: what is behind the person.
-        frames: which; all if not given.
+        frames: which; all if not given.  relight: another light on the person alone.
     """
     for name in textures:
         if name not in GARMENTS:
@@ -148,7 +155,7 @@ def render_frames(
         pixels = seen.pixels[here]
         uv, footprint = buffers.uv[pixels].to(colour), buffers.footprint[pixels].to(colour)
         colour = colour.index_copy(0, here, sample_texture(textures[name], uv, footprint))
-    return compose(buffers, seen, colour, light, plate, chosen)
+    return compose(buffers, seen, colour, light, plate, relight)
 
 
 def render_plain(
@@ -166,4 +173,4 @@ def render_plain(
         table[number] = torch.tensor(colours[name])
     garment = buffers.garment[seen.pixels]
     colour = torch.where((garment == BODY)[:, None], buffers.albedo[seen.pixels], table[garment.long()])
-    return compose(buffers, seen, colour, light, plate, chosen)
+    return compose(buffers, seen, colour, light, plate)

@@ -12,7 +12,7 @@ from torch import Tensor
 from drape.errors import ConfigError
 from drape.scene.light import Light
 from drape.scene.places import Plate
-from drape.scene.render import chosen_frames, render_frames
+from drape.scene.render import Relight, chosen_frames, render_frames
 from drape.scene.sequence import Buffers
 
 __all__ = ["Scene"]
@@ -39,9 +39,15 @@ class Scene:
                 f"in scene {self.label!r} the person leaves the image; move the camera away or shorten the walk."
             )
 
-    def render(self, textures: Mapping[str, Tensor], frames: Sequence[int] | None = None) -> Tensor:
-        """The frames, `[B, 3, S, S]`; the noise of a frame is always the same."""
-        result = render_frames(self.buffers, textures, self.light, self.plate, frames)
+    def render(
+        self, textures: Mapping[str, Tensor], frames: Sequence[int] | None = None, relight: Relight | None = None
+    ) -> Tensor:
+        """The frames, `[B, 3, S, S]`; the noise of a frame is always the same.
+
+        Args:
+            relight: another light on the person alone (`drape.transforms`).
+        """
+        result = render_frames(self.buffers, textures, self.light, self.plate, frames, relight)
         if self.grain == 0:
             return result
         noise = [self.noise(frame) for frame in chosen_frames(self.buffers, frames)]
