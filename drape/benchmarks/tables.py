@@ -46,10 +46,25 @@ def between(value: dict[str, float], sign: str = "") -> str:
 
 
 def textures(found: dict[str, Any]) -> str:
-    """Controls and modes of optimisation with their intervals, and how many walks have more than one verdict."""
+    """Controls and modes of optimisation with their intervals."""
     rows = [[name, *(between(group[key]) for key in METRICS)] for name, group in found["intervals"].items()]
-    undecided = f"On {found['undecided_walks']:.0%} of the walks the verdict depends on the texture."
-    return lines(["clothes", *METRICS.values()], rows) + "\n\n" + undecided
+    return lines(["clothes", *METRICS.values()], rows)
+
+
+def strengths(found: dict[str, Any]) -> str:
+    """Whether textures of different strength are told apart, and on how many walks they all have one verdict."""
+    told = found["separation"]
+    rows = [
+        [name, between(row["interval"]), between(row["within"]), between(row["step"], "+") if "step" in row else "–"]
+        for name, row in told["strengths"].items()
+    ]
+    head = ["clothes", told["metric"], "without the walks' own differences", "stronger than the row above by"]
+    verdict = (
+        f"Intervals without the walks' own differences {'do not overlap' if told['apart'] else 'overlap'}; every step "
+        f"is {'above' if told['steps_above_zero'] else 'not above'} 0. On {found['same_verdict']['walks']:.0%} of the "
+        "walks all these textures have the same verdict."
+    )
+    return lines(head, rows) + "\n\n" + verdict
 
 
 def compared(tables: dict[str, Any]) -> str:
@@ -60,7 +75,7 @@ def compared(tables: dict[str, Any]) -> str:
             row = table[key]
             means = [between(row["mean"][mode]) for mode in (baseline, "sequence")]
             won = f"{row['seeds_won']} : {row['seeds_lost']}"
-            rows.append([f"{baseline}: {title}", *means, between(row["gain_of_sequence"], "+"), won])
+            rows.append([f"{baseline}: {title}", *means, between(row["gain"], "+"), won])
     return lines(["baseline: measure", "baseline", "sequence", "gain of sequence", "seeds won : lost"], rows)
 
 
@@ -70,113 +85,142 @@ def comparison(found: dict[str, Any]) -> str:
 
 
 def tracked(found: dict[str, Any]) -> str:
-    """Behind aggregation over time; the one over sequences knew of it."""
+    """Behind aggregation over time."""
     return compared(found["behind_aggregation"])
 
 
 def transfer(found: dict[str, Any]) -> str:
-    """Recall of each detector."""
+    """Area of each detector; the rows say what was optimised against."""
     table = found["transfer"]
-    rows = [[name, *(number(v) for v in values)] for name, values in zip(table["rows"], table["recall"], strict=True)]
-    return lines(["clothes", *table["columns"]], rows)
+    rows = [[name, *map(between, values)] for name, values in zip(table["rows"], table["area"], strict=True)]
+    return lines(["clothes", *table["columns"]], rows) + f"\n\nOn {table['walks']} held-out walks."
 
 
 def defences(found: dict[str, Any]) -> str:
     """What each defence restores and costs."""
-    bare, plain = found["results"][found["attack"]], found["results"]["plain"]
-    none = [number(bare["recall"]), *[number(None)] * 3, number(plain["recall"]), number(None)]
-    rows = [["none", *none, number(plain["false_boxes"])]]
-    for name, row in found["defences"].items():
+    told = found["defences"]
+    bare, plain = told["bare"][told["attack"]], told["bare"]["plain"]
+    rows = [["none", number(bare["recall"]), *["–"] * 3, number(plain["recall"]), "–", number(plain["false_boxes"])]]
+    for name, row in told["table"].items():
+        each = row["intervals"]
         rows.append(
             [
                 name,
                 number(row["recall"]),
-                number(row["recovered_recall"]),
+                between(each["recall_restored"], "+"),
+                between(each["area_restored"], "+"),
                 number(row.get("adaptive_recall")),
-                number(row.get("recovered_recall_adaptive")),
-                number(row["clean_recall"]),
-                f"{row['clean_ap50_loss']:.3f}",
-                number(row["clean_false_boxes"]),
+                between(each["clean_recall_change"], "+"),
+                between(each["clean_ap50_change"], "+"),
+                between(each["clean_false_boxes_change"], "+"),
             ]
         )
-    head = ["defence", "recall", "lost recall restored", "recall, attack knows"]
-    return lines(
-        [*head, "restored, attack knows", "recall, plain", "AP50 lost, plain", "false boxes per frame, plain"], rows
-    )
+    head = ["defence", "recall", "recall restored", "area restored", "recall, attack knows"]
+    clean = ["recall, plain: change", "AP50, plain: change", "false boxes per frame, plain: change"]
+    return lines([*head, *clean], rows) + f"\n\nOn {told['walks']} held-out walks."
 
 
-def seeds(found: dict[str, Any]) -> str:
-    """Recall under each seed's worst case, bare and behind defences, and the share restored, over all seeds."""
-    count = found["about"]["spec"]["seeds"]
-    bare = [found["results"][f"sequence-{seed}"]["recall"] for seed in range(count)]
-    clean = found["results"]["plain"]["recall"]
-    rows = [["none", *map(number, bare), number(None)]]
-    for name, values in found["defended_by_seed"].items():
-        restored, lost = sum(values) - sum(bare), clean * count - sum(bare)
-        rows.append([name, *map(number, values), number(restored / lost if abs(lost) > 1e-9 else None)])
-    return lines(["defence", *(f"seed {seed}" for seed in range(count)), "lost recall restored, all seeds"], rows)
-
-
-def shown(found: dict[str, Any]) -> tuple[str, str]:
-    return "plain", found["attack"]
+def bins(rows: dict[str, Any], titles: list[str]) -> str:
+    """Confidence in bins, one row for each texture."""
+    body = [
+        [name, *("–" if cell["confidence"] is None else between(cell["confidence"]) for cell in row)]
+        for name, row in rows.items()
+    ]
+    return lines(["clothes", *titles], body)
 
 
 def azimuth(found: dict[str, Any]) -> str:
     """Mean confidence at eight sides."""
-    sides = {"front": "0", "front left": "40", "left": "90", "back left": "140", "back": "180"}
-    sides |= {"back right": "220", "right": "270", "front right": "320"}
-    rows = [[name, *(number(found["results"][name]["azimuth"][at]) for at in sides.values())] for name in shown(found)]
-    return lines(["clothes", *sides], rows)
+    sides = ["front", "front left", "left", "back left", "back", "back right", "right", "front right"]
+    return bins(found["azimuth"], sides)
+
+
+def distance(found: dict[str, Any]) -> str:
+    """Mean confidence by how much of the frame's height the person fills."""
+    first = next(iter(found["distance"].values()))
+    return bins(found["distance"], [f"{cell['from']:.0%} to {min(cell['to'], 1):.0%}" for cell in first])
 
 
 def lights(found: dict[str, Any]) -> str:
-    """Mean confidence under each light, on the first walk."""
-    rows = [[name, *(number(v) for v in found["lights"][name].values())] for name in shown(found)]
+    """Area under each light."""
+    rows = [[name, *(between(value) for value in row.values())] for name, row in found["lights"].items()]
     return lines(["clothes", *found["lights"]["plain"]], rows)
 
 
 def unseen(found: dict[str, Any]) -> str:
     """Recall on the walks of the optimisation, and on the held-out ones."""
     rows = [
-        [name, number(value), number(found["results"][name]["recall"])]
-        for name, value in found["training_recall"].items()
+        [name, between(row["train"]), between(row["test"]), f"{row['gap']:+.2f}", f"{row['beyond_clean']:+.2f}"]
+        for name, row in found["gaps"].items()
     ]
-    return lines(["texture", "recall, walks of the optimisation", "recall, held-out walks"], rows)
+    head = [
+        "clothes",
+        "recall, walks of the optimisation",
+        "recall, held-out walks",
+        "gap",
+        "beyond that of plain clothes",
+    ]
+    return lines(head, rows)
 
 
 def conditions(found: dict[str, Any]) -> str:
     """How the figures came about, in a sentence."""
     about, spec = found["about"], found["about"]["spec"]
-    seconds, photo = about["processor_seconds"], found["photograph_score"]
-    each = [seconds[f"{mode}-{seed}"] for mode in ("sequence", "frames", "static") for seed in range(spec["seeds"])]
-    frames, steps = about["passes"]["sequence-0"], f"{spec['steps']} steps"
-    return (
-        f"{spec['detector']} attacked and defended; {', '.join(spec['others'])} in no optimisation. "
-        f"{spec['train']} training walks, {spec['walks']} held-out ones of 4 to 8 s, {spec['fps']:g} frames per second "
-        f"and {spec['size']} px, {spec['seeds']} seeds, {steps} ({frames['backward']} frames with a gradient in every "
-        f"mode, {frames['forward']} more without in mode sequence); weighting {spec['weighting']} of {spec['window']} "
-        f"frames; fine-tuning in {spec['rounds']} rounds of {spec['harden_steps']} steps. drape {about['drape']}, "
-        f"torch {about['torch']}; an optimisation took {sum(each) / len(each):.0f} seconds of one processor, "
-        f"fine-tuning {seconds['harden']:.0f}. Score of a photograph of a person that no step has "
-        f"seen: {number(photo['before'])} before fine-tuning, {number(photo['hardened'])} after."
+    seconds, seeds = about["processor_seconds"], about["seeds"]
+    each = [seconds[f"{mode}-{seed}"] for mode in ("sequence", "frames", "static") for seed in seeds]
+    frames = about["passes"]["sequence-0"]
+    text = (
+        f"{spec['detector']} attacked and defended; {', '.join(spec['others'])} for transfer and consensus. "
+        f"{spec['train']} training walks, {spec['walks']} held-out ones of 4 to 8 s, {spec['fps']:g} frames per "
+        f"second and {spec['size']} px, {len(seeds)} seeds, {spec['steps']} steps ({frames['backward']} frames with a "
+        f"gradient in every mode, {frames['forward']} more without in mode sequence); weighting {spec['weighting']} of "
+        f"{spec['window']} frames. drape {about['drape']}, torch {about['torch']}; an optimisation took "
+        f"{sum(each) / len(each):.0f} seconds of one processor."
     )
+    if "photograph_score" in found:
+        photo = found["photograph_score"]
+        text += (
+            f" Fine-tuning in {spec['rounds']} rounds of {spec['harden_steps']} steps took {seconds['harden']:.0f} s; "
+            f"the score of a photograph of a person that no step has seen is {number(photo['before'])} before and "
+            f"{number(photo['hardened'])} after it."
+        )
+    return text
 
 
 def demo(found: dict[str, Any]) -> str:
-    """How long the demo took, from the file that it wrote on an empty cache."""
+    """How long the demo took, from the file that it wrote."""
     if not DEMO.exists():
         return MISSING
     took = json.loads(DEMO.read_text(encoding="utf-8"))
     return (
-        f"From an empty cache, the download included, it took {took['seconds']:.0f} seconds "
-        f"({took['processor_seconds']:.0f} of one processor; {took['machine']})."
+        f"It took {took['seconds']:.0f} seconds ({took['processor_seconds']:.0f} of one processor; {took['machine']})."
     )
 
 
+# each table, and the part of the figures that it needs: a run may have been stopped before it
 TABLES = {
-    make.__name__: make
-    for make in (demo, textures, comparison, tracked, transfer, defences, seeds, azimuth, lights, unseen, conditions)
+    make.__name__: (make, needs)
+    for make, needs in (
+        (demo, None),
+        (conditions, None),
+        (textures, None),
+        (strengths, "separation"),
+        (comparison, "sequence_against"),
+        (tracked, "behind_aggregation"),
+        (transfer, "transfer"),
+        (defences, "defences"),
+        (azimuth, "azimuth"),
+        (distance, "distance"),
+        (lights, "lights"),
+        (unseen, "gaps"),
+    )
 }
+
+
+def made(name: str, found: dict[str, Any]) -> str:
+    """A table, or a note that it was not measured."""
+    make, needs = TABLES[name]
+    return make(found) if needs is None or found.get(needs) else MISSING
 
 
 def filled(page: str, found: dict[str, Any] | None) -> str:
@@ -186,8 +230,7 @@ def filled(page: str, found: dict[str, Any] | None) -> str:
         name = match["name"]
         if name not in TABLES:
             raise SystemExit(f"error: no table {name!r}; known: {', '.join(TABLES)}.")
-        made = MISSING if found is None else TABLES[name](found)
-        return f"{match[1]}{made}\n{match[3]}"
+        return f"{match[1]}{MISSING if found is None else made(name, found)}\n{match[3]}"
 
     return BLOCK.sub(fill, page)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 
-from drape import bench, cli
-from drape.bench import BenchSpec, Store, compare, rounded
+from drape import bench, cli, store
+from drape.bench import BenchSpec, rounded
+from drape.compare import METRICS, compare, curve, defence_cost, gaps, same_verdict, separation
 from drape.controls import CONTROLS, control, save_images
 from drape.detectors.base import Candidates, Detector
 from drape.errors import ConfigError, UnknownNameError
@@ -27,10 +29,22 @@ from drape.optimise import MODES, OptimiseSpec, draw_frames, frame_gradient
 from drape.plots import azimuth_svg, bars_svg, curve_svg
 from drape.report import page
 from drape.scene.scene import Scene
+from drape.store import Store
 
 GREY = {name: torch.full((3, 8, 8), 0.5) for name in ("shirt", "trousers", "hat")}
 TINY = BenchSpec(
-    seeds=1, steps=2, batch=2, fps=0.5, size=64, cloth="skinned", train=2, walks=2, rounds=1, harden_steps=2
+    steps=2,
+    batch=2,
+    strengths=(1,),
+    fps=0.5,
+    size=64,
+    cloth="skinned",
+    train=2,
+    walks=2,
+    shared=1,
+    lit=1,
+    rounds=1,
+    harden_steps=2,
 )
 
 
@@ -79,8 +93,8 @@ def test_the_gradient_of_frames_equals_finite_differences() -> None:
     spec = OptimiseSpec(aggregation=1, temporal=Temporal(window=3))
 
     def loss(values: torch.Tensor) -> float:
-        walks = [aggregated(part, 1) for part in (values[:3], values[3:])]
-        return float(walks_loss(spec.temporal, walks, walks))
+        walks, known = ([aggregated(part, 1) for part in (x[:3], x[3:])] for x in (values, d))
+        return float(walks_loss(spec.temporal, walks, known))
 
     gradient = frame_gradient([d[:3], d[3:]], [d[:3], d[3:]], spec)
     for t in range(7):
@@ -131,7 +145,8 @@ def test_every_defence_that_can_be_has_a_row(scene: Scene) -> None:
     table = defence_table(Judge([scene]), subject, given)
     assert tuple(table) == DEFENCES
     assert [name for name, row in table.items() if "adaptive_recall" in row] == ["hardened"]
-    assert table["consensus"]["recall"] == table["hardened"]["recall"] == 1.0  # the other one sees blue
+    assert table["union"]["recall"] == table["hardened"]["recall"] == 1.0  # the other one sees blue
+    assert table["consensus"]["recall"] < 1.0  # and it is alone
     assert table["threshold"]["recall"] > table["median"]["recall"]
     assert tuple(defence_table(Judge([scene]), Subject(Hue()), given)) == ("aggregate", "median")
 
@@ -143,14 +158,24 @@ def test_controls_and_attacks_need_names_of_their_own() -> None:
         Attacks({"noise": GREY}, {"worst": GREY})
 
 
+CONDITIONS = {"drape": "1 & 2", "detectors": [], "walks": [{"gait": "stroll <i>"}], "plates": ["p.png"], "icc": None}
+CONDITIONS["optimisation"] = {"spec": {"mode": "sequence", "seed": 7}}
+
+
 def test_page_escapes_names_and_shows_every_row(scene: Scene) -> None:
     given = Attacks({"plain": GREY, "a <b>": GREY}, {"worst & last": GREY})
-    measured = measure(Subject(Hue()), Judge([scene]), given)
+    measured = {**measure(Subject(Hue()), Judge([scene]), given), "conditions": CONDITIONS}
     assert measured["lights"] == {}
     text = page(measured, {"walk": b"GIF89a"}, "note <1>")
     for expected in ("a &lt;b&gt;", "worst &amp; last", "note &lt;1&gt;", "data:image/gif;base64,R0lGODlh"[:30]):
         assert expected in text
+    for expected in ("1 &amp; 2", "stroll &lt;i&gt;", "p.png", "<td>textures: seed</td><td>7</td>"):
+        assert expected in text
     assert "a <b>" not in text
+    measured["libraries"] = {"missing": ["motmetrics"], "remedy": "pip install drape[metrics]"}
+    assert "motmetrics missing" in page(measured, {})
+    measured["libraries"] = {"plain": {"coco_map": 0.25, "idf1": 0.75}}
+    assert "<td>0.250</td><td>0.750</td>" in page(measured, {})
     with pytest.raises(ConfigError, match="results"):
         page({"results": {}}, {})
 
@@ -214,7 +239,7 @@ def tables_script() -> ModuleType:
 
 def row(**values: list[float]) -> dict[str, object]:
     """Metrics of a texture; those that are not given are level."""
-    level = {metric: [0.5] * 4 for metric in bench.HIGHER_IS_STRONGER}
+    level = {metric: [0.5] * 4 for metric in (*METRICS, "ap50", "false_boxes")}
     return {"by_walk": {**level, **values}}
 
 
@@ -225,9 +250,9 @@ def test_sequence_is_compared_with_a_baseline_seed_by_seed_and_walk_by_walk() ->
         "sequence-1": row(area=[0.2, 0.2, 0.2, 0.2]),
         "frames-1": row(area=[0.3, 0.3, 0.3, 0.3]),
     }
-    found = compare(results, 2, "frames")
+    found = compare(results, [0, 1], "frames")
     area, run = found["area"], found["longest_run"]
-    assert area["gain_of_sequence"] == {
+    assert area["gain"] == {
         "mean": pytest.approx(0.1),
         "low": pytest.approx(0.1),
         "high": pytest.approx(0.1),
@@ -235,15 +260,68 @@ def test_sequence_is_compared_with_a_baseline_seed_by_seed_and_walk_by_walk() ->
     assert (area["seeds_won"], area["seeds_lost"]) == (2, 0)
     assert area["sequence"] == pytest.approx([0.25, 0.2])
     assert area["mean"]["frames"]["low"] < 0.325 < area["mean"]["frames"]["high"]
-    assert run["gain_of_sequence"]["mean"] == pytest.approx(-0.05)
+    assert run["gain"]["mean"] == pytest.approx(-0.05)
     assert (run["seeds_won"], run["seeds_lost"]) == (0, 1)
-    assert found["recall"]["gain_of_sequence"]["mean"] == 0
+    assert found["recall"]["gain"]["mean"] == 0
 
 
 def test_walks_whose_verdict_is_always_the_same_are_counted() -> None:
     verdicts = {"plain": [0.0, 0.0, 0.0, 1.0], "random": [0.0, 1.0, 0.0, 1.0], "best": [1.0, 1.0, 0.0, 1.0]}
     results = {name: row(sequence_success_50=values) for name, values in verdicts.items()}
-    assert bench.undecided(results) == 0.5
+    assert same_verdict(results, list(verdicts)) == 0.5
+    assert same_verdict(results, ["plain", "random"]) == 0.75
+
+
+def test_strengths_are_told_apart_though_walks_differ_more() -> None:
+    """Textures that take the same from every walk: plain intervals overlap, those within walks do not."""
+    walks = [0.9, 0.7, 0.4, 0.2]
+    results = {
+        f"{name}-{seed}": row(area=[value - step - 0.001 * seed for value in walks])
+        for name, step in {"weak": 0.0, "middle": 0.05, "strong": 0.1}.items()
+        for seed in range(2)
+    }
+    groups = {name: [f"{name}-0", f"{name}-1"] for name in ("weak", "middle", "strong")}
+    told = separation(results, groups)
+    assert told["apart"]
+    assert told["steps_above_zero"]
+    assert told["strengths"]["strong"]["step"]["mean"] == pytest.approx(0.05)
+    wide = [told["strengths"][name]["interval"] for name in groups]
+    assert wide[0]["low"] < wide[1]["high"]
+    turned = separation(results, dict(reversed(list(groups.items()))))
+    assert not turned["steps_above_zero"]  # a weaker texture is no step
+
+
+def test_the_gap_to_unseen_walks_and_what_of_it_plain_clothes_have_too() -> None:
+    test = {"plain": row(recall=[0.9] * 4), "sequence-0": row(recall=[0.5] * 4), "sequence-1": row(recall=[0.1] * 4)}
+    train = {"plain": row(recall=[0.8] * 4), "sequence-0": row(recall=[0.3] * 4)}
+    found = gaps(test, train, {"plain": ["plain"], "sequence": ["sequence-0", "sequence-1"], "frames": []}, "plain")
+    assert set(found) == {"plain", "sequence"}
+    assert found["sequence"]["gap"] == pytest.approx(0.2)  # of the seed that is known on both sides
+    assert found["sequence"]["beyond_clean"] == pytest.approx(0.1)
+
+
+def test_what_a_defence_restores_and_costs_on_each_walk() -> None:
+    bare = {"plain": row(recall=[0.9] * 4, ap50=[0.8] * 4), "worst": row(recall=[0.2] * 4, longest_run=[0.1] * 4)}
+    behind = {
+        "plain": row(recall=[0.9] * 4, ap50=[0.7] * 4, false_boxes=[0.6] * 4),
+        "worst": row(recall=[0.6] * 4, longest_run=[0.4] * 4),
+    }
+    found = defence_cost(bare, behind, "plain", "worst")
+    assert found["recall_restored"]["mean"] == pytest.approx(0.4)
+    assert found["longest_run_restored"]["mean"] == pytest.approx(0.3)
+    assert found["clean_ap50_change"]["mean"] == pytest.approx(-0.1)
+    assert found["clean_false_boxes_change"]["mean"] == pytest.approx(0.1)
+
+
+def test_curves_are_means_of_walks_in_bins() -> None:
+    curves = {"a": [0.2, 0.4, 0.9], "b": [0.6, 0.8]}
+    places = {"a": np.array([0.1, 0.1, 0.9]), "b": np.array([0.2, 0.9])}
+    low, middle, high = curve(curves, places, (0.0, 0.5, 0.8, 1.0))
+    assert low["confidence"]["mean"] == pytest.approx((0.3 + 0.6) / 2)
+    assert high["confidence"]["mean"] == pytest.approx((0.9 + 0.8) / 2)
+    assert middle == {"from": 0.5, "to": 0.8, "walks": 0, "confidence": None}
+    with pytest.raises(ConfigError, match="same walks"):
+        curve(curves, {"a": places["a"]}, (0.0, 1.0))
 
 
 def test_numbers_are_cut_wherever_they_are() -> None:
@@ -256,25 +334,31 @@ def test_numbers_are_cut_wherever_they_are() -> None:
 def test_a_benchmark_goes_on_where_it_was(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work, to = tmp_path / "work", tmp_path / "figures.json"
     calls: list[str] = []
-    real = bench.optimise
-    monkeypatch.setattr(bench, "optimise", lambda *a, **k: (calls.append(a[3].mode), real(*a, **k))[1])
-    first = bench.run_bench(TINY, work, to)
+    real = store.optimise
+    monkeypatch.setattr(store, "optimise", lambda *a, **k: (calls.append(a[3].mode), real(*a, **k))[1])
+    looked: list[int] = []
+    see = bench.KeptJudge.keep
+    monkeypatch.setattr(bench.KeptJudge, "keep", lambda *a: (looked.append(1), see(*a))[1])
+    first = bench.run_bench(TINY, work, to, seeds=2)
     made = len(calls)
-    assert made == 4 * TINY.seeds + 3  # three modes per seed, one that knows of aggregation, three that know of others
+    assert made == 2 * len(MODES) + 2 * 1 + 4 + 3  # modes, fewer steps, those that know, other detectors and all
     assert load_record(to, bench.FIGURES, "") == rounded(json.loads(json.dumps(first)))
+    assert first["about"]["seeds"] == [0, 1]
+    assert len(first["about"]["walks"]) == TINY.walks
     assert first["transfer"]["columns"] == ["nanodet", "yolov3-tiny", "centernet"]
-    assert set(first["defences"]) == set(DEFENCES)
-    known = {name for name, row in first["defences"].items() if "adaptive_recall" in row}
+    assert first["transfer"]["rows"][-2:] == ["against centernet", "against all together"]
+    table = first["defences"]["table"]
+    assert set(table) == set(DEFENCES)
+    known = {name for name, row in table.items() if "adaptive_recall" in row}
     assert known == {"aggregate", "consensus", "hardened", "hardened+aggregate"}
-    assert first["defended_by_seed"]["hardened"] == [pytest.approx(first["defences"]["hardened"]["recall"], abs=1e-4)]
-    behind = first["behind_aggregation"]["frames"]["recall"]
-    assert behind["sequence"] == pytest.approx([first["defences"]["aggregate"]["adaptive_recall"]], abs=1e-4)
-    assert set(first["sequence_against"]) == {"frames", "static"}
-    assert set(first["intervals"]) == {*CONTROLS, *MODES}
+    assert set(first["behind_aggregation"]) == set(first["sequence_against"]) == {"frames", "static"}
+    assert set(first["intervals"]) == {*CONTROLS, *MODES, "1 steps"}
     assert all(i["low"] <= i["mean"] <= i["high"] for group in first["intervals"].values() for i in group.values())
-    assert 0 <= first["undecided_walks"] <= 1
-    assert set(CONTROLS) < set(first["training_recall"])
+    assert list(first["separation"]["strengths"]) == ["plain", "random", "1 steps", "2 steps"]
+    assert 0 <= first["same_verdict"]["walks"] <= 1
+    assert set(first["gaps"]) == {*CONTROLS, *MODES}
     assert set(first["thresholds"]) == {"nanodet", "nanodet+threshold", "nanodet+hardened"}
+    assert set(first["lights"]) == {"plain", "sequence-0"}
     tables = tables_script()
     page = "".join(f"<!-- drape {name} -->\n<!-- end -->\n" for name in tables.TABLES)
     filled = tables.filled(page, first)
@@ -283,16 +367,46 @@ def test_a_benchmark_goes_on_where_it_was(quick: None, tmp_path: Path, monkeypat
     assert f"{first['intervals']['noise']['area']['mean']:.2f} (" in filled
     passes = first["about"]["passes"]
     assert len({passes[f"{mode}-0"]["backward"] for mode in MODES}) == 1
+    assert passes["all together"]["backward"] <= passes["sequence-0"]["backward"] + 3 * TINY.batch
     (work / "frames-0.seconds").unlink()
-    again = bench.run_bench(TINY, work, to)
+    next((work / "seen" / "nanodet_sequence-1").glob("*.npz")).unlink()
+    before = len(looked)
+    again = bench.run_bench(TINY, work, to, seeds=2)
     assert calls[made:] == ["frames"]  # only what was missing
+    assert len(looked) == before + 1
     assert again["results"] == first["results"]
     with pytest.raises(ConfigError, match="other settings"):
-        Store(work, replace(TINY, steps=3))
+        Store(work, asdict(replace(TINY, steps=3)))
+
+
+def test_figures_are_there_after_every_stage(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped in its second seed has the figures of the first."""
+    real = bench.Bench.look_at_seed
+
+    def stopped(self: bench.Bench, seed: int) -> None:
+        if seed == 1:
+            raise KeyboardInterrupt
+        real(self, seed)
+
+    monkeypatch.setattr(bench.Bench, "look_at_seed", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_bench(TINY, tmp_path / "work", tmp_path / "figures.json", seeds=3)
+    found = load_record(tmp_path / "figures.json", bench.FIGURES, "")
+    assert found["about"]["seeds"] == [0]
+    assert "sequence-0" in found["results"]
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seeds": 0}, {"walks": 99}, {"detector": "centernet"}, {"rounds": 0}, {"weighting": "windwo"}]
+    "changes",
+    [
+        {"shared": 0},
+        {"walks": 999},
+        {"detector": "centernet"},
+        {"rounds": 0},
+        {"weighting": "windwo"},
+        {"strengths": (5, 1)},
+        {"seeds_of_gaps": 0},
+    ],
 )
 def test_benchmarks_that_cannot_run_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"expected|Known"):
@@ -434,4 +548,4 @@ def test_the_texture_that_is_seen_least_is_named_even_if_it_is_a_control(scene: 
     measured = measure(Subject(Hue()), Judge([scene]), Attacks({"plain": red, "blue": blue}, {"optimised": GREY}))
     assert measured["seen_least"] == "blue"
     assert measured["attack"] == "optimised"
-    assert "Seen least: “blue”" in page(measured, {})
+    assert "Seen least: “blue”" in page({**measured, "conditions": CONDITIONS}, {})

@@ -1,20 +1,17 @@
-"""The benchmark: the claims about sequences, transfer and defences, measured on held-out walks, to one JSON file.
+"""The benchmark: strengths, sequences, transfer and defences, measured on held-out walks, to one JSON file.
 
-For each seed textures are optimised over sequences and, with as many backward passes, on single frames of the walks and
-on static poses, from the same beginning.
-The detector is hardened on the training walks only. Attacks that know of a defence get the same compute as the others.
-All textures are judged on the walks of `drape.walks.TEST`. What was made is kept in a folder, so that a run that was
-stopped goes on where it was.
+For each seed textures are optimised over sequences and, with as many backward passes, on single frames of the walks
+and on static poses, from the same beginning. The detector is hardened on the training walks only. Attacks that know of
+a defence, and those on other detectors and on all of them together, get the same compute as the others. All textures
+are judged on the walks of `drape.walks.TEST`; what needs several detectors, on the first of them.
+
+The work is done in stages. After each the figures of what there is so far are written, and all that was made is kept
+in a folder (`drape.store`), so a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
-import json
 import platform
-import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,41 +23,33 @@ from skimage import data
 from torch import Tensor
 
 from drape import __version__
-from drape.calibrate import scores_of_false_boxes, threshold_keeping
-from drape.controls import CONTROLS, control, load_images, random_textures, save_images
+from drape.compare import compare, curve, defence_cost, gaps, heights, intervals, same_verdict, separation, sides
+from drape.controls import CONTROLS, control
 from drape.detectors import load_detector
-from drape.detectors.base import Detection, Detector
-from drape.errors import AssetError, ConfigError
-from drape.evaluate import DEFENCES, Judge, Subject, Walks, defended, evaluate
+from drape.detectors.base import Detector
+from drape.errors import ConfigError
+from drape.evaluate import Subject, defended
 from drape.gamut import Gamut
-from drape.harden import HardenSpec, harden, load_hardened, save_hardened
-from drape.io import load_arrays, load_record, save_arrays, save_record, write_text
-from drape.measure import Attacks, measure
+from drape.harden import HardenSpec
+from drape.io import save_record
+from drape.measure import CLEAN, Attacks, defence_table, track
 from drape.objective import Temporal
-from drape.optimise import MODES, OptimiseSpec, optimise
+from drape.optimise import MODES, OptimiseSpec
 from drape.progress import note
 from drape.scene.backgrounds import square
-from drape.scene.scene import Scene
-from drape.statistics import interval, paired
+from drape.scene.light import light_name
+from drape.statistics import interval
+from drape.store import KeptJudge, Order, Store
 from drape.walks import TEST, TRAIN, scenes, under_lights
 
-__all__ = ["BenchSpec", "compare", "run_bench"]
+__all__ = ["BASELINES", "REACH", "BenchSpec", "rounded", "run_bench", "versions"]
 
-KIND, RUN, THRESHOLD, MEASURED, FIGURES = (
-    f"drape's {what}" for what in ("detections", "optimisation", "threshold", "measurements", "benchmark")
-)
-AGAIN = "delete it and the file of its seconds beside it, and it will be made again"
-REACH = 2  # frames that `drape.defences.aggregate` looks before and after
-SEEDED = tuple(name for name in DEFENCES if name != "median")  # defences that are judged for every seed
-HIGHER_IS_STRONGER = {
-    "area": -1,
-    "recall": -1,
-    "sequence_success_50": 1,
-    "sequence_success_10": 1,
-    "longest_run": -1,
-    "track_recall": -1,
-}
+FIGURES = "drape's benchmark"
+REACH = 2  # frames that `drape.defences.aggregate` looks back
 BASELINES = ("frames", "static")
+HEIGHTS = (0.0, 0.2, 0.3, 0.4, 0.55, 1.01)  # of the frame, that the person fills: bins of the curve over distance
+SIDES = tuple(np.arange(-22.5, 338, 45).tolist())  # eight sides, the front first
+ENSEMBLE = "all together"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,47 +57,63 @@ class BenchSpec:
     """The benchmark's size.
 
     Args:
-        detector: attacked and defended.  others: for transfer and consensus, in no optimisation.
-        seeds: of the comparison.  steps, batch, learning_rate, weighting, window: of each optimisation.
+        detector: attacked and defended.  others: for transfer and consensus.
+        steps, batch, learning_rate, weighting, window: of each optimisation; `window` in frames.
+        refresh: steps from one look at all frames to the next.  strengths: fewer steps, for the textures between.
+        seeds_of_strengths, seeds_of_gaps: how many of the seeds are used for those.
         fps, size, cloth: of the walks and of the engine that moves the cloth.
         train, walks: how many of the training walks and of the held-out ones.
+        shared: how many of the held-out ones several detectors look at.  lit: walks that are seen under every light.
         rounds, harden_steps: of fine-tuning, with half of `steps` for each round's textures.
     """
 
     detector: str = "nanodet"
     others: tuple[str, ...] = ("yolov3-tiny", "centernet")
-    seeds: int = 6
-    steps: int = 60
-    batch: int = 6
+    steps: int = 100
+    batch: int = 4
     learning_rate: float = 0.02
-    weighting: str = "window"
-    window: int = 5
-    fps: float = 6.0
+    weighting: str = "run"
+    window: int = 4
+    refresh: int = 34
+    strengths: tuple[int, ...] = (10, 30)
+    seeds_of_strengths: int = 2
+    seeds_of_gaps: int = 2
+    fps: float = 3.0
     size: int = 416
     cloth: str = "drape"
     train: int = len(TRAIN)
     walks: int = len(TEST)
+    shared: int = 20
+    lit: int = 2
     rounds: int = 3
     harden_steps: int = 40
 
     def __post_init__(self) -> None:
         few = 1 <= self.train <= len(TRAIN) and 1 <= self.walks <= len(TEST)
-        if self.seeds < 1 or self.steps < 1 or not few or self.detector in self.others:
+        if self.steps < 1 or not few or self.detector in self.others or self.shared < 1 or self.lit < 0:
             raise ConfigError(
-                f"seeds={self.seeds}, steps={self.steps}, train={self.train}, walks={self.walks}, "
-                f"detector={self.detector}, others={self.others}; expected at least one seed and one step, 1 to "
-                f"{len(TRAIN)} training walks, 1 to {len(TEST)} held-out ones, and others that are not the detector."
+                f"steps={self.steps}, train={self.train}, walks={self.walks}, shared={self.shared}, lit={self.lit}, "
+                f"detector={self.detector}, others={self.others}; expected at least one step, 1 to {len(TRAIN)} "
+                f"training walks, 1 to {len(TEST)} held-out ones, at least one shared, and others that are not the "
+                "detector."
             )
+        if list(self.strengths) != sorted(set(self.strengths)) or any(not 0 < n < self.steps for n in self.strengths):
+            raise ConfigError(f"strengths={self.strengths}; expected fewer than {self.steps} steps each, ascending.")
+        if min(self.seeds_of_strengths, self.seeds_of_gaps) < 1:
+            raise ConfigError("seeds_of_strengths and seeds_of_gaps; expected 1 or more.")
         self.hardening()  # refuse what cannot run before anything has run
         self.optimisation("sequence", 0)
 
-    def optimisation(self, mode: str, seed: int, aggregation: int = 0, detectors: int = 1) -> OptimiseSpec:
+    def optimisation(
+        self, mode: str, seed: int, aggregation: int = 0, detectors: int = 1, steps: int | None = None
+    ) -> OptimiseSpec:
         """How one texture is optimised; against several detectors with fewer steps, so that the passes are as many."""
         return OptimiseSpec(
             mode=mode,
-            steps=max(self.steps // detectors, 1),
+            steps=max((self.steps if steps is None else steps) // detectors, 1),
             batch=self.batch,
             learning_rate=self.learning_rate,
+            refresh=self.refresh,
             aggregation=aggregation,
             temporal=Temporal(mode=self.weighting, window=self.window),
             seed=seed,
@@ -119,167 +124,213 @@ class BenchSpec:
         return HardenSpec(rounds=self.rounds, attack_steps=max(self.steps // 2, 1), steps=self.harden_steps)
 
 
-class Store:
-    """What a run has made so far, in a folder; another spec needs another folder."""
-
-    def __init__(self, folder: Path, spec: BenchSpec) -> None:
-        self.folder = folder
-        text = json.dumps(asdict(spec), indent=1)
-        known = folder / "spec.json"
-        if known.exists() and known.read_text(encoding="utf-8", errors="replace") != text:
-            raise ConfigError(f"{folder} holds a run with other settings; delete it or name another folder.")
-        write_text(known, text)
-
-    def timed(self, name: str, make: Callable[[], None]) -> None:
-        """Run a step unless it was run before, and note the processor's seconds."""
-        done = self.folder / f"{name}.seconds"
-        if not done.exists():
-            note(name)
-            start = time.process_time()
-            make()
-            write_text(done, f"{time.process_time() - start:.1f}")
-
-    def seconds(self) -> dict[str, float]:
-        """Processor seconds of every step; of one that was stopped and went on, those of its last part."""
-        return {path.stem: _seconds(path) for path in sorted(self.folder.glob("*.seconds"))}
-
-    def textures(
-        self, name: str, detectors: Sequence[Detector], walks: Sequence[Scene], spec: OptimiseSpec
-    ) -> dict[str, Tensor]:
-        """Optimised textures, made if they are not there."""
-        path = self.folder / f"{name}.npz"
-
-        def make() -> None:
-            textures = random_textures(Gamut.proxy(), spec.seed)
-            run = optimise(textures, detectors, walks, spec)
-            save_images(path, {garment: texture(hard=True).detach() for garment, texture in textures.items()})
-            record = {"passes": {"backward": run.backward, "forward": run.forward}, "confidence": run.confidence}
-            save_record(self.folder / f"{name}.run.json", RUN, record)
-
-        self.timed(name, make)
-        return load_images(path)
-
-    def passes(self) -> dict[str, dict[str, int]]:
-        """Frames that the detectors saw in each optimisation, with and without a gradient."""
-        found = sorted(self.folder.glob("*.run.json"))
-        return {p.name.removesuffix(".run.json"): load_record(p, RUN, AGAIN)["passes"] for p in found}
-
-    def hardened(self, detector: Detector, walks: Sequence[Scene], spec: BenchSpec) -> Detector:
-        """The fine-tuned detector, made if it is not there."""
-        path = self.folder / "hardened.weights.npz"
-
-        def make() -> None:
-            done = harden(detector, walks, Gamut.proxy(), spec.hardening(), spec.optimisation("sequence", 0))
-            save_hardened(path, done.detector, spec.detector, spec.hardening())
-            save_record(self.folder / "hardened.loss.json", RUN, {"loss": done.loss})
-
-        self.timed("harden", make)
-        return load_hardened(path)
-
-    def recalibrated(
-        self, detector: Detector, walks: Sequence[Scene], clothes: Sequence[Mapping[str, Tensor]]
-    ) -> Detector:
-        """The detector with the threshold that fine-tuning would give it if it left the weights as they are."""
-        path = self.folder / "threshold.json"
-
-        def make() -> None:
-            scores = scores_of_false_boxes(detector, walks, clothes)
-            save_record(path, THRESHOLD, {"threshold": threshold_keeping(scores, scores, detector.threshold)})
-
-        self.timed("threshold", make)
-        result = copy.deepcopy(detector)
-        kept = load_record(path, THRESHOLD, AGAIN)["threshold"]
-        result.name, result.threshold = f"{detector.name}+threshold", float(kept)
-        return result
-
-
-def _seconds(path: Path) -> float:
-    try:
-        return float(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AssetError(f"{path} holds no number of seconds; delete it, and its step will run again.") from error
-
-
-class KeptJudge(Judge):
-    """A judge that keeps what it sees in a folder, one file for each detector and texture."""
-
-    def __init__(self, judged: Sequence[Scene], folder: Path) -> None:
-        super().__init__(judged)
-        self.folder = folder
-
-    def walks(self, detector: Detector, name: str, textures: Mapping[str, Tensor]) -> Walks:
-        """Detections on all walks, from the folder if they are there."""
-        key = (detector.name, name)
-        path = self.folder / (re.sub(r"[^a-z0-9+-]+", "_", f"seen {detector.name} {name}".lower()) + ".npz")
-        if key not in self.seen and path.exists():
-            self.seen[key] = read_walks(path)
-        if not path.exists():
-            note(f"judge: {detector.name}, {name}")
-            keep_walks(path, super().walks(detector, name, textures))
-        return self.seen[key]
-
-
-def keep_walks(path: Path, walks: Walks) -> None:
-    """Detections as one file."""
-    arrays = {
-        "boxes": torch.cat([d.boxes for walk in walks for d in walk]).numpy(),
-        "scores": torch.cat([d.scores for walk in walks for d in walk]).numpy(),
-        "counts": np.array([len(d.scores) for walk in walks for d in walk]),
-        "frames": np.array([len(walk) for walk in walks]),
-    }
-    save_arrays(path, KIND, arrays)
-
-
-def read_walks(path: Path) -> Walks:
-    """Detections that `keep_walks` kept."""
-    stored, _ = load_arrays(path, KIND, "delete it, and the walks will be judged again")
-    counts, frames = stored["counts"].tolist(), stored["frames"].tolist()
-    boxes, scores = (torch.from_numpy(stored[name]).split(counts) for name in ("boxes", "scores"))
-    found = iter(Detection(b, s) for b, s in zip(boxes, scores, strict=True))
-    return [list(itertools.islice(found, count)) for count in frames]
-
-
-def compare(results: Mapping[str, Mapping[str, Any]], seeds: int, baseline: str) -> dict[str, Any]:
-    """Optimisation over sequences against a baseline: each seed, means, and the gain with its interval.
+class Bench:
+    """A run of the benchmark: stages, and the figures of those that were run.
 
     Args:
-        results: metrics by "sequence-SEED" and "BASELINE-SEED".  baseline: another one of the modes.
-
-    Returns:
-        for each of `HIGHER_IS_STRONGER`; a gain above 0 means that sequences are the stronger attack.
+        spec: the size.  work: folder for what is made.  jobs: processes side by side.
     """
-    rows: dict[str, Any] = {}
-    for metric, sign in HIGHER_IS_STRONGER.items():
-        each = {
-            mode: np.array([results[f"{mode}-{seed}"]["by_walk"][metric] for seed in range(seeds)])
-            for mode in ("sequence", baseline)
+
+    def __init__(self, spec: BenchSpec, work: Path, jobs: int = 1) -> None:
+        self.spec, self.jobs = spec, jobs
+        self.store = Store(work, asdict(spec))
+        self.detector, self.others = load_detector(spec.detector), [load_detector(name) for name in spec.others]
+        self.train = scenes(TRAIN[: spec.train], spec.fps, spec.size, spec.cloth)
+        self.test = scenes(TEST[: spec.walks], spec.fps, spec.size, spec.cloth)
+        self.judge = KeptJudge(self.test, work, jobs)
+        self.shared = KeptJudge(self.test[: spec.shared], work, jobs)
+        self.trained = KeptJudge(self.train, work, jobs, "training")
+        self.controls = {kind: control(kind, Gamut.proxy()) for kind in CONTROLS}
+        self.seeds: list[int] = []
+        self.images: dict[str, Mapping[str, Tensor]] = dict(self.controls)
+        self.results: dict[str, dict[str, Any]] = {}
+        self.training: dict[str, dict[str, Any]] = {}
+        self.parts: dict[str, Any] = {}
+
+    def stages(self, seeds: int) -> list[tuple[str, Callable[[], None]]]:
+        """All of them in order; what says most comes first."""
+        first, *rest = range(seeds)
+        return [
+            ("controls", self.look_at_controls),
+            (f"seed {first}", lambda: self.look_at_seed(first)),
+            ("strengths", lambda: self.look_at_strengths(min(seeds, self.spec.seeds_of_strengths))),
+            *((f"seed {seed}", lambda seed=seed: self.look_at_seed(seed)) for seed in rest),
+            ("defences", self.look_at_defences),
+            ("transfer", self.look_at_transfer),
+            ("lights", self.look_at_lights),
+        ]
+
+    def make(self, orders: Sequence[Order]) -> None:
+        """Optimise what is missing."""
+        self.images |= self.store.textures(orders, self.train, self.jobs)
+
+    def see(self, name: str) -> None:
+        """Judge a texture on the held-out walks."""
+        self.results[name] = self.judge.result(self.detector, name, self.images[name])
+
+    def see_training(self, name: str) -> None:
+        """Judge it on the walks of the optimisation."""
+        self.training[name] = self.trained.result(self.detector, name, self.images[name])
+
+    def look_at_controls(self) -> None:
+        for name in CONTROLS:
+            self.see(name)
+            self.see_training(name)
+
+    def look_at_seed(self, seed: int) -> None:
+        """Sequences and their baselines from one beginning, and the attack that knows of aggregation."""
+        names = {f"{mode}-{seed}": self.spec.optimisation(mode, seed) for mode in MODES}
+        self.make([(name, [self.detector], spec) for name, spec in names.items()])
+        for name in names:
+            self.see(name)
+            if seed < self.spec.seeds_of_gaps:
+                self.see_training(name)
+        self.seeds.append(seed)
+
+    def look_at_strengths(self, seeds: int) -> None:
+        """Textures of fewer steps."""
+        orders: list[Order] = [
+            (f"{steps} steps-{seed}", [self.detector], self.spec.optimisation("sequence", seed, steps=steps))
+            for seed in range(seeds)
+            for steps in self.spec.strengths
+        ]
+        self.make(orders)
+        for name, _, _ in orders:
+            self.see(name)
+        groups = {CLEAN: [CLEAN], "random": ["random"]}
+        groups |= {f"{n} steps": [f"{n} steps-{seed}" for seed in range(seeds)] for n in self.spec.strengths}
+        groups[f"{self.spec.steps} steps"] = [f"sequence-{seed}" for seed in range(seeds) if seed in self.seeds]
+        told = [name for names in groups.values() for name in names]
+        self.parts["separation"] = separation(self.results, groups)
+        self.parts["same_verdict"] = {"walks": same_verdict(self.results, told), "textures": told}
+
+    def look_at_defences(self) -> None:
+        """Defences against the first seed, attacks that know of them, and what they cost on clean walks."""
+        hardened = self.store.hardened(
+            self.detector, self.spec.detector, self.train, self.spec.hardening(), self.spec.optimisation("sequence", 0)
+        )
+        recalibrated = self.store.recalibrated(self.detector, self.train, list(self.controls.values()))
+        knows = {
+            "aggregate": ([self.detector], REACH),
+            "hardened": ([hardened], 0),
+            "hardened+aggregate": ([hardened], REACH),
+            "consensus": ([self.detector, *self.others], 0),
         }
-        by_seed = sign * (each["sequence"].mean(axis=1) - each[baseline].mean(axis=1))
-        rows[metric] = {
-            **{mode: values.mean(axis=1).tolist() for mode, values in each.items()},
-            "mean": {mode: interval(values).plain() for mode, values in each.items()},
-            "gain_of_sequence": paired(sign * each["sequence"], sign * each[baseline]).plain(),
-            "seeds_won": int((by_seed > 0).sum()),
-            "seeds_lost": int((by_seed < 0).sum()),
+        self.make(
+            [
+                (f"adaptive-{name}", models, self.spec.optimisation("sequence", 0, reach, len(models)))
+                for name, (models, reach) in knows.items()
+                if models
+            ]
+        )
+        subject = Subject(self.detector, self.others, hardened, recalibrated)
+        attack = "sequence-0"
+        given = Attacks(
+            self.controls, {attack: self.images[attack]}, {name: self.images[f"adaptive-{name}"] for name in knows}
+        )
+        bare = {name: self.shared.result(self.detector, name, self.images[name]) for name in (CLEAN, attack)}
+        table = defence_table(self.shared, subject, given)
+        for name, row in table.items():
+            behind = {kind: defended(self.shared, subject, name, kind, self.images[kind]) for kind in bare}
+            row["intervals"] = defence_cost(bare, behind, CLEAN, attack)
+        self.parts["defences"] = {"attack": attack, "walks": len(self.shared.scenes), "bare": bare, "table": table}
+        self.parts["behind_aggregation"] = self.behind_aggregation(subject)
+        models = {"before": self.detector, "hardened": hardened}
+        self.parts["photograph_score"] = person_photo(models, self.spec.size)
+        self.parts["thresholds"] = {d.name: d.threshold for d in (self.detector, recalibrated, hardened)}
+
+    def behind_aggregation(self, subject: Subject) -> dict[str, Any]:
+        """All modes behind aggregation over time, on all walks; no texture of these knows of it."""
+        names = [f"{mode}-{seed}" for mode in MODES for seed in self.seeds]
+        behind = {name: defended(self.judge, subject, "aggregate", name, self.images[name]) for name in names}
+        return {mode: compare(behind, self.seeds, mode) for mode in BASELINES}
+
+    def look_at_transfer(self) -> None:
+        """Textures optimised against each detector, and against all at once with as many passes, on every detector."""
+        models = [self.detector, *self.others]
+        whole: Order = (ENSEMBLE, models, self.spec.optimisation("sequence", 0, detectors=len(models)))
+        self.make([*((d.name, [d], self.spec.optimisation("sequence", 0)) for d in self.others), whole])
+        rows = {kind: kind for kind in CONTROLS if kind in (CLEAN, "random")}
+        rows |= {f"against {self.detector.name}": "sequence-0"}
+        rows |= {f"against {d.name}": d.name for d in self.others} | {f"against {ENSEMBLE}": ENSEMBLE}
+        found = {
+            row: {d.name: self.shared.result(d, name, self.images[name])["by_walk"] for d in models}
+            for row, name in rows.items()
         }
-    return rows
+        self.parts["transfer"] = {
+            "rows": list(rows),
+            "columns": [d.name for d in models],
+            "walks": len(self.shared.scenes),
+            **{
+                metric: [[interval([walks[metric]]).plain() for walks in row.values()] for row in found.values()]
+                for metric in ("area", "recall")
+            },
+        }
+
+    def look_at_lights(self) -> None:
+        """Some walks again under every light of their kind of place."""
+        rows: dict[str, dict[str, list[float]]] = {CLEAN: {}, "sequence-0": {}}
+        for number in range(min(self.spec.lit, self.spec.walks)):
+            lit = under_lights(TEST[number], self.spec.fps, self.spec.size, self.spec.cloth)
+            judge = KeptJudge(lit, self.store.folder, self.jobs, f"lights {number}")
+            for name, row in rows.items():
+                areas = judge.result(self.detector, name, self.images[name])["by_walk"]["area"]
+                for scene, area in zip(lit, areas, strict=True):
+                    row.setdefault(light_name(scene.light), []).append(area)
+        if any(rows.values()):
+            self.parts["lights"] = {
+                name: {lamp: interval([areas]).plain() for lamp, areas in row.items()} for name, row in rows.items()
+            }
+
+    def groups(self) -> dict[str, list[str]]:
+        """Textures by what they are: controls, modes with all seeds, fewer steps."""
+        found = {kind: [kind] for kind in CONTROLS if kind in self.results}
+        found |= {mode: [f"{mode}-{seed}" for seed in self.seeds] for mode in MODES if self.seeds}
+        for steps in self.spec.strengths:
+            names = [name for name in self.results if name.startswith(f"{steps} steps-")]
+            found |= {f"{steps} steps": names} if names else {}
+        return found
+
+    def figures(self) -> dict[str, Any]:
+        """All figures so far."""
+        groups = self.groups()
+        shown = [name for name in (CLEAN, "random", "sequence-0") if name in self.results]
+        curves = {name: self.results[name]["curves"] for name in shown}
+        return {
+            "about": {
+                "what": "drape bench: rendered walks, public detectors, proxy gamut",
+                **versions(),
+                "spec": asdict(self.spec),
+                "seeds": list(self.seeds),
+                "walks": [asdict(walk) for walk in TEST[: self.spec.walks]],
+                "training_walks": [asdict(walk) for walk in TRAIN[: self.spec.train]],
+                "processor_seconds": self.store.seconds(),
+                "passes": self.store.passes(),
+            },
+            "results": self.results,
+            "intervals": intervals(self.results, groups),
+            "sequence_against": {mode: compare(self.results, self.seeds, mode) for mode in BASELINES if self.seeds},
+            "gaps": gaps(self.results, self.training, groups, CLEAN),
+            "distance": {name: curve(c, heights(self.test), HEIGHTS) for name, c in curves.items()},
+            "azimuth": {name: curve(c, sides(self.test), SIDES) for name, c in curves.items()},
+            "video": {
+                name: track(self.judge.walks(self.detector, name, self.images[name])[0])
+                for name in shown
+                if name != "random"
+            },
+            **self.parts,
+        }
 
 
-def intervals(results: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Each metric of each group of textures (one for a control, one per seed for a mode), with its interval."""
+def versions() -> dict[str, str]:
+    """What a figure depends on besides its settings."""
     return {
-        group: {
-            metric: interval([results[name]["by_walk"][metric] for name in names]).plain()
-            for metric in HIGHER_IS_STRONGER
-        }
-        for group, names in groups.items()
+        "drape": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread",
     }
-
-
-def undecided(results: Mapping[str, Mapping[str, Any]]) -> float:
-    """Share of the walks on which not all textures have the same verdict, missed or seen in half of the frames."""
-    verdicts = np.array([row["by_walk"]["sequence_success_50"] for row in results.values()])
-    return float((verdicts.min(axis=0) != verdicts.max(axis=0)).mean())
 
 
 def rounded(value: Any, digits: int = 4) -> Any:
@@ -298,88 +349,17 @@ def person_photo(detectors: Mapping[str, Detector], size: int) -> dict[str, floa
         return {name: float(detector(plate).scores.max()) for name, detector in detectors.items()}
 
 
-def run_bench(spec: BenchSpec, work: Path, to: Path) -> dict[str, Any]:
-    """Run what is missing of the benchmark, and write its figures to a JSON file."""
-    store = Store(work, spec)
-    detector, others = load_detector(spec.detector), [load_detector(name) for name in spec.others]
-    walks = scenes(TRAIN[: spec.train], spec.fps, spec.size, spec.cloth)
-    attacks = {
-        f"{mode}-{seed}": store.textures(f"{mode}-{seed}", [detector], walks, spec.optimisation(mode, seed))
-        for seed in range(spec.seeds)
-        for mode in MODES
-    }
-    hardened = store.hardened(detector, walks, spec)
-    tracked = {  # an attack that knows of aggregation needs sequences; "frames" can know of none
-        f"tracked-{seed}": store.textures(
-            f"tracked-{seed}", [detector], walks, spec.optimisation("sequence", seed, REACH)
-        )
-        for seed in range(spec.seeds)
-    }
-    together = [detector, *others]
-    adaptive = {"aggregate": tracked["tracked-0"]} | {
-        defence: store.textures(
-            f"adaptive-{defence}", models, walks, spec.optimisation("sequence", 0, reach, len(models))
-        )
-        for defence, models, reach in (
-            ("hardened", [hardened], 0),
-            ("hardened+aggregate", [hardened], REACH),
-            ("consensus", together, 0),
-        )
-    }
-    attacks = {"sequence-0": attacks["sequence-0"], **attacks}  # the first one is what defences are measured against
-    controls = {kind: control(kind, Gamut.proxy()) for kind in CONTROLS}
-    recalibrated = store.recalibrated(detector, walks, list(controls.values()))
-    judged = store.folder / "measured.json"
+def run_bench(spec: BenchSpec, work: Path, to: Path, seeds: int = 6, jobs: int = 1) -> dict[str, Any]:
+    """Run what is missing of the benchmark; its figures are written after every stage, and given at the end.
 
-    def judge() -> None:
-        given = Attacks(controls, attacks, adaptive)
-        judge = KeptJudge(scenes(TEST[: spec.walks], spec.fps, spec.size, spec.cloth), store.folder)
-        subject = Subject(detector, others, hardened, recalibrated)
-        strong = {name: textures for name, textures in attacks.items() if name.startswith("sequence-")}
-        measured = measure(
-            subject, judge, given, {*strong, "frames-0"}, under_lights(TEST[0], spec.fps, spec.size, spec.cloth)
-        )
-        by_seed = {
-            defence: [defended(judge, subject, defence, name, strong[name])["recall"] for name in sorted(strong)]
-            for defence in SEEDED
-        }
-        behind = {}
-        for seed in range(spec.seeds):
-            for mode, name, images in (
-                *((mode, f"{mode}-{seed}", attacks[f"{mode}-{seed}"]) for mode in BASELINES),
-                ("sequence", f"tracked-{seed}", tracked[f"tracked-{seed}"]),
-            ):
-                behind[f"{mode}-{seed}"] = defended(judge, subject, "aggregate", name, images)
-        trained = {**controls, **attacks}
-        seen = {name: evaluate(detector, walks, textures)["recall"] for name, textures in trained.items()}
-        photo = person_photo({"before": detector, "hardened": hardened}, spec.size)
-        record = {
-            **measured,
-            "behind_aggregation": {mode: compare(behind, spec.seeds, mode) for mode in BASELINES},
-            "defended_by_seed": by_seed,
-            "training_recall": seen,
-            "photograph_score": photo,
-            "thresholds": {d.name: d.threshold for d in (detector, recalibrated, hardened)},
-        }
-        save_record(judged, MEASURED, rounded(record))
-
-    store.timed("judge", judge)
-    measured = load_record(judged, MEASURED, AGAIN)
-    groups = {kind: [kind] for kind in CONTROLS} | {m: [f"{m}-{seed}" for seed in range(spec.seeds)] for m in MODES}
-    figures = {
-        "about": {
-            "what": "drape bench: rendered walks, public detectors, proxy gamut",
-            "drape": __version__,
-            "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} thread",
-            "spec": asdict(spec),
-            "processor_seconds": store.seconds(),
-            "passes": store.passes(),
-        },
-        "sequence_against": {mode: compare(measured["results"], spec.seeds, mode) for mode in BASELINES},
-        "intervals": intervals(measured["results"], groups),
-        "undecided_walks": undecided(measured["results"]),
-        **measured,
-    }
-    save_record(to, FIGURES, rounded(figures))
-    return figures
+    Args:
+        seeds: how many beginnings; another run with more of them goes on.
+    """
+    if seeds < 1:
+        raise ConfigError(f"seeds={seeds}; expected at least one seed.")
+    bench = Bench(spec, work, jobs)
+    for name, stage in bench.stages(seeds):
+        note(name)
+        stage()
+        save_record(to, FIGURES, rounded(bench.figures()))
+    return bench.figures()

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-import platform
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
 
 from drape import progress
-from drape.bench import REACH, BenchSpec, rounded, run_bench
+from drape.bench import REACH, BenchSpec, rounded, run_bench, versions
 from drape.controls import CONTROLS, control, load_images, product_textures, random_textures, save_images
 from drape.defences import Purified
 from drape.detectors import detectors, load_detector
@@ -25,13 +26,15 @@ from drape.evaluate import DEFENCES, Judge, Subject
 from drape.gamut import Gamut
 from drape.harden import HardenSpec, harden, load_hardened, save_hardened
 from drape.io import check_output, load_record, save_record, write_text
+from drape.libraries import library_metrics
 from drape.measure import Attacks, measure
 from drape.objective import Temporal
 from drape.optimise import OptimiseSpec, optimise
+from drape.own import own_scenes, read_walks
 from drape.report import animation, page
 from drape.scene.backgrounds import read_image
 from drape.scene.cloth import ENGINES
-from drape.walks import TEST, TRAIN, scenes, under_lights
+from drape.walks import TEST, TRAIN, Walk, scenes, under_lights
 
 __all__ = ["app", "main"]
 
@@ -40,6 +43,7 @@ NOTE = "Simulation only: rendered walks, public detectors. Scores are scaled so 
 KNOWN = ("none", "aggregate", "median", "hardened", "hardened+aggregate")  # defences that an attack can know of
 OPTIMISED = "optimised"  # what reports call the textures of `drape optimise`; a control may hide more
 TEXTURES, FIGURES, EVALUATION = "textures.npz", "evaluate.json", "drape's evaluation"
+MADE, OPTIMISATION = "optimise.json", "drape's optimisation"
 MEASURES = ("area", "recall", "track_recall", "ap50")  # that `--fail-under` takes
 FAILED = 3  # exit code of an evaluation below a limit
 WINDOW = 1.5  # seconds, of the weighting "window"
@@ -61,6 +65,11 @@ Engine = typer.Option("drape", "--cloth", help="what moves the cloth: " + " or "
 Weights = typer.Option(None, help="weights that `drape harden` wrote")
 Train = typer.Option(len(TRAIN), "--train-walks", min=1, max=len(TRAIN), help="how many of the training walks")
 Walks = typer.Option(len(TEST), min=1, max=len(TEST), help="how many of the held-out walks")
+Own = typer.Option(None, "--walk-file", help="JSON file of walks of your own, in place of the held-out ones")
+Plates = typer.Option(
+    [], "--plate", help="image, clip or folder of images behind the walks; repeat it, they take turns"
+)
+Jobs = typer.Option(1, min=1, max=256, help="processes side by side, with one thread each")
 
 
 def gamut_of(icc: Path | None) -> Gamut:
@@ -109,14 +118,16 @@ def optimise_command(
     run = optimise(textures, models, scenes(TRAIN[:train], fps, size, engine), spec, labels)
     save_images(out / TEXTURES, {name: texture(hard=True).detach() for name, texture in textures.items()})
     record = {
+        "detectors": list(detector),
         "gamut": gamut.name,
         "backward": run.backward,
         "forward": run.forward,
         "confidence": run.confidence,
-        "mode": mode,
         "against": against,
+        "spec": asdict(spec),
+        **versions(),
     }
-    save_record(out / "optimise.json", "drape's optimisation", rounded(record))
+    save_record(out / MADE, OPTIMISATION, rounded(record))
     typer.echo(f"wrote {out / TEXTURES}; go on with: drape evaluate --out {out}")
 
 
@@ -157,6 +168,9 @@ def evaluate_command(
         [], help="MEASURE=VALUE under the optimised textures, such as recall=0.6; repeat it"
     ),
     lights: bool = typer.Option(True, help="judge one walk under several lights too"),
+    own: Path | None = Own,
+    plates: list[Path] = Plates,
+    jobs: int = Jobs,
     out: Path = Out,
 ) -> None:
     """Judge textures on held-out walks, with controls and defences; further detectors join transfer and consensus."""
@@ -171,13 +185,20 @@ def evaluate_command(
         {OPTIMISED: load_images(out / TEXTURES), **named_textures(compare)},
         knowing,
     )
+    shown = TEST[:walks] if own is None else read_walks(own)
     first, *others = [load_detector(name) for name in detector]
     subject = Subject(first, others, None if hardened is None else load_hardened(hardened, detector[0]))
-    lit = under_lights(TEST[0], fps, size, engine) if lights else []
-    measured = measure(subject, Judge(scenes(TEST[:walks], fps, size, engine)), given, lit=lit)
+    lit = under_lights(shown[0], fps, size, engine) if lights else []
+    judge = Judge(own_scenes(shown, plates, fps, size, engine), jobs)
+    measured = measure(subject, judge, given, lit=lit)
     path = out / FIGURES
-    scene = {"gamut": gamut.name, "icc": icc and str(icc), "fps": fps, "size": size, "cloth": engine}
-    save_record(path, EVALUATION, rounded({**measured, **scene}))
+    record = {
+        **measured,
+        "libraries": library_metrics(judge, first, {n: given.textures()[n] for n in ("plain", OPTIMISED)}),
+        "conditions": conditions(subject, shown, plates, out)
+        | {"gamut": gamut.name, "icc": icc and str(icc), "fps": fps, "size": size, "cloth": engine},
+    }
+    save_record(path, EVALUATION, rounded(record))
     least, results = measured["seen_least"], measured["results"]
     typer.echo(f"seen least: {least} (area {results[least]['area']:.2f}, recall {results[least]['recall']:.2f})")
     if least in CONTROLS:
@@ -190,6 +211,19 @@ def evaluate_command(
     if missed:
         typer.echo(f"failed: {', '.join(missed)}", err=True)
         raise typer.Exit(FAILED)
+
+
+def conditions(subject: Subject, walks: Sequence[Walk], plates: Sequence[Path], out: Path) -> dict[str, Any]:
+    """What an evaluation depends on: versions, detectors, walks, plates, and how the textures were made."""
+    models = [d for d in (subject.detector, *subject.others, subject.hardened) if d is not None]
+    made = out / MADE
+    return {
+        **versions(),
+        "detectors": [{"name": d.name, "input_size": d.input_size, "threshold": d.threshold} for d in models],
+        "walks": [asdict(walk) for walk in walks],
+        "plates": [str(plate) for plate in plates],
+        "optimisation": load_record(made, OPTIMISATION, "run `drape optimise` again") if made.exists() else None,
+    }
 
 
 def limits_of(pairs: Sequence[str]) -> dict[str, float]:
@@ -224,14 +258,16 @@ def report_command(out: Path = Out) -> None:
     """Write report.html from what optimise and evaluate left in the folder; no detector is needed."""
     check_output(out / "report.html")
     measured = load_record(out / FIGURES, EVALUATION, f"run `drape evaluate --out {out}`")
-    walk = scenes(TEST[:1], measured["fps"], measured["size"], measured["cloth"])[0]
-    gamut = gamut_of(measured["icc"] and Path(measured["icc"]))
+    told = measured["conditions"]
+    plates = [Path(plate) for plate in told["plates"]]
+    walk = own_scenes([Walk(**told["walks"][0])], plates[:1], told["fps"], told["size"], told["cloth"])[0]
+    gamut = gamut_of(told["icc"] and Path(told["icc"]))
     clothes = {"plain": control("plain", gamut), OPTIMISED: load_images(out / TEXTURES)}
     videos = {
         f"{name} (a box where {measured['detector']} sees a person)": animation(walk.render(clothes[name]), boxes)
         for name, boxes in measured["video"].items()
     }
-    write_text(out / "report.html", page(measured, videos, f"{NOTE} Colours: {measured['gamut']}."))
+    write_text(out / "report.html", page(measured, videos, f"{NOTE} Colours: {gamut.name}."))
     typer.echo(f"wrote {out / 'report.html'}")
 
 
@@ -253,12 +289,11 @@ def demo_command(
     )  # fmt: skip
     evaluate_command(
         detector=[detector], fps=fps, size=size, engine=engine, icc=None, walks=2, hardened=None, compare=[],
-        adaptive=[], fail_under=[], lights=False, out=out,
+        adaptive=[], fail_under=[], lights=False, own=None, plates=[], jobs=1, out=out,
     )  # fmt: skip
     report_command(out)
     seconds = {"seconds": time.perf_counter() - start[0], "processor_seconds": time.process_time() - start[1]}
-    machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s)"
-    save_record(out / "demo.json", "drape's demo", rounded({**seconds, "machine": machine}, 1))
+    save_record(out / "demo.json", "drape's demo", {**rounded(seconds, 1), **versions()})
     typer.echo(f"the demo took {seconds['seconds']:.0f} seconds")
 
 
@@ -267,29 +302,31 @@ def bench_command(
     detector: str = typer.Option(BenchSpec.detector, help="the one that is attacked and defended"),
     to: Path = typer.Option(Path("drape/benchmarks/bench.json"), help="where the figures go"),
     work: Path = typer.Option(Path("out/drape-bench"), help="folder for textures and weights; a second run goes on"),
-    seeds: int = typer.Option(BenchSpec.seeds, help="of the comparison of sequence and frames"),
+    seeds: int = typer.Option(6, min=1, help="beginnings of each mode of optimisation; more of them go on"),
     steps: int = typer.Option(BenchSpec.steps, help="of each optimisation"),
     fps: float = typer.Option(BenchSpec.fps, min=0.25, max=60, help="frames per second of the walks"),
     size: int = Size,
     engine: str = Engine,
     train: int = Train,
     walks: int = Walks,
+    jobs: int = Jobs,
 ) -> None:
-    """Measure: sequence against frames at equal compute, transfer, defences and attacks that know of them."""
+    """Measure: strengths, sequences against frames and poses, transfer, defences and attacks that know of them."""
     others = tuple(name for name in detectors() if name != detector)
     check_output(to)
     spec = BenchSpec(
         detector=detector,
         others=others,
-        seeds=seeds,
         steps=steps,
+        strengths=tuple(n for n in BenchSpec.strengths if n < steps),
         fps=fps,
         size=size,
         cloth=engine,
         train=train,
         walks=walks,
+        window=max(round(WINDOW * fps), 1),
     )
-    run_bench(spec, work, to)
+    run_bench(spec, work, to, seeds, jobs)
     typer.echo(f"wrote {to}")
 
 

@@ -25,7 +25,8 @@ from drape.metrics import (
     sequence_success,
     track_recall,
 )
-from drape.progress import steps
+from drape.parallel import mapped
+from drape.progress import counted
 from drape.scene.light import light_name
 from drape.scene.scene import Scene
 
@@ -69,6 +70,11 @@ def detect_walk(detector: Detector, scene: Scene, textures: Textures) -> list[De
     return [Detection(d.boxes, detector.scaled(d.scores)) for d in found]
 
 
+def looked_at(item: tuple[Detector, Scene, Textures]) -> list[Detection]:
+    """`detect_walk` of one item, for several processes."""
+    return detect_walk(*item)
+
+
 def summary(walks: Sequence[Sequence[Detection]], scenes: Sequence[Scene]) -> dict[str, Any]:
     """The metrics of `drape.metrics`: means over walks, which count the same whatever their length, and each walk's
     values.
@@ -86,6 +92,10 @@ def summary(walks: Sequence[Sequence[Detection]], scenes: Sequence[Scene]) -> di
         "longest_run": [longest_run(d) / s.buffers.frames for d, s in zip(curves, scenes, strict=True)],
         "track_recall": tracks,
     }
+    beside = {
+        "ap50": [average_precision(d, s.buffers.boxes) for d, s in zip(walks, scenes, strict=True)],
+        "false_boxes": [false_boxes([d], [s]) for d, s in zip(walks, scenes, strict=True)],
+    }
     frames = np.concatenate(curves)
     sides = np.concatenate([s.buffers.azimuth.double().numpy() for s in scenes])
     angles, means = azimuth_curve(sides, frames, width=30.0)
@@ -93,7 +103,7 @@ def summary(walks: Sequence[Sequence[Detection]], scenes: Sequence[Scene]) -> di
         "ap50": average_precision([d for w in walks for d in w], torch.cat([s.buffers.boxes for s in scenes])),
         **{name: float(np.mean(values)) for name, values in by_walk.items()},
         "mean_confidence": float(frames.mean()),
-        "by_walk": by_walk,
+        "by_walk": {**by_walk, **beside},
         "false_boxes": false_boxes(walks, scenes),
         "curves": {s.label: d.tolist() for s, d in zip(scenes, curves, strict=True)},
         "azimuth": {f"{a:g}": None if np.isnan(m) else float(m) for a, m in zip(angles, means, strict=True)},
@@ -115,23 +125,36 @@ class Judge:
     """Detections of textures on walks, each looked at once.
 
     Args:
-        scenes: at least one, with labels of their own.
+        scenes: at least one, with labels of their own.  jobs: processes that look at walks side by side.
     """
 
-    def __init__(self, scenes: Sequence[Scene]) -> None:
+    def __init__(self, scenes: Sequence[Scene], jobs: int = 1) -> None:
         labels = [scene.label for scene in scenes]
         if not labels or len(set(labels)) != len(labels):
             raise ConfigError(f"scenes {labels}; expected at least one, each with a label of its own.")
-        self.scenes = list(scenes)
+        self.scenes, self.jobs = list(scenes), jobs
         self.seen: dict[tuple[str, str], Walks] = {}
 
     def walks(self, detector: Detector, name: str, textures: Textures) -> Walks:
         """Detections on all walks; `name` must be one texture's only."""
         key = (detector.name, name)
         if key not in self.seen:
-            looked = steps(self.scenes, f"{detector.name}: {name}")
-            self.seen[key] = [detect_walk(detector, scene, textures) for scene in looked]
+            found = {n: self.kept(detector, name, n) for n in range(len(self.scenes))}
+            missing = [n for n, walk in found.items() if walk is None]
+            items = ((detector, self.scenes[n], textures) for n in missing)
+            looked = zip(missing, mapped(looked_at, items, self.jobs), strict=True)
+            for number, walk in counted(looked, len(missing), f"{detector.name}: {name}"):
+                self.keep(detector, name, number, walk)
+                found[number] = walk
+            self.seen[key] = [walk for walk in found.values() if walk is not None]
         return self.seen[key]
+
+    def kept(self, detector: Detector, name: str, number: int) -> list[Detection] | None:
+        """What an earlier run saw; nothing here (`drape.store.KeptJudge` has files)."""
+        return None
+
+    def keep(self, detector: Detector, name: str, number: int, walk: list[Detection]) -> None:
+        """Keep one walk's detections; nothing is done here."""
 
     def result(self, detector: Detector, name: str, textures: Textures) -> dict[str, Any]:
         """The metrics without defence."""

@@ -24,7 +24,7 @@ Textures = Mapping[str, Tensor]
 class Attacks:
     """Textures by name.
 
-    Attributes:
+    Args:
         controls: with "plain" among them.
         attacks: the first one is what defences are measured against.
         adaptive: by defence, textures that were optimised through it.
@@ -40,6 +40,10 @@ class Attacks:
         shared = set(self.controls) & set(self.attacks)
         if shared:
             raise ConfigError(f"{sorted(shared)} name both a control and an attack; rename the attack.")
+
+    def textures(self) -> dict[str, Textures]:
+        """Controls and attacks by name."""
+        return {**self.controls, **self.attacks}
 
 
 def defence_row(clean: dict[str, Any], attacked: dict[str, Any], rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def measure(
         results: metrics by texture.  transfer: recall by texture and detector.  defences: `defence_table`.
         lights: mean confidence by texture and light.  video: boxes on the first walk, by texture.
     """
-    textures = {**given.controls, **given.attacks}
+    textures = given.textures()
     results = {name: judge.result(subject.detector, name, images) for name, images in textures.items()}
     recalls = {
         name: {d.name: judge.result(d, name, images)["recall"] for d in (subject.detector, *subject.others)}

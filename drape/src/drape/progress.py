@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
-__all__ = ["note", "show", "steps"]
+__all__ = ["counted", "note", "show", "steps"]
 
 Item = TypeVar("Item")
 STATE = {"shown": False, "busy": False}
@@ -29,11 +29,16 @@ def note(text: str) -> None:
 
 def steps(items: Sequence[Item], label: str) -> Iterator[Item]:
     """The items, with a bar while they are worked on; inside another bar and off the terminal there is none."""
+    return counted(items, len(items), label)
+
+
+def counted(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
+    """The same for items that come one by one, of which there are `total`."""
     if not STATE["shown"] or STATE["busy"] or not sys.stderr.isatty():
         yield from items
         return
     STATE["busy"] = True
     try:
-        yield from track(items, label, console=Console(stderr=True))
+        yield from track(items, label, total=total, console=Console(stderr=True))
     finally:
         STATE["busy"] = False

@@ -37,6 +37,15 @@ DEFENCE_COLUMNS = {
     "clean_ap50_loss": "AP lost in plain clothes",
     "clean_false_boxes": "false boxes per frame, plain clothes",
 }
+LIBRARY_COLUMNS = {
+    "coco_map": "COCO mAP .5 to .95",
+    "coco_ap50": "COCO AP at .5",
+    "coco_recall": "COCO recall",
+    "idf1": "IDF1 (ByteTrack)",
+    "mota": "MOTA (ByteTrack)",
+    "switches": "identity switches",
+}
+MADE_WITH = ("mode", "steps", "batch", "learning_rate", "aggregation", "seed")
 STYLE = (
     "body{font:16px/1.45 sans-serif;max-width:62em;margin:2em auto;padding:0 1em}"
     "td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child"
@@ -106,6 +115,9 @@ def page(measured: Mapping[str, Any], videos: Mapping[str, bytes], note: str = "
         "<h2>By the side that is seen</h2>" + azimuth_svg({name: row["azimuth"] for name, row in shown.items()}),
         *([f"<h2>By light, on one walk</h2>{bars_svg(measured['lights'])}"] if measured["lights"] else []),
     ]
+    if measured.get("libraries"):
+        sections.append(f"<h2>By libraries</h2>{libraries_table(measured['libraries'])}")
+    sections.append(f"<h2>Conditions</h2>{conditions_table(measured['conditions'])}")
     for label in next(iter(shown.values()))["curves"]:
         lines = {name: row["curves"][label] for name, row in shown.items()}
         lines |= {f"with {name}": row["curves"][label] for name, row in measured["defences"].items()}
@@ -115,6 +127,34 @@ def page(measured: Mapping[str, Any], videos: Mapping[str, bytes], note: str = "
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style><h1>{title}</h1><p>{html.escape(note)}</p>{''.join(sections)}</html>"
     )
+
+
+def libraries_table(found: Mapping[str, Any]) -> str:
+    """COCO's precision and the tracker's identity measures, or what has to be installed for them."""
+    if "missing" in found:
+        return (
+            f"<p>Not measured: {html.escape(', '.join(found['missing']))} missing ({html.escape(found['remedy'])}).</p>"
+        )
+    return table(found, LIBRARY_COLUMNS)
+
+
+def conditions_table(told: Mapping[str, Any]) -> str:
+    """Versions, detectors, settings, how the textures were made, and the walks."""
+    plain = {name: value for name, value in told.items() if isinstance(value, (str, int, float)) or value is None}
+    made = told["optimisation"] or {}
+    plain |= {f"textures: {name}": value for name, value in made.get("spec", {}).items() if name in MADE_WITH}
+    plain |= {f"detector {d['name']}": f"{d['input_size']} px, threshold {d['threshold']:g}" for d in told["detectors"]}
+    plain |= {"plates": ", ".join(told["plates"])} if told["plates"] else {}
+    rows = "".join(
+        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>" for name, value in plain.items()
+    )
+    walks: Sequence[Mapping[str, Any]] = told["walks"]
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in walks[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in walk.values()) + "</tr>" for walk in walks
+    )
+    scrolled = f'<div style="overflow-x:auto"><table><tr>{head}</tr>{body}</table></div>'
+    return f"<table>{rows}</table><h3>Walks</h3>{scrolled}"
 
 
 def transfer_table(transfer: Mapping[str, Any]) -> str:
