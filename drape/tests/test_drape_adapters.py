@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from drape.detectors.adapters import TorchvisionDetector, TransformersDetector, UltralyticsDetector
-from drape.detectors.registry import load_detector
-from drape.errors import DetectorError
+from drape.detectors.adapters import OnnxDetector, TorchvisionDetector, TransformersDetector, UltralyticsDetector
+from drape.detectors.registry import LOADERS, load_detector
+from drape.errors import AssetError, ConfigError, DetectorError, UnknownNameError
 from drape.objective import confidence
 
 
@@ -178,3 +178,137 @@ def test_a_detector_of_ones_own_by_module_and_factory(tmp_path: Path, monkeypatc
             load_detector(f"own_detectors_of_a_test:{name}")
     with pytest.raises(DetectorError, match="cannot be used"):
         load_detector("no_such_module_of_anybody:make")
+
+
+def onnx_file(path: Path, layout: str, batch: int | None = None) -> Path:
+    """A network in ONNX: person scores that follow the frame's mean, boxes that stay."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    helper, number = onnx.helper, onnx.TensorProto.FLOAT
+    entry = helper.make_tensor_value_info("frames", number, [batch, 3, 64, 64])
+    constants, nodes = [], [helper.make_node("ReduceMean", ["frames"], ["mean"], axes=[1, 2, 3], keepdims=0)]
+
+    def constant(name: str, values: list[float], shape: list[int], kind: int = number) -> None:
+        constants.append(helper.make_tensor(name, kind, shape, values))
+
+    nodes.append(helper.make_node("Reshape", ["mean", "to_rows"], ["score"]))
+    constant("to_rows", [-1, 1, 1], [3], onnx.TensorProto.INT64)
+    boxes = (
+        [32.0, 32, 16, 32] if layout == "yolo" else [0.5, 0.5, 0.25, 0.5] if layout == "detr" else [24.0, 16, 40, 48]
+    )
+    shape = [1, 4, 1] if layout == "yolo" else [1, 1, 4]
+    constant("zero", [0.0] * 4, shape)
+    constant("own", boxes, shape)
+    nodes.append(helper.make_node("Mul", ["score", "zero"], ["nothing"]))
+    nodes.append(helper.make_node("Add", ["nothing", "own"], ["boxes"]))
+    if layout == "yolo":
+        nodes.append(helper.make_node("Concat", ["boxes", "score"], ["out"], axis=1))
+        outputs = ["out"]
+    elif layout == "detr":
+        outputs = ["score", "boxes"]
+    else:
+        nodes.append(helper.make_node("Squeeze", ["score"], ["scores"], axes=[2]))
+        outputs = ["boxes", "scores"]
+    infos = [helper.make_tensor_value_info(name, number, None) for name in outputs]
+    graph = helper.make_graph(nodes, "detector", [entry], infos, constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=8), str(path))
+    return path
+
+
+@pytest.mark.parametrize("layout", ["yolo", "detr", "boxes"])
+@pytest.mark.parametrize("batch", [None, 1])
+def test_a_file_of_onnx_gives_boxes_and_scores(layout: str, batch: int | None, tmp_path: Path) -> None:
+    path = onnx_file(tmp_path / "m.onnx", layout, batch)
+    detector = OnnxDetector(path, "onnx", layout=layout, input_size=64)
+    frames = torch.stack([torch.full((3, 64, 64), value) for value in (0.25, 0.75)])
+    found = detector(frames)
+    expected = [0.25, 0.75] if layout != "detr" else torch.tensor([0.25, 0.75]).sigmoid().tolist()
+    assert found.scores[:, 0].tolist() == pytest.approx(expected)
+    assert found.boxes.tolist() == [[[24, 16, 40, 48]]] * 2
+    assert [len(d.scores) for d in detector.detect(frames)] == [1, 1]
+
+
+def test_files_of_onnx_that_cannot_serve_are_refused(tmp_path: Path) -> None:
+    path = onnx_file(tmp_path / "m.onnx", "yolo")
+    with pytest.raises(DetectorError, match="layout 'detr'"):
+        OnnxDetector(path, "onnx", layout="detr", input_size=64)(torch.rand(1, 3, 64, 64))
+    with pytest.raises(UnknownNameError, match="yolo"):
+        OnnxDetector(path, "onnx", layout="yol")
+    with pytest.raises(ConfigError, match="person=-1"):
+        OnnxDetector(path, "onnx", person=-1)
+    with pytest.raises(AssetError, match="does not exist"):
+        OnnxDetector(tmp_path / "none.onnx", "onnx")
+    (tmp_path / "empty.onnx").write_bytes(b"nothing")
+    with pytest.raises(AssetError, match="cannot be read as an ONNX model"):
+        OnnxDetector(tmp_path / "empty.onnx", "onnx")
+
+
+def test_onnxruntime_refuses_to_be_optimised_against(tmp_path: Path) -> None:
+    detector = OnnxDetector(onnx_file(tmp_path / "m.onnx", "yolo"), "onnx", input_size=64)
+    if type(detector.model).__name__ != "OnnxSession":
+        pytest.skip("onnx2torch gives gradients")
+    with pytest.raises(DetectorError, match="onnx2torch"):
+        detector(torch.rand(1, 3, 64, 64, requires_grad=True))
+
+
+def test_sides_of_the_input_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, int]] = []
+
+    def load(**size: int) -> TransformersDetector:
+        made.append(size)
+        return TransformersDetector(Fixed(detr), "detr", person=0, softmax=False)
+
+    monkeypatch.setitem(LOADERS, "nanodet", load)
+    assert load_detector("nanodet@320").name == "nanodet@320"
+    assert load_detector("nanodet").name == "detr"
+    assert made == [{"input_size": 320}, {}]
+    for name in ("nanodet@321", "nanodet@", "nanodet@64", "nanodet@99999999"):
+        with pytest.raises(ConfigError, match="multiple of 32"):
+            load_detector(name)
+    with pytest.raises(UnknownNameError, match="nanodet"):
+        load_detector("nanodte@320")
+
+
+@pytest.mark.slow
+def test_two_stages_of_torchvision_run_with_gradients() -> None:
+    """Faster R-CNN with random weights, the library's own class; its threshold for boxes is taken down."""
+    models = pytest.importorskip("torchvision.models.detection")
+    torch.manual_seed(0)
+    model = models.fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=3, box_score_thresh=0.0, box_detections_per_img=20
+    )
+    detector = TorchvisionDetector(model, "faster r-cnn", input_size=64)
+    frames = torch.rand(2, 3, 64, 64, requires_grad=True)
+    found = detector(frames)
+    assert found.boxes.shape[::2] == (2, 4)
+    assert found.scores.shape[1] > 1
+    (gradient,) = torch.autograd.grad(found.scores.sum(), frames)
+    assert float(gradient.abs().max()) > 0
+    assert not any(parameter.requires_grad for parameter in detector.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refined", [False, True], ids=["one stage", "two stages"])
+def test_detr_of_transformers_runs_with_gradients(refined: bool) -> None:
+    """Deformable DETR with random weights, also with its first stage's proposals, on a trunk without downloads."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    trunk = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.DeformableDetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=trunk, num_queries=6,
+        d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, num_feature_levels=3, two_stage=refined, with_box_refine=refined,
+        two_stage_num_proposals=6, id2label={0: "person", 1: "car"}, label2id={"person": 0, "car": 1},
+    )  # fmt: skip
+    model = transformers.DeformableDetrForObjectDetection(config)
+    detector = TransformersDetector(model, "detr", person=0, softmax=False, input_size=64)
+    frames = torch.rand(2, 3, 64, 64, requires_grad=True)
+    found = detector(frames)
+    assert found.boxes.shape == (2, 6, 4)
+    (gradient,) = torch.autograd.grad(found.scores.sum(), frames)
+    assert float(gradient.abs().max()) > 0
+    with pytest.raises(DetectorError, match="the person is"):
+        TransformersDetector(model, "detr", person=1, softmax=False)

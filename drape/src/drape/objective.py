@@ -71,7 +71,9 @@ def confidence(found: Candidates, truth: Tensor, variant: str = "max") -> Tensor
     return (SHARPNESS * scores).masked_fill(~counts, -torch.inf).logsumexp(dim=1).clamp_min(0.0) / SHARPNESS
 
 
-def ensemble_confidence(detectors: Sequence[Detector], frames: Tensor, truth: Tensor, variant: str = "max") -> Tensor:
+def ensemble_confidence(
+    detectors: Sequence[Detector], frames: Tensor, truth: Tensor, variant: str = "smooth"
+) -> Tensor:
     """The mean of d_t over several detectors, `[B]`, each scaled so that .5 is its own threshold."""
     if not detectors:
         raise ConfigError("an ensemble needs at least one detector.")

@@ -13,24 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drape.detectors.base import Candidates, Detector
-from drape.detectors.tfgraph import TFGraph, read_tfjs
+from drape.detectors.tfgraph import TFGraph, read_tfjs, sizes_for
 
 __all__ = ["CenterNet"]
 
 PERSON = 0
+NATIVE = 512  # pixels
 STRIDE = 4
 
 
 class CenterNet(Detector):
-    """The 512 px network of 80 COCO classes, from a TF.js graph.
+    """The network of 80 COCO classes, from a TF.js graph that was made for 512 px.
 
     Args:
-        model: the JSON file; the weights lie beside it.
+        model: the JSON file; the weights lie beside it.  input_size: a multiple of 32.
     """
 
-    def __init__(self, model: Path, name: str = "centernet") -> None:
-        super().__init__(name, 512, threshold=0.3)  # as its authors show boxes
-        self.graph = TFGraph(read_tfjs(model), ("tower_0/keypoints", "tower_0/wh"))
+    def __init__(self, model: Path, name: str = "centernet", input_size: int = NATIVE) -> None:
+        super().__init__(name, input_size, threshold=0.3)  # as its authors show boxes
+        graph = read_tfjs(model)
+        self.graph = TFGraph(graph, ("tower_0/keypoints", "tower_0/wh"), sizes_for(graph, input_size / NATIVE))
         self.freeze()
 
     def weights(self) -> list[nn.Parameter]:

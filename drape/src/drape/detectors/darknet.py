@@ -72,14 +72,15 @@ class Darknet(Detector):
 
     Args:
         cfg, weights: the two files.  name: what reports call it.
+        input_size: a multiple of 32; the file's own if not given.
 
     Raises:
         DetectorError: a layer is of another kind, or the weights do not fit.
     """
 
-    def __init__(self, cfg: Path, weights: Path, name: str = "yolov3-tiny") -> None:
+    def __init__(self, cfg: Path, weights: Path, name: str = "yolov3-tiny", input_size: int | None = None) -> None:
         sections = parse_cfg(cfg.read_text())
-        super().__init__(name, int(sections[0]["width"]))
+        super().__init__(name, int(sections[0]["width"]) if input_size is None else input_size)
         self.sections = sections[1:]
         self.layers = nn.ModuleList()
         widths: list[int] = []

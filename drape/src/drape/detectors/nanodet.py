@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from drape.detectors.base import Candidates, Detector
-from drape.detectors.tfgraph import TFGraph, read_tfjs
+from drape.detectors.tfgraph import TFGraph, read_tfjs, sizes_for
 
 __all__ = ["NanoDet"]
 
 PERSON = 0
+NATIVE = 416  # pixels
 STRIDES = (8, 16, 32)
 BINS = 11
 CLASSES = ("Identity", "Identity_1", "Identity_2")  # one per stride
@@ -24,15 +25,16 @@ SIDES = ("Identity_3", "Identity_4", "Identity_5")
 
 
 class NanoDet(Detector):
-    """The RepVGG variant with 416 px, from a TF.js graph.
+    """The RepVGG variant, from a TF.js graph that was made for 416 px.
 
     Args:
-        model: the JSON file; the weights lie beside it.
+        model: the JSON file; the weights lie beside it.  input_size: a multiple of 32.
     """
 
-    def __init__(self, model: Path, name: str = "nanodet") -> None:
-        super().__init__(name, 416, threshold=0.35)  # scores of the focal loss run low
-        self.graph = TFGraph(read_tfjs(model), CLASSES + SIDES)
+    def __init__(self, model: Path, name: str = "nanodet", input_size: int = NATIVE) -> None:
+        super().__init__(name, input_size, threshold=0.35)  # scores of the focal loss run low
+        graph = read_tfjs(model)
+        self.graph = TFGraph(graph, CLASSES + SIDES, sizes_for(graph, input_size / NATIVE))
         self.freeze()
 
     def weights(self) -> list[nn.Parameter]:

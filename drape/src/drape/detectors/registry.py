@@ -12,22 +12,23 @@ from drape.detectors.centernet import CenterNet
 from drape.detectors.darknet import Darknet
 from drape.detectors.fetch import fetch
 from drape.detectors.nanodet import NanoDet
-from drape.errors import DetectorError, unknown
+from drape.errors import ConfigError, DetectorError, unknown
 
 __all__ = ["detectors", "load_detector"]
 
 
-def yolov3_tiny() -> Detector:
+def yolov3_tiny(input_size: int | None = None) -> Detector:
     """The darknet network from its two files."""
     cfg, weights = fetch("yolov3-tiny")
-    return Darknet(cfg, weights)
+    return Darknet(cfg, weights, input_size=input_size)
 
 
-LOADERS: dict[str, Callable[[], Detector]] = {
+LOADERS: dict[str, Callable[..., Detector]] = {
     "yolov3-tiny": yolov3_tiny,
-    "nanodet": lambda: NanoDet(fetch("nanodet")[0]),
-    "centernet": lambda: CenterNet(fetch("centernet")[0]),
+    "nanodet": lambda **size: NanoDet(fetch("nanodet")[0], **size),
+    "centernet": lambda **size: CenterNet(fetch("centernet")[0], **size),
 }
+STRIDE, SMALLEST, LARGEST = 32, 128, 1024  # pixels of an input: in steps of the coarsest map's
 
 
 def detectors() -> tuple[str, ...]:
@@ -39,19 +40,28 @@ def load_detector(name: str) -> Detector:
     """A detector, frozen: a pretrained one by its name, whose weights are downloaded on first use, or a user's own.
 
     Args:
-        name: one of `detectors()`, or "module:factory", a function without arguments that gives a `Detector`; the
-        module
-            is looked for where Python does, the current folder among them.
+        name: one of `detectors()`, also with the side of its input as in "nanodet@320" (smaller is faster and sees
+            less), or "module:factory", a function without arguments that gives a `Detector`; the module is looked for
+            where Python does, the current folder among them.
 
     Raises:
         UnknownNameError: no detector has that name.
+        ConfigError: the input's side cannot be.
         DetectorError: the module or its function cannot be used, or gives something else.
     """
     if ":" in name:
         return own_detector(*name.split(":", 1))
-    if name not in LOADERS:
-        raise unknown("detector", name, LOADERS)
-    return LOADERS[name]()
+    base, at, text = name.partition("@")
+    if base not in LOADERS:
+        raise unknown("detector", base, LOADERS)
+    if not at:
+        return LOADERS[base]()
+    side = int(text) if text.isdecimal() and len(text) < 6 else 0
+    if side % STRIDE or not SMALLEST <= side <= LARGEST:
+        raise ConfigError(f"{name!r}; expected NAME@SIDE with a multiple of {STRIDE} from {SMALLEST} to {LARGEST}.")
+    detector = LOADERS[base](input_size=side)
+    detector.name = name
+    return detector
 
 
 def own_detector(module: str, factory: str) -> Detector:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from drape.errors import DetectorError
 
-__all__ = ["Graph", "Node", "TFGraph", "read_tfjs"]
+__all__ = ["Graph", "Node", "TFGraph", "read_tfjs", "sizes_for"]
 
 DTYPES = {"float32": np.float32, "int32": np.int32, "float16": np.float16, "uint8": np.uint8, "uint16": np.uint16}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"Relu": F.relu, "Relu6": F.relu6}
@@ -201,8 +201,7 @@ class TFGraph(nn.Module):
     """A graph as a torch module; float constants are parameters, so it can be fine-tuned.
 
     Args:
-        graph: what was read.  outputs: names of the operations to compute.  overrides: replace constants that the
-            graph would compute in a way that is not supported.
+        graph: what was read.  outputs: names of the operations to compute.  overrides: replace constants.
 
     Raises:
         DetectorError: an output or an operation is not known.
@@ -269,6 +268,13 @@ class TFGraph(nn.Module):
             inputs = [pick(values, name) for name in node.inputs if not name.startswith("^")]
             values[node.name] = OPERATIONS[node.op](node, inputs)
         return [pick(values, name) for name in self.outputs]
+
+
+def sizes_for(graph: Graph, ratio: float) -> dict[str, Tensor]:
+    """`overrides` of a `TFGraph` for an input `ratio` times as large: the sizes that it resizes its maps to."""
+    names = {plain_name(node.inputs[1]) for node in graph.nodes.values() if node.op == "ResizeBilinear"}
+    known = {name: graph.constants[name] for name in names if name in graph.constants}
+    return {name: (size * ratio).round().to(size.dtype) for name, size in known.items()}
 
 
 def plain_name(name: str) -> str:
