@@ -149,15 +149,16 @@ class Bench:
 
     def stages(self, seeds: int) -> list[tuple[str, Callable[[], None]]]:
         """All of them in order; what says most comes first."""
-        first, *rest = range(seeds)
+        each = [(f"seed {seed}", lambda seed=seed: self.look_at_seed(seed)) for seed in range(seeds)]
+        few = min(seeds, self.spec.seeds_of_strengths)
         return [
             ("controls", self.look_at_controls),
-            (f"seed {first}", lambda: self.look_at_seed(first)),
-            ("strengths", lambda: self.look_at_strengths(min(seeds, self.spec.seeds_of_strengths))),
-            *((f"seed {seed}", lambda seed=seed: self.look_at_seed(seed)) for seed in rest),
+            *each[:few],
+            ("strengths", lambda: self.look_at_strengths(few)),
             ("defences", self.look_at_defences),
             ("transfer", self.look_at_transfer),
             ("lights", self.look_at_lights),
+            *each[few:],
         ]
 
     def make(self, orders: Sequence[Order]) -> None:
@@ -234,16 +235,16 @@ class Bench:
             behind = {kind: defended(self.shared, subject, name, kind, self.images[kind]) for kind in bare}
             row["intervals"] = defence_cost(bare, behind, CLEAN, attack)
         self.parts["defences"] = {"attack": attack, "walks": len(self.shared.scenes), "bare": bare, "table": table}
-        self.parts["behind_aggregation"] = self.behind_aggregation(subject)
         models = {"before": self.detector, "hardened": hardened}
         self.parts["photograph_score"] = person_photo(models, self.spec.size)
         self.parts["thresholds"] = {d.name: d.threshold for d in (self.detector, recalibrated, hardened)}
 
-    def behind_aggregation(self, subject: Subject) -> dict[str, Any]:
+    def behind_aggregation(self) -> dict[str, Any]:
         """All modes behind aggregation over time, on all walks; no texture of these knows of it."""
         names = [f"{mode}-{seed}" for mode in MODES for seed in self.seeds]
+        subject = Subject(self.detector)
         behind = {name: defended(self.judge, subject, "aggregate", name, self.images[name]) for name in names}
-        return {mode: compare(behind, self.seeds, mode) for mode in BASELINES}
+        return {mode: compare(behind, self.seeds, mode) for mode in BASELINES if self.seeds}
 
     def look_at_transfer(self) -> None:
         """Textures optimised against each detector, and against all at once with as many passes, on every detector."""
@@ -310,6 +311,7 @@ class Bench:
             "results": self.results,
             "intervals": intervals(self.results, groups),
             "sequence_against": {mode: compare(self.results, self.seeds, mode) for mode in BASELINES if self.seeds},
+            "behind_aggregation": self.behind_aggregation(),
             "gaps": gaps(self.results, self.training, groups, CLEAN),
             "distance": {name: curve(c, heights(self.test), HEIGHTS) for name, c in curves.items()},
             "azimuth": {name: curve(c, sides(self.test), SIDES) for name, c in curves.items()},

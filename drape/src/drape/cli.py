@@ -12,8 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 
 from drape import progress
 from drape.bench import REACH, BenchSpec, rounded, run_bench, versions
@@ -31,9 +33,11 @@ from drape.measure import Attacks, measure
 from drape.objective import Temporal
 from drape.optimise import OptimiseSpec, optimise
 from drape.own import own_scenes, read_walks
+from drape.product import outline
 from drape.report import animation, page
 from drape.scene.backgrounds import read_image
 from drape.scene.cloth import ENGINES
+from drape.scene.garments import GARMENTS
 from drape.walks import TEST, TRAIN, Walk, scenes, under_lights
 
 __all__ = ["app", "main"]
@@ -100,7 +104,9 @@ def optimise_command(
     icc: Path | None = Profile,
     against: str = typer.Option("none", help="the defence that the attack knows of: " + ", ".join(KNOWN)),
     hardened: Path | None = Weights,
-    product: Path | None = typer.Option(None, help="image of a cloth to begin from and to stay like"),
+    product: list[str] = typer.Option(
+        [], help="FILE, an image of cloth to begin from and to stay like, or GARMENT=FILE, one of a garment; repeat it"
+    ),
     seed: int = typer.Option(0, min=0, max=2**32 - 1),
     out: Path = Out,
 ) -> None:
@@ -112,8 +118,8 @@ def optimise_command(
     temporal = Temporal(mode=weighting, window=max(round(WINDOW * fps), 1))
     spec = OptimiseSpec(mode=mode, steps=steps, seed=seed, aggregation=reach, temporal=temporal)
     textures, labels = random_textures(gamut, seed), None
-    if product is not None:
-        textures, labels = product_textures(gamut, read_image(product), seed)
+    if product:
+        textures, labels = product_textures(gamut, named_products(product), seed)
     models = attacked_through(against, detector, hardened)
     run = optimise(textures, models, scenes(TRAIN[:train], fps, size, engine), spec, labels)
     save_images(out / TEXTURES, {name: texture(hard=True).detach() for name, texture in textures.items()})
@@ -242,6 +248,20 @@ def limits_of(pairs: Sequence[str]) -> dict[str, float]:
     return result
 
 
+def named_products(pairs: Sequence[str]) -> dict[str, NDArray[np.uint8]]:
+    """Images of products by garment, from FILE, which is for all, and GARMENT=FILE."""
+    result: dict[str, NDArray[np.uint8]] = {}
+    for pair in pairs:
+        name, sign, file = pair.partition("=")
+        if sign and name not in GARMENTS:
+            raise unknown("garment", name, GARMENTS)
+        image = read_image(Path(file if sign else pair))
+        if not sign and outline(image) is not None:
+            raise ConfigError(f"{pair} shows a garment on a plain ground; say which, such as shirt={pair}.")
+        result |= {name: image} if sign else dict.fromkeys(GARMENTS, image)
+    return result
+
+
 def named_textures(pairs: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
     """Textures of folders by name, from NAME=FOLDER."""
     result = {}
@@ -285,7 +305,7 @@ def demo_command(
     start = time.perf_counter(), time.process_time()
     optimise_command(
         detector=[detector], mode="sequence", weighting="window", steps=steps, fps=fps, size=size, engine=engine,
-        train=4, icc=None, against="none", hardened=None, product=None, seed=0, out=out,
+        train=4, icc=None, against="none", hardened=None, product=[], seed=0, out=out,
     )  # fmt: skip
     evaluate_command(
         detector=[detector], fps=fps, size=size, engine=engine, icc=None, walks=2, hardened=None, compare=[],
@@ -300,6 +320,9 @@ def demo_command(
 @app.command("bench")
 def bench_command(
     detector: str = typer.Option(BenchSpec.detector, help="the one that is attacked and defended"),
+    other: list[str] = typer.Option(
+        [], help="for transfer and consensus; repeat it. The others known by name if not given"
+    ),
     to: Path = typer.Option(Path("drape/benchmarks/bench.json"), help="where the figures go"),
     work: Path = typer.Option(Path("out/drape-bench"), help="folder for textures and weights; a second run goes on"),
     seeds: int = typer.Option(6, min=1, help="beginnings of each mode of optimisation; more of them go on"),
@@ -312,7 +335,7 @@ def bench_command(
     jobs: int = Jobs,
 ) -> None:
     """Measure: strengths, sequences against frames and poses, transfer, defences and attacks that know of them."""
-    others = tuple(name for name in detectors() if name != detector)
+    others = tuple(other) or tuple(name for name in detectors() if name != detector.partition("@")[0])
     check_output(to)
     spec = BenchSpec(
         detector=detector,

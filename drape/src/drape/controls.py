@@ -14,6 +14,7 @@ from torch import Tensor
 from drape.errors import AssetError, unknown
 from drape.gamut import Gamut
 from drape.io import check_output, load_arrays, save_arrays
+from drape.product import laid_out
 from drape.scene.garments import GARMENTS
 from drape.texture import ControlPointTexture, TextureSpec
 
@@ -29,6 +30,7 @@ __all__ = [
 
 KIND, REMEDY = "drape's textures", "make it with `drape optimise --out FOLDER`"
 CONTROLS = ("plain", "product", "random", "noise")
+FINE = 4  # pixels of a laid out image per cell
 FIT = 60  # steps that a texture is fitted to a product in
 # cloth-like, sRGB, from light to dark. How much contrast a texture can have is most of how bad it can get: with black
 # and white among the colours, control points anywhere hide a person nearly as well as optimised ones.
@@ -61,17 +63,22 @@ def plaid(height: int, width: int) -> NDArray[np.float64]:
 
 
 def product_textures(
-    gamut: Gamut, image: NDArray[Any] | None = None, seed: int = 0
+    gamut: Gamut, images: Mapping[str, NDArray[Any]] | None = None, seed: int = 0
 ) -> tuple[dict[str, ControlPointTexture], dict[str, Tensor]]:
-    """Textures that look like a product, and the label maps that `optimise` keeps them like.
+    """Textures that look like products, and the label maps that `optimise` keeps them like.
 
     Args:
-        image: RGB `[height, width, 3]`, uint8 or in [0, 1], of cloth laid flat; `plaid` if not given.
+        images: RGB `[height, width, 3]`, uint8 or in [0, 1], by garment: photographs of garments, or of cloth
+            (`drape.product`); garments without one have control points anywhere and no map. A plaid for all if not
+            given.
     """
-    textures, labels = {}, {}
-    for name in GARMENTS:
+    textures, labels = random_textures(gamut, seed), {}
+    for name in GARMENTS if images is None else images:
         spec = SPECS[name]
-        cloth = plaid(spec.height, spec.width) if image is None else image
+        if images is None:
+            cloth = plaid(spec.height, spec.width)
+        else:
+            cloth = laid_out(name, images[name], FINE * spec.height, FINE * spec.width)
         textures[name], labels[name] = ControlPointTexture.from_product(spec, cloth, gamut, seed=seed, fit_steps=FIT)
     return textures, labels
 
