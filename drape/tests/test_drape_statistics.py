@@ -7,7 +7,7 @@ import pytest
 
 from drape.errors import ConfigError
 from drape.metrics import recall_area
-from drape.statistics import Interval, interval, paired
+from drape.statistics import Interval, interval, paired, within
 
 
 def test_intervals_hold_the_mean_about_as_often_as_they_say() -> None:
@@ -37,6 +37,21 @@ def test_a_paired_difference_is_seen_where_walks_differ_more_than_textures() -> 
     assert gain.mean == pytest.approx(0.05, abs=0.01)
     assert paired(second, first) == gain
     assert paired(second, walks).low > 0  # a control has one seed
+
+
+def test_intervals_within_walks_leave_out_what_all_groups_share() -> None:
+    rng = np.random.default_rng(4)
+    walks = rng.uniform(0, 1, (1, 40))
+    groups = {name: walks + shift + rng.normal(0, 0.02, (3, 40)) for name, shift in {"a": 0.0, "b": 0.05}.items()}
+    inner = within(groups)
+    plain = {name: interval(values) for name, values in groups.items()}
+    assert not plain["a"].apart(plain["b"])
+    assert inner["a"].apart(inner["b"])
+    for name in groups:
+        assert inner[name].mean == pytest.approx(plain[name].mean)
+        assert inner[name].high - inner[name].low < 0.2 * (plain[name].high - plain[name].low)
+    with pytest.raises(ConfigError, match="same walks"):
+        within({"a": groups["a"], "b": groups["b"][:, :5]})
 
 
 def test_intervals_that_have_nothing_in_common_are_apart() -> None:
