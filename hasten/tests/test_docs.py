@@ -11,6 +11,7 @@ from pipelines import draw, make_pipe
 import hasten
 from hasten import registry
 from hasten.caching import ScheduledMethod
+from hasten.errors import CertificateError
 from hasten.models import registry as host_registry
 from hasten.parameters import parameters
 
@@ -92,6 +93,22 @@ def test_adding_a_model_takes_under_forty_lines(untouched, name):
             assert run.summary().skipped_steps == 7
         assert 0 < (fast - plain).norm() < 0.2 * plain.norm()
     assert torch.equal(tiny.sample(name, model), plain)
+
+
+def test_the_page_on_quality_runs_and_says_what_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HASTEN_CERTIFICATES", str(tmp_path / "none"))
+    scope = {}
+    for block in blocks("quality.md"):
+        if "openai" not in block:
+            exec(block, scope)
+    assert scope["run"].summary  # of the configuration that was saved and loaded
+    pipe, call = scope["pipe"], scope["call"]
+    with pytest.raises(CertificateError) as refused:
+        pipe("red apple", **call | {"num_inference_steps": 30})
+    scope["run"].remove()
+    text = " ".join((DOCS / "quality.md").read_text(encoding="utf-8").split())
+    assert f"CertificateError: {refused.value}" in text
 
 
 def test_every_method_has_a_page_in_the_navigation():

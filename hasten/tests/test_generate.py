@@ -114,12 +114,37 @@ def test_leap_and_resolution_methods_are_for_all_jobs(emoji):
     hasten.remove(emoji.pipe)
 
 
-def test_a_job_that_cannot_be_done_does_not_keep_the_others(tmp_path):
-    jobs = [Job("high", "cat", quality="high"), Job("odd", "cat", height=33), *JOBS[:1]]
-    failures = generate(worker(), jobs, tmp_path)
-    assert [one.id for one in failures] == ["high", "odd"]
-    assert "not certified" in failures[0].error
-    assert (tmp_path / "job-0.png").exists()
+def test_jobs_that_cannot_be_had_are_named_before_anything_is_drawn(tmp_path):
+    own = worker()
+    own.model.pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("something was drawn"))
+    bad = [Job("high", "cat", quality="high"), Job("odd", "cat", height=33), Job("nine", "cat", computed_steps=9)]
+    with pytest.raises(ConfigError) as refused:
+        generate(own, [JOBS[0], *bad], tmp_path)
+    for text in ("3 of 4 jobs cannot be done, and nothing was drawn", "high: quality 'high' is not certified",
+                 "odd: --height must be", "nine: 9 of 8 steps cannot be computed"):  # fmt: skip
+        assert text in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_jobs_outside_of_a_certificate_are_named_before_anything_is_drawn(emoji, tmp_path):
+    own = Worker(Configuration(quality="high"), model=emoji)
+    with pytest.raises(ConfigError, match=r"2 of 3 jobs.*b: .*for 50 steps, this call has 20.*c: .*for height 64"):
+        generate(own, [Job("a", "cat"), Job("b", "cat", steps=20), Job("c", "cat", height=32, width=32)], tmp_path)
+    hasten.remove(emoji.pipe)
+
+
+def test_a_job_that_fails_while_it_is_drawn_does_not_keep_the_others(tmp_path, monkeypatch):
+    own = worker()
+    plain = own.draw
+
+    def draw(job):
+        if job.id == "job-1":
+            raise ConfigError("what shows when it is drawn")
+        return plain(job)
+
+    monkeypatch.setattr(own, "draw", draw)
+    assert [one.id for one in generate(own, JOBS, tmp_path)] == ["job-1"]
+    assert sorted(path.stem for path in tmp_path.glob("*.png")) == ["job-0", "job-2"]
 
 
 def test_jobs_are_prompts_or_objects(tmp_path):
@@ -139,12 +164,50 @@ def test_jobs_are_prompts_or_objects(tmp_path):
     ('{"prompt": "a", "seed": -1}', "seed must be"),
     ('{"prompt": "a", "steps": 2.5}', "steps must be"),
     ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "line 2: the id 'x' is there twice"),
-    ('{"prompt": ', "line 1"),
+    ('{"prompt": ', "line 1: no JSON: expecting value at its end"),
+    ('{"prompt": "a" "id": "b"}', "line 1: no JSON: expecting ',' delimiter at '\"id\": \"b\"}', character 16"),
+    ("[1,2]", r"line 1: '\[1,2\]' is JSON, but no object"),
+    ("7", "line 1: '7' is JSON, but no object"),
+    ('{"prompt": "a", "quality": "hihg"}', "line 1: unknown quality 'hihg'"),
+    ('{"prompt": 3}', "line 1: Job: prompt must be text, got 3"),
+    ('{"prompt": "a", "id": ["a"]}', "id must be text of 1 to 120 characters"),
 ])  # fmt: skip
 def test_bad_jobs_are_named_by_their_line(text, message, tmp_path):
     (tmp_path / "jobs.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_jobs(tmp_path / "jobs.jsonl")
+
+
+def test_a_long_id_is_not_shown_whole(tmp_path):
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "a", "id": "%s"}' % ("x" * 300))
+    with pytest.raises(ConfigError, match="id must be text of 1 to 120 characters") as refused:
+        read_jobs(tmp_path / "jobs.jsonl")
+    assert "x" * 50 not in str(refused.value)
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "a", "%s": 1}' % ("x" * 300))
+    with pytest.raises(ConfigError, match="unknown entry") as refused:
+        read_jobs(tmp_path / "jobs.jsonl")
+    assert "x" * 100 not in str(refused.value)
+
+
+def test_prompts_that_only_look_like_json_are_prompts(tmp_path):
+    (tmp_path / "jobs.txt").write_text("[close-up] red apple\n'quoted'\n")
+    assert [job.prompt for job in read_jobs(tmp_path / "jobs.txt")] == ["[close-up] red apple", "'quoted'"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (("--quality", "hihg"), "unknown quality 'hihg'"),
+    (("--method", "foca:intervall=3"), "Did you mean 'interval'"),
+    (("--method", "foca+hicache"), "give one caching method"),
+    (("--method", "leap:calibration=nowhere.safetensors"), "no such file"),
+    (("--method", "fbcache", "--computed-steps", 3), "computed_steps"),
+])  # fmt: skip
+def test_settings_that_no_model_has_are_refused_before_one_is_loaded(options, message, monkeypatch, capsys, tmp_path):
+    install(monkeypatch, subject.PIPELINES, "tiny", lambda: pytest.fail("the model was loaded"))
+    (tmp_path / "jobs.txt").write_text("red apple\n")
+    given = ("generate", "--model", "tiny", "--prompts-file", tmp_path / "jobs.txt", "--out", tmp_path / "out")
+    code, text = command(monkeypatch, capsys, *given, *options)
+    assert code == 2
+    assert message in text
 
 
 def command(monkeypatch, capsys, *arguments):

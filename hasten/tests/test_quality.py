@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
+import re
+import sys
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,17 +15,19 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
 from pipelines import draw, make_pipe
 
 import hasten
 from hasten.bench.certify import run_certify
 from hasten.bench.certify_settings import CertifySettings
 from hasten.bench.subject import Subject
+from hasten.cli import main
 from hasten.errors import CertificateError, ConfigError, HastenError, UnknownNameError
 from hasten.pipeline.hooks import hooks_on
 from hasten.quality.certificate import Certificate, certificates
 from hasten.quality.configuration import Configuration, schema
-from hasten.quality.tolerance import Tolerance
+from hasten.quality.tolerance import TIERS, Tolerance
 
 STEPS = 12
 CALL = {"height": 32, "width": 32, "max_sequence_length": 8}
@@ -118,6 +123,8 @@ def test_a_run_that_was_cut_short_goes_on_with_what_was_drawn(tmp_path, certifie
     ({"methods": ("dvg",)}, "caching methods and leap"),
     ({"procedure": "all"}, "--procedure must be sequence or holm"),
     ({"guidance": (5.0, 2.0)}, "--guidance must be"),
+    ({"quality": "../x"}, "--quality '../x': a certificate's name has"),
+    ({"quality": "exact"}, "--quality exact is another thing"),
 ])  # fmt: skip
 def test_what_cannot_be_shown_is_refused_before_anything_is_drawn(changes, message, tmp_path):
     pipe = make_pipe()
@@ -174,7 +181,13 @@ OUTSIDE = {
         {"guidance_scale": 1.5},
         r"certified for guidance_scale 3\.5, this call has 1\.5.*guidance_scale=1\.5",
     ),
-    "spacing": ({"sigmas": [1 - (i / STEPS) ** 2 for i in range(STEPS)]}, "certified at other timesteps"),
+}
+MANNERS = {
+    "spacing": ({"sigmas": [1 - (i / STEPS) ** 2 for i in range(STEPS)]}, "certified at other timesteps; leave sigmas"),
+    "strength of adapters": (
+        {"joint_attention_kwargs": {"scale": 0.5}},
+        r"strength 1, this call has 0\.5; leave scale out",
+    ),
 }
 
 
@@ -184,10 +197,76 @@ def test_a_call_outside_of_the_range_is_refused_and_the_next_one_is_not(case, ce
     pipe = make_pipe()
     with hasten.accelerate(pipe, quality=str(certified)):
         inside = draw(pipe, steps=STEPS)
-        with pytest.raises(CertificateError, match=message) as refused:
+        with pytest.raises(CertificateError, match=message):
             draw(pipe, **{"steps": STEPS, **arguments})
-        assert "hasten certify --model" in str(refused.value)
         assert torch.equal(draw(pipe, steps=STEPS), inside)
+
+
+def printed(error, monkeypatch, folder, pipe):
+    """What the command that a refusal prints would certify, as the command line reads it."""
+    found, command = [], re.search(r"hasten certify [^()]*", str(error)).group().split()
+    (folder / "prompts.txt").write_text("".join(f"{prompt} {i}\n" for i in range(9) for prompt in PROMPTS))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr("hasten.cli.certify.opened", lambda name, device, dtype: found.append((name, dtype)))
+    monkeypatch.setattr("hasten.cli.certify.certified", lambda model, settings, out: found.append(settings))
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 0
+    assert found[0] == ("tiny", str(pipe.transformer.dtype).removeprefix("torch."))
+    return found[1]
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_the_command_that_a_refusal_prints_certifies_that_call(case, certified, monkeypatch, tmp_path):
+    arguments, _ = OUTSIDE[case]
+    pipe = subject_of(make_pipe()).pipe
+    call = {"steps": STEPS, **arguments}
+    with hasten.accelerate(pipe, quality=str(certified)), pytest.raises(CertificateError) as refused:
+        draw(pipe, **call)
+    asked = printed(refused.value, monkeypatch, tmp_path, pipe)
+    assert (asked.quality, asked.steps) == ("high", call["steps"])
+    assert asked.tolerance == replace(TIERS["high"], share=LOOSE.share, confidence=LOOSE.confidence)
+    quick = replace(
+        asked, tolerance=LOOSE, methods=("taylorseer:schedule=even",), computed_steps=(6,), prompts=2, screen=1,
+        prompt_list=(), call=asked.call | {"max_sequence_length": 8},
+    )  # fmt: skip
+    _, file = run_certify(subject_of(pipe), quick, tmp_path / "high.json")
+    with hasten.accelerate(pipe, quality=str(file)) as run:
+        draw(pipe, **call)
+        assert run.summary().computed_steps == 6
+
+
+@pytest.mark.parametrize("case", MANNERS)
+def test_what_cannot_be_certified_says_what_to_leave(case, certified):
+    arguments, message = MANNERS[case]
+    pipe = make_pipe()
+    with (
+        hasten.accelerate(pipe, quality=str(certified)),
+        pytest.raises(CertificateError, match=message) as refused,
+    ):
+        draw(pipe, steps=STEPS, **arguments)
+    assert "hasten certify --model" not in str(refused.value)
+
+
+def test_autocast_is_refused(certified):
+    pipe = make_pipe()
+    with (
+        hasten.accelerate(pipe, quality=str(certified)),
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(CertificateError, match=r"this call computes in bfloat16; leave torch\.autocast"),
+    ):
+        draw(pipe, steps=STEPS)
+
+
+def test_the_command_for_bounds_of_ones_own_has_them(own_store, certified, monkeypatch, tmp_path):
+    mine = Tolerance(max_lpips=0.2, min_psnr=15, share=None, confidence=0.8)
+    file = replace(Certificate.load(certified), quality="portraits", tolerance=mine).save(tmp_path / "mine.json")
+    pipe = subject_of(make_pipe()).pipe
+    with hasten.accelerate(pipe, quality=str(file)), pytest.raises(CertificateError) as refused:
+        draw(pipe, steps=4)
+    asked = printed(refused.value, monkeypatch, tmp_path, pipe)
+    assert (asked.quality, asked.tolerance, asked.counts) == ("portraits", mine, (3,))
 
 
 def test_guidance_without_a_negative_prompt_is_none(certified):
@@ -214,6 +293,23 @@ def with_other_depth(pipe):
     del pipe.transformer.single_transformer_blocks[-1]
 
 
+def with_other_precision(pipe):
+    pipe.transformer.to(torch.bfloat16)
+
+
+def with_another_matrix(pipe):
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[1].ff.net[2].weight.mul_(1.01)
+
+
+def with_fused_weights(pipe):
+    pipe.transformer.single_transformer_blocks[0].attn.to_q.weight.data += 1e-3  # as LoRA is fused
+
+
+def with_adapters(pipe):
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+
+
 def with_other_class(pipe):
     pipe.transformer.__class__ = type("OtherTransformer", (type(pipe.transformer),), {})
 
@@ -223,6 +319,10 @@ OTHERS = {
     with_other_shift: "certified with base_shift=.* here it is 0.3",
     with_other_weights: "certified for other weights",
     with_other_depth: "of another configuration",
+    with_other_precision: "certified for weights in float32, these are in bfloat16",
+    with_another_matrix: "certified for other weights",
+    with_fused_weights: "certified for other weights",
+    with_adapters: "adapters such as LoRA",
     with_other_class: "certified for FluxTransformer2DModel, this is OtherTransformer",
 }
 
@@ -236,12 +336,29 @@ def test_another_model_or_scheduler_is_refused(change, certified):
     assert not hooks_on(pipe.transformer)
 
 
-def test_a_scheduler_that_comes_later_is_refused_in_the_call(certified):
+LATER = [with_other_shift, with_other_precision, with_another_matrix, with_fused_weights, with_adapters]
+
+
+@pytest.mark.parametrize("change", LATER)
+def test_what_changes_after_the_first_call_is_refused_in_the_next(change, certified):
     pipe = make_pipe()
-    with hasten.accelerate(pipe, quality=str(certified)):
-        with_other_shift(pipe)
-        with pytest.raises(CertificateError, match="base_shift"):
+    with hasten.accelerate(pipe, quality=str(certified)) as run:
+        draw(pipe, steps=STEPS)
+        change(pipe)
+        with pytest.raises(CertificateError, match=rf"{OTHERS[change]}.*pipe.save_pretrained\('my-model'\)"):
             draw(pipe, steps=STEPS)
+        with pytest.raises(CertificateError, match=OTHERS[change]), run.using(quality=str(certified)) as own:
+            draw(own, steps=STEPS)
+        with run.using(quality="exact") as own:
+            draw(own, steps=2)
+
+
+def test_weights_in_another_precision_are_certified_under_the_same_name(certified):
+    pipe = make_pipe()
+    Subject(Certificate.load(certified).model, pipe, PROMPTS)
+    with_other_precision(pipe)
+    with pytest.raises(CertificateError, match=r"Certify it: hasten certify --model tiny --dtype bfloat16 --quality"):
+        hasten.accelerate(pipe, quality=str(certified))
 
 
 def test_quality_decides_alone_and_for_pipelines_alone(certified):
@@ -279,6 +396,27 @@ def test_what_a_distribution_brings_is_found_and_this_machines_own_takes_precede
     replace(made, conditions=replace(made.conditions, scheduler="DDIMScheduler")).save(own_store / "high.json")
     with hasten.accelerate(pipe, quality="high") as run:  # that one is for another pipeline
         assert run.describe()["method"] == made.setting
+
+
+def test_what_a_certification_leaves_behind_is_no_certificate_and_goes_with_the_next(own_store, caplog):
+    pipe = make_pipe()
+
+    def stop(label, done, total):
+        if label.startswith("testing") and done == 1:
+            raise KeyboardInterrupt
+
+    for changes in ({}, {"seed": 7}, {"quality": "draft"}):
+        with pytest.raises(KeyboardInterrupt):
+            run_certify(subject_of(pipe), settings(**changes), progress=stop)
+    left = {path.name[:14] for path in own_store.rglob(".certify-*")}
+    assert left == {".certify-high-", ".certify-draft"}
+    assert len(list(own_store.rglob(".certify-*"))) == 2  # of one certificate only the latest
+    assert certificates() == []
+    with pytest.raises(CertificateError, match="'high' is not certified"):
+        hasten.accelerate(pipe, quality="high")
+    assert "certify" not in caplog.text
+    run_certify(subject_of(pipe), settings(seed=7, computed_steps=(6,)))
+    assert [path.name[:14] for path in own_store.rglob(".certify-*")] == [".certify-draft"]
 
 
 @pytest.mark.parametrize("damage", ["digest", "text", "gone"])
@@ -330,14 +468,28 @@ def test_a_certified_scheduler_is_in_place_for_the_same_calls_and_goes_again(emo
     assert hasten.Calibration.load(solved.parent / file).options["certificate"]["tolerance"]["min_psnr"] == 20
     with hasten.accelerate(pipe, quality=str(solved)) as run:
         fast = drawn(emoji, pipe)
-        assert (run.summary().steps, run.summary().computed_steps) == (5, 5)
-        assert run.summary().method == "Leap"
+        assert (run.summary().steps, run.summary().computed_steps, run.summary().flops_ratio) == (50, 5, 10)
+        assert str(run.summary()).startswith("Leap: 5 of 50 steps computed (10.00x fewer), 45 left out;")
+        assert repr(run).startswith("Acceleration(quality 'high': Leap(")
+        with run.using(computed_steps=7) as seven:
+            drawn(emoji, seven)
+        assert (run.summary().steps, run.summary().computed_steps) == (50, 7)
+        for count, message in ((8, "fitted for 5, 7, 9, 12 evaluations, not for 8"), ("9", "computed_steps must be")):
+            with pytest.raises(ConfigError, match=message), run.using(computed_steps=count):
+                pass
+        with pytest.raises(CertificateError, match=r"leave torch\.autocast"), torch.autocast("cpu", torch.bfloat16):
+            drawn(emoji, pipe)
         with pytest.raises(CertificateError, match=r"certified for 50 steps, this call has 20.*--steps 20"):
             drawn(emoji, pipe, num_inference_steps=20)
         with pytest.raises(CertificateError, match=r"certified for height 64, this call has 32|certified at shift"):
             drawn(emoji, pipe, height=32, width=32)
+        own_transformer, pipe.transformer = pipe.transformer, copy.deepcopy(make_pipe().transformer)
+        with pytest.raises(CertificateError, match="of another configuration"):
+            drawn(emoji, pipe)
+        pipe.transformer = own_transformer
         with run.using(quality="exact") as plain:
             full = drawn(emoji, plain)
+            assert run.summary().method == "full run"
     assert pipe.scheduler is own
     assert torch.equal(full, drawn(emoji, pipe))
     pipe.scheduler = right
@@ -478,6 +630,9 @@ def test_a_call_has_its_own_setting_and_the_hook_stays(certified):
     ({"quality": "exact", "computed_steps": 4}, "leave out one of it"),
     ({"computed_steps": 0}, "computed_steps must be"),
     ({"computed_steps": True}, "computed_steps must be"),
+    ({"computed_steps": "4"}, "computed_steps must be a whole number from 1 to 10000 or None, got '4'"),
+    ({"quality": 5}, "quality must be text that is not empty or None, got 5"),
+    ({"quality": ""}, "quality must be text that is not empty"),
     ({"quality": "draft"}, "not certified"),
     ({"quality": "best"}, "unknown quality"),
 ])  # fmt: skip
@@ -606,6 +761,10 @@ def test_a_setting_is_saved_and_loaded(tmp_path, certified):
     ("quality: high\nmethod: foca", "leave them or it out"),
     ("audit: 0.1", "give one"),
     ("method: fcoa", "Did you mean 'foca'"),
+    ("method: foca:intervall=3", "Did you mean 'interval'"),
+    ("method: foca:interval=x", "interval must be"),
+    ("model: 7", "model must be text that is not empty or None, got 7"),
+    ("method: foca\ncomputed_steps: 9\nsteps: 8", "9 of 8 steps cannot be computed"),
     ("computed_steps: nine", "computed_steps must be"),
     ("- high", "expected entries"),
     ("a: [", "no usable configuration"),

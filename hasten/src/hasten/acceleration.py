@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace as with_params
+from functools import partial
 from typing import Any, overload
 
 from torch import nn
@@ -16,15 +17,16 @@ from hasten.pipeline.hooks import hooks_on
 from hasten.pipeline.summary import Summary
 from hasten.pipeline.view import PipelineView, denoisers
 from hasten.quality.configuration import Configuration
-from hasten.quality.requests import Requests, model_name
-from hasten.quality.setting import Setting, find
+from hasten.quality.refusal import model_name
+from hasten.quality.requests import Requests
+from hasten.quality.setting import Setting, check_quality, find
 from hasten.registry import methods
 from hasten.resolution.engine import ResolutionMethod
 from hasten.solvers.method import Leap
 from hasten.streaming.adapters import StreamingRun, adapter_of, attach_stream
 from hasten.streaming.method import StreamingMethod
 
-__all__ = ["DEFAULT", "accelerate", "methods", "remove", "summary"]
+__all__ = ["DEFAULT", "accelerate", "check_configuration", "methods", "remove", "summary"]
 
 # What `accelerate(pipe)` takes, as a method expression: a straight line with 0.87 of its slope, between computed steps
 # that end with the last one. Measured with and without guidance (docs/which-method.md): a whole slope or a parabola is
@@ -49,6 +51,26 @@ def _methods(methods: tuple[Any, ...], params: dict[str, Any]) -> Chosen:
         given = ", ".join(map(str, methods))
         raise ConfigError(f"give one caching method, one resolution method (dvg, fresco), or one of each; got {given}")
     return next(iter(caching), None), next(iter(staged), None), next(iter(solvers), None)
+
+
+def check_configuration(configuration: Configuration) -> None:
+    """Find out, before a model is there, whether a setting can be had on any.
+
+    Raises:
+        UnknownNameError, ConfigError, CalibrationError, CertificateError: if it cannot.
+    """
+    if configuration.quality is not None:
+        check_quality(configuration.quality)
+        return
+    methods, params = _chosen_in(configuration)
+    _methods(methods, params)
+
+
+def _chosen_in(configuration: Configuration) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The methods of a configuration, and parameters besides."""
+    methods = () if configuration.method is None else registry.parse(configuration.method)
+    steps = configuration.computed_steps
+    return methods, {} if steps is None else {"computed_steps": steps}
 
 
 def _default(params: dict[str, Any]) -> CachingMethod:
@@ -151,9 +173,8 @@ def accelerate(
         return _streamed(target, history, Configuration(quality=quality, audit=audit), replace)
     if len(methods) == 1 and isinstance(methods[0], Configuration):
         configuration = with_params(methods[0], quality=quality or methods[0].quality, audit=audit or methods[0].audit)
-        methods = () if configuration.method is None else registry.parse(configuration.method)
-        if configuration.computed_steps is not None:
-            params["computed_steps"] = configuration.computed_steps
+        methods, more = _chosen_in(configuration)
+        params |= more
     else:
         configuration = Configuration(quality=quality, audit=audit)
     method, staged, solver = (None, None, None) if configuration.quality is not None else _methods(methods, params)
@@ -165,7 +186,9 @@ def accelerate(
         setting = _certified(configuration.quality, methods, params, modules, home)
     engines = {}
     if setting is not None:
-        engines = {name: CachingEngine(m, setting.method, home, setting.check) for name, m in modules.items()}
+        engines = {
+            name: CachingEngine(m, setting.method, home, partial(setting.check, name, m)) for name, m in modules.items()
+        }
     stages = None if staged is None else staged.engine(target)
     solving = None if solver is None else solver.engine(target)
     if replace:
@@ -217,7 +240,11 @@ def _certified(
         raise ConfigError(f"quality={quality!r} decides on the method and its parameters; leave {given} out")
     if home is None:
         raise ConfigError("a certificate is for a pipeline's calls; accelerate the pipeline itself")
-    return find(quality, modules, home.scheduler, model_name(home.pipe))
+    plain = [
+        getattr(handle, "plain_scheduler", None) for handle in _handles(modules)
+    ]  # of what will be replaced, or refuses later
+    scheduler = next((one for one in plain if one is not None), home.scheduler)
+    return find(quality, modules, scheduler, model_name(home.pipe))
 
 
 def summary(target: Any, run: int = -1) -> Summary:

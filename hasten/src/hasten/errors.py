@@ -23,6 +23,8 @@ __all__ = [
     "UnknownNameError",
 ]
 
+LONGEST = 80  # characters of a name that is shown
+
 
 class HastenError(Exception):
     """Base of every error that hasten raises on purpose."""
@@ -89,4 +91,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return UnknownNameError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
+    shown = repr(name if len(name) <= LONGEST else f"{name[:LONGEST]}...")
+    return UnknownNameError(f"unknown {kind} {shown}.{hint} Known: {', '.join(names)}.")

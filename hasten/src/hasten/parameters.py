@@ -30,6 +30,7 @@ __all__ = [
     "Names",
     "Parameter",
     "Range",
+    "Text",
     "accepted",
     "choices",
     "from_text",
@@ -84,7 +85,27 @@ class Names(tuple[str, ...]):
         return super().__new__(cls, tuple(names))
 
 
-Limit = Range | Names | None
+@dataclass(frozen=True)
+class Text:
+    """A text of a parameter, also those in a tuple; without, a text is the path of a file.
+
+    Args:
+        least, most: characters.
+    """
+
+    least: int = 0
+    most: int | None = None
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, str) and self.least <= len(value) and (self.most is None or len(value) <= self.most)
+
+    def __str__(self) -> str:
+        if self.most is not None:
+            return f"text of {self.least} to {self.most} characters"
+        return "text that is not empty" if self.least == 1 else "text"
+
+
+Limit = Range | Names | Text | None
 
 
 class _MisfitError(Exception):
@@ -139,11 +160,11 @@ class Parameter:
 
 
 def _narrowed(hint: Any, limit: Limit) -> tuple[Any, Limit]:
-    """The type that `Annotated` wraps, and its range or names."""
+    """The type that `Annotated` wraps, and its limit."""
     if get_origin(hint) is not Annotated:
         return hint, limit
     inner, *extras = get_args(hint)
-    return _narrowed(inner, next((extra for extra in extras if isinstance(extra, (Range, Names))), limit))
+    return _narrowed(inner, next((extra for extra in extras if isinstance(extra, (Range, Names, Text))), limit))
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -181,6 +202,9 @@ def _fit(hint: Any, value: Any, limit: Limit = None) -> Any:
     elif hint is str:
         if isinstance(limit, Names):
             if isinstance(value, str) and value in limit:
+                return value
+        elif isinstance(limit, Text):
+            if value in limit:
                 return value
         elif isinstance(value, (str, os.PathLike)) and os.fspath(value):
             return os.fspath(value)
@@ -245,7 +269,8 @@ def _expected(hint: Any, limit: Limit = None, many: bool = False) -> str:
     if hint in (int, float):
         noun = {int: "whole number", float: "number"}[hint]
         return f"{noun + 's' if many else 'a ' + noun} {limit if isinstance(limit, Range) else ''}".strip()
-    known = {str: "the path of a file", bool: "True or False", NoneType: "None"}
+    text = str(limit) if isinstance(limit, Text) else "the path of a file"
+    known = {str: text, bool: "True or False", NoneType: "None"}
     return known.get(hint, f"a {getattr(hint, '__name__', hint)}") + ("s" if many and hint not in known else "")
 
 

@@ -7,7 +7,9 @@ setting that no further prompt could save is not drawn to the end, and in a sequ
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import logging
 import random
 import shutil
 import statistics
@@ -22,30 +24,33 @@ import torch
 from torch import Tensor
 
 from hasten import registry
-from hasten.bench.arms import Accelerated, Arm, Solved, method_arms
+from hasten.bench.arms import Accelerated, Arm, Solved, method_arms, one_line
 from hasten.bench.certify_settings import PROCEDURES, CertifySettings
 from hasten.bench.environment import environment
 from hasten.bench.partial import Partial
-from hasten.bench.requests import parse_request
 from hasten.bench.sampling import count_flops, draw_sample, plain
 from hasten.bench.subject import Subject
 from hasten.bench.thresholds import Trials
 from hasten.caching.engine import CachingEngine
 from hasten.calibration import Calibration
-from hasten.errors import CertificateError, ConfigError
-from hasten.io import Kind, check_target, digest_of, read_tensors, write_tensors
+from hasten.errors import CertificateError, ConfigError, FileError, HastenError
+from hasten.io import Kind, alone, check_target, digest_of, read_tensors, write_tensors
 from hasten.pipeline.runs import Run
 from hasten.pipeline.view import PipelineView, denoisers
 from hasten.quality.certificate import Certificate, Evidence, Tried, store
-from hasten.quality.conditions import Call, Conditions, ModelFacts, scheduler_facts
+from hasten.quality.conditions import Call, Conditions, scheduler_facts
+from hasten.quality.model_facts import ModelFacts
 from hasten.quality.setting import FULL
 from hasten.quality.tolerance import measured
 
 __all__ = ["run_certify"]
 
+log = logging.getLogger(__name__)
+
 Progress = Callable[[str, int, int | None], None]
 Values = dict[str, float]
 
+MARK = 12  # digits that tell what two commands drew for one certificate apart
 REFERENCE = Kind("image of a full run", dict[str, Any], CertificateError, "Delete it to draw it again.", 1 << 30)
 
 
@@ -104,9 +109,7 @@ class _Certification:
         self._model, self._settings, self._progress, self._command = model, settings, progress, command
         settings.check_prompts(settings.prompt_list or model.prompts)
         model.check_call(settings.call)
-        for request in map(parse_request, settings.methods):
-            if request.leap:
-                request.fit(model)
+        self._methods = settings.candidates(model)
         known = list(dict.fromkeys(settings.prompt_list or model.prompts))
         requests = [self._request(i, prompt) for i, prompt in enumerate(known[: settings.screen + settings.prompts])]
         self._screening, self._testing = requests[: settings.screen], requests[settings.screen :]
@@ -120,11 +123,18 @@ class _Certification:
             "metrics": sorted(settings.tolerance.bounds),
             "environment": environment(),
         }
-        digest = digest_of(identity)[:12]
-        self._folder = self._out.parent / f".certify-{digest}"
+        digest = digest_of(identity)[:MARK]
+        self._folder = self._out.parent / f".certify-{self._out.stem}-{digest}"
         self._kept = Partial(self._folder / "values.json", identity)
 
     def run(self) -> tuple[Certificate, Path]:
+        with alone(self._out):
+            for other in self._out.parent.glob(f".certify-{glob.escape(self._out.stem)}-{'?' * MARK}"):
+                if other != self._folder:  # of another command for this certificate, which would be replaced
+                    shutil.rmtree(other)
+            return self._run()
+
+    def _run(self) -> tuple[Certificate, Path]:
         try:
             candidates = self._screen()
             tried, values = self._test(candidates)
@@ -230,30 +240,38 @@ class _Certification:
             lambda label: self._progress(label, 0, None),
             self._kept.trial,
         )
-        arms = method_arms(
-            [parse_request(text) for text in settings.methods], settings.computed_steps, settings.steps, trials
-        )
+        arms = method_arms(self._methods, settings.counts, settings.steps, trials)
         usable = {arm.id: arm for arm in arms if not arm.error}
-        if not usable:
-            raise ConfigError(f"none of the methods can be tested; {arms[0].method}: {arms[0].error}")
-        done, total = 0, len(usable) * len(self._screening)
+        reasons = [f"{arm.method}: {arm.error}" for arm in arms if arm.error]
+        total = len(usable) * len(self._screening)
         found = []
-        for arm in usable.values():
-            setting, files = _setting(arm, digest_of(self._out.name)[:6])
-            values = []
-            for request in self._screening:
-                self._progress(f"screening: {arm.id}", done, total)
-                values.append(self._values(arm, setting, request))
-                done += 1
-            first = self._screening[0]
-            (flops,) = self._kept.trial(f"cost of {setting} at {arm.computed_steps}", partial(self._flops, arm, first))
-            found.append(_Candidate(arm, setting, files, int(flops), settings.tolerance.risk(values)))
+        for number, arm in enumerate(usable.values()):
+            try:
+                found.append(self._screened(arm, number * len(self._screening), total))
+            except FileError:
+                raise
+            except HastenError as error:  # such as a fit without guidance, where there is guidance: the others can
+                log.warning("%s cannot be tested: %s", arm.id, error)
+                reasons.append(f"{arm.id}: {one_line(error)}")
+        if not found:
+            raise ConfigError(f"none of the methods can be tested; {reasons[0]}")
         self._progress("screening", total, total)
         kept: list[_Candidate] = []
         for candidate in sorted(found, key=lambda one: (one.flops, one.strain)):
             if all(candidate.strain < cheaper.strain for cheaper in kept):
                 kept.append(candidate)
         return kept[::-1]
+
+    def _screened(self, arm: Arm, done: int, total: int) -> _Candidate:
+        """How a setting does on the prompts that screen."""
+        setting, files = _setting(arm, digest_of(self._out.name)[:6])
+        values: list[Values] = []
+        for request in self._screening:
+            self._progress(f"screening: {arm.id}", done + len(values), total)
+            values.append(self._values(arm, setting, request))
+        first = self._screening[0]
+        (flops,) = self._kept.trial(f"cost of {setting} at {arm.computed_steps}", partial(self._flops, arm, first))
+        return _Candidate(arm, setting, files, int(flops), self._settings.tolerance.risk(values))
 
     def _flops(self, arm: Arm, request: _Request) -> tuple[float]:
         flops, _ = count_flops(self._model, arm.attach, arm.steps, request.prompt, request.seed, request.call)
@@ -330,6 +348,7 @@ class _Certification:
             ),
             environment=environment(),
             command=self._command,
+            model=self._model.name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         files = {}

@@ -64,7 +64,7 @@ class Subject:
     """A pipeline and what is needed to measure on it.
 
     Attributes:
-        name: as in `load`.
+        name: as in `load`; a pipeline that was loaded from nowhere is told, so that what it says can name it.
         pipe: an unmodified diffusers pipeline.
         prompts: prompts that the model knows, in an order fit for taking the first few.
         call: arguments for calls, such as height, width and the number of steps.
@@ -85,6 +85,10 @@ class Subject:
     fitted: dict[str, Path] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ()
     about: str = ""
+
+    def __post_init__(self) -> None:
+        if hasattr(self.pipe, "register_to_config") and not self.pipe.config.get("_name_or_path"):
+            self.pipe.register_to_config(_name_or_path=self.name)
 
     @property
     def kind(self) -> str:
@@ -162,7 +166,7 @@ def open_model(name: str, *, dtype: Any = None, device: str | None = None) -> Su
 
     Args:
         name: of the subject, folder or hub id.
-        dtype: of the weights of a pipeline that is no installed subject; bfloat16 by default.
+        dtype: of the weights, or its name; of an installed subject its own by default, else bfloat16.
         device: where to put the pipeline; see `check_device`.
 
     Raises:
@@ -171,14 +175,17 @@ def open_model(name: str, *, dtype: Any = None, device: str | None = None) -> Su
         ConfigError: for a device that is not there.
     """
     check_device(device)
+    kind = _dtype(dtype)
     if name in names():
         model = load(name)
+        if kind is not None:
+            model.pipe.to(kind)
     elif Path(name).is_dir() or "/" in name:
         import torch
         from diffusers import DiffusionPipeline
 
         try:
-            pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype or torch.bfloat16)
+            pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=kind or torch.bfloat16)
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the pipeline {name!r}: {' '.join(str(error).split())}") from error
         model = Subject(name=name, pipe=pipe, prompts=list(PROMPTS))
@@ -188,6 +195,14 @@ def open_model(name: str, *, dtype: Any = None, device: str | None = None) -> Su
     if device is not None:
         model.pipe.to(device)
     return model
+
+
+def _dtype(given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    import torch
+
+    return getattr(torch, given)
 
 
 def check_device(name: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +39,8 @@ __all__ = [
     "tolerance_of",
 ]
 
+WHOLE = re.compile(r"[+-]?[0-9]{1,9}")
+
 Quality = Annotated[
     str | None, typer.Option(help="A tier (lossless, high, draft), or a name for the bounds that you give.")
 ]
@@ -65,8 +68,10 @@ def tolerance_of(
     Raises:
         ConfigError, UnknownNameError: for what means none.
     """
-    from hasten.quality.tolerance import TIERS, Tolerance, tier
+    from hasten.quality.tolerance import TIERS, Tolerance, check_name, tier
 
+    if quality is not None:
+        check_name(quality)
     given: dict[str, Any] = {"max_lpips": max_lpips, "max_flip": max_flip, "min_psnr": min_psnr, "min_ssim": min_ssim}
     given = {name: bound for name, bound in given.items() if bound is not None}
     if mean and share is not None:
@@ -94,8 +99,14 @@ def certify(
     share: Share = None,
     mean: Mean = False,
     confidence: Confidence = None,
-    methods: Annotated[str, typer.Option(help="Candidates, as for bench.")] = "foca:schedule=even,hicache,leap",
-    computed_steps: options.ComputedSteps = "25,20,16,12,9,7,5",
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Candidates, as for bench; foca:schedule=even, hicache, and leap where it is fitted."),
+    ] = None,
+    computed_steps: Annotated[
+        str | None,
+        typer.Option(help="Exact numbers of computed steps; those of 25,20,16,12,9,7,5 below the steps by default."),
+    ] = None,
     prompts: Annotated[
         int, options.number(Range(1, options.MOST_COUNT), "How many prompts test, one image each.")
     ] = 100,
@@ -117,6 +128,9 @@ def certify(
     procedure: Annotated[
         str, typer.Option(help="sequence (from the most expensive on, until one fails) or holm (all of them).")
     ] = "sequence",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: float32, float16 or bfloat16; a pipeline's by default bfloat16.")
+    ] = None,
     device: options.Device = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The certificate's file; in this machine's store by default.")
@@ -137,8 +151,10 @@ def certify(
     settings = CertifySettings(
         quality=name,
         tolerance=tolerance,
-        methods=tuple(options.names(methods)),
-        computed_steps=tuple(options.numbers(computed_steps, "--computed-steps", Range(1, MOST_STEPS))),
+        methods=None if methods is None else tuple(options.names(methods)),
+        computed_steps=None
+        if computed_steps is None
+        else tuple(options.numbers(computed_steps, "--computed-steps", Range(1, MOST_STEPS))),
         prompts=prompts,
         screen=screen,
         prompt_list=options.own_prompts(prompts_file),
@@ -148,7 +164,7 @@ def certify(
         guidance=None if guidance is None else _range(guidance),
         procedure=procedure,  # type: ignore[arg-type]
     )
-    certified(opened(model, device), settings, out)
+    certified(opened(model, device, dtype), settings, out)
 
 
 def certified(model: Subject, settings: CertifySettings, out: Path | None) -> Certificate:
@@ -188,11 +204,11 @@ def _show(certificate: Certificate) -> None:
 
 
 def _arguments(texts: list[str]) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         try:
-            found[name.strip()] = float(value)
+            found[name.strip()] = int(value) if WHOLE.fullmatch(value) else float(value)
         except ValueError:
             equals = ""
         if not equals or not name.strip().isidentifier() or not math.isfinite(found[name.strip()]):

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from hasten.bench.result import Result, StreamResult
 from hasten.bench.tables import table_of
+from hasten.errors import ConfigError
 
 if TYPE_CHECKING:
     from hasten.bench.subject import Subject
@@ -24,6 +25,7 @@ console = Console()
 if not console.is_terminal:
     console.width = max(console.width, 130)  # a table in a log or a file need not be squeezed
 
+PRECISIONS = ("float32", "float16", "bfloat16")
 BAR = (
     TextColumn("{task.description:44.44}"),
     BarColumn(),
@@ -33,8 +35,14 @@ BAR = (
 )
 
 
-def opened(name: str, device: str | None) -> Subject:
-    """A model, loaded; of several processes, each has a device of its own."""
+def opened(name: str, device: str | None, dtype: str | None = None) -> Subject:
+    """A model, loaded; of several processes, each has a device of its own.
+
+    Raises:
+        ConfigError: for a dtype that pipelines are not loaded in.
+    """
+    if dtype not in (None, *PRECISIONS):
+        raise ConfigError(f"--dtype must be {' or '.join(PRECISIONS)}, got {dtype!r}")
     from hasten.bench.environment import processes
     from hasten.bench.subject import check_device, open_model
 
@@ -43,7 +51,7 @@ def opened(name: str, device: str | None) -> Subject:
     if device is None and state.num_processes > 1:
         device = str(state.device)
     with console.status(f"loading {name}"):
-        return open_model(name, device=device)
+        return open_model(name, dtype=dtype, device=device)
 
 
 def command_line() -> str:

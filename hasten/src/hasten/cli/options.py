@@ -180,14 +180,16 @@ def configured(file: Path | None, **given: Any) -> Configuration:
     """The configuration of a file with the options that were given besides, which take precedence.
 
     Raises:
-        ConfigError: if they do not go together, or name no model.
+        ConfigError, UnknownNameError: if they do not go together, cannot be had on any model, or name no model.
     """
+    from hasten.acceleration import check_configuration
     from hasten.integrations.batch import overridden
     from hasten.quality.configuration import Configuration, load
 
     configuration = overridden(Configuration() if file is None else load(file), **given)
     if configuration.model is None:
         raise ConfigError("a model is needed: give --model, or `model:` in the configuration")
+    check_configuration(configuration)
     return configuration
 
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,16 +25,19 @@ from hasten.bench.sheet import to_pil
 from hasten.bench.subject import Subject, open_model
 from hasten.bench.video import write_video
 from hasten.errors import ConfigError, FileError, HastenError, unknown
-from hasten.io import digest_of, parse_json, read_json, write_atomically
-from hasten.parameters import MOST_GUIDANCE, MOST_PIXELS, MOST_STEPS, Declared, Range, parameters
+from hasten.io import digest_of, parse_json, read_json, shown, write_atomically
+from hasten.parameters import MOST_GUIDANCE, MOST_PIXELS, MOST_STEPS, Declared, Range, Text, parameters
 from hasten.pipeline.view import denoisers
-from hasten.quality.conditions import ModelFacts
 from hasten.quality.configuration import Configuration
+from hasten.quality.model_facts import ModelFacts
+from hasten.quality.setting import check_quality
 
 __all__ = ["Failure", "Job", "Worker", "generate", "read_jobs"]
 
-ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}")
+ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+LONGEST_ID = 120  # characters
 MOST_SEED = 2**63 - 1
+SHOWN = 5  # of the jobs that cannot be done
 LONGEST_LINE = 1 << 20  # bytes
 Progress = Callable[[int, int, str], None]
 
@@ -42,15 +46,15 @@ Progress = Callable[[int, int, str], None]
 class Job(Declared):
     """One image to generate; what is left at None is as the model or the configuration has it."""
 
-    id: Annotated[str, "name of its files"]
-    prompt: Annotated[str, "what to draw"]
+    id: Annotated[str, Text(1, LONGEST_ID), "name of its files"]
+    prompt: Annotated[str, Text(), "what to draw"]
     seed: Annotated[int, Range(0, MOST_SEED), "of its noise"] = 0
-    negative_prompt: Annotated[str | None, "what not to draw, with guidance"] = None
+    negative_prompt: Annotated[str | None, Text(), "what not to draw, with guidance"] = None
     steps: Annotated[int | None, Range(1, MOST_STEPS), "steps that the pipeline is called with"] = None
     height: Annotated[int | None, Range(1, MOST_PIXELS), "in pixels"] = None
     width: Annotated[int | None, Range(1, MOST_PIXELS), "in pixels"] = None
     guidance: Annotated[float | None, Range(0, MOST_GUIDANCE), "true classifier-free guidance"] = None
-    quality: Annotated[str | None, "a certified tier, or exact"] = None
+    quality: Annotated[str | None, Text(1), "a certified tier, or exact"] = None
     computed_steps: Annotated[int | None, Range(1, MOST_STEPS), "steps to compute"] = None
 
     def check(self) -> None:
@@ -87,6 +91,8 @@ def read_jobs(file: Path, seed: int = 0) -> list[Job]:
             continue
         try:
             job = _job(line.strip(), number, seed)
+            if job.quality is not None:
+                check_quality(job.quality)
         except (HastenError, ValueError) as error:
             raise ConfigError(f"--prompts-file {file}, line {number + 1}: {error}") from error
         if job.id in jobs:
@@ -99,10 +105,12 @@ def read_jobs(file: Path, seed: int = 0) -> list[Job]:
 
 def _job(line: str, number: int, seed: int) -> Job:
     given: dict[str, Any] = {"id": f"{number:05d}", "seed": seed + number}
-    if not line.startswith("{"):
-        return Job(**given, prompt=line)
     if len(line) > LONGEST_LINE:
         raise ValueError(f"it has {len(line)} bytes, expected at most {LONGEST_LINE}")
+    if not line.startswith("{"):
+        if _is_json(line):
+            raise ConfigError(f'{shown(line)} is JSON, but no object: write {{"prompt": ...}}, or the prompt as it is')
+        return Job(**given, prompt=line)
     content = parse_json(line)
     for name in content:
         if name not in parameters(Job):
@@ -112,6 +120,14 @@ def _job(line: str, number: int, seed: int) -> Job:
     if isinstance(content.get("id"), int):
         content["id"] = str(content["id"])
     return Job(**{**given, **content})
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 class Worker:
@@ -138,6 +154,22 @@ class Worker:
         self._environment = environment()
         models = {name: vars(ModelFacts.of(part)) for name, part in denoisers(self.model.pipe).items()}
         self._facts = {"model": self.model.name, "transformers": models}
+
+    def check(self, job: Job) -> None:
+        """Find out, before anything is drawn, whether a job can be had, as far as that shows.
+
+        Raises:
+            ConfigError, UnknownNameError: if not.
+        """
+        call = self._call(job)
+        self.model.check_call(call)
+        steps = call.get("num_inference_steps", self.model.call.get("num_inference_steps"))
+        wanted = job.computed_steps or (None if job.quality else self.configuration.computed_steps)
+        if steps is not None and wanted is not None and wanted > steps:
+            raise ConfigError(
+                f"{wanted} of {steps} steps cannot be computed; give smaller computed_steps, or more steps"
+            )
+        self._run.describe(quality=job.quality, computed_steps=job.computed_steps)
 
     def identity(self, job: Job) -> str:
         """Digest of all that decides the image but versions and device.
@@ -231,13 +263,38 @@ def write(folder: Path, job: Job, image: Tensor, provenance: dict[str, Any]) -> 
     return write_atomically(folder / f"{job.id}.png", lambda file: to_pil(image).save(file, format="png"))
 
 
+def check(jobs: Sequence[Job], reason: Callable[[Job], str | None]) -> None:
+    """Find out, before any of them is drawn, whether all jobs can be had.
+
+    Args:
+        jobs: all of them.
+        reason: why one cannot; None if it can.
+
+    Raises:
+        ConfigError: if one cannot, with the reasons of the first few.
+    """
+    bad = [(job.id, text) for job in jobs if (text := reason(job)) is not None]
+    if bad:
+        reasons = "; ".join(f"{name}: {text}" for name, text in bad[:SHOWN])
+        raise ConfigError(f"{len(bad)} of {len(jobs)} jobs cannot be done, and nothing was drawn ({reasons})")
+
+
+def reason(worker: Worker, job: Job) -> str | None:
+    """Why a worker cannot do a job, as far as that shows before it is drawn."""
+    try:
+        worker.check(job)
+    except HastenError as error:
+        return str(error)
+    return None
+
+
 def interrupted(done: int, of: int, folder: Path) -> KeyboardInterrupt:
     """What ends a job that was stopped, with a line on how to go on."""
     return KeyboardInterrupt(f"{done} of {of} images are in {folder}; the same command goes on from there")
 
 
 def generate(worker: Worker, jobs: Sequence[Job], folder: Path, progress: Progress | None = None) -> list[Failure]:
-    """Draw the jobs that have no image in a folder yet; a job that cannot be done does not keep the others.
+    """Draw the jobs that have no image in a folder yet; one that fails while it is drawn does not keep the others.
 
     Args:
         worker: draws.
@@ -249,10 +306,11 @@ def generate(worker: Worker, jobs: Sequence[Job], folder: Path, progress: Progre
         the jobs that could not be done.
 
     Raises:
-        ConfigError: if images of that name were made of other jobs.
+        ConfigError: if a job asks for what cannot be had, or images of that name were made of other jobs.
         FileError: if something cannot be written.
         KeyboardInterrupt: with a line on how to go on.
     """
+    check(jobs, partial(reason, worker))
     rest = list(pending(jobs, folder, worker.identity))
     tick, failures = progress or (lambda done, total, label: None), []
     done = len(jobs) - len(rest)

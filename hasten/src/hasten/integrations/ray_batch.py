@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hasten.errors import ConfigError, HastenError
-from hasten.integrations.batch import Failure, Job, Progress, Worker, interrupted, pending, write
+from hasten.integrations.batch import Failure, Job, Progress, Worker, check, interrupted, pending, reason, write
 from hasten.quality.configuration import Configuration
 
 __all__ = ["RETRIES", "connected", "generate"]
@@ -33,14 +33,12 @@ class _Actor:
     def __init__(self, configuration: Configuration, device: str | None) -> None:
         self._worker = Worker(configuration, device)
 
-    def identities(self, jobs: Sequence[Job]) -> list[str | None]:
-        """Digests of jobs; None for one that cannot be done."""
-        found: list[str | None] = []
+    def identities(self, jobs: Sequence[Job]) -> list[str | Failure]:
+        """Digests of jobs, or why there are none."""
+        found: list[str | Failure] = []
         for job in jobs:
-            try:
-                found.append(self._worker.identity(job))
-            except HastenError:
-                found.append(None)
+            why = reason(self._worker, job)
+            found.append(self._worker.identity(job) if why is None else Failure(job.id, why))
         return found
 
     def draw(self, job: Job) -> tuple[Any, dict[str, Any]] | Failure:
@@ -123,6 +121,7 @@ class _Cluster:
     def run(self, jobs: Sequence[Job], folder: Path, tick: Progress) -> list[Failure]:
         identities = self._ray.get(self._actors[0].identities.remote(list(jobs)))
         known = {job.id: identity for job, identity in zip(jobs, identities, strict=True)}
+        check(jobs, lambda job: known[job.id].error if isinstance(known[job.id], Failure) else None)
         rest = deque(pending(jobs, folder, lambda job: str(known[job.id])))
         done, failures = len(jobs) - len(rest), []
         under_way: dict[Any, tuple[Any, Job]] = {}

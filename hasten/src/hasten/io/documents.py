@@ -85,6 +85,10 @@ def parse_json(text: str | bytes, limits: Limits = Limits()) -> Any:
             parse_int=_whole,
             object_pairs_hook=_object,
         )
+    except json.JSONDecodeError as error:
+        near = text[error.pos : error.pos + 20]
+        where = f"at {shown(near)}, character {error.pos + 1}" if near.strip() else "at its end"
+        raise ValueError(f"no JSON: {error.msg[:1].lower()}{error.msg[1:]} {where}") from None
     except RecursionError:
         raise ValueError(f"it is nested more than {limits.depth} levels deep") from None
     level: list[Any] = [value]

@@ -53,8 +53,14 @@ class RequestsPart(Protocol):
     @property
     def audit(self) -> Any: ...
     def using(self, quality: str | None, computed_steps: int | None) -> AbstractContextManager[Any]: ...
-    def describe(self, quality: str | None, computed_steps: int | None) -> dict[str, Any]: ...
-    def name_of(self, run: int) -> str: ...
+    def describe(
+        self, quality: str | None, computed_steps: int | None, call: Mapping[str, Any] | None
+    ) -> dict[str, Any]: ...
+    @property
+    def text(self) -> str | None: ...
+    @property
+    def plain_scheduler(self) -> Any: ...
+    def setting_of(self, run: int) -> tuple[str, int | None]: ...
     def save(self, path: str | Path) -> Path: ...
     def close(self) -> None: ...
 
@@ -66,6 +72,8 @@ class SolverPart(Protocol):
 
     @property
     def records(self) -> list[Any]: ...
+    @property
+    def plain_scheduler(self) -> Any: ...
     def forget(self) -> None: ...
     def remove(self) -> None: ...
 
@@ -140,9 +148,10 @@ class Acceleration:
             warnings.warn(astray, HastenWarning, stacklevel=2)
         stages = self._stages.report(run).described if self._stages is not None and staged else None
         number = next((records[0].run for records in cached.values() if records), None)
-        names = [] if number is None else [self._requests.name_of(number)]
+        name, replaced = ("", None) if number is None else self._requests.setting_of(number)
+        names = [name] if name else []
         names += [type(part.method).__name__ for part in (self._stages, self._solver) if part is not None]
-        return Summary.of(names, cached, staged, stages)
+        return Summary.of(names, cached, staged, stages, replaced)
 
     def using(self, *, quality: str | None = None, computed_steps: int | None = None) -> AbstractContextManager[Any]:
         """Give the calls within a `with` a setting of their own; calls on other threads keep theirs.
@@ -167,13 +176,24 @@ class Acceleration:
         """
         return self._requests.using(quality, computed_steps)
 
-    def describe(self, *, quality: str | None = None, computed_steps: int | None = None) -> dict[str, Any]:
+    def describe(
+        self,
+        *,
+        quality: str | None = None,
+        computed_steps: int | None = None,
+        call: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """The setting that `using` would give, as plain data: method, and digest of the certificate if it has one.
+
+        Args:
+            quality, computed_steps: as for `using`.
+            call: arguments of the pipeline's call that the setting is for, to hear now what the call would be refused
+                for.
 
         Raises:
             ConfigError, CertificateError: as `using`.
         """
-        return self._requests.describe(quality, computed_steps)
+        return self._requests.describe(quality, computed_steps, call)
 
     @property
     def audit(self) -> Any:
@@ -188,6 +208,11 @@ class Acceleration:
             FileError: if it cannot be written.
         """
         return self._requests.save(path)
+
+    @property
+    def plain_scheduler(self) -> Any:
+        """The pipeline's own scheduler, while another one stands in its place; None where it is there itself."""
+        return self._requests.plain_scheduler if self._solver is None else self._solver.plain_scheduler
 
     def _astray(self) -> str | None:
         """Whether the pipeline calls a transformer that is not the accelerated one, as text."""
@@ -255,7 +280,7 @@ class Acceleration:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Acceleration({', '.join(map(repr, self.methods))})"
+        return f"Acceleration({self._requests.text or ', '.join(map(repr, self.methods))})"
 
     def _repr_html_(self) -> str:
         """What is at work and what the latest run saved, for notebooks."""

@@ -22,7 +22,7 @@ class Summary:
         method: names of the methods' classes.
         steps: sampler steps of the run.
         computed_steps: steps whose blocks ran.
-        skipped_steps: steps whose features were forecast.
+        skipped_steps: steps whose features were forecast, or that a solver with steps of its own left out.
         passes: names of the forwards within a step; empty without a cache, which alone tells them apart.
         flops_ratio: `steps / computed_steps`, the figure that papers call the FLOPs ratio (it leaves out the
             embeddings and the final layer that a skipped step still runs); a step of a resolution method counts as much
@@ -31,6 +31,7 @@ class Summary:
         computed_ms: median milliseconds of a computed forward, None where no cache measured any.
         skipped_ms: median milliseconds of a skipped forward, None if there was none.
         stages: steps and tokens of a resolution method's stages, as text; None without one.
+        left_out: whether a solver took its computed steps in place of all of them, and forecast nothing.
         history: of a streaming model, what was read and held of the history, as text; None of others.
     """
 
@@ -44,6 +45,7 @@ class Summary:
     computed_ms: float | None
     skipped_ms: float | None
     stages: str | None = None
+    left_out: bool = False
     history: str | None = None
 
     def __str__(self) -> str:
@@ -52,9 +54,10 @@ class Summary:
         fewer = f" ({self.flops_ratio:.2f}x fewer)" if self.stages is None else ""
         text = f"{self.method}: {self.computed_steps} of {self.steps} steps computed"
         if self.passes:
+            how = "left out" if self.left_out else "forecast"
             skipped = "-" if self.skipped_ms is None else f"{self.skipped_ms:.2f} ms"
             text += (
-                f"{fewer}, {self.skipped_steps} forecast; computed {self.computed_ms or 0:.2f}"
+                f"{fewer}, {self.skipped_steps} {how}; computed {self.computed_ms or 0:.2f}"
                 f" ms, skipped {skipped}; cache {self.cache_bytes / 2**20:.2f} MiB; passes {', '.join(self.passes)}"
             )
         if self.stages is None:
@@ -70,7 +73,7 @@ class Summary:
         rows = "".join(
             f"<tr><th style='text-align:left'>{name.replace('_', ' ')}</th><td>{html.escape(_cell(value))}</td></tr>"
             for name, value in self.to_dict().items()
-            if value not in (None, ())
+            if value not in (None, (), False)
         )
         return f"<table>{rows}</table>"
 
@@ -81,6 +84,7 @@ class Summary:
         cached: Mapping[str, Sequence[StepRecord]],
         staged: Sequence[Any],
         stages: str | None,
+        replaced: int | None = None,
     ) -> Summary:
         """Sum up.
 
@@ -89,6 +93,7 @@ class Summary:
             cached: a run's records of each transformer; their steps add up.
             staged: a run's records of the resolution method, each with `step` and `cost`, relative to the full size.
             stages: what the resolution method did, as text.
+            replaced: steps that a solver took its own in place of.
         """
         steps: dict[tuple[str, int], bool] = {}
         held: defaultdict[str, int] = defaultdict(int)
@@ -98,8 +103,9 @@ class Summary:
                 steps[name, record.step] = steps.get((name, record.step), True) and record.computed
                 held[name] = max(held[name], record.cache_bytes)
         every = [record for records in cached.values() for record in records]
-        total = len(steps) or len(staged)
-        computed = sum(steps.values()) if steps else total
+        taken = len(steps) or len(staged)
+        computed = sum(steps.values()) if steps else taken
+        total = replaced or taken
         return cls(
             method=" + ".join(names),
             steps=total,
@@ -111,6 +117,7 @@ class Summary:
             computed_ms=_median(record.ms for record in every if record.computed),
             skipped_ms=_median(record.ms for record in every if not record.computed),
             stages=stages,
+            left_out=replaced is not None,
         )
 
 

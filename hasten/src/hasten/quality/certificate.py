@@ -94,6 +94,7 @@ class Certificate:
         environment: versions and device.
         command: that made it.
         created: date and time, ISO 8601.
+        model: name that it was opened by.
         folder: where it was read from.
     """
 
@@ -108,6 +109,7 @@ class Certificate:
     environment: dict[str, str] = field(default_factory=dict)
     command: str = ""
     created: str = ""
+    model: str = ""
     folder: str | None = None
 
     def save(self, path: str | Path) -> Path:
@@ -175,9 +177,15 @@ def shipped() -> list[Certificate]:
 
 def _in(folders: Sequence[Path]) -> list[Certificate]:
     found = []
-    for path in (path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("*.json"))):
+    for path in (path for folder in folders if folder.is_dir() for path in _files(folder)):
         try:
             found.append(Certificate.load(path))
         except HastenError as error:
             log.warning("%s", error)
     return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of certificates; in hidden folders is what certifications under way, or cut short, have drawn."""
+    files = sorted(folder.rglob("*.json"))
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]

@@ -4,43 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from hasten.calibration import TIMESTEP_TOLERANCE, model_digest, weights_digest
+from hasten.calibration import TIMESTEP_TOLERANCE
 from hasten.pipeline.runs import Run
-from hasten.pipeline.view import call_arguments
+from hasten.pipeline.view import call_arguments, current_owner
+from hasten.quality.model_facts import ModelFacts
 
-__all__ = ["GUIDANCE", "Call", "Conditions", "ModelFacts", "scheduler_facts"]
+__all__ = ["GUIDANCE", "Call", "Conditions", "scheduler_facts"]
 
 GUIDANCE = ("guidance_scale", "true_cfg_scale", "guidance_scale_2")  # arguments of pipelines' calls
 PROMPTS_AGAINST = ("negative_prompt", "negative_prompt_embeds")  # without one, pipelines leave true guidance out
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """A transformer: its class, and digests of its architecture and of a sample of its weights."""
-
-    model: str
-    config: str
-    weights: str
-
-    @classmethod
-    def of(cls, module: nn.Module) -> ModelFacts:
-        """The facts of a module."""
-        return cls(type(module).__name__, model_digest(module), weights_digest(module))
-
-    def differences(self, here: ModelFacts) -> list[str]:
-        """What is different here, as text."""
-        if here.model != self.model:
-            return [f"certified for {self.model}, this is {here.model}"]
-        if here.config != self.config:
-            return [f"certified for a {self.model} of another configuration (size, depth, or adapters such as LoRA)"]
-        if here.weights != self.weights and here.weights:
-            return ["certified for other weights of the same architecture"]
-        return []
+FOR_ATTENTION = ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
 
 
 @dataclass(frozen=True)
@@ -52,18 +31,35 @@ class Call:
         frames: of a clip.
         guidance: scales by the name of the argument; 1 where the pipeline leaves guidance out.
         timesteps: of the run, of all transformers together.
+        steps: that are asked for.
+        adapters: strength that the call gives adapters such as LoRA.
+        autocast: dtype that the call computes in, whatever its weights have; empty without autocast.
     """
 
     height: int | None
     width: int | None
     frames: int | None
     guidance: dict[str, float]
-    timesteps: tuple[float, ...] | None
+    timesteps: tuple[float, ...] | None = None
+    steps: int | None = None
+    adapters: float = 1.0
+    autocast: str = ""
 
     @classmethod
     def of(cls, run: Run) -> Call:
         """The call that a run, whose first forward is about to happen, belongs to."""
-        given = call_arguments(run.owner)
+        timesteps = _timesteps(run)
+        steps = None if timesteps is None else len(timesteps)
+        return replace(cls.under_way(), timesteps=timesteps, steps=steps)
+
+    @classmethod
+    def under_way(cls, steps: int | None = None) -> Call:
+        """What shows of the pipeline's call that this thread is in; nothing in a loop of the user's own."""
+        return replace(cls.given(call_arguments(current_owner())), steps=steps, autocast=_autocast())
+
+    @classmethod
+    def given(cls, given: Mapping[str, Any]) -> Call:
+        """A call with these arguments, as far as they decide."""
 
         def whole(name: str) -> int | None:
             value = given.get(name)
@@ -73,7 +69,15 @@ class Call:
         against = [name for name in PROMPTS_AGAINST if name in given]
         if "true_cfg_scale" in guidance and against and all(given[name] is None for name in against):
             guidance["true_cfg_scale"] = 1.0
-        return cls(whole("height"), whole("width"), whole("num_frames"), guidance, _timesteps(run))
+        strengths = [(given.get(name) or {}).get("scale") for name in FOR_ATTENTION]
+        return cls(
+            height=whole("height"),
+            width=whole("width"),
+            frames=whole("num_frames"),
+            guidance=guidance,
+            steps=whole("num_inference_steps"),
+            adapters=next((float(one) for one in strengths if one is not None), 1.0),
+        )
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,15 @@ class Conditions:
         found = (self.models[name].differences(ModelFacts.of(module)) for name, module in modules.items())
         return [text for texts in found for text in texts]
 
+    def recast(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether these denoisers may be the certified ones in another dtype."""
+        facts = {name: ModelFacts.of(module) for name, module in modules.items()}
+        return set(facts) == set(self.models) and all(
+            (one.model, one.config) == (self.models[name].model, self.models[name].config)
+            and one.dtype != self.models[name].dtype
+            for name, one in facts.items()
+        )
+
     def scheduler_differences(self, scheduler: Any) -> list[str]:
         """What is different about the pipeline's own scheduler, as text; entries that only one version has are not."""
         name, config = scheduler_facts(scheduler)
@@ -120,7 +133,7 @@ class Conditions:
         ]
 
     def call_differences(self, call: Call) -> list[str]:
-        """What is different about a call's size and guidance, as text."""
+        """What is different about a call's size, guidance and steps, as text: what could be certified, too."""
         found = []
         for name in ("height", "width", "frames"):
             own, here = getattr(self, name), getattr(call, name)
@@ -131,24 +144,45 @@ class Conditions:
             if here is not None and not low - 1e-6 <= here <= high + 1e-6:
                 scales = f"{low:g}" if low == high else f"{low:g} to {high:g}"
                 found.append(f"certified for {name} {scales}, this call has {here:g}")
+        # A sampler of second order has more timesteps than it is asked for; where they are known, they are compared.
+        steps = self.steps if call.timesteps is None else len(self.timesteps)
+        if call.steps is not None and call.steps != steps:
+            found.append(f"certified for {steps} steps, this call has {call.steps}")
         return found
 
-    def step_differences(self, timesteps: tuple[float, ...] | None) -> list[str]:
-        """What is different about the steps of a full run, as text."""
+    def manner_differences(self, call: Call) -> list[str]:
+        """What a call does that nothing is certified for, as text that says what to leave."""
+        found = []
+        if call.adapters != 1:
+            found.append(
+                f"certified with adapters at strength 1, this call has {call.adapters:g}; leave scale out of its "
+                "attention_kwargs"
+            )
+        if call.autocast:
+            found.append(f"certified without autocast, this call computes in {call.autocast}; leave torch.autocast")
+        return found
+
+    def spacing_differences(self, timesteps: tuple[float, ...] | None) -> list[str]:
+        """What is different about the timesteps of as many steps, as text that says what to do."""
         if timesteps is None:
-            return ["the scheduler does not tell its steps"]
-        if len(timesteps) != len(self.timesteps):
-            return [f"certified for {len(self.timesteps)} steps, this call has {len(timesteps)}"]
+            return ["the scheduler does not tell its steps; call the pipeline itself, and not its parts"]
         largest = max(map(abs, self.timesteps)) or 1.0
-        if any(abs(a - b) > TIMESTEP_TOLERANCE * largest for a, b in zip(timesteps, self.timesteps, strict=True)):
-            return ["certified at other timesteps: another shift, spacing or strength"]
-        return []
+        if len(timesteps) == len(self.timesteps) and all(
+            abs(a - b) <= TIMESTEP_TOLERANCE * largest for a, b in zip(timesteps, self.timesteps, strict=True)
+        ):
+            return []
+        return ["certified at other timesteps; leave sigmas, timesteps and strength out, so that they are the model's"]
 
     @property
     def options(self) -> str:
-        """Options of `hasten certify` for these conditions."""
+        """Size and steps as options of `hasten certify`, to tell certificates apart by."""
         size = [f"--{name} {value}" for name in ("height", "width") if (value := getattr(self, name)) is not None]
         return " ".join([*size, f"--steps {self.steps}"])
+
+
+def _autocast() -> str:
+    kinds = [kind for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)]
+    return str(torch.get_autocast_dtype(kinds[0])).removeprefix("torch.") if kinds else ""
 
 
 def _timesteps(run: Run) -> tuple[float, ...] | None:

@@ -18,9 +18,19 @@ from types import NoneType
 from typing import Annotated, Any, get_args
 
 from hasten import registry
-from hasten.errors import ConfigError, unknown
+from hasten.errors import ConfigError, UnknownNameError, unknown
 from hasten.io import describe, read_bytes, write_atomically
-from hasten.parameters import MOST_GUIDANCE, MOST_PIXELS, MOST_STEPS, Declared, Parameter, Range, parameters
+from hasten.parameters import (
+    MOST_GUIDANCE,
+    MOST_PIXELS,
+    MOST_STEPS,
+    Declared,
+    Parameter,
+    Range,
+    Text,
+    from_text,
+    parameters,
+)
 
 __all__ = ["Configuration", "configuration_of", "load", "read", "schema"]
 
@@ -31,11 +41,13 @@ MOST_BYTES = 1 << 20
 class Configuration(Declared):
     """What to do and, for the command line, with which model and call."""
 
-    quality: Annotated[str | None, "a certified tier (lossless, high, draft), a certificate's path, or exact"] = None
-    method: Annotated[str | None, "a method expression, such as foca:schedule=even"] = None
+    quality: Annotated[
+        str | None, Text(1), "a certified tier (lossless, high, draft), a certificate's path, or exact"
+    ] = None
+    method: Annotated[str | None, Text(1), "a method expression, such as foca:schedule=even"] = None
     computed_steps: Annotated[int | None, Range(1, MOST_STEPS), "steps that the method computes"] = None
     audit: Annotated[float, Range(0, 1), "share of calls that are checked against the full run"] = 0.0
-    model: Annotated[str | None, "an installed model, a pipeline's folder, or a hub id"] = None
+    model: Annotated[str | None, Text(1), "an installed model, a pipeline's folder, or a hub id"] = None
     steps: Annotated[int | None, Range(1, MOST_STEPS), "steps that the pipeline is called with"] = None
     height: Annotated[int | None, Range(1, MOST_PIXELS), "height in pixels"] = None
     width: Annotated[int | None, Range(1, MOST_PIXELS), "width in pixels"] = None
@@ -44,11 +56,16 @@ class Configuration(Declared):
     def check(self) -> None:
         if self.quality is not None and (self.method is not None or self.computed_steps is not None):
             raise ConfigError("Configuration: quality decides on method and computed_steps; leave them or it out")
+        if self.steps is not None and self.computed_steps is not None and self.computed_steps > self.steps:
+            raise ConfigError(
+                f"Configuration: {self.computed_steps} of {self.steps} steps cannot be computed; give smaller "
+                "computed_steps, or more steps"
+            )
         if self.audit and self.quality is None:
             raise ConfigError("Configuration: audit checks the tolerance of a quality; give one, or leave audit out")
         if self.method is not None:
-            for name, _ in registry.split(self.method):
-                registry.info(name)
+            for name, texts in registry.split(self.method):
+                from_text(registry.info(name).config, texts, name)
 
     def save(self, path: str | Path) -> Path:
         """Write it as YAML, or as JSON to a name that ends so; returns the path.
@@ -123,7 +140,10 @@ def configuration_of(content: Any, origin: str, folder: Path) -> Configuration:
             raise unknown(f"entry of {origin}", name, known)
         if not isinstance(value, (str, int, float, NoneType)):  # lists may be short to write and endless to show
             raise ConfigError(f"{origin}: {name} is a {type(value).__name__}, expected text or a number")
-    return _located(Configuration(**content), folder)
+    try:
+        return _located(Configuration(**content), folder)
+    except (ConfigError, UnknownNameError) as error:
+        raise type(error)(f"{origin}: {str(error).removeprefix('Configuration: ')}") from error
 
 
 def _located(made: Configuration, folder: Path) -> Configuration:

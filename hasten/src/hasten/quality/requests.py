@@ -9,26 +9,36 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
 from hasten import registry
 from hasten.caching.engine import CachingEngine
 from hasten.errors import ConfigError
+from hasten.parameters import MOST_STEPS, Range, Text, accepted
 from hasten.pipeline.hooks import Forward, Hook, Remove, instead, still
 from hasten.pipeline.records import KEPT
 from hasten.pipeline.runs import Run
 from hasten.pipeline.view import PipelineView
 from hasten.quality.audit import Audit
 from hasten.quality.configuration import Configuration
+from hasten.quality.refusal import model_name
 from hasten.quality.setting import FULL, FixedLeap, Setting, find
 from hasten.quality.tolerance import EXACT
 from hasten.solvers.passes import watch_passes
 
-__all__ = ["Requests", "model_name"]
+__all__ = ["Requests"]
 
 MOST_SETTINGS = 64  # kept of single calls: a service is asked for any number
+
+
+def _accepted(owner: str, quality: Any, computed_steps: Any) -> tuple[str | None, int | None]:
+    """What a call asks for, in the declared types."""
+    return (
+        accepted(owner, "quality", Annotated[str | None, Text(1)], quality),
+        accepted(owner, "computed_steps", Annotated[int | None, Range(1, MOST_STEPS)], computed_steps),
+    )
 
 
 class _Through(Hook):
@@ -38,12 +48,6 @@ class _Through(Hook):
 
     def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return forward(*args, **kwargs)
-
-
-def model_name(pipe: Any) -> str:
-    """Where a pipeline was loaded from, as far as it knows; empty if it does not."""
-    config = getattr(pipe, "config", None)
-    return str(getattr(config, "_name_or_path", "") or getattr(config, "get", lambda _: "")("_name_or_path") or "")
 
 
 class Requests:
@@ -70,8 +74,11 @@ class Requests:
         self._modules, self._engines, self._home = dict(modules), dict(engines), home
         self._setting, self._staged, self._configuration = setting, staged, configuration
         self._instead: dict[tuple[str | None, int | None], tuple[Setting, dict[Hook, Hook]]] = {}
-        self._names: dict[int, str] = {}  # of the runs that had a setting of their own
-        self._label = "" if setting is None else setting.label
+        self._names: dict[int, tuple[str, int | None]] = {}  # of the runs that had a setting of their own
+        certificate = None if setting is None or setting.leap is None else setting.certificate
+        replaced = None if certificate is None else certificate.conditions.steps
+        self._usual = ("" if setting is None else setting.label, replaced)
+        self._text = None if configuration.quality is None else str(setting)
         self._lock = threading.Lock()
         self._local = threading.local()
         self._unhook: Remove | None = None
@@ -114,16 +121,23 @@ class Requests:
             raise ConfigError("the acceleration was removed, and there is no setting")
         return registry.format(*methods)
 
-    def describe(self, quality: str | None, computed_steps: int | None) -> dict[str, Any]:
+    def describe(
+        self, quality: str | None, computed_steps: int | None, call: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """See `Acceleration.describe`."""
+        quality, computed_steps = _accepted("describe", quality, computed_steps)
         if self._staged is not None and (quality, computed_steps) == (None, None):
             return {"method": self._expression()}
         self._check_open()
-        return self._made(quality, computed_steps)[0].describe()
+        setting = self._made(quality, computed_steps)[0]
+        if call is not None:
+            setting.check_arguments(call, self._modules)
+        return setting.describe()
 
     @contextmanager
     def using(self, quality: str | None, computed_steps: int | None) -> Iterator[Any]:
         """See `Acceleration.using`."""
+        quality, computed_steps = _accepted("using", quality, computed_steps)
         if self._staged is not None and (quality, computed_steps) == (None, None):
             yield next(iter(self._modules.values())) if self._home is None else self._home.pipe
             return
@@ -158,24 +172,34 @@ class Requests:
             with still(self._modules.values()):
                 setting = self._chosen(quality, computed_steps)
                 hooks: dict[Hook, Hook] = {
-                    engine: engine.beside(setting.method, partial(self._begin, setting))
-                    for engine in self._engines.values()
+                    engine: engine.beside(setting.method, partial(self._begin, setting, name, self._modules[name]))
+                    for name, engine in self._engines.items()
                 }
             while len(self._instead) >= MOST_SETTINGS:  # calls under way hold theirs
                 self._instead.pop(next(iter(self._instead)))
             self._instead[key] = setting, hooks
             return setting, hooks
 
-    def _begin(self, setting: Setting, run: Run) -> None:
+    def _begin(self, setting: Setting, name: str, module: nn.Module, run: Run) -> None:
         """A run with a setting of its own is about to begin."""
-        setting.check(run)
-        self._names[run.number] = setting.label
+        setting.check(name, module, run)
+        self._names[run.number] = setting.label, setting.replaced_steps(run)
         while len(self._names) > 2 * KEPT:  # runs are numbered per transformer, and kept so long
             self._names.pop(next(iter(self._names)))
 
-    def name_of(self, run: int) -> str:
-        """What the setting of a run is called."""
-        return self._names.get(run, self._label)
+    def setting_of(self, run: int) -> tuple[str, int | None]:
+        """What the setting of a run is called, and how many steps a scheduler of ours took its own in place of."""
+        return self._names.get(run, self._usual)
+
+    @property
+    def plain_scheduler(self) -> Any:
+        """The pipeline's own scheduler, while the setting's is in its place."""
+        return None if self._replaced is None else self._scheduler
+
+    @property
+    def text(self) -> str | None:
+        """The setting of all calls, where it is not just the methods at work."""
+        return self._text
 
     def _chosen(self, quality: str | None, computed_steps: int | None) -> Setting:
         assert self._setting is not None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,40 +14,45 @@ from torch import nn
 from hasten import registry
 from hasten.caching.method import CachingMethod, ScheduledMethod
 from hasten.caching.methods import Reuse
+from hasten.calibration import Calibration
 from hasten.errors import CertificateError, ConfigError
 from hasten.io import digest_of
+from hasten.pipeline.hooks import still
 from hasten.pipeline.runs import Run
+from hasten.pipeline.view import Caller, denoisers
 from hasten.quality.certificate import Certificate, certificates, shipped
 from hasten.quality.conditions import Call
-from hasten.quality.tolerance import EXACT, TIERS, tier
+from hasten.quality.model_facts import ModelFacts
+from hasten.quality.refusal import certify_command, refusal
+from hasten.quality.tolerance import EXACT, tier
 from hasten.solvers import Leap, LeapScheduler
 
-__all__ = ["FULL", "FixedLeap", "Setting", "find"]
+__all__ = ["FULL", "FixedLeap", "Setting", "check_quality", "find"]
 
-FULL = Reuse(interval=1, site="output")  # computes every step
+FULL = Reuse(interval=1, warmup=1, site="output")  # computes every step, of runs of any length
 
 
 class FixedLeap(LeapScheduler):
     """A LEAP scheduler that takes its own number of evaluations, however many steps a pipeline is called with."""
 
     _evaluations: int
-    _certificate: Certificate | None = None
-    _command = ""
+    _setting: Setting | None = None
+    asked: int | None = None  # steps, by the latest call
 
     @classmethod
-    def make(cls, leap: Leap, evaluations: int, certificate: Certificate | None = None, command: str = "") -> Self:
+    def make(cls, leap: Leap, evaluations: int, setting: Setting) -> Self:
         """The scheduler of a fit.
 
         Args:
             leap: the fit.
             evaluations: to take.
-            certificate: whose number of steps a call has to ask for.
-            command: that certifies other numbers.
+            setting: whose certificate, if it has one, a call has to meet.
         """
         assert leap.calibration is not None
         made = cls.of(leap.calibration)  # type: ignore[arg-type]
-        made._evaluations, made._certificate, made._command = evaluations, certificate, command
-        made.set_timesteps(certificate.conditions.steps if certificate is not None else evaluations)
+        made._evaluations = evaluations
+        made.set_timesteps(evaluations)
+        made._setting = setting
         return made
 
     def set_timesteps(
@@ -60,20 +66,11 @@ class FixedLeap(LeapScheduler):
         """Prepare a run of the evaluations that it takes.
 
         Raises:
-            CertificateError: if the call asks for other steps, or has another shift, than the certificate is for.
+            CertificateError: if the call is outside of the conditions of the certificate.
         """
-        if self._certificate is not None:
-            asked = num_inference_steps or next((len(x) for x in (sigmas, timesteps) if x is not None), None)
-            if asked != self._certificate.conditions.steps:
-                raise _refusal(
-                    self._certificate,
-                    [f"certified for {self._certificate.conditions.steps} steps, this call has {asked}"],
-                    f"{self._command} --steps {asked}",
-                )
-            own = self.config.shift_mu
-            if mu is not None and own is not None and abs(mu - own) > 1e-3:
-                reason = f"certified at shift {own:.4g}, this call has {mu:.4g}: another size"
-                raise _refusal(self._certificate, [reason], self._command)
+        self.asked = num_inference_steps or next((len(x) for x in (sigmas, timesteps) if x is not None), None)
+        if self._setting is not None:
+            self._setting.check_start(self.asked, (mu, self.config.shift_mu))
         super().set_timesteps(self._evaluations, device, mu=mu)
 
 
@@ -112,20 +109,25 @@ class Setting:
             ConfigError: if it cannot have that number.
         """
         if self.leap is not None:
-            return replace(self, evaluations=count, certificate=None)
+            assert isinstance(self.leap.calibration, Calibration)
+            known = sorted(map(int, self.leap.calibration.report))
+            if count not in known:
+                listed = ", ".join(map(str, known))
+                raise ConfigError(f"LEAP was fitted for {listed} evaluations, not for {count}; ask for one of these")
+            return with_changes(self, evaluations=count, certificate=None)
         if not isinstance(self.method, ScheduledMethod):
             raise ConfigError(
                 f"{type(self.method).__name__} decides by a threshold how many steps it computes; "
                 "take a method with a schedule, or quality=..."
             )
         method = Reuse() if self.method == FULL else self.method
-        return Setting(replace(method, interval=None, steps=None, computed_steps=count), name=self.name)
+        return Setting(with_changes(method, interval=None, steps=None, computed_steps=count), name=self.name)
 
     def scheduler(self) -> FixedLeap | None:
         """The scheduler to put in place of the pipeline's own; None to leave it."""
         if self.leap is None:
             return None
-        return FixedLeap.make(self.leap, self.evaluations, self.certificate, self._command())
+        return FixedLeap.make(self.leap, self.evaluations, self)
 
     @property
     def label(self) -> str:
@@ -144,11 +146,27 @@ class Setting:
             found["method"] = self.certificate.setting  # without the folder that it was found in
         return found
 
-    def check(self, run: Run) -> None:
+    def __str__(self) -> str:
+        what = "full run" if self.method == FULL else repr(self.method)
+        if self.leap is not None:
+            what = f"{self.leap!r}, {self.evaluations} evaluations"
+        return what if self.certificate is None else f"quality {self.certificate.quality!r}: {what}"
+
+    def replaced_steps(self, run: Run) -> int | None:
+        """How many steps the call of a run asked for, where a scheduler of ours takes fewer in their place."""
+        scheduler = None if run.view is None else run.view.scheduler
+        return scheduler.asked if isinstance(scheduler, FixedLeap) else None
+
+    def check(self, name: str, module: nn.Module, run: Run) -> None:
         """Find out at the start of a run whether its call may have this setting.
 
+        Args:
+            name: of the denoiser that is called, in its pipeline.
+            module: that denoiser.
+            run: on it.
+
         Raises:
-            CertificateError: if the call is outside of the certificate's conditions.
+            CertificateError: if the denoiser is not as it was certified, or the call outside of the conditions.
             ConfigError: if it is made on a pipeline with another scheduler than the setting's.
         """
         scheduler = None if run.view is None else run.view.scheduler
@@ -158,33 +176,70 @@ class Setting:
             raise ConfigError("this setting needs the pipeline's own scheduler: call the pipeline that `using` gives")
         if self.certificate is None:
             return
-        call, conditions = Call.of(run), self.certificate.conditions
-        differences = conditions.call_differences(call)
+        conditions, call = self.certificate.conditions, Call.of(run)
+        changes = conditions.models[name].differences(ModelFacts.of(module))
         if self.leap is None:
-            differences += conditions.scheduler_differences(scheduler)
-            differences += conditions.step_differences(call.timesteps)
-        if differences:
-            raise _refusal(self.certificate, differences, self._command(call))
+            changes += conditions.scheduler_differences(scheduler)
+        else:  # it takes steps of its own; what was asked for it has seen
+            call = with_changes(call, timesteps=None, steps=None)
+        self._refuse(changes, call, {name: module})
+        if self.leap is None:
+            self._refuse_manner(conditions.spacing_differences(call.timesteps))
 
-    def _command(self, call: Call | None = None) -> str:
-        """What would certify a call like this one."""
-        quality = self.certificate.quality if self.certificate is not None else ""
-        words = ["hasten certify", "--model", self.name or "MODEL"]
-        words += ["--quality", quality] if quality in TIERS else []
-        if call is None:
-            return " ".join(words)
-        for name in ("height", "width"):
-            if (length := getattr(call, name)) is not None:
-                words += [f"--{name}", str(length)]
-        words += [] if call.timesteps is None or self.leap is not None else ["--steps", str(len(call.timesteps))]
-        own = {} if self.certificate is None else self.certificate.conditions.guidance
-        for scale, value in call.guidance.items():
-            low, high = own.get(scale, (1.0, 1.0))
-            if scale == "true_cfg_scale" and value != 1:
-                words += ["--guidance", f"{value:g}"]
-            elif scale != "true_cfg_scale" and not low <= value <= high:
-                words += ["--set", f"{scale}={value:g}"]
-        return " ".join(words)
+    def check_start(self, steps: int | None, shift: tuple[float | None, float | None]) -> None:
+        """As `check`, for a scheduler that learns what a call asks for, before the first forward.
+
+        Args:
+            steps: that are asked for.
+            shift: of the schedule, here and where the scheduler was fitted; None where there is none.
+        """
+        if self.certificate is None:
+            return
+        conditions, call, pipe = self.certificate.conditions, Call.under_way(steps), Caller().pipe
+        modules = {} if pipe is None else denoisers(pipe)
+        with still(modules.values()):
+            changes = conditions.model_differences(modules) if modules else []
+        self._refuse(changes, call, modules)
+        here, own = shift
+        if here is not None and own is not None and abs(here - own) > 1e-3:
+            self._refuse_manner(
+                [f"certified at shift {own:.4g}, this call has {here:.4g}; give the size that was certified"]
+            )
+
+    def check_arguments(self, given: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
+        """As `check`, of a call that is still to be made, as far as its arguments tell."""
+        if self.certificate is not None:
+            self._refuse([], Call.given(given), modules)
+
+    def _refuse(self, changes: list[str], call: Call, modules: Mapping[str, nn.Module]) -> None:
+        """Raise what a pipeline that was changed, or a call outside of the conditions, ends with."""
+        assert self.certificate is not None
+        certificate = self.certificate
+        differences = [*changes, *certificate.conditions.call_differences(call)]
+        if differences:
+            command = certify_command(
+                certificate.quality, modules, self.name, certificate=certificate, call=call, changed=bool(changes)
+            )
+            raise refusal(certificate, differences, command)
+        self._refuse_manner(certificate.conditions.manner_differences(call))
+
+    def _refuse_manner(self, differences: list[str]) -> None:
+        assert self.certificate is not None
+        if differences:
+            raise refusal(self.certificate, differences, "`hasten certify` draws no other calls")
+
+
+def check_quality(quality: str) -> None:
+    """Find out, before a model is there, whether a quality is one that could be certified for it.
+
+    Raises:
+        UnknownNameError: if it is no tier, and never was certified.
+        CertificateError: for the path of what is no certificate.
+    """
+    if quality.endswith(".json"):
+        Certificate.load(Path(quality))
+    elif quality != EXACT and quality not in (known.quality for known in (*certificates(), *shipped())):
+        tier(quality)
 
 
 def find(quality: str, modules: Mapping[str, nn.Module], scheduler: Any, name: str = "") -> Setting:
@@ -206,7 +261,7 @@ def find(quality: str, modules: Mapping[str, nn.Module], scheduler: Any, name: s
         certificate = Certificate.load(Path(quality))
         differences = _differences(certificate, modules, scheduler)
         if differences:
-            raise _refusal(certificate, differences, f"hasten certify --model {name or 'MODEL'}")
+            raise refusal(certificate, differences, _command(certificate.quality, modules, name, certificate))
         return Setting.of(certificate, name)
     known: list[Certificate] = []
     fitting: list[Certificate] = []
@@ -225,18 +280,19 @@ def find(quality: str, modules: Mapping[str, nn.Module], scheduler: Any, name: s
     if fitting:
         return Setting.of(fitting[0], name)
     model = " and ".join(type(module).__name__ for module in modules.values())
-    near = min((_differences(certificate, modules, scheduler) for certificate in known), key=len, default=[])
-    reason = f"; the nearest is {'; '.join(near)}" if near else ""
+    near = min(known, key=lambda one: len(_differences(one, modules, scheduler)), default=None)
+    reason = "" if near is None else f"; the nearest is {'; '.join(_differences(near, modules, scheduler))}"
     raise CertificateError(
-        f"quality {quality!r} is not certified for this {model}{reason}. "
-        f"Certify it: hasten certify --model {name or 'MODEL'} --quality {quality}"
+        f"quality {quality!r} is not certified for this {model}{reason}. {_command(quality, modules, name, near)}"
     )
+
+
+def _command(quality: str, modules: Mapping[str, nn.Module], name: str, near: Certificate | None) -> str:
+    """What certifies a pipeline for which nothing is; `near` is certified for one that is nearly the same."""
+    changed = near is not None and near.model == name and not near.conditions.recast(modules)
+    return certify_command(quality, modules, name, certificate=near, changed=changed)
 
 
 def _differences(certificate: Certificate, modules: Mapping[str, nn.Module], scheduler: Any) -> list[str]:
     conditions = certificate.conditions
     return conditions.model_differences(modules) + conditions.scheduler_differences(scheduler)
-
-
-def _refusal(certificate: Certificate, differences: list[str], command: str) -> CertificateError:
-    return CertificateError(f"quality {certificate.quality!r}: {'; '.join(differences)}. Certify it: {command}")

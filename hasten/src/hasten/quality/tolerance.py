@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
@@ -10,13 +11,15 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from hasten.errors import ConfigError, unknown
+from hasten.io import shown
 from hasten.parameters import Declared, Range
 from hasten.quality import metrics, testing
 
-__all__ = ["EXACT", "METRICS", "TIERS", "Tolerance", "measured", "tier"]
+__all__ = ["EXACT", "METRICS", "TIERS", "Tolerance", "check_name", "measured", "tier"]
 
 METRICS = ("lpips", "flip", "psnr", "ssim")
 EXACT = "exact"  # every step is computed: nothing to certify
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it is part of a file's name, and of requests to a service
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,20 @@ def tier(name: str) -> Tolerance:
     if name not in TIERS:
         raise unknown("quality", name, [*TIERS, EXACT])
     return TIERS[name]
+
+
+def check_name(quality: str) -> None:
+    """Find out whether a certificate can be called so.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    if not NAME.fullmatch(quality):
+        raise ConfigError(
+            f"--quality {shown(quality)}: a certificate's name has 1 to 64 letters, digits, dashes and underscores"
+        )
+    if quality in (EXACT, "auto"):
+        raise ConfigError(f"--quality {quality} is another thing by that name; give your bounds another one")
 
 
 def measured(tolerance: Tolerance, image: Tensor, reference: Tensor) -> dict[str, float]:

@@ -90,6 +90,11 @@ class AttachedLeap:
             found.append(Evaluation(run, step))
         return found
 
+    @property
+    def plain_scheduler(self) -> Any:
+        """The pipeline's own scheduler, while LEAP's is in its place."""
+        return self._plain
+
     def forget(self) -> None:
         """Forget all records."""
         self._scheduler.taken.clear()
