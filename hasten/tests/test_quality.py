@@ -349,8 +349,9 @@ def test_what_changes_after_the_first_call_is_refused_in_the_next(change, certif
             draw(pipe, steps=STEPS)
         with pytest.raises(CertificateError, match=OTHERS[change]), run.using(quality=str(certified)) as own:
             draw(own, steps=STEPS)
-        with run.using(quality="exact") as own:
-            draw(own, steps=2)
+        if change is not with_other_precision:  # with whose text encoders this one cannot be called
+            with run.using(quality="exact") as own:
+                draw(own, steps=2)
 
 
 def test_weights_in_another_precision_are_certified_under_the_same_name(certified):

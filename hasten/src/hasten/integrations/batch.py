@@ -169,7 +169,7 @@ class Worker:
             raise ConfigError(
                 f"{wanted} of {steps} steps cannot be computed; give smaller computed_steps, or more steps"
             )
-        self._run.describe(quality=job.quality, computed_steps=job.computed_steps)
+        self._run.describe(quality=job.quality, computed_steps=job.computed_steps, call=self.model.call | call)
 
     def identity(self, job: Job) -> str:
         """Digest of all that decides the image but versions and device.
