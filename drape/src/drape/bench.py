@@ -196,9 +196,11 @@ class Bench:
             for steps in self.spec.strengths
         ]
         self.make(orders)
-        for name, _, _ in orders:
+        begun = {f"random-{seed}": control("random", Gamut.proxy(), seed) for seed in range(1, seeds)}
+        self.images |= begun
+        for name in (*begun, *(name for name, _, _ in orders)):
             self.see(name)
-        groups = {CLEAN: [CLEAN], "random": ["random"]}
+        groups = {CLEAN: [CLEAN], "random": ["random", *begun]}  # what the optimisations began from
         groups |= {f"{n} steps": [f"{n} steps-{seed}" for seed in range(seeds)] for n in self.spec.strengths}
         groups[f"{self.spec.steps} steps"] = [f"sequence-{seed}" for seed in range(seeds) if seed in self.seeds]
         told = [name for names in groups.values() for name in names]
