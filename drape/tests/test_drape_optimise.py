@@ -26,7 +26,7 @@ from drape.scene.places import Plate
 from drape.scene.scene import Scene
 from drape.scene.sequence import Buffers
 
-SMALL = OptimiseSpec(steps=8, batch=2, learning_rate=0.04)
+SMALL = OptimiseSpec(steps=8, batch=2, mosaic=1, learning_rate=0.04)
 
 
 class Red(Detector):
@@ -70,6 +70,20 @@ def test_all_modes_take_as_many_backward_passes(mode: str, scene: Scene) -> None
     assert looked == result.forward == (scene.buffers.frames if mode == "sequence" else 0)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_mosaics_take_more_persons_for_as_many_passes(mode: str, scene: Scene) -> None:
+    """Four cut-outs of a quarter each in one pass: looked at and followed backwards."""
+    detector, shown = Red(), scene.buffers.frames
+    result, _ = run(mode, detector, scene, steps=3, batch=1, mosaic=2)
+    assert [count for count, gradient in detector.calls if gradient] == [1, 1, 1]
+    assert result.backward == 3
+    assert result.forward == sum(count for count, gradient in detector.calls if not gradient)
+    assert result.forward == (shown / 4 if mode == "sequence" else 0)
+    before = evaluate(Red(), [scene], control("random", Gamut.proxy(), seed=3))
+    _, images = run(mode, Red(), scene, batch=1, mosaic=2)
+    assert evaluate(Red(), [scene], images)["mean_confidence"] < before["mean_confidence"] - 0.03
+
+
 def test_static_poses_are_one_frame_per_walk(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: set[int] = set()
     real = Scene.render
@@ -102,6 +116,8 @@ def test_bad_optimisations_are_refused(scene: Scene, walk: Buffers, plate: Plate
         OptimiseSpec(mode="sequnce")
     with pytest.raises(ConfigError, match="steps=0"):
         OptimiseSpec(steps=0)
+    with pytest.raises(ConfigError, match="mosaic=0"):
+        OptimiseSpec(mosaic=0)
     with pytest.raises(ConfigError, match="at least one"):
         optimise({}, [Red()], [scene], SMALL)
     with pytest.raises(ConfigError, match="leaves the image"):

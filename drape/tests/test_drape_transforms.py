@@ -11,7 +11,7 @@ from drape.controls import control
 from drape.gamut import Gamut
 from drape.scene.scene import Scene
 from drape.scene.sequence import Buffers
-from drape.transforms import LIGHT_KINDS, NOTHING, STATES, Drawn, Lamp, Transforms, drawn_for, framed, shown
+from drape.transforms import LIGHT_KINDS, NOTHING, STATES, Drawn, Lamp, Transforms, drawn_for, framed, mosaics, shown
 
 STILL = replace(NOTHING, zoom=(-0.28, 0.47), shift=0.8)
 
@@ -94,3 +94,28 @@ def test_places_and_lights_are_drawn_as_often_as_asked(scene: Scene, generator: 
     assert not any(d.scene.plate is two_lamps.plate for d in drawn)
     assert {d.lamp.kind for d in drawn if d.lamp} == set(LIGHT_KINDS)
     assert all(d.lamp.place[1] <= 0 for d in drawn if d.lamp)
+
+
+def test_a_mosaic_holds_its_tiles_and_says_where(generator: torch.Generator) -> None:
+    tiles, box = torch.rand(5, 3, 8, 8, generator=generator), torch.tensor([1.0, 2, 5, 7])
+    frames, boxes = mosaics(tiles, box.expand(5, 4), 2)
+    assert frames.shape == (2, 3, 16, 16)
+    assert boxes[:4].tolist() == [[1, 2, 5, 7], [9, 2, 13, 7], [1, 10, 5, 15], [9, 10, 13, 15]]
+    assert boxes[4].tolist() == box.tolist()
+    for number, frame in enumerate((0, 0, 0, 0, 1)):
+        x0, y0, x1, y1 = (int(v) for v in boxes[number])
+        assert torch.equal(frames[frame, :, y0:y1, x0:x1], tiles[number, :, 2:7, 1:5])
+    assert torch.equal(frames[1, :, :, 8:], torch.full((3, 16, 8), 0.5))
+
+
+def test_cut_outs_keep_the_scale_and_the_whole_person() -> None:
+    box = torch.tensor([[40.0, 10, 52, 30]])
+    frame = marked([40, 10, 52, 30])
+    cut, boxes = framed(frame, box, NOTHING, torch.zeros(1, 3), 32)
+    x0, y0, x1, y1 = (round(v) for v in boxes[0].tolist())
+    assert cut.shape == (1, 3, 32, 32)
+    assert (x1 - x0, y1 - y0) == (12, 20)
+    assert float(cut[0, 0, y0 + 1 : y1 - 1, x0 + 1 : x1 - 1].min()) > 0.9
+    assert float(cut[0, 0].sum()) == pytest.approx(240, rel=0.02)
+    _, shrunk = framed(frame, box, NOTHING, torch.zeros(1, 3), 16)
+    assert float(shrunk[0, 3] - shrunk[0, 1]) == pytest.approx(0.96 * 16)  # made smaller where it does not fit

@@ -72,12 +72,22 @@ def confidence(found: Candidates, truth: Tensor, variant: str = "max") -> Tensor
 
 
 def ensemble_confidence(
-    detectors: Sequence[Detector], frames: Tensor, truth: Tensor, variant: str = "smooth"
+    detectors: Sequence[Detector], frames: Tensor, truth: Tensor, variant: str = "smooth", persons: int = 1
 ) -> Tensor:
-    """The mean of d_t over several detectors, `[B]`, each scaled so that .5 is its own threshold."""
+    """The mean of d_t over several detectors, `[N]`, each scaled so that .5 is its own threshold.
+
+    Args:
+        frames: `[B, 3, S, S]`.  truth: `[N, 4]`, persons' boxes.  persons: in each frame; that of box n is
+            n // persons.
+    """
     if not detectors:
         raise ConfigError("an ensemble needs at least one detector.")
-    each = [detector.scaled(confidence(detector(frames), truth, variant)) for detector in detectors]
+    owner = torch.arange(len(truth)) // persons
+    each = []
+    for detector in detectors:
+        found = detector(frames)
+        mine = found if persons == 1 else Candidates(found.boxes[owner], found.scores[owner])
+        each.append(detector.scaled(confidence(mine, truth, variant)))
     return torch.stack(each).mean(dim=0)
 
 

@@ -8,8 +8,12 @@ frames followed since; g_t is taken again with what the drawn frames show before
 
 Two baselines see no sequences: "frames" draws single frames from all walks evenly, each with changes of its own
 (`drape.transforms`), and takes their mean; "static" does so with one pose per walk, the frame in its middle, which is
-what optimising on still images is. All modes follow as many frames backwards at each step; the frames that "sequence"
-looks at beside that are counted (`Run.forward`).
+what optimising on still images is. All modes take as many passes backwards at each step; those that "sequence" takes
+beside that to look are counted (`Run.forward`).
+
+A person fills a small part of a frame, so a pass takes several: cut-outs around them, in the frames' scale, are put
+together to a mosaic (as in the training of YOLOv4, arXiv:2004.10934), four to a frame. That is four times the signal
+for one pass of the detector. Whole frames are what is judged.
 
 A defence that is a detector (`drape.defences.Purified`, `drape.harden`) is attacked by giving it as the detector, and
 aggregation over time by `OptimiseSpec.aggregation`.
@@ -39,7 +43,7 @@ from drape.objective import (
 from drape.progress import steps
 from drape.scene.scene import Scene
 from drape.texture import ControlPointTexture
-from drape.transforms import STATES, Transforms, drawn_for, drift, shown
+from drape.transforms import STATES, Transforms, drawn_for, drift, mosaics, shown
 
 __all__ = ["MODES", "OptimiseSpec", "Run", "frame_gradient", "optimise"]
 
@@ -55,7 +59,8 @@ class OptimiseSpec:
 
     Args:
         mode: one of `MODES`.
-        steps: of Adam.  batch: B, frames per step that gradients are taken of.
+        steps: of Adam.  batch: frames per step that detectors see with a gradient.
+        mosaic: cut-outs across such a frame; 1 for the walks' whole frames.
         learning_rate: on points in [0, 1], falling to a tenth.
         refresh: steps from one pass over all frames of all walks to the next; 1 is a pass at every step.
         aggregation: frames before and after that the defence is reckoned to aggregate over; 0 for none.
@@ -67,6 +72,7 @@ class OptimiseSpec:
     mode: str = "sequence"
     steps: int = 60
     batch: int = 4
+    mosaic: int = 2
     learning_rate: float = 0.02
     refresh: int = 25
     aggregation: int = 0
@@ -84,6 +90,8 @@ class OptimiseSpec:
                 f"steps={self.steps}, batch={self.batch}, refresh={self.refresh}, learning_rate={self.learning_rate}; "
                 "expected at least 1 of the first three, and a rate above 0."
             )
+        if not 1 <= self.mosaic <= 4:
+            raise ConfigError(f"mosaic={self.mosaic}; expected 1 to 4 cut-outs across a frame.")
         if min(self.spread, self.naturalness, self.aggregation) < 0:
             raise ConfigError(
                 f"spread={self.spread}, naturalness={self.naturalness}, aggregation={self.aggregation}; "
@@ -93,6 +101,15 @@ class OptimiseSpec:
             raise ConfigError(f'mode "{self.mode}" knows no neighbouring frames; leave aggregation at 0.')
         if not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed={self.seed}; expected 0 up to 2^63.")
+
+    @property
+    def views(self) -> int:
+        """Frames of walks that one step takes."""
+        return self.batch * self.mosaic**2
+
+    def passes(self, views: int) -> int:
+        """Frames that a detector sees for so many frames of walks."""
+        return -(-views // self.mosaic**2)
 
 
 @dataclass(frozen=True)
@@ -137,7 +154,7 @@ def optimise(
     known: Known | None = None
     seen: list[float] = []
     backward = forward = 0
-    count = min(spec.batch, total)
+    count = min(spec.views, total)
     for step in steps(range(spec.steps), f"textures, {spec.mode}"):
         progress = step / max(spec.steps - 1, 1)
         adam.param_groups[0]["lr"] = spec.learning_rate * (1 - (1 - LAST_RATE) * progress)
@@ -145,12 +162,12 @@ def optimise(
         if spec.mode == "sequence":
             if step % spec.refresh == 0:
                 known = look(images, detectors, scenes, spec, generator, known)
-                forward += total * len(detectors)
+                forward += sum(spec.passes(len(d)) for d in known.last) * len(detectors)
             assert known is not None  # the first step looks
             loss, d = sequence_step(images, detectors, scenes, spec, generator, known, progress)
         else:
             loss, d = frames_step(images, detectors, scenes, count, spec, generator)
-        backward += count * len(detectors)
+        backward += spec.passes(count) * len(detectors)
         adam.zero_grad()
         (loss + regularisers(textures, spec, labels or {})).backward()
         adam.step()
@@ -215,9 +232,9 @@ def look(
             states = drift(len(every), STATES, spec.transforms.coefficient, generator)
             drawn = drawn_for(scenes, number, spec.transforms, generator, states)
             parts = []
-            for part in every.split(spec.batch):
-                frames, boxes = shown(drawn, images, part, spec.transforms, generator)
-                parts.append(ensemble_confidence(detectors, frames, boxes))
+            for part in every.split(spec.views):
+                tiles, boxes = shown(drawn, images, part, spec.transforms, generator, tile_of(scene, spec))
+                parts.append(seen_together(detectors, tiles, boxes, spec))
             last.append(torch.cat(parts))
     before = last if known is None else known.running
     return Known(last, [MEMORY * old + (1 - MEMORY) * new for old, new in zip(before, last, strict=True)])
@@ -237,7 +254,7 @@ def sequence_step(
     The frames of one walk share a drifting light; each walk has its own.
     """
     counts = [len(d) for d in known.last]
-    chosen, share = draw_frames(frame_gradient(known.last, known.running, spec, progress), spec.batch, generator)
+    chosen, share = draw_frames(frame_gradient(known.last, known.running, spec, progress), spec.views, generator)
     places = chosen.split(torch.bincount(owner(chosen, counts), minlength=len(scenes)).tolist())
     picked, states, start = [], [], 0
     for place, count in zip(places, counts, strict=True):
@@ -296,7 +313,18 @@ def seen_frames(
     for number, (place, state) in enumerate(zip(picked, states, strict=True)):
         if len(place):
             drawn = drawn_for(scenes, number, spec.transforms, generator, state)
-            seen, true = shown(drawn, images, place, spec.transforms, generator)
+            seen, true = shown(drawn, images, place, spec.transforms, generator, tile_of(scenes[number], spec))
             frames.append(seen)
             boxes.append(true)
-    return ensemble_confidence(detectors, torch.cat(frames), torch.cat(boxes))
+    return seen_together(detectors, torch.cat(frames), torch.cat(boxes), spec)
+
+
+def tile_of(scene: Scene, spec: OptimiseSpec) -> int:
+    """The side of a walk's cut-outs."""
+    return scene.buffers.size // spec.mosaic
+
+
+def seen_together(detectors: Sequence[Detector], tiles: Tensor, boxes: Tensor, spec: OptimiseSpec) -> Tensor:
+    """Confidences for the persons of tiles `[N, 3, s, s]` in mosaics, `[N]`; `boxes` are theirs, `[N, 4]`."""
+    frames, places = mosaics(tiles, boxes, spec.mosaic)
+    return ensemble_confidence(detectors, frames, places, persons=spec.mosaic**2)

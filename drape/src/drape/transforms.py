@@ -26,7 +26,18 @@ from drape.scene.render import Shown
 from drape.scene.scene import Scene
 from drape.scene.sequence import Buffers
 
-__all__ = ["LIGHT_KINDS", "Drawn", "Lamp", "Transforms", "drawn_for", "drift", "framed", "photometric", "shown"]
+__all__ = [
+    "LIGHT_KINDS",
+    "Drawn",
+    "Lamp",
+    "Transforms",
+    "drawn_for",
+    "drift",
+    "framed",
+    "mosaics",
+    "photometric",
+    "shown",
+]
 
 LIGHT_KINDS = ("ambient", "directional", "point")
 STATES = 5  # contrast, brightness, zoom, shift to the right, shift down
@@ -103,29 +114,50 @@ def photometric(
     return ((frames - 0.5) * contrast + 0.5 + brightness + noise).clamp(0, 1)
 
 
-def framed(frames: Tensor, boxes: Tensor, transforms: Transforms, states: Tensor) -> tuple[Tensor, Tensor]:
+def framed(
+    frames: Tensor, boxes: Tensor, transforms: Transforms, states: Tensor, side: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Frames `[B, 3, S, S]` zoomed and shifted so that the person stays inside, and its boxes in them `[B, 4]`.
 
     Args:
         states: `[B, 3]`, of the zoom and of the shifts; what is beyond the edge mirrors what is inside.
+        side: of a smaller cut-out in the frames' own scale; S if not given.
     """
-    side = frames.shape[-1]
+    whole = frames.shape[-1]
+    side = whole if side is None else side
     amount = torch.tanh(states.to(boxes))
     low, high = transforms.zoom
     middle, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     scale = torch.exp(low + (high - low) * (amount[:, :1] + 1) / 2)
     scale = torch.minimum(scale, FULL * side / size.amax(dim=1, keepdim=True).clamp_min(1.0))
     half = scale * size / 2
-    kept = torch.minimum(torch.maximum(middle, half), side - half)
+    kept = torch.minimum(torch.maximum(middle * side / whole, half), side - half)
     room = torch.where(amount[:, 1:] > 0, side - half - kept, kept - half)
     target = kept + transforms.shift * amount[:, 1:] * room
-    offset = 2 * middle / side - 1 + 1 / scale - 2 * target / (side * scale)
+    share = side / (whole * scale)
     theta = frames.new_zeros(len(frames), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = (1 / scale[:, 0]).to(frames)
-    theta[:, :, 2] = offset.to(frames)
-    grid = F.affine_grid(theta, list(frames.shape), align_corners=False)
+    theta[:, 0, 0] = theta[:, 1, 1] = share[:, 0].to(frames)
+    theta[:, :, 2] = (2 * middle / whole - 1 + share - 2 * target / (whole * scale)).to(frames)
+    grid = F.affine_grid(theta, [len(frames), 3, side, side], align_corners=False)
     moved = F.grid_sample(frames, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     return moved, torch.cat([target - half, target + half], dim=1)
+
+
+def mosaics(tiles: Tensor, boxes: Tensor, across: int) -> tuple[Tensor, Tensor]:
+    """Tiles `[N, 3, s, s]` put together, `across` times `across` in a frame, and their boxes in the frames `[N, 4]`.
+
+    Tile n lies in frame n // across^2; the last frame is filled with grey.
+
+    Returns:
+        frames `[M, 3, s * across, s * across]` and boxes.
+    """
+    count, side, each = len(tiles), tiles.shape[-1], across**2
+    missing = -count % each
+    grey = tiles.new_full((missing, 3, side, side), 0.5)
+    rows = torch.cat([tiles, grey]).reshape(-1, across, across, 3, side, side)
+    place = torch.arange(count) % each
+    corner = torch.stack([place % across, place // across], dim=1).to(boxes) * side
+    return rows.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, across * side, across * side), boxes + corner.repeat(1, 2)
 
 
 @dataclass(frozen=True)
@@ -206,11 +238,16 @@ def shown(
     frames: Tensor,
     transforms: Transforms,
     generator: torch.Generator | None = None,
+    side: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Some frames of a walk, int64 `[B]`, as they are drawn, `[B, 3, S, S]`, and the person's boxes in them."""
+    """Some frames of a walk, int64 `[B]`, as they are drawn, `[B, 3, S, S]`, and the person's boxes in them.
+
+    Args:
+        side: of a smaller cut-out around the person, in place of S.
+    """
     states = drawn.states[frames]
     rendered = drawn.scene.render(images, frames.tolist(), drawn.lamp)
     boxes = drawn.scene.buffers.boxes[frames]
-    if transforms.zoom != (0.0, 0.0) or transforms.shift:
-        rendered, boxes = framed(rendered, boxes, transforms, states[:, 2:])
+    if transforms.zoom != (0.0, 0.0) or transforms.shift or side not in (None, rendered.shape[-1]):
+        rendered, boxes = framed(rendered, boxes, transforms, states[:, 2:], side)
     return photometric(rendered, transforms, generator, states), boxes
