@@ -11,32 +11,41 @@ import torch
 from PIL import Image
 
 from drape.errors import AssetError, ConfigError
-from drape.scene.backgrounds import plate_from_file, plate_from_image, read_image, square
+from drape.scene.backgrounds import (
+    STATURE,
+    camera_from_people,
+    matched,
+    noise_of,
+    plate_from_file,
+    plate_from_image,
+    read_image,
+    square,
+)
 from drape.scene.camera import Camera, holding
 from drape.scene.cloth import Cloth
 from drape.scene.light import LIGHTS, light
 from drape.scene.materials import MATERIALS, albedo, levels
-from drape.scene.places import PLACES, Plate, draw, place, plate_of
-from drape.scene.render import shadowed
+from drape.scene.places import PLACES, Plate, draw, in_view, nearest, place, plate_of
+from drape.scene.render import coverage, shadowed
 from drape.scene.scene import Scene
 from drape.scene.sequence import Buffers, SequenceSpec, build_sequence
 from drape.scene.shade import ground_points, hollows, shadows
-from drape.scene.solids import Ball, Box
-from drape.walks import CANDIDATES, INDOORS, TEST, TRAIN, Walk, scenes, under_lights
+from drape.scene.solids import Ball, Box, Heap
+from drape.walks import CANDIDATES, INDOORS, TEST, TEST_WALKS, TRAIN, TRAIN_CANDIDATES, Walk, scenes, under_lights
 
 CAMERA = Camera(distance=7.0, elevation=8.0, fov=40.0)
 
 
 def test_nothing_of_the_judging_walks_was_trained_on() -> None:
     for part in ("gait", "light", "body", "skin", "cloth", "elevation", "seed"):
-        trained, judged = ({getattr(walk, part) for walk in walks} for walks in (TRAIN, CANDIDATES))
+        trained, judged = ({getattr(walk, part) for walk in walks} for walks in (TRAIN_CANDIDATES, CANDIDATES))
         assert not trained & judged, part
-    labels = [walk.label() for walk in (*TRAIN, *CANDIDATES)]
+    labels = [walk.label() for walk in (*TRAIN_CANDIDATES, *CANDIDATES)]
     assert len(set(labels)) == len(labels)
 
 
 def test_there_are_forty_judging_walks_of_every_kind() -> None:
-    assert len(TEST) == 40
+    assert len(TEST) == TEST_WALKS == 40
     assert len(TRAIN) >= 16
     for part, least in (("gait", 4), ("path", 8), ("light", 4), ("body", 4), ("skin", 3), ("cloth", 2), ("place", 5)):
         assert len({getattr(walk, part) for walk in TEST}) >= least, part
@@ -92,6 +101,23 @@ def test_rays_meet_turned_boxes_and_balls_where_they_stand() -> None:
     ball = Ball((0.0, 5.0, 0.0), 1.0, "leaves")
     assert ball.meet(np.zeros(3), rays).tolist() == [4.0, np.inf]
     np.testing.assert_allclose(ball.surface(np.array([[0.0, 4.0, 0.0]]))[0], [[0, -1, 0]])
+
+
+def test_heaps_are_met_where_their_nearest_ball_is_and_outlines_leave_no_ray_out() -> None:
+    rng = np.random.default_rng(2)
+    balls = tuple(Ball((x, y, z), 0.6, "leaves") for x, y, z in rng.uniform((-2, 2, 0), (2, 6, 3), (9, 3)))
+    box = Box((1.0, 7.0, 0.0), (3.0, 1.0, 2.0), "metal", turn=30.0)
+    beside = Box((4.0, -5.0, 0.0), (0.5, 20.0, 5.0), "brick")  # reaches behind the camera
+    rays, origin, heap = CAMERA.rays(40), CAMERA.position(), Heap(balls)
+    view = in_view(CAMERA)
+    far, which = nearest((heap, box, beside), origin, rays, view, view(origin + rays))
+    each = np.stack([heap.meet(origin, rays), box.meet(origin, rays), beside.meet(origin, rays)])
+    np.testing.assert_array_equal(far, each.min(axis=0))
+    assert set(np.unique(which)) == {-1, 0, 1, 2}
+    points = origin + far[which == 0][:, None] * rays[which == 0]
+    normals, _ = heap.surface(points)
+    away = [np.linalg.norm(points - 0.6 * normals - np.array(ball.middle), axis=1) for ball in balls]
+    np.testing.assert_allclose(np.min(away, axis=0), 0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", MATERIALS)
@@ -243,6 +269,71 @@ def test_photographs_and_clips_are_plates(tmp_path: Path, walk: Buffers) -> None
     assert torch.equal(moving.still(), moving.image[0])
     with pytest.raises(ConfigError, match="plate has shape"):
         Scene("x", walk, light("overcast"), replace(moving, image=moving.image[:3])).render(textures)
+
+
+@pytest.mark.parametrize("own", [Camera(fov=50, height=1.5, elevation=3.0), Camera(fov=40, height=6.0, elevation=18.0)])
+def test_the_camera_of_a_clip_follows_from_its_people(own: Camera) -> None:
+    """Also where one of the boxes is no person."""
+    camera, rng = replace(own, distance=14.0), np.random.default_rng(0)
+    feet = rng.uniform((-3.0, -4.0), (3.0, 12.0), (12, 2))
+    stature = STATURE + rng.normal(0, 0.04, 12)
+    low, top = (camera.project(np.column_stack([feet, z]), 416)[:, 1] for z in (np.zeros(12), stature))
+    boxes = torch.from_numpy(np.stack([low * 0 + 100, top, low * 0 + 140, low], axis=1))
+    boxes[3, 1] += 90  # a bag
+    found = camera_from_people(boxes, 416, own.fov)
+    assert found.height == pytest.approx(own.height, rel=0.1)
+    assert found.elevation == pytest.approx(own.elevation, abs=1.5)
+    with pytest.raises(ConfigError, match="four people"):
+        camera_from_people(boxes[:3], 416, own.fov)
+
+
+def test_a_camera_of_given_height_keeps_it_and_looks_down_as_told() -> None:
+    own = Camera(distance=9.0, elevation=5.0, fov=50.0, height=3.0)
+    assert own.position().tolist() == [0.0, -9.0, 3.0]
+    horizon = np.array([[0.0, 1e7, 3.0]])
+    below = 0.5 - own.project(horizon, 1)[0, 1]
+    assert below == pytest.approx(np.tan(np.radians(5)) / (2 * np.tan(np.radians(25))), rel=1e-3)
+    moved = holding(own, np.array([[-2.0, 0.0], [2.0, 0.0]]))
+    assert (moved.height, moved.elevation) == (3.0, 5.0)
+    with pytest.raises(ConfigError, match="height=99"):
+        Camera(height=99.0)
+    spec, _ = Walk(gait="stroll", path="past", light="sun", place="street", height=2.0).spec(1.0, 64)
+    assert spec.camera.height == 2.0
+
+
+def test_noise_of_an_image_is_told_from_its_content() -> None:
+    rows = torch.linspace(0.2, 0.7, 96)[None, :, None].expand(3, 96, 96).clone()
+    rows[:, 30:60, 30:60] = 0.9
+    noise = torch.randn(3, 96, 96, generator=torch.Generator().manual_seed(0))
+    assert noise_of(rows) < 1e-4
+    for sigma in (0.01, 0.03):
+        assert noise_of(rows + sigma * noise) == pytest.approx(sigma, rel=0.15)
+
+
+def test_a_person_before_a_photograph_gets_its_exposure_tint_and_noise(walk: Buffers, plate: Plate) -> None:
+    textures = {name: torch.full((3, 8, 8), 0.5) for name in ("shirt", "trousers", "hat")}
+    scene = Scene("x", walk, light("overcast"), plate)
+    person = coverage(walk, [0])[0, 0] > 0.99
+    assert 0 < float(person.float().mean()) < 0.5
+
+    def shirt(level: float, red: float) -> torch.Tensor:
+        photo = torch.full((3, 64, 64), level)
+        photo[0] *= red
+        made = matched(scene, replace(plate, image=photo))
+        return made.render(textures, [0])[0][:, person].mean(dim=1)
+
+    dim, bright, warm = shirt(0.2, 1.0), shirt(0.5, 1.0), shirt(0.4, 1.15)
+    assert float(bright.mean()) > 1.5 * float(dim.mean())
+    assert float(warm[0] / warm[2]) > 1.1 * float(bright[0] / bright[2])
+    grainy = plate_from_image(
+        np.random.default_rng(0).normal(120, 8, (64, 64, 3)).astype(np.uint8), 64, CAMERA, scene.light
+    )
+    made = matched(scene, grainy)
+    assert made.grain == grainy.grain == pytest.approx(8 / 255, rel=0.2)
+    first, second = made.render(textures, [0])[0], replace(made, label="y").render(textures, [0])[0]
+    moved = (first - second).abs().amax(dim=0)
+    assert float(moved[person].mean()) > 0.01  # noise on the person
+    assert float(moved[coverage(walk, [0])[0, 0] == 0].max()) == 0  # none on the photograph, which has its own
 
 
 def test_plates_that_cannot_be_read_are_refused(tmp_path: Path) -> None:

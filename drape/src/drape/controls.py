@@ -20,6 +20,7 @@ from drape.texture import ControlPointTexture, TextureSpec
 
 __all__ = [
     "CONTROLS",
+    "PALETTES",
     "control",
     "load_images",
     "plaid",
@@ -34,7 +35,11 @@ FINE = 4  # pixels of a laid out image per cell
 FIT = 60  # steps that a texture is fitted to a product in
 # cloth-like, sRGB, from light to dark. How much contrast a texture can have is most of how bad it can get: with black
 # and white among the colours, control points anywhere hide a person nearly as well as optimised ones.
-PALETTE = ((0.62, 0.58, 0.5), (0.36, 0.36, 0.38), (0.5, 0.3, 0.27), (0.3, 0.4, 0.5))
+PALETTES = (
+    ((0.62, 0.58, 0.5), (0.36, 0.36, 0.38), (0.5, 0.3, 0.27), (0.3, 0.4, 0.5)),
+    ((0.64, 0.6, 0.48), (0.4, 0.42, 0.3), (0.55, 0.38, 0.28), (0.3, 0.35, 0.44)),
+    ((0.6, 0.52, 0.36), (0.5, 0.5, 0.5), (0.44, 0.27, 0.32), (0.26, 0.42, 0.42)),
+)
 DYES = {"shirt": (0.62, 0.2, 0.16), "trousers": (0.16, 0.34, 0.52), "hat": (0.1, 0.1, 0.12)}
 SPECS = {
     "shirt": TextureSpec(height=24, width=48, points=40, expand=8, noise=0.1),
@@ -44,15 +49,18 @@ SPECS = {
 
 
 def random_textures(gamut: Gamut, seed: int = 0) -> dict[str, ControlPointTexture]:
-    """A texture for each garment with control points anywhere: the control "random", and where to begin from."""
+    """A texture for each garment with control points anywhere: the control "random", and where to begin from.
+
+    Seeds take turns in `PALETTES`.
+    """
     generator = torch.Generator().manual_seed(seed)
-    palette = torch.tensor(PALETTE)
+    palette = torch.tensor(PALETTES[seed % len(PALETTES)])
     return {name: ControlPointTexture(SPECS[name], palette, gamut, generator=generator) for name in GARMENTS}
 
 
 def plaid(height: int, width: int) -> NDArray[np.float64]:
-    """A checked cloth in the colours of `PALETTE`, RGB `[height, width, 3]`: the product if no image is given."""
-    ground, dark, warm, cool = np.array(PALETTE)
+    """A checked cloth in the first of `PALETTES`, RGB `[height, width, 3]`: the product if no image is given."""
+    ground, dark, warm, cool = np.array(PALETTES[0])
     rows, columns = np.mgrid[:height, :width] % max(height // 3, 6)
     band = max(height // 8, 2)
     image = np.tile(ground, (height, width, 1))

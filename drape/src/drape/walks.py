@@ -3,15 +3,17 @@
 Both sets are drawn once, by a fixed seed, so that gaits, ways, cameras, lights, places, bodies, skins and cloths are
 mixed evenly. No gait, light, place, camera, body, skin or cloth of the judging walks is in the training walks.
 
-Of more judging walks that were drawn, those are left out that textures which nobody optimised decide already, as
-`drape/benchmarks/choose_walks.py` finds: nobody is seen in plain clothes, every other control hides the person, or none
-takes anything (`CHOSEN`; the first `SCREENED` candidates were looked at). No attack has any part in that choice.
+More of both were drawn than are taken: left out are those that the controls decide already (`drape.screening`). What
+the controls did on each is in `data/walks.json`, which `drape/benchmarks/choose_walks.py` makes; candidates that it has
+not looked at yet are taken as they come. No attack has any part in that choice.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -25,13 +27,25 @@ from drape.scene.places import plate_of
 from drape.scene.scene import Scene
 from drape.scene.sequence import SequenceSpec, build_sequence
 
-__all__ = ["CANDIDATES", "TEST", "TRAIN", "Walk", "scenes", "under_lights"]
+__all__ = [
+    "CANDIDATES",
+    "SCREENED",
+    "TEST",
+    "TEST_WALKS",
+    "TRAIN",
+    "TRAIN_CANDIDATES",
+    "TRAIN_WALKS",
+    "Walk",
+    "scenes",
+    "under_lights",
+]
 
 GRAIN = 0.012  # deviation of the camera's noise
 TURNED = ("circle", "circle back", "bend", "bend away", "towards", "away", "diagonal")
 ALL = (*TURNED, "diagonal away", "past", "back past", "sway", "sway past")
 INDOORS = ("hall", "room")
 OUTDOORS = ("street", "park", "yard")
+SCREENED = Path(__file__).parent / "data" / "walks.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +55,7 @@ class Walk:
     Args:
         seconds: 1 to 60.  seed: of the place.  phase: of the gait at the start, in cycles.
         elevation, fov: of the camera, degrees.  zoom: how much further off it stands than it has to.
+        height: of the camera, metres, where a photograph behind the walk says it; else it follows from the elevation.
     """
 
     gait: str
@@ -56,6 +71,7 @@ class Walk:
     elevation: float = 6.0
     fov: float = 42.0
     zoom: float = 1.0
+    height: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.seconds <= 60:
@@ -70,7 +86,7 @@ class Walk:
         own = gait(self.gait)
         landing = plan(load_rig(self.body), own, self.path, self.seconds)
         places, _ = landing.curve.at(np.linspace(0.0, landing.stride * own.cadence * self.seconds, 60))
-        camera = holding(Camera(elevation=self.elevation, fov=self.fov), places, self.zoom)
+        camera = holding(Camera(elevation=self.elevation, fov=self.fov, height=self.height), places, self.zoom)
         spec = SequenceSpec(
             gait=self.gait,
             path=self.path,
@@ -126,15 +142,16 @@ def drawn(
                 phase=round(float(rng.random()), 2),
                 elevation=float(elevations[number % len(elevations)]),
                 fov=round(float(rng.uniform(36, 52)), 1),
-                zoom=round(float(rng.uniform(1.0, 1.25)), 2),
+                zoom=round(float(rng.uniform(1.0, 1.4)), 2),
             )
         )
     return walks
 
 
-TRAIN = tuple(
+TRAIN_WALKS, TEST_WALKS = 20, 40  # how many are taken
+TRAIN_CANDIDATES = tuple(
     drawn(
-        16,
+        40,
         1,
         gaits=("normal", "amble", "brisk", "march", "run slowly"),
         outside=("overcast", "noon", "hazy"),
@@ -160,9 +177,21 @@ CANDIDATES = tuple(
         longest=8,
     )
 )
-SCREENED = 28  # candidates that the script has looked at so far; of the others the first ones are taken as they come
-CHOSEN = (0, 1, 2, 3, 4, 5, 8, 9, 12, 15, 16, 18, 22, 23, 24, 26, *range(SCREENED, SCREENED + 24))
-TEST = tuple(CANDIDATES[number] for number in CHOSEN)
+
+
+def undecided(name: str, candidates: Sequence[Walk], wanted: int) -> tuple[Walk, ...]:
+    """The first so many candidates that the controls do not decide, as far as they were looked at.
+
+    Args:
+        name: of the list in `SCREENED`.
+    """
+    rows = json.loads(SCREENED.read_text(encoding="utf-8"))[name]
+    out = {row["number"] for row in rows if row["left_out"]}
+    return tuple(walk for number, walk in enumerate(candidates) if number not in out)[:wanted]
+
+
+TRAIN = undecided("train", TRAIN_CANDIDATES, TRAIN_WALKS)
+TEST = undecided("test", CANDIDATES, TEST_WALKS)
 
 
 def under_lights(walk: Walk, fps: float, size: int, engine: str = "drape") -> list[Scene]:

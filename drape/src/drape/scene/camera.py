@@ -13,12 +13,13 @@ import numpy as np
 from drape.errors import ConfigError
 from drape.scene.arrays import Floats
 
-__all__ = ["AIM", "Camera", "azimuth_of", "holding"]
+__all__ = ["AIM", "HIGHEST", "LOWEST", "Camera", "azimuth_of", "holding"]
 
 AIM = 0.95  # metres over the world's origin, the point that cameras look at
 TALLEST, WIDEST = 2.0, 0.65  # metres that a walking person takes up: height, and to each side
 MARGIN = 0.03  # share of the image's side that stays free around the person
 FARTHEST = 40.0  # metres
+LOWEST, HIGHEST = 0.25, 30.0  # metres over the ground that a camera stands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +28,15 @@ class Camera:
 
     Args:
         distance: from the origin, metres, along the ground.
-        elevation: degrees above the horizontal, -5 to 60.
+        elevation: degrees that it looks down by, -5 to 60.
         fov: vertical and horizontal field of view, degrees.
+        height: metres over the ground where that is known, as of a photograph's camera; it then looks past the origin.
     """
 
     distance: float = 4.6
     elevation: float = 8.0
     fov: float = 36.0
+    height: float | None = None
 
     def __post_init__(self) -> None:
         if not self.distance > 1.2:
@@ -42,15 +45,22 @@ class Camera:
             )
         if not -5 <= self.elevation <= 60 or not 5 <= self.fov <= 100:
             raise ConfigError(f"elevation={self.elevation}, fov={self.fov} degrees; expected -5 to 60 and 5 to 100.")
+        if self.height is not None and not LOWEST <= self.height <= HIGHEST:
+            raise ConfigError(f"height={self.height} m; expected {LOWEST:g} to {HIGHEST:g}.")
 
     def position(self) -> Floats:
         """The camera's place, metres, `[3]`; it stands on the -y side, and not below the ground."""
+        if self.height is not None:
+            return np.array([0.0, -self.distance, self.height])
         height = AIM + self.distance * np.tan(np.radians(self.elevation))
-        return np.array([0.0, -self.distance, max(float(height), 0.25)])
+        return np.array([0.0, -self.distance, max(float(height), LOWEST)])
 
     def axes(self) -> Floats:
         """Directions to the right, down and forwards in the image, as columns `[3, 3]`."""
         forward = np.array([0.0, 0.0, AIM]) - self.position()
+        if self.height is not None:
+            down = np.radians(self.elevation)
+            forward = np.array([0.0, np.cos(down), -np.sin(down)])
         forward /= np.linalg.norm(forward)
         right = np.array([1.0, 0.0, 0.0])
         return np.stack([right, np.cross(forward, right), forward], axis=1)

@@ -1,9 +1,9 @@
 """Shirt, trousers and hat: shells around regions of the body, each with its own uv square.
 
-A garment is the part of the body's skin that its bones move, pushed out along the normals. Trunk and limbs get a
-cylindrical unwrap each, so that one cell of texture has about one size everywhere: the trunk (or hips) fills the
-middle of the square, the left and right limb a strip at its sides; the hat is laid flat from its crown. Seams run down
-the back.
+A garment is the part of the body's skin inside its cuts (hem, neck, sleeves), pushed out along the normals; triangles
+that a cut goes through are divided there, so hems are straight. Trunk and limbs get a cylindrical unwrap each, so that
+one cell of texture has about one size everywhere: the trunk (or hips) fills the middle of the square, the left and
+right limb a strip at its sides; the hat is laid flat from its crown. Seams run down the back.
 
 Shapes: `V` body vertices, `F` body triangles, `G` vertices and `E` triangles of the garment.
 """
@@ -23,8 +23,10 @@ from drape.scene.body import Rig
 __all__ = ["GARMENTS", "Garment", "make_garment", "vertex_normals"]
 
 GARMENTS = ("shirt", "trousers", "hat")  # garment ids of the buffers are 1, 2, 3
-TRUNK = ("root", "pelvis", "spine", "clavicle", "shoulder")
-LIMBS = {"shirt": ("upperarm",), "trousers": ("upperleg", "lowerleg")}
+ARMS = ("upperarm", "lowerarm", "wrist", "finger", "metacarpal")
+LIMBS = {"shirt": ARMS, "trousers": ("upperleg", "lowerleg"), "hat": ()}
+SLEEVE = 0.9  # of the upper arm
+NEAREST = 0.04  # share of an edge that a cut keeps away from the edge's inner end, so that no triangle is a sliver
 # metres off the skin at rest, at the garment's top and at its hem
 OFFSET = {"shirt": (0.012, 0.048), "trousers": (0.012, 0.034), "hat": (0.022, 0.022)}
 SKIN, OVER = 0.005, 0.032  # metres: the nearest that cloth comes to the skin, and to it over another garment
@@ -38,9 +40,10 @@ class Garment:
 
     Attributes:
         name: one of `GARMENTS`.
-        source: int64 `[G]`, the body vertex that each vertex follows.
+        source: int64 `[G, 2]`, the body vertices that each vertex lies between.  share: `[G]`, how near the second is.
         faces: int64 `[E, 3]` into the garment's vertices.
         body_faces: bool `[F]`, the body's triangles it covers.
+        height: `[G]`, metres over the ground at rest.
         uv: float64 `[E, 3, 2]` in [0, 1], at the triangles' corners.
         offset: `[G]`, metres off the skin.  least: `[G]`, metres that it keeps off it when it moves.
         loose: `[G]`, metres the cloth may move; 0 where it is held.
@@ -48,12 +51,23 @@ class Garment:
 
     name: str
     source: NDArray[np.int64]
+    share: Floats
     faces: NDArray[np.int64]
     body_faces: NDArray[np.bool_]
+    height: Floats
     uv: Floats
     offset: Floats
     least: Floats
     loose: Floats
+
+    def on_body(self, values: Floats) -> Floats:
+        """Values of the body's vertices `[..., V, 3]` at the garment's, `[..., G, 3]`."""
+        return between(values, self.source, self.share)
+
+    def facing(self, normals: Floats) -> Floats:
+        """The skin's unit normals at the garment's vertices, `[..., G, 3]`, from those of the body's `[..., V, 3]`."""
+        mixed = self.on_body(normals)
+        return np.asarray(mixed / np.maximum(np.linalg.norm(mixed, axis=-1, keepdims=True), 1e-12))
 
     def shell(self, skin: Floats, normals: Floats) -> Floats:
         """The garment as skinning alone gives it, `[..., G, 3]`: off the skin, and straight across hollows.
@@ -62,7 +76,7 @@ class Garment:
         So the shell is smoothed by its neighbours' mean, and keeps what lies further out.
 
         Args:
-            skin, normals: the body's vertices and unit normals at `source`, `[..., G, 3]`.
+            skin, normals: the body's vertices and unit normals there (`on_body`, `facing`), `[..., G, 3]`.
         """
         shell = skin + self.offset[:, None] * normals
         if not BRIDGING[self.name]:
@@ -98,25 +112,66 @@ def sum_by(faces: NDArray[np.int64], values: Floats, count: int) -> Floats:
     return np.asarray(np.bincount(faces.ravel(), np.repeat(values, 3), minlength=count), dtype=np.float64)
 
 
-def region_of(name: str, rig: Rig) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which vertices a garment covers, and its part each belongs to: 0 trunk, 1 left limb, 2 right limb."""
+def between(values: Floats, pairs: NDArray[np.int64], share: Floats) -> Floats:
+    """Values `[..., V, 3]` blended between pairs of vertices `[G, 2]`, `[..., G, 3]`."""
+    first, second = values[..., pairs[:, 0], :], values[..., pairs[:, 1], :]
+    return np.asarray(first + share[:, None] * (second - first))
+
+
+def region_of(name: str, rig: Rig) -> tuple[Floats, NDArray[np.int64]]:
+    """How far inside a garment's cuts each vertex lies, metres, and its part: 0 trunk, 1 left limb, 2 right limb."""
     owner = np.array(rig.bones)[rig.weights.argmax(axis=1)]
-    z = rig.vertices[:, 2]
-    part = np.zeros(len(z), dtype=np.int64)
+    x, z = rig.vertices[:, 0], rig.vertices[:, 2]
+    arm = np.any([np.char.startswith(owner, b) for b in ARMS], axis=0)
+    limb = np.any([np.char.startswith(owner, b) for b in LIMBS[name]], axis=0) if LIMBS[name] else np.zeros_like(arm)
+    part = np.where(limb, np.where(x > 0, 1, 2), 0)
+    outside = np.full(len(z), -1.0)
     if name == "hat":
         top, neck = z.max(), rig.heads[rig.bone("head"), 2]
-        return np.asarray(np.char.startswith(owner, "head") & (z > neck + 0.62 * (top - neck))), part
-    limb = np.any([np.char.startswith(owner, b) for b in LIMBS[name]], axis=0)
-    part[limb] = np.where(rig.vertices[limb, 0] > 0, 1, 2)
-    waist = rig.heads[rig.bone("spine05"), 2]
-    trunk = np.any([np.char.startswith(owner, b) for b in TRUNK], axis=0)
+        return np.where(np.char.startswith(owner, "head"), z - neck - 0.62 * (top - neck), outside), part
     if name == "trousers":
-        ankle = rig.heads[rig.bone("foot.L"), 2] + 0.05
-        return (trunk & (z < waist + 0.03) | limb) & (z > ankle), part
-    shoulders = rig.heads[rig.bone("neck01"), 2] + 0.015
-    hem = rig.heads[rig.bone("upperleg01.L"), 2] - 0.04
-    thigh = np.char.startswith(owner, "upperleg")  # the hem is level: it hangs over the tops of the legs
-    return (((trunk | thigh) & (z > hem)) | limb) & (z < shoulders), part
+        waist, ankle = rig.heads[rig.bone("spine05"), 2] + 0.03, rig.heads[rig.bone("foot.L"), 2] + 0.05
+        return np.where(arm, outside, np.minimum(z - ankle, waist - z)), part
+    hem, collar = rig.heads[rig.bone("upperleg01.L"), 2] - 0.04, rig.heads[rig.bone("neck01"), 2] + 0.015
+    shoulder, elbow = rig.heads[rig.bone("upperarm01.L")], rig.heads[rig.bone("lowerarm01.L")]
+    length = float(np.linalg.norm(elbow - shoulder))
+    mirrored = rig.vertices * np.stack([np.sign(x), np.ones_like(x), np.ones_like(x)], axis=1)
+    along = (mirrored - shoulder) @ (elbow - shoulder) / length
+    return np.where(arm, SLEEVE * length - along, np.minimum(z - hem, collar - z)), part
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A mesh cut at a level of a field: vertices as pairs of the old ones `[G, 2]` and shares `[G]`, triangles `[E, 3]`
+    of them."""
+
+    pairs: NDArray[np.int64]
+    share: Floats
+    faces: NDArray[np.int64]
+
+
+def cut(faces: NDArray[np.int64], inside: Floats) -> Cut:
+    """The part of a mesh where a field `[V]` is above 0; triangles `[F, 3]` that it changes its sign in are divided."""
+    within = inside > 0
+    count = within[faces].sum(axis=1)
+    whole = faces[count == 3]
+    one = turned(faces[count == 1], within[faces[count == 1]].argmax(axis=1))
+    two = turned(faces[count == 2], within[faces[count == 2]].argmin(axis=1))
+    same = [np.stack([part, part], axis=-1) for part in (whole, one, two)]
+    tip = np.stack([same[1][:, 0], one[:, [0, 1]], one[:, [0, 2]]], axis=1)
+    left, right = two[:, [1, 0]], two[:, [2, 0]]
+    quad = [np.stack([left, same[2][:, 1], same[2][:, 2]], axis=1), np.stack([left, same[2][:, 2], right], axis=1)]
+    corners = np.concatenate([same[0], tip, *quad])
+    pairs, numbers = np.unique(corners.reshape(-1, 2), axis=0, return_inverse=True)
+    first, second = inside[pairs].T
+    crosses = pairs[:, 0] != pairs[:, 1]
+    share = np.where(crosses, np.maximum(first / np.where(crosses, first - second, 1.0), NEAREST), 0.0)
+    return Cut(pairs, share, numbers.reshape(-1, 3))
+
+
+def turned(faces: NDArray[np.int64], start: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Triangles `[N, 3]` that begin at another of their corners `[N]`, as oriented as before."""
+    return np.take_along_axis(faces, (start[:, None] + np.arange(3)) % 3, axis=1)
 
 
 def unwrap(name: str, points: Floats, part: int) -> Floats:
@@ -139,8 +194,12 @@ def unwrap(name: str, points: Floats, part: int) -> Floats:
     return np.stack([turn, 1 - height], axis=1)
 
 
-def corner_uv(name: str, rig: Rig, faces: NDArray[np.int64], part: NDArray[np.int64]) -> Floats:
-    """uv at the corners of triangles, in the garment's square; triangles across the seam do not run around it."""
+def corner_uv(name: str, points: Floats, faces: NDArray[np.int64], part: NDArray[np.int64]) -> Floats:
+    """uv at the corners of triangles, in the garment's square; triangles across the seam do not run around it.
+
+    Args:
+        points: `[G, 3]`, at rest.  part: `[G]`, of `region_of`.
+    """
     strips = {0: (0.0, 1.0)} if name == "hat" else {0: (0.28, 0.72), 1: (0.74, 1.0), 2: (0.0, 0.26)}
     face_part = np.sort(part[faces], axis=1)[:, 1]
     uv = np.zeros((len(faces), 3, 2))
@@ -149,8 +208,8 @@ def corner_uv(name: str, rig: Rig, faces: NDArray[np.int64], part: NDArray[np.in
         if not mine.any():
             continue
         used = np.unique(faces[mine])
-        place = np.zeros((len(rig.vertices), 2))
-        place[used] = unwrap(name, rig.vertices[used], p)
+        place = np.zeros((len(points), 2))
+        place[used] = unwrap(name, points[used], p)
         corners = place[faces[mine]]
         wraps = (np.ptp(corners[..., 0], axis=1) > 0.5) & (name != "hat")
         corners[wraps, :, 0] = np.where(corners[wraps, :, 0] < 0.5, 1.0, corners[wraps, :, 0])
@@ -159,22 +218,20 @@ def corner_uv(name: str, rig: Rig, faces: NDArray[np.int64], part: NDArray[np.in
     return np.clip(uv, 0.0, 1.0)
 
 
-def looseness(name: str, rig: Rig, source: NDArray[np.int64], part: NDArray[np.int64]) -> Floats:
+def looseness(name: str, z: Floats, part: NDArray[np.int64]) -> Floats:
     """How far each vertex may leave the shell: nothing where the garment is held, most at the hems."""
-    z = rig.vertices[source, 2]
     if name == "hat":
-        return np.zeros(len(source))
+        return np.zeros(len(z))
     height = (z - z.min()) / float(np.ptp(z))
     free = np.clip(1.25 * (1 - height), 0.0, 1.0) if name == "shirt" else np.clip(1.4 * (0.8 - height), 0.0, 1.0)
     if name == "shirt":
-        free = np.where(part[source] > 0, 0.35, free)
+        free = np.where(part > 0, 0.35, free)
     return np.asarray(LOOSE[name] * free)
 
 
-def offsets(name: str, rig: Rig, source: NDArray[np.int64]) -> Floats:
+def offsets(name: str, z: Floats) -> Floats:
     """Metres off the skin of each vertex: a garment widens towards its hem, and a sleeve as much."""
     top, hem = OFFSET[name]
-    z = rig.vertices[source, 2]
     return np.asarray(top + (hem - top) * (z.max() - z) / float(np.ptp(z)))
 
 
@@ -182,14 +239,22 @@ def make_garment(name: str, rig: Rig) -> Garment:
     """A garment of `GARMENTS` for a body."""
     if name not in GARMENTS:
         raise unknown("garment", name, GARMENTS)
-    covered, part = region_of(name, rig)
-    body_faces: NDArray[np.bool_] = np.asarray(covered[rig.faces].all(axis=1))
-    chosen = rig.faces[body_faces]
-    source, local = np.unique(chosen, return_inverse=True)
-    uv = corner_uv(name, rig, chosen, part)
-    loose = looseness(name, rig, source, part)
-    least = np.full(len(source), SKIN)
+    inside, part = region_of(name, rig)
+    made = cut(rig.faces, inside)
+    points, part = between(rig.vertices, made.pairs, made.share), part[made.pairs[:, 0]]
+    z = points[:, 2]
+    least = np.full(len(z), SKIN)
     if name == "shirt":  # it hangs over the trousers
-        least[rig.vertices[source, 2] < rig.heads[rig.bone("spine05"), 2] + 0.04] = OVER
-    offset = np.maximum(offsets(name, rig, source), least)
-    return Garment(name, source, local.reshape(-1, 3), body_faces, uv, offset, least, loose)
+        least[z < rig.heads[rig.bone("spine05"), 2] + 0.04] = OVER
+    return Garment(
+        name=name,
+        source=made.pairs,
+        share=made.share,
+        faces=made.faces,
+        body_faces=np.asarray((inside > 0)[rig.faces].all(axis=1)),
+        height=z - rig.vertices[:, 2].min(),
+        uv=corner_uv(name, points, made.faces, part),
+        offset=np.maximum(offsets(name, z), least),
+        least=least,
+        loose=looseness(name, z, part),
+    )

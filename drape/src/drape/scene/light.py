@@ -37,6 +37,15 @@ class Light:
         if any(sum(v * v for v in direction) == 0 for direction, _ in self.lamps):
             raise ConfigError("a lamp's direction has no length; give a vector towards the lamp.")
 
+    def scaled(self, gains: RGB) -> Light:
+        """The same light, its channels so many times as strong."""
+
+        def times(colour: RGB) -> RGB:
+            return colour[0] * gains[0], colour[1] * gains[1], colour[2] * gains[2]
+
+        lamps = tuple((direction, times(colour)) for direction, colour in self.lamps)
+        return Light(sky=times(self.sky), ground=times(self.ground), lamps=lamps)
+
     def irradiance(self, normals: Tensor) -> Tensor:
         """Irradiance `[..., 3]` at unit normals `[..., 3]`."""
         up = (normals[..., 2:] + 1) / 2

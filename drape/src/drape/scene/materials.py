@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, zoom
+from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 from skimage import data
 
 from drape.errors import unknown
@@ -38,6 +38,29 @@ def speckle(blur: float) -> Floats:
     return np.asarray(1 + 0.25 * noise / noise.std())
 
 
+def mottled() -> Floats:
+    """Noise of all scales alike, with a mean of 1: stains, wear and grain of ground that was poured or trodden."""
+    rng = np.random.default_rng(11)
+    scales = [gaussian_filter(rng.normal(size=(SIDE, SIDE)), 2.0**octave, mode="wrap") for octave in range(-1, 6)]
+    noise = np.sum([scale / scale.std() for scale in scales], axis=0)
+    return np.asarray(1 + 0.2 * noise / noise.std())
+
+
+def slabs() -> Floats:
+    """Poured slabs with joints between them; two by two of them."""
+    image = mottled() * np.kron(np.array([[1.0, 0.95], [0.93, 1.03]]), np.ones((SIDE // 2, SIDE // 2)))
+    joints = np.arange(SIDE) % (SIDE // 2) < 2
+    image[joints] *= 0.4
+    image[:, joints] *= 0.4
+    return np.asarray(image / image.mean())
+
+
+def tarred() -> Floats:
+    """Chippings in tar, worn unevenly."""
+    image = (1 + 0.45 * (photograph("gravel") - 1)) * (1 + 0.5 * (mottled() - 1))
+    return np.asarray(image / image.mean())
+
+
 def tiles(count: int, joint: int, shade: float) -> Floats:
     """Square tiles of slightly different greys, with darker joints."""
     rng = np.random.default_rng(count)
@@ -48,6 +71,18 @@ def tiles(count: int, joint: int, shade: float) -> Floats:
     image[joints] *= shade
     image[:, joints] *= shade
     return np.asarray(image * (0.9 + 0.1 * speckle(2)))
+
+
+def bond() -> Floats:
+    """Small stones in courses, each shifted by half a stone, with dark joints."""
+    rng = np.random.default_rng(5)
+    tall, wide = SIDE // 16, SIDE // 8
+    rows, columns = np.indices((SIDE, SIDE))
+    course = rows // tall
+    shifted = (columns + course % 2 * (wide // 2)) % SIDE
+    image = rng.uniform(0.8, 1.2, (16, 8))[course, shifted // wide] * mottled()
+    image[(rows % tall < 4) | (shifted % wide < 4)] *= 0.6
+    return np.asarray(image / image.mean())
 
 
 def planks() -> Floats:
@@ -76,15 +111,16 @@ MATERIALS: dict[str, tuple[Callable[[], Floats], float, float, Colour]] = {
     "grass": (lambda: photograph("grass"), 0.8, 2.2, (0.33, 0.42, 0.2)),
     "dry grass": (lambda: photograph("grass"), 0.8, 1.8, (0.52, 0.48, 0.28)),
     "leaves": (lambda: photograph("grass"), 1.0, 1.1, (0.2, 0.3, 0.13)),
+    "light leaves": (lambda: photograph("grass"), 1.0, 0.8, (0.27, 0.37, 0.16)),
     "gravel": (lambda: photograph("gravel"), 0.7, 1.6, (0.56, 0.52, 0.46)),
-    "asphalt": (lambda: photograph("gravel"), 0.3, 0.7, (0.36, 0.36, 0.37)),
-    "concrete": (lambda: speckle(9), 0.16, 3.0, (0.6, 0.59, 0.56)),
+    "asphalt": (tarred, 0.7, 1.6, (0.36, 0.36, 0.37)),
+    "concrete": (slabs, 0.35, 5.0, (0.6, 0.59, 0.56)),
     "brick": (lambda: photograph("brick"), 0.8, 1.5, (0.56, 0.34, 0.27)),
     "yellow brick": (lambda: photograph("brick"), 0.7, 1.4, (0.66, 0.56, 0.4)),
-    "plaster": (lambda: speckle(25), 0.07, 4.0, (0.78, 0.75, 0.68)),
-    "grey plaster": (lambda: speckle(25), 0.08, 4.0, (0.6, 0.62, 0.65)),
+    "plaster": (mottled, 0.12, 3.0, (0.78, 0.75, 0.68)),
+    "grey plaster": (mottled, 0.14, 3.0, (0.6, 0.62, 0.65)),
     "paving": (lambda: tiles(4, 6, 0.7), 0.8, 2.0, (0.58, 0.56, 0.53)),
-    "setts": (lambda: tiles(12, 5, 0.55), 0.9, 1.5, (0.46, 0.44, 0.43)),
+    "setts": (bond, 0.7, 2.0, (0.46, 0.44, 0.43)),
     "tiles": (lambda: tiles(5, 3, 0.85), 0.6, 2.5, (0.72, 0.7, 0.66)),
     "planks": (planks, 0.9, 1.3, (0.55, 0.38, 0.24)),
     "facade": (panes, 1.0, 3.2, (0.68, 0.62, 0.54)),
@@ -120,7 +156,6 @@ def albedo(name: str, uv: Floats, pixel: Floats) -> Floats:
     grey = np.empty(len(uv))
     for number in np.unique(level):
         chosen = level == number
-        side = len(images[number])
-        x, y = np.minimum((share[chosen] * side).astype(int), side - 1).T
-        grey[chosen] = images[number][y, x]
+        at = share[chosen].T[::-1] * len(images[number]) - 0.5
+        grey[chosen] = map_coordinates(images[number], at, order=1, mode="grid-wrap")
     return np.clip(grey[:, None] * np.array(colour), 0.0, 1.0)

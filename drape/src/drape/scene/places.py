@@ -25,14 +25,16 @@ from drape.scene.arrays import Floats
 from drape.scene.camera import Camera
 from drape.scene.light import Light, light
 from drape.scene.materials import albedo
-from drape.scene.solids import Ball, Box, Solid
+from drape.scene.solids import Ball, Box, Heap, Solid
 
+Meeting = tuple[Floats, NDArray[np.int64]]
 __all__ = ["PLACES", "Place", "Plate", "place", "plate_of"]
 
 CLEAR = 0.9  # metres behind the walk that stay free
 CEILING = 3.0  # metres, the least height of one
 CORNER = 0.35  # metres from a wall's foot over which it takes light from the ground
 CORNER_SHADE = 0.4
+BEFORE = 0.05  # metres before a camera, the least depth at which an outline is taken
 HAZE = 60.0  # metres at which a third of the colour is that of the sky
 
 
@@ -43,11 +45,13 @@ class Plate:
     Attributes:
         image: `[3, S, S]` in [0, 1], or one per frame `[T, 3, S, S]`.  ground: float32 `[S, S]`, 1 where shadows fall.
         lit: float32 `[L, S, S]`, 1 where each lamp of the light reaches the ground.
+        grain: deviation of the noise that the image has already, as a photograph's.
     """
 
     image: Tensor
     ground: Tensor
     lit: Tensor
+    grain: float = 0.0
 
     def still(self) -> Tensor:
         """One image without the person, `[3, S, S]`: of a plate per frame the first."""
@@ -82,11 +86,15 @@ def skyline(rng: np.random.Generator, near: float) -> list[Solid]:
 
 
 def tree(x: float, y: float, rng: np.random.Generator) -> list[Solid]:
-    """A trunk and a crown of a few balls."""
+    """A trunk and a crown of clumps of leaves."""
     high = rng.uniform(2.2, 3.2)
-    crown = [Ball((x + rng.uniform(-0.7, 0.7), y + rng.uniform(-0.5, 0.7), high + rng.uniform(0.3, 1.6)),
-                  rng.uniform(0.7, 1.2), "leaves") for _ in range(6)]  # fmt: skip
-    return [Box((x, y, 0.0), (0.28, 0.28, high + 0.5), "bark", float(rng.uniform(0, 45))), *crown]
+    clumps = rng.normal(size=(26, 3))
+    clumps *= rng.uniform(0.5, 1.0, (26, 1)) / np.linalg.norm(clumps, axis=1, keepdims=True)
+    clumps = np.array([x, y + 0.1, high + 1.0]) + clumps * rng.uniform([1.0, 1.0, 0.8], [1.6, 1.3, 1.4])
+    crown = [Ball((float(at[0]), float(at[1]), float(at[2])), float(rng.uniform(0.35, 0.65)), kind)
+             for at, kind in zip(clumps, 13 * ("leaves", "light leaves"), strict=True)]  # fmt: skip
+    trunk = Box((x, y, 0.0), (0.28, 0.28, high + 0.5), "bark", float(rng.uniform(0, 45)))
+    return [trunk, Heap(tuple(crown[::2])), Heap(tuple(crown[1::2]))]
 
 
 def car(x: float, y: float, rng: np.random.Generator) -> list[Solid]:
@@ -223,20 +231,51 @@ def irradiance(lamp: Light, normals: Floats, reached: Floats) -> Floats:
     return np.asarray(total)
 
 
-def nearest(solids: tuple[Solid, ...], origin: Floats, rays: Floats) -> tuple[Floats, NDArray[np.int64]]:
-    """How far the rays go `[N]`, and which solid each meets; inf and -1 where none."""
+Flat = Callable[[Floats], Floats]
+
+
+def nearest(solids: tuple[Solid, ...], origin: Floats, rays: Floats, flat: Flat, at: Floats) -> Meeting:
+    """How far the rays go `[N]`, and which solid each meets; inf and -1 where none.
+
+    Args:
+        flat: takes points `[K, 3]` to the plane along the rays, `[K, 2]`, nan where it cannot; only rays that come near
+            a solid there are looked at closely.
+        at: where the rays are in that plane, `[N, 2]`.
+    """
     best, which = np.full(len(rays), np.inf), np.full(len(rays), -1)
     for number, solid in enumerate(solids):
-        far = solid.meet(origin, rays)
-        closer = far < best
-        best[closer], which[closer] = far[closer], number
+        outline = flat(solid.corners())
+        if np.isnan(outline).any():
+            near = np.arange(len(rays))
+        else:
+            near = np.flatnonzero(((at >= outline.min(axis=0)) & (at <= outline.max(axis=0))).all(axis=1))
+        far = solid.meet(origin if origin.ndim == 1 else origin[near], rays[near])
+        closer = far < best[near]
+        best[near[closer]], which[near[closer]] = far[closer], number
     return best, which
+
+
+def in_view(camera: Camera) -> Flat:
+    """Points by where a camera sees them, pixels of an image with a side of 1; nan behind it."""
+
+    def flat(points: Floats) -> Floats:
+        seen = camera.project(points, 1)
+        return np.where(seen[:, 2:] > BEFORE, seen[:, :2], np.nan)
+
+    return flat
+
+
+def along(direction: Floats) -> Flat:
+    """Points by where they are across a direction, `[K, 2]`."""
+    across = np.linalg.svd(direction[None])[2][1:]
+    return lambda points: points @ across.T
 
 
 def draw(scene: Place, camera: Camera, lamp: Light, side: int, seed: int) -> tuple[Floats, Floats, Floats]:
     """The image `[N, 3]`, where it shows ground `[N]`, and which lamps reach it `[L, N]`, for `side * side` pixels."""
     origin, rays = camera.position(), camera.rays(side)
-    far, which = nearest(scene.solids, origin, rays)
+    view = in_view(camera)
+    far, which = nearest(scene.solids, origin, rays, view, view(origin + rays))
     with np.errstate(divide="ignore"):
         down = np.where(rays[:, 2] < -1e-4, -origin[2] / rays[:, 2], np.inf)
     ground = down < far
@@ -251,7 +290,7 @@ def draw(scene: Place, camera: Camera, lamp: Light, side: int, seed: int) -> tup
             normals[chosen], uv = solid.surface(points[chosen])
             slant = np.abs((normals[chosen] * rays[chosen]).sum(axis=1)).clip(0.15)
             colours[chosen] = albedo(solid.material, uv, size[chosen] / slant)
-    slant = np.abs(rays[:, 2]).clip(0.05)
+    slant = np.sqrt(np.abs(rays[:, 2]).clip(0.02))  # between a pixel's short and long side on the ground
     covers = np.full(len(rays), -1)
     for number, (_, start, end) in enumerate(scene.strips):
         covers[(points[:, 1] >= start) & (points[:, 1] < end)] = number
@@ -260,10 +299,11 @@ def draw(scene: Place, camera: Camera, lamp: Light, side: int, seed: int) -> tup
         if chosen.any():
             colours[chosen] = albedo(name, points[chosen, :2], (size / slant)[chosen])
     lit = np.ones((len(lamp.lamps), len(rays)))
-    below = tuple(s for s in scene.solids if s.middle[2] < CEILING or isinstance(s, Ball))  # lamps hang under it
+    below = tuple(s for s in scene.solids if s.middle[2] < CEILING or not isinstance(s, Box))  # lamps hang under it
     for row, (direction, _) in zip(lit, lamp.lamps, strict=True):
-        towards = np.broadcast_to(np.array(direction) / np.linalg.norm(direction), points[seen].shape)
-        row[seen] = np.isinf(nearest(below, points[seen] + 2e-3 * normals[seen], towards)[0])
+        towards: Floats = np.array(direction) / np.linalg.norm(direction)
+        origins, flat = points[seen] + 2e-3 * normals[seen], along(towards)
+        row[seen] = np.isinf(nearest(below, origins, np.broadcast_to(towards, origins.shape), flat, flat(origins))[0])
     corner = np.ones(len(rays))
     for solid in scene.solids:
         if isinstance(solid, Box) and solid.middle[2] < 0.05:

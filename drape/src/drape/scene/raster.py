@@ -44,13 +44,14 @@ def candidates(low: NDArray[np.int64], high: NDArray[np.int64]) -> tuple[NDArray
     return face, low[face, 0] + inside % width, low[face, 1] + inside // width
 
 
-def rasterise(screen: Floats, faces: NDArray[np.int64], size: int) -> Hits:
+def rasterise(screen: Floats, faces: NDArray[np.int64], size: int, under: Floats | float = 0.0) -> Hits:
     """Find what each pixel centre sees.
 
     Args:
         screen: `[V, 3]`, pixel x, pixel y and depth, from `Camera.project`.
         faces: `[F, 3]`; seen from both sides.
         size: S.
+        under: `[F]` or one for all, metres that triangles are taken to lie deeper by where others cover them.
     """
     corners = screen[faces]
     a, b, c = corners[:, 0], corners[:, 1], corners[:, 2]
@@ -68,7 +69,7 @@ def rasterise(screen: Floats, faces: NDArray[np.int64], size: int) -> Hits:
     face, x, y, flat = face[inside], x[inside], y[inside], flat[inside]
     inverse = flat / corners[face, :, 2]
     depth = 1 / inverse.sum(axis=1)
-    order = np.lexsort((depth, y * size + x))
+    order = np.lexsort((depth + np.broadcast_to(under, len(faces))[face], y * size + x))
     pixel = (y * size + x)[order]
     first = order[np.concatenate([[True], pixel[1:] != pixel[:-1]])] if len(order) else order
     return Hits(y[first], x[first], face[first], inverse[first] * depth[first, None], depth[first], np.abs(signed) / 2)

@@ -23,7 +23,7 @@ from drape.scene.light import Light
 from drape.scene.places import Plate
 from drape.scene.sequence import Buffers
 
-__all__ = ["Relight", "Shown", "mip_levels", "render_frames", "render_plain", "sample_texture"]
+__all__ = ["Relight", "Shown", "coverage", "mip_levels", "render_frames", "render_plain", "sample_texture"]
 
 BODY = 255
 COARSEST = 8  # pixels per side that a mip level keeps at least
@@ -77,6 +77,14 @@ def shown(buffers: Buffers, frames: Sequence[int]) -> Shown:
     row, column = place // (side * k) // k, place % (side * k) // k
     frame = torch.arange(len(frames)).repeat_interleave(counts)
     return Shown(pixels, (frame * side + row) * side + column, list(frames))
+
+
+def coverage(buffers: Buffers, frames: Sequence[int]) -> Tensor:
+    """How much of each pixel the person covers, `[B, 1, S, S]`."""
+    seen = shown(buffers, frames)
+    share = torch.full((len(seen.into),), 1 / buffers.supersample**2)
+    pooled = torch.zeros(len(seen.chosen) * buffers.size**2).index_add(0, seen.into, share)
+    return pooled.reshape(len(seen.chosen), 1, buffers.size, buffers.size)
 
 
 def compose(

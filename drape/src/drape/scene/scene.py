@@ -12,7 +12,7 @@ from torch import Tensor
 from drape.errors import ConfigError
 from drape.scene.light import Light
 from drape.scene.places import Plate
-from drape.scene.render import Relight, chosen_frames, render_frames
+from drape.scene.render import Relight, chosen_frames, coverage, render_frames
 from drape.scene.sequence import Buffers
 
 __all__ = ["Scene"]
@@ -24,7 +24,8 @@ class Scene:
 
     Args:
         label: its name in reports.  buffers, light: the geometry, and the light that its shadows were made for.
-        plate: what is behind the person.  grain: deviation of the camera's noise, the same for person and plate.
+        plate: what is behind the person.  grain: deviation of the camera's noise, the same for person and plate; of a
+            plate that has some already only the rest is added to it.
     """
 
     label: str
@@ -50,8 +51,13 @@ class Scene:
         result = render_frames(self.buffers, textures, self.light, self.plate, frames, relight)
         if self.grain == 0:
             return result
-        noise = [self.noise(frame) for frame in chosen_frames(self.buffers, frames)]
-        return (result + self.grain * torch.stack(noise).to(result)).clamp(0, 1)
+        chosen = chosen_frames(self.buffers, frames)
+        noise = torch.stack([self.noise(frame) for frame in chosen])
+        if self.plate.grain > 0:
+            rest = max(self.grain**2 - self.plate.grain**2, 0.0) ** 0.5 / self.grain
+            person = coverage(self.buffers, chosen)
+            noise = noise * (person + rest * (1 - person))
+        return (result + self.grain * noise.to(result)).clamp(0, 1)
 
     def noise(self, frame: int) -> Tensor:
         """Unit noise of a frame, `[3, S, S]`."""

@@ -41,6 +41,8 @@ SKINS: dict[str, tuple[Colour, Colour]] = {  # of skin and hair
 SHOE = (0.12, 0.12, 0.13)
 WARM_UP = 1.0  # seconds of walking before the first frame, so that the cloth has settled
 POSES = 24.0  # poses per second that cloth is moved with, at least
+UNDER = 0.05  # metres that the trousers are taken to lie deeper where the shirt hangs over them, to stay under it
+OVERLAP = 0.1  # metres below the shirt's hem down to which that holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +106,8 @@ class Buffers:
         shaded: int64 `[Q]`, the pixels of the frames' S * S that lie in a shadow on the ground, those of all frames
         in a row. shaded_starts: T + 1 places in `[Q]`. hidden: float32 `[1 + L, Q]`, what the person hides there of
         the sky and of each lamp of the light. boxes: float32 `[T, 4]`, the person's true box (x0, y0, x1, y1) in
-        frame pixels; nan where out of the image. azimuth: float32 `[T]`, degrees, the side that is seen. size,
-        supersample: S, and R / S.
+        frame pixels; nan where out of the image. azimuth: float32 `[T]`, degrees, the side that is seen. distance:
+        float32 `[T]`, metres along the ground to the camera. size, supersample: S, and R / S.
     """
 
     pixel: Tensor
@@ -121,6 +123,7 @@ class Buffers:
     hidden: Tensor
     boxes: Tensor
     azimuth: Tensor
+    distance: Tensor
     size: int
     supersample: int
 
@@ -156,6 +159,7 @@ def build_sequence(spec: SequenceSpec) -> Buffers:
         hidden=torch.from_numpy(arrays["hidden"].astype(np.float32) / 255),
         boxes=torch.from_numpy(arrays["boxes"]),
         azimuth=torch.from_numpy(arrays["azimuth"]),
+        distance=torch.from_numpy(arrays["distance"]),
         size=spec.size,
         supersample=spec.supersample,
     )
@@ -177,36 +181,37 @@ def body_colours(rig: Rig, skin: str) -> Floats:
 
 @dataclass(frozen=True)
 class Wardrobe:
-    """Body and garments as one mesh: triangle list, its garments, corner uv, and the body's colours."""
+    """Body and garments as one mesh: triangle list, its garments, corner uv, what is under another garment (metres that
+    it is taken to lie deeper by), and the body's colours."""
 
     faces: NDArray[np.int64]
     garment: NDArray[np.uint8]
     uv: Floats
+    under: Floats
     colours: Floats
 
 
 def dress(rig: Rig, garments: list[Garment], skin: str) -> Wardrobe:
     """One mesh; skin that a garment covers is left out."""
-    hidden = np.any([g.body_faces for g in garments], axis=0)
-    colours = body_colours(rig, skin)
-    faces, ids, uvs, rgb = (
-        [rig.faces[~hidden]],
-        [np.full((~hidden).sum(), 255)],
-        [np.zeros(((~hidden).sum(), 3, 2))],
-        [],
-    )
+    kept = rig.faces[~np.any([g.body_faces for g in garments], axis=0)]
+    faces, ids, uvs, under = [kept], [np.full(len(kept), 255)], [np.zeros((len(kept), 3, 2))], [np.zeros(len(kept))]
+    colours = [body_colours(rig, skin)]
+    hem = next(g.height.min() for g in garments if g.name == "shirt")
     start = len(rig.vertices)
     for number, g in enumerate(garments, start=1):
         faces.append(g.faces + start)
         ids.append(np.full(len(g.faces), number))
         uvs.append(g.uv)
-        rgb.append(np.zeros((len(g.source), 3)))
-        start += len(g.source)
+        covered = (g.height[g.faces].mean(axis=1) > hem - OVERLAP) & (g.name == "trousers")
+        under.append(np.where(covered, UNDER, 0.0))
+        colours.append(np.zeros((len(g.share), 3)))
+        start += len(g.share)
     return Wardrobe(
         np.concatenate(faces),
         np.concatenate(ids).astype(np.uint8),
         np.concatenate(uvs),
-        np.concatenate([colours, *rgb]),
+        np.concatenate(under),
+        np.concatenate(colours),
     )
 
 
@@ -223,9 +228,10 @@ def clothed_walk(spec: SequenceSpec, rig: Rig, garments: list[Garment]) -> Walke
     rest_normals = vertex_normals(rig.vertices, rig.faces)
     parts = [posed.vertices[kept]]
     for g in garments:
-        shells = g.shell(posed.vertices[:, g.source], normals[:, g.source])
-        rest = g.shell(rig.vertices[g.source], rest_normals[g.source])
-        parts.append(simulate(g, shells, normals[:, g.source], rest, spec.cloth, rate)[kept])
+        facing = g.facing(normals)
+        shells = g.shell(g.on_body(posed.vertices), facing)
+        rest = g.shell(g.on_body(rig.vertices), g.facing(rest_normals))
+        parts.append(simulate(g, shells, facing, rest, spec.cloth, rate)[kept])
     return Walked(np.concatenate(parts, axis=1), posed.place[kept], posed.heading[kept])
 
 
@@ -247,13 +253,15 @@ def make_arrays(spec: SequenceSpec) -> dict[str, NDArray[Any]]:
     arrays["shaded_starts"] = np.cumsum([0, *(len(pixels) for pixels, _ in falls)])
     arrays["hidden"] = np.round(np.concatenate([hidden for _, hidden in falls], axis=1) * 255).astype(np.uint8)
     arrays["azimuth"] = azimuth_of(spec.camera, walked.place, walked.heading).astype(np.float32)
+    away = walked.place - spec.camera.position()[:2]
+    arrays["distance"] = np.linalg.norm(away, axis=1).astype(np.float32)
     return arrays
 
 
 def render_geometry(spec: SequenceSpec, mesh: Wardrobe, vertices: Floats) -> dict[str, NDArray[Any]]:
     """The buffers of one frame."""
     size = spec.size * spec.supersample
-    hits = rasterise(spec.camera.project(vertices, size), mesh.faces, size)
+    hits = rasterise(spec.camera.project(vertices, size), mesh.faces, size, mesh.under)
     normals = vertex_normals(vertices, mesh.faces)
     corners = mesh.faces[hits.face]
     normal = np.einsum("pk,pkd->pd", hits.weights, normals[corners])

@@ -1,0 +1,70 @@
+"""Which walks can tell textures apart: those that the controls, textures nobody optimised, do not decide already.
+
+A walk in which nobody is seen in plain clothes, in which every other control hides the person, or in which none takes
+anything, gives the same verdict for every texture. Such walks are left out before any attack has been seen, by this
+rule, so that no attack has a part in the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from drape.detectors.base import Detection, Detector
+from drape.errors import ConfigError
+from drape.metrics import confidences, frame_success
+from drape.scene.scene import Scene
+
+__all__ = ["SEEN", "SPARED", "TOUCHED", "decided", "screen"]
+
+SEEN = 0.6  # recall in plain clothes at least
+SPARED = 0.5  # recall that one of the other controls leaves at least
+TOUCHED = 0.9  # recall that one of them leaves at most
+BATCH = 4  # frames a detector sees at once
+PLAIN = "plain"
+
+
+def decided(recalls: Mapping[str, float]) -> str:
+    """Why the controls alone decide a walk; empty if they do not.
+
+    Args:
+        recalls: of the controls on the walk, as `screen` gives them.
+    """
+    others = [value for name, value in recalls.items() if name != PLAIN]
+    if PLAIN not in recalls:
+        raise ConfigError(f'recalls of {sorted(recalls)}; expected "{PLAIN}" among them.')
+    if recalls[PLAIN] < SEEN:
+        return "not seen in plain clothes"
+    if not others:
+        raise ConfigError(f'recalls of "{PLAIN}" alone; expected at least one other control.')
+    if max(others) < SPARED:
+        return "hidden by every other control"
+    return "touched by no control" if min(others) > TOUCHED else ""
+
+
+def screen(detector: Detector, scene: Scene, clothes: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """The recall of each of the clothes on a walk, at the detector's threshold.
+
+    "plain" comes first, the others in their order, and no more are looked at than `decided` needs.
+    """
+    if PLAIN not in clothes or len(clothes) < 2:
+        raise ConfigError(f'clothes {sorted(clothes)}; expected "{PLAIN}" and at least one other control.')
+    found: dict[str, float] = {}
+    for name in sorted(clothes, key=lambda n: n != PLAIN):
+        hits = confidences(seen_in(detector, scene, clothes[name]), scene.buffers.boxes)
+        found[name] = 1 - frame_success(hits, detector.threshold)
+        others = [value for other, value in found.items() if other != PLAIN]
+        if found[PLAIN] < SEEN or (others and max(others) >= SPARED and min(others) <= TOUCHED):
+            break
+    return found
+
+
+def seen_in(detector: Detector, scene: Scene, textures: Mapping[str, Tensor]) -> list[Detection]:
+    """Detections of all frames."""
+    result: list[Detection] = []
+    with torch.no_grad():
+        for frames in torch.arange(scene.buffers.frames).split(BATCH):
+            result += detector.detect(scene.render(textures, frames.tolist()))
+    return result
