@@ -13,7 +13,7 @@ import torch
 from drape.detectors.base import Candidates, Detector
 from drape.errors import ConfigError
 from drape.scene.scene import Scene
-from drape.screening import SEEN, SPARED, TOUCHED, decided, screen
+from drape.screening import SEEN, SPARED, TAKEN, decided, screen
 from drape.walks import CANDIDATES, SCREENED, TEST, TRAIN, TRAIN_CANDIDATES
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -42,9 +42,10 @@ def clothes(**shades: float) -> dict[str, dict[str, torch.Tensor]]:
     [
         ({"plain": SEEN - 0.01}, "not seen"),
         ({"plain": 1.0, "noise": SPARED - 0.01, "random": 0.0}, "hidden"),
-        ({"plain": 1.0, "noise": TOUCHED + 0.01, "random": 1.0}, "touched"),
+        ({"plain": 1.0, "noise": 1.01 - TAKEN, "random": 1.0}, "touched"),
+        ({"plain": 0.7, "noise": 0.7, "random": 0.72}, "touched"),
         ({"plain": SEEN, "noise": SPARED - 0.01, "random": SPARED}, ""),
-        ({"plain": 1.0, "noise": TOUCHED, "random": 1.0}, ""),
+        ({"plain": 1.0, "noise": 0.99 - TAKEN, "random": 1.0}, ""),
     ],
 )
 def test_controls_decide_where_no_texture_could_change_the_verdict(recalls: dict[str, float], reason: str) -> None:

@@ -17,11 +17,11 @@ from drape.errors import ConfigError
 from drape.metrics import confidences, frame_success
 from drape.scene.scene import Scene
 
-__all__ = ["SEEN", "SPARED", "TOUCHED", "decided", "screen"]
+__all__ = ["SEEN", "SPARED", "TAKEN", "decided", "screen"]
 
 SEEN = 0.6  # recall in plain clothes at least
 SPARED = 0.5  # recall that one of the other controls leaves at least
-TOUCHED = 0.9  # recall that one of them leaves at most
+TAKEN = 0.05  # of the recall in plain clothes that one of them takes at least, in shares of the frames
 BATCH = 4  # frames a detector sees at once
 PLAIN = "plain"
 
@@ -41,7 +41,7 @@ def decided(recalls: Mapping[str, float]) -> str:
         raise ConfigError(f'recalls of "{PLAIN}" alone; expected at least one other control.')
     if max(others) < SPARED:
         return "hidden by every other control"
-    return "touched by no control" if min(others) > TOUCHED else ""
+    return "touched by no control" if min(others) > recalls[PLAIN] - TAKEN else ""
 
 
 def screen(detector: Detector, scene: Scene, clothes: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
@@ -56,7 +56,7 @@ def screen(detector: Detector, scene: Scene, clothes: Mapping[str, Mapping[str, 
         hits = confidences(seen_in(detector, scene, clothes[name]), scene.buffers.boxes)
         found[name] = 1 - frame_success(hits, detector.threshold)
         others = [value for other, value in found.items() if other != PLAIN]
-        if found[PLAIN] < SEEN or (others and max(others) >= SPARED and min(others) <= TOUCHED):
+        if found[PLAIN] < SEEN or (others and max(others) >= SPARED and min(others) <= found[PLAIN] - TAKEN):
             break
     return found
 

@@ -1,0 +1,131 @@
+"""How believable the walks are, as numbers: sliding feet, flights, cloth that swings, shadows at the feet, turns.
+
+python drape/benchmarks/scenes.py [WALKS]       into scenes.json beside it; all walks, or so many of each set
+
+No detector has a part in it. Feet are measured at 30 poses per second, cloth at those of the solver, shadows in four
+frames of each walk.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drape.io import write_text
+from drape.scene.body import load_rig
+from drape.scene.cloth import CLOTHS
+from drape.scene.cloth_engines import simulate
+from drape.scene.gait import gait, plan, walk
+from drape.scene.garments import make_garment, vertex_normals
+from drape.scene.plausible import contact_shadow, hem_of, standing, swing
+from drape.scene.sequence import POSES, WARM_UP, build_sequence
+from drape.walks import TEST, TRAIN, Walk
+
+FILE = Path(__file__).with_name("scenes.json")
+RATE, SHADOWS, SIZE = 30.0, 4, 208
+NEAR = 0.05  # metres over the ground below which a vertex is of the feet
+SWINGING = ("shirt", "trousers")
+
+
+def feet_of(own: Walk) -> dict[str, float]:
+    """Sliding and flight of a walk, cm/s and shares."""
+    rig, g = load_rig(own.body), gait(own.gait)
+    times = np.arange(0, own.seconds, 1 / RATE)
+    walked = walk(rig, g, own.path, own.seconds, times, own.phase)
+    found = standing(rig, g, own.path, own.seconds, times, walked, own.phase)
+    return {
+        "sliding_mean": 100 * float(found.sliding.mean()),
+        "sliding_p95": 100 * float(np.percentile(found.sliding, 95)),
+        "sliding_worst": 100 * float(found.sliding.max()),
+        "flying": found.flying,
+        "lowest": 100 * found.lowest,
+    }
+
+
+def cloth_of(own: Walk) -> dict[str, float]:
+    """Root mean square of the hems' swing, and the furthest, cm."""
+    rig = load_rig(own.body)
+    times = np.arange(-WARM_UP, own.seconds, 1 / POSES)
+    walked = walk(rig, gait(own.gait), own.path, own.seconds, times, own.phase)
+    normals = np.stack([vertex_normals(v, rig.faces) for v in walked.vertices])
+    rest_normals = vertex_normals(rig.vertices, rig.faces)
+    result = {}
+    for name in SWINGING:
+        garment = make_garment(name, rig)
+        facing, shells = garment.facing(normals), garment.shell(garment.on_body(walked.vertices), garment.facing(normals))
+        rest = garment.shell(garment.on_body(rig.vertices), garment.facing(rest_normals))
+        moved = simulate(garment, shells, facing, rest, CLOTHS[own.cloth], POSES)
+        hem = swing(moved, shells, walked.heading, POSES)[:, hem_of(garment)]
+        result[f"{name}_rms"] = 100 * float(np.sqrt((hem**2).mean()))
+        result[f"{name}_most"] = 100 * float(hem.max())
+    return result
+
+
+def shadow_of(own: Walk) -> dict[str, float]:
+    """The contact shadow: share of the sky that is hidden under the feet, and cm from the feet to where it is darkest."""
+    spec, _ = own.spec(1.0, SIZE, "skinned")
+    spec = replace(spec, frames=SHADOWS, fps=SHADOWS / own.seconds)
+    buffers = build_sequence(spec)
+    rig = load_rig(own.body)
+    walked = walk(rig, gait(own.gait), own.path, spec.seconds, np.arange(SHADOWS) / spec.fps, own.phase)
+    depth, away = [], []
+    for t, vertices in enumerate(walked.vertices):
+        low = vertices[:, 2] < vertices[:, 2].min() + NEAR
+        hidden, gap = contact_shadow(buffers, spec.camera, t, vertices[low, :2])
+        depth.append(hidden)
+        away.append(gap)
+    return {"shadow_least": min(depth), "shadow_gap_worst": 100 * max(away)}
+
+
+def turn_of(own: Walk) -> float:
+    """The least radius of a turn, metres; 1000 where it goes straight on."""
+    way = plan(load_rig(own.body), gait(own.gait), own.path, own.seconds).curve
+    bent = np.abs(np.diff(np.radians(way.heading)) / np.diff(way.way)).max()
+    return float(1 / max(bent, 1e-3))
+
+
+def measured(own: Walk) -> dict[str, Any]:
+    """All numbers of a walk."""
+    numbers = {**feet_of(own), **cloth_of(own), **shadow_of(own), "turn": turn_of(own)}
+    return {"walk": own.label(), "gait": own.gait, "seconds": own.seconds, **{k: round(v, 3) for k, v in numbers.items()}}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What all walks keep to."""
+    runs = [row for row in rows if gait(row["gait"]).duty < 0.5]
+    return {
+        "walks": len(rows),
+        "seconds": sum(row["seconds"] for row in rows),
+        "sliding_mean_cm_s": float(np.mean([row["sliding_mean"] for row in rows])),
+        "sliding_worst_cm_s": max(row["sliding_worst"] for row in rows),
+        "flying_of_runs_least": min((row["flying"] for row in runs), default=float("nan")),
+        "flying_of_walks_most": max((row["flying"] for row in rows if row not in runs), default=float("nan")),
+        "sunk_most_cm": -min(row["lowest"] for row in rows),
+        **{f"{name}_rms_{which.__name__}_cm": float(which([row[f"{name}_rms"] for row in rows]))
+           for name in SWINGING for which in (np.min, np.median, np.max)},
+        "shadow_least": min(row["shadow_least"] for row in rows),
+        "shadow_gap_worst_cm": max(row["shadow_gap_worst"] for row in rows),
+        "turn_least_m": min(row["turn"] for row in rows),
+    }  # fmt: skip
+
+
+def main(few: int | None) -> None:
+    found: dict[str, Any] = {}
+    for name, walks in (("test", TEST), ("train", TRAIN)):
+        rows = []
+        for own in walks[:few]:
+            rows.append(measured(own))
+            print(name, json.dumps(rows[-1]), flush=True)
+        found[name] = {"summary": {k: round(v, 3) for k, v in summary(rows).items()}, "walks": rows}
+        print(name, json.dumps(found[name]["summary"], indent=1), flush=True)
+    if few is None:
+        write_text(FILE, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else None)
