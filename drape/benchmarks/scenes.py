@@ -57,7 +57,10 @@ def cloth_of(own: Walk) -> dict[str, float]:
     result = {}
     for name in SWINGING:
         garment = make_garment(name, rig)
-        facing, shells = garment.facing(normals), garment.shell(garment.on_body(walked.vertices), garment.facing(normals))
+        facing, shells = (
+            garment.facing(normals),
+            garment.shell(garment.on_body(walked.vertices), garment.facing(normals)),
+        )
         rest = garment.shell(garment.on_body(rig.vertices), garment.facing(rest_normals))
         moved = simulate(garment, shells, facing, rest, CLOTHS[own.cloth], POSES)
         hem = swing(moved, shells, walked.heading, POSES)[:, hem_of(garment)]
@@ -67,7 +70,7 @@ def cloth_of(own: Walk) -> dict[str, float]:
 
 
 def shadow_of(own: Walk) -> dict[str, float]:
-    """The contact shadow: share of the sky that is hidden under the feet, and cm from the feet to where it is darkest."""
+    """The contact shadow: share of the sky that is hidden, and cm from the feet to where that is darkest."""
     spec, _ = own.spec(1.0, SIZE, "skinned")
     spec = replace(spec, frames=SHADOWS, fps=SHADOWS / own.seconds)
     buffers = build_sequence(spec)
@@ -92,7 +95,12 @@ def turn_of(own: Walk) -> float:
 def measured(own: Walk) -> dict[str, Any]:
     """All numbers of a walk."""
     numbers = {**feet_of(own), **cloth_of(own), **shadow_of(own), "turn": turn_of(own)}
-    return {"walk": own.label(), "gait": own.gait, "seconds": own.seconds, **{k: round(v, 3) for k, v in numbers.items()}}
+    return {
+        "walk": own.label(),
+        "gait": own.gait,
+        "seconds": own.seconds,
+        **{k: round(v, 3) for k, v in numbers.items()},
+    }
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:

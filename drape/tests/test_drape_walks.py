@@ -21,11 +21,15 @@ from drape.scene.backgrounds import (
     read_image,
     square,
 )
+from drape.scene.body import load_rig
 from drape.scene.camera import Camera, holding
 from drape.scene.cloth import Cloth
+from drape.scene.gait import Walked, gait
+from drape.scene.gait import walk as walk_of
 from drape.scene.light import LIGHTS, light
 from drape.scene.materials import MATERIALS, albedo, levels
 from drape.scene.places import PLACES, Plate, draw, in_view, nearest, place, plate_of
+from drape.scene.plausible import contact_shadow
 from drape.scene.render import coverage, shadowed
 from drape.scene.scene import Scene
 from drape.scene.sequence import Buffers, SequenceSpec, build_sequence
@@ -180,6 +184,24 @@ def test_shadows_touch_the_feet_of_who_stands_and_fade_under_who_flies() -> None
     jogging = build_sequence(spec("overcast", "jog", fps=12, frames=12))
     depth = [darkest(jogging, t)[1] for t in range(12)]
     assert min(depth) < max(depth) - 0.1
+
+
+def test_the_distance_of_a_contact_shadow_is_that_to_the_feet() -> None:
+    own = spec("overcast")
+    buffers, walked = build_sequence(own), posed(own)
+    near = [v[v[:, 2] < v[:, 2].min() + 0.05, :2] for v in walked.vertices]
+    for t, feet in enumerate(near):
+        hidden, gap = contact_shadow(buffers, CAMERA, t, feet)
+        assert hidden > 0.5
+        assert gap < 0.12  # a pixel is about as long on the ground here
+        assert contact_shadow(buffers, CAMERA, t, feet + 1.0)[1] > 0.8
+    nothing = replace(buffers, shaded_starts=[0] * len(buffers.shaded_starts))
+    assert contact_shadow(nothing, CAMERA, 0, near[0]) == (0.0, float("inf"))
+
+
+def posed(own: SequenceSpec) -> Walked:
+    """The body of a spec in its frames."""
+    return walk_of(load_rig(own.body), gait(own.gait), own.path, own.seconds, np.arange(own.frames) / own.fps)
 
 
 def test_a_lamp_throws_a_shadow_away_from_itself() -> None:

@@ -1,7 +1,8 @@
 """A team's own walks and plates: a JSON file of walks, and photographs, clips or folders of frames behind them.
 
 A file of walks is a list of objects with the fields of `drape.walks.Walk`; only gait, path, light and place must be
-there. `elevation` and `fov` say how the camera of a plate stands and sees, in degrees; the walk is put before it.
+there. `elevation`, `fov` (degrees) and `height` (metres) say how the camera of a plate stands and sees; the walk is put
+before it, with the plate's exposure, tint and noise (`drape.scene.backgrounds.matched`).
 
     [{"gait": "stroll", "path": "towards", "light": "sun", "place": "street", "seconds": 5, "elevation": 4, "fov": 50}]
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
 from drape.errors import AssetError, ConfigError, unknown
-from drape.scene.backgrounds import plate_from_image, read_image
+from drape.scene.backgrounds import matched, plate_from_image, read_image
 from drape.scene.cloth import CLOTHS
 from drape.scene.light import light
 from drape.scene.places import PLACES
@@ -152,5 +153,5 @@ def own_scenes(
         name = plates[number % len(clips)]
         image = at_times(clip, rate, scene.buffers.frames, fps, name) if moving else clip[0]
         plate = plate_from_image(image, size, walk.spec(fps, size, engine)[0].camera, light(walk.light))
-        result.append(replace(scene, label=f"{scene.label}, {name.name}", plate=plate))
+        result.append(replace(matched(scene, plate), label=f"{scene.label}, {name.name}"))
     return result

@@ -33,7 +33,7 @@ class Standing:
     """How a walk meets the ground.
 
     Attributes:
-        sliding: metres per second, of soles that touch the ground while their foot stands, one for each foot and moment.
+        sliding: metres per second, of soles that touch the ground while their foot stands, for each foot and moment.
         flying: share of the moments at which nothing touches the ground.
         lowest: metres, the lowest that the body ever is.
     """
@@ -50,7 +50,9 @@ def foot_vertices(rig: Rig) -> dict[int, NDArray[np.int64]]:
     return {side: np.flatnonzero(foot & np.char.endswith(owner, end)) for side, end in ((1, "L"), (-1, "R"))}
 
 
-def standing(rig: Rig, g: Gait, path: str, seconds: float, times: Floats, walked: Walked, phase: float = 0.0) -> Standing:
+def standing(
+    rig: Rig, g: Gait, path: str, seconds: float, times: Floats, walked: Walked, phase: float = 0.0
+) -> Standing:
     """How a walk of `drape.scene.gait.walk` meets the ground, from poses at equal intervals.
 
     The sliding of a foot is the median speed of the vertices that touch the ground, so that it is that of the sole and
