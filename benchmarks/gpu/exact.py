@@ -85,6 +85,8 @@ def waits(bench: Bench, rig: Rig) -> None:
     scheduled, gated = (SCHEDULED[1:3], ("fbcache",)) if bench.dry else (SCHEDULED, tuple(GATED))
     plain = per_step(bench, rig, range(2, STEPS))
     bench.row("waits, plain", **plain)
+    # Each step ends with a wait of our own: a profiler that has not seen it sees nothing of the device.
+    told = bench.device.on_gpu and plain["waits"] >= 1
     arms: list[tuple[str, str, dict[str, Any], int]] = [
         (name, site, {"site": site, "computed_steps": COMPUTED}, 0)
         for site in ("hidden", "output")
@@ -101,10 +103,11 @@ def waits(bench: Bench, rig: Rig) -> None:
             found = per_step(bench, rig, skipped)
         bench.row(f"waits, {label}", **found, skipped_steps=len(skipped))
         above = {kind: found[kind] - plain[kind] for kind in found}
-        bench.holds(f"scalar reads of a skipped step, {label}", bool(skipped) and above["scalar_reads"] <= allowed)
-        if bench.device.on_gpu:
-            bench.target(f"waits of a skipped step, {label}", above["waits"], allowed)
-            bench.target(f"copies of a skipped step, {label}", above["copies"], allowed)
+        bench.holds(f"some steps are skipped, {label}", bool(skipped))
+        # On a CPU a scalar is read without waiting, and is: the timestep of each step.
+        bench.target(f"scalar reads of a skipped step, {label}", above["scalar_reads"], allowed)
+        bench.target(f"waits of a skipped step, {label}", above["waits"] if told else None, allowed)
+        bench.target(f"copies of a skipped step, {label}", above["copies"] if told else None, allowed)
 
 
 def per_step(bench: Bench, rig: Rig, steps: Sequence[int]) -> dict[str, float]:

@@ -89,6 +89,9 @@ class Arm:
     overhead: Call | None = None
 
 
+Make = Callable[[], Arm]
+
+
 @contextlib.contextmanager
 def counting(model: nn.Module) -> Iterator[Callable[[], int]]:
     """Calls so far of a layer in the last block but one, which run only where a step is computed."""
@@ -180,13 +183,9 @@ def method_arm(base: Rig, bench: Bench, name: str, site: str, steps: int, comput
 
 def leap_arm(base: Rig, steps: int, computed: int) -> Arm:
     """LEAP's scheduler with the coefficients of Euler: what it costs does not depend on their values."""
-    sigmas = [1 - k / computed for k in range(computed)]
-    lengths = [1 / computed] * computed
-    table = {
-        "timesteps": [1000 * sigma for sigma in sigmas],
-        "sigmas": sigmas,
-        "coefficients": [[-length for length in lengths[: k + 1]] for k in range(computed)],
-    }
+    levels = [1 - k / computed for k in range(computed)]
+    euler = [[1.0, *[-1 / computed] * (k + 1)] for k in range(computed)]  # over the first latents and every output
+    table = {"timesteps": [1000 * level for level in levels], "levels": levels, "guided": [euler]}
     rig = base.copy()
     rig.pipe.scheduler = hasten.LeapScheduler(tables={str(computed): table})
     return Arm(f"leap, {computed} of {steps}", rig, computed)
@@ -299,31 +298,22 @@ def flops_ratios(bench: Bench, base: Rig, steps: int, computed: int) -> dict[str
     return ratios
 
 
-def arms_of(bench: Bench, base: Rig, small: Rig, steps: int, computed: int) -> Iterator[Arm]:
-    """All arms that can be had; those that cannot are rows that say why."""
-    yield Arm(f"plain, {steps} steps", base.copy(), steps)
+def wanted(bench: Bench, base: Rig, small: Rig, steps: int, computed: int) -> Iterator[tuple[str, float, Make]]:
+    """Names of all arms, what making and calling one twice takes in plain calls, and what makes it."""
+    share = 2 * computed / steps
+    plain = f"plain, {steps} steps"
+    yield plain, 2.0, lambda: Arm(plain, base.copy(), steps)
     calibrations = calibrated(bench, base, steps)
-    wanted: list[tuple[str, Callable[[], Arm]]] = []
     for name, site in [*((name, site) for site in SITES for name in METHODS), ("taylorseer", "module")]:
-        if site not in sites_of(name):
-            continue
-        params = {"calibration": calibrations[name]} if name in calibrations else {}
-        wanted.append((
-            f"{name} {site}, {computed} of {steps}",
-            lambda name=name, site=site, params=params: method_arm(base, bench, name, site, steps, computed, **params),
-        ))  # fmt: skip
-    wanted.append((f"leap, {computed} of {steps}", lambda: leap_arm(base, steps, computed)))
+        if site in sites_of(name):
+            params = {"calibration": calibrations[name]} if name in calibrations else {}
+            key = f"{name} {site}, {computed} of {steps}"
+            yield key, share, partial(method_arm, base, bench, name, site, steps, computed, **params)
+    yield f"leap, {computed} of {steps}", share, partial(leap_arm, base, steps, computed)
     for name in SCHEDULED_PEERS:
-        wanted.append((
-            f"{name} (peer), {computed} of {steps}",
-            lambda name=name: peer_arm(base, small, name, steps, computed),
-        ))  # fmt: skip
-    wanted.append((f"first-block (peer), {computed} of {steps}", lambda: first_block_arm(base, steps, computed)))
-    for key, make in wanted:
-        try:
-            yield make()
-        except Exception as error:  # one arm's failure ends no other
-            bench.failed(key, error)
+        yield f"{name} (peer), {computed} of {steps}", share, partial(peer_arm, base, small, name, steps, computed)
+    trials = share + THRESHOLD_TRIALS / 2
+    yield f"first-block (peer), {computed} of {steps}", trials, partial(first_block_arm, base, steps, computed)
 
 
 def sites_of(name: str) -> tuple[str, ...]:
@@ -349,14 +339,21 @@ def calibrated(bench: Bench, base: Rig, steps: int) -> dict[str, Any]:
 
 
 def warmed(bench: Bench, base: Rig, small: Rig, steps: int, computed: int) -> list[Arm]:
-    """Every arm after a first call, which shows Python's part."""
+    """Every arm after a first call, which shows Python's part; as many as there is time to call once more."""
     arms: list[Arm] = []
-    for arm in arms_of(bench, base, small, steps, computed):
-        try:
-            arm.overhead = called(bench.device, arm, waiting=True)
-        except Exception as error:
-            bench.failed(arm.name, error)
+    plain_seconds = 0.0
+    for key, plain_calls, make in wanted(bench, base, small, steps, computed):
+        again = sum(arm.overhead.total_ms for arm in arms if arm.overhead is not None) / 1e3
+        if not bench.has_time(again + plain_calls * plain_seconds, key):
             continue
+        try:
+            arm = make()
+            arm.overhead = called(bench.device, arm, waiting=True)
+        except Exception as error:  # one arm's failure ends no other
+            bench.failed(key, error)
+            continue
+        if not arms and key.startswith("plain"):
+            plain_seconds = arm.overhead.total_ms / 1e3
         arms.append(arm)
     return arms
 
@@ -369,10 +366,15 @@ def called(device: Device, arm: Arm, waiting: bool = False) -> Call:
 
 
 def in_turn(bench: Bench, arms: list[Arm], steps: int, ratios: dict[str, float]) -> None:
-    """One timed call of each arm; the plain one comes first."""
+    """One timed call of each arm; the plain one, if it could be had, comes first."""
+    plain = next((arm for arm in arms if arm.name.startswith("plain")), None)
     for arm in arms:
-        arm.calls.append(called(bench.device, arm))
-        report(bench, arm, arms[0], ratios.get("leap" if arm.name.startswith("leap") else arm.site))
+        try:
+            arm.calls.append(called(bench.device, arm))
+        except Exception as error:
+            bench.failed(arm.name, error)
+            continue
+        report(bench, arm, plain or arm, ratios.get("leap" if arm.name.startswith("leap") else arm.site))
     judge_peers(bench, arms)
 
 
@@ -380,28 +382,33 @@ def measure_compiled(bench: Bench, base: Rig, steps: int, computed: int, ratios:
     """A few arms on compiled blocks; the same compiled transformer serves them one after another."""
     rig = base.copy()
     rig.pipe.transformer.compile_repeated_blocks(**({"backend": "eager"} if bench.dry else {}))
+    rig.draw(2)  # compiles
     plain: Arm | None = None
     for name, site in COMPILED:
         key = f"compiled blocks: {name} {site}".strip() + f", {steps} steps"
         try:
             with contextlib.ExitStack() as stack:
-                counted = None
+                run = None
                 if site:
                     run = stack.enter_context(hasten.accelerate(rig.pipe, name, site=site, computed_steps=computed))
-                    counted = lambda run=run: len({r.step for r in run.records if r.computed})  # noqa: E731
                 arm = Arm(key, rig, steps, site)
-                rig.draw(steps)
-                if site:
-                    run.reset()
                 arm.overhead = timed(bench.device, rig, steps, waiting=True)
-                if site:
-                    run.reset()
-                arm.calls.append(timed(bench.device, rig, steps, counted=counted))
+                arm.calls.append(timed(bench.device, rig, steps))
+                if run is not None:
+                    arm.overhead.computed, arm.calls[0].computed = told_by(run)
         except Exception as error:
             bench.failed(key, error)
             continue
         plain = plain or arm
         report(bench, arm, plain, ratios.get(site))
+
+
+def told_by(run: Any) -> list[list[bool]]:
+    """Whether each step was computed, run by run. Reading it waits for the device: not within a timed call."""
+    runs: dict[int, dict[int, bool]] = {}
+    for record in run.records:
+        runs.setdefault(record.run, {})[record.step] = record.computed
+    return [list(steps.values()) for steps in runs.values()]
 
 
 def report(bench: Bench, arm: Arm, plain: Arm, flops_ratio: float | None) -> None:
@@ -453,9 +460,9 @@ def middle(values: Any) -> float | None:
 
 def judge_peers(bench: Bench, arms: list[Arm]) -> None:
     """Whether hasten's methods at the same sites are faster than every peer that computes as many steps or more."""
-    own = [arm for arm in arms if arm.site in SITES]
-    for peer in (arm for arm in arms if "(peer)" in arm.name):
-        rows = [bench.rows[arm.name] for arm in own]
+    measured = [arm for arm in arms if "total_ms" in bench.rows.get(arm.name, {})]
+    rows = [bench.rows[arm.name] for arm in measured if arm.site in SITES]
+    for peer in (arm for arm in measured if rows and "(peer)" in arm.name):
         theirs = bench.rows[peer.name]
         if theirs["computed_steps"] < rows[0]["computed_steps"]:
             theirs["note"] = "computes fewer steps: not compared"

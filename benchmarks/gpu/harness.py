@@ -223,8 +223,19 @@ def _run(plan: Plan, bench: Bench) -> str:
         traceback.print_exc()
         bench.write("failed", one_line(error))
         return "failed"
+    wrong = found_wrong(bench) if bench.dry else []
+    if wrong:  # a dry run is there to find what would be lost on a GPU
+        bench.write("failed", "; ".join(wrong))
+        return "failed"
     bench.write("done")
     return "done"
+
+
+def found_wrong(bench: Bench) -> list[str]:
+    """Rows of a section that failed, but for a package that is not installed, and what does not hold."""
+    rows = [f"{name}: {row['failed']}" for name, row in bench.rows.items() if "failed" in row]
+    untrue = [f"{name} does not hold" for name, target in bench.targets.items() if target["passed"] is False]
+    return [row for row in rows if "not installed" not in row] + untrue
 
 
 def already_done(path: Path, dry: bool) -> bool:

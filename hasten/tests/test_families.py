@@ -86,7 +86,10 @@ def test_the_probe_wires_every_family_as_its_entry_does(family, monkeypatch):
         assert (found[stack.name].returns, found[stack.name].hidden) == (stack.returns, stack.hidden)
 
 
-@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "Flux2Transformer2DModel", "WanTransformer3DModel"])
+@pytest.mark.parametrize(
+    "name",
+    ["QwenImageTransformer2DModel", "SD3Transformer2DModel", "Flux2Transformer2DModel", "WanTransformer3DModel"],
+)
 @pytest.mark.parametrize("site", SITES)
 def test_memory_is_what_was_estimated(name, site):
     model = tiny.build(name)

@@ -201,6 +201,27 @@ def test_easycache_expects_more_change_where_the_result_moves_faster_than_its_in
     assert len(computed(follow(gate, growing(30)))) == 12
 
 
+def test_easycache_decides_alike_where_latents_and_results_lie_in_fixed_buffers():
+    """As in a loop around a captured graph: what the gate was given is written over before the next step."""
+
+    def decided(fixed):
+        gate = hasten.EasyCache(threshold=0.25, interval=99, schedule="uniform").gate()
+        gate.begin(12)
+        last, found, given = None, [], list(growing(12))
+        x, result = torch.zeros_like(given[0]), torch.zeros_like(given[0])
+        for step, tensor in enumerate(given):
+            x = x.copy_(tensor) if fixed else tensor
+            decision = gate.decide(step, last, x)
+            if decision.computed:
+                last, result = step, result.copy_(tensor**2) if fixed else tensor**2
+                gate.computed(step, result)
+            found.append((decision.computed, decision.indicator))
+        return found
+
+    assert decided(fixed=True) == decided(fixed=False)
+    assert not all(computed for computed, _ in decided(fixed=True))
+
+
 def drafted(error, total=20, **params):
     """Decisions of SpeCa's gate when every draft is off by `error`."""
     gate = hasten.SpeCa(**{"threshold": 0.1, "warmup": 1, "interval": 99, "least": 0, **params}).gate()

@@ -40,6 +40,15 @@ def test_steps_are_the_formula_and_keep_what_others_did():
     assert torch.allclose(other.advance(1, x1 + 10, v1, None), 0.8 * x0 + 0.2 * v0 + 0.7 * v1 + 10)
 
 
+def test_what_is_kept_is_nobody_elses():
+    """Captured graphs, and loops with fixed buffers, write latents and results where those of the step before were."""
+    rows, levels = [[0.9, 0.5], [0.8, 0.2, 0.7]], [1.0, 0.5, 0.0]
+    formula, x, v = Learned(rows, levels, "flow_prediction", 1), torch.tensor([1.0]), torch.tensor([2.0])
+    x.copy_(formula.advance(0, x, v, None))
+    v.fill_(3.0)
+    assert torch.allclose(formula.advance(1, x, v, None), torch.tensor([0.8 * 1.0 + 0.2 * 2.0 + 0.7 * 3.0]))
+
+
 def test_a_variance_preserving_state_hands_on_what_others_did_as_ddim_does():
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(2)

@@ -14,6 +14,7 @@ import torch.multiprocessing
 from diffusers import ContextParallelConfig
 from tiny import TINY, build, first
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import hasten
 from hasten.caching import Uniform, computed_steps
@@ -106,6 +107,29 @@ def test_two_devices_decide_and_answer_as_one(tmp_path, before):
             assert their_held == (held // WORLD if shares else held), case
         assert torch.equal(ranks[0][i][0], ranks[1][i][0]), case
         assert not torch.allclose(alone, plain, atol=1e-5), case  # else nothing would have been shown
+
+
+SHARDED = [("hicache", {}), ("taylorseer", {"site": "module"}), ("fbcache", {}), ("teacache", {}), ("speca", {})]
+
+
+def test_a_fully_sharded_transformer_decides_and_answers_as_a_plain_one(tmp_path):
+    """Its blocks bring their weights in hooks of their own, which nothing may pass by."""
+    family, model = FAMILIES[0], build(FAMILIES[0])
+    expected = []
+    for method, params in SHARDED:
+        with hasten.accelerate(model, method, interval=3, **params) as run:
+            expected.append((sample(family, model), [record.computed for record in run.records]))
+    _start(0, 1, str(tmp_path))
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks, model):
+            fully_shard(block, mesh=mesh)
+        for (method, params), (latents, decisions) in zip(SHARDED, expected, strict=True):
+            with hasten.accelerate(model, method, interval=3, **params) as run:
+                assert torch.allclose(sample(family, model), latents, atol=1e-5), method
+                assert [record.computed for record in run.records] == decisions
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_devices_measure_of_equal_tokens_is_what_one_measures(monkeypatch):

@@ -26,7 +26,7 @@ from torch import nn
 import hasten
 from hasten import registry
 from hasten.caching import Uniform, computed_steps
-from hasten.errors import HastenError, HastenWarning, ScheduleError
+from hasten.errors import HastenError, HastenWarning, ScheduleError, TargetError
 
 SITES = ("hidden", "output", "module")
 METHODS = ["reuse", "taylorseer", "hicache", "foca"]
@@ -618,10 +618,23 @@ def test_another_transformer_put_into_the_pipeline_runs_as_it_is(pipe):
     assert torch.equal(draw(pipe), plain)
 
 
-@pytest.mark.parametrize("make_copy", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
+def replica(model):
+    """What `nn.DataParallel` makes of each module of a model, for each device."""
+    return model._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, pickle.dumps, replica], ids=["deepcopy", "pickle", "replica"])
 def test_an_accelerated_transformer_refuses_to_be_copied(pipe, make_copy):
     with hasten.accelerate(pipe, "reuse", interval=3), pytest.raises(HastenError, match=r"remove\(\)"):
         make_copy(pipe.transformer)
+
+
+def test_what_spreads_a_transformer_over_devices_is_named(pipe):
+    around = nn.DataParallel(pipe.transformer)
+    pipe.transformer = around
+    for target in (pipe, around):
+        with pytest.raises(TargetError, match=r"inside of a DataParallel, .* a pipeline of its own"):
+            hasten.accelerate(target, "reuse", interval=3)
 
 
 def test_a_copy_made_before_or_after_is_a_model_of_its_own(pipe):

@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hasten.errors import AdapterError
 from hasten.pipeline.runs import Runs
 from hasten.pipeline.view import Caller, Owner, PipelineView, alive, current_owner
 
@@ -295,3 +297,12 @@ def test_looking_for_the_owner_keeps_no_tensor_of_the_call_alive():
     tracker = runs()
     Holds(FlowMatchEulerDiscreteScheduler())(lambda t: tracker.label(t, LATENTS))
     assert gone[1]
+
+
+def test_a_timestep_without_numbers_is_named():
+    latents = torch.zeros(1, 4, device="meta")
+    with pytest.raises(AdapterError, match="without numbers"):
+        Runs(nn.Identity()).label(torch.ones(1, device="meta"), latents)
+    with FakeTensorMode(), pytest.raises(AdapterError, match="without numbers"):
+        Runs(nn.Identity()).label(torch.ones(1), latents)
+    assert Runs(nn.Identity()).label(torch.ones(1), latents)[1].timestep == 1.0

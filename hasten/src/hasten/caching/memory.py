@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hasten.caching.components import Components, FeatureKey
-from hasten.caching.sums import fused_on, inner_product, map_tokens
+from hasten.caching.sums import buffer_for, fused_on, inner_product, map_tokens
 from hasten.models import FinalNorm, TokenLayout
 
 __all__ = ["Listener", "PassMemory", "finite"]
@@ -56,12 +56,11 @@ class _Ring:
             by how many bytes the buffers have grown.
         """
         grown = 0
-        buffer = self.features.pop() if len(self.features) == self.size else None
-        if buffer is None or not _alike(buffer, feature):
-            grown = feature.nbytes - (0 if buffer is None else buffer.nbytes)
+        oldest = self.features.pop() if len(self.features) == self.size else None
+        buffer = buffer_for(feature, oldest)
+        if buffer is not oldest:
+            grown = buffer.nbytes - (0 if oldest is None else oldest.nbytes)
             fused_on(feature.device)  # what compiles and waits does so here, not on a skipped step
-            with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
-                buffer = torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
         if norm is None:
             buffer.copy_(feature.detach())
         else:
@@ -86,11 +85,6 @@ class _Ring:
         gram[1:, 1:] = self.gram[: size - 1, : size - 1]
         gram[0] = gram[:, 0] = row
         self.gram = gram
-
-
-def _alike(buffer: Tensor, feature: Tensor) -> bool:
-    """Whether a buffer can hold a feature; a module's output may change its size within a run."""
-    return buffer.shape == feature.shape and buffer.dtype == feature.dtype and buffer.device == feature.device
 
 
 class PassMemory:

@@ -319,7 +319,7 @@ class ModuleSite(PlainSite):
             for i, block in enumerate(stack.blocks(self._model)):
                 for name in (*forecast, *stack.modules.skip):
                     owner = owner_of(block, name)
-                    if owner is not None and owner._modules[name] is not None:
+                    if owner is not None and _has(block, name):
                         key = f"{stack.name}.{i}.{name}"
                         proxy = _Submodule(getattr(owner, name), self, key, name in forecast)
                         proxies.append((owner, name, proxy))
@@ -373,9 +373,16 @@ class ModuleSite(PlainSite):
         numbers = 0
         for stack in self.adapter.used(self._model):
             assert stack.modules is not None
-            per_block = sum(tokens[kind] for _, kinds in stack.modules.forecast for kind in kinds)
-            numbers += per_block * len(stack.blocks(self._model))
+            for block in stack.blocks(self._model):
+                kept = [kinds for name, kinds in stack.modules.forecast if _has(block, name)]
+                numbers += sum(tokens[kind] for kinds in kept for kind in kinds)
         return batch * numbers * self.adapter.width_of(self._model)
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    """Whether a block, or what it wraps, has a submodule; last blocks often lack one, or have None in its place."""
+    owner = owner_of(block, name)
+    return owner is not None and owner._modules[name] is not None
 
 
 class _NotRecordedError(Exception):

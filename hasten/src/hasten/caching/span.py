@@ -74,7 +74,7 @@ def modulated_input(block: nn.Module, stack: BlockStack, args: Any, kwargs: Any)
         [(owner, attention, _Capture(getattr(owner, attention), streams.index("image") if "image" in streams else 0))]
     ):
         try:
-            eager.forward(*args, **kwargs)
+            eager._call_impl(*args, **kwargs)  # with its hooks: they may bring the weights (`fully_shard`)
         except _Seen as seen:
             return seen.tensor
     raise AdapterError(f"{type(block).__name__} ran without calling its {attention!r}; describe its attention first")

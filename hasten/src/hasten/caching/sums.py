@@ -18,7 +18,17 @@ from torch import Tensor
 
 from hasten.errors import HastenWarning
 
-__all__ = ["Weight", "add_into", "fused_on", "inner_product", "magnitude", "map_tokens", "weighted_sum"]
+__all__ = [
+    "Weight",
+    "add_into",
+    "buffer_for",
+    "fused_on",
+    "inner_product",
+    "magnitude",
+    "map_tokens",
+    "weighted_sum",
+    "written",
+]
 
 Weight = float | Tensor  # of a whole feature, or `[D]` float32 of its channels; in a traced graph also `[]`
 CHUNK = {"cpu": 1 << 16}  # numbers that are summed at a time; on the host they stay in the second-level cache
@@ -57,6 +67,27 @@ def add_into(total: Tensor, other: Tensor) -> Tensor:
     if torch.result_type(total, other) != total.dtype or total.shape != other.shape:
         return total + other
     return total.add_(other)
+
+
+def buffer_for(tensor: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """Memory of our own that can hold a tensor, contiguous: `buffer` if that can, else new.
+
+    What pipelines, models and captured graphs hand us they write into again; whatever is kept beyond a forward is kept
+    in such a buffer.
+    """
+    if buffer is not None and (buffer.shape, buffer.dtype, buffer.device) == (
+        tensor.shape,
+        tensor.dtype,
+        tensor.device,
+    ):
+        return buffer
+    with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def written(buffer: Tensor | None, tensor: Tensor) -> Tensor:
+    """A copy of a tensor, in the place of what a buffer held if it fits in there."""
+    return buffer_for(tensor, buffer).copy_(tensor.detach())
 
 
 def map_tokens(function: Callable[[Tensor], Tensor], tokens: Tensor, out: Tensor) -> None:

@@ -22,7 +22,7 @@ def copy_error(module: Any) -> CopyError:
     """Why an accelerated module cannot be copied."""
     return CopyError(
         f"this {type(module).__name__} is accelerated, and a copy would run the original; "
-        "call .remove() on the handle that accelerate() returned before you copy or pickle it"
+        "call .remove() on the handle that accelerate() returned before you copy, pickle or replicate it"
     )
 
 

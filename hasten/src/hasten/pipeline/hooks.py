@@ -93,6 +93,8 @@ class _HookedCalls:
             return call(*args, **kwargs)  # one frame down, or `compile()` would unwrap and trace what is disabled
 
         self._ours: dict[str, Any] = {_KEY: self, "_call_impl": call_impl, "compile": self._compile}
+        # `nn.DataParallel` copies modules so, for each call; the copies would all run the original.
+        self._ours["_replicate_for_data_parallel"] = self._replicate
         # Pipelines call it at their end where a denoiser has it, which UNets do not.
         self._ours["_reset_stateful_cache"] = self._reset_stateful_cache
         for name, method in (("cache_context", self._cache_context), ("enable_cache", self._enable_cache)):
@@ -189,6 +191,9 @@ class _HookedCalls:
             _active(hook).end_run()
         if hasattr(type(self.module), "_reset_stateful_cache"):
             self._original("_reset_stateful_cache")(*args, **kwargs)
+
+    def _replicate(self) -> Any:
+        raise copy_error(self.module)
 
     def _original(self, name: str) -> Any:
         return self._before.get(name) or functools.partial(getattr(type(self.module), name), self.module)

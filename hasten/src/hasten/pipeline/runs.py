@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from hasten.errors import AdapterError
 from hasten.pipeline.view import Caller, Owner, PipelineView, alive, current_owner, same_memory
 
 __all__ = ["Run", "Runs", "StepInfo", "sample_shape", "signature"]
@@ -219,7 +221,16 @@ def _place_in(entries: Tensor | None, timestep: Any) -> int | None:
 
 
 def _read(timestep: Any) -> tuple[float, float]:
-    """Latest and mean of the numbers of a timestep. Waits for the device."""
+    """Latest and mean of the numbers of a timestep. Waits for the device.
+
+    Raises:
+        AdapterError: if it has none: a tensor on `meta`, or one of a `FakeTensorMode`.
+    """
+    if isinstance(timestep, FakeTensor) or (type(timestep) is Tensor and timestep.is_meta):
+        raise AdapterError(
+            "the timestep is a tensor without numbers (on meta, or of a FakeTensorMode), and steps are told apart by "
+            "them; give it as a number or as a tensor of the host"
+        )
     if not isinstance(timestep, Tensor) or timestep.numel() == 1:
         return float(timestep), float(timestep)
     latest, mean = torch.stack([timestep.max().float(), timestep.float().mean()]).tolist()

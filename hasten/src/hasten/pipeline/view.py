@@ -50,6 +50,14 @@ class Owner(NamedTuple):
     frame: int | None
 
 
+# What spreads a module over devices, and why nothing is skipped around it.
+WRAPPERS = {
+    "DataParallel": "copies it to every device in each call, so that a cache has nothing to stay on; give each device "
+    "a pipeline of its own",
+    "DistributedDataParallel": "is for training; accelerate what it wraps, its .module",
+    "FullyShardedDataParallel": "stands in front of it; accelerate what it wraps, its .module, or use fully_shard",
+}
+
 # By identity, since comparing code objects costs; holding them keeps an identity from being given to another one.
 _known: dict[int, tuple[CodeType, bool]] = {}
 
@@ -164,11 +172,14 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
     """The denoisers of a pipeline by name, unwrapped; a bare one by the name of its class.
 
     Raises:
-        TargetError: if there is none.
+        TargetError: if there is none, or it is inside of what spreads it over devices.
     """
     if isinstance(target, nn.Module):
+        _refuse_wrapper("the denoiser", target)
         return {type(unwrap(target)).__name__: unwrap(target)}
     found = {name: unwrap(getattr(target, name, None)) for name in DENOISERS}
+    for name, module in found.items():
+        _refuse_wrapper(f"pipe.{name}", module)
     modules = {
         name: module
         for name, module in found.items()
@@ -185,6 +196,12 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
             f"{', '.join(DENOISERS)}, or the transformer or UNet itself"
         )
     return modules
+
+
+def _refuse_wrapper(name: str, module: Any) -> None:
+    kind = type(unwrap(module)).__name__
+    if kind in WRAPPERS and isinstance(getattr(module, "module", None), nn.Module):
+        raise TargetError(f"{name} is inside of a {kind}, which {WRAPPERS[kind]}")
 
 
 def _takes_a_timestep(module: nn.Module) -> bool:

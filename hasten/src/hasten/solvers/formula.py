@@ -58,8 +58,9 @@ class Learned:
         self._known: list[Tensor] = []
 
     def advance(self, k: int, state: Tensor, output: Tensor, apart: Tensor | None) -> Tensor:
-        self._known = self._known or [state]
-        self._known.append(output)
+        # Copies: fixed buffers of a loop and of captured graphs are written over by the next evaluation.
+        self._known = self._known or [state.clone()]
+        self._known.append(output.clone())
         if self.columns == 2:
             assert apart is not None
             self._known.append(apart)

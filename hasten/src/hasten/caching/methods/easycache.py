@@ -24,7 +24,7 @@ from torch import Tensor
 from hasten.caching.adaptive import AdaptiveMethod
 from hasten.caching.gates import TINY, Gate, ThresholdGate
 from hasten.caching.method import Feature
-from hasten.caching.sums import magnitude
+from hasten.caching.sums import magnitude, written
 from hasten.registry import method
 
 __all__ = ["EasyCache"]
@@ -35,7 +35,8 @@ class RateGate(ThresholdGate):
 
     def begin(self, total: int | None) -> None:
         super().begin(total)
-        self._x: Tensor | None = None
+        # Copies, in buffers that are written over: captured graphs and loops with fixed buffers write into theirs.
+        self._x: Tensor | None = None  # of the step before
         self._computed: tuple[Tensor, Tensor] | None = None  # input and result of the newest computed step
         # Magnitudes that a computed step settles, on the device: change of the result and of the input since the one
         # before, and the result. They are ratios of means over equal numbers of elements, and so of sums.
@@ -43,10 +44,13 @@ class RateGate(ThresholdGate):
         self._error = 0.0
 
     def measure(self, step: int, observed: Tensor | None) -> float | None:
-        previous, self._x = self._x, observed
-        if previous is None or observed is None or previous.shape != observed.shape or self._scales is None:
+        assert observed is not None
+        x, scales = self._x, self._scales
+        moved = magnitude(observed - x)[None] if x is not None and x.shape == observed.shape else None
+        self._x = written(x, observed)
+        if moved is None or scales is None:
             return None
-        sums = self.reduce(torch.cat([self._scales, magnitude(observed - previous)[None]])).tolist()
+        sums = self.reduce(torch.cat([scales, moved])).tolist()
         result_change, input_change, result, change = sums
         self._error += result_change / max(input_change, TINY) * change / max(result, TINY)
         return self._error
@@ -57,11 +61,12 @@ class RateGate(ThresholdGate):
 
     def computed(self, step: int, output: Tensor) -> None:
         assert self._x is not None
-        x, before, self._computed = self._x, self._computed, (self._x, output)
-        self._scales = None
+        x, before, self._scales = self._x, self._computed, None
         if before is not None and before[0].shape == x.shape and before[1].shape == output.shape:
             changes = (output - before[1], x - before[0], output)
             self._scales = torch.stack([magnitude(change) for change in changes])
+        old = (None, None) if before is None else before
+        self._computed = written(old[0], x), written(old[1], output)
 
     def held(self) -> Iterable[Tensor]:
         return [*(self._computed or ()), *(() if self._x is None else (self._x,))]
