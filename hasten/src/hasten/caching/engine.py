@@ -140,7 +140,7 @@ class CachingEngine(Hook):
             self._remove()
             self._numbers.settle()
             self.runs.end()
-            self._remove = self._state = self._memory = self.listener = None
+            self._remove = self._state = self._memory = self.listener = self._check = None
             del self.model, self.site, self.runs
 
     @property
