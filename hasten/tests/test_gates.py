@@ -132,6 +132,7 @@ def test_what_a_gate_says_beforehand_is_what_it_does(params, all_of_them):
 def test_a_warmup_longer_than_the_run_is_refused():
     with pytest.raises(ScheduleError, match="longer than the run of 3"):
         Given([], warmup=5).begin(3)
+    Given([], warmup=5, interval=1).begin(3)  # computes every step, however few there are
 
 
 def test_teacache_adds_up_changes_and_a_computed_step_starts_again():

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.caching.schedule import Decision, Schedule, computed_steps
+from hasten.caching.schedule import Decision, Schedule, check_warmup, computed_steps
 from hasten.caching.sums import magnitude
-from hasten.errors import ScheduleError
 
 __all__ = ["Gate", "Scheduled", "ThresholdGate", "relative_change"]
 
@@ -87,11 +86,8 @@ class ThresholdGate(Gate):
 
     def begin(self, total: int | None) -> None:
         super().begin(total)
-        if total is not None and self._warmup > total:
-            raise ScheduleError(
-                f"a warm-up of {self._warmup} computed steps is longer than the run of {total} steps; "
-                f"use warmup={max(1, total // 3)} or run more steps"
-            )
+        if total is not None and self._interval > 1:  # else every step is computed, however few there are
+            check_warmup(self._warmup, total)
 
     @abstractmethod
     def measure(self, step: int, observed: Tensor | None) -> float | None:

@@ -20,6 +20,7 @@ __all__ = [
     "Spread",
     "Uniform",
     "UniformCount",
+    "check_warmup",
     "computed_steps",
     "learned_list",
     "spread",
@@ -82,11 +83,8 @@ class Uniform(Declared):
             if self.last:
                 raise _needs_total("schedule 'last'")
             return self
-        if self.warmup > total:
-            raise ScheduleError(
-                f"a warm-up of {self.warmup} computed steps is longer than the run of {total} steps; "
-                f"use warmup={max(1, total // 3)} or run more steps"
-            )
+        if self.interval > 1:  # else every step is computed, however few there are
+            check_warmup(self.warmup, total)
         return Explicit((*sorted({*_follow(self, total), total - 1}),)) if self.last else self
 
 
@@ -118,7 +116,7 @@ class UniformCount(Declared):
     def for_run(self, total: int | None) -> Schedule:
         if total is None:
             raise _needs_total(f"computed_steps={self.count}")
-        Uniform(1, self.warmup).for_run(total)  # refuses a warm-up that is too long
+        check_warmup(self.warmup, total)
         known: dict[int, int] = {}
         rest = total - self.warmup
         for interval in range(1, total + 1):
@@ -177,6 +175,19 @@ def spread(count: int, total: int, power: float = 1.0) -> tuple[int, ...]:
     for i in range(count - 1, 0, -1):
         steps[i] = min(steps[i], total - count + i)
     return tuple(steps)
+
+
+def check_warmup(warmup: int, total: int) -> None:
+    """Refuse a warm-up that is longer than a run of `total` steps.
+
+    Raises:
+        ScheduleError: if it is.
+    """
+    if warmup > total:
+        raise ScheduleError(
+            f"a warm-up of {warmup} computed steps is longer than the run of {total} steps; "
+            f"use warmup={max(1, total // 3)} or run more steps"
+        )
 
 
 def _needs_total(what: str) -> ScheduleError:
