@@ -5,6 +5,7 @@ They stand here and not in `conftest.py` because both projects have a file of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,23 @@ def make_pipe(seed: int = 0) -> Any:
     pipe = build_pipeline(data.captions, data.images, width=32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def asking(pipe: Any, call: Callable[[], Any], answers: list[Tensor] | None = None) -> Callable[..., Any]:
+    """A callback that asks the transformer itself, after every step, what `call` asked it first; keeps the answers."""
+    asked: list[dict[str, Any]] = []
+    looking = pipe.transformer.register_forward_pre_hook(lambda *given: asked.append(given[2]), with_kwargs=True)
+    call()
+    looking.remove()
+
+    def callback(_pipe: Any, _index: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        with torch.no_grad():
+            answer = pipe.transformer(**asked[0])[0]
+        if answers is not None:
+            answers.append(answer)
+        return kwargs
+
+    return callback
 
 
 def draw(pipe: Any, steps: int = 12, prompt: Any = "red apple", seed: int = 0, **kwargs: Any) -> Tensor:

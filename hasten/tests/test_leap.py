@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import warnings
+import weakref
 from itertools import pairwise
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, UniPCMultistepScheduler
-from pipelines import draw, make_pipe
+from pipelines import asking, draw, make_pipe
 from solvable import STEPS, Toy, noise, relative, toy_call
 
 import hasten
@@ -228,6 +230,19 @@ def fitted():
     return fit_leap(make_pipe(), [call(0, 1), call(2, 3)], [3, 5], trials=8, rounds=1)
 
 
+def test_a_removed_handle_lets_go_of_model_and_pipeline(fitted):
+    pipe = make_pipe()
+    run = hasten.accelerate(pipe, hasten.Leap(fitted))
+    draw(pipe, 3)
+    gone = [weakref.ref(pipe), weakref.ref(pipe.transformer)]
+    run.remove()
+    run.remove()
+    del pipe
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 2
+    assert run.summary().steps == 3
+
+
 def norm_error(pipe, scheduler, steps, reference, **more):
     original, pipe.scheduler = pipe.scheduler, scheduler
     try:
@@ -257,6 +272,9 @@ def test_true_guidance_of_a_pipeline_is_seen_and_learned():
     plain = norm_error(pipe, pipe.scheduler, 4, reference, **guidance)
     with hasten.accelerate(pipe, hasten.Leap(own)):
         assert norm_error(pipe, pipe.scheduler, 4, reference, **guidance) < 0.6 * plain
+        right = draw(pipe, 4, **guidance | {"negative_prompt": "banana"})
+        asked = asking(pipe, lambda: draw(pipe, 4, **guidance | {"negative_prompt": "banana"}))
+        assert torch.equal(draw(pipe, 4, **guidance | {"negative_prompt": "banana"}, callback_on_step_end=asked), right)
 
 
 def test_half_precision_is_near_to_single(fitted):

@@ -4,6 +4,7 @@ sections of long videos. Each of them gives what it gives on a fresh pipeline.""
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
 import warnings
@@ -20,7 +21,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from endless import Endless, Growth
-from pipelines import draw, make_pipe
+from pipelines import asking, draw, make_pipe
 
 import hasten
 from hasten.caching import Uniform, computed_steps
@@ -141,6 +142,31 @@ def test_threads_over_one_transformer_are_as_if_alone(method, params):
     assert not failed
     for i, right in enumerate(expected):
         assert all(torch.equal(latents, right) for latents in got[i])
+
+
+@pytest.mark.parametrize("how", ["function", "partial", "decorated", "object"])
+@pytest.mark.parametrize(
+    "method",
+    [hasten.TaylorSeer(interval=4), hasten.FBCache(threshold=0.4), hasten.Fresco(stages=(4, 4, 4), shares=0.4)],
+)
+def test_what_a_callback_asks_the_transformer_is_no_step(method, how):
+    """It is computed in full, and changes neither the image nor the records."""
+    pipe = make_pipe()
+    answers = []
+    asks = asking(pipe, lambda: draw(pipe, **A), answers)
+    asks(None, 0, None, {})
+    callback = {
+        "function": asks,
+        "partial": functools.partial(asks),
+        "decorated": torch.no_grad()(asks),
+        "object": type("Callback", (), {"__call__": lambda _, *given: asks(*given)})(),
+    }[how]
+    with hasten.accelerate(pipe, method) as run:
+        right, steps = draw(pipe, **A), run.summary().steps
+        assert torch.equal(draw(pipe, **A, callback_on_step_end=callback), right)
+        assert run.summary().steps == steps == 12
+    assert len(answers) == 13
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 
 class Heun(FlowMatchHeunDiscreteScheduler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from itertools import pairwise
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 import hasten
-from hasten.errors import AlreadyAcceleratedError, ConfigError, TargetError
+from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenWarning, TargetError
 from hasten.pipeline import runs, view
 
 METHODS = {
@@ -223,6 +224,36 @@ def test_a_copied_scheduler_takes_its_own_steps(pipe: Any) -> None:
         copied.step(sample, copied.timesteps[0], sample)
         assert copied.step_index == 1
         assert pipe.scheduler.step_index is None
+
+
+def test_a_pipeline_with_a_shallow_copy_of_the_scheduler_takes_its_own_steps(pipe: Any) -> None:
+    plain = generate(pipe)
+    with hasten.accelerate(pipe, METHODS["fresco"]):
+        coarse = generate(pipe)
+        second = other(pipe)
+        second.scheduler = copy.copy(pipe.scheduler)
+        assert torch.equal(generate(second), plain)
+        assert torch.equal(generate(pipe), coarse)
+
+
+def test_calls_with_gradients_are_plain_whatever_the_pipeline_was_given(pipe: Any) -> None:
+    """Among them those of a transformer whose pipeline has another scheduler by now."""
+    calls: list[dict[str, Any]] = []
+    looking = pipe.transformer.register_forward_pre_hook(lambda *given: calls.append(given[2]), with_kwargs=True)
+    generate(pipe)
+    looking.remove()
+    plain = pipe.transformer(**calls[0])[0]
+    with hasten.accelerate(pipe, METHODS["fresco"]) as run:
+        pipe.scheduler = copy.deepcopy(pipe.scheduler)
+        pipe.scheduler.set_timesteps(4, mu=1.0)
+        with pytest.warns(HastenWarning, match="called with gradients enabled"):
+            first = pipe.transformer(**calls[0])[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            second = pipe.transformer(**calls[0])[0]
+        assert torch.equal(first, plain)
+        assert torch.equal(second, plain)
+        assert not run.stages.records
 
 
 def test_compiled_transformers_are_refused(pipe: Any) -> None:

@@ -40,10 +40,6 @@ WHOLE = (
     "uncompiled; compile its blocks instead, transformer.compile_repeated_blocks(), or use a method with a schedule at "
     "site 'hidden' or 'output'"
 )
-GRADIENTS = (
-    "an accelerated transformer was called with gradients enabled: forecasts have none, so it is computed in full; "
-    "call it under torch.no_grad() to be faster, or .remove() the acceleration to train"
-)
 MOST_KEYS = 4096  # feature keys whose components are kept
 LARGE = 256 * 2**20  # bytes that are worth a word before they are kept
 
@@ -163,11 +159,13 @@ class CachingEngine(Hook):
 
     def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The transformer's result, computed or forecast."""
-        if torch.is_grad_enabled():
-            self._warn("gradients", GRADIENTS)
+        if self.has_gradients(module):
             return (self.site.compiled or forward)(*args, **kwargs)
         hidden = self._arguments.latents(args, kwargs)
-        run, info = self.runs.label(self._arguments.timestep(args, kwargs), hidden, pass_name(module))
+        labelled = self.runs.label(self._arguments.timestep(args, kwargs), hidden, pass_name(module))
+        if labelled is None:
+            return (self.site.compiled or forward)(*args, **kwargs)
+        run, info = labelled
         device = _device(hidden)
         start = started(device)
         try:

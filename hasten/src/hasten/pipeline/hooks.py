@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,9 +22,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hasten.errors import AlreadyAcceleratedError
+from hasten.errors import AlreadyAcceleratedError, HastenWarning
 from hasten.pipeline.bypass import Watch, copy_error
 from hasten.pipeline.compiled import one_graph_error
+from hasten.pipeline.view import Caller
 
 __all__ = [
     "Forward",
@@ -44,6 +46,10 @@ Forward = Callable[..., Any]
 Remove = Callable[[], None]
 
 _KEY = "_hasten"
+GRADIENTS = (
+    "an accelerated transformer was called with gradients enabled: forecasts have none, so it is computed in full; "
+    "call it under torch.no_grad() to be faster, or .remove() the acceleration to train"
+)
 
 
 class Hook(ABC):
@@ -68,6 +74,17 @@ class Hook(ABC):
             forward: runs what is inside of this hook, in the end the module's own call.
             args, kwargs: of the call.
         """
+
+    _told = False
+
+    def has_gradients(self, module: Any) -> bool:
+        """Whether gradients are enabled, with which a call is the module's own; the innermost hook says so, once."""
+        if not torch.is_grad_enabled():
+            return False
+        if not self._told and _active(hooks_on(module)[0]) is self:
+            self._told = True
+            warnings.warn(GRADIENTS, HastenWarning, stacklevel=3)
+        return True
 
     def end_run(self) -> None:  # noqa: B027
         """A pipeline says that its call, on this thread, is about to end."""
@@ -306,6 +323,9 @@ class _WrappedStep:
         functools.update_wrapper(self, self.own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        other = getattr(Caller().pipe, "scheduler", None)
+        if other not in (None, self._scheduler) and vars(other).get("step") is self:  # a shallow copy of it
+            return (self.before or functools.partial(type(other).step, other))(*args, **kwargs)
         return self._advance(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -251,8 +251,8 @@ class Runs:
         self._numbers = count()
         self._called: Tensor | None = None  # timesteps of the latest call of a pipeline
 
-    def label(self, timestep: Any, hidden: Any, name: str | None = None) -> tuple[Run, StepInfo]:
-        """The run and the label of a forward that is about to happen.
+    def label(self, timestep: Any, hidden: Any, name: str | None = None) -> tuple[Run, StepInfo] | None:
+        """The run and the label of a forward that is about to happen; None for one of a callback, which is no step.
 
         Args:
             timestep: the transformer's argument, `[]`, `[B]` or one per frame or token.
@@ -260,6 +260,8 @@ class Runs:
             name: the pass, if the pipeline names it.
         """
         caller = Caller()
+        if caller.callback:
+            return None
         run = self._runs.get(caller.owner)
         # A frame that has gone leaves its identity to others: the same owner may be the call of another pipeline.
         if (

@@ -2,11 +2,14 @@
 
 A run belongs to the pipeline *call* in which it happens, not to the module: several pipelines may share a transformer,
 each with its own scheduler, one inside another or on several threads. Whose call it is shows in Python's frames: the
-nearest one upwards that executes `__call__` of a pipeline. In a loop of the user's own the owner is the thread.
+nearest one upwards that executes `__call__` of a pipeline. In a loop of the user's own the owner is the thread. What a
+callback of a call asks the transformer itself is nobody's step.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import threading
 import weakref
@@ -36,6 +39,8 @@ __all__ = [
 _EXPERTS = ("transformer", "transformer_2")  # which take over from each other within a run
 # Where pipelines keep what denoises.
 DENOISERS = (*_EXPERTS, "unconditional_transformer", "unet", "prior", "decoder")
+_CALLBACKS = ("callback_on_step_end", "callback")  # arguments of pipelines' calls
+_MODULE_CALL = nn.Module._wrapped_call_impl.__code__
 
 
 class Owner(NamedTuple):
@@ -87,13 +92,17 @@ class Caller:
     Attributes:
         owner: of what happens now.
         frame: that executes the pipeline's call; None in a loop of the user's own. Keep it no longer than a moment.
+        callback: whether a callback of that call makes the forward, and not the pipeline.
     """
 
     def __init__(self) -> None:
         frame: FrameType | None = sys._getframe(1)
+        called = frame
         while frame is not None and not (frame.f_code.co_name == "__call__" and _executes_pipeline(frame)):
-            frame = frame.f_back
+            called, frame = frame, frame.f_back
         self.frame = frame
+        direct = frame is None or called is None or called.f_code is _MODULE_CALL
+        self.callback = not direct and _in_callback(frame)
         # Also makes a thread that was not started in Python known to `threading.enumerate`.
         thread = threading.current_thread().ident or 0
         self.owner = Owner(thread, None if frame is None else id(frame))
@@ -118,6 +127,25 @@ class Caller:
         if outer is None or outer.f_code.co_name != "decorate_context":
             return None
         return dict(_locals(outer, ["kwargs"]).get("kwargs", {}))
+
+
+def _in_callback(pipeline: FrameType | None) -> bool:
+    """Whether this thread is within a callback that was handed to the pipeline's call of that frame."""
+    assert pipeline is not None
+    codes = {_code_of(callback) for callback in _locals(pipeline, _CALLBACKS).values() if callable(callback)}
+    frame: FrameType | None = sys._getframe(1)
+    while codes and frame is not None and frame is not pipeline:
+        if frame.f_code in codes:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _code_of(callback: Any) -> CodeType | None:
+    while isinstance(callback, functools.partial):
+        callback = callback.func
+    function = callback if inspect.isroutine(callback) else type(callback).__call__
+    return getattr(inspect.unwrap(function), "__code__", None)
 
 
 def _locals(frame: FrameType, names: Iterable[str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from hasten.pipeline.view import PipelineView
 from hasten.quality.audit import Audit
 from hasten.quality.configuration import Configuration
 from hasten.quality.refusal import model_name
-from hasten.quality.setting import FULL, FixedLeap, Setting, find
+from hasten.quality.setting import FULL, LANE, FixedLeap, Setting, find
 from hasten.quality.tolerance import EXACT
 from hasten.solvers.passes import watch_passes
 
@@ -98,6 +98,7 @@ class Requests:
             self._audit.close()
         if self._unhook is not None:
             self._unhook()
+            self._unhook = None
         pipe = None if self._home is None else self._home.pipe
         if pipe is not None and self._replaced is not None and pipe.scheduler is self._replaced:
             pipe.scheduler = self._scheduler
@@ -203,6 +204,8 @@ class Requests:
 
     def _chosen(self, quality: str | None, computed_steps: int | None) -> Setting:
         assert self._setting is not None
+        if quality is not None and not isinstance(quality, str):
+            raise ConfigError(f"quality is a certified tier, a certificate's path or 'exact', got {quality!r}")
         if quality is not None and computed_steps is not None:
             raise ConfigError(
                 f"quality={quality!r} decides how many steps are computed; leave out one of it and computed_steps"
@@ -227,6 +230,8 @@ class Requests:
         own = setting.scheduler() or copy.deepcopy(self._own_scheduler(pipe))
         if isinstance(own, FixedLeap):
             own.expects_passes = self._unhook is not None
+        if setting is not self._setting:
+            lane.__dict__[LANE] = setting
         lane.__dict__["scheduler"] = own  # past the pipeline's setter, which describes its components anew
         for name, part in vars(pipe).items():
             if name.startswith("tokenizer") and part is not None:

@@ -27,8 +27,9 @@ from hasten.quality.refusal import certify_command, refusal
 from hasten.quality.tolerance import EXACT, tier
 from hasten.solvers import Leap, LeapScheduler
 
-__all__ = ["FULL", "FixedLeap", "Setting", "check_quality", "find"]
+__all__ = ["FULL", "LANE", "FixedLeap", "Setting", "check_quality", "find"]
 
+LANE = "_hasten_setting"  # where a pipeline that `using` gave keeps the setting that it is for
 FULL = Reuse(interval=1, warmup=1, site="output")  # computes every step, of runs of any length
 
 
@@ -169,6 +170,12 @@ class Setting:
             CertificateError: if the denoiser is not as it was certified, or the call outside of the conditions.
             ConfigError: if it is made on a pipeline with another scheduler than the setting's.
         """
+        pipe = None if run.view is None else run.view.pipe
+        if getattr(pipe, "__dict__", {}).get(LANE, self) is not self:
+            raise ConfigError(
+                "this pipeline is one that `using` gave, and another setting is at work: call it within that `with`, "
+                "on its own thread or task (asyncio.to_thread is as good), or enter `using` where it is called"
+            )
         scheduler = None if run.view is None else run.view.scheduler
         if self.leap is not None and not isinstance(scheduler, FixedLeap):
             raise ConfigError("this setting has a scheduler of its own: call the pipeline that `using` gives")

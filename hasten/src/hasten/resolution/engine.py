@@ -249,6 +249,8 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
 
     def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the transformer on the true latents, with the result at full size."""
+        if self.has_gradients(module):
+            return forward(*args, **kwargs)
         arguments = dict(zip(argument_names(type(module)), args, strict=False)) | kwargs  # type: ignore[arg-type]
         run = self._run_of(module, arguments)
         if run is None:
@@ -273,7 +275,10 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
     def _run_of(self, module: Any, arguments: Mapping[str, Any]) -> Run | None:
         """The run that a forward belongs to; None where it is not one of this pipeline's runs."""
         assert self._runs is not None
-        found, label = self._runs.label(arguments.get("timestep"), arguments.get("hidden_states"), pass_name(module))
+        labelled = self._runs.label(arguments.get("timestep"), arguments.get("hidden_states"), pass_name(module))
+        if labelled is None:
+            return None
+        found, label = labelled
         scheduler = None if found.view is None else found.view.scheduler
         if label.first_step:
             home = found.view is not None and found.view.pipe is self.pipe

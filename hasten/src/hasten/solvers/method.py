@@ -113,5 +113,7 @@ class AttachedLeap:
         """Take hook and scheduler away; a scheduler that somebody else put in meanwhile stays."""
         if self._unhook is not None:
             self._unhook()
-        if self._pipe.scheduler is self._scheduler:
+        if self._pipe is not None and self._pipe.scheduler is self._scheduler:
             self._pipe.scheduler = self._plain
+        self._pipe = self._plain = self._unhook = None  # records stay readable, and keep no model
+        self._hooks = []

@@ -94,7 +94,10 @@ class PassesHook(Hook):
 
     def _observer(self) -> Callable[[Tensor], None] | None:
         """Who wants to know: other pipelines may share the denoiser, and have such a scheduler of their own."""
-        caller = Caller().pipe
+        found_by = Caller()
+        caller = found_by.pipe
+        if found_by.callback:
+            return None
         if caller is None or caller is self._pipe:
             return self._observe
         scheduler = getattr(caller, "scheduler", None)
