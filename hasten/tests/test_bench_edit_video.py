@@ -393,6 +393,15 @@ def test_an_own_image_takes_the_place_of_the_models(editor: Subject, tmp_path: P
     (tmp_path / "no.png").write_text("no image")
     with pytest.raises(ConfigError, match="cannot be read as an image"):
         with_image(editor, tmp_path / "no.png")
+    (tmp_path / "no.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # a few kilobytes
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
+    for name in ("no.eps", "bomb.png", "large.png"):
+        with pytest.raises(ConfigError, match="cannot be read as an image"):
+            with_image(editor, tmp_path / name)
+    Image.new("RGB", (2000, 1)).save(tmp_path / "thin.png")
+    with pytest.raises(ConfigError, match="has 2000x1 pixels; give one of at least"):
+        with_image(editor, tmp_path / "thin.png")
 
 
 # --- the command

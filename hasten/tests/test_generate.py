@@ -99,6 +99,20 @@ def test_an_image_without_its_whole_provenance_is_refused_and_provenance_alone_i
     assert (tmp_path / "job-0.png").exists()
 
 
+def test_an_image_that_was_cut_or_swapped_since_is_refused(tmp_path):
+    generate(worker(), JOBS[:2], tmp_path)
+    image = tmp_path / "job-0.png"
+    assert generate(worker(), JOBS[:1], tmp_path) == []
+    for content in (image.read_bytes()[:100], (tmp_path / "job-1.png").read_bytes()):
+        image.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"job-0\.png was made of another job.*or changed since"):
+            generate(worker(), JOBS[:1], tmp_path)
+    image.unlink()
+    image.mkdir()
+    with pytest.raises(ConfigError, match="changed since"):
+        generate(worker(), JOBS[:1], tmp_path)
+
+
 def test_leap_and_resolution_methods_are_for_all_jobs(emoji):
     leap = Configuration(method=f"leap:calibration={emoji.fitted['leap']}", steps=5)
     image, provenance = Worker(leap, model=emoji).draw(Job("a", "red apple", seed=3))
@@ -171,6 +185,9 @@ def test_jobs_are_prompts_or_objects(tmp_path):
     ('{"prompt": "a", "quality": "hihg"}', "line 1: unknown quality 'hihg'"),
     ('{"prompt": 3}', "line 1: Job: prompt must be text, got 3"),
     ('{"prompt": "a", "id": ["a"]}', "id must be text of 1 to 120 characters"),
+    ('{"prompt": null}', "line 1: Job: prompt must be text, got None"),
+    ('{"prompt": "a", "id": true}', "line 1: Job: id must be text of 1 to 120 characters, got True"),
+    (r'{"prompt": "\ud800"}', "line 1: it holds half a character"),
 ])  # fmt: skip
 def test_bad_jobs_are_named_by_their_line(text, message, tmp_path):
     (tmp_path / "jobs.jsonl").write_text(text)
@@ -208,6 +225,11 @@ def test_settings_that_no_model_has_are_refused_before_one_is_loaded(options, me
     code, text = command(monkeypatch, capsys, *given, *options)
     assert code == 2
     assert message in text
+
+
+def test_a_byte_order_mark_is_no_part_of_a_job(tmp_path):
+    (tmp_path / "jobs.jsonl").write_text('\ufeff{"id": "a1", "prompt": "red\u2028apple"}\r\n', encoding="utf-8")
+    assert [(job.id, job.prompt) for job in read_jobs(tmp_path / "jobs.jsonl")] == [("a1", "red\u2028apple")]
 
 
 def command(monkeypatch, capsys, *arguments):

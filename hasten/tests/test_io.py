@@ -37,6 +37,7 @@ from hasten.io import (
     decreasing,
     parse_json,
     read_json,
+    read_lines,
     read_record,
     read_tensors,
     step_list,
@@ -127,8 +128,25 @@ def test_targets_that_are_no_files_are_refused_before_any_work(tmp_path: Path) -
         for write in (check_target, lambda path: write_atomically(path, b"")):
             with pytest.raises(FileError, match=message):
                 write(bad)
-    assert check_target(tmp_path / "new" / "file") == tmp_path / "new" / "file"
+    assert check_target(tmp_path / "new" / "file", tmp_path / "file", None) == tmp_path / "new" / "file"
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_target_that_is_read_is_refused_by_whatever_name(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "file", b"read")
+    (tmp_path / "link").symlink_to("file")
+    for one, other in (("file", "file"), ("link", "file"), ("file", "link"), ("file", "../" + tmp_path.name + "/file")):
+        with pytest.raises(FileError, match="would be replaced"):
+            check_target(tmp_path / one, None, tmp_path / "missing", tmp_path / other)
+    check_target("/dev/null", Path("/dev/null"))
+
+
+def test_lines_end_with_line_feeds_alone(tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_bytes("\ufeffa\u2028b\x0c c\r\nd\x85\n".encode())
+    assert read_lines(path) == ["a\u2028b\x0c c", "d\x85", ""]
+    with pytest.raises(ValueError, match="more than"):
+        read_lines(Path("/dev/zero"), 1000)
 
 
 def test_what_a_killed_writer_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
@@ -476,6 +494,9 @@ def test_files_are_whole_whenever_their_writer_is_killed(tmp_path: Path, work: s
         ("{", "Expecting"),
         ("", "Expecting"),
         (b"\xff", "byte 0 is no UTF-8"),
+        (r'["\uD800"]', "surrogate"),
+        (r'{"\udfff": 1}', "surrogate"),
+        ('{"a": 1, ' + ", ".join(f'"{i}": 1' for i in range(50_000)) + ', "a": 1}', "'a' is there twice"),
         ("1" * 2000, "expected at most 1000"),
     ],
 )
@@ -493,7 +514,7 @@ def test_json_that_may_hurt_is_refused(tmp_path: Path, text: Any, message: str) 
 
 
 def test_json_within_bounds_is_read_as_it_is() -> None:
-    value = {"a": [1, 2.5, "x", None, True, {"b": []}], "c": -(2**63), "d": 2**64 - 1, "e": "é\n"}
+    value = {"a": [1, 2.5, "x", None, True, {"b": []}], "c": -(2**63), "d": 2**64 - 1, "e": "é\n😀"}
     assert parse_json(json.dumps(value)) == value
     assert parse_json("[" * 32 + "]" * 32) is not None
 

@@ -9,6 +9,7 @@ import logging
 import re
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -601,6 +602,11 @@ def fresh(arguments, **call):
         return draw(pipe, **call)
 
 
+def in_a_thread(pipe):
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(draw, pipe).result()
+
+
 def test_a_call_has_its_own_setting_and_the_hook_stays(certified):
     pipe = make_pipe()
     even = {"schedule": "even"}
@@ -621,7 +627,15 @@ def test_a_call_has_its_own_setting_and_the_hook_stays(certified):
             with pytest.raises(CertificateError, match="this call has 9"):
                 draw(own, steps=9)
         assert torch.equal(draw(pipe), fresh({**even, "computed_steps": 6}))
+        for call in (draw, in_a_thread):  # it is over
+            with pytest.raises(ConfigError, match="call it within that `with`"):
+                call(own)
+        with run.using(computed_steps=4) as own, pytest.raises(ConfigError, match=r"asyncio\.to_thread is as good"):
+            in_a_thread(own)
+        with pytest.raises(ConfigError, match="quality must be text that is not empty"), run.using(quality=3):
+            pass
         with run.using() as own:
+            assert torch.equal(in_a_thread(own), fresh({**even, "computed_steps": 6}))
             assert torch.equal(draw(own), fresh({**even, "computed_steps": 6}))
             assert own.scheduler is not pipe.scheduler
             assert own.transformer is pipe.transformer
@@ -770,6 +784,10 @@ def test_a_setting_is_saved_and_loaded(tmp_path, certified):
     ("- high", "expected entries"),
     ("a: [", "no usable configuration"),
     ("method: foca\nmethod: hicache", "'method' is there twice"),
+    ("method: foca:interval=2:interval=3", "'interval' is there twice"),
+    ("\n".join(f"a{i}: 1" for i in range(20_000)), "unknown entry"),
+    ("? [a]\n: 1", "no usable configuration"),
+    ("quality: 3", "quality must be text that is not empty or None"),
     ("!!python/object/apply:os.system [echo]", "no usable configuration"),
 ])  # fmt: skip
 def test_bad_configurations_are_one_clear_error(text, message, tmp_path):

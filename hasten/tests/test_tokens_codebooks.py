@@ -1,5 +1,7 @@
 """Real codebooks: codes that never occur, what a map knows of its codebook, density, several codebooks, files."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -241,6 +243,26 @@ def test_codebooks_are_read_of_checkpoints_and_modules_weights_only(tmp_path):
     with pytest.raises(ModelError, match="cannot be read as a codebook"):
         read_codebook(tmp_path / "trap.pt")
     assert not (tmp_path / "sprung").exists()
+    endless: dict[str, object] = {}
+    endless["model"] = endless
+    for content, message in (
+        (endless, "holds the matrices none"),
+        ({"codebook": torch.zeros(3, 2, dtype=torch.complex64)}, "numbers of type complex64"),
+        ({"codebook": torch.zeros(3, 2).to_sparse()}, "of layout torch.sparse_coo"),
+        ({"codebook": torch.zeros(3, 2, device="meta")}, "without numbers"),
+        (torch.nn.Linear(2, 2), "holds more than tensors"),
+    ):
+        torch.save(content, tmp_path / "odd.pt")
+        with pytest.raises(ModelError, match=message) as caught:
+            read_codebook(tmp_path / "odd.pt")
+        assert "weights_only" not in str(caught.value)
+    for array, message in ((BOOK * 1j, "numbers of type complex"), (BOOK.astype(str), "numbers of type <U")):
+        np.save(tmp_path / "odd.npy", array)
+        with pytest.raises(ModelError, match=message):
+            read_codebook(tmp_path / "odd.npy")
+    (tmp_path / "odd.npy").write_bytes(pickle.dumps(BOOK))
+    with pytest.raises(ModelError, match=r"not written by numpy\.save"):
+        read_codebook(tmp_path / "odd.npy")
     tokenizer = torch.nn.Module()
     tokenizer.quantize = torch.nn.Module()
     tokenizer.quantize.embedding = torch.nn.Embedding.from_pretrained(torch.from_numpy(BOOK))

@@ -120,7 +120,7 @@ def split(text: str) -> list[tuple[str, dict[str, str]]]:
     """Names of methods and the texts of their parameters, such as `dvg` and `foca` of `dvg:budget=0.5+foca:interval=4`.
 
     Raises:
-        ConfigError: for what is no `parameter=value`.
+        ConfigError: for what is no `parameter=value`, and for a parameter that is there twice.
     """
     found = []
     for part in PLUS.split(text.strip()):
@@ -132,6 +132,8 @@ def split(text: str) -> list[tuple[str, dict[str, str]]]:
                 raise ConfigError(
                     f"{assignment!r} in {text!r} is not parameter=value; write for instance hicache:order=1:sigma=0.7"
                 )
+            if key.strip() in texts:
+                raise ConfigError(f"{key.strip()!r} is there twice in {text!r}; give it once")
             texts[key.strip()] = value.strip()
         found.append((name.strip(), texts))
     return found

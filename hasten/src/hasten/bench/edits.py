@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,12 @@ from torch.nn import functional
 
 from hasten.bench.subject import Edit, Subject
 from hasten.errors import ConfigError
+from hasten.io import describe
 from hasten.quality.metrics import PSNR_CEILING, psnr
 
 __all__ = ["at_size", "edit_figures", "edit_of", "source_arguments", "vae_unedited", "with_image"]
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # some others are read by running another program
 
 
 def with_image(model: Subject, file: Path | None) -> Subject:
@@ -34,11 +38,17 @@ def with_image(model: Subject, file: Path | None) -> Subject:
             f"{type(model.pipe).__name__} makes images from text alone and takes no source image; "
             "leave --image out, or name an editing model with --model"
         )
+    least = 2 * int(getattr(model.pipe, "vae_scale_factor", 8))
     try:
-        with Image.open(file) as image:
-            source = image.convert("RGB")
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read as an image ({error}); give a PNG or JPEG with --image") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                source = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        reason = describe(error)
+        raise ConfigError(f"{file} cannot be read as an image ({reason}); give a PNG or JPEG with --image") from error
+    if min(source.size) < least:
+        raise ConfigError(f"{file} has {source.width}x{source.height} pixels; give one of at least {least}x{least}")
     # What the right answer would be is not known of an image of one's own.
     return replace(model, call=model.call | {"image": source}, edits=[], grade=None)
 

@@ -90,13 +90,19 @@ def _say_usage(error: Any) -> None:
 
 def _say(what: str, message: str, code: int) -> None:
     """One line on standard error, then the end."""
-    printable = "".join(sign if sign.isprintable() else " " for sign in message)  # names may hold orders to a terminal
+    # Names may hold orders to a terminal.
+    printable = "".join(sign if sign.isprintable() else " " if sign.isspace() else "?" for sign in message)
     line = Text.assemble((f"{what}: ", "bold red"), " ".join(printable.split()))
     Console(stderr=True, soft_wrap=True).print(line)
     sys.exit(code)
 
 
 def _traceback_file() -> str:
-    with tempfile.NamedTemporaryFile("w", prefix="hasten-", suffix=".log", delete=False, encoding="utf-8") as file:
-        file.write(traceback.format_exc())
+    text = traceback.format_exc()
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="hasten-", suffix=".log", delete=False, encoding="utf-8") as file:
+            file.write(text)
+    except OSError:  # no folder for it, or a full disk
+        sys.stderr.write(text)
+        return "the lines above"
     return file.name

@@ -16,6 +16,7 @@ from hasten.cli import options
 from hasten.cli.boundary import resumable
 from hasten.cli.common import BAR, command_line, console, opened
 from hasten.errors import ConfigError
+from hasten.io import check_target
 from hasten.parameters import MOST_GUIDANCE, MOST_STEPS, Range
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ def certify(
     name, tolerance = tolerance_of(quality, max_lpips, max_flip, min_psnr, min_ssim, share, mean, confidence)
     if out is not None and out.suffix != ".json":
         raise ConfigError(f"--out {out}: a certificate is a JSON file; give a name that ends with .json")
+    if out is not None:
+        check_target(out, prompts_file)
     settings = CertifySettings(
         quality=name,
         tolerance=tolerance,

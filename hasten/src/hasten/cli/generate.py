@@ -54,6 +54,10 @@ def generate(
     from hasten.integrations.batch import generate as run
 
     jobs = read_jobs(prompts_file, seed)
+    names = {f"{job.id}{suffix}" for job in jobs for suffix in (".json", ".png", ".webp")}
+    for source in (prompts_file, config):
+        if source is not None and source.name in names:
+            check_target(out / source.name, source)
     check_target(out / f"{jobs[0].id}.json")
     configuration = options.configured(
         config,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import Progress
 
+from hasten import registry
 from hasten.bench import subject
 from hasten.bench.result import Result, StreamSettings
 from hasten.cli import stream
@@ -199,6 +200,8 @@ def bench(
     from hasten.bench.runner import BenchSettings
 
     refuse_given(context, {"frames": "--frames"}, f"{model} streams no video")
+    files = [Path(text) for one in names(methods) for _, given in registry.split(one) for text in given.values()]
+    check_target(json_file, prompts_file, image, *files)
     settings = BenchSettings(
         methods=tuple(names(methods)),
         computed_steps=tuple(numbers(computed_steps, "--computed-steps", Range(1, MOST_STEPS))),
@@ -228,4 +231,4 @@ def report(
     """Make a report of a result: one self-contained HTML file, a Markdown table, or CSV."""
     from hasten.bench.report import render_report
 
-    console.print(f"report: [bold]{render_report(result, out or result.with_suffix(f'.{form}'), form)}[/bold]")
+    console.print(f"report: [bold]{render_report(result, out or result.parent / f'{result.stem}.{form}', form)}[/bold]")

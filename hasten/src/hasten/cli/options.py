@@ -10,6 +10,7 @@ import typer
 
 from hasten.bench import subject
 from hasten.errors import ConfigError
+from hasten.io import describe, read_lines
 from hasten.parameters import MOST_GUIDANCE, MOST_PIXELS, MOST_STEPS, Range
 
 if TYPE_CHECKING:
@@ -159,9 +160,12 @@ def own_prompts(file: Path | None) -> tuple[str, ...]:
     if file is None:
         return ()
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts-file {file}: not readable as text ({error}); give one prompt per line") from error
+        lines = read_lines(file)
+    except (OSError, ValueError) as error:
+        reason = describe(error)
+        raise ConfigError(
+            f"--prompts-file {file}: not readable as text ({reason}); give one prompt per line"
+        ) from error
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise ConfigError(f"--prompts-file {file}: no prompts in it; write one per line")

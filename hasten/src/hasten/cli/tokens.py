@@ -79,7 +79,7 @@ def fit(
     used = None if shards is None else shards.token_counts()
     if density and used is None:
         raise ConfigError("--density counts how often each code occurs: give --tokens")
-    check_target(out)
+    check_target(out, codebook)
     if codes.ndim == 2:
         console.print(
             str(SemanticTree.cost(len(codes) if used is None else int((used > 0).sum()), codes.shape[1], exact))
@@ -157,7 +157,7 @@ def map_(
     if (tokens is None) != (mapped is None):
         raise ConfigError("--tokens and --mapped belong together: the shards to read, and the folder to write")
     for target in (out, *([] if mapped is None else [mapped / "index.json"])):
-        check_target(target)
+        check_target(target, tree, None if tokens is None else tokens / "index.json")
     mapping = SemanticTree.load(tree).map(k, max_size)
     mapping.save(out)
     console.print(f"{mapping.tokens} tokens to {mapping.clusters} clusters: [bold]{out}[/bold]")
@@ -197,7 +197,7 @@ def convert(
     kind = getattr(transformers, str(names[0]), None)
     if kind is None or not hasattr(kind, "from_pretrained"):
         raise ModelError(f"{model} is a {names[0] or 'model without a name'}, which transformers does not have")
-    check_target(out / "config.json")
+    check_target(out / "config.json", model / "config.json")
     try:
         with console.status("reading"):
             lm = kind.from_pretrained(model, local_files_only=True, use_safetensors=True, dtype="auto")
@@ -364,7 +364,7 @@ def sample(
 
     decode = None if decoder is None else load_decoder(decoder)
     wanted = torch.tensor(numbers(classes, "--classes", Range(0, MOST_CODES)))
-    check_target(out)
+    check_target(out, codebook, refiner)
     lm, opened, conditions = _trained(model)
     mapping, most = opened.mapping, opened.model.config.max_position_embeddings - 1
     if length > most:

@@ -12,7 +12,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -25,7 +27,7 @@ from hasten.bench.sheet import to_pil
 from hasten.bench.subject import Subject, open_model
 from hasten.bench.video import write_video
 from hasten.errors import ConfigError, FileError, HastenError, unknown
-from hasten.io import digest_of, parse_json, read_json, shown, write_atomically
+from hasten.io import describe, digest_of, parse_json, read_bytes, read_json, read_lines, shown, write_atomically
 from hasten.parameters import MOST_GUIDANCE, MOST_PIXELS, MOST_STEPS, Declared, Range, Text, parameters
 from hasten.pipeline.view import denoisers
 from hasten.quality.configuration import Configuration
@@ -39,6 +41,7 @@ LONGEST_ID = 120  # characters
 MOST_SEED = 2**63 - 1
 SHOWN = 5  # of the jobs that cannot be done
 LONGEST_LINE = 1 << 20  # bytes
+LARGEST_IMAGE = 4 << 30
 Progress = Callable[[int, int, str], None]
 
 
@@ -82,9 +85,10 @@ def read_jobs(file: Path, seed: int = 0) -> list[Job]:
         ConfigError: for a file that cannot be read or holds no job, and for a bad line, with its number.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts-file {file}: not readable as text ({error}); give one job per line") from error
+        lines = read_lines(file)
+    except (OSError, ValueError) as error:
+        reason = describe(error)
+        raise ConfigError(f"--prompts-file {file}: not readable as text ({reason}); give one job per line") from error
     jobs: dict[str, Job] = {}
     for number, line in enumerate(lines):
         if not line.strip():
@@ -94,7 +98,8 @@ def read_jobs(file: Path, seed: int = 0) -> list[Job]:
             if job.quality is not None:
                 check_quality(job.quality)
         except (HastenError, ValueError) as error:
-            raise ConfigError(f"--prompts-file {file}, line {number + 1}: {error}") from error
+            why = str(error) if isinstance(error, HastenError) else describe(error)
+            raise ConfigError(f"--prompts-file {file}, line {number + 1}: {why}") from error
         if job.id in jobs:
             raise ConfigError(f"--prompts-file {file}, line {number + 1}: the id {job.id!r} is there twice")
         jobs[job.id] = job
@@ -117,7 +122,7 @@ def _job(line: str, number: int, seed: int) -> Job:
             raise unknown("entry", name, parameters(Job))
     if "prompt" not in content:
         raise ValueError("it has no prompt")
-    if isinstance(content.get("id"), int):
+    if type(content.get("id")) is int:
         content["id"] = str(content["id"])
     return Job(**{**given, **content})
 
@@ -242,25 +247,30 @@ def pending(jobs: Sequence[Job], folder: Path, identity: Callable[[Job], str]) -
             continue
         try:
             known = read_json(path.with_suffix(".json"))
-        except FileError:
-            known = None
-        try:
-            same = isinstance(known, dict) and known.get("identity") == identity(job)
-        except HastenError:
-            same = False  # it would not be drawn now
+            digest = sha256(read_bytes(path, LARGEST_IMAGE)).hexdigest()
+            same = isinstance(known, dict) and known.get("image") == digest and known.get("identity") == identity(job)
+        except (HastenError, OSError, ValueError):
+            same = False  # among others, it would not be drawn now
         if not same:
             raise ConfigError(
-                f"{path} was made of another job, setting or model than {job.id!r} asks for; give another --out, or "
-                "remove it"
+                f"{path} was made of another job, setting or model than {job.id!r} asks for, or changed since; give "
+                "another --out, or remove it"
             )
 
 
 def write(folder: Path, job: Job, image: Tensor, provenance: dict[str, Any]) -> Path:
-    """Write an image and where it came from; returns the image's path."""
+    """Write an image and, before it, where it came from with the image's SHA-256; returns the image's path."""
+    suffix = ".webp" if image.ndim == 4 else ".png"
+    with TemporaryDirectory() as scratch:
+        drawn = Path(scratch) / f"image{suffix}"
+        if image.ndim == 4:
+            write_video(image, drawn)
+        else:
+            write_atomically(drawn, lambda file: to_pil(image).save(file, format="png"))
+        content = drawn.read_bytes()
+    provenance = {**provenance, "image": sha256(content).hexdigest()}
     write_atomically(folder / f"{job.id}.json", json.dumps(provenance, indent=1) + "\n")
-    if image.ndim == 4:
-        return write_video(image, folder / f"{job.id}.webp")
-    return write_atomically(folder / f"{job.id}.png", lambda file: to_pil(image).save(file, format="png"))
+    return write_atomically(folder / f"{job.id}{suffix}", content)
 
 
 def check(jobs: Sequence[Job], reason: Callable[[Job], str | None]) -> None:

@@ -7,7 +7,7 @@ what other libraries wrote.
 
 from hasten.io.atomic import add_line, alone, check_target, write_atomically
 from hasten.io.container import Kind, digest_of, read_record, read_tensors, write_record, write_tensors
-from hasten.io.documents import Limits, describe, open_regular, parse_json, read_bytes, read_json
+from hasten.io.documents import Limits, describe, open_regular, parse_json, read_bytes, read_json, read_lines
 from hasten.io.folder import check_files, check_sealed, write_files, write_sealed
 from hasten.io.schema import (
     Array,
@@ -41,6 +41,7 @@ __all__ = [
     "parse_json",
     "read_bytes",
     "read_json",
+    "read_lines",
     "read_record",
     "read_tensors",
     "shown",

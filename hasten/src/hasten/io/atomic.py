@@ -99,8 +99,12 @@ def add_line(path: str | Path, line: str) -> Path:
     return write_atomically(path, before[: before.rfind(b"\n") + 1] + line.encode() + b"\n")
 
 
-def check_target(path: str | Path) -> Path:
+def check_target(path: str | Path, *read: Path | None) -> Path:
     """Find out before any work whether a file can be written; makes its folder and returns the path.
+
+    Args:
+        path: the file.
+        read: files that are read, which it must not replace; None for one that was not given.
 
     Raises:
         FileError: if it cannot.
@@ -108,6 +112,8 @@ def check_target(path: str | Path) -> Path:
     path = Path(path)
     try:
         target = _target(path)
+        if target.is_file() and any(_is_file(target, one) for one in read):
+            raise FileError(f"{path}: what is read from it would be replaced by what is written; name another file")
         if target.exists() and not target.is_file():
             return path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +123,13 @@ def check_target(path: str | Path) -> Path:
     except OSError as error:
         raise _cannot_write(path, error) from error
     return path
+
+
+def _is_file(target: Path, other: Path | None) -> bool:
+    try:
+        return other is not None and target.samefile(other)
+    except (OSError, ValueError):  # there is no such file
+        return False
 
 
 @contextmanager

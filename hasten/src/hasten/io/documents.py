@@ -6,6 +6,7 @@ import json
 import math
 import os
 import stat
+from collections import Counter
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from hasten.errors import FileError, HastenError
 from hasten.io.schema import shown
 
-__all__ = ["Limits", "describe", "open_regular", "parse_json", "read_bytes", "read_json"]
+__all__ = ["Limits", "describe", "open_regular", "parse_json", "read_bytes", "read_json", "read_lines"]
 
 MIB = 1 << 20
 LONGEST_REASON = 300  # characters
@@ -67,6 +68,20 @@ def read_bytes(path: Path, most: int) -> bytes:
         return file.read(size)
 
 
+def read_lines(path: Path, most: int = 256 * MIB) -> list[str]:
+    """The lines of a text file, or of a pipe; a byte order mark is left out, and only line feeds end a line.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: if it is no UTF-8, or has more than `most` bytes.
+    """
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most / MIB:.1f} MiB")
+    return [line.removesuffix("\r") for line in content.decode("utf-8-sig").split("\n")]
+
+
 def parse_json(text: str | bytes, limits: Limits = Limits()) -> Any:
     """A JSON document whose numbers are finite and of 64 bits, and whose objects have no name twice.
 
@@ -91,6 +106,8 @@ def parse_json(text: str | bytes, limits: Limits = Limits()) -> Any:
         raise ValueError(f"no JSON: {error.msg[:1].lower()}{error.msg[1:]} {where}") from None
     except RecursionError:
         raise ValueError(f"it is nested more than {limits.depth} levels deep") from None
+    if "\\ud" in text.lower():  # half a character can be neither shown nor written
+        json.dumps(value, ensure_ascii=False).encode()
     level: list[Any] = [value]
     for _ in range(limits.depth):
         level = [child for parent in level for child in _children(parent)]
@@ -127,6 +144,8 @@ def read_json(
 
 def describe(error: Exception) -> str:
     """What was wrong, on one short line of what can be printed, whoever raised it."""
+    if isinstance(error, UnicodeEncodeError):
+        return "it holds half a character, a lone surrogate"
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is no UTF-8"
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
@@ -161,6 +180,6 @@ def _whole(text: str) -> int:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {shown(max(names, key=names.count))} is there twice")
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {shown(name)} is there twice")
     return made

@@ -18,7 +18,7 @@ from typing import Any
 
 from hasten import registry
 from hasten.errors import CertificateError, HastenError
-from hasten.io import Kind, check_files, read_record, write_record
+from hasten.io import Kind, check_files, describe, read_record, write_record
 from hasten.quality.conditions import Conditions
 from hasten.quality.tolerance import Tolerance
 
@@ -177,11 +177,17 @@ def shipped() -> list[Certificate]:
 
 def _in(folders: Sequence[Path]) -> list[Certificate]:
     found = []
-    for path in (path for folder in folders if folder.is_dir() for path in _files(folder)):
+    for folder in folders:
         try:
-            found.append(Certificate.load(path))
-        except HastenError as error:
-            log.warning("%s", error)
+            paths = list(_files(folder)) if folder.is_dir() else []
+        except OSError as error:
+            log.warning("%s: its certificates cannot be read (%s)", folder, describe(error))
+            continue
+        for path in paths:
+            try:
+                found.append(Certificate.load(path))
+            except HastenError as error:
+                log.warning("%s", error)
     return found
 
 

@@ -12,6 +12,7 @@ model: black-forest-labs/FLUX.1-dev      # of the command line alone, as are ste
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -107,9 +108,8 @@ def read(path: Path) -> Any:
         """YAML without entries that are there twice, of which the last one would count."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = [name.value for name, _ in node.value]
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
+            names = Counter(name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode))
+            for twice in (name for name, count in names.most_common(1) if count > 1):
                 raise ValueError(f"the entry {twice!r} is there twice")
             return super().construct_mapping(node, deep)
 

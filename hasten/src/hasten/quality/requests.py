@@ -204,8 +204,6 @@ class Requests:
 
     def _chosen(self, quality: str | None, computed_steps: int | None) -> Setting:
         assert self._setting is not None
-        if quality is not None and not isinstance(quality, str):
-            raise ConfigError(f"quality is a certified tier, a certificate's path or 'exact', got {quality!r}")
         if quality is not None and computed_steps is not None:
             raise ConfigError(
                 f"quality={quality!r} decides how many steps are computed; leave out one of it and computed_steps"

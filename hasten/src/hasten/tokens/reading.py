@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ __all__ = ["codebook_of", "read_codebook"]
 KNOWN = ("quantize.embedding.weight", "quantizer.embedding.weight", "quantize.embed", "embedding.weight", "codebook")
 STATES = ("model", "state_dict", "ema")  # where checkpoints keep the weights, the first that is there
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")
+DEEPEST = 8  # levels of these
 PAIR = 2  # dimensions of a matrix
 
 
@@ -37,8 +39,12 @@ def read_codebook(path: str | Path, name: str | None = None) -> NDArray[np.float
         raise ModelError(f"{path}: no such file; give a codebook as .npy, .safetensors or .pt")
     try:
         if path.suffix == ".npy":
-            return np.asarray(np.load(path), np.float32)
+            return _real(_array(path), str(path))
         found = _tensors(path)
+    except ModelError:
+        raise
+    except UnpicklingError as error:  # torch's own message tells how to run what is in the file
+        raise ModelError(f"{path}: cannot be read as a codebook (it is damaged, or holds more than tensors)") from error
     except Exception as error:  # whatever the readers raise, the file is no codebook
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{path}: cannot be read as a codebook ({message})") from error
@@ -57,8 +63,9 @@ def codebook_of(tokenizer: nn.Module, name: str | None = None) -> NDArray[np.flo
 def _tensors(path: Path) -> Mapping[str, Any]:
     if path.suffix in CHECKPOINTS:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        while isinstance(found, Mapping) and (inner := next((key for key in STATES if key in found), None)):
-            found = found[inner]
+        for _ in range(DEEPEST):
+            inner = next((key for key in STATES if key in found), None) if isinstance(found, Mapping) else None
+            found = found if inner is None else found[inner]
         return {"codebook": found} if isinstance(found, Tensor) else dict(found)
     from safetensors.torch import load_file
 
@@ -74,4 +81,22 @@ def _chosen(tensors: Mapping[str, Any], name: str | None, where: str) -> NDArray
     if name not in matrices:
         shown = ", ".join(sorted(matrices)[:20]) or "none"
         raise ModelError(f"{where} holds the matrices {shown}; say which is the codebook with name= (--tensor)")
-    return matrices[name].float().numpy()
+    chosen = matrices[name]
+    if chosen.layout is not torch.strided or chosen.is_meta:
+        kind = "without numbers" if chosen.is_meta else f"of layout {chosen.layout}"
+        raise ModelError(f"{where}: {name!r} is a tensor {kind}; save it as a plain one")
+    return _real(chosen.numpy() if chosen.is_complex() else chosen.float().numpy(), where)
+
+
+def _array(path: Path) -> NDArray[Any]:
+    with path.open("rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            raise ValueError("it was not written by numpy.save")
+    return np.asarray(np.load(path))
+
+
+def _real(numbers: NDArray[Any], where: str) -> NDArray[np.float32]:
+    if numbers.dtype.kind not in "biuf":
+        raise ModelError(f"{where} holds numbers of type {numbers.dtype}; a codebook has real ones")
+    with np.errstate(over="ignore"):  # what is too large is refused with its place
+        return numbers.astype(np.float32)
