@@ -491,8 +491,8 @@ def test_files_are_whole_whenever_their_writer_is_killed(tmp_path: Path, work: s
         (str(2**64), "no number of 64 bits"),
         ("9" * 5000, "no number of 64 bits"),
         ('{"a": 1, "b": 2, "a": 3}', "'a' is there twice"),
-        ("{", "Expecting"),
-        ("", "Expecting"),
+        ("{", "no JSON: expecting"),
+        ("", "no JSON: expecting"),
         (b"\xff", "byte 0 is no UTF-8"),
         (r'["\uD800"]', "surrogate"),
         (r'{"\udfff": 1}', "surrogate"),
@@ -573,7 +573,7 @@ def test_values_conform_to_their_declaration(tmp_path: Path, change: dict[str, A
     with pytest.raises(ValueError, match=message):
         conform({**GOOD, **change}, Content, "header")
     path = write_record(tmp_path / "x.json", KIND, {**GOOD, **change})
-    with pytest.raises(CalibrationError, match=r"x\.json: no usable test file \(the header"):
+    with pytest.raises(CalibrationError, match=r"x\.json: no usable test file \((the header|it holds half)"):
         read_record(path, KIND)
 
 
