@@ -172,7 +172,7 @@ def conditions(found: dict[str, Any]) -> str:
     text = (
         f"{spec['detector']} attacked and defended; {', '.join(spec['others'])} for transfer and consensus. "
         f"{spec['train']} training walks, {spec['walks']} held-out ones of 4 to 8 s, {spec['fps']:g} frames per "
-        f"second and {spec['size']} px, {len(seeds)} seeds, {spec['steps']} steps ({frames['backward']} frames with a "
+        f"second and {spec['size']} px, {len(seeds)} seeds, {spec['steps']} steps ({frames['backward']} passes with a "
         f"gradient in every mode, {frames['forward']} more without in mode sequence); weighting {spec['weighting']} of "
         f"{spec['window']} frames. drape {about['drape']}, torch {about['torch']}; an optimisation took "
         f"{sum(each) / len(each):.0f} seconds of one processor."

@@ -58,7 +58,7 @@ class BenchSpec:
 
     Args:
         detector: attacked and defended.  others: for transfer and consensus.
-        steps, batch, learning_rate, weighting, window: of each optimisation; `window` in frames.
+        steps, batch, mosaic, learning_rate, weighting, window: of each optimisation; `window` in frames.
         refresh: steps from one look at all frames to the next.  strengths: fewer steps, for the textures between.
         seeds_of_strengths, seeds_of_gaps: how many of the seeds are used for those.
         fps, size, cloth: of the walks and of the engine that moves the cloth.
@@ -71,6 +71,7 @@ class BenchSpec:
     others: tuple[str, ...] = ("yolov3-tiny", "centernet")
     steps: int = 100
     batch: int = 4
+    mosaic: int = 2
     learning_rate: float = 0.02
     weighting: str = "run"
     window: int = 4
@@ -112,6 +113,7 @@ class BenchSpec:
             mode=mode,
             steps=max((self.steps if steps is None else steps) // detectors, 1),
             batch=self.batch,
+            mosaic=self.mosaic,
             learning_rate=self.learning_rate,
             refresh=self.refresh,
             aggregation=aggregation,
@@ -179,7 +181,7 @@ class Bench:
             self.see_training(name)
 
     def look_at_seed(self, seed: int) -> None:
-        """Sequences and their baselines from one beginning, and the attack that knows of aggregation."""
+        """Sequences and their baselines from one beginning."""
         names = {f"{mode}-{seed}": self.spec.optimisation(mode, seed) for mode in MODES}
         self.make([(name, [self.detector], spec) for name, spec in names.items()])
         for name in names:

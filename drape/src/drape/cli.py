@@ -294,7 +294,7 @@ def report_command(out: Path = Out) -> None:
 @app.command("demo")
 def demo_command(
     detector: str = typer.Option("nanodet"),
-    steps: int = typer.Option(50),
+    steps: int = typer.Option(25),
     fps: float = Fps,
     size: int = Size,
     engine: str = Engine,
