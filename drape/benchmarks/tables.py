@@ -136,9 +136,9 @@ def azimuth(found: dict[str, Any]) -> str:
 
 
 def distance(found: dict[str, Any]) -> str:
-    """Mean confidence by how much of the frame's height the person fills."""
+    """Mean confidence by how far the person is."""
     first = next(iter(found["distance"].values()))
-    return bins(found["distance"], [f"{cell['from']:.0%} to {min(cell['to'], 1):.0%}" for cell in first])
+    return bins(found["distance"], [f"{cell['from']:g} to {cell['to']:g} m" for cell in first])
 
 
 def lights(found: dict[str, Any]) -> str:

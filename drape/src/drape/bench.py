@@ -23,7 +23,7 @@ from skimage import data
 from torch import Tensor
 
 from drape import __version__
-from drape.compare import compare, curve, defence_cost, gaps, heights, intervals, same_verdict, separation, sides
+from drape.compare import compare, curve, defence_cost, distances, gaps, intervals, same_verdict, separation, sides
 from drape.controls import CONTROLS, control
 from drape.detectors import load_detector
 from drape.detectors.base import Detector
@@ -47,7 +47,7 @@ __all__ = ["BASELINES", "REACH", "BenchSpec", "rounded", "run_bench", "versions"
 FIGURES = "drape's benchmark"
 REACH = 2  # frames that `drape.defences.aggregate` looks back
 BASELINES = ("frames", "static")
-HEIGHTS = (0.0, 0.2, 0.3, 0.4, 0.55, 1.01)  # of the frame, that the person fills: bins of the curve over distance
+METRES = (0.0, 6.0, 8.0, 10.0, 13.0, 17.0, 40.0)  # from the camera: bins of the curve over distance
 SIDES = tuple(np.arange(-22.5, 338, 45).tolist())  # eight sides, the front first
 ENSEMBLE = "all together"
 
@@ -317,7 +317,7 @@ class Bench:
             "sequence_against": {mode: compare(self.results, self.seeds, mode) for mode in BASELINES if self.seeds},
             "behind_aggregation": self.behind_aggregation(),
             "gaps": gaps(self.results, self.training, groups, CLEAN),
-            "distance": {name: curve(c, heights(self.test), HEIGHTS) for name, c in curves.items()},
+            "distance": {name: curve(c, distances(self.test), METRES) for name, c in curves.items()},
             "azimuth": {name: curve(c, sides(self.test), SIDES) for name, c in curves.items()},
             "video": {
                 name: track(self.judge.walks(self.detector, name, self.images[name])[0])

@@ -171,11 +171,9 @@ def curve(
     return rows
 
 
-def heights(scenes: Sequence[Scene]) -> dict[str, NDArray[np.float64]]:
-    """How high the person is in each frame, as a share of the frame: small is far away."""
-    return {
-        s.label: ((s.buffers.boxes[:, 3] - s.buffers.boxes[:, 1]) / s.buffers.size).double().numpy() for s in scenes
-    }
+def distances(scenes: Sequence[Scene]) -> dict[str, NDArray[np.float64]]:
+    """How far the person is from the camera in each frame, metres."""
+    return {s.label: s.buffers.distance.double().numpy() for s in scenes}
 
 
 def sides(scenes: Sequence[Scene]) -> dict[str, NDArray[np.float64]]:
