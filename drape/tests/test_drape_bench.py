@@ -377,6 +377,9 @@ def test_a_benchmark_goes_on_where_it_was(quick: None, tmp_path: Path, monkeypat
     assert again["results"] == first["results"]
     with pytest.raises(ConfigError, match="other settings"):
         Store(work, asdict(replace(TINY, steps=3)))
+    monkeypatch.setattr(bench, "TEST", tuple(reversed(bench.TEST)))
+    with pytest.raises(ConfigError, match="other settings"):  # other walks have other detections
+        bench.run_bench(TINY, work, to, seeds=2)
 
 
 def test_figures_are_there_after_every_stage(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

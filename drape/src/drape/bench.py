@@ -135,7 +135,9 @@ class Bench:
 
     def __init__(self, spec: BenchSpec, work: Path, jobs: int = 1) -> None:
         self.spec, self.jobs = spec, jobs
-        self.store = Store(work, asdict(spec))
+        walks, training = ([asdict(walk) for walk in each] for each in (TEST[: spec.walks], TRAIN[: spec.train]))
+        self.walks = {"walks": walks, "training_walks": training}
+        self.store = Store(work, {**asdict(spec), **self.walks})  # what was seen of other walks is of no use
         self.detector, self.others = load_detector(spec.detector), [load_detector(name) for name in spec.others]
         self.train = scenes(TRAIN[: spec.train], spec.fps, spec.size, spec.cloth)
         self.test = scenes(TEST[: spec.walks], spec.fps, spec.size, spec.cloth)
@@ -307,8 +309,7 @@ class Bench:
                 **versions(),
                 "spec": asdict(self.spec),
                 "seeds": list(self.seeds),
-                "walks": [asdict(walk) for walk in TEST[: self.spec.walks]],
-                "training_walks": [asdict(walk) for walk in TRAIN[: self.spec.train]],
+                **self.walks,
                 "processor_seconds": self.store.seconds(),
                 "passes": self.store.passes(),
             },
