@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 import typer
 from test_bench import command
@@ -107,3 +108,27 @@ def test_numbers_that_cannot_work_are_one_line_before_any_work(
         assert len(error.strip().splitlines()) == 1, said
         assert option.lstrip("-") in error.replace("_", "-"), said
     assert set(nowhere.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "tokens fit codes.npy --out codes.npy",
+        "tokens map tree.safetensors --k 2 --out tree.safetensors",
+        "generate --model emoji-flux --prompts-file 00000.json --out .",
+        "bench --prompts-file 00000.json --prompts 1 --json 00000.json",
+        "certify --min-psnr 30 --prompts-file 00000.json --out 00000.json",
+    ],
+)
+def test_no_command_replaces_what_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("codes.npy", np.eye(4))
+    (tmp_path / "tree.safetensors").write_text("a tree")
+    (tmp_path / "00000.json").write_text("red apple\n")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    code, _, error = command(monkeypatch, capsys, *line.split())
+    assert (code, error.count("\n")) == (2, 1), error
+    assert "would be replaced" in error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

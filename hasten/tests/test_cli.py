@@ -192,6 +192,7 @@ def test_an_error_of_ours_leaves_its_traceback_in_a_file(monkeypatch, capsys, tm
     [
         (FileError("a\n  b"), 2, "error: a b"),
         (FileError("no \x1b[31mred\x07 file"), 2, "error: no [31mred file"),
+        (FileError("\udcc3.json: no such file"), 2, "error: ?.json: no such file"),
         (KeyboardInterrupt("3 of 4 are kept"), 130, "stopped: 3 of 4 are kept"),
         (KeyboardInterrupt(), 130, "stopped: nothing was kept"),
     ],

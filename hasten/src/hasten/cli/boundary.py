@@ -90,8 +90,9 @@ def _say_usage(error: Any) -> None:
 
 def _say(what: str, message: str, code: int) -> None:
     """One line on standard error, then the end."""
-    # Names may hold orders to a terminal.
-    printable = "".join(sign if sign.isprintable() else " " if sign.isspace() else "?" for sign in message)
+    # Names may hold orders to a terminal, and bytes that are no text.
+    shown = message.encode(errors="replace").decode()
+    printable = "".join(sign if sign.isprintable() else " " for sign in shown)
     line = Text.assemble((f"{what}: ", "bold red"), " ".join(printable.split()))
     Console(stderr=True, soft_wrap=True).print(line)
     sys.exit(code)

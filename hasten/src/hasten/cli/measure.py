@@ -200,8 +200,6 @@ def bench(
     from hasten.bench.runner import BenchSettings
 
     refuse_given(context, {"frames": "--frames"}, f"{model} streams no video")
-    files = [Path(text) for one in names(methods) for _, given in registry.split(one) for text in given.values()]
-    check_target(json_file, prompts_file, image, *files)
     settings = BenchSettings(
         methods=tuple(names(methods)),
         computed_steps=tuple(numbers(computed_steps, "--computed-steps", Range(1, MOST_STEPS))),
@@ -215,6 +213,8 @@ def bench(
         image=image,
         best_plain=best_plain,
     )
+    files = [Path(text) for one in names(methods) for _, given in registry.split(one) for text in given.values()]
+    check_target(json_file, prompts_file, image, *files)
     result = _measured(model, settings, json_file, device)
     if processes().is_main_process:
         show_result(result)
