@@ -570,6 +570,38 @@ def caching_table(names: list[str]) -> str:
     return "\n".join(lines)
 
 
+def premises_table(names: list[str]) -> str:
+    """Markdown of the errors of forecasts by component, from what `caching_premises.py` wrote."""
+    lines = [_row(["guidance", "schedule", "system", "component", "reused", "forecast", "by", "premise"])]
+    lines.append("|---|---|---|---|--:|--:|---|---|")
+    told = []
+    for result in (_read(name) for name in names if (ROOT / "benchmarks" / name).exists()):
+        scale = "-" if result["guidance"] is None else f"{result['guidance']:g}"
+        first = result["rows"][0]["pass"]
+        for row in (row for row in result["rows"] if row["pass"] == first):
+            errors = {name: error for name, error in row.items() if isinstance(error, float) and name != "oracle"}
+            best = min((name for name in errors if name != "hold"), key=lambda name: errors[name])
+            asked = HELD.get(row["component"])
+            verdict = "" if asked is None else ("holds" if errors["hold"] <= errors[best] else "fails")
+            if row["of"] == "hyca":
+                if row["component"] != "whole":
+                    continue
+                verdict = f"{row['oracle']:.3f} with the best of every cluster"
+            elif row["component"] == "whole":
+                continue
+            cells = [scale, row["schedule"], row["of"], row["component"], f"{errors['hold']:.3f}"]
+            lines.append(_row([*cells, f"{errors[best]:.3f}", best, verdict]))
+        told.append(
+            f"{result['model']}, {result['prompts']} held-out prompts, {result['computed_steps']} computed steps"
+        )
+    lines += [
+        "",
+        f"Mean squared errors of features behind the final norm over the skipped steps, as shares of that of "
+        f"reusing all of the feature; {'; '.join(dict.fromkeys(told))}.",
+    ]
+    return "\n".join(lines)
+
+
 def _mean(rows: dict[int, dict[str, Any]]) -> float:
     return statistics.fmean(row.get("median", 0.0) for row in rows.values())
 
@@ -601,6 +633,8 @@ ABLATIONS = {
     "foca": "taylorseer:order=2",
     "hyca": "taylorseer:order=2:domain=normed",
 }
+HELD = {"residual": "svdcache", "low": "freqca"}  # components that are reused because a forecast would be worse
+PREMISES = ["caching-premises.json", "caching-premises-guided.json"]
 CACHING = ["caching-emoji-flux.json", "caching-emoji-flux-guided.json", "caching-sprites-wan.json"]
 DEFAULTS = [
     "default-emoji-flux.json",
@@ -625,6 +659,8 @@ TABLES = {
     "leap-pipelines": lambda: pipelines_table(_read("leap-pipelines.json")),
     "default": lambda: default_table(DEFAULTS),
     "caching": lambda: caching_table(CACHING),
+    "caching-premises": lambda: premises_table(PREMISES),
+    "caching-module": lambda: caching_table(["caching-module.json"]),
     "leap-second": lambda: second_table(SECOND),
     "resolution": lambda: truth_table(_read("resolution-truth.json")["emoji-flux"], "emoji-flux"),
     "edit": lambda: truth_table(_read("resolution-truth.json")["emoji-kontext"], "emoji-kontext"),

@@ -42,6 +42,9 @@ def head_importance(model: CausalVideoTransformer, frames: int, steps: int, seed
 def ablations(budget: int, budgets: HeadBudgets | None) -> dict[str, StreamingMethod]:
     """What each part of Focused Forcing gives."""
     arms: dict[str, StreamingMethod] = {
+        "as in 0.1.0": FocusedForcing(
+            budget=budget, choice="frame", diversity_tokens=TOKENS, forget_after=None, keep_first=False
+        ),
         "choice per frame, nothing forgotten": FocusedForcing(
             budget=budget, choice="frame", diversity_tokens=TOKENS, forget_after=None
         ),

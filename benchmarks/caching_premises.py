@@ -1,0 +1,130 @@
+"""Do the premises of the caching systems hold on a model? Errors of forecasts, component by component.
+
+    python benchmarks/caching_premises.py --model emoji-flux --out benchmarks/caching-premises.json
+
+SVD-Cache reuses what lies outside a subspace, FreqCa a band of frequencies, because a forecast of them would be worse;
+HyCa forecasts clusters of channels by solvers of their own, because one solver for all would be worse. On features of
+held-out prompts, with the components of a fit to other prompts, each component is forecast by each rule from the
+computed steps of a schedule. A row tells the mean squared error over the skipped steps, divided by that of reusing the
+whole feature: where reuse of a component has the smallest error, its premise holds. `oracle` takes the best solver of
+every cluster on the held-out prompts themselves: no choice of HyCa can have a smaller error of features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hasten
+import torch
+from hasten.bench.environment import environment
+from hasten.bench.subject import open_model
+from hasten.caching.calibrated import CalibratedMethod, gram_of
+from hasten.caching.methods import FreqCa, HyCa
+from hasten.caching.methods.freqca import Bands
+from hasten.caching.methods.hyca import CANDIDATES, candidate
+from hasten.calibration import Calibration, Trace
+from hasten.io import write_atomically
+from hasten.models import TokenLayout
+from hasten.pipeline.replay import Replay
+from held_out import HeldOut
+from torch import Tensor
+
+KEY = "hidden"
+
+
+def recorded(held_out: HeldOut, scale: float | None, *, learn: bool) -> Trace:
+    """What the transformer does on the prompts to learn from, or on the held-out ones; all tokens."""
+    replay = Replay(held_out.calls(scale, learn=learn))
+    calls = [partial(lambda i: held_out.model.pipe(**replay[i]), i) for i in range(len(replay))]
+    trace = hasten.record(held_out.model.pipe, calls, tokens=4096)
+    replay.rewind()
+    return trace
+
+
+def components(features: Tensor, name: str, fit: Calibration | None, pass_name: str, grid: tuple[int, ...]) -> Any:
+    """The components of features `[S, T, N, D]`, by name; they sum to the whole in energy."""
+    if name == "svdcache":
+        assert fit is not None
+        basis = fit.tensors[f"basis/{pass_name}/{KEY}"]
+        principal = features @ basis @ basis.T
+        return {"principal": principal, "residual": features - principal}
+    if name == "freqca":
+        bands = Bands(TokenLayout(grid), "dct", FreqCa().cutoff)
+        flat = features.flatten(0, 1)
+        low = bands.combine([flat], {"low": [1.0], "high": [0.0]}).view_as(features)
+        return {"low": low, "high": features - low}
+    assert fit is not None
+    labels = fit.tensors[f"clusters/{KEY}"].long()
+    return {f"cluster {c}": features[..., labels == c] for c in range(int(labels.max()) + 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="emoji-flux")
+    parser.add_argument("--guidance", type=float, help="true classifier-free guidance; none by default")
+    parser.add_argument("--count", type=int, default=9, help="computed steps")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--learn", type=int, default=8)
+    parser.add_argument("--held-out", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/caching-premises.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = open_model(options.model)
+    work = Path("runs/premises")
+    held_out = HeldOut(model, options.steps, options.learn, options.held_out, 4, work)
+    learned = recorded(held_out, options.guidance, learn=True)
+    fits = {name: hasten.fit(learned, name) for name in ("svdcache", "hyca")}
+    trace = recorded(held_out, options.guidance, learn=False)
+    rows = []
+    for schedule in ("uniform", "even"):
+        judge = HyCa(calibration=fits["hyca"], schedule=schedule, computed_steps=options.count)
+        first = judge.first_difference
+        for name in ("svdcache", "freqca", "hyca"):
+            for pass_name, features in trace.steps(KEY, "normed").items():
+                side = round(features.shape[2] ** 0.5)
+                parts = components(features, name, fits.get(name), pass_name, (side, side))
+                rows += errors(judge, features, parts, first, {"schedule": schedule, "of": name, "pass": pass_name})
+    content = {
+        "environment": environment(),
+        "model": options.model,
+        "guidance": options.guidance,
+        "computed_steps": options.count,
+        "steps": options.steps,
+        "prompts": options.held_out,
+        "rows": rows,
+    }
+    write_atomically(options.out, json.dumps(content, indent=1) + "\n")
+
+
+def errors(
+    judge: CalibratedMethod, whole: Tensor, parts: dict[str, Tensor], first: int, about: dict[str, str]
+) -> list[dict[str, Any]]:
+    """A row for each component, and one for the whole with the oracle's error."""
+    solvers = {name: candidate(name, first) for name in CANDIDATES}
+
+    def of(features: Tensor) -> dict[str, float]:
+        gram = gram_of(features)
+        share = features.shape[-1] / whole.shape[-1]
+        return {name: judge.mean_error(gram, solver.weights) * share for name, solver in solvers.items()}
+
+    reused = of(whole)
+    found = {component: of(part) for component, part in parts.items()}
+    unit = reused["hold"]
+    rows = [
+        about | {"component": component} | {name: round(error / unit, 5) for name, error in by_solver.items()}
+        for component, by_solver in found.items()
+    ]
+    oracle = sum(min(by_solver.values()) for by_solver in found.values())
+    entire = {name: round(error / unit, 5) for name, error in reused.items()}
+    rows.append(about | {"component": "whole", "oracle": round(oracle / unit, 5)} | entire)
+    for row in rows:
+        print({key: value for key, value in row.items() if key != "pass"}, flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
