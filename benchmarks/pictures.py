@@ -1,9 +1,9 @@
 """Images for the pages of resolution and streaming methods.
 
-    python benchmarks/images.py specedit out/emoji-kontext.json
-    python benchmarks/images.py fresco out/emoji-flux-resolution.json
-    python benchmarks/images.py dvg out/sprites-wan.json
-    python benchmarks/images.py streaming
+    python benchmarks/pictures.py specedit out/emoji-kontext.json
+    python benchmarks/pictures.py fresco out/emoji-flux-resolution.json
+    python benchmarks/pictures.py dvg out/sprites-wan.json
+    python benchmarks/pictures.py streaming
 
 The JSON and its folder of images are those of `hasten bench` on the page's model; `streaming` rolls out one world by
 itself. Each writes `docs/images/PAGE.png`, or what `--out` says.

@@ -51,7 +51,7 @@ def main() -> None:
                 at = [i * frames / len(curve) for i in range(len(curve))]
                 panel.plot(at, curve, label=short_label(name).split(",")[0], **look)
         axes[0].set_ylim(30, 70)
-        for panel, title in zip(axes, ("PSNR to the full history, dB", "identity", "seconds a chunk"), strict=True):
+        for panel, title in zip(axes, ("PSNR to the full history, dB", "identity", "seconds per chunk"), strict=True):
             panel.set_title(title, fontsize=10)
             panel.set_xlabel("frame")
         handles, labels = axes[1].get_legend_handles_labels()

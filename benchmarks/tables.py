@@ -673,6 +673,7 @@ TABLES = {
     "resolution-toy": lambda: toy_table(_read("resolution-toy.json")),
     "video": lambda: bench_table("sprites-wan"),
     "streaming": lambda: bench_table("sprites-stream"),
+    "streaming-more": lambda: bench_table("sprites-stream-more"),
     "streaming-shape": lambda: shape_table(_read("streaming-shape.json")),
     "demo": lambda: bench_table("demo"),
     "overhead": lambda: overhead_table(_read("overhead.json")),
