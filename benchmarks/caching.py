@@ -54,12 +54,15 @@ def main() -> None:
         action="store_true",
         help="the best plain sampler for each number of steps as well",
     )
-    parser.add_argument("--learn", type=int, default=12)
+    parser.add_argument("--learn", type=int, default=16, help="prompts to learn from, a multiple of the batch")
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--work", type=Path, default=Path("runs/caching"))
     parser.add_argument("--out", type=Path, required=True)
-    Measure(parser.parse_args()).run()
+    options = parser.parse_args()
+    if options.learn % options.batch:
+        parser.error(f"--learn must be a multiple of --batch, got {options.learn} and {options.batch}")
+    Measure(options).run()
 
 
 class Measure:
@@ -121,8 +124,9 @@ class Measure:
             "schedule": schedule,
             "count": count,
         }
+        fitted = self.fitted(expression)
         try:
-            method = caching_method(f"{self.fitted(expression)}:schedule={schedule}:computed_steps={count}")
+            method = caching_method(f"{fitted}:schedule={schedule}:computed_steps={count}")
         except (ConfigError, ScheduleError) as error:
             self.note(key, row | {"refused": str(error)})
             return
