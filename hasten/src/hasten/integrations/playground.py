@@ -122,13 +122,14 @@ class Playground:
             rows.append(("LPIPS", "", f"{metrics.lpips()(fast, full):.4f}"))
         lines = ["| | full run | fast |", "|---|--:|--:|", *(f"| {' | '.join(row)} |" for row in rows)]
         difference = (GAIN * (fast - full).abs().mean(0)).clamp(0, 1).expand(3, -1, -1)
-        call = "".join(f", {name}={value}" for name, value in steps.items())
+        call = "".join(f", {name}={value!r}" for name, value in (self.model.call | steps).items())
         return Comparison(
             full=to_pil(full),
             fast=to_pil(fast),
             difference=to_pil(difference),
             figures="\n".join(lines),
-            code=f"run = hasten.accelerate(pipe, {code})\nimage = pipe({prompt!r}{call}).images[0]",
+            code=f"run = hasten.accelerate(pipe, {code})\nnoise = torch.Generator().manual_seed({seed})\n"
+            f"image = pipe({prompt!r}{call}, generator=noise).images[0]",
         )
 
     def _budget(self, method: str, computed_steps: int) -> tuple[Acceleration, str, dict[str, int]]:
