@@ -1,6 +1,6 @@
 """The tables of the README and the docs, made from the JSON files that `hasten bench` and the scripts here wrote.
 
-python benchmarks/tables.py          write them into README.md and docs/
+python benchmarks/tables.py          write them into README.md and docs/, figures in sentences and the reference too
 python benchmarks/tables.py --check  exit 1 if a page does not hold what the JSON files say
 """
 
@@ -15,11 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from figures import fill_figures, pages
 from hasten.bench.labels import short_label
 from hasten.bench.result import Result, read_result
 from hasten.bench.row import Row, columns
 from hasten.bench.tables import as_markdown, table_of
 from hasten.io import write_atomically
+from reference import part
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -698,18 +700,16 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def fill(text: str) -> str:
-    """`text` with everything between `<!-- table NAME -->` or `<!-- curve NAME -->` and `<!-- end -->` made again."""
+    """`text` with all between `<!-- table NAME -->` (curve, cli, schema) and `<!-- end -->`, and marked figures, made again."""
+    kinds = {"table": lambda name: TABLES[name](), "curve": curve}
 
     def made(match: re.Match[str]) -> str:
-        content = TABLES[match[3]]() if match[2] == "table" else curve(match[3])
+        kind, name = match[2], match[3]
+        content = kinds[kind](name) if kind in kinds else part(kind, name)
         return f"{match[1]}\n{content}\n{match[4]}"
 
-    return re.sub(r"(<!-- (table|curve) ([\w-]+) -->)\n.*?\n?(<!-- end -->)", made, text, flags=re.DOTALL)
-
-
-def pages() -> list[Path]:
-    """The pages that hold tables."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    tables = re.sub(r"(<!-- (table|curve|cli|schema) ([\w-]+) -->)\n.*?\n?(<!-- end -->)", made, text, flags=re.DOTALL)
+    return fill_figures(tables)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""README and docs hold what they say: figures are those of the JSON files, links lead somewhere, names are documented,
+commands parse, and every block of Python runs as it stands."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+import runpy
+import sys
+
+import pytest
+import typer
+from pages import DOCS, ROOT, anchors, commands, links, pages
+
+import hasten
+from hasten.cli.main import app
+from hasten.errors import ConfigError
+
+FIGURES = runpy.run_path(str(ROOT / "benchmarks" / "figures.py"))
+# What users call; the other packages are what these are made of.
+PUBLIC = ("hasten", "hasten.models", "hasten.streaming", "hasten.tokens")
+named = pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("page", FIGURES["pages"](), ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_figure_is_in_a_json_file(page):
+    found = FIGURES["unknown_figures"](page)
+    assert not found, f"{page}: {found}: mark them, or say in benchmarks/stated.json where they come from"
+
+
+def test_no_figure_of_the_readme_is_stated_by_hand():
+    assert FIGURES["figures"]((ROOT / "README.md").read_text(encoding="utf-8")) == []
+    assert "README.md" not in FIGURES["stated"]()
+
+
+def test_what_is_stated_by_hand_is_on_its_page():
+    for name, numbers in FIGURES["stated"]().items():
+        there = FIGURES["figures"]((ROOT / name).read_text(encoding="utf-8"))
+        assert not [number for number in numbers if number not in there], f"{name}: python benchmarks/figures.py --state"
+
+
+def test_a_figure_that_comes_from_nowhere_is_found():
+    text = "It is 61.7 dB and 23 times faster, at 3.1 ms. FLUX.2 of Wan 2.2 needs `sigma=0.5`; see [1.5](a/2.5.md).\n"
+    assert FIGURES["figures"](text) == ["61.7", "23", "3.1"]
+    marked = "LEAP has <!-- = emoji-flux leap 9 psnr -->0.0<!-- / --> dB, <!-- = emoji-flux leap 9 psnr over unipc -->0.0<!-- / --> more."
+    assert FIGURES["figures"](marked) == []
+    first, second = re.findall(r"-->([\d.]+)<", FIGURES["fill_figures"](marked))
+    assert 0 < float(second) < float(first)
+    with pytest.raises(LookupError, match="no psnr of leap at 10"):
+        FIGURES["fill_figures"](marked.replace("leap 9", "leap 10"))
+
+
+@named
+def test_links_lead_somewhere(page):
+    dead = []
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            dead.append(target)
+    assert not dead
+
+
+@named
+def test_commands_are_those_there_are(page):
+    group = typer.main.get_command(app)
+    for words in commands(page.read_text(encoding="utf-8")):
+        command, context, rest = group, group.make_context("hasten", [], resilient_parsing=True), words
+        while hasattr(command, "commands"):
+            assert rest, f"hasten {' '.join(words)}: which command?"
+            assert rest[0] in command.commands, f"hasten {' '.join(words)}: no command {rest[0]}"
+            command, rest = command.commands[rest[0]], rest[1:]
+            context = type(context)(command, parent=context)
+        command.make_parser(context).parse_args(args=list(rest))  # says which option there is not
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert not [page for page in DOCS.rglob("*.md") if f"{page.relative_to(DOCS)}\n" not in f"{navigation}\n"]
+
+
+def _documented() -> set[str]:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").rglob("*.md"))
+    return set(re.findall(r"^::: ([\w.]+)", text, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_every_public_name_is_in_the_reference(package):
+    module, documented = importlib.import_module(package), _documented()
+    for name in module.__all__:
+        thing = getattr(module, name)
+        home = getattr(thing, "__module__", package)
+        assert documented & {package, home, f"{package}.{name}", f"{home}.{name}"}, f"{package}.{name} is in no reference page"
+
+
+def _public():
+    for info in pkgutil.walk_packages(hasten.__path__, "hasten."):
+        try:
+            module = importlib.import_module(info.name)
+        except (ModuleNotFoundError, ConfigError):
+            continue  # what it is for is not installed
+        for name in getattr(module, "__all__", ()):
+            thing = inspect.unwrap(getattr(module, name)) if callable(getattr(module, name)) else getattr(module, name)
+            if getattr(thing, "__module__", None) == info.name and (inspect.isclass(thing) or inspect.isfunction(thing)):
+                yield f"{info.name}.{name}", thing
+
+
+def test_every_public_class_function_and_method_says_what_it_is():
+    bare = []
+    for name, thing in _public():
+        if not (thing.__doc__ or "").strip():
+            bare.append(name)
+        if inspect.isclass(thing):
+            for key, member in vars(thing).items():
+                function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+                if key.startswith("_") or not inspect.isfunction(function) or function.__module__ != thing.__module__:
+                    continue
+                if not inspect.getdoc(getattr(thing, key)):
+                    bare.append(f"{name}.{key}")
+    assert not bare
+
+
+def test_the_check_of_names_is_no_empty_loop():
+    assert len(list(_public())) > 150
+    assert "hasten.models" in sys.modules
