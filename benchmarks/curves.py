@@ -5,12 +5,15 @@ python benchmarks/curves.py     writes docs/images/curves/NAME.svg from benchmar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from hasten.bench.labels import short_label
+from hasten.bench.result import Result
+from hasten.bench.row import Row
 from hasten.io import write_atomically
 from matplotlib.figure import Figure
 from tables import emoji_flux
@@ -21,12 +24,14 @@ STYLE: Any = {"svg.hashsalt": "hasten", "axes.spines.right": False, "axes.spines
 UNSIGNED: Any = {"Date": None, "Creator": None}  # the same figures make the same file
 
 
-def points(rows: list[dict[str, Any]], label: str, field: str) -> list[tuple[int, float]]:
+def points(rows: Sequence[Row], label: str, field: str) -> list[tuple[int, float]]:
     """(computed steps, value) of the rows of one arm."""
-    return sorted((r["budget"], r[field]) for r in rows if r["method"] == label and r.get(field) is not None)
+    return sorted(
+        (r.budget or 0, getattr(r, field)) for r in rows if r.method == label and getattr(r, field) is not None
+    )
 
 
-def draw(result: dict[str, Any], name: str, labels: list[str]) -> None:
+def draw(result: Result, name: str, labels: list[str]) -> None:
     """One figure: the arms of a method in colour, the plain samplers in grey."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.9), layout="constrained")
@@ -35,15 +40,15 @@ def draw(result: dict[str, Any], name: str, labels: list[str]) -> None:
         ):
             axes = figure.add_subplot(1, 2, index + 1)
             for label, grey in (("euler", "0.7"), ("unipc", "0.45")):
-                xy = points(result["rows"], label, field)
+                xy = points(result.rows, label, field)
                 axes.plot(*zip(*xy, strict=True), color=grey, linestyle="--", marker=".", label=f"plain {label}")
             for label in labels:
-                xy = points(result["rows"], label, field)
+                xy = points(result.rows, label, field)
                 if xy:
                     axes.plot(*zip(*xy, strict=True), marker="o", label=short_label(label))
             axes.set_title(title, fontsize=10)
             axes.set_xlabel("computed steps of 50")
-            axes.set_xticks(sorted({r["budget"] for r in result["rows"]}))
+            axes.set_xticks(sorted({r.budget or 0 for r in result.rows}))
             axes.grid(color="0.92")
         figure.axes[1].legend(frameon=False, fontsize=8)
         write_atomically(
@@ -53,8 +58,8 @@ def draw(result: dict[str, Any], name: str, labels: list[str]) -> None:
 
 def main() -> None:
     """Draw all of them."""
-    result = emoji_flux()
-    labels = [r["method"] for r in result["rows"] if r["library"] == "hasten"]
+    result, _ = emoji_flux()
+    labels = [r.method for r in result.rows if r.library == "hasten"]
     for name in dict.fromkeys(label.split(":")[0] for label in labels):
         draw(result, name, list(dict.fromkeys(label for label in labels if label.split(":")[0] == name)))
 

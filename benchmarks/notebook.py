@@ -25,7 +25,9 @@ def notebook(text: str) -> dict[str, Any]:
         source = part.strip("\n").splitlines(keepends=True)
         if source:
             kind: dict[str, Any] = {"cell_type": "code", "execution_count": None, "outputs": []}
-            cells.append({**(kind if i % 2 else {"cell_type": "markdown"}), "id": f"cell-{i}", "metadata": {}, "source": source})
+            cells.append(
+                {**(kind if i % 2 else {"cell_type": "markdown"}), "id": f"cell-{i}", "metadata": {}, "source": source}
+            )
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
@@ -37,5 +39,7 @@ def text() -> str:
 
 if __name__ == "__main__":
     if "--check" in sys.argv:
-        sys.exit(f"{NOTEBOOK} is older than {PAGE}; run benchmarks/notebook.py" if NOTEBOOK.read_text() != text() else 0)
+        sys.exit(
+            f"{NOTEBOOK} is older than {PAGE}; run benchmarks/notebook.py" if NOTEBOOK.read_text() != text() else 0
+        )
     write_atomically(NOTEBOOK, text())

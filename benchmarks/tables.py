@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import fill_figures, pages
+from front import front_table
 from hasten.bench.labels import short_label
 from hasten.bench.result import Result, read_result
 from hasten.bench.row import Row, columns
@@ -418,8 +419,8 @@ def emoji_flux() -> tuple[Result, str]:
 def ablation_table(result: dict[str, Any]) -> str:
     """Markdown of `leap-ablation.json`: a line per part, PSNR in dB."""
     lines = ["| what | PSNR, dB |", "|---|---|"]
-    for name, part in result["parts"].items():
-        figures = {key: value for key, value in part.items() if key not in HIDDEN}
+    for name, measured in result["parts"].items():
+        figures = {key: value for key, value in measured.items() if key not in HIDDEN}
         lines.append(_row([name, "; ".join(f"{key}: {value:.1f}" for key, value in figures.items())]))
     environment = result["environment"]
     lines.append("")
@@ -651,6 +652,7 @@ DEFAULTS = [
 SECOND = ["leap-flux-guided.json", "leap-flux.json", "leap-wan.json", "leap-kontext.json"]
 HIDDEN = ("seconds", "closed_form", "relative_squared_error", "evaluations")
 TABLES = {
+    "front": front_table,
     "emoji-flux": lambda: overview_table(*emoji_flux()),
     "leap-guided": lambda: overview_table(_result("emoji-flux-guided")),
     "leap-edit": lambda: overview_table(_result("emoji-kontext-leap")),
@@ -700,7 +702,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def fill(text: str) -> str:
-    """`text` with all between `<!-- table NAME -->` (curve, cli, schema) and `<!-- end -->`, and marked figures, made again."""
+    """`text` with all between `<!-- table NAME -->` (curve, cli, schema) and its end, and marked figures, made again."""
     kinds = {"table": lambda name: TABLES[name](), "curve": curve}
 
     def made(match: re.Match[str]) -> str:

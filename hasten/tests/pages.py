@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 OTHERS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "hasten/README.md", "zoo/README.md")
 FENCE = re.compile(
-    r"(?P<mark><!-- not run: [^>]+ -->\n+)?^(?P<indent> *)```(?P<kind>\w+)\n(?P<code>.*?)^ *```$", re.DOTALL | re.MULTILINE
+    r"(?P<mark><!-- not run: [^>]+ -->\n+)?^(?P<indent> *)```(?P<kind>\w+)\n(?P<code>.*?)^ *```$",
+    re.DOTALL | re.MULTILINE,
 )
 
 
@@ -40,7 +41,12 @@ def blocks(page: Path) -> list[Block]:
 
 def without_code(text: str) -> str:
     """A page without its code, where brackets are no links and signs of numbers no headings."""
-    return re.sub(r"^ *```.*?^ *```$|`[^`\n]*`", lambda match: "`" if "`" == match[0] else "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(
+        r"^ *```.*?^ *```$|`[^`\n]*`",
+        lambda match: "`" if match[0] == "`" else "",
+        text,
+        flags=re.DOTALL | re.MULTILINE,
+    )
 
 
 def anchors(page: Path) -> set[str]:
@@ -57,7 +63,9 @@ def anchors(page: Path) -> set[str]:
 def links(page: Path) -> list[str]:
     """Targets of the links and images of a page that are files of the repository."""
     text = without_code(page.read_text(encoding="utf-8"))
-    found = re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)", text) + re.findall(r'(?:src|href|srcset)="([^"]+)"', text)
+    found = re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)", text) + re.findall(
+        r'(?:src|href|srcset)="([^"]+)"', text
+    )
     return [target for target in found if not re.match(r"[a-z]+:", target)]
 
 

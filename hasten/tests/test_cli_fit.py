@@ -17,8 +17,8 @@ from hasten.bench import recording
 from hasten.bench.row import Row
 from hasten.bench.subject import PIPELINES, Subject
 from hasten.bench.tune import TuneSettings, run_tune
+from hasten.bench.usage import python_line
 from hasten.calibration import Calibration
-from hasten.cli.fit import _use
 from hasten.fitting import closed_loop
 from hasten.quality.certificate import certificates
 
@@ -214,7 +214,7 @@ def test_tune_measures_resolution_methods_beside_the_others(emoji, monkeypatch, 
 
 def test_the_line_to_use_names_the_objects_of_a_combination():
     row = Row(id="x", library="hasten", method="dvg:budget=0.5+foca:interval=4", staged=True, steps=50)
-    line = _use(row, Path("calibrations"))
+    line = python_line(row, Path("calibrations"))
     assert line == "hasten.accelerate(pipe, hasten.DVG(budget=0.5), hasten.FoCa(interval=4))   # num_inference_steps=50"
     assert hasten.DVG(budget=0.5).budget == 0.5
 

@@ -20,7 +20,10 @@ from hasten.errors import ConfigError
 
 FIGURES = runpy.run_path(str(ROOT / "benchmarks" / "figures.py"))
 # What users call; the other packages are what these are made of.
-PUBLIC = ("hasten", "hasten.models", "hasten.streaming", "hasten.tokens")
+PUBLIC = (
+    "hasten",
+    *(f"hasten.{name}" for name in ("caching", "models", "resolution", "solvers", "streaming", "tokens")),
+)
 named = pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -38,13 +41,15 @@ def test_no_figure_of_the_readme_is_stated_by_hand():
 def test_what_is_stated_by_hand_is_on_its_page():
     for name, numbers in FIGURES["stated"]().items():
         there = FIGURES["figures"]((ROOT / name).read_text(encoding="utf-8"))
-        assert not [number for number in numbers if number not in there], f"{name}: python benchmarks/figures.py --state"
+        assert not [number for number in numbers if number not in there], (
+            f"{name}: python benchmarks/figures.py --state"
+        )
 
 
 def test_a_figure_that_comes_from_nowhere_is_found():
     text = "It is 61.7 dB and 23 times faster, at 3.1 ms. FLUX.2 of Wan 2.2 needs `sigma=0.5`; see [1.5](a/2.5.md).\n"
     assert FIGURES["figures"](text) == ["61.7", "23", "3.1"]
-    marked = "LEAP has <!-- = emoji-flux leap 9 psnr -->0.0<!-- / --> dB, <!-- = emoji-flux leap 9 psnr over unipc -->0.0<!-- / --> more."
+    marked = "".join(f"<!-- = emoji-flux leap 9 {what} -->0.0<!-- / --> dB" for what in ("psnr", "psnr over unipc"))
     assert FIGURES["figures"](marked) == []
     first, second = re.findall(r"-->([\d.]+)<", FIGURES["fill_figures"](marked))
     assert 0 < float(second) < float(first)
@@ -92,7 +97,14 @@ def test_every_public_name_is_in_the_reference(package):
     for name in module.__all__:
         thing = getattr(module, name)
         home = getattr(thing, "__module__", package)
-        assert documented & {package, home, f"{package}.{name}", f"{home}.{name}"}, f"{package}.{name} is in no reference page"
+        assert documented & {package, home, f"{package}.{name}", f"{home}.{name}"}, (
+            f"{package}.{name} is in no reference page"
+        )
+
+
+def _names(package):
+    module = importlib.import_module(package)
+    return [(name, getattr(module, name)) for name in module.__all__]
 
 
 def _public():
@@ -103,16 +115,19 @@ def _public():
             continue  # what it is for is not installed
         for name in getattr(module, "__all__", ()):
             thing = inspect.unwrap(getattr(module, name)) if callable(getattr(module, name)) else getattr(module, name)
-            if getattr(thing, "__module__", None) == info.name and (inspect.isclass(thing) or inspect.isfunction(thing)):
+            if getattr(thing, "__module__", None) == info.name and (
+                inspect.isclass(thing) or inspect.isfunction(thing)
+            ):
                 yield f"{info.name}.{name}", thing
 
 
 def test_every_public_class_function_and_method_says_what_it_is():
     bare = []
+    shown = {f"{getattr(thing, '__module__', '')}.{name}" for package in PUBLIC for name, thing in _names(package)}
     for name, thing in _public():
         if not (thing.__doc__ or "").strip():
             bare.append(name)
-        if inspect.isclass(thing):
+        if inspect.isclass(thing) and name in shown:
             for key, member in vars(thing).items():
                 function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
                 if key.startswith("_") or not inspect.isfunction(function) or function.__module__ != thing.__module__:
@@ -125,3 +140,10 @@ def test_every_public_class_function_and_method_says_what_it_is():
 def test_the_check_of_names_is_no_empty_loop():
     assert len(list(_public())) > 150
     assert "hasten.models" in sys.modules
+
+
+def test_the_notebook_is_the_page_of_the_tutorial():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "notebook.py"))
+    assert script["NOTEBOOK"].read_text(encoding="utf-8") == script["text"]()
+    kinds = [cell["cell_type"] for cell in script["notebook"](script["PAGE"].read_text(encoding="utf-8"))["cells"]]
+    assert kinds.count("code") > 6

@@ -24,9 +24,9 @@ def script(name):
 def test_tables_are_those_of_the_json_files(page):
     fill = script("tables.py")["fill"]
     text = page.read_text(encoding="utf-8")
-    assert sum(text.count(f"<!-- {kind} ") for kind in ("table", "curve", "tokens", "drape", "cli", "schema")) == text.count(
-        "<!-- end -->"
-    )
+    assert sum(
+        text.count(f"<!-- {kind} ") for kind in ("table", "curve", "tokens", "drape", "cli", "schema")
+    ) == text.count("<!-- end -->")
     assert fill(text) == text
 
 

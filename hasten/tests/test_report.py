@@ -1,5 +1,6 @@
 """The HTML report: complete, self-contained, safe, and clear about bad input."""
 
+import base64
 import json
 
 import pytest
@@ -93,7 +94,7 @@ def test_everything_is_there(tmp_path, content):
         "7 computed steps",
     ):
         assert word in page
-    assert page.count("<svg") == 2
+    assert page.count('<svg role="img"') == 4  # PSNR, FLIP, two of the error; LPIPS was not measured
     assert page.count("data:image/png;base64,") == 5  # baseline twice, once for each sheet
     assert page.count('class="missing"') == 1
     assert "Not measured: peer (cache-dit)" in page
@@ -102,15 +103,16 @@ def test_everything_is_there(tmp_path, content):
 
 def test_the_best_of_a_group_is_bold_and_plain_rows_are_marked(tmp_path, content):
     page = render(tmp_path, content)
-    assert '<td class="best">44.44</td>' in page
-    assert "<td>41.11</td>" in page
+    assert '<td class="best" data-value="44.444">44.44</td>' in page
+    assert '<td data-value="41.111">41.11</td>' in page
     assert '<tr class="plain">' in page
 
 
 def test_nothing_is_loaded_from_elsewhere_and_prompts_are_escaped(tmp_path, content):
     page = render(tmp_path, content)
     assert "http" not in page
-    assert "<script" not in page
+    assert page.count("<script") == 1  # ours
+    assert "alert(1)</script>" not in page
     assert "&lt;script&gt;" in page
 
 
@@ -172,3 +174,52 @@ def test_the_result_is_never_replaced_and_a_bad_place_is_named(tmp_path, content
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ReportError, match="no such file"):
         render_report(tmp_path / "nowhere.json", tmp_path / "r.html")
+
+
+def test_the_verdict_is_on_top_with_the_line_to_use(tmp_path, content):
+    content["rows"][1]["spread"] = {"psnr": {"p10": 40.04, "p90": 47.06}}
+    page = render(tmp_path, content)
+    (first, *_) = page.split("<h2>")
+    assert "hicache at 9 steps" in first
+    assert "4.0 times faster" in first
+    assert "3.3 dB above plain Euler" in first
+    namespace = {"hasten": type("hasten", (), {"accelerate": staticmethod(lambda *a, **k: (a, k))}), "pipe": None}
+    line = first.split("<code>")[1].split("</code>")[0].replace("&#39;", "'")
+    assert eval(line, namespace) == ((None, "hicache"), {"computed_steps": 9})
+    assert "<small>40.04 to 47.06</small>" in page
+
+
+def test_a_method_that_loses_is_said_to_lose(tmp_path, content):
+    content["rows"][0]["psnr"] = 50.0
+    assert "5.6 dB below plain Euler" in render(tmp_path, content)
+
+
+def test_every_arm_is_in_the_legend_and_no_two_lines_look_alike(tmp_path, content):
+    content["rows"] = [row(f"reuse:interval={i}", 9, 30.0 + i) for i in range(2, 30)]
+    page = render(tmp_path, content)
+    samples = [part.split("</svg>")[0] for part in page.split('<svg class="sample"')[1:]]
+    assert len(samples) == len(set(samples)) == 28
+    for number in range(28):
+        assert f'data-line="line-{number}"' in page
+        assert page.count(f'<g class="line-{number}"') == 3
+
+
+def test_several_results_make_one_report(tmp_path, content):
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file, model in zip(files, ("emoji-flux", "another"), strict=True):
+        file.write_text(sealed(content | {"model": model}))
+    page = render_report(files, tmp_path / "both.html").read_text()
+    assert page.index("<h1>emoji-flux</h1>") < page.index("<h1>another</h1>")
+    assert 'href="#part-1">another (b.json)' in page
+    tables = render_report(files, tmp_path / "both.md", "md").read_text()
+    assert tables.count("| method |") == 2
+    rows = render_report(files, tmp_path / "both.csv", "csv").read_text().splitlines()
+    assert [line.partition(",")[0] for line in rows if "hicache" in line] == ["a", "a", "b", "b"]
+    with pytest.raises(ReportError, match="would replace"):
+        render_report(files, files[1])
+
+
+def test_the_tables_can_be_saved_from_the_page(tmp_path, content):
+    page = render(tmp_path, content)
+    saved = base64.b64decode(page.split("data:text/csv;base64,")[1].split('"')[0]).decode()
+    assert saved == render_report(tmp_path / "out.json", tmp_path / "o.csv", "csv").read_text()

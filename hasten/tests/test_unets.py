@@ -55,8 +55,12 @@ def tokenizer(folder: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_sdxl(tmp_path_factory.mktemp("tokenizer"))
+
+
+def tiny_sdxl(folder: Any) -> Any:
     """Stable Diffusion XL, tiny and with random weights."""
-    letters = tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    letters = tokenizer(folder)
     pipe = diffusers.StableDiffusionXLPipeline(
         vae=vae(),
         text_encoder=text_encoder(CLIPTextModel, 8),
@@ -178,6 +182,10 @@ def test_inpainting_and_image_to_image(sdxl, site):
 
 @pytest.fixture(scope="module")
 def sd15(sdxl) -> Any:
+    return tiny_sd15(sdxl)
+
+
+def tiny_sd15(sdxl: Any) -> Any:
     """Stable Diffusion 1.5 with a ControlNet."""
     config = {**CONDITION, **TYPES_2D, "cross_attention_dim": 8}
     control = {key: config[key] for key in ("block_out_channels", "layers_per_block", "norm_num_groups")}

@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-__all__ = ["SERIES", "STYLE", "data_uri", "line", "panels_of", "svg", "template"]
+__all__ = ["SERIES", "STYLE", "Key", "data_uri", "line", "panel", "svg", "template"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 PNG, WEBP, MP4 = b"\x89PNG\r\n", b"WEBP", b"ftyp"
@@ -21,6 +22,7 @@ PNG, WEBP, MP4 = b"\x89PNG\r\n", b"WEBP", b"ftyp"
 # Charts are drawn in placeholder colours that become CSS variables, so that one drawing serves light and dark pages.
 INK, RULE = "#010101", "#020202"
 SERIES = [f"#0401{number:02x}" for number in range(8)]
+DASHES: list[Any] = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 3)), (0, (3, 3))]
 CSS = {INK: "var(--ink)", RULE: "var(--rule)"} | {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
 STYLE: Any = {
     "axes.edgecolor": RULE,
@@ -73,18 +75,52 @@ def svg(figure: Figure, label: str) -> Markup:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for colour, variable in CSS.items():
         text = text.replace(colour, variable)
+    text = re.sub(r'<g id="(line-\d+)">', r'<g class="\1">', text)  # the same line is in several charts
     # The page scales the drawing, but never beyond the size at which its text is as large as the page's.
     width = 96 * figure.get_figwidth()
     head = f'<svg role="img" aria-label="{Markup.escape(label)}" style="max-width: {width:.0f}px"'
     return Markup(re.sub(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', rf"{head} \1>", text, count=1))
 
 
-def panels_of(count: int) -> tuple[Figure, list[Any]]:
-    """A figure of so many axes side by side."""
-    figure = Figure(figsize=(5.2 * count, 3.6), layout="constrained")
-    return figure, [figure.add_subplot(1, count, i + 1) for i in range(count)]
+def panel() -> tuple[Figure, Any]:
+    """A figure of one pair of axes; charts of a page stand side by side, or one below the other on a phone."""
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+    return figure, figure.add_subplot()
 
 
-def line(axes: Any, xs: Sequence[float], ys: Sequence[float], name: str, colour: str, marker: str = "") -> None:
-    """A line of the chart, broken where it belongs to a plain sampler."""
-    axes.plot(xs, ys, color=colour, label=name, marker=marker, linestyle="--" if name.startswith("plain ") else "-")
+@dataclass(frozen=True)
+class Key:
+    """How a line of the charts is drawn, the same one in all of them.
+
+    Attributes:
+        name: of the arm.
+        number: its place in the legend; the class of its lines in the page is `line-NUMBER`.
+    """
+
+    name: str
+    number: int
+
+    @property
+    def colour(self) -> str:
+        """A placeholder of `SERIES`."""
+        return SERIES[self.number % len(SERIES)]
+
+    @property
+    def dash(self) -> Any:
+        """One dash for each turn of the colours, so that no two lines look the same."""
+        return DASHES[self.number // len(SERIES) % len(DASHES)]
+
+    @property
+    def sample(self) -> Markup:
+        """The line in the legend."""
+        pattern = "" if self.dash == "-" else " ".join(str(length) for length in self.dash[1])
+        variable = f"var(--s{self.number % len(SERIES)})"
+        return Markup(
+            '<svg class="sample" viewBox="0 0 26 8" aria-hidden="true"><line x1="0" x2="26" y1="4" y2="4" stroke-width="2.4" '
+            'stroke="{}" stroke-dasharray="{}"/></svg>'
+        ).format(variable, pattern)
+
+
+def line(axes: Any, xs: Sequence[float], ys: Sequence[float], key: Key, marker: str = "") -> None:
+    """A line of a chart, in the colour and dash of its key."""
+    axes.plot(xs, ys, color=key.colour, linestyle=key.dash, marker=marker, markersize=4, gid=f"line-{key.number}")

@@ -1,4 +1,4 @@
-"""The HTML page of a streaming result: one table, curves over the frames, the videos themselves."""
+"""A streaming result in a page: one table, curves over the frames, the videos themselves."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from pathlib import Path
 import matplotlib as mpl
 from markupsafe import Markup
 
-from hasten.bench.labels import short_label
-from hasten.bench.pages import SERIES, STYLE, data_uri, line, panels_of, svg, template
+from hasten.bench.pages import STYLE, Key, data_uri, line, panel, svg, template
 from hasten.bench.result import StreamResult
-from hasten.bench.row import StreamRow
 from hasten.bench.tables import table_of
 
-__all__ = ["streams_page"]
+__all__ = ["streams_part"]
 
 ABREAST = 3  # videos on a line
 Curve = Sequence[float | None]
 
 
-def streams_page(result: StreamResult, folder: Path) -> str:
-    """The page as text.
+def streams_part(result: StreamResult, folder: Path) -> str:
+    """The part of a page for one result.
 
     Args:
         result: of `hasten bench` on a streaming model.
@@ -29,44 +27,34 @@ def streams_page(result: StreamResult, folder: Path) -> str:
     """
     names = sorted({name for row in result.rows for name in row.drift})
     videos = [(row.name, data_uri(folder, row.video)) for row in result.rows]
+    keys = [Key(row.name, number) for number, row in enumerate(result.rows)]
     return template("streams.html.j2").render(
         result=result,
         table=table_of(result, wide=True),
-        charts=_charts(result, names),
-        hidden=len(result.rows) - len(_drawn(result)),
+        charts=_charts(result, names, keys),
+        keys=keys,
         videos=[videos[i : i + ABREAST] for i in range(0, len(videos), ABREAST)],
     )
 
 
-def _drawn(result: StreamResult) -> list[StreamRow]:
-    """The full history and as many of the others, nearest to it first, as there are colours."""
-    first, *others = result.rows
-    best = sorted(others, key=lambda row: -(row.psnr or 0.0))[: len(SERIES) - 1]
-    return [first, *(row for row in others if row in best)]
-
-
-def _charts(result: StreamResult, names: Sequence[str]) -> list[Markup]:
-    rows = _drawn(result)
+def _charts(result: StreamResult, names: Sequence[str], keys: Sequence[Key]) -> list[Markup]:
+    rows = result.rows
     panels: list[tuple[str, Mapping[str, Curve]]] = [
         ("PSNR to the full history, dB", {row.method: row.psnr_curve for row in rows[1:]}),
         ("seconds per chunk", {row.method: row.seconds_curve for row in rows}),
         *((name, {row.method: row.drift[name] for row in rows if name in row.drift}) for name in names),
     ]
-    colours = {row.method: colour for row, colour in zip(rows, SERIES, strict=False)}
-    pairs = [panels[i : i + 2] for i in range(0, len(panels), 2)]
-    return [_chart(pair, colours, result.settings.frames) for pair in pairs]
+    by_method = {row.method: key for row, key in zip(rows, keys, strict=True)}
+    return [_chart(title, curves, by_method, result.settings.frames) for title, curves in panels]
 
 
-def _chart(panels: Sequence[tuple[str, Mapping[str, Curve]]], colours: dict[str, str], frames: int) -> Markup:
-    """Axes side by side, each with a title and a curve for each method."""
+def _chart(title: str, curves: Mapping[str, Curve], keys: Mapping[str, Key], frames: int) -> Markup:
+    """A chart with a curve for each method."""
     with mpl.rc_context(STYLE):
-        figure, axes = panels_of(len(panels))
-        for panel, (title, curves) in zip(axes, panels, strict=True):
-            for method, curve in curves.items():
-                values = [float("nan") if value is None else value for value in curve]
-                at = [i * frames / len(values) for i in range(len(values))]
-                line(panel, at, values, short_label(method), colours[method])
-            panel.set_title(title)
-            panel.set_xlabel("frame")
-        axes[-1].legend(frameon=False, fontsize=9)
-        return svg(figure, " and ".join(title for title, _ in panels))
+        figure, axes = panel()
+        for method, curve in curves.items():
+            values = [float("nan") if value is None else value for value in curve]
+            line(axes, [i * frames / len(values) for i in range(len(values))], values, keys[method])
+        axes.set_title(title)
+        axes.set_xlabel("frame")
+        return svg(figure, title)

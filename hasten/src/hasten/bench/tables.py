@@ -17,11 +17,12 @@ CURVE = Column("", "mean over the last third of the video", digits=3)
 
 @dataclass(frozen=True)
 class Cell:
-    """A value, how it is shown, and whether it is the best of its section."""
+    """A value, how it is shown, whether it is the best of its section, and where most prompts lie."""
 
     value: float | None
     text: str
     best: bool = False
+    spread: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,13 @@ def _drift(row: StreamRow, names: Sequence[str]) -> list[Cell]:
     return [Cell(value, CURVE.text(value)) for value in values]
 
 
+def _spread(row: Row | StreamRow, name: str, column: Column) -> str:
+    """The tenth and the ninetieth percentile over the prompts, if they are known."""
+    known = row.spread.get(name, {}) if isinstance(row, Row) else {}
+    ends = [known.get(end) for end in ("p10", "p90")]
+    return " to ".join(column.text(end) for end in ends) if None not in ends else ""
+
+
 def _lines(rows: Sequence[Row] | Sequence[StreamRow], shown: dict[str, Column]) -> list[Line]:
     best = {name: column.best([getattr(row, name) for row in rows]) for name, column in shown.items()}
     lines = []
@@ -121,7 +129,9 @@ def _lines(rows: Sequence[Row] | Sequence[StreamRow], shown: dict[str, Column]) 
         cells = []
         for name, column in shown.items():
             value = getattr(row, name)
-            cells.append(Cell(value, column.text(value), value is not None and value == best[name]))
+            cells.append(
+                Cell(value, column.text(value), value is not None and value == best[name], _spread(row, name, column))
+            )
         params = ", ".join(f"{key}={value}" for key, value in row.params.items())
         library, note = (row.library, row.note) if isinstance(row, Row) else ("hasten", "")
         lines.append(Line(row.name, library, cells, params, note))

@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from hasten.bench.row import Row
+from hasten.bench.usage import python_line
 from hasten.cli import certify, options
 from hasten.cli.boundary import resumable
 from hasten.cli.common import BAR, command_line, console, opened, show_result
@@ -267,7 +267,7 @@ def tune(
     for count, best in (result.tune or {})["best"].items():
         for row in result.rows:
             if row.id == best:
-                console.print(f"[bold]{count} computed steps[/bold]: {_use(row, out)}", highlight=False)
+                console.print(f"[bold]{count} computed steps[/bold]: {python_line(row, out)}", highlight=False)
     console.print(f"figures: [bold]{out / 'tune.json'}[/bold]   report: [bold]{out / 'tune.html'}[/bold]")
     if wanted is not None:
         from hasten.bench.certify_settings import CertifySettings
@@ -309,29 +309,6 @@ def tune_one(model: str, tuning: MethodTuning, device: str | None, out: Path) ->
         table.add_row(count, f"{best['decibels']:.2f}", f"{best['at_the_start']:.2f}", best["method"])
     console.print(table)
     console.print(f"all trials: [bold]{out / f'tuned-{tuning.name}.json'}[/bold]")
-
-
-def _use(row: Row, folder: Path) -> str:
-    """How to use what a row measured, as Python."""
-    from hasten import methods, registry
-
-    known = {info.name: info.config for info in methods()}
-    parts = registry.split(row.method)
-    name = parts[0][0]
-    if name == "leap":
-        file = folder / "leap.safetensors"
-        return f"hasten.accelerate(pipe, hasten.Leap('{file}'))   # num_inference_steps={row.steps}"
-    if row.staged:
-        built = [f"hasten.{known[part].__name__}({_arguments(known[part], given)})" for part, given in parts]
-        return f"hasten.accelerate(pipe, {', '.join(built)})   # num_inference_steps={row.steps}"
-    decided = {key: str(row.params[key]) for key in ("computed_steps", "threshold") if row.params.get(key) is not None}
-    return f"hasten.accelerate(pipe, '{name}', {_arguments(known[name], parts[0][1] | decided)})"
-
-
-def _arguments(config: Any, texts: dict[str, str]) -> str:
-    from hasten.parameters import from_text
-
-    return ", ".join(f"{key}={value!r}" for key, value in from_text(config, texts).items())
 
 
 def _figures(report: dict[str, Any]) -> str:

@@ -222,13 +222,15 @@ def bench(
 
 
 def report(
-    result: Annotated[Path, typer.Argument(help="A JSON file that `hasten bench` wrote.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file; beside the JSON by default.")] = None,
+    results: Annotated[list[Path], typer.Argument(help="JSON files that `hasten bench` wrote: one report of all.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file; beside the first JSON by default.")] = None,
     form: Annotated[
         str, typer.Option("--format", help="html (table, curves and images), md or csv (the table alone).")
     ] = "html",
 ) -> None:
-    """Make a report of a result: one self-contained HTML file, a Markdown table, or CSV."""
+    """Make a report of one or several results: one self-contained HTML file, Markdown tables, or CSV."""
     from hasten.bench.report import render_report
 
-    console.print(f"report: [bold]{render_report(result, out or result.parent / f'{result.stem}.{form}', form)}[/bold]")
+    first = results[0]
+    file = out or first.parent / f"{first.stem}.{form}"
+    console.print(f"report: [bold]{render_report(results, file, form)}[/bold]")

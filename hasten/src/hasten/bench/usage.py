@@ -1,0 +1,40 @@
+"""A row as the line of Python that uses what it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hasten import registry
+from hasten.bench.row import Row
+from hasten.parameters import from_text
+
+__all__ = ["python_line"]
+
+
+def python_line(row: Row, folder: Path | None = None) -> str:
+    """How to use what a row measured.
+
+    Args:
+        row: of a method of hasten.
+        folder: where a fit of LEAP lies; without it, where the row's own text says.
+    """
+    known = {info.name: info.config for info in registry.methods()}
+    parts = registry.split(row.method)
+    name, given = parts[0]
+    if name == "leap":
+        file = given.get("calibration", "leap.safetensors") if folder is None else str(folder / "leap.safetensors")
+        return f"hasten.accelerate(pipe, hasten.Leap('{file}'))   # num_inference_steps={row.steps}"
+    if row.staged:
+        built = [f"hasten.{known[part].__name__}({_arguments(known[part], texts)})" for part, texts in parts]
+        return f"hasten.accelerate(pipe, {', '.join(built)})   # num_inference_steps={row.steps}"
+    decided = {key: str(row.params[key]) for key in ("computed_steps", "threshold") if row.params.get(key) is not None}
+    if "threshold" not in decided and row.budget is not None:
+        decided.setdefault("computed_steps", str(row.budget))
+        given = {key: text for key, text in given.items() if key != "interval"}
+    return f"hasten.accelerate(pipe, '{name}', {_arguments(known[name], given | decided)})"
+
+
+def _arguments(config: Any, texts: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in from_text(config, texts).items())
