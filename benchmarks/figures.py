@@ -1,12 +1,12 @@
 """Figures in the sentences of the README and the docs: looked up in the JSON files, or known to come from elsewhere.
 
-A figure is written `<!-- = emoji-flux leap 9 psnr -->0.0<!-- / -->`: file, method, computed steps and field of a result of
-`hasten bench`, with as many digits as are written. `over unipc` behind it asks for the lead over another method, `%` behind
-the field for per cent; with the path of an entry in its place, `leap-limits.json rows/0/error`, any JSON file will do.
-`benchmarks/tables.py` writes the values in.
+A figure is written `<!-- = emoji-flux leap 9 psnr -->0.0<!-- / -->`: file, method, computed steps and field of a result
+of `hasten bench`, with as many digits as are written. `over unipc` behind it asks for the lead over another method, `%`
+behind the field for per cent; with the path of an entry in its place, `leap-limits.json rows/0/error`, any JSON file
+will do. `benchmarks/tables.py` writes the values in.
 
-A figure without such a mark has to be in a JSON file that the page's tables are made from, or in `stated.json`: what was
-measured by hand, page by page, with how. No figure of the README may be there.
+A figure without such a mark has to be in a JSON file that the page's tables are made from, or in `stated.json`: what
+was measured by hand, page by page, with how. No figure of the README may be there.
 
 python benchmarks/figures.py          list the figures that are in no JSON file
 python benchmarks/figures.py --state  write what is in none of them into stated.json, and take out what is gone
@@ -32,7 +32,7 @@ CODE = re.compile(r"^```.*?^```|^ {4}.*?$|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->", re.
 # Not measured: versions of models and packages, and numbers of papers.
 NAMES = re.compile(
     r"\b(?:FLUX|Wan|LTX|Emu|Qwen-Image|CogView|Lumina|ComfyUI|vLLM-Omni|SGLang|hasten|drape|torch|diffusers|[Pp]ython|release|"
-    r"cache-dit|Ideogram|Kandinsky|arXiv:|SkyReels|version)[ -]?v?\d+(?:\.\d+)+"
+    r"cache-dit|Apache|Ideogram|Kandinsky|arXiv:|SkyReels|version)[ -]?v?\d+(?:\.\d+)+"
 )
 UNIT = r"dB|per cent|%|times|ms|[KMG]i?B|[GT]?FLOPs?|seconds|minutes|s\b"
 FIGURE = re.compile(rf"(?<![\w.,:/])(\d[\d,]*\.\d+(?![\w.]|,\d)|\d[\d,]*(?= ?(?:{UNIT})(?!\w)))")

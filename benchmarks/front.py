@@ -80,9 +80,9 @@ def front_table() -> str:
         *lines,
         "",
         f"Measured on {found.model} ({size}), {len(found.settings.prompts)} held-out prompts, medians, against "
-        f"{found.settings.steps} plain steps of the same prompt and noise; hasten {made['hasten']}, torch {made['torch']}, "
-        f"{made['device']}, {found.created[:10]}."
-        + ("" if found.plain else " Plain samplers at the model's own spacing; the best of all spacings was not looked for."),
+        f"{found.settings.steps} plain steps of the same prompt and noise; hasten {made['hasten']}, "
+        f"torch {made['torch']}, {made['device']}, {found.created[:10]}."
+        + ("" if found.plain else " Plain samplers have the model's own spacing; no better one was looked for."),
     ])  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from hasten.bench.result import Result, read_result
 from hasten.bench.row import Row, columns
 from hasten.bench.tables import as_markdown, table_of
 from hasten.io import write_atomically
-from reference import part
+from reference import part as reference_part
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -702,12 +702,12 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def fill(text: str) -> str:
-    """`text` with all between `<!-- table NAME -->` (curve, cli, schema) and its end, and marked figures, made again."""
+    """`text` with all between `<!-- table NAME -->` (curve, cli, schema) and its end, and marked figures, anew."""
     kinds = {"table": lambda name: TABLES[name](), "curve": curve}
 
     def made(match: re.Match[str]) -> str:
         kind, name = match[2], match[3]
-        content = kinds[kind](name) if kind in kinds else part(kind, name)
+        content = kinds[kind](name) if kind in kinds else reference_part(kind, name)
         return f"{match[1]}\n{content}\n{match[4]}"
 
     tables = re.sub(r"(<!-- (table|curve|cli|schema) ([\w-]+) -->)\n.*?\n?(<!-- end -->)", made, text, flags=re.DOTALL)

@@ -1,8 +1,8 @@
 """Every block of Python on every page runs as it stands, in order, and whatever it says about its results holds.
 
-The large models that pages name are stood in for by tiny ones of the same classes, and the GPU by the CPU: what is shown
-is that the lines work, not what they gain. A block that cannot run without what no test has (a second GPU, a service)
-is marked on its page, `<!-- not run: why -->`.
+The large models that pages name are stood in for by tiny ones of the same classes, and the GPU by the CPU: what is
+shown is that the lines work, not what they gain. A block that cannot run without what no test has (a second GPU, a
+service) is marked on its page, `<!-- not run: why -->`.
 """
 
 from __future__ import annotations

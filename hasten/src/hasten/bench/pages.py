@@ -116,7 +116,8 @@ class Key:
         pattern = "" if self.dash == "-" else " ".join(str(length) for length in self.dash[1])
         variable = f"var(--s{self.number % len(SERIES)})"
         return Markup(
-            '<svg class="sample" viewBox="0 0 26 8" aria-hidden="true"><line x1="0" x2="26" y1="4" y2="4" stroke-width="2.4" '
+            '<svg class="sample" viewBox="0 0 26 8" aria-hidden="true">'
+            '<line x1="0" x2="26" y1="4" y2="4" stroke-width="2.4" '
             'stroke="{}" stroke-dasharray="{}"/></svg>'
         ).format(variable, pattern)
 

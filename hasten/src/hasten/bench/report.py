@@ -64,7 +64,7 @@ def _chart(result: Result, keys: dict[str, Key], field: str, title: str, quality
         axes.set_title(heading)
         axes.set_xlabel(title)
         if field == "budget":
-            axes.set_xticks(sorted({row.budget for row in rows}))
+            axes.set_xticks(sorted({row.budget or 0 for row in rows}))
         return svg(figure, f"{heading} against {title}")
 
 

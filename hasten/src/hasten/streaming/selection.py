@@ -75,6 +75,7 @@ class Selection:
 
     @property
     def heads(self) -> int:
+        """How many heads the groups have together."""
         return sum(len(group.heads) for group in self.groups)
 
     def table(self) -> Tensor:
