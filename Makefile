@@ -32,7 +32,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-versions mutants lint types bench docs clean
+.PHONY: help setup demo test test-all test-versions mutants lint types bench docs wheels tutorial clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -120,6 +120,13 @@ $(DOCS_STAMP): $(STAMP)
 
 docs: $(DOCS_STAMP) ## build the site into site/
 	$(BIN)/python -m mkdocs build --strict --site-dir site
+
+wheels: $(STAMP) ## build the wheels of the three projects into out/wheels
+	rm -rf out/wheels
+	$(PIP) wheel --no-deps --wheel-dir out/wheels $(PROJECTS:%=./%)
+
+tutorial: $(STAMP) ## run the code of the tutorial from top to bottom
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_CONFIG) hasten/tests/test_page_code.py -k tutorial
 
 clean: ## remove .venv, .versions, caches, out/ and site/ (runs/ stays)
 	rm -rf $(VENV) .versions out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
