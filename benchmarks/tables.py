@@ -677,6 +677,7 @@ TABLES = {
     "resolution-toy": lambda: toy_table(_read("resolution-toy.json")),
     "video": lambda: bench_table("sprites-wan"),
     "streaming": lambda: bench_table("sprites-stream"),
+    "streaming-two-threads": lambda: bench_table("sprites-stream-two-threads"),
     "streaming-more": lambda: bench_table("sprites-stream-more"),
     "streaming-shape": lambda: shape_table(_read("streaming-shape.json")),
     "demo": lambda: bench_table("demo"),
