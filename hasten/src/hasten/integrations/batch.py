@@ -90,13 +90,15 @@ def read_jobs(file: Path, seed: int = 0) -> list[Job]:
         reason = describe(error)
         raise ConfigError(f"--prompts-file {file}: not readable as text ({reason}); give one job per line") from error
     jobs: dict[str, Job] = {}
+    qualities: set[str] = set()  # that are known: all certificates are read to find that out
     for number, line in enumerate(lines):
         if not line.strip():
             continue
         try:
             job = _job(line.strip(), number, seed)
-            if job.quality is not None:
+            if job.quality is not None and job.quality not in qualities:
                 check_quality(job.quality)
+                qualities.add(job.quality)
         except (HastenError, ValueError) as error:
             why = str(error) if isinstance(error, HastenError) else describe(error)
             raise ConfigError(f"--prompts-file {file}, line {number + 1}: {why}") from error
