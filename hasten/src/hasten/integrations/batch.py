@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -178,6 +177,19 @@ class Worker:
             )
         self._run.describe(quality=job.quality, computed_steps=job.computed_steps, call=self.model.call | call)
 
+    def reasons(self, jobs: Sequence[Job]) -> list[str | None]:
+        """Why jobs cannot be done, as far as that shows before they are drawn; looked up once for all alike."""
+        alike = [replace(job, id="0", prompt="", seed=0) for job in jobs]  # which `check` does not look at
+        found = {one: self._reason(one) for one in dict.fromkeys(alike)}
+        return [found[one] for one in alike]
+
+    def _reason(self, job: Job) -> str | None:
+        try:
+            self.check(job)
+        except HastenError as error:
+            return str(error)
+        return None
+
     def identity(self, job: Job) -> str:
         """Digest of all that decides the image but versions and device.
 
@@ -275,29 +287,20 @@ def write(folder: Path, job: Job, image: Tensor, provenance: dict[str, Any]) -> 
     return write_atomically(folder / f"{job.id}{suffix}", content)
 
 
-def check(jobs: Sequence[Job], reason: Callable[[Job], str | None]) -> None:
+def check(jobs: Sequence[Job], reasons: Sequence[str | None]) -> None:
     """Find out, before any of them is drawn, whether all jobs can be had.
 
     Args:
         jobs: all of them.
-        reason: why one cannot; None if it can.
+        reasons: why each of them cannot; None if it can.
 
     Raises:
         ConfigError: if one cannot, with the reasons of the first few.
     """
-    bad = [(job.id, text) for job in jobs if (text := reason(job)) is not None]
+    bad = [f"{job.id}: {reason}" for job, reason in zip(jobs, reasons, strict=True) if reason is not None]
     if bad:
-        reasons = "; ".join(f"{name}: {text}" for name, text in bad[:SHOWN])
-        raise ConfigError(f"{len(bad)} of {len(jobs)} jobs cannot be done, and nothing was drawn ({reasons})")
-
-
-def reason(worker: Worker, job: Job) -> str | None:
-    """Why a worker cannot do a job, as far as that shows before it is drawn."""
-    try:
-        worker.check(job)
-    except HastenError as error:
-        return str(error)
-    return None
+        listed = "; ".join(bad[:SHOWN])
+        raise ConfigError(f"{len(bad)} of {len(jobs)} jobs cannot be done, and nothing was drawn ({listed})")
 
 
 def interrupted(done: int, of: int, folder: Path) -> KeyboardInterrupt:
@@ -322,7 +325,7 @@ def generate(worker: Worker, jobs: Sequence[Job], folder: Path, progress: Progre
         FileError: if something cannot be written.
         KeyboardInterrupt: with a line on how to go on.
     """
-    check(jobs, partial(reason, worker))
+    check(jobs, worker.reasons(jobs))
     rest = list(pending(jobs, folder, worker.identity))
     tick, failures = progress or (lambda done, total, label: None), []
     done = len(jobs) - len(rest)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hasten.errors import ConfigError, HastenError
-from hasten.integrations.batch import Failure, Job, Progress, Worker, check, interrupted, pending, reason, write
+from hasten.integrations.batch import Failure, Job, Progress, Worker, check, interrupted, pending, write
 from hasten.quality.configuration import Configuration
 
 __all__ = ["RETRIES", "connected", "generate"]
@@ -35,11 +35,10 @@ class _Actor:
 
     def identities(self, jobs: Sequence[Job]) -> list[str | Failure]:
         """Digests of jobs, or why there are none."""
-        found: list[str | Failure] = []
-        for job in jobs:
-            why = reason(self._worker, job)
-            found.append(self._worker.identity(job) if why is None else Failure(job.id, why))
-        return found
+        return [
+            self._worker.identity(job) if why is None else Failure(job.id, why)
+            for job, why in zip(jobs, self._worker.reasons(jobs), strict=True)
+        ]
 
     def draw(self, job: Job) -> tuple[Any, dict[str, Any]] | Failure:
         """Pixels as an array and their provenance, or why there are none."""
@@ -121,7 +120,7 @@ class _Cluster:
     def run(self, jobs: Sequence[Job], folder: Path, tick: Progress) -> list[Failure]:
         identities = self._ray.get(self._actors[0].identities.remote(list(jobs)))
         known = {job.id: identity for job, identity in zip(jobs, identities, strict=True)}
-        check(jobs, lambda job: known[job.id].error if isinstance(known[job.id], Failure) else None)
+        check(jobs, [one.error if isinstance(one, Failure) else None for one in identities])
         rest = deque(pending(jobs, folder, lambda job: str(known[job.id])))
         done, failures = len(jobs) - len(rest), []
         under_way: dict[Any, tuple[Any, Job]] = {}
