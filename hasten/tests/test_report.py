@@ -189,6 +189,14 @@ def test_the_verdict_is_on_top_with_the_line_to_use(tmp_path, content):
     assert "<small>40.04 to 47.06</small>" in page
 
 
+def test_a_method_of_another_version_has_a_verdict_without_the_line_to_use(tmp_path, content):
+    content["rows"][1] = row("gone:interval=3", 9, 44.444)
+    (first, *_) = render(tmp_path, content).split("<h2>")
+    assert "gone" in first
+    assert "9 steps" in first
+    assert "accelerate(pipe, &#39;gone" not in first
+
+
 def test_a_method_that_loses_is_said_to_lose(tmp_path, content):
     content["rows"][0]["psnr"] = 50.0
     assert "5.6 dB below plain Euler" in render(tmp_path, content)

@@ -19,21 +19,24 @@ def python_line(row: Row, folder: Path | None = None) -> str:
     Args:
         row: of a method of hasten.
         folder: where a fit of LEAP lies; without it, where the row's own text says.
+
+    Raises:
+        UnknownNameError, ConfigError: for a row of another version, whose method or parameters are not known.
     """
-    known = {info.name: info.config for info in registry.methods()}
     parts = registry.split(row.method)
     name, given = parts[0]
     if name == "leap":
         file = given.get("calibration", "leap.safetensors") if folder is None else str(folder / "leap.safetensors")
         return f"hasten.accelerate(pipe, hasten.Leap('{file}'))   # num_inference_steps={row.steps}"
     if row.staged:
-        built = [f"hasten.{known[part].__name__}({_arguments(known[part], texts)})" for part, texts in parts]
+        chosen = [(registry.info(part).config, texts) for part, texts in parts]
+        built = [f"hasten.{config.__name__}({_arguments(config, texts)})" for config, texts in chosen]
         return f"hasten.accelerate(pipe, {', '.join(built)})   # num_inference_steps={row.steps}"
     decided = {key: str(row.params[key]) for key in ("computed_steps", "threshold") if row.params.get(key) is not None}
     if "threshold" not in decided and row.budget is not None:
         decided.setdefault("computed_steps", str(row.budget))
         given = {key: text for key, text in given.items() if key != "interval"}
-    return f"hasten.accelerate(pipe, '{name}', {_arguments(known[name], given | decided)})"
+    return f"hasten.accelerate(pipe, '{name}', {_arguments(registry.info(name).config, given | decided)})"
 
 
 def _arguments(config: Any, texts: Mapping[str, str]) -> str:
