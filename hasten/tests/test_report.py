@@ -1,6 +1,7 @@
 """The HTML report: complete, self-contained, safe, and clear about bad input."""
 
 import base64
+import csv
 import json
 
 import pytest
@@ -223,6 +224,9 @@ def test_several_results_make_one_report(tmp_path, content):
     assert tables.count("| method |") == 2
     rows = render_report(files, tmp_path / "both.csv", "csv").read_text().splitlines()
     assert [line.partition(",")[0] for line in rows if "hicache" in line] == ["a", "a", "b", "b"]
+    files[0] = files[0].rename(tmp_path / "one, two.json")
+    saved = render_report(files, tmp_path / "both.csv", "csv").read_text()
+    assert {line[0] for line in csv.reader(saved.splitlines())} == {"result", "one, two", "b"}
     with pytest.raises(ReportError, match="would replace"):
         render_report(files, files[1])
 

@@ -172,13 +172,8 @@ def _markdown(results: Results) -> str:
 
 def _csv(results: Results) -> str:
     """The rows of each result; several are told apart by a column in front, and have a heading each."""
-    if len(results) == 1:
-        return as_csv(results[0][0])
-    parts = []
-    for result, file in results:
-        head, *rows = as_csv(result).splitlines()
-        parts += [f"result,{head}", *(f"{file.stem},{row}" for row in rows)]
-    return "\n".join(parts) + "\n"
+    several = len(results) > 1
+    return "".join(as_csv(result, file.stem if several else None) for result, file in results)
 
 
 def _html(results: Results) -> str:

@@ -162,8 +162,13 @@ def _markdown(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def as_csv(result: Result | StreamResult) -> str:
-    """All rows with all columns, unrounded: a heading of field names, then a line per row, those that failed too."""
+def as_csv(result: Result | StreamResult, name: str | None = None) -> str:
+    """All rows with all columns, unrounded: a heading of field names, then a line per row, those that failed too.
+
+    Args:
+        result: of images or of a streaming model.
+        name: of the result, in a column in front, where there are several.
+    """
     rows: Sequence[Row] | Sequence[StreamRow]
     more: tuple[str, ...] = ()
     if isinstance(result, Result):
@@ -172,7 +177,8 @@ def as_csv(result: Result | StreamResult) -> str:
         rows, shown = result.rows, [*columns(StreamRow)]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["method", *more, *shown])
+    head, own = ([], []) if name is None else (["result"], [name])
+    writer.writerow([*head, "method", *more, *shown])
     for row in rows:
-        writer.writerow([row.method, *(getattr(row, name) for name in (*more, *shown))])
+        writer.writerow([*own, row.method, *(getattr(row, column) for column in (*more, *shown))])
     return buffer.getvalue()
