@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hasten.bench.result import Result
 
-__all__ = ["bench_sheet", "contact_sheet", "film_strip", "image_grid", "to_pil"]
+__all__ = ["bench_sheet", "contact_sheet", "film_strip", "image_grid", "png_of", "to_pil"]
 
 MARGIN, GAP = 12, 6
 STRIP_FRAMES = 5  # of a clip, from the first to the last
@@ -22,6 +23,13 @@ INK, PAPER, FAINT = (32, 32, 36), (255, 255, 255), (120, 120, 128)
 def to_pil(image: Tensor) -> Image.Image:
     """`[3, H, W]` in [0, 1] as an 8-bit image."""
     return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def png_of(image: Tensor) -> bytes:
+    """`[3, H, W]` in [0, 1] as a PNG file."""
+    file = io.BytesIO()
+    to_pil(image).save(file, format="png")
+    return file.getvalue()
 
 
 def image_grid(images: Tensor, columns: int) -> Image.Image:

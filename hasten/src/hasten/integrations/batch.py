@@ -22,7 +22,7 @@ from torch import Tensor
 from hasten.acceleration import accelerate
 from hasten.bench.environment import environment
 from hasten.bench.sampling import call_arguments
-from hasten.bench.sheet import to_pil
+from hasten.bench.sheet import png_of
 from hasten.bench.subject import Subject, open_model
 from hasten.bench.video import write_video
 from hasten.errors import ConfigError, FileError, HastenError, unknown
@@ -274,14 +274,11 @@ def pending(jobs: Sequence[Job], folder: Path, identity: Callable[[Job], str]) -
 
 def write(folder: Path, job: Job, image: Tensor, provenance: dict[str, Any]) -> Path:
     """Write an image and, before it, where it came from with the image's SHA-256; returns the image's path."""
-    suffix = ".webp" if image.ndim == 4 else ".png"
-    with TemporaryDirectory() as scratch:
-        drawn = Path(scratch) / f"image{suffix}"
-        if image.ndim == 4:
-            write_video(image, drawn)
-        else:
-            write_atomically(drawn, lambda file: to_pil(image).save(file, format="png"))
-        content = drawn.read_bytes()
+    if image.ndim == 4:
+        with TemporaryDirectory() as scratch:
+            content, suffix = write_video(image, Path(scratch) / "video.webp").read_bytes(), ".webp"
+    else:
+        content, suffix = png_of(image), ".png"
     provenance = {**provenance, "image": sha256(content).hexdigest()}
     write_atomically(folder / f"{job.id}.json", json.dumps(provenance, indent=1) + "\n")
     return write_atomically(folder / f"{job.id}{suffix}", content)

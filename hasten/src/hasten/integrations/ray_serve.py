@@ -10,7 +10,6 @@ try again; a worker that dies starts again, and its image with it.
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import secrets
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from hasten.bench.sheet import to_pil
+from hasten.bench.sheet import png_of
 from hasten.errors import ConfigError, HastenError
 from hasten.integrations.batch import Failure, Job, Worker
 from hasten.integrations.images_route import MOST_BYTES, RefusalError, answer, jobs_of
@@ -72,10 +71,8 @@ class Model:
             image, provenance = self._worker.draw(job)
         except HastenError as error:
             return Failure(job.id, str(error))
-        file = io.BytesIO()
-        to_pil(image).save(file, format="png")
         summary = {name: provenance["summary"][name] for name in ("method", "steps", "computed_steps")}
-        return file.getvalue(), {"seed": job.seed, "setting": provenance["setting"], **summary}
+        return png_of(image), {"seed": job.seed, "setting": provenance["setting"], **summary}
 
 
 class Front:
