@@ -26,6 +26,7 @@ __all__ = [
     "MOST_GUIDANCE",
     "MOST_PIXELS",
     "MOST_STEPS",
+    "PRECISIONS",
     "Declared",
     "Names",
     "Parameter",
@@ -42,6 +43,7 @@ __all__ = [
 MOST_PIXELS = 16_384  # of a side
 MOST_STEPS = 10_000  # of a sampler; models are trained with a thousand
 MOST_GUIDANCE = 1_000
+PRECISIONS = ("float32", "float16", "bfloat16")  # that pipelines are loaded in
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rich.text import Text
 from hasten.bench.result import Result, StreamResult
 from hasten.bench.tables import table_of
 from hasten.errors import ConfigError
+from hasten.parameters import PRECISIONS
 
 if TYPE_CHECKING:
     from hasten.bench.subject import Subject
@@ -25,7 +26,6 @@ console = Console()
 if not console.is_terminal:
     console.width = max(console.width, 130)  # a table in a log or a file need not be squeezed
 
-PRECISIONS = ("float32", "float16", "bfloat16")
 BAR = (
     TextColumn("{task.description:44.44}"),
     BarColumn(),

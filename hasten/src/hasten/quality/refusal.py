@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hasten.errors import CertificateError
+from hasten.parameters import PRECISIONS
 from hasten.quality.certificate import Certificate
 from hasten.quality.conditions import Call
 from hasten.quality.tolerance import TIERS, Tolerance
@@ -18,7 +19,6 @@ __all__ = ["certify_command", "model_name", "refusal"]
 
 SUBJECTS = "hasten.subjects"  # entry points of models that come with prompts
 FOLDER = "my-model"
-PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def model_name(pipe: Any) -> str:
