@@ -1,9 +1,10 @@
 """How believable the walks are, as numbers: sliding feet, flights, cloth that swings, shadows at the feet, turns.
 
-python drape/benchmarks/scenes.py [WALKS]       into scenes.json beside it; all walks, or so many of each set
+python drape/benchmarks/scenes.py [WALKS]       into scenes.json beside it; all walks, or the first so many of each set
 
-No detector has a part in it. Feet are measured at 30 poses per second, cloth at those of the solver, shadows in four
-frames of each walk.
+Written after every walk; when it is started again it goes on with those that it has not measured yet. No detector has
+a part in it. Feet are measured at 30 poses per second, cloth at those of the solver, shadows in four frames of each
+walk.
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
         "seconds": sum(row["seconds"] for row in rows),
         "sliding_mean_cm_s": float(np.mean([row["sliding_mean"] for row in rows])),
         "sliding_worst_cm_s": max(row["sliding_worst"] for row in rows),
-        "flying_of_runs_least": min((row["flying"] for row in runs), default=float("nan")),
-        "flying_of_walks_most": max((row["flying"] for row in rows if row not in runs), default=float("nan")),
+        "flying_of_runs_least": min((row["flying"] for row in runs), default=0.0),
+        "flying_of_walks_most": max((row["flying"] for row in rows if row not in runs), default=0.0),
         "sunk_most_cm": -min(row["lowest"] for row in rows),
         **{f"{name}_rms_{which.__name__}_cm": float(which([row[f"{name}_rms"] for row in rows]))
            for name in SWINGING for which in (np.min, np.median, np.max)},
@@ -123,16 +124,21 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main(few: int | None) -> None:
-    found: dict[str, Any] = {}
-    for name, walks in (("test", TEST), ("train", TRAIN)):
-        rows = []
-        for own in walks[:few]:
-            rows.append(measured(own))
-            print(name, json.dumps(rows[-1]), flush=True)
-        found[name] = {"summary": {k: round(v, 3) for k, v in summary(rows).items()}, "walks": rows}
-        print(name, json.dumps(found[name]["summary"], indent=1), flush=True)
-    if few is None:
+    kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    known = {row["walk"]: row for part in kept.values() for row in part["walks"]}
+    sets = {"test": TEST, "train": TRAIN}
+    order = sorted(((n, name) for name, walks in sets.items() for n in range(len(walks[:few]))))
+    for number, name in order:  # the sets in turn
+        own = sets[name][number]
+        if own.label() not in known:
+            known[own.label()] = measured(own)
+            print(name, json.dumps(known[own.label()]), flush=True)
+        found = {}
+        for part, walks in sets.items():
+            rows = [known[walk.label()] for walk in walks if walk.label() in known]
+            found[part] = {"summary": {k: round(v, 3) for k, v in summary(rows).items()} if rows else {}, "walks": rows}
         write_text(FILE, json.dumps(found, indent=1) + "\n")
+    print(json.dumps({part: found[part]["summary"] for part in found}, indent=1))
 
 
 if __name__ == "__main__":
