@@ -149,6 +149,7 @@ class Bench:
         self.images: dict[str, Mapping[str, Tensor]] = dict(self.controls)
         self.results: dict[str, dict[str, Any]] = {}
         self.training: dict[str, dict[str, Any]] = {}
+        self.aggregated: dict[str, dict[str, Any]] = {}
         self.parts: dict[str, Any] = {}
 
     def stages(self, seeds: int) -> list[tuple[str, Callable[[], None]]]:
@@ -186,8 +187,10 @@ class Bench:
         """Sequences and their baselines from one beginning."""
         names = {f"{mode}-{seed}": self.spec.optimisation(mode, seed) for mode in MODES}
         self.make([(name, [self.detector], spec) for name, spec in names.items()])
+        subject = Subject(self.detector)
         for name in names:
             self.see(name)
+            self.aggregated[name] = defended(self.judge, subject, "aggregate", name, self.images[name])
             if seed < self.spec.seeds_of_gaps:
                 self.see_training(name)
         self.seeds.append(seed)
@@ -206,7 +209,7 @@ class Bench:
             self.see(name)
         groups = {CLEAN: [CLEAN], "random": ["random", *begun]}  # what the optimisations began from
         groups |= {f"{n} steps": [f"{n} steps-{seed}" for seed in range(seeds)] for n in self.spec.strengths}
-        groups[f"{self.spec.steps} steps"] = [f"sequence-{seed}" for seed in range(seeds) if seed in self.seeds]
+        groups[f"{self.spec.steps} steps"] = [f"sequence-{seed}" for seed in range(seeds)]
         told = [name for names in groups.values() for name in names]
         self.parts["separation"] = separation(self.results, groups)
         self.parts["same_verdict"] = {"walks": same_verdict(self.results, told), "textures": told}
@@ -227,7 +230,6 @@ class Bench:
             [
                 (f"adaptive-{name}", models, self.spec.optimisation("sequence", 0, reach, len(models)))
                 for name, (models, reach) in knows.items()
-                if models
             ]
         )
         subject = Subject(self.detector, self.others, hardened, recalibrated)
@@ -247,10 +249,7 @@ class Bench:
 
     def behind_aggregation(self) -> dict[str, Any]:
         """All modes behind aggregation over time, on all walks; no texture of these knows of it."""
-        names = [f"{mode}-{seed}" for mode in MODES for seed in self.seeds]
-        subject = Subject(self.detector)
-        behind = {name: defended(self.judge, subject, "aggregate", name, self.images[name]) for name in names}
-        return {mode: compare(behind, self.seeds, mode) for mode in BASELINES if self.seeds}
+        return {mode: compare(self.aggregated, self.seeds, mode) for mode in BASELINES if self.seeds}
 
     def look_at_transfer(self) -> None:
         """Textures optimised against each detector, and against all at once with as many passes, on every detector."""
@@ -365,8 +364,10 @@ def run_bench(spec: BenchSpec, work: Path, to: Path, seeds: int = 6, jobs: int =
     if seeds < 1:
         raise ConfigError(f"seeds={seeds}; expected at least one seed.")
     bench = Bench(spec, work, jobs)
+    figures: dict[str, Any] = {}
     for name, stage in bench.stages(seeds):
         note(name)
         stage()
-        save_record(to, FIGURES, rounded(bench.figures()))
-    return bench.figures()
+        figures = bench.figures()
+        save_record(to, FIGURES, rounded(figures))
+    return figures
