@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from drape.detectors.base import Detection, Detector
+from drape.detectors.base import Detector
 from drape.errors import ConfigError
+from drape.evaluate import detect_walk
 from drape.metrics import confidences, frame_success
 from drape.scene.scene import Scene
 
@@ -22,7 +22,6 @@ __all__ = ["SEEN", "SPARED", "TAKEN", "decided", "screen"]
 SEEN = 0.6  # recall in plain clothes at least
 SPARED = 0.5  # recall that one of the other controls leaves at least
 TAKEN = 0.05  # of the recall in plain clothes that one of them takes at least, in shares of the frames
-BATCH = 4  # frames a detector sees at once
 PLAIN = "plain"
 
 
@@ -53,18 +52,8 @@ def screen(detector: Detector, scene: Scene, clothes: Mapping[str, Mapping[str, 
         raise ConfigError(f'clothes {sorted(clothes)}; expected "{PLAIN}" and at least one other control.')
     found: dict[str, float] = {}
     for name in sorted(clothes, key=lambda n: n != PLAIN):
-        hits = confidences(seen_in(detector, scene, clothes[name]), scene.buffers.boxes)
-        found[name] = 1 - frame_success(hits, detector.threshold)
-        others = [value for other, value in found.items() if other != PLAIN]
-        if found[PLAIN] < SEEN or (others and max(others) >= SPARED and min(others) <= found[PLAIN] - TAKEN):
+        hits = confidences(detect_walk(detector, scene, clothes[name]), scene.buffers.boxes)
+        found[name] = 1 - frame_success(hits)
+        if found[PLAIN] < SEEN or (len(found) > 1 and not decided(found)):
             break
     return found
-
-
-def seen_in(detector: Detector, scene: Scene, textures: Mapping[str, Tensor]) -> list[Detection]:
-    """Detections of all frames."""
-    result: list[Detection] = []
-    with torch.no_grad():
-        for frames in torch.arange(scene.buffers.frames).split(BATCH):
-            result += detector.detect(scene.render(textures, frames.tolist()))
-    return result
