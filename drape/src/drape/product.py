@@ -20,7 +20,7 @@ from scipy.spatial import cKDTree
 
 from drape.errors import ConfigError, unknown
 from drape.scene.arrays import Floats
-from drape.scene.garments import GARMENTS
+from drape.scene.garments import GARMENTS, strips_of
 
 __all__ = ["laid_out", "outline", "parts_of"]
 
@@ -29,7 +29,6 @@ EVEN = 0.06  # deviation of the ground's colour along the image's edge, at most
 FILLS = 0.9  # of its image: what fills more is a piece of cloth
 LEAST = 0.05  # and what fills less is no garment
 BINS = 24  # stretches along a part in which its width is measured
-STRIPS = {"trunk": (0.28, 0.72), "left": (0.74, 1.0), "right": (0.0, 0.26)}  # of u, as garments are unwrapped
 CROTCH, BODY = 0.35, 0.8  # of the height: where legs begin at the latest, where a shirt is as wide as its trunk
 STEEP = 0.3  # a sleeve that leads less outwards hangs down
 Mask = NDArray[np.bool_]
@@ -141,7 +140,7 @@ def laid_out(name: str, image: NDArray[Any], height: int, width: int) -> Floats:
     square = np.empty((height, width, 3))
     square[:] = np.median(rgb[mask], axis=0)  # between the islands, and where a part is missing
     for part, pixels in parts_of(name, mask).items():
-        left, right = (0.0, 1.0) if name == "hat" else STRIPS[part]
+        left, right = strips_of(name)[part]
         start, end = round(left * width), round(right * width)
         square[:, start:end] = wrapped(rgb, pixels, height, end - start)
     return square

@@ -20,11 +20,12 @@ from drape.errors import unknown
 from drape.scene.arrays import Floats
 from drape.scene.body import Rig
 
-__all__ = ["GARMENTS", "Garment", "make_garment", "vertex_normals"]
+__all__ = ["GARMENTS", "Garment", "make_garment", "strips_of", "vertex_normals"]
 
 GARMENTS = ("shirt", "trousers", "hat")  # garment ids of the buffers are 1, 2, 3
 ARMS = ("upperarm", "lowerarm", "wrist", "finger", "metacarpal")
 LIMBS = {"shirt": ARMS, "trousers": ("upperleg", "lowerleg"), "hat": ()}
+STRIPS = {"trunk": (0.28, 0.72), "left": (0.74, 1.0), "right": (0.0, 0.26)}  # of u, as parts are unwrapped
 SLEEVE = 0.9  # of the upper arm
 NEAREST = 0.04  # share of an edge that a cut keeps away from the edge's inner end, so that no triangle is a sliver
 # metres off the skin at rest, at the garment's top and at its hem
@@ -199,11 +200,15 @@ def corner_uv(name: str, points: Floats, faces: NDArray[np.int64], part: NDArray
 
     Args:
         points: `[G, 3]`, at rest.  part: `[G]`, of `region_of`.
+def strips_of(name: str) -> dict[str, tuple[float, float]]:
+    """The strip of u that each part of a garment fills, in the order of the parts' numbers in `region_of`."""
+    return {"trunk": (0.0, 1.0)} if name == "hat" else STRIPS
+
+
     """
-    strips = {0: (0.0, 1.0)} if name == "hat" else {0: (0.28, 0.72), 1: (0.74, 1.0), 2: (0.0, 0.26)}
     face_part = np.sort(part[faces], axis=1)[:, 1]
     uv = np.zeros((len(faces), 3, 2))
-    for p, (left, right) in strips.items():
+    for p, (left, right) in enumerate(strips_of(name).values()):
         mine = face_part == p
         if not mine.any():
             continue
