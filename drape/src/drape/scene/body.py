@@ -50,6 +50,10 @@ class Rig:
             raise unknown("bone", name, self.bones)
         return self.bones.index(name)
 
+    def owners(self) -> NDArray[np.str_]:
+        """The name of the bone that moves each vertex most, `[V]`."""
+        return np.asarray(self.bones)[self.weights.argmax(axis=1)]
+
 
 def load_rig(body: str = "middle") -> Rig:
     """The rig of one of `BODIES`."""

@@ -121,7 +121,7 @@ def between(values: Floats, pairs: NDArray[np.int64], share: Floats) -> Floats:
 
 def region_of(name: str, rig: Rig) -> tuple[Floats, NDArray[np.int64]]:
     """How far inside a garment's cuts each vertex lies, metres, and its part: 0 trunk, 1 left limb, 2 right limb."""
-    owner = np.array(rig.bones)[rig.weights.argmax(axis=1)]
+    owner = rig.owners()
     x, z = rig.vertices[:, 0], rig.vertices[:, 2]
     arm = np.any([np.char.startswith(owner, b) for b in ARMS], axis=0)
     limb = np.any([np.char.startswith(owner, b) for b in LIMBS[name]], axis=0) if LIMBS[name] else np.zeros_like(arm)

@@ -45,7 +45,7 @@ class Standing:
 
 def foot_vertices(rig: Rig) -> dict[int, NDArray[np.int64]]:
     """Vertices of the left (1) and the right (-1) foot."""
-    owner = np.array(rig.bones)[rig.weights.argmax(axis=1)]
+    owner = rig.owners()
     foot = np.char.startswith(owner, "foot") | np.char.startswith(owner, "toe")
     return {side: np.flatnonzero(foot & np.char.endswith(owner, end)) for side, end in ((1, "L"), (-1, "R"))}
 

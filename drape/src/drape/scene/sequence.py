@@ -167,7 +167,7 @@ def build_sequence(spec: SequenceSpec) -> Buffers:
 
 def body_colours(rig: Rig, skin: str) -> Floats:
     """A plain colour for each vertex: hair, shoes, else skin, `[V, 3]`."""
-    owner = np.array(rig.bones)[rig.weights.argmax(axis=1)]
+    owner = rig.owners()
     foot = np.char.startswith(owner, "foot") | np.char.startswith(owner, "toe")
     z, y = rig.vertices[:, 2], rig.vertices[:, 1]
     head = rig.heads[rig.bone("head")]
