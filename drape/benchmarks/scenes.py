@@ -58,11 +58,8 @@ def cloth_of(own: Walk) -> dict[str, float]:
     result = {}
     for name in SWINGING:
         garment = make_garment(name, rig)
-        facing, shells = (
-            garment.facing(normals),
-            garment.shell(garment.on_body(walked.vertices), garment.facing(normals)),
-        )
-        rest = garment.shell(garment.on_body(rig.vertices), garment.facing(rest_normals))
+        shells, facing = garment.worn(walked.vertices, normals)
+        rest, _ = garment.worn(rig.vertices, rest_normals)
         moved = simulate(garment, shells, facing, rest, CLOTHS[own.cloth], POSES)
         hem = swing(moved, shells, walked.heading, POSES)[:, hem_of(garment)]
         result[f"{name}_rms"] = 100 * float(np.sqrt((hem**2).mean()))

@@ -123,10 +123,10 @@ def worn(name: str, own: str) -> tuple[Garment, Floats, Floats, Walked, Floats]:
     rig = load_rig()
     walked = walk(rig, gait(own), "past", 4.0, np.arange(-12, 36) / RATE)
     garment = make_garment(name, rig)
-    normals = garment.facing(np.stack([vertex_normals(v, rig.faces) for v in walked.vertices]))
-    rest_normals = garment.facing(vertex_normals(rig.vertices, rig.faces))
-    rest = garment.shell(garment.on_body(rig.vertices), rest_normals)
-    return garment, garment.shell(garment.on_body(walked.vertices), normals), normals, walked, rest
+    normals = np.stack([vertex_normals(v, rig.faces) for v in walked.vertices])
+    shells, facing = garment.worn(walked.vertices, normals)
+    rest, _ = garment.worn(rig.vertices, vertex_normals(rig.vertices, rig.faces))
+    return garment, shells, facing, walked, rest
 
 
 @pytest.mark.parametrize("name", ["shirt", "trousers"])

@@ -70,6 +70,11 @@ class Garment:
         mixed = self.on_body(normals)
         return np.asarray(mixed / np.maximum(np.linalg.norm(mixed, axis=-1, keepdims=True), 1e-12))
 
+    def worn(self, vertices: Floats, normals: Floats) -> tuple[Floats, Floats]:
+        """The shell over a body's vertices, with unit normals `[..., V, 3]`, and those under it, both `[..., G, 3]`."""
+        facing = self.facing(normals)
+        return self.shell(self.on_body(vertices), facing), facing
+
     def shell(self, skin: Floats, normals: Floats) -> Floats:
         """The garment as skinning alone gives it, `[..., G, 3]`: off the skin, and straight across hollows.
 
@@ -195,16 +200,16 @@ def unwrap(name: str, points: Floats, part: int) -> Floats:
     return np.stack([turn, 1 - height], axis=1)
 
 
-def corner_uv(name: str, points: Floats, faces: NDArray[np.int64], part: NDArray[np.int64]) -> Floats:
-    """uv at the corners of triangles, in the garment's square; triangles across the seam do not run around it.
-
-    Args:
-        points: `[G, 3]`, at rest.  part: `[G]`, of `region_of`.
 def strips_of(name: str) -> dict[str, tuple[float, float]]:
     """The strip of u that each part of a garment fills, in the order of the parts' numbers in `region_of`."""
     return {"trunk": (0.0, 1.0)} if name == "hat" else STRIPS
 
 
+def corner_uv(name: str, points: Floats, faces: NDArray[np.int64], part: NDArray[np.int64]) -> Floats:
+    """uv at the corners of triangles, in the garment's square; triangles across the seam do not run around it.
+
+    Args:
+        points: `[G, 3]`, at rest.  part: `[G]`, of `region_of`.
     """
     face_part = np.sort(part[faces], axis=1)[:, 1]
     uv = np.zeros((len(faces), 3, 2))

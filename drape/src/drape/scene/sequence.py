@@ -228,9 +228,8 @@ def clothed_walk(spec: SequenceSpec, rig: Rig, garments: list[Garment]) -> Walke
     rest_normals = vertex_normals(rig.vertices, rig.faces)
     parts = [posed.vertices[kept]]
     for g in garments:
-        facing = g.facing(normals)
-        shells = g.shell(g.on_body(posed.vertices), facing)
-        rest = g.shell(g.on_body(rig.vertices), g.facing(rest_normals))
+        shells, facing = g.worn(posed.vertices, normals)
+        rest, _ = g.worn(rig.vertices, rest_normals)
         parts.append(simulate(g, shells, facing, rest, spec.cloth, rate)[kept])
     return Walked(np.concatenate(parts, axis=1), posed.place[kept], posed.heading[kept])
 
