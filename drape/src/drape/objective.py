@@ -156,9 +156,8 @@ def frame_weights(temporal: Temporal, d: Tensor, running: Tensor | None = None, 
     parts = windows(values, length)
     share = (temporal.kappa * window_values(temporal, parts)).softmax(dim=0)
     within = (-temporal.kappa * parts).softmax(dim=1) if temporal.mode == "run" else torch.full_like(parts, 1 / length)
-    order = (torch.arange(len(values))[:, None] + torch.arange(length)) % len(values)
-    counted = (share[:, None] * within).reshape(-1)
-    return torch.zeros_like(values).index_add(0, order.reshape(-1).to(values.device), counted)
+    order = windows(torch.arange(len(values), device=values.device), length)
+    return torch.zeros_like(values).index_add(0, order.reshape(-1), (share[:, None] * within).reshape(-1))
 
 
 def windows(values: Tensor, length: int) -> Tensor:
