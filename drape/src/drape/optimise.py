@@ -63,7 +63,7 @@ class OptimiseSpec:
         mosaic: cut-outs across such a frame; 1 for the walks' whole frames.
         learning_rate: on points in [0, 1], falling to a tenth.
         refresh: steps from one pass over all frames of all walks to the next; 1 is a pass at every step.
-        aggregation: frames before and after that the defence is reckoned to aggregate over; 0 for none.
+        aggregation: frames before that the defence is reckoned to aggregate over; 0 for none.
         spread: weight of the spread regulariser, 50 in AdvCaT.
         naturalness: weight of staying like a product, for textures that have label maps.
         temporal, transforms: weighting of the frames, and what they are changed by.  seed: of all randomness.
