@@ -91,7 +91,7 @@ def from_bench(work: Path, plain: dict[str, torch.Tensor]) -> None:
         "consensus": "behind consensus",
         "hardened+aggregate": "behind fine-tuning, aggregated",
     }.items():
-        lines[title] = found["defences"][defence]["curves"][walk.label]
+        lines[title] = found["defences"]["table"][defence]["curves"][walk.label]
     sides = {title: found["results"][name]["azimuth"] for name, title in ROWS.items()}
     for file, svg in {"curve.svg": curve_svg(lines), "azimuth.svg": azimuth_svg(sides)}.items():
         text = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" ', 1)
