@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,12 @@ from hasten import registry
 from hasten.bench.environment import environment
 from hasten.bench.requests import caching_method
 from hasten.bench.subject import open_model
+from hasten.calibration import Trace
 from hasten.errors import ConfigError, ScheduleError
 from hasten.io import write_atomically
-from hasten.pipeline.replay import Replay
 from held_out import HeldOut
 from torch import Tensor
 
-SEED = 1000
-TRIED = 4  # held-out prompts on which the best plain sampler is chosen
-FAILS = (ConfigError, ValueError, TypeError, ImportError, AssertionError)  # of schedulers that do not fit a pipeline
 ARMS = (
     "reuse;taylorseer:order=1;taylorseer:order=2;taylorseer:order=2:domain=normed;hicache;hicache:order=1:sigma=0.66;foca;"
     "foca:domain=normed;freqca;freqca:split=none;freqca:mode=paper;svdcache;svdcache:mode=taylor;hyca;"
@@ -146,12 +143,9 @@ class Measure:
         return f"{expression}:calibration={file}"
 
     @cache  # noqa: B019 (one object, for as long as the process)
-    def trace(self, site: str = "hidden") -> Any:
+    def trace(self, site: str = "hidden") -> Trace:
         """What the methods that are fitted learn from; one call at the module site, whose traces are large."""
-        replay = Replay(self.held_out.calls(self.scale, learn=True))
-        many = range(len(replay) if site == "hidden" else 1)
-        calls = [partial(lambda i: self.pipe(**replay[i]), i) for i in many]
-        return hasten.record(self.pipe, calls, site=site, tokens=4096)
+        return self.held_out.recorded(self.scale, learn=True, site=site, many=None if site == "hidden" else 1)
 
     def plain(self, count: int) -> None:
         """The pipeline's own sampler with as many steps; and the best of all, chosen on a few prompts."""

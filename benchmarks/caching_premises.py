@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +25,13 @@ from hasten.caching.calibrated import CalibratedMethod, gram_of
 from hasten.caching.methods import FreqCa, HyCa
 from hasten.caching.methods.freqca import Bands
 from hasten.caching.methods.hyca import CANDIDATES, candidate
-from hasten.calibration import Calibration, Trace
+from hasten.calibration import Calibration
 from hasten.io import write_atomically
 from hasten.models import TokenLayout
-from hasten.pipeline.replay import Replay
 from held_out import HeldOut
 from torch import Tensor
 
 KEY = "hidden"
-
-
-def recorded(held_out: HeldOut, scale: float | None, *, learn: bool) -> Trace:
-    """What the transformer does on the prompts to learn from, or on the held-out ones; all tokens."""
-    replay = Replay(held_out.calls(scale, learn=learn))
-    calls = [partial(lambda i: held_out.model.pipe(**replay[i]), i) for i in range(len(replay))]
-    trace = hasten.record(held_out.model.pipe, calls, tokens=4096)
-    replay.rewind()
-    return trace
 
 
 def components(features: Tensor, name: str, fit: Calibration | None, pass_name: str, grid: tuple[int, ...]) -> Any:
@@ -76,9 +65,9 @@ def main() -> None:
     model = open_model(options.model)
     work = Path("runs/premises")
     held_out = HeldOut(model, options.steps, options.learn, options.held_out, 4, work)
-    learned = recorded(held_out, options.guidance, learn=True)
+    learned = held_out.recorded(options.guidance, learn=True)
     fits = {name: hasten.fit(learned, name) for name in ("svdcache", "hyca")}
-    trace = recorded(held_out, options.guidance, learn=False)
+    trace = held_out.recorded(options.guidance, learn=False)
     rows = []
     for schedule in ("uniform", "even"):
         judge = HyCa(calibration=fits["hyca"], schedule=schedule, computed_steps=options.count)

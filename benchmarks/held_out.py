@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hasten
 import numpy as np
 from hasten.bench.plain import plain_samplers
 from hasten.bench.subject import Subject
 from hasten.bench.tune import tuning_calls
+from hasten.calibration import Trace
 from hasten.errors import ConfigError
 from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
@@ -64,6 +67,12 @@ class HeldOut:
             images += list(self.model.pipe(**{**arguments, **given})[0].float())
         replay.rewind()
         return images
+
+    def recorded(self, scale: float | None, *, learn: bool, site: str = "hidden", many: int | None = None) -> Trace:
+        """What the transformer does in the calls to learn from or the held-out ones, or so many of them; all tokens."""
+        replay = Replay(self.calls(scale, learn=learn))
+        calls = [partial(lambda i: self.model.pipe(**replay[i]), i) for i in range(len(replay))]
+        return hasten.record(self.model.pipe, calls[:many], site=site, tokens=4096)
 
     def references(self, scale: float | None) -> list[Tensor]:
         """The plain sampler's images of the held-out prompts at all steps; drawn once."""
