@@ -102,15 +102,16 @@ def measured(own: Walk) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What all walks keep to."""
+    """What all walks keep to; of runs and of walks only where there are some."""
     runs = [row for row in rows if gait(row["gait"]).duty < 0.5]
+    others = [row for row in rows if row not in runs]
     return {
         "walks": len(rows),
         "seconds": sum(row["seconds"] for row in rows),
         "sliding_mean_cm_s": float(np.mean([row["sliding_mean"] for row in rows])),
         "sliding_worst_cm_s": max(row["sliding_worst"] for row in rows),
-        "flying_of_runs_least": min((row["flying"] for row in runs), default=0.0),
-        "flying_of_walks_most": max((row["flying"] for row in rows if row not in runs), default=0.0),
+        **({"flying_of_runs_least": min(row["flying"] for row in runs)} if runs else {}),
+        **({"flying_of_walks_most": max(row["flying"] for row in others)} if others else {}),
         "sunk_most_cm": -min(row["lowest"] for row in rows),
         **{f"{name}_rms_{which.__name__}_cm": float(which([row[f"{name}_rms"] for row in rows]))
            for name in SWINGING for which in (np.min, np.median, np.max)},
