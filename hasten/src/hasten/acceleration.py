@@ -240,9 +240,8 @@ def _certified(
         raise ConfigError(f"quality={quality!r} decides on the method and its parameters; leave {given} out")
     if home is None:
         raise ConfigError("a certificate is for a pipeline's calls; accelerate the pipeline itself")
-    plain = [
-        getattr(handle, "plain_scheduler", None) for handle in _handles(modules)
-    ]  # of what will be replaced, or refuses later
+    # The pipeline's own scheduler may be away, in an acceleration that will be replaced or refuses later.
+    plain = (getattr(handle, "plain_scheduler", None) for handle in _handles(modules))
     scheduler = next((one for one in plain if one is not None), home.scheduler)
     return find(quality, modules, scheduler, model_name(home.pipe))
 

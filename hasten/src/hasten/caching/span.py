@@ -70,9 +70,8 @@ def modulated_input(block: nn.Module, stack: BlockStack, args: Any, kwargs: Any)
             f"{type(eager).__name__} has no {attention!r} whose input could be looked at; describe its family with "
             "hasten.models.register, or use a method without a modulated input, such as fbcache"
         )
-    with swapped(
-        [(owner, attention, _Capture(getattr(owner, attention), streams.index("image") if "image" in streams else 0))]
-    ):
+    place = streams.index("image") if "image" in streams else 0
+    with swapped([(owner, attention, _Capture(getattr(owner, attention), place))]):
         try:
             eager._call_impl(*args, **kwargs)  # with its hooks: they may bring the weights (`fully_shard`)
         except _Seen as seen:

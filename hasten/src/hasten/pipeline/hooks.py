@@ -64,6 +64,7 @@ class Hook(ABC):
     kind: ClassVar[str]
     level: ClassVar[int] = 0
     handle: Any = None
+    _told = False  # of gradients
 
     @abstractmethod
     def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -74,8 +75,6 @@ class Hook(ABC):
             forward: runs what is inside of this hook, in the end the module's own call.
             args, kwargs: of the call.
         """
-
-    _told = False
 
     def has_gradients(self, module: Any) -> bool:
         """Whether gradients are enabled, with which a call is the module's own; the innermost hook says so, once."""
