@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -294,7 +295,13 @@ def test_the_report_and_the_table_show_them(clips: tuple[Result, Path], capsys: 
     page = render_report(out, out.with_suffix(".html")).read_text()
     for words in ("5 frames", "temporal", "share", "as many FLOPs as", "Quality against cost", "no plan"):
         assert words in page
-    assert page.count("<svg") == 3
+    measures, fields = (
+        ("PSNR, dB (more is better)", "FLIP (less is better)"),
+        ("number of computed steps", "FLOPs ratio"),
+    )
+    errors = [f"error of the latents over the steps, {count} computed steps" for count in (STEPS, 5)]
+    charts = [f"{measure} against {field}" for field in fields for measure in measures] + errors
+    assert re.findall('<svg role="img" aria-label="([^"]*)"', page) == charts
     assert "unedited dB" not in page
     show_result(content)
     text = capsys.readouterr().out

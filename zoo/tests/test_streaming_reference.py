@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 from dataclasses import asdict, replace
 from itertools import islice, pairwise
 from random import Random
@@ -568,7 +569,8 @@ def test_bench_writes_figures_videos_and_a_report(tmp_path, monkeypatch, capsys)
     assert "background" in shown
     page = render_report(out, tmp_path / "report.html").read_text()
     assert page.count("data:image/webp") + page.count("data:video/mp4") == 4
-    assert page.count("<svg") == 3
+    charts = ["PSNR to the full history, dB", "seconds per chunk", "background", "identity", "motion"]
+    assert re.findall('<svg role="img" aria-label="([^"]*)"', page) == charts
     assert "sliding-window, window=1" in page
     for heading in ("attention share", "at most", "held share", "peak"):
         assert heading in page

@@ -159,7 +159,8 @@ class CachingEngine(Hook):
 
     def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The transformer's result, computed or forecast."""
-        if self.has_gradients(module):
+        if torch.is_grad_enabled():
+            self.tell_of_gradients(module)
             return (self.site.compiled or forward)(*args, **kwargs)
         hidden = self._arguments.latents(args, kwargs)
         labelled = self.runs.label(self._arguments.timestep(args, kwargs), hidden, pass_name(module))

@@ -76,14 +76,11 @@ class Hook(ABC):
             args, kwargs: of the call.
         """
 
-    def has_gradients(self, module: Any) -> bool:
-        """Whether gradients are enabled, with which a call is the module's own; the innermost hook says so, once."""
-        if not torch.is_grad_enabled():
-            return False
+    def tell_of_gradients(self, module: Any) -> None:
+        """Say once that a call with gradients enabled is the module's own; the innermost hook alone says so."""
         if not self._told and _active(hooks_on(module)[0]) is self:
             self._told = True
             warnings.warn(GRADIENTS, HastenWarning, stacklevel=3)
-        return True
 
     def end_run(self) -> None:  # noqa: B027
         """A pipeline says that its call, on this thread, is about to end."""

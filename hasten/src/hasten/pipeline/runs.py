@@ -214,7 +214,7 @@ def _place_in(entries: Tensor | None, timestep: Any) -> int | None:
     if entries is None or not isinstance(timestep, Tensor) or timestep.dtype != entries.dtype:
         return None
     spread = any(stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True) if size > 1)
-    if spread or not timestep.untyped_storage().data_ptr() or not same_memory(timestep, entries):
+    if spread or not same_memory(timestep, entries):
         return None
     place = (timestep.storage_offset() - entries.storage_offset()) // max(entries.stride(0), 1)
     return place if 0 <= place < len(entries) else None

@@ -241,8 +241,9 @@ def _takes_a_timestep(module: nn.Module) -> bool:
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether one tensor is a view of the other; looks at no number, which would wait for the device."""
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    """Whether both are views of the same numbers, if they have any; reads none of them, and waits for no device."""
+    memory = one.untyped_storage().data_ptr()
+    return memory != 0 and memory == other.untyped_storage().data_ptr()
 
 
 def _is_part(loop: Any, timesteps: Tensor) -> bool:

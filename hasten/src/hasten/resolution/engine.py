@@ -249,7 +249,8 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
 
     def call(self, module: Any, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the transformer on the true latents, with the result at full size."""
-        if self.has_gradients(module):
+        if torch.is_grad_enabled():
+            self.tell_of_gradients(module)
             return forward(*args, **kwargs)
         arguments = dict(zip(argument_names(type(module)), args, strict=False)) | kwargs  # type: ignore[arg-type]
         run = self._run_of(module, arguments)
