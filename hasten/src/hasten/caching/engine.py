@@ -178,7 +178,7 @@ class CachingEngine(Hook):
             self._state = self._memory = None
         state: CachingRun = run.state
         held = state.held
-        self._numbers.forward(info, decision.computed, hidden, _tensor(result))
+        self._numbers.forward(info, decision.computed, hidden, result)
         if info.last:
             state.free()
         number, step, name = info.run, info.step, info.pass_name

@@ -73,9 +73,12 @@ class CachingRun:
     @property
     def held(self) -> int:
         """Bytes of the features, and of what the gate keeps."""
-        tensors = () if self.gate is None else self.gate.held()
-        own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return own + sum(memory.bytes for memory in self.memories.values())
+        held = 0
+        for memory in self.memories.values():
+            held += memory.bytes
+        for tensor in () if self.gate is None else self.gate.held():
+            held += tensor.nbytes
+        return held
 
     def free(self) -> None:
         """Let go of all tensors: the last forward of the run is over."""

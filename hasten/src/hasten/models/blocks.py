@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -152,8 +152,16 @@ class _PassThrough(Proxy):
         super().__init__(original)
         self._streams, self._alone = stack.returns, len(stack.returns) == 1 and not stack.wrapped
         self._places = tuple(_place(stack, original, name) for name in stack.returns)
+        names = [name for name, _ in self._places]
+        plain = None not in names and (self._alone or len(names) > 1)
+        self._by_name = itemgetter(*names) if plain else None  # where that gives what the block would return
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and self._by_name is not None:
+            try:
+                return self._by_name(kwargs)
+            except KeyError:  # a stream that may be left out
+                pass
         given = []
         for name, index in self._places:
             given.append(kwargs[name] if name in kwargs else args[index] if index < len(args) else None)
@@ -214,15 +222,17 @@ class Skipped:
     def inside(self) -> Iterator[None]:
         """For the length of one forward."""
         self.asked = False
-        stacks = self._adapter.used(self._model)
-        changes = [(*stack.holder(self._model), self._filled(stack, stack is stacks[-1])) for stack in stacks]
-        changes += [(*s.holder(self._model), self._filled(s, False)) for s in self._adapter.beside(self._model)]
+        model, kept = self._model, [(stack, stack.blocks(self._model)) for stack in self._adapter.stacks]
+        last = next(stack for stack, blocks in reversed(kept) if blocks and not stack.side)
+        changes = [
+            (*stack.holder(model), self._filled(stack, blocks, stack is last)) for stack, blocks in kept if blocks
+        ]
         with swapped(changes):
             yield
 
-    def _filled(self, stack: BlockStack, last: bool) -> nn.Module:
+    def _filled(self, stack: BlockStack, blocks: list[nn.Module], last: bool) -> nn.Module:
         """As many proxies as blocks, since some models read the length of the list or count along; made once."""
-        blocks, known = stack.blocks(self._model), self._originals.get(stack.name, [])
+        known = self._originals.get(stack.name, [])
         if len(known) != len(blocks) or not all(map(is_, known, blocks)):
             self._originals[stack.name] = blocks
             proxies: list[nn.Module] = [

@@ -99,6 +99,8 @@ def tensors_in(value: Any) -> list[Tensor]:
     """The tensors of an output, in order, whatever else is in it."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, (tuple, list, dict)) or (is_dataclass(value) and not isinstance(value, type)):
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    if isinstance(value, dict) or (is_dataclass(value) and not isinstance(value, type)):
         return [tensor for _, item in _items(value) for tensor in tensors_in(item)]
     return []

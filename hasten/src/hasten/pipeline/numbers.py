@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import HastenWarning, NonFiniteError
+from hasten.models.forms import tensors_in
 from hasten.pipeline.runs import StepInfo
 
 __all__ = ["CHECK", "FiniteCheck", "check_step", "checks_all", "finite"]
@@ -82,7 +83,7 @@ class FiniteCheck:
             info: its label.
             computed: whether the model computed it; else it was forecast.
             hidden: the latents that it was given.
-            result: the transformer's prediction.
+            result: the transformer's, in whatever form; looked into where it is checked.
 
         Raises:
             NonFiniteError: if everything is checked and a number is not finite, naming step, pass and method.
@@ -96,12 +97,12 @@ class FiniteCheck:
                     f"{where}: the latents that the sampler made of the step before are not finite; use fewer or other "
                     "steps of the sampler, or a wider precision"
                 )
-            if not bool(finite(result)):
+            if not bool(finite(tensors_in(result))):
                 whose = "the model's own prediction" if computed else f"the forecast of {self._method}"
                 cure = "run the model in a wider precision" if computed else "compute more steps, or use a lower order"
                 raise NonFiniteError(f"{where}: {whose} is not finite; {cure}")
         elif info.last:
-            self._last, self._where = finite(hidden, result), f"step {info.step}, the last one"
+            self._last, self._where = finite(hidden, tensors_in(result)), f"step {info.step}, the last one"
 
     def settle(self) -> None:
         """Read what the last forward of a run came to, unless that is done, and warn if its numbers are not finite."""

@@ -232,7 +232,8 @@ def _read(timestep: Any) -> tuple[float, float]:
             "them; give it as a number or as a tensor of the host"
         )
     if not isinstance(timestep, Tensor) or timestep.numel() == 1:
-        return float(timestep), float(timestep)
+        value = float(timestep)
+        return value, value
     latest, mean = torch.stack([timestep.max().float(), timestep.float().mean()]).tolist()
     return latest, mean
 
