@@ -25,8 +25,9 @@ from hasten.bench.certify_settings import CertifySettings
 from hasten.bench.subject import Subject
 from hasten.cli import main
 from hasten.errors import CertificateError, ConfigError, HastenError, UnknownNameError
+from hasten.io import write_record
 from hasten.pipeline.hooks import hooks_on
-from hasten.quality.certificate import Certificate, certificates
+from hasten.quality.certificate import KIND, Certificate, certificates
 from hasten.quality.configuration import Configuration, schema
 from hasten.quality.tolerance import TIERS, Tolerance
 
@@ -262,12 +263,22 @@ def test_autocast_is_refused(certified):
 
 def test_the_command_for_bounds_of_ones_own_has_them(own_store, certified, monkeypatch, tmp_path):
     mine = Tolerance(max_lpips=0.2, min_psnr=15, share=None, confidence=0.8)
-    file = replace(Certificate.load(certified), quality="portraits", tolerance=mine).save(tmp_path / "mine.json")
+    made = Certificate.load(certified)
+    figures = replace(made.evidence, metrics={"lpips": {"median": 0.1}, "psnr": {"median": 20.0}})
+    file = replace(made, quality="portraits", tolerance=mine, evidence=figures).save(tmp_path / "mine.json")
     pipe = subject_of(make_pipe()).pipe
     with hasten.accelerate(pipe, quality=str(file)), pytest.raises(CertificateError) as refused:
         draw(pipe, steps=4)
     asked = printed(refused.value, monkeypatch, tmp_path, pipe)
     assert (asked.quality, asked.tolerance, asked.counts) == ("portraits", mine, (3,))
+
+
+def test_bounds_that_nothing_was_measured_of_are_no_certificate(certified, tmp_path):
+    made = Certificate.load(certified)
+    content = {**made.content, "tolerance": {**made.content["tolerance"], "min_ssim": 0.9}}
+    file = write_record(tmp_path / "forged.json", KIND, content)
+    with pytest.raises(CertificateError, match=r"it bounds ssim, of which its evidence has no figures.*hasten certify"):
+        Certificate.load(file)
 
 
 def test_guidance_without_a_negative_prompt_is_none(certified):

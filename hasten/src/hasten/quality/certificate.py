@@ -112,6 +112,11 @@ class Certificate:
     model: str = ""
     folder: str | None = None
 
+    def __post_init__(self) -> None:
+        unmeasured = [name for name in self.tolerance.bounds if name not in self.evidence.metrics]
+        if unmeasured:
+            raise CertificateError(f"it bounds {', '.join(unmeasured)}, of which its evidence has no figures")
+
     def save(self, path: str | Path) -> Path:
         """Write it; returns the path.
 
