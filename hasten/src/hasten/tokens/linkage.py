@@ -31,6 +31,7 @@ REPORT_EVERY = 64
 SMALLEST_TABLE = 128  # rows of a table that is not worth compacting
 SQUARE = 4096  # rows of a table of which both triangles are kept
 KEPT = 0.5  # share of rows that are left when a table is compacted
+READ = 64  # rows that are kept as they were read; a chain goes back to those that it read last
 
 
 def average_linkage(
@@ -100,14 +101,24 @@ class _Table(ABC):
     def _measure(self, n: int) -> None:
         self.size = self.alive = n
         self.merged = np.zeros(n)
+        self._rows: dict[int, Floats] = {}  # read lately
 
     def first(self) -> int:
         """The first row that is no merged cluster's."""
         return int(self.merged.argmin())
 
-    @abstractmethod
     def row(self, i: int) -> Floats:
         """Distances of `i` to all, `[size]`; infinite to itself and to merged clusters."""
+        row = self._rows.get(i)
+        if row is None:
+            if len(self._rows) == READ:
+                del self._rows[next(iter(self._rows))]
+            row = self._rows[i] = self._read(i)
+        return row
+
+    @abstractmethod
+    def _read(self, i: int) -> Floats:
+        """The row, as new."""
 
     @abstractmethod
     def _write(self, j: int, row: Floats) -> None:
@@ -120,6 +131,10 @@ class _Table(ABC):
     def merge(self, i: int, j: int, both: Floats) -> None:
         """Let row `j` be that of both, `[size]`; `i` is merged."""
         self._write(j, both)
+        for merged in (i, j):
+            self._rows.pop(merged, None)
+        for other, row in self._rows.items():
+            row[i], row[j] = np.inf, both[other]
         self.merged[i] = np.inf
         self.alive -= 1
 
@@ -141,7 +156,7 @@ class _Square(_Table):
         self.values = squareform(values, checks=False)
         np.fill_diagonal(self.values, np.inf)
 
-    def row(self, i: int) -> Floats:
+    def _read(self, i: int) -> Floats:
         return self.values[i] + self.merged
 
     def _write(self, j: int, row: Floats) -> None:
@@ -167,7 +182,7 @@ class _Condensed(_Table):
         self.start = n * rows - rows * (rows + 1) // 2 - rows - 1  # the distance to u > i lies at start[i] + u
         self._where = np.empty(n, np.int64)
 
-    def row(self, i: int) -> Floats:
+    def _read(self, i: int) -> Floats:
         out = np.empty(self.size)
         where = np.add(self.start[:i], i, out=self._where[:i])
         self.values.take(where, out=out[:i], mode="clip")  # another mode would copy
