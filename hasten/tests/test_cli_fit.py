@@ -2,9 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -216,9 +216,32 @@ def test_tune_measures_resolution_methods_beside_the_others(emoji, monkeypatch, 
 
 def test_the_line_to_use_names_the_objects_of_a_combination():
     row = Row(id="x", library="hasten", method="dvg:budget=0.5+foca:interval=4", staged=True, steps=50)
-    line = python_line(row, Path("calibrations"))
+    line = python_line(row, "emoji-flux")
     assert line == "hasten.accelerate(pipe, hasten.DVG(budget=0.5), hasten.FoCa(interval=4))   # num_inference_steps=50"
     assert hasten.DVG(budget=0.5).budget == 0.5
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_line_to_use_of_leap_runs_as_it_is_pasted(emoji, given, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    if given:
+        shutil.copy(emoji.fitted["leap"], "own.safetensors")
+    method = "leap:calibration=own.safetensors" if given else "leap"
+    row = Row(id="x", library="hasten", method=method, steps=5, budget=5)
+
+    def draw():
+        call = emoji.call | {"num_inference_steps": row.steps, "output_type": "latent"}
+        return emoji.pipe("red apple", generator=torch.Generator().manual_seed(0), **call).images
+
+    with hasten.accelerate(emoji.pipe, hasten.Leap(emoji.fitted["leap"])):
+        measured = draw()
+    line = python_line(row, emoji.name)
+    assert line.endswith("num_inference_steps=5")
+    exec(line, {"hasten": hasten, "pipe": emoji.pipe})
+    pasted = draw()
+    hasten.remove(emoji.pipe)
+    assert torch.equal(pasted, measured)
+    assert not torch.equal(pasted, draw())
 
 
 def test_a_calibration_that_was_stopped_goes_on(emoji, monkeypatch, capsys, tmp_path):

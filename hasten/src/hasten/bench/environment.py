@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from functools import cache
@@ -13,7 +14,7 @@ import hasten
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-__all__ = ["environment", "processes"]
+__all__ = ["environment", "load", "processes"]
 
 
 def processes() -> PartialState:
@@ -38,6 +39,12 @@ def environment() -> dict[str, str]:
         "device": _device(),
         "processes": str(processes().num_processes),
     }
+
+
+def load() -> dict[str, str]:
+    """How many processes shared the machine over the last five minutes, this one too, for a result with times; empty
+    where the system does not tell."""
+    return {"load": f"{os.getloadavg()[1]:.1f}"} if hasattr(os, "getloadavg") else {}
 
 
 def _device() -> str:

@@ -120,7 +120,7 @@ def _verdicts(result: Result) -> dict[int, Verdict]:
         if ours:
             best = max(ours, key=lambda row: row.psnr or 0.0)
             try:
-                use = python_line(best)
+                use = python_line(best, result.model)
             except HastenError:
                 use = ""
             found[count] = Verdict(best, max(plain, key=lambda row: row.psnr or 0.0, default=None), use)

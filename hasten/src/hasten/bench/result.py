@@ -75,7 +75,8 @@ class _File:
     Attributes:
         created: time of the end, ISO 8601.
         command: the command line that made it; empty where none did.
-        environment: device, versions of torch, diffusers, hasten and python, commit of hasten's source if known.
+        environment: device, versions of torch, diffusers, hasten and python, commit of hasten's source if known, the
+            machine's load average at the end (times of a busy machine are no times).
         model: name, folder or hub id.
 
     The file has a digest of all this beside it, which is compared when it is read.

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from hasten import registry
 from hasten.bench.arms import Arm, merged, method_arms, one_line
 from hasten.bench.edits import edit_of, vae_unedited, with_image
-from hasten.bench.environment import environment, processes
+from hasten.bench.environment import environment, load, processes
 from hasten.bench.measurements import (
     Measurement,
     baseline_row,
@@ -343,7 +343,7 @@ def _result(
     return Result(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
-        environment=environment(),
+        environment=environment() | load(),
         model=model.name,
         settings=Settings(
             prompts=prompts,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hasten import registry
 from hasten.bench import subject
-from hasten.bench.environment import environment
+from hasten.bench.environment import environment, load
 from hasten.bench.labels import short_label
 from hasten.bench.requests import reported
 from hasten.bench.result import StreamResult, StreamSettings
@@ -112,7 +112,7 @@ def _run(
     result = StreamResult(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
-        environment=environment(),
+        environment=environment() | load(),
         model=model.name,
         settings=settings,
         rows=rows,

@@ -142,7 +142,8 @@ def _made(result: Result | StreamResult) -> str:
     known = result.environment
     versions = [f"{name} {known[name]}" for name in ("hasten", "torch", "diffusers") if name in known]
     shared = f"shared by {known['processes']} processes" if known.get("processes", "1") != "1" else ""
-    return ", ".join(part for part in (*versions, known.get("device"), shared, result.created[:10]) if part)
+    busy = f"load average {known['load']}" if "load" in known else ""
+    return ", ".join(part for part in (*versions, known.get("device"), shared, busy, result.created[:10]) if part)
 
 
 def as_markdown(table: Table) -> str:

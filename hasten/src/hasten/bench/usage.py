@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hasten import registry
@@ -12,13 +11,15 @@ from hasten.parameters import from_text
 
 __all__ = ["python_line"]
 
+BUNDLED = "from hasten.bench.subject import load; "
 
-def python_line(row: Row, folder: Path | None = None) -> str:
+
+def python_line(row: Row, model: str) -> str:
     """How to use what a row measured.
 
     Args:
-        row: of a method of hasten.
-        folder: where a fit of LEAP lies; without it, where the row's own text says.
+        row: of a method of hasten; LEAP without a file was measured with the fit that comes with the model.
+        model: what it was measured on, as the result names it.
 
     Raises:
         UnknownNameError, ConfigError: for a row of another version, whose method or parameters are not known.
@@ -26,8 +27,8 @@ def python_line(row: Row, folder: Path | None = None) -> str:
     parts = registry.split(row.method)
     name, given = parts[0]
     if name == "leap":
-        file = given.get("calibration", "leap.safetensors") if folder is None else str(folder / "leap.safetensors")
-        return f"hasten.accelerate(pipe, hasten.Leap('{file}'))   # num_inference_steps={row.steps}"
+        bring, fit = ("", repr(given["calibration"])) if given else (BUNDLED, f"load({model!r}).fitted['leap']")
+        return f"{bring}hasten.accelerate(pipe, hasten.Leap({fit}))   # num_inference_steps={row.steps}"
     if row.staged:
         chosen = [(registry.info(part).config, texts) for part, texts in parts]
         built = [f"hasten.{config.__name__}({_arguments(config, texts)})" for config, texts in chosen]

@@ -267,7 +267,7 @@ def tune(
     for count, best in (result.tune or {})["best"].items():
         for row in result.rows:
             if row.id == best:
-                console.print(f"[bold]{count} computed steps[/bold]: {python_line(row, out)}", highlight=False)
+                console.print(f"[bold]{count} computed steps[/bold]: {python_line(row, result.model)}", highlight=False)
     console.print(f"figures: [bold]{out / 'tune.json'}[/bold]   report: [bold]{out / 'tune.html'}[/bold]")
     if wanted is not None:
         from hasten.bench.certify_settings import CertifySettings
