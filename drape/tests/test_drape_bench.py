@@ -172,7 +172,7 @@ def test_page_escapes_names_and_shows_every_row(scene: Scene) -> None:
     for expected in ("1 &amp; 2", "stroll &lt;i&gt;", "p.png", "<td>textures: seed</td><td>7</td>"):
         assert expected in text
     assert "a <b>" not in text
-    measured["libraries"] = {"missing": ["motmetrics"], "remedy": "pip install drape[metrics]"}
+    measured["libraries"] = {"missing": ["motmetrics"], "remedy": "pip install motmetrics"}
     assert "motmetrics missing" in page(measured, {})
     measured["libraries"] = {"plain": {"coco_map": 0.25, "idf1": 0.75}}
     assert "<td>0.250</td><td>0.750</td>" in page(measured, {})

@@ -60,4 +60,4 @@ def test_what_is_missing_is_named(scene: Scene, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda name: None if name == "motmetrics" else name)
     told = library_metrics(Judge([scene]), None, {})  # type: ignore[arg-type]
     assert told["missing"] == ["motmetrics"]
-    assert "drape[metrics]" in told["remedy"]
+    assert told["remedy"] == "pip install faster-coco-eval motmetrics trackers"

@@ -9,6 +9,7 @@ import pkgutil
 import re
 import runpy
 import sys
+import tomllib
 
 import pytest
 import typer
@@ -24,6 +25,7 @@ PUBLIC = (
     "hasten",
     *(f"hasten.{name}" for name in ("caching", "models", "resolution", "solvers", "streaming", "tokens")),
 )
+PROJECTS = ("hasten", "zoo", "drape")
 named = pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -84,6 +86,37 @@ def test_commands_are_those_there_are(page):
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert not [page for page in DOCS.rglob("*.md") if f"{page.relative_to(DOCS)}\n" not in f"{navigation}\n"]
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_a_package_page_stands_by_itself(project):
+    described = tomllib.loads((ROOT / project / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert described["description"]
+    assert described["license"] == "Apache-2.0"
+    page = ROOT / project / described["readme"]
+    assert links(page) == [], "an index shows this page without the files around it"
+    assert "REPOSITORY" not in page.read_text(encoding="utf-8")
+
+
+def test_what_pages_tell_to_install_can_be_installed():
+    found = set()
+    for page in [*pages(), *(ROOT / "drape").rglob("*.md")]:
+        for line in re.findall(r"pip install ([^`\n#]+)", page.read_text(encoding="utf-8")):
+            for name, extras in re.findall(r"([\w./-]+)(?:\[([\w,]+)\])?", line.replace('"', "").replace("'", "")):
+                assert name not in ("hasten", "hasten-zoo", "drape"), f"{page}: {name} is no name of ours in an index"
+                if name.startswith("./"):
+                    described = tomllib.loads((ROOT / name / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+                    assert not set(filter(None, extras.split(","))) - {*described.get("optional-dependencies", ())}
+                    found.add(name)
+    assert found == {f"./{project}" for project in PROJECTS}
+
+
+def test_the_site_says_which_version_it_is_of():
+    hook = runpy.run_path(str(ROOT / "benchmarks" / "site_version.py"))
+    config = hook["on_config"]({"site_name": "hasten"})
+    assert hasten.__version__ in config["site_name"]
+    assert hasten.__version__ in config["copyright"]
+    assert "benchmarks/site_version.py" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
 def _documented() -> set[str]:

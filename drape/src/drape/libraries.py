@@ -1,4 +1,4 @@
-"""Metrics by the libraries that teams already use, where they are installed (`pip install drape[metrics]`).
+"""Metrics by the libraries that teams already use, where they are installed (the extra `metrics`).
 
 COCO's mean average precision by faster-coco-eval; ByteTrack (Zhang et al., arXiv:2110.06864) of trackers, with IDF1,
 identity switches and MOTA by motmetrics. They stand beside drape's own metrics, which need no library.
@@ -29,7 +29,7 @@ def library_metrics(judge: Judge, detector: Detector, textures: Mapping[str, Map
     """`coco_precision` and `tracking` of each texture, or what is missing for them."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        return {"missing": missing, "remedy": "pip install drape[metrics]"}
+        return {"missing": missing, "remedy": "pip install faster-coco-eval motmetrics trackers"}
     return {
         name: {**coco_precision(walks, judge.scenes), **tracking(walks, judge.scenes)}
         for name, walks in ((name, judge.walks(detector, name, images)) for name, images in textures.items())

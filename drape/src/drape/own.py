@@ -85,7 +85,7 @@ def read_clip(path: Path) -> tuple[Images, float]:
     """A clip as uint8 RGB `[N, height, width, 3]` and its images per second; of a photograph one image.
 
     Args:
-        path: an image, an animated one, a folder of images in the order of their names, or a video (`drape[video]`).
+        path: an image, an animated one, a folder of images in the order of their names, or a video (the extra `video`).
 
     Raises:
         AssetError: it cannot be read.
@@ -115,7 +115,7 @@ def read_video(path: Path) -> tuple[Images, float]:
         rate = float(imageio.immeta(path, plugin="pyav")["fps"])
         return np.asarray(imageio.imread(path, plugin="pyav"), dtype=np.uint8), rate
     except ImportError as error:
-        raise AssetError(f"{path} is no image, and videos need `pip install drape[video]`.") from error
+        raise AssetError(f"{path} is no image, and a video needs pip install 'imageio[pyav]'.") from error
     except Exception as error:  # whatever a decoder raises on a file of a user
         reason = " ".join(str(error).split())
         raise AssetError(f"{path} cannot be read as an image or a video ({reason}); give a PNG, GIF or MP4.") from error

@@ -219,7 +219,7 @@ def onnx_module(path: Path) -> nn.Module:
         raise AssetError(f"{path} does not exist; give an ONNX file.")
     libraries = [name for name in ("onnx2torch", "onnxruntime") if importlib.util.find_spec(name) is not None]
     if not libraries:
-        raise AssetError(f"{path} needs onnxruntime or onnx2torch; pip install drape[onnx].")
+        raise AssetError(f"{path} needs onnxruntime or onnx2torch: pip install onnxruntime.")
     try:
         if libraries[0] == "onnx2torch":
             import onnx2torch

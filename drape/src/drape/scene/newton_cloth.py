@@ -1,4 +1,4 @@
-"""Cloth by Newton (PyPI `newton`, Apache-2.0), an engine on top of Warp, on the CPU: `pip install drape[cloth]`.
+"""Cloth by Newton (PyPI `newton`, Apache-2.0), an engine on top of Warp, on the CPU (the extra `cloth`).
 
 Newton's XPBD (Macklin et al. 2016, "XPBD: Position-Based Simulation of Compliant Constrained Dynamics") moves the
 garment as a mesh of particles with springs along its edges and bending constraints across them, under gravity, in many
@@ -40,7 +40,7 @@ def simulate_with_newton(
         import newton
         import warp
     except ImportError as error:
-        raise AssetError("the cloth engine newton is not installed: pip install 'drape[cloth]'") from error
+        raise AssetError("the cloth engine newton is not installed: pip install newton") from error
     warp.config.log_level = warp.LOG_ERROR
     substeps = int(np.ceil(1 / (fps * STEP)))
     dt = 1.0 / (fps * substeps)
