@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from calculated import CALCULATED
 from figures import fill_figures, pages
 from front import front_table
 from hasten.bench.labels import short_label
@@ -283,6 +284,17 @@ def overview_table(result: Result, remark: str = "") -> str:
         lines.append(_row([*cells, *(_shown(field, rows.get(middle)) for field in costs)]))
     table = table_of(result)
     return "\n".join([*lines, "", *([remark] if remark else []), f"{table.title}. {'. '.join(table.notes)}."])
+
+
+def forms_table(name: str) -> str:
+    """Markdown of a method's forms in `emoji-flux-forms.json`."""
+    result = _result("emoji-flux-forms")
+    counts, arms = _arms(result)
+    lines = [_row(["form", *(f"{count} computed steps, dB" for count in counts)]), "|---" + "|--:" * len(counts) + "|"]
+    for title, rows in arms.items():
+        if re.match(rf"\*\*{name}(,|\*)", title):
+            lines.append(_row([title.replace("**", ""), *(_psnr(rows.get(count)) for count in counts)]))
+    return "\n".join([*lines, "", f"{table_of(result).title}. {table_of(result).notes[-1]}."])
 
 
 def curve(name: str) -> str:
@@ -680,6 +692,7 @@ TABLES = {
     "streaming-two-threads": lambda: bench_table("sprites-stream-two-threads"),
     "streaming-more": lambda: bench_table("sprites-stream-more"),
     "streaming-shape": lambda: shape_table(_read("streaming-shape.json")),
+    "spectrum-forms": lambda: forms_table("spectrum"),
     "demo": lambda: bench_table("demo"),
     "overhead": lambda: overhead_table(_read("overhead.json")),
     "matrix": lambda: matrix_table(_read("matrix.json")),
@@ -689,6 +702,7 @@ TABLES = {
     "cost": lambda: cost_table(_read("cost.json")),
     "memory": lambda: memory_table(_read("memory.json")),
     "certificates": lambda: certificates_table(_read("certificates.json")),
+    **CALCULATED,
 }
 
 

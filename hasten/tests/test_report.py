@@ -3,6 +3,7 @@
 import base64
 import csv
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -100,6 +101,12 @@ def test_everything_is_there(tmp_path, content):
     assert page.count('class="missing"') == 1
     assert "Not measured: peer (cache-dit)" in page
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_narrow_screen_shows_how_near_and_how_fast_an_arm_is(tmp_path, content):
+    headings = re.findall(r'<button type="button">([^<]+)</button></th>', render(tmp_path, content))
+    assert headings[:3] == ["method", "PSNR dB", "speed-up"]
+    assert {"steps", "cache", "SSIM"} <= set(headings)
 
 
 def test_the_best_of_a_group_is_bold_and_plain_rows_are_marked(tmp_path, content):

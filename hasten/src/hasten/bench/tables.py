@@ -12,6 +12,7 @@ from hasten.bench.row import Column, Row, StreamRow, columns, late
 
 __all__ = ["Cell", "Line", "Table", "as_csv", "as_markdown", "table_of"]
 
+DECIDE = ("psnr", "latency_ratio", "lpips", "flops_ratio")  # what a phone shows of a wide table
 CURVE = Column("", "mean over the last third of the video", digits=3)
 
 
@@ -68,13 +69,21 @@ def table_of(result: Result | StreamResult, wide: bool = False) -> Table:
     return _image_table(result, wide) if isinstance(result, Result) else _stream_table(result, wide)
 
 
+def _shown(known: dict[str, Column], wide: bool) -> dict[str, Column]:
+    """The columns of a table; a wide one, which may end beyond the edge of a screen, begins with what decides."""
+    names = [name for name, column in known.items() if wide or not column.wide]
+    first = [name for name in DECIDE if wide and name in names]
+    return {name: known[name] for name in dict.fromkeys([*first, *names])}
+
+
 def _image_table(result: Result, wide: bool) -> Table:
     settings = result.settings
-    shown = {
+    measured = {
         name: column
         for name, column in columns(Row).items()
-        if (wide or not column.wide) and any(getattr(row, name) is not None for row in result.measured)
+        if any(getattr(row, name) is not None for row in result.measured)
     }
+    shown = _shown(measured, wide)
     sections = {"": _lines([result.baseline], shown)}
     for count, rows in result.groups().items():
         sections[f"{count} computed steps"] = _lines(rows, shown)
@@ -95,7 +104,7 @@ def _image_table(result: Result, wide: bool) -> Table:
 
 def _stream_table(result: StreamResult, wide: bool) -> Table:
     settings = result.settings
-    shown = {name: column for name, column in columns(StreamRow).items() if wide or not column.wide}
+    shown = _shown(columns(StreamRow), wide)
     grades = sorted({name for row in result.rows for name in row.drift})
     drifts = [Column(name, CURVE.tooltip, digits=CURVE.digits) for name in grades]
     lines = [
