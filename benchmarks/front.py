@@ -105,8 +105,8 @@ def _older_times() -> str:
         for method in ("leap", "foca:schedule=even")
     )
     return (
-        f"Times of this machine, which did other things too, would be none; with {found.environment['hasten']} an image "
-        f"took {leap:.1f} times less with LEAP and {foca:.1f} times less with a cache on even steps."
+        f"The machine was too busy for times; release {found.environment['hasten']} was {leap:.1f} times faster with LEAP "
+        f"and {foca:.1f} times with a cache on even steps."
     )
 
 
