@@ -105,8 +105,8 @@ def _older_times() -> str:
         for method in ("leap", "foca:schedule=even")
     )
     return (
-        f"The machine was too busy for times; release {found.environment['hasten']} was {leap:.1f} times faster with LEAP "
-        f"and {foca:.1f} times with a cache on even steps."
+        f"The machine was too busy for times; release {found.environment['hasten']} was {leap:.1f} times faster with "
+        f"LEAP and {foca:.1f} times with a cache on even steps."
     )
 
 

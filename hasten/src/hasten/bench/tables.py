@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hasten.bench.result import Result, StreamResult
@@ -69,7 +69,7 @@ def table_of(result: Result | StreamResult, wide: bool = False) -> Table:
     return _image_table(result, wide) if isinstance(result, Result) else _stream_table(result, wide)
 
 
-def _shown(known: dict[str, Column], wide: bool) -> dict[str, Column]:
+def _shown(known: Mapping[str, Column], wide: bool) -> dict[str, Column]:
     """The columns of a table; a wide one, which may end beyond the edge of a screen, begins with what decides."""
     names = [name for name, column in known.items() if wide or not column.wide]
     first = [name for name in DECIDE if wide and name in names]
