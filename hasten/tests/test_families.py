@@ -98,3 +98,10 @@ def test_memory_is_what_was_estimated(name, site):
         tiny.sample(name, model)
         expected = run.estimate_bytes(tokens, text_tokens=tiny.TEXT, dtype=torch.float32)
         assert run.summary().cache_bytes == expected
+
+
+def test_memory_of_a_model_with_patches_to_choose_from_is_what_was_estimated():
+    model = tiny.build("ZImageTransformer2DModel")  # whose tokens are padded between the blocks, but not after them
+    with hasten.accelerate(model, "taylorseer", interval=4, site="output") as run:
+        tiny.sample("ZImageTransformer2DModel", model)
+        assert run.summary().cache_bytes == run.estimate_bytes(4 * 4, dtype=torch.float32)

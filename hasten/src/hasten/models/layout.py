@@ -74,6 +74,8 @@ def _argument(model: Any, arguments: Arguments, name: str) -> Any:
 def patch_size(config: Any) -> tuple[int, int, int]:
     """Latent frames, rows and columns of one token, read off a transformer's configuration; 1 where it names none."""
     patch = getattr(config, "patch_size", None) or 1
+    if several := getattr(config, "all_patch_size", None):  # sizes to choose from in each call (Z-Image)
+        return config.all_f_patch_size[0], several[0], several[0]
     if isinstance(patch, int):
         return getattr(config, "patch_size_t", None) or 1, patch, patch
     frames, rows, columns = (1, *patch)[-3:]

@@ -181,7 +181,7 @@ class Conditions:
 
 
 def _autocast() -> str:
-    kinds = [kind for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)]
+    kinds = [kind for kind in ("cuda", "xpu", "mps", "cpu") if torch.is_autocast_enabled(kind)]
     return str(torch.get_autocast_dtype(kinds[0])).removeprefix("torch.") if kinds else ""
 
 
