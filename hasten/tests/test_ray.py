@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_bench import command
 
+from hasten.errors import ConfigError
 from hasten.integrations.batch import Worker, generate, read_jobs
+from hasten.integrations.ray_batch import generate as share
 from hasten.quality.configuration import Configuration
 
 JOBS = 200
@@ -86,6 +89,14 @@ def test_every_job_is_done_once_though_a_worker_and_the_driver_are_killed(tmp_pa
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
+def test_a_model_that_the_workers_do_not_have_is_one_line(tmp_path):
+    pytest.importorskip("ray")
+    (tmp_path / "jobs.txt").write_text("red apple\n")
+    with pytest.raises(ConfigError, match="unknown model 'nosuch'"):
+        share(replace(TINY, model="nosuch"), read_jobs(tmp_path / "jobs.txt"), tmp_path / "out", workers=1)
+
+
 def test_without_ray_it_is_said_what_to_install(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     (tmp_path / "jobs.txt").write_text("red apple\n")
@@ -104,3 +115,6 @@ def test_without_ray_it_is_said_what_to_install(monkeypatch, capsys, tmp_path):
     code, _, error = command(monkeypatch, capsys, *arguments, "--workers", 2)
     assert code == 2
     assert "give --ray as well" in error
+    code, _, error = command(monkeypatch, capsys, *arguments, "--ray", "local", "--device", "cpu")
+    assert code == 2
+    assert "leave --device or --ray out" in error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import importlib.util
 import io
@@ -17,12 +18,14 @@ import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from test_bench import command
 from test_ray import TINY, wait_until, workers_of
 
 from hasten.bench.sheet import to_pil
+from hasten.errors import ConfigError
 from hasten.integrations.batch import Job, Worker
 from hasten.integrations.images_route import MOST_BYTES, RefusalError, answer, jobs_of
 
@@ -93,6 +96,112 @@ def test_without_ray_it_is_said_what_to_install(monkeypatch, capsys):
     code, _, error = command(monkeypatch, capsys, "serve")
     assert code == 2
     assert "give --model" in error
+
+
+# --- what takes requests and what draws, where Ray is installed, without starting it
+
+
+@pytest.fixture
+def ray_serve():
+    pytest.importorskip("ray.serve")
+    return importlib.import_module("hasten.integrations.ray_serve")
+
+
+class Drawing:
+    """Workers with room for some images, none of which comes to its end."""
+
+    def __init__(self, room, full):
+        self.room, self.full, self.under_way, self.draw = room, full, 0, self
+
+    async def remote(self, job):
+        if self.under_way == self.room:
+            raise self.full
+        self.under_way += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.under_way -= 1
+
+
+class Sent:
+    """A request whose body comes in parts of a KiB."""
+
+    def __init__(self, body, headers=None):
+        self.parts, self.headers = [body[i : i + 1024] for i in range(0, len(body), 1024)], headers or {}
+
+    async def stream(self):
+        while self.parts:
+            yield self.parts.pop(0)
+
+
+def counted(front, status):
+    return front._registry.get_sample_value("hasten_requests_total", {"status": str(status)})
+
+
+async def drawn(front, workers, body, headers=None, cancelled=False):
+    """What a request is answered, and how many images are under way after it."""
+    task = asyncio.ensure_future(front._draw(Sent(body, headers)))
+    if cancelled:
+        while not workers.under_way:
+            await asyncio.sleep(0)
+        task.cancel()
+    found = await asyncio.wait_for(asyncio.gather(task, return_exceptions=True), 20)
+    await asyncio.sleep(0)
+    return found[0], workers.under_way
+
+
+def test_a_request_that_does_not_fit_is_refused_at_once_and_none_of_its_images_is_drawn(ray_serve):
+    full = ray_serve.BackPressureError(num_queued_requests=3, max_queued_requests=3)
+    workers = Drawing(3, full)
+    front = ray_serve.Front(workers, "emoji-flux")
+    answered, left = asyncio.run(drawn(front, workers, b'{"prompt": "cat", "n": 10}'))
+    assert (answered.status_code, left) == (429, 0)
+
+
+def test_a_request_that_nobody_waits_for_any_more_is_counted_and_not_drawn(ray_serve):
+    workers = Drawing(10, None)
+    front = ray_serve.Front(workers, "emoji-flux")
+    answered, left = asyncio.run(drawn(front, workers, b'{"prompt": "cat", "n": 4}', cancelled=True))
+    assert isinstance(answered, asyncio.CancelledError)
+    assert (counted(front, 499), left) == (1, 0)
+    assert front._registry.get_sample_value("hasten_requests_under_way") == 0
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-length": str(10**12)}])
+def test_no_more_is_read_than_a_request_may_have(ray_serve, headers):
+    front, request = ray_serve.Front(None, "emoji-flux"), Sent(bytes(4 * MOST_BYTES), headers)
+    answered = asyncio.run(front._draw(request))
+    assert (answered.status_code, counted(front, 413)) == (413, 1)
+    assert len(request.parts) * 1024 > 2 * MOST_BYTES
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"computed_steps": 60, "method": None, "steps": None}, "60 of 50 steps cannot be computed"),
+    ({"height": 100}, "draws 64x64 or 32x32 pixels"),
+    ({"model": "sprites-wan", "height": None, "width": None}, "makes clips"),
+    ({"model": "nosuch"}, "unknown model 'nosuch'"),
+])  # fmt: skip
+def test_a_service_that_could_draw_nothing_says_why(ray_serve, changes, message):
+    assert message in asyncio.run(ray_serve.Model(replace(TINY, **changes), None).state())
+
+
+def test_a_model_whose_files_are_damaged_is_not_loaded_again_and_again(ray_serve, monkeypatch):
+    monkeypatch.setattr(ray_serve, "Worker", lambda *_: SimpleNamespace().model)
+    assert "could not be loaded: AttributeError" in asyncio.run(ray_serve.Model(TINY, None).state())
+
+
+@pytest.mark.parametrize("host", [None, "nosuch.invalid"])
+def test_where_nothing_can_listen_is_said_before_anything_starts(ray_serve, monkeypatch, host):
+    monkeypatch.setattr(ray_serve, "connected", lambda *_: pytest.fail("Ray was started"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(ConfigError, match=rf"--port {port}: cannot listen there \(.*\); give others"),
+            ray_serve.running(TINY, host=host or "127.0.0.1", port=port),
+        ):
+            pass
 
 
 # --- the service
@@ -264,7 +373,6 @@ class TestFullQueue:
 @pytest.mark.slow
 def test_a_model_that_cannot_be_had_is_said_in_one_line():
     pytest.importorskip("ray.serve")
-    from hasten.errors import ConfigError
     from hasten.integrations.ray_serve import running
 
     with pytest.raises(ConfigError, match="emoji-flx"), running(replace(TINY, model="emoji-flx")):

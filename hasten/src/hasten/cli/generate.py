@@ -73,6 +73,8 @@ def generate(
     )
     if workers is not None and ray is None:
         raise ConfigError("--workers is how many workers a Ray cluster has; give --ray as well, or leave it out")
+    if device is not None and ray is not None:
+        raise ConfigError("Ray gives each worker a device of its own; leave --device or --ray out")
     worker = None if ray is not None else Worker(configuration, model=opened(str(configuration.model), device))
     with resumable(), Progress(*BAR, console=console) as bar:
         task = bar.add_task("generating", total=len(jobs))

@@ -10,7 +10,7 @@ from typing import Any
 
 from hasten.errors import HastenError, unknown
 from hasten.integrations.batch import MOST_SEED, Job
-from hasten.io import parse_json
+from hasten.io import describe, parse_json
 
 __all__ = ["MOST_BYTES", "RefusalError", "answer", "jobs_of"]
 
@@ -61,7 +61,7 @@ def jobs_of(body: bytes, model: str, seed: int) -> list[Job]:
     try:
         given = parse_json(body.decode())
     except (ValueError, HastenError) as error:
-        raise RefusalError(f"the request is no JSON ({error})") from error
+        raise RefusalError(f"the request is no JSON ({describe(error)})") from error
     if not isinstance(given, dict):
         raise RefusalError('expected an object such as {"prompt": "a red apple"}')
     given = {name: value for name, value in given.items() if value is not None}

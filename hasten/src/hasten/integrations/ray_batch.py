@@ -31,7 +31,15 @@ class _Actor:
     """A worker in a process of its own."""
 
     def __init__(self, configuration: Configuration, device: str | None) -> None:
-        self._worker = Worker(configuration, device)
+        self._problem = ""  # why there is no worker; an exception would have Ray try again and again
+        try:
+            self._worker = Worker(configuration, device)
+        except HastenError as error:
+            self._problem = str(error)
+
+    def problem(self) -> str:
+        """Why nothing can be drawn; empty if it can."""
+        return self._problem
 
     def identities(self, jobs: Sequence[Job]) -> list[str | Failure]:
         """Digests of jobs, or why there are none."""
@@ -71,7 +79,8 @@ def generate(
         the jobs that could not be done.
 
     Raises:
-        ConfigError: if Ray is not installed, or images of that name were made of other jobs.
+        ConfigError: if Ray is not installed, the workers have no such model or setting, or images of that name were
+            made of other jobs.
         KeyboardInterrupt: with a line on how to go on.
     """
     with connected(address, workers) as (count, share):
@@ -118,6 +127,9 @@ class _Cluster:
         self._actors = [remote.remote(configuration, device) for _ in range(count)]
 
     def run(self, jobs: Sequence[Job], folder: Path, tick: Progress) -> list[Failure]:
+        problem = self._ray.get(self._actors[0].problem.remote())
+        if problem:
+            raise ConfigError(problem)
         identities = self._ray.get(self._actors[0].identities.remote(list(jobs)))
         known = {job.id: identity for job, identity in zip(jobs, identities, strict=True)}
         check(jobs, [one.error if isinstance(one, Failure) else None for one in identities])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from hasten.errors import ConfigError, HastenError
 from hasten.integrations.batch import Failure, Job, Worker
 from hasten.integrations.images_route import MOST_BYTES, RefusalError, answer, jobs_of
 from hasten.integrations.ray_batch import RETRIES, connected
+from hasten.io import describe
 from hasten.quality.configuration import Configuration
 
 try:
@@ -41,6 +43,7 @@ log = logging.getLogger("hasten")
 
 NAME = "hasten"
 IMAGES = "/v1/images/generations"
+GONE = "499"  # status, among what is counted, of requests that nobody waits for any more
 MOST_REQUESTS = 10_000  # that are answered at a time, most of them with 429
 Drawn = tuple[bytes, dict[str, Any]]
 
@@ -55,8 +58,12 @@ class Model:
             self._worker = Worker(configuration, device)
             if self._worker.model.kind != "images":
                 self.problem = f"{configuration.model} makes {self._worker.model.kind}, and this service draws images"
+            self._worker.check(Job(id="0", prompt=""))  # a request that asks for nothing but an image
         except HastenError as error:
-            self.problem = str(error)
+            self.problem = self.problem or str(error)
+        except Exception as error:
+            log.exception("a worker did not start")
+            self.problem = f"the model could not be loaded: {type(error).__name__}, {describe(error)}"
 
     async def state(self) -> str:
         """Why nothing can be drawn; empty if it can."""
@@ -111,41 +118,44 @@ class Front:
     async def _draw(self, request: Request) -> Response:
         with self._under_way.track_inprogress(), self._seconds.time():
             try:
-                if int(request.headers.get("content-length") or 0) > MOST_BYTES:
-                    raise RefusalError(f"the request is too long, expected at most {MOST_BYTES} bytes", 413)
-                jobs = jobs_of(await request.body(), self._name, secrets.randbelow(1 << 31))
+                jobs = jobs_of(await _body(request), self._name, secrets.randbelow(1 << 31))
                 response: Response = JSONResponse(answer(await self._drawn(jobs)))
             except RefusalError as refusal:
                 response = _refused(refusal)
+            except asyncio.CancelledError:
+                self._requests.labels(GONE).inc()
+                raise
         self._requests.labels(str(response.status_code)).inc()
         return response
 
     async def _drawn(self, jobs: list[Job]) -> list[Drawn]:
-        """The images of a request; all of them or a refusal."""
-        results = await asyncio.gather(*(self._one(job) for job in jobs), return_exceptions=True)
-        drawn: list[Drawn] = []
-        for result in results:
-            if isinstance(result, Failure):
-                raise RefusalError(result.error)
-            if isinstance(result, BackPressureError):
-                raise RefusalError("the queue is full; try again in a moment", 429, code="queue_full")
-            if isinstance(result, BaseException):
-                log.error("a request failed: %r", result)
-                raise RefusalError("the image could not be drawn; the server's log says why", 500)
-            drawn.append(result)
+        """The images of a request; all of them or a refusal, with which the others are not drawn to the end."""
+        tasks = [asyncio.ensure_future(self._one(job)) for job in jobs]
+        try:
+            drawn = await asyncio.gather(*tasks)
+        except BackPressureError:
+            raise RefusalError("the queue is full; try again in a moment", 429, code="queue_full") from None
+        except RefusalError:
+            raise
+        except Exception as error:
+            log.exception("a request failed")
+            raise RefusalError("the image could not be drawn; the server's log says why", 500) from error
+        finally:
+            for task in tasks:
+                task.cancel()
         for _, told in drawn:
             self._images.inc()
             self._steps.labels("computed").inc(told["computed_steps"])
             self._steps.labels("skipped").inc(told["steps"] - told["computed_steps"])
         return drawn
 
-    async def _one(self, job: Job) -> Drawn | Failure:
+    async def _one(self, job: Job) -> Drawn:
         for _ in range(RETRIES):
             try:
-                return await self._models.draw.remote(job)
+                return _drawn(await self._models.draw.remote(job))
             except RayActorError:
                 log.warning("a worker died; its image is drawn again")
-        return await self._models.draw.remote(job)
+        return _drawn(await self._models.draw.remote(job))
 
     async def _list(self, _: Request) -> Response:
         data = [{"id": self._name, "object": "model", "created": 0, "owned_by": NAME}]
@@ -159,6 +169,43 @@ class Front:
 
     async def _metrics(self, _: Request) -> Response:
         return PlainTextResponse(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
+
+
+async def _body(request: Request) -> bytes:
+    """What was sent; no more of it is read than a request may have, whatever length it says."""
+    too_long = RefusalError(f"the request is too long, expected at most {MOST_BYTES} bytes", 413)
+    if int(request.headers.get("content-length") or 0) > MOST_BYTES:
+        raise too_long
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_BYTES:
+            raise too_long
+    return body
+
+
+def _drawn(result: Drawn | Failure) -> Drawn:
+    if isinstance(result, Failure):
+        raise RefusalError(result.error)
+    return result
+
+
+def _check_free(host: str, port: int) -> None:
+    """Find out, before anything is loaded, whether this machine can listen there.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a service that has just ended is no obstacle
+            probe.bind((host, port))
+    except OSError as error:
+        raise _deaf(host, port, error) from error
+
+
+def _deaf(host: str, port: int, error: Exception) -> ConfigError:
+    return ConfigError(f"--host {host} --port {port}: cannot listen there ({describe(error)}); give others")
 
 
 def _refused(refusal: RefusalError) -> Response:
@@ -188,8 +235,13 @@ def running(
     Raises:
         ConfigError: if the model or the setting cannot be had, or Ray cannot listen there.
     """
+    if address is None:
+        _check_free(host, port)
     with connected(address, workers) as (count, share):
-        serve.start(http_options=HTTPOptions(host=host, port=port))
+        try:
+            serve.start(http_options=HTTPOptions(host=host, port=port))
+        except Exception as error:  # Ray raises no narrower one
+            raise _deaf(host, port, getattr(error, "cause", None) or error) from error
         model = serve.deployment(Model).options(
             num_replicas=count, max_ongoing_requests=1, max_queued_requests=queue, ray_actor_options=share
         )
