@@ -358,7 +358,7 @@ def _make_certificate(folder: Path) -> None:
     tried = Tried("foca:searched=foca.safetensors", 9.0, 5.5, 40, 39, 0.01, True)
     evidence = Evidence(40, 39, {"share": 0.95}, {"flip": {"median": 0.01}}, "p" * 16, 8, "fixed order", (tried,))
     conditions = Conditions(
-        {}, "Scheduler", {"shift": 3.0}, 50, (1.0, 0.5), 64, 64, None, {"guidance_scale": (1.0, 3.5)}
+        "Pipeline", {}, "Scheduler", {"shift": 3.0}, 50, (1.0, 0.5), 64, 64, None, {"guidance_scale": (1.0, 3.5)}
     )
     files = {"foca.safetensors": _sha256(folder / "foca.safetensors")}
     tolerance = Tolerance(max_flip=0.05)

@@ -342,6 +342,7 @@ def test_steps_of_every_run_are_those_of_its_sigmas():
     with pytest.raises(HastenError, match="computed_steps=4 is more than the 3 steps"):
         sample(patched, KSampler(euler), sigmas(3))
     assert not hooks_on(patched.model.diffusion_model)
+    assert torch.equal(sample(patched, KSampler(euler), sigmas(0), noise=torch.ones(1)), torch.ones(1))
     method = listed(hasten.FoCa(computed_steps=4, schedule="even"), 10)
     assert list(method.steps) == computed_steps(Spread(4), 10)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from subjects import install
 import hasten
 from hasten.bench import subject
 from hasten.bench.sheet import to_pil
-from hasten.bench.subject import Subject
+from hasten.bench.subject import Edit, Subject
 from hasten.cli import main
 from hasten.errors import ConfigError
 from hasten.integrations.batch import Job, Worker, generate, overridden, read_jobs
@@ -145,6 +146,32 @@ def test_jobs_outside_of_a_certificate_are_named_before_anything_is_drawn(emoji,
     with pytest.raises(ConfigError, match=r"2 of 3 jobs.*b: .*for 50 steps, this call has 20.*c: .*for height 64"):
         generate(own, [Job("a", "cat"), Job("b", "cat", steps=20), Job("c", "cat", height=32, width=32)], tmp_path)
     hasten.remove(emoji.pipe)
+
+
+def test_prompts_that_have_no_image_to_edit_are_named_before_anything_is_drawn(tmp_path):
+    pipe = make_pipe()
+    image, everywhere = torch.zeros(3, 32, 32), torch.ones(32, 32, dtype=torch.bool)
+    edits = [Edit("make it red", image, image, everywhere, "global")]
+    own = Worker(FOCA, model=Subject("edits", pipe, ["make it red"], dict(CALL), edits=edits))
+    known, other = Job("a", "make it red"), Job("b", "make it blue")
+    assert [bool(reason) for reason in own.reasons([known, other, replace(known, id="c")])] == [False, True, False]
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("something was drawn"))
+    with pytest.raises(ConfigError, match=r"1 of 2 jobs cannot be done, and nothing was drawn.*none for the p"):
+        generate(own, [known, other], tmp_path)
+
+
+def test_a_streaming_model_is_refused_as_what_it_is():
+    for name in subject.streaming_names():
+        with pytest.raises(ConfigError, match=f"{name} streams video, which `hasten bench`"):
+            subject.open_model(name)
+
+
+def test_a_quality_that_takes_precedence_takes_no_audit_that_it_cannot_have():
+    audited = Configuration(quality="high", audit=0.1)
+    assert overridden(audited, quality="draft").audit == 0.1
+    assert overridden(audited, quality="exact") == Configuration(quality="exact")
+    with pytest.raises(ConfigError, match="quality exact has none"):
+        overridden(audited, quality="exact", audit=0.1)
 
 
 def test_a_job_that_fails_while_it_is_drawn_does_not_keep_the_others(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ from pipelines import draw
 
 import hasten
 from hasten import registry
-from hasten.acceleration import DEFAULT
 from hasten.caching import Uniform, computed_steps
+from hasten.caching.default import DEFAULT
 from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenError, ScheduleError, TargetError
 from hasten.pipeline.hooks import hooks_on
 

@@ -65,6 +65,9 @@ def test_the_full_run_is_made_once_per_prompt_and_noise(playground, monkeypatch)
 @pytest.mark.parametrize(("asked", "message"), [
     ((" ", 0, BUDGET, "high", "foca", 3), "write what to draw"),
     (("a", 0, BUDGET, "high", "foca", 9), "compute 1 to 8"),
+    (("a", 0, BUDGET, "high", "foca", None), "compute 1 to 8"),
+    (("a", None, BUDGET, "high", "foca", 3), "seed must be a whole number"),  # the field was emptied
+    (("a", -1, TOLERANCE, "high", "foca", 3), "seed must be a whole number"),
     (("a", 0, TOLERANCE, "draft", "foca", 3), "not certified"),
 ])  # fmt: skip
 def test_what_cannot_be_drawn_is_said_and_leaves_nothing(asked, message, playground, tmp_path, monkeypatch):

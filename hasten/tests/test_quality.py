@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
 import logging
 import re
+import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -24,7 +27,7 @@ from hasten.bench.certify import run_certify
 from hasten.bench.certify_settings import CertifySettings
 from hasten.bench.subject import Subject
 from hasten.cli import main
-from hasten.errors import CertificateError, ConfigError, HastenError, UnknownNameError
+from hasten.errors import CertificateError, ConfigError, HastenError, ModelError, UnknownNameError
 from hasten.io import write_record
 from hasten.pipeline.hooks import hooks_on
 from hasten.quality.certificate import KIND, Certificate, certificates
@@ -133,6 +136,23 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_drawn(changes, messa
     pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("something was drawn"))
     with pytest.raises(ConfigError, match=message):
         run_certify(subject_of(pipe), settings(**changes), tmp_path / "high.json")
+
+
+def test_prompts_that_are_too_few_for_holm_are_said_before_they_are_drawn(tmp_path):
+    """Two show the share of one setting; the first of three to pass has to pass at a third of the level."""
+    drawn = []
+    with pytest.raises(
+        ConfigError, match=r"of any of \d settings by --procedure holm.*give --prompts \d or more"
+    ) as said:
+        run_certify(
+            subject_of(make_pipe()),
+            settings(procedure="holm", prompts=2),
+            tmp_path / "high.json",
+            lambda label, done, total: drawn.append(label),
+        )
+    assert not [label for label in drawn if label.startswith("testing")]
+    fewest = int(re.search(r"--prompts (\d)", str(said.value)).group(1))
+    run_certify(subject_of(make_pipe()), settings(procedure="holm", prompts=fewest), tmp_path / "high.json")
 
 
 def test_a_range_of_guidance_is_drawn_from_and_kept(tmp_path):
@@ -285,6 +305,22 @@ def test_bounds_that_nothing_was_measured_of_are_no_certificate(certified, tmp_p
         Certificate.load(file)
 
 
+@pytest.mark.parametrize("arguments", [
+    {"guidance_scale": np.float32(1.5)},
+    {"guidance_scale": torch.tensor(1.5)},
+    {"height": np.int64(64)},
+    {"steps": np.int64(10)},
+    {"true_cfg_scale": np.float32(3), "negative_prompt": "cat"},
+])  # fmt: skip
+def test_a_number_counts_whatever_its_type(arguments, certified):
+    pipe = make_pipe()
+    with (
+        hasten.accelerate(pipe, quality=str(certified)),
+        pytest.raises(CertificateError, match=f"certified for ({next(iter(arguments))}|12 steps).*, this call has"),
+    ):
+        draw(pipe, **{"steps": STEPS, **arguments})
+
+
 def test_guidance_without_a_negative_prompt_is_none(certified):
     pipe = make_pipe()
     with hasten.accelerate(pipe, quality=str(certified)):
@@ -352,6 +388,34 @@ def test_another_model_or_scheduler_is_refused(change, certified):
     assert not hooks_on(pipe.transformer)
 
 
+def inpaints(pipe):
+    """A pipeline that shares all its parts, and keeps what a mask leaves at every step."""
+    other = diffusers.FluxInpaintPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def test_another_kind_of_pipeline_is_refused_whatever_it_shares(certified):
+    pipe = make_pipe()
+    other = inpaints(pipe)
+    message = r"certified for FluxPipeline, this is FluxInpaintPipeline.*draws from prompts alone"
+    with pytest.raises(CertificateError, match=message):
+        hasten.accelerate(other, quality=str(certified))
+    call = {"strength": 1.0, "guidance_scale": 3.5, "num_inference_steps": STEPS, "max_sequence_length": 8}
+    image, mask = torch.zeros(1, 3, 32, 32), torch.ones(1, 1, 32, 32)
+    with hasten.accelerate(pipe, quality=str(certified)):
+        draw(pipe, steps=STEPS)
+        with pytest.raises(CertificateError, match=message):
+            other("cat", image=image, mask_image=mask, height=32, width=32, **call)
+
+
+def test_a_pipeline_of_ones_own_is_that_which_it_is_derived_from(certified):
+    pipe = make_pipe()
+    pipe.__class__ = type("Own", (type(pipe),), {})
+    with hasten.accelerate(pipe, quality=str(certified)):
+        draw(pipe, steps=STEPS)
+
+
 LATER = [with_other_shift, with_other_precision, with_another_matrix, with_fused_weights, with_adapters]
 
 
@@ -386,6 +450,8 @@ def test_quality_decides_alone_and_for_pipelines_alone(certified):
         hasten.accelerate(pipe.transformer, quality=str(certified))
     with pytest.raises(ConfigError, match="audit checks the tolerance of a quality"):
         hasten.accelerate(pipe, "foca", audit=0.1)
+    with pytest.raises(ConfigError, match="quality exact has none"):
+        hasten.accelerate(pipe, quality="exact", audit=0.1)
 
 
 def test_two_certificates_for_one_model_are_named(own_store, certified):
@@ -500,6 +566,9 @@ def test_a_certified_scheduler_is_in_place_for_the_same_calls_and_goes_again(emo
             drawn(emoji, pipe, num_inference_steps=20)
         with pytest.raises(CertificateError, match=r"certified for height 64, this call has 32|certified at shift"):
             drawn(emoji, pipe, height=32, width=32)
+        for other in ({"sigmas": np.linspace(1, 0.5, 50)}, {"sigmas": [1 - i / 50 for i in range(50)]}):
+            with pytest.raises(CertificateError, match="certified at other timesteps; leave sigmas out"):
+                drawn(emoji, pipe, **other)
         own_transformer, pipe.transformer = pipe.transformer, copy.deepcopy(make_pipe().transformer)
         with pytest.raises(CertificateError, match="of another configuration"):
             drawn(emoji, pipe)
@@ -524,6 +593,18 @@ def test_a_setting_with_a_scheduler_is_for_the_pipeline_that_using_gives(emoji, 
                 drawn(emoji, emoji.pipe)
         drawn(emoji, emoji.pipe)
         assert run.summary().computed_steps == 7
+
+
+def test_a_scheduler_takes_no_other_settings_place(emoji, solved):
+    """The accelerated pipeline has a scheduler of the setting of all calls, which `using` was told to leave."""
+    with hasten.accelerate(emoji.pipe, quality=str(solved)) as run:
+        with run.using(computed_steps=9) as pipe:
+            drawn(emoji, pipe)
+            assert run.summary().computed_steps == 9
+            with pytest.raises(ConfigError, match="call the pipeline that `using` gives"):
+                drawn(emoji, emoji.pipe)
+        drawn(emoji, emoji.pipe)
+        assert run.summary().computed_steps == 5
 
 
 # --- audits
@@ -554,6 +635,53 @@ def test_an_audited_call_gives_what_it_gives_and_is_compared_with_the_full_run(c
     expected = torch.Generator().manual_seed(0)
     draw(pipe, steps=STEPS, generator=expected)
     assert torch.equal(generator.get_state(), expected.get_state())
+
+
+def test_a_full_run_that_fails_leaves_the_call_as_it_is(certified, caplog):
+    pipe, steps = make_pipe(), []
+
+    def full_run_fails(pipe, step, timestep, kwargs):
+        steps.append(step)
+        if len(steps) > STEPS:
+            raise RuntimeError("out of memory")
+        return kwargs
+
+    with hasten.accelerate(pipe, quality=str(certified)):
+        alone = audited(pipe, None)[0]
+    with hasten.accelerate(pipe, quality=str(certified), audit=1.0) as run:
+        assert torch.equal(audited(pipe, run, callback_on_step_end=full_run_fails)[0], alone)
+        assert run.audit.checked == []
+        assert "since its full run failed (RuntimeError: out of memory)" in caplog.text
+        assert torch.equal(audited(pipe, run)[0], alone)
+        assert len(run.audit.checked) == 1
+
+
+def test_an_audit_that_could_measure_nothing_is_refused_before_any_call(certified, tmp_path, monkeypatch):
+    made = Certificate.load(certified)
+    evidence = replace(made.evidence, metrics={**made.evidence.metrics, "lpips": {"median": 0.01}})
+    made = replace(made, tolerance=replace(made.tolerance, max_lpips=0.1), evidence=evidence)
+    file = made.save(tmp_path / "high.json")
+    monkeypatch.setattr(hasten.quality.metrics.Lpips, "_weights_path", staticmethod(lambda: None))
+    hasten.quality.metrics.lpips.cache_clear()
+    pipe = make_pipe()
+    with pytest.raises(ModelError, match=r"(?i)lpips"):
+        hasten.accelerate(pipe, quality=str(file), audit=0.01)
+    assert not hooks_on(pipe.transformer)
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("something was drawn"))
+    with pytest.raises(ModelError, match=r"(?i)lpips"):
+        run_certify(subject_of(pipe), settings(tolerance=replace(LOOSE, max_lpips=0.1)), tmp_path / "other.json")
+
+
+def test_generators_given_by_position_make_the_same_noise_again(certified):
+    pipe = make_pipe()
+    names = list(inspect.signature(type(pipe).__call__).parameters)[1:]
+    given = {**CALL, "prompt": "cat", "num_inference_steps": STEPS, "output_type": "pt"}
+    given |= {"generator": torch.Generator().manual_seed(0)}
+    defaults = {name: p.default for name, p in inspect.signature(type(pipe).__call__).parameters.items()}
+    last = max(names.index(name) for name in given)
+    with hasten.accelerate(pipe, quality=str(certified), audit=1.0) as run:
+        pipe(*(given.get(name, defaults[name]) for name in names[: last + 1]))
+        assert run.audit.checked[0]["psnr"] > 15
 
 
 def test_noise_of_the_global_generator_is_that_of_the_call_alone(certified):
@@ -784,6 +912,51 @@ def test_a_setting_is_saved_and_loaded(tmp_path, certified):
         assert len(run.audit.checked) == 1
         saved = run.save(tmp_path / "again.yaml")
     assert hasten.load(saved).quality == str(certified)
+
+
+@pytest.mark.parametrize("folder", ["calibrations", "calibrations/of:mine"])
+def test_files_of_a_setting_are_found_from_wherever_it_is_loaded(folder, tmp_path, certified, emoji, monkeypatch):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    (here / folder).mkdir(parents=True)
+    elsewhere.mkdir()
+    shutil.copy(emoji.fitted["leap"], here / folder / "leap.safetensors")
+    shutil.copytree(certified.parent, here / "certified")
+    monkeypatch.chdir(here)
+    for name, pipe, given in (
+        ("leap", emoji.pipe, {"method": f"leap:calibration={folder}/leap.safetensors"}),
+        ("quality", make_pipe(), {"quality": "certified/high.json"}),
+    ):
+        for place in (here / f"{name}.yaml", elsewhere / f"{name}.json"):
+            monkeypatch.chdir(here)
+            with hasten.accelerate(pipe, Configuration(**given)) as run:
+                run.save(place)
+            monkeypatch.chdir(tmp_path)
+            with hasten.accelerate(pipe, hasten.load(place)) as run:
+                run.save(place)  # of what was loaded
+            hasten.accelerate(pipe, hasten.load(place)).remove()
+    assert (here / "leap.yaml").read_text() == f"method: leap:calibration={folder}/leap.safetensors\n"
+    here.rename(tmp_path / "moved")  # with the files below it
+    hasten.accelerate(emoji.pipe, hasten.load(tmp_path / "moved" / "leap.yaml")).remove()
+
+
+def test_every_entry_comes_back_and_json_may_have_tabs(tmp_path):
+    whole = Configuration(method="foca", computed_steps=3, model="m", steps=6, height=32, width=64, guidance=0.0)
+    for name in ("hasten.yaml", "hasten.json"):
+        assert hasten.load(whole.save(tmp_path / name)) == whole
+    (tmp_path / "tabs.json").write_bytes(b'\xef\xbb\xbf{\n\t"quality": "exact",\n\t"steps": 8\n}\n')
+    assert hasten.load(tmp_path / "tabs.json") == Configuration(quality="exact", steps=8)
+    (tmp_path / "twice.json").write_text('{"steps": 8, "steps": 9}')
+    with pytest.raises(ConfigError, match="'steps' is there twice"):
+        hasten.load(tmp_path / "twice.json")
+
+
+def test_computed_steps_of_a_full_run_are_those_of_the_default_method():
+    pipe = make_pipe()
+    with hasten.accelerate(pipe, computed_steps=4) as run:
+        right, method = draw(pipe, steps=STEPS), run.describe()
+    with hasten.accelerate(pipe, quality="exact") as run, run.using(computed_steps=4) as own:
+        assert torch.equal(draw(own, steps=STEPS), right)
+        assert run.describe(computed_steps=4) == method
 
 
 @pytest.mark.parametrize(("text", "message"), [

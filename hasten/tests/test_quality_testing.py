@@ -118,6 +118,18 @@ def test_a_broken_tolerance_is_noticed_and_a_kept_one_is_not():
     assert np.mean([worst(0.4) <= 0.01 for _ in range(20)]) > 0.9
 
 
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_looking_after_every_call_makes_false_alarms_no_more_frequent(share):
+    """The true share is the one that is promised, so that every alarm is false."""
+    tolerance, level = Tolerance(min_psnr=30, share=share), 0.01
+    rng = np.random.default_rng(4)
+    runs = [[{"psnr": 40.0 if rng.random() < share else 20.0} for _ in range(300)] for _ in range(500)]
+    looks = [[tolerance.broken_p_value(run[:n], level) for n in range(1, 101)] for run in runs[:3]]
+    assert all(found == sorted(found, reverse=True) for found in looks)  # so that the last look is as good as all
+    wrong = np.mean([tolerance.broken_p_value(run, level) <= level for run in runs])
+    assert wrong <= level + 3 * np.sqrt(level * (1 - level) / len(runs))
+
+
 @pytest.mark.parametrize(("params", "message"), [
     ({}, "needs a bound"),
     ({"max_lpips": 0}, "max_lpips must be"),

@@ -24,6 +24,7 @@ def emoji():
 def test_what_comes_is_certified_for_the_model_as_it_is(quality, emoji):
     made = Certificate.load(certificates() / f"{quality}.json")
     assert (made.quality, made.tolerance) == (quality, TIERS[quality])
+    assert made.conditions.pipeline_differences(emoji.pipe) == []
     assert made.conditions.model_differences(denoisers(emoji.pipe)) == []
     assert made.conditions.scheduler_differences(emoji.pipe.scheduler) == []
     assert scheduler_facts(emoji.pipe.scheduler)[0] == made.conditions.scheduler

@@ -9,36 +9,32 @@ from typing import Any, overload
 from torch import nn
 
 from hasten import registry
+from hasten.caching.default import default_method
 from hasten.caching.engine import CachingEngine
-from hasten.caching.method import CachingMethod, ScheduledMethod
+from hasten.caching.method import CachingMethod
 from hasten.errors import ConfigError, unknown
 from hasten.pipeline.handle import Acceleration
 from hasten.pipeline.hooks import hooks_on
 from hasten.pipeline.summary import Summary
 from hasten.pipeline.view import PipelineView, denoisers
 from hasten.quality.configuration import Configuration
-from hasten.quality.refusal import model_name
 from hasten.quality.requests import Requests
 from hasten.quality.setting import Setting, check_quality, find
+from hasten.quality.tolerance import check_measurable
 from hasten.registry import methods
 from hasten.resolution.engine import ResolutionMethod
 from hasten.solvers.method import Leap
 from hasten.streaming.adapters import StreamingRun, adapter_of, attach_stream
 from hasten.streaming.method import StreamingMethod
 
-__all__ = ["DEFAULT", "accelerate", "check_configuration", "methods", "remove", "summary"]
-
-# What `accelerate(pipe)` takes, as a method expression: a straight line with 0.87 of its slope, between computed steps
-# that end with the last one. Measured with and without guidance (docs/which-method.md): a whole slope or a parabola is
-# better without guidance, and worse than the plain sampler with it.
-DEFAULT = "hicache:schedule=auto:order=1:sigma=0.66"
+__all__ = ["accelerate", "check_configuration", "methods", "remove", "summary"]
 
 Chosen = tuple[CachingMethod | None, ResolutionMethod | None, Leap | None]
 
 
 def _methods(methods: tuple[Any, ...], params: dict[str, Any]) -> Chosen:
     """The caching method and the resolution method, of which there may be one each; or LEAP."""
-    methods = methods or (_default(params),)
+    methods = methods or (default_method(params),)
     if len(methods) > 1 and params:
         raise ConfigError(f"with several methods, give each its own parameters: {', '.join(params)} could be of any")
     chosen = [_method(method, params) for method in methods]
@@ -71,13 +67,6 @@ def _chosen_in(configuration: Configuration) -> tuple[tuple[Any, ...], dict[str,
     methods = () if configuration.method is None else registry.parse(configuration.method)
     steps = configuration.computed_steps
     return methods, {} if steps is None else {"computed_steps": steps}
-
-
-def _default(params: dict[str, Any]) -> CachingMethod:
-    """The default method; lists of computed steps that are given take the place of its schedule."""
-    (chosen,) = registry.parse(DEFAULT)
-    assert isinstance(chosen, ScheduledMethod)
-    return with_params(chosen, schedule="uniform") if params.keys() & {"steps", "searched"} else chosen
 
 
 def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | ResolutionMethod | Leap:
@@ -183,7 +172,7 @@ def accelerate(
     if configuration.quality is None:
         setting = None if method is None else Setting(method)
     else:
-        setting = _certified(configuration.quality, methods, params, modules, home)
+        setting = _certified(configuration, methods, params, modules, home)
     engines = {}
     if setting is not None:
         engines = {
@@ -228,13 +217,14 @@ def _streamed(target: Any, method: StreamingMethod, configuration: Configuration
 
 
 def _certified(
-    quality: str,
+    configuration: Configuration,
     methods: tuple[Any, ...],
     params: dict[str, Any],
     modules: dict[str, nn.Module],
     home: PipelineView | None,
 ) -> Setting:
     """The certified setting, which decides on everything."""
+    quality = str(configuration.quality)
     if methods or params:
         given = ", ".join([*map(str, methods), *params])
         raise ConfigError(f"quality={quality!r} decides on the method and its parameters; leave {given} out")
@@ -243,7 +233,10 @@ def _certified(
     # The pipeline's own scheduler may be away, in an acceleration that will be replaced or refuses later.
     plain = (getattr(handle, "plain_scheduler", None) for handle in _handles(modules))
     scheduler = next((one for one in plain if one is not None), home.scheduler)
-    return find(quality, modules, scheduler, model_name(home.pipe))
+    setting = find(quality, home.pipe, modules, scheduler)
+    if configuration.audit and setting.certificate is not None:
+        check_measurable(setting.certificate.tolerance)
+    return setting
 
 
 def summary(target: Any, run: int = -1) -> Summary:

@@ -18,6 +18,7 @@ from hasten.parameters import Parameter, from_text, parameters, write
 __all__ = ["MethodInfo", "build", "format", "info", "method", "methods", "parse", "split", "table"]
 
 # A plus before a name, not one within a number (1e+3) or a file's name.
+COLON = re.compile(r":(?=\s*[A-Za-z_]\w*\s*=)")
 PLUS = re.compile(r"\+(?=[A-Za-z][\w-]*(?:[:+]|$))")
 
 
@@ -124,7 +125,8 @@ def split(text: str) -> list[tuple[str, dict[str, str]]]:
     """
     found = []
     for part in PLUS.split(text.strip()):
-        name, *assignments = part.split(":")
+        name, colon, rest = part.partition(":")
+        assignments = COLON.split(rest) if colon else []  # not those within a path
         texts = {}
         for assignment in assignments:
             key, equals, value = assignment.partition("=")

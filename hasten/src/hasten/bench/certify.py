@@ -38,10 +38,10 @@ from hasten.io import Kind, alone, check_target, digest_of, read_tensors, write_
 from hasten.pipeline.runs import Run
 from hasten.pipeline.view import PipelineView, denoisers
 from hasten.quality.certificate import Certificate, Evidence, Tried, store
-from hasten.quality.conditions import Call, Conditions, scheduler_facts
+from hasten.quality.conditions import Call, Conditions, pipeline_name, scheduler_facts
 from hasten.quality.model_facts import ModelFacts
 from hasten.quality.setting import FULL
-from hasten.quality.tolerance import measured
+from hasten.quality.tolerance import check_measurable, measured
 
 __all__ = ["run_certify"]
 
@@ -107,6 +107,7 @@ class _Certification:
         self, model: Subject, settings: CertifySettings, out: Path | None, progress: Progress, command: str
     ) -> None:
         self._model, self._settings, self._progress, self._command = model, settings, progress, command
+        check_measurable(settings.tolerance)
         settings.check_prompts(settings.prompt_list or model.prompts)
         model.check_call(settings.call)
         self._methods = settings.candidates(model)
@@ -185,6 +186,7 @@ class _Certification:
         if first.timesteps is None:
             raise ConfigError(f"{self._model.name} does not tell the steps of its scheduler, and cannot be certified")
         return Conditions(
+            pipeline=pipeline_name(pipe),
             models={key: ModelFacts.of(module) for key, module in modules.items()},
             scheduler=name,
             scheduler_config=config,
@@ -282,6 +284,8 @@ class _Certification:
     def _test(self, candidates: Sequence[_Candidate]) -> tuple[list[Tried], list[list[Values]]]:
         """What came of each setting; in a sequence, up to the first that fails."""
         settings, tolerance = self._settings, self._settings.tolerance
+        if settings.procedure == "holm":
+            settings.check_corrected(len(candidates))
         everything: list[list[Values]] = []
         p_values: list[float] = []
         for candidate in candidates:

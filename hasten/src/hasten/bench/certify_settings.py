@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hasten.bench.requests import Request, check_counts, parse_request
@@ -95,6 +95,15 @@ class CertifySettings:
             if request.leap:
                 request.fit(model)
         return requests
+
+    def check_corrected(self, count: int) -> None:
+        """Raise a `ConfigError` if the first of so many settings to pass Holm's test would need more prompts."""
+        fewest = replace(self.tolerance, confidence=1 - self.tolerance.level / count).fewest
+        if self.prompts < fewest:
+            raise ConfigError(
+                f"{self.prompts} prompts cannot show {self.tolerance} of any of {count} settings by --procedure holm, "
+                f"even if all keep it; give --prompts {fewest} or more, fewer settings, or leave --procedure out"
+            )
 
     def check_prompts(self, known: Sequence[str]) -> None:
         """Raise a `ConfigError` if there are prompts, but fewer different ones than asked for."""

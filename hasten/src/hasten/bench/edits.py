@@ -65,7 +65,7 @@ def edit_of(model: Subject, prompt: str) -> Edit | None:
     if found is None:
         raise ConfigError(
             f"{model.name} edits images, and there is none for the prompt {prompt!r}; "
-            "use the model's own prompts, or give an image with --image"
+            "use the model's own prompts, or an image of your own with hasten bench --image"
         )
     return found
 

@@ -172,7 +172,7 @@ def open_model(name: str, *, dtype: Any = None, device: str | None = None) -> Su
     Raises:
         UnknownNameError: if the name is neither a subject, nor a folder, nor of the form `owner/model`.
         ModelError: if the pipeline cannot be loaded.
-        ConfigError: for a device that is not there.
+        ConfigError: for a device that is not there, and for a streaming model, which is no pipeline.
     """
     check_device(device)
     kind = _dtype(dtype)
@@ -189,6 +189,8 @@ def open_model(name: str, *, dtype: Any = None, device: str | None = None) -> Su
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the pipeline {name!r}: {' '.join(str(error).split())}") from error
         model = Subject(name=name, pipe=pipe, prompts=list(PROMPTS))
+    elif name in streaming_names():
+        raise ConfigError(f"{name} streams video, which `hasten bench` and `hasten demo` measure; give a pipeline here")
     else:
         raise unknown("model", name, [*names(), *streaming_names()])
     model.pipe.set_progress_bar_config(disable=True)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hasten.acceleration import accelerate
+from hasten.bench.edits import edit_of
 from hasten.bench.environment import environment
 from hasten.bench.sampling import call_arguments
 from hasten.bench.sheet import png_of
@@ -32,6 +33,7 @@ from hasten.pipeline.view import denoisers
 from hasten.quality.configuration import Configuration
 from hasten.quality.model_facts import ModelFacts
 from hasten.quality.setting import check_quality
+from hasten.quality.tolerance import EXACT
 
 __all__ = ["Failure", "Job", "Worker", "generate", "read_jobs"]
 
@@ -154,7 +156,7 @@ class Worker:
         self.configuration = configuration
         self.model = model or open_model(str(configuration.model), device=device)
         plain = all(getattr(configuration, name) is None for name in ("quality", "method", "computed_steps"))
-        chosen = replace(configuration, quality="exact") if plain else configuration
+        chosen = replace(configuration, quality=EXACT) if plain else configuration
         self._run = accelerate(self.model.pipe, chosen)
         self._run.describe()  # what has no description cannot be told in a provenance
         self._environment = environment()
@@ -169,6 +171,7 @@ class Worker:
         """
         call = self._call(job)
         self.model.check_call(call)
+        edit_of(self.model, job.prompt)
         steps = call.get("num_inference_steps", self.model.call.get("num_inference_steps"))
         wanted = job.computed_steps or (None if job.quality else self.configuration.computed_steps)
         if steps is not None and wanted is not None and wanted > steps:
@@ -179,7 +182,8 @@ class Worker:
 
     def reasons(self, jobs: Sequence[Job]) -> list[str | None]:
         """Why jobs cannot be done, as far as that shows before they are drawn; looked up once for all alike."""
-        alike = [replace(job, id="0", prompt="", seed=0) for job in jobs]  # which `check` does not look at
+        # What `check` does not look at; of a model that edits, it finds the prompt's image.
+        alike = [replace(job, id="0", prompt=job.prompt if self.model.edits else "", seed=0) for job in jobs]
         found = {one: self._reason(one) for one in dict.fromkeys(alike)}
         return [found[one] for one in alike]
 
@@ -353,7 +357,8 @@ def overridden(configuration: Configuration, **given: Any) -> Configuration:
     known = {item.name for item in fields(configuration)}
     assert changes.keys() <= known
     if "quality" in changes:
-        configuration = replace(configuration, method=None, computed_steps=None)
+        audit = 0.0 if changes["quality"] == EXACT else configuration.audit
+        configuration = replace(configuration, method=None, computed_steps=None, audit=audit)
     elif changes.keys() & {"method", "computed_steps"}:
         configuration = replace(configuration, quality=None, audit=0.0)
     return replace(configuration, **changes)

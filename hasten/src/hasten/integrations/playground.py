@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from hasten.bench.sheet import to_pil
 from hasten.bench.subject import Subject
 from hasten.caching.method import ScheduledMethod
 from hasten.errors import ConfigError, HastenError
+from hasten.parameters import Range, accepted
 from hasten.pipeline.handle import Acceleration
 from hasten.quality import metrics
 from hasten.quality.tolerance import TIERS
@@ -29,6 +30,7 @@ __all__ = ["Comparison", "Playground", "page"]
 BUDGET, TOLERANCE = "a budget", "a tolerance"
 GAIN = 8  # of the difference map
 KEPT = 16  # full runs
+MOST_SEED = 2**31
 DEFAULT_STEPS = 50  # of a model that does not say how many it is made for
 # Small images are enlarged as they are.
 CSS = ".drawn img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }"
@@ -98,6 +100,9 @@ class Playground:
         """
         if not prompt.strip():
             raise ConfigError("write what to draw")
+        seed = accepted("playground", "seed", Annotated[int, Range(0, MOST_SEED)], seed)
+        if by == BUDGET:
+            self._check_count(computed_steps)
         with self._lock:
             if (prompt, seed) not in self._known:
                 self._known[prompt, seed] = self._draw(prompt, seed)
@@ -132,12 +137,14 @@ class Playground:
             f"image = pipe({prompt!r}{call}, generator=noise).images[0]",
         )
 
-    def _budget(self, method: str, computed_steps: int) -> tuple[Acceleration, str, dict[str, int]]:
-        """The accelerated pipeline, the arguments that made it so, and what its calls take besides."""
-        if not 1 <= computed_steps <= self.steps:
+    def _check_count(self, computed_steps: int) -> None:
+        if computed_steps not in Range(1, self.steps):
             raise ConfigError(
                 f"{self.model.name} has {self.steps} steps; compute 1 to {self.steps}, not {computed_steps}"
             )
+
+    def _budget(self, method: str, computed_steps: int) -> tuple[Acceleration, str, dict[str, int]]:
+        """The accelerated pipeline, the arguments that made it so, and what its calls take besides."""
         if method == "leap":
             file = str(self.model.fitted["leap"])
             run = hasten.accelerate(self.model.pipe, Leap(file))
@@ -179,7 +186,7 @@ def page(playground: Playground) -> Any:
         gradio.Markdown(f"# {model.name}\n{model.about}. What does a fast setting cost in quality?")
         with gradio.Row():
             prompt = gradio.Textbox(model.prompts[0], label="Prompt", scale=3, min_width=240)
-            seed = gradio.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, min_width=100)
+            seed = gradio.Number(0, label="Seed", precision=0, minimum=0, maximum=MOST_SEED, min_width=100)
         with gradio.Row():
             by = gradio.Radio([BUDGET, TOLERANCE], value=BUDGET, label="What is given", min_width=240)
             tier = gradio.Dropdown(list(TIERS), value="high", label="Certified quality", visible=False)

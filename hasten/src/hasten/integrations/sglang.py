@@ -50,7 +50,7 @@ def apply(original: Callable[..., Any], engine: Any, pipe: Any, server_args: Any
     if not isinstance(content, Mapping) or ENTRY not in content:
         return original(engine, pipe, server_args)
     if len(content) > 1:
-        others = ", ".join(sorted(set(content) - {ENTRY}))
+        others = ", ".join(sorted(map(str, set(content) - {ENTRY})))
         raise ConfigError(f"two caches would each forecast from the other's forecasts; leave {others} or hasten out")
     run = accelerate(pipe, configuration_of(content[ENTRY], f"{ENTRY} of {given}", folder))
     log.info("%r", run)

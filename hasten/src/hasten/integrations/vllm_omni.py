@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from hasten import registry
-from hasten.acceleration import DEFAULT, accelerate
+from hasten.acceleration import accelerate
+from hasten.caching.default import DEFAULT
 from hasten.caching.method import CachingMethod, ScheduledMethod
 from hasten.errors import ConfigError, ScheduleError, TargetError, unknown
 from hasten.integrations.listed import listed

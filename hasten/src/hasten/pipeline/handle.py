@@ -158,7 +158,7 @@ class Acceleration:
 
         Args:
             quality: a tier that is certified for the model, the path of a certificate, or `"exact"` for the full run.
-            computed_steps: steps to compute with the method at work.
+            computed_steps: steps to compute with the method at work; of a full run, with the default method.
 
         Returns:
             what gives a pipeline to call: it shares all models with the accelerated one and has a scheduler and

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError
+from hasten.io import describe
 from hasten.quality.certificate import Certificate
 from hasten.quality.tolerance import measured
 
@@ -30,7 +31,8 @@ class Audit:
     """Makes the full run beside some calls of a pipeline, compares, and warns through the logger `hasten`.
 
     A call outside of the tolerance is a warning, since a certificate allows some. When so many are that the certified
-    share cannot hold any more, which a test that may be looked at all the time decides, it is an error.
+    share cannot hold any more, which a test that may be looked at all the time decides, it is an error. So is a full
+    run that fails; the call that it was made for gives what it gives.
 
     Args:
         pipe: the pipeline.
@@ -74,25 +76,32 @@ class Audit:
             self._pipe.__class__ = self.plain_class
 
     def _checked(self, call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        again = {name: _again(value) for name, value in kwargs.items()}
+        again, named_again = [_again(value) for value in args], {name: _again(x) for name, x in kwargs.items()}
         state = torch.get_rng_state()
         devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         output = call(pipe, *args, **kwargs)
-        # Without a generator the noise is of the global one, which is left as the call alone would leave it.
-        with torch.random.fork_rng(), self._full() as full:
-            torch.set_rng_state(state)
-            if devices:
-                torch.cuda.set_rng_state_all(devices)
-            reference = call(full, *args, **again)
+        try:
+            # Without a generator the noise is of the global one, which is left as the call alone would leave it.
+            with torch.random.fork_rng(), self._full() as full:
+                torch.set_rng_state(state)
+                if devices:
+                    torch.cuda.set_rng_state_all(devices)
+                reference = call(full, *again, **named_again)
+            self._compare(output, reference)
+        except Exception as error:
+            kind = type(error).__name__
+            log.error("audit: a call is not checked, since its full run failed (%s: %s)", kind, describe(error))
+        return output
+
+    def _compare(self, output: Any, reference: Any) -> None:
         images, references = _images(output), _images(reference)
         if images is None or references is None:
             if not self._said:
                 log.warning("audit: calls with output_type='latent' have no images to compare, and are not checked")
             self._said = True
-            return output
+            return
         for image, other in zip(images, references, strict=True):
             self._record(image, other)
-        return output
 
     def _record(self, image: Tensor, reference: Tensor) -> None:
         tolerance, quality = self._certificate.tolerance, self._certificate.quality

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,9 +17,13 @@ from hasten.pipeline.runs import Run
 from hasten.pipeline.view import call_arguments, current_owner
 from hasten.quality.model_facts import ModelFacts
 
-__all__ = ["GUIDANCE", "Call", "Conditions", "scheduler_facts"]
+__all__ = ["SCALES", "Call", "Conditions", "pipeline_name", "scheduler_facts"]
 
-GUIDANCE = ("guidance_scale", "true_cfg_scale", "guidance_scale_2")  # arguments of pipelines' calls
+# Arguments of pipelines' calls: of guidance, and how much noise an image is given.
+SCALES = ("guidance_scale", "true_cfg_scale", "guidance_scale_2", "strength")
+# Those that choose the timesteps, where a scheduler of ours does not show them.
+SPACING = ("sigmas", "timesteps", "denoising_start", "denoising_end")
+OTHER_TIMES = "certified at other timesteps"
 PROMPTS_AGAINST = ("negative_prompt", "negative_prompt_embeds")  # without one, pipelines leave true guidance out
 FOR_ATTENTION = ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
 
@@ -29,7 +35,7 @@ class Call:
     Attributes:
         height, width: in pixels.
         frames: of a clip.
-        guidance: scales by the name of the argument; 1 where the pipeline leaves guidance out.
+        guidance: scales by the name of the argument, `strength` too; 1 where the pipeline leaves guidance out.
         timesteps: of the run, of all transformers together.
         steps: that are asked for.
         adapters: strength that the call gives adapters such as LoRA.
@@ -63,9 +69,9 @@ class Call:
 
         def whole(name: str) -> int | None:
             value = given.get(name)
-            return value if isinstance(value, int) else None
+            return int(value) if isinstance(value, Integral) else None
 
-        guidance = {name: float(given[name]) for name in GUIDANCE if isinstance(given.get(name), (int, float))}
+        guidance = {name: _scale(given[name]) for name in SCALES if given.get(name) is not None}
         against = [name for name in PROMPTS_AGAINST if name in given]
         if "true_cfg_scale" in guidance and against and all(given[name] is None for name in against):
             guidance["true_cfg_scale"] = 1.0
@@ -85,6 +91,7 @@ class Conditions:
     """What was the same in all requests of a certificate.
 
     Attributes:
+        pipeline: class of the pipeline, for what is done beside the denoiser: one that inpaints may share it.
         models: facts of each transformer by its name in the pipeline.
         scheduler: class of the pipeline's own scheduler.
         scheduler_config: its configuration, as far as it is plain.
@@ -95,6 +102,7 @@ class Conditions:
         guidance: least and largest scale of each argument that has one.
     """
 
+    pipeline: str
     models: dict[str, ModelFacts]
     scheduler: str
     scheduler_config: dict[str, Any]
@@ -104,6 +112,11 @@ class Conditions:
     width: int | None
     frames: int | None
     guidance: dict[str, tuple[float, float]]
+
+    def pipeline_differences(self, pipe: Any) -> list[str]:
+        """What is different about the pipeline's class, as text."""
+        name = pipeline_name(pipe)
+        return [] if name == self.pipeline else [f"certified for {self.pipeline}, this is {name}"]
 
     def model_differences(self, modules: Mapping[str, nn.Module]) -> list[str]:
         """What is different about the transformers, as text."""
@@ -162,6 +175,11 @@ class Conditions:
             found.append(f"certified without autocast, this call computes in {call.autocast}; leave torch.autocast")
         return found
 
+    def asked_differences(self, given: Mapping[str, Any]) -> list[str]:
+        """What a call, by the arguments that it was made with, asks of a scheduler that has timesteps of its own."""
+        asked = [name for name in SPACING if given.get(name) is not None]
+        return [f"{OTHER_TIMES}; leave {', '.join(asked)} out"] if asked else []
+
     def spacing_differences(self, timesteps: tuple[float, ...] | None) -> list[str]:
         """What is different about the timesteps of as many steps, as text that says what to do."""
         if timesteps is None:
@@ -171,7 +189,7 @@ class Conditions:
             abs(a - b) <= TIMESTEP_TOLERANCE * largest for a, b in zip(timesteps, self.timesteps, strict=True)
         ):
             return []
-        return ["certified at other timesteps; leave sigmas, timesteps and strength out, so that they are the model's"]
+        return [f"{OTHER_TIMES}; leave sigmas, timesteps and strength out, so that they are the model's"]
 
     @property
     def options(self) -> str:
@@ -189,6 +207,20 @@ def _timesteps(run: Run) -> tuple[float, ...] | None:
     if run.sampler_timesteps is None or run.view is None:
         return None
     return tuple(run.sampler_timesteps[run.view.begin_index :].tolist())
+
+
+def _scale(value: Any) -> float:
+    """A number of whatever type as a float; what is none as one that lies in no range."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # several, where each image of a call has its own
+        return math.nan
+
+
+def pipeline_name(pipe: Any) -> str:
+    """The class of a pipeline as diffusers calls it, whatever of the user's own is derived from it."""
+    kinds = (kind for kind in type(pipe).__mro__ if kind.__module__.startswith("diffusers"))
+    return next(kinds, type(pipe)).__name__
 
 
 def scheduler_facts(scheduler: Any) -> tuple[str, dict[str, Any]]:

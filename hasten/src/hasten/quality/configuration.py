@@ -12,7 +12,9 @@ model: black-forest-labs/FLUX.1-dev      # of the command line alone, as are ste
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -20,7 +22,7 @@ from typing import Annotated, Any, get_args
 
 from hasten import registry
 from hasten.errors import ConfigError, UnknownNameError, unknown
-from hasten.io import describe, read_bytes, write_atomically
+from hasten.io import describe, parse_json, read_bytes, write_atomically
 from hasten.parameters import (
     MOST_GUIDANCE,
     MOST_PIXELS,
@@ -32,6 +34,7 @@ from hasten.parameters import (
     from_text,
     parameters,
 )
+from hasten.quality.tolerance import EXACT
 
 __all__ = ["Configuration", "configuration_of", "load", "read", "schema"]
 
@@ -64,6 +67,8 @@ class Configuration(Declared):
             )
         if self.audit and self.quality is None:
             raise ConfigError("Configuration: audit checks the tolerance of a quality; give one, or leave audit out")
+        if self.audit and self.quality == EXACT:
+            raise ConfigError("Configuration: audit checks a tolerance, and quality exact has none; leave audit out")
         if self.method is not None:
             for name, texts in registry.split(self.method):
                 from_text(registry.info(name).config, texts, name)
@@ -71,10 +76,15 @@ class Configuration(Declared):
     def save(self, path: str | Path) -> Path:
         """Write it as YAML, or as JSON to a name that ends so; returns the path.
 
+        Files in it are named so that `load` finds them from anywhere: those below its folder as seen from there.
+
         Raises:
             FileError: if it cannot be written.
         """
-        content = {name: value for name, value in asdict(self).items() if value not in (None, 0.0)}
+        folder = Path(os.path.abspath(path)).parent
+        stored = _with_files(self, Path(), lambda text: _seen_from(folder, text))
+        defaults = {name: parameter.default for name, parameter in parameters(Configuration).items()}
+        content = {name: value for name, value in asdict(stored).items() if value != defaults[name]}
         if Path(path).suffix == ".json":
             return write_atomically(path, json.dumps(content, indent=1) + "\n")
         import yaml
@@ -114,7 +124,8 @@ def read(path: Path) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
-        return yaml.load(read_bytes(path, MOST_BYTES).decode(), Loader)
+        text = read_bytes(path, MOST_BYTES).decode("utf-8-sig")
+        return parse_json(text) if path.suffix == ".json" else yaml.load(text, Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `run.save({str(path)!r})` writes one") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -141,23 +152,29 @@ def configuration_of(content: Any, origin: str, folder: Path) -> Configuration:
         if not isinstance(value, (str, int, float, NoneType)):  # lists may be short to write and endless to show
             raise ConfigError(f"{origin}: {name} is a {type(value).__name__}, expected text or a number")
     try:
-        return _located(Configuration(**content), folder)
+        return _with_files(Configuration(**content), folder, lambda text: str(folder / text))
     except (ConfigError, UnknownNameError) as error:
         raise type(error)(f"{origin}: {str(error).removeprefix('Configuration: ')}") from error
 
 
-def _located(made: Configuration, folder: Path) -> Configuration:
-    """The configuration with the files beside it by paths that can be opened from anywhere."""
+def _with_files(made: Configuration, folder: Path, named: Callable[[str], str]) -> Configuration:
+    """The configuration with the files in it, whose paths are relative to a folder, named in another way."""
     changes: dict[str, Any] = {}
     if made.quality is not None and made.quality.endswith(".json"):
-        changes["quality"] = str(folder / made.quality)
+        changes["quality"] = named(made.quality)
     if made.method is not None:
         parts = []
         for name, texts in registry.split(made.method):
-            found = {key: str(folder / text) if (folder / text).is_file() else text for key, text in texts.items()}
+            found = {key: named(text) if (folder / text).is_file() else text for key, text in texts.items()}
             parts.append(":".join([name, *(f"{key}={text}" for key, text in found.items())]))
         changes["method"] = "+".join(parts)
     return replace(made, **changes)
+
+
+def _seen_from(folder: Path, path: str) -> str:
+    """A file by its path relative to a folder that it lies below, else by its absolute one."""
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(folder) if absolute.is_relative_to(folder) else absolute)
 
 
 def schema() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
@@ -19,6 +20,7 @@ __all__ = ["certify_command", "model_name", "refusal"]
 
 SUBJECTS = "hasten.subjects"  # entry points of models that come with prompts
 FOLDER = "my-model"
+WITH_IMAGES = {"strength", "mask_image", "control_image"}  # arguments of calls that go on from an image, or follow one
 
 
 def model_name(pipe: Any) -> str:
@@ -37,6 +39,7 @@ def certify_command(
     modules: Mapping[str, nn.Module],
     name: str,
     *,
+    pipe: Any,
     certificate: Certificate | None = None,
     call: Call | None = None,
     changed: bool = False,
@@ -47,6 +50,7 @@ def certify_command(
         quality: its name.
         modules: the denoisers by name.
         name: that the pipeline was loaded by; empty if it is not known.
+        pipe: the pipeline, as far as it is known.
         certificate: of this quality, for another pipeline or call.
         call: to certify for; None where there is none yet.
         changed: whether the pipeline is not, or perhaps not, what the name loads.
@@ -56,6 +60,8 @@ def certify_command(
     if call is not None:
         words += _options(call, {} if certificate is None else certificate.conditions.guidance)
     own_prompts = changed or not name or name not in {entry.name for entry in entry_points(group=SUBJECTS)}
+    if own_prompts and pipe is not None and WITH_IMAGES & set(inspect.signature(type(pipe).__call__).parameters):
+        return f"`hasten certify` draws from prompts alone, and a {type(pipe).__name__} is called with images"
     first = "certify it"
     if FOLDER in words:
         fused = "fuse its adapters, pipe.fuse_lora() and pipe.unload_lora_weights(), " if _adapted(modules) else ""

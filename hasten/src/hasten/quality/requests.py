@@ -23,7 +23,6 @@ from hasten.pipeline.runs import Run
 from hasten.pipeline.view import PipelineView
 from hasten.quality.audit import Audit
 from hasten.quality.configuration import Configuration
-from hasten.quality.refusal import model_name
 from hasten.quality.setting import FULL, LANE, FixedLeap, Setting, find
 from hasten.quality.tolerance import EXACT
 from hasten.solvers.passes import watch_passes
@@ -132,7 +131,7 @@ class Requests:
         self._check_open()
         setting = self._made(quality, computed_steps)[0]
         if call is not None:
-            setting.check_arguments(call, self._modules)
+            setting.check_arguments(call, self._modules, None if self._home is None else self._home.pipe)
         return setting.describe()
 
     @contextmanager
@@ -213,8 +212,7 @@ class Requests:
             return self._setting.with_computed_steps(computed_steps)
         if self._home is None and quality != EXACT:
             raise ConfigError("a certificate is for a pipeline's calls; accelerate the pipeline itself")
-        name = model_name(None if self._home is None else self._home.pipe)
-        return find(quality, self._modules, self._scheduler, name)
+        return find(quality, None if self._home is None else self._home.pipe, self._modules, self._scheduler)
 
     def _lane(self, setting: Setting) -> Any:
         """A pipeline for calls of this thread: what calls change is its own, what computes is shared."""

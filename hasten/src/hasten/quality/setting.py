@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hasten import registry
+from hasten.caching.default import default_method
 from hasten.caching.method import CachingMethod, ScheduledMethod
 from hasten.caching.methods import Reuse
 from hasten.calibration import Calibration
@@ -23,7 +24,7 @@ from hasten.pipeline.view import Caller, denoisers
 from hasten.quality.certificate import Certificate, certificates, shipped
 from hasten.quality.conditions import Call
 from hasten.quality.model_facts import ModelFacts
-from hasten.quality.refusal import certify_command, refusal
+from hasten.quality.refusal import certify_command, model_name, refusal
 from hasten.quality.tolerance import EXACT, tier
 from hasten.solvers import Leap, LeapScheduler
 
@@ -55,6 +56,10 @@ class FixedLeap(LeapScheduler):
         made.set_timesteps(evaluations)
         made._setting = setting
         return made
+
+    def serves(self, setting: Setting) -> bool:
+        """Whether it is the scheduler of that setting."""
+        return self._setting is setting
 
     def set_timesteps(
         self,
@@ -104,7 +109,7 @@ class Setting:
         return cls(method, certificate=certificate, name=name)
 
     def with_computed_steps(self, count: int) -> Setting:
-        """The same method with another number of computed steps, for which nothing is certified.
+        """The same method, or of a full run the default one, with so many computed steps; nothing is certified then.
 
         Raises:
             ConfigError: if it cannot have that number.
@@ -121,7 +126,7 @@ class Setting:
                 f"{type(self.method).__name__} decides by a threshold how many steps it computes; "
                 "take a method with a schedule, or quality=..."
             )
-        method = Reuse() if self.method == FULL else self.method
+        method = default_method() if self.method == FULL else self.method
         return Setting(with_changes(method, interval=None, steps=None, computed_steps=count), name=self.name)
 
     def scheduler(self) -> FixedLeap | None:
@@ -177,19 +182,20 @@ class Setting:
                 "on its own thread or task (asyncio.to_thread is as good), or enter `using` where it is called"
             )
         scheduler = None if run.view is None else run.view.scheduler
-        if self.leap is not None and not isinstance(scheduler, FixedLeap):
+        if self.leap is not None and not (isinstance(scheduler, FixedLeap) and scheduler.serves(self)):
             raise ConfigError("this setting has a scheduler of its own: call the pipeline that `using` gives")
         if self.leap is None and isinstance(scheduler, FixedLeap):
             raise ConfigError("this setting needs the pipeline's own scheduler: call the pipeline that `using` gives")
         if self.certificate is None:
             return
         conditions, call = self.certificate.conditions, Call.of(run)
-        changes = conditions.models[name].differences(ModelFacts.of(module))
+        changes = [] if pipe is None else conditions.pipeline_differences(pipe)
+        changes += conditions.models[name].differences(ModelFacts.of(module))
         if self.leap is None:
             changes += conditions.scheduler_differences(scheduler)
         else:  # it takes steps of its own; what was asked for it has seen
             call = with_changes(call, timesteps=None, steps=None)
-        self._refuse(changes, call, {name: module})
+        self._refuse(changes, call, {name: module}, pipe)
         if self.leap is None:
             self._refuse_manner(conditions.spacing_differences(call.timesteps))
 
@@ -202,30 +208,39 @@ class Setting:
         """
         if self.certificate is None:
             return
-        conditions, call, pipe = self.certificate.conditions, Call.under_way(steps), Caller().pipe
+        conditions, call, caller = self.certificate.conditions, Call.under_way(steps), Caller()
+        pipe = caller.pipe
         modules = {} if pipe is None else denoisers(pipe)
+        changes = [] if pipe is None else conditions.pipeline_differences(pipe)
         with still(modules.values()):
-            changes = conditions.model_differences(modules) if modules else []
-        self._refuse(changes, call, modules)
+            changes += conditions.model_differences(modules) if modules else []
+        self._refuse(changes, call, modules, pipe)
+        self._refuse_manner(conditions.asked_differences(caller.given or {}))
         here, own = shift
         if here is not None and own is not None and abs(here - own) > 1e-3:
             self._refuse_manner(
                 [f"certified at shift {own:.4g}, this call has {here:.4g}; give the size that was certified"]
             )
 
-    def check_arguments(self, given: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-        """As `check`, of a call that is still to be made, as far as its arguments tell."""
+    def check_arguments(self, given: Mapping[str, Any], modules: Mapping[str, nn.Module], pipe: Any) -> None:
+        """As `check`, of a call of a pipeline that is still to be made, as far as its arguments tell."""
         if self.certificate is not None:
-            self._refuse([], Call.given(given), modules)
+            self._refuse([], Call.given(given), modules, pipe)
 
-    def _refuse(self, changes: list[str], call: Call, modules: Mapping[str, nn.Module]) -> None:
+    def _refuse(self, changes: list[str], call: Call, modules: Mapping[str, nn.Module], pipe: Any) -> None:
         """Raise what a pipeline that was changed, or a call outside of the conditions, ends with."""
         assert self.certificate is not None
         certificate = self.certificate
         differences = [*changes, *certificate.conditions.call_differences(call)]
         if differences:
             command = certify_command(
-                certificate.quality, modules, self.name, certificate=certificate, call=call, changed=bool(changes)
+                certificate.quality,
+                modules,
+                self.name,
+                pipe=pipe,
+                certificate=certificate,
+                call=call,
+                changed=bool(changes),
             )
             raise refusal(certificate, differences, command)
         self._refuse_manner(certificate.conditions.manner_differences(call))
@@ -249,32 +264,33 @@ def check_quality(quality: str) -> None:
         tier(quality)
 
 
-def find(quality: str, modules: Mapping[str, nn.Module], scheduler: Any, name: str = "") -> Setting:
+def find(quality: str, pipe: Any, modules: Mapping[str, nn.Module], scheduler: Any) -> Setting:
     """The setting of a tier that is certified for a model, or of a certificate's file.
 
     Args:
         quality: of `TIERS`, a name given at certification, `"exact"`, or the path of a certificate.
+        pipe: the pipeline; None for a bare transformer, which `"exact"` alone is for.
         modules: transformers by name.
         scheduler: the pipeline's own.
-        name: of the model, for messages.
 
     Raises:
         UnknownNameError: for a quality that is no tier and was never certified.
         CertificateError: if nothing is certified for this model and scheduler, or more than one thing.
     """
+    name = model_name(pipe)
     if quality == EXACT:
         return Setting(FULL, name=name)
     if quality.endswith(".json"):
         certificate = Certificate.load(Path(quality))
-        differences = _differences(certificate, modules, scheduler)
+        differences = _differences(certificate, pipe, modules, scheduler)
         if differences:
-            raise refusal(certificate, differences, _command(certificate.quality, modules, name, certificate))
+            raise refusal(certificate, differences, _command(certificate.quality, pipe, modules, certificate))
         return Setting.of(certificate, name)
     known: list[Certificate] = []
     fitting: list[Certificate] = []
     for source in (certificates, shipped):  # what was certified here takes precedence
         found = [certificate for certificate in source() if certificate.quality == quality]
-        fitting = fitting or [one for one in found if not _differences(one, modules, scheduler)]
+        fitting = fitting or [one for one in found if not _differences(one, pipe, modules, scheduler)]
         known += found
     if not known:
         tier(quality)  # refuses what is no tier
@@ -287,19 +303,24 @@ def find(quality: str, modules: Mapping[str, nn.Module], scheduler: Any, name: s
     if fitting:
         return Setting.of(fitting[0], name)
     model = " and ".join(type(module).__name__ for module in modules.values())
-    near = min(known, key=lambda one: len(_differences(one, modules, scheduler)), default=None)
-    reason = "" if near is None else f"; the nearest is {'; '.join(_differences(near, modules, scheduler))}"
+    near = min(known, key=lambda one: len(_differences(one, pipe, modules, scheduler)), default=None)
+    reason = "" if near is None else f"; the nearest is {'; '.join(_differences(near, pipe, modules, scheduler))}"
     raise CertificateError(
-        f"quality {quality!r} is not certified for this {model}{reason}. {_command(quality, modules, name, near)}"
+        f"quality {quality!r} is not certified for this {model}{reason}. {_command(quality, pipe, modules, near)}"
     )
 
 
-def _command(quality: str, modules: Mapping[str, nn.Module], name: str, near: Certificate | None) -> str:
+def _command(quality: str, pipe: Any, modules: Mapping[str, nn.Module], near: Certificate | None) -> str:
     """What certifies a pipeline for which nothing is; `near` is certified for one that is nearly the same."""
+    name = model_name(pipe)
     changed = near is not None and near.model == name and not near.conditions.recast(modules)
-    return certify_command(quality, modules, name, certificate=near, changed=changed)
+    return certify_command(quality, modules, name, pipe=pipe, certificate=near, changed=changed)
 
 
-def _differences(certificate: Certificate, modules: Mapping[str, nn.Module], scheduler: Any) -> list[str]:
+def _differences(certificate: Certificate, pipe: Any, modules: Mapping[str, nn.Module], scheduler: Any) -> list[str]:
     conditions = certificate.conditions
-    return conditions.model_differences(modules) + conditions.scheduler_differences(scheduler)
+    return [
+        *conditions.pipeline_differences(pipe),
+        *conditions.model_differences(modules),
+        *conditions.scheduler_differences(scheduler),
+    ]

@@ -7,7 +7,8 @@ Jordan and Lei, "Learn then test: calibrating predictive algorithms to achieve r
 
 p-values are exact for every number of requests: for a *share* the binomial test, which Clopper and Pearson (Biometrika
 1934) invert to a bound; for a *mean* of losses in [0, 1] a betting test with predictable bets (Waudby-Smith and Ramdas,
-"Estimating means of bounded random variables by betting", JRSS B 2024), which is valid whenever it is looked at.
+"Estimating means of bounded random variables by betting", JRSS B 2024), which is valid whenever it is looked at if the
+bets depend on no number of losses.
 """
 
 from __future__ import annotations
@@ -67,20 +68,23 @@ def fewest_for_share(share: float, level: float) -> int:
     return math.ceil(math.log(level) / math.log(share) - 1e-9)
 
 
-def mean_p_value(losses: Sequence[float], bound: float, level: float = 0.1) -> float:
+def mean_p_value(losses: Sequence[float], bound: float, level: float = 0.1, *, always: bool = False) -> float:
     """How surprising losses are if their mean is `bound` or more; small if the true mean is smaller.
 
     Args:
         losses: in [0, 1], in the order in which they were drawn.
         bound: between 0 and 1.
         level: that the bets are made for; the p-value is valid at every level.
+        always: whether it is looked at while losses come in. The bets are made for their number otherwise, which has to
+            be known beforehand; looked at earlier, other bets would be looked at each time.
     """
     if not 0 < bound < 1 or not all(0 <= loss <= 1 for loss in losses):
         raise ValueError("a mean is tested with losses from 0 to 1 and a bound between them")
     wealth = richest = 0.0  # logarithms
     total, squares = 0.5, 0.25  # a prior observation, so that the first bet is no wild one
-    scale = 2 * math.log(1 / level) / max(1, len(losses))
     for count, loss in enumerate(losses, 1):
+        horizon = count * math.log1p(count) if always else len(losses)
+        scale = 2 * math.log(1 / level) / horizon
         bet = min(BOLDEST / (1 - bound), math.sqrt(scale / max(squares / count, 1e-12)))
         wealth += math.log1p(bet * (bound - loss))
         richest = max(richest, wealth)

@@ -15,7 +15,7 @@ from hasten.io import shown
 from hasten.parameters import Declared, Range
 from hasten.quality import metrics, testing
 
-__all__ = ["EXACT", "METRICS", "TIERS", "Tolerance", "check_name", "measured", "tier"]
+__all__ = ["EXACT", "METRICS", "TIERS", "Tolerance", "check_measurable", "check_name", "measured", "tier"]
 
 METRICS = ("lpips", "flip", "psnr", "ssim")
 EXACT = "exact"  # every step is computed: nothing to certify
@@ -82,9 +82,11 @@ class Tolerance(Declared):
         """Of the hypothesis that the tolerance is kept; valid whenever it is looked at, while requests come in."""
         if self.share is not None:
             # "Kept" is the loss: its mean is below the share if too many are not.
-            return testing.mean_p_value([float(self.kept(one)) for one in requests], self.share, level)
+            return testing.mean_p_value([float(self.kept(one)) for one in requests], self.share, level, always=True)
         tests = [
-            testing.mean_p_value([1 - _loss(name, one[name]) for one in requests], 1 - _loss(name, bound), level)
+            testing.mean_p_value(
+                [1 - _loss(name, one[name]) for one in requests], 1 - _loss(name, bound), level, always=True
+            )
             for name, bound in self.bounds.items()
         ]
         return min(1.0, len(tests) * min(tests))
@@ -143,6 +145,16 @@ def check_name(quality: str) -> None:
         )
     if quality in (EXACT, "auto"):
         raise ConfigError(f"--quality {quality} is another thing by that name; give your bounds another one")
+
+
+def check_measurable(tolerance: Tolerance) -> None:
+    """Find out, before anything is drawn, whether what a tolerance bounds can be measured.
+
+    Raises:
+        ModelError: if it bounds LPIPS, whose weights are not installed.
+    """
+    if "lpips" in tolerance.bounds:
+        metrics.lpips()
 
 
 def measured(tolerance: Tolerance, image: Tensor, reference: Tensor) -> dict[str, float]:

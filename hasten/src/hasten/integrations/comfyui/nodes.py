@@ -131,6 +131,8 @@ def _accelerated(
     """One sampling with the denoiser accelerated; it is as it was afterwards, whatever happens."""
     sigmas: Tensor = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
     total = len(sigmas) - 1
+    if total < 1:  # nothing is left to sample
+        return executor(*args, **kwargs)
     denoiser = executor.class_obj.model_patcher.model.diffusion_model
     with accelerate(denoiser, listed(chosen, total)) as run:
         result = executor(*args, **kwargs)

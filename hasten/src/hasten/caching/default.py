@@ -1,0 +1,23 @@
+"""The caching method where none is named."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from hasten import registry
+from hasten.caching.method import ScheduledMethod
+
+__all__ = ["DEFAULT", "default_method"]
+
+# What `accelerate(pipe)` takes, as a method expression: a straight line with 0.87 of its slope, between computed steps
+# that end with the last one. Measured with and without guidance (docs/which-method.md): a whole slope or a parabola is
+# better without guidance, and worse than the plain sampler with it.
+DEFAULT = "hicache:schedule=auto:order=1:sigma=0.66"
+
+
+def default_method(given: Collection[str] = ()) -> ScheduledMethod:
+    """The default; lists of computed steps among what is given besides take the place of its schedule."""
+    (chosen,) = registry.parse(DEFAULT)
+    assert isinstance(chosen, ScheduledMethod)
+    return replace(chosen, schedule="uniform") if {"steps", "searched"} & set(given) else chosen
