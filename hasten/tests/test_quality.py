@@ -274,15 +274,15 @@ def test_what_cannot_be_certified_says_what_to_leave(case, certified):
 @pytest.mark.parametrize("kind", ["cpu", "xpu", "mps"])
 def test_autocast_is_refused(certified, kind):
     pipe, before = make_pipe(), torch.is_autocast_enabled(kind)
-    with (
-        hasten.accelerate(pipe, quality=str(certified)),
-        pytest.raises(CertificateError, match=r"this call computes in b?float16; leave torch\.autocast"),
-    ):
-        torch.set_autocast_enabled(kind, True)  # torch.autocast does so only where there is such a device
-        try:
+    torch.set_autocast_enabled(kind, True)  # torch.autocast does so only where there is such a device
+    try:
+        with (
+            hasten.accelerate(pipe, quality=str(certified)),
+            pytest.raises(CertificateError, match=r"this call computes in b?float16; leave torch\.autocast"),
+        ):
             draw(pipe, steps=STEPS)
-        finally:
-            torch.set_autocast_enabled(kind, before)
+    finally:
+        torch.set_autocast_enabled(kind, before)
 
 
 def test_the_command_for_bounds_of_ones_own_has_them(own_store, certified, monkeypatch, tmp_path):
