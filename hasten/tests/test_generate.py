@@ -21,7 +21,7 @@ from hasten.bench import subject
 from hasten.bench.sheet import to_pil
 from hasten.bench.subject import Edit, Subject
 from hasten.cli import main
-from hasten.errors import ConfigError
+from hasten.errors import ConfigError, ModelError
 from hasten.integrations.batch import Job, Worker, generate, overridden, read_jobs
 from hasten.quality.configuration import Configuration
 
@@ -164,6 +164,12 @@ def test_a_streaming_model_is_refused_as_what_it_is():
     for name in subject.streaming_names():
         with pytest.raises(ConfigError, match=f"{name} streams video, which `hasten bench`"):
             subject.open_model(name)
+
+
+def test_a_folder_whose_files_describe_no_pipeline_is_one_line(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"cannot load the pipeline .*: KeyError, '_class_name'"):
+        subject.open_model(str(tmp_path))
 
 
 def test_a_quality_that_takes_precedence_takes_no_audit_that_it_cannot_have():

@@ -188,6 +188,8 @@ def open_model(name: str, *, dtype: Any = None, device: str | None = None) -> Su
             pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=kind or torch.bfloat16)
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the pipeline {name!r}: {' '.join(str(error).split())}") from error
+        except Exception as error:  # whatever a file that is none leads to
+            raise ModelError(f"cannot load the pipeline {name!r}: {type(error).__name__}, {error}") from error
         model = Subject(name=name, pipe=pipe, prompts=list(PROMPTS))
     elif name in streaming_names():
         raise ConfigError(f"{name} streams video, which `hasten bench` and `hasten demo` measure; give a pipeline here")
