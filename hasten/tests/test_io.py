@@ -408,8 +408,9 @@ for _ in range(int(sys.argv[4])):
         while True:
             act()
     print(pid, flush=True)
-    sys.stdin.readline()
     os.waitpid(pid, 0)
+    print("gone", flush=True)
+    sys.stdin.readline()
 act()
 print("done", flush=True)
 """
@@ -456,14 +457,14 @@ def test_files_are_whole_whenever_their_writer_is_killed(tmp_path: Path, work: s
         pid = int(process.stdout.readline())
         time.sleep(rng.uniform(0.0, 1.5))
         os.kill(pid, signal.SIGKILL)
-        process.stdin.write("\n")
-        process.stdin.flush()
-        time.sleep(0.05)
+        assert process.stdout.readline().strip() == "gone"
         for path in [path for path in tmp_path.rglob("*") if path.name in readers]:
             readers[path.name](path)
         if work == "train":
             open_model(tmp_path / "model")
         leftovers += len(list(tmp_path.rglob("*.tmp")))
+        process.stdin.write("\n")
+        process.stdin.flush()
     assert "done" in process.stdout.read()
     assert process.wait() == 0
     after = _contents(tmp_path)

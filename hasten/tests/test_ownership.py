@@ -26,6 +26,7 @@ from pipelines import asking, draw, make_pipe
 import hasten
 from hasten.caching import Uniform, computed_steps
 from hasten.errors import HastenWarning
+from hasten.pipeline.hooks import still
 from hasten.pipeline.runs import MOST_PASSES
 
 METHODS = [("taylorseer", {}), ("taylorseer", {"schedule": "even"}), ("fbcache", {"threshold": 0.4})]
@@ -403,6 +404,31 @@ def test_an_acceleration_removed_in_mid_call_leaves_the_rest_of_the_call_plain(s
     assert torch.equal(draw(pipe, **A, callback_on_step_end=at(4, run.remove)), plain)
     assert len(run.records) == 5
     assert torch.equal(draw(pipe, **A), plain)
+
+
+def test_a_call_that_waits_while_hooks_are_replaced_meets_the_new_ones_and_nobody_else():
+    """It must not run plain, nor beside a call of the new hooks, whose proxies would stand in its way."""
+    pipe = make_pipe()
+    model, given, ran = pipe.transformer, [], threading.Event()
+    looking = model.register_forward_pre_hook(lambda _module, args, kwargs: given.append(kwargs), with_kwargs=True)
+    draw(pipe, 1)
+    looking.remove()
+    hasten.accelerate(pipe, "taylorseer", warmup=1, interval=2)
+    model.norm_out.register_forward_pre_hook(lambda *_: ran.set())
+    waiting = threading.Thread(target=torch.no_grad()(lambda: model(**given[0])))
+    busy = still([model])
+    with busy:  # as if another thread's call were under way
+        waiting.start()
+        waiting.join(0.2)
+        run = hasten.accelerate(pipe, "reuse", warmup=1, interval=2, replace=True)
+        again = still([model])
+        again.__enter__()
+    assert not ran.wait(0.3), "it ran beside a call of the new hooks"
+    again.__exit__(None, None, None)
+    waiting.join()
+    assert ran.is_set()
+    assert len(run.records) == 1
+    run.remove()
 
 
 def test_threads_may_call_while_another_switches_off_and_on():

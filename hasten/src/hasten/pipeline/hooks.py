@@ -86,6 +86,9 @@ class Hook(ABC):
         """A pipeline says that its call, on this thread, is about to end."""
 
 
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
 class _HookedCalls:
     """The hooks on one module, and what stands in the module's dictionary for them."""
 
@@ -93,7 +96,9 @@ class _HookedCalls:
         self._module = weakref.ref(module)
         self._inner = module.__dict__.get("_call_impl")  # somebody else's, if any
         self._names = threading.local()
-        self.lock = threading.RLock()  # proxies stand in the tree during a call, which no other thread may see
+        # Proxies stand in the tree during a call, which no other thread may see. The lock outlives the hooks: who waits
+        # for it while they are replaced must not run beside a call of the new ones.
+        self.lock = _LOCKS.setdefault(module, threading.RLock())
         self.compiled: Forward | None = module.__dict__.pop("_compiled_call_impl", None)
         self._wrapper: Any = None  # of `torch.compile(module)`, and what it called before
         self._wrapped_forward: Forward | None = None
@@ -168,6 +173,9 @@ class _HookedCalls:
         module, forward = self.module, self.own_call
         with self.lock:
             hooks = self.hooks  # as they are now: one may have gone while this thread waited
+            now = module.__dict__.get(_KEY, self)
+            if now is not self:  # all of them went, and others came
+                return now._call(*args, **kwargs)
             for hook in hooks[:-1]:
                 forward = functools.partial(_through, hook, module, forward)
             outer, self._thread = self._thread, threading.get_ident()
