@@ -109,6 +109,11 @@ def test_a_narrow_screen_shows_how_near_and_how_fast_an_arm_is(tmp_path, content
     assert {"steps", "cache", "SSIM"} <= set(headings)
 
 
+def test_a_spread_stands_below_a_figure(tmp_path, content):
+    content["baseline"]["spread"] = content["rows"][0]["spread"] = {"psnr": {"p10": 31.25, "p90": 47.5}}
+    assert render(tmp_path, content).count("<small>31.25 to 47.50</small>") == 1  # the full run has no PSNR
+
+
 def test_the_best_of_a_group_is_bold_and_plain_rows_are_marked(tmp_path, content):
     page = render(tmp_path, content)
     assert '<td class="best" data-value="44.444">44.44</td>' in page

@@ -128,7 +128,8 @@ def _spread(row: Row | StreamRow, name: str, column: Column) -> str:
     """The tenth and the ninetieth percentile over the prompts, if they are known."""
     known = row.spread.get(name, {}) if isinstance(row, Row) else {}
     ends = [known.get(end) for end in ("p10", "p90")]
-    return " to ".join(column.text(end) for end in ends) if None not in ends else ""
+    told = getattr(row, name) is not None and None not in ends  # the full run is not compared with itself
+    return " to ".join(column.text(end) for end in ends) if told else ""
 
 
 def _lines(rows: Sequence[Row] | Sequence[StreamRow], shown: dict[str, Column]) -> list[Line]:
