@@ -33,7 +33,11 @@ KEPT = 16  # full runs
 MOST_SEED = 2**31
 DEFAULT_STEPS = 50  # of a model that does not say how many it is made for
 # Small images are enlarged as they are.
-CSS = ".drawn img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }"
+# Images of few pixels are shown as they are; Gradio's colours of code are too pale to be read on white.
+CSS = """
+.drawn img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+.cm-content span { color: var(--body-text-color) !important; }
+"""
 
 
 @dataclass(frozen=True)
