@@ -21,7 +21,7 @@ from hasten.bench.row import Row, columns
 from hasten.io import write_atomically
 from matplotlib.figure import Figure
 
-__all__ = ["COUNT", "chosen", "front_table", "title"]
+__all__ = ["COUNT", "busy", "chosen", "front_table", "title"]
 
 COUNT = 9
 DEFAULT = "hicache:order=1:sigma=0.66:schedule=even"  # of `hasten.accelerate(pipe)`
@@ -38,6 +38,11 @@ def result() -> Result:
     found = read_result(FOLDER / "front.json")
     assert isinstance(found, Result)
     return found
+
+
+def busy(found: Result) -> bool:
+    """Whether the machine did other things while a result was measured, as far as it tells; its times are none then."""
+    return float(found.environment.get("load", 0)) > QUIET * found.settings.processes
 
 
 def chosen(found: Result) -> dict[str, Row]:
@@ -74,8 +79,7 @@ def title(row: Row) -> str:
 def front_table() -> str:
     """Markdown of the chosen arms, and on what they were measured."""
     found = result()
-    made = found.environment
-    quiet = float(made["load"]) <= QUIET * found.settings.processes
+    made, quiet = found.environment, not busy(found)
     shown = [name for name in COLUMNS if quiet or name != "latency_ratio"]
     heads = [f"{COUNT} of {found.settings.steps} steps", *(columns(Row)[name].heading for name in shown)]
     lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * len(shown) + "|"]

@@ -12,12 +12,13 @@ import random
 import re
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from calculated import CALCULATED
 from figures import fill_figures, pages
-from front import front_table
+from front import busy, front_table
 from hasten.bench.labels import short_label
 from hasten.bench.result import Result, read_result
 from hasten.bench.row import Row, columns
@@ -25,6 +26,7 @@ from hasten.bench.tables import as_markdown, table_of
 from hasten.io import write_atomically
 from reference import part as reference_part
 
+TIMES = [columns(Row)[name].heading for name in ("seconds", "latency_ratio", "latency_share")]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -37,8 +39,18 @@ def _row(cells: list[str]) -> str:
 
 
 def bench_table(name: str) -> str:
-    """Markdown of a result of `hasten bench`."""
-    return as_markdown(table_of(_result(name)))
+    """Markdown of a result of `hasten bench`, without times where the machine was busy."""
+    result = _result(name)
+    table = table_of(result)
+    if not (isinstance(result, Result) and busy(result)):
+        return as_markdown(table)
+    kept = [i for i, column in enumerate(table.columns) if column.heading not in TIMES]
+    sections = {
+        heading: [replace(line, cells=[line.cells[i] for i in kept]) for line in lines]
+        for heading, lines in table.sections.items()
+    }
+    notes = [*table.notes, "The machine was too busy for times"]
+    return as_markdown(replace(table, columns=[table.columns[i] for i in kept], sections=sections, notes=notes))
 
 
 def truth_table(part: dict[str, Any], model: str) -> str:
