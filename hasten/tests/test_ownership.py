@@ -431,6 +431,44 @@ def test_a_call_that_waits_while_hooks_are_replaced_meets_the_new_ones_and_nobod
     run.remove()
 
 
+def test_a_forward_that_began_before_the_hooks_came_meets_no_proxies():
+    """On another thread; until it is over, calls on this one are computed in full, past the hooks."""
+    pipe = make_pipe()
+    model, given = pipe.transformer, []
+    looking = model.register_forward_pre_hook(lambda _module, args, kwargs: given.append(kwargs), with_kwargs=True)
+    draw(pipe, 1)
+    looking.remove()
+    began, both, answers = threading.Event(), threading.Event(), []
+    forward = torch.no_grad()(lambda: model(**given[0])[0])
+    plain = forward()
+
+    def first_block(*_):
+        if threading.current_thread() is early:
+            began.set()
+            assert both.wait(5)
+
+    def last_attention(*_):  # within the last block: a proxy stands in its place
+        if threading.current_thread() is not early:
+            both.set()
+            early.join(5)
+
+    early = threading.Thread(target=lambda: answers.append(forward()))
+    model.transformer_blocks[0].register_forward_pre_hook(first_block)
+    last = model.single_transformer_blocks[-1].attn.register_forward_pre_hook(last_attention)
+    early.start()
+    assert began.wait(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HastenWarning)
+        run = hasten.accelerate(pipe, "reuse", warmup=1, interval=2)
+        assert torch.equal(forward(), plain)
+        last.remove()
+        early.join()
+    assert torch.equal(answers[0], plain)
+    assert not run.records
+    forward()
+    assert len(run.records) == 1
+
+
 def test_threads_may_call_while_another_switches_off_and_on():
     """Removal waits for the forward under way; what comes after it is plain. Nothing raises."""
     pipe = make_pipe()

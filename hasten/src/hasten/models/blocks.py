@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from operator import is_, itemgetter
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -153,15 +153,15 @@ class _PassThrough(Proxy):
         self._streams, self._alone = stack.returns, len(stack.returns) == 1 and not stack.wrapped
         self._places = tuple(_place(stack, original, name) for name in stack.returns)
         names = [name for name, _ in self._places]
-        plain = None not in names and (self._alone or len(names) > 1)
-        self._by_name = itemgetter(*names) if plain else None  # where that gives what the block would return
+        self._pair = (
+            names if len(names) == 2 and None not in names else None
+        )  # image and text, as most blocks have them
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not args and self._by_name is not None:
-            try:
-                return self._by_name(kwargs)
-            except KeyError:  # a stream that may be left out
-                pass
+        if self._pair is not None:
+            one, other = self._pair
+            if one in kwargs and other in kwargs:
+                return kwargs[one], kwargs[other]
         given = []
         for name, index in self._places:
             given.append(kwargs[name] if name in kwargs else args[index] if index < len(args) else None)

@@ -25,7 +25,7 @@ from torch import nn
 from hasten.errors import AlreadyAcceleratedError, HastenWarning
 from hasten.pipeline.bypass import Watch, copy_error
 from hasten.pipeline.compiled import one_graph_error
-from hasten.pipeline.view import Caller
+from hasten.pipeline.view import Caller, others_inside
 
 __all__ = [
     "Forward",
@@ -103,7 +103,8 @@ class _HookedCalls:
         self._wrapper: Any = None  # of `torch.compile(module)`, and what it called before
         self._wrapped_forward: Forward | None = None
         self._thread: int | None = None  # that is within a call
-        self._watch = Watch(module, lambda: self._thread == threading.get_ident())
+        self._alone = False  # whether forwards that began before there were hooks have ended
+        self._watch = Watch(module, lambda: self._thread == threading.get_ident() or not self._alone)
         self.hooks: tuple[Hook, ...] = ()  # innermost first
         call = torch.compiler.disable(self._call)
 
@@ -176,6 +177,10 @@ class _HookedCalls:
             now = module.__dict__.get(_KEY, self)
             if now is not self:  # all of them went, and others came
                 return now._call(*args, **kwargs)
+            if not self._alone:
+                self._alone = not others_inside(module)
+                if not self._alone:  # proxies would stand in their way
+                    return forward(*args, **kwargs)
             for hook in hooks[:-1]:
                 forward = functools.partial(_through, hook, module, forward)
             outer, self._thread = self._thread, threading.get_ident()
