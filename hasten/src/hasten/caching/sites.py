@@ -148,7 +148,12 @@ class OutputSite(PlainSite):
 
     def compute(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory) -> Any:
         result = (self.compiled or forward)(*args, **kwargs)
-        form = Form(result, type(self._model).__name__)
+        try:
+            form = Form(result, type(self._model).__name__)
+        except AdapterError:
+            if memory.step:
+                raise
+            return result  # the first step may hand something on to the later ones: keys and values of an image
         for i, tensor in enumerate(form.tensors):
             start = self._start(i, tensor, args, kwargs)
             memory.record(f"output/{i}", tensor if start is None else tensor - start)
