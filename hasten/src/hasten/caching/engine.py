@@ -20,8 +20,9 @@ from hasten.caching.memory import Listener, PassMemory
 from hasten.caching.method import CachingMethod
 from hasten.caching.run import CachingRun
 from hasten.caching.schedule import Decision
-from hasten.caching.sites import HiddenSite, ModuleSite, OutputSite, Site
+from hasten.caching.sites import HiddenSite, OutputSite, Site
 from hasten.caching.span import SpanSite
+from hasten.caching.submodules import ModuleSite
 from hasten.calibration import RunFacts
 from hasten.errors import AdapterError, AlreadyAcceleratedError, HastenWarning
 from hasten.models.forms import tensors_in

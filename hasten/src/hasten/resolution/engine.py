@@ -384,8 +384,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         pipe, kind = self.pipe, type(self.pipe).__name__
         if not {cls.__name__ for cls in type(pipe).__mro__} & set(self.pipelines):
             raise TargetError(f"{kind} cannot run {self.name}; served: {', '.join(self.pipelines)}")
-        modules = [getattr(pipe, name, None) for name in self.transformers]
-        modules = [module for module in modules if module is not None]
+        modules = [module for name in self.transformers if (module := getattr(pipe, name, None)) is not None]
         for module in modules:
             if hasattr(module, "_orig_mod") or compiled_call(module) is not None:
                 raise TargetError(
