@@ -196,7 +196,7 @@ def test_folds_are_the_corners_across_shared_edges() -> None:
 def test_the_engine_newton_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "newton", None)
     garment, shells, normals, _, rest = worn("shirt", "jog")
-    with pytest.raises(AssetError, match=r"drape\[cloth\]"):
+    with pytest.raises(AssetError, match=r"pip install newton"):
         simulate(garment, shells, normals, rest, Cloth(engine="newton"), 6)
 
 

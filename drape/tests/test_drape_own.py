@@ -99,7 +99,7 @@ def test_a_folder_of_images_is_a_clip_and_other_files_are_none(tmp_path: Path) -
     assert read_clip(folder)[0][:, 0, 0, 0].tolist() == [0, 1, 2]
     (tmp_path / "noise.mp4").write_bytes(b"nothing")
     for path in (tmp_path / "noise.mp4", tmp_path / "none.png", tmp_path):
-        with pytest.raises(AssetError, match=r"give a|holds no images|drape\[video\]"):
+        with pytest.raises(AssetError, match=r"give a|holds no images|imageio\[pyav\]"):
             read_clip(path)
 
 
