@@ -432,40 +432,36 @@ def test_a_call_that_waits_while_hooks_are_replaced_meets_the_new_ones_and_nobod
 
 
 def test_a_forward_that_began_before_the_hooks_came_meets_no_proxies():
-    """On another thread; until it is over, calls on this one are computed in full, past the hooks."""
+    """On another thread; until it is over, calls wait."""
     pipe = make_pipe()
     model, given = pipe.transformer, []
     looking = model.register_forward_pre_hook(lambda _module, args, kwargs: given.append(kwargs), with_kwargs=True)
     draw(pipe, 1)
     looking.remove()
-    began, both, answers = threading.Event(), threading.Event(), []
+    began, inside, go, answers = threading.Event(), threading.Event(), threading.Event(), {}
     forward = torch.no_grad()(lambda: model(**given[0])[0])
     plain = forward()
 
     def first_block(*_):
         if threading.current_thread() is early:
             began.set()
-            assert both.wait(5)
+            assert go.wait(5)
+        else:
+            inside.set()
 
-    def last_attention(*_):  # within the last block: a proxy stands in its place
-        if threading.current_thread() is not early:
-            both.set()
-            early.join(5)
-
-    early = threading.Thread(target=lambda: answers.append(forward()))
+    early, late = (threading.Thread(target=lambda i=i: answers.update({i: forward()})) for i in range(2))
     model.transformer_blocks[0].register_forward_pre_hook(first_block)
-    last = model.single_transformer_blocks[-1].attn.register_forward_pre_hook(last_attention)
     early.start()
     assert began.wait(5)
     with warnings.catch_warnings():
         warnings.simplefilter("error", HastenWarning)
         run = hasten.accelerate(pipe, "reuse", warmup=1, interval=2)
-        assert torch.equal(forward(), plain)
-        last.remove()
+        late.start()
+        assert not inside.wait(0.3), "it ran beside a forward that knows of no hooks"
+        go.set()
         early.join()
-    assert torch.equal(answers[0], plain)
-    assert not run.records
-    forward()
+        late.join()
+    assert all(torch.equal(answers[i], plain) for i in range(2))
     assert len(run.records) == 1
 
 

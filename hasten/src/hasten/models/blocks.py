@@ -153,9 +153,8 @@ class _PassThrough(Proxy):
         self._streams, self._alone = stack.returns, len(stack.returns) == 1 and not stack.wrapped
         self._places = tuple(_place(stack, original, name) for name in stack.returns)
         names = [name for name, _ in self._places]
-        self._pair = (
-            names if len(names) == 2 and None not in names else None
-        )  # image and text, as most blocks have them
+        # Most blocks have two streams, of the image and of the text.
+        self._pair = names if len(names) == 2 and None not in names else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._pair is not None:

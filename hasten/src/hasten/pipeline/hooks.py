@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import time
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -46,6 +47,7 @@ Forward = Callable[..., Any]
 Remove = Callable[[], None]
 
 _KEY = "_hasten"
+POLL = 0.002  # seconds between two looks at what other threads are in
 GRADIENTS = (
     "an accelerated transformer was called with gradients enabled: forecasts have none, so it is computed in full; "
     "call it under torch.no_grad() to be faster, or .remove() the acceleration to train"
@@ -172,15 +174,16 @@ class _HookedCalls:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         module, forward = self.module, self.own_call
+        while not self._alone:  # proxies would stand in the way of forwards that began before
+            if others_inside(module):
+                time.sleep(POLL)
+            else:
+                self._alone = True
         with self.lock:
             hooks = self.hooks  # as they are now: one may have gone while this thread waited
             now = module.__dict__.get(_KEY, self)
             if now is not self:  # all of them went, and others came
                 return now._call(*args, **kwargs)
-            if not self._alone:
-                self._alone = not others_inside(module)
-                if not self._alone:  # proxies would stand in their way
-                    return forward(*args, **kwargs)
             for hook in hooks[:-1]:
                 forward = functools.partial(_through, hook, module, forward)
             outer, self._thread = self._thread, threading.get_ident()
