@@ -25,8 +25,10 @@ from pipelines import asking, draw, make_pipe
 
 import hasten
 from hasten.caching import Uniform, computed_steps
-from hasten.errors import HastenWarning
-from hasten.pipeline.hooks import still
+from hasten.caching.engine import CachingEngine
+from hasten.errors import ConfigError, HastenWarning
+from hasten.pipeline.bypass import Watch
+from hasten.pipeline.hooks import hooks_on, still
 from hasten.pipeline.runs import MOST_PASSES
 
 METHODS = [("taylorseer", {}), ("taylorseer", {"schedule": "even"}), ("fbcache", {"threshold": 0.4})]
@@ -431,38 +433,73 @@ def test_a_call_that_waits_while_hooks_are_replaced_meets_the_new_ones_and_nobod
     run.remove()
 
 
-def test_a_forward_that_began_before_the_hooks_came_meets_no_proxies():
-    """On another thread; until it is over, calls wait."""
+def test_removal_waits_for_the_end_of_a_call(monkeypatch):
+    """Else a call that another thread has all but finished would lose its image."""
     pipe = make_pipe()
-    model, given = pipe.transformer, []
-    looking = model.register_forward_pre_hook(lambda _module, args, kwargs: given.append(kwargs), with_kwargs=True)
-    draw(pipe, 1)
-    looking.remove()
-    began, inside, go, answers = threading.Event(), threading.Event(), threading.Event(), {}
-    forward = torch.no_grad()(lambda: model(**given[0])[0])
-    plain = forward()
+    hasten.accelerate(pipe, "reuse", warmup=1, interval=2)
+    (engine,) = hooks_on(pipe.transformer)
+    removal, own, waited = threading.Thread(target=hasten.remove, args=(pipe,)), engine.end_run, []
 
-    def first_block(*_):
-        if threading.current_thread() is early:
-            began.set()
-            assert go.wait(5)
-        else:
-            inside.set()
+    def end_run():
+        removal.start()
+        removal.join(0.2)
+        waited.append(removal.is_alive())
+        own()
 
-    early, late = (threading.Thread(target=lambda i=i: answers.update({i: forward()})) for i in range(2))
-    model.transformer_blocks[0].register_forward_pre_hook(first_block)
-    early.start()
-    assert began.wait(5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", HastenWarning)
-        run = hasten.accelerate(pipe, "reuse", warmup=1, interval=2)
-        late.start()
-        assert not inside.wait(0.3), "it ran beside a forward that knows of no hooks"
-        go.set()
-        early.join()
-        late.join()
-    assert all(torch.equal(answers[i], plain) for i in range(2))
-    assert len(run.records) == 1
+    monkeypatch.setattr(engine, "end_run", end_run)
+    assert draw(pipe, 3).isfinite().all()
+    removal.join()
+    assert waited == [True]
+    assert not hooks_on(pipe.transformer)
+
+
+def test_a_setting_of_single_calls_is_made_before_removal_or_refused(monkeypatch):
+    pipe = make_pipe()
+    run = hasten.accelerate(pipe, "reuse", warmup=1, interval=2)
+    removal, own, waited = threading.Thread(target=run.remove), run._requests._lane, []
+
+    def lane(setting):
+        removal.start()
+        removal.join(0.2)
+        waited.append(removal.is_alive())
+        return own(setting)
+
+    monkeypatch.setattr(run._requests, "_lane", lane)
+    with run.using(computed_steps=2):
+        removal.join()
+    assert waited == [True]
+    with pytest.raises(ConfigError, match="the acceleration was removed"), run.using(computed_steps=2):
+        pass
+
+
+def test_threads_that_replace_each_other_take_turns(monkeypatch):
+    """Else one finds what the other has just put there, and is told to give `replace=True`, which it did."""
+    pipe, own, waited = make_pipe(), CachingEngine.attach, []
+    other = threading.Thread(target=lambda: hasten.accelerate(pipe, "taylorseer", replace=True))
+
+    def attach(engine, *args):
+        if threading.current_thread() is not other:
+            other.start()
+            other.join(0.2)
+            waited.append(other.is_alive())
+        own(engine, *args)
+
+    monkeypatch.setattr(CachingEngine, "attach", attach)
+    hasten.accelerate(pipe, "reuse", replace=True)
+    other.join()
+    assert waited == [True]
+    (engine,) = hooks_on(pipe.transformer)
+    assert type(engine.method).__name__ == "TaylorSeer"
+
+
+def test_a_forward_may_look_while_its_watch_is_made():
+    class Called(torch.nn.Linear):
+        def register_forward_pre_hook(self, hook, **kwargs):
+            handle = super().register_forward_pre_hook(hook, **kwargs)
+            self(torch.zeros(1, 2))  # as a forward on another thread does
+            return handle
+
+    Watch(torch.nn.Sequential(Called(2, 2), Called(2, 2)), lambda: True).remove()
 
 
 def test_threads_may_call_while_another_switches_off_and_on():

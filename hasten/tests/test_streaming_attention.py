@@ -331,3 +331,30 @@ def test_budgets_must_fit_the_heads():
 
 def test_equal_scores_go_to_the_older_frame():
     assert top_frames(torch.zeros(1, 1, 1, 7), [3]).groups[0].frames.flatten().tolist() == [0, 1, 2]
+
+
+def test_values_are_of_the_frames_that_the_keys_are_of():
+    """One frame of values would be spread over three of keys."""
+    now = current()
+    for held in (0, F):
+        policy = KVPolicy(FocusedForcing(budget=2, diversity_on="cached"))
+        if held:
+            policy.append(frames(held), frames(held, 1))
+        for keys, values in ((now.keys, now.values[:, :1]), (now.keys[:, :1], now.values)):
+            with pytest.raises(ConfigError, match="are not of the same frames"):
+                policy.attend(now.queries, keys, values)
+
+
+@pytest.mark.parametrize("choice", ["maximum", "frame"])
+def test_a_chunk_may_bring_other_keys_and_frames_from_forward_to_forward(choice):
+    """Of frames of one token a shape alone would not tell that there is another room to fill."""
+    answers = []
+    for backend in ("grouped", "masked"):
+        policy = KVPolicy(FocusedForcing(budget=2, diversity_on="cached", choice=choice), backend=backend)
+        policy.append(frames(F, L=1), frames(F, 1, L=1))
+        with_more, now = current(extra=5, L=1), current(L=1)
+        policy.attend(now.queries, now.keys, now.values, extra=with_more.extra)
+        fewer = [tensor[:, :1] for tensor in (now.queries, now.keys, now.values)]
+        answers.append([policy.attend(now.queries, now.keys, now.values), policy.attend(*fewer)])
+    for one, other in zip(*answers, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)

@@ -15,6 +15,7 @@ from hasten.errors import ConfigError, ModelError
 from hasten.tokens import SemanticTree, TokenMap, kmeans_map, random_map
 from hasten.tokens.approximate import approximate_linkage
 from hasten.tokens.comparators import adjusted_rand, mean_within_distance
+from hasten.tokens.linkage import average_linkage
 
 
 def codes(n=60, d=4, seed=0):
@@ -235,3 +236,13 @@ def test_the_approximate_tree_is_exact_with_one_cell_and_near_with_several():
     spread = [mean_within_distance(points, m) for m in (near.map(75), exact.map(75), random_map(exact.map(75)))]
     assert spread[0] < 1.1 * spread[1] < 0.6 * spread[2]
     assert near.map(75).refines(near.map(20))
+
+
+@pytest.mark.parametrize("least", [1e-12, 1e-200])
+def test_weights_may_be_as_different_as_they_like(least):
+    """A share that rounds to one would make numbers of infinities that are none, and an endless loop."""
+    weights = np.where(np.arange(60) % 3, 1e6, least)
+    merges, heights = average_linkage(codes(), weights)
+    assert np.isfinite(heights).all()
+    assert (np.diff(heights) >= 0).all()
+    assert len(merges) == 59

@@ -14,7 +14,7 @@ from hasten.caching.engine import CachingEngine
 from hasten.caching.method import CachingMethod
 from hasten.errors import ConfigError, unknown
 from hasten.pipeline.handle import Acceleration
-from hasten.pipeline.hooks import hooks_on
+from hasten.pipeline.hooks import hooks_on, still
 from hasten.pipeline.summary import Summary
 from hasten.pipeline.view import PipelineView, denoisers
 from hasten.quality.configuration import Configuration
@@ -169,37 +169,39 @@ def accelerate(
     method, staged, solver = (None, None, None) if configuration.quality is not None else _methods(methods, params)
     modules = denoisers(target)
     home = None if isinstance(target, nn.Module) else PipelineView(target)
-    if configuration.quality is None:
-        setting = None if method is None else Setting(method)
-    else:
-        setting = _certified(configuration, methods, params, modules, home)
-    engines = {}
-    if setting is not None:
-        engines = {
-            name: CachingEngine(m, setting.method, home, partial(setting.check, name, m)) for name, m in modules.items()
-        }
-    stages = None if staged is None else staged.engine(target)
-    solving = None if solver is None else solver.engine(target)
-    if replace:
-        for handle in _handles(modules):
-            handle.remove()
-    try:
-        for engine in engines.values():
-            engine.attach(target if isinstance(target, nn.Module) and target is not engine.model else None)
-        if stages is not None:
-            stages.attach()
-        if solving is not None:
-            solving.attach()
-        requests = Requests(modules, engines, home, setting, solver if staged is None else staged, configuration)
-    except BaseException:
-        for engine in engines.values():
-            engine.detach()
-        if stages is not None:
-            stages.remove()
-        if solving is not None:
-            solving.remove()
-        raise
-    return Acceleration(engines, stages, modules, home, requests, solving)
+    with still(modules.values()):  # what is fitted is compared with a tree that has no proxies in it
+        if configuration.quality is None:
+            setting = None if method is None else Setting(method)
+        else:
+            setting = _certified(configuration, methods, params, modules, home)
+        engines = {}
+        if setting is not None:
+            engines = {
+                name: CachingEngine(m, setting.method, home, partial(setting.check, name, m))
+                for name, m in modules.items()
+            }
+        stages = None if staged is None else staged.engine(target)
+        solving = None if solver is None else solver.engine(target)
+        if replace:
+            for handle in _handles(modules):
+                handle.remove()
+        try:
+            for engine in engines.values():
+                engine.attach(target if isinstance(target, nn.Module) and target is not engine.model else None)
+            if stages is not None:
+                stages.attach()
+            if solving is not None:
+                solving.attach()
+            requests = Requests(modules, engines, home, setting, solver if staged is None else staged, configuration)
+        except BaseException:
+            for engine in engines.values():
+                engine.detach()
+            if stages is not None:
+                stages.remove()
+            if solving is not None:
+                solving.remove()
+            raise
+        return Acceleration(engines, stages, modules, home, requests, solving)
 
 
 def _streamed(target: Any, method: StreamingMethod, configuration: Configuration, replace: bool) -> StreamingRun:

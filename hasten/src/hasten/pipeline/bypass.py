@@ -53,9 +53,12 @@ class Watch:
     def __init__(self, module: nn.Module, hooked: Callable[[], bool]) -> None:
         self._module, self._hooked = weakref.ref(module), hooked
         self._code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        children = {name: child for name, child in module.named_children() if not isinstance(child, nn.ModuleList)}
-        self._handles = {name: child.register_forward_pre_hook(_Look(self, name)) for name, child in children.items()}
         self._settled = False
+        self._handles: dict[str, Any] = {}
+        # From the first one on, another thread's forward may look.
+        for name, child in module.named_children():
+            if not isinstance(child, nn.ModuleList):
+                self._handles[name] = child.register_forward_pre_hook(_Look(self, name))
 
     @property
     def module(self) -> nn.Module | None:

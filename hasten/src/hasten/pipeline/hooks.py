@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-import time
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -26,7 +25,7 @@ from torch import nn
 from hasten.errors import AlreadyAcceleratedError, HastenWarning
 from hasten.pipeline.bypass import Watch, copy_error
 from hasten.pipeline.compiled import one_graph_error
-from hasten.pipeline.view import Caller, others_inside
+from hasten.pipeline.view import Caller
 
 __all__ = [
     "Forward",
@@ -47,7 +46,6 @@ Forward = Callable[..., Any]
 Remove = Callable[[], None]
 
 _KEY = "_hasten"
-POLL = 0.002  # seconds between two looks at what other threads are in
 GRADIENTS = (
     "an accelerated transformer was called with gradients enabled: forecasts have none, so it is computed in full; "
     "call it under torch.no_grad() to be faster, or .remove() the acceleration to train"
@@ -88,7 +86,13 @@ class Hook(ABC):
         """A pipeline says that its call, on this thread, is about to end."""
 
 
+# Proxies stand in a module's tree during a call, which no other thread may see. A lock outlives the hooks: who waits
+# for it while they are replaced must not run beside a call of the new ones.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def _lock_of(module: nn.Module) -> Any:
+    return _LOCKS.setdefault(module, threading.RLock())
 
 
 class _HookedCalls:
@@ -98,15 +102,12 @@ class _HookedCalls:
         self._module = weakref.ref(module)
         self._inner = module.__dict__.get("_call_impl")  # somebody else's, if any
         self._names = threading.local()
-        # Proxies stand in the tree during a call, which no other thread may see. The lock outlives the hooks: who waits
-        # for it while they are replaced must not run beside a call of the new ones.
-        self.lock = _LOCKS.setdefault(module, threading.RLock())
+        self.lock = _lock_of(module)
         self.compiled: Forward | None = module.__dict__.pop("_compiled_call_impl", None)
         self._wrapper: Any = None  # of `torch.compile(module)`, and what it called before
         self._wrapped_forward: Forward | None = None
         self._thread: int | None = None  # that is within a call
-        self._alone = False  # whether forwards that began before there were hooks have ended
-        self._watch = Watch(module, lambda: self._thread == threading.get_ident() or not self._alone)
+        self._watch = Watch(module, lambda: self._thread == threading.get_ident())
         self.hooks: tuple[Hook, ...] = ()  # innermost first
         call = torch.compiler.disable(self._call)
 
@@ -174,11 +175,6 @@ class _HookedCalls:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         module, forward = self.module, self.own_call
-        while not self._alone:  # proxies would stand in the way of forwards that began before
-            if others_inside(module):
-                time.sleep(POLL)
-            else:
-                self._alone = True
         with self.lock:
             hooks = self.hooks  # as they are now: one may have gone while this thread waited
             now = module.__dict__.get(_KEY, self)
@@ -216,8 +212,9 @@ class _HookedCalls:
         )
 
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
-        for hook in self.hooks:
-            _active(hook).end_run()
+        with self.lock:  # or a hook is taken away by another thread meanwhile
+            for hook in self.hooks:
+                _active(hook).end_run()
         if hasattr(type(self.module), "_reset_stateful_cache"):
             self._original("_reset_stateful_cache")(*args, **kwargs)
 
@@ -300,12 +297,10 @@ def refuse_accelerated(modules: Iterable[Any]) -> None:
 
 @contextmanager
 def still(modules: Iterable[Any]) -> Iterator[None]:
-    """Within it no other thread is inside of these modules' calls, during which proxies may stand in their trees."""
+    """Within it no other thread is inside of these modules' hooks, during which proxies may stand in their trees."""
     with ExitStack() as stack:
         for module in modules:
-            calls = module.__dict__.get(_KEY)
-            if calls is not None:
-                stack.enter_context(calls.lock)
+            stack.enter_context(_lock_of(module))
         yield
 
 

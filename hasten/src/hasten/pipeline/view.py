@@ -9,7 +9,6 @@ callback of a call asks the transformer itself is nobody's step.
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import sys
 import threading
@@ -33,7 +32,6 @@ __all__ = [
     "call_arguments",
     "current_owner",
     "denoisers",
-    "others_inside",
     "same_memory",
     "unwrap",
 ]
@@ -191,25 +189,6 @@ def alive(owners: Iterable[Owner]) -> set[Owner]:
         frame = frame.f_back
     threads = {thread.ident for thread in threading.enumerate()}
     return {o for o in owners if (o.frame is None or o.frame in frames if o.thread == here else o.thread in threads)}
-
-
-def others_inside(module: nn.Module) -> bool:
-    """Whether another thread is within the module's own forward."""
-    code, here = getattr(inspect.unwrap(type(module).forward), "__code__", None), threading.get_ident()
-    collects = gc.isenabled()
-    gc.disable()  # see `alive`
-    try:
-        latest = sys._current_frames()
-    finally:
-        if collects:
-            gc.enable()
-    for thread, top in latest.items():
-        frame: FrameType | None = None if thread == here else top
-        while frame is not None:
-            if frame.f_code is code and _first_argument(frame) is module:
-                return True
-            frame = frame.f_back
-    return False
 
 
 def unwrap(module: Any) -> Any:

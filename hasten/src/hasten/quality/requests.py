@@ -128,7 +128,6 @@ class Requests:
         quality, computed_steps = _accepted("describe", quality, computed_steps)
         if self._staged is not None and (quality, computed_steps) == (None, None):
             return {"method": self._expression()}
-        self._check_open()
         setting = self._made(quality, computed_steps)[0]
         if call is not None:
             setting.check_arguments(call, self._modules, None if self._home is None else self._home.pipe)
@@ -141,18 +140,21 @@ class Requests:
         if self._staged is not None and (quality, computed_steps) == (None, None):
             yield next(iter(self._modules.values())) if self._home is None else self._home.pipe
             return
-        self._check_open()
-        setting, hooks = self._made(quality, computed_steps)
+        with still(self._modules.values()):  # it is not removed meanwhile
+            setting, hooks = self._made(quality, computed_steps)
+            lane = self._lane(setting)
         with instead(hooks):
-            yield self._lane(setting)
+            yield lane
 
-    def _check_open(self) -> None:
+    def _open(self) -> Setting:
+        """The setting of all calls, of an acceleration that is at work and can have others."""
         if self._staged is not None:
             raise ConfigError(
                 "a resolution method or LEAP is at work, and is for all calls alike; ask for nothing else"
             )
         if self._setting is None:
             raise ConfigError("the acceleration was removed; accelerate the pipeline again")
+        return self._setting
 
     @contextmanager
     def _full(self) -> Iterator[Any]:
@@ -164,17 +166,15 @@ class Requests:
         """A setting and its hooks, which are made once; features and records are of runs, so that calls may share."""
         key = (quality, computed_steps)
         if key == (None, None):
-            assert self._setting is not None
-            return self._setting, {}
-        with self._lock:
+            return self._open(), {}
+        with still(self._modules.values()), self._lock:
             if key in self._instead:
                 return self._instead[key]
-            with still(self._modules.values()):
-                setting = self._chosen(quality, computed_steps)
-                hooks: dict[Hook, Hook] = {
-                    engine: engine.beside(setting.method, partial(self._begin, setting, name, self._modules[name]))
-                    for name, engine in self._engines.items()
-                }
+            setting = self._chosen(self._open(), quality, computed_steps)
+            hooks: dict[Hook, Hook] = {
+                engine: engine.beside(setting.method, partial(self._begin, setting, name, self._modules[name]))
+                for name, engine in self._engines.items()
+            }
             while len(self._instead) >= MOST_SETTINGS:  # calls under way hold theirs
                 self._instead.pop(next(iter(self._instead)))
             self._instead[key] = setting, hooks
@@ -201,15 +201,14 @@ class Requests:
         """The setting of all calls, where it is not just the methods at work."""
         return self._text
 
-    def _chosen(self, quality: str | None, computed_steps: int | None) -> Setting:
-        assert self._setting is not None
+    def _chosen(self, own: Setting, quality: str | None, computed_steps: int | None) -> Setting:
         if quality is not None and computed_steps is not None:
             raise ConfigError(
                 f"quality={quality!r} decides how many steps are computed; leave out one of it and computed_steps"
             )
         if quality is None:
             assert computed_steps is not None
-            return self._setting.with_computed_steps(computed_steps)
+            return own.with_computed_steps(computed_steps)
         if self._home is None and quality != EXACT:
             raise ConfigError("a certificate is for a pipeline's calls; accelerate the pipeline itself")
         return find(quality, None if self._home is None else self._home.pipe, self._modules, self._scheduler)

@@ -89,6 +89,7 @@ class KVPolicy:
         self._attended = False  # since the latest chunk was appended; True before the first forward, too
         self._begun = False
         self._prepared: Prepared | None = None
+        self._room: tuple[int, int] | None = None  # frames of the last forward, and keys besides
         self._forget_choice()
 
     def _forget_choice(self) -> None:
@@ -231,9 +232,12 @@ class KVPolicy:
         held = self.cache.stored[0].permute(0, 2, 3, 1, 4) if len(self.cache) else keys
         for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
             check_frames(name, tensor, held)
+        if keys.shape != values.shape:
+            raise ConfigError(f"keys {list(keys.shape)} and values {list(values.shape)} are not of the same frames")
         if extra is not None:
             _check_extra(extra, held)
         current = Current(queries, keys, values, extra)
+        self._fit_room(current)
         marks = [self._clock.mark(queries)]
         chosen = self.select(queries, keys)
         marks.append(self._clock.mark(queries))
@@ -249,6 +253,13 @@ class KVPolicy:
         self.view.step += 1
         self._attended = self._begun = True
         return out
+
+    def _fit_room(self, current: Current) -> None:
+        """Choose and pack anew where a forward brings another number of frames, or of keys besides, than the last."""
+        room = current.queries.shape[1], 0 if current.extra is None else current.extra[0].shape[1]
+        if room != self._room:
+            self._forget_choice()
+            self._room = room
 
     def _count(self, current: Current, chosen: Selection | None) -> None:
         held, past = len(self.cache), self.cache.whole

@@ -31,6 +31,7 @@ REPORT_EVERY = 64
 SMALLEST_TABLE = 128  # rows of a table that is not worth compacting
 SQUARE = 4096  # rows of a table of which both triangles are kept
 KEPT = 0.5  # share of rows that are left when a table is compacted
+LEAST = 2.0**-53  # share of a cluster in a merge
 READ = 64  # rows that are kept as they were read; a chain goes back to those that it read last
 
 
@@ -71,7 +72,7 @@ def link_distances(distances: Floats, weights: Floats, progress: Progress | None
         i, j, row = _mutual_neighbours(table, chain)
         a, b = pairs[merged] = table.points[[i, j]]
         heights[merged] = row[i]
-        share = weight[a] / (weight[a] + weight[b])
+        share = min(max(weight[a] / (weight[a] + weight[b]), LEAST), 1 - LEAST)  # none times infinity is no number
         row *= 1 - share
         row += share * table.row(i)
         table.merge(i, j, row)
