@@ -72,7 +72,8 @@ def link_distances(distances: Floats, weights: Floats, progress: Progress | None
         i, j, row = _mutual_neighbours(table, chain)
         a, b = pairs[merged] = table.points[[i, j]]
         heights[merged] = row[i]
-        share = min(max(weight[a] / (weight[a] + weight[b]), LEAST), 1 - LEAST)  # none times infinity is no number
+        share = weight[a] / (weight[a] + weight[b])
+        share = min(max(share, LEAST), 1 - LEAST)  # none times infinity is no number
         row *= 1 - share
         row += share * table.row(i)
         table.merge(i, j, row)
