@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -127,3 +128,36 @@ def test_the_kernel_does_the_same_in_tritons_interpreter():
     code, environment = KERNEL.format(tests=os.path.dirname(__file__)), {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "same", done.stderr
+
+
+def test_the_kernel_compiles_for_numbers_and_for_channels():
+    """The interpreter runs Python, which forgives what the compiler does not; compiling needs no GPU."""
+    pytest.importorskip("triton")
+    from hasten.caching import kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    for channels in (False, True):
+        for dtype in ("fp32", "bf16", "fp16"):
+            signature = {"out": f"*{dtype}", **{f"f{i}": f"*{dtype}" for i in range(kernel.MOST)}}
+            signature |= {f"w{i}": "*fp32" if channels else "fp32" for i in range(kernel.MOST)}
+            signature |= {"size": "i32", "width": "i32", **dict.fromkeys(("K", "CHANNELS", "BLOCK"), "constexpr")}
+            constants = {"K": kernel.MOST, "CHANNELS": channels, "BLOCK": 1024}
+            built = compile(ASTSource(kernel._sum, signature, constants), target=GPUTarget("cuda", 90, 32))
+            assert "ld.global" in built.asm["ptx"]
+
+
+def test_a_kernel_that_cannot_weight_channels_is_left_out(monkeypatch):
+    """Triton 3.6 on an H200 summed with numbers, and failed at the first vector, in the middle of a run."""
+
+    def numbers_alone(features, weights):
+        if isinstance(weights[0], torch.Tensor):
+            raise TypeError("invalid operands of type pointer<fp32> and triton.language.float32")
+        return sums._chunked(list(zip(features, weights, strict=True)))
+
+    line = torch.linspace(-1, 1, 96)
+    monkeypatch.setattr(sums, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch, "linspace", lambda *args, device: line)  # there may be no such device here
+    monkeypatch.setitem(sys.modules, "hasten.caching.kernel", types.SimpleNamespace(fused_sum=numbers_alone))
+    with pytest.warns(sums.HastenWarning, match="pointer"):
+        assert not sums.fused_on.__wrapped__(torch.device("cuda"))
