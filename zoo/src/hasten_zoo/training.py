@@ -106,6 +106,7 @@ class Training:
         self.generator = torch.Generator(self.device).manual_seed(self.settings.seed)
         self.steps = self.samples = 0
         self.warm_from = 0  # the step at which the optimizer was fresh
+        self.fallen = 1.0  # share of the rate that is left of a run that ends with its time; see `run`
 
     @property
     def learning_rate(self) -> float:
@@ -115,7 +116,7 @@ class Training:
         if s.cooldown is not None:
             start, length = s.cooldown
             rate *= min(1.0, max(0.0, 1 - (self.samples - start) / length))
-        return rate
+        return rate * self.fallen
 
     def step(self) -> Loss:
         """One optimizer step."""
@@ -225,6 +226,7 @@ def run(
     fallback: Callable[[], tuple[dict[str, Tensor], int, int]] | None = None,
     checkpoint_minutes: float = 5.0,
     log_every: int = 50,
+    fall: float = 0.0,
 ) -> None:
     """Train until `samples` were seen or the time is over; goes on from what it finds.
 
@@ -236,6 +238,7 @@ def run(
         fallback: weights, steps and samples to start from if there is no checkpoint; see `load_half`.
         checkpoint_minutes: between two checkpoints.
         log_every: steps per line of the log.
+        fall: share of `minutes`, at the end, over which the rate falls to zero; for a run that nothing follows.
     """
     if (folder / CHECKPOINT).exists():
         training.restore(torch.load(folder / CHECKPOINT, weights_only=True, map_location=training.device))
@@ -245,6 +248,8 @@ def run(
     seen, sums, counts = training.samples, {}, {}  # type: ignore[var-annotated]
     with _stopping() as asked:
         while training.samples < samples and time.monotonic() - started < 60 * minutes and not asked:
+            if fall:
+                training.fallen = min(1.0, max(0.0, 1 - (time.monotonic() - started) / (60 * minutes)) / fall)
             loss = training.step()
             for name, value in {"loss": loss.value, **loss.parts}.items():
                 key = f"{name}/{loss.kind}"
@@ -275,7 +280,8 @@ def add_options(parser: argparse.ArgumentParser, out: Path, samples: int, batch:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="no bfloat16")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks (a GPU)")
+    parser.add_argument("--fall", type=float, default=0.0, help="share of --minutes over which the rate falls to zero")
     parser.add_argument("--committed", type=Path, default=committed, help="weights to go on from without a checkpoint")
     parser.add_argument("--export", type=Path, help="only write the averaged weights of the last checkpoint here")
 
@@ -284,10 +290,13 @@ def run_with(
     args: argparse.Namespace, training: Training, parts: Mapping[str, Any], folder: Path, samples: int
 ) -> None:
     """Train as the options of `add_options` ask, from the committed weights of `parts` where there is no checkpoint."""
-    if args.compile:
-        parts["transformer"].compile()
+    if args.compile:  # block by block, and all sizes share their graphs: compiling takes long enough as it is
+        for stack in (part for part in parts["transformer"].children() if isinstance(part, nn.ModuleList)):
+            for block in stack:
+                block.compile(dynamic=True)
     known = (args.committed / "transformer").is_dir()
-    run(training, folder, samples, args.minutes, (lambda: load_half(parts, args.committed)) if known else None)
+    fallback = (lambda: load_half(parts, args.committed)) if known else None
+    run(training, folder, samples, args.minutes, fallback, fall=args.fall)
 
 
 def _save(training: Training, folder: Path) -> None:
