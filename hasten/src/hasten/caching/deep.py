@@ -19,7 +19,7 @@ from torch import nn
 from hasten.caching.memory import PassMemory
 from hasten.caching.sites import PlainSite
 from hasten.errors import AdapterError
-from hasten.models import Proxy, deep_part
+from hasten.models import Here, Proxy, deep_part
 from hasten.models.blocks import swapped
 from hasten.models.forms import Form
 from hasten.pipeline.hooks import Forward
@@ -30,12 +30,12 @@ __all__ = ["DeepSite"]
 class _Level(Proxy):
     """Stands for one inner level."""
 
-    def __init__(self, original: nn.Module, respond: Callable[[nn.Module, Any, Any], Any]) -> None:
-        super().__init__(original)
-        self.__dict__["respond"] = respond
+    def __init__(self, original: nn.Module, here: Here, answer: Callable[[nn.Module, Any, Any], Any]) -> None:
+        super().__init__(original, here)
+        self.__dict__["answer"] = answer
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.respond(self.original, args, kwargs)
+    def respond(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answer(self.original, args, kwargs)
 
 
 class DeepSite(PlainSite):
@@ -56,7 +56,7 @@ class DeepSite(PlainSite):
                 "modules of their own (looked for lists `down_blocks` and `up_blocks` of two or more levels); "
                 "use site='output', or site='hidden' for a transformer"
             )
-        self._model, self._part = model, part
+        self._model, self._part, self._here = model, part, Here()
         self._memory: PassMemory | None = None
         self._computing = True
         self._levels: dict[str, _Level] = {}
@@ -70,7 +70,7 @@ class DeepSite(PlainSite):
     def _run(self, forward: Forward, args: Any, kwargs: Any, memory: PassMemory, computing: bool) -> Any:
         self._memory, self._computing = memory, computing
         try:
-            with swapped([self._swap(path) for path in self._part.modules]):
+            with swapped([self._swap(path) for path in self._part.modules], self._here):
                 return forward(*args, **kwargs)
         finally:
             self._memory = None
@@ -82,10 +82,10 @@ class DeepSite(PlainSite):
         assert original is not None
         level = self._levels.get(path)
         if level is None or level.original is not original:
-            level = self._levels[path] = _Level(original, lambda *call: self._respond(path, *call))
+            level = self._levels[path] = _Level(original, self._here, lambda *call: self._answer(path, *call))
         return owner, name, level
 
-    def _respond(self, path: str, original: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _answer(self, path: str, original: nn.Module, args: Any, kwargs: Any) -> Any:
         memory, last = self._memory, path == self._part.last
         assert memory is not None
         if self._computing:

@@ -24,7 +24,7 @@ from hasten import models
 from hasten.caching.memory import PassMemory, finite
 from hasten.caching.sums import add_into
 from hasten.errors import AdapterError
-from hasten.models import BlockStack, FinalNorm, ModelAdapter, Proxy, patch_size
+from hasten.models import BlockStack, FinalNorm, Here, ModelAdapter, Proxy, patch_size
 from hasten.models.blocks import Skipped, streams_in, swapped
 from hasten.models.forms import Form
 from hasten.pipeline.hooks import Forward
@@ -89,12 +89,12 @@ class _Recorder(Proxy):
     """Runs the last block and keeps the streams that come out."""
 
     def __init__(self, original: nn.Module, stack: BlockStack) -> None:
-        super().__init__(original)
+        super().__init__(original, Here())
         self.stack = stack
         self.record: Callable[[dict[str, Tensor]], None] | None = None
         self.seen: list[dict[str, Tensor]] = []  # where a compiler traces, which takes out what is put into a list
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def respond(self, *args: Any, **kwargs: Any) -> Any:
         output = self.original(*args, **kwargs)
         streams = streams_in(self.stack, output)
         if self.record is None:  # the model may go on to work in place
@@ -226,7 +226,7 @@ class HiddenSite(PlainSite):
             recorder = self._recorder = _Recorder(block, stack)
         recorder.record = partial(_record, memory, self._norm) if self.compiled is None else None
         try:
-            with swapped([(container, last, recorder)]):
+            with swapped([(container, last, recorder)], recorder.here):
                 result = (self.compiled or forward)(*args, **kwargs)
             for streams in recorder.seen:
                 _record(memory, self._norm, streams)

@@ -20,7 +20,7 @@ from hasten.caching.method import Feature
 from hasten.caching.sites import Decide, Site, forecast_streams, stream_key
 from hasten.caching.sums import add_into
 from hasten.errors import AdapterError, ConfigError
-from hasten.models import BlockStack, ModelAdapter, Proxy
+from hasten.models import BlockStack, Here, ModelAdapter, Proxy
 from hasten.models.blocks import (
     answer,
     encoder_of,
@@ -51,10 +51,10 @@ class _Capture(Proxy):
     """Stands for a block's attention and ends the forward with the image tokens that the attention was about to get."""
 
     def __init__(self, original: nn.Module, place: int) -> None:
-        super().__init__(original)
+        super().__init__(original, Here())
         self._place = place  # of the image tokens among the streams
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def respond(self, *args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         raise _Seen(kwargs["hidden_states"] if "hidden_states" in kwargs else tensors[self._place])
 
@@ -71,7 +71,8 @@ def modulated_input(block: nn.Module, stack: BlockStack, args: Any, kwargs: Any)
             "hasten.models.register, or use a method without a modulated input, such as fbcache"
         )
     place = streams.index("image") if "image" in streams else 0
-    with swapped([(owner, attention, _Capture(getattr(owner, attention), place))]):
+    capture = _Capture(getattr(owner, attention), place)
+    with swapped([(owner, attention, capture)], capture.here):
         try:
             eager._call_impl(*args, **kwargs)  # with its hooks: they may bring the weights (`fully_shard`)
         except _Seen as seen:
@@ -83,11 +84,11 @@ class _Block(Proxy):
     """One block of the span or in front of it."""
 
     def __init__(self, original: nn.Module, stack: BlockStack, position: int, site: SpanSite) -> None:
-        super().__init__(original)
+        super().__init__(original, site.here)
         self.stack, self.position = stack, position
         self.__dict__["site"] = site
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def respond(self, *args: Any, **kwargs: Any) -> Any:
         return self.site.block(self, args, kwargs)
 
 
@@ -126,6 +127,7 @@ class SpanSite(Site):
         if adapter is None:
             models.require_stacks(model)
         self._model, self.adapter, self._feature, self._verified = model, adapter, feature, verified
+        self.here = Here()
         self._proxies: dict[str, nn.Module] = {}
         self._last = -1
         self._clear()
@@ -153,7 +155,7 @@ class SpanSite(Site):
         self._memory, self._decide = memory, decide
         stacks = self.adapter.used(self._model)
         try:
-            with swapped([(*stack.holder(self._model), self._blocks(stack, stacks)) for stack in stacks]):
+            with swapped([(*stack.holder(self._model), self._blocks(stack, stacks)) for stack in stacks], self.here):
                 result = forward(*args, **kwargs)
             if self._entry is None:  # all blocks were left out
                 decide(None)

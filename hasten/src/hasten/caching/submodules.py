@@ -13,7 +13,7 @@ from torch import nn
 from hasten.caching.memory import PassMemory
 from hasten.caching.sites import PlainSite
 from hasten.errors import AdapterError
-from hasten.models import ModelAdapter, Proxy
+from hasten.models import Here, ModelAdapter, Proxy
 from hasten.models.blocks import owner_of, swapped
 from hasten.models.forms import Form
 from hasten.pipeline.hooks import Forward
@@ -25,11 +25,11 @@ class _Submodule(Proxy):
     """An attention or feed-forward of the module site."""
 
     def __init__(self, original: nn.Module, site: ModuleSite, key: str, forecast: bool) -> None:
-        super().__init__(original)
+        super().__init__(original, site.here)
         self.__dict__["site"] = site
         self.key, self.forecast = key, forecast
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def respond(self, *args: Any, **kwargs: Any) -> Any:
         if self.site.computing:
             output = self.original(*args, **kwargs)
             self.site.record(self, output)
@@ -46,7 +46,7 @@ class ModuleSite(PlainSite):
                 f"site 'module' needs a registered family and {type(model).__name__} is none; "
                 "use site='hidden' or 'output', or describe the family with hasten.models.register"
             )
-        self._model, self.adapter = model, adapter
+        self._model, self.adapter, self.here = model, adapter, Here()
         missing = [stack.name for stack in adapter.stacks if stack.modules is None]
         if missing:
             raise AdapterError(
@@ -92,7 +92,7 @@ class ModuleSite(PlainSite):
         self._memory, self.computing = memory, computing
         self._calls.clear()
         try:
-            with swapped(self._swaps()):
+            with swapped(self._swaps(), self.here):
                 return forward(*args, **kwargs)
         finally:
             self._memory = None

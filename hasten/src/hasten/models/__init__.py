@@ -8,7 +8,7 @@ from hasten.models.adapter import BlockModules, BlockStack, LayoutKind, ModelAda
 from hasten.models.final_norm import FinalNorm, final_norm
 from hasten.models.layout import TokenLayout, layout_of, patch_size
 from hasten.models.probe import require_stacks, root_arguments, trace
-from hasten.models.proxy import Proxy
+from hasten.models.proxy import Here, Proxy
 from hasten.models.registry import find, register, registered
 from hasten.models.unet import DeepPart, deep_part, is_unet
 
@@ -17,6 +17,7 @@ __all__ = [
     "BlockStack",
     "DeepPart",
     "FinalNorm",
+    "Here",
     "LayoutKind",
     "ModelAdapter",
     "Proxy",

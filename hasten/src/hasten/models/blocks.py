@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hasten.models.adapter import BlockStack, ModelAdapter
-from hasten.models.proxy import Proxy
+from hasten.models.proxy import Here, Proxy
 
 __all__ = [
     "Skipped",
@@ -36,9 +36,15 @@ NOWHERE = 1 << 30  # the position of an argument that there is none of
 
 
 @contextmanager
-def swapped(changes: list[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
-    """Put modules in the places of children, and the children back in the end, unless somebody put others there."""
+def swapped(changes: list[tuple[nn.Module, str, nn.Module]], here: Here) -> Iterator[None]:
+    """Put modules in the places of children, and the children back in the end, unless somebody put others there.
+
+    Args:
+        changes: parent, name of the child, and what stands for it: a proxy, or a container of proxies.
+        here: of these proxies, which answer on this thread alone.
+    """
     originals = [parent._modules[name] for parent, name, _ in changes]
+    outer, here.inside = here.inside, True
     try:
         for parent, name, module in changes:
             parent._modules[name] = module
@@ -47,6 +53,7 @@ def swapped(changes: list[tuple[nn.Module, str, nn.Module]]) -> Iterator[None]:
         for (parent, name, module), original in zip(changes, originals, strict=True):
             if parent._modules[name] is module:
                 parent._modules[name] = original
+        here.inside = outer
 
 
 def filled_like(container: nn.Module, blocks: list[nn.Module]) -> nn.Module:
@@ -148,8 +155,8 @@ class _PassThrough(Proxy):
     Every block of every skipped step comes here: no more is done than is needed, and not by way of `nn.Module`'s call.
     """
 
-    def __init__(self, original: nn.Module, stack: BlockStack) -> None:
-        super().__init__(original)
+    def __init__(self, original: nn.Module, stack: BlockStack, here: Here) -> None:
+        super().__init__(original, here)
         self._streams, self._alone = stack.returns, len(stack.returns) == 1 and not stack.wrapped
         self._places = tuple(_place(stack, original, name) for name in stack.returns)
         names = [name for name, _ in self._places]
@@ -157,8 +164,11 @@ class _PassThrough(Proxy):
         self._pair = names if len(names) == 2 and None not in names else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._pair is not None:
-            one, other = self._pair
+        if not self.here.inside:
+            return self.original(*args, **kwargs)
+        pair = self._pair
+        if pair is not None:
+            one, other = pair
             if one in kwargs and other in kwargs:
                 return kwargs[one], kwargs[other]
         given = []
@@ -176,11 +186,15 @@ def _place(stack: BlockStack, block: nn.Module, stream: str | None) -> tuple[str
 class _Last(_PassThrough):
     """The last block of a skipped forward: returns the forecast streams."""
 
-    def __init__(self, original: nn.Module, stack: BlockStack, forecast: Callable[[], Mapping[str, Tensor]]) -> None:
-        super().__init__(original, stack)
+    def __init__(
+        self, original: nn.Module, stack: BlockStack, here: Here, forecast: Callable[[], Mapping[str, Tensor]]
+    ) -> None:
+        super().__init__(original, stack, here)
         self.forecast = forecast
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.here.inside:
+            return self.original(*args, **kwargs)
         streams = self.forecast()
         given: list[Any] = []
         for stream, (name, index) in zip(self._streams, self._places, strict=True):
@@ -195,7 +209,7 @@ class _Beside(_PassThrough):
     """A block beside the stacks: does nothing until the forecast is there, and what it always did from then on."""
 
     def __init__(self, original: nn.Module, stack: BlockStack, skipped: Skipped) -> None:
-        super().__init__(original, stack)
+        super().__init__(original, stack, skipped.here)
         self.__dict__["skipped"] = skipped
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -215,6 +229,7 @@ class Skipped:
         self._model, self._adapter, self._given = model, adapter, forecast
         self._proxies: dict[str, nn.Module] = {}
         self._originals: dict[str, list[nn.Module]] = {}
+        self.here = Here()
         self.asked = False  # whether the forward under way has come to the last block
 
     @contextmanager
@@ -226,7 +241,7 @@ class Skipped:
         changes = [
             (*stack.holder(model), self._filled(stack, blocks, stack is last)) for stack, blocks in kept if blocks
         ]
-        with swapped(changes):
+        with swapped(changes, self.here):
             yield
 
     def _filled(self, stack: BlockStack, blocks: list[nn.Module], last: bool) -> nn.Module:
@@ -235,10 +250,10 @@ class Skipped:
         if len(known) != len(blocks) or not all(map(is_, known, blocks)):
             self._originals[stack.name] = blocks
             proxies: list[nn.Module] = [
-                _Beside(block, stack, self) if stack.side else _PassThrough(block, stack) for block in blocks
+                _Beside(block, stack, self) if stack.side else _PassThrough(block, stack, self.here) for block in blocks
             ]
             if last:
-                proxies[-1] = _Last(blocks[-1], stack, self._forecast)
+                proxies[-1] = _Last(blocks[-1], stack, self.here, self._forecast)
             self._proxies[stack.name] = filled_like(stack.container(self._model), proxies)
         return self._proxies[stack.name]
 

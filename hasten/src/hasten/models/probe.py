@@ -21,7 +21,7 @@ from hasten.errors import AdapterError
 from hasten.models.adapter import BlockStack, ModelAdapter
 from hasten.models.blocks import Skipped, streams_in, swapped
 from hasten.models.forms import tensors_in
-from hasten.models.proxy import Proxy
+from hasten.models.proxy import Here, Proxy
 
 __all__ = ["require_stacks", "root_arguments", "trace"]
 
@@ -117,12 +117,12 @@ def _remedy(model: nn.Module, stacks: list[BlockStack]) -> str:
 class _Watch(Proxy):
     """Stands in for one block while the forward is watched."""
 
-    def __init__(self, block: nn.Module, seen: _Seen, position: int) -> None:
-        super().__init__(block)
+    def __init__(self, block: nn.Module, here: Here, seen: _Seen, position: int) -> None:
+        super().__init__(block, here)
         self.__dict__["seen"] = seen
         self.position = position
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def respond(self, *args: Any, **kwargs: Any) -> Any:
         output = self.original(*args, **kwargs)
         self.seen.note(self, args, kwargs, output)
         return output
@@ -220,7 +220,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 def _watch(model: nn.Module, paths: list[str], run: Callable[[], Any]) -> tuple[Any, list[_Seen], dict[str, Any]]:
     """Run a forward, and say what was seen of some lists and what left each of them in the end."""
-    total, clock = _weight(model) or 1, [0]
+    total, clock, here = _weight(model) or 1, [0], Here()
     seen: list[_Seen] = []
     changes: list[tuple[nn.Module, str, nn.Module]] = []
     for path in paths:
@@ -228,8 +228,8 @@ def _watch(model: nn.Module, paths: list[str], run: Callable[[], Any]) -> tuple[
         entry = _Seen(path, _weight(container) / total, clock)
         seen.append(entry)
         blocks = [(name, block) for name, block in container._modules.items() if block is not None]
-        changes += [(container, name, _Watch(block, entry, i)) for i, (name, block) in enumerate(blocks)]
-    with swapped(changes):
+        changes += [(container, name, _Watch(block, here, entry, i)) for i, (name, block) in enumerate(blocks)]
+    with swapped(changes, here):
         output = run()
     return output, seen, {entry.path: entry.latest for entry in seen}
 

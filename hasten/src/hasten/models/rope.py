@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from torch import Tensor
 
 from hasten.errors import AdapterError, ConfigError
-from hasten.models.proxy import Proxy
+from hasten.models.blocks import swapped
+from hasten.models.proxy import Here, Proxy
 
 __all__ = ["PositionProxy", "position_proxy", "rotary", "use_positions"]
 
@@ -45,11 +46,11 @@ class PositionProxy(Proxy):
     """
 
     def __init__(self, original: QwenEmbedRope, positions: Tensor, text_start: int, device: torch.device) -> None:
-        super().__init__(original)
+        super().__init__(original, Here())
         self.image = rotary(positions, original.axes_dim, original.theta).to(device)
         self.text_start = text_start
 
-    def forward(self, video_fhw: Any, device: torch.device | None = None, max_txt_seq_len: Any = None) -> Any:
+    def respond(self, video_fhw: Any, device: torch.device | None = None, max_txt_seq_len: Any = None) -> Any:
         """The factors of the image tokens and of the text; `video_fhw` is not used."""
         if max_txt_seq_len is None:
             raise AdapterError("the transformer asked for positions without the length of its text (max_txt_seq_len)")
@@ -78,16 +79,10 @@ def position_proxy(transformer: Any, positions: Tensor, text_start: int, device:
     return PositionProxy(own, positions, text_start, device)
 
 
-@contextmanager
-def use_positions(transformer: Any, proxy: PositionProxy) -> Iterator[None]:
+def use_positions(transformer: Any, proxy: PositionProxy) -> AbstractContextManager[None]:
     """Put the proxy in the place of `pos_embed` until the end of the `with`, also if the forward fails.
 
     `img_shapes` is then used for one thing only: models that modulate the references apart (`zero_cond_t`) split the
     tokens by its products; give `[(1, 1, n), ...]` with the true number of tokens `n` of each image.
     """
-    own = transformer.pos_embed
-    transformer.pos_embed = proxy
-    try:
-        yield
-    finally:
-        transformer.pos_embed = own
+    return swapped([(transformer, "pos_embed", proxy)], proxy.here)

@@ -14,8 +14,11 @@ import torch
 from torch import nn
 
 from hasten.errors import CopyError, HastenWarning
+from hasten.pipeline.view import first_argument
 
 __all__ = ["Watch", "copy_error"]
+
+_CALL = nn.Module._call_impl.__code__
 
 
 def copy_error(module: Any) -> CopyError:
@@ -77,7 +80,7 @@ class Watch:
                 self._settled = True
                 for other in set(self._handles) - {name}:
                     self._handles.pop(other).remove()
-        elif self._within_forward():
+        elif self._came_past():
             self.remove()
             kind = type(self._module()).__name__
             warnings.warn(
@@ -87,11 +90,16 @@ class Watch:
                 stacklevel=5,
             )
 
-    def _within_forward(self) -> bool:
-        """Whether the module's forward is under way, or a submodule is called on its own."""
+    def _came_past(self) -> bool:
+        """Whether the module's forward is under way without its call.
+
+        It is not where a submodule is called on its own, nor in a call that began before the hooks came.
+        """
+        module, forward = self._module(), False
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            if frame.f_code is self._code:
-                return True
+            forward |= frame.f_code is self._code
+            if forward and frame.f_code is _CALL and first_argument(frame) is module:
+                return False
             frame = frame.f_back
-        return False
+        return forward

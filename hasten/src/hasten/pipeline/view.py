@@ -32,6 +32,7 @@ __all__ = [
     "call_arguments",
     "current_owner",
     "denoisers",
+    "first_argument",
     "same_memory",
     "unwrap",
 ]
@@ -72,11 +73,12 @@ def _executes_pipeline(frame: FrameType) -> bool:
     code = frame.f_code
     known = _known.get(id(code))
     if known is None:
-        known = _known[id(code)] = (code, isinstance(_first_argument(frame), (DiffusionPipeline, ModularPipeline)))
+        known = _known[id(code)] = (code, isinstance(first_argument(frame), (DiffusionPipeline, ModularPipeline)))
     return known[1]
 
 
-def _first_argument(frame: FrameType) -> Any:
+def first_argument(frame: FrameType) -> Any:
+    """What a frame has as its first argument, of a method its object; None without one."""
     if not frame.f_code.co_argcount:
         return None
     local = frame.f_locals
@@ -110,7 +112,7 @@ class Caller:
     @property
     def pipe(self) -> Any:
         """The pipeline whose call it is; None in a loop of the user's own."""
-        return None if self.frame is None else _first_argument(self.frame)
+        return None if self.frame is None else first_argument(self.frame)
 
     @property
     def timesteps(self) -> Any:
@@ -151,7 +153,7 @@ def _code_of(callback: Any) -> CodeType | None:
 def _locals(frame: FrameType, names: Iterable[str]) -> dict[str, Any]:
     local = frame.f_locals
     found = {name: local[name] for name in names if name in local}
-    if isinstance(local, dict):  # see `_first_argument`
+    if isinstance(local, dict):  # see `first_argument`
         local.clear()
     return found
 
