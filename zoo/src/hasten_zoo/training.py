@@ -30,7 +30,18 @@ from hasten.io import add_line, check_sealed, read_json, write_atomically, write
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Loss", "Settings", "Training", "add_options", "attention_for", "load_half", "run", "run_with", "save_half"]
+__all__ = [
+    "Loss",
+    "Settings",
+    "Training",
+    "add_options",
+    "attention_for",
+    "captured",
+    "load_half",
+    "run",
+    "run_with",
+    "save_half",
+]
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -40,6 +51,24 @@ POSITION = "training.json"
 def attention_for(device: str) -> AbstractContextManager[Any]:
     """For few tokens plain products are faster on a CPU than the fused kernel, whose backward pass is slow."""
     return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+
+
+def captured(module: nn.Module, *samples: Tensor) -> Any:
+    """A module's forward and backward as CUDA graphs; the module itself, with a note, where that cannot be.
+
+    A small model's step is thousands of short kernels, and launching them takes longer than running them.
+
+    Args:
+        module: without hooks, whose parameters learn in bfloat16 autocast.
+        samples: arguments of the shapes and dtypes that it will always be given, on its device.
+    """
+    try:
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            return torch.cuda.make_graphed_callables(module, samples, allow_unused_input=True)
+    except Exception as error:  # slower, and as good
+        print(f"not captured, goes on without: {type(error).__name__}: {error}", flush=True)
+        torch.cuda.synchronize()
+        return module
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Train `emoji-styles` (resumable; CPU or GPU) or export its weights.
 
     python -m hasten_zoo.emoji_styles.train --minutes 120                        # two hours on one core
-    python -m hasten_zoo.emoji_styles.train --device cuda --minutes 8 --batch 512 --compile
+    python -m hasten_zoo.emoji_styles.train --device cuda --minutes 8 --batch 512 --graph
     python -m hasten_zoo.emoji_styles.train --export zoo/src/hasten_zoo/emoji_styles/weights
     python -m hasten_zoo.emoji_styles.train --cooldown 100000                    # the last decay of the rate, on a copy
 
@@ -30,7 +30,17 @@ from hasten_zoo.emoji_styles.data import PACKAGES, EmojiStyles, load_emoji_style
 from hasten_zoo.emoji_styles.latents import Latents, load_latents
 from hasten_zoo.emoji_styles.model import LEARNING, TEXT_TOKENS, build_pipeline, build_tokenizer, shift
 from hasten_zoo.emoji_styles.vae import EmojiVAE
-from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, add_options, attention_for, run_with, save_half
+from hasten_zoo.training import (
+    CHECKPOINT,
+    Loss,
+    Settings,
+    Training,
+    add_options,
+    attention_for,
+    captured,
+    run_with,
+    save_half,
+)
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHARES = {64: 0.12, 128: 0.8, 192: 0.08}  # of the batches
@@ -90,13 +100,33 @@ class Objective:
         self.empty = captions.empty.to(device)
         self.sizes = sorted(self.values)
         self.shares = torch.tensor([SHARES[size] for size in self.sizes], device=device)
-        self.positions = {size: image_positions(size, device) for size in self.sizes}
+        self.velocities: dict[int, Any] = {size: Velocity(net, image_positions(size, device)) for size in self.sizes}
+        self.ahead: list[int] = []
         self.device = device
 
+    def capture(self) -> None:
+        """Record forward and backward of each size as CUDA graphs, which launch a step at once (`net` is there)."""
+        for size, velocity in self.velocities.items():
+            n, tokens = self.samples(size), (size // 16) ** 2
+            noisy = torch.randn(n, tokens, 4 * self.values[size].shape[2], device=self.device)
+            text = self.empty.long().expand(n, -1).contiguous()
+            self.velocities[size] = captured(velocity, noisy, torch.rand(n, device=self.device), text)
+
+    def samples(self, size: int) -> int:
+        """Of a batch: more tokens, fewer samples."""
+        return self.batch if size <= 128 else -(-self.batch // 2)
+
+    def next_size(self, generator: torch.Generator) -> int:
+        """Of the next batch. A GPU draws many at a time: reading what it drew waits for it."""
+        if not self.ahead:
+            count = 1 if self.device == "cpu" else 256
+            self.ahead = torch.multinomial(self.shares, count, replacement=True, generator=generator).tolist()
+        return self.sizes[self.ahead.pop()]
+
     def __call__(self, generator: torch.Generator) -> Loss:
-        size = self.sizes[int(torch.multinomial(self.shares, 1, generator=generator))]
+        size = self.next_size(generator)
         values, ids = self.values[size], self.ids[size]
-        n = self.batch if size <= 128 else -(-self.batch // 2)  # more tokens, fewer samples
+        n = self.samples(size)
         draw: dict[str, Any] = {"generator": generator, "device": self.device}
         view = torch.randint(len(values), (n,), **draw)
         row = torch.randint(values.shape[1], (n,), **draw)
@@ -109,8 +139,19 @@ class Objective:
         t = shifted_times(n, clean.shape[1], generator)
         noisy = torch.lerp(clean, noise, t[:, None, None])
         with attention_for(self.device):
-            velocity = predict(self.net, noisy, t, text, self.positions[size])
+            velocity = self.velocities[size](noisy, t, text)
         return Loss(F.mse_loss(velocity.float(), noise - clean), n, str(size))
+
+
+class Velocity(nn.Module):
+    """`predict` for one size, with tensors alone as arguments, as a CUDA graph takes them."""
+
+    def __init__(self, net: nn.ModuleDict, positions: Tensor) -> None:
+        super().__init__()
+        self.net, self.positions = net, positions
+
+    def forward(self, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return predict(self.net, noisy, t, text, self.positions)
 
 
 def image_positions(size: int, device: str = "cpu") -> Tensor:
@@ -158,6 +199,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="default: the folder of train_vae, else the committed one")
     parser.add_argument("--latents", type=Path, default=runs / "latents")
     parser.add_argument("--cooldown", type=int, metavar="SAMPLES", help="let the rate fall to zero, in OUT/cooldown")
+    parser.add_argument("--graph", action="store_true", help="record steps as CUDA graphs (a GPU)")
     add_options(parser, runs / "flow", 1_200_000, 32, WEIGHTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -180,6 +222,8 @@ def main() -> None:
     objective = Objective(net, latents, Captions(data, latents, pipe.tokenizer), args.batch, args.device)
     settings = Settings(lr=args.lr, cooldown=cooldown, bfloat16=not args.float32)
     training = Training(net, objective, settings, args.device)
+    if args.graph:
+        objective.capture()
     run_with(args, training, parts, folder, total)
 
 
