@@ -37,6 +37,7 @@ __all__ = [
     "add_options",
     "attention_for",
     "captured",
+    "compile_blocks",
     "load_half",
     "run",
     "run_with",
@@ -69,6 +70,13 @@ def captured(module: nn.Module, *samples: Tensor) -> Any:
         print(f"not captured, goes on without: {type(error).__name__}: {error}", flush=True)
         torch.cuda.synchronize()
         return module
+
+
+def fuse_norms(net: nn.Module) -> None:
+    """Hand float32 to norms that have weights: there is no kernel for them with bfloat16, which autocast gives them."""
+    for module in net.modules():
+        if isinstance(module, nn.RMSNorm) and module.elementwise_affine:
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,8 @@ class Training:
         self.settings = settings or Settings()
         self.device = torch.device(device)
         self.net = net.to(self.device).train()
+        if self.settings.bfloat16:
+            fuse_norms(self.net)
         self.loss = loss
         parameters = [p for p in self.net.parameters() if p.requires_grad]
         groups = [
@@ -315,14 +325,19 @@ def add_options(parser: argparse.ArgumentParser, out: Path, samples: int, batch:
     parser.add_argument("--export", type=Path, help="only write the averaged weights of the last checkpoint here")
 
 
+def compile_blocks(transformer: nn.Module) -> None:
+    """Compile block by block, and all sizes share their graphs: compiling takes long enough as it is."""
+    for stack in (part for part in transformer.children() if isinstance(part, nn.ModuleList)):
+        for block in stack:
+            block.compile(dynamic=True)
+
+
 def run_with(
     args: argparse.Namespace, training: Training, parts: Mapping[str, Any], folder: Path, samples: int
 ) -> None:
     """Train as the options of `add_options` ask, from the committed weights of `parts` where there is no checkpoint."""
-    if args.compile:  # block by block, and all sizes share their graphs: compiling takes long enough as it is
-        for stack in (part for part in parts["transformer"].children() if isinstance(part, nn.ModuleList)):
-            for block in stack:
-                block.compile(dynamic=True)
+    if args.compile:
+        compile_blocks(parts["transformer"])
     known = (args.committed / "transformer").is_dir()
     fallback = (lambda: load_half(parts, args.committed)) if known else None
     run(training, folder, samples, args.minutes, fallback, fall=args.fall)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,14 +11,26 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hasten.bench.subject import Subject
 
-__all__ = ["load_emoji_styles"]
+__all__ = ["load_emoji_styles", "open_styles"]
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
 
 
+CALL = {"height": 128, "width": 128, "num_inference_steps": 50, "max_sequence_length": 16}
+GUIDED = {"negative_prompt": "", "true_cfg_scale": 3.0}
+
+
 def load_emoji_styles(weights: Path = WEIGHTS) -> Subject:
     """The trained pipeline with its prompts; `weights` may be a folder written by the training script's `--export`.
+
+    See `open_styles`.
+    """
+    return open_styles("emoji-styles", weights, CALL | GUIDED)
+
+
+def open_styles(name: str, weights: Path, call: dict[str, Any]) -> Subject:
+    """A pipeline of this class with its prompts, from a folder that its training script exported.
 
     The prompts are style and concept of the pairs it was trained on, shuffled. It is graded by whether concept and
     style that `Judge` finds in an image are those of the prompt; there is no grader without the judge's network.
@@ -36,13 +48,13 @@ def load_emoji_styles(weights: Path = WEIGHTS) -> Subject:
     from hasten_zoo.emoji_styles.model import load_pipeline
 
     if not (weights / "transformer").is_dir():
-        raise ModelError(f"no emoji-styles weights in {weights}; export some with the training script")
+        raise ModelError(f"no {name} weights in {weights}; export some with the training script")
     check_sealed(weights, ModelError, "Reinstall hasten-zoo, or export them again.")
     pairs = [pair for pair in read_judge(HERE)[0] if not pair.held_out]
     try:
         pipe = load_pipeline(weights)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the emoji-styles files in {weights} cannot be read ({error}); export them again") from error
+        raise ModelError(f"the {name} files in {weights} cannot be read ({error}); export them again") from error
     judge = Judge.load(HERE) if Judge.available(HERE) else None
 
     def grade(images: Tensor, prompts: list[str]) -> list[bool]:
@@ -52,16 +64,9 @@ def load_emoji_styles(weights: Path = WEIGHTS) -> Subject:
 
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     return Subject(
-        name="emoji-styles",
+        name=name,
         pipe=pipe,
         prompts=[caption(pairs[i]) for i in order],
-        call={
-            "height": 128,
-            "width": 128,
-            "num_inference_steps": 50,
-            "max_sequence_length": 16,
-            "negative_prompt": "",
-            "true_cfg_scale": 3.0,
-        },
+        call=call,
         grade=None if judge is None else grade,
     )

@@ -1,0 +1,221 @@
+"""`emoji-styles-turbo`: the teacher's ways, the student's windows, and that distilling shortens the way."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor, nn
+
+from hasten_zoo.emoji_styles.data import Pair
+from hasten_zoo.emoji_styles.model import build_pipeline, build_tokenizer, load_pipeline
+from hasten_zoo.emoji_styles.train import export, image_positions, predict
+from hasten_zoo.emoji_styles.vae import EmojiVAE
+from hasten_zoo.emoji_styles_turbo import train
+from hasten_zoo.training import Settings, Training
+
+STYLES, CONCEPTS = ["noto", "flat"], ["red apple", "left arrow", "cat face"]
+SIZE, TOKENS = 64, 16
+PAIRS = [Pair(style, c, "Food", True, (style, c) == ("flat", "cat face")) for style in STYLES for c in CONCEPTS]
+
+
+@pytest.fixture
+def pipe() -> FluxPipeline:
+    """A tiny one whose velocities bend: no output or gate is zero."""
+    torch.manual_seed(0)
+    vae = EmojiVAE(block_out_channels=(12, 48, 8, 8), blocks=(0, 0), decoder_blocks=(0, 0)).eval()
+    pipe = build_pipeline(build_tokenizer(STYLES, CONCEPTS), vae, width=32, double=1, single=1)
+    for name, module in pipe.transformer.named_modules():
+        if isinstance(module, nn.Linear) and (name.endswith("norm.linear") or ".norm1" in name or name == "proj_out"):
+            nn.init.normal_(module.weight, std=0.3)
+    return pipe
+
+
+def _training(pipe: FluxPipeline, batch: int = 16, lr: float = 1e-2) -> tuple[Training, train.Teacher]:
+    settings = Settings(lr=lr, warmup_steps=10, ema=0.95)
+    training, objective = train.make_training(pipe, PAIRS, batch, settings, sizes=[SIZE])
+    return training, objective.teacher
+
+
+def _start(pipe: FluxPipeline, n: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    text = train.Captions(PAIRS, pipe.tokenizer).draw(n, generator)
+    return torch.randn(n, TOKENS, 64, generator=generator), text
+
+
+@torch.no_grad()
+def _sampled(net: nn.ModuleDict, noise: Tensor, text: Tensor, steps: int) -> Tensor:
+    """Plain Euler steps without guidance."""
+    x = noise
+    for high, low in pairwise(train.sigmas(steps, TOKENS)):
+        x = x + (low - high) * predict(net, x, high.expand(len(x)), text.long(), image_positions(SIZE))
+    return x
+
+
+@pytest.mark.parametrize("size", [64, 128, 192])
+@pytest.mark.parametrize("steps", [4, 16])
+def test_windows_are_the_steps_of_the_pipelines_own_sampler(pipe: FluxPipeline, steps: int, size: int) -> None:
+    tokens, c = (size // 16) ** 2, pipe.scheduler.config
+    mu = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+    pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    assert torch.allclose(train.sigmas(steps, tokens), pipe.scheduler.sigmas, atol=1e-6)
+
+
+def test_the_teacher_with_one_substep_draws_what_its_pipeline_draws(pipe: FluxPipeline) -> None:
+    pipe.set_progress_bar_config(disable=True)
+    _, teacher = _training(pipe)
+    noise, _ = _start(pipe, 2)
+    prompts = ["noto, red apple", "left arrow on navy"]
+    call = {"height": SIZE, "width": SIZE, "output_type": "latent", "max_sequence_length": 16}
+    guided = {"negative_prompt": ["", ""], "true_cfg_scale": train.GUIDANCE}
+    text = pipe.tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt").input_ids
+    for steps in (4, 8):
+        drawn = pipe(prompts, latents=noise, num_inference_steps=steps, **guided, **call).images
+        way = teacher.way(noise, text, SIZE, windows=steps, substeps=1)
+        assert torch.allclose(way[-1], drawn, atol=1e-4)
+        assert torch.equal(way[0], noise)
+
+
+def test_second_order_substeps_are_worth_more_than_as_many_euler_steps(pipe: FluxPipeline) -> None:
+    _, teacher = _training(pipe)
+    noise, text = _start(pipe, 8)
+    exact = teacher.way(noise, text, SIZE, windows=4, substeps=64)[-1]
+    few = teacher.way(noise, text, SIZE)[-1]
+    euler = teacher.way(noise, text, SIZE, windows=train.WINDOWS * train.SUBSTEPS, substeps=1)[-1]
+    assert (few - exact).norm() < 0.5 * (euler - exact).norm()
+
+
+def test_held_out_captions_are_not_learned_from(pipe: FluxPipeline) -> None:
+    captions = train.Captions(PAIRS, pipe.tokenizer)
+    drawn = captions.draw(2000, torch.Generator().manual_seed(0))
+    texts = pipe.tokenizer.batch_decode(drawn.long(), skip_special_tokens=True)
+    known = {text.split(" on ")[0] for text in texts}
+    assert "noto , cat face" in known
+    assert "cat face" in known
+    assert "flat , cat face" not in known
+    assert np.mean(["," in text for text in texts]) == pytest.approx(2 / 3, abs=0.05)
+    assert np.mean([" on " in text for text in texts]) == pytest.approx(0.3 * 14 / 15, abs=0.05)
+
+
+def test_the_loss_is_nothing_for_the_straight_velocity_of_each_window(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever knows the ways predicts the velocity from state and time alone, at the start of windows and within."""
+    training, _ = _training(pipe)
+    objective, seen = training.loss, []
+
+    def knowing(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        borders, levels = objective.ways.borders, train.sigmas(4, TOKENS)
+        window = (t[:, None] <= levels[None, :-1] + 1e-6).sum(1) - 1
+        rows = torch.arange(len(x))
+        start, end, high, low = borders[window, rows], borders[window + 1, rows], levels[window], levels[window + 1]
+        velocity = (end - start) / (low - high)[:, None, None]
+        assert torch.allclose(x, start + (t - high)[:, None, None] * velocity, atol=1e-4)
+        seen.extend((high - t).tolist())
+        return velocity
+
+    monkeypatch.setitem(objective.velocities, SIZE, knowing)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        assert float(objective(generator).value) < 1e-8
+    assert np.mean([abs(distance) < 1e-6 for distance in seen]) == pytest.approx(train.AT_START, abs=0.1)
+
+
+def test_ways_are_used_several_times_and_then_replaced(pipe: FluxPipeline) -> None:
+    training, _ = _training(pipe)
+    used = []
+    for _ in range(2 * train.STEPS_PER_WAY):
+        training.step()
+        used.append(training.loss.ways)
+    assert len({id(ways) for ways in used}) == 2
+    assert used[0] is used[train.STEPS_PER_WAY - 1] is not used[train.STEPS_PER_WAY]
+
+
+def test_times_are_exact_under_bfloat16(pipe: FluxPipeline) -> None:
+    """Of 0.8633 and 0.864 bfloat16 makes one."""
+    settings = Settings(bfloat16=True)
+    training, objective = train.make_training(pipe, PAIRS, 2, settings, sizes=[SIZE])
+    teacher = objective.teacher
+    noise, text = _start(pipe, 2)
+
+    def velocity(t: float) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return predict(training.net, noise, torch.full((2,), t), text.long(), image_positions(SIZE))
+
+    assert not torch.equal(velocity(0.8633), velocity(0.864))
+    assert teacher.net["transformer"].dtype == torch.bfloat16
+    exact = train.Teacher(nn.ModuleDict(train.learning_parts(pipe)), teacher.empty).way(noise, text, SIZE)
+    rounded = teacher.way(noise, text, SIZE)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
+def test_norms_are_given_what_their_kernel_takes(pipe: FluxPipeline) -> None:
+    training, _ = train.make_training(pipe, PAIRS, 2, Settings(bfloat16=True), sizes=[SIZE])
+    seen: dict[str, torch.dtype] = {}
+    for name, module in training.net.named_modules():
+        if isinstance(module, nn.RMSNorm):
+            module.register_forward_hook(lambda m, inputs, output, name=name: seen.update({name: inputs[0].dtype}))
+    training.step()
+    assert set(seen.values()) == {torch.float32}
+
+
+def test_the_teacher_stays_as_it_was(pipe: FluxPipeline) -> None:
+    training, teacher = _training(pipe)
+    before = {name: value.clone() for name, value in teacher.net.state_dict().items()}
+    assert all(torch.equal(value, training.net.state_dict()[name]) for name, value in before.items())
+    for _ in range(3):
+        training.step()
+    for name, value in teacher.net.state_dict().items():
+        assert torch.equal(value, before[name])
+    still = [name for name, value in training.net.state_dict().items() if torch.equal(value, before[name])]
+    assert not [name for name in still if "transformer" in name or "shared" in name]  # text encoders learn, too
+
+
+@pytest.mark.slow
+def test_distilling_makes_four_steps_nearer_to_the_teachers_many(pipe: FluxPipeline, tmp_path: Path) -> None:
+    training, teacher = _training(pipe, batch=32)
+    noise, text = _start(pipe, 32)
+
+    def error(states: Tensor) -> float:
+        return float((states - many).square().mean())
+
+    many = teacher.way(noise, text, SIZE, substeps=16)[-1]
+    own = {steps: error(teacher.way(noise, text, SIZE, windows=steps, substeps=1)[-1]) for steps in (4, 8)}
+    untrained = error(_sampled(training.net, noise, text, 4))
+    while training.steps < 300:
+        training.step()
+    training.net.load_state_dict(training.average)
+    learned = {steps: error(_sampled(training.net, noise, text, steps)) for steps in (4, 8)}
+    assert learned[4] < 0.6 * own[4] < own[4] < untrained
+    assert learned[8] < 1.2 * learned[4]  # the windows are straight
+
+    export(training.state(), pipe, tmp_path)
+    loaded = load_pipeline(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    call = {"height": SIZE, "width": SIZE, "output_type": "latent", "max_sequence_length": 16}
+    prompts = pipe.tokenizer.batch_decode(text.long(), skip_special_tokens=True)
+    drawn = loaded(prompts, latents=noise, num_inference_steps=4, **call).images
+    assert error(drawn) == pytest.approx(learned[4], rel=0.05)
+
+
+def test_the_command_goes_on_from_its_checkpoint_and_exports(
+    pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "read_judge", lambda folder: (PAIRS, {}))
+    state = {"average": nn.ModuleDict(train.learning_parts(pipe)).state_dict(), "position": [0, 0, 0]}
+    export(state, pipe, tmp_path / "teacher")
+    common = ["--teacher", str(tmp_path / "teacher"), "--out", str(tmp_path), "--committed", str(tmp_path / "none")]
+    train.main([*common, "--samples", "4", "--batch", "2"])
+    train.main([*common, "--samples", "8", "--batch", "2", "--minutes", "1", "--fall", "0.5"])
+    train.main([*common, "--export", str(tmp_path / "weights")])
+    assert json.loads((tmp_path / "weights" / "training.json").read_text())["samples"] == 8
+    student, teacher = (load_pipeline(tmp_path / name).transformer.state_dict() for name in ("weights", "teacher"))
+    assert student.keys() == teacher.keys()
+    assert not torch.equal(student["proj_out.weight"], teacher["proj_out.weight"])
