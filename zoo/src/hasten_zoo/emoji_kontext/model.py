@@ -19,14 +19,14 @@ from hasten_zoo.emoji_flux.model import load_pipeline as load_emoji_flux
 from hasten_zoo.emoji_kontext.data import BACKGROUNDS, CORNERS, EFFECTS, ITEMS, TINTS
 from hasten_zoo.words import WordTokenizer
 
-__all__ = ["LEARNED", "TEXT_TOKENS", "build_pipeline", "load_pipeline"]
+__all__ = ["LEARNED", "TEXT_TOKENS", "build_pipeline", "load_pipeline", "start_from"]
 
 TEXT_TOKENS = 12
 LEARNED = ("transformer", "text_encoder", "text_encoder_2")
 VERBS = ("add a small", "remove the", "replace the with", "make the background")
 
 
-def _start_from(pipe: FluxPipeline, old: FluxPipeline) -> None:
+def start_from(pipe: FluxPipeline, old: FluxPipeline) -> None:
     """Copy every tensor of equal name and shape, and the embeddings of the words that both vocabularies have."""
     old_words = old.tokenizer.get_vocab()
     shared = [(i, old_words[word]) for word, i in pipe.tokenizer.get_vocab().items() if word in old_words]
@@ -49,7 +49,7 @@ def build_pipeline(start: Path | None = None, width: int = 128) -> FluxKontextPi
     config = pipe.text_encoder.config.to_dict() | {"max_position_embeddings": TEXT_TOKENS}
     pipe.register_modules(text_encoder=CLIPTextModel(CLIPTextConfig(**config)))
     if start is not None:
-        _start_from(pipe, load_emoji_flux(start))
+        start_from(pipe, load_emoji_flux(start))
     parts = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
     return FluxKontextPipeline(**{name: getattr(pipe, name) for name in parts})
 

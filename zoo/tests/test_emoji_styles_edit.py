@@ -1,0 +1,251 @@
+"""`emoji-styles-edit`: scenes and instructions, what training draws, and that it asks for what the pipeline does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxKontextPipeline, FluxPipeline
+from torch import Tensor, nn
+
+from hasten_zoo.emoji_styles.augment import COLOURS, WHITE
+from hasten_zoo.emoji_styles.data import EmojiStyles, Pair
+from hasten_zoo.emoji_styles.model import build_pipeline as build_styles
+from hasten_zoo.emoji_styles.model import build_tokenizer
+from hasten_zoo.emoji_styles.train import export, learning_parts
+from hasten_zoo.emoji_styles.vae import EmojiVAE
+from hasten_zoo.emoji_styles_edit import data as edits_data
+from hasten_zoo.emoji_styles_edit import model as edits_model
+from hasten_zoo.emoji_styles_edit import train
+from hasten_zoo.emoji_styles_edit.data import CORNERS, ITEMS, SIZE, Scenes, draw_scenes, render_scenes, scene_texts
+from hasten_zoo.emoji_styles_edit.latents import STEP, SceneLatents, encode_scenes, load_scenes, save_scenes
+from hasten_zoo.training import Settings, Training
+
+STYLES = ["noto", "flat", "3d"]
+CONCEPTS = ["lemon", "star", "fish", "cat face", "left arrow", "lone ghost"]
+
+
+@pytest.fixture(scope="module")
+def data() -> EmojiStyles:
+    """Sixteen pairs; "flat, star" is held out and a ghost is known in one style. An image is a coloured rectangle."""
+    pairs = [Pair(s, c, "", "arrow" not in c, (s, c) == ("flat", "star")) for s in STYLES for c in CONCEPTS[:-1]]
+    pairs.append(Pair("noto", "lone ghost", "", True, False))
+    random = np.random.default_rng(0)
+    stored = np.zeros((len(pairs), SIZE, SIZE, 4), np.uint8)
+    for image in stored:
+        top, left, far, bottom = *random.integers(10, 40, 2), *random.integers(80, 118, 2)
+        image[top:bottom, left:far] = [*random.integers(0, 200, 3), 255]
+    return EmojiStyles(pairs, {SIZE: stored})
+
+
+@pytest.fixture(scope="module")
+def scenes(data: EmojiStyles) -> Scenes:
+    rows = data.rows(held_out=False).repeat(20)
+    return draw_scenes(data.pairs, rows, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def styles_pipe() -> FluxPipeline:
+    torch.manual_seed(0)
+    vae = EmojiVAE(block_out_channels=(12, 48, 8, 8), blocks=(0, 0), decoder_blocks=(0, 0)).eval()
+    pipe = build_styles(build_tokenizer(STYLES, CONCEPTS), vae, width=32, double=1, single=1)
+    for name, module in pipe.transformer.named_modules():  # no output or gate is zero: everything tells
+        if isinstance(module, nn.Linear) and (name.endswith("norm.linear") or ".norm1" in name or name == "proj_out"):
+            nn.init.normal_(module.weight, std=0.3)
+    return pipe
+
+
+@pytest.fixture
+def pipe(styles_pipe: FluxPipeline) -> FluxKontextPipeline:
+    pipe = edits_model.build_pipeline(styles_pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _once(data: EmojiStyles) -> Scenes:
+    return draw_scenes(data.pairs, data.rows(held_out=False), torch.Generator().manual_seed(1))
+
+
+# --- scenes ---------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_a_held_out_pair_is_shown(data: EmojiStyles, scenes: Scenes) -> None:
+    assert "flat, star" not in {f"{data.pairs[i].style}, {data.pairs[i].concept}" for i in scenes.rows.tolist()}
+    pairs = zip(scenes.rows.tolist(), scenes.item.tolist(), strict=True)
+    shown = {(data.pairs[i].style, ITEMS[k]) for i, k in pairs if k >= 0}
+    assert shown == {(s, c) for s in STYLES for c in ("lemon", "star", "fish")} - {("flat", "star")}
+
+
+def test_styles_of_a_concept_are_seen_alike_so_that_only_the_style_differs(data: EmojiStyles) -> None:
+    scenes = _once(data)
+    for concept in CONCEPTS:
+        own = [k for k, i in enumerate(scenes.rows.tolist()) if data.pairs[i].concept == concept]
+        for view in (scenes.views.mirrored, scenes.views.shift, scenes.views.colour):
+            assert all(torch.equal(view[k], view[own[0]]) for k in own)
+    mirrored = {data.pairs[i].concept for i in scenes.rows[scenes.views.mirrored].tolist()}
+    assert mirrored
+    assert "left arrow" not in mirrored
+
+
+def test_an_object_changes_its_corner_and_nothing_else(data: EmojiStyles, scenes: Scenes) -> None:
+    first, second, masks = render_scenes(data, scenes.part(slice(0, 60)))
+    changed = (first - second).abs().amax(1) > 1e-6
+    seen = set()
+    for k in range(60):
+        item, corner = int(scenes.item[k]), int(scenes.corner[k])
+        if item < 0:
+            assert not masks[k].any()
+            assert scenes.colour[k] != scenes.views.colour[k]
+            far = second[k][:, 0, 0]  # no image reaches there
+            assert torch.allclose(far, torch.tensor(list(COLOURS.values())[int(scenes.colour[k])]) / 127.5 - 1)
+        else:
+            assert not (changed[k] & ~masks[k]).any()
+            assert changed[k].any()
+            rows, columns = masks[k].nonzero().float().mean(0) > SIZE / 2
+            assert CORNERS[corner] == f"{'bottom' if rows else 'top'} {'right' if columns else 'left'}"
+            seen.add(corner)
+    assert seen == set(range(4))
+    assert 0.45 < float((scenes.views.colour == WHITE).float().mean()) < 0.8
+
+
+def test_instructions_name_what_they_lead_to(data: EmojiStyles, scenes: Scenes) -> None:
+    there, back = scene_texts(scenes)
+    names = list(COLOURS)
+    for k, (to, fro) in enumerate(zip(there, back, strict=True)):
+        if scenes.item[k] >= 0:
+            assert to == f"add the {ITEMS[scenes.item[k]]} {CORNERS[scenes.corner[k]]}"
+            assert fro == f"remove the {ITEMS[scenes.item[k]]}"
+        else:
+            assert to == f"make the background {names[scenes.colour[k]]}"
+            assert fro == f"make the background {names[scenes.views.colour[k]]}"
+    assert {*there, *back} <= set(edits_data.instructions(STYLES))
+
+
+def test_scenes_come_back_from_disk_and_are_what_the_autoencoder_says(
+    data: EmojiStyles, styles_pipe: FluxPipeline, tmp_path: Path
+) -> None:
+    scenes = _once(data)
+    encoded = encode_scenes(styles_pipe.vae, data, scenes, batch=4)
+    save_scenes(encoded, tmp_path)
+    loaded = load_scenes(tmp_path)
+    assert torch.equal(loaded.values, encoded.values)
+    assert vars(loaded) | {"values": 0} == vars(encoded) | {"values": 0}
+    _, second, _ = render_scenes(data, scenes)
+    with torch.no_grad():
+        exact = styles_pipe.vae.encode(second).latents
+    assert (loaded.values[:, 1] * STEP - exact).abs().max() <= STEP / 2 + 1e-5
+
+
+def test_missing_scenes_are_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run python -m hasten_zoo"):
+        load_scenes(tmp_path)
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def marked(data: EmojiStyles) -> SceneLatents:
+    """Scenes whose latents say which image they are: `2 * scene + (second)`."""
+    scenes = _once(data)
+    there, back = scene_texts(scenes)
+    pairs = [data.pairs[i] for i in scenes.rows.tolist()]
+    marks = torch.arange(2 * len(pairs), dtype=torch.int8).view(-1, 2, 1, 1, 1).expand(-1, -1, 16, 16, 16)
+    corner = torch.where(scenes.item >= 0, scenes.corner, -1).tolist()
+    return SceneLatents(marks, [p.style for p in pairs], [p.concept for p in pairs], there, back, corner)
+
+
+def test_an_edit_leads_from_its_source_to_its_target(marked: SceneLatents, pipe: FluxKontextPipeline) -> None:
+    edits = train.Edits(marked, pipe.tokenizer)
+    targets, sources, text, weight = edits.draw(2000, torch.Generator().manual_seed(0))
+    texts = pipe.tokenizer.batch_decode(text, skip_special_tokens=True)
+    kinds: dict[str, int] = {}
+    for k, said in enumerate(texts):
+        source, target = round(float(sources[k, 0, 0]) / STEP), round(float(targets[k, 0, 0]) / STEP)
+        i, j = source // 2, target // 2
+        kinds[" ".join(said.split()[:2])] = kinds.get(" ".join(said.split()[:2]), 0) + 1
+        if said.startswith("make it"):
+            assert (source % 2, target % 2) == (0, 0)
+            assert marked.concept[i] == marked.concept[j]
+            assert said == f"make it {marked.style[j]}"
+            assert i != j or marked.concept.count(marked.concept[i]) == 1
+            assert bool((weight[k] == 1).all())
+        elif said:
+            assert i == j
+            assert (source % 2, target % 2, said) in ((0, 1, marked.there[i]), (1, 0, marked.back[i]))
+            heavy = (weight[k] > 1).view(train.SIDE, train.SIDE)
+            assert int(heavy.sum()) == (9 if marked.corner[i] >= 0 else 0)
+            if marked.corner[i] >= 0:
+                rows, columns = heavy.nonzero().float().mean(0) > train.SIDE / 2
+                assert CORNERS[marked.corner[i]] == f"{'bottom' if rows else 'top'} {'right' if columns else 'left'}"
+    assert kinds["make it"] / 2000 == pytest.approx(train.STYLE_SHARE * 0.9, abs=0.04)
+    assert kinds[""] / 2000 == pytest.approx(train.EMPTY_SHARE, abs=0.03)
+    assert min(kinds["make the"], kinds["add the"], kinds["remove the"]) > 50
+
+
+def test_it_starts_from_emoji_styles_with_more_words(styles_pipe: FluxPipeline, pipe: FluxKontextPipeline) -> None:
+    for name, value in styles_pipe.transformer.state_dict().items():
+        assert torch.equal(pipe.transformer.state_dict()[name], value)
+    words, old_words = pipe.tokenizer.get_vocab(), styles_pipe.tokenizer.get_vocab()
+    assert set(old_words) < set(words)
+    assert {"make", "remove", "bottom", "penguin"} <= set(words) - set(old_words)
+    for encoder in ("text_encoder", "text_encoder_2"):
+        new, old = (getattr(owner, encoder).get_input_embeddings().weight for owner in (pipe, styles_pipe))
+        assert torch.equal(new[words["cat"]], old[old_words["cat"]])
+    longest = pipe.tokenizer(edits_data.instructions(STYLES)).input_ids
+    assert max(map(len, longest)) <= 16
+    assert pipe.tokenizer.unk_token_id not in {token for row in longest for token in row}
+
+
+def test_training_asks_for_what_the_pipeline_does(pipe: FluxKontextPipeline, data: EmojiStyles) -> None:
+    """One step from pure noise: the pipeline's answer is the noise minus the velocity that training predicts."""
+    velocity = train.EditVelocity(nn.ModuleDict(learning_parts(pipe)))
+    image, _, _ = render_scenes(data, _once(data).part(slice(0, 1)))
+    text = pipe.tokenizer("make it flat", padding="max_length", max_length=16, return_tensors="pt").input_ids
+    noise = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        source = pipe._pack_latents(pipe.vae.encode(image).latents, 1, 16, 16, 16)
+        answer = pipe(
+            image, "make it flat", height=SIZE, width=SIZE, max_area=SIZE**2, _auto_resize=False,
+            num_inference_steps=1, max_sequence_length=16, latents=noise, output_type="latent",
+        ).images  # fmt: skip
+        expected = noise - velocity(noise, source, torch.ones(1), text)
+        blind = noise - velocity(noise, torch.zeros_like(source), torch.ones(1), text)
+    assert torch.allclose(answer, expected, atol=1e-4)
+    assert not torch.allclose(blind, expected, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_it_learns_to_keep_and_to_change(pipe: FluxKontextPipeline) -> None:
+    """Two images of one concept: given one of them and a style, the target is known, and noise tells nothing new."""
+    torch.manual_seed(0)
+    values = (torch.randn(3, 2, 16, 1, 1).expand(-1, -1, -1, 16, 16) / STEP).round().clamp(-127, 127).to(torch.int8)
+    texts = ["make the background red", "make the background navy", "make the background mint"]
+    scenes = SceneLatents(values, STYLES, ["star"] * 3, texts, texts[::-1], [-1] * 3)
+    net = nn.ModuleDict(learning_parts(pipe))
+    objective = train.Objective(net, train.Edits(scenes, pipe.tokenizer), batch=8)
+    training = Training(net, objective, Settings(lr=1e-2, warmup_steps=10))
+    losses = [float(training.step().value.detach()) for _ in range(150)]
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
+
+
+def test_the_command_goes_on_from_its_checkpoint_and_exports(
+    styles_pipe: FluxPipeline, data: EmojiStyles, tmp_path: Path
+) -> None:
+    save_scenes(encode_scenes(styles_pipe.vae, data, _once(data)), tmp_path / "latents")
+    state = {"average": nn.ModuleDict(learning_parts(styles_pipe)).state_dict(), "position": [0, 0, 0]}
+    export(state, styles_pipe, tmp_path / "start")
+    common = ["--start", str(tmp_path / "start"), "--out", str(tmp_path), "--committed", str(tmp_path / "none")]
+    common += ["--latents", str(tmp_path / "latents")]
+    train.main([*common, "--samples", "4", "--batch", "2"])
+    train.main([*common, "--samples", "8", "--batch", "2", "--minutes", "1", "--fall", "0.5"])
+    train.main([*common, "--export", str(tmp_path / "weights")])
+    assert json.loads((tmp_path / "weights" / "training.json").read_text())["samples"] == 8
+    loaded = edits_model.load_pipeline(tmp_path / "weights")
+    assert isinstance(loaded, FluxKontextPipeline)
+    assert "remove" in loaded.tokenizer.get_vocab()
+    drawn: Tensor = loaded.transformer.proj_out.weight
+    assert not torch.equal(drawn, styles_pipe.transformer.proj_out.weight.float())
