@@ -174,6 +174,15 @@ def test_diversity_alone_is_the_same_for_every_query_frame():
     assert not torch.equal(table, seen(begun(FocusedForcing(budget=3, mix=1.0))))
 
 
+@pytest.mark.parametrize(("most", "every"), [(1, 8), (3, 3), (4, 2), (8, 1), (50, 1)])
+def test_frames_are_compared_by_tokens_that_are_evenly_spread(most, every):
+    policy = begun(FocusedForcing(mix=0.0, diversity_tokens=most))
+    expected = standardised(-redundancy(policy.cache.keys[:, :, :, ::every]))[:, None]
+    torch.testing.assert_close(
+        policy.score(frames(q, 3)), expected.expand(-1, policy.score(frames(q, 3)).shape[1], -1, -1)
+    )
+
+
 def repeating(mix, budget=2):
     """A policy whose history is one frame seven times over, and two others at the places 3 and 6."""
     keys = frames(1, 1).repeat(1, 9, 1, 1, 1)
@@ -458,9 +467,9 @@ def test_a_damaged_file_of_budgets_is_refused(tmp_path, content):
         FocusedForcing(budget=str(path))
 
 
-@pytest.mark.parametrize("table", [(), ((),), ((1, 2), (1,)), ((-1,),), ((1.5,),)])
+@pytest.mark.parametrize("table", [(), ((),), ((1, 2), (1,)), ((-1,),), ((1.5,),), None, 5, "12", ("12",)])
 def test_impossible_tables_are_refused(table):
-    with pytest.raises(ConfigError, match="whole frames"):
+    with pytest.raises(ConfigError, match=r"whole numbers of 0 or more|as many heads"):
         HeadBudgets(table)
 
 
@@ -820,7 +829,7 @@ def test_further_tokens_that_do_not_fit_are_refused(wrong):
 def test_frames_to_keep_must_exist():
     policy = begun(FullHistory())
     for places in ([9], [3, 1], [-1], [2, 2]):
-        with pytest.raises(ConfigError, match="rising positions from 0 to 8"):
+        with pytest.raises(ConfigError, match="positions from 0 to 8"):
             policy.evict(places)
 
 

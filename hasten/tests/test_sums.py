@@ -133,9 +133,10 @@ def test_the_kernel_does_the_same_in_tritons_interpreter():
 def test_the_kernel_compiles_for_numbers_and_for_channels():
     """The interpreter runs Python, which forgives what the compiler does not; compiling needs no GPU."""
     pytest.importorskip("triton")
-    from hasten.caching import kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
+
+    from hasten.caching import kernel
 
     for channels in (False, True):
         for dtype in ("fp32", "bf16", "fp16"):

@@ -93,7 +93,7 @@ def test_a_refiner_is_trained_on_a_model_that_stays_as_it_is(shards):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     with pytest.raises(ConfigError, match="knows 25 tokens"):
         train_refiner(model, Refiner(flat_map(25), refiner.config), shards, conditions, steps=1)
-    with pytest.raises(ConfigError, match="positive"):
+    with pytest.raises(ConfigError, match="steps must be"):
         train_refiner(model, refiner, shards, conditions, steps=0)
 
 

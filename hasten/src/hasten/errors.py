@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 __all__ = [
@@ -86,10 +87,18 @@ class HastenWarning(UserWarning):
     """Something will work but save nothing, or save less than the user expects."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
-    """An `UnknownNameError` that suggests the nearest known name."""
+def brief(value: object) -> str:
+    """A value that somebody gave, for an error: on one line, short."""
+    text = " ".join(reprlib.repr(value).split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
+    """An `UnknownNameError` that suggests the nearest known name; `name` is what was given, whatever it is."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    text = name if isinstance(name, str) else brief(name)
+    near = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    shown = repr(name if len(name) <= LONGEST else f"{name[:LONGEST]}...")
+    short = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    shown = repr(short) if isinstance(name, str) else short
     return UnknownNameError(f"unknown {kind} {shown}.{hint} Known: {', '.join(names)}.")

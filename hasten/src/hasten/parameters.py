@@ -12,7 +12,6 @@ import difflib
 import inspect
 import math
 import os
-import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
@@ -20,7 +19,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hasten.errors import ConfigError, unknown
+from hasten.errors import ConfigError, brief, unknown
 
 __all__ = [
     "MOST_GUIDANCE",
@@ -158,7 +157,7 @@ class Parameter:
         remedy = f"; did you mean {near[0]!r}?" if near else ""
         if not near and self.default is not MISSING:
             remedy = f"; leave it out for {self.default!r}"
-        return ConfigError(f"{owner}: {self.name} must be {self.expected}, got {reprlib.repr(value)}{remedy}")
+        return ConfigError(f"{owner}: {self.name} must be {self.expected}, got {brief(value)}{remedy}")
 
 
 def _narrowed(hint: Any, limit: Limit) -> tuple[Any, Limit]:
@@ -251,7 +250,7 @@ def write(value: Any, separators: str = "/x") -> str:
         return str(value)
     file = getattr(value, "file", None)
     if file is None:
-        raise ConfigError(f"{reprlib.repr(value)} has no text of its own; save it and give the path of its file")
+        raise ConfigError(f"{brief(value)} has no text of its own; save it and give the path of its file")
     return str(file)
 
 

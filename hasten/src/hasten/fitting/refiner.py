@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 import torch
 
 from hasten.errors import ConfigError
 from hasten.fitting.token_recipe import Conditions
+from hasten.parameters import Range, accepted
 from hasten.tokens.causal import CausalModel
 from hasten.tokens.refiner import Refiner
 from hasten.tokens.shards import TokenShards
@@ -47,10 +48,23 @@ def train_refiner(
         ConfigError: if the shards have another vocabulary, the model does not tell its states, or a number is not
             positive.
     """
+    for name, hint, value in (
+        ("model", CausalModel, model),
+        ("refiner", Refiner, refiner),
+        ("shards", TokenShards, shards),
+        ("conditions", Conditions, conditions),
+        ("steps", Annotated[int, Range(1)], steps),
+        ("batch", Annotated[int, Range(1)], batch),
+        ("lr", Annotated[float, Range(above=0)], lr),
+        ("seed", Annotated[int, Range(0)], seed),
+    ):
+        accepted("train_refiner", name, hint, value)
     if len(refiner.labels) != shards.vocabulary:
         raise ConfigError(f"the refiner knows {len(refiner.labels)} tokens, the shards have {shards.vocabulary}")
-    if min(steps, batch) < 1 or not 0 < lr < math.inf:
-        raise ConfigError(f"steps, batch and lr must be positive, got {steps}, {batch} and {lr}")
+    if model.clusters != len(refiner.sizes):
+        raise ConfigError(f"the model predicts {model.clusters} clusters, the refiner knows {len(refiner.sizes)}")
+    if not len(shards):
+        raise ConfigError("the shards hold no image; give some to train on")
     device = refiner.labels.device
     optimizer = torch.optim.AdamW(refiner.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)
     rng = np.random.default_rng(seed)

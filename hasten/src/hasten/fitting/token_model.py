@@ -33,6 +33,7 @@ from hasten.errors import ConfigError, ModelError
 from hasten.fitting.token_checkpoint import check_tensors, load_tensors, tensors_of
 from hasten.fitting.token_recipe import Conditions, Recipe, build_model, class_conditions
 from hasten.io import Kind, read_tensors, write_atomically, write_tensors
+from hasten.parameters import accepted
 from hasten.tokens.causal import CausalModel, Condition
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.shards import TokenShards
@@ -90,7 +91,17 @@ class Trainer:
         shard: bool = False,
         cpu: bool = False,
     ) -> None:
+        for name, hint, value in (
+            ("shards", TokenShards, shards),
+            ("mapping", TokenMap, mapping),
+            ("recipe", Recipe, recipe),
+            ("model", CausalModel | None, model),
+            ("conditions", Conditions | None, conditions),
+        ):
+            accepted("Trainer", name, hint, value)
         shards.check(mapping)
+        if not len(shards):
+            raise ConfigError(f"{shards.folder} holds no image; give shards with some to train on")
         self.accelerator = Accelerator(cpu=cpu)
         parts = self.accelerator.num_processes * recipe.accumulate
         if recipe.batch % parts:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from hasten.errors import ConfigError
+from hasten.parameters import Declared, Range
 from hasten.tokens.causal import Condition
 from hasten.tokens.cost import free_memory
 from hasten.tokens.hugging_face import HuggingFaceModel
@@ -22,42 +24,30 @@ __all__ = ["Conditions", "Recipe", "build_model", "class_conditions"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Declared):
     """One training run.
-
-    Attributes:
-        steps: optimizer steps.
-        batch: images of a step, over all processes.
-        accumulate: parts in which a process takes its images of a step, one after the other.
-        lr: peak learning rate.
-        warmup: steps until it is reached.
-        condition_dropout: share of images that are trained without their condition.
-        width, layers, heads: of the model that is built where none is given.
-        seed: of the weights and the order of the images.
 
     Raises:
         ConfigError: if a value cannot work.
     """
 
-    steps: int = 2000
-    batch: int = 64
-    accumulate: int = 1
-    lr: float = 1e-3
-    warmup: int = 100
-    condition_dropout: float = 0.1
-    width: int = 256
-    layers: int = 6
-    heads: int = 4
-    seed: int = 0
+    steps: Annotated[int, Range(1), "optimizer steps"] = 2000
+    batch: Annotated[int, Range(1), "images of a step, over all processes"] = 64
+    accumulate: Annotated[int, Range(1), "parts in which a process takes its images of a step, one after the other"] = 1
+    lr: Annotated[float, Range(above=0), "peak learning rate"] = 1e-3
+    warmup: Annotated[int, Range(0), "steps until it is reached"] = 100
+    condition_dropout: Annotated[
+        float, Range(0, below=1), "share of images that are trained without their condition"
+    ] = 0.1
+    width: Annotated[int, Range(1), "of the model that is built where none is given"] = 256
+    layers: Annotated[int, Range(1), "of that model"] = 6
+    heads: Annotated[int, Range(1), "of that model; twice as many divide the width"] = 4
+    seed: Annotated[int, Range(0), "of the weights and the order of the images"] = 0
 
-    def __post_init__(self) -> None:
-        counts = (self.steps, self.batch, self.accumulate, self.width, self.layers, self.heads)
-        if min(counts) < 1 or self.warmup < 0 or not 0 < self.lr < math.inf:
-            raise ConfigError(f"sizes, steps and the learning rate must be positive, got {self}")
+    def check(self) -> None:
+        super().check()
         if self.width % (2 * self.heads):
             raise ConfigError(f"twice the heads must divide the width, got {self.heads} and {self.width}")
-        if not 0 <= self.condition_dropout < 1:
-            raise ConfigError(f"condition_dropout must be in [0, 1), got {self.condition_dropout}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then cosine to a tenth."""

@@ -11,6 +11,7 @@ from hasten.io.documents import Limits, describe, open_regular, parse_json, read
 from hasten.io.folder import check_files, check_sealed, write_files, write_sealed
 from hasten.io.schema import (
     Array,
+    as_path,
     check_arrays,
     conform,
     decreasing,
@@ -27,6 +28,7 @@ __all__ = [
     "Limits",
     "add_line",
     "alone",
+    "as_path",
     "check_arrays",
     "check_files",
     "check_sealed",

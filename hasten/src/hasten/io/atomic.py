@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hasten.errors import FileError
+from hasten.io.schema import as_path
 
 try:
     import fcntl
@@ -53,7 +54,7 @@ def write_atomically(path: str | Path, content: Content) -> Path:
     Raises:
         FileError: if it cannot be written; the old file is as it was, and no temporary is left.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         target = _target(path)
         if target.exists() and not target.is_file():
@@ -91,7 +92,7 @@ def add_line(path: str | Path, line: str) -> Path:
     Raises:
         FileError: if it cannot be written.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         before = path.read_bytes() if path.exists() else b""
     except OSError as error:
@@ -109,7 +110,7 @@ def check_target(path: str | Path, *read: Path | None) -> Path:
     Raises:
         FileError: if it cannot.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         target = _target(path)
         if target.is_file() and any(_is_file(target, one) for one in read):

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from hasten.errors import ConfigError, HastenError
 from hasten.io.atomic import write_atomically
 from hasten.io.documents import MIB, Limits, describe, open_regular, parse_json, read_bytes
-from hasten.io.schema import conform, shown
+from hasten.io.schema import as_path, conform, shown
 
 __all__ = ["Kind", "digest_of", "read_record", "read_tensors", "write_record", "write_tensors"]
 
@@ -102,7 +102,7 @@ def read_tensors(path: str | Path, kind: Kind[T]) -> tuple[dict[str, NDArray[Any
         HastenError: of the kind's class, if the file is missing, too large, damaged, of another kind, or its header
             does not conform. No more memory is asked for than the file has bytes.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         file, size = open_regular(path, kind.most)
         with file:
@@ -118,7 +118,7 @@ def read_tensors(path: str | Path, kind: Kind[T]) -> tuple[dict[str, NDArray[Any
 
 def read_record(path: str | Path, kind: Kind[T]) -> T:
     """Read what `write_record` wrote; raises as `read_tensors`."""
-    path = Path(path)
+    path = as_path(path)
     try:
         header = _checked_header(parse_json(read_bytes(path, kind.most), Limits(kind.most)), kind)
         return _content(header, kind, {})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.errors import FileError, HastenError
-from hasten.io.schema import shown
+from hasten.io.schema import as_path, shown
 
 __all__ = ["Limits", "describe", "open_regular", "parse_json", "read_bytes", "read_json", "read_lines"]
 
@@ -133,7 +133,7 @@ def read_json(
     Raises:
         HastenError: of the class `error`, if the file is missing, too large or no such JSON.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         return parse_json(read_bytes(path, limits.size), limits)
     except FileNotFoundError as missing:

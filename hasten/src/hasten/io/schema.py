@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hasten.errors import ConfigError, brief
+
 __all__ = [
     "Array",
+    "as_path",
     "check_arrays",
     "conform",
     "decreasing",
@@ -31,6 +36,17 @@ def shown(value: object) -> str:
     """A value out of a file for an error message: quoted, on one line, short."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def as_path(path: object) -> Path:
+    """A path that a caller gave.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    if isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str):
+        return Path(path)
+    raise ConfigError(f"a path must be text, such as 'file.safetensors', got {brief(path)}")
 
 
 def conform(value: Any, kind: Any, where: str) -> Any:

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from hasten.errors import CalibrationError, ConfigError
 from hasten.io import Kind, read_record, write_record
+from hasten.parameters import Range, accepted
 
 __all__ = ["HeadBudgets"]
 
@@ -42,10 +43,12 @@ class HeadBudgets:
     facts: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        table = accepted("HeadBudgets", "table", tuple[tuple[Annotated[int, Range(0)], ...], ...], self.table)
+        object.__setattr__(self, "table", table)
+        accepted("HeadBudgets", "facts", Mapping, self.facts)
         widths = {len(row) for row in self.table}
-        whole = all(type(b) is int and b >= 0 for row in self.table for b in row)
-        if len(widths) != 1 or 0 in widths or not whole:
-            raise ConfigError("expected a budget of 0 or more whole frames for each head, as many heads in every layer")
+        if len(widths) != 1:
+            raise ConfigError(f"expected as many heads in every layer of the budgets, got {sorted(widths)}")
 
     @property
     def mean(self) -> float:
@@ -55,6 +58,10 @@ class HeadBudgets:
     @classmethod
     def uniform(cls, layers: int, heads: int, frames: int, facts: Mapping[str, object] | None = None) -> HeadBudgets:
         """The same for all heads."""
+        heads, layers = (
+            accepted("HeadBudgets", name, Annotated[int, Range(1)], value)
+            for name, value in (("heads", heads), ("layers", layers))
+        )
         return cls(((frames,) * heads,) * layers, facts or {})
 
     @classmethod
@@ -78,12 +85,15 @@ class HeadBudgets:
         Raises:
             ConfigError: for values out of range.
         """
-        if importance.ndim != 2 or not importance.isfinite().all():
+        accepted("HeadBudgets", "importance", Tensor, importance)
+        least = Annotated[int, Range(0)]
+        b_min, b_max = accepted("HeadBudgets", "b_min", least, b_min), accepted("HeadBudgets", "b_max", least, b_max)
+        gamma = accepted("HeadBudgets", "gamma", Annotated[float, Range(above=0)], gamma)
+        clip = accepted("HeadBudgets", "clip", Annotated[float, Range(above=0, most=1)], clip)
+        if importance.ndim != 2 or not importance.numel() or not importance.isfinite().all():
             raise ConfigError(f"expected finite importance [layers, heads], got {list(importance.shape)}")
-        if not 0 <= b_min <= b_max or gamma <= 0 or not 0 < clip <= 1:
-            raise ConfigError(
-                f"expected 0 <= b_min <= b_max, gamma > 0 and 0 < clip <= 1, got {b_min}, {b_max}, {gamma} and {clip}"
-            )
+        if b_min > b_max:
+            raise ConfigError(f"expected b_min of at most b_max, got {b_min} and {b_max}")
         scale = importance.double().cpu()
         scale = scale.clamp(max=scale.quantile(clip).item())
         spread = scale.max() - scale.min()
@@ -108,6 +118,7 @@ class HeadBudgets:
         Raises:
             ConfigError: if no `gamma` in (1/64, 64) gives so small a mean.
         """
+        mean = accepted("HeadBudgets", "mean", float, mean)
         low, high = 1 / MAX_GAMMA, MAX_GAMMA  # the mean falls as gamma grows
         best = cls.from_importance(importance, b_min, b_max, high, clip, facts)
         if best.mean > mean:
@@ -133,7 +144,8 @@ class HeadBudgets:
         Raises:
             CalibrationError: naming what differs.
         """
-        if len(self.table) != layers:
+        accepted("HeadBudgets.check", "facts", Mapping, facts)
+        if len(self.table) != accepted("HeadBudgets.check", "layers", int, layers):
             raise CalibrationError(
                 f"the budgets are for {len(self.table)} layers, the model has {layers}; make budgets for this model"
             )
@@ -148,6 +160,8 @@ class HeadBudgets:
         Raises:
             CalibrationError: if there are none.
         """
+        layer = accepted("HeadBudgets.of", "layer", Annotated[int, Range(0)], layer)
+        heads = accepted("HeadBudgets.of", "heads", int, heads)
         if layer >= len(self.table) or len(self.table[0]) != heads:
             raise CalibrationError(
                 f"the budgets are for {len(self.table)} layers of {len(self.table[0])} heads, but layer {layer} with "

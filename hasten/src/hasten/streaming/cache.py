@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError
-from hasten.streaming.rows import check_frames, exchanges, row_starts, rows_at
+from hasten.parameters import accepted
+from hasten.streaming.rows import check_alike, check_frames, exchanges, rising, row_starts, rows_at
 
 __all__ = ["FrameCache", "Unrotate", "undo_rotation"]
 
@@ -65,6 +66,8 @@ class FrameCache:
     """
 
     def __init__(self, *, rotated: bool = False, unrotate: Unrotate | None = None) -> None:
+        accepted("FrameCache", "rotated", bool, rotated)
+        accepted("FrameCache", "unrotate", Callable | None, unrotate)
         self.rotated = rotated or unrotate is not None
         self._unrotate = unrotate
         self.clear()
@@ -140,8 +143,8 @@ class FrameCache:
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         """Keys and values with the room behind them."""
-        assert self._keys is not None
-        assert self._values is not None
+        if self._keys is None or self._values is None:
+            raise ConfigError("the cache holds no frame yet; append a chunk first")
         return self._keys, self._values
 
     def _in_order(self, buffer: Tensor, since: int = 0, step: int = 1) -> Tensor:
@@ -223,9 +226,7 @@ class FrameCache:
         """
         old = None if self._keys is None else self._keys.permute(0, 2, 3, 1, 4)
         check_frames("keys", keys, old)
-        check_frames("values", values, keys)
-        if values.shape != keys.shape or (plain_keys is not None and plain_keys.shape != keys.shape):
-            raise ConfigError(f"expected values and plain keys of the keys' shape {list(keys.shape)}")
+        check_alike(keys, values, plain_keys)
         if len(self) and (plain_keys is None) != (self._plain is None):
             raise ConfigError("plain keys came with some chunks and not with others; give them always or never")
         self.moment = 0
@@ -280,9 +281,10 @@ class FrameCache:
             frames: absolute number of each frame, rising.
         """
         check_frames("keys", keys)
-        check_frames("values", values, keys)
-        if len(frames) != keys.shape[1] or list(frames) != sorted(set(frames)):
-            raise ConfigError(f"expected {keys.shape[1]} rising frame numbers, got {list(frames)}")
+        check_alike(keys, values, plain_keys)
+        frames = rising("frame numbers", frames)
+        if len(frames) != keys.shape[1]:
+            raise ConfigError(f"expected {keys.shape[1]} rising frame numbers, got {frames}")
         self.clear()
         self._keys, self._values = keys.permute(0, 3, 1, 2, 4), values.permute(0, 3, 1, 2, 4)
         self._plain = None if plain_keys is None else plain_keys.permute(0, 3, 1, 2, 4)
@@ -297,10 +299,9 @@ class FrameCache:
         Raises:
             ConfigError: for positions that do not exist or do not rise.
         """
-        if list(positions) != sorted(set(positions)) or (
-            positions and not 0 <= positions[0] <= positions[-1] < len(self)
-        ):
-            raise ConfigError(f"expected rising positions from 0 to {len(self) - 1}, got {list(positions)}")
+        positions = rising(f"positions from 0 to {len(self) - 1}", positions)
+        if positions and positions[-1] >= len(self):
+            raise ConfigError(f"expected rising positions from 0 to {len(self) - 1}, got {positions}")
         if len(positions) == len(self):
             return
         if not positions:

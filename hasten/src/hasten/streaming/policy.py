@@ -20,12 +20,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError, unknown
+from hasten.parameters import Range, accepted
 from hasten.streaming.attention import (
     BACKENDS,
     Backend,
@@ -38,7 +39,7 @@ from hasten.streaming.attention import (
 from hasten.streaming.cache import FrameCache, Unrotate
 from hasten.streaming.current import Current
 from hasten.streaming.method import LayerView, StreamingMethod
-from hasten.streaming.rows import check_frames
+from hasten.streaming.rows import check_extra, check_frames, rising
 from hasten.streaming.selection import Selection
 from hasten.streaming.stats import Ledger, Stopwatch, StreamStats
 
@@ -79,7 +80,11 @@ class KVPolicy:
         shared: dict[str, Any] | None = None,
         ledger: Ledger | None = None,
     ) -> None:
-        if backend not in BACKENDS:
+        accepted("KVPolicy", "method", StreamingMethod, method)
+        layers = accepted("KVPolicy", "layers", Annotated[int, Range(1)], layers)
+        layer = accepted("KVPolicy", "layer", Annotated[int, Range(0, layers - 1)], layer)
+        accepted("KVPolicy", "timed", bool, timed)
+        if not isinstance(backend, str) or backend not in BACKENDS:
             raise unknown("attention back-end", backend, BACKENDS)
         self.method, self.backend = method, backend
         self.cache = FrameCache(rotated=rotated, unrotate=unrotate)
@@ -144,7 +149,7 @@ class KVPolicy:
     def _check_next(self, first: int | None) -> None:
         """Refuse frames that are not the next ones of the video."""
         due = self.cache.next_frame
-        if first is None or first == due:
+        if first is None or accepted("streaming", "first", int, first) == due:
             return
         if first == 0:
             raise ConfigError(f"frame 0 comes after {due} frames: call reset() before another video begins")
@@ -170,6 +175,7 @@ class KVPolicy:
 
     def evict(self, keep: Sequence[int]) -> None:
         """Free all frames but those at these positions, 0 being the oldest held."""
+        keep = rising(f"positions from 0 to {len(self.cache) - 1}", keep)
         if len(keep) < len(self.cache):
             self._forget_choice()
             self.view.memo.clear()
@@ -179,6 +185,7 @@ class KVPolicy:
     def score(self, queries: Tensor) -> Tensor:
         """What each frame held is worth to the queries `[B, q, L, H, D]`: `[B, Q, H, F]` float32."""
         self._check_history()
+        check_frames("queries", queries, self.cache.stored[0].permute(0, 2, 3, 1, 4))
         return self.method.score(self.view, queries)
 
     def select(self, queries: Tensor, keys: Tensor) -> Selection | None:
@@ -190,6 +197,11 @@ class KVPolicy:
         Returns:
             None where the whole history is attended to.
         """
+        check_frames("queries", queries)
+        check_frames("keys", keys)
+        return self._choice(queries, keys)
+
+    def _choice(self, queries: Tensor, keys: Tensor) -> Selection | None:
         every = self.method.refresh_every
         due = not self._fresh or (every is not None and self.view.step % every == 0)
         if due and len(self.cache):
@@ -232,14 +244,18 @@ class KVPolicy:
         held = self.cache.stored[0].permute(0, 2, 3, 1, 4) if len(self.cache) else keys
         for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
             check_frames(name, tensor, held)
-        if keys.shape != values.shape:
-            raise ConfigError(f"keys {list(keys.shape)} and values {list(values.shape)} are not of the same frames")
+        if not keys.shape == values.shape == queries.shape:
+            raise ConfigError(
+                f"queries {list(queries.shape)}, keys {list(keys.shape)} and values {list(values.shape)} are not of "
+                "the same frames; give those of one chunk"
+            )
         if extra is not None:
-            _check_extra(extra, held)
+            check_extra(extra, held)
+        accepted("streaming", "scale", float | None, scale)
         current = Current(queries, keys, values, extra)
         self._fit_room(current)
         marks = [self._clock.mark(queries)]
-        chosen = self.select(queries, keys)
+        chosen = self._choice(queries, keys)
         marks.append(self._clock.mark(queries))
         if chosen is not None and self._prepared is None:
             self.cache.moment = 0
@@ -287,18 +303,6 @@ class KVPolicy:
         return self._sums + now
 
 
-def _check_extra(extra: tuple[Tensor, Tensor], held: Tensor) -> None:
-    """Refuse keys and values that are not `[B, X, H, D]` of the same batch, heads, width and dtype as `held`."""
-    B, _, _, H, D = held.shape
-    for tensor in extra:
-        X = tensor.shape[1] if tensor.ndim == 4 else 0
-        if tensor.shape != (B, X, H, D) or tensor.shape != extra[0].shape or tensor.dtype != held.dtype:
-            raise ConfigError(
-                f"expected extra keys and values of one shape [{B}, X, {H}, {D}] in {held.dtype}, got "
-                f"{[list(t.shape) for t in extra]} in {tensor.dtype}"
-            )
-
-
 class KVStream:
     """The memory of one rollout: a `KVPolicy` for each layer.
 
@@ -324,8 +328,9 @@ class KVStream:
         facts: Mapping[str, object] | None = None,
         timed: bool = False,
     ) -> None:
-        if layers < 1:
-            raise ConfigError(f"expected at least one layer, got {layers}")
+        accepted("KVStream", "method", StreamingMethod, method)
+        layers = accepted("KVStream", "layers", Annotated[int, Range(1)], layers)
+        accepted("KVStream", "facts", Mapping | None, facts)
         method.check_model(layers, facts or {})
         self.method = method
         self.gates: Tensor | None = None
@@ -348,7 +353,7 @@ class KVStream:
         Raises:
             ConfigError: for a layer that the stream was not made for.
         """
-        if not 0 <= layer < len(self):
+        if not 0 <= accepted("KVStream", "layer", int, layer) < len(self):
             raise ConfigError(
                 f"expected a layer from 0 to {len(self) - 1}, got {layer}; a stream is made for all layers of the model"
             )
@@ -370,7 +375,12 @@ class KVStream:
     ) -> Tensor:
         """`KVPolicy.attend` of one layer, times its heads' gates if there are any."""
         out = self[layer].attend(queries, keys, values, extra=extra, scale=scale, first=first)
-        return out if self.gates is None else out * self.gates[layer, :, None].to(out)
+        if self.gates is None:
+            return out
+        gates = accepted("KVStream", "gates", Tensor, self.gates)
+        if gates.shape != (len(self), out.shape[3]):
+            raise ConfigError(f"expected gates {[len(self), out.shape[3]]}, got {list(gates.shape)}")
+        return out * gates[layer, :, None].to(out)
 
     def reset(self) -> None:
         """Begin a new rollout in all layers. Statistics stay, but for the peak."""

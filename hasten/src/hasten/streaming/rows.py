@@ -6,16 +6,25 @@ Shape legend: `B` batch, `Q` query frames that choose for themselves, `H` heads,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Annotated, Any
+
 import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError
+from hasten.parameters import Range, accepted
 
-__all__ = ["check_frames", "exchanges", "row_starts", "rows_at"]
+__all__ = ["check_alike", "check_extra", "check_frames", "exchanges", "rising", "row_starts", "rows_at"]
 
 
 def check_frames(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
     """Refuse what is not `[B, F, L, H, D]`, or does not match another tensor but in its number of frames."""
+    accepted("streaming", name, Tensor, tensor)
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+        raise ConfigError(
+            f"expected {name} as a plain tensor of a floating-point type, got {tensor.dtype} of layout {tensor.layout}"
+        )
     if tensor.ndim != 5 or 0 in tensor.shape:
         raise ConfigError(
             f"expected {name} of shape [B, F, L, H, D] (batch, frames, tokens of a frame, heads, width of a head), "
@@ -39,6 +48,43 @@ def check_frames(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
         raise ConfigError(
             f"expected {name} in {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}; convert it first"
         )
+
+
+def check_alike(keys: Tensor, values: Tensor, plain_keys: Tensor | None) -> None:
+    """Refuse values and plain keys that are not of the same frames as the keys."""
+    given = {"values": values} if plain_keys is None else {"values": values, "plain keys": plain_keys}
+    for name, tensor in given.items():
+        check_frames(name, tensor, keys)
+        if tensor.shape != keys.shape:
+            raise ConfigError(f"expected {name} of the keys' shape {list(keys.shape)}, got {list(tensor.shape)}")
+
+
+def check_extra(extra: tuple[Tensor, Tensor], held: Tensor) -> None:
+    """Refuse keys and values that are not `[B, X, H, D]` of the same batch, heads, width and dtype as `held`."""
+    B, _, _, H, D = held.shape
+    extra = accepted("streaming", "extra", tuple[Tensor, Tensor], extra)
+    for tensor in extra:
+        X = tensor.shape[1] if tensor.ndim == 4 else 0
+        if tensor.shape != (B, X, H, D) or tensor.shape != extra[0].shape or tensor.dtype != held.dtype or not X:
+            raise ConfigError(
+                f"expected extra keys and values of one shape [{B}, X, {H}, {D}] in {held.dtype}, got "
+                f"{[list(t.shape) for t in extra]} in {tensor.dtype}"
+            )
+
+
+def rising(name: str, numbers: Any) -> list[int]:
+    """Whole numbers from 0 on, each larger than the one before, of a list, an array or a tensor.
+
+    Raises:
+        ConfigError: if they are not.
+    """
+    listed = numbers.tolist() if getattr(numbers, "ndim", 0) == 1 else numbers
+    if isinstance(listed, Sequence) and not len(listed):
+        return []
+    found = list(accepted("streaming", name, tuple[Annotated[int, Range(0)], ...], listed))
+    if found != sorted(set(found)):
+        raise ConfigError(f"expected rising {name}, got {found}")
+    return found
 
 
 def exchanges(where: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError
+from hasten.parameters import Range, accepted
 
 __all__ = ["HeadGroup", "Selection", "frames_at", "index_of", "top_frames"]
 
@@ -35,6 +37,18 @@ class HeadGroup:
     heads: tuple[int, ...]
     frames: Tensor
     tokens: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        accepted("HeadGroup", "heads", tuple[Annotated[int, Range(0)], ...], self.heads)
+        for name, given in (("frames", self.frames), ("tokens", self.tokens)):
+            if given is None and name == "tokens":
+                continue
+            places = accepted("HeadGroup", name, Tensor, given)
+            if places.ndim != 4 or places.shape[2] != len(self.heads) or places.dtype != torch.long:
+                raise ConfigError(
+                    f"expected {name} of a group of {len(self.heads)} heads as int64 [B, Q, heads, places], got "
+                    f"{places.dtype} {list(places.shape)}"
+                )
 
     def history_tokens(self, tokens: int) -> int:
         """Tokens of the history that one query attends to, given the tokens of a frame."""
@@ -64,6 +78,8 @@ class Selection:
     held: int
 
     def __post_init__(self) -> None:
+        accepted("Selection", "groups", tuple[HeadGroup, ...], self.groups)
+        accepted("Selection", "held", Annotated[int, Range(0)], self.held)
         heads = sorted(head for group in self.groups for head in group.heads)
         if heads != list(range(len(heads))):
             raise ConfigError(f"expected each head in one group of the selection, got heads {heads}")

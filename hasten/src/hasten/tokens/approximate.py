@@ -111,14 +111,14 @@ def _mean_distances(points: Floats, weights: Floats, starts: Ints) -> Floats:
     groups, n = len(starts), len(points)
     sums = np.zeros((groups, groups))
     group = np.repeat(np.arange(groups), np.diff(np.append(starts, n)))
+    shares = weights / np.maximum.reduceat(weights, starts)[group]  # products of small weights would be zero
+    shares /= np.add.reduceat(shares, starts)[group]
     block = max(1, min(BLOCK, MOST_DISTANCES // n))
     for first in range(0, n, block):
         rows = slice(first, min(n, first + block))
         distances = cdist(points[rows], points)
-        distances *= weights
-        distances *= weights[rows, None]
+        distances *= shares
+        distances *= shares[rows, None]
         np.add.at(sums, group[rows], np.add.reduceat(distances, starts, axis=1))
-    mass = np.add.reduceat(weights, starts)
-    sums /= mass[:, None] * mass
     np.fill_diagonal(sums, 0.0)
     return squareform(sums, checks=False)

@@ -12,12 +12,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import ConfigError
+from hasten.errors import ConfigError, brief
+from hasten.parameters import Range, accepted
 
 __all__ = ["CausalModel", "Condition", "Decoding", "FunctionModel", "Prediction"]
 
@@ -35,6 +36,14 @@ class Prediction(NamedTuple):
 
 
 Decoding = Generator[Prediction, Tensor, None]
+
+
+def _check_ids(ids: Tensor) -> None:
+    """Refuse what is no plain matrix of whole numbers."""
+    accepted("Condition", "ids", Tensor, ids)
+    plain = ids.layout is torch.strided and not ids.is_meta and ids.dtype not in (torch.bool, torch.uint8)
+    if not plain or ids.is_floating_point() or ids.is_complex() or ids.ndim != 2 or not ids.shape[1]:
+        raise ConfigError(f"a condition is whole numbers [B, P] in a plain tensor, got {ids.dtype} {tuple(ids.shape)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +64,14 @@ class Condition:
     has_padding: bool
 
     def __init__(self, ids: Tensor, mask: Tensor | None = None, has_padding: bool | None = None) -> None:
+        _check_ids(ids)
+        accepted("Condition", "mask", Tensor | None, mask)
         object.__setattr__(self, "ids", ids)
         object.__setattr__(self, "mask", torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
         found = mask is not None and (not bool(mask.all()) if has_padding is None else has_padding)
         object.__setattr__(self, "has_padding", found)
-        if ids.ndim != 2 or ids.shape != self.mask.shape or not ids.shape[1] or ids.is_floating_point():
-            raise ConfigError(f"a condition is whole numbers [B, P] with a mask, got {ids.dtype} {tuple(ids.shape)}")
+        if ids.shape != self.mask.shape:
+            raise ConfigError(f"a mask is of the shape of its ids, {tuple(ids.shape)}, got {tuple(self.mask.shape)}")
 
     @classmethod
     def padded(cls, ids: Tensor) -> Condition:
@@ -69,6 +80,7 @@ class Condition:
         Raises:
             ConfigError: if -1 is elsewhere, or an image has no id at all.
         """
+        _check_ids(ids)
         mask = ids >= 0
         if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or not bool(mask[:, -1].all()):
             raise ConfigError("conditions are padded with -1 in front, and each has an id at its end")
@@ -118,7 +130,10 @@ class CausalModel(nn.Module, ABC):
 
     def __init__(self, clusters: int, codebooks: tuple[int, ...] = ()) -> None:
         super().__init__()
-        if codebooks and (sum(codebooks) != clusters or min(codebooks) < 1):
+        clusters = accepted(type(self).__name__, "clusters", Annotated[int, Range(1)], clusters)
+        if codebooks:
+            codebooks = accepted(type(self).__name__, "codebooks", tuple[Annotated[int, Range(1)], ...], codebooks)
+        if codebooks and (sum(codebooks) != clusters):
             raise ConfigError(f"the codebooks {codebooks} must add up to {clusters} clusters")
         self.clusters = clusters
         self.codebooks = codebooks or (clusters,)
@@ -174,12 +189,18 @@ class FunctionModel(CausalModel):
         clusters: int,
         codebooks: tuple[int, ...] = (),
     ) -> None:
+        accepted("FunctionModel", "module", nn.Module, module)
+        accepted("FunctionModel", "forward", Callable, forward)
         super().__init__(clusters, codebooks)
         self.module = module
         self.function = forward
 
     def forward(self, condition: Condition, clusters: Tensor) -> Prediction:
         found = self.function(condition, clusters)
+        if not isinstance(found, Tensor) and not (
+            isinstance(found, tuple) and len(found) == 2 and all(isinstance(part, Tensor) for part in found)
+        ):
+            raise ConfigError(f"the forward must give logits, or logits and states, as tensors; got {brief(found)}")
         logits, states = (found, None) if isinstance(found, Tensor) else found
         expected = (len(condition), clusters.shape[1] + 1, self.clusters)
         if logits.shape != expected:

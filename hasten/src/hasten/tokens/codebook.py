@@ -13,30 +13,39 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
 
 from hasten.errors import ConfigError, ModelError, unknown
+from hasten.tokens.arrays import as_numbers
 
 __all__ = [
-    "NORMALIZE", "Normalize", "as_codebook", "check_codebook", "codebook_fingerprint", "nearest_used", "prepare_codes",
-    "prepared", "used_codes",
+    "MOST_TOKENS", "NORMALIZE", "Normalize", "as_codebook", "check_codebook", "codebook_fingerprint", "nearest_used",
+    "prepare_codes", "prepared", "used_codes",
 ]  # fmt: skip
 
 Normalize = Literal["none", "unit"]
 NORMALIZE = ("none", "unit")
+FLOAT32 = np.finfo(np.float32)
+MOST_TOKENS = 1 << 24  # in a vocabulary
 
 
 def as_codebook(codebook: Any) -> NDArray[np.float64]:
     """A codebook `[N, D]` (array, or tensor on any device) as float64.
 
     Raises:
-        ConfigError: if it is no finite matrix of at least two rows.
+        ConfigError: if it is no finite matrix of at least two rows, or float32 cannot hold it: codebooks are kept and
+            told apart in float32, and the squares of larger values leave float64.
     """
-    if hasattr(codebook, "detach"):
-        codebook = codebook.detach().cpu().float().numpy()
-    codes = np.asarray(codebook, dtype=np.float64)
+    codes = as_numbers(codebook, "a codebook").astype(np.float64)
     if codes.ndim != 2 or len(codes) < 2 or not codes.shape[1]:
         raise ConfigError(f"a codebook is a matrix [codes, width] of at least two codes, got the shape {codes.shape}")
     bad = np.flatnonzero(~np.isfinite(codes).all(axis=1))
     if len(bad):
         raise ConfigError(f"code {bad[0]} has a value that is not finite ({len(bad)} such codes); repair the codebook")
+    largest = np.abs(codes).max(axis=1)
+    bad = np.flatnonzero((largest > FLOAT32.max) | ((largest > 0) & (largest < FLOAT32.smallest_subnormal)))
+    if len(bad):
+        raise ConfigError(
+            f"code {bad[0]} has values of about {largest[bad[0]]:.3g}, which float32 cannot hold ({len(bad)} such "
+            "codes); scale the codebook, the tree stays the same"
+        )
     return codes
 
 
@@ -46,7 +55,7 @@ def prepare_codes(codes: NDArray[np.float64], normalize: Normalize) -> NDArray[n
     Raises:
         ConfigError: if a row of zeros is to have unit length.
     """
-    if normalize not in NORMALIZE:
+    if not isinstance(normalize, str) or normalize not in NORMALIZE:
         raise unknown("normalization", normalize, NORMALIZE)
     if normalize == "none":
         return codes
@@ -88,9 +97,11 @@ def used_codes(used: ArrayLike | None, n: int) -> NDArray[np.int64]:
     """
     if used is None:
         return np.arange(n)
-    flags = np.asarray(used)
+    flags = as_numbers(used, "used")
     if flags.shape != (n,):
         raise ConfigError(f"used needs one value for each of the {n} codes, got the shape {flags.shape}")
+    if not (flags >= 0).all():
+        raise ConfigError("used must be True or False, or a count of 0 or more, of each code")
     leaves = np.flatnonzero(flags > 0)
     if len(leaves) < 2:
         raise ConfigError(f"at least two used codes are needed, {len(leaves)} are marked as used")

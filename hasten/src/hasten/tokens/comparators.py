@@ -6,14 +6,24 @@ Shapes: `N` codes, `D` width, `k` clusters.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.cluster.vq import kmeans2
 
 from hasten.errors import ConfigError
-from hasten.tokens.codebook import Normalize, as_codebook, codebook_fingerprint, nearest_used, prepared, used_codes
+from hasten.parameters import Range, accepted
+from hasten.tokens.arrays import as_whole_numbers
+from hasten.tokens.codebook import (
+    MOST_TOKENS,
+    Normalize,
+    as_codebook,
+    codebook_fingerprint,
+    nearest_used,
+    prepared,
+    used_codes,
+)
 from hasten.tokens.mapping import TokenMap
 
 __all__ = ["adjusted_rand", "flat_map", "kmeans_map", "mean_within_distance", "random_map"]
@@ -21,8 +31,7 @@ __all__ = ["adjusted_rand", "flat_map", "kmeans_map", "mean_within_distance", "r
 
 def flat_map(n: int) -> TokenMap:
     """Each of `n` tokens a cluster of its own."""
-    if n < 1:
-        raise ConfigError(f"a vocabulary has at least one token, got {n}")
+    n = accepted("flat_map", "n", Annotated[int, Range(1, MOST_TOKENS)], n)
     return TokenMap(np.arange(n, dtype=np.int32), "flat")
 
 
@@ -43,12 +52,13 @@ def kmeans_map(
     Raises:
         ConfigError: if the codebook cannot be clustered so.
     """
+    k, seed = accepted("kmeans_map", "k", int, k), accepted("kmeans_map", "seed", Annotated[int, Range(0)], seed)
+    runs = accepted("kmeans_map", "runs", Annotated[int, Range(1)], runs)
+    iterations = accepted("kmeans_map", "iterations", Annotated[int, Range(1)], iterations)
     codes = as_codebook(codebook)
     leaves = used_codes(used, len(codes))
     if not 1 <= k <= len(leaves):
         raise ConfigError(f"k must be 1 .. {len(leaves)} (the used codes), got {k}")
-    if runs < 1 or iterations < 1:
-        raise ConfigError(f"runs and iterations must be at least 1, got {runs} and {iterations}")
     everything = prepared(codes, leaves, normalize)
     points = everything[leaves]
     best: tuple[float, NDArray[np.int64]] | None = None
@@ -84,6 +94,8 @@ def _fill_empty(labels: NDArray[np.int64], distance: NDArray[np.float64], k: int
 
 def random_map(like: TokenMap, seed: int = 0) -> TokenMap:
     """Clusters of the same sizes as those of `like`, of used tokens drawn at random; the others stay where they are."""
+    accepted("random_map", "like", TokenMap, like)
+    seed = accepted("random_map", "seed", Annotated[int, Range(0)], seed)
     labels = like.labels.copy()
     labels[like.used] = np.random.default_rng(seed).permutation(labels[like.used])
     return TokenMap(labels, "random", like.fingerprint, like.normalize, like.used)
@@ -91,7 +103,7 @@ def random_map(like: TokenMap, seed: int = 0) -> TokenMap:
 
 def adjusted_rand(a: ArrayLike, b: ArrayLike) -> float:
     """Adjusted Rand index of two labelings `[N]`: 1 if they agree, about 0 by chance (Hubert and Arabie 1985)."""
-    a, b = np.asarray(a), np.asarray(b)
+    a, b = as_whole_numbers(a, "labelings"), as_whole_numbers(b, "labelings")
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
         raise ConfigError(f"two labelings of the same two or more items are needed, got {a.shape} and {b.shape}")
 
@@ -111,6 +123,7 @@ def mean_within_distance(codebook: Any, mapping: TokenMap) -> float:
     Raises:
         ModelError: if the map was made of another codebook.
     """
+    accepted("mean_within_distance", "mapping", TokenMap, mapping)
     codes = as_codebook(codebook)
     mapping.check(codes)
     points = prepared(codes, np.flatnonzero(mapping.used), mapping.normalize)

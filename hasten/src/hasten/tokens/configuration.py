@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from hasten.tokens.vocabulary import Vocabulary, vocabulary_mapping
 
 __all__ = ["pin_image_tokens", "renumber_configuration"]
 
+WORDS = ("bad_words_ids", "force_words_ids", "sequence_bias")  # lists of lists of ids, the last with a number each
 ID_SUFFIXES = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
 
 
@@ -68,6 +69,24 @@ def _configurations(model: nn.Module) -> Iterator[Any]:
         waiting += [value for value in vars(one).values() if hasattr(value, "to_dict") and value is not one]
 
 
+def _entries(value: Any) -> list[Any]:
+    return list(value.items() if isinstance(value, dict) else value)
+
+
+def _flat(word: Any) -> Iterator[Any]:
+    """The ids of a word, or of its alternatives."""
+    if isinstance(word, (list, tuple)):
+        for part in word:
+            yield from _flat(part)
+    else:
+        yield word
+
+
+def _nested(word: Any, new: Callable[[Any], Any]) -> Any:
+    """A word, or its alternatives, with new ids."""
+    return type(word)(_nested(part, new) for part in word) if isinstance(word, (list, tuple)) else new(word)
+
+
 def _renumber(configuration: Any, found: Vocabulary) -> list[str]:
     """Renumber what a configuration names; the names of what was cleared."""
     image = set(found.rows.tolist())
@@ -78,6 +97,15 @@ def _renumber(configuration: Any, found: Vocabulary) -> list[str]:
         return int(found.new_ids[token]) if kept else token
 
     for name, value in list(vars(configuration).items()):
+        if name in WORDS and isinstance(value, (dict, list, tuple)):
+            biased = name == "sequence_bias"
+            words = [tuple(entry) if biased else (entry, None) for entry in _entries(value)]
+            kept = [(_nested(word, new), bias) for word, bias in words if image.isdisjoint(_flat(word))]
+            if len(kept) < len(words):
+                cleared.append(name)
+            renewed: Any = dict(kept) if isinstance(value, dict) else [[*pair] if biased else pair[0] for pair in kept]
+            setattr(configuration, name, renewed or None)
+            continue
         if not name.endswith(ID_SUFFIXES) or isinstance(value, bool):
             continue
         if isinstance(value, list) and value and all(isinstance(token, int) for token in value):

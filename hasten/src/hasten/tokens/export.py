@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from hasten.errors import ModelError
-from hasten.io import Kind, check_files, describe, read_json, read_record, shown, write_files, write_record
+from hasten.io import Kind, as_path, check_files, describe, read_json, read_record, shown, write_files, write_record
+from hasten.parameters import accepted
 from hasten.tokens.configuration import pin_image_tokens
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.replace import resize_tables
-from hasten.tokens.vocabulary import Vocabulary
+from hasten.tokens.vocabulary import Vocabulary, mark_converted
 
 __all__ = ["Exported", "export_model", "open_model"]
 
@@ -95,6 +96,14 @@ def export_model(model: Any, mapping: TokenMap, folder: str | Path, vocabulary: 
         ModelError: if the model does not have the tables that the vocabulary tells of.
         FileError: if a file cannot be written.
     """
+    accepted("export_model", "model", nn.Module, model)
+    accepted("export_model", "mapping", TokenMap, mapping)
+    accepted("export_model", "vocabulary", Vocabulary, vocabulary)
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{type(model).__name__} has adapters, of which save_pretrained writes nothing else; merge them first "
+            "(merge_and_unload), and export what that gives"
+        )
     found = [getattr(_module(model, name), "weight", None) for name in (vocabulary.embedding, vocabulary.head)]
     sizes = [None if weight is None else len(weight) for weight in found]
     after = (vocabulary.after, vocabulary.clusters)
@@ -103,7 +112,7 @@ def export_model(model: Any, mapping: TokenMap, folder: str | Path, vocabulary: 
             f"{vocabulary.embedding} and {vocabulary.head} have {sizes[0]} and {sizes[1]} rows, expected "
             f"{vocabulary.after} with {mapping.clusters} clusters; replace_vocabulary first, and give its vocabulary"
         )
-    folder = Path(folder)
+    folder = as_path(folder)
     digests = write_files(folder, partial(_save_files, model))
     mapping.save(folder / MAP)
     first = int(vocabulary.rows[0])
@@ -152,7 +161,9 @@ def open_model(folder: str | Path, model: nn.Module | None = None, dtype: torch.
     Raises:
         ModelError: if the folder is no such model, or a file is not as it was written.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
+    accepted("open_model", "model", nn.Module | None, model)
+    accepted("open_model", "dtype", torch.dtype, dtype)
     if not (folder / MAP).is_file():
         raise ModelError(f"{folder} holds no model with its map; write one with `hasten tokens train`")
     mapping = TokenMap.load(folder / MAP)
@@ -167,6 +178,7 @@ def open_model(folder: str | Path, model: nn.Module | None = None, dtype: torch.
         else:
             _load_into(model, folder, vocabulary)
         pin_image_tokens(model, vocabulary, mapping)
+        mark_converted(model, vocabulary)
         return Exported(model.eval(), mapping, vocabulary)
     except Exception as error:  # whatever the other library raises, this is no usable model
         raise ModelError(f"{folder}: no usable model ({describe(error)}). {KIND.remedy}") from error

@@ -10,12 +10,13 @@ Shapes: `B` images, `P` ids of a condition, `l` clusters, `k` clusters that ther
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from hasten.errors import AdapterError, ConfigError
+from hasten.parameters import Range, accepted
 from hasten.tokens.causal import CausalModel, Condition, Decoding, Prediction
 from hasten.tokens.vocabulary import Vocabulary
 
@@ -62,7 +63,18 @@ class HuggingFaceModel(CausalModel):
         codebooks: tuple[int, ...] = (),
         keep_text: bool = True,
     ) -> None:
+        accepted("HuggingFaceModel", "model", nn.Module, model)
+        accepted("HuggingFaceModel", "vocabulary", Vocabulary, vocabulary)
         super().__init__(vocabulary.clusters, codebooks)
+        if not hasattr(model, "get_input_embeddings") or not (
+            hasattr(model, "get_decoder") or hasattr(model, "language_model")
+        ):
+            raise AdapterError(
+                f"{type(model).__name__} is no model of transformers with a decoder; give its forward to a "
+                "FunctionModel instead"
+            )
+        for name, given in (("row_length", row_length), ("row_end", row_end)):
+            accepted("HuggingFaceModel", name, Annotated[int | None, Range(0)], given)
         self.keep_text = keep_text
         if (row_length is None) != (row_end is None) or (row_length is not None and row_length < 1):
             raise ConfigError(f"row_length and row_end belong together, got {row_length} and {row_end}")

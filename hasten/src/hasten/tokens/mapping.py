@@ -18,7 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from hasten.errors import ConfigError, ModelError, unknown
 from hasten.io import Array, Kind, check_arrays, read_tensors, write_tensors
-from hasten.tokens.codebook import NORMALIZE, Normalize, check_codebook
+from hasten.parameters import accepted
+from hasten.tokens.arrays import as_numbers, as_whole_numbers
+from hasten.tokens.codebook import NORMALIZE, Normalize, as_codebook, check_codebook
 
 __all__ = ["TokenMap"]
 
@@ -63,17 +65,18 @@ class TokenMap:
     used: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
 
     def __post_init__(self) -> None:
-        labels = np.asarray(self.labels)
-        if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
+        labels = as_whole_numbers(self.labels, "labels")
+        if labels.ndim != 1 or not len(labels):
             raise ConfigError(f"labels must be one whole number a token, [N]; got {labels.dtype} of {labels.shape}")
         if labels.min() < 0 or labels.max() >= len(labels):  # before memory for that many clusters is asked for
             raise ConfigError(
                 f"the labels of {len(labels)} tokens lie within 0 .. {len(labels) - 1}, "
                 f"got {labels.min()} .. {labels.max()}"
             )
-        if self.normalize not in NORMALIZE:
+        if not isinstance(self.normalize, str) or self.normalize not in NORMALIZE:
             raise unknown("normalization", self.normalize, NORMALIZE)
-        used = np.asarray(self.used) if len(self.used) else np.ones(len(labels), bool)
+        used = as_numbers(self.used, "used")
+        used = used if used.size else np.ones(len(labels), bool)
         if used.shape != labels.shape or used.dtype != bool:
             raise ConfigError(f"used must be one bool per token, {labels.shape}; got {used.dtype} of {used.shape}")
         empty = np.flatnonzero(np.bincount(labels[used], minlength=int(labels.max()) + 1) == 0)
@@ -112,7 +115,7 @@ class TokenMap:
 
     def of(self, cluster: int) -> NDArray[np.int64]:
         """Members of one cluster: its tokens that occur."""
-        if not 0 <= cluster < self.clusters:
+        if not 0 <= accepted("TokenMap.of", "cluster", int, cluster) < self.clusters:
             raise ConfigError(f"there are clusters 0 .. {self.clusters - 1}, asked for {cluster}")
         return self.members[self.offsets[cluster] : self.offsets[cluster + 1]]
 
@@ -122,9 +125,7 @@ class TokenMap:
         Raises:
             ConfigError: if they are no whole numbers in `0 .. N-1`.
         """
-        tokens = np.asarray(tokens)
-        if not np.issubdtype(tokens.dtype, np.integer):
-            raise ConfigError(f"tokens must be whole numbers, got {tokens.dtype}")
+        tokens = as_whole_numbers(tokens, "tokens")
         if tokens.size and (tokens.min() < 0 or tokens.max() >= self.tokens):
             raise ConfigError(
                 f"tokens {tokens.min()} .. {tokens.max()} do not fit a vocabulary of {self.tokens}; "
@@ -138,13 +139,14 @@ class TokenMap:
         Raises:
             ModelError: if this map was made of another, or has another number of tokens.
         """
-        if len(codebook) != self.tokens:
-            raise ModelError(f"the map has {self.tokens} tokens, the codebook {len(codebook)} codes")
-        check_codebook(codebook, self.fingerprint, "map")
+        codes = as_codebook(codebook)
+        if len(codes) != self.tokens:
+            raise ModelError(f"the map has {self.tokens} tokens, the codebook {len(codes)} codes")
+        check_codebook(codes, self.fingerprint, "map")
 
     def refines(self, coarser: TokenMap) -> bool:
         """Whether each cluster lies within one cluster of `coarser`."""
-        if self.tokens != coarser.tokens:
+        if self.tokens != accepted("TokenMap.refines", "coarser", TokenMap, coarser).tokens:
             return False
         first = coarser.labels[self.members[self.offsets[:-1]]]
         return bool((coarser.labels == first[self.labels]).all())

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 
 from hasten.errors import ConfigError, unknown
+from hasten.parameters import Range, accepted
+from hasten.tokens.arrays import as_numbers, as_whole_numbers
 from hasten.tokens.codebook import as_codebook, prepare_codes
 from hasten.tokens.mapping import TokenMap
 
@@ -36,7 +38,8 @@ class MemberSampler:
 
     Attributes:
         mapping: the clusters.
-        weights: `[N]` float64, how likely each token is among its cluster's members; up to a factor per cluster.
+        weights: `[N]` float64, how likely each token is among its cluster's members; kept with 1 as the largest of
+            each cluster.
 
     Raises:
         ConfigError: if the weights leave a cluster without a member, or let a token occur that never does.
@@ -46,7 +49,8 @@ class MemberSampler:
     weights: NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        weights = np.asarray(self.weights, np.float64)
+        accepted("MemberSampler", "mapping", TokenMap, self.mapping)
+        weights = as_numbers(self.weights, "weights").astype(np.float64)
         if weights.shape != (self.mapping.tokens,):
             raise ConfigError(f"one weight for each of the {self.mapping.tokens} tokens is needed, got {weights.shape}")
         if not np.isfinite(weights).all() or weights.min() < 0:
@@ -57,10 +61,11 @@ class MemberSampler:
                 f"token {stray[0]} never occurs by the map, but has a weight ({len(stray)} such tokens); "
                 "give it none, or make the map of the data in which it occurs"
             )
-        mass = np.bincount(self.mapping.labels, weights)
-        if not mass.min() > 0:
-            raise ConfigError(f"no member of cluster {int(mass.argmin())} has a positive weight; give one to some")
-        object.__setattr__(self, "weights", weights)
+        largest = np.zeros(self.mapping.clusters)
+        np.maximum.at(largest, self.mapping.labels, weights)
+        if not largest.min() > 0:
+            raise ConfigError(f"no member of cluster {int(largest.argmin())} has a positive weight; give one to some")
+        object.__setattr__(self, "weights", weights / largest[self.mapping.labels])  # sums would be infinite
 
     @classmethod
     def make(
@@ -84,7 +89,8 @@ class MemberSampler:
             ModelError: if it is another codebook.
             UnknownNameError: if there is no such kind.
         """
-        if kind not in MEMBER_KINDS:
+        accepted("MemberSampler.make", "mapping", TokenMap, mapping)
+        if not isinstance(kind, str) or kind not in MEMBER_KINDS:
             raise unknown("way to choose members", kind, MEMBER_KINDS)
         if kind == "uniform":
             return cls(mapping, np.asarray(mapping.used, np.float64))
@@ -109,10 +115,10 @@ class MemberSampler:
         Raises:
             ConfigError: if they are no clusters of the map.
         """
-        clusters = np.asarray(clusters)
+        if not isinstance(seed, np.random.Generator):
+            seed = accepted("MemberSampler", "seed", Annotated[int, Range(0)], seed)
+        clusters = as_whole_numbers(clusters, "clusters")
         k = self.mapping.clusters
-        if not np.issubdtype(clusters.dtype, np.integer):
-            raise ConfigError(f"clusters must be whole numbers, got {clusters.dtype}")
         if clusters.size and (clusters.min() < 0 or clusters.max() >= k):
             raise ConfigError(f"clusters {clusters.min()} .. {clusters.max()} are not all in 0 .. {k - 1}")
         first, last = self.mapping.offsets[clusters], self.mapping.offsets[clusters + 1] - 1
@@ -139,7 +145,7 @@ class MemberSampler:
 def _frequencies(mapping: TokenMap, counts: ArrayLike | None) -> NDArray[np.float64]:
     if counts is None:
         raise ConfigError("frequency needs how often each token occurs: give counts=")
-    weights = np.asarray(counts, np.float64).copy()
+    weights = as_numbers(counts, "counts").astype(np.float64)
     if weights.shape != (mapping.tokens,):
         raise ConfigError(f"counts needs one number for each of the {mapping.tokens} tokens, got {weights.shape}")
     never = np.bincount(mapping.labels, weights) == 0

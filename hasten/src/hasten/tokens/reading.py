@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hasten.errors import ModelError
+from hasten.io import as_path
 
 __all__ = ["codebook_of", "read_codebook"]
 
@@ -34,7 +35,7 @@ def read_codebook(path: str | Path, name: str | None = None) -> NDArray[np.float
     Raises:
         ModelError: if there is none, it is not clear which, or the file cannot be read.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise ModelError(f"{path}: no such file; give a codebook as .npy, .safetensors or .pt")
     try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hasten.errors import ConfigError, ModelError
 from hasten.io import Kind, read_tensors, write_tensors
+from hasten.parameters import Declared, Range, accepted
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.sample import drawn_from
 
@@ -30,29 +31,20 @@ MOST_WIDTH = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefinerConfig:
+class RefinerConfig(Declared):
     """Size of a refiner.
-
-    Attributes:
-        hidden: width of the main model's hidden states, `H`.
-        width: of the refiner, `W`.
-        heads: of attention; divides the width.
-        layers: of the decoder.
 
     Raises:
         ConfigError: if a size is not positive or the heads do not divide the width.
     """
 
-    hidden: int
-    width: int = 512
-    heads: int = 4
-    layers: int = 1
+    hidden: Annotated[int, Range(1, MOST_WIDTH), "width of the main model's hidden states, `H`"]
+    width: Annotated[int, Range(1, MOST_WIDTH), "of the refiner, `W`"] = 512
+    heads: Annotated[int, Range(1), "of attention; divides the width"] = 4
+    layers: Annotated[int, Range(1, MOST_LAYERS), "of the decoder"] = 1
 
-    def __post_init__(self) -> None:
-        if min(self.hidden, self.width, self.heads, self.layers) < 1 or self.layers > MOST_LAYERS:
-            raise ConfigError(f"all sizes must be at least 1, and the layers at most {MOST_LAYERS}, got {self}")
-        if max(self.hidden, self.width) > MOST_WIDTH:
-            raise ConfigError(f"widths must be at most {MOST_WIDTH}, got {self}")
+    def check(self) -> None:
+        super().check()
         if self.width % self.heads:
             raise ConfigError(f"heads must divide the width, got {self.heads} and {self.width}")
 
@@ -76,6 +68,8 @@ class Refiner(nn.Module):
 
     def __init__(self, mapping: TokenMap, config: RefinerConfig) -> None:
         super().__init__()
+        accepted("Refiner", "mapping", TokenMap, mapping)
+        accepted("Refiner", "config", RefinerConfig, config)
         self.config = config
         self.register_buffer("labels", torch.from_numpy(mapping.labels).long())
         self.register_buffer("sizes", torch.from_numpy(mapping.sizes).long())
@@ -99,6 +93,8 @@ class Refiner(nn.Module):
         Raises:
             ConfigError: if the shapes do not fit.
         """
+        accepted("Refiner", "hidden", Tensor, hidden)
+        accepted("Refiner", "clusters", Tensor, clusters)
         if hidden.shape != (*clusters.shape, self.config.hidden):
             raise ConfigError(
                 f"hidden must be [B, L, {self.config.hidden}] for clusters [B, L]; got {tuple(hidden.shape)} "

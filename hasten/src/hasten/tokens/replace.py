@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import unknown
+from hasten.parameters import accepted
 from hasten.tokens.configuration import renumber_configuration
 from hasten.tokens.mapping import TokenMap
-from hasten.tokens.vocabulary import Rows, Vocabulary, find_vocabulary
+from hasten.tokens.vocabulary import Rows, Vocabulary, find_vocabulary, mark_converted
 
 __all__ = ["Converted", "replace_vocabulary", "resize_tables"]
 
@@ -75,7 +76,8 @@ def replace_vocabulary(
         ModelError: if the vocabulary is not that of the map, or it is not known which rows are image tokens.
         ConfigError: if `rows` are no rows of the table.
     """
-    if start not in STARTS:
+    seed = accepted("replace_vocabulary", "seed", int, seed)
+    if not isinstance(start, str) or start not in STARTS:
         raise unknown("start of the new rows", start, STARTS)
     found = find_vocabulary(model, mapping, rows, embedding, head)
     before = sum(p.numel() for p in model.parameters())
@@ -91,6 +93,7 @@ def replace_vocabulary(
         first = found.offset if output.out_features == found.before else 0
         bias[first : first + mapping.clusters] = 0
     _install(model, found, weight, head_weight, bias, tied)
+    mark_converted(model, found)
     cleared = renumber_configuration(model, found, mapping)
     after = sum(p.numel() for p in model.parameters())
     return Converted(found, found.before, found.after, found.before - mapping.tokens, before - after, tied, cleared)
@@ -139,7 +142,9 @@ def _install(
     padding = None
     if old_table.padding_idx is not None and old_table.padding_idx not in found.rows:
         padding = int(found.new_ids[old_table.padding_idx])
-    table = nn.Embedding(len(weight), weight.shape[1], padding, device="meta")
+    options = {name: getattr(old_table, name) for name in ("max_norm", "norm_type", "scale_grad_by_freq", "sparse")}
+    table = nn.Embedding(len(weight), weight.shape[1], padding, device="meta", **options)
+    table.train(old_table.training)
     table.weight = nn.Parameter(weight, old_table.weight.requires_grad)
     head = nn.Linear(head_weight.shape[1], len(head_weight), bias=bias is not None, device="meta")
     head.weight = table.weight if tied else nn.Parameter(head_weight, old_head.weight.requires_grad)

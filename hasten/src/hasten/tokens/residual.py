@@ -18,6 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hasten.errors import ConfigError, ModelError
+from hasten.io import as_path
+from hasten.parameters import accepted
+from hasten.tokens.arrays import as_whole_numbers
 from hasten.tokens.codebook import Normalize
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.members import Kind, MemberSampler
@@ -40,8 +43,8 @@ class ResidualMaps:
     maps: tuple[TokenMap, ...]
 
     def __post_init__(self) -> None:
-        if not self.maps:
-            raise ConfigError("at least one map is needed, one per codebook")
+        maps = accepted("ResidualMaps", "maps", tuple[TokenMap, ...], self.maps)
+        object.__setattr__(self, "maps", maps)
 
     @classmethod
     def fit(
@@ -58,6 +61,11 @@ class ResidualMaps:
         Raises:
             ConfigError: if the numbers do not fit each other, or a codebook cannot be clustered.
         """
+        clusters = as_whole_numbers(clusters, "clusters").tolist()
+        if not isinstance(clusters, list) or not hasattr(codebooks, "__len__"):
+            raise ConfigError("codebooks and clusters must be lists, with one codebook and one number for each tree")
+        if used is not None and not hasattr(used, "__len__"):
+            raise ConfigError("used must be a list, with flags or counts for each codebook; None where all are used")
         each = [None] * len(codebooks) if used is None else list(used)
         if len(clusters) != len(codebooks) or len(each) != len(codebooks):
             raise ConfigError(
@@ -87,8 +95,8 @@ class ResidualMaps:
         Raises:
             ConfigError: if they are no tokens of the codebooks.
         """
-        values = np.asarray(tokens)
-        if values.ndim < 2 or values.shape[-1] != len(self.maps) or not np.issubdtype(values.dtype, np.integer):
+        values = as_whole_numbers(tokens, "tokens")
+        if values.ndim < 2 or values.shape[-1] != len(self.maps):
             raise ConfigError(
                 f"tokens must be whole numbers [..., L, {len(self.maps)}], one per codebook; got {values.dtype} of "
                 f"{values.shape}"
@@ -105,7 +113,7 @@ class ResidualMaps:
         Raises:
             ConfigError: if an id is of another codebook than its position.
         """
-        ids = np.asarray(flat)
+        ids = as_whole_numbers(flat, "ids")
         count = len(self.maps)
         if ids.ndim < 1 or ids.shape[-1] % count:
             raise ConfigError(f"ids of {count} codebooks come in turn, so that {count} divides their number")
@@ -123,6 +131,9 @@ class ResidualMaps:
         counts: Sequence[ArrayLike] | None = None,
     ) -> MemberSampler:
         """Chooses members of the one vocabulary; arguments as for `MemberSampler.make`, one per codebook."""
+        for name, given in (("codebooks", codebooks), ("counts", counts)):
+            if given is not None and (not hasattr(given, "__len__") or len(given) != len(self.maps)):
+                raise ConfigError(f"{name} must be a list with one for each of {len(self.maps)} maps")
         parts = [
             MemberSampler.make(
                 mapping,
@@ -136,9 +147,10 @@ class ResidualMaps:
 
     def save(self, folder: str | Path) -> Path:
         """Write `map-0.safetensors` and so on; returns the folder."""
+        folder = as_path(folder)
         for i, mapping in enumerate(self.maps):
-            mapping.save(Path(folder) / f"map-{i}.safetensors")
-        return Path(folder)
+            mapping.save(folder / f"map-{i}.safetensors")
+        return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -147,7 +159,7 @@ class ResidualMaps:
         Raises:
             ModelError: if a map is missing or damaged.
         """
-        names = sorted(Path(folder).glob("map-*.safetensors"), key=lambda path: (len(path.name), path.name))
+        names = sorted(as_path(folder).glob("map-*.safetensors"), key=lambda path: (len(path.name), path.name))
         wanted = [f"map-{i}.safetensors" for i in range(len(names))]
         if not names or [path.name for path in names] != wanted:
             raise ModelError(f"{folder}: expected map-0.safetensors and so on without a gap; write the maps again")

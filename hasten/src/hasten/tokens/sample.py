@@ -5,43 +5,37 @@ Shapes: `B` images, `L` tokens, `k` clusters, `H` width of the model.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from hasten.errors import ConfigError
+from hasten.parameters import Declared, Range, accepted
 from hasten.tokens.causal import CausalModel, Condition
 
 __all__ = ["Sampling", "drawn_from", "filtered", "sample_clusters", "scaled_top_k"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Declared):
     """How the next cluster is drawn.
-
-    Attributes:
-        temperature: divides the logits.
-        top_k: only the likeliest so many clusters; 0 for all.
-        top_p: only the likeliest clusters that reach this probability together.
-        guidance: logits are `without + guidance (with - without)` the condition; 1 leaves the forward without out.
 
     Raises:
         ConfigError: if a value cannot work.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    guidance: float = 1.0
-
-    def __post_init__(self) -> None:
-        finite = 0 < self.temperature < math.inf and 0 <= self.guidance < math.inf
-        if not finite or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"temperature must be positive, top_k and guidance not negative, top_p in (0, 1]; got {self}"
-            )
+    temperature: Annotated[float, Range(above=0), "divides the logits"] = 1.0
+    top_k: Annotated[int, Range(0), "only the likeliest so many clusters; 0 for all"] = 0
+    top_p: Annotated[
+        float, Range(above=0, most=1), "only the likeliest clusters that reach this probability together"
+    ] = 1.0
+    guidance: Annotated[
+        float,
+        Range(0),
+        "logits are `without + guidance (with - without)` the condition; 1 leaves the forward without out",
+    ] = 1.0
 
 
 def scaled_top_k(top_k: int, tokens: int, clusters: int) -> int:
@@ -95,6 +89,15 @@ def sample_clusters(
     Raises:
         ConfigError: if there is guidance without `without`, or a condition is unknown to the model.
     """
+    for name, hint, value in (
+        ("model", CausalModel, model),
+        ("condition", Condition, condition),
+        ("length", Annotated[int, Range(1)], length),
+        ("sampling", Sampling | None, sampling),
+        ("seed", int, seed),
+        ("without", Condition | None, without),
+    ):
+        accepted("sample_clusters", name, hint, value)
     sampling = sampling or Sampling()
     guided = sampling.guidance != 1.0
     if guided and without is None:

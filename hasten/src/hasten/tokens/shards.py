@@ -17,24 +17,26 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from hasten.errors import ConfigError, ModelError
-from hasten.io import Kind, describe, open_regular, read_record, write_atomically, write_record
+from hasten.io import Kind, as_path, describe, open_regular, read_record, write_atomically, write_record
+from hasten.parameters import Range, accepted
+from hasten.tokens.arrays import as_whole_numbers
 from hasten.tokens.causal import Condition
-from hasten.tokens.codebook import codebook_fingerprint
+from hasten.tokens.codebook import MOST_TOKENS, as_codebook, codebook_fingerprint
 from hasten.tokens.mapping import TokenMap
 
 __all__ = ["TokenShards", "write_shards"]
 
 ROWS = 65_536
+MOST_LABEL = 2**31 - 1  # labels are kept as int32
 REMEDY = "Write the shards again."
 MOST_HEADER = 65_536  # bytes of a `.npy` file before its numbers
-MOST_TOKENS = 1 << 24  # in a vocabulary
 DTYPES = (np.uint8, np.uint16, np.uint32)
 
 
@@ -80,9 +82,11 @@ def write_shards(
     Raises:
         ConfigError: if the arrays do not fit the vocabulary or each other.
     """
-    values = np.asarray(tokens)
-    shown_labels = None if labels is None else np.asarray(labels)
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+    vocabulary = accepted("write_shards", "vocabulary", Annotated[int, Range(1, MOST_TOKENS)], vocabulary)
+    rows = accepted("write_shards", "rows", Annotated[int, Range(1)], rows)
+    values = as_whole_numbers(tokens, "tokens")
+    shown_labels = None if labels is None else as_whole_numbers(labels, "labels")
+    if values.ndim != 2 or not values.shape[1]:
         raise ConfigError(f"tokens must be whole numbers [images, L], got {values.dtype} of {values.shape}")
     if shown_labels is not None and (shown_labels.shape[:1] != values.shape[:1] or shown_labels.ndim not in (1, 2)):
         raise ConfigError(
@@ -90,10 +94,14 @@ def write_shards(
         )
     if shown_labels is not None and shown_labels.ndim == 2:
         Condition.padded(torch.from_numpy(shown_labels.astype(np.int64)))
-    if rows < 1:
-        raise ConfigError(f"rows must be at least 1, got {rows}")
-    if codebook is not None and len(codebook) != vocabulary:
-        raise ConfigError(f"the codebook has {len(codebook)} codes, the vocabulary {vocabulary} tokens")
+    least = 0 if shown_labels is None or shown_labels.ndim == 1 else -1
+    if shown_labels is not None and shown_labels.size:
+        low, high = int(shown_labels.min()), int(shown_labels.max())
+        if low < least or high > MOST_LABEL:
+            raise ConfigError(f"labels must lie within {least} .. {MOST_LABEL}, got {low} .. {high}")
+    codes = None if codebook is None else as_codebook(codebook)
+    if codes is not None and len(codes) != vocabulary:
+        raise ConfigError(f"the codebook has {len(codes)} codes, the vocabulary {vocabulary} tokens")
     pieces = (
         (values[first : first + rows], None if shown_labels is None else shown_labels[first : first + rows])
         for first in range(0, len(values), rows)
@@ -103,9 +111,9 @@ def write_shards(
         "length": values.shape[1],
         "labels": shown_labels is not None,
         "text": shown_labels.shape[1] if shown_labels is not None and shown_labels.ndim == 2 else 0,
-        "codebook": "" if codebook is None else codebook_fingerprint(codebook),
+        "codebook": "" if codes is None else codebook_fingerprint(codes),
     }
-    return _write(Path(folder), pieces, index)
+    return _write(as_path(folder), pieces, index)
 
 
 def _write(folder: Path, pieces: Iterator[tuple[Any, Any]], index: dict[str, Any]) -> TokenShards:
@@ -187,7 +195,7 @@ class TokenShards:
         Raises:
             ModelError: if files are missing, damaged or do not fit the index.
         """
-        folder = Path(folder)
+        folder = as_path(folder)
         index = read_record(folder / "index.json", KIND)
         numbered = [(f"{i:05d}.npy", count) for i, count in enumerate(index.counts)]
         try:
@@ -224,7 +232,7 @@ class TokenShards:
     def _places(self, indices: ArrayLike) -> list[tuple[int, int]]:
         upto = [0, *accumulate(self.counts)]
         places = []
-        for i in np.asarray(indices, np.int64).tolist():
+        for i in as_whole_numbers(indices, "indices").reshape(-1).tolist():
             if not 0 <= i < len(self):
                 raise IndexError(f"image {i} of {len(self)}")
             shard = bisect.bisect_right(upto, i) - 1
@@ -239,7 +247,7 @@ class TokenShards:
     def labels(self, indices: ArrayLike) -> NDArray[np.int64]:
         """Classes `[B]` or texts `[B, P]` of some images; zeros without either."""
         if not self.classes:
-            return np.zeros(len(np.asarray(indices)), np.int64)
+            return np.zeros(len(as_whole_numbers(indices, "indices")), np.int64)
         return np.asarray([self.classes[shard][row] for shard, row in self._places(indices)], np.int64)
 
     def token_counts(self) -> NDArray[np.int64]:
@@ -256,6 +264,7 @@ class TokenShards:
             ConfigError: if the map is of another vocabulary.
             ModelError: if it was made of another codebook than the one that the tokens are of.
         """
+        accepted("TokenShards.check", "mapping", TokenMap, mapping)
         if mapping.tokens != self.vocabulary:
             raise ConfigError(f"the map has {mapping.tokens} tokens, the shards a vocabulary of {self.vocabulary}")
         if self.codebook and mapping.fingerprint and self.codebook != mapping.fingerprint:
@@ -274,7 +283,7 @@ class TokenShards:
             ModelError: if the map is of another codebook.
         """
         self.check(mapping)
-        if Path(folder).resolve() == self.folder.resolve():
+        if as_path(folder).resolve() == self.folder.resolve():
             raise ConfigError(f"{folder} holds the fine tokens; write the clusters to another folder")
 
         def pieces() -> Iterator[tuple[Any, Any]]:
@@ -284,4 +293,4 @@ class TokenShards:
                     progress(i + 1, len(self.arrays))
 
         index = {"vocabulary": mapping.clusters, "length": self.length, "labels": bool(self.classes), "text": self.text}
-        return _write(Path(folder), pieces(), {**index, "codebook": ""})
+        return _write(as_path(folder), pieces(), {**index, "codebook": ""})

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hasten.errors import ConfigError, ModelError
 from hasten.io import Array, Kind, check_arrays, increasing, read_tensors, write_tensors
+from hasten.parameters import Range, accepted
 from hasten.tokens.approximate import approximate_linkage
+from hasten.tokens.arrays import as_numbers
 from hasten.tokens.codebook import (
     Normalize,
     as_codebook,
@@ -40,6 +42,7 @@ from hasten.tokens.mapping import TokenMap
 __all__ = ["SemanticTree"]
 
 EXACT_LIMIT = 32_768  # 4.3 GB of distances
+SMALLEST = float(np.finfo(np.float64).tiny)  # of a weight as a share of the largest
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class SemanticTree:
         Raises:
             ConfigError: if the codebook or `used` cannot be clustered, or the memory for it is not there.
         """
+        accepted("SemanticTree.fit", "exact", bool | None, exact)
         codes = as_codebook(codebook)
         leaves = used_codes(used, len(codes))
         density = _density(weights, leaves, len(codes))
@@ -142,10 +146,10 @@ class SemanticTree:
         Raises:
             ConfigError: if there is no such cut.
         """
+        k = accepted("SemanticTree.cut", "k", int, k)
+        max_size = accepted("SemanticTree.cut", "max_size", Annotated[int | None, Range(1)], max_size)
         if not 1 <= k <= self.leaves:
             raise ConfigError(f"k must be 1 .. {self.leaves} (the used codes), got {k}")
-        if max_size is not None and max_size < 1:
-            raise ConfigError(f"max_size must be at least 1, got {max_size}")
         taken = np.flatnonzero(self.sizes <= (max_size or self.leaves))
         if self.leaves - len(taken) > k:
             raise ConfigError(
@@ -229,9 +233,10 @@ def _density(weights: ArrayLike | None, leaves: NDArray[np.int64], n: int) -> ND
     """Weights of the used codes."""
     if weights is None:
         return None
-    values = np.asarray(weights, np.float64)
+    values = as_numbers(weights, "weights").astype(np.float64)
     if values.shape != (n,):
         raise ConfigError(f"weights needs one value for each of the {n} codes, got the shape {values.shape}")
     if not np.isfinite(values).all() or not (values[leaves] > 0).all():
         raise ConfigError("the weights of used codes must be positive and finite; leave the others out with used=")
-    return values[leaves]
+    values = values[leaves] / values[leaves].max()  # only ratios count, and sums of large ones would be infinite
+    return np.maximum(values, SMALLEST)

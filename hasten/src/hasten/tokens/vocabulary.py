@@ -13,16 +13,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from hasten.errors import AdapterError, ConfigError, ModelError
+from hasten.parameters import Text, accepted
+from hasten.tokens.arrays import as_whole_numbers
 from hasten.tokens.mapping import TokenMap
 
-__all__ = ["Rows", "Vocabulary", "find_vocabulary", "vocabulary_mapping"]
+__all__ = ["Rows", "Vocabulary", "find_vocabulary", "mark_converted", "vocabulary_mapping"]
 
 Rows = int | range | Sequence[int] | NDArray[Any] | None
 OWN_TABLES = (
@@ -89,9 +91,7 @@ class Vocabulary:
         Raises:
             ConfigError: if an id is none of the table's.
         """
-        ids = np.asarray(ids)
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise ConfigError(f"ids must be whole numbers, got {ids.dtype}")
+        ids = as_whole_numbers(ids, "ids")
         if ids.size and not 0 <= ids.min() <= ids.max() < self.before:
             raise ConfigError(f"ids {ids.min()} .. {ids.max()} are not all in 0 .. {self.before - 1}")
         return self.new_ids[ids]
@@ -118,6 +118,10 @@ def find_vocabulary(
         ModelError: if they do not fit the map, or it is not known which rows are image tokens.
         ConfigError: if `rows` are no rows of the table.
     """
+    accepted("replace_vocabulary", "model", nn.Module, model)
+    accepted("replace_vocabulary", "mapping", TokenMap, mapping)
+    for name, given in (("embedding", embedding), ("head", head)):
+        accepted("replace_vocabulary", name, Annotated[str | None, Text(1)], given)
     if (embedding is None) != (head is None):
         raise ConfigError("embedding and head belong together: give the names of both tables, or of none")
     named = embedding is not None
@@ -128,6 +132,8 @@ def find_vocabulary(
             f"the vocabulary of {type(model).__name__} is a {type(table).__name__} and a {type(output).__name__}; "
             "expected a plain Embedding and a plain Linear (merge adapters and undo quantization first)"
         )
+    for name, module in zip(names, (table, output), strict=True):
+        _check_plain(model, name, module, (table, output))
     total = table.num_embeddings
     own = names in OWN_TABLES or named
     said = None if own else _said_rows(model, mapping)
@@ -169,6 +175,8 @@ def _said_rows(model: nn.Module, mapping: TokenMap) -> NDArray[np.int64] | None:
     if found is None:
         return None
     rows: dict[int, int] = found.img2bpe
+    if len(set(rows.values())) < len(rows):
+        raise ModelError(_twice(model))
     if sorted(rows) != list(range(mapping.tokens)):
         raise ModelError(
             f"{type(model).__name__} names {len(rows)} image tokens, the map has {mapping.tokens}; "
@@ -211,12 +219,51 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name)
 
 
+def mark_converted(model: nn.Module, found: Vocabulary) -> None:
+    """Note in the model, beside its weights, that rows of its table are clusters."""
+    model.get_submodule(found.embedding).hasten_clusters = found.clusters  # type: ignore[assignment]
+
+
+def _twice(model: nn.Module) -> str:
+    return f"{type(model).__name__} has rows of clusters already; load it anew, as it was before the replacement"
+
+
+def _check_plain(model: nn.Module, name: str, module: nn.Module, tables: tuple[nn.Module, ...]) -> None:
+    """Refuse a table that new rows would not be everything of.
+
+    Raises:
+        AdapterError: if something else changes what it gives, or others share its weight.
+        ModelError: if its rows are clusters already.
+    """
+    if hasattr(module, "hasten_clusters"):
+        raise ModelError(_twice(model))
+    weight: Any = module.weight
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.is_meta:
+        what = "on no device" if weight.is_meta else f"a {type(weight).__name__} of {weight.dtype}"
+        raise AdapterError(
+            f"the weight of {name} is {what}; expected plain floating-point numbers (load it, undo quantization, "
+            "gather its shards first)"
+        )
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        raise AdapterError(
+            f"{name} has hooks or a forward of its own, which new rows would lose; take them off, replace the "
+            "vocabulary, and put them on again"
+        )
+    for other, part in model.named_modules(remove_duplicate=False):
+        twin = part in tables and other != name and part is module
+        if twin or (part not in tables and any(p is weight for p in part.parameters(recurse=False))):
+            raise AdapterError(
+                f"{other} of {type(model).__name__} shares the weight of {name}, and would keep its old rows; give it "
+                "one of its own first"
+            )
+
+
 def _index(rows: Any, tokens: int, total: int) -> NDArray[np.int64]:
     """Rows `[N]` as numbers."""
     if isinstance(rows, (int, np.integer)) and not isinstance(rows, bool):
         rows = range(int(rows), int(rows) + tokens)
-    index = np.asarray(rows)
-    if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer) or len(index) != tokens:
+    index = as_whole_numbers([] if isinstance(rows, bool) else rows, "rows")
+    if index.ndim != 1 or len(index) != tokens:
         raise ConfigError(
             f"rows must be the first row, or {tokens} whole numbers, one per token of the map; got {index.dtype} of "
             f"{index.shape}"
