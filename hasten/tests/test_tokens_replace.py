@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 import tiny_tokens
 import torch
-from tiny_tokens import CODES, MAP, TEXT, TOKENS, llama
+import transformers
+from tiny_tokens import BODY, CODES, MAP, TEXT, TOKENS, llama
 from torch import nn
 
 from hasten.errors import AdapterError, ConfigError, ModelError
 from hasten.tokens import SemanticTree, flat_map, replace_vocabulary
+from hasten.tokens.causal import Condition
 from hasten.tokens.export import export_model, open_model
+from hasten.tokens.hugging_face import HuggingFaceModel
+from hasten.tokens.sample import Sampling, sample_clusters
+from hasten.tokens.vocabulary import Vocabulary
 
 
 def hook(model):
@@ -55,8 +60,8 @@ def normed(model):
         (hook, r"model\.embed_tokens has hooks or a forward of its own"),
         (pre_hook, "lm_head has hooks or a forward of its own"),
         (own_forward, "lm_head has hooks or a forward of its own"),
-        (alias, r"second of .* shares the weight of model\.embed_tokens"),
-        (shared, r"draft of .* shares the weight of lm_head"),
+        (alias, r"second of .* shares numbers of model\.embed_tokens"),
+        (shared, r"draft of .* shares numbers of lm_head"),
         (whole_numbers, r"lm_head is a Parameter of torch\.int8"),
         (without_numbers, "on no device"),
         (normed, "expected a plain Embedding and a plain Linear"),
@@ -146,6 +151,93 @@ def test_adapters_are_merged_before_an_export(tmp_path):
     with pytest.raises(ModelError, match="has adapters"):
         export_model(model, MAP, tmp_path / "model", done.vocabulary)
     assert not (tmp_path / "model").exists()
+
+
+def small(name, **options):
+    """A model of another family, converted, as a `CausalModel`."""
+    kind, config = getattr(transformers, f"{name}ForCausalLM", None), getattr(transformers, f"{name}Config")
+    torch.manual_seed(0)
+    kind = kind or getattr(transformers, f"{name}LMHeadModel")
+    model = kind(config(vocab_size=TEXT + TOKENS, bos_token_id=1, eos_token_id=2, pad_token_id=0, **options)).eval()
+    return HuggingFaceModel(model, replace_vocabulary(model, MAP, rows=TEXT).vocabulary)
+
+
+FAMILIES = {
+    "Mamba": {"hidden_size": 16, "num_hidden_layers": 2},
+    "Lfm2": {**BODY, "layer_types": ["conv", "full_attention"]},
+    "Bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "Mistral": {**BODY, "sliding_window": 4},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_drawn_is_what_the_forward_predicts_whatever_the_model_remembers(family):
+    """Mamba was given a cache of keys and values, and drew each cluster as if it were the first."""
+    model = small(family, **FAMILIES[family])
+    condition, without = Condition(torch.tensor([[1, 3, 5], [1, 6, 7]])), Condition(torch.tensor([[2]]))
+    likeliest = Sampling(temperature=1e-6, guidance=3.0)
+    drawn, _ = sample_clusters(model, condition, 6, likeliest, without=without)
+    clusters = torch.empty(2, 0, dtype=torch.long)
+    for _ in range(6):
+        with_it, without_it = (model(c, clusters).logits[:, -1] for c in (condition, without.expanded(2)))
+        best = (without_it + 3 * (with_it - without_it)).argmax(-1)
+        clusters = torch.cat([clusters, best[:, None]], 1)
+    assert torch.equal(drawn, clusters)
+
+
+def test_padding_is_refused_where_the_model_would_see_it():
+    model = small("Rwkv", hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, intermediate_size=16)
+    padded = Condition.padded(torch.tensor([[-1, 1, 5], [1, 6, 7]]))
+    with pytest.raises(ConfigError, match="takes no padding"):
+        model(padded, torch.empty(2, 0, dtype=torch.long))
+    assert sample_clusters(model, Condition(torch.tensor([[1, 6, 7]])), 3)[0].shape == (1, 3)
+
+
+def test_places_that_the_model_has_no_positions_for_are_refused():
+    model = small("GPT2", **FAMILIES["GPT2"])
+    condition = Condition(torch.tensor([[1, 3]]))
+    assert sample_clusters(model, condition, 63)[0].shape == (1, 63)
+    with pytest.raises(ConfigError, match="positions for 64 tokens, condition and image take 65"):
+        sample_clusters(model, condition, 64)
+    with pytest.raises(ConfigError, match="positions for 64 tokens"):
+        model(condition, torch.zeros(1, 63, dtype=torch.long))
+
+
+def test_clusters_that_there_are_not_would_be_rows_of_text():
+    model = llama()
+    causal = HuggingFaceModel(model, replace_vocabulary(model, MAP, rows=range(10, 10 + TOKENS)).vocabulary)
+    for cluster in (-1, 20):
+        with pytest.raises(ConfigError, match=rf"clusters {cluster} \.\. {cluster} are not all in 0 \.\. 19"):
+            causal(Condition(torch.tensor([[1]])), torch.tensor([[cluster]]))
+
+
+def test_models_that_see_what_comes_after_are_refused():
+    class Masked(nn.Module):
+        @staticmethod
+        def can_generate():
+            return False
+
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+        get_decoder = get_input_embeddings
+
+    vocabulary = Vocabulary.of_clusters(MAP, 3, "table", "head")
+    with pytest.raises(AdapterError, match="sees what comes after"):
+        HuggingFaceModel(Masked(), vocabulary)
+    with pytest.raises(AdapterError, match="give its forward to a FunctionModel"):
+        HuggingFaceModel(nn.Linear(2, 2), vocabulary)
+
+
+def test_nothing_is_drawn_for_no_condition():
+    model = llama()
+    causal = HuggingFaceModel(model, replace_vocabulary(model, MAP, rows=TEXT).vocabulary)
+    with pytest.raises(ConfigError, match="no condition"):
+        sample_clusters(causal, Condition(torch.ones(0, 1, dtype=torch.long)), 3)
+    for length in (0, 1.5, None):
+        with pytest.raises(ConfigError, match="length must be"):
+            sample_clusters(causal, Condition(torch.ones(1, 1, dtype=torch.long)), length)
 
 
 @pytest.mark.parametrize("seed", [None, "0", 1.5])

@@ -31,6 +31,8 @@ BESIDE = {
     ),
     "gen_head.vision_head": ("prepare_gen_img_embeds", "gen_head", "gen_aligner"),
 }
+UNCACHED = ("bloom",)  # takes its positions from a mask, which a static cache outgrows
+UNPADDED = ("rwkv",)  # sees padding, whatever a mask says
 SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -73,6 +75,8 @@ class HuggingFaceModel(CausalModel):
                 f"{type(model).__name__} is no model of transformers with a decoder; give its forward to a "
                 "FunctionModel instead"
             )
+        if not getattr(model, "can_generate", lambda: True)():
+            raise AdapterError(f"{type(model).__name__} does not generate, it sees what comes after; use a causal LM")
         for name, given in (("row_length", row_length), ("row_end", row_end)):
             accepted("HuggingFaceModel", name, Annotated[int | None, Range(0)], given)
         self.keep_text = keep_text
@@ -133,7 +137,16 @@ class HuggingFaceModel(CausalModel):
         return self.new_ids[ids]
 
     def _embed(self, clusters: Tensor) -> Tensor:
-        """Clusters `[B, l]` as inputs of the language model `[B, l, H]`."""
+        """Clusters `[B, l]` as inputs of the language model `[B, l, H]`.
+
+        Raises:
+            ConfigError: if there is no such cluster; a row of text could be in its place.
+        """
+        on_host = clusters.device.type == "cpu"
+        if on_host and clusters.numel() and not 0 <= int(clusters.min()) <= int(clusters.max()) < self.clusters:
+            raise ConfigError(
+                f"clusters {int(clusters.min())} .. {int(clusters.max())} are not all in 0 .. {self.clusters - 1}"
+            )
         if self.beside is not None:
             embedded: Tensor = getattr(self.model, self.beside[0])(clusters)
             return embedded
@@ -182,21 +195,41 @@ class HuggingFaceModel(CausalModel):
     def forward(self, condition: Condition, clusters: Tensor) -> Prediction:
         prefix = self.model.get_input_embeddings()(self._known(condition.ids))
         inputs = torch.cat([prefix, self._rows(clusters).to(prefix)], dim=1) if clusters.shape[1] else prefix
+        self._check_fits(condition, inputs.shape[1])
         mask = torch.nn.functional.pad(condition.mask, (0, inputs.shape[1] - prefix.shape[1]), value=True)
         states = self._run(inputs, mask if condition.has_padding else None, 0, use_cache=False)
         places = prefix.shape[1] - 1 + self._before(clusters.shape[1] + 1, states.device)
         states = states[:, places]
         return Prediction(self._predict(states, 0), states)
 
+    def _check_fits(self, condition: Condition, places: int) -> None:
+        """Refuse more places than the model has positions for, and padding where the model would see it."""
+        config = self._decoder().config
+        if condition.has_padding and config.model_type in UNPADDED:
+            raise ConfigError(
+                f"{type(self.model).__name__} takes no padding; give conditions of equal length, with guidance, too"
+            )
+        most = getattr(config, "max_position_embeddings", None)
+        if isinstance(most, int) and places > most:
+            raise ConfigError(
+                f"{type(self.model).__name__} has positions for {most} tokens, condition and image take {places}; draw "
+                "shorter images, or give it more positions"
+            )
+
     def decode(self, condition: Condition, length: int) -> Decoding:
         from transformers import StaticCache
 
         decoder = self._decoder()
         named = inspect.signature(decoder.forward).parameters
-        name = "cache" if "cache" in named else "past_key_values"  # by the version of transformers
+        name = next((n for n in ("cache", "past_key_values") if n in named), None)  # by the version of transformers
+        stateful = getattr(decoder, "_is_stateful", False)  # its memory is no cache of keys and values
+        if name is None or stateful or decoder.config.model_type in UNCACHED:
+            yield from super().decode(condition, length)
+            return
         inputs = self.model.get_input_embeddings()(self._known(condition.ids))
         ends = 0 if self.row_length is None else length // self.row_length
         longest = inputs.shape[1] + length + ends
+        self._check_fits(condition, longest - 1)
         kept = {name: StaticCache(config=decoder.config, max_cache_len=longest), "use_cache": True}
         mask = torch.nn.functional.pad(condition.mask, (0, longest - inputs.shape[1]), value=True)
         seen = 0

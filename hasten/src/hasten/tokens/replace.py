@@ -10,15 +10,16 @@ Shapes: `N` image tokens, `k` clusters, `D` width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hasten.errors import unknown
-from hasten.parameters import accepted
+from hasten.parameters import Range, accepted
 from hasten.tokens.configuration import renumber_configuration
 from hasten.tokens.mapping import TokenMap
+from hasten.tokens.sample import MOST_SEED
 from hasten.tokens.vocabulary import Rows, Vocabulary, find_vocabulary, mark_converted
 
 __all__ = ["Converted", "replace_vocabulary", "resize_tables"]
@@ -76,7 +77,7 @@ def replace_vocabulary(
         ModelError: if the vocabulary is not that of the map, or it is not known which rows are image tokens.
         ConfigError: if `rows` are no rows of the table.
     """
-    seed = accepted("replace_vocabulary", "seed", int, seed)
+    seed = accepted("replace_vocabulary", "seed", Annotated[int, Range(0, MOST_SEED)], seed)
     if not isinstance(start, str) or start not in STARTS:
         raise unknown("start of the new rows", start, STARTS)
     found = find_vocabulary(model, mapping, rows, embedding, head)

@@ -15,7 +15,9 @@ from hasten.errors import ConfigError
 from hasten.parameters import Declared, Range, accepted
 from hasten.tokens.causal import CausalModel, Condition
 
-__all__ = ["Sampling", "drawn_from", "filtered", "sample_clusters", "scaled_top_k"]
+MOST_SEED = 2**63 - 1
+
+__all__ = ["MOST_SEED", "Sampling", "drawn_from", "filtered", "sample_clusters", "scaled_top_k"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +96,13 @@ def sample_clusters(
         ("condition", Condition, condition),
         ("length", Annotated[int, Range(1)], length),
         ("sampling", Sampling | None, sampling),
-        ("seed", int, seed),
+        ("seed", Annotated[int, Range(0, MOST_SEED)], seed),
         ("without", Condition | None, without),
     ):
         accepted("sample_clusters", name, hint, value)
     sampling = sampling or Sampling()
+    if not len(condition):
+        raise ConfigError("there is no condition to draw an image for; give one for each image")
     guided = sampling.guidance != 1.0
     if guided and without is None:
         raise ConfigError("guidance needs the condition that stands for none: give without=")

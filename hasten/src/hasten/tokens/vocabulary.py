@@ -249,12 +249,13 @@ def _check_plain(model: nn.Module, name: str, module: nn.Module, tables: tuple[n
             f"{name} has hooks or a forward of its own, which new rows would lose; take them off, replace the "
             "vocabulary, and put them on again"
         )
+    own = {id(p) for p in module.parameters(recurse=False)}
     for other, part in model.named_modules(remove_duplicate=False):
-        twin = part in tables and other != name and part is module
-        if twin or (part not in tables and any(p is weight for p in part.parameters(recurse=False))):
+        twin = part is module and other != name
+        if twin or (part not in tables and any(id(p) in own for p in part.parameters(recurse=False))):
             raise AdapterError(
-                f"{other} of {type(model).__name__} shares the weight of {name}, and would keep its old rows; give it "
-                "one of its own first"
+                f"{other} of {type(model).__name__} shares numbers of {name}, and would keep its old rows; give it "
+                "some of its own first"
             )
 
 
