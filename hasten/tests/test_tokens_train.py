@@ -18,8 +18,8 @@ from hasten.cli.tokens import app
 from hasten.errors import ConfigError, HastenError, ModelError
 from hasten.fitting.refiner import train_refiner
 from hasten.fitting.token_model import Trainer
-from hasten.fitting.token_recipe import Recipe
-from hasten.tokens import SemanticTree, TokenMap, flat_map
+from hasten.fitting.token_recipe import Conditions, Recipe, class_conditions
+from hasten.tokens import SemanticTree, TokenMap, flat_map, random_map
 from hasten.tokens.reading import read_codebook
 from hasten.tokens.refiner import Refiner, RefinerConfig
 from hasten.tokens.sample import Sampling, filtered, sample_clusters, scaled_top_k
@@ -97,6 +97,60 @@ def test_a_refiner_is_trained_on_a_model_that_stays_as_it_is(shards):
         train_refiner(model, refiner, shards, conditions, steps=0)
 
 
+def test_a_refiner_of_another_map_of_as_many_clusters_is_refused(shards):
+    """It was trained on clusters that the model never saw."""
+    model = Trainer(shards, MAP, SMALL, cpu=True)
+    other = Refiner(random_map(MAP, 1), RefinerConfig(hidden=16, width=16, heads=2))
+    with pytest.raises(ConfigError, match="another map than the refiner's"):
+        train_refiner(model.causal, other, shards, model.conditions, steps=1)
+
+
+def test_a_refiner_takes_states_of_half_precision_and_refuses_what_it_does_not_know():
+    refiner = Refiner(MAP, RefinerConfig(hidden=16, width=16, heads=2)).eval()
+    states, clusters = torch.randn(2, 3, 16).bfloat16(), torch.zeros(2, 3, dtype=torch.long)
+    expected = refiner(states.float(), clusters)
+    assert torch.equal(refiner(states, clusters), expected)
+    assert refiner.bfloat16().sample(states.float(), clusters).shape == (2, 3)
+    for wrong in (clusters - 1, clusters + MAP.clusters):
+        with pytest.raises(ConfigError, match="are not all in 0"):
+            refiner.sample(states, wrong)
+    for wrong in (clusters - 1, clusters + MAP.tokens):
+        with pytest.raises(ConfigError, match="are not all in 0"):
+            refiner.loss(states, wrong)
+
+
+def test_held_out_images_are_of_the_kind_that_is_trained_on(shards, tmp_path):
+    """Others were measured all the same: of another vocabulary, with texts for classes, without labels as class 0."""
+    trainer = Trainer(shards, MAP, SMALL, cpu=True)
+    tokens = np.zeros((3, shards.length), int)
+    others = {
+        "vocabulary of 10": write_shards(tmp_path / "a", tokens, 10, [0, 1, 2]),
+        "has texts": write_shards(tmp_path / "b", tokens, MAP.tokens, [[1, 2]] * 3),
+        "has no labels": write_shards(tmp_path / "c", tokens, MAP.tokens),
+        "knows the classes": write_shards(tmp_path / "d", tokens, MAP.tokens, [trainer.classes] * 3),
+        "holds no image": write_shards(tmp_path / "e", tokens[:0], MAP.tokens, []),
+    }
+    for message, other in others.items():
+        with pytest.raises(ConfigError, match=message):
+            trainer.evaluate(other)
+    for message in ("has texts", "vocabulary of 10"):
+        with pytest.raises(ConfigError, match=message):
+            trainer.run(tmp_path / "run", others[message])
+    for wrong in ({"minutes": "3"}, {"minutes": float("nan")}, {"every": 0}, {"minutes": -1}):
+        with pytest.raises(ConfigError, match="must be"):
+            trainer.run(tmp_path / "run", **wrong)
+    assert trainer.steps == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_classes_are_counted_from_none_on():
+    for labels in ([-1, 0], [0, 4]):
+        with pytest.raises(ConfigError, match=r"knows the classes 0 \.\. 3"):
+            class_conditions(10, 4).of(torch.tensor(labels))
+    with pytest.raises(ConfigError, match=r"are \[P\]"):
+        Conditions(0, torch.tensor([[1]]))
+
+
 def test_a_refiner_is_read_back_and_refuses_another_map(tmp_path):
     torch.manual_seed(0)
     refiner = Refiner(MAP, RefinerConfig(hidden=16, width=16, heads=2)).eval()
@@ -145,7 +199,7 @@ def test_limits_keep_the_likeliest_and_scale_with_the_vocabulary():
 
 def test_classes_that_the_model_does_not_know_are_refused(shards):
     trainer = Trainer(shards, MAP, SMALL, cpu=True)
-    with pytest.raises(ConfigError, match=r"ids 29 \.\. 29 are not all in 0 \.\. 28"):
+    with pytest.raises(ConfigError, match=r"knows the classes 0 \.\. 3, got 5 \.\. 5"):
         sample_clusters(trainer.causal, trainer.conditions.of(torch.tensor([5])), 6)
 
 

@@ -61,6 +61,11 @@ def train_refiner(
         accepted("train_refiner", name, hint, value)
     if len(refiner.labels) != shards.vocabulary:
         raise ConfigError(f"the refiner knows {len(refiner.labels)} tokens, the shards have {shards.vocabulary}")
+    known = getattr(model, "vocabulary", None)
+    if known is not None and not np.array_equal(known.labels, refiner.labels.cpu().numpy()):
+        raise ConfigError(
+            "the model was trained on another map than the refiner's; make the refiner of the model's map"
+        )
     if model.clusters != len(refiner.sizes):
         raise ConfigError(f"the model predicts {model.clusters} clusters, the refiner knows {len(refiner.sizes)}")
     if not len(shards):

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -32,8 +32,8 @@ from torch.distributed.fsdp import fully_shard
 from hasten.errors import ConfigError, ModelError
 from hasten.fitting.token_checkpoint import check_tensors, load_tensors, tensors_of
 from hasten.fitting.token_recipe import Conditions, Recipe, build_model, class_conditions
-from hasten.io import Kind, read_tensors, write_atomically, write_tensors
-from hasten.parameters import accepted
+from hasten.io import Kind, as_path, read_tensors, write_atomically, write_tensors
+from hasten.parameters import Range, accepted
 from hasten.tokens.causal import CausalModel, Condition
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.shards import TokenShards
@@ -209,10 +209,11 @@ class Trainer:
             `-log p(cluster) + log |cluster|`, which can be compared between vocabularies.
 
         Raises:
-            ConfigError: if there are no images.
+            ConfigError: if there are no images, or they are of another vocabulary or show other things.
+            ModelError: if they are of another codebook.
         """
-        if not len(held_out) or images < 1:
-            raise ConfigError("at least one held-out image is needed")
+        images = accepted("Trainer.evaluate", "images", Annotated[int, Range(1)], images)
+        self._check_held_out(held_out)
         self.model.eval()
         losses, entropies, inside = [], [], []
         log_sizes = torch.from_numpy(np.log(self.mapping.sizes)).float()
@@ -230,6 +231,15 @@ class Trainer:
         token_loss = loss + float(torch.cat(inside).mean())
         measures = {"loss": loss, "loss_over_log_k": loss / scale, "entropy_over_log_k": entropy / scale}
         return {**measures, "token_loss": token_loss}
+
+    def _check_held_out(self, held_out: TokenShards) -> None:
+        """Refuse what is not of the kind of the shards that are trained on."""
+        accepted("Trainer.evaluate", "held_out", TokenShards, held_out).check(self.mapping)
+        if not len(held_out):
+            raise ConfigError(f"{held_out.folder} holds no image; at least one held-out image is needed")
+        kinds = ["texts" if s.text else "classes" if s.classes else "no labels" for s in (held_out, self.shards)]
+        if kinds[0] != kinds[1]:
+            raise ConfigError(f"{held_out.folder} has {kinds[0]}, the shards that are trained on have {kinds[1]}")
 
     def weights(self) -> dict[str, Tensor]:
         """Whole weights of the model by name, on the CPU; to be called by all processes alike."""
@@ -288,6 +298,11 @@ class Trainer:
         Returns:
             Whether the last step is done.
         """
+        out = as_path(out)
+        accepted("Trainer.run", "minutes", Annotated[float | None, Range(0)], minutes)
+        accepted("Trainer.run", "every", Annotated[int, Range(1)], every)
+        if held_out is not None:
+            self._check_held_out(held_out)  # not after some hundred steps
         started = time.monotonic()
         checkpoint = out / CHECKPOINT
         if checkpoint.exists():

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import ConfigError
-from hasten.parameters import Declared, Range
+from hasten.parameters import Declared, Range, accepted
 from hasten.tokens.causal import Condition
 from hasten.tokens.cost import free_memory
 from hasten.tokens.hugging_face import HuggingFaceModel
 from hasten.tokens.mapping import TokenMap
+from hasten.tokens.sample import MOST_SEED
 from hasten.tokens.vocabulary import Vocabulary
 
 __all__ = ["Conditions", "Recipe", "build_model", "class_conditions"]
@@ -42,7 +43,7 @@ class Recipe(Declared):
     width: Annotated[int, Range(1), "of the model that is built where none is given"] = 256
     layers: Annotated[int, Range(1), "of that model"] = 6
     heads: Annotated[int, Range(1), "of that model; twice as many divide the width"] = 4
-    seed: Annotated[int, Range(0), "of the weights and the order of the images"] = 0
+    seed: Annotated[int, Range(0, MOST_SEED), "of the weights and the order of the images"] = 0
 
     def check(self) -> None:
         super().check()
@@ -104,13 +105,30 @@ class Conditions:
     Attributes:
         first_class: id of class 0, where labels are classes; texts are ids already.
         without: the ids `[P]` that stand for no condition, for dropout and guidance; None without either.
+        classes: that the model knows; None where that is not told.
+
+    Raises:
+        ConfigError: for other ids.
     """
 
     first_class: int = 0
     without: Tensor | None = None
+    classes: int | None = None
+
+    def __post_init__(self) -> None:
+        accepted("Conditions", "first_class", Annotated[int, Range(0)], self.first_class)
+        accepted("Conditions", "classes", Annotated[int | None, Range(1)], self.classes)
+        if accepted("Conditions", "without", Tensor | None, self.without) is not None and self.without.ndim != 1:
+            raise ConfigError(f"the ids that stand for no condition are [P], got the shape {tuple(self.without.shape)}")
 
     def of(self, labels: Tensor, dropped: Tensor | None = None) -> Condition:
         """Conditions of labels: classes `[B]` or texts `[B, P]`, without those that are dropped `[B]`."""
+        accepted("Conditions.of", "labels", Tensor, labels)
+        if labels.ndim == 1 and labels.numel() and labels.device.type == "cpu":
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or (self.classes is not None and high >= self.classes):
+                known = "from 0 on" if self.classes is None else f"0 .. {self.classes - 1}"
+                raise ConfigError(f"the model knows the classes {known}, got {low} .. {high}")
         ids = labels[:, None] + self.first_class if labels.ndim == 1 else labels
         if self.without is None or dropped is None:
             return Condition.padded(ids)
@@ -132,4 +150,4 @@ class Conditions:
 
 def class_conditions(tokens: int, classes: int) -> Conditions:
     """Of a model that `build_model` made: class 0 is behind the `N` tokens, and "no class" behind the classes."""
-    return Conditions(tokens, torch.tensor([tokens + classes]))
+    return Conditions(tokens, torch.tensor([tokens + classes]), classes)

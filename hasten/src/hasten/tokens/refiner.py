@@ -59,6 +59,14 @@ class _Content:
 KIND = Kind("refiner", _Content, ModelError, "Train it again with `hasten tokens refine`.", 4 << 30)
 
 
+def _check_within(name: str, ids: Tensor, size: int) -> None:
+    """Refuse what is not within `0 .. size - 1`; a device checks by itself, and is not waited for."""
+    if ids.is_floating_point() or ids.is_complex():
+        raise ConfigError(f"{name} must be whole numbers, got {ids.dtype}")
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise ConfigError(f"{name} {int(ids.min())} .. {int(ids.max())} are not all in 0 .. {size - 1}")
+
+
 class Refiner(nn.Module):
     """`p(token | hidden states up to here, clusters up to here)`, within each position's cluster."""
 
@@ -100,24 +108,28 @@ class Refiner(nn.Module):
                 f"hidden must be [B, L, {self.config.hidden}] for clusters [B, L]; got {tuple(hidden.shape)} "
                 f"and {tuple(clusters.shape)}"
             )
-        query = self.cluster(clusters) + self.project(hidden)
+        _check_within("clusters", clusters, len(self.sizes))
+        query = self.cluster(clusters) + self.project(hidden.to(self.project.weight.dtype))
         mask = nn.Transformer.generate_square_subsequent_mask(query.shape[1], device=query.device, dtype=query.dtype)
         logits = self.head(self.layers(query, mask=mask, is_causal=True))
         return logits.masked_fill((self.labels != clusters[..., None]) | ~self.used, -torch.inf)
 
     def loss(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Mean cross-entropy in nats over used tokens whose cluster has several members; zero if there are none."""
+        _check_within("tokens", accepted("Refiner.loss", "tokens", Tensor, tokens), len(self.labels))
         clusters = self.labels[tokens]
         counted = (self.sizes[clusters] > 1) & self.used[tokens]
-        logits = self(hidden.detach(), clusters)
+        logits = self(accepted("Refiner.loss", "hidden", Tensor, hidden).detach(), clusters)
         each = nn.functional.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
         return torch.where(counted.flatten(), each, 0.0).sum() / counted.sum().clamp_min(1)
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, clusters: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A used member for each position, `[B, L]` int64."""
+        accepted("Refiner.sample", "hidden", Tensor, hidden)
+        accepted("Refiner.sample", "generator", torch.Generator | None, generator)
         generator = generator or torch.Generator(hidden.device)
-        chances = self(hidden, clusters).softmax(dim=-1)
+        chances = self(hidden, clusters).float().softmax(dim=-1)
         return drawn_from(chances.flatten(0, 1), generator).reshape(clusters.shape)
 
     def check(self, mapping: TokenMap) -> None:
@@ -126,6 +138,7 @@ class Refiner(nn.Module):
         Raises:
             ModelError: if it is another.
         """
+        accepted("Refiner.check", "mapping", TokenMap, mapping)
         same = torch.equal(self.labels.cpu(), torch.from_numpy(mapping.labels).long())
         if not same or not torch.equal(self.used.cpu(), torch.from_numpy(mapping.used)):
             raise ModelError(
