@@ -118,7 +118,8 @@ class Conditions:
     def __post_init__(self) -> None:
         accepted("Conditions", "first_class", Annotated[int, Range(0)], self.first_class)
         accepted("Conditions", "classes", Annotated[int | None, Range(1)], self.classes)
-        if accepted("Conditions", "without", Tensor | None, self.without) is not None and self.without.ndim != 1:
+        accepted("Conditions", "without", Tensor | None, self.without)
+        if self.without is not None and self.without.ndim != 1:
             raise ConfigError(f"the ids that stand for no condition are [P], got the shape {tuple(self.without.shape)}")
 
     def of(self, labels: Tensor, dropped: Tensor | None = None) -> Condition:
