@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,81 @@ def said(action: Any) -> list[str]:
         warnings.simplefilter("always")
         action()
     return [str(one.message) for one in caught if issubclass(one.category, HastenWarning)]
+
+
+# --- switched on and off in the middle of a call
+
+
+def at(step: int, act: Callable[[], Any]) -> Callable[..., Any]:
+    def callback(_pipe: Any, index: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if index == step:
+            act()
+        return kwargs
+
+    return callback
+
+
+@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize("used", [False, True])
+def test_a_call_goes_on_as_it_began_when_leap_comes(fitted: Fit, step: int, used: bool) -> None:
+    pipe = make_pipe()
+    plain = draw(make_pipe(), 5)
+    if used:
+        draw(pipe, 3)
+    handles: list[Any] = []
+    switch = at(step, lambda: handles.append(hasten.accelerate(pipe, hasten.Leap(fitted))))
+    assert torch.equal(draw(pipe, 5, callback_on_step_end=switch), plain)
+    learned = draw(pipe, 5)
+    assert not torch.equal(learned, plain)
+    assert len(handles[0].records) == 0
+    assert handles[0].summary().computed_steps == 5
+    assert "step" not in vars(pipe.scheduler)
+    handles[0].remove()
+    assert torch.equal(draw(pipe, 5), plain)
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("then", ["remove", "replace", "cache", "twice"])
+def test_a_call_goes_on_as_it_began_when_leap_goes(fitted: Fit, used: bool, then: str) -> None:
+    pipe = make_pipe()
+    plain = draw(make_pipe(), 5)
+    if used:
+        draw(pipe, 3)
+    own = pipe.scheduler
+    hasten.accelerate(pipe, hasten.Leap(fitted))
+    learned = draw(pipe, 5)
+
+    def act() -> None:
+        if then == "replace":
+            hasten.accelerate(pipe, hasten.Leap(fitted), replace=True)
+            return
+        hasten.remove(pipe)
+        if then == "cache":
+            hasten.accelerate(pipe, "reuse", interval=1)
+        if then == "twice":
+            hasten.accelerate(pipe, hasten.Leap(fitted))
+            hasten.remove(pipe)
+
+    assert torch.equal(draw(pipe, 5, callback_on_step_end=at(1, act)), learned)
+    assert torch.equal(draw(pipe, 5), learned if then == "replace" else plain)
+    hasten.remove(pipe)
+    assert pipe.scheduler is own
+    assert torch.equal(draw(pipe, 5), plain)
+    assert not any(callable(value) for value in vars(own).values())
+
+
+def test_a_call_that_needs_both_passes_ends_with_a_reason_when_leap_goes() -> None:
+    guided = {"negative_prompt": "banana", "true_cfg_scale": 3.0}
+    pipe = make_pipe()
+    plain = draw(pipe, 3, **guided)
+    hasten.accelerate(pipe, hasten.Leap(fit_leap(make_pipe(), [call(0, **guided)], [3], trials=1, rounds=0)))
+    switch = at(0, lambda: hasten.remove(pipe))
+    with pytest.raises(ScheduleError, match="LEAP was taken away in the middle of this call"):
+        draw(pipe, 3, callback_on_step_end=switch, **guided)
+    copied = copy.deepcopy(pipe.scheduler)
+    assert torch.equal(draw(pipe, 3, **guided), plain)
+    pipe.scheduler = copied
+    assert torch.equal(draw(pipe, 3, **guided), plain)
 
 
 # --- levels of the user's own

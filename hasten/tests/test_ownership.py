@@ -527,6 +527,32 @@ def test_threads_may_call_while_another_switches_off_and_on():
     assert torch.equal(draw(pipe, **A), draw(callers[1], **A))
 
 
+@pytest.mark.parametrize("step", [0, 7])
+def test_a_call_goes_on_as_it_began_when_a_resolution_method_comes(step):
+    pipe, call = make_pipe(), {**A, "steps": 9, "height": 64, "width": 64}
+    plain = draw(pipe, **call)
+    method = hasten.Fresco(stages=(3, 3, 3), shares=0.3)
+    handles = []
+    switch = at(step, lambda: handles.append(hasten.accelerate(pipe, method)))
+    assert torch.equal(draw(pipe, **call, callback_on_step_end=switch), plain)
+    assert not handles[0].stages.records
+    coarse = draw(pipe, **call)
+    assert len(handles[0].stages.records) == 9
+    handles[0].remove()
+    with hasten.accelerate(pipe, method):
+        assert torch.equal(draw(pipe, **call), coarse)
+
+
+@pytest.mark.parametrize("step", [2, 10])
+def test_the_tail_of_a_call_is_no_run_in_which_nothing_was_skipped(step):
+    pipe = make_pipe()
+    hasten.accelerate(pipe, "hicache", interval=3, warmup=1)
+    switch = at(step, lambda: hasten.accelerate(pipe, "taylorseer", interval=3, warmup=9, replace=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HastenWarning)
+        draw(pipe, 12, callback_on_step_end=switch)
+
+
 def test_a_resolution_method_removed_in_a_coarse_step_says_what_is_lost():
     pipe = make_pipe()
     run = hasten.accelerate(pipe, hasten.Fresco(stages=(4, 4, 4), shares=0.3))

@@ -773,6 +773,13 @@ def test_a_call_has_its_own_setting_and_the_hook_stays(certified):
         for call in (draw, in_a_thread):  # it is over
             with pytest.raises(ConfigError, match="call it within that `with`"):
                 call(own)
+        with (
+            run.using(computed_steps=4) as own,
+            hasten.accelerate(pipe, "foca", computed_steps=6, replace=True),
+            pytest.raises(ConfigError, match="of an acceleration that was removed or replaced since"),
+        ):
+            draw(own)
+        run = hasten.accelerate(pipe, "foca", schedule="even", computed_steps=6)
         with run.using(computed_steps=4) as own, pytest.raises(ConfigError, match=r"asyncio\.to_thread is as good"):
             in_a_thread(own)
         with pytest.raises(ConfigError, match="quality must be text that is not empty"), run.using(quality=3):

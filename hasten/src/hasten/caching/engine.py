@@ -341,7 +341,7 @@ class CachingEngine(Hook):
     def _warn_if_idle(self, run: Run) -> None:
         """For a bare transformer, whose number of steps is known only in the end, and for gates."""
         records = self._records.of(run.number)
-        if not records or not self.method.saves or not all(record.computed for record in records):
+        if run.late or not records or not self.method.saves or not all(record.computed for record in records):
             return
         name, steps = type(self.method).__name__, records[-1].step + 1
         values = [record.indicator for record in records if record.indicator is not None]

@@ -89,6 +89,7 @@ class Run:
     Attributes:
         total: steps of the run, where the scheduler tells.
         timesteps: of these steps, as the scheduler's list had them at the start.
+        late: whether it began in the middle of a pipeline's call, as far as the scheduler tells.
         state: whatever the caller remembers of the run.
     """
 
@@ -102,6 +103,7 @@ class Run:
         self.total = None if self.timesteps is None else len(self.timesteps)
         self._entries: list[float] | None = None  # of the scheduler's list, once they are asked for
         self.guidance = None if view is None else view.guidance
+        self.late = view is not None and owner.frame is not None and not view.at_start
         self.state: Any = None
         self._step = -1
         self._index: int | None = None

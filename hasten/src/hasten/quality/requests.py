@@ -23,8 +23,9 @@ from hasten.pipeline.runs import Run
 from hasten.pipeline.view import PipelineView
 from hasten.quality.audit import Audit
 from hasten.quality.configuration import Configuration
-from hasten.quality.setting import FULL, LANE, FixedLeap, Setting, find
+from hasten.quality.setting import FULL, GONE, LANE, FixedLeap, Setting, find
 from hasten.quality.tolerance import EXACT
+from hasten.solvers.handover import hand_over
 from hasten.solvers.passes import watch_passes
 
 __all__ = ["Requests"]
@@ -87,6 +88,7 @@ class Requests:
             _, self._unhook = watch_passes(home.pipe, self._replaced.observe)
             self._replaced.expects_passes = True
             home.pipe.scheduler = self._replaced
+            hand_over(self._scheduler, self._replaced)
         self._audit: Audit | None = None
         if configuration.audit and home is not None and setting is not None and setting.certificate is not None:
             self._audit = Audit(home.pipe, setting.certificate, configuration.audit, self._full)
@@ -101,6 +103,8 @@ class Requests:
         pipe = None if self._home is None else self._home.pipe
         if pipe is not None and self._replaced is not None and pipe.scheduler is self._replaced:
             pipe.scheduler = self._scheduler
+            self._replaced.unwatch()
+            hand_over(self._replaced, self._scheduler)
         self._modules, self._engines, self._home, self._instead = {}, {}, None, {}
         self._setting = self._audit = self._scheduler = None
 
@@ -226,7 +230,7 @@ class Requests:
         if isinstance(own, FixedLeap):
             own.expects_passes = self._unhook is not None
         if setting is not self._setting:
-            lane.__dict__[LANE] = setting
+            lane.__dict__[LANE], lane.__dict__[GONE] = setting, lambda: self._setting is None
         lane.__dict__["scheduler"] = own  # past the pipeline's setter, which describes its components anew
         for name, part in vars(pipe).items():
             if name.startswith("tokenizer") and part is not None:

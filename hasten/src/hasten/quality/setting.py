@@ -28,9 +28,10 @@ from hasten.quality.refusal import certify_command, model_name, refusal
 from hasten.quality.tolerance import EXACT, tier
 from hasten.solvers import Leap, LeapScheduler
 
-__all__ = ["FULL", "LANE", "FixedLeap", "Setting", "check_quality", "find"]
+__all__ = ["FULL", "GONE", "LANE", "FixedLeap", "Setting", "check_quality", "find"]
 
 LANE = "_hasten_setting"  # where a pipeline that `using` gave keeps the setting that it is for
+GONE = "_hasten_gone"  # and what tells whether the acceleration that gave it was removed
 FULL = Reuse(interval=1, warmup=1, site="output")  # computes every step, of runs of any length
 
 
@@ -54,6 +55,7 @@ class FixedLeap(LeapScheduler):
         made = cls.of(leap.calibration)  # type: ignore[arg-type]
         made._evaluations = evaluations
         made.set_timesteps(evaluations)
+        made.num_inference_steps = None  # no call did
         made._setting = setting
         return made
 
@@ -176,7 +178,13 @@ class Setting:
             ConfigError: if it is made on a pipeline with another scheduler than the setting's.
         """
         pipe = None if run.view is None else run.view.pipe
-        if getattr(pipe, "__dict__", {}).get(LANE, self) is not self:
+        given = getattr(pipe, "__dict__", {})
+        if given.get(LANE, self) is not self and given[GONE]():
+            raise ConfigError(
+                "this pipeline is one that `using` gave, of an acceleration that was removed or replaced since: enter "
+                "`using` of the one that is at work"
+            )
+        if given.get(LANE, self) is not self:
             raise ConfigError(
                 "this pipeline is one that `using` gave, and another setting is at work: call it within that `with`, "
                 "on its own thread or task (asyncio.to_thread is as good), or enter `using` where it is called"

@@ -4,7 +4,6 @@ The pipeline's loop stays as it is. The engine holds the true latents, coarse in
 the transformer's forward, which gets the true latents and whose prediction is copied to full size (guidance is linear
 and does not notice), and around `scheduler.step`, where the guided prediction is taken back and the step is taken on
 the true latents. The pipeline itself sees full-size tensors only.
-
 Two layouts stand on this base: packed tokens of two sizes (`packed.py`) and uniform coarse grids (`planned.py`).
 """
 
@@ -56,9 +55,6 @@ class ResolutionMethod(Declared, ABC):
         engine = self.engine(pipe)
         engine.attach()
         return engine
-
-
-# --- a run
 
 
 @dataclass(kw_only=True)
@@ -132,6 +128,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         self._numbers = FiniteCheck(self.name)
         self._runs: Runs | None = None
         self._begun: Tensor | None = None
+        self._before: Tensor | None = None
         self._removals: list[Remove] = []
         self._modules = self._checked_modules()
         self.check()
@@ -145,7 +142,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         self.scheduler = self.pipe.scheduler
         self._runs = Runs(self._modules[0], PipelineView(self.pipe))
         # The list that the last run began with; holding it keeps its identity from being given to another one.
-        self._begun = self.scheduler.timesteps
+        self._begun = self._before = self.scheduler.timesteps
         try:
             for module in self._modules:
                 self._removals.append(attach(module, self))
@@ -168,7 +165,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         self._numbers.settle()
         while self._removals:
             self._removals.pop()()
-        self.pipe = self._runs = self._begun = None  # a removed engine keeps no model
+        self.pipe = self._runs = self._begun = self._before = None  # a removed engine keeps no model
         self._modules.clear()
 
     def __enter__(self) -> Self:
@@ -291,10 +288,11 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
             if home and found.sampler_timesteps is not self._begun:
                 self._begun = found.sampler_timesteps
                 found.state = self._begin(module, arguments)
-            elif home and found.owner.frame is not None:
+            elif home and found.owner.frame is not None and not (found.late and self._begun is self._before):
                 raise ConfigError(
                     f"the scheduler was set for another run in the middle of one with {self.name}, by a call from a "
-                    "callback or on another thread; give each pipeline a scheduler of its own"
+                    f"callback or on another thread, or {self.name} came in its first step; give each pipeline a "
+                    "scheduler of its own"
                 )
             elif scheduler is self.scheduler:  # another pipeline goes by it, which a run under way must not miss
                 self._begun = found.sampler_timesteps

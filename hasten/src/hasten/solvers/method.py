@@ -11,6 +11,7 @@ from hasten.parameters import Declared
 from hasten.pipeline.hooks import Remove
 from hasten.registry import method
 from hasten.solvers.content import LEAP, check_pipeline
+from hasten.solvers.handover import hand_over
 from hasten.solvers.passes import PassesHook, watch_passes
 from hasten.solvers.scheduler import LeapScheduler
 
@@ -80,6 +81,7 @@ class AttachedLeap:
             )
         self._hooks, self._unhook = watch_passes(self._pipe, self._scheduler.observe)
         self._plain, self._pipe.scheduler = self._pipe.scheduler, self._scheduler
+        hand_over(self._plain, self._scheduler)
 
     @property
     def records(self) -> list[Evaluation]:
@@ -115,5 +117,7 @@ class AttachedLeap:
             self._unhook()
         if self._pipe is not None and self._pipe.scheduler is self._scheduler:
             self._pipe.scheduler = self._plain
+            self._scheduler.unwatch()
+            hand_over(self._scheduler, self._plain)
         self._pipe = self._plain = self._unhook = None  # records stay readable, and keep no model
         self._hooks = []

@@ -15,7 +15,12 @@ from torch import Tensor
 from hasten.pipeline.hooks import Forward, Hook, Remove, attach
 from hasten.pipeline.view import Caller, denoisers
 
-__all__ = ["PassesHook", "difference", "mixture_of", "watch_passes"]
+__all__ = ["UNWATCHED", "PassesHook", "difference", "mixture_of", "watch_passes"]
+
+UNWATCHED = (
+    "LEAP was taken away in the middle of this call, of which it has to see both passes to the end, for the guidance; "
+    "call the pipeline again"
+)
 
 
 def _tensor(answer: Any) -> Tensor | None:

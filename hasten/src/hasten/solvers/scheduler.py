@@ -23,7 +23,7 @@ from hasten.pipeline.view import Caller
 from hasten.solvers.asked import asked_by_user, check_asked
 from hasten.solvers.content import LEAP, REMEDY, arguments_of, check_arguments, refuse_other_model
 from hasten.solvers.formula import Formula, Learned, SecondOrder, signal
-from hasten.solvers.passes import difference, mixture_of
+from hasten.solvers.passes import UNWATCHED, difference, mixture_of
 from hasten.solvers.tables import COLUMNS, interpolated
 
 __all__ = ["LeapScheduler"]
@@ -243,6 +243,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self._formula: Formula | None = None
         self._checks_all = False
         self._answers: list[Tensor] = []
+        self._unwatched = False
 
     @property
     def step_index(self) -> int | None:
@@ -270,6 +271,10 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         """Take what one pass said; `step` makes use of it."""
         self._answers.append(answer)
 
+    def unwatch(self) -> None:
+        """Nobody hands passes to `observe` any more; a run under way that needs them ends with an error."""
+        self._unwatched = True
+
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True, **_: Any
     ) -> SchedulerOutput | tuple[Tensor]:
@@ -284,6 +289,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = self.index_for_timestep(timestep) if begin is None else begin
         k, answers = self._step_index, self._answers
         self._answers = []
+        if self._unwatched and self._needs_passes:
+            raise ScheduleError(UNWATCHED)
         state, output = sample.float(), model_output.float()
         apart = difference(answers, output) if self.expects_passes else None
         if self._formula is None:
@@ -300,6 +307,13 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         if last:
             self._formula = None
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
+
+    @property
+    def _needs_passes(self) -> bool:
+        """Whether the run under way cannot go on without what each pass says."""
+        if self._formula is not None:
+            return self._formula.columns == 2
+        return self.expects_passes and (self._table.passes is not None or len(self._checked.guidances) > 1)
 
     def _begin(self, k: int, output: Tensor, answers: list[Tensor], apart: Tensor | None) -> Formula:
         """The formula for a run that begins at evaluation `k`."""
