@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
+from hasten.errors import ConfigError, ModelError
 from torch import Tensor, nn
 
 from hasten_zoo.emoji_styles.augment import COLOURS, WHITE
@@ -18,9 +19,10 @@ from hasten_zoo.emoji_styles.model import build_tokenizer
 from hasten_zoo.emoji_styles.train import export, learning_parts
 from hasten_zoo.emoji_styles.vae import EmojiVAE
 from hasten_zoo.emoji_styles_edit import data as edits_data
+from hasten_zoo.emoji_styles_edit import evaluate, is_done, load_emoji_styles_edit, train
 from hasten_zoo.emoji_styles_edit import model as edits_model
-from hasten_zoo.emoji_styles_edit import train
 from hasten_zoo.emoji_styles_edit.data import CORNERS, ITEMS, SIZE, Scenes, draw_scenes, render_scenes, scene_texts
+from hasten_zoo.emoji_styles_edit.edits import COUNTS, held_out_edits, read_edits, save_edits
 from hasten_zoo.emoji_styles_edit.latents import STEP, SceneLatents, encode_scenes, load_scenes, save_scenes
 from hasten_zoo.training import Settings, Training
 
@@ -249,3 +251,74 @@ def test_the_command_goes_on_from_its_checkpoint_and_exports(
     assert "remove" in loaded.tokenizer.get_vocab()
     drawn: Tensor = loaded.transformer.proj_out.weight
     assert not torch.equal(drawn, styles_pipe.transformer.proj_out.weight.float())
+
+
+# --- held-out edits -------------------------------------------------------------------------------------------------
+
+
+def test_held_out_edits_lead_to_held_out_pairs_or_change_them(data: EmojiStyles) -> None:
+    edits = held_out_edits(data, {"style": 1, "background": 1, "object": 1})
+    assert [true.what for true in edits] == ["style", "background", "object"]
+    assert {(true.pair.style, true.pair.concept) for true in edits} == {("flat", "star")}
+    style, background, item = (true.edit for true in edits)
+    assert style.prompt == "make it flat"
+    assert style.mask.all()
+    assert background.prompt.startswith("make the background")
+    assert item.kind == "local"
+    changed = (item.source - item.target).abs().amax(0) > 1e-6
+    assert changed.any()
+    assert not (changed & ~item.mask).any()
+    again = held_out_edits(data, {"style": 1, "background": 1, "object": 1})
+    assert all(torch.equal(a.edit.target, b.edit.target) for a, b in zip(edits, again, strict=True))
+
+
+def test_distinct_edits_differ_in_their_instructions(data: EmojiStyles) -> None:
+    pairs = [Pair(p.style, p.concept, "", True, p.concept == "star") for p in data.pairs[:10]]
+    pairs += [Pair("3d", "star", "", True, False), *data.pairs[11:]]
+    edits = held_out_edits(EmojiStyles(pairs, data.images), {"style": 2, "background": 2}, distinct=True)
+    assert len({true.edit.prompt for true in edits}) == len(edits) == 4
+
+
+def test_edits_come_back_from_their_file(data: EmojiStyles, styles_pipe: FluxPipeline, tmp_path: Path) -> None:
+    path, vae = tmp_path / "edits.safetensors", styles_pipe.vae
+    edits = held_out_edits(data, dict.fromkeys(COUNTS, 1))
+    save_edits(edits, vae, path)
+    for true, read in zip(edits, read_edits(path, vae), strict=True):
+        assert (read.prompt, read.kind) == (true.edit.prompt, true.edit.kind)
+        assert torch.equal(read.mask, true.edit.mask)
+        with torch.no_grad():
+            through = vae.decode(vae.encode(true.edit.target[None] * 2 - 1).latents).sample.clamp(-1, 1)[0]
+        assert (read.target * 2 - 1 - through).abs().mean() < 0.02
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"edits\.safetensors"):
+        read_edits(path, vae)
+
+
+def test_an_edit_is_done_if_it_is_nearer_to_the_target_and_keeps_the_rest(data: EmojiStyles) -> None:
+    for true in held_out_edits(data, dict.fromkeys(COUNTS, 1)):
+        edit = true.edit
+        assert is_done(edit, edit.target)
+        assert not is_done(edit, edit.source)
+        spoiled = torch.where(edit.mask, edit.target, 1 - edit.source)
+        assert is_done(edit, spoiled) == bool(edit.mask.all())
+
+
+def test_an_exported_editor_is_a_subject(pipe: FluxKontextPipeline, data: EmojiStyles, tmp_path: Path) -> None:
+    state = {"average": nn.ModuleDict(learning_parts(pipe)).state_dict(), "position": [0, 0, 0]}
+    save_edits(held_out_edits(data, dict.fromkeys(COUNTS, 1)), pipe.vae, tmp_path / "edits.safetensors")
+    with pytest.raises(ModelError, match="no emoji-styles-edit weights"):
+        load_emoji_styles_edit(tmp_path / "weights", tmp_path / "edits.safetensors")
+    export(state, pipe, tmp_path / "weights")
+    model = load_emoji_styles_edit(tmp_path / "weights", tmp_path / "edits.safetensors")
+    model.pipe.set_progress_bar_config(disable=True)
+    assert [edit.prompt for edit in model.edits] == model.prompts
+    assert model.grade is not None
+    assert model.grade(torch.stack([edit.target for edit in model.edits]), model.prompts) == [True] * 3
+    with pytest.raises(ConfigError, match="no held-out edit has the prompt 'fly'"):
+        model.grade(model.edits[0].target[None], ["fly"])
+    sources = torch.stack([edit.source for edit in model.edits])
+    plain, guided = (evaluate.apply_edits(model.pipe, sources, model.prompts, 2, scale) for scale in (1.0, 3.0))
+    assert plain.shape == (3, 3, SIZE, SIZE)
+    assert not torch.equal(plain, guided)

@@ -11,13 +11,16 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from hasten.errors import ModelError
 from torch import Tensor, nn
 
+from hasten_zoo.emoji_styles import HERE as STYLES_HERE
 from hasten_zoo.emoji_styles.data import Pair
+from hasten_zoo.emoji_styles.judge import Judge
 from hasten_zoo.emoji_styles.model import build_pipeline, build_tokenizer, load_pipeline
 from hasten_zoo.emoji_styles.train import export, image_positions, predict
 from hasten_zoo.emoji_styles.vae import EmojiVAE
-from hasten_zoo.emoji_styles_turbo import train
+from hasten_zoo.emoji_styles_turbo import evaluate, load_emoji_styles_turbo, train
 from hasten_zoo.training import Settings, Training
 
 STYLES, CONCEPTS = ["noto", "flat"], ["red apple", "left arrow", "cat face"]
@@ -219,3 +222,37 @@ def test_the_command_goes_on_from_its_checkpoint_and_exports(
     student, teacher = (load_pipeline(tmp_path / name).transformer.state_dict() for name in ("weights", "teacher"))
     assert student.keys() == teacher.keys()
     assert not torch.equal(student["proj_out.weight"], teacher["proj_out.weight"])
+
+
+def test_an_exported_student_is_a_subject(pipe: FluxPipeline, tmp_path: Path) -> None:
+    state = {"average": nn.ModuleDict(train.learning_parts(pipe)).state_dict(), "position": [0, 0, 0]}
+    with pytest.raises(ModelError, match="no emoji-styles-turbo weights"):
+        load_emoji_styles_turbo(tmp_path)
+    export(state, pipe, tmp_path)
+    model = load_emoji_styles_turbo(tmp_path)
+    assert model.name == "emoji-styles-turbo"
+    assert model.call["num_inference_steps"] == train.WINDOWS
+    assert "true_cfg_scale" not in model.call
+    assert "noto, red apple" in model.prompts or "flat, red apple" in model.prompts
+
+
+@pytest.mark.slow
+def test_evaluation_is_of_the_student_beside_its_teacher(
+    pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("stlpips_pytorch")
+    if not Judge.available(STYLES_HERE):
+        pytest.skip("the judge's network is not installed")
+    judge = Judge.load(STYLES_HERE)
+    known = [p for p in judge.pairs if p.concept in CONCEPTS and p.style in STYLES]
+    state = {"average": nn.ModuleDict(train.learning_parts(pipe)).state_dict(), "position": [3, 6, 0]}
+    export(state, pipe, tmp_path / "weights")
+    monkeypatch.setattr(evaluate, "ARMS", (("teacher", 3), ("turbo", 3), ("turbo", 2)))
+    monkeypatch.setattr(evaluate, "spread", lambda rows, count: torch.tensor([judge.pairs.index(p) for p in known[:2]]))
+    result = evaluate.evaluate(tmp_path / "weights", tmp_path / "weights", tmp_path, 2)
+    arms = result["known"]
+    assert "psnr_to_full_db" not in arms["teacher, 3 steps"]
+    assert arms["turbo, 3 steps"]["psnr_to_full_db"] < 60  # the same weights, without guidance
+    assert arms["teacher, 3 steps"]["forwards"] == 2 * arms["turbo, 3 steps"]["forwards"] == 6
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == result
+    assert (tmp_path / "contact_sheet.png").stat().st_size > 1000

@@ -3,6 +3,83 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hasten.bench.subject import Edit, Subject
+
+__all__ = ["CALL", "is_done", "load_emoji_styles_edit"]
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
+EDITS = HERE / "edits.safetensors"
+# What FluxKontextPipeline has to be told to stay at 128 x 128 pixels, apart from prompt and image.
+CALL: dict[str, Any] = {
+    "height": 128,
+    "width": 128,
+    "max_area": 128 * 128,
+    "_auto_resize": False,
+    "num_inference_steps": 50,
+    "max_sequence_length": 16,
+}
+KEPT = 0.01  # mean squared error to the source outside the mask, 20 dB
+
+
+def is_done(edit: Edit, image: Tensor) -> bool:
+    """Whether an image `[3, 128, 128]` in [0, 1] is what the instruction asked for.
+
+    It is if, under the edit's mask, it is nearer to the target than to the source (mean squared error), and if the rest
+    of the image is kept (20 dB to the source).
+    """
+    to_target, to_source = ((image.float().cpu() - other).square().mean(0) for other in (edit.target, edit.source))
+    outside = to_source[~edit.mask]
+    kept = not len(outside) or float(outside.mean()) < KEPT
+    return kept and bool(to_target[edit.mask].mean() < to_source[edit.mask].mean())
+
+
+def load_emoji_styles_edit(weights: Path = WEIGHTS, edits: Path = EDITS) -> Subject:
+    """The trained pipeline with its held-out edits; `weights` may be a folder written by the script's `--export`.
+
+    Raises:
+        ModelError: if the files are missing or damaged.
+    """
+    # Imported here, so that training does not load the bench.
+    from hasten.bench.subject import Subject
+    from hasten.errors import ConfigError, ModelError
+    from hasten.io import check_sealed
+
+    from hasten_zoo.emoji_styles_edit.edits import read_edits
+    from hasten_zoo.emoji_styles_edit.model import load_pipeline
+
+    if not (weights / "transformer").is_dir():
+        raise ModelError(f"no emoji-styles-edit weights in {weights}; export some with the training script")
+    check_sealed(weights, ModelError, "Reinstall hasten-zoo, or export them again.")
+    try:
+        pipe = load_pipeline(weights)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"the emoji-styles-edit files in {weights} cannot be read ({error}); export them again"
+        ) from error
+    known = {edit.prompt: edit for edit in read_edits(edits, pipe.vae)}
+
+    def grade(images: Tensor, prompts: list[str]) -> list[bool]:
+        missing = [prompt for prompt in prompts if prompt not in known]
+        if missing:
+            raise ConfigError(f"no held-out edit has the prompt {missing[0]!r}; use the prompts of the model's edits")
+        return [is_done(known[prompt], image) for prompt, image in zip(prompts, images, strict=True)]
+
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [list(known.values())[i] for i in order]
+    return Subject(
+        name="emoji-styles-edit",
+        pipe=pipe,
+        prompts=[edit.prompt for edit in chosen],
+        call=dict(CALL),
+        grade=grade,
+        edits=chosen,
+        sizes=((128, 128),),
+        about="FLUX.1-Kontext in small, in a latent space: style, background, objects",
+    )

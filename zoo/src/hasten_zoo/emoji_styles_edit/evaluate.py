@@ -1,0 +1,114 @@
+"""How well `emoji-styles-edit` follows its instructions, on images that no training has seen.
+
+    python -m hasten_zoo.emoji_styles_edit.evaluate --data runs/emoji-styles/data
+
+Needs the images and the judge's networks. For each sort of edit: distance of the result to the true target, and of
+the target after the autoencoder (the ceiling) and of the source (what doing nothing gives) to it, medians; how often an
+edit is done (see `is_done`); for objects the PSNR to the source outside the mask; for styles how often the judge finds
+the style asked for. Writes `evaluation.json` and `contact_sheet.png` (from above: source, target, result, for styles,
+backgrounds and objects), by default beside the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxKontextPipeline
+from hasten.io import write_atomically
+from torch import Tensor
+
+from hasten_zoo.emoji_styles import HERE as STYLES
+from hasten_zoo.emoji_styles.data import EmojiStyles, load_emoji_styles_data
+from hasten_zoo.emoji_styles.evaluate import BATCH, psnr, recognised, sheet, through
+from hasten_zoo.emoji_styles.judge import Judge
+from hasten_zoo.emoji_styles.perceptual import Perceptual
+from hasten_zoo.emoji_styles_edit import CALL, HERE, WEIGHTS, is_done
+from hasten_zoo.emoji_styles_edit.edits import COUNTS, held_out_edits
+from hasten_zoo.emoji_styles_edit.model import load_pipeline
+
+SHOWN = 12
+
+
+def apply_edits(
+    pipe: FluxKontextPipeline, sources: Tensor, prompts: list[str], steps: int, guidance: float = 1.0, seed: int = 0
+) -> Tensor:
+    """Results `[B, 3, 128, 128]` in [0, 1] for sources alike; every edit has its own seed, `seed` and following."""
+    results = []
+    call = CALL | {"num_inference_steps": steps, "output_type": "pt"}
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        noise = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        guided = {"true_cfg_scale": guidance, "negative_prompt": [""] * len(part)} if guidance != 1 else {}
+        results.append(pipe(sources[start : start + BATCH], part, generator=noise, **guided, **call).images)
+    return torch.cat(results)
+
+
+def _middle(values: list[float]) -> float:
+    return round(statistics.median(values), 2)
+
+
+@torch.inference_mode()
+def evaluate(weights: Path, data: EmojiStyles, out: Path, edits: int, steps: int, guidance: float) -> dict[str, Any]:
+    """Edit, measure, write; returns what `evaluation.json` holds."""
+    pipe = load_pipeline(weights)
+    pipe.set_progress_bar_config(disable=True)
+    judge, lpips = Judge.load(STYLES), Perceptual()
+    position = json.loads((weights / "training.json").read_text())
+    result: dict[str, Any] = {"trained_on_edits": position["samples"], "edits": edits, "steps": steps}
+    result |= {"guidance": guidance, "judge": judge.description}
+    rows: list[Tensor] = []
+    for what in COUNTS:
+        chosen = held_out_edits(data, {what: edits})
+        true = [found.edit for found in chosen]
+        sources, targets = (torch.stack([getattr(edit, name) for edit in true]) for name in ("source", "target"))
+        drawn = apply_edits(pipe, sources, [edit.prompt for edit in true], steps, guidance)
+        before, after, made = (2 * images - 1 for images in (sources, targets, drawn))
+        done = [is_done(edit, image) for edit, image in zip(true, drawn, strict=True)]
+        row: dict[str, Any] = {
+            "done": round(sum(done) / len(done), 3),
+            "psnr_to_target_db": _middle(psnr(made, after)),
+            "psnr_of_target_after_autoencoder_db": _middle(psnr(through(pipe, after), after)),
+            "psnr_of_source_to_target_db": _middle(psnr(before, after)),
+            "lpips_to_target": round(float(lpips(made, after).median()), 4),
+            "lpips_of_source_to_target": round(float(lpips(before, after).median()), 4),
+        }
+        if what == "object":
+            kept = through(pipe, before)
+            for name, images in (("result", made), ("source_after_autoencoder", kept)):
+                errors = [((a - b) / 2).square().mean(0)[~edit.mask].mean() for a, b, edit in
+                          zip(images, before, true, strict=True)]  # fmt: skip
+                row[f"psnr_unedited_{name}_db"] = _middle([-10 * float(error.log10()) for error in errors])
+        if what == "style":
+            pairs = [found.pair for found in chosen]
+            row |= {"found": recognised(judge, made, pairs), "found_in_targets": recognised(judge, after, pairs)}
+        result[what] = row
+        rows += [before[:SHOWN], after[:SHOWN], made[:SHOWN]]
+    write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    page = sheet(rows, columns=SHOWN)
+    write_atomically(out / "contact_sheet.png", partial(page.save, format="png", optimize=True))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("runs/emoji-styles/data"))
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--edits", type=int, default=64, help="of each sort")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    data = load_emoji_styles_data(args.data)
+    print(json.dumps(evaluate(args.weights, data, args.out, args.edits, args.steps, args.guidance), indent=1))
+
+
+if __name__ == "__main__":
+    main()
