@@ -161,6 +161,14 @@ def test_only_the_ratios_of_weights_count(exact):
         np.testing.assert_allclose(tree.heights, trees[0].heights, rtol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1, 1e-200])
+def test_an_approximate_tree_of_one_cell_counts_weights_as_the_exact_one_does(scale):
+    weights = np.random.default_rng(2).uniform(0.1, 10, 60) * scale
+    exact, approximate = (SemanticTree.fit(CODES, exact=exact, weights=weights) for exact in (True, False))
+    np.testing.assert_array_equal(approximate.merges, exact.merges)
+    np.testing.assert_allclose(approximate.heights, exact.heights, rtol=1e-9)
+
+
 @pytest.mark.parametrize("scale", [1e308, 1e200, 1e40, 1e-50, 1e-200])
 @pytest.mark.parametrize(
     "fit",

@@ -262,6 +262,9 @@ def test_the_commands_go_from_a_codebook_to_samples(shards, tmp_path):
     assert TokenMap.load(mapping)(drawn).max() < 8
     sizes = ("--steps", 2, "--batch", 4, "--width", 8, "--heads", 2)
     run("refine", shards.folder, "--model", out / "model", "--out", tmp_path / "refiner", *sizes)
+    foreign = write_shards(tmp_path / "foreign", shards.take(range(8)), 24, codebook=np.eye(24))
+    with pytest.raises(ModelError, match="use the map of this tokenizer"):
+        run("refine", foreign.folder, "--model", out / "model", "--out", tmp_path / "refiner", *sizes)
     drawing = ("--classes", "0,3", "--length", 6, "--out", tmp_path / "r.npy", "--guidance", 2)
     run("sample", out / "model", *drawing, "--refiner", tmp_path / "refiner")
     refined = np.load(tmp_path / "r.npy")

@@ -305,6 +305,8 @@ def refine(
 
     check_target(out)
     lm, opened, conditions = _trained(model)
+    shards = TokenShards.open(tokens)
+    shards.check(opened.mapping)
     torch.manual_seed(seed)
     config = RefinerConfig(hidden=opened.model.config.hidden_size, width=width, heads=heads, layers=layers)
     refiner = Refiner(opened.mapping, config)
@@ -313,7 +315,7 @@ def refine(
         losses = train_refiner(
             lm,
             refiner,
-            TokenShards.open(tokens),
+            shards,
             conditions,
             steps=steps,
             batch=batch,
