@@ -502,6 +502,23 @@ def test_a_forward_may_look_while_its_watch_is_made():
     Watch(torch.nn.Sequential(Called(2, 2), Called(2, 2)), lambda: True).remove()
 
 
+def test_a_watch_may_settle_while_another_thread_ends_it():
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(4)))
+    watch = Watch(model, lambda: True)
+
+    class Ending:
+        def __init__(self, handle):
+            self.handle = handle
+
+        def remove(self):
+            self.handle.remove()
+            watch.remove()  # as a forward on another thread does
+
+    watch._handles.update({name: Ending(handle) for name, handle in watch._handles.items() if name != "0"})
+    watch.look("0")
+    assert not any(child._forward_pre_hooks for child in model)
+
+
 def test_threads_may_call_while_another_switches_off_and_on():
     """Removal waits for the forward under way; what comes after it is plain. Nothing raises."""
     pipe = make_pipe()

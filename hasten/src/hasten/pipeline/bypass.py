@@ -6,7 +6,7 @@ import inspect
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -70,16 +70,20 @@ class Watch:
 
     def remove(self) -> None:
         """Look no more."""
-        while self._handles:
-            self._handles.popitem()[1].remove()
+        self._leave(self._handles)
+
+    def _leave(self, names: Iterable[str]) -> None:
+        for name in list(names):  # another thread may be about it, too
+            handle = self._handles.pop(name, None)
+            if handle is not None:
+                handle.remove()
 
     def look(self, name: str) -> None:
         """A submodule of this name is called."""
         if self._hooked():
             if not self._settled:
                 self._settled = True
-                for other in set(self._handles) - {name}:
-                    self._handles.pop(other).remove()
+                self._leave(set(self._handles) - {name})
         elif self._came_past():
             self.remove()
             kind = type(self._module()).__name__
