@@ -149,7 +149,7 @@ class KVPolicy:
     def _check_next(self, first: int | None) -> None:
         """Refuse frames that are not the next ones of the video."""
         due = self.cache.next_frame
-        if first is None or accepted("streaming", "first", int, first) == due:
+        if first is None or (type(first) is int and first == due) or accepted("streaming", "first", int, first) == due:
             return
         if first == 0:
             raise ConfigError(f"frame 0 comes after {due} frames: call reset() before another video begins")
@@ -251,7 +251,8 @@ class KVPolicy:
             )
         if extra is not None:
             check_extra(extra, held)
-        accepted("streaming", "scale", float | None, scale)
+        if scale is not None:
+            accepted("streaming", "scale", float, scale)
         current = Current(queries, keys, values, extra)
         self._fit_room(current)
         marks = [self._clock.mark(queries)]
@@ -353,7 +354,9 @@ class KVStream:
         Raises:
             ConfigError: for a layer that the stream was not made for.
         """
-        if not 0 <= accepted("KVStream", "layer", int, layer) < len(self):
+        if type(layer) is not int:
+            layer = accepted("KVStream", "layer", int, layer)
+        if not 0 <= layer < len(self):
             raise ConfigError(
                 f"expected a layer from 0 to {len(self) - 1}, got {layer}; a stream is made for all layers of the model"
             )
@@ -377,7 +380,9 @@ class KVStream:
         out = self[layer].attend(queries, keys, values, extra=extra, scale=scale, first=first)
         if self.gates is None:
             return out
-        gates = accepted("KVStream", "gates", Tensor, self.gates)
+        gates = self.gates
+        if not isinstance(gates, Tensor):
+            accepted("KVStream", "gates", Tensor, gates)
         if gates.shape != (len(self), out.shape[3]):
             raise ConfigError(f"expected gates {[len(self), out.shape[3]]}, got {list(gates.shape)}")
         return out * gates[layer, :, None].to(out)

@@ -20,7 +20,8 @@ __all__ = ["check_alike", "check_extra", "check_frames", "exchanges", "rising", 
 
 def check_frames(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
     """Refuse what is not `[B, F, L, H, D]`, or does not match another tensor but in its number of frames."""
-    accepted("streaming", name, Tensor, tensor)
+    if not isinstance(tensor, Tensor):  # asked for in every forward of every layer, so that the text can wait
+        accepted("streaming", name, Tensor, tensor)
     if not tensor.is_floating_point() or tensor.layout is not torch.strided:
         raise ConfigError(
             f"expected {name} as a plain tensor of a floating-point type, got {tensor.dtype} of layout {tensor.layout}"

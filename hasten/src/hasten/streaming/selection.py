@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from hasten.errors import ConfigError
+from hasten.errors import ConfigError, brief
 from hasten.parameters import Range, accepted
 
 __all__ = ["HeadGroup", "Selection", "frames_at", "index_of", "top_frames"]
@@ -39,11 +39,13 @@ class HeadGroup:
     tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
-        accepted("HeadGroup", "heads", tuple[Annotated[int, Range(0)], ...], self.heads)
-        for name, given in (("frames", self.frames), ("tokens", self.tokens)):
-            if given is None and name == "tokens":
+        if type(self.heads) is not tuple or any(type(head) is not int for head in self.heads):  # the text can wait
+            accepted("HeadGroup", "heads", tuple[Annotated[int, Range(0)], ...], self.heads)
+        for name, places in (("frames", self.frames), ("tokens", self.tokens)):
+            if places is None and name == "tokens":
                 continue
-            places = accepted("HeadGroup", name, Tensor, given)
+            if places is None or not isinstance(places, Tensor):
+                raise ConfigError(f"HeadGroup: {name} must be a Tensor, got {brief(places)}")
             if places.ndim != 4 or places.shape[2] != len(self.heads) or places.dtype != torch.long:
                 raise ConfigError(
                     f"expected {name} of a group of {len(self.heads)} heads as int64 [B, Q, heads, places], got "
@@ -78,8 +80,10 @@ class Selection:
     held: int
 
     def __post_init__(self) -> None:
-        accepted("Selection", "groups", tuple[HeadGroup, ...], self.groups)
-        accepted("Selection", "held", Annotated[int, Range(0)], self.held)
+        if type(self.groups) is not tuple or any(type(group) is not HeadGroup for group in self.groups):
+            accepted("Selection", "groups", tuple[HeadGroup, ...], self.groups)
+        if type(self.held) is not int or self.held < 0:
+            accepted("Selection", "held", Annotated[int, Range(0)], self.held)
         heads = sorted(head for group in self.groups for head in group.heads)
         if heads != list(range(len(heads))):
             raise ConfigError(f"expected each head in one group of the selection, got heads {heads}")
