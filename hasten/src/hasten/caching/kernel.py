@@ -23,11 +23,8 @@ BLOCK = 1024
 @triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
 def _term(feature, weight, offsets, inside, width, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
     value = tl.load(feature + offsets, mask=inside, other=0.0).to(tl.float32)
-    if CHANNELS:
-        factor = tl.load(weight + offsets % width, mask=inside, other=0.0)
-    else:  # one return: the compiler would go on behind a first one, with pointers for numbers
-        factor = weight
-    return value * factor
+    # One return: the compiler would go on behind a first one, and multiply by pointers.
+    return value * (tl.load(weight + offsets % width, mask=inside, other=0.0) if CHANNELS else weight)
 
 
 @triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
