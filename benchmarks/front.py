@@ -108,26 +108,8 @@ def front_table() -> str:
         f"{found.settings.steps} plain steps of the same prompt and noise; hasten {made['hasten']}, "
         f"torch {made['torch']}, {made['device']}, {found.created[:10]}."
         f" The best plain sampler is the best of {tried} tried."
-        + ("" if quiet else f" Operations are counted. {_older_times()}"),
+        + ("" if quiet else " Operations are counted; times are those of a GPU, below."),
     ])  # fmt: skip
-
-
-def _older_times() -> str:
-    """What is said of times where the machine was busy: those of the release before."""
-    found = read_result(FOLDER / "emoji-flux.json")
-    assert isinstance(found, Result)
-    leap, foca = (
-        next(
-            row.latency_ratio
-            for row in found.rows
-            if (row.method, row.budget) == (method, COUNT)
-        )
-        for method in ("leap", "foca:schedule=even")
-    )
-    return (
-        f"The machine was too busy for times; release {found.environment['hasten']} was {leap:.1f} times faster with "
-        f"LEAP and {foca:.1f} times with a cache on even steps."
-    )
 
 
 def _arm(row: Row) -> tuple[str, str]:
