@@ -36,7 +36,6 @@ __all__ = [
     "Training",
     "add_options",
     "attention_for",
-    "captured",
     "compile_blocks",
     "load_half",
     "run",
@@ -52,24 +51,6 @@ POSITION = "training.json"
 def attention_for(device: str) -> AbstractContextManager[Any]:
     """For few tokens plain products are faster on a CPU than the fused kernel, whose backward pass is slow."""
     return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
-
-
-def captured(module: nn.Module, *samples: Tensor) -> Any:
-    """A module's forward and backward as CUDA graphs; the module itself, with a note, where that cannot be.
-
-    A small model's step is thousands of short kernels, and launching them takes longer than running them.
-
-    Args:
-        module: without hooks, whose parameters learn in bfloat16 autocast.
-        samples: arguments of the shapes and dtypes that it will always be given, on its device.
-    """
-    try:
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            return torch.cuda.make_graphed_callables(module, samples, allow_unused_input=True)
-    except Exception as error:  # slower, and as good
-        print(f"not captured, goes on without: {type(error).__name__}: {error}", flush=True)
-        torch.cuda.synchronize()
-        return module
 
 
 def fuse_norms(net: nn.Module) -> None:
@@ -319,7 +300,9 @@ def add_options(parser: argparse.ArgumentParser, out: Path, samples: int, batch:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="no bfloat16")
-    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks (a GPU)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the transformer's blocks, which took two minutes on a GPU"
+    )
     parser.add_argument("--fall", type=float, default=0.0, help="share of --minutes over which the rate falls to zero")
     parser.add_argument("--committed", type=Path, default=committed, help="weights to go on from without a checkpoint")
     parser.add_argument("--export", type=Path, help="only write the averaged weights of the last checkpoint here")

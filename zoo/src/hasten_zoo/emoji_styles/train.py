@@ -1,7 +1,7 @@
 """Train `emoji-styles` (resumable; CPU or GPU) or export its weights.
 
     python -m hasten_zoo.emoji_styles.train --minutes 120                        # two hours on one core
-    python -m hasten_zoo.emoji_styles.train --device cuda --minutes 8 --batch 512 --graph
+    python -m hasten_zoo.emoji_styles.train --device cuda --minutes 8 --batch 512
     python -m hasten_zoo.emoji_styles.train --export zoo/src/hasten_zoo/emoji_styles/weights
     python -m hasten_zoo.emoji_styles.train --cooldown 100000                    # the last decay of the rate, on a copy
 
@@ -37,7 +37,6 @@ from hasten_zoo.training import (
     Training,
     add_options,
     attention_for,
-    captured,
     run_with,
     save_half,
 )
@@ -100,17 +99,9 @@ class Objective:
         self.empty = captions.empty.to(device)
         self.sizes = sorted(self.values)
         self.shares = torch.tensor([SHARES[size] for size in self.sizes], device=device)
-        self.velocities: dict[int, Any] = {size: Velocity(net, image_positions(size, device)) for size in self.sizes}
+        self.velocities = {size: Velocity(net, image_positions(size, device)) for size in self.sizes}
         self.ahead: list[int] = []
         self.device = device
-
-    def capture(self) -> None:
-        """Record forward and backward of each size as CUDA graphs, which launch a step at once (`net` is there)."""
-        for size, velocity in self.velocities.items():
-            n, tokens = self.samples(size), (size // 16) ** 2
-            noisy = torch.randn(n, tokens, 4 * self.values[size].shape[2], device=self.device)
-            text = self.empty.long().expand(n, -1).contiguous()
-            self.velocities[size] = captured(velocity, noisy, torch.rand(n, device=self.device), text)
 
     def samples(self, size: int) -> int:
         """Of a batch: more tokens, fewer samples."""
@@ -144,7 +135,7 @@ class Objective:
 
 
 class Velocity(nn.Module):
-    """`predict` for one size, with tensors alone as arguments, as a CUDA graph takes them."""
+    """`predict` for one size."""
 
     def __init__(self, net: nn.ModuleDict, positions: Tensor) -> None:
         super().__init__()
@@ -199,7 +190,6 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="default: the folder of train_vae, else the committed one")
     parser.add_argument("--latents", type=Path, default=runs / "latents")
     parser.add_argument("--cooldown", type=int, metavar="SAMPLES", help="let the rate fall to zero, in OUT/cooldown")
-    parser.add_argument("--graph", action="store_true", help="record steps as CUDA graphs (a GPU)")
     add_options(parser, runs / "flow", 1_200_000, 32, WEIGHTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -222,8 +212,6 @@ def main() -> None:
     objective = Objective(net, latents, Captions(data, latents, pipe.tokenizer), args.batch, args.device)
     settings = Settings(lr=args.lr, cooldown=cooldown, bfloat16=not args.float32)
     training = Training(net, objective, settings, args.device)
-    if args.graph:
-        objective.capture()
     run_with(args, training, parts, folder, total)
 
 

@@ -1,6 +1,6 @@
 """Train `emoji-styles-edit` from `emoji-styles` (resumable; CPU or GPU) or export its weights.
 
-    python -m hasten_zoo.emoji_styles_edit.train --device cuda --minutes 3 --batch 512 --graph --fall 0.3
+    python -m hasten_zoo.emoji_styles_edit.train --device cuda --minutes 3 --batch 512 --fall 0.3
     python -m hasten_zoo.emoji_styles_edit.train --export zoo/src/hasten_zoo/emoji_styles_edit/weights
 
 Rectified flow on the edited image, `x_t = (1 - t) x_0 + t eps` with target `eps - x_0`, given the clean source as
@@ -34,7 +34,6 @@ from hasten_zoo.training import (
     Training,
     add_options,
     attention_for,
-    captured,
     run_with,
 )
 
@@ -124,12 +123,7 @@ class Objective:
 
     def __init__(self, net: nn.ModuleDict, edits: Edits, batch: int, device: str = "cpu") -> None:
         self.edits, self.batch, self.device = edits, batch, device
-        self.velocity: Any = EditVelocity(net, device)
-
-    def capture(self) -> None:
-        """Record forward and backward as CUDA graphs, which launch a step at once (`net` is there)."""
-        clean, source, text, _ = self.edits.draw(self.batch, torch.Generator(self.device))
-        self.velocity = captured(self.velocity, clean, source, torch.rand(len(clean), device=self.device), text)
+        self.velocity = EditVelocity(net, device)
 
     def __call__(self, generator: torch.Generator) -> Loss:
         clean, source, text, weight = self.edits.draw(self.batch, generator)
@@ -146,7 +140,6 @@ def main(arguments: list[str] | None = None) -> None:
     runs = Path("runs/emoji-styles-edit")
     parser.add_argument("--start", type=Path, default=START, help="weights of emoji-styles")
     parser.add_argument("--latents", type=Path, default=runs / "latents")
-    parser.add_argument("--graph", action="store_true", help="record steps as CUDA graphs (a GPU)")
     add_options(parser, runs, 2_000_000, 32, WEIGHTS)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -161,8 +154,6 @@ def main(arguments: list[str] | None = None) -> None:
     objective = Objective(net, edits, args.batch, args.device)
     settings = Settings(lr=args.lr, ema=0.995, bfloat16=not args.float32)
     training = Training(net, objective, settings, args.device)
-    if args.graph:
-        objective.capture()
     run_with(args, training, parts, args.out, args.samples)
 
 

@@ -1,6 +1,6 @@
 """Distil `emoji-styles` to 4 steps, guidance built in (resumable; CPU or GPU), or export the weights.
 
-    python -m hasten_zoo.emoji_styles_turbo.train --device cuda --minutes 3 --batch 1024 --graph --fall 0.4
+    python -m hasten_zoo.emoji_styles_turbo.train --device cuda --minutes 3 --batch 1024 --fall 0.4
     python -m hasten_zoo.emoji_styles_turbo.train --export zoo/src/hasten_zoo/emoji_styles_turbo/weights
 
 Piecewise rectified flow (Yan et al., 2024, arXiv:2405.07510): the windows are the steps of the 4-step sampler. The
@@ -43,7 +43,6 @@ from hasten_zoo.training import (
     Training,
     add_options,
     attention_for,
-    captured,
     compile_blocks,
     run_with,
 )
@@ -184,17 +183,9 @@ class Objective:
         self.teacher, self.captions, self.batch, self.device = teacher, captions, batch, device
         self.sizes = list(sizes)
         self.shares = torch.tensor([SHARES[size] for size in sizes], device=device)
-        self.velocities: dict[int, Any] = {size: Velocity(net, image_positions(size, device)) for size in sizes}
+        self.velocities = {size: Velocity(net, image_positions(size, device)) for size in sizes}
         self.ways: Ways | None = None
         self.uses = 0
-
-    def capture(self) -> None:
-        """Record forward and backward of each size as CUDA graphs, which launch a step at once (`net` is there)."""
-        for size, velocity in self.velocities.items():
-            n, tokens = self.samples(size), (size // 16) ** 2
-            state, t = torch.randn(n, tokens, 64, device=self.device), torch.rand(n, device=self.device)
-            text = self.captions.empty.long().expand(n, -1).contiguous()
-            self.velocities[size] = captured(velocity, state, t, text)
 
     def new_ways(self, generator: torch.Generator) -> Ways:
         """Let the teacher go its way from fresh noise, for fresh captions."""
@@ -248,7 +239,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="weights of emoji-styles")
     add_options(parser, Path("runs/emoji-styles-turbo"), 3_000_000, 32, WEIGHTS)
-    parser.add_argument("--graph", action="store_true", help="record steps as CUDA graphs (a GPU)")
     parser.set_defaults(lr=5e-4)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -261,8 +251,6 @@ def main(arguments: list[str] | None = None) -> None:
     training, objective = make_training(pipe, read_judge(HERE)[0], args.batch, settings, args.device)
     if args.compile:
         compile_blocks(objective.teacher.net["transformer"])
-    if args.graph:
-        objective.capture()
     run_with(args, training, learning_parts(pipe), args.out, args.samples)
 
 

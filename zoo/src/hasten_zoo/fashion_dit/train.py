@@ -1,7 +1,7 @@
 """Train `fashion-dit` (resumable; CPU or GPU) or export its weights.
 
     python -m hasten_zoo.fashion_dit.train --minutes 120                         # two hours on one core
-    python -m hasten_zoo.fashion_dit.train --device cuda --minutes 4 --batch 1024 --compile
+    python -m hasten_zoo.fashion_dit.train --device cuda --minutes 4 --batch 1024
     python -m hasten_zoo.fashion_dit.train --export zoo/src/hasten_zoo/fashion_dit/weights
 
 Noise prediction at uniform times, weighted as min-SNR-5 does (arXiv:2303.09556, equation 8 for noise prediction); one
