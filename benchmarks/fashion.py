@@ -5,7 +5,8 @@
 2,000 images of fashion-dit per arm, classes in turn, the same noise for all arms; distances to the 10,000 test images
 in the features of the model's own classifier (not FID), precision, recall, and the mean PSNR to the full run. Intervals
 are 95 % of a bootstrap over the generated images. The `floor` is what as many real images reach. Arms that the file has
-already are left out, so the command goes on where it was stopped.
+already are left out, so the command goes on where it was stopped. LEAP is learned first, for each guidance, from the
+full runs of images that no arm draws (seeds of their own).
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hasten import Leap, fit_leap
 from hasten.bench.arms import Accelerated
 from hasten.bench.environment import environment
 from hasten.bench.plain import Sampler
 from hasten.bench.requests import caching_method
+from hasten.calibration import Calibration
 from hasten.io import write_atomically
-from hasten_zoo.fashion_dit import WEIGHTS
+from hasten_zoo.fashion_dit import CLASSES, WEIGHTS
 from hasten_zoo.fashion_dit.data import load_fashion_data, scaled
 from hasten_zoo.fashion_dit.distances import frechet
 from hasten_zoo.fashion_dit.evaluate import Judge, generate
@@ -43,11 +46,31 @@ CACHES = (
     "taylorseer:schedule=even",
     "foca:schedule=even",
 )
+LEARNED = 40  # images that LEAP learns from, classes in turn
+LEARNED_SEED = 1_000_000
 RESAMPLINGS = 200
 
 
-def attachment(arm: str, count: int) -> tuple[Any, int]:
+def learned(pipe: Any, guidance: float) -> Calibration:
+    """LEAP for all counts, at one guidance."""
+    calls = []
+    for start in range(0, LEARNED, len(CLASSES)):
+        noise = [torch.Generator().manual_seed(LEARNED_SEED + start + i) for i in range(len(CLASSES))]
+        calls.append({
+            "class_labels": list(range(len(CLASSES))),
+            "guidance_scale": guidance,
+            "generator": noise,
+            "num_inference_steps": STEPS,
+            "output_type": "pt",
+        })  # fmt: skip
+    return fit_leap(pipe, calls, COUNTS)
+
+
+def attachment(arm: str, count: int, leap: Calibration | None) -> tuple[Any, int]:
     """What switches an arm on for a pipeline, and the steps of its sampler."""
+    if arm == "leap":
+        assert leap is not None
+        return Accelerated(Leap(leap)), count
     if arm == "full":
         return lambda pipe: nullcontext(), STEPS
     if arm in PLAIN:
@@ -78,7 +101,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 4.0])
-    parser.add_argument("--arms", nargs="+", default=[*PLAIN, *CACHES])
+    parser.add_argument("--arms", nargs="+", default=["leap", *PLAIN, *CACHES])
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = load_fashion_data(args.data)
@@ -106,6 +129,7 @@ def main() -> None:
         ]
         if not missing:
             continue
+        leap = learned(pipe, guidance) if any(arm == "leap" for arm, _ in missing) else None
         full, labels = generate(pipe, args.images, guidance, STEPS)
         arms = (
             missing
@@ -113,7 +137,7 @@ def main() -> None:
             else [("full", STEPS), *missing]
         )
         for arm, count in track(arms, description=f"guidance {guidance:g}"):
-            attach, steps = attachment(arm, count)
+            attach, steps = attachment(arm, count, leap)
             started = time.perf_counter()
             with attach(pipe):
                 images = (

@@ -35,6 +35,13 @@ def test_every_figure_is_in_a_json_file(page):
     assert not found, f"{page}: {found}: mark them, or say in benchmarks/stated.json where they come from"
 
 
+@pytest.mark.parametrize("page", FIGURES["pages"](), ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_line_begins_with_a_mark(page):
+    """A comment at the beginning of a line ends the paragraph or list that it stands in."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.lstrip().startswith("<!-- = ")] == []
+
+
 def test_no_figure_of_the_readme_is_stated_by_hand():
     assert FIGURES["figures"]((ROOT / "README.md").read_text(encoding="utf-8")) == []
     assert "README.md" not in FIGURES["stated"]()
