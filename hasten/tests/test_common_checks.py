@@ -31,7 +31,7 @@ from hasten.parameters import Parameter, Range, choices
 from hasten.resolution import fit_stages
 from hasten.resolution.methods.specedit import SpecEdit
 from hasten.streaming import KVStream, StreamingMethod
-from hasten.streaming.cache import undo_rotation
+from hasten.streaming.rotation import undo_rotation
 
 METHODS = {info.name: info for info in hasten.methods()}
 EVERY = [

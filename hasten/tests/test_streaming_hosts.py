@@ -357,3 +357,59 @@ def test_wan_is_attached_once_and_is_wan():
     strange = types.SimpleNamespace(blocks=[types.SimpleNamespace(self_attn=nn.Linear(1, 1))], freqs=None)
     with pytest.raises(AdapterError, match="no function named attention"):
         attach_causal_wan(strange, FullHistory())
+
+
+@pytest.mark.parametrize("attach", [attach_anyflow, attach_causal_wan])
+def test_autocast_may_be_on(attach):
+    """Projections are of half precision then, and what the model keeps is not."""
+    model, run = (anyflow(), draw) if attach is attach_anyflow else (wan(), roll_out)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = run(model)
+        with attach(model, FullHistory()):
+            assert torch.allclose(run(model).float(), plain.float(), atol=0.1)
+        with attach(model, FocusedForcing(budget=1)) as less:
+            run(model)
+            assert less.stats().work_ratio > 1
+
+
+def test_two_caches_in_turns_are_told_apart():
+    """Guidance with a cache for each pass: at the same place of the video stands another history."""
+    model = wan()
+
+    def guided():
+        size, generator, clean = 12 * TOKENS, torch.Generator().manual_seed(2), []
+        caches = [
+            [
+                {"k": torch.zeros(1, size, HEADS, WIDTH // HEADS), "v": torch.zeros(1, size, HEADS, WIDTH // HEADS)}
+                | {"held": 0, "end": 0}
+                for _ in model.blocks
+            ]
+            for _ in range(2)
+        ]
+        with torch.no_grad():
+            for chunk in range(4):
+                x = torch.randn(1, CHUNK * TOKENS, WIDTH, generator=generator)
+                for _ in range(2):
+                    one, other = (
+                        model(t, c, chunk * CHUNK * TOKENS) for t, c in zip((x, 1 + x / 2), caches, strict=True)
+                    )
+                    x = (one + other) / 2
+                clean.append(x)
+        return torch.cat(clean, 1)
+
+    plain = guided()
+    with attach_causal_wan(model, FullHistory()):
+        assert torch.allclose(guided(), plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("attach", [attach_anyflow, attach_causal_wan])
+def test_nothing_piles_up_from_video_to_video(attach):
+    model, run = (anyflow(), draw) if attach is attach_anyflow else (wan(), roll_out)
+    with attach(model, FocusedForcing(budget=1)) as less:
+        for _ in range(2):
+            run(model)
+            assert all(len(layer.view.notes["chosen"][1]) == 1 for layer in less.stream)
+    if attach is attach_causal_wan:
+        with attach(model, FocusedForcing(budget=1)):
+            run(model)
+            assert not any(block.self_attn.forward.__self__._arguments for block in model.blocks)

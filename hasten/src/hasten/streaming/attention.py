@@ -27,7 +27,9 @@ from hasten.errors import unknown
 from hasten.streaming.cache import FrameCache
 from hasten.streaming.current import Current, gathered, visible
 from hasten.streaming.kernels import BlockMask, flash_kernel, flex, varlen
+from hasten.streaming.modes import of_our_own
 from hasten.streaming.selection import Selection, index_of
+from hasten.streaming.stats import StreamStats
 
 __all__ = [
     "BACKENDS",
@@ -36,6 +38,7 @@ __all__ = [
     "Prepared",
     "attend",
     "attention_pairs",
+    "count",
     "kv_bytes",
     "pack",
     "prepare",
@@ -87,6 +90,7 @@ class Prepared:
         return sum(group.keys.nbytes + group.values.nbytes for group in self.packed or ())
 
 
+@of_our_own
 def prepare(backend: Backend, cache: FrameCache, selection: Selection, current: Current) -> Prepared:
     """Bring together what was chosen, in place where that may be; nothing to do but for the grouped back-end."""
     if backend != "grouped" or selection.everything:
@@ -180,13 +184,15 @@ def _in_place(current: Current, cache: FrameCache, selection: Selection, scale: 
         keys, values = cache.end(selection.groups[0].frames.shape[3], q)
         out = scaled_dot_product_attention(queries, keys, values, scale=scale)
     else:
-        out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+        found: Tensor | None = None
         for group in selection.groups:
             keys, values = cache.end(group.frames.shape[3], q)
             for heads in runs(group.heads):
-                out[:, heads] = scaled_dot_product_attention(
-                    queries[:, heads], keys[:, heads], values[:, heads], scale=scale
-                )
+                part = scaled_dot_product_attention(queries[:, heads], keys[:, heads], values[:, heads], scale=scale)
+                found = part.new_empty(queries.shape) if found is None else found  # in the dtype that autocast chooses
+                found[:, heads] = part
+        assert found is not None
+        out = found
     return out.view(B, H, q, L, D).permute(0, 2, 3, 1, 4)
 
 
@@ -228,6 +234,15 @@ def _completed(buffer: Tensor, group: PackedGroup, now: Tensor) -> Tensor:
         return torch.cat([buffer[:, : group.history], rows.reshape(-1, length, D)], 1)
     buffer.view(B, group.choosers, n, -1, D)[:, :, :, group.history :] = rows
     return buffer
+
+
+def count(sums: StreamStats, current: Current, selection: Selection | None, held: int, whole: int) -> None:
+    """Add what one forward of one layer did, with `held` frames of `whole`, which full attention would have read."""
+    sums.forwards += 1
+    sums.pairs += attention_pairs(selection, current, held)
+    sums.full_pairs += attention_pairs(None, current, whole)
+    sums.kv_bytes += kv_bytes(selection, current, held)
+    sums.full_kv_bytes += kv_bytes(None, current, whole)
 
 
 def attention_pairs(selection: Selection | None, current: Current, held: int) -> int:

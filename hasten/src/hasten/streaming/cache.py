@@ -23,31 +23,14 @@ from torch import Tensor
 
 from hasten.errors import ConfigError
 from hasten.parameters import accepted
+from hasten.streaming.modes import of_our_own
+from hasten.streaming.rotation import Unrotate, unrotated
 from hasten.streaming.rows import check_alike, check_frames, exchanges, rising, row_starts, rows_at
 
-__all__ = ["FrameCache", "Unrotate", "undo_rotation"]
+__all__ = ["FrameCache"]
 
 GROWTH = 1.0625  # of the buffers, when they are full
 SHRINK = 1.125  # times too large at which they are made anew
-
-Unrotate = Callable[[Tensor, Tensor], Tensor]
-"""Undoes the rotary embedding along time: keys `[B, H, F, L, D]` and absolute frame numbers `[F]` to keys."""
-
-
-def undo_rotation(keys: Tensor, rotations: Tensor) -> Tensor:
-    """Undo a rotation along time that takes neighbouring channels for complex numbers.
-
-    Args:
-        keys: `[B, H, F, L, D]`.
-        rotations: complex64 `[F, R]`, what the first `R` pairs of channels of each frame were multiplied by.
-
-    Returns:
-        float32, of the shape of `keys`.
-    """
-    plain = keys.to(torch.float32, copy=True)
-    pairs = torch.view_as_complex(plain[..., : 2 * rotations.shape[1]].unflatten(-1, (-1, 2)))
-    pairs *= rotations.conj()[:, None]
-    return plain
 
 
 class FrameCache:
@@ -100,12 +83,18 @@ class FrameCache:
         return self._in_order(self._buffers()[1])
 
     @property
+    def like(self) -> Tensor | None:
+        """What a chunk's tensors have to agree with but in frames, `[B, C, L, H, D]`; None while empty."""
+        return None if self._keys is None else self._keys.permute(0, 2, 3, 1, 4)
+
+    @property
     def stored(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, H, F, L, D]` in the order in which each head stores them: always views."""
         keys, values = self._buffers()
         return keys[:, :, : len(self)], values[:, :, : len(self)]
 
     @property
+    @of_our_own
     def means(self) -> Tensor:
         """Mean key of each frame `[B, H, F, D]`, float32, without a gradient."""
         known = 0 if self._means is None else self._means.shape[2]
@@ -205,7 +194,7 @@ class FrameCache:
                 'give plain_keys to append, or unrotate to the policy, or choose diversity_on="cached"'
             )
         numbers = [number for cache in (self, *others) for number in cache.frames]
-        return self._unrotate(self.stored_keys(step, others), torch.tensor(numbers, device=self._buffers()[0].device))
+        return unrotated(self._unrotate, self.stored_keys(step, others), numbers)
 
     def stored_keys(self, step: int = 1, others: Sequence[FrameCache] = ()) -> Tensor:
         """As `plain_keys`, but keys as they are stored."""
@@ -213,6 +202,7 @@ class FrameCache:
 
     # --- more and fewer frames
 
+    @of_our_own
     def append(self, keys: Tensor, values: Tensor, plain_keys: Tensor | None = None) -> None:
         """Remember the frames of a finished chunk.
 
@@ -224,8 +214,7 @@ class FrameCache:
         Raises:
             ConfigError: for another shape, dtype or device than before.
         """
-        old = None if self._keys is None else self._keys.permute(0, 2, 3, 1, 4)
-        check_frames("keys", keys, old)
+        check_frames("keys", keys, self.like)
         check_alike(keys, values, plain_keys)
         if len(self) and (plain_keys is None) != (self._plain is None):
             raise ConfigError("plain keys came with some chunks and not with others; give them always or never")
@@ -234,7 +223,8 @@ class FrameCache:
         self._latest = added
         if plain_keys is not None:
             plain = plain_keys.permute(0, 3, 1, 2, 4)
-            self._plain = plain.contiguous() if self._plain is None else torch.cat([self._plain, plain], 2)
+            before = [] if self._plain is None else [self._plain]
+            self._plain = torch.cat([*before, plain], 2)  # a copy: the caller may write into its own again
         for name, new in (("_keys", keys), ("_values", values)):
             buffer = self._with_room(getattr(self, name), new, held + added)
             buffer[:, :, held : held + added] = new.permute(0, 3, 1, 2, 4)
@@ -247,6 +237,7 @@ class FrameCache:
         self.next_frame += added
         self.whole += added
 
+    @of_our_own
     def reserve(self) -> None:
         """Make room behind the history for a chunk as long as the latest one; call it when what may go has gone."""
         self.moment, needed = 0, len(self) + self._latest
@@ -291,6 +282,7 @@ class FrameCache:
         self.frames, self.next_frame, self.whole = list(frames), frames[-1] + 1, len(frames)
         self.borrowed = True
 
+    @of_our_own
     def keep(self, positions: Sequence[int]) -> None:
         """Evict all frames but those at these positions (0 is the oldest held).
 
@@ -332,6 +324,7 @@ class FrameCache:
         kept[:, :, : len(index)] = self._in_order(buffer).index_select(2, index)
         return kept
 
+    @of_our_own
     def bring_to_end(self, frames: Tensor, heads: Tensor | None = None) -> None:
         """Exchange frames in place, so that those at positions `[B, n, b]` are the last ones that a head stores.
 

@@ -55,6 +55,10 @@ class LayerView:
         views = [view for view in (there() for there in self.peers) if view is not None and view is not self]
         return [self, *(view for view in views if view.chunk == self.chunk and view.cache.alike(self.cache))]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files; a stream tells the layers of the copy of each other."""
+        return {**self.__dict__, "peers": ()}
+
     def restart(self) -> None:
         """Begin a new rollout."""
         self.chunk = self.step = 0

@@ -32,14 +32,15 @@ from hasten.streaming.attention import (
     Backend,
     Prepared,
     attend,
-    attention_pairs,
-    kv_bytes,
+    count,
     prepare,
 )
-from hasten.streaming.cache import FrameCache, Unrotate
+from hasten.streaming.cache import FrameCache
 from hasten.streaming.current import Current
 from hasten.streaming.method import LayerView, StreamingMethod
-from hasten.streaming.rows import check_extra, check_frames, rising
+from hasten.streaming.modes import in_full_precision, of_our_own
+from hasten.streaming.rotation import Unrotate
+from hasten.streaming.rows import check_chunk, check_extra, check_frames, rising
 from hasten.streaming.selection import Selection
 from hasten.streaming.stats import Ledger, Stopwatch, StreamStats
 
@@ -54,7 +55,7 @@ class KVPolicy:
         layer, layers: the number of this layer, and how many there are.
         backend: how attention is computed: `"grouped"`, `"masked"`, `"flex"` or `"varlen"`.
         rotated: whether keys carry a rotary embedding along time.
-        unrotate: undoes it, see `hasten.streaming.cache`.
+        unrotate: undoes it, see `hasten.streaming.rotation`.
         timed: whether times are taken, between events on a GPU; nothing waits for them.
         shared: notes that all layers of a rollout share.
         ledger: of all layers of a rollout.
@@ -96,6 +97,10 @@ class KVPolicy:
         self._prepared: Prepared | None = None
         self._room: tuple[int, int] | None = None  # frames of the last forward, and keys besides
         self._forget_choice()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: without what is made again in the next forward."""
+        return {**self.__dict__, "_prepared": None}
 
     def _forget_choice(self) -> None:
         self._chosen: Selection | None = None
@@ -184,9 +189,11 @@ class KVPolicy:
 
     def score(self, queries: Tensor) -> Tensor:
         """What each frame held is worth to the queries `[B, q, L, H, D]`: `[B, Q, H, F]` float32."""
-        self._check_history()
-        check_frames("queries", queries, self.cache.stored[0].permute(0, 2, 3, 1, 4))
-        return self.method.score(self.view, queries)
+        if not len(self.cache):
+            raise ConfigError("there is no frame to score yet; append a chunk first")
+        check_frames("queries", queries, self.cache.like)
+        with in_full_precision(queries.device):
+            return of_our_own(self.method.score)(self.view, queries)
 
     def select(self, queries: Tensor, keys: Tensor) -> Selection | None:
         """The choice for this forward, made again only when the method's refresh rule says so.
@@ -196,25 +203,23 @@ class KVPolicy:
 
         Returns:
             None where the whole history is attended to.
+
+        Raises:
+            ConfigError: for shapes or dtypes that do not fit the history.
         """
-        check_frames("queries", queries)
-        check_frames("keys", keys)
+        check_chunk(queries, keys, None, self.cache.like)
         return self._choice(queries, keys)
 
     def _choice(self, queries: Tensor, keys: Tensor) -> Selection | None:
         every = self.method.refresh_every
         due = not self._fresh or (every is not None and self.view.step % every == 0)
         if due and len(self.cache):
-            with torch.no_grad():
-                chosen = self.method.select(self.view, queries, keys)
+            with torch.no_grad(), in_full_precision(queries.device):
+                chosen = of_our_own(self.method.select)(self.view, queries, keys)
             if chosen is not self._chosen:
                 self._prepared = None
             self._chosen, self._fresh = chosen, True
         return self._chosen
-
-    def _check_history(self) -> None:
-        if not len(self.cache):
-            raise ConfigError("there is no frame to score yet; append a chunk first")
 
     def attend(
         self,
@@ -241,16 +246,9 @@ class KVPolicy:
             ConfigError: for shapes or dtypes that do not fit the history, or frames that are not the next ones.
         """
         self._check_next(first)
-        held = self.cache.stored[0].permute(0, 2, 3, 1, 4) if len(self.cache) else keys
-        for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
-            check_frames(name, tensor, held)
-        if not keys.shape == values.shape == queries.shape:
-            raise ConfigError(
-                f"queries {list(queries.shape)}, keys {list(keys.shape)} and values {list(values.shape)} are not of "
-                "the same frames; give those of one chunk"
-            )
+        check_chunk(queries, keys, values, self.cache.like)
         if extra is not None:
-            check_extra(extra, held)
+            check_extra(extra, keys)
         if scale is not None:
             accepted("streaming", "scale", float, scale)
         current = Current(queries, keys, values, extra)
@@ -266,7 +264,7 @@ class KVPolicy:
         out = attend(self.backend, current, self.cache, chosen, self._prepared, scale)
         marks.append(self._clock.mark(queries))
         self._clock.add(marks)
-        self._count(current, chosen)
+        count(self._sums, current, chosen, len(self.cache), self.cache.whole)
         self.view.step += 1
         self._attended = self._begun = True
         return out
@@ -277,16 +275,6 @@ class KVPolicy:
         if room != self._room:
             self._forget_choice()
             self._room = room
-
-    def _count(self, current: Current, chosen: Selection | None) -> None:
-        held, past = len(self.cache), self.cache.whole
-        self._sums += StreamStats(
-            forwards=1,
-            pairs=attention_pairs(chosen, current, held),
-            full_pairs=attention_pairs(None, current, past),
-            kv_bytes=kv_bytes(chosen, current, held),
-            full_kv_bytes=kv_bytes(None, current, past),
-        )
 
     def stats(self) -> StreamStats:
         """Sums so far and what is held now; the peak is that of all layers with the same ledger."""
@@ -341,9 +329,18 @@ class KVStream:
         self._policies = [
             KVPolicy(method, i, layers, **common, shared=shared, ledger=self._ledger) for i in range(layers)
         ]
+        self._introduce()
+
+    def _introduce(self) -> None:
+        """Tell the layers of each other."""
         views = [policy.view for policy in self._policies]
         for view in views:
             view.peers = [weakref.ref(other) for other in views]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was read from a file: its layers know each other, not those of the original."""
+        self.__dict__.update(state)
+        self._introduce()
 
     def __len__(self) -> int:
         return len(self._policies)

@@ -15,16 +15,20 @@ from torch import Tensor
 from hasten.errors import ConfigError
 from hasten.parameters import Range, accepted
 
-__all__ = ["check_alike", "check_extra", "check_frames", "exchanges", "rising", "row_starts", "rows_at"]
+__all__ = ["check_alike", "check_chunk", "check_extra", "check_frames", "exchanges", "rising", "row_starts", "rows_at"]
+
+
+SERVED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def check_frames(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
     """Refuse what is not `[B, F, L, H, D]`, or does not match another tensor but in its number of frames."""
     if not isinstance(tensor, Tensor):  # asked for in every forward of every layer, so that the text can wait
         accepted("streaming", name, Tensor, tensor)
-    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+    if tensor.dtype not in SERVED or tensor.layout is not torch.strided:
         raise ConfigError(
-            f"expected {name} as a plain tensor of a floating-point type, got {tensor.dtype} of layout {tensor.layout}"
+            f"expected {name} as a plain tensor of a floating-point type of 16 bits or more, got {tensor.dtype} of "
+            f"layout {tensor.layout}"
         )
     if tensor.ndim != 5 or 0 in tensor.shape:
         raise ConfigError(
@@ -51,6 +55,33 @@ def check_frames(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
         )
 
 
+def check_chunk(queries: Tensor, keys: Tensor, values: Tensor | None, like: Tensor | None) -> None:
+    """Refuse queries, keys and values that are not those of one chunk, or do not match the history's frames.
+
+    Args:
+        values: None where none are given.
+        like: what the history holds, `[B, C, L, H, D]`; None while there is no history.
+    """
+    check_frames("queries", queries, like)
+    same = all(
+        isinstance(t, Tensor)
+        and t.shape == queries.shape
+        and t.dtype == queries.dtype
+        and t.device == queries.device
+        and t.layout is torch.strided
+        for t in ((keys,) if values is None else (keys, values))
+    )
+    if same:  # all layers ask in every forward: what is right is looked at once
+        return
+    given = {"queries": queries, "keys": keys} | ({} if values is None else {"values": values})
+    for name, tensor in given.items():
+        check_frames(name, tensor, queries if like is None else like)
+    raise ConfigError(
+        f"{', '.join(f'{name} {list(tensor.shape)}' for name, tensor in given.items())} are not of the same frames; "
+        "give those of one chunk"
+    )
+
+
 def check_alike(keys: Tensor, values: Tensor, plain_keys: Tensor | None) -> None:
     """Refuse values and plain keys that are not of the same frames as the keys."""
     given = {"values": values} if plain_keys is None else {"values": values, "plain keys": plain_keys}
@@ -66,10 +97,11 @@ def check_extra(extra: tuple[Tensor, Tensor], held: Tensor) -> None:
     extra = accepted("streaming", "extra", tuple[Tensor, Tensor], extra)
     for tensor in extra:
         X = tensor.shape[1] if tensor.ndim == 4 else 0
-        if tensor.shape != (B, X, H, D) or tensor.shape != extra[0].shape or tensor.dtype != held.dtype or not X:
+        fits = tensor.shape == (B, X, H, D) and tensor.shape == extra[0].shape and tensor.dtype == held.dtype and X
+        if not fits or tensor.device != held.device or tensor.layout is not torch.strided:
             raise ConfigError(
-                f"expected extra keys and values of one shape [{B}, X, {H}, {D}] in {held.dtype}, got "
-                f"{[list(t.shape) for t in extra]} in {tensor.dtype}"
+                f"expected extra keys and values of one shape [{B}, X, {H}, {D}] in {held.dtype} on {held.device}, got "
+                f"{[list(t.shape) for t in extra]} in {tensor.dtype} on {tensor.device}"
             )
 
 

@@ -16,9 +16,11 @@ from torch.nn.functional import layer_norm
 
 from hasten.errors import ConfigError
 
-__all__ = ["attention_mass", "pooled_relevance", "redundancy", "relevance", "standardised"]
+__all__ = ["LEAST_RELEVANCE", "attention_mass", "pooled_relevance", "redundancy", "relevance", "standardised"]
 
 EPSILON = 1e-6
+LEAST = 2.0**-13  # deviation as a part of the largest score; below it would be rounding that is told apart
+LEAST_RELEVANCE = 2.0**-10  # the same for mean logits, in which most of what is summed cancels
 
 
 def relevance(queries: Tensor, means: Tensor) -> Tensor:
@@ -84,6 +86,8 @@ def redundancy(keys: Tensor, parts: Sequence[int] = ()) -> Tensor:
             different.
         parts: numbers of frames of several histories, one after another, each with a mean of its own; one by default.
     """
+    if keys.dtype == torch.float64:
+        keys = keys.float()
     if len(parts) > 1:
         of = torch.repeat_interleave(torch.tensor(parts)).to(keys.device)
         total = keys.new_zeros(*keys.shape[:2], len(parts), *keys.shape[3:], dtype=torch.float32)
@@ -100,6 +104,12 @@ def _directions(keys: Tensor) -> Tensor:
     return keys / torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_(min=EPSILON)
 
 
-def standardised(scores: Tensor) -> Tensor:
-    """Zero mean and unit (population) deviation over the last axis, the frames; zero where all are equal."""
-    return layer_norm(scores, scores.shape[-1:], eps=EPSILON**2)
+def standardised(scores: Tensor, least: float = LEAST) -> Tensor:
+    """Zero mean and unit (population) deviation over the last axis, the frames; zero where all are equal.
+
+    Args:
+        scores: `[..., F]`.
+        least: deviation, as a part of the largest score, from which on it is brought to one.
+    """
+    largest = torch.linalg.vector_norm(scores, torch.inf, dim=-1, keepdim=True).clamp_min_(EPSILON**2)
+    return layer_norm(scores / largest, scores.shape[-1:], eps=least**2)

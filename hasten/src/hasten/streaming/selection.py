@@ -20,7 +20,9 @@ from torch import Tensor
 from hasten.errors import ConfigError, brief
 from hasten.parameters import Range, accepted
 
-__all__ = ["HeadGroup", "Selection", "frames_at", "index_of", "top_frames"]
+__all__ = ["MARGIN", "HeadGroup", "Selection", "frames_at", "index_of", "ranked", "top_frames"]
+
+MARGIN = 2.0**-8  # of a deviation: by so much rounding changes scores that frames owe to nearly equal keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,17 +140,30 @@ def frames_at(positions: Sequence[int], heads: Sequence[int], batch: int, device
     return HeadGroup(tuple(heads), index.expand(batch, 1, len(heads), len(index)))
 
 
+def ranked(scores: Tensor, margin: float) -> Tensor:
+    """Places of the last axis, highest score first; scores no further apart than `margin` count as equal, older first.
+
+    A number rounded to a grid would not do: equal scores may lie on both sides of a step. Those that follow each other
+    within the margin are one rank, so that only a gap that is the margin itself, up to rounding, is left to chance.
+    """
+    held = scores.shape[-1]
+    values, order = scores.sort(dim=-1, descending=True)
+    lower = (values[..., :-1] - values[..., 1:]) > margin  # never between two that are infinite
+    order[..., 1:].add_(lower.cumsum(-1), alpha=held)
+    return order.sort(dim=-1).values.remainder_(held)
+
+
 def top_frames(scores: Tensor, budgets: Sequence[int]) -> Selection:
     """Each head's best frames, as many as its budget (all of them if there are no more), in order of time.
 
-    Equal scores go to the older frame, so that every device and every way to sort makes the same choice.
+    Scores that are equal up to rounding go to the older frame, so that every device makes the same choice.
 
     Args:
-        scores: `[B, Q, H, F]`.
+        scores: `[B, Q, H, F]`, in deviations (see `scores.standardised`), or infinite.
         budgets: frames for each of the `H` heads; 0 and more.
     """
     H, F = scores.shape[2:]
-    order = scores.sort(dim=3, descending=True, stable=True).indices
+    order = ranked(scores, MARGIN)
     groups = []
     for size, heads in _by_size(tuple(budgets), H, F):
         best = order if len(heads) == H else order.index_select(2, index_of(heads, order.device))

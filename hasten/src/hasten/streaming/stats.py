@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,11 @@ class Stopwatch:
         self.on = on
         self._sums = [0.0, 0.0, 0.0]
         self._pending: list[list[torch.cuda.Event]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files, which events cannot go into."""
+        self._read()
+        return dict(self.__dict__)
 
     def mark(self, tensor: Tensor) -> float | torch.cuda.Event | None:
         """A point in time on the tensor's device."""

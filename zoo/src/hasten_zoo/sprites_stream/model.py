@@ -22,9 +22,9 @@ import torch
 from hasten.errors import ConfigError, ModelError
 from hasten.io import Kind
 from hasten.streaming.attention import Backend
-from hasten.streaming.cache import undo_rotation
 from hasten.streaming.method import StreamingMethod
 from hasten.streaming.policy import KVStream
+from hasten.streaming.rotation import undo_rotation
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 

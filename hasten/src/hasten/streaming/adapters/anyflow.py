@@ -71,7 +71,8 @@ class StreamingProcessor:
             )
         assert kv_cache is not None
         assert kv_cache_flag is not None
-        queries, keys, values = (self._heads(attn, hidden_states, name) for name in ("q", "k", "v"))
+        kept = kv_cache["full_cache"].dtype  # under autocast projections are of another
+        queries, keys, values = (self._heads(attn, hidden_states, name).to(kept) for name in ("q", "k", "v"))
         far, near = (int(kv_cache_flag[f"num_cached_{kind}_tokens"]) for kind in ("compressed", "full"))
         rows = rotary_emb["key"]
         self._look(kv_cache["full_cache"][..., :near, :], far, rows[:, :, far : far + near])

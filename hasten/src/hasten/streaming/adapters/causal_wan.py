@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from hasten.errors import AdapterError, AlreadyAcceleratedError
 from hasten.streaming.adapters.handle import StreamingRun
 from hasten.streaming.attention import Backend
-from hasten.streaming.cache import undo_rotation
 from hasten.streaming.method import StreamingMethod
 from hasten.streaming.policy import KVStream
+from hasten.streaming.rotation import undo_rotation
 
 __all__ = ["attach_causal_wan", "wan_unrotate"]
 
@@ -78,13 +78,17 @@ class _LayerHost:
         self._forward.__kwdefaults__ = function.__kwdefaults__
         self._arguments: dict[str, Any] = {}
         self._start: int | None = None
+        self._cache: int | None = None  # where the cache that was looked at lies
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, with our attention."""
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         self._arguments = bound.arguments
-        return self._forward(self.module, *args, **kwargs)
+        try:
+            return self._forward(self.module, *args, **kwargs)
+        finally:
+            self._arguments = {}  # or the model's cache would outlive the video
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Instead of the model's: the last tokens of `k` and `v` are the current chunk, the others its history."""
@@ -93,20 +97,23 @@ class _LayerHost:
         L = int(self._arguments["grid_sizes"][0][1:].prod())
         if q.shape[1] % L or k.shape[1] % L:
             raise AdapterError(f"expected whole frames of {L} tokens, got {q.shape[1]} queries on {k.shape[1]} keys")
-        queries, keys, values = (t.unflatten(1, (-1, L)) for t in (q, k, v))
+        # Under autocast projections are of another dtype than the cache.
+        queries, keys, values = (t.to(k.dtype).unflatten(1, (-1, L)) for t in (q, k, v))
         history = keys.shape[1] - queries.shape[1]
         self._look(keys[:, :history], values[:, :history], int(self._arguments["current_start"]) // L)
         out = self._stream.attend(self._layer, queries, keys[:, history:], values[:, history:])
         return out.flatten(1, 2)
 
     def _look(self, keys: Tensor, values: Tensor, start: int) -> None:
-        """Begin a chunk when the chunk's first frame, or the history's length, is another than before."""
+        """Begin a chunk when the chunk's first frame, the history's length, or the cache is another than before."""
         held, policy = keys.shape[1], self._stream[self._layer]
-        if start == self._start and held == len(policy.cache):
+        kept = self._arguments["kv_cache"]
+        cache = kept["k"].data_ptr() if isinstance(kept, dict) and isinstance(kept.get("k"), Tensor) else id(kept)
+        if start == self._start and held == len(policy.cache) and cache == self._cache:
             return
         if self._start is None or start < self._start or not held:
             policy.reset()
-        self._start = start
+        self._start, self._cache = start, cache
         if held:
             sink = min(int(getattr(self.module, "sink_size", 0)), held) if held < start else held
             frames = [*range(sink), *range(start - (held - sink), start)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from hasten.parameters import Range
@@ -21,9 +22,11 @@ from hasten.registry import method
 from hasten.streaming.method import LayerView, StreamingMethod
 from hasten.streaming.methods.sliding_window import recency, sink_and_window
 from hasten.streaming.scores import attention_mass
-from hasten.streaming.selection import Selection, frames_at
+from hasten.streaming.selection import Selection, frames_at, ranked
 
 __all__ = ["DummyForcing"]
+
+SAME = 2.0**-16  # masses that differ by less differ by rounding
 
 
 @method("dummy-forcing", kind="streaming", paper="Dummy Forcing, arXiv:2601.20499")
@@ -72,11 +75,11 @@ class DummyForcing(StreamingMethod):
 
 
 def _highest(mass: dict[int, Tensor], share: float) -> dict[int, set[int]]:
-    """Heads of each layer that are among the `share` of all heads with the highest mass."""
-    ranked = sorted(
-        ((float(value), layer, head) for layer, row in mass.items() for head, value in enumerate(row)), reverse=True
-    )
+    """Heads of each layer that are among the `share` of all heads with the highest mass; equal ones by their order."""
+    heads = [(layer, head) for layer in sorted(mass) for head in range(len(mass[layer]))]
+    order = ranked(torch.cat([mass[layer] for layer in sorted(mass)]), SAME)
     chosen: dict[int, set[int]] = {layer: set() for layer in mass}
-    for _, layer, head in ranked[: round(share * len(ranked))]:
+    for place in order[: round(share * len(heads))].tolist():
+        layer, head = heads[place]
         chosen[layer].add(head)
     return chosen

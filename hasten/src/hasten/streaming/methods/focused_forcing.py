@@ -34,7 +34,7 @@ from hasten.registry import method
 from hasten.streaming.budgets import HeadBudgets
 from hasten.streaming.method import LayerView, RefreshedMethod
 from hasten.streaming.methods.sliding_window import sink_and_window
-from hasten.streaming.scores import redundancy, relevance, standardised
+from hasten.streaming.scores import LEAST_RELEVANCE, redundancy, relevance, standardised
 from hasten.streaming.selection import Selection, index_of, top_frames
 
 __all__ = ["FocusedForcing"]
@@ -109,10 +109,10 @@ class FocusedForcing(RefreshedMethod):
 
     def _used(self, view: LayerView) -> dict[int, int]:
         """The latest chunk in which a head chose each frame held; one that nobody could choose yet counts as chosen."""
-        choices = view.notes.pop("chosen", ())
-        unused = {number for numbers, _ in choices for number in numbers}
-        for numbers, selection in choices:
-            unused -= {number for number, yes in zip(numbers, selection.chosen().tolist(), strict=True) if yes}
+        _, choices = view.notes.pop("chosen", (None, {}))
+        unused = {number for numbers in choices for number in numbers}
+        for numbers, chosen in choices.items():
+            unused -= {number for number, yes in zip(numbers, chosen.tolist(), strict=True) if yes}
         known = view.notes.get("used", {})
         used = {n: known.get(n, view.chunk) if n in unused else view.chunk for n in view.cache.frames}
         view.notes["used"] = used
@@ -127,9 +127,8 @@ class FocusedForcing(RefreshedMethod):
         fit = relevance(queries, view.cache.means)
         if self.choice == "mean":
             fit = fit.mean(1, keepdim=True)
-        if self.mix == 1:
-            return standardised(fit)
-        return torch.lerp(self._diversity(view), standardised(fit), self.mix)
+        fit = standardised(fit, LEAST_RELEVANCE)
+        return fit if self.mix == 1 else torch.lerp(self._diversity(view), fit, self.mix)
 
     def _diversity(self, view: LayerView) -> Tensor:
         """`D~`, `[B, 1, H, F]`, once per chunk."""
@@ -162,8 +161,20 @@ class FocusedForcing(RefreshedMethod):
             scores = scores.amax(1, keepdim=True)
         selection = top_frames(scores, budgets)
         if self.forget_after is not None:
-            view.notes.setdefault("chosen", []).append((tuple(view.cache.frames), selection))
+            _note(view, selection.chosen())
         return selection
+
+
+def _note(view: LayerView, chosen: Tensor) -> None:
+    """Remember which of the frames held, `[F]` bool, were chosen in this chunk; those of earlier chunks are dropped.
+
+    A history that the model keeps itself is never asked what to keep, so that nothing may pile up until it is.
+    """
+    if view.notes.get("chosen", (None,))[0] != view.chunk:
+        view.notes["chosen"] = view.chunk, {}
+    choices: dict[tuple[int, ...], Tensor] = view.notes["chosen"][1]
+    numbers = tuple(view.cache.frames)
+    choices[numbers] = choices[numbers] | chosen if numbers in choices else chosen
 
 
 def _union(scores: Tensor, budgets: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:

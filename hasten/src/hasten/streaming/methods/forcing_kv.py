@@ -24,11 +24,12 @@ from hasten.registry import method
 from hasten.streaming.method import LayerView, StreamingMethod
 from hasten.streaming.methods.sliding_window import recency, sink_and_window
 from hasten.streaming.scores import attention_mass
-from hasten.streaming.selection import HeadGroup, Selection, frames_at
+from hasten.streaming.selection import HeadGroup, Selection, frames_at, ranked
 
 __all__ = ["ForcingKV", "changed_patches"]
 
 EPSILON = 1e-6
+SAME = 2.0**-16  # similarities that differ by less differ by rounding
 
 
 def changed_patches(plain_keys: Tensor, patches: int, kept: int) -> Tensor:
@@ -40,7 +41,7 @@ def changed_patches(plain_keys: Tensor, patches: int, kept: int) -> Tensor:
     keys = plain_keys.float().movedim(1, 3).flatten(3)  # [B, F, L, H * D]
     similarity = cosine_similarity(keys[:, 1:], keys[:, :-1], dim=-1, eps=EPSILON)  # [B, F - 1, L]
     similarity = similarity.unflatten(2, (patches, -1)).mean(3)
-    return similarity.sort(dim=2, stable=True).indices[..., :kept].sort(dim=2).values
+    return ranked(-similarity, SAME)[..., :kept].sort(dim=2).values
 
 
 @method("forcing-kv", kind="streaming", paper="Forcing-KV, arXiv:2605.09681")

@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.parameters import Range
 from hasten.registry import method
 from hasten.streaming.method import LayerView, RefreshedMethod
-from hasten.streaming.scores import relevance
+from hasten.streaming.scores import LEAST_RELEVANCE, relevance, standardised
 from hasten.streaming.selection import Selection, top_frames
 
 __all__ = ["TopKAttention"]
@@ -33,4 +33,4 @@ class TopKAttention(RefreshedMethod):
     def select(self, view: LayerView, queries: Tensor, keys: Tensor) -> Selection | None:
         if len(view.cache) <= self.k:
             return None
-        return top_frames(self.score(view, queries), [self.k] * queries.shape[3])
+        return top_frames(standardised(self.score(view, queries), LEAST_RELEVANCE), [self.k] * queries.shape[3])
