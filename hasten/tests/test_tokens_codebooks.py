@@ -211,7 +211,7 @@ def test_several_codebooks_have_a_tree_each_and_positions_keep_to_theirs(tmp_pat
         maps.split([50, 3])
     with pytest.raises(ConfigError, match="as many numbers"):
         ResidualMaps.fit(books, (6,), normalize="none")
-    with pytest.raises(ModelError, match="without a gap"):
+    with pytest.raises(ModelError, match="residual_maps"):
         ResidualMaps.load(tmp_path)
     with pytest.raises(ConfigError, match="must add up to 11"):
         FunctionModel(net, net, 11, (6, 4))

@@ -168,13 +168,24 @@ FAMILIES = {
     "Bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
     "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "Mistral": {**BODY, "sliding_window": 4},
+    "GPTNeo": {
+        **{"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32, "window_size": 4},
+        **{"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64},
+    },
+    "Falcon": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "alibi": True},
+    "CTRL": {"n_embd": 16, "n_layer": 2, "n_head": 2, "dff": 32, "n_positions": 64},
 }
+CACHED = {"GPT2", "Lfm2", "Mistral"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_drawn_is_what_the_forward_predicts_whatever_the_model_remembers(family):
     """Mamba was given a cache of keys and values, and drew each cluster as if it were the first."""
     model = small(family, **FAMILIES[family])
+    assert (model.takes_padding, model.takes_cache) == (True, family in CACHED)
+    with torch.no_grad():  # else all predictions are much alike
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn_like(parameter)
     condition, without = Condition(torch.tensor([[1, 3, 5], [1, 6, 7]])), Condition(torch.tensor([[2]]))
     likeliest = Sampling(temperature=1e-6, guidance=3.0)
     drawn, _ = sample_clusters(model, condition, 6, likeliest, without=without)
@@ -184,6 +195,24 @@ def test_what_is_drawn_is_what_the_forward_predicts_whatever_the_model_remembers
         best = (without_it + 3 * (with_it - without_it)).argmax(-1)
         clusters = torch.cat([clusters, best[:, None]], 1)
     assert torch.equal(drawn, clusters)
+
+
+CHANGED = {
+    "FalconH1": {
+        **{**BODY, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4},
+        "lm_head_multiplier": 0.1,
+    },
+    "RecurrentGemma": {**BODY, "lru_width": 16, "attention_window_size": 8},
+    "xLSTM": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4},
+    "Cohere": BODY,
+    "Granite": {**BODY, "logits_scaling": 8.0},
+}
+
+
+@pytest.mark.parametrize("family", CHANGED)
+def test_models_whose_own_logits_are_others_are_refused(family):
+    with pytest.raises(AdapterError, match="changes its logits after its head"):
+        small(family, **CHANGED[family])
 
 
 def test_padding_is_refused_where_the_model_would_see_it():

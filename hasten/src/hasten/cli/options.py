@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from hasten.bench import subject
-from hasten.errors import ConfigError
+from hasten.errors import ConfigError, HastenError, ModelError
 from hasten.io import describe, read_lines
 from hasten.parameters import MOST_GUIDANCE, MOST_PIXELS, MOST_STEPS, Range
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from hasten.bench.token_plots import Decode
     from hasten.quality.configuration import Configuration
 
@@ -39,6 +44,7 @@ __all__ = [
     "Steps",
     "Width",
     "Workers",
+    "as_options",
     "call_of",
     "configured",
     "load_decoder",
@@ -127,7 +133,7 @@ def numbers(text: str, option: str, limits: Range) -> list[int]:
         ConfigError: if it is something else.
     """
     try:
-        found = [int(part) for part in names(text)]
+        found = [int(part) for part in text.split(",")]  # nothing between two commas is none of them
     except ValueError:
         found = []
     if not found or not all(count in limits for count in found):
@@ -214,6 +220,18 @@ def refuse_given(context: typer.Context, options: dict[str, str], why: str) -> N
             raise ConfigError(f"{why}; leave {option} out")
 
 
+@contextmanager
+def as_options(words: dict[str, str]) -> Iterator[None]:
+    """Name options in the library's messages: each text on the left becomes the one on the right."""
+    try:
+        yield
+    except (ConfigError, ModelError) as error:
+        message = str(error)
+        for text, option in words.items():
+            message = message.replace(text, option)
+        raise type(error)(message) from error
+
+
 def load_decoder(name: str) -> Decode:
     """The function `module:function` that draws tokens as images `[n, H, W, 3]` in [0, 1].
 
@@ -231,4 +249,24 @@ def load_decoder(name: str) -> Decode:
         ) from error
     if not callable(found):
         raise ConfigError(f"--decoder {name} is a {type(found).__name__}, expected a function of tokens")
-    return found
+    return _drawing(name, found)
+
+
+def _drawing(name: str, draw: Callable[..., Any]) -> Decode:
+    """A decoder whose failures, and whatever is not images, name it."""
+
+    def decode(tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        try:
+            images = np.asarray(draw(tokens), np.float32)
+        except HastenError:
+            raise
+        except Exception as error:  # whatever it raises, it is no decoder of these tokens
+            raise ConfigError(
+                f"--decoder {name}: cannot draw tokens {tokens.shape} ({describe(error)}); give a function of them, "
+                "such as hasten_zoo.emoji_tokens:decode"
+            ) from error
+        if images.ndim != 4 or images.shape[0] != len(tokens) or images.shape[-1] not in (1, 3, 4):
+            raise ConfigError(f"--decoder {name}: gave {images.shape}, expected images [{len(tokens)}, H, W, 3]")
+        return images
+
+    return decode

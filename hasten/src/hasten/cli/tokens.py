@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -11,42 +11,32 @@ from rich.progress import Progress
 from rich.table import Table
 
 from hasten.cli.common import BAR, console
-from hasten.cli.options import MOST_COUNT, MOST_SEED, load_decoder, number, numbers
+from hasten.cli.options import MOST_COUNT, as_options, load_decoder, number, numbers
+from hasten.cli.token_options import (
+    MOST_CODES,
+    MOST_MINUTES,
+    MOST_TEMPERATURE,
+    MOST_TOKENS,
+    MOST_WIDTH,
+    Batch,
+    Codebook,
+    Heads,
+    Layers,
+    MapFile,
+    Out,
+    Rate,
+    Seed,
+    TreeFile,
+    Updates,
+    trained,
+)
 from hasten.errors import ConfigError, ModelError
 from hasten.io import check_target, describe, write_atomically
 from hasten.parameters import MOST_GUIDANCE, Range
 
-if TYPE_CHECKING:
-    from hasten.fitting.token_recipe import Conditions
-    from hasten.tokens.export import Exported
-    from hasten.tokens.hugging_face import HuggingFaceModel
-
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Smaller vocabularies for autoregressive image models (MASC).")
-
-MOST_UPDATES = 1_000_000_000
-MOST_WIDTH = 65_536
-MOST_LAYERS = 128
-MOST_HEADS = 1024
-MOST_RATE = 10
-MOST_TOKENS = 1_048_576  # of an image
-MOST_CODES = 2**31
-MOST_MINUTES = 10_000_000
-MOST_TEMPERATURE = 1000
-
-Codebook = Annotated[
-    Path, typer.Argument(help="A codebook [codes, width]: .npy, .safetensors or .pt (weights only).", dir_okay=False)
-]
-TreeFile = Annotated[Path, typer.Argument(help="A tree that `hasten tokens fit` wrote.")]
-MapFile = Annotated[Path, typer.Option("--map", help="A map that `hasten tokens map` wrote.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
-Seed = Annotated[int, number(Range(0, MOST_SEED), "Of everything that is drawn.")]
-Layers = Annotated[int, number(Range(1, MOST_LAYERS), "Layers of it.")]
-Heads = Annotated[int, number(Range(1, MOST_HEADS), "Heads of attention.")]
-Updates = Annotated[int, number(Range(1, MOST_UPDATES), "Optimizer steps.", "--steps")]
-Batch = Annotated[int, number(Range(1, MOST_COUNT), "Images of a step, over all processes.")]
-Rate = Annotated[float, number(Range(above=0, most=MOST_RATE), "Peak learning rate.")]
 
 
 @app.command()
@@ -79,7 +69,7 @@ def fit(
     used = None if shards is None else shards.token_counts()
     if density and used is None:
         raise ConfigError("--density counts how often each code occurs: give --tokens")
-    check_target(out, codebook)
+    check_target(out, codebook, tokens)
     if codes.ndim == 2:
         console.print(
             str(SemanticTree.cost(len(codes) if used is None else int((used > 0).sum()), codes.shape[1], exact))
@@ -119,6 +109,8 @@ def inspect(
         raise ConfigError("--decoder draws swatches into the folder of --plots; give both")
     decode = None if decoder is None else load_decoder(decoder)
     given = numbers(k, "--k", Range(1, MOST_CODES)) if k else []
+    for picture in () if plots is None else (plots / "sizes.png", plots / "tree.png"):
+        check_target(picture, tree)
     tree_ = SemanticTree.load(tree)
     ks = given or [max(1, tree_.leaves // 2**i) for i in range(1, 5)]
     table = Table("k", "largest", "median", "of one code", "height", title=f"{tree.name}: {tree_.leaves} used codes")
@@ -157,16 +149,18 @@ def map_(
     if (tokens is None) != (mapped is None):
         raise ConfigError("--tokens and --mapped belong together: the shards to read, and the folder to write")
     for target in (out, *([] if mapped is None else [mapped / "index.json"])):
-        check_target(target, tree, None if tokens is None else tokens / "index.json")
-    mapping = SemanticTree.load(tree).map(k, max_size)
+        check_target(target, tree, tokens)
+    with as_options({"k must be": "--k must be", "raise max_size or k": "raise --max-size or --k"}):
+        mapping = SemanticTree.load(tree).map(k, max_size)
+    shards = None if tokens is None else TokenShards.open(tokens)
+    if shards is not None:
+        shards.check(mapping)
     mapping.save(out)
     console.print(f"{mapping.tokens} tokens to {mapping.clusters} clusters: [bold]{out}[/bold]")
-    if tokens is not None and mapped is not None:
+    if shards is not None and mapped is not None:
         with Progress(*BAR, console=console) as bar:
             task = bar.add_task("mapping", total=None)
-            shards = TokenShards.open(tokens).mapped(
-                mapping, mapped, lambda done, total: bar.update(task, completed=done, total=total)
-            )
+            shards.mapped(mapping, mapped, lambda done, total: bar.update(task, completed=done, total=total))
         console.print(f"{len(shards)} images of {shards.length} clusters: [bold]{mapped}[/bold]")
 
 
@@ -188,44 +182,32 @@ def convert(
     import transformers
 
     from hasten.io import read_json
-    from hasten.tokens.export import export_model
+    from hasten.tokens.export import FACTS, MAP, export_model
     from hasten.tokens.mapping import TokenMap
     from hasten.tokens.replace import replace_vocabulary
 
+    if (model / FACTS).exists():
+        raise ModelError(f"{model} is a model of clusters already; give the folder of the model that it was made of")
     mapping_ = TokenMap.load(mapping)
     names = read_json(model / "config.json").get("architectures") or [""]
     kind = getattr(transformers, str(names[0]), None)
     if kind is None or not hasattr(kind, "from_pretrained"):
         raise ModelError(f"{model} is a {names[0] or 'model without a name'}, which transformers does not have")
-    check_target(out / "config.json", model / "config.json")
+    for name in ("config.json", MAP, FACTS):
+        check_target(out / name, model, mapping)
     try:
         with console.status("reading"):
             lm = kind.from_pretrained(model, local_files_only=True, use_safetensors=True, dtype="auto")
     except Exception as error:  # whatever the other library raises, this is no usable model
         raise ModelError(f"{model}: no usable model ({describe(error)}); give a folder of save_pretrained") from error
-    done = replace_vocabulary(lm, mapping_, rows=rows, start=start, seed=seed)  # type: ignore[arg-type]
+    with as_options({"rows=": "--rows "}):
+        done = replace_vocabulary(lm, mapping_, rows=rows, start=start, seed=seed)  # type: ignore[arg-type]
     export_model(lm, mapping_, out, done.vocabulary)
     cleared = f", cleared: {', '.join(done.cleared)}" if done.cleared else ""
     console.print(
         f"{done.rows_before} to {done.rows_after} rows ({done.kept} of text kept), "
         f"{done.parameters_saved:,} parameters fewer{cleared}: [bold]{out}[/bold]"
     )
-
-
-def _trained(folder: Path) -> tuple[HuggingFaceModel, Exported, Conditions]:
-    """A class-conditional model that `hasten tokens train` wrote."""
-    from hasten.fitting.token_recipe import class_conditions
-    from hasten.tokens.export import open_model
-    from hasten.tokens.hugging_face import HuggingFaceModel
-
-    opened = open_model(folder)
-    classes = opened.vocabulary.before - opened.mapping.tokens - 1
-    if opened.vocabulary.offset or classes < 1:
-        raise ModelError(
-            f"{folder} is no class-conditional model of `hasten tokens train`; use hasten.tokens.sample in Python, "
-            "with conditions of its own"
-        )
-    return HuggingFaceModel(opened.model, opened.vocabulary), opened, class_conditions(opened.mapping.tokens, classes)
 
 
 @app.command()
@@ -252,12 +234,13 @@ def train(
     """
     from hasten.fitting.token_model import CHECKPOINT, Trainer
     from hasten.fitting.token_recipe import Recipe
-    from hasten.tokens.export import export_model
+    from hasten.tokens.export import MAP, export_model
     from hasten.tokens.mapping import TokenMap
     from hasten.tokens.shards import TokenShards
 
     sizes = {"width": width, "layers": layers, "heads": heads}
-    check_target(out / CHECKPOINT)
+    for target in (out / CHECKPOINT, out / "log.jsonl", *([out / "model" / MAP] if (out / "model").is_dir() else [])):
+        check_target(target, tokens, held_out, mapping)
     recipe = Recipe(steps=steps, batch=batch, accumulate=accumulate, lr=lr, seed=seed, **sizes)
     trainer = Trainer(TokenShards.open(tokens), TokenMap.load(mapping), recipe)
     other = None if held_out is None else TokenShards.open(held_out)
@@ -303,8 +286,8 @@ def refine(
     from hasten.tokens.refiner import Refiner, RefinerConfig
     from hasten.tokens.shards import TokenShards
 
-    check_target(out)
-    lm, opened, conditions = _trained(model)
+    check_target(out, tokens, model)
+    lm, opened, conditions = trained(model)
     shards = TokenShards.open(tokens)
     shards.check(opened.mapping)
     torch.manual_seed(seed)
@@ -366,8 +349,12 @@ def sample(
 
     decode = None if decoder is None else load_decoder(decoder)
     wanted = torch.tensor(numbers(classes, "--classes", Range(0, MOST_CODES)))
-    check_target(out, codebook, refiner)
-    lm, opened, conditions = _trained(model)
+    picture = out.with_suffix(".png")
+    if decode is not None and picture == out:
+        raise ConfigError(f"--out {out}: the picture of --decoder goes there; give another ending, such as .npy")
+    for target in (out, picture) if decode is not None else (out,):
+        check_target(target, model, codebook, refiner, tokens)
+    lm, opened, conditions = trained(model)
     mapping, most = opened.mapping, opened.model.config.max_position_embeddings - 1
     if length > most:
         raise ConfigError(f"--length {length}: the model was trained on images of at most {most} tokens")
@@ -378,7 +365,8 @@ def sample(
         shards.check(mapping)
     counts = None if shards is None else shards.token_counts()
     codes = None if codebook is None else read_codebook(codebook, tensor)
-    sampler = MemberSampler.make(mapping, members, codebook=codes, counts=counts)  # type: ignore[arg-type]
+    with as_options({"give codebook=": "give --codebook", "give counts=": "give --tokens"}):
+        sampler = MemberSampler.make(mapping, members, codebook=codes, counts=counts)  # type: ignore[arg-type]
     chooser = None
     if refiner is not None:
         chooser = Refiner.load(refiner)
@@ -396,4 +384,4 @@ def sample(
     console.print(f"{len(wanted)} images of {length} tokens: [bold]{out}[/bold]")
     if decode is not None:
         rows = {f"class {c}": decode(drawn[wanted.numpy() == c]) for c in wanted.unique().tolist()}
-        console.print(f"images: [bold]{plot_images(rows, out.with_suffix('.png'))}[/bold]")
+        console.print(f"images: [bold]{plot_images(rows, picture)}[/bold]")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
 import torch
 
-from hasten.errors import ConfigError
-from hasten.fitting.token_recipe import Conditions
+from hasten.errors import ConfigError, NonFiniteError
+from hasten.fitting.token_recipe import UNSOUND, Conditions, finite
 from hasten.parameters import Range, accepted
-from hasten.tokens.causal import CausalModel
+from hasten.tokens.causal import CausalModel, evaluating
 from hasten.tokens.refiner import Refiner
 from hasten.tokens.shards import TokenShards
 
@@ -47,6 +48,8 @@ def train_refiner(
     Raises:
         ConfigError: if the shards have another vocabulary, the model does not tell its states, or a number is not
             positive.
+        ModelError: if the shards are of another codebook.
+        NonFiniteError: if the loss or a weight is no number.
     """
     for name, hint, value in (
         ("model", CausalModel, model),
@@ -59,8 +62,7 @@ def train_refiner(
         ("seed", Annotated[int, Range(0)], seed),
     ):
         accepted("train_refiner", name, hint, value)
-    if len(refiner.labels) != shards.vocabulary:
-        raise ConfigError(f"the refiner knows {len(refiner.labels)} tokens, the shards have {shards.vocabulary}")
+    shards.check(refiner.mapping)
     known = getattr(model, "vocabulary", None)
     if known is not None and not np.array_equal(known.labels, refiner.labels.cpu().numpy()):
         raise ConfigError(
@@ -73,14 +75,13 @@ def train_refiner(
     device = refiner.labels.device
     optimizer = torch.optim.AdamW(refiner.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)
     rng = np.random.default_rng(seed)
-    model.eval()
     refiner.train()
     losses = []
     for step in range(steps):
         pick = rng.integers(len(shards), size=batch)
         tokens = torch.from_numpy(shards.take(pick)).to(device)
         condition = conditions.of(torch.from_numpy(shards.labels(pick))).to(device)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             hidden = model(condition, refiner.labels[tokens][:, :-1]).states
         if hidden is None:
             raise ConfigError("the model's forward gives logits alone; a refiner needs the states, too")
@@ -90,7 +91,11 @@ def train_refiner(
         torch.nn.utils.clip_grad_norm_(refiner.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise NonFiniteError(f"step {step + 1}: the loss of the refiner is {losses[-1]}; {UNSOUND}")
         if progress is not None:
             progress(step + 1, steps)
+    if not finite(refiner):
+        raise NonFiniteError(f"the refiner has weights that are not finite after its last step; {UNSOUND}")
     refiner.eval()
     return losses

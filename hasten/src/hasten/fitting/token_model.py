@@ -29,9 +29,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from hasten.errors import ConfigError, ModelError
+from hasten.errors import ConfigError, ModelError, NonFiniteError
 from hasten.fitting.token_checkpoint import check_tensors, load_tensors, tensors_of
-from hasten.fitting.token_recipe import Conditions, Recipe, build_model, class_conditions
+from hasten.fitting.token_recipe import UNSOUND, Conditions, Recipe, build_model, class_conditions, finite
 from hasten.io import Kind, as_path, read_tensors, write_atomically, write_tensors
 from hasten.parameters import Range, accepted
 from hasten.tokens.causal import CausalModel, Condition
@@ -290,13 +290,16 @@ class Trainer:
         Args:
             out: folder of `checkpoint.safetensors`, from which a run goes on, and of `log.jsonl`.
             held_out: what `evaluate` measures on, for the log.
-            minutes: after how long to stop; the whole run by default.
+            minutes: after how long to stop, looked at after each step; the whole run by default.
             every: steps between two lines of the log and checkpoints.
             progress: called with the steps done, the steps in all and the loss.
             measure: further figures for the log.
 
         Returns:
             Whether the last step is done.
+
+        Raises:
+            NonFiniteError: if the loss or a weight is no number; the checkpoint is the one before.
         """
         out = as_path(out)
         accepted("Trainer.run", "minutes", Annotated[float | None, Range(0)], minutes)
@@ -312,19 +315,31 @@ class Trainer:
             loss = self.step()
             if progress is not None:
                 progress(self.steps, self.recipe.steps, loss)
-            if self.steps % every == 0 or self.steps == self.recipe.steps:
+            late = minutes is not None and self._time_is_up(started, minutes)
+            if late or self.steps % every == 0 or self.steps == self.recipe.steps:
+                self._refuse_lost(loss)
                 log += self._row(loss, held_out, measure)
                 if self.accelerator.is_main_process:
                     write_atomically(out / "log.jsonl", log)
                 self.save(checkpoint)
-                if minutes is not None and self._time_is_up(started, minutes):
+                if late:
                     break
         return self.steps >= self.recipe.steps
 
     def _time_is_up(self, started: float, minutes: float) -> bool:
         """Whether any process has used up its time, so that all stop at the same step."""
-        late = torch.tensor([float(time.monotonic() - started >= 60 * minutes)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(late, "sum").item() > 0)
+        return self._any(time.monotonic() - started >= 60 * minutes)
+
+    def _any(self, own: bool) -> bool:
+        """Whether something is so in any process; a single one does not ask its device."""
+        if self.accelerator.num_processes == 1:
+            return own
+        return bool(self.accelerator.reduce(torch.tensor([float(own)], device=self.accelerator.device), "sum") > 0)
+
+    def _refuse_lost(self, loss: float) -> None:
+        """Refuse to keep, or go on with, what is no number."""
+        if self._any(not math.isfinite(loss) or not finite(self.causal)):
+            raise NonFiniteError(f"step {self.steps}: the loss is {loss}, or weights are not finite; {UNSOUND}")
 
     def _known_log(self, path: Path) -> str:
         """The lines of the log up to this step: those of steps that are made again are dropped."""

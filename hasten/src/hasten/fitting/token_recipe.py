@@ -19,9 +19,17 @@ from hasten.tokens.cost import free_memory
 from hasten.tokens.hugging_face import HuggingFaceModel
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.sample import MOST_SEED
-from hasten.tokens.vocabulary import Vocabulary
+from hasten.tokens.vocabulary import Vocabulary, mark_converted
 
-__all__ = ["Conditions", "Recipe", "build_model", "class_conditions"]
+__all__ = ["UNSOUND", "Conditions", "Recipe", "build_model", "class_conditions", "finite"]
+
+UNSOUND = "take a smaller lr, look for weights that are not finite, or train in float32"
+
+
+def finite(module: nn.Module) -> bool:
+    """Whether all of a module's parameters, as far as they lie in this process, are finite; waits for the device."""
+    own = [getattr(p, "_local_tensor", p).detach() for p in module.parameters() if p.is_floating_point()]
+    return bool(torch.stack([p.isfinite().all().cpu() for p in own]).all()) if own else True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +93,7 @@ def build_model(
         )
     )
     vocabulary = Vocabulary.of_clusters(mapping, classes + 1, "model.embed_tokens", "lm_head")
+    mark_converted(model, vocabulary)
     return HuggingFaceModel(model, vocabulary, codebooks=codebooks, keep_text=False)
 
 

@@ -105,7 +105,8 @@ def check_target(path: str | Path, *read: Path | None) -> Path:
 
     Args:
         path: the file.
-        read: files that are read, which it must not replace; None for one that was not given.
+        read: files and folders that are read; the file must be none of them, and in none of them. None for one that was
+            not given.
 
     Raises:
         FileError: if it cannot.
@@ -113,8 +114,11 @@ def check_target(path: str | Path, *read: Path | None) -> Path:
     path = as_path(path)
     try:
         target = _target(path)
-        if target.is_file() and any(_is_file(target, one) for one in read):
+        if any(_is_file(target, one) for one in read):
             raise FileError(f"{path}: what is read from it would be replaced by what is written; name another file")
+        for folder in read:
+            if folder is not None and folder.is_dir() and target.is_relative_to(os.path.realpath(folder)):
+                raise FileError(f"{path} lies in {folder}, which is read; write to another folder")
         if target.exists() and not target.is_file():
             return path
         target.parent.mkdir(parents=True, exist_ok=True)

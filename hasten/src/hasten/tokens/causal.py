@@ -10,7 +10,8 @@ there are, `H` width of the states.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from hasten.errors import ConfigError, brief
 from hasten.parameters import Range, accepted
 
-__all__ = ["CausalModel", "Condition", "Decoding", "FunctionModel", "Prediction"]
+__all__ = ["CausalModel", "Condition", "Decoding", "FunctionModel", "Prediction", "evaluating"]
 
 
 class Prediction(NamedTuple):
@@ -36,6 +37,18 @@ class Prediction(NamedTuple):
 
 
 Decoding = Generator[Prediction, Tensor, None]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model without dropout; each of its modules is in its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _check_ids(ids: Tensor) -> None:

@@ -23,7 +23,7 @@ from hasten.parameters import accepted
 from hasten.tokens.configuration import pin_image_tokens
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.replace import resize_tables
-from hasten.tokens.vocabulary import Vocabulary, mark_converted
+from hasten.tokens.vocabulary import Vocabulary, mark_converted, refuse_wrapped
 
 __all__ = ["Exported", "export_model", "open_model"]
 
@@ -94,11 +94,13 @@ def export_model(model: Any, mapping: TokenMap, folder: str | Path, vocabulary: 
 
     Raises:
         ModelError: if the model does not have the tables that the vocabulary tells of.
+        AdapterError: if it is compiled, or made parallel.
         FileError: if a file cannot be written.
     """
     accepted("export_model", "model", nn.Module, model)
     accepted("export_model", "mapping", TokenMap, mapping)
     accepted("export_model", "vocabulary", Vocabulary, vocabulary)
+    refuse_wrapped(model)
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
             f"{type(model).__name__} has adapters, of which save_pretrained writes nothing else; merge them first "

@@ -1,5 +1,9 @@
 """A causal LM of transformers as a `CausalModel`: only the rows of clusters are predicted, and the cache is static.
 
+Classes differ in what they do beside their decoder and their head, and there are new ones every month. So each model is
+tried when it is taken: its own forward on a few clusters must give its head the states that we give it, and leave the
+logits as they are. Whether it heeds a mask, and whether a static cache changes anything, is tried as well.
+
 The sequence is the condition, then the clusters of the image; models that end each row of an image with a token (Emu3,
 Lumina-mGPT) get it where it belongs. States are those of the language model after its last norm; clusters have tables
 in it (LlamaGen-like, Emu3, Chameleon) or beside it (Janus), where they pass through its aligner and its head.
@@ -10,14 +14,16 @@ Shapes: `B` images, `P` ids of a condition, `l` clusters, `k` clusters that ther
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from hasten.errors import AdapterError, ConfigError
+from hasten.io import describe
 from hasten.parameters import Range, accepted
-from hasten.tokens.causal import CausalModel, Condition, Decoding, Prediction
+from hasten.tokens.causal import CausalModel, Condition, Decoding, Prediction, evaluating
 from hasten.tokens.vocabulary import Vocabulary
 
 __all__ = ["HuggingFaceModel"]
@@ -31,9 +37,8 @@ BESIDE = {
     ),
     "gen_head.vision_head": ("prepare_gen_img_embeds", "gen_head", "gen_aligner"),
 }
-UNCACHED = ("bloom",)  # takes its positions from a mask, which a static cache outgrows
-UNPADDED = ("rwkv",)  # sees padding, whatever a mask says
-SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+TRIED = 4  # clusters of the images that a model is tried with, once
+SPREAD = 100.0  # of the logits that are put in the place of a head's, to see what becomes of them
 
 
 class HuggingFaceModel(CausalModel):
@@ -48,7 +53,7 @@ class HuggingFaceModel(CausalModel):
         keep_text: whether rows of text that no image needs are to stay as they are in training.
 
     Raises:
-        AdapterError: if it is not known how the model predicts clusters.
+        AdapterError: if it is not known how the model predicts clusters, or its own forward gives something else.
         ConfigError: if rows are given by half.
     """
 
@@ -94,21 +99,116 @@ class HuggingFaceModel(CausalModel):
             ids = torch.from_numpy(vocabulary.new_ids)
         self.register_buffer("new_ids", ids, persistent=False)
         self.register_buffer("row_end", self._known(torch.tensor([[row_end or 0]])), persistent=False)
+        device = model.get_input_embeddings().weight.device
+        self.new_ids, self.row_end = self.new_ids.to(device), self.row_end.to(device)
         self._check()
+        self.takes_padding, self.takes_cache = True, False
+        self._try(device)
 
     def _check(self) -> None:
         config, decoder = self._decoder().config, self._decoder()
-        scaled = [name for name in SCALED if getattr(config, name, None) not in (None, 1, 1.0)]
         table, head = (self.model.get_submodule(n) for n in (self.vocabulary.embedding, self.vocabulary.head))
         width = self.model.get_input_embeddings().embedding_dim
-        if scaled or "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
-            what = f"scales its logits by {scaled[0]}" if scaled else f"runs a {type(decoder).__name__}"
-            raise AdapterError(f"{type(self.model).__name__} {what}; give its forward to a FunctionModel instead")
+        if "inputs_embeds" not in inspect.signature(decoder.forward).parameters:
+            raise self._unlike(f"runs a {type(decoder).__name__}")
         if self.beside is None and (table.embedding_dim != width or head.in_features != config.hidden_size):
             raise AdapterError(
                 f"{self.vocabulary.embedding} and {self.vocabulary.head} are {table.embedding_dim} and "
                 f"{head.in_features} wide, the model {config.hidden_size}; give its forward to a FunctionModel instead"
             )
+
+    def _unlike(self, what: str) -> AdapterError:
+        return AdapterError(f"{type(self.model).__name__} {what}; give its forward to a FunctionModel instead")
+
+    def _most(self) -> int | None:
+        """Places that the model has positions for, if their number is limited."""
+        most = getattr(self._decoder().config, "max_position_embeddings", None)
+        return most if isinstance(most, int) else None
+
+    @torch.no_grad()
+    def _try(self, device: torch.device) -> None:
+        """Compare with the model's own forward; find out whether it heeds a mask, and may have a static cache.
+
+        Raises:
+            AdapterError: if its own predictions are others.
+        """
+        most = self._most()
+        length = TRIED if most is None else max(1, min(TRIED, most - 1))
+        clusters = torch.arange(2 * length, device=device).reshape(2, length) % self.clusters
+        with evaluating(self):
+            try:
+                inputs = self._embed(clusters)
+                states = self._run(inputs.clone(), None, 0, use_cache=False)  # CTRL scales its inputs in place
+            except Exception as error:  # whatever it raises, it cannot be run like this
+                raise self._unlike(
+                    f"cannot be run on {device} ({describe(error)}): move it to its device first; or"
+                ) from error
+            head = self.model.get_submodule(self.vocabulary.head)
+            if self.beside is None and not self.own and self.model.get_output_embeddings() is head:
+                self._compare_with_own(clusters, states)
+            self.takes_padding = self._tried(lambda: self._heeds_mask(inputs, states[:1]))
+            self.takes_cache = self._tried(lambda: self._caches(device, length))
+
+    def _tried(self, attempt: Callable[[], bool]) -> bool:
+        try:
+            return attempt()
+        except Exception:  # whatever it raises, it cannot do it
+            return False
+
+    def _compare_with_own(self, clusters: Tensor, states: Tensor) -> None:
+        """Refuse a model that gives its head other states, or changes what comes out of it."""
+        given, made = [], []
+
+        def put(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            given.append(inputs[0])
+            made.append(torch.linspace(-SPREAD, SPREAD, output.numel()).reshape(output.shape).to(output))
+            return made[-1]
+
+        hook = self.model.get_submodule(self.vocabulary.head).register_forward_hook(put)
+        named = "use_cache" in inspect.signature(self.model.forward).parameters
+        try:
+            logits = self.model(
+                input_ids=clusters + self.vocabulary.offset, **({"use_cache": False} if named else {})
+            ).logits
+        except Exception as error:  # whatever it raises
+            raise self._unlike(f"cannot be run on ids of clusters alone ({describe(error)})") from error
+        finally:
+            hook.remove()
+        if len(given) != 1 or given[0].shape != states.shape or logits.shape != made[0].shape:
+            raise self._unlike("does not run its head once on the states of all places")
+        if not _alike(given[0], states):
+            raise self._unlike("gives its head other states than those of its decoder")
+        forbidden = logits <= torch.finfo(logits.dtype).min / 2  # Chameleon writes no image tokens into a text
+        if not torch.equal(logits[~forbidden].float(), made[0][~forbidden].float()):
+            raise self._unlike("changes its logits after its head (a scale, a cap or the like)")
+
+    def _heeds_mask(self, inputs: Tensor, states: Tensor) -> bool:
+        """Whether padding in front of the first image changes nothing, whatever it holds."""
+        mask = torch.ones(2, inputs.shape[1] + 1, dtype=torch.bool, device=inputs.device)
+        mask[0, 0] = False
+        for padding in (inputs[:, :1], -3 * inputs.flip(1)[:, :1]):
+            found = self._run(torch.cat([padding, inputs], dim=1), mask, 0, use_cache=False)
+            if not _alike(found[:1, 1:], states):
+                return False
+        return True
+
+    def _caches(self, device: torch.device, length: int) -> bool:
+        """Whether the model says that it takes a static cache, and a few clusters come out as without one."""
+        decoder = self._decoder()
+        said = getattr(decoder, "_can_compile_fullgraph", getattr(decoder, "_supports_static_cache", False))
+        if not said or getattr(decoder, "_is_stateful", False) or self._cache_name() is None:
+            return False  # a window or a memory of its own shows after more clusters than are tried
+        ids = torch.arange(4, device=device).reshape(2, 2) % len(self.new_ids)
+        padded = torch.tensor([[False, True], [True, True]], device=device)
+        for condition in (Condition(ids), Condition(ids, padded))[: 1 + self.takes_padding]:
+            clusters = torch.arange(2 * length, device=device).reshape(2, length) % self.clusters
+            decoding = self._decode_cached(condition, length)
+            found = [next(decoding), *(decoding.send(clusters[:, i]) for i in range(length - 1))]
+            expected = self(condition, clusters[:, :-1]).states
+            cached = [prediction.states for prediction in found]
+            if expected is None or not all(s is not None and _alike(s, expected[:, i]) for i, s in enumerate(cached)):
+                return False
+        return True
 
     def trained(self) -> list[nn.Parameter]:
         names = [self.vocabulary.embedding, self.vocabulary.head, *(self.beside[1:] if self.beside else ())]
@@ -204,33 +304,34 @@ class HuggingFaceModel(CausalModel):
 
     def _check_fits(self, condition: Condition, places: int) -> None:
         """Refuse more places than the model has positions for, and padding where the model would see it."""
-        config = self._decoder().config
-        if condition.has_padding and config.model_type in UNPADDED:
+        if condition.has_padding and not self.takes_padding:
             raise ConfigError(
                 f"{type(self.model).__name__} takes no padding; give conditions of equal length, with guidance, too"
             )
-        most = getattr(config, "max_position_embeddings", None)
-        if isinstance(most, int) and places > most:
+        most = self._most()
+        if most is not None and places > most:
             raise ConfigError(
                 f"{type(self.model).__name__} has positions for {most} tokens, condition and image take {places}; draw "
                 "shorter images, or give it more positions"
             )
 
     def decode(self, condition: Condition, length: int) -> Decoding:
+        yield from (self._decode_cached if self.takes_cache else super().decode)(condition, length)
+
+    def _cache_name(self) -> str | None:
+        """What the decoder calls its cache, by the version of transformers."""
+        named = inspect.signature(self._decoder().forward).parameters
+        return next((name for name in ("cache", "past_key_values") if name in named), None)
+
+    def _decode_cached(self, condition: Condition, length: int) -> Decoding:
         from transformers import StaticCache
 
-        decoder = self._decoder()
-        named = inspect.signature(decoder.forward).parameters
-        name = next((n for n in ("cache", "past_key_values") if n in named), None)  # by the version of transformers
-        stateful = getattr(decoder, "_is_stateful", False)  # its memory is no cache of keys and values
-        if name is None or stateful or decoder.config.model_type in UNCACHED:
-            yield from super().decode(condition, length)
-            return
         inputs = self.model.get_input_embeddings()(self._known(condition.ids))
         ends = 0 if self.row_length is None else length // self.row_length
         longest = inputs.shape[1] + length + ends
         self._check_fits(condition, longest - 1)
-        kept = {name: StaticCache(config=decoder.config, max_cache_len=longest), "use_cache": True}
+        cache = StaticCache(config=self._decoder().config, max_cache_len=longest)
+        kept = {str(self._cache_name()): cache, "use_cache": True}
         mask = torch.nn.functional.pad(condition.mask, (0, longest - inputs.shape[1]), value=True)
         seen = 0
         for place in range(length):
@@ -242,3 +343,9 @@ class HuggingFaceModel(CausalModel):
             if self.row_length is not None and (place + 1) % self.row_length == 0:
                 end = self.model.get_input_embeddings()(self.row_end.expand(len(drawn), 1))
                 inputs = torch.cat([inputs, end], dim=1)
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether states are the same but for rounding."""
+    limit = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.05
+    return bool((found.float() - expected.float()).abs().max() <= limit * expected.float().abs().max())

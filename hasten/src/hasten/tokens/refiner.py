@@ -22,7 +22,7 @@ from hasten.errors import ConfigError, ModelError
 from hasten.io import Kind, read_tensors, write_tensors
 from hasten.parameters import Declared, Range, accepted
 from hasten.tokens.mapping import TokenMap
-from hasten.tokens.sample import drawn_from
+from hasten.tokens.sample import drawn_from, refuse_lost
 
 __all__ = ["Refiner", "RefinerConfig"]
 
@@ -54,6 +54,7 @@ class _Content:
     """What the header of a refiner's file holds."""
 
     config: RefinerConfig
+    fingerprint: str
 
 
 KIND = Kind("refiner", _Content, ModelError, "Train it again with `hasten tokens refine`.", 4 << 30)
@@ -79,6 +80,7 @@ class Refiner(nn.Module):
         accepted("Refiner", "mapping", TokenMap, mapping)
         accepted("Refiner", "config", RefinerConfig, config)
         self.config = config
+        self.mapping = mapping
         self.register_buffer("labels", torch.from_numpy(mapping.labels).long())
         self.register_buffer("sizes", torch.from_numpy(mapping.sizes).long())
         self.register_buffer("used", torch.from_numpy(mapping.used))
@@ -125,11 +127,16 @@ class Refiner(nn.Module):
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, clusters: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A used member for each position, `[B, L]` int64."""
+        """A used member for each position, `[B, L]` int64.
+
+        Raises:
+            NonFiniteError: if probabilities are no numbers.
+        """
         accepted("Refiner.sample", "hidden", Tensor, hidden)
         accepted("Refiner.sample", "generator", torch.Generator | None, generator)
         generator = generator or torch.Generator(hidden.device)
         chances = self(hidden, clusters).float().softmax(dim=-1)
+        refuse_lost(chances.isnan().any(-1), "positions")
         return drawn_from(chances.flatten(0, 1), generator).reshape(clusters.shape)
 
     def check(self, mapping: TokenMap) -> None:
@@ -139,7 +146,9 @@ class Refiner(nn.Module):
             ModelError: if it is another.
         """
         accepted("Refiner.check", "mapping", TokenMap, mapping)
+        prints = (self.mapping.fingerprint, mapping.fingerprint)
         same = torch.equal(self.labels.cpu(), torch.from_numpy(mapping.labels).long())
+        same = same and (not all(prints) or prints[0] == prints[1])
         if not same or not torch.equal(self.used.cpu(), torch.from_numpy(mapping.used)):
             raise ModelError(
                 f"the refiner is for another map ({len(self.labels)} tokens in {len(self.sizes)} clusters) than this "
@@ -150,7 +159,8 @@ class Refiner(nn.Module):
         """Write weights, map and size to one safetensors file, atomically; returns its path."""
         tensors = {name: value.detach().cpu().numpy() for name, value in self.state_dict().items()}
         tensors["used"] = tensors["used"].astype(np.uint8)
-        return write_tensors(path, KIND, tensors, {"config": asdict(self.config)})
+        header = {"config": asdict(self.config), "fingerprint": self.mapping.fingerprint}
+        return write_tensors(path, KIND, tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -162,7 +172,7 @@ class Refiner(nn.Module):
         arrays, content = read_tensors(path, KIND)
         try:
             arrays["used"] = arrays.get("used", np.ones(0)) == 1
-            mapping = TokenMap(arrays.get("labels", np.empty(0)), used=arrays["used"])
+            mapping = TokenMap(arrays.get("labels", np.empty(0)), fingerprint=content.fingerprint, used=arrays["used"])
             with torch.device("meta"):  # before memory for the sizes in the header is asked for
                 shapes = {name: value.shape for name, value in cls(mapping, content.config).state_dict().items()}
             if {name: array.shape for name, array in arrays.items()} != shapes:

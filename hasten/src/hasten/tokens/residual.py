@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hasten.errors import ConfigError, ModelError
-from hasten.io import as_path
+from hasten.io import Kind as FileKind
+from hasten.io import as_path, check_files, read_record, write_files, write_record
 from hasten.parameters import accepted
 from hasten.tokens.arrays import as_whole_numbers
 from hasten.tokens.codebook import Normalize
@@ -27,6 +28,18 @@ from hasten.tokens.members import Kind, MemberSampler
 from hasten.tokens.tree import SemanticTree
 
 __all__ = ["ResidualMaps"]
+
+LIST = "residual_maps.json"
+
+
+@dataclass(frozen=True)
+class _Set:
+    """The list of a set: SHA-256 of each of its maps, coarse to fine."""
+
+    files: dict[str, str]
+
+
+KIND = FileKind("set of residual maps", _Set, ModelError, "Write the maps again.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,10 +159,19 @@ class ResidualMaps:
         return MemberSampler(self.stacked(), np.concatenate(parts))
 
     def save(self, folder: str | Path) -> Path:
-        """Write `map-0.safetensors` and so on; returns the folder."""
+        """Write `map-0.safetensors` and so on; returns the folder.
+
+        The list of their digests comes last, so that neither a set that was there before nor an interrupted write is
+        mixed with this one.
+        """
         folder = as_path(folder)
-        for i, mapping in enumerate(self.maps):
-            mapping.save(folder / f"map-{i}.safetensors")
+
+        def fill(scratch: Path) -> None:
+            for i, mapping in enumerate(self.maps):
+                mapping.save(scratch / f"map-{i}.safetensors")
+
+        digests = write_files(folder, fill)
+        write_record(folder / LIST, KIND, {"files": {name: digests[name] for name in _names(len(digests))}})
         return folder
 
     @classmethod
@@ -157,10 +179,16 @@ class ResidualMaps:
         """Read what `save` wrote.
 
         Raises:
-            ModelError: if a map is missing or damaged.
+            ModelError: if a map is missing or damaged, or of another set than the others.
         """
-        names = sorted(as_path(folder).glob("map-*.safetensors"), key=lambda path: (len(path.name), path.name))
-        wanted = [f"map-{i}.safetensors" for i in range(len(names))]
-        if not names or [path.name for path in names] != wanted:
-            raise ModelError(f"{folder}: expected map-0.safetensors and so on without a gap; write the maps again")
-        return cls(tuple(TokenMap.load(path) for path in names))
+        folder = as_path(folder)
+        files = read_record(folder / LIST, KIND).files
+        names = _names(len(files))
+        if not files or set(files) != set(names):
+            raise ModelError(f"{folder}: expected map-0.safetensors and so on without a gap. {KIND.remedy}")
+        check_files(folder, files, ModelError, KIND.remedy)
+        return cls(tuple(TokenMap.load(folder / name) for name in names))
+
+
+def _names(count: int) -> list[str]:
+    return [f"map-{i}.safetensors" for i in range(count)]

@@ -11,13 +11,13 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from hasten.errors import ConfigError
+from hasten.errors import ConfigError, NonFiniteError
 from hasten.parameters import Declared, Range, accepted
-from hasten.tokens.causal import CausalModel, Condition
+from hasten.tokens.causal import CausalModel, Condition, evaluating
 
 MOST_SEED = 2**63 - 1
 
-__all__ = ["MOST_SEED", "Sampling", "drawn_from", "filtered", "sample_clusters", "scaled_top_k"]
+__all__ = ["MOST_SEED", "Sampling", "drawn_from", "filtered", "refuse_lost", "sample_clusters", "scaled_top_k"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,12 @@ def scaled_top_k(top_k: int, tokens: int, clusters: int) -> int:
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities `[B, k]` after temperature, top-k and top-p; the likeliest cluster always stays."""
+    """Probabilities `[B, k]` after temperature, top-k and top-p; the likeliest cluster always stays, and of equal ones
+    at most top-k."""
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        kept = logits.topk(sampling.top_k, dim=-1)  # not all of those that are as likely as the last of them
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
     chances = logits.softmax(-1)
     if sampling.top_p < 1:
         ordered, places = chances.sort(dim=-1, descending=True)
@@ -90,6 +91,7 @@ def sample_clusters(
 
     Raises:
         ConfigError: if there is guidance without `without`, or a condition is unknown to the model.
+        NonFiniteError: if probabilities are no numbers (NaN); found out at the end, since the device is not waited for.
     """
     for name, hint, value in (
         ("model", CausalModel, model),
@@ -112,19 +114,41 @@ def sample_clusters(
         condition = condition.and_then(without.to(condition.ids.device).expanded(images))
     clusters: list[Tensor] = []
     states: list[Tensor] = []
-    model.eval()
-    decoding = model.decode(condition, length)
-    prediction = next(decoding)
-    while True:
-        logits = prediction.logits.float()
-        if guided:
-            with_it, without_it = logits.chunk(2)
-            logits = torch.where(with_it.isinf(), with_it, without_it + sampling.guidance * (with_it - without_it))
-        drawn = drawn_from(filtered(logits, sampling), generator)
-        clusters.append(drawn)
-        if prediction.states is not None:
-            states.append(prediction.states[:images])
-        if len(clusters) == length:
-            break
-        prediction = decoding.send(torch.cat([drawn, drawn]) if guided else drawn)
+    lost = torch.zeros(images, dtype=torch.bool, device=condition.ids.device)
+    with evaluating(model):
+        decoding = model.decode(condition, length)
+        prediction = next(decoding)
+        while True:
+            logits = prediction.logits.float()
+            if guided:
+                with_it, without_it = logits.chunk(2)
+                logits = torch.where(with_it.isinf(), with_it, without_it + sampling.guidance * (with_it - without_it))
+            chances = filtered(logits, sampling)
+            lost = lost | chances.isnan().any(-1)
+            drawn = drawn_from(chances, generator)
+            clusters.append(drawn)
+            if prediction.states is not None:
+                states.append(prediction.states[:images])
+            if len(clusters) == length:
+                break
+            prediction = decoding.send(torch.cat([drawn, drawn]) if guided else drawn)
+    refuse_lost(lost, "images")
     return torch.stack(clusters, dim=1), torch.stack(states, dim=1) if states else None
+
+
+def refuse_lost(lost: Tensor, what: str) -> None:
+    """Refuse probabilities that are no numbers, of which something would be drawn all the same.
+
+    Args:
+        lost: bool, for which of the images or positions they are none.
+        what: these are.
+
+    Raises:
+        NonFiniteError: if there is any.
+    """
+    count = int(lost.sum())  # the device is waited for here
+    if count:
+        raise NonFiniteError(
+            f"the logits of {count} of {lost.numel()} {what} are no numbers (NaN), or infinite; look for weights that "
+            "are not finite, compute in float32, or, with guidance, leave out minus infinity"
+        )

@@ -24,7 +24,14 @@ from hasten.parameters import Text, accepted
 from hasten.tokens.arrays import as_whole_numbers
 from hasten.tokens.mapping import TokenMap
 
-__all__ = ["Rows", "Vocabulary", "find_vocabulary", "mark_converted", "vocabulary_mapping"]
+__all__ = [
+    "Rows",
+    "Vocabulary",
+    "find_vocabulary",
+    "mark_converted",
+    "refuse_wrapped",
+    "vocabulary_mapping",
+]
 
 Rows = int | range | Sequence[int] | NDArray[Any] | None
 OWN_TABLES = (
@@ -115,7 +122,7 @@ def find_vocabulary(
 
     Raises:
         AdapterError: if the tables cannot be found, or it is not clear which they are.
-        ModelError: if they do not fit the map, or it is not known which rows are image tokens.
+        ModelError: if they do not fit the map, it is not known which rows are image tokens, or there are clusters.
         ConfigError: if `rows` are no rows of the table.
     """
     accepted("replace_vocabulary", "model", nn.Module, model)
@@ -124,6 +131,9 @@ def find_vocabulary(
         accepted("replace_vocabulary", name, Annotated[str | None, Text(1)], given)
     if (embedding is None) != (head is None):
         raise ConfigError("embedding and head belong together: give the names of both tables, or of none")
+    refuse_wrapped(model)
+    if _is_converted(model):
+        raise ModelError(_twice(model))
     named = embedding is not None
     names = (embedding, head) if embedding is not None and head is not None else _tables(model)
     table, output = (_module(model, name) for name in names)
@@ -220,12 +230,41 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 
 def mark_converted(model: nn.Module, found: Vocabulary) -> None:
-    """Note in the model, beside its weights, that rows of its table are clusters."""
+    """Note that rows of a table are clusters: beside its weights, and in the configurations, which are saved."""
     model.get_submodule(found.embedding).hasten_clusters = found.clusters  # type: ignore[assignment]
+    for name, module in model.named_modules():
+        config: Any = getattr(module, "config", None)
+        if f"{found.embedding}.".startswith(f"{name}." if name else "") and hasattr(config, "__dict__"):
+            config.hasten_clusters = found.clusters
+
+
+def _is_converted(model: nn.Module) -> bool:
+    """Whether any table is of clusters: those of a second vocabulary could not be told from them in an export."""
+    return any(
+        hasattr(one, "hasten_clusters") for module in model.modules() for one in (module, getattr(module, "config", 0))
+    )
 
 
 def _twice(model: nn.Module) -> str:
-    return f"{type(model).__name__} has rows of clusters already; load it anew, as it was before the replacement"
+    return (
+        f"{type(model).__name__} has rows of clusters already, and takes them once; load it anew, as it was before the "
+        "replacement"
+    )
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse what another module is wrapped in: its tensors have other names than those of the model that is opened.
+
+    Raises:
+        AdapterError: if the model, or a part of it, is compiled or made parallel.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = "_orig_mod" if hasattr(module, "_orig_mod") else "module"
+            raise AdapterError(
+                f"{name or 'the model'} is wrapped ({type(module).__name__}); give what is within it (.{inner}), and "
+                "compile it, or make it parallel, afterwards"
+            )
 
 
 def _check_plain(model: nn.Module, name: str, module: nn.Module, tables: tuple[nn.Module, ...]) -> None:
@@ -233,10 +272,7 @@ def _check_plain(model: nn.Module, name: str, module: nn.Module, tables: tuple[n
 
     Raises:
         AdapterError: if something else changes what it gives, or others share its weight.
-        ModelError: if its rows are clusters already.
     """
-    if hasattr(module, "hasten_clusters"):
-        raise ModelError(_twice(model))
     weight: Any = module.weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.is_meta:
         what = "on no device" if weight.is_meta else f"a {type(weight).__name__} of {weight.dtype}"
