@@ -114,7 +114,7 @@ def check_target(path: str | Path, *read: Path | None) -> Path:
     path = as_path(path)
     try:
         target = _target(path)
-        if any(_is_file(target, one) for one in read):
+        if target.is_file() and any(_is_file(target, one) for one in read):
             raise FileError(f"{path}: what is read from it would be replaced by what is written; name another file")
         for folder in read:
             if folder is not None and folder.is_dir() and target.is_relative_to(os.path.realpath(folder)):
@@ -125,6 +125,8 @@ def check_target(path: str | Path, *read: Path | None) -> Path:
         temporary, file = _temporary(target)
         file.close()
         temporary.unlink()
+    except FileError:
+        raise
     except OSError as error:
         raise _cannot_write(path, error) from error
     return path

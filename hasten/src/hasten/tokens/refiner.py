@@ -54,7 +54,7 @@ class _Content:
     """What the header of a refiner's file holds."""
 
     config: RefinerConfig
-    fingerprint: str
+    fingerprint: str = ""  # of the codebook; files of before do not tell it
 
 
 KIND = Kind("refiner", _Content, ModelError, "Train it again with `hasten tokens refine`.", 4 << 30)
