@@ -3,9 +3,12 @@ sections of long videos. Each of them gives what it gives on a fresh pipeline.""
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 import gc
+import itertools
+import sys
 import threading
 import warnings
 import weakref
@@ -587,3 +590,138 @@ def test_a_call_that_a_pipeline_interrupts_itself_leaves_nothing(pipe):
         draw(pipe, **A, callback_on_step_end=at(5, lambda: setattr(pipe, "_interrupt", True)))
         assert torch.equal(draw(pipe, **B), expected)
         assert not run.engines["transformer"].runs.under_way
+
+
+def pieces(count=1):
+    """Arguments of the first forwards of a call."""
+    pipe, asked = make_pipe(), []
+    pipe.transformer.register_forward_pre_hook(lambda *given: asked.append(given[2]), with_kwargs=True)
+    draw(pipe, 2)
+    return asked[:count]
+
+
+def loop(transformer, asked, passes, steps=12):
+    """A loop of the user's own, with unnamed passes: as many as `passes` says of each step."""
+    latents = asked["hidden_states"].clone()
+    for step in range(steps):
+        for number in range(passes(step)):
+            given = {**asked, "hidden_states": latents, "timestep": torch.tensor([1 - step / steps])}
+            text = given["encoder_hidden_states"] * (passes(step) - number)
+            with torch.no_grad():
+                out = transformer(**{**given, "encoder_hidden_states": text})[0]
+        latents = latents - out / steps
+        yield latents
+
+
+def test_passes_that_become_more_are_computed_again_and_it_is_said():
+    pipe, (asked,) = make_pipe(), pieces()
+    with (
+        hasten.accelerate(pipe.transformer, "reuse", interval=3, warmup=1) as run,
+        pytest.warns(HastenWarning, match="more passes than the one before"),
+    ):
+        list(loop(pipe.transformer, asked, lambda step: 1 if step < 4 else 2))
+    assert [(r.pass_name, r.computed) for r in run.records if r.step == 5] == [("pass0", True), ("pass1", False)]
+
+
+def test_tasks_on_one_thread_have_runs_of_their_own():
+    (asked,) = pieces()
+
+    async def task(transformer, scale, results):
+        for latents in loop(transformer, {**asked, "hidden_states": asked["hidden_states"] * scale}, lambda _: 1):
+            await asyncio.sleep(0)
+            results.append(latents)
+
+    async def tasks(transformer, results, *scales):
+        await asyncio.gather(*(task(transformer, scale, results) for scale in scales))
+
+    together, apart = [], []
+    with hasten.accelerate(make_pipe().transformer, "hicache", interval=3, warmup=1) as run:
+        (model,) = run.modules.values()
+        asyncio.run(tasks(model, together, 1.0, 0.5))
+    for scale in (1.0, 0.5):
+        with hasten.accelerate(make_pipe().transformer, "hicache", interval=3, warmup=1) as run:
+            (model,) = run.modules.values()
+            asyncio.run(tasks(model, apart, scale))
+    assert all(map(torch.equal, together[-2:], (apart[11], apart[-1])))
+
+
+def test_a_run_is_not_gone_on_with_by_a_later_thread():
+    """Its identifier may be the one of the thread that ended."""
+    (asked,), transformer = pieces(), make_pipe().transformer
+    with hasten.accelerate(transformer, "reuse", interval=3, warmup=1) as run:
+        for start in (0, 2):
+            steps = itertools.islice(loop(transformer, asked, lambda _: 1), start + 2)
+            thread = threading.Thread(target=list, args=(steps,))
+            thread.start()
+            thread.join()
+            del thread
+        assert {record.run for record in run.records} == {0, 1}
+
+
+def test_calls_that_change_modules_take_their_locks_in_one_order():
+    first, second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    done = []
+
+    def work(modules):
+        for _ in range(2000):
+            with still(modules):
+                pass
+        done.append(True)
+
+    threads = [threading.Thread(target=work, args=(m,), daemon=True) for m in ([first, second], [second, first])]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+    finally:
+        sys.setswitchinterval(interval)
+    assert done == [True, True]
+
+
+@pytest.mark.parametrize("act", ["call", "remove", "replace"])
+def test_what_a_part_does_to_the_acceleration_within_a_forward_is_one_clear_error(act):
+    pipe = make_pipe()
+    run = hasten.accelerate(pipe, hasten.SpeCa())
+    acts = {
+        "call": lambda: draw(pipe, 2),
+        "remove": run.remove,
+        "replace": lambda: hasten.accelerate(pipe, "reuse", replace=True),
+    }
+    part = pipe.transformer.transformer_blocks[0].register_forward_hook(lambda *_: acts[act]() and None)
+    with pytest.raises(ConfigError, match="within its own forward" if act == "call" else "is within a forward"):
+        draw(pipe)
+    part.remove()
+    assert draw(pipe).isfinite().all()
+    assert run.summary().steps == 12
+
+
+def test_warnings_that_are_errors_leave_no_run():
+    pipe = make_pipe()
+    run = hasten.accelerate(pipe, "fbcache", threshold=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HastenWarning)
+        with pytest.raises(HastenWarning, match="let no step"):
+            draw(pipe)
+    assert not run.engines["transformer"].runs.under_way
+
+
+class InSteps(diffusers.FluxPipeline):
+    """A pipeline whose call is a generator."""
+
+    def __call__(self, asked):
+        for step in loop(self.transformer, asked, lambda _: 1):  # noqa: UP028
+            yield step
+
+
+def test_calls_that_are_generators_in_turn_are_said_to_save_nothing():
+    plain, (asked,) = make_pipe(), pieces()
+    pipe = InSteps(**plain.components)
+    with hasten.accelerate(pipe, "reuse", interval=3, warmup=1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", HastenWarning)
+            list(pipe(asked))
+        with pytest.warns(HastenWarning, match="calls that take turns"):
+            list(zip(pipe(asked), pipe(asked), strict=True))

@@ -169,7 +169,8 @@ def accelerate(
     method, staged, solver = (None, None, None) if configuration.quality is not None else _methods(methods, params)
     modules = denoisers(target)
     home = None if isinstance(target, nn.Module) else PipelineView(target)
-    with still(modules.values()):  # what is fitted is compared with a tree that has no proxies in it
+    # What is fitted is compared with a tree that has no proxies in it; what is replaced may be on other modules, too.
+    with still({*modules.values(), *(_modules_of(modules) if replace else ())}):
         if configuration.quality is None:
             setting = None if method is None else Setting(method)
         else:
@@ -261,6 +262,12 @@ def remove(target: Any) -> None:
     """
     for handle in _handles(denoisers(target)):
         handle.remove()
+
+
+def _modules_of(modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """All modules on which the handles of what is at work on some denoisers are at work."""
+    handles = [handle for handle in _handles(modules) if isinstance(handle, Acceleration)]
+    return [module for handle in handles for module in handle.modules.values()]
 
 
 def _handles(modules: dict[str, nn.Module]) -> list[Any]:

@@ -168,6 +168,11 @@ class CachingEngine(Hook):
         if labelled is None:
             return (self.site.compiled or forward)(*args, **kwargs)
         run, info = labelled
+        serving: CachingEngine = run.hook or self  # `using` may end or begin within a run
+        run.hook = serving
+        return serving._serve(run, info, hidden, forward, args, kwargs)
+
+    def _serve(self, run: Run, info: StepInfo, hidden: Any, forward: Forward, args: Any, kwargs: Any) -> Any:
         device = _device(hidden)
         start = started(device)
         try:
@@ -226,10 +231,13 @@ class CachingEngine(Hook):
     def end_run(self) -> None:
         """The pipeline's call is about to end: free the features, and say so if nothing was skipped."""
         run = self.runs.current
-        self._numbers.settle()
-        if run is not None:
-            self._warn_if_idle(run)
-            self.runs.end(run)
+        if run is None:
+            self._numbers.settle()
+            return
+        self.runs.end(run)  # whatever is said: warnings may be errors
+        serving: CachingEngine = run.hook or self
+        serving._numbers.settle()
+        serving._warn_if_idle(run)
 
     # --- a run begins
 

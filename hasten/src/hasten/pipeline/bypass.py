@@ -102,7 +102,8 @@ class Watch:
         module, forward = self._module(), False
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            forward |= frame.f_code is self._code
+            # Another one of its class may share submodules with it.
+            forward |= frame.f_code is self._code and first_argument(frame) is module
             if forward and frame.f_code is _CALL and first_argument(frame) is module:
                 return False
             frame = frame.f_back

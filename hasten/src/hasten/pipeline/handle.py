@@ -106,6 +106,11 @@ class Acceleration:
         return dict(self._engines)
 
     @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What it is at work on, by its name in the pipeline; empty once it was removed."""
+        return dict(self._modules)
+
+    @property
     def stages(self) -> Any:
         """What runs the pipeline in coarse and fine stages, with `.records` and `.plans`; None without it."""
         return self._stages
@@ -154,7 +159,7 @@ class Acceleration:
         return Summary.of(names, cached, staged, stages, replaced)
 
     def using(self, *, quality: str | None = None, computed_steps: int | None = None) -> AbstractContextManager[Any]:
-        """Give the calls within a `with` a setting of their own; calls on other threads keep theirs.
+        """Give the calls within a `with` a setting of their own; calls of the pipeline on other threads keep theirs.
 
         Args:
             quality: a tier that is certified for the model, the path of a certificate, or `"exact"` for the full run.
@@ -162,7 +167,9 @@ class Acceleration:
 
         Returns:
             what gives a pipeline to call: it shares all models with the accelerated one and has a scheduler and
-            tokenizers of this thread's own, so that calls of several threads do not disturb each other. Of a bare
+            tokenizers of this thread's own, so that calls of several threads do not disturb each other; its calls have
+            the setting wherever they are made, until the `with` ends. Within a generator the accelerated pipeline
+            itself has the setting only while the generator runs, and not in its consumer's calls. Of a bare
             transformer it gives the transformer. With neither argument the setting stays. A resolution method or LEAP
             is for all calls alike, and gives the accelerated pipeline itself, for one call at a time.
 

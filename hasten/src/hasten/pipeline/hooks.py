@@ -13,18 +13,18 @@ import threading
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from types import MethodType
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from hasten.errors import AlreadyAcceleratedError, HastenWarning
+from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenWarning
 from hasten.pipeline.bypass import Watch, copy_error
 from hasten.pipeline.compiled import one_graph_error
+from hasten.pipeline.instead import active
 from hasten.pipeline.view import Caller
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "attach",
     "compiled_call",
     "hooks_on",
-    "instead",
     "pass_name",
     "refuse_accelerated",
     "still",
@@ -78,7 +77,7 @@ class Hook(ABC):
 
     def tell_of_gradients(self, module: Any) -> None:
         """Say once that a call with gradients enabled is the module's own; the innermost hook alone says so."""
-        if not self._told and _active(hooks_on(module)[0]) is self:
+        if not self._told and active(hooks_on(module)[0]) is self:
             self._told = True
             warnings.warn(GRADIENTS, HastenWarning, stacklevel=3)
 
@@ -107,7 +106,7 @@ class _HookedCalls:
         self._wrapper: Any = None  # of `torch.compile(module)`, and what it called before
         self._wrapped_forward: Forward | None = None
         self._thread: int | None = None  # that is within a call
-        self._watch = Watch(module, lambda: self._thread == threading.get_ident())
+        self._watch = Watch(module, lambda: self.within)
         self.hooks: tuple[Hook, ...] = ()  # innermost first
         call = torch.compiler.disable(self._call)
 
@@ -117,6 +116,7 @@ class _HookedCalls:
         self._ours: dict[str, Any] = {_KEY: self, "_call_impl": call_impl, "compile": self._compile}
         # `nn.DataParallel` copies modules so, for each call; the copies would all run the original.
         self._ours["_replicate_for_data_parallel"] = self._replicate
+        self._ours["__getstate__"] = self._replicate  # of a shallow copy, too
         # Pipelines call it at their end where a denoiser has it, which UNets do not.
         self._ours["_reset_stateful_cache"] = self._reset_stateful_cache
         for name, method in (("cache_context", self._cache_context), ("enable_cache", self._enable_cache)):
@@ -128,6 +128,11 @@ class _HookedCalls:
     @property
     def module(self) -> Any:
         return self._module()
+
+    @property
+    def within(self) -> bool:
+        """Whether this thread is within a call."""
+        return self._thread == threading.get_ident()
 
     @property
     def name(self) -> str | None:
@@ -180,18 +185,24 @@ class _HookedCalls:
             now = module.__dict__.get(_KEY, self)
             if now is not self:  # all of them went, and others came
                 return now._call(*args, **kwargs)
+            if self.within:
+                raise ConfigError(
+                    f"this accelerated {type(module).__name__} was called within its own forward, by a hook on one of "
+                    "its parts or by one of its parts, which a cache cannot tell from the forward; call it between "
+                    "steps (callback_on_step_end=...), or hasten.remove(...) first"
+                )
             for hook in hooks[:-1]:
                 forward = functools.partial(_through, hook, module, forward)
-            outer, self._thread = self._thread, threading.get_ident()
+            self._thread = threading.get_ident()
             try:
-                return _active(hooks[-1]).call(module, forward, args, kwargs) if hooks else forward(*args, **kwargs)
+                return active(hooks[-1]).call(module, forward, args, kwargs) if hooks else forward(*args, **kwargs)
             except Exception as error:
                 clear = one_graph_error(module, error)
                 if clear is not None:
                     raise clear from error
                 raise
             finally:
-                self._thread = outer
+                self._thread = None
 
     @contextmanager
     def _cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
@@ -214,7 +225,7 @@ class _HookedCalls:
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
         with self.lock:  # or a hook is taken away by another thread meanwhile
             for hook in self.hooks:
-                _active(hook).end_run()
+                active(hook).end_run()
         if hasattr(type(self.module), "_reset_stateful_cache"):
             self._original("_reset_stateful_cache")(*args, **kwargs)
 
@@ -229,27 +240,7 @@ class _HookedCalls:
 
 
 def _through(hook: Hook, module: Any, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-    return _active(hook).call(module, forward, args, kwargs)
-
-
-_INSTEAD: ContextVar[Mapping[Hook, Hook]] = ContextVar("hasten hooks of single calls")
-
-
-def _active(hook: Hook) -> Hook:
-    return _INSTEAD.get({}).get(hook, hook)
-
-
-@contextmanager
-def instead(hooks: Mapping[Hook, Hook]) -> Iterator[None]:
-    """Let other hooks do what some attached ones would, for this thread or task and within the `with` alone.
-
-    Nothing is attached or taken away, so that calls on other threads go on undisturbed.
-    """
-    token = _INSTEAD.set({**_INSTEAD.get({}), **hooks})
-    try:
-        yield
-    finally:
-        _INSTEAD.reset(token)
+    return active(hook).call(module, forward, args, kwargs)
 
 
 def attach(module: nn.Module, hook: Hook) -> Remove:
@@ -297,10 +288,20 @@ def refuse_accelerated(modules: Iterable[Any]) -> None:
 
 @contextmanager
 def still(modules: Iterable[Any]) -> Iterator[None]:
-    """Within it no other thread is inside of these modules' hooks, during which proxies may stand in their trees."""
+    """Within it no other thread is inside of these modules' hooks, during which proxies may stand in their trees.
+
+    Raises:
+        ConfigError: on a thread that is within a call of one of them.
+    """
     with ExitStack() as stack:
-        for module in modules:
+        for module in sorted(modules, key=id):  # in one order everywhere, or threads would wait for each other
             stack.enter_context(_lock_of(module))
+            calls = module.__dict__.get(_KEY)
+            if calls is not None and calls.within:
+                raise ConfigError(
+                    f"this {type(module).__name__} is within a forward, in which its acceleration cannot be changed; "
+                    "accelerate, remove and enter using between calls or steps (callback_on_step_end=...)"
+                )
         yield
 
 

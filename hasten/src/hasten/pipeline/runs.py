@@ -17,6 +17,7 @@ list, as the one that a UNet gets, is known by its place there; any other has to
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable
 from itertools import count
 from typing import Any, NamedTuple
@@ -25,13 +26,19 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hasten.errors import AdapterError
+from hasten.errors import AdapterError, HastenWarning
 from hasten.pipeline.view import Caller, Owner, PipelineView, alive, current_owner, same_memory
 
 __all__ = ["Run", "Runs", "StepInfo", "sample_shape", "signature"]
 
 MOST_PASSES = 64  # of one step where nobody counts the steps: a model that is always asked at one time has no steps
 NEAR = 0.01  # relative distance at which two timesteps are the same, since pipelines cast them to half precision
+
+IN_TURN = (
+    "a pipeline's call that is a generator was left in the middle of a run while another run began on its thread, and "
+    "is computed in full where it goes on, as calls that take turns are: let each come to its end before the next one, "
+    "or give each a thread"
+)
 
 
 class StepInfo(NamedTuple):
@@ -47,6 +54,8 @@ class StepInfo(NamedTuple):
         total: steps of the run, where the scheduler tells; None where only the transformer is known.
         timestep: that the transformer was called with, in the model's own unit.
         unsure: whether the step before had fewer passes, none of them named: which one it left out nobody knows.
+        grown: whether this is the first pass without a name that the step before did not have: what was taken for its
+            passes, in this step, may be others.
     """
 
     run: int
@@ -58,6 +67,7 @@ class StepInfo(NamedTuple):
     total: int | None
     timestep: float
     unsure: bool = False
+    grown: bool = False
 
 
 def sample_shape(hidden: Any) -> Hashable:
@@ -91,6 +101,8 @@ class Run:
         timesteps: of these steps, as the scheduler's list had them at the start.
         late: whether it began in the middle of a pipeline's call, as far as the scheduler tells.
         state: whatever the caller remembers of the run.
+        hook: what the run began with, and goes on with.
+        suspended: whether its pipeline's call is a generator, which waits while others run.
     """
 
     def __init__(
@@ -105,6 +117,8 @@ class Run:
         self.guidance = None if view is None else view.guidance
         self.late = view is not None and owner.frame is not None and not view.at_start
         self.state: Any = None
+        self.hook: Any = None
+        self.suspended = False
         self._step = -1
         self._index: int | None = None
         self._counted: bool | None = None  # whether the scheduler counts the steps; None until the first step ends
@@ -178,8 +192,12 @@ class Run:
             self._shape = signature(hidden)
         elif name is None:
             self._alike = signature(hidden) == self._shape
+        # Passes that look different are told apart by that.
+        grown = name is None and self._alike and self._step > 0 and 1 <= self._passes == self._passes_now - 1
         last = self._is_last(value)
-        return StepInfo(self.number, self._step, pass_name, first_pass, first_step, last, self.total, value, unsure)
+        return StepInfo(
+            self.number, self._step, pass_name, first_pass, first_step, last, self.total, value, unsure, grown
+        )
 
     def _timestep(self, timestep: Any, moved: bool) -> tuple[float, float]:
         """The timestep, latest and mean; from the list where reading it would wait for the device."""
@@ -253,6 +271,7 @@ class Runs:
         self._runs: dict[Owner, Run] = {}
         self._numbers = count()
         self._called: Tensor | None = None  # timesteps of the latest call of a pipeline
+        self._said = False  # that calls take turns
 
     def label(self, timestep: Any, hidden: Any, name: str | None = None) -> tuple[Run, StepInfo] | None:
         """The run and the label of a forward that is about to happen; None for one of a callback, which is no step.
@@ -297,9 +316,13 @@ class Runs:
         self._runs.pop(owner, None)
         others = list(self._runs)
         for gone in set(others) - alive(others):
-            self._runs.pop(gone, None)
+            dropped = self._runs.pop(gone, None)
+            if dropped is not None and dropped.suspended and not self._said:
+                self._said = True
+                warnings.warn(IN_TURN, HastenWarning, stacklevel=5)
         view = self._view(caller.pipe)
         run = self._runs[owner] = Run(next(self._numbers), owner, view, self._module, caller.timesteps)
+        run.suspended = caller.suspends
         if owner.frame is not None:
             self._called = run.sampler_timesteps
         return run

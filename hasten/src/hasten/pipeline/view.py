@@ -2,12 +2,13 @@
 
 A run belongs to the pipeline *call* in which it happens, not to the module: several pipelines may share a transformer,
 each with its own scheduler, one inside another or on several threads. Whose call it is shows in Python's frames: the
-nearest one upwards that executes `__call__` of a pipeline. In a loop of the user's own the owner is the thread. What a
-callback of a call asks the transformer itself is nobody's step.
+nearest one upwards that executes `__call__` of a pipeline. In a loop of the user's own the owner is the thread, or the
+task of asyncio. What a callback of a call asks the transformer itself is nobody's step.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import sys
@@ -48,12 +49,21 @@ class Owner(NamedTuple):
     """Who a run belongs to, while it lasts.
 
     Attributes:
-        thread: identifier of the thread.
+        thread: what stands for the thread; another one for a later thread, whose identifier may be the same.
         frame: identity of the frame that executes the pipeline's call; None in a loop of the user's own.
+        task: in a loop of the user's own the task of asyncio, where one is under way.
     """
 
-    thread: int
+    thread: weakref.ref[threading.Thread]
     frame: int | None
+    task: weakref.ref[Any] | None = None
+
+
+def _task() -> weakref.ref[Any] | None:
+    if asyncio._get_running_loop() is None:
+        return None
+    task = asyncio.current_task()
+    return None if task is None else weakref.ref(task)
 
 
 # What spreads a module over devices, and why nothing is skipped around it.
@@ -105,14 +115,18 @@ class Caller:
         self.frame = frame
         direct = frame is None or called is None or called.f_code is _MODULE_CALL
         self.callback = not direct and _in_callback(frame)
-        # Also makes a thread that was not started in Python known to `threading.enumerate`.
-        thread = threading.current_thread().ident or 0
-        self.owner = Owner(thread, None if frame is None else id(frame))
+        thread = weakref.ref(threading.current_thread())
+        self.owner = Owner(thread, None, _task()) if frame is None else Owner(thread, id(frame))
 
     @property
     def pipe(self) -> Any:
         """The pipeline whose call it is; None in a loop of the user's own."""
         return None if self.frame is None else first_argument(self.frame)
+
+    @property
+    def suspends(self) -> bool:
+        """Whether the pipeline's call is a generator, which others may run between the steps of."""
+        return self.frame is not None and bool(self.frame.f_code.co_flags & inspect.CO_GENERATOR)
 
     @property
     def timesteps(self) -> Any:
@@ -183,14 +197,22 @@ def alive(owners: Iterable[Owner]) -> set[Owner]:
     interpreter, and hangs there (CPython issue 106883). A call cut short on a thread that idles is forgotten when that
     thread starts its next run.
     """
-    here = threading.get_ident()
+    here = threading.current_thread()
     frames: set[int] = set()
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         frames.add(id(frame))
         frame = frame.f_back
-    threads = {thread.ident for thread in threading.enumerate()}
-    return {o for o in owners if (o.frame is None or o.frame in frames if o.thread == here else o.thread in threads)}
+
+    def may_go_on(owner: Owner) -> bool:
+        thread, task = owner.thread(), None if owner.task is None else owner.task()
+        if thread is None or not thread.is_alive():
+            return False
+        if owner.frame is None:
+            return owner.task is None or (task is not None and not task.done())
+        return owner.frame in frames or thread is not here
+
+    return {owner for owner in owners if may_go_on(owner)}
 
 
 def unwrap(module: Any) -> Any:

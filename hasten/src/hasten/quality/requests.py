@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,8 @@ from hasten import registry
 from hasten.caching.engine import CachingEngine
 from hasten.errors import ConfigError
 from hasten.parameters import MOST_STEPS, Range, Text, accepted
-from hasten.pipeline.hooks import Forward, Hook, Remove, instead, still
+from hasten.pipeline.hooks import Forward, Hook, Remove, still
+from hasten.pipeline.instead import Entry, generator_around, instead
 from hasten.pipeline.records import KEPT
 from hasten.pipeline.runs import Run
 from hasten.pipeline.view import PipelineView
@@ -50,6 +53,37 @@ class _Through(Hook):
         return forward(*args, **kwargs)
 
 
+HOOKS = "_hasten_hooks"  # where a pipeline that `using` gave keeps the entry of its setting
+
+
+@cache
+def _with_setting(plain: type[Any]) -> Any:
+    """The class of a pipeline whose calls have its setting, on whichever thread they are made."""
+    plain_call = next((vars(base)["__call__"] for base in plain.__mro__ if "__call__" in vars(base)), None)
+    if plain_call is None:  # a stand-in, called in loops of the user's own
+        return plain
+
+    @functools.wraps(plain_call)
+    def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        hooks = dict(vars(pipe)[HOOKS].hooks)  # a call under way keeps them
+        with instead(hooks):
+            result = plain_call(pipe, *args, **kwargs)
+        return _going_on(result, hooks) if inspect.isgenerator(result) else result
+
+    return type(plain.__name__, (plain,), {"__call__": call, "__module__": plain.__module__, "__doc__": plain.__doc__})
+
+
+def _going_on(calls: Generator[Any, Any, Any], hooks: Mapping[Hook, Hook]) -> Generator[Any, Any, Any]:
+    """The results of a pipeline whose call is a generator, each made with these hooks."""
+    while True:
+        with instead(hooks):
+            try:
+                result = next(calls)
+            except StopIteration as end:
+                return end.value
+        yield result
+
+
 class Requests:
     """Gives calls of an accelerated pipeline their settings.
 
@@ -74,6 +108,7 @@ class Requests:
         self._modules, self._engines, self._home = dict(modules), dict(engines), home
         self._setting, self._staged, self._configuration = setting, staged, configuration
         self._instead: dict[tuple[str | None, int | None], tuple[Setting, dict[Hook, Hook]]] = {}
+        self._open_entries: list[Entry] = []  # of `using` under way
         self._names: dict[int, tuple[str, int | None]] = {}  # of the runs that had a setting of their own
         certificate = None if setting is None or setting.leap is None else setting.certificate
         replaced = None if certificate is None else certificate.conditions.steps
@@ -105,6 +140,9 @@ class Requests:
             pipe.scheduler = self._scheduler
             self._replaced.unwatch()
             hand_over(self._replaced, self._scheduler)
+        for entry in self._open_entries:
+            entry.close()
+        self._open_entries.clear()
         self._modules, self._engines, self._home, self._instead = {}, {}, None, {}
         self._setting = self._audit = self._scheduler = None
 
@@ -147,8 +185,17 @@ class Requests:
         with still(self._modules.values()):  # it is not removed meanwhile
             setting, hooks = self._made(quality, computed_steps)
             lane = self._lane(setting)
-        with instead(hooks):
+            entry = Entry(hooks, generator_around())
+            self._open_entries.append(entry)
+            if LANE in vars(lane):
+                lane.__dict__[HOOKS] = entry
+                lane.__class__ = _with_setting(type(lane))  # type: ignore[arg-type]  # a class is hashable
+        try:
             yield lane
+        finally:
+            entry.close()
+            if entry in self._open_entries:
+                self._open_entries.remove(entry)
 
     def _open(self) -> Setting:
         """The setting of all calls, of an acceleration that is at work and can have others."""

@@ -187,7 +187,7 @@ class Setting:
         if given.get(LANE, self) is not self:
             raise ConfigError(
                 "this pipeline is one that `using` gave, and another setting is at work: call it within that `with`, "
-                "on its own thread or task (asyncio.to_thread is as good), or enter `using` where it is called"
+                "before it ends"
             )
         scheduler = None if run.view is None else run.view.scheduler
         if self.leap is not None and not (isinstance(scheduler, FixedLeap) and scheduler.serves(self)):
