@@ -1,6 +1,7 @@
 """Which run, step and pass a forward belongs to, with and without help from the pipeline."""
 
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -276,14 +277,12 @@ def test_the_owner_is_the_nearest_call():
     assert len({owner for owner, _, _ in seen}) == 1
     assert alive([seen[0][0]]) == set()  # the call is over
     here = current_owner()
-    assert here == Owner(threading.get_ident(), None)
+    assert here == Owner(weakref.ref(threading.current_thread()), None)
     assert Caller().pipe is None
     assert alive([here]) == {here}
 
 
 def test_looking_for_the_owner_keeps_no_tensor_of_the_call_alive():
-    import weakref
-
     gone = []
 
     class Holds(Pipe):
