@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -112,6 +114,136 @@ def test_a_call_that_needs_both_passes_ends_with_a_reason_when_leap_goes() -> No
     assert torch.equal(draw(pipe, 3, **guided), plain)
     pipe.scheduler = copied
     assert torch.equal(draw(pipe, 3, **guided), plain)
+
+
+class CancelledError(Exception):
+    pass
+
+
+def cancelled(step: int) -> Callable[..., Any]:
+    def stop() -> None:
+        raise CancelledError
+
+    return at(step, stop)
+
+
+def sharing(pipe: Any, scheduler: Any = None) -> Any:
+    """Another pipeline of the same components."""
+    other = type(pipe)(**{**pipe.components, "scheduler": scheduler or pipe.scheduler})
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def in_thread(act: Callable[[], Any]) -> None:
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "whole", "thread"])
+def test_a_call_goes_on_with_leap_whoever_sets_the_scheduler_that_came(fitted: Fit, ends: str) -> None:
+    pipe, found = make_pipe(), []
+    own, other, plain = pipe.scheduler, sharing(pipe), draw(make_pipe(), 7)
+    hasten.accelerate(pipe, hasten.Leap(fitted))
+    learned = draw(pipe, 5)
+
+    def act() -> None:
+        hasten.remove(pipe)
+        if ends == "cancelled":
+            with pytest.raises(CancelledError):
+                draw(other, 7, callback_on_step_end=cancelled(0))
+        elif ends == "whole":
+            found.append(draw(other, 7))
+        else:
+            in_thread(lambda: found.append(draw(other, 7)))
+
+    assert torch.equal(draw(pipe, 5, callback_on_step_end=at(1, act)), learned)
+    assert all(torch.equal(one, plain) for one in (*found, draw(pipe, 7)))
+    assert not any(callable(value) for value in vars(own).values())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("home", [False, True])
+def test_copies_of_a_scheduler_that_hands_over_are_their_own(fitted: Fit, copied: Any, home: bool) -> None:
+    """A call was cut short, of which something might still come."""
+    plain, pipe = draw(make_pipe(), 9), make_pipe()
+    draw(pipe, 7)
+    run = hasten.accelerate(pipe, hasten.Leap(fitted))
+    with pytest.raises(CancelledError):
+        draw(pipe, 5, callback_on_step_end=cancelled(1))
+    run.remove()
+    scheduler = copied(pipe.scheduler)
+    if home:
+        pipe.scheduler = scheduler
+    other = pipe if home else sharing(pipe, scheduler)
+    assert torch.equal(draw(other, 9), plain)
+    assert torch.equal(draw(pipe, 9), plain)
+    assert torch.equal(draw(other, 9), plain)
+
+
+def test_leap_itself_can_be_pickled(fitted: Fit) -> None:
+    pipe = make_pipe()
+    hasten.accelerate(pipe, hasten.Leap(fitted))
+    learned = draw(pipe, 5)
+    other = sharing(make_pipe(), pickle.loads(pickle.dumps(pipe.scheduler)))
+    assert torch.equal(draw(other, 5), learned)
+
+
+@pytest.mark.parametrize("comes", [False, True])
+def test_a_loop_of_the_users_own_over_a_copy_of_the_list_goes_on_as_it_began(fitted: Fit, comes: bool) -> None:
+    switches = {"on": lambda pipe: hasten.accelerate(pipe, hasten.Leap(fitted)), "off": hasten.remove}
+    first, then = ("off", "on") if comes else ("on", "off")
+
+    def loop(switch: bool) -> Tensor:
+        pipe = make_pipe()
+        draw(pipe, 7)
+        if comes:
+            with pytest.raises(CancelledError):
+                draw(pipe, 5, callback_on_step_end=cancelled(1))
+        switches[first](pipe)
+        pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.2, 5).tolist(), mu=0.5)
+        x = randn(1, 4, 8)
+        for index, t in enumerate(pipe.scheduler.timesteps.clone()):
+            if index == 2 and switch:
+                switches[then](pipe)
+            x = pipe.scheduler.step(torch.sin(x + index), t, x, return_dict=False)[0]
+        return x
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "this run starts", HastenWarning)
+        assert torch.equal(loop(True), loop(False))
+
+
+def test_a_step_after_the_last_is_refused(fitted: Fit) -> None:
+    scheduler = LeapScheduler.of(fitted)
+    scheduler.set_timesteps(3)
+    x = randn(1, 4, 8)
+    for t in scheduler.timesteps:
+        scheduler.step(x, t, x)
+    with pytest.raises(ScheduleError, match="taken all 3 steps"):
+        scheduler.step(x, t, x)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_forwards_of_another_thread_are_no_passes(fused: bool) -> None:
+    guided = {"guidance_scale": 3.0}
+    fit = fit_leap(Toy(fused=fused), [toy_call(0, **guided)], [4], trials=5, rounds=0)
+
+    def made(probed: bool) -> Tensor:
+        pipe = Toy(fused=fused)
+        with hasten.accelerate(pipe, hasten.Leap(fit)):
+            own_step = pipe.scheduler.step
+
+            def step(output: Tensor, t: Any, x: Tensor, **rest: Any) -> Any:
+                result = own_step(output, t, x, **rest)
+                in_thread(lambda: pipe.transformer(x, t))
+                return result
+
+            if probed:
+                pipe.scheduler.step = step
+            return pipe(**toy_call(9, **guided) | {"num_inference_steps": 4})[0]
+
+    assert torch.equal(made(True), made(False))
 
 
 # --- levels of the user's own

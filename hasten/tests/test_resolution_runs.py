@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import threading
 import warnings
 import weakref
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 import hasten
-from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenWarning, TargetError
+from hasten.errors import AlreadyAcceleratedError, ConfigError, CopyError, HastenWarning, TargetError
 from hasten.pipeline import runs, view
 
 METHODS = {
@@ -234,6 +235,27 @@ def test_a_pipeline_with_a_shallow_copy_of_the_scheduler_takes_its_own_steps(pip
         second.scheduler = copy.copy(pipe.scheduler)
         assert torch.equal(generate(second), plain)
         assert torch.equal(generate(pipe), coarse)
+
+
+def test_a_removed_handle_lets_go_of_the_scheduler(pipe: Any) -> None:
+    def callback(owner: Any, step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            hasten.remove(owner)
+        return kwargs
+
+    run = hasten.accelerate(pipe, METHODS["fresco"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        generate(pipe, callback_on_step_end=callback)
+    scheduler, pipe.scheduler = weakref.ref(pipe.scheduler), FlowMatchEulerDiscreteScheduler()
+    gc.collect()
+    assert scheduler() is None
+    run.remove()  # it was held until here
+
+
+def test_an_accelerated_scheduler_is_not_pickled(pipe: Any) -> None:
+    with hasten.accelerate(pipe, METHODS["fresco"]), pytest.raises(CopyError, match="accelerated"):
+        pickle.dumps(pipe.scheduler)
 
 
 def test_calls_with_gradients_are_plain_whatever_the_pipeline_was_given(pipe: Any) -> None:

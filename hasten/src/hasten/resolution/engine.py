@@ -28,7 +28,7 @@ from hasten.pipeline.runs import Runs, StepInfo
 from hasten.pipeline.scheduler import NoiseLevels, check_scheduler
 from hasten.pipeline.view import PipelineView
 from hasten.resolution.report import ForwardSize, ResolutionRecord, ResolutionReport
-from hasten.resolution.sampler_step import SamplerStep
+from hasten.resolution.sampler_step import SamplerStep, SamplerSteps
 
 __all__ = ["ResolutionEngine", "ResolutionMethod", "ResolutionRun", "with_sample"]
 
@@ -149,7 +149,8 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         except BaseException:
             self.remove()
             raise
-        self._own_step, unwrap = wrap_step(self.scheduler, self._step)
+        steps = SamplerSteps(self.scheduler, self._step)
+        steps.own, unwrap = wrap_step(self.scheduler, steps)
         self._removals.append(unwrap)
 
     def remove(self) -> None:
@@ -165,7 +166,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
         self._numbers.settle()
         while self._removals:
             self._removals.pop()()
-        self.pipe = self._runs = self._begun = self._before = None  # a removed engine keeps no model
+        self.pipe = self.scheduler = self._runs = self._begun = self._before = None  # it keeps no model
         self._modules.clear()
 
     def __enter__(self) -> Self:
@@ -323,8 +324,7 @@ class ResolutionEngine(Hook, Generic[Run, Record, Plan]):
 
     # --- around the scheduler
 
-    def _step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        step = SamplerStep(self.scheduler, self._own_step, model_output, timestep, sample, args, kwargs)
+    def _step(self, step: SamplerStep) -> Any:
         found = None if self._runs is None else self._runs.current  # None: wrapped again by others, then removed
         if found is None or found.state is None or found.sampler_timesteps is not self.scheduler.timesteps:
             return step.plain()

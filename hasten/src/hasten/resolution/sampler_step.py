@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hasten.pipeline.scheduler import skip_step
 
-__all__ = ["SamplerStep"]
+__all__ = ["SamplerStep", "SamplerSteps"]
 
 
 class SamplerStep:
@@ -52,3 +52,23 @@ class SamplerStep:
     def output(self, latents: Tensor) -> Any:
         """Latents in the form in which the pipeline asked for them."""
         return SchedulerOutput(prev_sample=latents) if self._kwargs.get("return_dict", True) else (latents,)
+
+
+class SamplerSteps:
+    """What is called for the `step` of a scheduler; it keeps the scheduler, so that a removed engine need not.
+
+    Args:
+        scheduler: whose steps they are.
+        take: of the engine.
+
+    Attributes:
+        own: the scheduler's own step.
+    """
+
+    own: Callable[..., Any]
+
+    def __init__(self, scheduler: Any, take: Callable[[SamplerStep], Any]) -> None:
+        self._scheduler, self._take = scheduler, take
+
+    def __call__(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._take(SamplerStep(self._scheduler, self.own, model_output, timestep, sample, args, kwargs))

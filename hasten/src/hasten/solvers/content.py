@@ -19,6 +19,7 @@ __all__ = [
     "REMEDY",
     "Content",
     "arguments_of",
+    "as_json",
     "check_arguments",
     "check_pipeline",
     "denoiser_of",
@@ -76,6 +77,13 @@ class Content:
 
 def _known(scales: tuple[float | None, ...]) -> tuple[float | None, ...]:
     return () if None in scales else scales
+
+
+def as_json(value: Any) -> Any:
+    """Mappings and sequences as JSON knows them: diffusers freezes what it keeps."""
+    if isinstance(value, Mapping):
+        return {name: as_json(item) for name, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def check_arguments(content: Mapping[str, Any]) -> Content:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from hasten.pipeline.hooks import Forward, Hook, Remove, attach
-from hasten.pipeline.view import Caller, denoisers
+from hasten.pipeline.view import Caller, Owner, current_owner, denoisers
 
-__all__ = ["UNWATCHED", "PassesHook", "difference", "mixture_of", "watch_passes"]
+__all__ = ["UNWATCHED", "Answers", "PassesHook", "difference", "mixture_of", "watch_passes"]
 
+PASSES = 2  # of a step, that guidance mixes
 UNWATCHED = (
     "LEAP was taken away in the middle of this call, of which it has to see both passes to the end, for the guidance; "
     "call the pipeline again"
@@ -75,6 +76,25 @@ def mixture_of(answers: Sequence[Tensor], mixture: Tensor, apart: Tensor) -> flo
     return float((moved * apart).sum() / apart.double().square().sum().clamp_min(1e-300))
 
 
+class Answers:
+    """What passes said since the last step, by whose they are: a step makes use of those of its own call or thread."""
+
+    def __init__(self) -> None:
+        self._found: dict[Owner, list[Tensor]] = {}
+
+    def add(self, answer: Tensor) -> None:
+        """Keep an answer; of more than a step can make use of, none."""
+        answers = self._found.setdefault(current_owner(), [])
+        if len(answers) <= PASSES:
+            answers.append(answer)
+
+    def take(self) -> list[Tensor]:
+        """The answers for the step that asks; nothing is left of any."""
+        answers = self._found.pop(current_owner(), [])
+        self._found.clear()
+        return answers
+
+
 class PassesHook(Hook):
     """Hands each answer of a denoiser to a function, for the calls of one pipeline.
 
@@ -98,7 +118,10 @@ class PassesHook(Hook):
         return answer
 
     def _observer(self) -> Callable[[Tensor], None] | None:
-        """Who wants to know: other pipelines may share the denoiser, and have such a scheduler of their own."""
+        """Who wants to know: other pipelines may share the denoiser, and have such a scheduler of their own.
+
+        A forward outside of any pipeline's call may be of a loop of the user's own: that shows when a step is taken.
+        """
         found_by = Caller()
         caller = found_by.pipe
         if found_by.callback:

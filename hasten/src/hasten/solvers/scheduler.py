@@ -6,7 +6,7 @@ import os
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,11 +19,11 @@ from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
 from hasten.io import Limits, describe, digest_of, read_json, write_atomically
 from hasten.pipeline.numbers import check_step, checks_all
-from hasten.pipeline.view import Caller
+from hasten.pipeline.view import Caller, current_owner
 from hasten.solvers.asked import asked_by_user, check_asked
-from hasten.solvers.content import LEAP, REMEDY, arguments_of, check_arguments, refuse_other_model
+from hasten.solvers.content import LEAP, REMEDY, arguments_of, as_json, check_arguments, refuse_other_model
 from hasten.solvers.formula import Formula, Learned, SecondOrder, signal
-from hasten.solvers.passes import UNWATCHED, difference, mixture_of
+from hasten.solvers.passes import UNWATCHED, Answers, difference, mixture_of
 from hasten.solvers.tables import COLUMNS, interpolated
 
 __all__ = ["LeapScheduler"]
@@ -81,6 +81,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
     ]
     timesteps: Tensor
     sigmas: Tensor
+    _known: Callable[[], Any] | None = None  # the pipeline that was compared
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -101,7 +102,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         if not tables:
             raise ConfigError("a LeapScheduler needs tables; load one that `hasten tune` wrote with LeapScheduler.load")
         self.register_to_config(guidances=guidances or [None], mixtures=mixtures or [None])
-        content = _as_json({name: self.config[name] for name in OWN})
+        content = as_json({name: self.config[name] for name in OWN})
         try:
             self._checked, own = check_arguments(content), digest_of(content)
         except ValueError as error:
@@ -113,7 +114,6 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = noise_scale
         self.expects_passes = False  # whether a hook hands the passes to `observe`
         self.taken: deque[int] = deque(maxlen=MOST_TAKEN)  # numbers of the latest evaluations, run after run
-        self._known: Callable[[], Any] = lambda: None  # the pipeline that was compared
         self._choose(max(tables, key=int))
 
     @classmethod
@@ -141,7 +141,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
 
     def at_guidance(self, guidance: float) -> Self:
         """The same tables at another guidance scale, for use without a hook."""
-        own = {name: _as_json(self.config[name]) for name in OWN}
+        own = {name: as_json(self.config[name]) for name in OWN}
         return type(self)(**own | {"guidance": guidance})
 
     def check_model(self, pipe: Any) -> None:
@@ -225,9 +225,13 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
     def _check_caller(self) -> None:
         """Compare the denoiser of the pipeline whose call this is, once."""
         pipe = Caller().pipe
-        if pipe is not None and self._known() is not pipe:
+        if pipe is not None and (self._known is None or self._known() is not pipe):
             self.check_model(pipe)
             self._known = weakref.ref(pipe)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: all but the pipeline that was compared."""
+        return {name: value for name, value in vars(self).items() if name != "_known"}
 
     def _choose(self, count: str) -> None:
         self._table = self._checked.tables[count]
@@ -242,8 +246,9 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._formula: Formula | None = None
         self._checks_all = False
-        self._answers: list[Tensor] = []
+        self._answers = Answers()
         self._unwatched = False
+        self.owner = current_owner()  # of the run
 
     @property
     def step_index(self) -> int | None:
@@ -268,8 +273,9 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def observe(self, answer: Tensor) -> None:
-        """Take what one pass said; `step` makes use of it."""
-        self._answers.append(answer)
+        """Take what one pass said; the `step` of the same call or thread makes use of it."""
+        if self._step_index != len(self._table.timesteps):  # else it is made between two runs
+            self._answers.add(answer)
 
     def unwatch(self) -> None:
         """Nobody hands passes to `observe` any more; a run under way that needs them ends with an error."""
@@ -287,8 +293,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         if self._step_index is None:
             begin = self._begin_index
             self._step_index = self.index_for_timestep(timestep) if begin is None else begin
-        k, answers = self._step_index, self._answers
-        self._answers = []
+        k, answers = self._step_index, self._answers.take()
         if self._unwatched and self._needs_passes:
             raise ScheduleError(UNWATCHED)
         state, output = sample.float(), model_output.float()
@@ -317,6 +322,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
 
     def _begin(self, k: int, output: Tensor, answers: list[Tensor], apart: Tensor | None) -> Formula:
         """The formula for a run that begins at evaluation `k`."""
+        if k == len(self._table.timesteps):
+            raise ScheduleError(f"LEAP has taken all {k} steps of its run; go through scheduler.timesteps alone")
         self._checks_all = checks_all()
         kind = self._checked.prediction_type
         if k:
@@ -390,10 +397,3 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
-
-
-def _as_json(value: Any) -> Any:
-    """Mappings and sequences as JSON knows them: diffusers freezes what it keeps."""
-    if isinstance(value, Mapping):
-        return {name: _as_json(item) for name, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
