@@ -82,6 +82,10 @@ class Answers:
     def __init__(self) -> None:
         self._found: dict[Owner, list[Tensor]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has none: no step of its own is under way."""
+        return {"_found": {}}
+
     def add(self, answer: Tensor) -> None:
         """Keep an answer; of more than a step can make use of, none."""
         answers = self._found.setdefault(current_owner(), [])

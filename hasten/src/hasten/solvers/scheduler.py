@@ -19,7 +19,7 @@ from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
 from hasten.io import Limits, describe, digest_of, read_json, write_atomically
 from hasten.pipeline.numbers import check_step, checks_all
-from hasten.pipeline.view import Caller, current_owner
+from hasten.pipeline.view import Caller, Owner, current_owner
 from hasten.solvers.asked import asked_by_user, check_asked
 from hasten.solvers.content import LEAP, REMEDY, arguments_of, as_json, check_arguments, refuse_other_model
 from hasten.solvers.formula import Formula, Learned, SecondOrder, signal
@@ -81,6 +81,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
     ]
     timesteps: Tensor
     sigmas: Tensor
+    owner: Owner | None = None  # of the run
     _known: Callable[[], Any] | None = None  # the pipeline that was compared
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -230,8 +231,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
             self._known = weakref.ref(pipe)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle has: all but the pipeline that was compared."""
-        return {name: value for name, value in vars(self).items() if name != "_known"}
+        """What a copy or a pickle has: all but the pipeline that was compared, and whose run it was."""
+        return {name: value for name, value in vars(self).items() if name not in ("_known", "owner")}
 
     def _choose(self, count: str) -> None:
         self._table = self._checked.tables[count]
@@ -248,7 +249,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self._checks_all = False
         self._answers = Answers()
         self._unwatched = False
-        self.owner = current_owner()  # of the run
+        self.owner = current_owner()
 
     @property
     def step_index(self) -> int | None:
