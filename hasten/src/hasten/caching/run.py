@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Hashable
 
@@ -17,16 +16,14 @@ from hasten.pipeline.runs import StepInfo
 
 __all__ = ["CachingRun"]
 
-UNNAMED = re.compile(r"pass\d+")
 UNSURE = (
     "a step had fewer passes than the one before, and none has a name: if it was not the last one that was left out, "
     "features of one pass serve another. Name the passes: with transformer.cache_context('cond'): ..."
 )
 
 GROWN = (
-    "a step has more passes than the one before, and none has a name: the ones before may have been forecast from "
-    "features of another pass in this step, and are computed again from here on. Name the passes: with "
-    "transformer.cache_context('cond'): ..."
+    "a step has more passes than the one before, and none has a name: if it is not the last one that is new, "
+    "features of one pass serve another. Name the passes: with transformer.cache_context('cond'): ..."
 )
 
 
@@ -52,7 +49,6 @@ class CachingRun:
         if info.unsure:
             warnings.warn(UNSURE, HastenWarning, stacklevel=2)
         if info.grown:
-            self._begin_passes_again()
             warnings.warn(GROWN, HastenWarning, stacklevel=2)
         memory = self.memories.get(info.pass_name)
         if memory is None or signature != self._signatures[info.pass_name]:
@@ -61,11 +57,6 @@ class CachingRun:
             return None
         memory.step = info.step
         return memory
-
-    def _begin_passes_again(self) -> None:
-        """Forget the features of passes without names: which of them they are of nobody knows."""
-        for name in [name for name in self.memories if UNNAMED.fullmatch(name)]:
-            del self.memories[name]
 
     def add_memory(self, info: StepInfo, memory: PassMemory) -> PassMemory:
         """Begin to remember a pass."""

@@ -54,8 +54,8 @@ class StepInfo(NamedTuple):
         total: steps of the run, where the scheduler tells; None where only the transformer is known.
         timestep: that the transformer was called with, in the model's own unit.
         unsure: whether the step before had fewer passes, none of them named: which one it left out nobody knows.
-        grown: whether this is the first pass without a name that the step before did not have: what was taken for its
-            passes, in this step, may be others.
+        grown: whether this is the first pass without a name that the step before did not have: which one is new nobody
+            knows.
     """
 
     run: int
