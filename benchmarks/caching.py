@@ -39,39 +39,26 @@ ARMS = (
 
 def main() -> None:
     """Measure what is not there yet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-flux")
-    parser.add_argument(
-        "--guidance", type=float, help="true classifier-free guidance; none by default"
-    )
+    parser.add_argument("--guidance", type=float, help="true classifier-free guidance; none by default")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--counts", default="12,9,7,5")
     parser.add_argument("--schedules", default="uniform,even")
-    parser.add_argument(
-        "--arms", default=ARMS, help="method expressions with semicolons"
-    )
+    parser.add_argument("--arms", default=ARMS, help="method expressions with semicolons")
     parser.add_argument(
         "--plain",
         action="store_true",
         help="the best plain sampler for each number of steps as well",
     )
-    parser.add_argument(
-        "--learn",
-        type=int,
-        default=16,
-        help="prompts to learn from, a multiple of the batch",
-    )
+    parser.add_argument("--learn", type=int, default=16, help="prompts to learn from, a multiple of the batch")
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--work", type=Path, default=Path("runs/caching"))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if options.learn % options.batch:
-        parser.error(
-            f"--learn must be a multiple of --batch, got {options.learn} and {options.batch}"
-        )
+        parser.error(f"--learn must be a multiple of --batch, got {options.learn} and {options.batch}")
     Measure(options).run()
 
 
@@ -82,21 +69,12 @@ class Measure:
         self.options, self.out = options, options.out
         self.model = open_model(options.model)
         self.pipe = self.model.pipe
-        self.rows: dict[str, Any] = (
-            json.loads(self.out.read_text())["rows"] if self.out.exists() else {}
-        )
+        self.rows: dict[str, Any] = json.loads(self.out.read_text())["rows"] if self.out.exists() else {}
         scale = "" if options.guidance is None else f"-{options.guidance:g}"
         self.scale: float | None = options.guidance
         self.work = options.work / f"{options.model}{scale}-{options.steps}"
         self.work.mkdir(parents=True, exist_ok=True)
-        self.held_out = HeldOut(
-            self.model,
-            options.steps,
-            options.learn,
-            options.held_out,
-            options.batch,
-            self.work,
-        )
+        self.held_out = HeldOut(self.model, options.steps, options.learn, options.held_out, options.batch, self.work)
 
     def run(self) -> None:
         """Measure what is not there yet."""
@@ -113,17 +91,12 @@ class Measure:
     def note(self, key: str, row: dict[str, Any]) -> None:
         """Keep a row and write all of them."""
         self.rows[key] = row
-        about = {
-            name: value
-            for name, value in vars(self.options).items()
-            if not isinstance(value, Path)
-        }
+        about = {name: value for name, value in vars(self.options).items() if not isinstance(value, Path)}
         content = {"environment": environment(), "options": about, "rows": self.rows}
         write_atomically(self.out, json.dumps(content, indent=1) + "\n")
         print(
             key,
-            row.get("refused")
-            or f"{row['median']:.2f}  mean {row['mean']:.2f}  worst {row['worst']}",
+            row.get("refused") or f"{row['median']:.2f}  mean {row['mean']:.2f}  worst {row['worst']}",
             flush=True,
         )
 
@@ -150,9 +123,7 @@ class Measure:
         }
         fitted = self.fitted(expression)
         try:
-            method = caching_method(
-                f"{fitted}:schedule={schedule}:computed_steps={count}"
-            )
+            method = caching_method(f"{fitted}:schedule={schedule}:computed_steps={count}")
         except (ConfigError, ScheduleError) as error:
             self.note(key, row | {"refused": str(error)})
             return
@@ -174,29 +145,19 @@ class Measure:
     @cache  # noqa: B019 (one object, for as long as the process)
     def trace(self, site: str = "hidden") -> Trace:
         """What the methods that are fitted learn from; one call at the module site, whose traces are large."""
-        return self.held_out.recorded(
-            self.scale, learn=True, site=site, many=None if site == "hidden" else 1
-        )
+        return self.held_out.recorded(self.scale, learn=True, site=site, many=None if site == "hidden" else 1)
 
     def plain(self, count: int) -> None:
         """The pipeline's own sampler with as many steps; and the best of all, chosen on a few prompts."""
         calls = self.held_out.calls(self.scale)
         if self.options.plain and f"best plain @ {count}" not in self.rows:
             best, tried = self.held_out.best_plain(count, self.scale)
-            about = {
-                "method": "best plain",
-                "count": count,
-                "sampler": best,
-                "tried": tried,
-            }
+            about = {"method": "best plain", "count": count, "sampler": best, "tried": tried}
             images = self.held_out.plain(best)(calls, count)
             self.note(f"best plain @ {count}", about | self.measured(images))
         if f"plain @ {count}" not in self.rows:
             images = self.held_out.draw(calls, count)
-            self.note(
-                f"plain @ {count}",
-                {"method": "plain", "count": count} | self.measured(images),
-            )
+            self.note(f"plain @ {count}", {"method": "plain", "count": count} | self.measured(images))
 
 
 if __name__ == "__main__":

@@ -34,13 +34,7 @@ from torch import Tensor
 KEY = "hidden"
 
 
-def components(
-    features: Tensor,
-    name: str,
-    fit: Calibration | None,
-    pass_name: str,
-    grid: tuple[int, ...],
-) -> Any:
+def components(features: Tensor, name: str, fit: Calibration | None, pass_name: str, grid: tuple[int, ...]) -> Any:
     """The components of features `[S, T, N, D]`, by name; they sum to the whole in energy."""
     if name == "svdcache":
         assert fit is not None
@@ -54,26 +48,18 @@ def components(
         return {"low": low, "high": features - low}
     assert fit is not None
     labels = fit.tensors[f"clusters/{KEY}"].long()
-    return {
-        f"cluster {c}": features[..., labels == c] for c in range(int(labels.max()) + 1)
-    }
+    return {f"cluster {c}": features[..., labels == c] for c in range(int(labels.max()) + 1)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-flux")
-    parser.add_argument(
-        "--guidance", type=float, help="true classifier-free guidance; none by default"
-    )
+    parser.add_argument("--guidance", type=float, help="true classifier-free guidance; none by default")
     parser.add_argument("--count", type=int, default=9, help="computed steps")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--learn", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=8)
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/caching-premises.json")
-    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/caching-premises.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = open_model(options.model)
@@ -84,23 +70,13 @@ def main() -> None:
     trace = held_out.recorded(options.guidance, learn=False)
     rows = []
     for schedule in ("uniform", "even"):
-        judge = HyCa(
-            calibration=fits["hyca"], schedule=schedule, computed_steps=options.count
-        )
+        judge = HyCa(calibration=fits["hyca"], schedule=schedule, computed_steps=options.count)
         first = judge.first_difference
         for name in ("svdcache", "freqca", "hyca"):
             for pass_name, features in trace.steps(KEY, "normed").items():
                 side = round(features.shape[2] ** 0.5)
-                parts = components(
-                    features, name, fits.get(name), pass_name, (side, side)
-                )
-                rows += errors(
-                    judge,
-                    features,
-                    parts,
-                    first,
-                    {"schedule": schedule, "of": name, "pass": pass_name},
-                )
+                parts = components(features, name, fits.get(name), pass_name, (side, side))
+                rows += errors(judge, features, parts, first, {"schedule": schedule, "of": name, "pass": pass_name})
     content = {
         "environment": environment(),
         "model": options.model,
@@ -114,11 +90,7 @@ def main() -> None:
 
 
 def errors(
-    judge: CalibratedMethod,
-    whole: Tensor,
-    parts: dict[str, Tensor],
-    first: int,
-    about: dict[str, str],
+    judge: CalibratedMethod, whole: Tensor, parts: dict[str, Tensor], first: int, about: dict[str, str]
 ) -> list[dict[str, Any]]:
     """A row for each component, and one for the whole with the oracle's error."""
     solvers = {name: candidate(name, first) for name in CANDIDATES}
@@ -126,25 +98,18 @@ def errors(
     def of(features: Tensor) -> dict[str, float]:
         gram = gram_of(features)
         share = features.shape[-1] / whole.shape[-1]
-        return {
-            name: judge.mean_error(gram, solver.weights) * share
-            for name, solver in solvers.items()
-        }
+        return {name: judge.mean_error(gram, solver.weights) * share for name, solver in solvers.items()}
 
     reused = of(whole)
     found = {component: of(part) for component, part in parts.items()}
     unit = reused["hold"]
     rows = [
-        about
-        | {"component": component}
-        | {name: round(error / unit, 5) for name, error in by_solver.items()}
+        about | {"component": component} | {name: round(error / unit, 5) for name, error in by_solver.items()}
         for component, by_solver in found.items()
     ]
     oracle = sum(min(by_solver.values()) for by_solver in found.values())
     entire = {name: round(error / unit, 5) for name, error in reused.items()}
-    rows.append(
-        about | {"component": "whole", "oracle": round(oracle / unit, 5)} | entire
-    )
+    rows.append(about | {"component": "whole", "oracle": round(oracle / unit, 5)} | entire)
     for row in rows:
         print({key: value for key, value in row.items() if key != "pass"}, flush=True)
     return rows

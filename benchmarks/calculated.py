@@ -33,20 +33,9 @@ def hermite() -> str:
     """`c_1, c_2` of HiCache at four horizons, for several scales."""
     rows = []
     for sigma in (0.4, 0.5, 0.6, 0.71, 1.0):
-        cells = [
-            f"{hermite_coefficient(1, x, sigma):.2f}, {hermite_coefficient(2, x, sigma):.3f}"
-            for x in HORIZONS
-        ]
+        cells = [f"{hermite_coefficient(1, x, sigma):.2f}, {hermite_coefficient(2, x, sigma):.3f}" for x in HORIZONS]
         rows.append([f"**{sigma}**" if sigma == 0.5 else str(sigma), *cells])
-    rows.append(
-        [
-            "Taylor",
-            *(
-                f"{taylor_coefficient(1, x):.2f}, {taylor_coefficient(2, x):.3f}"
-                for x in HORIZONS
-            ),
-        ]
-    )
+    rows.append(["Taylor", *(f"{taylor_coefficient(1, x):.2f}, {taylor_coefficient(2, x):.3f}" for x in HORIZONS)])
     return _table(["`s`", *(f"x = {x}" for x in HORIZONS)], rows)
 
 
@@ -72,21 +61,10 @@ def intervals() -> str:
 def dvg_plans() -> str:
     """What DVG chooses for a clip by its texture and motion."""
     plans = DVG()._candidates(CLIP, (1, 2, 2), 50)
-    chosen = [
-        choose(plans, DVG().budget, *demands(texture, motion))
-        for texture, motion in CONTENTS
-    ]
+    chosen = [choose(plans, DVG().budget, *demands(texture, motion)) for texture, motion in CONTENTS]
     return _table(
-        [
-            "texture `m_s`, motion `m_t`",
-            *(f"{texture}, {motion}" for texture, motion in CONTENTS),
-        ],
-        [
-            [
-                "side `s`, frames `f`",
-                *(f"{plan.spatial:g}, {plan.frames}" for plan in chosen),
-            ]
-        ],
+        ["texture `m_s`, motion `m_t`", *(f"{texture}, {motion}" for texture, motion in CONTENTS)],
+        [["side `s`, frames `f`", *(f"{plan.spatial:g}, {plan.frames}" for plan in chosen)]],
     )
 
 
@@ -96,15 +74,9 @@ def tiers() -> str:
     for name, tolerance in TIERS.items():
         bounds = f"LPIPS at most {tolerance.max_lpips:g} and PSNR at least {tolerance.min_psnr:g} dB"
         rows.append([f'`"{name}"`', bounds, MEANT[name]])
-    heads = [
-        "`quality=`",
-        "bounds, against the full run of the same prompt and noise",
-        "for",
-    ]
+    heads = ["`quality=`", "bounds, against the full run of the same prompt and noise", "for"]
     one = next(iter(TIERS.values()))
-    shared = (
-        f"Each is for {one.share:.0%} of requests with confidence {one.confidence:.0%}."
-    )
+    shared = f"Each is for {one.share:.0%} of requests with confidence {one.confidence:.0%}."
     return f"{_table(heads, rows)}\n\n{shared}"
 
 

@@ -26,34 +26,18 @@ OUT = Path(__file__).with_name("certificate-errors.json")
 STEPS = 50
 # By cost, the most expensive first.
 SETTINGS = (
-    *(
-        f"foca:schedule=even:computed_steps={count}"
-        for count in (25, 16, 12, 9, 7, 6, 5, 4)
-    ),
+    *(f"foca:schedule=even:computed_steps={count}" for count in (25, 16, 12, 9, 7, 6, 5, 4)),
     *(f"hicache:schedule=even:computed_steps={count}" for count in (12, 9, 7)),
     *(f"leap-{count}" for count in (12, 9, 7, 5)),
 )
 
 
-def draw(
-    model: Subject,
-    attach: Attach,
-    steps: int,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-) -> torch.Tensor:
+def draw(model: Subject, attach: Attach, steps: int, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
     """Images `[B, 3, H, W]` in [0, 1]; each has a generator of its own."""
-    arguments = call_arguments(model, list(prompts), {}) | {
-        "num_inference_steps": steps,
-        "output_type": "pt",
-    }
+    arguments = call_arguments(model, list(prompts), {}) | {"num_inference_steps": steps, "output_type": "pt"}
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with attach(model.pipe):
-        return (
-            model.pipe(prompt=list(prompts), generator=generators, **arguments)
-            .images.float()
-            .cpu()
-        )
+        return model.pipe(prompt=list(prompts), generator=generators, **arguments).images.float().cpu()
 
 
 def attached(model: Subject, setting: str) -> tuple[Attach, int]:
@@ -64,14 +48,11 @@ def attached(model: Subject, setting: str) -> tuple[Attach, int]:
     return Accelerated(parse_request(setting).caching), STEPS
 
 
-def measure(
-    model: Subject, prompts: Sequence[str], seeds: Sequence[int], lpips: Lpips
-) -> list[dict[str, Any]]:
+def measure(model: Subject, prompts: Sequence[str], seeds: Sequence[int], lpips: Lpips) -> list[dict[str, Any]]:
     """One record per request: prompt, seed, and for each setting PSNR (dB, at most 100) and LPIPS."""
     references = draw(model, plain, STEPS, prompts, seeds)
     records: list[dict[str, Any]] = [
-        {"prompt": p, "seed": s, "errors": {}}
-        for p, s in zip(prompts, seeds, strict=True)
+        {"prompt": p, "seed": s, "errors": {}} for p, s in zip(prompts, seeds, strict=True)
     ]
     for setting in SETTINGS:
         attach, steps = attached(model, setting)
@@ -99,12 +80,7 @@ def main() -> None:
         numbers = range(first, min(first + given.batch, given.requests))
         prompts = [model.prompts[i % len(model.prompts)] for i in numbers]
         known += measure(model, prompts, [5000 + i for i in numbers], lpips)
-        head = {
-            "model": model.name,
-            "steps": STEPS,
-            "metrics": ["psnr", "lpips"],
-            "environment": environment(),
-        }
+        head = {"model": model.name, "steps": STEPS, "metrics": ["psnr", "lpips"], "environment": environment()}
         write_atomically(OUT, json.dumps({**head, "requests": known}) + "\n")
         print(f"{len(known)} of {given.requests}", flush=True)
 

@@ -36,12 +36,7 @@ TOLERANCES = {
 }
 
 
-ADVERSE = (
-    "leap-5",
-    "leap-7",
-    "foca:schedule=even:computed_steps=6",
-    "foca:schedule=even:computed_steps=7",
-)
+ADVERSE = ("leap-5", "leap-7", "foca:schedule=even:computed_steps=6", "foca:schedule=even:computed_steps=7")
 
 
 def adverse(values: dict[str, list[dict[str, float]]]) -> dict[str, Tolerance]:
@@ -56,9 +51,7 @@ def adverse(values: dict[str, list[dict[str, float]]]) -> dict[str, Tolerance]:
 
 def computed(setting: str) -> int:
     """Computed steps of a setting."""
-    return int(
-        setting.rpartition("=")[2] if "=" in setting else setting.rpartition("-")[2]
-    )
+    return int(setting.rpartition("=")[2] if "=" in setting else setting.rpartition("-")[2])
 
 
 def truth(tolerance: Tolerance, requests: Sequence[dict[str, float]]) -> bool:
@@ -69,56 +62,31 @@ def truth(tolerance: Tolerance, requests: Sequence[dict[str, float]]) -> bool:
 
 
 def certified(
-    tolerance: Tolerance,
-    values: dict[str, list[dict[str, float]]],
-    drawn: Sequence[int],
-    procedure: str,
+    tolerance: Tolerance, values: dict[str, list[dict[str, float]]], drawn: Sequence[int], procedure: str
 ) -> str | None:
     """The setting that a certification on some requests comes to; None if none passes."""
-    screening = {
-        name: [known[i] for i in drawn[:SCREEN]] for name, known in values.items()
-    }
+    screening = {name: [known[i] for i in drawn[:SCREEN]] for name, known in values.items()}
     kept: list[tuple[str, float]] = []
-    for name in sorted(
-        values, key=lambda name: (computed(name), tolerance.risk(screening[name]))
-    ):
+    for name in sorted(values, key=lambda name: (computed(name), tolerance.risk(screening[name]))):
         risk = tolerance.risk(screening[name])
         if all(risk < other for _, other in kept):
             kept.append((name, risk))
     order = [name for name, _ in kept[::-1]]
-    p_values = [
-        tolerance.p_value([values[name][i] for i in drawn[SCREEN:]]) for name in order
-    ]
+    p_values = [tolerance.p_value([values[name][i] for i in drawn[SCREEN:]]) for name in order]
     passed = PROCEDURES[procedure](p_values, tolerance.level)
-    return min(
-        (name for name, yes in zip(order, passed, strict=True) if yes),
-        key=computed,
-        default=None,
-    )
+    return min((name for name, yes in zip(order, passed, strict=True) if yes), key=computed, default=None)
 
 
-def naive(
-    tolerance: Tolerance,
-    values: dict[str, list[dict[str, float]]],
-    drawn: Sequence[int],
-) -> str | None:
+def naive(tolerance: Tolerance, values: dict[str, list[dict[str, float]]], drawn: Sequence[int]) -> str | None:
     """What is usually done: the cheapest setting that keeps the tolerance on the requests at hand."""
-    right = [
-        name
-        for name, known in values.items()
-        if truth(tolerance, [known[i] for i in drawn])
-    ]
+    right = [name for name, known in values.items() if truth(tolerance, [known[i] for i in drawn])]
     return min(right, key=computed, default=None)
 
 
-def simulated(
-    name: str, tolerance: Tolerance, values: dict[str, Any], requests: int, times: int
-) -> dict[str, Any]:
+def simulated(name: str, tolerance: Tolerance, values: dict[str, Any], requests: int, times: int) -> dict[str, Any]:
     """A thousand certifications of one tolerance by every procedure."""
     right = {setting: truth(tolerance, known) for setting, known in values.items()}
-    oracle = min(
-        (setting for setting, yes in right.items() if yes), key=computed, default=None
-    )
+    oracle = min((setting for setting, yes in right.items() if yes), key=computed, default=None)
     rng = np.random.default_rng(0)
     total = len(next(iter(values.values())))
     chosen: dict[str, list[str | None]] = {"sequence": [], "holm": [], "no test": []}
@@ -132,26 +100,15 @@ def simulated(
         "allowed": round(tolerance.level, 4),
         "requests": requests,
         "resamplings": times,
-        "oracle": None
-        if oracle is None
-        else {"setting": oracle, "computed_steps": computed(oracle)},
+        "oracle": None if oracle is None else {"setting": oracle, "computed_steps": computed(oracle)},
     }
     for procedure, found in chosen.items():
         costs = [computed(setting) for setting in found if setting is not None]
         row[procedure] = {
-            "violated": round(
-                statistics.fmean(
-                    setting is not None and not right[setting] for setting in found
-                ),
-                4,
-            ),
-            "nothing_certified": round(
-                statistics.fmean(setting is None for setting in found), 4
-            ),
+            "violated": round(statistics.fmean(setting is not None and not right[setting] for setting in found), 4),
+            "nothing_certified": round(statistics.fmean(setting is None for setting in found), 4),
             "computed_steps_mean": round(statistics.fmean(costs), 3) if costs else None,
-            "cost_over_oracle": round(statistics.fmean(costs) / computed(oracle), 3)
-            if costs and oracle
-            else None,
+            "cost_over_oracle": round(statistics.fmean(costs) / computed(oracle), 3) if costs and oracle else None,
         }
     print(name, json.dumps(row))
     return {"name": name, **row}
@@ -167,31 +124,18 @@ def main() -> None:
     names = measured["metrics"]
     settings = list(measured["requests"][0]["errors"])
     values = {
-        setting: [
-            dict(zip(names, one["errors"][setting], strict=True))
-            for one in measured["requests"]
-        ]
+        setting: [dict(zip(names, one["errors"][setting], strict=True)) for one in measured["requests"]]
         for setting in settings
     }
     rows = [
         simulated(name, one, values, given.requests, given.times)
         for name, one in (TOLERANCES | adverse(values)).items()
     ]
-    head = {
-        "model": measured["model"],
-        "population": len(measured["requests"]),
-        "environment": measured["environment"],
-    }
+    head = {"model": measured["model"], "population": len(measured["requests"]), "environment": measured["environment"]}
     write_atomically(OUT, json.dumps({**head, "rows": rows}, indent=1) + "\n")
-    worst = max(
-        row[procedure]["violated"] - row["allowed"]
-        for row in rows
-        for procedure in PROCEDURES
-    )
+    worst = max(row[procedure]["violated"] - row["allowed"] for row in rows for procedure in PROCEDURES)
     if worst > 0:
-        raise SystemExit(
-            f"certificates are violated {worst:.1%} more often than they say"
-        )
+        raise SystemExit(f"certificates are violated {worst:.1%} more often than they say")
 
 
 if __name__ == "__main__":

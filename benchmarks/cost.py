@@ -27,32 +27,16 @@ from torch.utils.flop_counter import FlopCounterMode
 OUT = Path(__file__).parent / "cost.json"
 TEXT, FINE, STEPS = 512, 4096, 50  # 1024x1024 pixels
 COARSE = FINE // 4
-PUBLISHED = {
-    "plain, 50 steps": 3719.5,
-    "fresco, preset=30": 1295.99,
-    "fresco, preset=18": 788.03,
-}
-Components = list[
-    tuple[int, float]
-]  # steps, and the share of the coarse tokens that is fine in them
-LATE = (
-    0.4,
-    0.65,
-    0.85,
-)  # with the default rates the last stage alone takes 0.28 of a full run
-WAN_TEXT, WAN_FRAMES, WAN_SIZE = (
-    512,
-    21,
-    (90, 160),
-)  # 81 frames of 720x1280 pixels, as latents
+PUBLISHED = {"plain, 50 steps": 3719.5, "fresco, preset=30": 1295.99, "fresco, preset=18": 788.03}
+Components = list[tuple[int, float]]  # steps, and the share of the coarse tokens that is fine in them
+LATE = (0.4, 0.65, 0.85)  # with the default rates the last stage alone takes 0.28 of a full run
+WAN_TEXT, WAN_FRAMES, WAN_SIZE = 512, 21, (90, 160)  # 81 frames of 720x1280 pixels, as latents
 
 
 @cache
 def _flux() -> FluxTransformer2DModel:
     with torch.device("meta"):
-        return FluxTransformer2DModel(
-            guidance_embeds=True
-        ).eval()  # the sizes of FLUX.1-dev
+        return FluxTransformer2DModel(guidance_embeds=True).eval()  # the sizes of FLUX.1-dev
 
 
 @cache
@@ -75,12 +59,8 @@ def flux(tokens: int) -> float:
     return _counted(
         model,
         hidden_states=torch.empty(1, tokens, model.config.in_channels, device=meta),
-        encoder_hidden_states=torch.empty(
-            1, TEXT, model.config.joint_attention_dim, device=meta
-        ),
-        pooled_projections=torch.empty(
-            1, model.config.pooled_projection_dim, device=meta
-        ),
+        encoder_hidden_states=torch.empty(1, TEXT, model.config.joint_attention_dim, device=meta),
+        pooled_projections=torch.empty(1, model.config.pooled_projection_dim, device=meta),
         timestep=torch.empty(1, device=meta),
         guidance=torch.empty(1, device=meta),
         img_ids=torch.empty(tokens, 3, device=meta),
@@ -94,13 +74,9 @@ def wan(frames: int, height: int, width: int) -> float:
     model, meta = _wan(), torch.device("meta")
     return _counted(
         model,
-        hidden_states=torch.empty(
-            1, model.config.in_channels, frames, height, width, device=meta
-        ),
+        hidden_states=torch.empty(1, model.config.in_channels, frames, height, width, device=meta),
         timestep=torch.empty(1, device=meta),
-        encoder_hidden_states=torch.empty(
-            1, WAN_TEXT, model.config.text_dim, device=meta
-        ),
+        encoder_hidden_states=torch.empty(1, WAN_TEXT, model.config.text_dim, device=meta),
     )
 
 
@@ -113,33 +89,15 @@ def images() -> list[dict[str, Any]]:
     """Text to image with FLUX.1-dev at 1024x1024."""
     full = STEPS * flux(FINE)
     rows: list[tuple[str, Components]] = [("plain, 50 steps", [(STEPS, 1.0)])]
-    presets = [Fresco(preset=p) for p in ("30", "18", "11", "9")] + [
-        RALU(preset=p) for p in ("18", "10")
-    ]
+    presets = [Fresco(preset=p) for p in ("30", "18", "11", "9")] + [RALU(preset=p) for p in ("18", "10")]
     labelled = [(f"{type(m).__name__.lower()}, preset={m.preset}", m) for m in presets]
     for label, method in [*labelled, ("bottleneck, stages=9/9", Bottleneck())]:
-        ends = method.promotions(
-            torch.linspace(1, 0, method.num_inference_steps + 1), (64, 64)
-        )
+        ends = method.promotions(torch.linspace(1, 0, method.num_inference_steps + 1), (64, 64))
         starts = [0, *(end.after for end in ends), method.num_inference_steps]
         shares = [0.0, *(end.share for end in ends)]
-        rows.append(
-            (
-                label,
-                [
-                    (b - a, share)
-                    for (a, b), share in zip(pairwise(starts), shares, strict=True)
-                ],
-            )
-        )
+        rows.append((label, [(b - a, share) for (a, b), share in zip(pairwise(starts), shares, strict=True)]))
     return [
-        _row(
-            "FLUX.1-dev, 1024x1024",
-            label,
-            sum(n * flux(mixed(share)) for n, share in parts),
-            full,
-            parts,
-        )
+        _row("FLUX.1-dev, 1024x1024", label, sum(n * flux(mixed(share)) for n, share in parts), full, parts)
         for label, parts in rows
     ]
 
@@ -147,20 +105,11 @@ def images() -> list[dict[str, Any]]:
 def edits() -> list[dict[str, Any]]:
     """Edits with FLUX.1 Kontext at 1024x1024: the tokens of the result and of the source."""
     full = STEPS * flux(2 * FINE)
-    rows = [
-        _row("FLUX.1 Kontext, 1024x1024", "plain, 50 steps", full, full, [(STEPS, 1.0)])
-    ]
-    for draft, middle, final, share in (
-        (8, 10, 2, 0.2),
-        (8, 12, 0, 0.3),
-        (6, 4, 2, 0.2),
-        (8, 8, 0, 0.2),
-    ):
+    rows = [_row("FLUX.1 Kontext, 1024x1024", "plain, 50 steps", full, full, [(STEPS, 1.0)])]
+    for draft, middle, final, share in ((8, 10, 2, 0.2), (8, 12, 0, 0.3), (6, 4, 2, 0.2), (8, 8, 0, 0.2)):
         parts = [(draft, 0.0), (middle, share), (final, 1.0)]
         spent = sum(n * flux(2 * mixed(part)) for n, part in parts)
-        label = (
-            f"specedit, {draft} + {middle} + {final} steps, {share:.0%} of the tokens"
-        )
+        label = f"specedit, {draft} + {middle} + {final} steps, {share:.0%} of the tokens"
         rows.append(_row("FLUX.1 Kontext, 1024x1024", label, spent, full, parts))
     return rows
 
@@ -169,24 +118,12 @@ def videos() -> list[dict[str, Any]]:
     """Text to video with Wan 2.1 14B, for the plans of a budget that cost least and most."""
     grid, patch = (WAN_FRAMES, *WAN_SIZE), (1, 2, 2)
     full = STEPS * wan(*grid)
-    rows = [
-        _row(
-            "Wan 2.1 14B, 81 frames of 720x1280",
-            "plain, 50 steps",
-            full,
-            full,
-            [(STEPS, 1.0)],
-        )
-    ]
+    rows = [_row("Wan 2.1 14B, 81 frames of 720x1280", "plain, 50 steps", full, full, [(STEPS, 1.0)])]
     for method in (DVG(budget=0.5), DVG(budget=0.3, rates=LATE)):
         budget, lengths = method.budget, stage_lengths(STEPS, method.rates)
         plans = feasible(method._candidates(grid, patch, STEPS), budget)
         spent = sorted(
-            (
-                sum(n * wan(*g) for n, g in zip(lengths, plan.grids, strict=True)),
-                str(plan),
-            )
-            for plan in plans
+            (sum(n * wan(*g) for n, g in zip(lengths, plan.grids, strict=True)), str(plan)) for plan in plans
         )
         for which, (cost, plan) in (("cheapest", spent[0]), ("dearest", spent[-1])):
             row = _row(
@@ -200,32 +137,15 @@ def videos() -> list[dict[str, Any]]:
     return rows
 
 
-def _row(
-    model: str, label: str, spent: float, full: float, parts: Components
-) -> dict[str, Any]:
-    row = {
-        "model": model,
-        "method": label,
-        "evaluations": sum(n for n, _ in parts),
-        "tflops": round(spent, 1),
-    }
+def _row(model: str, label: str, spent: float, full: float, parts: Components) -> dict[str, Any]:
+    row = {"model": model, "method": label, "evaluations": sum(n for n, _ in parts), "tflops": round(spent, 1)}
     published = PUBLISHED.get(label) if model.startswith("FLUX.1-dev") else None
-    return (
-        row
-        | {"ratio": round(full / spent, 2)}
-        | ({"published": published} if published else {})
-    )
+    return row | {"ratio": round(full / spent, 2)} | ({"published": published} if published else {})
 
 
 def main() -> None:
     rows = images() + edits() + videos()
-    write_atomically(
-        OUT,
-        json.dumps(
-            {"environment": environment(), "steps": STEPS, "rows": rows}, indent=1
-        )
-        + "\n",
-    )
+    write_atomically(OUT, json.dumps({"environment": environment(), "steps": STEPS, "rows": rows}, indent=1) + "\n")
     for row in rows:
         print(json.dumps(row))
 

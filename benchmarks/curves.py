@@ -20,21 +20,14 @@ from tables import emoji_flux
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "images" / "curves"
-STYLE: Any = {
-    "svg.hashsalt": "hasten",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 10,
-}
+STYLE: Any = {"svg.hashsalt": "hasten", "axes.spines.right": False, "axes.spines.top": False, "font.size": 10}
 UNSIGNED: Any = {"Date": None, "Creator": None}  # the same figures make the same file
 
 
 def points(rows: Sequence[Row], label: str, field: str) -> list[tuple[int, float]]:
     """(computed steps, value) of the rows of one arm."""
     return sorted(
-        (r.budget or 0, getattr(r, field))
-        for r in rows
-        if r.method == label and getattr(r, field) is not None
+        (r.budget or 0, getattr(r, field)) for r in rows if r.method == label and getattr(r, field) is not None
     )
 
 
@@ -48,27 +41,18 @@ def draw(result: Result, name: str, labels: list[str]) -> None:
             axes = figure.add_subplot(1, 2, index + 1)
             for label, grey in (("euler", "0.7"), ("unipc", "0.45")):
                 xy = points(result.rows, label, field)
-                axes.plot(
-                    *zip(*xy, strict=True),
-                    color=grey,
-                    linestyle="--",
-                    marker=".",
-                    label=f"plain {label}",
-                )
+                axes.plot(*zip(*xy, strict=True), color=grey, linestyle="--", marker=".", label=f"plain {label}")
             for label in labels:
                 xy = points(result.rows, label, field)
                 if xy:
-                    axes.plot(
-                        *zip(*xy, strict=True), marker="o", label=short_label(label)
-                    )
+                    axes.plot(*zip(*xy, strict=True), marker="o", label=short_label(label))
             axes.set_title(title, fontsize=10)
             axes.set_xlabel("computed steps of 50")
             axes.set_xticks(sorted({r.budget or 0 for r in result.rows}))
             axes.grid(color="0.92")
         figure.axes[1].legend(frameon=False, fontsize=8)
         write_atomically(
-            OUT / f"{name}.svg",
-            partial(figure.savefig, format="svg", metadata=UNSIGNED, facecolor="white"),
+            OUT / f"{name}.svg", partial(figure.savefig, format="svg", metadata=UNSIGNED, facecolor="white")
         )
 
 
@@ -77,13 +61,7 @@ def main() -> None:
     result, _ = emoji_flux()
     labels = [r.method for r in result.rows if r.library == "hasten"]
     for name in dict.fromkeys(label.split(":")[0] for label in labels):
-        draw(
-            result,
-            name,
-            list(
-                dict.fromkeys(label for label in labels if label.split(":")[0] == name)
-            ),
-        )
+        draw(result, name, list(dict.fromkeys(label for label in labels if label.split(":")[0] == name)))
 
 
 if __name__ == "__main__":

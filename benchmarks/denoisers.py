@@ -56,24 +56,17 @@ def peer_verdict(name: str, peer: str) -> checks.Verdict:
                 steps = subject.outputs(constant=True, shares=calls)
     except (Exception, SystemExit) as error:
         return checks.Verdict(
-            "fails",
-            detail=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}",
+            "fails", detail=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
         )
     finally:
         subject.model = model
     share = calls[-1] / calls[0]
     if not all(checks.near(step, plain) for step in steps):
         return checks.Verdict("an output is lost", share)
-    return checks.Verdict(
-        "right" if share <= checks.LARGEST_SHARE else "skips nothing", share
-    )
+    return checks.Verdict("right" if share <= checks.LARGEST_SHARE else "skips nothing", share)
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path(
-        "benchmarks/denoisers.json"
-    ),
-) -> None:
+def main(out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("benchmarks/denoisers.json")) -> None:
     """Check and write."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
@@ -81,18 +74,13 @@ def main(
     for name in track(list(checks.DENOISERS), description="denoisers"):
         row = {site: asdict(checks.subject(name).check(site)) for site in checks.SITES}
         row |= {peer: asdict(peer_verdict(name, peer)) for peer in LOOSE}
-        denoisers[name] = {
-            "kind": "transformer" if name in checks.TRANSFORMERS else "unet",
-            "cells": row,
-        }
+        denoisers[name] = {"kind": "transformer" if name in checks.TRANSFORMERS else "unet", "cells": row}
         checks.subject.cache_clear()
     seconds = time.perf_counter() - started
     result = {"environment": environment(), "seconds": seconds, "denoisers": denoisers}
     write_atomically(out, json.dumps(result, indent=1) + "\n")
     untested = sorted(checks.shipped() - set(denoisers))
-    print(
-        f"{len(denoisers)} denoisers in {seconds:.0f} s; untested: {', '.join(untested) or 'none'}"
-    )
+    print(f"{len(denoisers)} denoisers in {seconds:.0f} s; untested: {', '.join(untested) or 'none'}")
 
 
 if __name__ == "__main__":

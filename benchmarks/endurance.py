@@ -23,23 +23,16 @@ BLOCKS = 20  # rows of the result
 
 def main() -> None:
     """Call, and write after each block."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=100_000)
-    parser.add_argument(
-        "--method", default="hicache:interval=2:warmup=2", help="a method expression"
-    )
+    parser.add_argument("--method", default="hicache:interval=2:warmup=2", help="a method expression")
     parser.add_argument("--json", default="out/endurance.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
     pipe, growth = Endless(), Growth()
     with hasten.accelerate(pipe, *registry.parse(given.method)) as run:
         for _ in range(BLOCKS):
-            growth.run(
-                lambda i: pipe(5 if i % 7 == 0 else 4, 32 if i % 10 == 0 else 16),
-                max(1, given.calls // BLOCKS),
-            )
+            growth.run(lambda i: pipe(5 if i % 7 == 0 else 4, 32 if i % 10 == 0 else 16), max(1, given.calls // BLOCKS))
             content = {
                 "command": " ".join(sys.argv),
                 "torch": torch.__version__,

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hasten import Leap, fit_leap
-from hasten.bench.arms import Accelerated
+from hasten import fit_leap
+from hasten.bench.arms import Accelerated, Solved
 from hasten.bench.environment import environment
 from hasten.bench.plain import Sampler
 from hasten.bench.requests import caching_method
@@ -37,15 +37,7 @@ from torch import Tensor
 STEPS = 50
 COUNTS = (12, 9, 7, 5)
 PLAIN = ("ddim", "unipc", "unipc:lambda", "dpmpp", "dpmpp:lambda", "dpmpp:karras")
-CACHES = (
-    "reuse",
-    "taylorseer",
-    "hicache",
-    "foca",
-    "fbcache",
-    "taylorseer:schedule=even",
-    "foca:schedule=even",
-)
+CACHES = ("reuse", "taylorseer", "hicache", "foca", "fbcache", "taylorseer:schedule=even", "foca:schedule=even")
 LEARNED = 40  # images that LEAP learns from, classes in turn
 LEARNED_SEED = 1_000_000
 RESAMPLINGS = 200
@@ -70,7 +62,7 @@ def attachment(arm: str, count: int, leap: Calibration | None) -> tuple[Any, int
     """What switches an arm on for a pipeline, and the steps of its sampler."""
     if arm == "leap":
         assert leap is not None
-        return Accelerated(Leap(leap)), count
+        return Solved(leap), count
     if arm == "full":
         return lambda pipe: nullcontext(), STEPS
     if arm in PLAIN:
@@ -82,23 +74,16 @@ def attachment(arm: str, count: int, leap: Calibration | None) -> tuple[Any, int
 def interval(features: Tensor, real: Tensor) -> list[float]:
     """The middle 95 % of Frechet distances of resampled images."""
     random = torch.Generator().manual_seed(0)
-    draws = (
-        torch.randint(len(features), (len(features),), generator=random)
-        for _ in range(RESAMPLINGS)
-    )
+    draws = (torch.randint(len(features), (len(features),), generator=random) for _ in range(RESAMPLINGS))
     found = torch.tensor([frechet(features[rows], real) for rows in draws])
     return [round(float(found.quantile(q)), 3) for q in (0.025, 0.975)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/fashion-dit/data"))
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument(
-        "--json", type=Path, default=Path("benchmarks/fashion-dit.json")
-    )
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/fashion-dit.json"))
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 4.0])
     parser.add_argument("--arms", nargs="+", default=["leap", *PLAIN, *CACHES])
@@ -108,59 +93,34 @@ def main() -> None:
     judge = Judge(data, args.images)
     pipe = load_pipeline(args.weights)
     pipe.set_progress_bar_config(disable=True)
-    found: dict[str, Any] = (
-        json.loads(args.json.read_text()) if args.json.exists() else {"rows": []}
-    )
+    found: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {"rows": []}
     found |= {
         "command": "python benchmarks/fashion.py",
         "environment": environment(),
         "images": args.images,
-        "floor": judge(
-            scaled(data.train[: args.images]), data.train_labels[: args.images]
-        ),
+        "floor": judge(scaled(data.train[: args.images]), data.train_labels[: args.images]),
     }
-    known = {
-        (row["guidance"], row["arm"], row["computed_steps"]) for row in found["rows"]
-    }
+    known = {(row["guidance"], row["arm"], row["computed_steps"]) for row in found["rows"]}
     for guidance in args.guidance:
         wanted = [(arm, count) for count in COUNTS for arm in args.arms]
-        missing = [
-            (arm, count) for arm, count in wanted if (guidance, arm, count) not in known
-        ]
+        missing = [(arm, count) for arm, count in wanted if (guidance, arm, count) not in known]
         if not missing:
             continue
         leap = learned(pipe, guidance) if any(arm == "leap" for arm, _ in missing) else None
         full, labels = generate(pipe, args.images, guidance, STEPS)
-        arms = (
-            missing
-            if (guidance, "full", STEPS) in known
-            else [("full", STEPS), *missing]
-        )
+        arms = missing if (guidance, "full", STEPS) in known else [("full", STEPS), *missing]
         for arm, count in track(arms, description=f"guidance {guidance:g}"):
             attach, steps = attachment(arm, count, leap)
             started = time.perf_counter()
             with attach(pipe):
-                images = (
-                    full
-                    if arm == "full"
-                    else generate(pipe, args.images, guidance, steps)[0]
-                )
+                images = full if arm == "full" else generate(pipe, args.images, guidance, steps)[0]
             seconds = time.perf_counter() - started
-            row: dict[str, Any] = {
-                "guidance": guidance,
-                "arm": arm,
-                "computed_steps": count,
-                "seconds": seconds,
-            }
+            row: dict[str, Any] = {"guidance": guidance, "arm": arm, "computed_steps": count, "seconds": seconds}
             if bool(images.isfinite().all()):
                 row |= judge(images, labels)
                 row["frechet_interval"] = interval(judge.network.of(images), judge.real)
                 error = ((images - full) / 2).square().mean((1, 2, 3)).clamp(min=1e-10)
-                row["psnr"] = (
-                    None
-                    if arm == "full"
-                    else round(float((-10 * error.log10()).mean()), 2)
-                )
+                row["psnr"] = None if arm == "full" else round(float((-10 * error.log10()).mean()), 2)
             else:
                 row["failed"] = "values that are not finite"
             found["rows"].append(row)

@@ -37,21 +37,15 @@ from hasten.io import write_atomically
 ROOT = Path(__file__).resolve().parents[1]
 STATED = ROOT / "benchmarks" / "stated.json"
 MARK = re.compile(r"<!-- = ([^>]+?) -->([^<]*)<!-- / -->")
-GENERATED = re.compile(
-    r"<!-- (?:table|curve|tokens|cli|schema|drape) .*?<!-- end -->", re.DOTALL
-)
-CODE = re.compile(
-    r"^```.*?^```|^ {4}.*?$|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->", re.DOTALL | re.MULTILINE
-)
+GENERATED = re.compile(r"<!-- (?:table|curve|tokens|cli|schema|drape) .*?<!-- end -->", re.DOTALL)
+CODE = re.compile(r"^```.*?^```|^ {4}.*?$|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->", re.DOTALL | re.MULTILINE)
 # Not measured: versions of models and packages, and numbers of papers.
 NAMES = re.compile(
     r"\b(?:Stable Diffusion|FLUX|Wan|LTX|Emu|Qwen-Image|CogView|Lumina|ComfyUI|vLLM-Omni|SGLang|hasten|drape|torch|"
     r"diffusers|[Pp]ython|release|cache-dit|Apache|Ideogram|Kandinsky|arXiv:|SkyReels|version)[ -]?v?\d+(?:\.\d+)+"
 )
 UNIT = r"dB|per cent|%|times|ms|[KMG]i?B|[GT]?FLOPs?|seconds|minutes|s\b"
-FIGURE = re.compile(
-    rf"(?<![\w.,:/])(\d[\d,]*\.\d+(?![\w.]|,\d)|\d[\d,]*(?= ?(?:{UNIT})(?!\w)))"
-)
+FIGURE = re.compile(rf"(?<![\w.,:/])(\d[\d,]*\.\d+(?![\w.]|,\d)|\d[\d,]*(?= ?(?:{UNIT})(?!\w)))")
 
 
 def pages() -> list[Path]:
@@ -61,10 +55,7 @@ def pages() -> list[Path]:
 
 def fill_figures(text: str) -> str:
     """`text` with every marked figure as the JSON files say."""
-    return MARK.sub(
-        lambda match: f"<!-- = {match[1]} -->{_written(match[1], match[2])}<!-- / -->",
-        text,
-    )
+    return MARK.sub(lambda match: f"<!-- = {match[1]} -->{_written(match[1], match[2])}<!-- / -->", text)
 
 
 def _written(expression: str, before: str) -> str:
@@ -108,22 +99,12 @@ def _entry(name: str, path: str) -> float:
             entry = entry[key]
         elif "=" in key:
             pairs = [pair.split("=", 1) for pair in key.split("&")]
-            fitting = [
-                item
-                for item in entry
-                if all(str(item.get(name)) == value for name, value in pairs)
-            ]
+            fitting = [item for item in entry if all(str(item.get(name)) == value for name, value in pairs)]
             if len(fitting) != 1:
-                raise LookupError(
-                    f"benchmarks/{name}: {len(fitting)} entries with {key}, expected one"
-                )
+                raise LookupError(f"benchmarks/{name}: {len(fitting)} entries with {key}, expected one")
             entry = fitting[0]
         else:
-            numbers = (
-                [float(item) for item in entry if item is not None]
-                if key in OF_LISTS
-                else []
-            )
+            numbers = [float(item) for item in entry if item is not None] if key in OF_LISTS else []
             entry = OF_LISTS[key](numbers) if key in OF_LISTS else entry[int(key)]
     return float(entry) * (100 if path.endswith("%") else 1)
 
@@ -135,25 +116,16 @@ def _content(name: str) -> Any:
 
 def _figure(name: str, method: str, count: int, field: str) -> float:
     """A field of a row; `plain` is the full run, `best-plain` the plain sampler with as many steps that is nearest."""
-    rows = (
-        [_bench(name).baseline]
-        if method == "plain"
-        else [row for row in _bench(name).rows if row.budget == count]
-    )
+    rows = [_bench(name).baseline] if method == "plain" else [row for row in _bench(name).rows if row.budget == count]
     if method == "best-plain":
-        rows = sorted(
-            (row for row in rows if row.library == "plain"),
-            key=lambda row: -(row.psnr or 0.0),
-        )[:1]
+        rows = sorted((row for row in rows if row.library == "plain"), key=lambda row: -(row.psnr or 0.0))[:1]
     elif method != "plain":
         rows = [row for row in rows if row.method == method]
     for row in rows:
         value = getattr(row, field.removesuffix("%"), None)
         if value is not None:
             return float(value) * (100 if field.endswith("%") else 1)
-    raise LookupError(
-        f"benchmarks/{name}.json has no {field} of {method} at {count} computed steps"
-    )
+    raise LookupError(f"benchmarks/{name}.json has no {field} of {method} at {count} computed steps")
 
 
 @cache
@@ -187,10 +159,7 @@ def declared(page: Path) -> frozenset[float]:
         return frozenset()
     found = [item.default for item in fields(info.config)]
     if hasattr(info.config, "fit"):
-        found += [
-            parameter.default
-            for parameter in signature(info.config.fit).parameters.values()
-        ]
+        found += [parameter.default for parameter in signature(info.config.fit).parameters.values()]
     return frozenset(number for default in found for number in _numbers(default))
 
 
@@ -200,8 +169,7 @@ def unsourced(page: Path) -> list[str]:
     return [
         number
         for number in figures(page.read_text(encoding="utf-8"))
-        if not {float(number.replace(",", "")), float(number.replace(",", "")) / 100}
-        & known
+        if not {float(number.replace(",", "")), float(number.replace(",", "")) / 100} & known
     ]
 
 
@@ -213,11 +181,7 @@ def stated() -> dict[str, dict[str, list[str]]]:
 
 def unknown_figures(page: Path) -> list[str]:
     """The figures of a page that come from nowhere."""
-    known = [
-        number
-        for numbers in stated().get(str(page.relative_to(ROOT)), {}).values()
-        for number in numbers
-    ]
+    known = [number for numbers in stated().get(str(page.relative_to(ROOT)), {}).values() for number in numbers]
     found = []
     for number in unsourced(page):
         if number in known:
@@ -244,13 +208,7 @@ def main() -> None:
     if "--state" in sys.argv:
         content = json.loads(STATED.read_text()) | {"figures": _without_what_is_gone()}
         text = json.dumps(content, indent=1, ensure_ascii=False)
-        write_atomically(
-            STATED,
-            re.sub(
-                r"\[\s+([^\]]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text
-            )
-            + "\n",
-        )
+        write_atomically(STATED, re.sub(r"\[\s+([^\]]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n")
         return
     for page in pages():
         for number in unknown_figures(page):

@@ -30,12 +30,7 @@ OUT = FOLDER.parent / "docs" / "images" / "front.svg"
 COLUMNS = ("psnr", "lpips", "flops_ratio", "latency_ratio", "cache_bytes")
 QUIET = 1.5  # load average, the bench itself included, up to which times are times
 COLOURS = ("#c2570c", "#1d6fb8", "#2f8f46", "#54545e", "#8a8a94", "#8a3fb5")
-STYLE: Any = {
-    "svg.hashsalt": "hasten",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 11,
-}
+STYLE: Any = {"svg.hashsalt": "hasten", "axes.spines.right": False, "axes.spines.top": False, "font.size": 11}
 
 
 def result() -> Result:
@@ -52,17 +47,13 @@ def busy(found: Result) -> bool:
 
 def chosen(found: Result) -> dict[str, Row]:
     """Six arms at COUNT computed steps by what they are: LEAP, the best cache, the best peer, two plain ones, reuse."""
-    rows = [
-        row for row in found.measured if row.budget == COUNT and row.psnr is not None
-    ]
+    rows = [row for row in found.measured if row.budget == COUNT and row.psnr is not None]
 
     def best(fits: Callable[[Row], bool]) -> Row:
         return max((row for row in rows if fits(row)), key=lambda row: row.psnr or 0.0)
 
     picked = {
-        "ours, learned": best(
-            lambda row: row.library == "hasten" and row.method.split(":")[0] == "leap"
-        ),
+        "ours, learned": best(lambda row: row.library == "hasten" and row.method.split(":")[0] == "leap"),
         "best cache without a fit": best(
             lambda row: (
                 row.library == "hasten"
@@ -90,10 +81,7 @@ def front_table() -> str:
     found = result()
     made, quiet = found.environment, not busy(found)
     shown = [name for name in COLUMNS if quiet or name != "latency_ratio"]
-    heads = [
-        f"{COUNT} of {found.settings.steps} steps",
-        *(columns(Row)[name].heading for name in shown),
-    ]
+    heads = [f"{COUNT} of {found.settings.steps} steps", *(columns(Row)[name].heading for name in shown)]
     lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * len(shown) + "|"]
     for what, row in chosen(found).items():
         name = title(row) if what == title(row) else f"{title(row)} ({what})"
@@ -124,42 +112,19 @@ def draw() -> None:
         axes = figure.add_subplot()
         for (what, row), colour in zip(chosen(found).items(), COLOURS, strict=True):
             best = what == "best plain sampler"  # another one at each number of steps
-            of = (
-                found.best_plain()
-                if best
-                else [r for r in found.measured if (r.method, r.library) == _arm(row)]
-            )
-            points = sorted(
-                (r.budget, r.psnr) for r in of if r.budget and r.psnr is not None
-            )
-            line = (
-                "--"
-                if row.library == "plain"
-                else ":"
-                if row.library != "hasten"
-                else "-"
-            )
+            of = found.best_plain() if best else [r for r in found.measured if (r.method, r.library) == _arm(row)]
+            points = sorted((r.budget, r.psnr) for r in of if r.budget and r.psnr is not None)
+            line = "--" if row.library == "plain" else ":" if row.library != "hasten" else "-"
             label = what if best else title(row).strip("*")
-            axes.plot(
-                *zip(*points, strict=True),
-                color=colour,
-                linestyle=line,
-                marker="o",
-                label=label,
-            )
+            axes.plot(*zip(*points, strict=True), color=colour, linestyle=line, marker="o", label=label)
         axes.set_xlabel(f"computed steps of {found.settings.steps}")
         axes.set_ylabel("PSNR to the full run, dB")
-        axes.set_title(
-            f"{found.model}: nearer to the full run is higher", fontsize=11, loc="left"
-        )
+        axes.set_title(f"{found.model}: nearer to the full run is higher", fontsize=11, loc="left")
         axes.set_xticks(sorted({row.budget for row in found.measured if row.budget}))
         axes.grid(color="0.92")
         figure.legend(frameon=False, fontsize=9, loc="outside right upper")
         metadata: Any = {"Date": None, "Creator": None}
-        write_atomically(
-            OUT,
-            partial(figure.savefig, format="svg", metadata=metadata, facecolor="white"),
-        )
+        write_atomically(OUT, partial(figure.savefig, format="svg", metadata=metadata, facecolor="white"))
 
 
 if __name__ == "__main__":

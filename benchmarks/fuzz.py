@@ -46,9 +46,7 @@ def run(number: int, shrink: bool) -> str | None:
 
 def main() -> None:
     """Run seeds until so many rules have been executed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20000, help="rules to execute")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--json", default="out/fuzz.json")
@@ -74,10 +72,7 @@ def main() -> None:
             "faults": faults,
         }
         write_atomically(given.json, json.dumps(content, indent=1) + "\n")
-        print(
-            f"seed {number - 1}: {content['steps']} steps, {len(faults)} faults, {content['seconds']} s",
-            flush=True,
-        )
+        print(f"seed {number - 1}: {content['steps']} steps, {len(faults)} faults, {content['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,7 @@ from torch import Tensor
 
 SEED = 1000
 TRIED = 4  # held-out prompts on which the best plain sampler is chosen
-FAILS = (
-    ConfigError,
-    ValueError,
-    TypeError,
-    ImportError,
-    AssertionError,
-)  # of schedulers that do not fit a pipeline
+FAILS = (ConfigError, ValueError, TypeError, ImportError, AssertionError)  # of schedulers that do not fit a pipeline
 
 Calls = list[dict[str, Any]]
 
@@ -58,18 +52,12 @@ class HeldOut:
     batch: int
     work: Path
 
-    def calls(
-        self, scale: float | None, *, learn: bool = False, many: int | None = None
-    ) -> Calls:
+    def calls(self, scale: float | None, *, learn: bool = False, many: int | None = None) -> Calls:
         """Arguments of the held-out calls, or of those to learn from, at a scale of true guidance or without it."""
         prompts = self.model.prompts
         chosen = prompts[-self.learn :] if learn else prompts[: many or self.many]
-        guidance = (
-            {} if scale is None else {"true_cfg_scale": scale, "negative_prompt": ""}
-        )
-        return tuning_calls(
-            self.model, chosen, SEED if learn else 0, self.steps, guidance, self.batch
-        )
+        guidance = {} if scale is None else {"true_cfg_scale": scale, "negative_prompt": ""}
+        return tuning_calls(self.model, chosen, SEED if learn else 0, self.steps, guidance, self.batch)
 
     def draw(self, calls: Calls, steps: int | None = None) -> list[Tensor]:
         """Images `[3, H, W]` or clips `[F, 3, H, W]` in [0, 1]."""
@@ -80,20 +68,10 @@ class HeldOut:
         replay.rewind()
         return images
 
-    def recorded(
-        self,
-        scale: float | None,
-        *,
-        learn: bool,
-        site: str = "hidden",
-        many: int | None = None,
-    ) -> Trace:
+    def recorded(self, scale: float | None, *, learn: bool, site: str = "hidden", many: int | None = None) -> Trace:
         """What the transformer does in the calls to learn from or the held-out ones, or so many of them; all tokens."""
         replay = Replay(self.calls(scale, learn=learn))
-        calls = [
-            partial(lambda i: self.model.pipe(**replay[i]), i)
-            for i in range(len(replay))
-        ]
+        calls = [partial(lambda i: self.model.pipe(**replay[i]), i) for i in range(len(replay))]
         return hasten.record(self.model.pipe, calls[:many], site=site, tokens=4096)
 
     def references(self, scale: float | None) -> list[Tensor]:
@@ -101,12 +79,7 @@ class HeldOut:
         file = self.work / f"reference-{self.steps}-{scale}-{self.many}.safetensors"
         if not file.exists():
             images = self.draw(self.calls(scale))
-            write_atomically(
-                file,
-                save(
-                    {f"{i:04d}": image.contiguous() for i, image in enumerate(images)}
-                ),
-            )
+            write_atomically(file, save({f"{i:04d}": image.contiguous() for i, image in enumerate(images)}))
         return [image for _, image in sorted(load_file(file).items())]
 
     def quality(self, images: Sequence[Tensor], scale: float | None) -> list[float]:
@@ -114,9 +87,7 @@ class HeldOut:
         pairs = zip(images, self.references(scale), strict=False)
         return [round(over_frames(psnr, a, b), 3) for a, b in pairs]
 
-    def best_plain(
-        self, count: int, scale: float | None
-    ) -> tuple[str, dict[str, float]]:
+    def best_plain(self, count: int, scale: float | None) -> tuple[str, dict[str, float]]:
         """The label of the best plain sampler with `count` steps, and mean PSNR on the first prompts of all of them."""
         samplers, tried = plain_samplers(), {}
         few = self.calls(scale, many=TRIED)

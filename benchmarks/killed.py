@@ -38,19 +38,7 @@ from hasten.io import Kind, read_record, read_tensors, write_atomically
 from PIL import Image
 
 SMALL = ("--steps", "6", "--height", "32", "--width", "32")
-TUNE = (
-    "--computed-steps",
-    "3",
-    "--prompts",
-    "2",
-    "--held-out",
-    "1",
-    *SMALL,
-    "--trials",
-    "2",
-    "--rounds",
-    "1",
-)
+TUNE = ("--computed-steps", "3", "--prompts", "2", "--held-out", "1", *SMALL, "--trials", "2", "--rounds", "1")
 WALKS = ("--fps", "0.5", "--size", "64", "--cloth", "skinned")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "calibrate": (
@@ -100,9 +88,7 @@ def prepare(folder: Path) -> None:
 
     codes = np.random.default_rng(0).standard_normal((1200, 8))
     write_atomically(folder / "codebook.npy", lambda file: np.save(file, codes))
-    write_atomically(
-        folder / "prompts.txt", "red apple\nblue car\nowl\nred apple\ncat\n"
-    )
+    write_atomically(folder / "prompts.txt", "red apple\nblue car\nowl\nred apple\ncat\n")
     write_shards(folder / "fine", np.arange(480).reshape(80, 6) % 24, 24)
     flat_map(24).save(folder / "map.safetensors")
 
@@ -119,10 +105,7 @@ def use_made_up_detectors() -> None:
             self.sign = sign
 
         def candidates(self, images: torch.Tensor) -> Candidates:
-            redness = (
-                self.sign * (images[:, 0] - images[:, 2]).mean(dim=(1, 2)) * 10
-                + self.bias
-            )
+            redness = self.sign * (images[:, 0] - images[:, 2]).mean(dim=(1, 2)) * 10 + self.bias
             box = torch.tensor([0.0, 0, 64, 64]).expand(len(images), 1, 4)
             return Candidates(box, redness.clamp(0.01, 0.99)[:, None])
 
@@ -177,9 +160,7 @@ def finish(command: Sequence[str], folder: Path) -> float:
     started = time.monotonic()
     _, status = os.waitpid(start(command, folder), 0)
     if status:
-        raise SystemExit(
-            f"{' '.join(command)} ended with {status}: {(folder / 'said').read_text()[-2000:]}"
-        )
+        raise SystemExit(f"{' '.join(command)} ended with {status}: {(folder / 'said').read_text()[-2000:]}")
     return time.monotonic() - started
 
 
@@ -196,26 +177,17 @@ def content_of(path: Path) -> Any:
         try:
             tensors, content = read_tensors(path, anything(_kind_of(path)))
         except HastenError:
-            from safetensors.numpy import (
-                load_file,
-            )  # an exported model, whose digest is in its facts
+            from safetensors.numpy import load_file  # an exported model, whose digest is in its facts
 
             return {name: array.tolist() for name, array in load_file(path).items()}
-        return {
-            "content": content,
-            **{name: array.tolist() for name, array in tensors.items()},
-        }
+        return {"content": content, **{name: array.tolist() for name, array in tensors.items()}}
     if path.suffix == ".json":
         return _json(path)
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text().splitlines()]
     if path.suffix == ".npz":
         with np.load(path) as arrays:
-            return {
-                name: arrays[name].tolist()
-                for name in arrays.files
-                if name != "about.json"
-            }
+            return {name: arrays[name].tolist() for name in arrays.files if name != "about.json"}
     if path.suffix in (".png", ".webp"):
         with Image.open(path) as image:
             image.load()
@@ -238,11 +210,7 @@ def anything(kind: str) -> Kind[Any]:
 def _kind_of(path: Path) -> str:
     with path.open("rb") as file:
         table = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return (
-        str(json.loads(table["__metadata__"]["hasten"])["kind"])
-        if "hasten" in table.get("__metadata__", {})
-        else ""
-    )
+    return str(json.loads(table["__metadata__"]["hasten"])["kind"]) if "hasten" in table.get("__metadata__", {}) else ""
 
 
 def _json(path: Path) -> Any:
@@ -261,16 +229,12 @@ def _json(path: Path) -> Any:
 def contents(folder: Path) -> dict[str, Any]:
     """Every file of a folder but temporaries and what an unfinished run keeps hidden, by name."""
     found = sorted(
-        path
-        for path in (folder / "out").rglob("*")
-        if path.is_file() and not path.name.endswith((".tmp", ".lock"))
+        path for path in (folder / "out").rglob("*") if path.is_file() and not path.name.endswith((".tmp", ".lock"))
     )
     return {path.relative_to(folder).as_posix(): content_of(path) for path in found}
 
 
-def leaves(
-    value: Any, place: tuple[Any, ...] = ()
-) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Every plain value, by its place; long lists of numbers are one."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
@@ -285,19 +249,12 @@ def leaves(
 def differing(one: Any, other: Any) -> set[tuple[Any, ...]]:
     """Places of the values in which two contents differ."""
     a, b = dict(leaves(one)), dict(leaves(other))
-    return {
-        place
-        for place in a.keys() | b.keys()
-        if place not in a or place not in b or a[place] != b[place]
-    }
+    return {place for place in a.keys() | b.keys() if place not in a or place not in b or a[place] != b[place]}
 
 
 def named(places: set[tuple[Any, ...]]) -> str:
     """Their names, each once."""
-    names = {
-        "/".join(str(key) for key in place[-2:] if not isinstance(key, int))
-        for place in places
-    }
+    names = {"/".join(str(key) for key in place[-2:] if not isinstance(key, int)) for place in places}
     return ", ".join(sorted(names)) or "nothing"
 
 
@@ -316,9 +273,7 @@ class Outcome:
     leftovers: int = 0
 
 
-def trial(
-    command: Sequence[str], inputs: Path, kills: int, rng: random.Random
-) -> tuple[Outcome, str]:
+def trial(command: Sequence[str], inputs: Path, kills: int, rng: random.Random) -> tuple[Outcome, str]:
     """Kill a command; returns what came of it, and the names of what differs between undisturbed runs."""
 
     def fresh(name: str) -> Path:
@@ -340,9 +295,7 @@ def trial(
         pid = start(command, folder)
         time.sleep(rng.uniform(0, seconds))
         outcome.kills += 1
-        os.kill(
-            pid, signal.SIGKILL
-        )  # one that has ended is there until it is waited for
+        os.kill(pid, signal.SIGKILL)  # one that has ended is there until it is waited for
         _, status = os.waitpid(pid, 0)
         outcome.after_the_end += not os.WIFSIGNALED(status)
         try:
@@ -356,28 +309,17 @@ def trial(
             outcome.failed += 1
             print(f"  {stop}", flush=True)
             continue
-        found = {
-            place
-            for place in differing(expected, contents(folder)) - known
-            if "seconds" not in str(place)
-        }
+        found = {place for place in differing(expected, contents(folder)) - known if "seconds" not in str(place)}
         if found:
             outcome.unequal += 1
-            print(
-                f"  unequal: {named(found)} at {sorted(map(str, found))[:5]}",
-                flush=True,
-            )
+            print(f"  unequal: {named(found)} at {sorted(map(str, found))[:5]}", flush=True)
         outcome.leftovers += len(list((folder / "out").rglob(".*")))
     return outcome, f"{seconds:.1f} s; not compared: {named(known)}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "commands", nargs="*", choices=[[], *COMMANDS], help="all of them by default"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", nargs="*", choices=[[], *COMMANDS], help="all of them by default")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -385,9 +327,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     load_libraries()
     use_made_up_detectors()
-    print(
-        "| command | kills | torn | reruns that failed | unequal | leftovers | undisturbed |"
-    )
+    print("| command | kills | torn | reruns that failed | unequal | leftovers | undisturbed |")
     print("|---|--:|--:|--:|--:|--:|---|", flush=True)
     bad = 0
     for name in args.commands or COMMANDS:
@@ -395,12 +335,8 @@ def main() -> None:
             inputs = Path(work) / "inputs"
             inputs.mkdir()
             prepare(inputs)
-            found, about = trial(
-                COMMANDS[name], inputs, args.kills, random.Random(args.seed)
-            )
-            late = (
-                f" ({found.after_the_end} after the end)" if found.after_the_end else ""
-            )
+            found, about = trial(COMMANDS[name], inputs, args.kills, random.Random(args.seed))
+            late = f" ({found.after_the_end} after the end)" if found.after_the_end else ""
             print(
                 f"| {name} | {found.kills}{late} | {found.torn} | {found.failed} | {found.unequal} | "
                 f"{found.leftovers} | {about} |",

@@ -37,12 +37,7 @@ def decibels(fitter: Fitter, leap: Leap) -> list[float]:
     for call, columns in zip(leap.calls, leap.columns, strict=True):
         goal = fitter.references.states[call][-1]
         off = combine(columns, leap.rows[-1]) - goal
-        found.append(
-            float(
-                -10
-                * (off.double().square().sum() / goal.double().square().sum()).log10()
-            )
-        )
+        found.append(float(-10 * (off.double().square().sum() / goal.double().square().sum()).log10()))
     return found
 
 
@@ -72,27 +67,17 @@ def measured(fitter: Fitter, times: list[float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-flux")
-    parser.add_argument(
-        "--guidance", type=float, help="true classifier-free guidance; none by default"
-    )
+    parser.add_argument("--guidance", type=float, help="true classifier-free guidance; none by default")
     parser.add_argument("--counts", type=int, nargs="+", default=[9, 7])
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/leap-limits.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = open_model(options.model)
-    guided = (
-        {}
-        if options.guidance is None
-        else {"true_cfg_scale": options.guidance, "negative_prompt": ""}
-    )
-    replay = Replay(
-        tuning_calls(model, model.prompts[: options.images], 0, STEPS, guided, 1)
-    )
+    guided = {} if options.guidance is None else {"true_cfg_scale": options.guidance, "negative_prompt": ""}
+    replay = Replay(tuning_calls(model, model.prompts[: options.images], 0, STEPS, guided, 1))
     references = record_references(model.pipe, replay, lambda _done, _total: None)
     rows = []
     for count in options.counts:
@@ -100,33 +85,12 @@ def main() -> None:
             if form == "passes" and not references.differences:
                 continue
             fitter = Fitter(Evaluator(model.pipe, replay), references, 1e-6, width)
-            times = [
-                references.plain.timesteps[step]
-                for step in Surrogate(references, width).best(count, WEIGHT)
-            ]
+            times = [references.plain.timesteps[step] for step in Surrogate(references, width).best(count, WEIGHT)]
             with fitter.evaluator.probing():
-                rows.append(
-                    {"evaluations": count, "columns": form, **measured(fitter, times)}
-                )
-            print(
-                {
-                    name: value
-                    for name, value in rows[-1].items()
-                    if name not in ("together", "alone")
-                },
-                flush=True,
-            )
-    about = {
-        "model": options.model,
-        "guidance": options.guidance,
-        "images": options.images,
-        "steps": STEPS,
-    }
-    write_atomically(
-        options.out,
-        json.dumps({"environment": environment(), **about, "rows": rows}, indent=1)
-        + "\n",
-    )
+                rows.append({"evaluations": count, "columns": form, **measured(fitter, times)})
+            print({name: value for name, value in rows[-1].items() if name not in ("together", "alone")}, flush=True)
+    about = {"model": options.model, "guidance": options.guidance, "images": options.images, "steps": STEPS}
+    write_atomically(options.out, json.dumps({"environment": environment(), **about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

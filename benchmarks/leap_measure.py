@@ -40,16 +40,10 @@ RESAMPLES = 2000
 
 def main() -> None:
     """Fit and measure what is not there yet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-flux")
-    parser.add_argument(
-        "--guidance", type=float, help="true classifier-free guidance; none by default"
-    )
-    parser.add_argument(
-        "--guidances", default="", help="scales for one file, such as 1.5,3,5"
-    )
+    parser.add_argument("--guidance", type=float, help="true classifier-free guidance; none by default")
+    parser.add_argument("--guidances", default="", help="scales for one file, such as 1.5,3,5")
     parser.add_argument(
         "--at",
         default="",
@@ -72,9 +66,7 @@ def main() -> None:
         action="store_true",
         help="measure the file that comes with the model as well",
     )
-    parser.add_argument(
-        "--half", action="store_true", help="measure LEAP in bfloat16 as well"
-    )
+    parser.add_argument("--half", action="store_true", help="measure LEAP in bfloat16 as well")
     parser.add_argument(
         "--ablation",
         default="",
@@ -104,16 +96,11 @@ class Measure:
         self.fits: dict[str, Any] = known.get("fits", {})
         self.work = options.work / self.out.stem
         self.work.mkdir(parents=True, exist_ok=True)
-        self.held_out = HeldOut(
-            self.model, STEPS, options.learn, options.held_out, options.batch, self.work
-        )
+        self.held_out = HeldOut(self.model, STEPS, options.learn, options.held_out, options.batch, self.work)
 
     def write(self) -> None:
         """Write everything measured so far, with what can be computed from it."""
-        about = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(self.options).items()
-        }
+        about = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.options).items()}
         content = {
             "environment": environment(),
             "options": about,
@@ -165,15 +152,11 @@ class Measure:
             if hook:
                 with hasten.accelerate(self.pipe, Leap(fit)):
                     return self.held_out.draw(calls, count)
-            return self.scheduled(
-                LeapScheduler.of(fit, self.pipe, guidance=scale), calls, count
-            )
+            return self.scheduled(LeapScheduler.of(fit, self.pipe, guidance=scale), calls, count)
 
         self.measure(name, count, scale, draw)
 
-    def scheduled(
-        self, scheduler: Any, calls: list[dict[str, Any]], count: int
-    ) -> list[Tensor]:
+    def scheduled(self, scheduler: Any, calls: list[dict[str, Any]], count: int) -> list[Tensor]:
         """Images with another scheduler."""
         original, self.pipe.scheduler = self.pipe.scheduler, scheduler
         try:
@@ -225,21 +208,13 @@ class Measure:
             self.pipe,
             self.held_out.calls(scale, learn=True),
             counts,
-            guidances=[one for one in scales if one is not None]
-            if len(scales) > 1
-            else (),
+            guidances=[one for one in scales if one is not None] if len(scales) > 1 else (),
             known=known,
             keep=lambda fit: fit.save(file),
-            progress=lambda count, done, total, error: print(
-                name, count, done, total, f"{error:.3g}", flush=True
-            ),
+            progress=lambda count, done, total, error: print(name, count, done, total, f"{error:.3g}", flush=True),
             **asked,
         )
-        seconds = (
-            self.fits.get(name, {}).get("cpu_seconds", 0.0)
-            + time.process_time()
-            - started
-        )
+        seconds = self.fits.get(name, {}).get("cpu_seconds", 0.0) + time.process_time() - started
         self.fits[name] = {
             "report": fitted.report,
             "options": asked,
@@ -251,25 +226,15 @@ class Measure:
 
     def plain(self, count: int, scale: float | None) -> None:
         """Euler, and the best of all solvers and spacings on the first prompts."""
-        self.measure(
-            "euler", count, scale, lambda calls: self.held_out.draw(calls, count)
-        )
+        self.measure("euler", count, scale, lambda calls: self.held_out.draw(calls, count))
         if any(
-            row["name"].startswith("best plain")
-            and (row["count"], row["guidance"]) == (count, scale)
+            row["name"].startswith("best plain") and (row["count"], row["guidance"]) == (count, scale)
             for row in self.rows.values()
         ):
             return
         best, tried = self.held_out.best_plain(count, scale)
         draw = self.held_out.plain(best)
-        self.measure(
-            "best plain",
-            count,
-            scale,
-            lambda calls: draw(calls, count),
-            sampler=best,
-            tried=tried,
-        )
+        self.measure("best plain", count, scale, lambda calls: draw(calls, count), sampler=best, tried=tried)
 
     def old(self, scale: float | None) -> None:
         """The file that comes with the model: coefficients of release 0.1.0, fitted without guidance."""
@@ -284,12 +249,7 @@ class Measure:
         for scale in [*self.guidances, *numbers(self.options.at)]:
             own = self.fit(f"own-{scale:g}", counts, [scale])
             for count in counts:
-                self.measure(
-                    "euler",
-                    count,
-                    scale,
-                    lambda calls, n=count: self.held_out.draw(calls, n),
-                )
+                self.measure("euler", count, scale, lambda calls, n=count: self.held_out.draw(calls, n))
                 self.leap(shared, count, scale, "leap, one file")
                 self.leap(own, count, scale, "leap, own fit")
 
@@ -352,14 +312,7 @@ class Measure:
                 "count": count,
                 "guidance": scale,
             } | {
-                name: float(
-                    np.median(
-                        [
-                            over_frames(psnr, a, b)
-                            for a, b in zip(drawn, images, strict=True)
-                        ]
-                    )
-                )
+                name: float(np.median([over_frames(psnr, a, b) for a, b in zip(drawn, images, strict=True)]))
                 for name, images in against.items()
             }
             self.write()
@@ -382,16 +335,10 @@ class Measure:
                 ),
                 None,
             )
-            if (
-                own is None
-                or "psnr" not in row
-                or row["name"] in ("leap", "leap, one file")
-            ):
+            if own is None or "psnr" not in row or row["name"] in ("leap", "leap, one file"):
                 continue
             lead = np.asarray(own["psnr"]) - np.asarray(row["psnr"])
-            means = np.median(
-                lead[rng.integers(len(lead), size=(RESAMPLES, len(lead)))], axis=1
-            )
+            means = np.median(lead[rng.integers(len(lead), size=(RESAMPLES, len(lead)))], axis=1)
             low, high = np.quantile(means, (0.025, 0.975))
             found[key] = {
                 "lead": float(np.median(lead)),

@@ -21,26 +21,14 @@ import matrix as checks
 import tiny
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path(
-        "benchmarks/matrix.json"
-    ),
-) -> None:
+def main(out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("benchmarks/matrix.json")) -> None:
     """Check and write."""
     cells: dict[str, dict[str, Any]] = {}
     for name in track(list(tiny.TINY), description="families"):
-        cells[name] = {
-            method: asdict(checks.family(name).check(method))
-            for method in checks.caching_methods()
-        }
+        cells[name] = {method: asdict(checks.family(name).check(method)) for method in checks.caching_methods()}
     result = {"environment": environment(), "steps": checks.STEPS, "cells": cells}
     write_atomically(out, json.dumps(result, indent=1) + "\n")
-    wrong = [
-        (n, m)
-        for n, row in cells.items()
-        for m, cell in row.items()
-        if not cell["exact"] or cell["traces"]
-    ]
+    wrong = [(n, m) for n, row in cells.items() for m, cell in row.items() if not cell["exact"] or cell["traces"]]
     print(f"{sum(map(len, cells.values()))} cells, {len(wrong)} wrong: {wrong}")
 
 

@@ -24,20 +24,9 @@ ORDERS = {"taylorseer": (1, 2), "hicache": (1, 2), "freqca": (2,)}
 
 def _calibration(method: str, model: Any, site: str) -> Calibration:
     """A calibration with the shapes of a real one; the memory of a method does not depend on its numbers."""
-    print_ = Fingerprint(
-        type(model).__name__,
-        model_digest(model),
-        "",
-        "",
-        tuple(range(50)),
-        ("pass0",),
-        None,
-        site,
-    )
+    print_ = Fingerprint(type(model).__name__, model_digest(model), "", "", tuple(range(50)), ("pass0",), None, site)
     t = torch.linspace(0, 1, 50, dtype=torch.float64)
-    features = torch.stack(
-        [torch.ones_like(t), t, (5 * t).sin()], 1
-    )  # smooth, so that solvers want three anchors
+    features = torch.stack([torch.ones_like(t), t, (5 * t).sin()], 1)  # smooth, so that solvers want three anchors
     gram = features @ features.T
     tensors = {
         "gram/pass0": gram,
@@ -49,16 +38,10 @@ def _calibration(method: str, model: Any, site: str) -> Calibration:
     return Calibration(method, tensors, print_)
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path(
-        "benchmarks/memory.json"
-    ),
-) -> None:
+def main(out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("benchmarks/memory.json")) -> None:
     """Compute and write."""
     with torch.device("meta"):
-        model = FluxTransformer2DModel(
-            guidance_embeds=True
-        )  # the defaults are FLUX.1-dev's
+        model = FluxTransformer2DModel(guidance_embeds=True)  # the defaults are FLUX.1-dev's
     parameters = sum(p.numel() for p in model.parameters())
     rows = []
     for info in registry.methods():
@@ -66,24 +49,18 @@ def main(
             continue
         for site in ("hidden", "output", "module"):
             for order in ORDERS.get(info.name, (None,)):
-                params: dict[str, Any] = {"site": site} | (
-                    {} if order is None else {"order": order}
-                )
+                params: dict[str, Any] = {"site": site} | ({} if order is None else {"order": order})
                 if info.needs_calibration:
                     params["calibration"] = _calibration(info.name, model, site)
                 try:
                     method = registry.build(info.name, **params)
                 except UnknownNameError:  # the method has no such site
                     continue
-                if (
-                    info.name == "l2p"
-                ):  # the longest history that its published lists have
+                if info.name == "l2p":  # the longest history that its published lists have
                     method = registry.build(info.name, **params, window=11)
                 with hasten.accelerate(model, method) as run:
                     held = run.estimate_bytes(IMAGE_TOKENS, text_tokens=TEXT_TOKENS)
-                rows.append(
-                    {"method": info.name, "site": site, "order": order, "bytes": held}
-                )
+                rows.append({"method": info.name, "site": site, "order": order, "bytes": held})
     result = {
         "model": "FluxTransformer2DModel at the size of FLUX.1-dev",
         "parameters": parameters,
@@ -95,9 +72,7 @@ def main(
     write_atomically(out, json.dumps(result, indent=1) + "\n")
     for row in rows:
         order = "" if row["order"] is None else f" order {row['order']}"
-        print(
-            f"{row['method']}{order:9s} {row['site']:7s} {row['bytes'] / 2**20:9.1f} MiB"
-        )
+        print(f"{row['method']}{order:9s} {row['site']:7s} {row['bytes'] / 2**20:9.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,7 @@ class Clock:
     def __init__(self, folder: Path) -> None:
         self.folder, self.began = folder, time.monotonic()
         self.seconds: dict[str, float] = {}
-        self.environment = {
-            name: value for name, value in os.environ.items() if name not in LEFT_OUT
-        }
+        self.environment = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
 
     def note(self, what: str) -> None:
         """Write down that something is there now."""
@@ -43,24 +41,13 @@ class Clock:
 
     def run(self, what: str, *command: str, text: str | None = None) -> None:
         """Run a command in the folder; it has to succeed."""
-        subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            input=text,
-            text=True,
-            check=True,
-        )
+        subprocess.run(command, cwd=self.folder, env=self.environment, input=text, text=True, check=True)
         self.note(what)
 
 
 def python_blocks(page: Path) -> list[str]:
     """The Python of a page, block by block, as it stands."""
-    return re.findall(
-        r"^```python\n(.*?)^```$",
-        page.read_text(encoding="utf-8"),
-        flags=re.DOTALL | re.MULTILINE,
-    )
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
 def watch(clock: Clock, folder: Path, done: threading.Event) -> None:
@@ -73,9 +60,7 @@ def watch(clock: Clock, folder: Path, done: threading.Event) -> None:
 
 def main() -> None:
     """Go the way, and write the times."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--folder", type=Path, help="a clone that is there already")
     options = parser.parse_args()
@@ -93,22 +78,13 @@ def main() -> None:
     finally:
         done.set()
         watching.join()
-    python, blocks = (
-        str(folder / ".venv" / "bin" / "python"),
-        python_blocks(folder / "docs" / "tutorial" / "index.md"),
-    )
+    python, blocks = str(folder / ".venv" / "bin" / "python"), python_blocks(folder / "docs" / "tutorial" / "index.md")
     clock.run("own prompt", python, "-", text=blocks[0].replace("red apple", OWN))
-    certified = next(
-        number for number, block in enumerate(blocks) if "run_certify(" in block
-    )
+    certified = next(number for number, block in enumerate(blocks) if "run_certify(" in block)
     clock.run("certified setting", python, "-", text="\n".join(blocks[: certified + 1]))
     clock.run("all of the tutorial", python, "-", text="\n".join(blocks))
     commit = subprocess.run(
-        ("git", "rev-parse", "--short=12", "HEAD"),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
+        ("git", "rev-parse", "--short=12", "HEAD"), cwd=folder, capture_output=True, text=True, check=True
     )
     told = {
         "command": f"python benchmarks/newcomer.py {' '.join(sys.argv[1:])}",

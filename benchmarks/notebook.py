@@ -21,31 +21,15 @@ NOTEBOOK = PAGE.with_name("first-steps.ipynb")
 def notebook(text: str) -> dict[str, Any]:
     """Cells of the page in order: its Python blocks are code, all else is text."""
     cells: list[dict[str, Any]] = []
-    for i, part in enumerate(
-        re.split(r"^```python\n(.*?)^```\n", text, flags=re.DOTALL | re.MULTILINE)
-    ):
+    for i, part in enumerate(re.split(r"^```python\n(.*?)^```\n", text, flags=re.DOTALL | re.MULTILINE)):
         source = part.strip("\n").splitlines(keepends=True)
         if source:
-            kind: dict[str, Any] = {
-                "cell_type": "code",
-                "execution_count": None,
-                "outputs": [],
-            }
+            kind: dict[str, Any] = {"cell_type": "code", "execution_count": None, "outputs": []}
             cells.append(
-                {
-                    **(kind if i % 2 else {"cell_type": "markdown"}),
-                    "id": f"cell-{i}",
-                    "metadata": {},
-                    "source": source,
-                }
+                {**(kind if i % 2 else {"cell_type": "markdown"}), "id": f"cell-{i}", "metadata": {}, "source": source}
             )
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return {
-        "cells": cells,
-        "metadata": {"kernelspec": kernel},
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
+    return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
 
 def text() -> str:
@@ -56,8 +40,6 @@ def text() -> str:
 if __name__ == "__main__":
     if "--check" in sys.argv:
         sys.exit(
-            f"{NOTEBOOK} is older than {PAGE}; run benchmarks/notebook.py"
-            if NOTEBOOK.read_text() != text()
-            else 0
+            f"{NOTEBOOK} is older than {PAGE}; run benchmarks/notebook.py" if NOTEBOOK.read_text() != text() else 0
         )
     write_atomically(NOTEBOOK, text())

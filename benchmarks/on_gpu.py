@@ -33,9 +33,7 @@ def gpu_table() -> str:
     result = read("flux")
     rows = {row["name"]: row for row in result["rows"]}
     plain = rows["plain, 50 steps"]
-    lines = [
-        "| 9 of 50 steps computed | time of a call | times faster | a skipped step | memory above plain |"
-    ]
+    lines = ["| 9 of 50 steps computed | time of a call | times faster | a skipped step | memory above plain |"]
     lines += [
         "|---|--:|--:|--:|--:|",
         f"| plain, 50 steps | {plain['total_ms'] / 1e3:.2f} s | 1.00 | | |",
@@ -51,20 +49,18 @@ def gpu_table() -> str:
     device = result["environment"]["device"].removeprefix("cuda: ")
     lines += [
         "",
-        f"Measured on one {device}: a transformer of FLUX.1-dev's size ({result['parameters'] / 1e9:.1f} billion parameters) with "
-        f"random bfloat16 weights, 1024x1024 ({result['image_tokens']:,} + {result['text_tokens']} tokens), eager, "
-        f"torch {result['environment']['torch']}, diffusers {result['environment']['diffusers']}, {calls(rows)}. A "
-        f"computed step took {min(steps):.0f} to {max(steps):.0f} ms from arm to arm: differences below two per cent say "
-        "nothing. Random weights say nothing about quality.",
+        f"Measured on one {device}: a transformer of FLUX.1-dev's size ({result['parameters'] / 1e9:.1f} billion "
+        f"parameters) with random bfloat16 weights, 1024x1024 ({result['image_tokens']:,} + {result['text_tokens']} "
+        f"tokens), eager, torch {result['environment']['torch']}, diffusers {result['environment']['diffusers']}, "
+        f"{calls(rows)}. A computed step took {min(steps):.0f} to {max(steps):.0f} ms from arm to arm: differences "
+        "below two per cent say nothing. Random weights say nothing about quality.",
     ]
     return "\n".join(lines)
 
 
 def calls(rows: dict[str, dict[str, Any]]) -> str:
     """How often each arm was called and timed."""
-    least, most = (
-        f(row["rounds"] for row in rows.values() if "rounds" in row) for f in (min, max)
-    )
+    least, most = (f(row["rounds"] for row in rows.values() if "rounds" in row) for f in (min, max))
     counts = str(least) if least == most else f"{least} to {most}"
     return f"{counts} timed call{'s' if most > 1 else ''} per arm"
 
@@ -77,21 +73,13 @@ def targets_table() -> str:
     ]
     for name in ("flux", "exact", "resolution", "streaming"):
         result = read(name)
-        judged = {
-            key: target
-            for key, target in result["targets"].items()
-            if target["passed"] is not None
-        }
+        judged = {key: target for key, target in result["targets"].items() if target["passed"] is not None}
         missed = [
             f"{key}: {target['value']:.3g} of {target['target']:g}"
             for key, target in judged.items()
             if not target["passed"]
         ]
-        gone = [row["name"] for row in result["rows"] if "failed" in row] + result[
-            "left_out"
-        ]
+        gone = [row["name"] for row in result["rows"] if "failed" in row] + result["left_out"]
         met = len(judged) - len(missed)
-        lines.append(
-            f"| `{name}` | {met} of {len(judged)} | {'; '.join(missed) or '-'} | {'; '.join(gone) or '-'} |"
-        )
+        lines.append(f"| `{name}` | {met} of {len(judged)} | {'; '.join(missed) or '-'} | {'; '.join(gone) or '-'} |")
     return "\n".join(lines)

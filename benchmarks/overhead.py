@@ -30,38 +30,12 @@ from hasten.io import write_atomically
 from rich.progress import track
 
 TOKENS, TEXT, STEPS, INTERVAL = 64, 8, 50, 7
-METHODS = [
-    (method, site)
-    for site in ("hidden", "output", "module")
-    for method in ("reuse", "taylorseer", "hicache")
-]
-METHODS += [
-    ("foca", "hidden"),
-    ("freqca", "hidden"),
-    ("fbcache", "hidden"),
-    ("easycache", "output"),
-]
-TAYLORSEER = {
-    "cache_interval": INTERVAL,
-    "disable_cache_before_step": 3,
-    "max_order": 1,
-}
-DBCACHE = {
-    "Fn_compute_blocks": 1,
-    "Bn_compute_blocks": 0,
-    "num_inference_steps": STEPS,
-    "max_warmup_steps": 3,
-}
+METHODS = [(method, site) for site in ("hidden", "output", "module") for method in ("reuse", "taylorseer", "hicache")]
+METHODS += [("foca", "hidden"), ("freqca", "hidden"), ("fbcache", "hidden"), ("easycache", "output")]
+TAYLORSEER = {"cache_interval": INTERVAL, "disable_cache_before_step": 3, "max_order": 1}
+DBCACHE = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "num_inference_steps": STEPS, "max_warmup_steps": 3}
 OTHERS = [
-    (
-        "cache-dit",
-        "dbcache",
-        {
-            **DBCACHE,
-            "max_continuous_cached_steps": INTERVAL - 1,
-            "residual_diff_threshold": 10.0,
-        },
-    ),
+    ("cache-dit", "dbcache", {**DBCACHE, "max_continuous_cached_steps": INTERVAL - 1, "residual_diff_threshold": 10.0}),
     ("diffusers", "first-block", {"threshold": 10.0}),
     ("diffusers", "taylorseer", TAYLORSEER),
     ("diffusers", "taylorseer-lite", {**TAYLORSEER, "use_lite_mode": True}),
@@ -118,20 +92,14 @@ class Arm:
     model: Any
     handle: Any = None
     error: str = ""
-    times: dict[bool, list[float]] = field(
-        default_factory=lambda: {True: [], False: []}
-    )
+    times: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
     calls: int | None = None
 
     def run(self) -> None:
         """One run of the sampler."""
         ran: list[int] = []
         blocks = self.model.single_transformer_blocks
-        handle = (
-            blocks[-1].attn.to_q.register_forward_pre_hook(lambda *_: ran.append(1))
-            if len(blocks)
-            else None
-        )
+        handle = blocks[-1].attn.to_q.register_forward_pre_hook(lambda *_: ran.append(1)) if len(blocks) else None
         for step in range(STEPS):
             arguments = inputs(step)
             ran.clear()
@@ -149,9 +117,7 @@ class Arm:
         calls: list[int] = []
         for step in range(STEPS):
             arguments, counted = inputs(step), Counter[str]()
-            sys.setprofile(
-                lambda _frame, event, _arg, counted=counted: counted.update((event,))
-            )
+            sys.setprofile(lambda _frame, event, _arg, counted=counted: counted.update((event,)))
             self.model(**arguments)
             sys.setprofile(None)
             if not self.handle.records[-1].computed:
@@ -160,11 +126,7 @@ class Arm:
 
     def row(self) -> dict[str, Any]:
         """The arm's figures."""
-        row: dict[str, Any] = {
-            "library": self.library,
-            "method": self.method,
-            "site": self.site,
-        }
+        row: dict[str, Any] = {"library": self.library, "method": self.method, "site": self.site}
         if self.error:
             return {**row, "error": self.error}
         for computed, name in ((False, "skipped"), (True, "computed")):
@@ -180,9 +142,7 @@ def arms(model: Any) -> list[Arm]:
     for method, site in METHODS:
         arm = Arm("hasten", method, site, shared_copy(model))
         params = {"threshold": 10.0} if method in ("fbcache", "easycache") else {}
-        arm.handle = hasten.accelerate(
-            arm.model, method, interval=INTERVAL, site=site, **params
-        )
+        arm.handle = hasten.accelerate(arm.model, method, interval=INTERVAL, site=site, **params)
         found.append(arm)
     switches = {(peer.library, peer.name): peer for peer in PEERS}
     for library, method, params in OTHERS:
@@ -197,9 +157,7 @@ def arms(model: Any) -> list[Arm]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/overhead.json"))
     parser.add_argument("--runs", type=int, default=10)
     args = parser.parse_args()
@@ -225,20 +183,9 @@ def main() -> None:
     }
     write_atomically(args.json, json.dumps(result, indent=1) + "\n")
     for row in result["rows"]:
-        name = " ".join(
-            str(row[key]) for key in ("library", "method", "site") if row[key]
-        )
-        figures = (
-            "skipped_ms",
-            "skipped_shortest_ms",
-            "computed_ms",
-            "computed_shortest_ms",
-            "skipped_calls",
-        )
-        print(
-            f"{name:36s}",
-            row.get("error") or "  ".join(f"{key} {row[key]}" for key in figures),
-        )
+        name = " ".join(str(row[key]) for key in ("library", "method", "site") if row[key])
+        figures = ("skipped_ms", "skipped_shortest_ms", "computed_ms", "computed_shortest_ms", "skipped_calls")
+        print(f"{name:36s}", row.get("error") or "  ".join(f"{key} {row[key]}" for key in figures))
 
 
 if __name__ == "__main__":

@@ -117,15 +117,10 @@ def bench_page(page: Page, result_file: Path) -> Image.Image:
             own = edit_images(Path(stack.enter_context(tempfile.TemporaryDirectory())))
             headings = ["source", "target", *headings]
         if page.truth:
-            own = training_images(
-                Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            )
+            own = training_images(Path(stack.enter_context(tempfile.TemporaryDirectory())))
             headings = ["caption's|image", *headings]
         lines = [
-            [
-                *own(prompt, i),
-                *(result_file.parent / rows[arm]["images"][i] for arm in page.arms),
-            ]
+            [*own(prompt, i), *(result_file.parent / rows[arm]["images"][i] for arm in page.arms)]
             for i, prompt in enumerate(prompts)
         ]
         return contact_sheet(lines, prompts, headings, side=page.side)
@@ -137,9 +132,7 @@ def edit_images(folder: Path) -> Callable[[str, int], list[Path]]:
 
     def written(prompt: str, i: int) -> list[Path]:
         paths = [folder / f"{i}-{name}.png" for name in ("source", "target")]
-        for path, image in zip(
-            paths, (edits[prompt].source, edits[prompt].target), strict=True
-        ):
+        for path, image in zip(paths, (edits[prompt].source, edits[prompt].target), strict=True):
             to_pil(image).save(path)
         return paths
 
@@ -169,33 +162,20 @@ def streaming_page() -> Image.Image:
             film_strip(roll(method, SEED).video[0], SHOWN).save(path)
             lines.append([path])
         every = FRAMES / SHOWN
-        heading = (
-            f"one frame in {every:g}; who the two are is told in the first half only"
-        )
+        heading = f"one frame in {every:g}; who the two are is told in the first half only"
         return contact_sheet(lines, list(STREAMING.values()), [heading], side=72)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", choices=[*PAGES, "streaming"])
-    parser.add_argument(
-        "result", type=Path, nargs="?", help="JSON of hasten bench; none for streaming"
-    )
+    parser.add_argument("result", type=Path, nargs="?", help="JSON of hasten bench; none for streaming")
     parser.add_argument("--out", type=Path, help="docs/images/PAGE.png by default")
     args = parser.parse_args(arguments)
     if args.page in PAGES and args.result is None:
         parser.error(f"{args.page} needs the JSON of a bench run")
-    sheet = (
-        streaming_page()
-        if args.page == "streaming"
-        else bench_page(PAGES[args.page], args.result)
-    )
-    write_atomically(
-        args.out or IMAGES / f"{args.page}.png",
-        partial(sheet.save, format="png", optimize=True),
-    )
+    sheet = streaming_page() if args.page == "streaming" else bench_page(PAGES[args.page], args.result)
+    write_atomically(args.out or IMAGES / f"{args.page}.png", partial(sheet.save, format="png", optimize=True))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,7 @@ def commands() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, command in _group().commands.items():
         below = getattr(command, "commands", None)
-        found |= (
-            {name: command}
-            if below is None
-            else {f"{name} {key}": value for key, value in below.items()}
-        )
+        found |= {name: command} if below is None else {f"{name} {key}": value for key, value in below.items()}
     return found
 
 
@@ -54,24 +50,13 @@ def _default(option: Any) -> str:
 def options(name: str) -> str:
     """The table of a command's arguments and options, from its declaration."""
     command = commands()[name]
-    lines = [
-        _plain(command.help),
-        "",
-        "| option | default | meaning |",
-        "|---|---|---|",
-    ]
+    lines = [_plain(command.help), "", "| option | default | meaning |", "|---|---|---|"]
     for option in command.params:
         if option.name == "help" or getattr(option, "hidden", False):
             continue
-        names = (
-            [*option.opts, *option.secondary_opts]
-            if option.param_type_name == "option"
-            else [option.name.upper()]
-        )
+        names = [*option.opts, *option.secondary_opts] if option.param_type_name == "option" else [option.name.upper()]
         shown = ", ".join(f"`{opt}`" for opt in names)
-        lines.append(
-            f"| {shown} | {_default(option)} | {_plain(getattr(option, 'help', ''))} |"
-        )
+        lines.append(f"| {shown} | {_default(option)} | {_plain(getattr(option, 'help', ''))} |")
     return "\n".join(lines if len(lines) > 4 else lines[:1])
 
 
@@ -79,18 +64,13 @@ def _command_list() -> str:
     lines = ["| command | does |", "|---|---|"]
     for name, command in commands().items():
         first = _plain(command.help).split(". ")[0].rstrip(".")
-        lines.append(
-            f"| [`hasten {name}`](#hasten-{name.replace(' ', '-')}) | {first} |"
-        )
+        lines.append(f"| [`hasten {name}`](#hasten-{name.replace(' ', '-')}) | {first} |")
     return "\n".join(lines)
 
 
 def _columns(kind: type) -> str:
     lines = ["| field | unit | meaning |", "|---|---|---|"]
-    lines += [
-        f"| `{name}` | {column.unit} | {column.tooltip} |"
-        for name, column in columns(kind).items()
-    ]
+    lines += [f"| `{name}` | {column.unit} | {column.tooltip} |" for name, column in columns(kind).items()]
     return "\n".join(lines)
 
 
@@ -105,8 +85,4 @@ def part(kind: str, name: str) -> str:
     """What stands between the marks."""
     if kind == "schema":
         return SCHEMAS[name]()
-    return (
-        _command_list()
-        if name == "all"
-        else options(name.replace("-", " ") if name not in commands() else name)
-    )
+    return _command_list() if name == "all" else options(name.replace("-", " ") if name not in commands() else name)

@@ -74,9 +74,7 @@ class Inside:
         return self.seconds
 
 
-def timed(
-    model: subject.Subject, attach: Attach, steps: int, call: dict[str, Any]
-) -> tuple[float, float]:
+def timed(model: subject.Subject, attach: Attach, steps: int, call: dict[str, Any]) -> tuple[float, float]:
     """Seconds of a call, and those inside the transformer."""
     inside = Inside()
     inside.watch(model.pipe.transformer)
@@ -91,41 +89,24 @@ def rows(name: str, repeats: int) -> list[dict[str, Any]]:
     """A row for each method and size."""
     model = subject.load(name)
     model.pipe.set_progress_bar_config(disable=True)
-    cases = [
-        (text, steps, side) for text, steps, sides in CASES[name] for side in sides
-    ]
+    cases = [(text, steps, side) for text, steps, sides in CASES[name] for side in sides]
     return [row(model, *case, repeats) for case in track(cases, description=name)]
 
 
-def row(
-    model: subject.Subject, text: str, steps: int, side: int, repeats: int
-) -> dict[str, Any]:
+def row(model: subject.Subject, text: str, steps: int, side: int, repeats: int) -> dict[str, Any]:
     """Operations and seconds of a method, of the plain sampler with as many evaluations, and of the full run."""
     request = parse_request(text)
     method = Accelerated(request.caching, request.resolution)
-    arms: dict[str, tuple[Attach, int]] = {
-        "full": (plain, FULL),
-        "plain": (plain, steps),
-        "method": (method, steps),
-    }
+    arms: dict[str, tuple[Attach, int]] = {"full": (plain, FULL), "plain": (plain, steps), "method": (method, steps)}
     call = {"height": side, "width": side}
-    counted = {
-        arm: count_flops(model, *how, model.prompts[0], 0, call)
-        for arm, how in arms.items()
-    }
+    counted = {arm: count_flops(model, *how, model.prompts[0], 0, call) for arm, how in arms.items()}
     flops = {arm: operations for arm, (operations, _) in counted.items()}
     times: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arms}
     for _ in range(repeats):
         for arm, how in arms.items():
             times[arm].append(timed(model, *how, call))
-    whole = {
-        arm: statistics.median(seconds for seconds, _ in pairs)
-        for arm, pairs in times.items()
-    }
-    inside = {
-        arm: statistics.median(seconds for _, seconds in pairs)
-        for arm, pairs in times.items()
-    }
+    whole = {arm: statistics.median(seconds for seconds, _ in pairs) for arm, pairs in times.items()}
+    inside = {arm: statistics.median(seconds for _, seconds in pairs) for arm, pairs in times.items()}
 
     def gain(of: dict[str, Any], base: str) -> float:
         return float(of[base] / of["method"])
@@ -138,12 +119,9 @@ def row(
         "plan": counted["method"][1].plan,
         "flops": flops,
         "seconds": {arm: round(seconds, 6) for arm, seconds in whole.items()},
-        "transformer_seconds": {
-            arm: round(seconds, 6) for arm, seconds in inside.items()
-        },
+        "transformer_seconds": {arm: round(seconds, 6) for arm, seconds in inside.items()},
         "outside_ms_per_step": {
-            arm: round(1e3 * (whole[arm] - inside[arm]) / count, 4)
-            for arm, (_, count) in arms.items()
+            arm: round(1e3 * (whole[arm] - inside[arm]) / count, 4) for arm, (_, count) in arms.items()
         },
     }
     for base in ("full", "plain"):
@@ -158,9 +136,7 @@ def row(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=CASES, required=True)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, required=True)

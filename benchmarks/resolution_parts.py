@@ -33,11 +33,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "6 coarse, 12 fine": {"stages": (6, 12), "shares": ()},
     "6 coarse, 2 mixed, 10 fine": {"stages": (6, 2, 10), "shares": 0.3},
     "6 coarse, 6 mixed, 6 fine": {"stages": (6, 6, 6), "shares": 0.3},
-    "6 coarse, 6 mixed, 6 fine, hr_units": {
-        "stages": (6, 6, 6),
-        "shares": 0.3,
-        "units": "hr_units",
-    },
+    "6 coarse, 6 mixed, 6 fine, hr_units": {"stages": (6, 6, 6), "shares": 0.3, "units": "hr_units"},
 }
 
 
@@ -51,10 +47,7 @@ class Full:
     def at(self, level: float) -> Tensor:
         """The state at a level, linear between steps."""
         before = int((self.levels > level).sum()) - 1
-        share = float(
-            (self.levels[before] - level)
-            / (self.levels[before] - self.levels[before + 1])
-        )
+        share = float((self.levels[before] - level) / (self.levels[before] - self.levels[before + 1]))
         return torch.lerp(self.states[before], self.states[before + 1], share)
 
 
@@ -64,38 +57,22 @@ class Given(Fresco):
 
     full: Full
 
-    def promote(
-        self, state: MixedState, new: Tensor, promotion: PromotionInput
-    ) -> float:
+    def promote(self, state: MixedState, new: Tensor, promotion: PromotionInput) -> float:
         if not bool(state.tokens.fine.any()):
             wanted = self.full.at(Rewind(promotion.level).level)
-            state.coarse = (1 + promotion.level) * promotion.pixels.shrink(
-                wanted, promotion.fine_size
-            )
+            state.coarse = (1 + promotion.level) * promotion.pixels.shrink(wanted, promotion.fine_size)
         return super().promote(state, new, promotion)
 
 
-def draw(
-    model: subject.Subject,
-    prompt: str,
-    noise: Tensor,
-    steps: int,
-    method: Fresco | None,
-) -> Any:
+def draw(model: subject.Subject, prompt: str, noise: Tensor, steps: int, method: Fresco | None) -> Any:
     """An image, and the full run where there is no method."""
     states = [noise]
 
-    def keep(
-        _pipe: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def keep(_pipe: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         states.append(kwargs["latents"].clone())
         return {}
 
-    call = model.call | {
-        "num_inference_steps": steps,
-        "output_type": "pt",
-        "latents": noise.clone(),
-    }
+    call = model.call | {"num_inference_steps": steps, "output_type": "pt", "latents": noise.clone()}
     if method is not None:
         with method.attach(model.pipe):
             return model.pipe(prompt, **call).images[0]
@@ -105,45 +82,28 @@ def draw(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     model = subject.load("emoji-flux")
     model.pipe.set_progress_bar_config(disable=True)
-    figures: dict[str, dict[str, list[float]]] = {
-        name: {"own": [], "given": []} for name in SPLITS
-    }
+    figures: dict[str, dict[str, list[float]]] = {name: {"own": [], "given": []} for name in SPLITS}
     plain: dict[int, list[float]] = {18: [], 13: [], 12: [], 10: []}
     for seed, prompt in enumerate(track(model.prompts[: options.prompts])):
-        noise = torch.randn(
-            1, TOKENS**2, 48, generator=torch.Generator().manual_seed(seed)
-        )
+        noise = torch.randn(1, TOKENS**2, 48, generator=torch.Generator().manual_seed(seed))
         reference, full = draw(model, prompt, noise, STEPS, None)
         for count, values in plain.items():
             values.append(psnr(draw(model, prompt, noise, count, None)[0], reference))
         for name, split in SPLITS.items():
-            for kind, method in (
-                ("own", Fresco(**split)),
-                ("given", Given(**split, full=full)),
-            ):
-                figures[name][kind].append(
-                    psnr(draw(model, prompt, noise, 18, method), reference)
-                )
+            for kind, method in (("own", Fresco(**split)), ("given", Given(**split, full=full))):
+                figures[name][kind].append(psnr(draw(model, prompt, noise, 18, method), reference))
     result = {
         "environment": environment(),
         "prompts": options.prompts,
-        "plain": {
-            str(count): round(statistics.median(values), 2)
-            for count, values in plain.items()
-        },
+        "plain": {str(count): round(statistics.median(values), 2) for count, values in plain.items()},
         "rows": {
-            name: {
-                kind: round(statistics.median(values), 2)
-                for kind, values in kinds.items()
-            }
+            name: {kind: round(statistics.median(values), 2) for kind, values in kinds.items()}
             for name, kinds in figures.items()
         },
     }

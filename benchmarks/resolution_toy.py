@@ -38,9 +38,7 @@ METHODS: dict[str, RegionMethod] = {
     "ralu:preset=18": RALU(preset="18"),
     "spectral:stages=6/12": Spectral(stages=(6, 12)),
     "fresco:preset=18:jump=r1": Fresco(preset="18", jump="r1"),
-    "fresco:preset=18:jump=r1:noise=independent": Fresco(
-        preset="18", jump="r1", noise="independent"
-    ),
+    "fresco:preset=18:jump=r1:noise=independent": Fresco(preset="18", jump="r1", noise="independent"),
     "fresco:preset=18": Fresco(preset="18"),
     "fresco:preset=18:noise=anchor": Fresco(preset="18", noise="anchor"),
     "fresco:stages=6/2/10:shares=0.3": Fresco(stages=(6, 2, 10), shares=0.3),
@@ -69,22 +67,16 @@ class Denoiser(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.anchor = nn.Buffer(torch.zeros(()))
-        first = torch.fft.ifft2(
-            spectrum()
-        ).real  # covariance of a pixel with the first one
+        first = torch.fft.ifft2(spectrum()).real  # covariance of a pixel with the first one
         rows, columns = (
             torch.arange(SIDE).repeat_interleave(SIDE),
             torch.arange(SIDE).repeat(SIDE),
         )
-        self.covariance = first[
-            (rows[:, None] - rows) % SIDE, (columns[:, None] - columns) % SIDE
-        ]
+        self.covariance = first[(rows[:, None] - rows) % SIDE, (columns[:, None] - columns) % SIDE]
         self.known: dict[bytes, tuple[Tensor, Tensor]] = {}
         self.tokens = 0  # seen in all forwards
 
-    def forward(
-        self, hidden_states: Tensor, timestep: Tensor, img_ids: Tensor, **_: Any
-    ) -> tuple[Tensor]:
+    def forward(self, hidden_states: Tensor, timestep: Tensor, img_ids: Tensor, **_: Any) -> tuple[Tensor]:
         """Velocities of the tokens `[B, S, 4]` at `sigma = timestep`."""
         self.tokens += hidden_states.shape[1]
         sigma = float(timestep.flatten()[0])
@@ -92,25 +84,14 @@ class Denoiser(nn.Module):
         state = hidden_states.double().flatten(1)
         gain = (1 - sigma) * values / ((1 - sigma) ** 2 * values + sigma**2)
         clean = (state @ vectors * gain) @ vectors.T
-        return (
-            ((state - clean) / sigma).view_as(hidden_states).to(hidden_states.dtype),
-        )
+        return (((state - clean) / sigma).view_as(hidden_states).to(hidden_states.dtype),)
 
     def _modes(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues and vectors of the covariance of the tokens' values, `[4 S]` and `[4 S, 4 S]`."""
         key = places.numpy().tobytes()
         if key not in self.known:
-            seen = torch.cat(
-                [
-                    self._weights(row, column, size)
-                    for row, column, size in self._cells(places)
-                ]
-            )
-            self.known = {
-                k: v
-                for k, v in self.known.items()
-                if len(v[0]) in (SIDE**2, SIDE**2 // 4)
-            }
+            seen = torch.cat([self._weights(row, column, size) for row, column, size in self._cells(places)])
+            self.known = {k: v for k, v in self.known.items() if len(v[0]) in (SIDE**2, SIDE**2 // 4)}
             self.known[key] = torch.linalg.eigh(seen @ self.covariance @ seen.T)
         return self.known[key]
 
@@ -119,16 +100,9 @@ class Denoiser(nn.Module):
         """Top left pixel of each token and pixels along a side of what one of its values is the mean of."""
         if len(places) in (TOKENS**2, TOKENS**2 // 4):
             size = 1 if len(places) == TOKENS**2 else 2
-            return [
-                (int(2 * size * row), int(2 * size * column), size)
-                for row, column in places.tolist()
-            ]
-        found = set(
-            map(tuple, places.tolist())
-        )  # in units of coarse tokens: children have neighbours half a unit away
-        fine = [
-            (row // 1, column // 1 + 0.5) in found for row, column in places.tolist()
-        ]
+            return [(int(2 * size * row), int(2 * size * column), size) for row, column in places.tolist()]
+        found = set(map(tuple, places.tolist()))  # in units of coarse tokens: children have neighbours half a unit away
+        fine = [(row // 1, column // 1 + 0.5) in found for row, column in places.tolist()]
         return [
             (int(4 * row), int(4 * column), 1 if small else 2)
             for (row, column), small in zip(places.tolist(), fine, strict=True)
@@ -166,37 +140,21 @@ class Gaussian(FluxPipeline):  # type: ignore[misc]
 
     def __call__(self, noise: Tensor, steps: int) -> Tensor:  # type: ignore[override]
         """From unit noise `[1, 1, SIDE, SIDE]` to an image."""
-        self.scheduler.set_timesteps(
-            sigmas=torch.linspace(1, 1 / steps, steps).tolist()
-        )
+        self.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
         latents, ids = pack(noise), flux_ids([ImageTokens.uniform(TOKENS, TOKENS)])
         for timestep in self.scheduler.timesteps:
-            velocity = self.transformer(
-                hidden_states=latents, timestep=timestep[None] / 1000, img_ids=ids
-            )[0]
-            latents = self.scheduler.step(
-                velocity, timestep, latents, return_dict=False
-            )[0]
+            velocity = self.transformer(hidden_states=latents, timestep=timestep[None] / 1000, img_ids=ids)[0]
+            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
         return unpack(latents, (TOKENS, TOKENS))
 
 
-def measured(
-    pipe: Gaussian, noises: list[Tensor], steps: int, references: list[Tensor]
-) -> dict[str, float]:
+def measured(pipe: Gaussian, noises: list[Tensor], steps: int, references: list[Tensor]) -> dict[str, float]:
     """Figures of a sampler against the full run, and its operations in full-size steps."""
     pipe.transformer.tokens = 0
     images = [pipe(noise, steps) for noise in track(noises, transient=True)]
-    power = (
-        torch.stack(
-            [torch.fft.fft2(p.double()).abs().square()[0, 0] for p in images]
-        ).mean(0)
-        / SIDE**2
-    )
+    power = torch.stack([torch.fft.fft2(p.double()).abs().square()[0, 0] for p in images]).mean(0) / SIDE**2
     k, true = radius(), spectrum()
-    distance = [
-        float((p - r).norm() / r.norm())
-        for p, r in zip(images, references, strict=True)
-    ]
+    distance = [float((p - r).norm() / r.norm()) for p, r in zip(images, references, strict=True)]
     return {
         "evaluations": steps,
         "operations": pipe.transformer.tokens / len(noises) / TOKENS**2,
@@ -210,39 +168,23 @@ def measured(
 def run(samples: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """All rows: plain samplers of any length, then the methods."""
     pipe = Gaussian()
-    noises = [
-        torch.randn(1, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
-        for seed in range(samples)
-    ]
+    noises = [torch.randn(1, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) for seed in range(samples)]
     references = [pipe(noise, REFERENCE) for noise in noises]
     found = []
     for label, method in METHODS.items():
         say(label)
         assert method.num_inference_steps is not None
         with method.attach(pipe):
-            found.append(
-                {"method": label}
-                | measured(pipe, noises, method.num_inference_steps, references)
-            )
+            found.append({"method": label} | measured(pipe, noises, method.num_inference_steps, references))
     below = {math.floor(row["operations"]) for row in found}
-    counts = (
-        {row["evaluations"] for row in found}
-        | below
-        | {count + 1 for count in below}
-        | {REFERENCE}
-    )
-    plain = [
-        {"method": "euler"} | measured(pipe, noises, n, references)
-        for n in sorted(counts, reverse=True)
-    ]
+    counts = {row["evaluations"] for row in found} | below | {count + 1 for count in below} | {REFERENCE}
+    plain = [{"method": "euler"} | measured(pipe, noises, n, references) for n in sorted(counts, reverse=True)]
     return plain + found
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
@@ -256,9 +198,7 @@ def main() -> None:
     }
     write_atomically(options.json, json.dumps(result, indent=1) + "\n")
     for row in rows:
-        print(
-            f"{row['method']:45} {row['evaluations']:3} {row['operations']:6.2f} {row['distance']:.3f}"
-        )
+        print(f"{row['method']:45} {row['evaluations']:3} {row['operations']:6.2f} {row['distance']:.3f}")
 
 
 if __name__ == "__main__":

@@ -51,14 +51,8 @@ ARMS: dict[str, list[tuple[str, str]]] = {
         ("resolution", "fresco:stages=6/2/10:shares=0.3"),
         ("resolution", "fresco:preset=18:jump=r1"),
         ("resolution", "ralu:preset=18"),
-        *(
-            ("resolution", f"spectral:stages={n}")
-            for n in ("6/12", "6/6", "3/4", "3/3")
-        ),
-        *(
-            ("resolution", f"bottleneck:stages={n}")
-            for n in ("9/9", "5/6", "4/5", "4/4", "3/3")
-        ),
+        *(("resolution", f"spectral:stages={n}") for n in ("6/12", "6/6", "3/4", "3/3")),
+        *(("resolution", f"bottleneck:stages={n}") for n in ("9/9", "5/6", "4/5", "4/4", "3/3")),
         ("both", "fresco:preset=30+foca:interval=3:warmup=1"),
         ("both", "fresco:preset=18+foca:interval=2:warmup=1"),
         ("both", "spectral:stages=12/12+foca:interval=4:warmup=1"),
@@ -100,9 +94,7 @@ def arm_of(text: str) -> tuple[Attach, int]:
     request = parse_request(name)
     if request.resolution is not None:
         return Accelerated(request.caching, request.resolution), request.steps(STEPS)
-    return Accelerated(
-        caching_method(name).with_computed_steps(int(count), STEPS)
-    ), STEPS
+    return Accelerated(caching_method(name).with_computed_steps(int(count), STEPS)), STEPS
 
 
 def truths(model: subject.Subject, prompts: list[str]) -> list[Tensor]:
@@ -118,9 +110,7 @@ def kept(model: subject.Subject, prompt: str, image: Tensor) -> float | None:
     """Share of the pixels outside the edit's mask that are the source's to float precision; None where it has none."""
     edit = edit_of(model, prompt)
     assert edit is not None
-    same = (image - edit.source).abs().amax(0)[
-        ~edit.mask.reshape(image.shape[1:])
-    ] < FLOAT
+    same = (image - edit.source).abs().amax(0)[~edit.mask.reshape(image.shape[1:])] < FLOAT
     return float(same.float().mean()) if len(same) else None
 
 
@@ -142,9 +132,7 @@ def rows(model: subject.Subject, prompts: list[str]) -> list[dict[str, Any]]:
         attach, steps = arm_of(text)
         flops, images = list[int](), list[Tensor]()
         for seed, prompt in enumerate(prompts):
-            if (
-                flops and "specedit" not in text
-            ):  # what others compute does not depend on the image
+            if flops and "specedit" not in text:  # what others compute does not depend on the image
                 images.append(draw_sample(model, attach, steps, prompt, seed, {}).image)
                 continue
             counted, sample = count_flops(model, attach, steps, prompt, seed, {})
@@ -152,40 +140,24 @@ def rows(model: subject.Subject, prompts: list[str]) -> list[dict[str, Any]]:
             images.append(sample.image)
         if not found:
             full, base = images, flops
-        edits = [
-            edit_figures(model, p, image)
-            for p, image in zip(prompts, images, strict=True)
-        ]
+        edits = [edit_figures(model, p, image) for p, image in zip(prompts, images, strict=True)]
         figures: dict[str, list[float | None]] = {
             "truth_psnr": [psnr(*pair) for pair in zip(images, targets, strict=True)],
             "truth_lpips": [lpips(*pair) for pair in zip(images, targets, strict=True)],
-            "full_psnr": [
-                None if not found else psnr(*pair)
-                for pair in zip(images, full, strict=True)
-            ],
+            "full_psnr": [None if not found else psnr(*pair) for pair in zip(images, full, strict=True)],
         } | {key: [edit[key] for edit in edits] for key in edits[0]}
         if model.edits:
-            figures["unedited_exact"] = [
-                kept(model, *pair) for pair in zip(prompts, images, strict=True)
-            ]
-        right = (
-            None if model.grade is None else model.grade(torch.stack(images), prompts)
-        )
+            figures["unedited_exact"] = [kept(model, *pair) for pair in zip(prompts, images, strict=True)]
+        right = None if model.grade is None else model.grade(torch.stack(images), prompts)
         found.append(
             {
                 "kind": kind,
                 "method": text.partition("@")[0],
                 "steps": steps,
                 "count": int(text.partition("@")[2] or steps),
-                "flops_ratio": round(
-                    statistics.fmean(base) / statistics.fmean(flops), 4
-                ),
+                "flops_ratio": round(statistics.fmean(base) / statistics.fmean(flops), 4),
                 "top1": None if right is None else round(statistics.fmean(right), 4),
-                **{
-                    key: summary(values)
-                    for key, values in figures.items()
-                    if any(v is not None for v in values)
-                },
+                **{key: summary(values) for key, values in figures.items() if any(v is not None for v in values)},
             }
         )
     return found
@@ -232,9 +204,7 @@ def scale(model: subject.Subject, prompts: list[str]) -> dict[str, dict[str, flo
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=ARMS, required=True)
     parser.add_argument("--prompts", type=int, help="how many of the first prompts")
     parser.add_argument("--json", type=Path, required=True)
@@ -248,11 +218,7 @@ def main() -> None:
         part["scale"] = scale(model, prompts)
     whole = json.loads(options.json.read_text()) if options.json.exists() else {}
     whole[options.model] = part
-    write_atomically(
-        options.json,
-        json.dumps({name: whole[name] for name in ARMS if name in whole}, indent=1)
-        + "\n",
-    )
+    write_atomically(options.json, json.dumps({name: whole[name] for name in ARMS if name in whole}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,18 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-PACKAGE = (
-    Path(__file__).resolve().parents[1] / "hasten" / "src" / "hasten" / "__init__.py"
-)
+PACKAGE = Path(__file__).resolve().parents[1] / "hasten" / "src" / "hasten" / "__init__.py"
 
 
 def version() -> str:
     """The version of the package beside these pages, which need not be the one that is installed."""
-    found = re.search(
-        r'^__version__ = "([^"]+)"$',
-        PACKAGE.read_text(encoding="utf-8"),
-        flags=re.MULTILINE,
-    )
+    found = re.search(r'^__version__ = "([^"]+)"$', PACKAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert found, f"{PACKAGE} has no version"
     return found[1]
 

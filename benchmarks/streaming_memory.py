@@ -39,9 +39,7 @@ MARKS = 25  # figures a rollout
 
 def process_bytes() -> int:
     """Resident memory of this process; Linux only."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf(
-        "SC_PAGE_SIZE"
-    )
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @torch.no_grad()
@@ -76,10 +74,7 @@ def graded(text: str, frames: int, steps: int, seed: int) -> list[float | None]:
     model, worlds = load_model(WEIGHTS), worlds_of(seed)
     stream = new_stream(model, parse_streaming(text))
     video = roll_out(model, worlds, stream, frames, steps, seed).video
-    return [
-        None if math.isnan(one) else round(one, 4)
-        for one in grade(worlds[0], video[0])["identity"]
-    ]
+    return [None if math.isnan(one) else round(one, 4) for one in grade(worlds[0], video[0])["identity"]]
 
 
 def known(curves: list[list[float | None]]) -> float:
@@ -88,18 +83,10 @@ def known(curves: list[list[float | None]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--json", type=Path, default=Path("benchmarks/streaming-memory.json")
-    )
-    parser.add_argument(
-        "--frames", type=int, default=1002, help="a multiple of the chunk of three"
-    )
-    parser.add_argument(
-        "--full-frames", type=int, default=150, help="of the full history"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/streaming-memory.json"))
+    parser.add_argument("--frames", type=int, default=1002, help="a multiple of the chunk of three")
+    parser.add_argument("--full-frames", type=int, default=150, help="of the full history")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--worlds", type=int, default=4, help="that are graded")
     args = parser.parse_args()
@@ -110,25 +97,13 @@ def main() -> None:
             row = pool.apply(rolled, (text, frames, args.steps))
         rows.append(row)
         last = row["marks"][-1]
-        print(
-            f"{text}: {last['frames']} frames, {last['cache_bytes'] / 2**20:.1f} MiB held"
-        )
+        print(f"{text}: {last['frames']} frames, {last['cache_bytes'] / 2**20:.1f} MiB held")
     identity = {}
     for text in GRADED:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            curves = [
-                pool.apply(graded, (text, args.frames, args.steps, seed))
-                for seed in range(args.worlds)
-            ]
-        thirds = [
-            [curve[i * len(curve) // 3 : (i + 1) * len(curve) // 3] for curve in curves]
-            for i in range(3)
-        ]
-        identity[text] = {
-            "mean": known(curves),
-            "thirds": [known(third) for third in thirds],
-            "curves": curves,
-        }
+            curves = [pool.apply(graded, (text, args.frames, args.steps, seed)) for seed in range(args.worlds)]
+        thirds = [[curve[i * len(curve) // 3 : (i + 1) * len(curve) // 3] for curve in curves] for i in range(3)]
+        identity[text] = {"mean": known(curves), "thirds": [known(third) for third in thirds], "curves": curves}
         print(text, identity[text]["mean"], identity[text]["thirds"])
     result = {
         "model": "sprites-stream",

@@ -34,12 +34,7 @@ METHODS = (
 
 @torch.no_grad()
 def rolled(
-    method: StreamingMethod,
-    chunks: int,
-    steps: int,
-    tokens: int,
-    device: str,
-    dtype: torch.dtype,
+    method: StreamingMethod, chunks: int, steps: int, tokens: int, device: str, dtype: torch.dtype
 ) -> StreamStats:
     """One layer's work for a rollout."""
     generator = torch.Generator().manual_seed(0)
@@ -54,41 +49,21 @@ def rolled(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--json", type=Path, default=Path("benchmarks/streaming-shape.json")
-    )
-    parser.add_argument(
-        "--chunks", type=int, default=7, help="21 frames, Self-Forcing's window"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/streaming-shape.json"))
+    parser.add_argument("--chunks", type=int, default=7, help="21 frames, Self-Forcing's window")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a frame")
     parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=METHODS,
-        help="to measure; the first is what others are held to",
+        "--methods", nargs="+", default=METHODS, help="to measure; the first is what others are held to"
     )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    rolled(
-        parse_streaming(METHODS[1]), 2, 1, args.tokens, args.device, dtype
-    )  # warm-up
+    rolled(parse_streaming(METHODS[1]), 2, 1, args.tokens, args.device, dtype)  # warm-up
     rows: list[dict[str, Any]] = []
     for text in track(args.methods, "rolling out"):
-        stats = rolled(
-            parse_streaming(text),
-            args.chunks,
-            args.steps,
-            args.tokens,
-            args.device,
-            dtype,
-        )
+        stats = rolled(parse_streaming(text), args.chunks, args.steps, args.tokens, args.device, dtype)
         seconds = stats.attention_seconds + stats.pack_seconds + stats.select_seconds
         rows.append(
             {
@@ -101,12 +76,7 @@ def main() -> None:
             }
         )
     result = {
-        "shape": {
-            "heads": HEADS,
-            "width": WIDTH,
-            "tokens": args.tokens,
-            "chunk": CHUNK,
-        },
+        "shape": {"heads": HEADS, "width": WIDTH, "tokens": args.tokens, "chunk": CHUNK},
         "chunks": args.chunks,
         "steps": args.steps,
         "dtype": str(dtype).removeprefix("torch."),

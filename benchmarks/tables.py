@@ -27,9 +27,7 @@ from hasten.io import write_atomically
 from on_gpu import gpu_table, targets_table
 from reference import part as reference_part
 
-TIMES = [
-    columns(Row)[name].heading for name in ("seconds", "latency_ratio", "latency_share")
-]
+TIMES = [columns(Row)[name].heading for name in ("seconds", "latency_ratio", "latency_share")]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -53,54 +51,24 @@ def bench_table(name: str) -> str:
         for heading, lines in table.sections.items()
     }
     notes = [*table.notes, "The machine was too busy for times"]
-    return as_markdown(
-        replace(
-            table,
-            columns=[table.columns[i] for i in kept],
-            sections=sections,
-            notes=notes,
-        )
-    )
+    return as_markdown(replace(table, columns=[table.columns[i] for i in kept], sections=sections, notes=notes))
 
 
 def truth_table(part: dict[str, Any], model: str) -> str:
     """Markdown of a part of `resolution-truth.json`: every arm, by what an image costs."""
     editing = "psnr_edited" in part["rows"][0]
-    heads = [
-        "sampler",
-        "evaluations",
-        "FLOPs, times fewer",
-        "PSNR to the full run",
-        "PSNR to the truth",
-    ]
-    heads += [
-        "LPIPS to the truth",
-        *(["unedited dB", "of it exact", "edited dB"] if editing else []),
-        "top-1",
-    ]
+    heads = ["sampler", "evaluations", "FLOPs, times fewer", "PSNR to the full run", "PSNR to the truth"]
+    heads += ["LPIPS to the truth", *(["unedited dB", "of it exact", "edited dB"] if editing else []), "top-1"]
     lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
     for row in sorted(part["rows"], key=lambda row: row["flops_ratio"]):
         middle = [row.get(key, {}).get("median") for key in ("full_psnr", "truth_psnr")]
-        cells = [
-            _arm(row),
-            str(row["steps"]),
-            _cell(row["flops_ratio"], 2),
-            *(_cell(value, 1) for value in middle),
-        ]
+        cells = [_arm(row), str(row["steps"]), _cell(row["flops_ratio"], 2), *(_cell(value, 1) for value in middle)]
         cells.append(_cell(row["truth_lpips"]["mean"], 4))
         if editing:
             exact = f"{row['unedited_exact']['mean']:.0%}"
-            cells += [
-                _cell(row["psnr_unedited"]["median"], 1),
-                exact,
-                _cell(row["psnr_edited"]["median"], 1),
-            ]
+            cells += [_cell(row["psnr_unedited"]["median"], 1), exact, _cell(row["psnr_edited"]["median"], 1)]
         lines.append(_row([*cells, _cell(row["top1"], 2)]))
-    truth = (
-        "the edit that was asked for"
-        if editing
-        else "the image that the caption had in training"
-    )
+    truth = "the edit that was asked for" if editing else "the image that the caption had in training"
     lines += [
         "",
         f"{model}, 64x64, {part['prompts']} prompts, medians (LPIPS: means); the full run: 50 plain steps from the "
@@ -109,38 +77,20 @@ def truth_table(part: dict[str, Any], model: str) -> str:
     return "\n".join(lines)
 
 
-def cells_table(
-    result: dict[str, Any], budgets: tuple[float, ...] = (5.0, 7.75, 10.0, 12.5, 18.0)
-) -> str:
+def cells_table(result: dict[str, Any], budgets: tuple[float, ...] = (5.0, 7.75, 10.0, 12.5, 18.0)) -> str:
     """Markdown of `resolution-truth.json`: the best of each way to save at each budget, by LPIPS to the truth."""
-    kinds = {
-        "steps": "fewer steps",
-        "cache": "cache alone",
-        "resolution": "resolution alone",
-        "both": "both",
-    }
-    lines = [
-        _row(["model", "FLOPs, times fewer", *kinds.values()]),
-        "|---|--:" + "|---" * len(kinds) + "|",
-    ]
+    kinds = {"steps": "fewer steps", "cache": "cache alone", "resolution": "resolution alone", "both": "both"}
+    lines = [_row(["model", "FLOPs, times fewer", *kinds.values()]), "|---|--:" + "|---" * len(kinds) + "|"]
     for model, part in result.items():
         for budget in budgets:
             cells = []
             for kind in kinds:
-                near = [
-                    row
-                    for row in part["rows"]
-                    if row["kind"] == kind and _near(row["flops_ratio"], budget)
-                ]
-                best = min(
-                    near, key=lambda row: row["truth_lpips"]["mean"], default=None
-                )
+                near = [row for row in part["rows"] if row["kind"] == kind and _near(row["flops_ratio"], budget)]
+                best = min(near, key=lambda row: row["truth_lpips"]["mean"], default=None)
                 cells.append("-" if best is None else _best(best))
             if "-" not in cells[1:]:
                 lines.append(_row([model, f"{budget:g}", *cells]))
-    parts = ", ".join(
-        f"{part['prompts']} prompts of {model}" for model, part in result.items()
-    )
+    parts = ", ".join(f"{part['prompts']} prompts of {model}" for model, part in result.items())
     made = _made(next(iter(result.values())))
     lines += [
         "",
@@ -155,9 +105,7 @@ def _near(ratio: float, budget: float) -> bool:
 
 
 def _best(row: dict[str, Any]) -> str:
-    figures = (
-        f"**{row['truth_lpips']['mean']:.4f}**, {row['truth_psnr']['median']:.1f} dB"
-    )
+    figures = f"**{row['truth_lpips']['mean']:.4f}**, {row['truth_psnr']['median']:.1f} dB"
     return f"{figures}: {_arm(row).replace('**', '')} ({row['flops_ratio']:.1f}x)"
 
 
@@ -165,9 +113,7 @@ def _arm(row: dict[str, Any]) -> str:
     plain = {"euler": "plain Euler", "unipc": "plain UniPC"}
     if row["method"] in plain:
         return f"{plain[row['method']]}, {row['count']}"
-    return f"**{short_label(row['method'])}**" + (
-        f", {row['count']}" if row["kind"] == "cache" else ""
-    )
+    return f"**{short_label(row['method'])}**" + (f", {row['count']}" if row["kind"] == "cache" else "")
 
 
 def _made(result: dict[str, Any]) -> str:
@@ -178,77 +124,39 @@ def _made(result: dict[str, Any]) -> str:
 def scale_table(part: dict[str, Any]) -> str:
     """Markdown of how far images of other seeds and sizes are from each other."""
     lines = ["| images, 50 plain steps | PSNR dB |", "|---|--:|"]
-    lines += [
-        _row([name, _cell(figures["median"], 1)])
-        for name, figures in part["scale"].items()
-    ]
+    lines += [_row([name, _cell(figures["median"], 1)]) for name, figures in part["scale"].items()]
     return "\n".join(lines)
 
 
 def latency_table(result: dict[str, Any]) -> str:
     """Markdown of `resolution-latency.json`."""
-    heads = [
-        "model",
-        "method",
-        "pixels",
-        "50 steps: FLOPs, times fewer",
-        "times faster",
-        "share",
-    ]
-    heads += [
-        "as many evaluations: FLOPs, times fewer",
-        "times faster",
-        "share",
-        "share in the transformer",
-    ]
+    heads = ["model", "method", "pixels", "50 steps: FLOPs, times fewer", "times faster", "share"]
+    heads += ["as many evaluations: FLOPs, times fewer", "times faster", "share", "share in the transformer"]
     heads += ["outside it, ms per step: plain", "method"]
     lines = [_row(heads), "|---|---" + "|--:" * (len(heads) - 2) + "|"]
     figures = ("flops_ratio", "latency_ratio", "latency_share")
     for row in result["rows"]:
         outside, equal = row["outside_ms_per_step"], row["against_plain"]
-        cells = [
-            row["model"],
-            short_label(row["method"]),
-            f"{row['side']}x{row['side']}",
-        ]
+        cells = [row["model"], short_label(row["method"]), f"{row['side']}x{row['side']}"]
         cells += [_cell(row["against_full"][key], 2) for key in figures]
         cells += [_cell(equal[key], 2) for key in (*figures, "transformer_share")]
-        lines.append(
-            _row([*cells, _cell(outside["plain"], 2), _cell(outside["method"], 2)])
-        )
+        lines.append(_row([*cells, _cell(outside["plain"], 2), _cell(outside["method"], 2)]))
     lines += ["", f"In turns with the plain sampler, medians; {_made(result)}."]
     return "\n".join(lines)
 
 
 def toy_table(result: dict[str, Any]) -> str:
     """Markdown of `resolution-toy.json`: each method beside plain sampling with as many operations."""
-    heads = [
-        "sampler",
-        "evaluations",
-        "operations",
-        "distance",
-        "plain, as many operations",
-    ]
+    heads = ["sampler", "evaluations", "operations", "distance", "plain, as many operations"]
     heads += ["plain, as many evaluations", "low band", "high band"]
     lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
-    plain = {
-        row["evaluations"]: row["distance"]
-        for row in result["rows"]
-        if row["method"] == "euler"
-    }
+    plain = {row["evaluations"]: row["distance"] for row in result["rows"] if row["method"] == "euler"}
     for row in sorted(result["rows"], key=lambda row: -row["operations"]):
         if row["method"] != "euler":
             below = math.floor(row["operations"])
             part = row["operations"] - below
-            equal = (
-                _cell((1 - part) * plain[below] + part * plain[below + 1], 3),
-                _cell(plain[row["evaluations"]], 3),
-            )
-            cells = [
-                f"**{short_label(row['method'])}**",
-                str(row["evaluations"]),
-                _cell(row["operations"], 1),
-            ]
+            equal = (_cell((1 - part) * plain[below] + part * plain[below + 1], 3), _cell(plain[row["evaluations"]], 3))
+            cells = [f"**{short_label(row['method'])}**", str(row["evaluations"]), _cell(row["operations"], 1)]
             bands = (_cell(row["low_band"], 2), _cell(row["high_band"], 2))
             lines.append(_row([*cells, _cell(row["distance"], 3), *equal, *bands]))
     full = next(row for row in result["rows"] if row["evaluations"] == 50)
@@ -267,57 +175,29 @@ def clips_table(result: dict[str, Any]) -> str:
     """Markdown of the clips of `resolution-video.json`: PSNR of each form of compression, by motion."""
     part = result["measured"]
     names = [short_label(row["method"]) for row in part["rows"]]
-    lines = [
-        _row(["clip", "motion", "texture", *names, "nearest"]),
-        "|---" + "|--:" * (len(names) + 2) + "|---|",
-    ]
+    lines = [_row(["clip", "motion", "texture", *names, "nearest"]), "|---" + "|--:" * (len(names) + 2) + "|---|"]
     figures = list(zip(*(row["psnr"] for row in part["rows"]), strict=True))
-    for clip, values in sorted(
-        zip(part["clips"], figures, strict=True), key=lambda pair: pair[0]["motion"]
-    ):
+    for clip, values in sorted(zip(part["clips"], figures, strict=True), key=lambda pair: pair[0]["motion"]):
         nearest = names[max(range(len(values)), key=lambda i: values[i])]
-        cells = [
-            clip["prompt"],
-            _cell(clip["motion"], 2),
-            _cell(clip["texture"], 3),
-            *(_cell(v, 1) for v in values),
-        ]
+        cells = [clip["prompt"], _cell(clip["motion"], 2), _cell(clip["texture"], 3), *(_cell(v, 1) for v in values)]
         lines.append(_row([*cells, nearest]))
-    lines += [
-        "",
-        f"sprites-wan, PSNR in dB against 50 plain steps from the same noise; {_made(result)}.",
-    ]
+    lines += ["", f"sprites-wan, PSNR in dB against 50 plain steps from the same noise; {_made(result)}."]
     return "\n".join(lines)
 
 
 def density_table(result: dict[str, Any]) -> str:
     """Markdown of the arms of `resolution-video.json`, medians over the clips."""
-    heads = [
-        "clips",
-        "method",
-        "FLOPs, times fewer",
-        "density",
-        "PSNR dB",
-        "LPIPS",
-        "temporal",
-    ]
+    heads = ["clips", "method", "FLOPs, times fewer", "density", "PSNR dB", "LPIPS", "temporal"]
     lines = [_row(heads), "|---|---" + "|--:" * (len(heads) - 2) + "|"]
     for name in ("chosen", "measured"):
         for row in result[name]["rows"]:
             density = statistics.fmean(row["densities"])
-            cells = [
-                f"{len(row['psnr'])}, {name}",
-                short_label(row["method"]),
-                _cell(row["flops_ratio"], 2),
-            ]
+            cells = [f"{len(row['psnr'])}, {name}", short_label(row["method"]), _cell(row["flops_ratio"], 2)]
             cells.append(_cell(density, 3))
             for key, digits in (("psnr", 1), ("lpips", 4), ("temporal_error", 3)):
                 cells.append(_cell(statistics.median(row[key]), digits))
             lines.append(_row(cells))
-    lines += [
-        "",
-        f"sprites-wan, medians, against 50 plain steps from the same noise; {_made(result)}.",
-    ]
+    lines += ["", f"sprites-wan, medians, against 50 plain steps from the same noise; {_made(result)}."]
     return "\n".join(lines)
 
 
@@ -326,9 +206,7 @@ def parts_table(result: dict[str, Any]) -> str:
     lines = [_row(["18 steps", "as it is", "coarse stage given"]), "|---|--:|--:|"]
     for name, kinds in result["rows"].items():
         lines.append(_row([name, _cell(kinds["own"], 1), _cell(kinds["given"], 1)]))
-    plain = ", ".join(
-        f"{_cell(value, 1)} with {count}" for count, value in result["plain"].items()
-    )
+    plain = ", ".join(f"{_cell(value, 1)} with {count}" for count, value in result["plain"].items())
     lines += [
         "",
         f"emoji-flux, PSNR in dB to 50 plain steps from the same noise, medians over {result['prompts']} prompts; "
@@ -339,26 +217,10 @@ def parts_table(result: dict[str, Any]) -> str:
 
 def shape_table(result: dict[str, Any]) -> str:
     """Markdown of `streaming-shape.json`."""
-    lines = [
-        _row(["method", "seconds", "times less", "work", "choosing", "copying"]),
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    lines = [_row(["method", "seconds", "times less", "work", "choosing", "copying"]), "|---|--:|--:|--:|--:|--:|"]
     for row in result["rows"]:
-        cells = [
-            short_label(row["method"]),
-            _cell(row["seconds"], 1),
-            _cell(row["times_less"], 2),
-        ]
-        lines.append(
-            _row(
-                [
-                    *cells,
-                    _cell(row["work_ratio"], 2),
-                    f"{row['choosing']:.2%}",
-                    f"{row['copying']:.1%}",
-                ]
-            )
-        )
+        cells = [short_label(row["method"]), _cell(row["seconds"], 1), _cell(row["times_less"], 2)]
+        lines.append(_row([*cells, _cell(row["work_ratio"], 2), f"{row['choosing']:.2%}", f"{row['copying']:.1%}"]))
     shape, environment = result["shape"], result["environment"]
     lines += [
         "",
@@ -371,9 +233,7 @@ def shape_table(result: dict[str, Any]) -> str:
 
 def overhead_table(result: dict[str, Any]) -> str:
     """Markdown of `overhead.json`."""
-    lines = [
-        "| library | method | site | skipped ms | shortest | computed ms | shortest | Python calls |"
-    ]
+    lines = ["| library | method | site | skipped ms | shortest | computed ms | shortest | Python calls |"]
     lines.append("|---|---|---|--:|--:|--:|--:|--:|")
     for row in result["rows"]:
         cells = [row["library"] or "-", row["method"], row["site"] or "-"]
@@ -381,18 +241,9 @@ def overhead_table(result: dict[str, Any]) -> str:
             lines.append(_row([*cells, row["error"], "", "", "", ""]))
             continue
         times = [
-            _cell(row[f"{kind}_ms"], 3)
-            for kind in ("skipped", "skipped_shortest", "computed", "computed_shortest")
+            _cell(row[f"{kind}_ms"], 3) for kind in ("skipped", "skipped_shortest", "computed", "computed_shortest")
         ]
-        lines.append(
-            _row(
-                [
-                    *cells,
-                    *times,
-                    "-" if row["skipped_calls"] is None else str(row["skipped_calls"]),
-                ]
-            )
-        )
+        lines.append(_row([*cells, *times, "-" if row["skipped_calls"] is None else str(row["skipped_calls"])]))
     environment = result["environment"]
     lines.append("")
     lines.append(
@@ -431,11 +282,7 @@ def overview_table(result: Result, remark: str = "") -> str:
     counts, arms = _arms(result)
     middle = counts[(len(counts) - 1) // 2]
     costs = ("flip", "seconds", "latency_ratio", "flops_ratio", "cache_bytes")
-    heads = [
-        "sampler",
-        *(f"PSNR, {n} steps" for n in counts),
-        *(f"LPIPS, {n}" for n in counts),
-    ]
+    heads = ["sampler", *(f"PSNR, {n} steps" for n in counts), *(f"LPIPS, {n}" for n in counts)]
     heads += [f"{columns(Row)[field].title}, {middle}" for field in costs]
     lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
 
@@ -446,46 +293,21 @@ def overview_table(result: Result, remark: str = "") -> str:
     for title, rows in sorted(arms.items(), key=lambda item: quality(item[1])):
         if all(row.failed for row in rows.values()):
             continue
-        cells = [
-            title,
-            *(_psnr(rows.get(n)) for n in counts),
-            *(_shown("lpips", rows.get(n)) for n in counts),
-        ]
-        lines.append(
-            _row([*cells, *(_shown(field, rows.get(middle)) for field in costs)])
-        )
+        cells = [title, *(_psnr(rows.get(n)) for n in counts), *(_shown("lpips", rows.get(n)) for n in counts)]
+        lines.append(_row([*cells, *(_shown(field, rows.get(middle)) for field in costs)]))
     table = table_of(result)
-    return "\n".join(
-        [
-            *lines,
-            "",
-            *([remark] if remark else []),
-            f"{table.title}. {'. '.join(table.notes)}.",
-        ]
-    )
+    return "\n".join([*lines, "", *([remark] if remark else []), f"{table.title}. {'. '.join(table.notes)}."])
 
 
 def forms_table(name: str) -> str:
     """Markdown of a method's forms in `emoji-flux-forms.json`."""
     result = _result("emoji-flux-forms")
     counts, arms = _arms(result)
-    lines = [
-        _row(["form", *(f"{count} computed steps, dB" for count in counts)]),
-        "|---" + "|--:" * len(counts) + "|",
-    ]
+    lines = [_row(["form", *(f"{count} computed steps, dB" for count in counts)]), "|---" + "|--:" * len(counts) + "|"]
     for title, rows in arms.items():
         if re.match(rf"\*\*{name}(,|\*)", title):
-            lines.append(
-                _row(
-                    [
-                        title.replace("**", ""),
-                        *(_psnr(rows.get(count)) for count in counts),
-                    ]
-                )
-            )
-    return "\n".join(
-        [*lines, "", f"{table_of(result).title}. {table_of(result).notes[-1]}."]
-    )
+            lines.append(_row([title.replace("**", ""), *(_psnr(rows.get(count)) for count in counts)]))
+    return "\n".join([*lines, "", f"{table_of(result).title}. {table_of(result).notes[-1]}."])
 
 
 def curve(name: str) -> str:
@@ -496,9 +318,7 @@ def curve(name: str) -> str:
         return " / ".join(_psnr(arms[title].get(n)) for n in counts)
 
     own = [title for title in arms if re.match(rf"\*\*{re.escape(name)}(,|\*)", title)]
-    figures = "; ".join(
-        f"{title} {line(title)}" for title in [*own, "plain Euler", "plain UniPC"]
-    )
+    figures = "; ".join(f"{title} {line(title)}" for title in [*own, "plain Euler", "plain UniPC"])
     budget = " / ".join(map(str, counts))
     return (
         f"![{name} on emoji-flux, against the number of computed steps](../images/curves/{name}.svg)\n\n"
@@ -513,21 +333,8 @@ def matrix_table(result: dict[str, Any]) -> str:
     for family, cells in result["cells"].items():
         texts = []
         for cell in (cells[m] for m in methods):
-            texts.append(
-                f"{cell['linears']:.2f}"
-                if cell["exact"] and not cell["traces"]
-                else "**fails**"
-            )
-        lines.append(
-            _row(
-                [
-                    family.replace("Transformer2DModel", "").replace(
-                        "Transformer3DModel", ""
-                    ),
-                    *texts,
-                ]
-            )
-        )
+            texts.append(f"{cell['linears']:.2f}" if cell["exact"] and not cell["traces"] else "**fails**")
+        lines.append(_row([family.replace("Transformer2DModel", "").replace("Transformer3DModel", ""), *texts]))
     environment = result["environment"]
     lines += [
         "",
@@ -539,38 +346,23 @@ def matrix_table(result: dict[str, Any]) -> str:
 
 _PEERS = {"dbcache": "cache-dit", "first-block": "diffusers, first block"}
 _COLUMNS = {
-    "transformer": {
-        "hidden": "hidden",
-        "output": "output",
-        "module": "module",
-        **_PEERS,
-    },
+    "transformer": {"hidden": "hidden", "output": "output", "module": "module", **_PEERS},
     "unet": {"output": "output", "deep": "deep"},
 }
 
 
 def _denoisers(result: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:
-    return {
-        name: row["cells"]
-        for name, row in result["denoisers"].items()
-        if row["kind"] == kind
-    }
+    return {name: row["cells"] for name, row in result["denoisers"].items() if row["kind"] == kind}
 
 
 def denoisers_table(result: dict[str, Any], kind: str) -> str:
     """Markdown of `denoisers.json`: the layers that a skipped step runs, as a share of a computed one's."""
     columns = _COLUMNS[kind]
-    lines = [
-        _row([kind.replace("unet", "UNet"), *columns.values()]),
-        "|---" + "|--:" * len(columns) + "|",
-    ]
+    lines = [_row([kind.replace("unet", "UNet"), *columns.values()]), "|---" + "|--:" * len(columns) + "|"]
     rows = _denoisers(result, kind)
     for name, cells in rows.items():
         lines.append(_row([name, *(_verdict(cells[column]) for column in columns)]))
-    totals = [
-        f"{sum(cells[c]['status'] == 'right' for cells in rows.values())} of {len(rows)}"
-        for c in columns
-    ]
+    totals = [f"{sum(cells[c]['status'] == 'right' for cells in rows.values())} of {len(rows)}" for c in columns]
     environment = result["environment"]
     lines += [
         _row(["**right**", *totals]),
@@ -584,9 +376,7 @@ def denoisers_table(result: dict[str, Any], kind: str) -> str:
 def _verdict(cell: dict[str, Any]) -> str:
     if cell["status"] == "right":
         return f"{cell['share']:.2f}"
-    return {"refused": "-", "an output is lost": "differs"}.get(
-        cell["status"], cell["status"]
-    )
+    return {"refused": "-", "an output is lost": "differs"}.get(cell["status"], cell["status"])
 
 
 def coverage(result: dict[str, Any]) -> str:
@@ -594,22 +384,12 @@ def coverage(result: dict[str, Any]) -> str:
 
     def count(kind: str, *sites: str) -> int:
         rows = _denoisers(result, kind).values()
-        return sum(
-            any(cells[site]["status"] == "right" for site in sites) for cells in rows
-        )
+        return sum(any(cells[site]["status"] == "right" for site in sites) for cells in rows)
 
-    transformers, unets = (
-        len(_denoisers(result, kind)) for kind in ("transformer", "unet")
-    )
+    transformers, unets = (len(_denoisers(result, kind)) for kind in ("transformer", "unet"))
     version = result["environment"]["diffusers"]
-    right, hidden = (
-        count("transformer", "hidden", "output"),
-        count("transformer", "hidden"),
-    )
-    dbcache, first_block = (
-        count("transformer", "dbcache"),
-        count("transformer", "first-block"),
-    )
+    right, hidden = count("transformer", "hidden", "output"), count("transformer", "hidden")
+    dbcache, first_block = count("transformer", "dbcache"), count("transformer", "first-block")
     return (
         f"Of the {transformers} transformers that diffusers {version} ships, {right} are right at some site and "
         f"{hidden} at the hidden one (cache-dit {dbcache}, diffusers' first-block cache {first_block}). "
@@ -623,28 +403,11 @@ def memory_table(result: dict[str, Any]) -> str:
     sites = ("output", "hidden", "module")
     held: dict[str, dict[str, int]] = {}
     for row in result["rows"]:
-        name = (
-            row["method"]
-            if row["order"] is None
-            else f"{row['method']}, order {row['order']}"
-        )
+        name = row["method"] if row["order"] is None else f"{row['method']}, order {row['order']}"
         held.setdefault(name, {})[row["site"]] = row["bytes"]
-    lines = [
-        _row(["method", *(f"`{site}`" for site in sites)]),
-        "|---" + "|--:" * len(sites) + "|",
-    ]
+    lines = [_row(["method", *(f"`{site}`" for site in sites)]), "|---" + "|--:" * len(sites) + "|"]
     for name, by_site in held.items():
-        lines.append(
-            _row(
-                [
-                    name,
-                    *(
-                        "-" if s not in by_site else f"{by_site[s] / 2**20:.1f} MiB"
-                        for s in sites
-                    ),
-                ]
-            )
-        )
+        lines.append(_row([name, *("-" if s not in by_site else f"{by_site[s] / 2**20:.1f} MiB" for s in sites)]))
     lines += [
         "",
         f"{result['model']}, {result['image_tokens']} image and {result['text_tokens']} text tokens, "
@@ -658,26 +421,10 @@ def cost_table(result: dict[str, Any]) -> str:
     heads = ["model", "method", "evaluations", "TFLOPs", "published", "times fewer"]
     lines = [_row(heads), "|---|---" + "|--:" * (len(heads) - 2) + "|"]
     for row in result["rows"]:
-        cells = [
-            row["model"],
-            row["method"],
-            str(row["evaluations"]),
-            f"{row['tflops']:,.0f}",
-        ]
-        lines.append(
-            _row(
-                [
-                    *cells,
-                    f"{row['published']:,.0f}" if "published" in row else "",
-                    f"{row['ratio']:.2f}",
-                ]
-            )
-        )
+        cells = [row["model"], row["method"], str(row["evaluations"]), f"{row['tflops']:,.0f}"]
+        lines.append(_row([*cells, f"{row['published']:,.0f}" if "published" in row else "", f"{row['ratio']:.2f}"]))
     environment = result["environment"]
-    lines += [
-        "",
-        f"Transformer only, counted on the meta device; diffusers {environment['diffusers']}.",
-    ]
+    lines += ["", f"Transformer only, counted on the meta device; diffusers {environment['diffusers']}."]
     return "\n".join(lines)
 
 
@@ -690,15 +437,8 @@ def emoji_flux() -> tuple[Result, str]:
     own = [row for row in more.rows if row.library == "hasten"]
     result.rows += own
     names = " and ".join(dict.fromkeys(_title(row) for row in own))
-    checks = ", ".join(
-        f"{row.psnr:.1f} dB at {row.budget}"
-        for row in more.rows
-        if row.method == "unipc"
-    )
-    return (
-        result,
-        f"{names} were measured in a run of their own; plain UniPC had {checks} in it.",
-    )
+    checks = ", ".join(f"{row.psnr:.1f} dB at {row.budget}" for row in more.rows if row.method == "unipc")
+    return result, f"{names} were measured in a run of their own; plain UniPC had {checks} in it."
 
 
 def ablation_table(result: dict[str, Any]) -> str:
@@ -706,14 +446,7 @@ def ablation_table(result: dict[str, Any]) -> str:
     lines = ["| what | PSNR, dB |", "|---|---|"]
     for name, measured in result["parts"].items():
         figures = {key: value for key, value in measured.items() if key not in HIDDEN}
-        lines.append(
-            _row(
-                [
-                    name,
-                    "; ".join(f"{key}: {value:.1f}" for key, value in figures.items()),
-                ]
-            )
-        )
+        lines.append(_row([name, "; ".join(f"{key}: {value:.1f}" for key, value in figures.items())]))
     environment = result["environment"]
     lines.append("")
     lines.append(
@@ -738,10 +471,7 @@ def fits_table(result: dict[str, Any]) -> str:
     lines = [_row(heads), "|---|--:|--:|---|--:|--:|--:|--:|"]
     for name, fit in result["fits"].items():
         for count, row in fit.items():
-            errors = [
-                row[key]
-                for key in ("at_the_start", "closed_form", "relative_squared_error")
-            ]
+            errors = [row[key] for key in ("at_the_start", "closed_form", "relative_squared_error")]
             cells = [
                 name,
                 str(result["fit_prompts"][name]),
@@ -749,16 +479,7 @@ def fits_table(result: dict[str, Any]) -> str:
                 " ".join(map(str, row["steps"])),
                 *(f"{-10 * math.log10(e):.1f}" for e in errors),
             ]
-            lines.append(
-                _row(
-                    [
-                        *cells,
-                        str(
-                            row["evaluations_of_references"] + row["evaluations_of_fit"]
-                        ),
-                    ]
-                )
-            )
+            lines.append(_row([*cells, str(row["evaluations_of_references"] + row["evaluations_of_fit"])]))
     lines.append("")
     lines.append(
         f"{result['model']}; dB of signal to error in the final latents of the prompts that were learned from; "
@@ -769,35 +490,18 @@ def fits_table(result: dict[str, Any]) -> str:
 
 def pipelines_table(result: dict[str, Any]) -> str:
     """Markdown of `leap-pipelines.json`: the error with all steps and plain coefficients, or why not."""
-    lines = [
-        "| pipeline | class, scheduler | relative error at all steps |",
-        "|---|---|---|",
-    ]
+    lines = ["| pipeline | class, scheduler | relative error at all steps |", "|---|---|---|"]
     for name, row in result["rows"].items():
-        told = (
-            f"{row['error']:.1e}"
-            if row["refused"] is None
-            else f"refused: {row['refused'].partition(';')[0]}"
-        )
+        told = f"{row['error']:.1e}" if row["refused"] is None else f"refused: {row['refused'].partition(';')[0]}"
         lines.append(_row([name, f"{row['pipeline']}, {row['scheduler']}", told]))
     environment = result["environment"]
-    lines += [
-        "",
-        f"Tiny random weights, 12 steps; diffusers {environment['diffusers']}, torch {environment['torch']}.",
-    ]
+    lines += ["", f"Tiny random weights, 12 steps; diffusers {environment['diffusers']}, torch {environment['torch']}."]
     return "\n".join(lines)
 
 
 def second_table(names: list[str]) -> str:
     """Markdown of what `leap_measure.py` wrote: medians, and LEAP's lead with its interval."""
-    heads = [
-        "model",
-        "guidance",
-        "evaluations",
-        "sampler",
-        "PSNR, dB",
-        "LEAP is above by (95 %)",
-    ]
+    heads = ["model", "guidance", "evaluations", "sampler", "PSNR, dB", "LEAP is above by (95 %)"]
     lines = [_row(heads), "|---|--:|--:|---|--:|--:|"]
     for name in names:
         if not (ROOT / "benchmarks" / name).exists():
@@ -806,63 +510,26 @@ def second_table(names: list[str]) -> str:
         model, prompts = result["options"]["model"], result["options"]["held_out"]
         for key, row in result["rows"].items():
             lead, scale = result["against"].get(key), row["guidance"]
-            above = (
-                ""
-                if lead is None
-                else f"{lead['lead']:.1f} ({lead['low']:.1f} to {lead['high']:.1f})"
-            )
-            sampler = (
-                f"{row['name']} ({row['sampler']})" if "sampler" in row else row["name"]
-            )
+            above = "" if lead is None else f"{lead['lead']:.1f} ({lead['low']:.1f} to {lead['high']:.1f})"
+            sampler = f"{row['name']} ({row['sampler']})" if "sampler" in row else row["name"]
             figure = _cell(row.get("median", row.get("float32")), 1)
             scale = "-" if scale is None else f"{scale:g}"
-            lines.append(
-                _row(
-                    [
-                        f"{model}, {prompts} prompts",
-                        scale,
-                        str(row["count"]),
-                        sampler,
-                        figure,
-                        above,
-                    ]
-                )
-            )
-    lines += [
-        "",
-        "Held-out prompts, against 50 plain steps; intervals by a paired bootstrap over prompts.",
-    ]
+            lines.append(_row([f"{model}, {prompts} prompts", scale, str(row["count"]), sampler, figure, above]))
+    lines += ["", "Held-out prompts, against 50 plain steps; intervals by a paired bootstrap over prompts."]
     return "\n".join(lines)
 
 
 def certificates_table(result: dict[str, Any]) -> str:
     """Markdown of `certificates.json`: how often certificates were wrong, and what their settings cost."""
     procedures = {"sequence": "sequence", "holm": "Holm", "no test": "no test"}
-    heads = [
-        "tolerance",
-        "may be wrong",
-        *(f"wrong, {title}" for title in procedures.values()),
-        "none certified",
-    ]
-    heads += [
-        "computed steps, oracle",
-        *(f"{title}" for title in list(procedures.values())[:2]),
-        "over the oracle",
-    ]
+    heads = ["tolerance", "may be wrong", *(f"wrong, {title}" for title in procedures.values()), "none certified"]
+    heads += ["computed steps, oracle", *(f"{title}" for title in list(procedures.values())[:2]), "over the oracle"]
     lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
     for row in result["rows"]:
-        cells = [
-            row["name"],
-            f"{row['allowed']:.0%}",
-            *(f"{row[name]['violated']:.1%}" for name in procedures),
-        ]
+        cells = [row["name"], f"{row['allowed']:.0%}", *(f"{row[name]['violated']:.1%}" for name in procedures)]
         cells.append(f"{row['sequence']['nothing_certified']:.1%}")
-        cells.append(
-            "-" if row["oracle"] is None else str(row["oracle"]["computed_steps"])
-        )
-        cells += [
-            _cell(row[name]["computed_steps_mean"], 2) for name in ("sequence", "holm")
-        ]
+        cells.append("-" if row["oracle"] is None else str(row["oracle"]["computed_steps"]))
+        cells += [_cell(row[name]["computed_steps_mean"], 2) for name in ("sequence", "holm")]
         over = row["sequence"]["cost_over_oracle"]
         lines.append(_row([*cells, "-" if over is None else f"{over - 1:+.0%}"]))
     one = result["rows"][0]
@@ -891,9 +558,7 @@ def default_table(names: list[str]) -> str:
     for result in _caching(names):
         rows, options = result["rows"], result["options"]
         own = {
-            row["count"]: row
-            for row in rows.values()
-            if f"{row['method']}" == DEFAULT and row["schedule"] == "even"
+            row["count"]: row for row in rows.values() if f"{row['method']}" == DEFAULT and row["schedule"] == "even"
         }
         for count, row in sorted(own.items(), reverse=True):
             plain = rows.get(f"best plain @ {count}")
@@ -901,17 +566,8 @@ def default_table(names: list[str]) -> str:
                 continue
             scale = "-" if options["guidance"] is None else f"{options['guidance']:g}"
             worst, value = row["worst"]
-            cells = [
-                options["model"],
-                scale,
-                f"{count} of {options['steps']}",
-                _cell(row["median"], 1),
-            ]
-            cells += [
-                f"{_cell(plain['median'], 1)} ({plain['sampler']})",
-                _lead(row, plain),
-                f"{value:.1f} ({worst})",
-            ]
+            cells = [options["model"], scale, f"{count} of {options['steps']}", _cell(row["median"], 1)]
+            cells += [f"{_cell(plain['median'], 1)} ({plain['sampler']})", _lead(row, plain), f"{value:.1f} ({worst})"]
             lines.append(_row(cells))
     lines += ["", f"Medians, against the full run; {INTERVALS}. {_prompts(names)}"]
     return "\n".join(lines)
@@ -921,24 +577,15 @@ def caching_table(names: list[str]) -> str:
     """Markdown of the caching methods beside their ablations, from what `caching.py` wrote."""
     results = _caching(names)
     heads = ["model", "guidance", "schedule", "method"]
-    counts = sorted(
-        {row["count"] for result in results for row in result["rows"].values()},
-        reverse=True,
-    )
-    heads += [f"{count}, dB" for count in counts] + [
-        "above its ablation at 9 by (95 %)"
-    ]
+    counts = sorted({row["count"] for result in results for row in result["rows"].values()}, reverse=True)
+    heads += [f"{count}, dB" for count in counts] + ["above its ablation at 9 by (95 %)"]
     lines = [_row(heads), "|---|--:|---|---" + "|--:" * (len(heads) - 4) + "|"]
     for result in results:
         options, arms = result["options"], {}
         for row in result["rows"].values():
-            arms.setdefault((row.get("schedule", "-"), row["method"]), {})[
-                row["count"]
-            ] = row
+            arms.setdefault((row.get("schedule", "-"), row["method"]), {})[row["count"]] = row
         scale = "-" if options["guidance"] is None else f"{options['guidance']:g}"
-        for (schedule, method), rows in sorted(
-            arms.items(), key=lambda arm: (arm[0][0], -_mean(arm[1]))
-        ):
+        for (schedule, method), rows in sorted(arms.items(), key=lambda arm: (arm[0][0], -_mean(arm[1]))):
             other = arms.get((schedule, ABLATIONS.get(method, "")), {}).get(9)
             above = (
                 _lead(rows[9], other) + f" {short_label(other['method'])}"
@@ -946,74 +593,31 @@ def caching_table(names: list[str]) -> str:
                 else ""
             )
             cells = [options["model"], scale, schedule, short_label(method)]
-            lines.append(
-                _row(
-                    [
-                        *cells,
-                        *(
-                            _cell(rows.get(count, {}).get("median"), 1)
-                            for count in counts
-                        ),
-                        above,
-                    ]
-                )
-            )
+            lines.append(_row([*cells, *(_cell(rows.get(count, {}).get("median"), 1) for count in counts), above]))
     lines += ["", f"Medians, against 50 plain steps; {INTERVALS}. {_prompts(names)}"]
     return "\n".join(lines)
 
 
 def premises_table(names: list[str]) -> str:
     """Markdown of the errors of forecasts by component, from what `caching_premises.py` wrote."""
-    lines = [
-        _row(
-            [
-                "guidance",
-                "schedule",
-                "system",
-                "component",
-                "reused",
-                "forecast",
-                "by",
-                "premise",
-            ]
-        )
-    ]
+    lines = [_row(["guidance", "schedule", "system", "component", "reused", "forecast", "by", "premise"])]
     lines.append("|---|---|---|---|--:|--:|---|---|")
     told = []
-    for result in (
-        _read(name) for name in names if (ROOT / "benchmarks" / name).exists()
-    ):
+    for result in (_read(name) for name in names if (ROOT / "benchmarks" / name).exists()):
         scale = "-" if result["guidance"] is None else f"{result['guidance']:g}"
         first = result["rows"][0]["pass"]
         for row in (row for row in result["rows"] if row["pass"] == first):
-            errors = {
-                name: error
-                for name, error in row.items()
-                if isinstance(error, float) and name != "oracle"
-            }
-            best = min(
-                (name for name in errors if name != "hold"),
-                key=lambda name: errors[name],
-            )
+            errors = {name: error for name, error in row.items() if isinstance(error, float) and name != "oracle"}
+            best = min((name for name in errors if name != "hold"), key=lambda name: errors[name])
             asked = HELD.get(row["component"])
-            verdict = (
-                ""
-                if asked is None
-                else ("holds" if errors["hold"] <= errors[best] else "fails")
-            )
+            verdict = "" if asked is None else ("holds" if errors["hold"] <= errors[best] else "fails")
             if row["of"] == "hyca":
                 if row["component"] != "whole":
                     continue
                 verdict = f"{row['oracle']:.3f} with the best of every cluster"
             elif row["component"] == "whole":
                 continue
-            cells = [
-                scale,
-                row["schedule"],
-                row["of"],
-                row["component"],
-                f"{errors['hold']:.3f}",
-            ]
+            cells = [scale, row["schedule"], row["of"], row["component"], f"{errors['hold']:.3f}"]
             lines.append(_row([*cells, f"{errors[best]:.3f}", best, verdict]))
         told.append(
             f"{result['model']}, {result['prompts']} held-out prompts, {result['computed_steps']} computed steps"
@@ -1035,10 +639,7 @@ def _caching(names: list[str]) -> list[dict[str, Any]]:
 
 
 def _prompts(names: list[str]) -> str:
-    told = {
-        f"{r['options']['model']}: {r['options']['held_out']} held-out prompts"
-        for r in _caching(names)
-    }
+    told = {f"{r['options']['model']}: {r['options']['held_out']} held-out prompts" for r in _caching(names)}
     return f"{'; '.join(sorted(told))}." if told else "Not measured yet."
 
 
@@ -1046,9 +647,7 @@ def _lead(row: dict[str, Any], other: dict[str, Any]) -> str:
     """The mean lead over another row in dB, with the interval of a paired bootstrap over prompts."""
     draw = random.Random(0)
     leads = [a - b for a, b in zip(row["psnr"], other["psnr"], strict=True)]
-    means = sorted(
-        statistics.fmean(draw.choices(leads, k=len(leads))) for _ in range(2000)
-    )
+    means = sorted(statistics.fmean(draw.choices(leads, k=len(leads))) for _ in range(2000))
     return f"{statistics.fmean(leads):+.1f} ({means[49]:+.1f} to {means[1949]:+.1f})"
 
 
@@ -1062,16 +661,9 @@ ABLATIONS = {
     "foca": "taylorseer:order=2",
     "hyca": "taylorseer:order=2:domain=normed",
 }
-HELD = {
-    "residual": "svdcache",
-    "low": "freqca",
-}  # components that are reused because a forecast would be worse
+HELD = {"residual": "svdcache", "low": "freqca"}  # components that are reused because a forecast would be worse
 PREMISES = ["caching-premises.json", "caching-premises-guided.json"]
-CACHING = [
-    "caching-emoji-flux.json",
-    "caching-emoji-flux-guided.json",
-    "caching-sprites-wan.json",
-]
+CACHING = ["caching-emoji-flux.json", "caching-emoji-flux-guided.json", "caching-sprites-wan.json"]
 DEFAULTS = [
     "default-emoji-flux.json",
     "default-emoji-flux-guided.json",
@@ -1082,12 +674,7 @@ DEFAULTS = [
     "default-emoji-kontext.json",
     "default-emoji-kontext-guided.json",
 ]
-SECOND = [
-    "leap-flux-guided.json",
-    "leap-flux.json",
-    "leap-wan.json",
-    "leap-kontext.json",
-]
+SECOND = ["leap-flux-guided.json", "leap-flux.json", "leap-wan.json", "leap-kontext.json"]
 HIDDEN = ("seconds", "closed_form", "relative_squared_error", "evaluations")
 TABLES = {
     "front": front_table,
@@ -1106,16 +693,10 @@ TABLES = {
     "caching-premises": lambda: premises_table(PREMISES),
     "caching-module": lambda: caching_table(["caching-module.json"]),
     "leap-second": lambda: second_table(SECOND),
-    "resolution": lambda: truth_table(
-        _read("resolution-truth.json")["emoji-flux"], "emoji-flux"
-    ),
-    "edit": lambda: truth_table(
-        _read("resolution-truth.json")["emoji-kontext"], "emoji-kontext"
-    ),
+    "resolution": lambda: truth_table(_read("resolution-truth.json")["emoji-flux"], "emoji-flux"),
+    "edit": lambda: truth_table(_read("resolution-truth.json")["emoji-kontext"], "emoji-kontext"),
     "resolution-cells": lambda: cells_table(_read("resolution-truth.json")),
-    "resolution-scale": lambda: scale_table(
-        _read("resolution-truth.json")["emoji-flux"]
-    ),
+    "resolution-scale": lambda: scale_table(_read("resolution-truth.json")["emoji-flux"]),
     "resolution-latency": lambda: latency_table(_read("resolution-latency.json")),
     "resolution-clips": lambda: clips_table(_read("resolution-video.json")),
     "resolution-density": lambda: density_table(_read("resolution-video.json")),
@@ -1159,22 +740,13 @@ def fill(text: str) -> str:
         content = kinds[kind](name) if kind in kinds else reference_part(kind, name)
         return f"{match[1]}\n{content}\n{match[4]}"
 
-    tables = re.sub(
-        r"(<!-- (table|curve|cli|schema) ([\w-]+) -->)\n.*?\n?(<!-- end -->)",
-        made,
-        text,
-        flags=re.DOTALL,
-    )
+    tables = re.sub(r"(<!-- (table|curve|cli|schema) ([\w-]+) -->)\n.*?\n?(<!-- end -->)", made, text, flags=re.DOTALL)
     return fill_figures(tables)
 
 
 if __name__ == "__main__":
     stale = [page for page in pages() if fill(page.read_text()) != page.read_text()]
     if "--check" in sys.argv:
-        sys.exit(
-            f"made from older JSON files: {', '.join(map(str, stale))}; run benchmarks/tables.py"
-            if stale
-            else 0
-        )
+        sys.exit(f"made from older JSON files: {', '.join(map(str, stale))}; run benchmarks/tables.py" if stale else 0)
     for page in stale:
         write_atomically(page, fill(page.read_text()))

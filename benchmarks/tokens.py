@@ -60,15 +60,7 @@ ZOO = HERE.parent / "zoo" / "src" / "hasten_zoo" / "emoji_tokens"
 PAGES = (HERE.parent / "docs" / "tokens.md", ZOO / "README.md")
 REPLACEMENT, TREE, APPROXIMATE, REFERENCE, DENSITY, NORMALIZATION, FAIR = (
     HERE / f"tokens-{name}.json"
-    for name in (
-        "replacement",
-        "tree",
-        "approximate",
-        "reference",
-        "density",
-        "normalization",
-        "fair",
-    )
+    for name in ("replacement", "tree", "approximate", "reference", "density", "normalization", "fair")
 )
 NO_SEED = "No seed is complete yet; the command is below."
 DENSITY_MEASURES = {"psnr": 2, "ssim": 3, "feature_distance": 2, "frechet": 2}
@@ -80,15 +72,10 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 def _write(path: Path, result: dict[str, Any]) -> None:
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    rounded = json.loads(
-        json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}")
-    )
+    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}"))
     write_atomically(
         path,
-        json.dumps(
-            {"created": created, "environment": environment(), **rounded}, indent=1
-        )
-        + "\n",
+        json.dumps({"created": created, "environment": environment(), **rounded}, indent=1) + "\n",
     )
     print(path)
 
@@ -96,21 +83,15 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 @app.command()
 def replacement(
     count: Annotated[int, typer.Option("--images", help="Held-out images.")] = 1024,
-    ks: Annotated[
-        str, typer.Option(help="Numbers of clusters, with commas.")
-    ] = "1024,512,256,128",
-    seeds: Annotated[
-        int, typer.Option(help="Of the members, the k-means and the random map.")
-    ] = 3,
+    ks: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "1024,512,256,128",
+    seeds: Annotated[int, typer.Option(help="Of the members, the k-means and the random map.")] = 3,
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = REPLACEMENT,
 ) -> None:
     """Decode held-out images with each token replaced by a random mate, under each way to cluster."""
     tokenizer, held_out = load_tokenizer(), images(count, HELD_OUT).pixels
     test = ReplacementTest(tokenizer, held_out)
     with torch.no_grad():
-        seen = torch.cat(
-            [tokenizer.encode(batch.pixels) for batch in batches(16_384, TRAIN)]
-        )
+        seen = torch.cat([tokenizer.encode(batch.pixels) for batch in batches(16_384, TRAIN)])
     counts = np.bincount(seen.flatten().numpy(), minlength=tokenizer.config.codes)
     share = counts[counts > 0] / counts.sum()
     codes = tokenizer.codebook.numpy()
@@ -121,9 +102,7 @@ def replacement(
         return {
             "masc": masc,
             CAPPED: tree.map(k, max_size=CAP * tree.leaves // k),
-            "k-means": kmeans_map(
-                codes, k, normalize="unit", used=counts, seed=seed, runs=10
-            ),
+            "k-means": kmeans_map(codes, k, normalize="unit", used=counts, seed=seed, runs=10),
             "random": random_map(masc, seed),
         }
 
@@ -141,11 +120,7 @@ def replacement(
             {
                 "k": k,
                 "map": name,
-                **{
-                    m: spread([row[m] for row in each])
-                    for m in each[0]
-                    if each[0][m] is not None
-                },
+                **{m: spread([row[m] for row in each]) for m in each[0] if each[0][m] is not None},
             }
             for name, each in found.items()
         ]
@@ -166,9 +141,7 @@ def replacement(
 @app.command()
 def density(
     count: Annotated[int, typer.Option("--images", help="Held-out images.")] = 512,
-    ks: Annotated[
-        str, typer.Option(help="Numbers of clusters, with commas.")
-    ] = "1024,512,256,128",
+    ks: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "1024,512,256,128",
     seeds: Annotated[int, typer.Option(help="Of the members and the k-means.")] = 3,
 ) -> None:
     """Trees in which codes count by their density, in the same test: by usage, and by how near neighbours are."""
@@ -176,29 +149,18 @@ def density(
     test = ReplacementTest(tokenizer, images(count, HELD_OUT).pixels)
     test.lpips = None  # slow, and near to SSIM in the whole test
     with torch.no_grad():
-        seen = torch.cat(
-            [tokenizer.encode(batch.pixels) for batch in batches(16_384, TRAIN)]
-        )
+        seen = torch.cat([tokenizer.encode(batch.pixels) for batch in batches(16_384, TRAIN)])
     counts = np.bincount(seen.flatten().numpy(), minlength=tokenizer.config.codes)
     codes = tokenizer.codebook.numpy()
     weights = {"all alike": None, "usage": counts, "near neighbours": _crowding(codes)}
-    trees = {
-        n: SemanticTree.fit(codes, normalize="unit", used=counts, weights=w)
-        for n, w in weights.items()
-    }
+    trees = {n: SemanticTree.fit(codes, normalize="unit", used=counts, weights=w) for n, w in weights.items()}
     rows = []
     for k in (int(text) for text in ks.split(",")):
         cap = CAP * trees["usage"].leaves // k
-        fixed = {
-            (name, limit): tree.map(k, limit)
-            for name, tree in trees.items()
-            for limit in (None, cap)
-        }
+        fixed = {(name, limit): tree.map(k, limit) for name, tree in trees.items() for limit in (None, cap)}
         found: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
         for seed in range(seeds):
-            means = kmeans_map(
-                codes, k, normalize="unit", used=counts, seed=seed, runs=3
-            )
+            means = kmeans_map(codes, k, normalize="unit", used=counts, seed=seed, runs=3)
             for which, mapping in {**fixed, ("k-means", None): means}.items():
                 found.setdefault(which, []).append(asdict(test(mapping, seed)))
         rows += [
@@ -230,9 +192,7 @@ def _heaviest(mapping: TokenMap, counts: Any) -> float:
 def tree(
     codes: Annotated[int, typer.Option(help="Codes.")] = 16_384,
     width: Annotated[int, typer.Option(help="Of a code.")] = 8,
-    shared: Annotated[
-        bool, typer.Option(help="Whether other work runs on the machine meanwhile.")
-    ] = False,
+    shared: Annotated[bool, typer.Option(help="Whether other work runs on the machine meanwhile.")] = False,
 ) -> None:
     """Fit a tree of random unit vectors in a process of its own; how long it takes and how much memory."""
     child = subprocess.run(
@@ -281,16 +241,10 @@ def _unit_rows(codes: int, width: int) -> Any:
 
 @app.command()
 def approximate(
-    codes: Annotated[
-        int, typer.Option(help="Codes, so few that the exact tree can be had.")
-    ] = 8192,
-    large: Annotated[
-        int, typer.Option(help="Codes of a tree that is only timed; 0 for none.")
-    ] = 131_072,
+    codes: Annotated[int, typer.Option(help="Codes, so few that the exact tree can be had.")] = 8192,
+    large: Annotated[int, typer.Option(help="Codes of a tree that is only timed; 0 for none.")] = 131_072,
     width: Annotated[int, typer.Option(help="Of a code.")] = 8,
-    ks: Annotated[
-        str, typer.Option(help="Numbers of clusters, with commas.")
-    ] = "4096,2048,1024,256",
+    ks: Annotated[str, typer.Option(help="Numbers of clusters, with commas.")] = "4096,2048,1024,256",
 ) -> None:
     """How far the approximate tree of random unit vectors is from the exact one, and how long a large one takes."""
     book, cell, groups = _unit_rows(codes, width), 1024, 2048
@@ -330,59 +284,32 @@ def approximate(
 
 @app.command("fair")
 def fair_(
-    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path(
-        "runs/emoji-tokens"
-    ),
+    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/emoji-tokens"),
 ) -> None:
     """Sum up the finished seeds of the comparison: each vocabulary at its best learning rate, with intervals."""
     result = json.loads((data / "comparison.json").read_text())
-    settings = {
-        name: result[name]
-        for name in ("k", "codes", "recipe", "sizes", "threads", "rates")
-    }
+    settings = {name: result[name] for name in ("k", "codes", "recipe", "sizes", "threads", "rates")}
     facts = {"settings": settings, "tuning": rates(result["tuning"])}
     names = list(facts["tuning"])
-    seeds_of = [
-        {run["seed"] for run in result["runs"] if run["vocabulary"] == name}
-        for name in names
-    ]
+    seeds_of = [{run["seed"] for run in result["runs"] if run["vocabulary"] == name} for name in names]
     whole = set.intersection(*seeds_of)
     if whole:
         finished = [run for run in result["runs"] if run["seed"] in whole]
         found = summary(finished)
-        pairs = (
-            ("masc", "k-means"),
-            ("masc", "flat"),
-            ("k-means", "flat"),
-            ("masc, density", "masc"),
-        )
-        against = {
-            f"{a} - {b}": differences(finished, a, b)
-            for a, b in pairs
-            if a in names and b in names
-        }
-        facts |= {
-            "differences": against,
-            "seeds": found["seeds"],
-            "goal": found["goal"],
-            "vocabularies": _short(found),
-        }
+        pairs = (("masc", "k-means"), ("masc", "flat"), ("k-means", "flat"), ("masc, density", "masc"))
+        against = {f"{a} - {b}": differences(finished, a, b) for a, b in pairs if a in names and b in names}
+        facts |= {"differences": against, "seeds": found["seeds"], "goal": found["goal"], "vocabularies": _short(found)}
     _write(FAIR, facts)
 
 
 def _short(found: dict[str, Any]) -> dict[str, Any]:
     """Figures without curves."""
-    return {
-        n: {k: v for k, v in one.items() if k != "frechet_curve"}
-        for n, one in found["vocabularies"].items()
-    }
+    return {n: {k: v for k, v in one.items() if k != "frechet_curve"} for n, one in found["vocabularies"].items()}
 
 
 @app.command("images")
 def images_(
-    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path(
-        "runs/emoji-tokens"
-    ),
+    data: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/emoji-tokens"),
     seed: Annotated[int, typer.Option(help="Of the runs.")] = 0,
 ) -> None:
     """One image of each object by each vocabulary's model: no guidance, members drawn uniformly, nothing chosen."""
@@ -391,9 +318,7 @@ def images_(
         load_tokenizer(),
     )
     fine = TokenShards.open(data / "fine")
-    maps = vocabularies(
-        tokenizer.codebook.numpy(), fine.token_counts(), result["k"], seed
-    )
+    maps = vocabularies(tokenizer.codebook.numpy(), fine.token_counts(), result["k"], seed)
     rows = {}
     for run in result["runs"]:
         if run["seed"] != seed:
@@ -403,14 +328,10 @@ def images_(
             maps[run["vocabulary"]],
         )
         trainer = Trainer(fine, mapping, recipe)
-        trainer.restore(
-            folder_of(data, run["vocabulary"], recipe) / "checkpoint.safetensors"
-        )
+        trainer.restore(folder_of(data, run["vocabulary"], recipe) / "checkpoint.safetensors")
         condition = trainer.conditions.of(torch.arange(trainer.classes))
         clusters, _ = sample_clusters(trainer.causal, condition, fine.length, seed=seed)
-        rows[run["vocabulary"]] = decode(
-            MemberSampler.make(mapping)(clusters.numpy(), seed)
-        )
+        rows[run["vocabulary"]] = decode(MemberSampler.make(mapping)(clusters.numpy(), seed))
     print(plot_images(rows, HERE.parent / "docs" / "images" / "tokens-drawn.png"))
 
 
@@ -419,9 +340,7 @@ def _line(cells: list[str]) -> str:
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(
-        [_line(heads), "|---" + "|--:" * (len(heads) - 1) + "|", *map(_line, rows)]
-    )
+    return "\n".join([_line(heads), "|---" + "|--:" * (len(heads) - 1) + "|", *map(_line, rows)])
 
 
 def _range(figure: dict[str, float], digits: int) -> str:
@@ -448,18 +367,13 @@ def replacement_table(result: dict[str, Any]) -> str:
         [
             str(own["codes"]),
             "none",
-            *(
-                f"{own[m]:.{d}f}" if own.get(m) is not None else "-"
-                for m, d in columns.items()
-            ),
+            *(f"{own[m]:.{d}f}" if own.get(m) is not None else "-" for m, d in columns.items()),
             "1",
         ]
     ]
     for row in result["rows"]:
         cells = [_range(row[m], d) if m in row else "-" for m, d in columns.items()]
-        rows.append(
-            [str(row["k"]), row["map"], *cells, _range(row["largest_cluster"], 0)]
-        )
+        rows.append([str(row["k"]), row["map"], *cells, _range(row["largest_cluster"], 0)])
     return _table(heads, rows)
 
 
@@ -535,19 +449,13 @@ def reference_table(result: dict[str, Any]) -> str:
     for name in VOCABULARIES:
         if (one := result["vocabularies"].get(name)) is None:
             continue
-        steps = ", ".join(
-            "not reached" if step is None else str(step)
-            for step in one["steps_to_flat"]
-        )
+        steps = ", ".join("not reached" if step is None else str(step) for step in one["steps_to_flat"])
         rows.append(
             [
                 name,
                 str(one["clusters"]),
                 _range(one["drawn"]["frechet"], 2),
-                *(
-                    _range(one["drawn"][m], 2)
-                    for m in ("precision", "recall", "objects")
-                ),
+                *(_range(one["drawn"][m], 2) for m in ("precision", "recall", "objects")),
                 _range(one["held_out"]["entropy_over_log_k"], 3),
                 _range(one["held_out"]["token_loss"], 3),
                 steps,
@@ -558,10 +466,7 @@ def reference_table(result: dict[str, Any]) -> str:
         ("reconstructions", "reconstructions"),
         ("real images", "real_images"),
     ):
-        cells = [
-            f"{floor[key][m]:.2f}"
-            for m in ("frechet", "precision", "recall", "objects")
-        ]
+        cells = [f"{floor[key][m]:.2f}" for m in ("frechet", "precision", "recall", "objects")]
         rows.append([label, "-", *cells, "-", "-", "-"])
     return _table(heads, rows)
 
@@ -572,10 +477,7 @@ def members_table(result: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            *(
-                _range(one["members"][kind], 2) if kind in one["members"] else "-"
-                for kind in kinds
-            ),
+            *(_range(one["members"][kind], 2) if kind in one["members"] else "-" for kind in kinds),
         ]
         for name, one in result["vocabularies"].items()
         if name != "flat"
@@ -604,10 +506,7 @@ def fair_table(result: dict[str, Any]) -> str:
     heads += ["steps to flat's quality", "processor seconds", "refiner"]
     rows = []
     for name, one in result["vocabularies"].items():
-        steps = ", ".join(
-            "not reached" if step is None else str(step)
-            for step in one["steps_to_flat"]
-        )
+        steps = ", ".join("not reached" if step is None else str(step) for step in one["steps_to_flat"])
         refined, cost = (
             one["members"].get("refiner"),
             one["member_cpu_seconds"].get("refiner"),
@@ -631,10 +530,7 @@ def fair_table(result: dict[str, Any]) -> str:
 def rates_table(result: dict[str, Any]) -> str:
     """Markdown of the Fréchet distance by learning rate, with the seed that counts for nothing else."""
     columns = [f"{rate:g}" for rate in result["settings"]["rates"]]
-    rows = [
-        [name, *(f"{found[c]:.1f}" for c in columns)]
-        for name, found in result["tuning"].items()
-    ]
+    rows = [[name, *(f"{found[c]:.1f}" for c in columns)] for name, found in result["tuning"].items()]
     return _table(["vocabulary", *columns], rows)
 
 
@@ -652,32 +548,21 @@ def differences_table(result: dict[str, Any]) -> str:
 def fair_line(result: dict[str, Any]) -> str:
     """What the seeds show, and what they do not."""
     if "vocabularies" not in result:
-        return (
-            "Without complete seeds no difference between vocabularies is claimed here."
-        )
-    names = {
-        "masc": "MASC",
-        "k-means": "k-means",
-        "flat": "the flat vocabulary",
-        "masc, density": "MASC with density",
-    }
+        return "Without complete seeds no difference between vocabularies is claimed here."
+    names = {"masc": "MASC", "k-means": "k-means", "flat": "the flat vocabulary", "masc, density": "MASC with density"}
     said = []
     for pair, one in result["differences"].items():
         first, second = (names[name] for name in pair.split(" - "))
         found = one["frechet"]
         if found["low"] <= 0 <= found["high"]:
-            said.append(
-                f"between {first} and {second} no difference in the Fréchet distance is shown"
-            )
+            said.append(f"between {first} and {second} no difference in the Fréchet distance is shown")
         else:
             which = (first, second) if found["mean"] < 0 else (second, first)
             ends = sorted(abs(found[end]) for end in ("low", "high"))
             amount = f"{abs(found['mean']):.1f} ({ends[0]:.1f} to {ends[1]:.1f})"
             said.append(f"{which[0]} is ahead of {which[1]} by {amount}")
     recipe, seeds = result["settings"]["recipe"], len(result["seeds"])
-    shares = [
-        one["drawn"]["objects"]["mean"] for one in result["vocabularies"].values()
-    ]
+    shares = [one["drawn"]["objects"]["mean"] for one in result["vocabularies"].values()]
     return (
         f"{seeds} seed{'s' * (seeds != 1)}, {recipe['steps']} steps of {recipe['batch']} images, width "
         f"{recipe['width']}, {recipe['layers']} layers: {'; '.join(said)}. This is the very beginning of a training: "
@@ -688,18 +573,11 @@ def fair_line(result: dict[str, Any]) -> str:
 
 def density_line(result: dict[str, Any]) -> str:
     """How much the weights change."""
-    of = {
-        (row["k"], row["weights"], row["cap"] is None): row["psnr"]["mean"]
-        for row in result["rows"]
-    }
+    of = {(row["k"], row["weights"], row["cap"] is None): row["psnr"]["mean"] for row in result["rows"]}
     parts = []
     for name in ("usage", "near neighbours"):
         for free in (True, False):
-            changes = [
-                of[k, w, f] - of[k, "all alike", f]
-                for k, w, f in of
-                if w == name and f == free
-            ]
+            changes = [of[k, w, f] - of[k, "all alike", f] for k, w, f in of if w == name and f == free]
             how = "without a cap" if free else "with it"
             parts.append(f"{name} {how} {min(changes):+.2f} to {max(changes):+.2f} dB")
     return f"Against codes that count alike, over all k: {', '.join(parts)}."
@@ -736,11 +614,7 @@ def normalization_table(result: dict[str, Any]) -> str:
     for kind in ("direction", "distance"):
         of = {(row["k"], row["rows"], row["clusters"]): row for row in result[kind]}
         for k in dict.fromkeys(row["k"] for row in result[kind]):
-            cells = [
-                f"{of[k, n, c]['psnr']:.2f}"
-                for c in ("masc", "k-means")
-                for n in ("none", "unit")
-            ]
+            cells = [f"{of[k, n, c]['psnr']:.2f}" for c in ("masc", "k-means") for n in ("none", "unit")]
             some = of[k, "none", "masc"]
             rows.append(
                 [
@@ -785,30 +659,22 @@ def fill(text: str) -> str:
 
     def made(match: re.Match[str]) -> str:
         path, make = MAKERS[match[1]]
-        body = (
-            make(json.loads(path.read_text())) if path.exists() else "Not measured yet."
-        )
+        body = make(json.loads(path.read_text())) if path.exists() else "Not measured yet."
         return f"<!-- tokens {match[1]} -->\n{body}\n<!-- end -->"
 
-    return re.sub(
-        r"<!-- tokens ([\w-]+) -->\n.*?\n?<!-- end -->", made, text, flags=re.DOTALL
-    )
+    return re.sub(r"<!-- tokens ([\w-]+) -->\n.*?\n?<!-- end -->", made, text, flags=re.DOTALL)
 
 
 @app.command()
 def tables(
-    check: Annotated[
-        bool, typer.Option(help="Only look whether the pages are current.")
-    ] = False,
+    check: Annotated[bool, typer.Option(help="Only look whether the pages are current.")] = False,
 ) -> None:
     """Write the tables of docs/tokens.md and of the zoo's page."""
     for page in PAGES:
         old = page.read_text()
         new = fill(old)
         if check and new != old:
-            raise SystemExit(
-                f"{page} does not hold what the JSON files say; run python benchmarks/tokens.py tables"
-            )
+            raise SystemExit(f"{page} does not hold what the JSON files say; run python benchmarks/tokens.py tables")
         if not check:
             write_atomically(page, new)
 

@@ -40,18 +40,14 @@ class DistanceTokenizer(VQTokenizer):
 
     def lookup(self, latents: Tensor) -> Tensor:
         """Nearest codes `[B, h, w]`."""
-        return (latents @ self.codebook.T - self.codebook.square().sum(-1) / 2).argmax(
-            -1
-        )
+        return (latents @ self.codebook.T - self.codebook.square().sum(-1) / 2).argmax(-1)
 
     @torch.no_grad()
     def _move(self, tokens: Tensor, latents: Tensor) -> None:
         n, flat, index = self.config.codes, latents.flatten(0, 2), tokens.flatten()
         even = n / len(index)
         self.usage.lerp_(even * torch.bincount(index, minlength=n).float(), 1 - DECAY)
-        self.sums.lerp_(
-            even * torch.zeros_like(self.sums).index_add_(0, index, flat), 1 - DECAY
-        )
+        self.sums.lerp_(even * torch.zeros_like(self.sums).index_add_(0, index, flat), 1 - DECAY)
         self.codebook.copy_(self.sums / self.usage.clamp_min(1e-6)[:, None])
         rare = torch.nonzero(self.usage < RARE).flatten()
         if len(rare):
@@ -62,19 +58,13 @@ def trained(kind: type[VQTokenizer], codes: int, steps: int, seed: int) -> VQTok
     """A tokenizer after a short training."""
     torch.manual_seed(seed)
     tokenizer = kind(TokenizerConfig(codes=codes, channels=32)).train()
-    optimizer = torch.optim.AdamW(
-        tokenizer.parameters(), LR, betas=(0.9, 0.99), weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), LR, betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(steps):
         if step == PLAIN:
             tokenizer.begin(images(64, TRAIN + step).pixels)
         for group in optimizer.param_groups:
-            group["lr"] = LR * min(
-                1.0, (step + 1) / 50, max(0.02, (1 - step / steps) / 0.4)
-            )
-        loss, _ = tokenizer.loss(
-            images(BATCH, TRAIN + step).pixels, quantized=step >= PLAIN
-        )
+            group["lr"] = LR * min(1.0, (step + 1) / 50, max(0.02, (1 - step / steps) / 0.4))
+        loss, _ = tokenizer.loss(images(BATCH, TRAIN + step).pixels, quantized=step >= PLAIN)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
@@ -86,28 +76,19 @@ def measured(tokenizer: VQTokenizer, rows: Any, seeds: int) -> list[dict[str, An
     """PSNR in dB of held-out images with members for tokens, by clusters and rows."""
     pixels = images(256, HELD_OUT).pixels
     tokens = tokenizer.encode(pixels)
-    seen = torch.cat(
-        [tokenizer.encode(images(256, TRAIN + 50_000 + i).pixels) for i in range(8)]
-    )
+    seen = torch.cat([tokenizer.encode(images(256, TRAIN + 50_000 + i).pixels) for i in range(8)])
     used = np.bincount(seen.flatten().numpy(), minlength=tokenizer.config.codes)
     plain = psnr(tokenizer.decode(tokens), pixels)
     found: list[dict[str, Any]] = []
     for k in (int((used > 0).sum()) // 2, int((used > 0).sum()) // 4):
-        maps = {
-            n: SemanticTree.fit(rows, normalize=n, used=used).map(k)
-            for n in ("none", "unit")
-        }
+        maps = {n: SemanticTree.fit(rows, normalize=n, used=used).map(k) for n in ("none", "unit")}
         agreement = adjusted_rand(*(m.labels[used > 0] for m in maps.values()))
         for name, mapping in maps.items():
             means = kmeans_map(rows, k, normalize=name, used=used, runs=3)
             for how, one in (("masc", mapping), ("k-means", means)):
                 values = [
                     psnr(
-                        tokenizer.decode(
-                            torch.from_numpy(
-                                MemberSampler.make(one)(one(tokens.numpy()), seed)
-                            )
-                        ),
+                        tokenizer.decode(torch.from_numpy(MemberSampler.make(one)(one(tokens.numpy()), seed))),
                         pixels,
                     )
                     for seed in range(seeds)
@@ -146,9 +127,7 @@ def main(
         rows = tokenizer.codebook.numpy().copy()
         lengths = np.linalg.norm(rows, axis=1)
         if name == "direction":
-            rows *= np.exp(
-                SPREAD * np.random.default_rng(0).standard_normal((codes, 1))
-            )
+            rows *= np.exp(SPREAD * np.random.default_rng(0).standard_normal((codes, 1)))
         else:
             result["length_spread"] = float(lengths.std() / lengths.mean())
         result[name] = measured(tokenizer, rows, seeds)
@@ -157,9 +136,7 @@ def main(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(),
     }
-    rounded = json.loads(
-        json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}")
-    )
+    rounded = json.loads(json.dumps(result), parse_float=lambda text: float(f"{float(text):.5g}"))
     settings = {"codes": codes, "steps": steps, "seeds": seeds}
     write_atomically(OUT, json.dumps({**facts, **settings, **rounded}, indent=1) + "\n")
 

@@ -46,22 +46,12 @@ class Layer(nn.Module):
     def __init__(self, size: Size) -> None:
         super().__init__()
         W, self.size = size.width, size
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(W, elementwise_affine=False) for _ in range(3)
-        )
+        self.norms = nn.ModuleList(nn.LayerNorm(W, elementwise_affine=False) for _ in range(3))
         self.qkv, self.out = nn.Linear(W, 3 * W), nn.Linear(W, W)
-        self.query, self.known, self.told = (
-            nn.Linear(W, W),
-            nn.Linear(W, 2 * W),
-            nn.Linear(W, W),
-        )
-        self.mlp = nn.Sequential(
-            nn.Linear(W, size.inner), nn.GELU("tanh"), nn.Linear(size.inner, W)
-        )
+        self.query, self.known, self.told = nn.Linear(W, W), nn.Linear(W, 2 * W), nn.Linear(W, W)
+        self.mlp = nn.Sequential(nn.Linear(W, size.inner), nn.GELU("tanh"), nn.Linear(size.inner, W))
 
-    def forward(
-        self, x: Tensor, text: Tensor, stream: KVStream, layer: int, keep: bool
-    ) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, stream: KVStream, layer: int, keep: bool) -> Tensor:
         """Tokens `[B, q, L, W]` and text `[B, T, W]` to tokens."""
         B, q, L, _ = x.shape
         H, D = self.size.heads, self.size.head_width
@@ -71,11 +61,7 @@ class Layer(nn.Module):
             stream[layer].append(own[1], own[2])
         queries = self.query(self.norms[1](x)).view(B, q * L, H, D).transpose(1, 2)
         keys, values = self.known(text).view(B, -1, 2, H, D).permute(2, 0, 3, 1, 4)
-        told = (
-            scaled_dot_product_attention(queries, keys, values)
-            .transpose(1, 2)
-            .reshape(B, q, L, -1)
-        )
+        told = scaled_dot_product_attention(queries, keys, values).transpose(1, 2).reshape(B, q, L, -1)
         x = x + self.told(told)
         return x + self.mlp(self.norms[2](x))
 
@@ -88,9 +74,7 @@ class CausalVideo(nn.Module):
         self.size = size
         self.layers = nn.ModuleList(Layer(size) for _ in range(size.layers))
 
-    def forward(
-        self, x: Tensor, text: Tensor, stream: KVStream, keep: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, stream: KVStream, keep: bool = False) -> Tensor:
         """One forward of a chunk."""
         for number, layer in enumerate(self.layers):
             x = layer(x, text, stream, number, keep)
@@ -108,14 +92,10 @@ def rolled_out(model: CausalVideo, stream: KVStream, chunks: int) -> None:
     """Roll out, each chunk from noise of its own."""
     size, weight = model.size, next(model.parameters())
     generator = torch.Generator(weight.device).manual_seed(0)
-    text = torch.zeros(
-        1, size.text, size.width, device=weight.device, dtype=weight.dtype
-    )
+    text = torch.zeros(1, size.text, size.width, device=weight.device, dtype=weight.dtype)
     for _ in range(chunks):
         shape = (1, size.chunk, size.tokens, size.width)
-        x = torch.randn(
-            shape, generator=generator, device=weight.device, dtype=weight.dtype
-        )
+        x = torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
         for _ in range(FORWARDS):
             x = torch.lerp(x, model(x, text, stream), 0.25)
         model(x, text, stream, keep=True)

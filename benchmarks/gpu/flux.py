@@ -30,17 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 METHODS = ("reuse", "taylorseer", "hicache", "foca", "freqca", "svdcache", "hyca")
 SITES = ("hidden", "output")
-COMPILED = (
-    ("plain", ""),
-    ("taylorseer", "hidden"),
-    ("taylorseer", "output"),
-    ("hicache", "hidden"),
-)
-COMPONENTS = (
-    "freqca",
-    "svdcache",
-    "hyca",
-)  # forecast parts of a feature, with two temporaries of its size
+COMPILED = (("plain", ""), ("taylorseer", "hidden"), ("taylorseer", "output"), ("hicache", "hidden"))
+COMPONENTS = ("freqca", "svdcache", "hyca")  # forecast parts of a feature, with two temporaries of its size
 SCHEDULED_PEERS = ("dbcache", "dbcache-taylorseer", "taylorseer-lite", "hermite")
 COUNTS = {50: 9, 28: 7}  # computed steps
 DRY_COUNTS = {10: 4, 8: 4}
@@ -69,11 +60,7 @@ class Call:
 
     def of(self, computed: bool, times: list[float]) -> float | None:
         """Median over the steps that were, or were not, computed; the first one has to begin the call as well."""
-        chosen = [
-            ms
-            for ms, ran in zip(times[1:], self.computed[1:], strict=True)
-            if ran == computed
-        ]
+        chosen = [ms for ms, ran in zip(times[1:], self.computed[1:], strict=True) if ran == computed]
         return median(chosen) if chosen else None
 
 
@@ -122,11 +109,7 @@ def counting(model: nn.Module) -> Iterator[Callable[[], int]]:
 
 
 def timed(
-    device: Device,
-    rig: Rig,
-    steps: int,
-    waiting: bool = False,
-    counted: Callable[[], int] | None = None,
+    device: Device, rig: Rig, steps: int, waiting: bool = False, counted: Callable[[], int] | None = None
 ) -> Call:
     """One call, stamped at the end of each step.
 
@@ -161,9 +144,7 @@ def timed(
     device.wait()
     peak = device.peak()
     return Call(
-        device_ms=[
-            device.between(a, b) for a, b in zip([start, *stamps], stamps, strict=False)
-        ],
+        device_ms=[device.between(a, b) for a, b in zip([start, *stamps], stamps, strict=False)],
         host_ms=host,
         total_ms=device.between(start, end),
         computed=[b > a for a, b in pairwise(seen)],
@@ -179,28 +160,15 @@ def step_flops(rig: Rig, steps: int) -> float:
     return float(counter.get_total_flops())
 
 
-def method_arm(
-    base: Rig,
-    bench: Bench,
-    name: str,
-    site: str,
-    steps: int,
-    computed: int,
-    **params: Any,
-) -> Arm:
+def method_arm(base: Rig, bench: Bench, name: str, site: str, steps: int, computed: int, **params: Any) -> Arm:
     """A caching method of hasten."""
     method = registry.build(name, computed_steps=computed, site=site, **params)
     rig = base.copy()
     before = bench.device.held()
     run = hasten.accelerate(rig.pipe, method)
     after = bench.device.held()
-    held = run.estimate_bytes(
-        base.tokens, text_tokens=base.text, dtype=base.pipe.transformer.dtype
-    )
-    width = (
-        rig.pipe.transformer.config.num_attention_heads
-        * rig.pipe.transformer.config.attention_head_dim
-    )
+    held = run.estimate_bytes(base.tokens, text_tokens=base.text, dtype=base.pipe.transformer.dtype)
+    width = rig.pipe.transformer.config.num_attention_heads * rig.pipe.transformer.config.attention_head_dim
     channels = rig.pipe.transformer.config.in_channels if site == "output" else width
     temporary = base.tokens * channels * rig.pipe.transformer.dtype.itemsize
     return Arm(
@@ -216,14 +184,8 @@ def method_arm(
 def leap_arm(base: Rig, steps: int, computed: int) -> Arm:
     """LEAP's scheduler with the coefficients of Euler: what it costs does not depend on their values."""
     levels = [1 - k / computed for k in range(computed)]
-    euler = [
-        [1.0, *[-1 / computed] * (k + 1)] for k in range(computed)
-    ]  # over the first latents and every output
-    table = {
-        "timesteps": [1000 * level for level in levels],
-        "levels": levels,
-        "guided": [euler],
-    }
+    euler = [[1.0, *[-1 / computed] * (k + 1)] for k in range(computed)]  # over the first latents and every output
+    table = {"timesteps": [1000 * level for level in levels], "levels": levels, "guided": [euler]}
     rig = base.copy()
     rig.pipe.scheduler = hasten.LeapScheduler(tables={str(computed): table})
     return Arm(f"leap, {computed} of {steps}", rig, computed)
@@ -235,9 +197,7 @@ def leap_arm(base: Rig, steps: int, computed: int) -> Arm:
 def peer_settings(name: str, steps: int) -> list[dict[str, Any]]:
     """Settings of a peer with a schedule, from the most computed steps to the fewest."""
     longest = range(1, steps)
-    if name.startswith(
-        "dbcache"
-    ):  # a threshold that is always met leaves the number of cached steps in a row
+    if name.startswith("dbcache"):  # a threshold that is always met leaves the number of cached steps in a row
         common = {
             "Fn_compute_blocks": 1,
             "Bn_compute_blocks": 0,
@@ -251,13 +211,7 @@ def peer_settings(name: str, steps: int) -> list[dict[str, Any]]:
     if name == "taylorseer-lite":
         common = {"disable_cache_before_step": 3, "use_lite_mode": True, "max_order": 1}
         return [{**common, "cache_interval": n} for n in longest]
-    common = {
-        "num_steps": steps,
-        "first_enhance": 3,
-        "passes": 1,
-        "max_order": 1,
-        "sigma": 0.5,
-    }
+    common = {"num_steps": steps, "first_enhance": 3, "passes": 1, "max_order": 1, "sigma": 0.5}
     return [{**common, "interval": n} for n in longest]
 
 
@@ -289,9 +243,7 @@ def peer_arm(base: Rig, small: Rig, name: str, steps: int, computed: int) -> Arm
     for params in peer_settings(name, steps):
         if computed_by(switched(small, name, params), steps) <= computed:
             renew = partial(switched, base, name, params)
-            return Arm(
-                f"{name} (peer), {computed} of {steps}", base, steps, renew=renew
-            )
+            return Arm(f"{name} (peer), {computed} of {steps}", base, steps, renew=renew)
     raise ValueError(f"no setting of {name} computes only {computed} of {steps} steps")
 
 
@@ -319,11 +271,7 @@ def measure(bench: Bench) -> None:
     base = models.flux(bench.device, bench.dry)
     small = models.flux(Device("cpu"), dry=True)
     parameters = sum(p.numel() for p in base.pipe.transformer.parameters())
-    bench.facts |= {
-        "parameters": parameters,
-        "image_tokens": base.tokens,
-        "text_tokens": base.text,
-    }
+    bench.facts |= {"parameters": parameters, "image_tokens": base.tokens, "text_tokens": base.text}
     counts = DRY_COUNTS if bench.dry else COUNTS
     (steps, computed), (fewer, fewer_computed) = counts.items()
     base.draw(2)  # whatever is slow the first time is not an arm's
@@ -339,9 +287,7 @@ def measure(bench: Bench) -> None:
             in_turn(bench, arms, steps, ratios)
 
 
-def flops_ratios(
-    bench: Bench, base: Rig, steps: int, computed: int
-) -> dict[str, float]:
+def flops_ratios(bench: Bench, base: Rig, steps: int, computed: int) -> dict[str, float]:
     """Counted operations of a plain call relative to one that is cached at a site, by site; LEAP's by the steps."""
     plain = step_flops(base, 2) / 2 * steps
     ratios = {"leap": steps / computed}
@@ -352,9 +298,7 @@ def flops_ratios(
     return ratios
 
 
-def wanted(
-    bench: Bench, base: Rig, small: Rig, steps: int, computed: int
-) -> Iterator[tuple[str, float, Make]]:
+def wanted(bench: Bench, base: Rig, small: Rig, steps: int, computed: int) -> Iterator[tuple[str, float, Make]]:
     """Names of all arms, what making and calling one twice takes in plain calls, and what makes it."""
     share = 2 * computed / steps
     plain = f"plain, {steps} steps"
@@ -362,35 +306,16 @@ def wanted(
     short = f"plain, {computed} steps"  # what a call of so many computed steps takes at the least
     yield short, share, lambda: Arm(short, base.copy(), computed)
     calibrations = calibrated(bench, base, steps)
-    for name, site in [
-        *((name, site) for site in SITES for name in METHODS),
-        ("taylorseer", "module"),
-    ]:
+    for name, site in [*((name, site) for site in SITES for name in METHODS), ("taylorseer", "module")]:
         if site in sites_of(name):
             params = {"calibration": calibrations[name]} if name in calibrations else {}
             key = f"{name} {site}, {computed} of {steps}"
-            yield (
-                key,
-                share,
-                partial(method_arm, base, bench, name, site, steps, computed, **params),
-            )
-    yield (
-        f"leap, {computed} of {steps}",
-        share,
-        partial(leap_arm, base, steps, computed),
-    )
+            yield key, share, partial(method_arm, base, bench, name, site, steps, computed, **params)
+    yield f"leap, {computed} of {steps}", share, partial(leap_arm, base, steps, computed)
     for name in SCHEDULED_PEERS:
-        yield (
-            f"{name} (peer), {computed} of {steps}",
-            share,
-            partial(peer_arm, base, small, name, steps, computed),
-        )
+        yield f"{name} (peer), {computed} of {steps}", share, partial(peer_arm, base, small, name, steps, computed)
     trials = share + THRESHOLD_TRIALS / 2
-    yield (
-        f"first-block (peer), {computed} of {steps}",
-        trials,
-        partial(first_block_arm, base, steps, computed),
-    )
+    yield f"first-block (peer), {computed} of {steps}", trials, partial(first_block_arm, base, steps, computed)
 
 
 def sites_of(name: str) -> tuple[str, ...]:
@@ -420,9 +345,7 @@ def warmed(bench: Bench, base: Rig, small: Rig, steps: int, computed: int) -> li
     arms: list[Arm] = []
     plain_seconds = 0.0
     for key, plain_calls, make in wanted(bench, base, small, steps, computed):
-        again = (
-            sum(arm.overhead.total_ms for arm in arms if arm.overhead is not None) / 1e3
-        )
+        again = sum(arm.overhead.total_ms for arm in arms if arm.overhead is not None) / 1e3
         if not bench.has_time(again + plain_calls * plain_seconds, key):
             continue
         try:
@@ -444,9 +367,7 @@ def called(device: Device, arm: Arm, waiting: bool = False) -> Call:
         return timed(device, rig, arm.steps, waiting, counted)
 
 
-def in_turn(
-    bench: Bench, arms: list[Arm], steps: int, ratios: dict[str, float]
-) -> None:
+def in_turn(bench: Bench, arms: list[Arm], steps: int, ratios: dict[str, float]) -> None:
     """One timed call of each arm; the plain one, if it could be had, comes first."""
     plain = next((arm for arm in arms if arm.name.startswith("plain")), None)
     for arm in arms:
@@ -455,23 +376,14 @@ def in_turn(
         except Exception as error:
             bench.failed(arm.name, error)
             continue
-        report(
-            bench,
-            arm,
-            plain or arm,
-            ratios.get("leap" if arm.name.startswith("leap") else arm.site),
-        )
+        report(bench, arm, plain or arm, ratios.get("leap" if arm.name.startswith("leap") else arm.site))
     judge_peers(bench, arms)
 
 
-def measure_compiled(
-    bench: Bench, base: Rig, steps: int, computed: int, ratios: dict[str, float]
-) -> None:
+def measure_compiled(bench: Bench, base: Rig, steps: int, computed: int, ratios: dict[str, float]) -> None:
     """A few arms on compiled blocks; the same compiled transformer serves them one after another."""
     rig = base.copy()
-    rig.pipe.transformer.compile_repeated_blocks(
-        **({"backend": "eager"} if bench.dry else {})
-    )
+    rig.pipe.transformer.compile_repeated_blocks(**({"backend": "eager"} if bench.dry else {}))
     rig.draw(2)  # compiles
     plain: Arm | None = None
     for name, site in COMPILED:
@@ -480,11 +392,7 @@ def measure_compiled(
             with contextlib.ExitStack() as stack:
                 run = None
                 if site:
-                    run = stack.enter_context(
-                        hasten.accelerate(
-                            rig.pipe, name, site=site, computed_steps=computed
-                        )
-                    )
+                    run = stack.enter_context(hasten.accelerate(rig.pipe, name, site=site, computed_steps=computed))
                 arm = Arm(key, rig, steps, site)
                 arm.overhead = timed(bench.device, rig, steps, waiting=True)
                 arm.calls.append(timed(bench.device, rig, steps))
@@ -523,27 +431,18 @@ def report(bench: Bench, arm: Arm, plain: Arm, flops_ratio: float | None) -> Non
         reference = median(call.total_ms for call in plain.calls)
         step = middle(call.of(True, call.device_ms) for call in plain.calls)
         row["latency_ratio"] = reference / whole
-        row["skipped_share"] = (
-            None if row["skipped_ms"] is None or not step else row["skipped_ms"] / step
-        )
+        row["skipped_share"] = None if row["skipped_ms"] is None or not step else row["skipped_ms"] / step
         row["above_plain_bytes"] = above_plain(arm, plain)
         if flops_ratio is not None:
             row["flops_ratio"] = flops_ratio
             row["latency_share"] = row["latency_ratio"] / flops_ratio
-            bench.target(
-                f"latency against operations, {arm.name}",
-                row["latency_share"],
-                0.97,
-                "more",
-            )
+            bench.target(f"latency against operations, {arm.name}", row["latency_share"], 0.97, "more")
         if arm.site in SITES and not arm.name.startswith("compiled"):
             limit = 0.005 if arm.site == "output" else 0.02
             bench.target(f"skipped step, {arm.name}", row["skipped_share"], limit)
         if arm.allowed is not None and arm.site in SITES:
             row["allowed_bytes"] = arm.allowed
-            bench.target(
-                f"memory above plain, {arm.name}", row["above_plain_bytes"], arm.allowed
-            )
+            bench.target(f"memory above plain, {arm.name}", row["above_plain_bytes"], arm.allowed)
     bench.row(arm.name, **row)
 
 
@@ -571,6 +470,4 @@ def judge_peers(bench: Bench, arms: list[Arm]) -> None:
             theirs["note"] = "computes fewer steps: not compared"
             continue
         slowest = max(row["total_ms"] for row in rows)
-        bench.target(
-            f"slowest of hasten's over {peer.name}", slowest / theirs["total_ms"], 1.0
-        )
+        bench.target(f"slowest of hasten's over {peer.name}", slowest / theirs["total_ms"], 1.0)

@@ -74,9 +74,7 @@ class Device:
         self.wait()
         return result
 
-    def median_ms(
-        self, run: Callable[[], Any], repeats: int, warmups: int = 2
-    ) -> float:
+    def median_ms(self, run: Callable[[], Any], repeats: int, warmups: int = 2) -> float:
         """Median milliseconds of a call, between events on the device."""
         for _ in range(warmups):
             run()
@@ -134,31 +132,15 @@ class Bench:
         self.row(key, failed=one_line(error))
         self.device.free()
 
-    def target(
-        self, key: str, value: float | None, limit: float, better: str = "less"
-    ) -> None:
+    def target(self, key: str, value: float | None, limit: float, better: str = "less") -> None:
         """Hold a figure to its target; one that was not measured (None), or of tiny shapes, is not judged."""
         judged = value is not None and not self.dry
-        passed = (
-            (value <= limit if better == "less" else value >= limit)
-            if judged and value is not None
-            else None
-        )
-        self.targets[key] = {
-            "value": value,
-            "target": limit,
-            "better": better,
-            "passed": passed,
-        }
+        passed = (value <= limit if better == "less" else value >= limit) if judged and value is not None else None
+        self.targets[key] = {"value": value, "target": limit, "better": better, "passed": passed}
 
     def holds(self, key: str, value: bool) -> None:
         """A target that holds or does not, for tiny shapes too."""
-        self.targets[key] = {
-            "value": value,
-            "target": True,
-            "better": "equal",
-            "passed": value,
-        }
+        self.targets[key] = {"value": value, "target": True, "better": "equal", "passed": value}
 
     def write(self, status: str, error: str | None = None) -> None:
         """Write the section's file, atomically."""
@@ -220,10 +202,7 @@ def run_sections(
             say(f"{plan.name}: done earlier, in {path}")
             statuses[plan.name] = "done"
             continue
-        deadline = (
-            begun
-            + 60 * minutes * sum(earlier.share for earlier in plans[: i + 1]) / whole
-        )
+        deadline = begun + 60 * minutes * sum(earlier.share for earlier in plans[: i + 1]) / whole
         bench = Bench(plan.name, path, device, dry, deadline, options or {})
         if bench.left <= 0 and not dry:
             bench.write("no time")
@@ -240,9 +219,7 @@ def _run(plan: Plan, bench: Bench) -> str:
     try:
         bench.write("running")
         plan.measure(bench)
-    except (
-        Exception
-    ) as error:  # whatever it is, the sections behind it are worth running
+    except Exception as error:  # whatever it is, the sections behind it are worth running
         traceback.print_exc()
         bench.write("failed", one_line(error))
         return "failed"
@@ -256,16 +233,8 @@ def _run(plan: Plan, bench: Bench) -> str:
 
 def found_wrong(bench: Bench) -> list[str]:
     """Rows of a section that failed, but for a package that is not installed, and what does not hold."""
-    rows = [
-        f"{name}: {row['failed']}"
-        for name, row in bench.rows.items()
-        if "failed" in row
-    ]
-    untrue = [
-        f"{name} does not hold"
-        for name, target in bench.targets.items()
-        if target["passed"] is False
-    ]
+    rows = [f"{name}: {row['failed']}" for name, row in bench.rows.items() if "failed" in row]
+    untrue = [f"{name} does not hold" for name, target in bench.targets.items() if target["passed"] is False]
     return [row for row in rows if "not installed" not in row] + untrue
 
 
@@ -275,11 +244,7 @@ def already_done(path: Path, dry: bool) -> bool:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
         return False
-    return (
-        isinstance(content, dict)
-        and content.get("status") == "done"
-        and content.get("dry_run") == dry
-    )
+    return isinstance(content, dict) and content.get("status") == "done" and content.get("dry_run") == dry
 
 
 def summary_of(bench: Bench, status: str) -> str:
@@ -287,19 +252,10 @@ def summary_of(bench: Bench, status: str) -> str:
     signs = {True: "pass", False: "FAIL", None: "-"}
     lines = [f"{bench.name}: {status}, {time.monotonic() - bench.started:.0f} s"]
     for name, target in bench.targets.items():
-        value, limit = (
-            f"{x:.4g}" if isinstance(x, float) else str(x)
-            for x in (target["value"], target["target"])
-        )
+        value, limit = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in (target["value"], target["target"]))
         bound = {"less": "<= ", "more": ">= ", "equal": ""}[target["better"]]
-        lines.append(
-            f"  {signs[target['passed']]:4s}  {name}: {value} (target {bound}{limit})"
-        )
-    lines += [
-        f"  failed  {name}: {row['failed']}"
-        for name, row in bench.rows.items()
-        if "failed" in row
-    ]
+        lines.append(f"  {signs[target['passed']]:4s}  {name}: {value} (target {bound}{limit})")
+    lines += [f"  failed  {name}: {row['failed']}" for name, row in bench.rows.items() if "failed" in row]
     return "\n".join(lines + [f"  left out  {what}" for what in bench.left_out])
 
 

@@ -24,18 +24,8 @@ TINY_FLUX = {
     "pooled_projection_dim": 32,
     "axes_dims_rope": (4, 6, 6),
 }
-TINY_WAN = {
-    **TINY_HEADS,
-    "text_dim": 32,
-    "freq_dim": 32,
-    "ffn_dim": 64,
-    "num_layers": 4,
-}
-WAN_1B = {
-    "num_attention_heads": 12,
-    "ffn_dim": 8960,
-    "num_layers": 30,
-}  # the other defaults are of Wan 2.1
+TINY_WAN = {**TINY_HEADS, "text_dim": 32, "freq_dim": 32, "ffn_dim": 64, "num_layers": 4}
+WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}  # the other defaults are of Wan 2.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +46,9 @@ class Rig:
 
     def draw(self, steps: int, **more: Any) -> Tensor:
         """Latents of one call."""
-        generator = torch.Generator().manual_seed(
-            0
-        )  # on the host, so that every device begins with the same noise
+        generator = torch.Generator().manual_seed(0)  # on the host, so that every device begins with the same noise
         output = self.pipe(
-            num_inference_steps=steps,
-            output_type="latent",
-            generator=generator,
-            **{**self.call, **more},
+            num_inference_steps=steps, output_type="latent", generator=generator, **{**self.call, **more}
         )
         latents: Tensor = output.frames if hasattr(output, "frames") else output.images
         return latents
@@ -71,31 +56,18 @@ class Rig:
     def copy(self) -> Rig:
         """A pipeline of its own around copies of the modules that share their weights."""
         parts = {
-            name: shared_copy(part)
-            if isinstance(part, nn.Module)
-            else type(part).from_config(part.config)
+            name: shared_copy(part) if isinstance(part, nn.Module) else type(part).from_config(part.config)
             for name, part in self.pipe.components.items()
             if part is not None and hasattr(part, "config")
         }
-        return Rig(
-            assembled(type(self.pipe).__name__, **parts),
-            self.call,
-            self.tokens,
-            self.text,
-        )
+        return Rig(assembled(type(self.pipe).__name__, **parts), self.call, self.tokens, self.text)
 
 
 def assembled(name: str, **parts: Any) -> Any:
     """A pipeline of these parts; the others are None."""
     cls = getattr(diffusers, name)
-    needed = [
-        p
-        for p in inspect.signature(cls.__init__).parameters.values()
-        if p.name != "self"
-    ]
-    missing = {
-        p.name: None for p in needed if p.default is p.empty and p.name not in parts
-    }
+    needed = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name != "self"]
+    missing = {p.name: None for p in needed if p.default is p.empty and p.name not in parts}
     pipe = cls(**missing, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -122,16 +94,12 @@ def transformer(name: str, device: Device, **config: Any) -> Any:
 
 def _randn(device: Device, *shape: int, seed: int) -> Tensor:
     dtype = torch.bfloat16 if device.on_gpu else torch.float32
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(
-        device.name, dtype
-    )
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device.name, dtype)
 
 
 def flux_scheduler() -> Any:
     """FLUX.1-dev's."""
-    return diffusers.FlowMatchEulerDiscreteScheduler(
-        shift=3.0, use_dynamic_shifting=True
-    )
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
 
 
 def flux(device: Device, dry: bool, kind: str = "FluxPipeline", **config: Any) -> Rig:
@@ -145,16 +113,10 @@ def flux(device: Device, dry: bool, kind: str = "FluxPipeline", **config: Any) -
         "prompt_embeds": _randn(device, 1, text, width, seed=1),
         "pooled_prompt_embeds": _randn(device, 1, pooled, seed=2),
     }
-    parts = {
-        "transformer": transformer("FluxTransformer2DModel", device, **sizes),
-        "scheduler": flux_scheduler(),
-    }
+    parts = {"transformer": transformer("FluxTransformer2DModel", device, **sizes), "scheduler": flux_scheduler()}
     if kind == "FluxKontextPipeline":
         parts["vae"] = image_vae(device)
-        call |= {
-            "image": _randn(device, 1, 3, side, side, seed=3).float().sigmoid(),
-            "_auto_resize": False,
-        }
+        call |= {"image": _randn(device, 1, 3, side, side, seed=3).float().sigmoid(), "_auto_resize": False}
         call["max_area"] = side * side
     return Rig(assembled(kind, **parts), call, (side // 16) ** 2, text)
 
@@ -186,19 +148,13 @@ def wan(device: Device, dry: bool, frames: int, **config: Any) -> Rig:
     }
     pipe = assembled(
         "WanPipeline",
-        transformer=transformer(
-            "WanTransformer3DModel", device, **({**TINY_WAN} if dry else config)
-        ),
+        transformer=transformer("WanTransformer3DModel", device, **({**TINY_WAN} if dry else config)),
         vae=video_vae(device),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
     )
-    return Rig(
-        pipe, call, ((frames - 1) // 4 + 1) * (height // 16) * (width // 16), text
-    )
+    return Rig(pipe, call, ((frames - 1) // 4 + 1) * (height // 16) * (width // 16), text)
 
 
 def video_vae(device: Device) -> Any:
     """Wan's autoencoder with next to no width."""
-    return transformer(
-        "AutoencoderKLWan", device, base_dim=4, z_dim=16, num_res_blocks=1
-    )
+    return transformer("AutoencoderKLWan", device, base_dim=4, z_dim=16, num_res_blocks=1)

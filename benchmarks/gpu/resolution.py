@@ -44,43 +44,16 @@ class Case:
 def cases(dry: bool) -> list[Case]:
     """Images, edits, videos."""
     presets: tuple[Literal["30", "18", "11", "9"], ...] = ("30", "18", "11", "9")
-    fresco = tuple(
-        (f"fresco {preset}", hasten.Fresco(preset=preset), int(preset))
-        for preset in presets
-    )
+    fresco = tuple((f"fresco {preset}", hasten.Fresco(preset=preset), int(preset)) for preset in presets)
     edit = (("specedit", hasten.SpecEdit(discrepancy="latent", selector="top"), 20),)
     dvg = (("dvg", hasten.DVG(budget=0.5), VIDEO_STEPS),)
     small = models.WAN_1B
     long, short = (25, 25) if dry else (81, 33)  # frames
     return [
-        Case(
-            "FLUX.1-dev, 1024x1024",
-            lambda b: models.flux(b.device, b.dry),
-            fresco,
-            50,
-            20,
-        ),
-        Case(
-            "FLUX.1 Kontext, 1024x1024",
-            lambda b: models.flux(b.device, b.dry, "FluxKontextPipeline"),
-            edit,
-            50,
-            15,
-        ),
-        Case(
-            "Wan 2.1 1.3B, 480x832",
-            lambda b: models.wan(b.device, b.dry, long, **small),
-            dvg,
-            VIDEO_STEPS,
-            20,
-        ),
-        Case(
-            "Wan 2.1 14B, 480x832",
-            lambda b: models.wan(b.device, b.dry, short),
-            dvg,
-            VIDEO_STEPS,
-            25,
-        ),
+        Case("FLUX.1-dev, 1024x1024", lambda b: models.flux(b.device, b.dry), fresco, 50, 20),
+        Case("FLUX.1 Kontext, 1024x1024", lambda b: models.flux(b.device, b.dry, "FluxKontextPipeline"), edit, 50, 15),
+        Case("Wan 2.1 1.3B, 480x832", lambda b: models.wan(b.device, b.dry, long, **small), dvg, VIDEO_STEPS, 20),
+        Case("Wan 2.1 14B, 480x832", lambda b: models.wan(b.device, b.dry, short), dvg, VIDEO_STEPS, 25),
     ]
 
 
@@ -101,13 +74,7 @@ def measure_case(bench: Bench, case: Case) -> None:
     rig = case.make(bench)
     flops = step_flops(rig, 2) / 2 * case.steps
     plain_ms = call_ms(bench, rig, PLAIN_STEPS) / PLAIN_STEPS * case.steps
-    bench.row(
-        case.name,
-        steps=case.steps,
-        tokens=rig.tokens,
-        total_ms=plain_ms,
-        tflops=flops / 1e12,
-    )
+    bench.row(case.name, steps=case.steps, tokens=rig.tokens, total_ms=plain_ms, tflops=flops / 1e12)
     for label, method, steps in case.methods:
         key = f"{case.name}: {label}"
         try:
@@ -120,18 +87,8 @@ def measure_case(bench: Bench, case: Case) -> None:
             bench.failed(key, error)
             continue
         ratio, faster = flops / own, plain_ms / ms
-        bench.row(
-            key,
-            steps=steps,
-            total_ms=ms,
-            tflops=own / 1e12,
-            plan=plan,
-            flops_ratio=ratio,
-            latency_ratio=faster,
-        )
-        bench.target(
-            f"latency against operations, {key}", faster / ratio, LEAST, "more"
-        )
+        bench.row(key, steps=steps, total_ms=ms, tflops=own / 1e12, plan=plan, flops_ratio=ratio, latency_ratio=faster)
+        bench.target(f"latency against operations, {key}", faster / ratio, LEAST, "more")
 
 
 def call_ms(bench: Bench, rig: Rig, steps: int) -> float:

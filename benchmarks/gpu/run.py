@@ -31,42 +31,22 @@ PLANS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument(
-        "--minutes", type=float, default=8.0, help="for all sections together"
-    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all sections together")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--sections", nargs="+", choices=[plan.name for plan in PLANS], help="only these")
     parser.add_argument(
-        "--sections",
-        nargs="+",
-        choices=[plan.name for plan in PLANS],
-        help="only these",
-    )
-    parser.add_argument(
-        "--training-data",
-        type=Path,
-        default=Path("runs/emoji-styles"),
-        help="folder of emoji-styles' data and latents",
+        "--training-data", type=Path, default=Path("runs/emoji-styles"), help="folder of emoji-styles' data and latents"
     )
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
-        parser.error(
-            "there is no CUDA device here; give --dry-run to try everything with tiny shapes on the CPU"
-        )
+        parser.error("there is no CUDA device here; give --dry-run to try everything with tiny shapes on the CPU")
     device = Device("cpu" if options.dry_run else "cuda")
     torch.set_grad_enabled(False)
-    plans = [
-        plan
-        for plan in PLANS
-        if options.sections is None or plan.name in options.sections
-    ]
+    plans = [plan for plan in PLANS if options.sections is None or plan.name in options.sections]
     extra = {"training_data": options.training_data}
-    statuses = run_sections(
-        plans, options.out, device, options.dry_run, options.minutes, extra
-    )
+    statuses = run_sections(plans, options.out, device, options.dry_run, options.minutes, extra)
     return int(any(status != "done" for status in statuses.values()))
 
 

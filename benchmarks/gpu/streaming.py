@@ -7,23 +7,14 @@ from typing import Any
 import torch
 from causal import TINY, Size, causal_video, rolled_out
 from harness import Bench
-from hasten.streaming import (
-    BACKENDS,
-    FocusedForcing,
-    FullHistory,
-    KVStream,
-    SlidingWindow,
-    StreamingMethod,
-)
+from hasten.streaming import BACKENDS, FocusedForcing, FullHistory, KVStream, SlidingWindow, StreamingMethod
 
 FRAMES = 60
 BUDGET = 5  # of 57 frames of history at the end; Self-Forcing's window is 21 frames with 7.6 of them visible
 METHODS: dict[str, StreamingMethod] = {
     "full history": FullHistory(),
     "focused forcing": FocusedForcing(budget=BUDGET, diversity_tokens=32),
-    "focused forcing, per frame": FocusedForcing(
-        budget=BUDGET, diversity_tokens=32, choice="frame"
-    ),
+    "focused forcing, per frame": FocusedForcing(budget=BUDGET, diversity_tokens=32, choice="frame"),
     "sliding window": SlidingWindow(window=BUDGET - 1),
 }
 
@@ -55,24 +46,13 @@ def backends(bench: Bench) -> None:
         try:
             stream = KVStream(method, 1, backend=chosen)
             stream[0].append(*past)
-            first = bench.device.median_ms(
-                lambda s=stream: s.attend(0, *now), repeats=1, warmups=0
-            )
-            ms = bench.device.median_ms(
-                lambda s=stream: s.attend(0, *now), repeats=3 if bench.dry else 10
-            )
+            first = bench.device.median_ms(lambda s=stream: s.attend(0, *now), repeats=1, warmups=0)
+            ms = bench.device.median_ms(lambda s=stream: s.attend(0, *now), repeats=3 if bench.dry else 10)
             results[backend] = stream.attend(0, *now)
-        except (
-            Exception
-        ) as error:  # a back-end that is not installed, or does not run here
+        except Exception as error:  # a back-end that is not installed, or does not run here
             bench.failed(f"back-end {backend}", error)
             continue
-        bench.row(
-            f"back-end {backend}",
-            first_ms=first,
-            ms=ms,
-            work_ratio=stream.stats().work_ratio,
-        )
+        bench.row(f"back-end {backend}", first_ms=first, ms=ms, work_ratio=stream.stats().work_ratio)
     for backend in results.keys() - {"full", "masked"}:
         if "masked" in results:
             error = float((results[backend] - results["masked"]).abs().max())
@@ -88,24 +68,18 @@ def end_to_end(bench: Bench) -> None:
         if not bench.has_time(15, name):
             continue
         try:
-            rolled_out(
-                model, KVStream(method, model.size.layers), 3
-            )  # whatever is slow the first time
+            rolled_out(model, KVStream(method, model.size.layers), 3)  # whatever is slow the first time
             roll_out(bench, model, name, method, chunks)
         except Exception as error:
             bench.failed(name, error)
     rows = {name: bench.rows.get(name, {}) for name in METHODS}
     full, own = rows["full history"], rows["focused forcing"]
     if "total_ms" in full and "total_ms" in own:
-        bench.target(
-            "end to end, times faster", full["total_ms"] / own["total_ms"], 1.48, "more"
-        )
+        bench.target("end to end, times faster", full["total_ms"] / own["total_ms"], 1.48, "more")
         bench.target("choosing, share of attention", own.get("choosing"), 0.03)
 
 
-def roll_out(
-    bench: Bench, model: Any, name: str, method: StreamingMethod, chunks: int
-) -> None:
+def roll_out(bench: Bench, model: Any, name: str, method: StreamingMethod, chunks: int) -> None:
     """One method: once without looking, once with times of its parts, which cost a little."""
     bench.device.free()
     before = bench.device.held()

@@ -10,7 +10,7 @@ import transformers
 from tiny_tokens import BODY, CODES, MAP, TEXT, TOKENS, llama
 from torch import nn
 
-from hasten.errors import AdapterError, ConfigError, ModelError
+from hasten.errors import AdapterError, ConfigError, HastenWarning, ModelError
 from hasten.tokens import SemanticTree, flat_map, replace_vocabulary
 from hasten.tokens.causal import Condition
 from hasten.tokens.export import export_model, open_model
@@ -119,6 +119,18 @@ def test_words_of_ids_follow_their_rows_and_words_with_image_tokens_are_dropped(
     by_tuple.generation_config.sequence_bias = {(3, 100): 1.0, (50,): 2.0}
     replace_vocabulary(by_tuple, MAP, rows=range(10, 10 + TOKENS))
     assert by_tuple.generation_config.sequence_bias == {(new[3], new[100]): 1.0}
+
+
+def test_ids_under_names_of_their_own_are_named_and_other_vocabularies_stay():
+    model = llama()
+    model.config.boi_id, model.config.special = 103, {"soi_token": 50, "pad_token": 3}
+    model.config.image_end_token_id = np.int64(103)
+    model.other = nn.Module()
+    model.other.vocab_size = TEXT + TOKENS
+    with pytest.warns(HastenWarning, match=r"^boi_id, special\.soi_token: "):
+        done = replace_vocabulary(model, MAP, rows=range(10, 10 + TOKENS))
+    assert (model.other.vocab_size, model.config.vocab_size) == (TEXT + TOKENS, done.rows_after)
+    assert model.config.image_end_token_id == done.vocabulary.new_ids[103]
 
 
 def test_generation_bans_what_it_banned_before():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import Any
 
 from torch import nn
 
+from hasten.errors import HastenWarning
 from hasten.tokens.mapping import TokenMap
 from hasten.tokens.vocabulary import Vocabulary, vocabulary_mapping
 
@@ -14,6 +17,7 @@ __all__ = ["pin_image_tokens", "renumber_configuration"]
 
 WORDS = ("bad_words_ids", "force_words_ids", "sequence_bias")  # lists of lists of ids, the last with a number each
 ID_SUFFIXES = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
+PERHAPS = ("_id", "_ids", "_token", "_tokens", "_index")  # of what may be an id, and may be something else
 
 
 def renumber_configuration(model: nn.Module, found: Vocabulary, mapping: TokenMap) -> tuple[str, ...]:
@@ -25,9 +29,10 @@ def renumber_configuration(model: nn.Module, found: Vocabulary, mapping: TokenMa
     configurations = list(_configurations(model))
     if not _holds_ids(model, found):
         return ()
-    for holder in (*configurations, *model.modules()):
+    for holder in (*configurations, *_holders(model, found)):
         if getattr(holder, "vocab_size", None) == found.before:
             holder.vocab_size = found.after
+    _warn_of_others(configurations, found)
     cleared = [name for configuration in configurations for name in _renumber(configuration, found)]
     known = vocabulary_mapping(model)
     if known is not None:
@@ -56,6 +61,41 @@ def _holds_ids(model: nn.Module, found: Vocabulary) -> bool:
     """Whether the replaced table is the one whose rows the model's ids are."""
     get = getattr(model, "get_input_embeddings", None)
     return get is None or get() is model.get_submodule(found.embedding)
+
+
+def _holders(model: nn.Module, found: Vocabulary) -> Iterator[nn.Module]:
+    """The modules around one of the tables; others may have a vocabulary of their own that is as large."""
+    for name, module in model.named_modules():
+        if any(f"{table}.".startswith(f"{name}." if name else "") for table in (found.embedding, found.head)):
+            yield module
+
+
+def _warn_of_others(configurations: list[Any], found: Vocabulary) -> None:
+    """Name what looks like an id that means another row now, under a name that none of the known ones is."""
+    image = set(found.rows.tolist())
+    moved = {row for row in range(found.before) if row in image or found.new_ids[row] != row}
+    stale: list[str] = []
+
+    def look(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                look(f"{name}.{key}", inner)
+        elif name.endswith(PERHAPS) and (not name.endswith(ID_SUFFIXES) or "." in name):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            ids = [int(x) for x in values if isinstance(x, Integral) and not isinstance(x, bool)]
+            if not moved.isdisjoint(ids):
+                stale.append(name)
+
+    for configuration in configurations:
+        for name, value in vars(configuration).items():
+            if name not in WORDS:
+                look(name, value)
+    if stale:
+        warnings.warn(
+            f"{', '.join(dict.fromkeys(stale))}: ids mean other rows now; set these anew, if they are ids",
+            HastenWarning,
+            stacklevel=4,
+        )
 
 
 def _configurations(model: nn.Module) -> Iterator[Any]:
@@ -93,7 +133,7 @@ def _renumber(configuration: Any, found: Vocabulary) -> list[str]:
     cleared = []
 
     def new(token: Any) -> Any:
-        kept = isinstance(token, int) and 0 <= token < found.before
+        kept = isinstance(token, Integral) and 0 <= int(token) < found.before
         return int(found.new_ids[token]) if kept else token
 
     for name, value in list(vars(configuration).items()):
@@ -108,12 +148,12 @@ def _renumber(configuration: Any, found: Vocabulary) -> list[str]:
             continue
         if not name.endswith(ID_SUFFIXES) or isinstance(value, bool):
             continue
-        if isinstance(value, list) and value and all(isinstance(token, int) for token in value):
+        if isinstance(value, list) and value and all(isinstance(token, Integral) for token in value):
             left = [new(token) for token in value if token not in image]
             if len(left) < len(value):
                 cleared.append(name)
             setattr(configuration, name, left or None)
-        elif isinstance(value, int):
+        elif isinstance(value, Integral):
             if value in image:
                 cleared.append(name)
             setattr(configuration, name, None if value in image else new(value))
