@@ -354,7 +354,7 @@ def warmed(bench: Bench, base: Rig, small: Rig, steps: int, computed: int) -> li
         except Exception as error:  # one arm's failure ends no other
             bench.failed(key, error)
             continue
-        if not arms and key.startswith("plain"):
+        if key == f"plain, {steps} steps":
             plain_seconds = arm.overhead.total_ms / 1e3
         arms.append(arm)
     return arms
@@ -369,7 +369,7 @@ def called(device: Device, arm: Arm, waiting: bool = False) -> Call:
 
 def in_turn(bench: Bench, arms: list[Arm], steps: int, ratios: dict[str, float]) -> None:
     """One timed call of each arm; the plain one, if it could be had, comes first."""
-    plain = next((arm for arm in arms if arm.name.startswith("plain")), None)
+    plain = next((arm for arm in arms if arm.name == f"plain, {steps} steps"), None)
     for arm in arms:
         try:
             arm.calls.append(called(bench.device, arm))

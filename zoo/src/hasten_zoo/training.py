@@ -321,6 +321,8 @@ def run_with(
     """Train as the options of `add_options` ask, from the committed weights of `parts` where there is no checkpoint."""
     if args.compile:
         compile_blocks(parts["transformer"])
+    if args.fall and not (0 < args.fall <= 1 and args.minutes < math.inf):
+        raise SystemExit(f"--fall must be a share above 0 up to 1, of --minutes, got {args.fall:g}; give both")
     known = (args.committed / "transformer").is_dir()
     fallback = (lambda: load_half(parts, args.committed)) if known else None
     run(training, folder, samples, args.minutes, fallback, fall=args.fall)
