@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-__all__ = ["WordTokenizer", "word_tokenizer"]
+__all__ = ["WordTokenizer", "token_ids", "word_tokenizer"]
 
 
 class WordTokenizer(PreTrainedTokenizerFast):
@@ -46,3 +47,17 @@ def word_tokenizer(words: Iterable[str], length: int, split: pre_tokenizers.PreT
         eos_token="<eos>",
         model_max_length=length,
     )
+
+
+def token_ids(tokenizer: WordTokenizer, texts: Sequence[str]) -> torch.Tensor:
+    """`[N, model_max_length]` int16, padded.
+
+    Raises:
+        ValueError: if a text has more tokens than that, or unknown words.
+    """
+    length = int(tokenizer.model_max_length)
+    padded = tokenizer(list(texts), padding="max_length", max_length=length, return_tensors="pt").input_ids
+    if padded.shape[1] != length or bool((padded == tokenizer.unk_token_id).any()):
+        raise ValueError(f"a text has more than {length} tokens, or unknown words")
+    short: torch.Tensor = padded.to(torch.int16)
+    return short

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from hasten.errors import HastenWarning
@@ -72,8 +73,8 @@ def _holders(model: nn.Module, found: Vocabulary) -> Iterator[nn.Module]:
 
 def _warn_of_others(configurations: list[Any], found: Vocabulary) -> None:
     """Name what looks like an id that means another row now, under a name that none of the known ones is."""
-    image = set(found.rows.tolist())
-    moved = {row for row in range(found.before) if row in image or found.new_ids[row] != row}
+    own = np.arange(found.before)
+    moved = set(own[(found.new_ids != own) | np.isin(own, found.rows)].tolist())
     stale: list[str] = []
 
     def look(name: str, value: Any) -> None:

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
 from hasten.bench.sheet import image_grid
-from hasten.io import write_atomically
 from hasten.quality.metrics import psnr
 from rich.progress import track
 
 from hasten_zoo.emoji_flux import WEIGHTS, load_emoji_flux, nearest_captions
 from hasten_zoo.emoji_flux.data import load_emoji_set
+from hasten_zoo.evaluation import write_evaluation
 
 BATCH = 10
 
@@ -50,9 +49,8 @@ def evaluate(weights: Path, prompts: int, steps: int, seed: int, out: Path) -> d
                 f"{prompt} -> {found}" for prompt, found in zip(chosen, nearest, strict=True) if prompt != found
             ],
         }
-    write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
     sheet = image_grid(images, columns=10)
-    write_atomically(out / "contact_sheet.png", partial(sheet.save, format="png", optimize=True))
+    write_evaluation(out, result, sheet)
     return result
 
 

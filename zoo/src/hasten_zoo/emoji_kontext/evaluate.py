@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
 from hasten.bench.sheet import image_grid
 from hasten.bench.subject import Edit, Subject
-from hasten.io import write_atomically
 from hasten.quality.metrics import psnr
 from torch import Tensor
 from torch.nn import functional
 
 from hasten_zoo.emoji_kontext import WEIGHTS, call_arguments, load_emoji_kontext
+from hasten_zoo.evaluation import write_evaluation
 
 __all__ = ["apply_edits", "evaluate"]
 
@@ -66,11 +65,10 @@ def evaluate(
             "median_psnr_to_target": round(float(torch.tensor(distances).median()), 2),
             "failed": [prompt for ok, prompt in zip(done, prompts, strict=True) if not ok],
         }
-    write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
     sources = functional.avg_pool2d(torch.stack([edit.source for edit in chosen]), 64 // sides[-1])
     triples = torch.stack([sources, targets, images], 1).flatten(0, 1)
     sheet = image_grid(triples, columns=12)
-    write_atomically(out / "contact_sheet.png", partial(sheet.save, format="png", optimize=True))
+    write_evaluation(out, result, sheet)
     return result
 
 

@@ -19,14 +19,12 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import FluxPipeline
-from hasten.io import write_atomically
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,6 +36,7 @@ from hasten_zoo.emoji_styles.judge import Judge
 from hasten_zoo.emoji_styles.model import load_pipeline
 from hasten_zoo.emoji_styles.perceptual import Perceptual
 from hasten_zoo.emoji_styles.train_vae import round_trip
+from hasten_zoo.evaluation import write_evaluation
 
 BATCH = 16
 SIZE = 128
@@ -171,11 +170,10 @@ def evaluate(weights: Path, data: EmojiStyles, out: Path, images: int, steps: in
         few, many = (generate(pipe, prompts, seeds, n, scale) for n in (9, 50))
         result[f"euler_9_against_50_steps_db_guidance_{scale:g}"] = round(statistics.median(psnr(few, many)), 2)
     result["round_trip_db"] = {str(n): round(float(round_trip(pipe.vae, data, n)[0].mean()), 2) for n in (64, 128, 192)}
-    write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
     seeds_of_one = generate(pipe, ["red apple"] * 12, list(range(12)), steps, guidance)
     rows_shown = [shown[name][:12] for name in ("held_out", "held_out/true", "known", "known/nearest")]
     page = sheet([*rows_shown, seeds_of_one], columns=12)
-    write_atomically(out / "contact_sheet.png", partial(page.save, format="png", optimize=True))
+    write_evaluation(out, result, page)
     return result
 
 

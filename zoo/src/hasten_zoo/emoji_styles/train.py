@@ -40,6 +40,7 @@ from hasten_zoo.training import (
     run_with,
     save_half,
 )
+from hasten_zoo.words import token_ids
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHARES = {64: 0.12, 128: 0.8, 192: 0.08}  # of the batches
@@ -56,6 +57,11 @@ def shifted_times(n: int, tokens: int, generator: torch.Generator) -> Tensor:
     return s * u / (1 + (s - 1) * u)
 
 
+def samples_of(batch: int, size: int) -> int:
+    """How many samples a batch has at a size in pixels: where there are more tokens, fewer."""
+    return batch if size <= 128 else -(-batch // 2)
+
+
 class Captions:
     """Token ids of every caption that training can ask for.
 
@@ -68,14 +74,7 @@ class Captions:
         pairs = [data.pairs[i] for i in data.rows(held_out=False).tolist()]
         names = list(COLOURS)
 
-        def ids(texts: list[str]) -> Tensor:
-            padded = tokenizer(texts, padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt").input_ids
-            if padded.shape[1] != TEXT_TOKENS or bool((padded == tokenizer.unk_token_id).any()):
-                raise ValueError(f"a caption has more than {TEXT_TOKENS} tokens, or unknown words")
-            short: Tensor = padded.to(torch.int16)
-            return short
-
-        self.empty = ids([""])[0]
+        self.empty = token_ids(tokenizer, [""])[0]
         self.ids = {}
         for size, views in latents.items():
             rows = [
@@ -84,7 +83,7 @@ class Captions:
                 for pair, colour in zip(pairs, view, strict=True)
                 for style in (False, True)
             ]
-            self.ids[size] = ids(rows).view(*views.colours.shape, 2, TEXT_TOKENS)
+            self.ids[size] = token_ids(tokenizer, rows).view(*views.colours.shape, 2, TEXT_TOKENS)
 
 
 class Objective:
@@ -103,10 +102,6 @@ class Objective:
         self.ahead: list[int] = []
         self.device = device
 
-    def samples(self, size: int) -> int:
-        """Of a batch: more tokens, fewer samples."""
-        return self.batch if size <= 128 else -(-self.batch // 2)
-
     def next_size(self, generator: torch.Generator) -> int:
         """Of the next batch. A GPU draws many at a time: reading what it drew waits for it."""
         if not self.ahead:
@@ -117,7 +112,7 @@ class Objective:
     def __call__(self, generator: torch.Generator) -> Loss:
         size = self.next_size(generator)
         values, ids = self.values[size], self.ids[size]
-        n = self.samples(size)
+        n = samples_of(self.batch, size)
         draw: dict[str, Any] = {"generator": generator, "device": self.device}
         view = torch.randint(len(values), (n,), **draw)
         row = torch.randint(values.shape[1], (n,), **draw)

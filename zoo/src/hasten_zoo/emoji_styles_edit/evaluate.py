@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxKontextPipeline
-from hasten.io import write_atomically
 from torch import Tensor
 
 from hasten_zoo.emoji_styles import HERE as STYLES
@@ -31,6 +29,7 @@ from hasten_zoo.emoji_styles.perceptual import Perceptual
 from hasten_zoo.emoji_styles_edit import CALL, HERE, WEIGHTS, is_done
 from hasten_zoo.emoji_styles_edit.edits import COUNTS, held_out_edits
 from hasten_zoo.emoji_styles_edit.model import load_pipeline
+from hasten_zoo.evaluation import write_evaluation
 
 SHOWN = 12
 
@@ -89,9 +88,8 @@ def evaluate(weights: Path, data: EmojiStyles, out: Path, edits: int, steps: int
             row |= {"found": recognised(judge, made, pairs), "found_in_targets": recognised(judge, after, pairs)}
         result[what] = row
         rows += [before[:SHOWN], after[:SHOWN], made[:SHOWN]]
-    write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
     page = sheet(rows, columns=SHOWN)
-    write_atomically(out / "contact_sheet.png", partial(page.save, format="png", optimize=True))
+    write_evaluation(out, result, page)
     return result
 
 

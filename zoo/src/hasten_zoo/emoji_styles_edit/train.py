@@ -20,7 +20,6 @@ from diffusers import FluxKontextPipeline
 from torch import Tensor, nn
 
 from hasten_zoo.emoji_styles import WEIGHTS as START
-from hasten_zoo.emoji_styles.model import TEXT_TOKENS
 from hasten_zoo.emoji_styles.model import load_pipeline as load_styles
 from hasten_zoo.emoji_styles.train import export, image_positions, learning_parts, predict, shifted_times
 from hasten_zoo.emoji_styles_edit import WEIGHTS
@@ -36,6 +35,7 @@ from hasten_zoo.training import (
     attention_for,
     run_with,
 )
+from hasten_zoo.words import token_ids
 
 SIDE = SIZE // 16  # tokens
 STYLE_SHARE = 0.4  # of the edits are of the style
@@ -73,13 +73,6 @@ class Edits:
     """
 
     def __init__(self, scenes: SceneLatents, tokenizer: Any, device: str = "cpu") -> None:
-        def ids(texts: Sequence[str]) -> Tensor:
-            padded = tokenizer(list(texts), padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt").input_ids
-            if padded.shape[1] != TEXT_TOKENS or bool((padded == tokenizer.unk_token_id).any()):
-                raise ValueError(f"an instruction has more than {TEXT_TOKENS} tokens, or unknown words")
-            short: Tensor = padded.to(device, torch.int16)
-            return short
-
         n = len(scenes.style)
         side = scenes.values.shape[-1]
         latents = scenes.values.flatten(0, 1).to(device)
@@ -91,6 +84,10 @@ class Edits:
         most = max(map(len, others))
         self.partners = torch.tensor([row + row[:1] * (most - len(row)) for row in others], device=device)
         self.count = torch.tensor([len(row) for row in others], device=device)
+
+        def ids(texts: Sequence[str]) -> Tensor:
+            return token_ids(tokenizer, texts).to(device)
+
         self.style = ids([to_style(style) for style in scenes.style])
         self.there, self.back, self.empty = ids(scenes.there), ids(scenes.back), ids([""])[0]
         corners = torch.ones(len(CORNERS) + 1, SIDE, SIDE)  # the last one: no object

@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from hasten.io import write_atomically
 from torch import Tensor
 
 from hasten_zoo.emoji_styles import HERE as STYLES
@@ -31,6 +29,7 @@ from hasten_zoo.emoji_styles.model import load_pipeline
 from hasten_zoo.emoji_styles.perceptual import Perceptual
 from hasten_zoo.emoji_styles_turbo import HERE, WEIGHTS
 from hasten_zoo.emoji_styles_turbo.train import GUIDANCE
+from hasten_zoo.evaluation import write_evaluation
 
 ARMS = (("teacher", 50), ("turbo", 8), ("turbo", 4), ("teacher", 8), ("teacher", 4))
 SHOWN = 12
@@ -66,9 +65,8 @@ def evaluate(weights: Path, teacher: Path, out: Path, images: int) -> dict[str, 
                 arm["lpips_to_full"] = round(float(lpips(drawn, full).median()), 4)
             result[kind][f"{name}, {steps} steps"] = arm
             rows.append(drawn[:SHOWN])
-    write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
     page = sheet(rows, columns=SHOWN)
-    write_atomically(out / "contact_sheet.png", partial(page.save, format="png", optimize=True))
+    write_evaluation(out, result, page)
     return result
 
 

@@ -34,7 +34,7 @@ from hasten_zoo.emoji_styles.augment import COLOURED_SHARE, COLOURS, STYLE_LEFT_
 from hasten_zoo.emoji_styles.data import Pair
 from hasten_zoo.emoji_styles.judge import read_judge
 from hasten_zoo.emoji_styles.model import TEXT_TOKENS, load_pipeline, shift
-from hasten_zoo.emoji_styles.train import SHARES, Velocity, export, image_positions, learning_parts
+from hasten_zoo.emoji_styles.train import SHARES, Velocity, export, image_positions, learning_parts, samples_of
 from hasten_zoo.emoji_styles_turbo import WEIGHTS
 from hasten_zoo.training import (
     CHECKPOINT,
@@ -46,6 +46,7 @@ from hasten_zoo.training import (
     compile_blocks,
     run_with,
 )
+from hasten_zoo.words import token_ids
 
 WINDOWS = 4  # steps of the sampler that the student is for
 SUBSTEPS = 4  # of the teacher in a window
@@ -85,17 +86,10 @@ class Captions:
     """
 
     def __init__(self, pairs: Sequence[Pair], tokenizer: Any, device: str = "cpu") -> None:
-        def ids(texts: list[str]) -> Tensor:
-            padded = tokenizer(texts, padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt").input_ids
-            if padded.shape[1] != TEXT_TOKENS or bool((padded == tokenizer.unk_token_id).any()):
-                raise ValueError(f"a caption has more than {TEXT_TOKENS} tokens, or unknown words")
-            short: Tensor = padded.to(device, torch.int16)
-            return short
-
         known = [pair for pair in pairs if not pair.held_out]
         texts = [caption(pair, colour, style) for style in (False, True) for colour in COLOURS for pair in known]
-        self.ids = ids(texts).view(2, len(COLOURS), len(known), TEXT_TOKENS)
-        self.empty = ids([""])[0]
+        self.ids = token_ids(tokenizer, texts).to(device).view(2, len(COLOURS), len(known), TEXT_TOKENS)
+        self.empty = token_ids(tokenizer, [""])[0].to(device)
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """`[n, 16]` random ones, styles left out and backgrounds coloured as often as in the teacher's training."""
@@ -190,15 +184,11 @@ class Objective:
     def new_ways(self, generator: torch.Generator) -> Ways:
         """Let the teacher go its way from fresh noise, for fresh captions."""
         size = self.sizes[int(torch.multinomial(self.shares, 1, generator=generator))]
-        n, tokens = self.samples(size), (size // 16) ** 2
+        n, tokens = samples_of(self.batch, size), (size // 16) ** 2
         text = self.captions.draw(n, generator)
         noise = torch.randn(n, tokens, 64, generator=generator, device=self.device)
         borders = self.teacher.way(noise, text, size)
         return Ways(borders, text, size, sigmas(WINDOWS, tokens).to(self.device))
-
-    def samples(self, size: int) -> int:
-        """In a batch: fewer where there are more tokens."""
-        return self.batch if size <= 128 else -(-self.batch // 2)
 
     def __call__(self, generator: torch.Generator) -> Loss:
         with attention_for(self.device):
@@ -206,7 +196,7 @@ class Objective:
                 self.ways, self.uses = self.new_ways(generator), 0
             self.uses += 1
             ways = self.ways
-            n = self.samples(ways.size)
+            n = samples_of(self.batch, ways.size)
             draw: dict[str, Any] = {"generator": generator, "device": self.device}
             window = torch.randint(WINDOWS, (n,), **draw)
             share = torch.rand(n, **draw) * (torch.rand(n, **draw) >= AT_START)

@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiTPipeline
-from hasten.io import write_atomically
 from PIL import Image
 from torch import Tensor
 
+from hasten_zoo.evaluation import write_evaluation
 from hasten_zoo.fashion_dit import CLASSES, HERE, WEIGHTS
 from hasten_zoo.fashion_dit.data import FashionData, load_fashion_data, scaled
 from hasten_zoo.fashion_dit.distances import frechet, precision_recall
@@ -110,8 +109,7 @@ def evaluate(weights: Path, data: FashionData, out: Path, images: int, steps: in
         rows += [made[i : i + 10] for i in (0, 10, 20)]
         if guidance == 1.5:
             rows.append(judge.train[nearest[:10]])
-    write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
-    write_atomically(out / "contact_sheet.png", partial(sheet(rows).save, format="png", optimize=True))
+    write_evaluation(out, result, sheet(rows))
     return result
 
 

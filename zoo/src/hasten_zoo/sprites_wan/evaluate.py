@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
 from hasten.bench.sheet import image_grid
 from hasten.bench.subject import Subject
-from hasten.io import write_atomically
 from torch import Tensor
 
+from hasten_zoo.evaluation import write_evaluation
 from hasten_zoo.sprites_wan import WEIGHTS, load_sprites_wan
 
 __all__ = ["draw_clips", "evaluate"]
@@ -52,11 +51,10 @@ def evaluate(weights: Path, prompts: int, steps: int, seed: int, out: Path, guid
         "right": round(sum(right) / len(right), 3),
         "wrong": [prompt for ok, prompt in zip(right, chosen, strict=True) if not ok],
     }
-    write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
     shown = torch.linspace(0, videos.shape[1] - 1, SHEET_FRAMES).long()
     frames = videos[:SHEET_CLIPS, shown].flatten(0, 1)
     sheet = image_grid(frames, columns=3 * SHEET_FRAMES)
-    write_atomically(out / "contact_sheet.png", partial(sheet.save, format="png", optimize=True))
+    write_evaluation(out, result, sheet)
     return result
 
 
