@@ -125,6 +125,7 @@ def test_ids_under_names_of_their_own_are_named_and_other_vocabularies_stay():
     model = llama()
     model.config.boi_id, model.config.special = 103, {"soi_token": 50, "pad_token": 3}
     model.config.image_end_token_id = np.int64(103)
+    model.generation_config.max_new_tokens = model.generation_config.num_assistant_tokens = 50  # no ids
     model.other = nn.Module()
     model.other.vocab_size = TEXT + TOKENS
     with pytest.warns(HastenWarning, match=r"^boi_id, special\.soi_token: "):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -83,6 +85,38 @@ def test_a_generators_setting_is_not_its_consumers(itself, contexts, accelerated
     assert advance(four) is None
     six.close()
     assert torch.equal(draw(pipe), right[8])
+
+
+def test_a_generator_that_awaits_a_thread_has_its_setting_there(accelerated, right):
+    """Servers stream so. What the consumer itself asks of a thread between two results has none."""
+    pipe, run = accelerated
+
+    async def images():
+        with run.using(computed_steps=4):
+            for _ in range(2):
+                yield await asyncio.to_thread(draw, pipe)
+
+    async def consumed():
+        async for image in images():
+            assert torch.equal(image, right[4])
+            assert torch.equal(await asyncio.to_thread(draw, pipe), right[8])
+            assert torch.equal(draw(pipe), right[8])
+
+    asyncio.run(consumed())
+    assert torch.equal(draw(pipe), right[8])
+
+
+def test_a_generators_setting_holds_on_a_thread_that_it_waits_for(accelerated, right):
+    pipe, run = accelerated
+
+    def images():
+        with run.using(computed_steps=4), ThreadPoolExecutor(1) as pool:
+            for _ in range(2):
+                yield pool.submit(contextvars.copy_context().run, draw, pipe).result()
+
+    for image in images():
+        assert torch.equal(image, right[4])
+        assert torch.equal(draw(pipe), right[8])
 
 
 def test_a_run_goes_on_with_the_setting_that_it_began_with(accelerated, right):

@@ -19,6 +19,7 @@ __all__ = ["pin_image_tokens", "renumber_configuration"]
 WORDS = ("bad_words_ids", "force_words_ids", "sequence_bias")  # lists of lists of ids, the last with a number each
 ID_SUFFIXES = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
 PERHAPS = ("_id", "_ids", "_token", "_tokens", "_index")  # of what may be an id, and may be something else
+COUNTS = ("max_", "min_", "num_", "prompt_lookup_num_")  # of what is a number of tokens
 
 
 def renumber_configuration(model: nn.Module, found: Vocabulary, mapping: TokenMap) -> tuple[str, ...]:
@@ -81,6 +82,8 @@ def _warn_of_others(configurations: list[Any], found: Vocabulary) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
                 look(f"{name}.{key}", inner)
+        elif name.rpartition(".")[2].startswith(COUNTS):
+            return
         elif name.endswith(PERHAPS) and (not name.endswith(ID_SUFFIXES) or "." in name):
             values = value if isinstance(value, (list, tuple)) else [value]
             ids = [int(x) for x in values if isinstance(x, Integral) and not isinstance(x, bool)]
