@@ -142,9 +142,13 @@ def distance(found: dict[str, Any]) -> str:
 
 
 def lights(found: dict[str, Any]) -> str:
-    """Area under each light; too few walks for intervals."""
-    rows = [[name, *(number(value["mean"]) for value in row.values())] for name, row in found["lights"].items()]
-    return lines(["clothes", *found["lights"]["plain"]], rows)
+    """Area under each light, and what the attack takes there, paired by walk."""
+    told = found["lights"]
+    lamps = list(told["walks"])
+    rows = [["walks", *(str(told["walks"][lamp]) for lamp in lamps)]]
+    rows += [[name, *(between(row[lamp]) for lamp in lamps)] for name, row in told["rows"].items()]
+    rows += [[f"{name}: taken", *(between(row[lamp], "+") for lamp in lamps)] for name, row in told["taken"].items()]
+    return lines([told["metric"], *lamps], rows)
 
 
 def unseen(found: dict[str, Any]) -> str:

@@ -23,13 +23,16 @@ from drape.errors import ConfigError, UnknownNameError
 from drape.evaluate import DEFENCES, Judge, Subject
 from drape.gamut import Gamut
 from drape.io import load_record
+from drape.lights import lit_walks
 from drape.measure import Attacks, defence_row, defence_table, measure, track
 from drape.objective import Temporal, aggregated, walks_loss
 from drape.optimise import MODES, OptimiseSpec, draw_frames, frame_gradient
 from drape.plots import azimuth_svg, bars_svg, curve_svg
 from drape.report import page
+from drape.scene.light import light_name
 from drape.scene.scene import Scene
 from drape.store import Store
+from drape.walks import INDOORS, TEST, under_lights
 
 GREY = {name: torch.full((3, 8, 8), 0.5) for name in ("shirt", "trousers", "hat")}
 TINY = BenchSpec(
@@ -331,6 +334,20 @@ def test_numbers_are_cut_wherever_they_are() -> None:
     }
 
 
+def lamps() -> set[str]:
+    """The lights of the walks that the small benchmark has under every light."""
+    chosen = [TEST[n] for n in lit_walks(TEST[: TINY.walks], TINY.lit)]
+    return {light_name(s.light) for walk in chosen for s in under_lights(walk, TINY.fps, TINY.size, TINY.cloth)}
+
+
+def test_walks_of_both_kinds_of_place_are_seen_under_every_light() -> None:
+    chosen = [TEST[n].place in INDOORS for n in lit_walks(TEST, 3)]
+    assert len(chosen) == 6
+    assert sum(chosen) == 3
+    assert lit_walks(TEST, 0) == []
+    assert lit_walks(TEST, 1000) == list(range(len(TEST)))
+
+
 def test_a_benchmark_goes_on_where_it_was(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work, to = tmp_path / "work", tmp_path / "figures.json"
     calls: list[str] = []
@@ -358,7 +375,8 @@ def test_a_benchmark_goes_on_where_it_was(quick: None, tmp_path: Path, monkeypat
     assert 0 <= first["same_verdict"]["walks"] <= 1
     assert set(first["gaps"]) == {*CONTROLS, *MODES}
     assert set(first["thresholds"]) == {"nanodet", "nanodet+threshold", "nanodet+hardened"}
-    assert set(first["lights"]) == {"plain", "sequence-0"}
+    assert set(first["lights"]["rows"]) == {"plain", "sequence-0"}
+    assert first["lights"]["rows"]["plain"].keys() == first["lights"]["taken"]["sequence-0"].keys() == lamps()
     tables = tables_script()
     page = "".join(f"<!-- drape {name} -->\n<!-- end -->\n" for name in tables.TABLES)
     filled = tables.filled(page, first)

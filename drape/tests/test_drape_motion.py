@@ -13,10 +13,12 @@ from drape.scene.arrays import Floats
 from drape.scene.body import BODIES, load_rig
 from drape.scene.cloth import CLOTHS, Cloth, edges_of, folds_of
 from drape.scene.cloth_engines import simulate
-from drape.scene.gait import GAITS, Walked, gait, leg_length, walk
+from drape.scene.footfall import FLAT, foot_at
+from drape.scene.gait import GAITS, Walked, foot_of, gait, leg_length, plan, walk
 from drape.scene.garments import Garment, make_garment, vertex_normals
 from drape.scene.paths import BEYOND, PATHS, TIGHTEST, curve
 from drape.scene.plausible import hem_of, standing, swing
+from drape.walks import TEST, TRAIN, Walk
 
 FPS = 30.0
 
@@ -60,6 +62,37 @@ def test_feet_do_not_slide_while_they_stand(name: str, path: str) -> None:
     found = standing(load_rig(), gait(name), path, 5.0, times, walked)
     assert len(found.sliding) > 20
     assert found.sliding.max() < 0.05
+
+
+CHOSEN = {(own.gait, own.body): own for own in (*TRAIN, *TEST)}  # one walk of each gait and body, with its own way
+
+
+@pytest.mark.parametrize("own", CHOSEN.values(), ids=lambda own: own.label())
+def test_feet_of_the_walks_do_not_slide(own: Walk) -> None:
+    rig, g, times = load_rig(own.body), gait(own.gait), 0.3 + np.arange(45) / FPS
+    walked = walk(rig, g, own.path, own.seconds, times, own.phase)
+    found = standing(rig, g, own.path, own.seconds, times, walked, own.phase)
+    assert len(found.sliding) > 20
+    assert found.sliding.max() < 0.035
+    assert found.lowest > -0.001
+
+
+def test_a_foot_rolls_off_over_toes_that_stay_where_they_are() -> None:
+    """Toes whose joints lie beside and before the ball stand while the heel rises, also in a turn."""
+    rig, g = load_rig("tall"), gait("jog")
+    landing, foot = plan(rig, g, "bend", 4.0), foot_of(rig, g)
+    times = np.arange(0.0, 1.5, 1 / 60)
+    share = foot_at(landing, foot, 1, g.cadence * times)[3]
+    posed = walk(rig, g, "bend", 4.0, times).vertices
+    for number in range(1, 6):
+        bones = [bone.startswith(f"toe{number}-") and bone.endswith(".L") for bone in rig.bones]
+        owned = rig.weights[:, bones].sum(axis=1) > 0.999
+        toes = posed[:, owned]
+        assert toes.shape[1] > 3
+        rolls = share > FLAT[1]
+        together = rolls[1:] & rolls[:-1] & (share[1:] > share[:-1])
+        assert together.sum() > 10
+        np.testing.assert_allclose(toes[1:][together], toes[:-1][together], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", GAITS)

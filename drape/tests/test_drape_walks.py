@@ -24,12 +24,12 @@ from drape.scene.backgrounds import (
 from drape.scene.body import load_rig
 from drape.scene.camera import Camera, holding
 from drape.scene.cloth import Cloth
-from drape.scene.gait import Walked, gait
+from drape.scene.gait import gait
 from drape.scene.gait import walk as walk_of
 from drape.scene.light import LIGHTS, light
 from drape.scene.materials import MATERIALS, albedo, levels
 from drape.scene.places import PLACES, Plate, draw, in_view, nearest, place, plate_of
-from drape.scene.plausible import contact_shadow
+from drape.scene.plausible import contact_shadow, flat
 from drape.scene.render import coverage, shadowed
 from drape.scene.scene import Scene
 from drape.scene.sequence import Buffers, SequenceSpec, build_sequence
@@ -186,22 +186,31 @@ def test_shadows_touch_the_feet_of_who_stands_and_fade_under_who_flies() -> None
     assert min(depth) < max(depth) - 0.1
 
 
-def test_the_distance_of_a_contact_shadow_is_that_to_the_feet() -> None:
-    own = spec("overcast")
-    buffers, walked = build_sequence(own), posed(own)
-    near = [v[v[:, 2] < v[:, 2].min() + 0.05, :2] for v in walked.vertices]
-    for t, feet in enumerate(near):
-        hidden, gap = contact_shadow(buffers, CAMERA, t, feet)
-        assert hidden > 0.5
-        assert gap < 0.12  # a pixel is about as long on the ground here
-        assert contact_shadow(buffers, CAMERA, t, feet + 1.0)[1] > 0.8
-    nothing = replace(buffers, shaded_starts=[0] * len(buffers.shaded_starts))
-    assert contact_shadow(nothing, CAMERA, 0, near[0]) == (0.0, float("inf"))
-
-
-def posed(own: SequenceSpec) -> Walked:
-    """The body of a spec in its frames."""
-    return walk_of(load_rig(own.body), gait(own.gait), own.path, own.seconds, np.arange(own.frames) / own.fps)
+def test_a_contact_shadow_tells_who_stands_from_who_floats_and_from_who_flies() -> None:
+    rig, lamp, times = load_rig(), light("overcast"), np.arange(30) / 30
+    for name in ("normal", "jog"):
+        own = gait(name)
+        walked = walk_of(rig, own, "bend", 4.0, times)
+        stands = flat(rig, own, "bend", 4.0, times)
+        assert stands.any()
+        darkness = []
+        for t in np.flatnonzero(stands)[::3]:
+            hidden, gap = contact_shadow(walked.vertices[t], lamp, walked.place[t])
+            assert hidden > 0.6
+            assert gap < 0.03
+            floats = contact_shadow(walked.vertices[t] + [0, 0, 0.1], lamp, walked.place[t])
+            assert floats[0] < hidden - 0.2
+            assert floats[1] == np.inf
+            darkness.append(hidden)
+        lowest = walked.vertices[..., 2].min(axis=1)
+        assert lowest[stands].max() < 0.001
+        if own.duty < 0.5:
+            highest = int(lowest.argmax())
+            assert not stands[highest]
+            flown = contact_shadow(walked.vertices[highest], lamp, walked.place[highest])
+            assert flown[0] < min(darkness) - 0.2
+    far = walked.vertices[0] + [50.0, 0, 0]
+    assert contact_shadow(far, lamp, walked.place[0]) == (0.0, np.inf)
 
 
 def test_a_lamp_throws_a_shadow_away_from_itself() -> None:

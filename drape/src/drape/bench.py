@@ -23,7 +23,7 @@ from skimage import data
 from torch import Tensor
 
 from drape import __version__
-from drape.compare import compare, curve, defence_cost, distances, gaps, intervals, same_verdict, separation, sides
+from drape.compare import compare, curve, distances, gaps, intervals, same_verdict, separation, sides
 from drape.controls import CONTROLS, control
 from drape.detectors import load_detector
 from drape.detectors.base import Detector
@@ -32,24 +32,26 @@ from drape.evaluate import Subject, defended
 from drape.gamut import Gamut
 from drape.harden import HardenSpec
 from drape.io import save_record
+from drape.lights import light_table, lit_walks
 from drape.measure import CLEAN, Attacks, defence_table, track
 from drape.objective import Temporal
 from drape.optimise import MODES, OptimiseSpec
 from drape.progress import note
 from drape.scene.backgrounds import square
-from drape.scene.light import light_name
 from drape.statistics import interval
 from drape.store import KeptJudge, Order, Store
-from drape.walks import TEST, TRAIN, scenes, under_lights
+from drape.walks import TEST, TRAIN, scenes
 
-__all__ = ["BASELINES", "REACH", "BenchSpec", "rounded", "run_bench", "versions"]
+__all__ = ["ATTACK", "BASELINES", "FIGURES", "REACH", "BenchSpec", "rounded", "run_bench", "versions"]
 
 FIGURES = "drape's benchmark"
 REACH = 2  # frames that `drape.defences.aggregate` looks back
 BASELINES = ("frames", "static")
 METRES = (0.0, 6.0, 8.0, 10.0, 13.0, 17.0, 40.0)  # from the camera: bins of the curve over distance
 SIDES = tuple(np.arange(-22.5, 338, 45).tolist())  # eight sides, the front first
-ENSEMBLE = "all together"
+ENSEMBLE = "all together"  # the texture of all detectors
+ATTACK = "sequence-0"  # the one that defences are measured against
+ONLY_HOW_MANY = ("lit",)  # settings that nothing kept depends on: a run with another value goes on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,8 @@ class BenchSpec:
         seeds_of_strengths, seeds_of_gaps: how many of the seeds are used for those.
         fps, size, cloth: of the walks and of the engine that moves the cloth.
         train, walks: how many of the training walks and of the held-out ones.
-        shared: how many of the held-out ones several detectors look at.  lit: walks that are seen under every light.
+        shared: how many of the held-out ones several detectors look at.
+        lit: walks outdoors, and as many indoors, that are seen under every light of their kind of place.
         rounds, harden_steps: of fine-tuning, with half of `steps` for each round's textures.
     """
 
@@ -85,7 +88,7 @@ class BenchSpec:
     train: int = len(TRAIN)
     walks: int = len(TEST)
     shared: int = 20
-    lit: int = 2
+    lit: int = 12
     rounds: int = 3
     harden_steps: int = 40
 
@@ -137,7 +140,8 @@ class Bench:
         self.spec, self.jobs = spec, jobs
         walks, training = ([asdict(walk) for walk in each] for each in (TEST[: spec.walks], TRAIN[: spec.train]))
         self.walks = {"walks": walks, "training_walks": training}
-        self.store = Store(work, {**asdict(spec), **self.walks})  # what was seen of other walks is of no use
+        kept = {name: value for name, value in asdict(spec).items() if name not in ONLY_HOW_MANY}
+        self.store = Store(work, {**kept, **self.walks})  # what was seen of other walks is of no use
         self.detector, self.others = load_detector(spec.detector), [load_detector(name) for name in spec.others]
         self.train = scenes(TRAIN[: spec.train], spec.fps, spec.size, spec.cloth)
         self.test = scenes(TEST[: spec.walks], spec.fps, spec.size, spec.cloth)
@@ -233,16 +237,12 @@ class Bench:
             ]
         )
         subject = Subject(self.detector, self.others, hardened, recalibrated)
-        attack = "sequence-0"
         given = Attacks(
-            self.controls, {attack: self.images[attack]}, {name: self.images[f"adaptive-{name}"] for name in knows}
+            self.controls, {ATTACK: self.images[ATTACK]}, {name: self.images[f"adaptive-{name}"] for name in knows}
         )
-        bare = {name: self.shared.result(self.detector, name, self.images[name]) for name in (CLEAN, attack)}
+        bare = {name: self.shared.result(self.detector, name, self.images[name]) for name in (CLEAN, ATTACK)}
         table = defence_table(self.shared, subject, given)
-        for name, row in table.items():
-            behind = {kind: defended(self.shared, subject, name, kind, self.images[kind]) for kind in bare}
-            row["intervals"] = defence_cost(bare, behind, CLEAN, attack)
-        self.parts["defences"] = {"attack": attack, "walks": len(self.shared.scenes), "bare": bare, "table": table}
+        self.parts["defences"] = {"attack": ATTACK, "walks": len(self.shared.scenes), "bare": bare, "table": table}
         models = {"before": self.detector, "hardened": hardened}
         self.parts["photograph_score"] = person_photo(models, self.spec.size)
         self.parts["thresholds"] = {d.name: d.threshold for d in (self.detector, recalibrated, hardened)}
@@ -257,7 +257,7 @@ class Bench:
         whole: Order = (ENSEMBLE, models, self.spec.optimisation("sequence", 0, detectors=len(models)))
         self.make([*((d.name, [d], self.spec.optimisation("sequence", 0)) for d in self.others), whole])
         rows = {kind: kind for kind in CONTROLS if kind in (CLEAN, "random")}
-        rows |= {f"against {self.detector.name}": "sequence-0"}
+        rows |= {f"against {self.detector.name}": ATTACK}
         rows |= {f"against {d.name}": d.name for d in self.others} | {f"against {ENSEMBLE}": ENSEMBLE}
         found = {
             row: {d.name: self.shared.result(d, name, self.images[name])["by_walk"] for d in models}
@@ -275,18 +275,11 @@ class Bench:
 
     def look_at_lights(self) -> None:
         """Some walks again under every light of their kind of place."""
-        rows: dict[str, dict[str, list[float]]] = {CLEAN: {}, "sequence-0": {}}
-        for number in range(min(self.spec.lit, self.spec.walks)):
-            lit = under_lights(TEST[number], self.spec.fps, self.spec.size, self.spec.cloth)
-            judge = KeptJudge(lit, self.store.folder, self.jobs, f"lights {number}")
-            for name, row in rows.items():
-                areas = judge.result(self.detector, name, self.images[name])["by_walk"]["area"]
-                for scene, area in zip(lit, areas, strict=True):
-                    row.setdefault(light_name(scene.light), []).append(area)
-        if any(rows.values()):
-            self.parts["lights"] = {
-                name: {lamp: interval([areas]).plain() for lamp, areas in row.items()} for name, row in rows.items()
-            }
+        chosen = {n: TEST[n] for n in lit_walks(TEST[: self.spec.walks], self.spec.lit)}
+        if chosen:
+            clothes = {name: self.images[name] for name in (CLEAN, ATTACK)}
+            rendered = (self.spec.fps, self.spec.size, self.spec.cloth)
+            self.parts["lights"] = light_table(self.detector, clothes, chosen, rendered, self.store.folder, self.jobs)
 
     def groups(self) -> dict[str, list[str]]:
         """Textures by what they are: controls, modes with all seeds, fewer steps."""
@@ -300,7 +293,7 @@ class Bench:
     def figures(self) -> dict[str, Any]:
         """All figures so far."""
         groups = self.groups()
-        shown = [name for name in (CLEAN, "random", "sequence-0") if name in self.results]
+        shown = [name for name in (CLEAN, "random", ATTACK) if name in self.results]
         curves = {name: self.results[name]["curves"] for name in shown}
         return {
             "about": {

@@ -16,7 +16,7 @@ from drape.io import load_arrays, save_arrays
 
 __all__ = ["cache_folder", "cached_arrays"]
 
-VERSION = 8  # raise it when what is cached changes its meaning
+VERSION = 9  # raise it when what is cached changes its meaning
 
 
 def cache_folder() -> Path:

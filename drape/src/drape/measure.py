@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from drape.compare import defence_cost
 from drape.detectors.base import Detection
 from drape.errors import ConfigError
 from drape.evaluate import FOUND, Judge, Subject, defended, light_curve, recovered
@@ -70,7 +71,9 @@ def defence_row(clean: dict[str, Any], attacked: dict[str, Any], rows: Mapping[s
 
 
 def defence_table(judge: Judge, subject: Subject, given: Attacks) -> dict[str, dict[str, Any]]:
-    """`defence_row` of each defence that the subject has, against the first attack."""
+    """`defence_row` of each defence that the subject has, against the first attack, with the attack's confidences over
+    each walk, and what it restores and costs walk by walk, with intervals (`drape.compare.defence_cost`).
+    """
     worst, images = next(iter(given.attacks.items()))
     clean = judge.result(subject.detector, CLEAN, given.controls[CLEAN])
     attacked = judge.result(subject.detector, worst, images)
@@ -83,9 +86,11 @@ def defence_table(judge: Judge, subject: Subject, given: Attacks) -> dict[str, d
         if defence in given.adaptive:
             name = f"adaptive: {defence}"
             rows["adaptive"] = defended(judge, subject, defence, name, given.adaptive[defence])
+        bare, behind = {CLEAN: clean, worst: attacked}, {CLEAN: rows["clean"], worst: rows["attacked"]}
         table[defence] = {
             **defence_row(clean, attacked, rows),
             "curves": rows["attacked"]["curves"],
+            "intervals": defence_cost(bare, behind, CLEAN, worst),
         }
     return table
 

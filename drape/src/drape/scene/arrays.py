@@ -5,9 +5,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Floats", "about", "rotation"]
+__all__ = ["Floats", "about", "dots", "lengths", "rotation"]
 
 Floats = NDArray[np.float64]
+
+
+def dots(first: Floats, second: Floats) -> Floats:
+    """Scalar products of vectors `[..., 3]`, `[...]`; a sum over so short an axis is slow as numpy has it."""
+    return np.asarray(np.einsum("...i,...i->...", first, second))
+
+
+def lengths(vectors: Floats) -> Floats:
+    """Lengths of vectors `[..., 3]`, `[...]`."""
+    return np.sqrt(dots(vectors, vectors))
 
 
 def rotation(axis: str, degrees: float) -> Floats:

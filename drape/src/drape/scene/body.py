@@ -8,6 +8,7 @@ Shapes: `V` vertices, `F` triangles, `J` bones.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,14 +70,21 @@ def load_rig(body: str = "middle") -> Rig:
     return Rig(**arrays, bones=bones)
 
 
-def bone_transforms(rig: Rig, turns: dict[str, Floats]) -> Floats:
-    """Rest-to-posed transforms of all bones, `[J, 3, 4]`; a child follows its parent."""
-    rotations = np.tile(np.eye(3), (len(rig.bones), 1, 1))
+def bone_transforms(rig: Rig, turns: Mapping[str, Floats], about: Mapping[str, Floats] | None = None) -> Floats:
+    """Rest-to-posed transforms of all bones, `[J, 3, 4]`; a child follows its parent.
+
+    Args:
+        turns: rotations `[3, 3]`.  about: points `[3]` of the rig at rest that bones turn about; their own heads if not
+            given.
+    """
+    rotations, points = np.tile(np.eye(3), (len(rig.bones), 1, 1)), rig.heads.copy()
+    for name, point in (about or {}).items():
+        points[rig.bone(name)] = point
     for name, turn in turns.items():
         rotations[rig.bone(name)] = turn
     result = np.zeros((len(rig.bones), 3, 4))
     for j, parent in enumerate(rig.parents):
-        head, turn = rig.heads[j], rotations[j]
+        head, turn = points[j], rotations[j]
         local = np.concatenate([turn, (head - turn @ head)[:, None]], axis=1)
         if parent < 0:
             result[j] = local

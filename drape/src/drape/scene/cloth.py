@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drape.errors import ConfigError, unknown
-from drape.scene.arrays import Floats
+from drape.scene.arrays import Floats, dots, lengths
 from drape.scene.garments import Garment
 
 __all__ = ["CLOTHS", "ENGINES", "Cloth", "edges_of", "folds_of", "held_to_body", "touching"]
@@ -80,13 +80,12 @@ def folds_of(faces: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def touching(x: Floats, shell: Floats, normals: Floats, garment: Garment) -> NDArray[np.bool_]:
     """Which vertices `[G]` lie on the skin."""
-    return np.asarray(((x - shell) * normals).sum(axis=1) < garment.least - garment.offset + 1e-3)
+    return np.asarray(dots(x - shell, normals) < garment.least - garment.offset + 1e-3)
 
 
 def held_to_body(x: Floats, shell: Floats, normals: Floats, garment: Garment) -> Floats:
     """Positions `[G, 3]` brought out of the skin, and back to where the garment may be."""
-    depth = ((x - shell) * normals).sum(axis=1)
+    depth = dots(x - shell, normals)
     x = x + np.maximum(garment.least - garment.offset - depth, 0.0)[:, None] * normals
     away = x - shell
-    reach = np.linalg.norm(away, axis=1)
-    return np.asarray(shell + away * np.minimum(1.0, garment.loose / np.maximum(reach, 1e-9))[:, None])
+    return np.asarray(shell + away * np.minimum(1.0, garment.loose / np.maximum(lengths(away), 1e-9))[:, None])

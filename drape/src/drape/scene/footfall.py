@@ -16,7 +16,7 @@ import numpy as np
 from drape.scene.arrays import Floats
 from drape.scene.paths import Curve
 
-__all__ = ["Foot", "Landing", "foot_at"]
+__all__ = ["FLAT", "Foot", "Landing", "foot_at"]
 
 FLAT = (0.16, 0.58)  # share of a contact between which the whole foot lies on the ground
 

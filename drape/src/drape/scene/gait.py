@@ -26,6 +26,7 @@ RATE = 60.0  # moments per second at which the pelvis is planned
 REACH = 0.985  # of the leg's length that a step may use
 SMOOTHING = 0.06  # seconds over which the pelvis's height is smoothed
 REST_ELBOW = 38.0  # degrees that the rig's elbows are bent by at rest
+BALL = "toe3-1"  # the joint that a foot rolls off over
 CURL = 28.0  # degrees that each finger joint of a relaxed hand is bent by
 
 
@@ -115,7 +116,7 @@ def leg_length(rig: Rig) -> float:
 def foot_of(rig: Rig, g: Gait) -> Foot:
     """The left foot's measures from the rig; the right one is its mirror image."""
     ground = rig.vertices[:, 2].min()
-    ankle, ball = rig.heads[rig.bone("foot.L")], rig.heads[rig.bone("toe3-1.L")]
+    ankle, ball = rig.heads[rig.bone("foot.L")], rig.heads[rig.bone(f"{BALL}.L")]
     sole = rig.vertices[(rig.vertices[:, 2] < ground + 0.012) & (rig.vertices[:, 0] > 0)]
     heel = float(sole[:, 1].max() - ankle[1]) - 0.01
     return Foot(float(ankle[2] - ground), heel, (float(ball[1] - ankle[1]), float(ball[2] - ground)), g.strike, g.push)
@@ -219,8 +220,20 @@ def leg_rotations(rig: Rig, side: str, ankle: Floats, toes: float, tilt: float) 
     foot = level @ rotation("x", tilt)
     turns = {f"upperleg01.{side}": upper, f"lowerleg01.{side}": upper.T @ lower, f"foot.{side}": lower.T @ foot}
     if tilt > 0:  # the toes stay on the ground when the heel is up
-        turns |= {f"toe{number}-1.{side}": foot.T @ level for number in range(1, 6)}
+        turns |= dict.fromkeys(toes_of(side), foot.T @ level)
     return turns
+
+
+def toes_of(side: str) -> list[str]:
+    """The first bones of a foot's toes."""
+    return [f"toe{number}-1.{side}" for number in range(1, 6)]
+
+
+def balls(rig: Rig) -> dict[str, Floats]:
+    """The point of each foot, `[3]`, that it rolls off over, for all its toes: about their own joints, which lie up to
+    45 mm apart, they would be drawn over the ground while the heel rises.
+    """
+    return {toe: rig.heads[rig.bone(f"{BALL}.{side}")] for side in ("L", "R") for toe in toes_of(side)}
 
 
 def walk(rig: Rig, g: Gait, path: str, seconds: float, times: Floats, phase: float = 0.0) -> Walked:
@@ -237,7 +250,7 @@ def walk(rig: Rig, g: Gait, path: str, seconds: float, times: Floats, phase: flo
     cycles = g.cadence * times + phase
     place, heading = landing.at(cycles)
     height = pelvis_height(rig, g, landing, foot, cycles)
-    root, hands = rig.heads[rig.bone("root")], relaxed_hands(rig)
+    root, hands, rolled = rig.heads[rig.bone("root")], relaxed_hands(rig), balls(rig)
     feet = {name: foot_at(landing, foot, side, cycles) for side, name in ((1, "L"), (-1, "R"))}
     result = np.empty((len(times), *rig.vertices.shape))
     for t, cycle in enumerate(cycles):
@@ -248,5 +261,5 @@ def walk(rig: Rig, g: Gait, path: str, seconds: float, times: Floats, phase: flo
         for name, (ankle, towards, tilt, _) in feet.items():
             local = turn.T @ (ankle[t] - middle) + root
             turns |= leg_rotations(rig, name, local, towards[t] - heading[t], float(tilt[t]))
-        result[t] = (skinned(rig, bone_transforms(rig, turns)) - root) @ turn.T + middle
+        result[t] = (skinned(rig, bone_transforms(rig, turns, rolled)) - root) @ turn.T + middle
     return Walked(result, place, heading)

@@ -8,13 +8,14 @@ and turns swing it. Projection is of Jacobi's kind with averaging, so it vectori
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from drape.scene.arrays import Floats
+from drape.scene.arrays import Floats, lengths
 from drape.scene.cloth import Cloth, edges_of, folds_of, held_to_body, touching
 from drape.scene.garments import Garment
 
@@ -27,35 +28,46 @@ RELAXATION = 1.5  # of the averaged moves, whose mean takes an error away slowly
 
 @dataclass(frozen=True)
 class Links:
-    """Pairs of vertices `[M, 2]` that keep a distance `[M, 1]`, and the matrix `[G, M]` that shares out their moves."""
+    """Pairs of vertices, `first` and `second` `[M]`, that keep a distance `[M]`, and the matrix `[G, M]` that shares
+    out their moves, weighted by their stiffness.
+    """
 
-    pairs: NDArray[np.int64]
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
     rest: Floats
     share: csr_array
 
     @classmethod
-    def between(cls, pairs: NDArray[np.int64], shell: Floats, slack: float) -> Links:
-        """Links as long as on the shell, and a little longer."""
-        rest = np.linalg.norm(shell[pairs[:, 1]] - shell[pairs[:, 0]], axis=1, keepdims=True) * (1 + slack)
-        count = np.maximum(np.bincount(pairs.ravel(), minlength=len(shell)), 1)
-        each = np.arange(len(pairs))
-        rows, columns = np.concatenate([pairs[:, 0], pairs[:, 1]]), np.concatenate([each, each])
-        signs = RELAXATION * np.repeat([1.0, -1.0], len(pairs)) / count[rows]
-        return cls(pairs, rest, csr_array((signs, (rows, columns)), shape=(len(shell), len(pairs))))
+    def between(cls, kinds: Sequence[tuple[NDArray[np.int64], float]], shell: Floats, slack: float) -> Links:
+        """Links as long as on the shell, and a little longer.
 
-    def moves(self, x: Floats, stiffness: float) -> Floats:
+        Args:
+            kinds: pairs `[N, 2]` of each kind, whose moves are averaged by themselves, and their stiffness.
+        """
+        signs = []
+        for pairs, stiffness in kinds:
+            count = np.maximum(np.bincount(pairs.ravel(), minlength=len(shell)), 1)
+            signs.append(RELAXATION * stiffness * np.stack([1 / count[pairs[:, 0]], -1 / count[pairs[:, 1]]]))
+        joined = np.concatenate([pairs for pairs, _ in kinds])
+        first, second = np.ascontiguousarray(joined.T)
+        rest = np.linalg.norm(shell[second] - shell[first], axis=1) * (1 + slack)
+        each = np.arange(len(joined))
+        places = (np.concatenate([first, second]), np.concatenate([each, each]))
+        return cls(first, second, rest, csr_array((np.hstack(signs).ravel(), places), shape=(len(shell), len(joined))))
+
+    def moves(self, x: Floats) -> Floats:
         """How the vertices move to come nearer to the rest lengths, `[G, 3]`."""
-        across = x[self.pairs[:, 1]] - x[self.pairs[:, 0]]
-        length = np.linalg.norm(across, axis=1, keepdims=True)
-        return np.asarray(self.share @ (stiffness * (1 - self.rest / np.maximum(length, 1e-9)) * across))
+        across = np.take(x, self.second, axis=0) - np.take(x, self.first, axis=0)
+        across *= (1 - self.rest / np.maximum(lengths(across), 1e-9))[:, None]
+        return np.asarray(self.share @ across)
 
 
 def simulate_with_pbd(
     garment: Garment, shells: Floats, normals: Floats, rest_shell: Floats, cloth: Cloth, fps: float
 ) -> Floats:
     """The garment's vertices over a sequence; see `drape.scene.cloth_engines.simulate`."""
-    edges = Links.between(edges_of(garment.faces), rest_shell, cloth.slack)
-    folds = Links.between(folds_of(garment.faces), rest_shell, cloth.slack)
+    kinds = [(edges_of(garment.faces), cloth.stiffness), (folds_of(garment.faces), cloth.bending)]
+    links = Links.between(kinds, rest_shell, cloth.slack)
     dt = 1.0 / (fps * cloth.substeps)
     x, result = shells[0].copy(), np.empty_like(shells)
     last = shells[0]
@@ -68,8 +80,7 @@ def simulate_with_pbd(
             velocity[:, 2] -= GRAVITY * dt
             guess = x + dt * max(1 - cloth.drag * dt, 0.0) * velocity
             for _ in range(cloth.iterations):
-                guess = guess + edges.moves(guess, cloth.stiffness) + folds.moves(guess, cloth.bending)
-                guess = held_to_body(guess, shell, normals[t], garment)
+                guess = held_to_body(guess + links.moves(guess), shell, normals[t], garment)
             carried = x + (shell - last)  # where a vertex that lies on the skin would be taken
             guess = guess + FRICTION * touching(guess, shell, normals[t], garment)[:, None] * (carried - guess)
             velocity, last = (guess - x) / dt, shell

@@ -12,19 +12,20 @@ from numpy.typing import NDArray
 
 from drape.scene.arrays import Floats, rotation
 from drape.scene.body import Rig
-from drape.scene.camera import Camera
-from drape.scene.footfall import foot_at
+from drape.scene.footfall import FLAT, foot_at
 from drape.scene.gait import Gait, Walked, foot_of, plan
 from drape.scene.garments import Garment
-from drape.scene.sequence import Buffers
-from drape.scene.shade import ground_points
+from drape.scene.light import Light
+from drape.scene.shade import shadows
 
-__all__ = ["Standing", "contact_shadow", "foot_vertices", "hem_of", "standing", "swing"]
+__all__ = ["Standing", "contact_shadow", "flat", "foot_vertices", "hem_of", "standing", "swing"]
 
 TOUCHING = 0.006  # metres over the ground up to which a sole touches it
 FEWEST = 3  # vertices of a sole that touch it at least, or the foot is rolling off
 FLYING = 0.01  # metres over the ground of the lowest vertex from which nobody stands
 HEM = 0.6  # of the furthest that a garment's vertices may move: those beyond it are its hem
+AROUND, GRID = 1.2, 0.02  # metres around a person in which a contact shadow is looked for, and how finely
+ALIKE = 0.9  # of the darkest, what is as dark
 SETTLED = 0.5  # seconds after which cloth has left its first pose
 
 
@@ -89,20 +90,35 @@ def swing(moved: Floats, shells: Floats, heading: Floats, rate: float) -> Floats
     return np.asarray(np.linalg.norm(away - away.mean(axis=0), axis=2))
 
 
-def contact_shadow(buffers: Buffers, camera: Camera, frame: int, feet: Floats) -> tuple[float, float]:
-    """How dark the shadow from the sky is under the person, and how far from the feet it is darkest.
+def flat(rig: Rig, g: Gait, path: str, seconds: float, times: Floats, phase: float = 0.0) -> NDArray[np.bool_]:
+    """The moments `[T]` at which the plan of contacts has a whole foot on the ground: none of a flight, nor of a step
+    on heels and toes.
+    """
+    landing, foot = plan(rig, g, path, seconds, phase), foot_of(rig, g)
+    shares = [foot_at(landing, foot, side, g.cadence * times + phase)[3] for side in (1, -1)]
+    return np.asarray(np.any([(share >= FLAT[0]) & (share <= FLAT[1]) for share in shares], axis=0))
+
+
+def contact_shadow(vertices: Floats, lamp: Light, middle: Floats) -> tuple[float, float]:
+    """How dark the shadow from the sky is under a person, and how far from the soles it is darkest, on the ground
+    itself and not in the pixels of a camera, which may be further apart than feet are long.
+
+    Who stands has a dark spot at the soles; who floats has none, and nothing that could be its soles.
 
     Args:
-        feet: places `[K, 2]` on the ground of what is near it of the body, metres.
+        vertices: of the clothed body, `[V, 3]`.  lamp: the light.  middle: the person's place on the ground, `[2]`.
 
     Returns:
-        The share of the sky that is hidden where that is most, and metres from there to the nearest of `feet`.
+        The share of the sky that is hidden where that is most, and metres from the nearest vertex that is at the
+        ground, infinite where none is, to the nearest place that is about as dark: a foot that swings close to the
+        ground has such a place too.
     """
-    part = slice(buffers.shaded_starts[frame], buffers.shaded_starts[frame + 1])
-    hidden = buffers.hidden[0, part].numpy()
-    if not len(hidden):
+    row = np.arange(-AROUND, AROUND, GRID)
+    ground = middle + np.stack(np.meshgrid(row, row), axis=-1).reshape(-1, 2)
+    pixels, hidden = shadows(vertices, lamp, ground, middle)
+    soles = vertices[vertices[:, 2] < FLYING, :2]
+    if not len(pixels):
         return 0.0, float("inf")
-    places = ground_points(camera, buffers.size)[buffers.shaded[part].numpy()]
-    darkest = places[hidden >= hidden.max() - 1e-3]
-    away = np.linalg.norm(darkest[:, None] - feet[None], axis=2).min(axis=1)
-    return float(hidden.max()), float(away.min())
+    darkest = ground[pixels[hidden[0] >= ALIKE * hidden[0].max()]]
+    away = np.linalg.norm(darkest[:, None] - soles[None], axis=2)
+    return float(hidden[0].max()), float(away.min(initial=np.inf))

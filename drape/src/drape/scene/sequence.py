@@ -5,7 +5,8 @@ Shapes: `T` frames, `S` side of a frame in pixels, `R = S * supersample` side of
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ SHOE = (0.12, 0.12, 0.13)
 WARM_UP = 1.0  # seconds of walking before the first frame, so that the cloth has settled
 POSES = 24.0  # poses per second that cloth is moved with, at least
 UNDER = 0.05  # metres that the trousers are taken to lie deeper where the shirt hangs over them, to stay under it
+ANY_LIGHT = "overcast"  # of a spec whose light nothing depends on
 OVERLAP = 0.1  # metres below the shirt's hem down to which that holds
 
 
@@ -234,12 +236,17 @@ def clothed_walk(spec: SequenceSpec, rig: Rig, garments: list[Garment]) -> Walke
     return Walked(np.concatenate(parts, axis=1), posed.place[kept], posed.heading[kept])
 
 
-def make_arrays(spec: SequenceSpec) -> dict[str, NDArray[Any]]:
-    """The buffers as compact arrays: uv in 1/65535, normals in 1/32767, albedo, open and hidden in 1/255."""
+@lru_cache(maxsize=1)  # the last one, so that a walk which is seen under several lights is moved once
+def dressed_walk(spec: SequenceSpec) -> tuple[Wardrobe, Walked]:
+    """The mesh of a walk and where its vertices are."""
     rig = load_rig(spec.body)
     garments = [make_garment(name, rig) for name in GARMENTS]
-    mesh = dress(rig, garments, spec.skin)
-    walked = clothed_walk(spec, rig, garments)
+    return dress(rig, garments, spec.skin), clothed_walk(spec, rig, garments)
+
+
+def make_arrays(spec: SequenceSpec) -> dict[str, NDArray[Any]]:
+    """The buffers as compact arrays: uv in 1/65535, normals in 1/32767, albedo, open and hidden in 1/255."""
+    mesh, walked = dressed_walk(replace(spec, light=ANY_LIGHT))
     ground, lamp = ground_points(spec.camera, spec.size), light(spec.light)
     frames, falls = [], []
     for vertices, middle in zip(walked.vertices, walked.place, strict=True):
