@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +11,17 @@ import pytest
 import torch
 from torch import nn
 
+from drape.controls import random_textures
 from drape.detectors.adapters import OnnxDetector, TorchvisionDetector, TransformersDetector, UltralyticsDetector
+from drape.detectors.base import Candidates, Detector
 from drape.detectors.registry import LOADERS, load_detector
 from drape.errors import AssetError, ConfigError, DetectorError, UnknownNameError
+from drape.evaluate import Subject
+from drape.gamut import Gamut
+from drape.harden import HardenSpec, harden
 from drape.objective import confidence
+from drape.optimise import OptimiseSpec, optimise
+from drape.scene.scene import Scene
 
 
 class Fixed(nn.Module):
@@ -312,3 +320,70 @@ def test_detr_of_transformers_runs_with_gradients(refined: bool) -> None:
     assert float(gradient.abs().max()) > 0
     with pytest.raises(DetectorError, match="the person is"):
         TransformersDetector(model, "detr", person=1, softmax=False)
+
+
+class Told(Detector):
+    """Gives what a function makes of the frames."""
+
+    def __init__(self, give: Callable[[torch.Tensor], object], threshold: float = 0.5) -> None:
+        super().__init__("told", 64, threshold)
+        self.give = give
+
+    def candidates(self, images: torch.Tensor) -> Candidates:
+        return self.give(images)  # type: ignore[return-value]
+
+
+def one_box(images: torch.Tensor, box: tuple[float, ...] = (5, 5, 40, 60)) -> Candidates:
+    scores = images.mean(dim=(1, 2, 3))[:, None]
+    return Candidates(torch.tensor(box).float().expand(len(images), 1, 4), scores)
+
+
+def failing(images: torch.Tensor) -> Candidates:
+    raise RuntimeError("out of\nmemory")
+
+
+@pytest.mark.parametrize(
+    ("give", "says"),
+    [
+        (lambda x: (x, x), "gave a tuple; expected drape.detectors.base.Candidates"),
+        (
+            failing,
+            r"told failed on frames \(2, 3, 64, 64\) \(RuntimeError: out of\nmemory; test_drape_ad",
+        ),
+        (lambda x: one_box(x, (50, 50, 20, 30)), "end before they begin"),
+        (lambda x: one_box(x.detach()), "without a gradient to the frames"),
+    ],
+    ids=["tuple", "failing", "centre and size", "no gradient"],
+)
+def test_a_users_network_that_cannot_serve_is_told_what_is_wrong(
+    give: Callable[[torch.Tensor], object], says: str
+) -> None:
+    with pytest.raises(DetectorError, match=says):
+        Told(give)(torch.full((2, 3, 64, 64), 0.5, requires_grad=True))
+    assert Told(one_box)(torch.full((2, 3, 64, 64), 0.5, requires_grad=True)).scores.requires_grad
+
+
+def test_without_a_gradient_a_detector_is_judged_all_the_same() -> None:
+    assert len(Told(lambda x: one_box(x.detach())).detect(torch.full((2, 3, 64, 64), 0.5))[0].scores) == 1
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, float("nan")])
+def test_a_threshold_that_scores_cannot_be_scaled_by_is_refused(threshold: float) -> None:
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        Told(one_box, threshold)
+
+
+def test_detectors_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="told are given twice"):
+        Subject(Told(one_box), [Told(one_box)])
+
+
+def test_a_detector_without_weights_is_not_fine_tuned(scene: Scene) -> None:
+    with pytest.raises(DetectorError, match="no weights"):
+        harden(Told(one_box), [scene], Gamut.proxy(), HardenSpec(), OptimiseSpec())
+
+
+def test_nothing_is_optimised_where_nobody_is_seen(scene: Scene) -> None:
+    blind = Told(lambda x: Candidates(x.new_zeros(len(x), 0, 4), x.new_zeros(len(x), 0)))
+    with pytest.raises(ConfigError, match="told saw the person in no frame"):
+        optimise(random_textures(Gamut.proxy()), [blind], [scene], OptimiseSpec(steps=2))

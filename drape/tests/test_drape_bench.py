@@ -16,7 +16,7 @@ import torch
 
 from drape import bench, cli, store
 from drape.bench import BenchSpec, rounded
-from drape.compare import METRICS, compare, curve, defence_cost, gaps, same_verdict, separation
+from drape.compare import METRICS, compare, curve, defence_cost, gaps, same_verdict, separation, walks_needed
 from drape.controls import CONTROLS, control, save_images
 from drape.detectors.base import Candidates, Detector
 from drape.errors import ConfigError, UnknownNameError
@@ -31,6 +31,7 @@ from drape.plots import azimuth_svg, bars_svg, curve_svg
 from drape.report import page
 from drape.scene.light import light_name
 from drape.scene.scene import Scene
+from drape.statistics import interval
 from drape.store import Store
 from drape.walks import INDOORS, TEST, under_lights
 
@@ -270,9 +271,24 @@ def test_sequence_is_compared_with_a_baseline_seed_by_seed_and_walk_by_walk() ->
 
 def test_walks_whose_verdict_is_always_the_same_are_counted() -> None:
     verdicts = {"plain": [0.0, 0.0, 0.0, 1.0], "random": [0.0, 1.0, 0.0, 1.0], "best": [1.0, 1.0, 0.0, 1.0]}
-    results = {name: row(sequence_success_50=values) for name, values in verdicts.items()}
+    results = {name: row(recall=[0.8 - 0.6 * missed for missed in values]) for name, values in verdicts.items()}
     assert same_verdict(results, list(verdicts)) == 0.5
     assert same_verdict(results, ["plain", "random"]) == 0.75
+    assert same_verdict(results, list(verdicts), cut=0.9) == 1.0
+
+
+def test_so_many_walks_are_needed_that_unpaired_intervals_just_lie_apart() -> None:
+    """Of walks drawn as those that are known, about half of the pairs of intervals lie apart at that number."""
+    rng = np.random.default_rng(0)
+    known = {"a": rng.normal(0.5, 0.1, 200), "b": rng.normal(0.45, 0.1, 200)}
+    results = {name: row(area=values.tolist()) for name, values in known.items()}
+    needed = walks_needed(results, ["a"], ["b"])
+    apart = {}
+    for walks in (needed // 3, needed * 3):
+        drawn = [[interval(rng.choice(values, (1, walks)), n) for values in known.values()] for n in range(20)]
+        apart[walks] = sum(a.apart(b) for a, b in drawn)
+    assert apart[needed // 3] < 8
+    assert apart[needed * 3] > 15
 
 
 def test_strengths_are_told_apart_though_walks_differ_more() -> None:
@@ -393,6 +409,9 @@ def test_a_benchmark_goes_on_where_it_was(quick: None, tmp_path: Path, monkeypat
     assert calls[made:] == ["frames"]  # only what was missing
     assert len(looked) == before + 1
     assert again["results"] == first["results"]
+    fewer = bench.run_bench(replace(TINY, lit=0), work, to, seeds=2)  # nothing kept depends on how many are lit
+    assert "lights" not in fewer
+    assert fewer["results"] == first["results"]
     with pytest.raises(ConfigError, match="other settings"):
         Store(work, asdict(replace(TINY, steps=3)))
     monkeypatch.setattr(bench, "TEST", tuple(reversed(bench.TEST)))

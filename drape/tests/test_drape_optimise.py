@@ -142,8 +142,10 @@ def test_defences_are_reported_beside_the_attack(scene: Scene) -> None:
     rows = evaluate_defences(Red(), [scene], plain)
     assert set(rows) == {"aggregate", "median"}
     expected = {"aggregate", "median", "consensus", "union", "consensus+aggregate", "union+aggregate"}
-    assert set(evaluate_defences(Red(), [scene], plain, [Red()])) == expected
-    assert "hardened+consensus" not in evaluate_defences(Red(), [scene], plain, hardened=Red())
+    second, third = Red(), Red()
+    second.name, third.name = "second", "third"
+    assert set(evaluate_defences(Red(), [scene], plain, [second])) == expected
+    assert "hardened+consensus" not in evaluate_defences(Red(), [scene], plain, hardened=third)
     bare = evaluate(Red(), [scene], plain)
     assert rows["aggregate"]["recall"] >= bare["recall"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from drape import cli
 from drape.controls import control, save_images
 from drape.detectors.base import Candidates, Detector
-from drape.errors import AssetError, ConfigError, UnknownNameError
+from drape.errors import AssetError, ConfigError, UnknownNameError, WorkerError
 from drape.evaluate import Judge
 from drape.gamut import Gamut
 from drape.own import at_times, own_scenes, read_clip, read_walks
@@ -118,12 +119,20 @@ def double(value: int) -> int:
     return 2 * value
 
 
+def own_number(_: int) -> int:
+    return os.getpid()
+
+
 def test_processes_give_the_same_in_the_same_order(scene: Scene) -> None:
     assert list(mapped(double, range(5), jobs=2)) == [0, 2, 4, 6, 8]
     with pytest.raises(ConfigError, match="jobs=0"):
         list(mapped(double, [1], jobs=0))
     with pytest.raises(TypeError):
         list(mapped(double, [None], jobs=2))  # type: ignore[list-item]
+    assert len({*mapped(own_number, range(8), jobs=2), *mapped(own_number, range(8), jobs=2)}) <= 2  # they stay
+    with pytest.raises(WorkerError, match="fewer --jobs"):
+        list(mapped(os._exit, [9], jobs=2))
+    assert list(mapped(double, range(3), jobs=2)) == [0, 2, 4]
 
 
 @pytest.mark.slow

@@ -28,9 +28,9 @@ from drape.controls import CONTROLS, control
 from drape.detectors import load_detector
 from drape.detectors.base import Detector
 from drape.errors import ConfigError
-from drape.evaluate import Subject, defended
+from drape.evaluate import Subject, check_names, defended
 from drape.gamut import Gamut
-from drape.harden import HardenSpec
+from drape.harden import HardenSpec, check_trainable
 from drape.io import save_record
 from drape.lights import light_table, lit_walks
 from drape.measure import CLEAN, Attacks, defence_table, track
@@ -143,8 +143,10 @@ class Bench:
         kept = {name: value for name, value in asdict(spec).items() if name not in ONLY_HOW_MANY}
         self.store = Store(work, {**kept, **self.walks})  # what was seen of other walks is of no use
         self.detector, self.others = load_detector(spec.detector), [load_detector(name) for name in spec.others]
-        self.train = scenes(TRAIN[: spec.train], spec.fps, spec.size, spec.cloth)
-        self.test = scenes(TEST[: spec.walks], spec.fps, spec.size, spec.cloth)
+        check_trainable(self.detector)
+        check_names([self.detector, *self.others])
+        self.train = scenes(TRAIN[: spec.train], spec.fps, spec.size, spec.cloth, jobs)
+        self.test = scenes(TEST[: spec.walks], spec.fps, spec.size, spec.cloth, jobs)
         self.judge = KeptJudge(self.test, work, jobs)
         self.shared = KeptJudge(self.test[: spec.shared], work, jobs)
         self.trained = KeptJudge(self.train, work, jobs, "training")

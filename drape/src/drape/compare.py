@@ -26,6 +26,7 @@ __all__ = [
     "intervals",
     "same_verdict",
     "separation",
+    "walks_needed",
 ]
 
 HIGHER_IS_STRONGER = {
@@ -105,10 +106,22 @@ def separation(results: Results, groups: Mapping[str, Sequence[str]], metric: st
     }
 
 
-def same_verdict(results: Results, names: Sequence[str]) -> float:
-    """Share of the walks on which all textures have the same verdict: missed, or seen in half of the frames."""
-    verdicts = by_walk(results, names, "sequence_success_50")
+def same_verdict(results: Results, names: Sequence[str], cut: float = 0.5) -> float:
+    """Share of the walks on which all textures have the same verdict: missed, or seen in a share `cut` of frames."""
+    verdicts = by_walk(results, names, "recall") < cut
     return float((verdicts.min(axis=0) == verdicts.max(axis=0)).mean())
+
+
+def walks_needed(results: Results, first: Sequence[str], second: Sequence[str], metric: str = "area") -> int:
+    """How many walks unpaired intervals of two groups of textures would need to lie apart.
+
+    That is, if walks went on to differ as these do and the difference stayed, until the half widths, 1.96 deviations /
+    sqrt(W), add up to it.
+    """
+    means = [by_walk(results, names, metric).mean(axis=0) for names in (first, second)]
+    difference = abs(means[0].mean() - means[1].mean())
+    wide = 1.96 * sum(values.std(ddof=1) for values in means)
+    return int(np.ceil((wide / max(difference, 1e-9)) ** 2))
 
 
 def gaps(test: Results, train: Results, groups: Mapping[str, Sequence[str]], clean: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ __all__ = [
     "GamutError",
     "OutputError",
     "UnknownNameError",
+    "WorkerError",
     "unknown",
 ]
 
@@ -43,6 +44,10 @@ class OutputError(DrapeError, OSError):
 
 class DetectorError(DrapeError, ValueError):
     """A detector's file cannot be read, or a detector gave something that drape does not understand."""
+
+
+class WorkerError(DrapeError, RuntimeError):
+    """A process that worked beside this one ended before it was done."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:

@@ -161,6 +161,14 @@ class Judge:
         return summary(self.walks(detector, name, textures), self.scenes)
 
 
+def check_names(detectors: Sequence[Detector]) -> None:
+    """Refuse detectors that have one name, by which what they saw is kept."""
+    names = [detector.name for detector in detectors]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"detectors {', '.join(twice)} are given twice; give others, or names of their own.")
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is measured: a detector, those it may agree with, itself fine-tuned, itself with a threshold set again."""
@@ -169,6 +177,9 @@ class Subject:
     others: Sequence[Detector] = field(default_factory=tuple)
     hardened: Detector | None = None
     recalibrated: Detector | None = None
+
+    def __post_init__(self) -> None:
+        check_names([d for d in (self.detector, *self.others, self.hardened, self.recalibrated) if d is not None])
 
     def defences(self) -> tuple[str, ...]:
         """Those of `DEFENCES` that it has what is needed for."""

@@ -30,7 +30,7 @@ from drape.calibrate import scores_of_false_boxes, threshold_keeping
 from drape.controls import CONTROLS, control, random_textures
 from drape.detectors.base import Candidates, Detector, box_iou
 from drape.detectors.registry import load_detector
-from drape.errors import AssetError, ConfigError
+from drape.errors import AssetError, ConfigError, DetectorError
 from drape.gamut import Gamut
 from drape.io import check_output, load_arrays, save_arrays
 from drape.optimise import OptimiseSpec, optimise
@@ -122,6 +122,19 @@ class Teacher:
         return Candidates(known.boxes[chosen], known.scores[chosen])
 
 
+def check_trainable(detector: Detector) -> None:
+    """Refuse a detector without weights before any work.
+
+    Raises:
+        DetectorError: it has none, such as one that onnxruntime runs.
+    """
+    if not detector.weights():
+        raise DetectorError(
+            f"{detector.name} has no weights that fine-tuning could change; give a torch module (an ONNX file becomes "
+            "one with onnx2torch)."
+        )
+
+
 def harden(
     detector: Detector, scenes: Sequence[Scene], gamut: Gamut, spec: HardenSpec, attack: OptimiseSpec
 ) -> Hardened:
@@ -133,6 +146,7 @@ def harden(
     """
     if not scenes:
         raise ConfigError("nothing to learn from: give at least one scene.")
+    check_trainable(detector)
     student = copy.deepcopy(detector)
     student.name = f"{detector.name}+hardened"
     generator = torch.Generator().manual_seed(spec.seed)

@@ -131,7 +131,7 @@ def measure(
     return {
         "detector": subject.detector.name,
         "attack": worst,
-        "seen_least": min(results, key=lambda name: (results[name]["area"], name)),
+        "seen_least": min(results, key=lambda name: (results[name]["area"], name in given.controls, name)),
         "results": results,
         "transfer": {"rows": rows, "columns": columns, "recall": table.tolist()},
         "defences": defence_table(judge, subject, given),

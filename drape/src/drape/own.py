@@ -137,10 +137,10 @@ def at_times(clip: Images, rate: float, frames: int, fps: float, where: object) 
 
 
 def own_scenes(
-    walks: Sequence[Walk], plates: Sequence[Path], fps: float, size: int, engine: str = "drape"
+    walks: Sequence[Walk], plates: Sequence[Path], fps: float, size: int, engine: str = "drape", jobs: int = 1
 ) -> list[Scene]:
     """The walks before a user's plates, which take turns; without plates before the places that the walks name."""
-    made = scenes(walks, fps, size, engine)
+    made = scenes(walks, fps, size, engine, jobs)
     if len({scene.label for scene in made}) < len(made):
         made = [replace(scene, label=f"{number}: {scene.label}") for number, scene in enumerate(made, start=1)]
     if not plates:

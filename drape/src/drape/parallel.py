@@ -6,12 +6,14 @@ import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import torch
 
-from drape.errors import ConfigError
+from drape.errors import ConfigError, WorkerError
 
 __all__ = ["mapped"]
 
@@ -28,6 +30,7 @@ def mapped(function: Callable[[Item], Result], items: Iterable[Item], jobs: int 
 
     Raises:
         ConfigError: jobs is below 1.
+        WorkerError: a process was killed.
         Exception: whatever the function raises, also in another process.
     """
     if jobs < 1:
@@ -35,18 +38,28 @@ def mapped(function: Callable[[Item], Result], items: Iterable[Item], jobs: int 
     if jobs == 1:
         yield from map(function, items)
         return
-    waiting: deque[Future[bytes]] = deque()
-    with ProcessPoolExecutor(jobs, get_context("spawn"), one_thread) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(call, pickle.dumps((function, item))))
-                if len(waiting) >= AHEAD * jobs:
-                    yield pickle.loads(waiting.popleft().result())
-            while waiting:
+    pool, waiting = workers(jobs), deque[Future[bytes]]()
+    try:
+        for item in items:
+            waiting.append(pool.submit(call, pickle.dumps((function, item))))
+            if len(waiting) >= AHEAD * jobs:
                 yield pickle.loads(waiting.popleft().result())
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield pickle.loads(waiting.popleft().result())
+    except BrokenProcessPool as error:  # a process was killed, for want of memory as a rule
+        workers.cache_clear()
+        raise WorkerError(
+            f"one of {jobs} processes ended before its work was done ({error}); give fewer --jobs, or more memory."
+        ) from error
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+@cache
+def workers(jobs: int) -> ProcessPoolExecutor:
+    """Processes that stay for the next items until this one ends: each takes seconds to begin."""
+    return ProcessPoolExecutor(jobs, get_context("spawn"), one_thread)
 
 
 def one_thread() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from drape.errors import ConfigError
+from drape.parallel import mapped
 from drape.scene.body import load_rig
 from drape.scene.camera import Camera, holding
 from drape.scene.cloth import CLOTHS
@@ -200,15 +201,18 @@ def under_lights(walk: Walk, fps: float, size: int, engine: str = "drape") -> li
     return scenes([replace(walk, light=name) for name in names], fps, size, engine)
 
 
-def scenes(walks: Sequence[Walk], fps: float, size: int, engine: str = "drape") -> list[Scene]:
+def scenes(walks: Sequence[Walk], fps: float, size: int, engine: str = "drape", jobs: int = 1) -> list[Scene]:
     """The walks at so many frames per second, rendered to buffers (from the cache if they are there).
 
     Args:
-        engine: moves the cloth.
+        engine: moves the cloth.  jobs: processes that render walks side by side.
     """
-    result = []
-    for walk in walks:
-        spec, behind = walk.spec(fps, size, engine)
-        plate = plate_of(walk.place, walk.seed, spec.camera, walk.light, size, behind)
-        result.append(Scene(walk.label(), build_sequence(spec), light(walk.light), plate, GRAIN))
-    return result
+    return list(mapped(scene_of, [(walk, fps, size, engine) for walk in walks], min(jobs, max(len(walks), 1))))
+
+
+def scene_of(item: tuple[Walk, float, int, str]) -> Scene:
+    """One walk of `scenes`."""
+    walk, fps, size, engine = item
+    spec, behind = walk.spec(fps, size, engine)
+    plate = plate_of(walk.place, walk.seed, spec.camera, walk.light, size, behind)
+    return Scene(walk.label(), build_sequence(spec), light(walk.light), plate, GRAIN)

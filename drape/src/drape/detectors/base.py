@@ -6,18 +6,21 @@ given frames; scores lie in [0, 1].
 
 from __future__ import annotations
 
+import traceback
 from abc import abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drape.errors import ConfigError, DetectorError
+from drape.errors import ConfigError, DetectorError, DrapeError
 
 __all__ = ["Candidates", "Detection", "Detector", "box_iou", "non_maximum_suppression"]
 
 TOLERANCE = 1e-3  # that scores may lie beside [0, 1] by
+INVERTED = 0.5  # share of the boxes that may end before they begin
 SHARES = 1.5  # boxes that all lie below it are not in pixels
 
 
@@ -66,8 +69,11 @@ def checked(name: str, found: Candidates, images: Tensor) -> Candidates:
     """The candidates, if they are what `Candidates` says; where there are none, one of no size with the score 0.
 
     Raises:
-        DetectorError: shapes do not match, a value is not finite, scores are not in [0, 1], or boxes not in pixels.
+        DetectorError: shapes do not match, a value is not finite, scores are not in [0, 1], boxes are not in pixels or
+            end before they begin, or a gradient is asked for and there is none.
     """
+    if not isinstance(found, Candidates):
+        raise DetectorError(f"{name} gave a {type(found).__name__}; expected drape.detectors.base.Candidates.")
     boxes, scores, count = found.boxes, found.scores, len(images)
     if scores.ndim != 2 or len(scores) != count or boxes.shape != (*scores.shape, 4):
         shapes = f"boxes {tuple(boxes.shape)} and scores {tuple(scores.shape)}"
@@ -85,7 +91,25 @@ def checked(name: str, found: Candidates, images: Tensor) -> Candidates:
     largest = float(boxes.detach().abs().max())
     if 0 < largest <= SHARES:
         raise DetectorError(f"{name} gave boxes up to {largest:.3g}; expected pixels. Are they shares of the image?")
+    if float(((boxes[..., 2:] < boxes[..., :2]).any(dim=-1)).float().mean()) > INVERTED:
+        raise DetectorError(
+            f"{name} gave boxes that end before they begin; expected (x0, y0, x1, y1). Are they centre and size?"
+        )
+    if torch.is_grad_enabled() and images.requires_grad and not scores.requires_grad:
+        raise DetectorError(
+            f"{name} gave scores without a gradient to the frames, so nothing can be optimised against it; it can be "
+            "evaluated only."
+        )
     return found
+
+
+def check_scale(detector: Detector) -> None:
+    """Refuse a threshold or an input's side with which scores and boxes cannot be scaled."""
+    if not 0 < detector.threshold < 1 or detector.input_size < 1:
+        raise ConfigError(
+            f"detector {detector.name!r}: threshold={detector.threshold}, input_size={detector.input_size}; expected a "
+            "threshold between 0 and 1, and a side of 1 or more."
+        )
 
 
 class Detector(nn.Module):
@@ -102,6 +126,7 @@ class Detector(nn.Module):
         self.name = name
         self.input_size = input_size
         self.threshold = threshold
+        check_scale(self)
 
     @abstractmethod
     def candidates(self, images: Tensor) -> Candidates:
@@ -112,7 +137,7 @@ class Detector(nn.Module):
 
         Raises:
             ConfigError: the frames are not square RGB.
-            DetectorError: what the network gave are not boxes in pixels with scores in [0, 1].
+            DetectorError: the network failed, or what it gave are not boxes in pixels with scores in [0, 1].
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
             raise ConfigError(f"frames have shape {tuple(images.shape)}; expected [B, 3, S, S]. Pad them to squares.")
@@ -120,7 +145,15 @@ class Detector(nn.Module):
         if side != self.input_size:
             size = (self.input_size, self.input_size)
             images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=side > size[0])
-        found = checked(self.name, self.candidates(images), images)
+        try:
+            found = self.candidates(images)
+        except DrapeError:
+            raise
+        except Exception as error:  # whatever a user's network raises, it is not a fault of drape
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{type(error).__name__}: {error}; {Path(at.filename).name}, line {at.lineno}"
+            raise DetectorError(f"{self.name} failed on frames {tuple(images.shape)} ({where}).") from error
+        found = checked(self.name, found, images)
         return Candidates(found.boxes * (side / self.input_size), found.scores)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from drape.detectors.base import Detector
+from drape.detectors.base import Detector, check_scale
 from drape.detectors.centernet import CenterNet
 from drape.detectors.darknet import Darknet
 from drape.detectors.fetch import fetch
@@ -78,4 +78,5 @@ def own_detector(module: str, factory: str) -> Detector:
         raise DetectorError(
             f"{module}:{factory} gave a {kind}; expected a drape.detectors.Detector, or one of its adapters."
         )
+    check_scale(made)
     return made.freeze()
