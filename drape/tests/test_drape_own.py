@@ -19,7 +19,7 @@ from drape.errors import AssetError, ConfigError, UnknownNameError, WorkerError
 from drape.evaluate import Judge
 from drape.gamut import Gamut
 from drape.own import at_times, own_scenes, read_clip, read_walks
-from drape.parallel import mapped
+from drape.parallel import end_workers, mapped
 from drape.scene.scene import Scene
 
 WALK = {"gait": "stroll", "path": "towards", "light": "overcast", "place": "street", "seconds": 2, "fov": 50}
@@ -130,6 +130,7 @@ def test_processes_give_the_same_in_the_same_order(scene: Scene) -> None:
     with pytest.raises(TypeError):
         list(mapped(double, [None], jobs=2))  # type: ignore[list-item]
     assert len({*mapped(own_number, range(8), jobs=2), *mapped(own_number, range(8), jobs=2)}) <= 2  # they stay
+    end_workers()
     with pytest.raises(WorkerError, match="fewer --jobs"):
         list(mapped(os._exit, [9], jobs=2))
     assert list(mapped(double, range(3), jobs=2)) == [0, 2, 4]

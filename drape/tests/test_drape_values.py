@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -53,6 +54,19 @@ WRONG = [
     ("evaluate --out good --adaptive nothing=good", "unknown defence 'nothing'"),
     ("evaluate --out good --fail-under recal=0.5", "Did you mean 'recall'?"),
     ("evaluate --out good --fail-under recall=nan", "expected MEASURE=VALUE"),
+    ("evaluate --out good --fail-under recall=1.1", "from 0 to 1"),
+    ("evaluate --out good --fail-under recall=0.1 --fail-under recall=0.9", "recall: that name is taken"),
+    ("evaluate --out good --compare optimised=good", "optimised: that name is taken"),
+    ("evaluate --out good --compare x=good --compare x=good", "x: that name is taken"),
+    ("evaluate --out good --adaptive median=good --adaptive median=good", "median: that name is taken"),
+    ("evaluate --out good --detector det:h --adaptive hardened=good", "needs --hardened FILE"),
+    ("evaluate --out good --detector det:h --detector det:h", "given twice"),
+    ("evaluate --out good --walks 3 --walk-file walks.json", "leave one of them out"),
+    ("evaluate --out good --detector det:h --walk-file walks.json --plate a.png --plate b.png", "2 plates for 1 walks"),
+    ("evaluate --out good --detector det:h --walk-file walks.json --plate empty.txt", "empty.txt cannot be read"),
+    ("evaluate --out good --detector det:h --walk-file phase.json", "a phase up to"),
+    ("evaluate --out good --detector det:h --walk-file seed.json", "a seed of 0 or more"),
+    ("harden --detector det:h --to h.npz", "no weights that fine-tuning could change"),
     ("evaluate --out good --walk-file empty.txt", "empty.txt cannot be read"),
     ("evaluate --out good --walk-file nowhere.json", "nowhere.json cannot be read"),
     ("evaluate --out good --jobs 0", "'--jobs'"),
@@ -77,7 +91,13 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", [*sys.path])
     Path("empty.txt").touch()
     Path("folder").mkdir()
-    Path("det.py").write_text("def f():\n    return 3\n\n\ndef g():\n    raise KeyError(1)\n")
+    Path("det.py").write_text(
+        "from drape.detectors import Detector\n\n\ndef f():\n    return 3\n\n\ndef g():\n    raise KeyError(1)\n\n\n"
+        "def h():\n    return Detector('h', 64)\n"
+    )
+    walk = {"gait": "stroll", "path": "towards", "light": "sun", "place": "street"}
+    for name, changes in {"walks": {}, "phase": {"phase": 1e308}, "seed": {"seed": -3}}.items():
+        Path(f"{name}.json").write_text(json.dumps([walk | changes]))
     names = ("shirt", "trousers", "hat")
     save_images(Path("good/textures.npz"), {name: torch.full((3, 8, 8), 0.5) for name in names})
     for folder, shape, value in (("nan", (3, 8, 8), np.nan), ("flat", (8, 8), 0.5)):
@@ -96,7 +116,8 @@ def test_bad_values_are_one_line_before_any_work(
     line: str, says: str, nowhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(path for path in nowhere.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    monkeypatch.setattr("drape.cli.scenes", lambda *_: pytest.fail("walks were rendered"))
+    for module in ("cli", "own"):
+        monkeypatch.setattr(f"drape.{module}.scenes", lambda *_: pytest.fail("walks were rendered"))
     monkeypatch.setattr("drape.detectors.registry.fetch", lambda _: pytest.fail("a detector was fetched"))
     monkeypatch.setattr(sys, "argv", ["drape", *line.split()])
     with pytest.raises(SystemExit) as stopped:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +22,26 @@ TEXTURES = "textures.npz"  # in a folder of `drape optimise`
 MEASURES = ("area", "recall", "track_recall", "ap50")  # that `--fail-under` takes
 
 
+def check_once(option: str, name: str, known: Container[str]) -> None:
+    """Refuse a name that an option was given already."""
+    if name in known:
+        raise ConfigError(f"{option} {name}: that name is taken already; give each name once.")
+
+
 def limits_of(pairs: Sequence[str]) -> dict[str, float]:
     """The least values of measures, from MEASURE=VALUE."""
-    result = {}
+    result: dict[str, float] = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
         if name not in MEASURES:
             raise unknown("measure", name, MEASURES)
+        check_once("--fail-under", name, result)
         try:
             result[name] = float(text)
         except ValueError:
             result[name] = math.nan
-        if not math.isfinite(result[name]):
-            raise ConfigError(f"{pair!r}; expected MEASURE=VALUE, such as recall=0.6.")
+        if not 0 <= result[name] <= 1:
+            raise ConfigError(f"{pair!r}; expected MEASURE=VALUE with a value from 0 to 1, such as recall=0.6.")
     return result
 
 
@@ -52,12 +59,13 @@ def named_products(pairs: Sequence[str]) -> dict[str, NDArray[np.uint8]]:
     return result
 
 
-def named_textures(pairs: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+def named_textures(option: str, pairs: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Textures of folders by name, from NAME=FOLDER."""
-    result = {}
+    result: dict[str, dict[str, Tensor]] = {}
     for pair in pairs:
         name, sign, folder = pair.partition("=")
         if not name or not sign or not folder:
             raise ConfigError(f"{pair!r}; expected NAME=FOLDER, such as frames=out/b.")
+        check_once(option, name, result)
         result[name] = load_images(Path(folder) / TEXTURES)
     return result

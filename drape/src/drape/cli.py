@@ -31,6 +31,7 @@ from drape.measure import CLEAN, Attacks, measure
 from drape.objective import Temporal
 from drape.optimise import OptimiseSpec, optimise
 from drape.own import own_scenes, read_walks
+from drape.parallel import end_workers
 from drape.report import animation, page
 from drape.scene.cloth import ENGINES
 from drape.walks import TEST, TRAIN, Walk, scenes, under_lights
@@ -166,7 +167,9 @@ def evaluate_command(
     size: int = Size,
     engine: str = Engine,
     icc: Path | None = Profile,
-    walks: int = Walks,
+    walks: int | None = typer.Option(
+        None, min=1, max=len(TEST), help=f"how many held-out walks, {len(TEST)} if not given"
+    ),
     hardened: Path | None = Weights,
     compare: list[str] = typer.Option([], help="NAME=FOLDER, further textures; repeat it"),
     adaptive: list[str] = typer.Option([], help="DEFENCE=FOLDER, textures made with --against DEFENCE; repeat it"),
@@ -181,21 +184,26 @@ def evaluate_command(
 ) -> None:
     """Judge textures on held-out walks, with controls and defences; further detectors join transfer and consensus."""
     check_output(out / FIGURES)
-    limits, knowing = limits_of(fail_under), named_textures(adaptive)
+    limits, knowing = limits_of(fail_under), named_textures("--adaptive", adaptive)
     for defence in knowing:
         if defence not in DEFENCES:
             raise unknown("defence", defence, DEFENCES)
+    if own is not None and walks is not None:
+        raise ConfigError("--walks counts held-out walks, and --walk-file takes their place; leave one of them out.")
     gamut = gamut_of(icc)
     given = Attacks(
         {kind: control(kind, gamut) for kind in CONTROLS},
-        {OPTIMISED: load_images(out / TEXTURES), **named_textures(compare)},
+        named_textures("--compare", [f"{OPTIMISED}={out}", *compare]),
         knowing,
     )
     shown = TEST[:walks] if own is None else read_walks(own)
     first, *others = [load_detector(name) for name in detector]
     subject = Subject(first, others, None if hardened is None else load_hardened(hardened, detector[0]))
-    lit = under_lights(shown[0], fps, size, engine) if lights else []
+    for defence in knowing:
+        if defence not in subject.defences():
+            raise ConfigError(f"--adaptive {defence} needs --hardened FILE, or further detectors, that it consists of.")
     judge = Judge(own_scenes(shown, plates, fps, size, engine, jobs), jobs)
+    lit = under_lights(shown[0], fps, size, engine) if lights else []
     measured = measure(subject, judge, given, lit=lit)
     path = out / FIGURES
     record = {
@@ -282,6 +290,7 @@ def demo_command(
     took("evaluate")
     report_command(out)
     took("report")
+    end_workers()  # so that their time counts
     record = {
         "seconds": time.perf_counter() - start,
         "processor_seconds": sum(os.times()[:4]),  # of this process and of those that it started

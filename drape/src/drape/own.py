@@ -140,18 +140,22 @@ def own_scenes(
     walks: Sequence[Walk], plates: Sequence[Path], fps: float, size: int, engine: str = "drape", jobs: int = 1
 ) -> list[Scene]:
     """The walks before a user's plates, which take turns; without plates before the places that the walks name."""
+    if len(plates) > len(walks):
+        raise ConfigError(f"{len(plates)} plates for {len(walks)} walks; give no more plates than walks.")
+    clips = [read_clip(path) for path in plates]  # before anything is rendered
+    shown: list[Images] = []
+    for number, walk in enumerate(walks if clips else ()):
+        place = number % len(clips)
+        clip, rate = clips[place]
+        frames = walk.spec(fps, size, engine)[0].frames
+        moving = len(clip) >= MOVING
+        shown.append(at_times(clip, rate, frames, fps, plates[place]) if moving else clip[0])
     made = scenes(walks, fps, size, engine, jobs)
     if len({scene.label for scene in made}) < len(made):
         made = [replace(scene, label=f"{number}: {scene.label}") for number, scene in enumerate(made, start=1)]
-    if not plates:
-        return made
-    clips = [read_clip(path) for path in plates]
-    result = []
-    for number, (walk, scene) in enumerate(zip(walks, made, strict=True)):
-        clip, rate = clips[number % len(clips)]
-        moving = len(clip) >= MOVING
-        name = plates[number % len(clips)]
-        image = at_times(clip, rate, scene.buffers.frames, fps, name) if moving else clip[0]
+    result = made[len(shown) :]
+    for number, (walk, scene, image) in enumerate(zip(walks, made, shown, strict=False)):
+        name = plates[number % len(plates)].name
         plate = plate_from_image(image, size, walk.spec(fps, size, engine)[0].camera, light(walk.light))
-        result.append(replace(matched(scene, plate), label=f"{scene.label}, {name.name}"))
+        result.append(replace(matched(scene, plate), label=f"{scene.label}, {name}"))
     return result

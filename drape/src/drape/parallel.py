@@ -15,10 +15,11 @@ import torch
 
 from drape.errors import ConfigError, WorkerError
 
-__all__ = ["mapped"]
+__all__ = ["end_workers", "mapped"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+STARTED: list[ProcessPoolExecutor] = []
 AHEAD = 2  # items per process that wait, so that not all of them are in memory
 
 
@@ -47,7 +48,7 @@ def mapped(function: Callable[[Item], Result], items: Iterable[Item], jobs: int 
         while waiting:
             yield pickle.loads(waiting.popleft().result())
     except BrokenProcessPool as error:  # a process was killed, for want of memory as a rule
-        workers.cache_clear()
+        end_workers()
         raise WorkerError(
             f"one of {jobs} processes ended before its work was done ({error}); give fewer --jobs, or more memory."
         ) from error
@@ -59,7 +60,15 @@ def mapped(function: Callable[[Item], Result], items: Iterable[Item], jobs: int 
 @cache
 def workers(jobs: int) -> ProcessPoolExecutor:
     """Processes that stay for the next items until this one ends: each takes seconds to begin."""
-    return ProcessPoolExecutor(jobs, get_context("spawn"), one_thread)
+    STARTED.append(ProcessPoolExecutor(jobs, get_context("spawn"), one_thread))
+    return STARTED[-1]
+
+
+def end_workers() -> None:
+    """End all processes that wait for more; the next items start new ones."""
+    workers.cache_clear()
+    while STARTED:
+        STARTED.pop().shutdown()
 
 
 def one_thread() -> None:

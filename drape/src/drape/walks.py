@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 GRAIN = 0.012  # deviation of the camera's noise
+CYCLES, FURTHEST = 1000, 20  # of a walk's phase and of its camera's zoom
 TURNED = ("circle", "circle back", "bend", "bend away", "towards", "away", "diagonal")
 ALL = (*TURNED, "diagonal away", "past", "back past", "sway", "sway past")
 INDOORS = ("hall", "room")
@@ -77,6 +78,11 @@ class Walk:
     def __post_init__(self) -> None:
         if not 1 <= self.seconds <= 60:
             raise ConfigError(f"seconds={self.seconds}; expected 1 to 60.")
+        if not abs(self.phase) <= CYCLES or not 0 < self.zoom <= FURTHEST or self.seed < 0:
+            raise ConfigError(
+                f"phase={self.phase}, zoom={self.zoom}, seed={self.seed}; expected a phase up to {CYCLES} cycles, a "
+                f"zoom above 0 up to {FURTHEST}, and a seed of 0 or more."
+            )
 
     def label(self) -> str:
         """What reports call it."""
