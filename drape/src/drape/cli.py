@@ -28,7 +28,7 @@ from drape.harden import HardenSpec, check_trainable, harden, load_hardened, sav
 from drape.io import check_output, load_record, save_record, write_text
 from drape.libraries import library_metrics
 from drape.measure import CLEAN, Attacks, measure
-from drape.objective import Temporal
+from drape.objective import WEIGHTINGS, Temporal
 from drape.optimise import OptimiseSpec, optimise
 from drape.own import own_scenes, read_walks
 from drape.parallel import end_workers
@@ -92,7 +92,7 @@ def attacked_through(defence: str, names: Sequence[str], hardened: Path | None) 
 def optimise_command(
     detector: list[str] = Detectors,
     mode: str = typer.Option("sequence", help="sequence, or a baseline without sequences: frames, static"),
-    weighting: str = typer.Option("window", help="of the frames: uniform, hard, window or curriculum"),
+    weighting: str = typer.Option("window", help="of the frames: " + ", ".join(WEIGHTINGS)),
     steps: int = typer.Option(60),
     fps: float = Fps,
     size: int = Size,

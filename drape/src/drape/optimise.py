@@ -98,7 +98,9 @@ class OptimiseSpec:
                 "expected none below 0."
             )
         if self.mode != "sequence" and self.aggregation:
-            raise ConfigError(f'mode "{self.mode}" knows no neighbouring frames; leave aggregation at 0.')
+            raise ConfigError(
+                f'mode "{self.mode}" sees single frames, so it cannot know of aggregation over time; take "sequence".'
+            )
         if not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed={self.seed}; expected 0 up to 2^63.")
 

@@ -49,7 +49,7 @@ MADE_WITH = ("mode", "steps", "batch", "learning_rate", "aggregation", "seed")
 STYLE = (
     "body{font:16px/1.45 sans-serif;max-width:62em;margin:2em auto;padding:0 1em}"
     "td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child"
-    "{text-align:left;white-space:nowrap}img,svg{max-width:100%}figure{display:inline-block;margin:.5em}"
+    "{text-align:left;white-space:nowrap}table{display:block;overflow-x:auto}img,svg{max-width:100%}figure{display:inline-block;margin:.5em}"
 )
 
 
@@ -153,8 +153,7 @@ def conditions_table(told: Mapping[str, Any]) -> str:
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in walk.values()) + "</tr>" for walk in walks
     )
-    scrolled = f'<div style="overflow-x:auto"><table><tr>{head}</tr>{body}</table></div>'
-    return f"<table>{rows}</table><h3>Walks</h3>{scrolled}"
+    return f"<table>{rows}</table><h3>Walks</h3><table><tr>{head}</tr>{body}</table>"
 
 
 def transfer_table(transfer: Mapping[str, Any]) -> str:

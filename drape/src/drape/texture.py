@@ -176,7 +176,7 @@ def palette_and_labels(image: np.ndarray, spec: TextureSpec, *, seed: int = 0) -
     small = F.interpolate(chw, size=(spec.height, spec.width), mode="area")[0].permute(1, 2, 0).numpy()
     lab = rgb2lab(small.astype(np.float64)).reshape(-1, 3)
     if len(np.unique(lab.round(2), axis=0)) < spec.colours:
-        raise ConfigError(f"the product image has fewer than {spec.colours} colours; give another or lower `colours`.")
+        raise ConfigError(f"the product image has fewer than {spec.colours} colours; give one with more.")
     centres, labels = kmeans2(lab, spec.colours, minit="++", rng=np.random.default_rng(seed), iter=30)
     if len(np.unique(labels)) < spec.colours:
         raise ConfigError(f"k-means found fewer than {spec.colours} colours in the image; use another seed or fewer.")
