@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -383,7 +384,9 @@ def test_a_detector_without_weights_is_not_fine_tuned(scene: Scene) -> None:
         harden(Told(one_box), [scene], Gamut.proxy(), HardenSpec(), OptimiseSpec())
 
 
-def test_nothing_is_optimised_where_nobody_is_seen(scene: Scene) -> None:
+def test_an_optimisation_says_that_nobody_was_seen(scene: Scene) -> None:
     blind = Told(lambda x: Candidates(x.new_zeros(len(x), 0, 4), x.new_zeros(len(x), 0)))
-    with pytest.raises(ConfigError, match="told saw the person in no frame"):
-        optimise(random_textures(Gamut.proxy()), [blind], [scene], OptimiseSpec(steps=2))
+    frames = replace(scene, buffers=replace(scene.buffers, boxes=torch.tensor([[0.0, 0, 60, 60]]).expand(4, 4)))
+    for detector, nobody in ((blind, True), (Told(one_box), False)):
+        run = optimise(random_textures(Gamut.proxy()), [detector], [frames], OptimiseSpec(steps=2))
+        assert run.saw_nobody == nobody

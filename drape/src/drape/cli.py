@@ -120,6 +120,8 @@ def optimise_command(
         textures, labels = product_textures(gamut, named_products(product), seed)
     models = attacked_through(against, detector, hardened)
     run = optimise(textures, models, scenes(TRAIN[:train], fps, size, engine, jobs), spec, labels)
+    if run.saw_nobody:
+        raise ConfigError(f"{', '.join(detector)} saw the person in no frame, so nothing was optimised.")
     save_images(out / TEXTURES, {name: texture(hard=True).detach() for name, texture in textures.items()})
     record = {
         "detectors": list(detector),

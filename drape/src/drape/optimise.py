@@ -127,6 +127,11 @@ class Run:
     backward: int
     forward: int
 
+    @property
+    def saw_nobody(self) -> bool:
+        """Whether the person was in no frame worth any confidence, so that there was nothing to optimise."""
+        return not any(self.confidence)
+
 
 @dataclass
 class Known:
@@ -166,9 +171,6 @@ def optimise(
                 known = look(images, detectors, scenes, spec, generator, known)
                 forward += sum(spec.passes(len(d)) for d in known.last) * len(detectors)
             assert known is not None  # the first step looks
-            if step == 0 and not any(bool(d.any()) for d in known.last):
-                names = ", ".join(detector.name for detector in detectors)
-                raise ConfigError(f"{names} saw the person in no frame of the walks, so there is nothing to optimise.")
             loss, d = sequence_step(images, detectors, scenes, spec, generator, known, progress)
         else:
             loss, d = frames_step(images, detectors, scenes, count, spec, generator)
