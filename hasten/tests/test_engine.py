@@ -171,6 +171,20 @@ def test_guided_forecasts_equal_those_of_separate_models(pipe):
         assert torch.allclose(alone, beside, atol=1e-4)
 
 
+@pytest.mark.parametrize("site", SITES)
+def test_guided_sigma_serves_the_steps_that_have_two_passes_from_the_first_forecast_on(pipe, site):
+    settings = {"interval": 3, "order": 1, "site": site}
+    guided = {"true_cfg_scale": 3.0, "negative_prompt": "banana"}
+
+    def one(sigma, guided_sigma, **call):
+        with hasten.accelerate(pipe, "hicache", sigma=sigma, guided_sigma=guided_sigma, **settings):
+            return draw(pipe, 9, **call)
+
+    assert torch.equal(one(0.7, 0.3), one(0.7, None))
+    assert torch.equal(one(0.7, 0.3, **guided), one(0.3, None, **guided))
+    assert not torch.equal(one(0.3, None, **guided), one(0.7, None, **guided))
+
+
 def test_without_a_cache_context_the_same_steps_are_full(pipe):
     """Image-to-image pipelines and many others set no context: call the transformer as they do."""
     torch.manual_seed(0)

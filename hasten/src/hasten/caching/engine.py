@@ -92,7 +92,8 @@ class CachingEngine(Hook):
         self._memory: PassMemory | None = None
         self._said: set[str] = set()
         self._numbers = FiniteCheck(type(method).__name__)
-        self._components: dict[FeatureKey, Components] = {}
+        self._shared = method.shared
+        self._components: dict[tuple[bool, FeatureKey], Components] = {}
         self._remove: Remove | None = None
         self._refuse_other_cache()
 
@@ -205,6 +206,7 @@ class CachingEngine(Hook):
         memory = state.memory(info, (signature(hidden), mixed))
         if memory is None:
             memory = state.add_memory(info, self._new_memory(info, args, kwargs))
+            self._share(state)
         memory.mixed = mixed is not None
         self._memory = memory
         decision: Decision | None = None
@@ -274,15 +276,24 @@ class CachingEngine(Hook):
         if self.method.site == "module":
             self._state_cost(args, kwargs)
         mean = partial(_mean, self.model)
-        return PassMemory(self._components_of, info.pass_name, layout, mean, self.listener)
+        return PassMemory(partial(self._components_of, False), info.pass_name, layout, mean, self.listener)
 
-    def _components_of(self, key: FeatureKey) -> Components:
+    def _share(self, state: CachingRun) -> None:
+        """Where a step turns out to have several passes, forecast as the method does then."""
+        if state.shared or len(state.memories) < 2 or self._shared is self.method:
+            return
+        state.shared = True
+        for memory in state.memories.values():
+            memory.predict_by(partial(self._components_of, True))
+
+    def _components_of(self, shared: bool, key: FeatureKey) -> Components:
         """The method's components of a feature key, made once, since they keep tables on the device."""
-        components = self._components.get(key)
+        components = self._components.get((shared, key))
         if components is None:
             if len(self._components) >= MOST_KEYS:  # images of ever other sizes
                 self._components.clear()
-            components = self._components[key] = self.method.components(key)
+            method = self._shared if shared else self.method
+            components = self._components[shared, key] = method.components(key)
         return components
 
     def _find_layout(self, args: Any, kwargs: Any) -> models.TokenLayout:

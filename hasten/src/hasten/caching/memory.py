@@ -117,6 +117,15 @@ class PassMemory:
         # What the site has to know of the results beside their features.
         self.forms: dict[str, Any] = {}
 
+    def predict_by(self, components: Callable[[FeatureKey], Components]) -> None:
+        """Forecast by other predictors from now on, which use as many features."""
+        self._components = components
+        for key, ring in self._rings.items():
+            ring.components = components(self._feature_key(key))
+
+    def _feature_key(self, key: str) -> FeatureKey:
+        return FeatureKey(self._pass_name, key, self._layout)
+
     @property
     def empty(self) -> bool:
         """Whether nothing has been recorded yet."""
@@ -134,7 +143,7 @@ class PassMemory:
         """
         ring = self._rings.get(key)
         if ring is None:
-            ring = self._rings[key] = _Ring(self._components(FeatureKey(self._pass_name, key, self._layout)))
+            ring = self._rings[key] = _Ring(self._components(self._feature_key(key)))
         elif ring.steps[0] == self.step:
             raise RuntimeError(
                 f"feature {key!r} was recorded twice in step {self.step}: its module runs twice in a forward"

@@ -103,6 +103,14 @@ class CachingMethod(Declared):
     def _components(self) -> Components:
         return Components(self.projector(), self.predictors())
 
+    @property
+    def shared(self) -> Self:
+        """The method as it serves steps of several passes, whose forecasts are mixed; the same unless it says otherwise.
+
+        It keeps as many features as the method itself.
+        """
+        return self
+
     def projector(self) -> Projector:
         """How features are split; whole unless the method says otherwise."""
         return Whole()

@@ -42,6 +42,7 @@ class CachingRun:
         self._signatures: dict[str, Hashable] = {}
         self._last_computed: int | None = None
         self._decision = Decision(True, "first step")
+        self.shared = False  # whether the steps are known to have several passes
         self.step = 0
 
     def memory(self, info: StepInfo, signature: Hashable) -> PassMemory | None:

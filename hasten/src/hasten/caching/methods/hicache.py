@@ -18,15 +18,19 @@ takes differences relative to the newest feature, over a whole gap, so that it d
 features (`alpha` is therefore not the published 1.28); its mean runs over the features that are kept; its largest scale
 is `1/sqrt(2)`, the whole slope, in place of 1, which overshoots.
 
+True guidance mixes the forecasts of two passes with weights of opposite sign, so their errors add up where the features
+cancel, and a smaller part of the slope serves better: `guided_sigma` (ours) takes the place of `sigma` where a step has
+several passes. Passes that a pipeline joins in one batch cannot be told from one.
+
 Which scale serves a model best depends on it: `hasten tune --method hicache` finds it by whole runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -86,9 +90,16 @@ class HiCache(ScheduledMethod):
     sigma: Annotated[Scale, "scale of the basis; smaller trusts the slope less; the paper's for FLUX.1-dev is 0.5"] = (
         0.5
     )
+    guided_sigma: Annotated[
+        Scale | None, "scale in steps of several passes, such as those of true guidance, in place of sigma"
+    ] = None
     ladder: Annotated[Ladder, "the official differences, or the true ones at irregular gaps (divided)"] = "recursive"
     scale: Annotated[Literal["fixed", "adaptive"], "`sigma` throughout, or a scale that follows the features"] = "fixed"
     alpha: Annotated[Strength, "of the adaptive scale; larger trusts the slope more"] = 0.3
+
+    @property
+    def shared(self) -> Self:
+        return self if self.guided_sigma is None else replace(self, sigma=self.guided_sigma, guided_sigma=None)
 
     def predictors(self) -> Mapping[str, Predictor]:
         first = self.first_difference
