@@ -13,8 +13,9 @@ and training sees what it will meet in use.
 
 Times are looked for on the references first (`surrogate.py`, no evaluations), then by local moves, each judged by the
 final error. The plain solvers are points of the same family, and so is every solver with fewer evaluations: they are
-starts, too, so the result is never worse on its prompts than the best of them. At last coefficients and times are
-refined together (`refine.py`).
+starts, too, so the result is never worse on its prompts than the best of them. Then coefficients and times are refined
+together (`refine.py`). All this goes by the answers with guidance alone: with the differences there are twice as many
+numbers, which fit a few prompts at any times. They come last, as far as they help prompts that they were not fitted to.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ from hasten.solvers.tables import COLUMNS, Table, packed, unpacked
 __all__ = ["fit_leap", "plain_config"]
 
 Progress = Callable[[int, int, int, float], None]
+SEARCHED = "guided"  # the form whose times and coefficients are searched
+DIRECTIONS = 3  # in which rows are moved where they have numbers for both passes: those that move the state most
 SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
 
 
@@ -186,14 +189,9 @@ class _Fit:
         self.total = middle.total
         self._before: Leap | None = None
         self._recalled: Mapping[str, Any] | None = None
-        self._surrogate = Surrogate(middle, COLUMNS[self._form])
+        self._surrogate = Surrogate(middle, COLUMNS[SEARCHED])
         self.fingerprint = _fingerprint(pipe, middle, self._scales[self._middle])
         self.options = self._options(middle)
-
-    @property
-    def _form(self) -> str:
-        """The form whose times are searched."""
-        return list(self._at[self._middle].fitters)[-1]
 
     def _options(self, references: References) -> dict[str, Any]:
         evaluator = self._at[self._middle].evaluator
@@ -232,8 +230,8 @@ class _Fit:
         """The solver with fewer evaluations."""
         if self._recalled is not None:
             at = self._at[self._middle]
-            self._before = at.fitters[self._form].exact(
-                self._recalled["timesteps"], self._recalled[self._form][self._middle]
+            self._before = at.fitters[SEARCHED].exact(
+                self._recalled["timesteps"], self._recalled[SEARCHED][self._middle]
             )
             self._recalled = None
         return self._before
@@ -249,9 +247,12 @@ class _Fit:
 
         with middle.evaluator.probing():
             starts = self._starts(middle, count, trials, seed, tick)
-            best = self._refined(middle.fitters[self._form], starts, rounds, lambda error: tick(trials, error))
+            best = self._refined(middle.fitters[SEARCHED], starts, rounds, lambda error: tick(trials, error))
+            found = {SEARCHED: best}
+            for form in middle.fitters.keys() - found:
+                found[form] = _widened(middle.fitters[form], best, rounds)
         self._before = best
-        rows = {form: self._rows(form, best, rounds) for form in middle.fitters}
+        rows = {form: self._rows(form, own, rounds) for form, own in found.items()}
         levels = tuple(middle.references.level_at(time) for time in best.timesteps)
         table = Table(
             best.timesteps,
@@ -260,7 +261,7 @@ class _Fit:
             _frozen(rows["passes"]) if "passes" in rows else None,
         )
         tick(trials + rounds, best.error)
-        report = self._report(starts, best, rows[self._form][self._middle])
+        report = self._report(starts, found, {form: fits[self._middle] for form, fits in rows.items()})
         report["evaluations_of_fit"] = sum(at.evaluator.made for at in self._all) - made_before
         return table, report
 
@@ -268,13 +269,12 @@ class _Fit:
         evaluator, kind = at.evaluator, at.references.kind
         plain = plain_solvers(evaluator.scheduler, evaluator.arguments(count), kind) if trials > 1 else {}
         return find_starts(
-            at.fitters[self._form],
+            at.fitters[SEARCHED],
             self._surrogate,
             plain,
             self._extendable(),
             count,
             trials=trials,
-            looked_at=max(1, len(at.replay) // 2),
             seed=seed,
             progress=tick,
         )
@@ -287,14 +287,9 @@ class _Fit:
             rounds -= 1
         return refine(fitter, found[0], rounds, progress)
 
-    def _rows(self, form: str, best: Leap, rounds: int) -> list[list[Row]]:
-        """Coefficients at all guidance scales for the times that were found."""
+    def _rows(self, form: str, own: Leap, rounds: int) -> list[list[Row]]:
+        """Coefficients at all guidance scales for the times that were found, from those at the scale in the middle."""
         middle = self._at[self._middle]
-        own = best
-        if form != self._form:
-            with middle.evaluator.probing():
-                fitter = middle.fitters[form]
-                own = refine(fitter, fitter.fit(best.timesteps), min(rounds, 1), times=False)
         fits = []
         for at in self._at:
             with at.evaluator.probing():
@@ -308,7 +303,8 @@ class _Fit:
                 paths.append((scale, at.fitters[form], path_at(at.fitters[form], own.timesteps, fits, scales, scale)))
         return joined(fits, scales, paths)
 
-    def _report(self, starts: Starts, best: Leap, rows: Sequence[Row]) -> dict[str, Any]:
+    def _report(self, starts: Starts, found: Mapping[str, Leap], rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+        best = found[SEARCHED]
         middle = self._at[self._middle].references
         first = next(iter(starts.leaps.items()))
         report: dict[str, Any] = {
@@ -323,10 +319,19 @@ class _Fit:
             "formula_error": middle.error,
             "evaluations_of_references": sum(at.references.total * at.references.prompts for at in self._all),
         }
+        if "passes" in found:
+            report["relative_squared_error_with_both_passes"] = found["passes"].error
         if self._held is not None:
+            form = list(rows)[-1]
             with self._held.evaluator.probing():
-                report["held_out"] = self._held.fitters[self._form].exact(best.timesteps, rows).error
+                report["held_out"] = self._held.fitters[form].exact(best.timesteps, rows[form]).error
         return report
+
+
+def _widened(fitter: Fitter, leap: Leap, rounds: int) -> Leap:
+    """A solver over the outputs alone with coefficients for the differences as well, at the same times."""
+    own = fitter.exact(leap.timesteps, [fitter.widened(row) for row in leap.rows])
+    return refine(fitter, own, min(rounds, 1), times=False, directions=DIRECTIONS)
 
 
 def _guidance_of(pipe: Any, call: Mapping[str, Any]) -> tuple[str | None, float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -22,16 +22,25 @@ class Leap:
     Attributes:
         timesteps: where the model is evaluated, as the model counts time.
         rows: see `hasten.solvers.multistep`.
-        error: squared error of the final states, relative to their size.
+        errors: squared error of the final states of each call, relative to the size of those of all calls.
         columns: for each call `x_0, g_0, (d_0,) ...`.
         calls: numbers of the calls that it was fitted to.
     """
 
     timesteps: tuple[float, ...]
     rows: list[Row]
-    error: float
+    errors: tuple[float, ...]
     columns: list[list[Tensor]] = field(default_factory=list, repr=False)
     calls: tuple[int, ...] = ()
+
+    @property
+    def error(self) -> float:
+        """Squared error of the final states of all calls, relative to their size."""
+        return sum(self.errors)
+
+    def error_of(self, calls: Iterable[int]) -> float:
+        """The part of the error that some calls have, by their places among those that it was fitted to."""
+        return sum(self.errors[i] for i in calls)
 
 
 class Fitter:
@@ -150,12 +159,12 @@ class Fitter:
         return equations.solve(prior, self._ridge)
 
     def _leap(self, times: tuple[float, ...], rows: list[Row], columns: list[list[Tensor]]) -> Leap:
-        error = size = 0.0
+        errors, size = [], 0.0
         for i, call in enumerate(self.calls):
             goal = self.references.states[call][-1]
-            error += float((combine(columns[i], rows[-1]) - goal).double().square().sum())
+            errors.append(float((combine(columns[i], rows[-1]) - goal).double().square().sum()))
             size += float(goal.double().square().sum())
-        return Leap(times, rows, error / size, columns, self.calls)
+        return Leap(times, rows, tuple(error / size for error in errors), columns, self.calls)
 
     # --- what is shared
 

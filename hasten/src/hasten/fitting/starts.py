@@ -63,7 +63,6 @@ def find_starts(
     count: int,
     *,
     trials: int,
-    looked_at: int,
     seed: int,
     progress: Callable[[int, float], None],
 ) -> Starts:
@@ -75,26 +74,26 @@ def find_starts(
         plain: solvers with `count` evaluations.
         before: the best solver with fewer evaluations, of the same calls.
         count: evaluations.
-        trials: most lists of times that the model judges; with one nothing but the first is looked at.
-        looked_at: how many calls judge them; the first alone judges plain solvers, all judge what is returned.
+        trials: most lists of times that the model judges; with one nothing but the first is looked at. All calls judge
+            them, the first alone the plain solvers.
         seed: of the order of the moves.
         progress: called with lists so far and the best error.
     """
-    few, grid = fitter.restricted(looked_at), fitter.references.plain.timesteps
-    judged: dict[tuple[float, ...], Leap] = {}
+    closed, grid = fitter.narrowed(fitter.width), fitter.references.plain.timesteps
+    judged: set[tuple[float, ...]] = set()
 
-    def judge(leap: Leap) -> Leap:
-        judged[leap.timesteps] = leap
-        few.remember(min(judged.values(), key=lambda one: one.error))
-        progress(len(judged), few.best.error)
-        return leap
+    def judge(leap: Leap) -> None:
+        if not judged or leap.error < closed.best.error:  # columns of the others are let go of: they are large
+            closed.remember(leap)
+        judged.add(leap.timesteps)
+        progress(len(judged), closed.best.error)
 
     for weight in WEIGHTS[:trials]:
         times = tuple(grid[step] for step in surrogate.best(count, weight))
         if times not in judged:
-            judge(few.fit(times))
+            judge(closed.fit(times))
     if trials == 1:
-        return Starts({"spanned": fitter.fit(few.best.timesteps)}, None, 1)
+        return Starts({"spanned": closed.best}, None, 1)
     first = fitter.restricted(1)
     scores = {label: first.plain(solver).error for label, solver in plain.items()}
     best_plain = min(scores, key=lambda label: scores[label], default=None)
@@ -106,21 +105,22 @@ def find_starts(
         told = (best_plain, exact.error)
         leaps[f"plain {best_plain}"] = fitter.score(exact.timesteps, exact.rows, exact, count)
         if tuple(solver.timesteps) not in judged:
-            judge(few.fit(solver.timesteps, [few.widened(row) for row in solver.rows]))
+            judge(closed.fit(solver.timesteps, [closed.widened(row) for row in solver.rows]))
     rng = random.Random(seed)
     improved = True
     while improved and len(judged) < trials:
         improved = False
-        base = few.best
+        base = closed.best
         for times in _moved(base.timesteps, rng):
             if times in judged:
                 continue
             if len(judged) >= trials:
                 break
-            if judge(few.fit(times)).error < base.error:
+            judge(closed.fit(times))
+            if closed.best is not base:
                 improved = True
                 break
-    leaps["searched"] = fitter.fit(few.best.timesteps)
+    leaps["searched"] = closed.best
     if before is not None:
         longer = before
         while len(longer.timesteps) < count:
@@ -169,5 +169,5 @@ def _inserted(fitter: Fitter, leap: Leap, place: int) -> Leap:
         output, apart = fitter.evaluator(call, combine(known, halfway), time)
         own = [output] if apart is None or width == 1 else [output, apart]
         columns.append([*known[:cut], *own, *known[cut:]])
-    made = Leap((*times[:place], time, *times[place:]), rows, leap.error, columns, fitter.calls)
+    made = Leap((*times[:place], time, *times[place:]), rows, leap.errors, columns, fitter.calls)
     return fitter.score(made.timesteps, rows, made, len(made.timesteps))
