@@ -110,7 +110,7 @@ def reference_at(scale, fused=False):
 def test_the_hook_hands_over_both_passes_and_nothing_of_it_is_left(fused):
     pipe, reference = Toy(fused=fused), reference_at(3.0)
     own = pipe.scheduler
-    fit = fit_leap(pipe, [toy_call(0, **GUIDED), toy_call(1, **GUIDED)], [4], trials=20, rounds=2)
+    fit = fit_leap(pipe, [toy_call(i, **GUIDED) for i in range(6)], [4], trials=20, rounds=0)
     without = relative(pipe, LeapScheduler.of(fit, pipe), 4, reference, **GUIDED)
     before = dict(vars(pipe.transformer))
     with hasten.accelerate(pipe, hasten.Leap(fit)) as run:

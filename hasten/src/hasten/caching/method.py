@@ -105,10 +105,7 @@ class CachingMethod(Declared):
 
     @property
     def shared(self) -> Self:
-        """The method as it serves steps of several passes, whose forecasts are mixed; the same unless it says otherwise.
-
-        It keeps as many features as the method itself.
-        """
+        """The method as it serves steps of several passes, whose forecasts are mixed. It keeps as many features."""
         return self
 
     def projector(self) -> Projector:

@@ -14,8 +14,10 @@ and training sees what it will meet in use.
 Times are looked for on the references first (`surrogate.py`, no evaluations), then by local moves, each judged by the
 final error. The plain solvers are points of the same family, and so is every solver with fewer evaluations: they are
 starts, too, so the result is never worse on its prompts than the best of them. Then coefficients and times are refined
-together (`refine.py`). All this goes by the answers with guidance alone: with the differences there are twice as many
-numbers, which fit a few prompts at any times. They come last, as far as they help prompts that they were not fitted to.
+together (`refine.py`).
+
+All this goes by the answers with guidance alone: with the differences there are twice as many numbers, which fit a few
+prompts at any times. They come last, as far as they help prompts that they were not fitted to.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from hasten.solvers.tables import COLUMNS, Table, packed, unpacked
 __all__ = ["fit_leap", "plain_config"]
 
 Progress = Callable[[int, int, int, float], None]
-SEARCHED = "guided"  # the form whose times and coefficients are searched
+GUIDED, PASSES = "guided", "passes"  # the form that is searched, and the one that follows
 DIRECTIONS = 3  # in which rows are moved where they have numbers for both passes: those that move the state most
 SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
 
@@ -189,7 +191,7 @@ class _Fit:
         self.total = middle.total
         self._before: Leap | None = None
         self._recalled: Mapping[str, Any] | None = None
-        self._surrogate = Surrogate(middle, COLUMNS[SEARCHED])
+        self._surrogate = Surrogate(middle, COLUMNS[GUIDED])
         self.fingerprint = _fingerprint(pipe, middle, self._scales[self._middle])
         self.options = self._options(middle)
 
@@ -229,10 +231,8 @@ class _Fit:
     def _extendable(self) -> Leap | None:
         """The solver with fewer evaluations."""
         if self._recalled is not None:
-            at = self._at[self._middle]
-            self._before = at.fitters[SEARCHED].exact(
-                self._recalled["timesteps"], self._recalled[SEARCHED][self._middle]
-            )
+            times, rows = self._recalled["timesteps"], self._recalled[GUIDED][self._middle]
+            self._before = self._at[self._middle].fitters[GUIDED].exact(times, rows)
             self._recalled = None
         return self._before
 
@@ -247,18 +247,18 @@ class _Fit:
 
         with middle.evaluator.probing():
             starts = self._starts(middle, count, trials, seed, tick)
-            best = self._refined(middle.fitters[SEARCHED], starts, rounds, lambda error: tick(trials, error))
-            found = {SEARCHED: best}
-            for form in middle.fitters.keys() - found:
-                found[form] = _widened(middle.fitters[form], best, rounds)
+            best = self._refined(middle.fitters[GUIDED], starts, rounds, lambda error: tick(trials, error))
+            found = {GUIDED: best}
+            if PASSES in middle.fitters:
+                found[PASSES] = _with_differences(middle.fitters[PASSES], middle.fitters[GUIDED], best, rounds)
         self._before = best
         rows = {form: self._rows(form, own, rounds) for form, own in found.items()}
         levels = tuple(middle.references.level_at(time) for time in best.timesteps)
         table = Table(
             best.timesteps,
             levels,
-            _frozen(rows["guided"]),
-            _frozen(rows["passes"]) if "passes" in rows else None,
+            _frozen(rows[GUIDED]),
+            _frozen(rows[PASSES]) if PASSES in rows else None,
         )
         tick(trials + rounds, best.error)
         report = self._report(starts, found, {form: fits[self._middle] for form, fits in rows.items()})
@@ -269,7 +269,7 @@ class _Fit:
         evaluator, kind = at.evaluator, at.references.kind
         plain = plain_solvers(evaluator.scheduler, evaluator.arguments(count), kind) if trials > 1 else {}
         return find_starts(
-            at.fitters[SEARCHED],
+            at.fitters[GUIDED],
             self._surrogate,
             plain,
             self._extendable(),
@@ -281,11 +281,10 @@ class _Fit:
 
     def _refined(self, fitter: Fitter, starts: Starts, rounds: int, progress: Callable[[float], None]) -> Leap:
         """The best start, refined; where there are several, each gets a round first."""
-        found = list(starts.leaps.values())
+        found, done = list(starts.leaps.values()), 0
         if len(found) > 1 and rounds:
-            found = sorted((refine(fitter, leap, 1) for leap in found[:2]), key=lambda leap: leap.error)
-            rounds -= 1
-        return refine(fitter, found[0], rounds, progress)
+            found, done = sorted((refine(fitter, leap, 1) for leap in found[:2]), key=lambda leap: leap.error), 1
+        return refine(fitter, found[0], rounds - done, progress, first=done)
 
     def _rows(self, form: str, own: Leap, rounds: int) -> list[list[Row]]:
         """Coefficients at all guidance scales for the times that were found, from those at the scale in the middle."""
@@ -304,7 +303,7 @@ class _Fit:
         return joined(fits, scales, paths)
 
     def _report(self, starts: Starts, found: Mapping[str, Leap], rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-        best = found[SEARCHED]
+        best = found[GUIDED]
         middle = self._at[self._middle].references
         first = next(iter(starts.leaps.items()))
         report: dict[str, Any] = {
@@ -319,18 +318,23 @@ class _Fit:
             "formula_error": middle.error,
             "evaluations_of_references": sum(at.references.total * at.references.prompts for at in self._all),
         }
-        if "passes" in found:
-            report["relative_squared_error_with_both_passes"] = found["passes"].error
+        form = list(found)[-1]
+        if form == PASSES:
+            report["relative_squared_error_with_both_passes"] = found[form].error
         if self._held is not None:
-            form = list(rows)[-1]
             with self._held.evaluator.probing():
                 report["held_out"] = self._held.fitters[form].exact(best.timesteps, rows[form]).error
         return report
 
 
-def _widened(fitter: Fitter, leap: Leap, rounds: int) -> Leap:
-    """A solver over the outputs alone with coefficients for the differences as well, at the same times."""
+def _with_differences(fitter: Fitter, guided: Fitter, leap: Leap, rounds: int) -> Leap:
+    """A solver with coefficients for the differences as well, at the times of one over the outputs alone.
+
+    It starts from the closed form if that is the nearer one, here and on calls that it was not fitted to.
+    """
     own = fitter.exact(leap.timesteps, [fitter.widened(row) for row in leap.rows])
+    if fitter.elsewhere(leap.timesteps) < guided.elsewhere(leap.timesteps):
+        own = min(own, fitter.fit(leap.timesteps), key=lambda one: one.error)
     return refine(fitter, own, min(rounds, 1), times=False, directions=DIRECTIONS)
 
 

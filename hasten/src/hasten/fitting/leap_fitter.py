@@ -63,11 +63,22 @@ class Fitter:
         """A fitter of the same references with another number of columns."""
         return Fitter(self.evaluator, self.references, self._ridge, width)
 
-    def restricted(self, calls: int) -> Fitter:
-        """A fitter that looks at the first calls alone."""
+    def restricted(self, calls: Sequence[int]) -> Fitter:
+        """A fitter that looks at some of the calls alone."""
         made = self.narrowed(self.width)
-        made.calls = self.calls[:calls]
+        made.calls = tuple(calls)
         return made
+
+    def elsewhere(self, timesteps: Sequence[float]) -> float:
+        """Squared error of closed forms on calls that they were not fitted to: half of the calls, and the other half.
+
+        A single call has to be both.
+        """
+        halves = [self.calls[::2], self.calls[1::2] or self.calls]
+        found = [self.restricted(half).fit(timesteps).rows for half in halves]
+        return sum(
+            self.restricted(half).exact(timesteps, rows).error for half, rows in zip(halves[::-1], found, strict=True)
+        )
 
     def follow(
         self, call: int, timesteps: Sequence[float], rows: Sequence[Row], known: Sequence[Tensor]

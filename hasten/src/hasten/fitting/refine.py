@@ -76,6 +76,7 @@ def refine(
     rounds: int,
     progress: Callable[[float], None] | None = None,
     *,
+    first: int = 0,
     times: bool = True,
     directions: int | None = None,
     moves: Callable[[Leap], list[Move]] | None = None,
@@ -87,12 +88,13 @@ def refine(
         leap: what to start from.
         rounds: at most; each is judged by other calls than those that it learns from, where there are several.
         progress: called with the relative squared error after each round.
+        first: number of the first round, which says what part of the calls judges it.
         times: whether the times are moved, too; the first one stays.
         directions: most directions of each row but the last; None for all.
         moves: what may be moved, instead of these directions, the whole last row and the times.
     """
     free, idle = moves is None, 0
-    for turn in range(rounds):
+    for turn in range(first, first + rounds):
         start, damping = leap, DAMPING
         learn, judges = _parted(len(fitter.calls), turn)
         chosen = _moves(fitter, start, times, directions) if moves is None else moves(start)

@@ -94,7 +94,7 @@ def find_starts(
             judge(closed.fit(times))
     if trials == 1:
         return Starts({"spanned": closed.best}, None, 1)
-    first = fitter.restricted(1)
+    first = fitter.restricted(fitter.calls[:1])
     scores = {label: first.plain(solver).error for label, solver in plain.items()}
     best_plain = min(scores, key=lambda label: scores[label], default=None)
     leaps: dict[str, Leap] = {}
