@@ -281,7 +281,8 @@ def overview_table(result: Result, remark: str = "") -> str:
     """Markdown of one bench result, a line per arm, best first: quality at each budget, cost at the middle one."""
     counts, arms = _arms(result)
     middle = counts[(len(counts) - 1) // 2]
-    costs = ("flip", "seconds", "latency_ratio", "flops_ratio", "cache_bytes")
+    times = () if busy(result) else ("seconds", "latency_ratio")
+    costs = ("flip", *times, "flops_ratio", "cache_bytes")
     heads = ["sampler", *(f"PSNR, {n} steps" for n in counts), *(f"LPIPS, {n}" for n in counts)]
     heads += [f"{columns(Row)[field].title}, {middle}" for field in costs]
     lines = [_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
@@ -678,6 +679,7 @@ TABLES = {
     "front": front_table,
     "gpu": gpu_table,
     "gpu-targets": targets_table,
+    "main": lambda: overview_table(_result("front")),
     "emoji-flux": lambda: overview_table(*emoji_flux()),
     "leap-guided": lambda: overview_table(_result("emoji-flux-guided")),
     "leap-edit": lambda: overview_table(_result("emoji-kontext-leap")),

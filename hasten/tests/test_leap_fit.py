@@ -327,6 +327,32 @@ def test_refinement_lowers_the_error_and_moves_the_times_between_the_steps():
         assert held_out.exact(better.timesteps, better.rows).error < held_out.exact(closed.timesteps, closed.rows).error
 
 
+def test_a_round_is_judged_by_calls_that_it_does_not_learn_from():
+    """One call is where it should be: every move makes it worse, so no step is taken in the round that it judges."""
+    own = fitter(Toy(), [toy_call(i) for i in range(4)], ridge=1e-9)
+    with own.evaluator.probing():
+        closed = own.fit(at(own, (0, 6, 12, 17)))
+        own.references.states[0][-1] = combine(closed.columns[0], closed.rows[-1])
+        start = own.exact(closed.timesteps, closed.rows)
+        assert refine(own, start, 1) is start
+        better = refine(own, start, 2)  # another call judges the second round
+    assert start.errors[0] < 1e-9 < better.errors[0]
+    assert better.error < start.error
+    assert better.errors[1] < start.errors[1]
+
+
+def test_closed_forms_are_asked_on_the_other_half_of_the_calls():
+    own = fitter(Toy(), [toy_call(i) for i in range(4)], ridge=1e-9)
+    with own.evaluator.probing():
+        times = at(own, (0, 6, 12, 17))
+        halves = [own.restricted((0, 2)), own.restricted((1, 3))]
+        fits = [half.fit(times) for half in halves]
+        errors = [halves[1].exact(times, fits[0].rows).error, halves[0].exact(times, fits[1].rows).error]
+        assert own.elsewhere(times) == pytest.approx(sum(errors))
+        assert own.elsewhere(times) > sum(fit.error for fit in fits)
+        assert own.restricted((0,)).elsewhere(times) > 0
+
+
 def test_variance_preserving_models_have_their_times_refined_too():
     own = fitter(Toy(noise, DDIMScheduler(**UNCLIPPED)), [toy_call()], ridge=1e-9)
     with own.evaluator.probing():
