@@ -629,6 +629,16 @@ def premises_table(names: list[str]) -> str:
     return "\n".join(lines)
 
 
+def calibration_cost_table(result: dict[str, Any]) -> str:
+    """Markdown of `calibration-cost.json`."""
+    lines = [_row(["method", "evaluations of the model", "recording them, s", "fitting, s"]), "|---|--:|--:|--:|"]
+    for name, row in result["rows"].items():
+        cells = [name, f"{result['evaluations']:,}", f"{result['recording_seconds']:.0f}", f"{row['seconds']:.2f}"]
+        lines.append(_row(cells))
+    told = f"{result['model']}, {result['prompts']} prompts of {result['steps']} steps, processor seconds of one thread"
+    return "\n".join([*lines, "", f"{told}; {_made(result)}."])
+
+
 def _mean(rows: dict[int, dict[str, Any]]) -> float:
     return statistics.fmean(row.get("median", 0.0) for row in rows.values())
 
@@ -690,6 +700,7 @@ TABLES = {
     "leap-pipelines": lambda: pipelines_table(_read("leap-pipelines.json")),
     "default": lambda: default_table(DEFAULTS),
     "caching": lambda: caching_table(CACHING),
+    "calibration-cost": lambda: calibration_cost_table(_read("calibration-cost.json")),
     "caching-premises": lambda: premises_table(PREMISES),
     "caching-module": lambda: caching_table(["caching-module.json"]),
     "leap-second": lambda: second_table(SECOND),
