@@ -185,6 +185,45 @@ def test_guided_sigma_serves_the_steps_that_have_two_passes_from_the_first_forec
     assert not torch.equal(one(0.3, None, **guided), one(0.7, None, **guided))
 
 
+@pytest.mark.parametrize(
+    ("passes", "alone"),
+    [
+        ([[1, 1, 1]] * 12, []),
+        ([[1, 1]] * 5 + [[1, 2]] * 7, []),  # the second pass has another batch from then on: it begins anew
+        ([[1]] * 5 + [[1, 1]] * 7, range(6)),  # that a second pass comes is known when it is there
+        ([[1, 1]] * 5 + [[1]] * 7, range(6, 12)),
+    ],
+    ids=["three", "anew", "late", "ends"],
+)
+def test_guided_sigma_follows_the_passes_that_a_step_has(pipe, passes, alone):
+    """Batch sizes of the passes, step by step; the inputs of a step are the same whatever was forecast before."""
+
+    def one(sigma, guided_sigma):
+        answers = {}
+        settings = {"sigma": sigma, "guided_sigma": guided_sigma, "order": 1, "interval": 3}
+        ids = type(pipe)._prepare_latent_image_ids(1, 8, 8, torch.device("cpu"), torch.float32)
+        with torch.no_grad(), hasten.accelerate(pipe.transformer, "hicache", **settings):
+            for step, batches in enumerate(passes):
+                for number, batch in enumerate(batches):
+                    with pipe.transformer.cache_context("abc"[number]):
+                        (answers[step, number],) = pipe.transformer(
+                            hidden_states=torch.full((batch, 64, 48), 1 - 0.05 * step),
+                            timestep=torch.full((batch,), 1 - step / 12),
+                            pooled_projections=torch.full((batch, 64), 1.0 + number),
+                            encoder_hidden_states=torch.full((batch, 8, 128), 1.0 + number),
+                            txt_ids=torch.zeros(8, 3),
+                            img_ids=ids,
+                            return_dict=False,
+                        )
+        return answers
+
+    mixed, larger, smaller = one(0.7, 0.3), one(0.7, None), one(0.3, None)
+    for number in range(len(passes[-1])):
+        assert any(not torch.equal(larger[at], smaller[at]) for at in mixed if at[1] == number)
+    for (step, number), answer in mixed.items():
+        assert torch.equal(answer, (larger if step in alone else smaller)[step, number]), (step, number)
+
+
 def test_without_a_cache_context_the_same_steps_are_full(pipe):
     """Image-to-image pipelines and many others set no context: call the transformer as they do."""
     torch.manual_seed(0)

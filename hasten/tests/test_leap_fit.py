@@ -262,6 +262,18 @@ def test_reading_off_leaves_the_scheduler_as_it_was():
 # --- starts and the search
 
 
+def test_a_closed_form_after_one_with_another_prior_is_what_its_rows_do():
+    """The plain solvers' rows are a prior as well; a list that begins as theirs must not take over their states."""
+    own = fitter(Toy(), [toy_call(0), toy_call(1)], ridge=0.1)
+    with own.evaluator.probing():
+        times = at(own, (0, 6, 12, 17))
+        prior = own.prior(times, [*map(own.references.level_at, times), 0.0])
+        own.remember(own.fit(times, [[1.3 * row[0], *(0.7 * number for number in row[1:])] for row in prior]))
+        moved = own.fit((*times[:3], 0.8 * times[3]))
+        assert own.exact(moved.timesteps, moved.rows).error == pytest.approx(moved.error, rel=1e-6)
+        assert own.narrowed(1).fit(moved.timesteps).rows == moved.rows
+
+
 @pytest.mark.parametrize("name", ["flow euler", "ddim", "unipc"])
 def test_a_fit_is_never_worse_than_the_best_plain_solver_and_falls_with_every_evaluation(name):
     field, made = FOLLOWED[name]
@@ -435,6 +447,14 @@ def test_optimal_steps_is_the_best_list_of_its_objective():
 
 
 # --- calls, and a fit that is cut short
+
+
+def test_calls_that_are_held_out_need_no_guidance():
+    told = [
+        fit_leap(Toy(), [toy_call(0, guidance_scale=1.5)], [2], held_out=[call], trials=1, rounds=0).report["2"]
+        for call in (toy_call(5), toy_call(5, guidance_scale=1.5))
+    ]
+    assert told[0]["held_out"] > 2 * told[1]["held_out"] > 0
 
 
 def test_a_fit_goes_on_where_it_was_cut_short():

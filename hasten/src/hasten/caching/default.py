@@ -17,7 +17,10 @@ DEFAULT = "hicache:schedule=auto:order=1:sigma=0.66:guided_sigma=0.55"
 
 
 def default_method(given: Collection[str] = ()) -> ScheduledMethod:
-    """The default; lists of computed steps among what is given besides take the place of its schedule."""
+    """The default without what parameters that are given besides take the place of: lists of computed steps that of its
+    schedule, a scale of one's own that of its scale under guidance."""
     (chosen,) = registry.parse(DEFAULT)
     assert isinstance(chosen, ScheduledMethod)
-    return replace(chosen, schedule="uniform") if {"steps", "searched"} & set(given) else chosen
+    if {"steps", "searched"} & set(given):
+        chosen = replace(chosen, schedule="uniform")
+    return replace(chosen, guided_sigma=None) if "sigma" in given else chosen

@@ -206,7 +206,7 @@ class CachingEngine(Hook):
         memory = state.memory(info, (signature(hidden), mixed))
         if memory is None:
             memory = state.add_memory(info, self._new_memory(info, args, kwargs))
-            self._share(state)
+        self._share(state)
         memory.mixed = mixed is not None
         self._memory = memory
         decision: Decision | None = None
@@ -279,12 +279,13 @@ class CachingEngine(Hook):
         return PassMemory(partial(self._components_of, False), info.pass_name, layout, mean, self.listener)
 
     def _share(self, state: CachingRun) -> None:
-        """Where a step turns out to have several passes, forecast as the method does then."""
-        if state.shared or len(state.memories) < 2 or self._shared is self.method:
+        """Where a step has several passes, as far as is known yet, forecast as the method does then."""
+        if self._shared is self.method:
             return
-        state.shared = True
-        for memory in state.memories.values():
-            memory.predict_by(partial(self._components_of, True))
+        for memory in state.memories.values():  # each: a pass may have come, or begun anew, since the last change
+            if memory.shared != state.shared:
+                memory.shared = state.shared
+                memory.predict_by(partial(self._components_of, state.shared))
 
     def _components_of(self, shared: bool, key: FeatureKey) -> Components:
         """The method's components of a feature key, made once, since they keep tables on the device."""

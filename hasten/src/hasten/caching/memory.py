@@ -114,6 +114,7 @@ class PassMemory:
         self.step = 0
         self.bytes = 0  # of the features held
         self.mixed = False  # whether the forward under way is in mixed precision
+        self.shared = False  # whether its forecasts are those of steps with several passes
         # What the site has to know of the results beside their features.
         self.forms: dict[str, Any] = {}
 

@@ -42,11 +42,14 @@ class CachingRun:
         self._signatures: dict[str, Hashable] = {}
         self._last_computed: int | None = None
         self._decision = Decision(True, "first step")
-        self.shared = False  # whether the steps are known to have several passes
+        self._passes = self._passes_before = 0  # of this step so far, and of the one before
         self.step = 0
 
     def memory(self, info: StepInfo, signature: Hashable) -> PassMemory | None:
         """What is remembered of the pass; nothing where its latents have another shape, dtype or device than before."""
+        if info.first_pass:
+            self._passes_before, self._passes = self._passes, 0
+        self._passes += 1
         if info.unsure:
             warnings.warn(UNSURE, HastenWarning, stacklevel=2)
         if info.grown:
@@ -58,6 +61,11 @@ class CachingRun:
             return None
         memory.step = info.step
         return memory
+
+    @property
+    def shared(self) -> bool:
+        """Whether the step has several passes; its first one goes by the step before."""
+        return max(self._passes, self._passes_before) > 1
 
     def add_memory(self, info: StepInfo, memory: PassMemory) -> PassMemory:
         """Begin to remember a pass."""

@@ -26,15 +26,16 @@ def halfway(scales: Sequence[float]) -> list[float]:
     return [0.5 * (a + b) for a, b in pairwise(sorted(scales))]
 
 
-def continued(fitter: Fitter, leap: Leap, rounds: int) -> Leap:
+def continued(fitter: Fitter, leap: Leap, rounds: int, directions: int | None = None) -> Leap:
     """A solver for one scale from that for another, with the same times.
 
     Args:
         fitter: at the scale, while its evaluator is probing.
         leap: at the other one.
         rounds: of the refinement.
+        directions: most directions of each row in it; None for all.
     """
-    return refine(fitter, fitter.score(leap.timesteps, leap.rows), rounds, times=False)
+    return refine(fitter, fitter.score(leap.timesteps, leap.rows), rounds, times=False, directions=directions)
 
 
 def joined(

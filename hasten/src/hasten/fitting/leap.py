@@ -288,11 +288,11 @@ class _Fit:
 
     def _rows(self, form: str, own: Leap, rounds: int) -> list[list[Row]]:
         """Coefficients at all guidance scales for the times that were found, from those at the scale in the middle."""
-        middle = self._at[self._middle]
+        middle, directions = self._at[self._middle], DIRECTIONS if form == PASSES else None
         fits = []
         for at in self._at:
             with at.evaluator.probing():
-                fits.append(own.rows if at is middle else continued(at.fitters[form], own, rounds).rows)
+                fits.append(own.rows if at is middle else continued(at.fitters[form], own, rounds, directions).rows)
         if len(fits) == 1:
             return fits
         scales = [scale for scale in self._scales if scale is not None]
@@ -322,6 +322,7 @@ class _Fit:
         if form == PASSES:
             report["relative_squared_error_with_both_passes"] = found[form].error
         if self._held is not None:
+            form = next(one for one in reversed(found) if one in self._held.fitters)  # they may have no guidance
             with self._held.evaluator.probing():
                 report["held_out"] = self._held.fitters[form].exact(best.timesteps, rows[form]).error
         return report

@@ -132,6 +132,8 @@ class Fitter:
                 if len(columns[i]) < 1 + self.width * (k + 1):
                     columns[i] = self.follow(call, times[: k + 1], rows, columns[i])
             rows.append(self._row(1 + self.width * (k + 1), levels[k + 1], columns, prior[k]))
+            if k + 1 < shared and self._memory is not None and rows[k] != self._memory.rows[k]:  # of another prior
+                columns = [own[: 1 + self.width * (k + 1)] for own in columns]
         return self._leap(times, rows, columns)
 
     def score(self, timesteps: Sequence[float], rows: Sequence[Row], known: Leap | None = None, at: int = 0) -> Leap:
@@ -190,7 +192,7 @@ class Fitter:
         return self._memory
 
     def _shared(self, times: tuple[float, ...]) -> int:
-        """How many evaluations the remembered list has in common: rows before the last of them agree too."""
+        """How many evaluations the remembered list has in common, if the rows before the last of them agree too."""
         if self._memory is None:
             return 0
         own = self._memory.timesteps

@@ -79,7 +79,7 @@ def find_starts(
         seed: of the order of the moves.
         progress: called with lists so far and the best error.
     """
-    closed, grid = fitter.narrowed(fitter.width), fitter.references.plain.timesteps
+    closed, grid = fitter.restricted(fitter.calls), fitter.references.plain.timesteps
     judged: set[tuple[float, ...]] = set()
 
     def judge(leap: Leap) -> None:
