@@ -669,6 +669,7 @@ ABLATIONS = {
     "freqca:mode=paper": "reuse",
     "foca": "taylorseer:order=2",
     "hyca": "taylorseer:order=2:domain=normed",
+    "hyca:assigned=taylor1/taylor1/newton/newton": "taylorseer:order=2",  # chosen by images on four other prompts
 }
 HELD = {"residual": "svdcache", "low": "freqca"}  # components that are reused because a forecast would be worse
 PREMISES = ["caching-premises.json", "caching-premises-guided.json"]

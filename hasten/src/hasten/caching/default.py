@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 from hasten import registry
 from hasten.caching.method import ScheduledMethod
@@ -21,6 +22,9 @@ def default_method(given: Collection[str] = ()) -> ScheduledMethod:
     schedule, a scale of one's own that of its scale under guidance."""
     (chosen,) = registry.parse(DEFAULT)
     assert isinstance(chosen, ScheduledMethod)
+    changes: dict[str, Any] = {}
     if {"steps", "searched"} & set(given):
-        chosen = replace(chosen, schedule="uniform")
-    return replace(chosen, guided_sigma=None) if "sigma" in given else chosen
+        changes["schedule"] = "uniform"
+    if "sigma" in given:
+        changes["guided_sigma"] = None
+    return replace(chosen, **changes)

@@ -322,7 +322,7 @@ class _Fit:
         if form == PASSES:
             report["relative_squared_error_with_both_passes"] = found[form].error
         if self._held is not None:
-            form = next(one for one in reversed(found) if one in self._held.fitters)  # they may have no guidance
+            form = [one for one in found if one in self._held.fitters][-1]  # the held-out calls may have no guidance
             with self._held.evaluator.probing():
                 report["held_out"] = self._held.fitters[form].exact(best.timesteps, rows[form]).error
         return report
