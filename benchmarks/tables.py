@@ -558,7 +558,8 @@ def default_table(names: list[str]) -> str:
     lines = [_row(heads), "|---|--:|--:|--:|---|--:|---|"]
     for result in _caching(names):
         rows, options = result["rows"], result["options"]
-        own = {row["count"]: row for row in rows.values() if row["method"] in DEFAULT and row["schedule"] == "even"}
+        known = DEFAULT if options["guidance"] is None else DEFAULT[:1]
+        own = {row["count"]: row for row in rows.values() if row["method"] in known and row["schedule"] == "even"}
         for count, row in sorted(own.items(), reverse=True):
             plain = rows.get(f"best plain @ {count}")
             if plain is None:
@@ -661,7 +662,7 @@ def _lead(row: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 INTERVALS = "mean leads, with intervals by a paired bootstrap over prompts"
-DEFAULT = ("hicache:order=1:sigma=0.66:guided_sigma=0.55",)
+DEFAULT = ("hicache:order=1:sigma=0.66:guided_sigma=0.55", "hicache:order=1:sigma=0.66")  # the same without guidance
 ABLATIONS = {
     "svdcache": "reuse",
     "svdcache:mode=taylor": "taylorseer:order=2:domain=normed",
