@@ -683,6 +683,7 @@ DEFAULTS = [
     "default-sprites-wan.json",
     "default-sprites-wan-guided.json",
     "default-emoji-kontext.json",
+    "default-emoji-kontext-28.json",
     "default-emoji-kontext-guided.json",
 ]
 SECOND = ["leap-flux-guided.json", "leap-flux.json", "leap-wan.json", "leap-kontext.json"]
