@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 __all__ = ["COUNT", "busy", "chosen", "front_table", "title"]
 
 COUNT = 9
-DEFAULT = "hicache:order=1:sigma=0.66:schedule=even"  # of `hasten.accelerate(pipe)`
+DEFAULT = "hicache:order=1:sigma=0.66:schedule=even"  # of `hasten.accelerate(pipe)`, where there is no guidance
 FOLDER = Path(__file__).parent
 OUT = FOLDER.parent / "docs" / "images" / "front.svg"
 COLUMNS = ("psnr", "lpips", "flops_ratio", "latency_ratio", "cache_bytes")
