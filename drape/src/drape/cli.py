@@ -121,7 +121,8 @@ def optimise_command(
     models = attacked_through(against, detector, hardened)
     run = optimise(textures, models, scenes(TRAIN[:train], fps, size, engine, jobs), spec, labels)
     if run.saw_nobody:
-        raise ConfigError(f"{', '.join(detector)} saw the person in no frame, so nothing was optimised.")
+        names = ", ".join(detector)
+        typer.echo(f"warning: {names} saw the person in no frame: these textures are as good as random", err=True)
     save_images(out / TEXTURES, {name: texture(hard=True).detach() for name, texture in textures.items()})
     record = {
         "detectors": list(detector),
