@@ -175,14 +175,15 @@ def test_a_detector_of_ones_own_by_module_and_factory(tmp_path: Path, monkeypatc
         "import torch\nfrom drape.detectors import Candidates, Detector\n\n"
         "class Mine(Detector):\n    def candidates(self, images):\n"
         "        return Candidates(torch.zeros(len(images), 1, 4), images.mean(dim=(1, 2, 3))[:, None])\n\n"
-        "def make():\n    return Mine('mine', 32)\n\ndef wrong():\n    return 3\n"
+        "def make():\n    return Mine('mine', 32)\n\ndef wrong():\n    return 3\n\n"
+        "def ends():\n    raise SystemExit(5)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
     detector = load_detector("own_detectors_of_a_test:make")
     assert detector.name == "mine"
     assert not detector.training
-    for name, says in (("wrong", "gave a int"), ("none", "cannot be used")):
+    for name, says in (("wrong", "gave a int"), ("none", "cannot be used"), ("ends", r"SystemExit: 5\)")):
         with pytest.raises(DetectorError, match=says):
             load_detector(f"own_detectors_of_a_test:{name}")
     with pytest.raises(DetectorError, match="cannot be used"):
@@ -387,6 +388,10 @@ def test_a_detector_without_weights_is_not_fine_tuned(scene: Scene) -> None:
 def test_an_optimisation_says_that_nobody_was_seen(scene: Scene) -> None:
     blind = Told(lambda x: Candidates(x.new_zeros(len(x), 0, 4), x.new_zeros(len(x), 0)))
     frames = replace(scene, buffers=replace(scene.buffers, boxes=torch.tensor([[0.0, 0, 60, 60]]).expand(4, 4)))
-    for detector, nobody in ((blind, True), (Told(one_box), False)):
+    places = torch.tensor([0.0, 0, 60, 60]).expand(500, 4)  # many boxes, as dense detectors have, none of them likely
+    unsure = Told(
+        lambda x: Candidates(places.expand(len(x), -1, -1), x.mean(dim=(1, 2, 3))[:, None].expand(-1, 500) / 50)
+    )
+    for detector, nobody in ((blind, True), (unsure, True), (Told(one_box), False)):
         run = optimise(random_textures(Gamut.proxy()), [detector], [frames], OptimiseSpec(steps=2))
         assert run.saw_nobody == nobody

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from drape.defences import SURE
 from drape.detectors.base import Detector
 from drape.errors import ConfigError, unknown
 from drape.objective import (
@@ -119,18 +120,19 @@ class Run:
     """What an optimisation did.
 
     Attributes:
-        confidence: the mean over the frames that it knew at each step.
+        confidence: the mean over the frames that it knew at each step.  highest: the largest of all.
         backward: frames that detectors saw with a gradient.  forward: and without.
     """
 
     confidence: list[float]
+    highest: float
     backward: int
     forward: int
 
     @property
     def saw_nobody(self) -> bool:
-        """Whether the person was in no frame worth any confidence, so that there was nothing to optimise."""
-        return not any(self.confidence)
+        """Whether the person was found in no frame, so that there was little to optimise."""
+        return self.highest < SURE
 
 
 @dataclass
@@ -160,7 +162,7 @@ def optimise(
     total = sum(scene.buffers.frames for scene in scenes)
     known: Known | None = None
     seen: list[float] = []
-    backward = forward = 0
+    highest, backward, forward = 0.0, 0, 0
     count = min(spec.views, total)
     for step in steps(range(spec.steps), f"textures, {spec.mode}"):
         progress = step / max(spec.steps - 1, 1)
@@ -181,7 +183,8 @@ def optimise(
         for texture in textures.values():
             texture.clamp_points()
         seen.append(float(d.mean()))
-    return Run(seen, backward, forward)
+        highest = max(highest, float(d.max()))
+    return Run(seen, highest, backward, forward)
 
 
 def regularisers(

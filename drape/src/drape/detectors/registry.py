@@ -70,7 +70,7 @@ def own_detector(module: str, factory: str) -> Detector:
         sys.path.append(os.getcwd())
     try:
         made = getattr(importlib.import_module(module), factory)()
-    except Exception as error:  # whatever a user's module raises, it is not a fault of drape
+    except (Exception, SystemExit) as error:  # whatever a user's module raises, or ends with: no fault of drape
         reason = f"{type(error).__name__}: {error}"
         raise DetectorError(f"{module}:{factory} cannot be used ({reason}); expected MODULE:FUNCTION.") from error
     if not isinstance(made, Detector):
