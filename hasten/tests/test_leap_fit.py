@@ -137,18 +137,6 @@ def test_between_the_steps_goals_lie_on_the_plain_samplers_own_path(prediction):
     assert torch.allclose(references.goal(0, between), combine(columns[:9], rows[7]), atol=1e-5)
 
 
-def test_evaluations_that_two_lists_share_are_made_once():
-    own = fitter(Toy(), [toy_call()])
-    with own.evaluator.probing():
-        own.remember(own.fit(at(own, (0, 5, 10, 15))))
-        assert own.evaluator.made == 4 * 4  # four images
-        again = own.fit(at(own, (0, 5, 10, 16)))
-        assert own.evaluator.made == 5 * 4
-    fresh = fitter(Toy(), [toy_call()])
-    with fresh.evaluator.probing():
-        assert fresh.fit(at(fresh, (0, 5, 10, 16))).error == pytest.approx(again.error, rel=1e-9)
-
-
 # --- schedulers as formulas
 
 FOLLOWED = {
@@ -263,18 +251,6 @@ def test_reading_off_leaves_the_scheduler_as_it_was():
 # --- starts and the search
 
 
-def test_a_closed_form_after_one_with_another_prior_is_what_its_rows_do():
-    """The plain solvers' rows are a prior as well; a list that begins as theirs must not take over their states."""
-    own = fitter(Toy(), [toy_call(0), toy_call(1)], ridge=0.1)
-    with own.evaluator.probing():
-        times = at(own, (0, 6, 12, 17))
-        prior = own.prior(times, [*map(own.references.level_at, times), 0.0])
-        own.remember(own.fit(times, [[1.3 * row[0], *(0.7 * number for number in row[1:])] for row in prior]))
-        moved = own.fit((*times[:3], 0.8 * times[3]))
-        assert own.exact(moved.timesteps, moved.rows).error == pytest.approx(moved.error, rel=1e-6)
-        assert own.narrowed(1).fit(moved.timesteps).rows == moved.rows
-
-
 @pytest.mark.parametrize("name", ["flow euler", "ddim", "unipc"])
 def test_a_fit_is_never_worse_than_the_best_plain_solver_and_falls_with_every_evaluation(name):
     field, made = FOLLOWED[name]
@@ -310,12 +286,21 @@ def test_the_surrogate_ranks_lists_as_the_model_does():
     assert best <= min(errors)
 
 
-def test_the_search_improves_on_what_the_references_suggest():
+def test_more_starts_end_nearer_than_one():
     errors = [
-        fit_leap(Toy(), [toy_call(0), toy_call(1)], [4], trials=trials, rounds=0).report["4"]["relative_squared_error"]
-        for trials in (1, 40)
+        fit_leap(Toy(), [toy_call(0), toy_call(1)], [4], trials=trials, rounds=rounds).report["4"]
+        for trials, rounds in ((1, 0), (8, 0), (1, 2), (8, 2))
     ]
-    assert errors[1] < errors[0]
+    figures = [told["relative_squared_error"] for told in errors]
+    assert figures[1] < figures[0]  # closed forms alone: the nearest of several
+    assert figures[3] < 0.1 * figures[2]
+    assert figures[3] < figures[1]
+    assert [told["trials"] for told in errors] == [
+        1,
+        7,
+        1,
+        7,
+    ]  # there is no solver with fewer evaluations to begin with
 
 
 # --- the joint refinement
@@ -507,7 +492,6 @@ class Idle(Toy):
         ({"trials": "40"}, "trials must be a whole number of 1 or more, got '40'"),
         ({"rounds": -1}, "rounds must be a whole number of 0 or more, got -1"),
         ({"ridge": math.nan}, "ridge must be a number of 0 or more, got nan"),
-        ({"seed": -1}, "seed must be a whole number of 0 or more, got -1"),
         ({"guidances": (1.5, math.inf)}, "guidances must be one or more numbers from 0 to 1000, got (1.5, inf)"),
         ({"guidances": (-1.0,)}, "guidances must be one or more numbers from 0 to 1000, got (-1.0,)"),
         ({"pipe": Net(curved)}, "and Net has none; give a diffusers pipeline"),

@@ -11,10 +11,11 @@ state that the fast sampler itself has reached, and row `k` brings it as near to
 as the known columns allow: a small linear system for the whole training batch. No gradient passes through the model,
 and training sees what it will meet in use.
 
-Times are looked for on the references first (`surrogate.py`, no evaluations), then by local moves, each judged by the
-final error. The plain solvers are points of the same family, and so is every solver with fewer evaluations: they are
-starts, too, so the result is never worse on its prompts than the best of them. Then coefficients and times are refined
-together (`refine.py`).
+Times and coefficients are refined together (`refine.py`), and where that ends depends on where it began. So it begins
+at several places (`starts.py`): spreads of times, times whose answers span the references' states best (`surrogate.py`,
+no evaluations), the best plain solver, which is a point of the same family, and so is the solver with one evaluation
+less. Each is refined a little on a few calls, and the best goes on; so the result is never worse on its prompts than
+the best plain solver, or than with fewer evaluations.
 
 All this goes by the answers with guidance alone: with the differences there are twice as many numbers, which fit a few
 prompts at any times. They come last, as far as they help prompts that they were not fitted to.
@@ -36,7 +37,7 @@ from hasten.fitting.guidance import continued, halfway, joined, path_at
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.fitting.references import References, record_references
 from hasten.fitting.refine import refine
-from hasten.fitting.starts import Starts, find_starts, plain_solvers
+from hasten.fitting.starts import MOST_STARTS, Start, best_start, plain_solvers
 from hasten.fitting.surrogate import Surrogate
 from hasten.parameters import MOST_GUIDANCE, Range, accepted
 from hasten.pipeline.hooks import refuse_accelerated
@@ -61,10 +62,9 @@ def fit_leap(
     *,
     guidances: Sequence[float] = (),
     held_out: Sequence[Mapping[str, Any]] = (),
-    trials: int = 40,
+    trials: int = MOST_STARTS,
     rounds: int = 3,
     ridge: float = 1e-6,
-    seed: int = 0,
     known: Calibration | None = None,
     keep: Callable[[Calibration], object] | None = None,
     progress: Progress | None = None,
@@ -80,10 +80,9 @@ def fit_leap(
         guidances: scales at which coefficients are fitted, at the same times; three serve all scales between them. By
             default the one of the calls.
         held_out: other calls, on which the error is reported beside that of the training.
-        trials: lists of times that the model judges for each number; 1 takes what the references alone suggest.
+        trials: most starts of the refinement that are tried for each number; 1 takes a spread of times.
         rounds: of the joint refinement of times and coefficients; 0 leaves it out.
         ridge: how strongly coefficients are drawn to those of the plain sampler.
-        seed: of the search.
         known: an earlier result, perhaps of a fit that was cut short; what was fitted to the same prompts with the
             same settings is taken over.
         keep: called with the result so far after each number, such as `lambda fit: fit.save(path)`.
@@ -106,7 +105,6 @@ def fit_leap(
         "trials": (Annotated[int, Range(1)], trials),
         "rounds": (Annotated[int, Range(0)], rounds),
         "ridge": (Annotated[float, Range(0)], ridge),
-        "seed": (Annotated[int, Range(0)], seed),
         **({"guidances": (tuple[Annotated[float, Range(0, MOST_GUIDANCE)], ...], guidances)} if len(guidances) else {}),
     }
     for name, (hint, value) in arguments.items():
@@ -115,7 +113,7 @@ def fit_leap(
     _check_counts(evaluations, Replay(calls).steps(pipe))
     fit = _Fit(pipe, calls, guidances, held_out, ridge, progress)
     _check_counts(evaluations, fit.total)  # a run may have other steps than it was asked for
-    options = fit.options | {"trials": trials, "rounds": rounds, "ridge": ridge, "seed": seed}
+    options = fit.options | {"trials": trials, "rounds": rounds, "ridge": ridge}
     result = Calibration(LEAP, {}, fit.fingerprint, {}, options)
     if known is not None and (known.fingerprint, known.options) == (result.fingerprint, result.options):
         result = known
@@ -123,7 +121,7 @@ def fit_leap(
         if str(count) in result.report:
             fit.recall(unpacked(result.tensors)[str(count)])
             continue
-        table, report = fit.solver(count, trials, rounds, seed)
+        table, report = fit.solver(count, trials, rounds)
         tensors = result.tensors | packed({count: table})
         result = Calibration(LEAP, tensors, result.fingerprint, result.report | {str(count): report}, options)
         if keep is not None:
@@ -236,8 +234,9 @@ class _Fit:
             self._recalled = None
         return self._before
 
-    def solver(self, count: int, trials: int, rounds: int, seed: int) -> tuple[Table, dict[str, Any]]:
+    def solver(self, count: int, trials: int, rounds: int) -> tuple[Table, dict[str, Any]]:
         """The table for a number of evaluations, and what is to be told of it."""
+        trials = min(trials, MOST_STARTS)
         middle = self._at[self._middle]
         made_before = sum(at.evaluator.made for at in self._all)
 
@@ -246,8 +245,8 @@ class _Fit:
                 self._progress(count, min(done, trials + rounds), trials + rounds, error)
 
         with middle.evaluator.probing():
-            starts = self._starts(middle, count, trials, seed, tick)
-            best = self._refined(middle.fitters[GUIDED], starts, rounds, lambda error: tick(trials, error))
+            start = self._start(middle, count, trials, rounds > 0, tick)
+            best = refine(middle.fitters[GUIDED], start.leap, rounds, lambda error: tick(trials, error))
             found = {GUIDED: best}
             if PASSES in middle.fitters:
                 found[PASSES] = _with_differences(middle.fitters[PASSES], middle.fitters[GUIDED], best, rounds)
@@ -261,30 +260,23 @@ class _Fit:
             _frozen(rows[PASSES]) if PASSES in rows else None,
         )
         tick(trials + rounds, best.error)
-        report = self._report(starts, found, {form: fits[self._middle] for form, fits in rows.items()})
+        report = self._report(start, found, {form: fits[self._middle] for form, fits in rows.items()})
         report["evaluations_of_fit"] = sum(at.evaluator.made for at in self._all) - made_before
         return table, report
 
-    def _starts(self, at: _At, count: int, trials: int, seed: int, tick: Callable[[int, float], None]) -> Starts:
+    def _start(self, at: _At, count: int, trials: int, move: bool, tick: Callable[[int, float], None]) -> Start:
         evaluator, kind = at.evaluator, at.references.kind
         plain = plain_solvers(evaluator.scheduler, evaluator.arguments(count), kind) if trials > 1 else {}
-        return find_starts(
+        return best_start(
             at.fitters[GUIDED],
             self._surrogate,
             plain,
             self._extendable(),
             count,
             trials=trials,
-            seed=seed,
+            move=move,
             progress=tick,
         )
-
-    def _refined(self, fitter: Fitter, starts: Starts, rounds: int, progress: Callable[[float], None]) -> Leap:
-        """The best start, refined; where there are several, each gets a round first."""
-        found, done = list(starts.leaps.values()), 0
-        if len(found) > 1 and rounds:
-            found, done = sorted((refine(fitter, leap, 1) for leap in found[:2]), key=lambda leap: leap.error), 1
-        return refine(fitter, found[0], rounds - done, progress, first=done)
 
     def _rows(self, form: str, own: Leap, rounds: int) -> list[list[Row]]:
         """Coefficients at all guidance scales for the times that were found, from those at the scale in the middle."""
@@ -302,19 +294,18 @@ class _Fit:
                 paths.append((scale, at.fitters[form], path_at(at.fitters[form], own.timesteps, fits, scales, scale)))
         return joined(fits, scales, paths)
 
-    def _report(self, starts: Starts, found: Mapping[str, Leap], rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    def _report(self, start: Start, found: Mapping[str, Leap], rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
         best = found[GUIDED]
         middle = self._at[self._middle].references
-        first = next(iter(starts.leaps.items()))
         report: dict[str, Any] = {
             "steps": _steps(middle, best.timesteps),
             "relative_squared_error": best.error,
-            "start": first[0],
-            "at_the_start": first[1].error,
-            "trials": starts.trials,
+            "start": start.name,
+            "at_the_start": start.unmoved,
+            "trials": start.trials,
             "plain": None
-            if starts.plain is None
-            else {"sampler": starts.plain[0], "relative_squared_error": starts.plain[1]},
+            if start.plain is None
+            else {"sampler": start.plain[0], "relative_squared_error": start.plain[1]},
             "formula_error": middle.error,
             "evaluations_of_references": sum(at.references.total * at.references.prompts for at in self._all),
         }

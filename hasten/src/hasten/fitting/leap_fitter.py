@@ -44,7 +44,7 @@ class Leap:
 
 
 class Fitter:
-    """Fits solvers to references; evaluations that a list of times shares with the best so far are made once.
+    """Fits solvers to references.
 
     Args:
         evaluator: evaluates the model.
@@ -57,7 +57,6 @@ class Fitter:
         self.evaluator, self.references, self.width = evaluator, references, width
         self._ridge = ridge
         self.calls = tuple(range(len(references.states)))
-        self._memory: Leap | None = None
 
     def narrowed(self, width: int) -> Fitter:
         """A fitter of the same references with another number of columns."""
@@ -121,19 +120,12 @@ class Fitter:
         times = tuple(timesteps)
         levels = [*(self.references.level_at(t) for t in times), 0.0]
         prior = self.prior(times, levels) if prior is None else prior
-        shared = self._shared(times)
-        columns = [
-            self._memory.columns[i][: 1 + self.width * shared] if self._memory is not None and shared else []
-            for i in range(len(self.calls))
-        ]
+        columns: list[list[Tensor]] = [[] for _ in self.calls]
         rows: list[Row] = []
         for k in range(len(times)):
             for i, call in enumerate(self.calls):
-                if len(columns[i]) < 1 + self.width * (k + 1):
-                    columns[i] = self.follow(call, times[: k + 1], rows, columns[i])
+                columns[i] = self.follow(call, times[: k + 1], rows, columns[i])
             rows.append(self._row(1 + self.width * (k + 1), levels[k + 1], columns, prior[k]))
-            if k + 1 < shared and self._memory is not None and rows[k] != self._memory.rows[k]:  # of another prior
-                columns = [own[: 1 + self.width * (k + 1)] for own in columns]
         return self._leap(times, rows, columns)
 
     def score(self, timesteps: Sequence[float], rows: Sequence[Row], known: Leap | None = None, at: int = 0) -> Leap:
@@ -178,22 +170,3 @@ class Fitter:
             errors.append(float((combine(columns[i], rows[-1]) - goal).double().square().sum()))
             size += float(goal.double().square().sum())
         return Leap(times, rows, tuple(error / size for error in errors), columns, self.calls)
-
-    # --- what is shared
-
-    def remember(self, leap: Leap) -> None:
-        """Share the evaluations of this closed form with later ones."""
-        self._memory = leap
-
-    @property
-    def best(self) -> Leap:
-        """The solver that is remembered."""
-        assert self._memory is not None
-        return self._memory
-
-    def _shared(self, times: tuple[float, ...]) -> int:
-        """How many evaluations the remembered list has in common, if the rows before the last of them agree too."""
-        if self._memory is None:
-            return 0
-        own = self._memory.timesteps
-        return next((i for i, (a, b) in enumerate(zip(own, times, strict=False)) if a != b), min(len(own), len(times)))
