@@ -1,0 +1,177 @@
+"""All kinds of methods on `emoji-styles`, against the full run, the truth and the content: three measures, by name.
+
+    python benchmarks/styles.py --json benchmarks/styles.json
+    python benchmarks/styles.py --guidance 1 --json benchmarks/styles-unguided.json
+    python benchmarks/styles.py --arms "fresco:preset=18;foca:schedule=even@9" --pairs 16 --json try.json
+
+The prompts are combinations of style and concept that were held out, whose true images are known; prompt `i` is drawn
+with seed `i`. For every image there are
+
+- the *distance to the full run* of the same noise (PSNR in dB, LPIPS),
+- the *distance to the truth* (LPIPS, and PSNR in dB),
+- the *content*: whether the judge finds the concept (without having seen the held-out images) and the style.
+
+Operations are counted. Beside every arm the plain samplers stand with the smallest number of steps that costs at least
+as much, and the best of them, by each measure, is what the arm is compared with: means and 95 % of a paired bootstrap
+over the prompts. Every arm is written as soon as it is measured, and the same command goes on where it was cut short.
+Needs the images of `hasten_zoo.emoji_styles.data`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hasten.bench.arms import Accelerated
+from hasten.bench.environment import environment
+from hasten.bench.plain import plain_samplers
+from hasten.bench.requests import caching_method, parse_request
+from hasten.bench.sampling import Attach, count_flops, draw_sample
+from hasten.io import write_atomically
+from hasten.quality.metrics import Lpips, psnr
+from hasten_zoo.emoji_styles import HERE, WEIGHTS, load_emoji_styles
+from hasten_zoo.emoji_styles.augment import caption, plain_views, render
+from hasten_zoo.emoji_styles.data import load_emoji_styles_data
+from hasten_zoo.emoji_styles.evaluate import spread
+from hasten_zoo.emoji_styles.judge import Judge
+from rich.progress import track
+from torch import Tensor
+
+STEPS, SIZE, RESAMPLES = 50, 128, 2000
+PLAIN = ("euler", "unipc", "dpmpp", "unipc:spacing=beta", "dpmpp:spacing=beta")
+DEFAULT = "hicache:order=1:sigma=0.66:guided_sigma=0.55"  # what `accelerate(pipe)` takes, on even steps
+CACHES = ("reuse", "taylorseer:order=1", "hicache", "foca", "freqca", DEFAULT)
+ARMS = (
+    *(f"fresco:preset={n}" for n in (30, 18, 11, 9)),
+    *(f"ralu:preset={n}" for n in (18, 10)),
+    *(f"bottleneck:stages={n}" for n in ("9/9", "5/6", "4/5")),
+    *(f"spectral:stages={n}" for n in ("6/12", "6/6", "3/4")),
+    *(f"{cache}:schedule=even@{n}" for n in (12, 9, 7) for cache in CACHES),
+    "fresco:preset=18+foca:interval=2:warmup=1",
+    "spectral:stages=12/12+foca:interval=4:warmup=1",
+)
+HIGHER = {"full_psnr": 1, "full_lpips": -1, "truth_psnr": 1, "truth_lpips": -1, "concept": 1, "style": 1}  # is better
+
+
+def arm_of(text: str) -> tuple[Attach, int]:
+    """What switches an arm on, and its sampler steps. `name@n`: a sampler of n steps or a cache of n computed ones."""
+    name, _, count = text.partition("@")
+    samplers = plain_samplers()
+    if name in samplers:
+        return samplers[name], int(count)
+    request = parse_request(name)
+    if request.resolution is not None:
+        return Accelerated(request.caching, request.resolution), request.steps(STEPS)
+    return Accelerated(caching_method(name).with_computed_steps(int(count), STEPS)), STEPS
+
+
+class Bed:
+    """The model, its prompts, and the figures of an arm."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        data = load_emoji_styles_data(options.data)
+        rows = spread(data.rows(held_out=True), options.pairs)
+        self.pairs = [data.pairs[i] for i in rows.tolist()]
+        self.truth = (render(data, rows, plain_views(len(rows)), SIZE) + 1) / 2
+        self.model = load_emoji_styles(options.weights)
+        self.model.pipe.set_progress_bar_config(disable=True)
+        self.call = {} if options.guidance is None else {"true_cfg_scale": options.guidance}
+        self.judge, self.lpips = Judge.load(HERE), Lpips()
+        self.full: list[Tensor] = []
+
+    def draw(self, text: str) -> tuple[list[Tensor], list[int]]:
+        """Images `[3, 128, 128]` in [0, 1] and the operations of each; only SpecEdit's depend on the image."""
+        attach, steps = arm_of(text)
+        images, flops = list[Tensor](), list[int]()
+        for seed, pair in enumerate(track(self.pairs, description=text)):
+            given = (self.model, attach, steps, caption(pair), seed, self.call)
+            if flops and "specedit" not in text:
+                images.append(draw_sample(*given).image)
+                continue
+            counted, sample = count_flops(*given)
+            flops.append(counted)
+            images.append(sample.image)
+        return images, flops
+
+    def figures(self, images: list[Tensor]) -> dict[str, list[float]]:
+        """Of every image, in the order of the prompts."""
+        batch = torch.stack(images) * 2 - 1
+        concepts, styles = self.judge.from_training_pairs(batch), self.judge(batch)[0]
+        found = {
+            "truth_psnr": [psnr(*pair) for pair in zip(images, self.truth, strict=True)],
+            "truth_lpips": [self.lpips(*pair) for pair in zip(images, self.truth, strict=True)],
+            "concept": [float(a == pair.concept) for a, pair in zip(concepts, self.pairs, strict=True)],
+            "style": [float(a == pair.style) for a, pair in zip(styles, self.pairs, strict=True)],
+        }
+        if self.full:
+            found["full_psnr"] = [psnr(*pair) for pair in zip(images, self.full, strict=True)]
+            found["full_lpips"] = [self.lpips(*pair) for pair in zip(images, self.full, strict=True)]
+        return {name: [round(float(value), 5) for value in values] for name, values in found.items()}
+
+
+def leads(row: dict[str, Any], plain: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """By measure: the best of some plain rows, and how far a row is ahead of it, above 0 where it is better."""
+    found: dict[str, Any] = {}
+    rng = np.random.default_rng(0)
+    for name, sign in HIGHER.items():
+        if name not in row["figures"]:
+            continue
+        own = np.array(row["figures"][name])
+        best = max(plain, key=lambda label: sign * float(np.mean(plain[label]["figures"][name])))
+        ahead = sign * (own - np.array(plain[best]["figures"][name]))
+        means = rng.choice(ahead, (RESAMPLES, len(ahead))).mean(1)
+        found[name] = {
+            "best": best,
+            "mean": round(float(ahead.mean()), 4),
+            "interval": [round(float(one), 4) for one in np.quantile(means, (0.025, 0.975))],
+        }
+    return found
+
+
+def main() -> None:
+    """Measure what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("runs/emoji-styles/data"))
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--pairs", type=int, default=64, help="held-out combinations of style and concept")
+    parser.add_argument("--guidance", type=float, help="of the pipeline's own, 3 by default")
+    parser.add_argument("--arms", help="arms with semicolons, instead of all")
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    whole: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
+    rows: dict[str, Any] = whole.setdefault("rows", {})
+    bed = Bed(options)
+    whole |= {"environment": environment(), "pairs": options.pairs, "guidance": options.guidance or 3.0}
+    whole["trained_on_samples"] = json.loads((options.weights / "training.json").read_text())["samples"]
+
+    def measure(text: str) -> dict[str, Any]:
+        if text in rows:
+            return dict(rows[text])
+        images, flops = bed.draw(text)
+        base = rows[f"euler@{STEPS}"]["flops"] if rows else float(np.mean(flops))
+        rows[text] = {"flops": float(np.mean(flops)), "ratio": round(base / float(np.mean(flops)), 4)}
+        rows[text]["figures"] = bed.figures(images)
+        rows[text]["means"] = {name: round(float(np.mean(v)), 4) for name, v in rows[text]["figures"].items()}
+        write_atomically(options.json, json.dumps(whole, indent=1) + "\n")
+        return dict(rows[text])
+
+    full = f"euler@{STEPS}"
+    measure(full)
+    bed.full = bed.draw(full)[0]
+    for text in ARMS if options.arms is None else options.arms.split(";"):
+        row = measure(text)
+        steps = math.ceil(STEPS / row["ratio"] - 1e-6)
+        beside = {label: measure(label) for label in (f"{sampler}@{steps}" for sampler in PLAIN)}
+        rows[text]["against"] = leads(row, beside) | {"steps": steps}
+        write_atomically(options.json, json.dumps(whole, indent=1) + "\n")
+        print(text, row["ratio"], row["means"], flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
