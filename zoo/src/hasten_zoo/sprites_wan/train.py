@@ -108,8 +108,7 @@ class Objective:
     def latents(self, rows: list[int], side: int, frames: int, rng: Random) -> Tensor:
         """Clean latents `[B, 8, F, side/4, side/4]` of some clips, each from a start of its own."""
         clips = [jittered(self.clips[row], rng, LARGE) for row in rows]
-        video = draw_batch(clips, torch.linspace(0, 1, frames).expand(len(clips), -1), LARGE).flatten(0, 1)
-        video = video.to(self.device)
+        video = draw_batch(clips, torch.linspace(0, 1, frames), LARGE, self.device).flatten(0, 1)
         if side != LARGE.side:
             video = functional.interpolate(video, (side, side), mode="area")
         found = self.vae.encode_frames(video * 2 - 1).float().unflatten(0, (len(clips), frames)).transpose(1, 2)

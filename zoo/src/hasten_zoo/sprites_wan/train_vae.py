@@ -49,8 +49,9 @@ class Objective:
         side = rng.choices(list(SIDES), list(SIDES.values()))[0]
         clips = [jittered(rng.choice(self.clips), rng, LARGE) for _ in range(self.batch)]
         firsts = torch.tensor([rng.randrange(0, LARGE.frames - 2, 2) for _ in clips])
-        three = draw_batch(clips, (firsts[:, None] + torch.arange(3)) / (LARGE.frames - 1), LARGE).flatten(0, 1)
-        frames = (F.interpolate(three, (side, side), mode="area") * 2 - 1).to(self.device)
+        times = (firsts[:, None] + torch.arange(3)) / (LARGE.frames - 1)
+        three = draw_batch(clips, times, LARGE, self.device).flatten(0, 1)
+        frames = F.interpolate(three, (side, side), mode="area") * 2 - 1
         frames = frames.unflatten(0, (len(clips), 3))
         outer: Tensor = self.vae.encode_frames(torch.cat([frames[:, 0], frames[:, 2]]))
         sigma = self.noise * torch.rand(len(outer), 1, 1, 1, generator=generator, device=self.device)
