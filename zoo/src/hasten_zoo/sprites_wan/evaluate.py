@@ -1,7 +1,7 @@
 """How often `sprites-wan` shows what its caption asks for, on captions that it was not trained on.
 
     python -m hasten_zoo.sprites_wan.evaluate                       # all held-out captions, with the model's guidance
-    python -m hasten_zoo.sprites_wan.evaluate --prompts 12 --steps 20 --weights FOLDER --out FOLDER
+    python -m hasten_zoo.sprites_wan.evaluate --bfloat16 --prompts 12 --steps 20 --weights FOLDER --out FOLDER
 
 Generates a clip per caption. A clip is right if in each frame that is looked at (the first, the last and one or three
 evenly between) the nearest sprite is the object, and the way between them is that of the motion up to a twelfth of the
@@ -67,7 +67,13 @@ def _figures(prompts: list[str], verdicts: list[Verdict]) -> dict[str, Any]:
 
 
 def evaluate(
-    weights: Path, prompts: int, steps: int, seed: int, out: Path, guidance: float | None = None
+    weights: Path,
+    prompts: int,
+    steps: int,
+    seed: int,
+    out: Path,
+    guidance: float | None = None,
+    bfloat16: bool = False,
 ) -> dict[str, Any]:
     """Generate, judge, write; returns what `evaluation.json` holds. Without `guidance` the model's own is used."""
     model = load_sprites_wan(weights)
@@ -76,7 +82,9 @@ def evaluate(
     clips = ordered_clips()[:prompts]
     chosen = [clip.caption for clip in clips]
     call = {"num_inference_steps": steps, "guidance_scale": guidance}
-    videos = draw_clips(model, chosen, seed, **call)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        videos = draw_clips(model, chosen, seed, **call).float()
+        few = draw_clips(model, chosen[:COMPARED], seed, **call | {"num_inference_steps": FEW_STEPS}).float()
     position = weights / "training.json"
     result: dict[str, Any] = {
         "trained_on_samples": json.loads(position.read_text())["samples"] if position.is_file() else None,
@@ -85,9 +93,9 @@ def evaluate(
         "steps": steps,
         "seed": seed,
         "guidance_scale": guidance,
+        "products": "bfloat16" if bfloat16 else "float32",
     }
     result |= _figures(chosen, [judge(clip, video) for clip, video in zip(clips, videos, strict=True)])
-    few = draw_clips(model, chosen[:COMPARED], seed, **call | {"num_inference_steps": FEW_STEPS})
     pairs = zip(few, videos[:COMPARED], strict=True)
     decibels = [psnr(a.transpose(0, 1).flatten(1, 2), b.transpose(0, 1).flatten(1, 2)) for a, b in pairs]
     result["psnr_9_steps"] = round(float(torch.tensor(decibels).median()), 2)
@@ -104,11 +112,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, help="default: the model's")
+    parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16, for a quick look")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=WEIGHTS.parent)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    print(json.dumps(evaluate(args.weights, args.prompts, args.steps, args.seed, args.out, args.guidance), indent=1))
+    found = evaluate(args.weights, args.prompts, args.steps, args.seed, args.out, args.guidance, args.bfloat16)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
