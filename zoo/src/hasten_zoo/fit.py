@@ -52,9 +52,10 @@ class Rates:
 
 def logit_normal_times(n: int, shift: float, generator: torch.Generator) -> Tensor:
     """`[n]` times in (0, 1), logit-normal (a fifth uniform), moved towards noise by `shift` as the sampler does."""
-    u = torch.sigmoid(torch.randn(n, generator=generator))
-    uniform = torch.rand(n, generator=generator)
-    u = torch.where(torch.rand(n, generator=generator) < 0.2, uniform, u)
+    device = generator.device
+    u = torch.sigmoid(torch.randn(n, generator=generator, device=device))
+    uniform = torch.rand(n, generator=generator, device=device)
+    u = torch.where(torch.rand(n, generator=generator, device=device) < 0.2, uniform, u)
     return shift * u / (1 + (shift - 1) * u)
 
 

@@ -323,7 +323,7 @@ def run_with(
         compile_blocks(parts["transformer"])
     if args.fall and not (0 < args.fall <= 1 and args.minutes < math.inf):
         raise SystemExit(f"--fall must be a share above 0 up to 1, of --minutes, got {args.fall:g}; give both")
-    known = (args.committed / "transformer").is_dir()
+    known = (args.committed / POSITION).is_file()  # weights of another script's have none
     fallback = (lambda: load_half(parts, args.committed)) if known else None
     run(training, folder, samples, args.minutes, fallback, fall=args.fall)
 

@@ -1,11 +1,17 @@
-"""What `sprites-wan` is made of: the classes of Wan 2.1 in small, and a "VAE" that keeps every second frame.
+"""What `sprites-wan` is made of: the classes of Wan 2.1 in small, and an autoencoder of ours.
 
-Everything is an unmodified class of diffusers or transformers except `KeyframeVAE` and the tokenizer, so that an
+Everything is an unmodified class of diffusers or transformers except the autoencoder and the tokenizer, so that an
 unmodified `WanPipeline` runs it: `WanTransformer3DModel`, `UMT5EncoderModel`, `FlowMatchEulerDiscreteScheduler`.
+
+There are two editions, and a weights folder says by its autoencoder which it is:
+
+- pixels: 17 frames of 48x48, `KeyframeVAE`, latents `[B, 3, 9, 48, 48]`, 9 x 8 x 8 tokens of 6x6 pixels;
+- latents: 33 frames of 64x64, `SpriteVAE`, latents `[B, 8, 17, 16, 16]`, 17 x 8 x 8 tokens of 2x2 cells (Wan's patch).
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +26,15 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from hasten_zoo.emoji_flux.model import build_tokenizer
 from hasten_zoo.sprites_wan.data import all_clips
+from hasten_zoo.sprites_wan.vae import CHANNELS, SpriteVAE
 from hasten_zoo.words import WordTokenizer
 
-__all__ = ["LEARNED", "TEXT_TOKENS", "KeyframeVAE", "build_pipeline", "load_pipeline"]
+__all__ = ["LEARNED", "SHIFT", "TEXT_TOKENS", "KeyframeVAE", "build_latent_pipeline", "build_pipeline", "load_pipeline"]
 
 TEXT_TOKENS = 10
 LEARNED = ("transformer", "text_encoder")
-PATCH = 6  # pixels a token covers in height and width
+PATCH = 6  # pixels a token covers in height and width, in the edition in pixels
+SHIFT = 5.0  # of the times, as Wan's at 720p: what a clip shows is decided at high noise, many frames showing the same
 MEAN, STD = (0.52, 0.68, 0.61), (0.42, 0.30, 0.47)  # of the clips in [-1, 1], by channel
 
 
@@ -63,15 +71,19 @@ class KeyframeVAE(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
-def build_pipeline(width: int = 192, layers: int = 5) -> WanPipeline:
-    """A fresh, untrained pipeline; `width` is a multiple of 32."""
+def _text_parts() -> tuple[WordTokenizer, UMT5EncoderModel]:
+    """The tokenizer over the words of all captions, and a fresh encoder."""
     tokenizer = build_tokenizer([clip.caption for clip in all_clips()])
     tokenizer.model_max_length = TEXT_TOKENS
-    text_encoder = UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=1, num_heads=4, dropout_rate=0.0
-        )
+    config = UMT5Config(
+        vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=1, num_heads=4, dropout_rate=0.0
     )
+    return tokenizer, UMT5EncoderModel(config)
+
+
+def build_pipeline(width: int = 192, layers: int = 5) -> WanPipeline:
+    """A fresh, untrained pipeline in pixels; `width` is a multiple of 32."""
+    tokenizer, text_encoder = _text_parts()
     transformer = WanTransformer3DModel(
         patch_size=(1, PATCH, PATCH),
         num_attention_heads=width // 32,
@@ -88,12 +100,35 @@ def build_pipeline(width: int = 192, layers: int = 5) -> WanPipeline:
     return WanPipeline(tokenizer, text_encoder, KeyframeVAE(), scheduler, transformer)
 
 
+def build_latent_pipeline(vae: SpriteVAE | None = None, width: int = 256, layers: int = 6) -> WanPipeline:
+    """A fresh, untrained pipeline around an autoencoder (a fresh one if None); `width` is a multiple of 32."""
+    tokenizer, text_encoder = _text_parts()
+    head = min(64, width)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=width // head,
+        attention_head_dim=head,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        text_dim=128,
+        freq_dim=256,
+        ffn_dim=4 * width,
+        num_layers=layers,
+        rope_max_seq_len=64,
+    )
+    nn.init.zeros_(transformer.proj_out.weight)  # a fresh model predicts nothing
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    return WanPipeline(tokenizer, text_encoder, vae or SpriteVAE(), scheduler, transformer)
+
+
 def load_pipeline(folder: Path) -> WanPipeline:
     """Load a pipeline folder that the training script exported, in float32; only local files are read."""
+    kind = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
+    vae = {"KeyframeVAE": KeyframeVAE, "SpriteVAE": SpriteVAE}[kind]
     return WanPipeline(
         tokenizer=WordTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder").float(),
-        vae=KeyframeVAE.from_pretrained(folder / "vae"),
+        vae=vae.from_pretrained(folder / "vae").float().eval(),
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         transformer=WanTransformer3DModel.from_pretrained(folder / "transformer").float(),
     )

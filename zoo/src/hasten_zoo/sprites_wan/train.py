@@ -1,11 +1,16 @@
-"""Train `sprites-wan` (CPU is enough; the same command goes on from the last checkpoint).
+"""Train `sprites-wan` (resumable; CPU or GPU) or export its weights.
 
-    python -m hasten_zoo.sprites_wan.train --out runs/sprites_wan
-    python -m hasten_zoo.sprites_wan.train --out runs/sprites_wan --export zoo/src/hasten_zoo/sprites_wan/weights
+    python -m hasten_zoo.sprites_wan.train_vae                                       # the autoencoder comes first
+    python -m hasten_zoo.sprites_wan.train --compile --minutes 180                   # three hours on one core
+    python -m hasten_zoo.sprites_wan.train --compile --minutes 60 --mix fine --fall 1
+    python -m hasten_zoo.sprites_wan.train --device cuda --compile --minutes 8 --batch 128
+    python -m hasten_zoo.sprites_wan.train --export zoo/src/hasten_zoo/sprites_wan/weights
 
 Rectified flow: `x_t = (1 - t) x_0 + t eps`, target `eps - x_0`, mean squared error; times logit-normal with the
-sampler's shift of 3; one caption in ten is empty. A level "SxF" is S x S pixels and F latent frames over the same
-motion: coarse ones first, so that sampling in stages finds its coarse stages known.
+sampler's shift; one caption in ten is empty. Clips are drawn as they are needed, each batch at a side and a number of
+latent frames of its own, over the same motion: sampling in stages then finds its coarse stages known. All batches have
+about the same number of tokens. The mix `coarse` spends most of its time on small and short clips, of which it sees
+many; `fine` on full ones.
 """
 
 from __future__ import annotations
@@ -13,60 +18,111 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from diffusers import WanPipeline
+from hasten.errors import ModelError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hasten_zoo.fit import Fit, Level, Rates, averaged, logit_normal_times, run, save_half
-from hasten_zoo.sprites_wan.data import all_clips, draw, jittered
-from hasten_zoo.sprites_wan.model import LEARNED, TEXT_TOKENS, build_pipeline
+from hasten_zoo.fit import logit_normal_times
+from hasten_zoo.sprites_wan import WEIGHTS
+from hasten_zoo.sprites_wan.data import LARGE, all_clips, draw_batch, jittered
+from hasten_zoo.sprites_wan.model import LEARNED, SHIFT, build_latent_pipeline
+from hasten_zoo.sprites_wan.vae import DOWN, load_vae
+from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, add_options, run_with, save_half
+from hasten_zoo.words import token_ids
 
-__all__ = ["levels", "main", "make_fit"]
+__all__ = ["MIXES", "Mix", "Objective", "clips_of", "export", "learning_parts", "main"]
 
-SHIFT, DROPOUT = 3.0, 0.1
-SHARES = {"24x5": (1.0, 32, 1.0), "24x9": (0.2, 16, 1.9), "36x7": (0.2, 16, 3.6), "48x9": (0.5, 8, 10.0)}
+CAPTION_LEFT_OUT = 0.1
+FULL = 17  # latent frames
+PATCH = 2 * DOWN  # pixels a token covers, along each axis
+MANY_TOKENS = 200
+
+Mix = tuple[dict[int, float], dict[int, float]]  # shares of the batches: by side in pixels, by latent frames
+MIXES: dict[str, Mix] = {
+    "coarse": (
+        {32: 0.35, 40: 0.05, 48: 0.15, 56: 0.05, 64: 0.4},
+        {5: 0.2, 7: 0.15, 9: 0.3, 11: 0.05, 13: 0.1, 15: 0.05, 17: 0.15},
+    ),
+    "fine": (
+        {32: 0.1, 40: 0.05, 48: 0.1, 56: 0.1, 64: 0.65},
+        {7: 0.1, 9: 0.1, 11: 0.05, 13: 0.1, 15: 0.05, 17: 0.6},
+    ),
+}
 
 
-def levels(samples: int, largest_batch: int = 32) -> list[Level]:
-    """`samples` clips at the coarsest level, and fewer, by fixed shares, at the others."""
-    return [
-        Level(name, max(1, int(samples * share)), min(batch, largest_batch), cost)
-        for name, (share, batch, cost) in SHARES.items()
-    ]
+def clips_of(batch: int, side: int, frames: int) -> int:
+    """How many clips have about as many tokens as `batch` full ones."""
+    full = FULL * (LARGE.side // PATCH) ** 2
+    return max(1, batch * full // (frames * (side // PATCH) ** 2))
 
 
-class ClipLoss:
-    """The loss of a fresh batch of clips."""
+class Objective:
+    """Draws a batch of clips, captions, times and noise and gives the error of the predicted velocity.
 
-    def __init__(self, pipe: WanPipeline, net: nn.ModuleDict) -> None:
-        self.net, self.tokenizer = net, pipe.tokenizer
+    Args:
+        pipe: whose transformer and text encoder learn; its autoencoder does not.
+        batch: clips of the full size per step; of other sizes, as many as have the same number of tokens.
+        mix: of sizes.
+        device: where all is computed.
+    """
+
+    def __init__(self, pipe: WanPipeline, batch: int, mix: Mix, device: str = "cpu") -> None:
+        self.net = nn.ModuleDict(learning_parts(pipe)).to(device)
+        self.transformer, self.text_encoder = pipe.transformer, pipe.text_encoder
+        self.vae = pipe.vae.to(device).eval().requires_grad_(False)
+        self.batch, self.mix, self.device = batch, mix, device
         self.clips = [clip for clip in all_clips() if not clip.held_out]
-        self.mean = torch.tensor(pipe.vae.config.latents_mean)[:, None, None, None]
-        self.std = torch.tensor(pipe.vae.config.latents_std)[:, None, None, None]
+        ids = token_ids(pipe.tokenizer, [*(clip.caption for clip in self.clips), ""]).long()
+        self.ids, self.mask = ids.to(device), (ids != pipe.tokenizer.pad_token_id).long().to(device)
+        shape = (1, -1, 1, 1, 1)
+        self.mean = torch.tensor(pipe.vae.config.latents_mean, device=device).view(shape)
+        self.std = torch.tensor(pipe.vae.config.latents_std, device=device).view(shape)
 
-    def __call__(self, level: str, batch: int, generator: torch.Generator) -> Tensor:
-        side, frames = (int(part) for part in level.split("x"))
-        rng = Random(int(torch.randint(2**62, (), generator=generator)))
-        clips = [jittered(rng.choice(self.clips), rng) for _ in range(batch)]
-        images = torch.stack([functional.interpolate(draw(c, frames), (side, side), mode="area") for c in clips])
-        clean = ((images * 2 - 1).transpose(1, 2) - self.mean) / self.std
-        noise = torch.randn(clean.shape, generator=generator)
-        t = logit_normal_times(batch, SHIFT, generator)
-        amount = t[:, None, None, None, None]
-        captions = ["" if rng.random() < DROPOUT else clip.caption for clip in clips]
-        velocity = self.predict((1 - amount) * clean + amount * noise, t, captions)
-        return functional.mse_loss(velocity, noise - clean)
+    def choose_attention(self, tokens: int) -> None:
+        """For few keys plain products are faster on a CPU than the fused kernel, whose backward pass is slow."""
+        if self.device != "cpu":
+            return
+        for block in self.transformer.blocks:
+            block.attn1.set_attention_backend("_native_math" if tokens < MANY_TOKENS else "native")
+            block.attn2.set_attention_backend("_native_math")
 
-    def predict(self, noisy: Tensor, t: Tensor, captions: list[str]) -> Tensor:
-        """The velocity for latents `[B, 3, F, H, W]` at times `t` in (0, 1)."""
-        tokens = self.tokenizer(
-            captions, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
-        )
-        mask = tokens.attention_mask
-        text = self.net["text_encoder"](tokens.input_ids, mask).last_hidden_state
-        velocity: Tensor = self.net["transformer"](
+    def __call__(self, generator: torch.Generator) -> Loss:
+        rng = Random(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+        side, frames = (rng.choices(list(shares), list(shares.values()))[0] for shares in self.mix)
+        count = clips_of(self.batch, side, frames)
+        self.choose_attention(frames * (side // PATCH) ** 2)
+        rows = [rng.randrange(len(self.clips)) for _ in range(count)]
+        clean = self.latents(rows, side, frames, rng)
+        noise = torch.randn(clean.shape, generator=generator, device=self.device)
+        t = logit_normal_times(count, SHIFT, generator)
+        left_out = [len(self.clips) if rng.random() < CAPTION_LEFT_OUT else row for row in rows]
+        velocity = self.predict(torch.lerp(clean, noise, t[:, None, None, None, None]), t, torch.tensor(left_out))
+        kind = "full" if (side, frames) == (LARGE.side, FULL) else str(side)
+        return Loss(functional.mse_loss(velocity.float(), noise - clean), count, kind)
+
+    @torch.no_grad()
+    def latents(self, rows: list[int], side: int, frames: int, rng: Random) -> Tensor:
+        """Clean latents `[B, 8, F, side/4, side/4]` of some clips, each from a start of its own."""
+        clips = [jittered(self.clips[row], rng, LARGE) for row in rows]
+        video = draw_batch(clips, torch.linspace(0, 1, frames), LARGE, self.device).flatten(0, 1)
+        if side != LARGE.side:
+            video = functional.interpolate(video, (side, side), mode="area")
+        found = self.vae.encode_frames(video * 2 - 1).float().unflatten(0, (len(clips), frames)).transpose(1, 2)
+        return (found - self.mean) / self.std
+
+    def predict(self, noisy: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        """The velocity for latents `[B, 8, F, h, w]` at times `[B]` in (0, 1), as the pipeline asks for it.
+
+        `rows` `[B]` are captions: those of `clips`, and after them the empty one.
+        """
+        rows = rows.to(self.device)
+        mask = self.mask[rows]
+        text = self.text_encoder(self.ids[rows], mask).last_hidden_state
+        velocity: Tensor = self.transformer(
             hidden_states=noisy,
             timestep=1000 * t,
             encoder_hidden_states=text * mask[..., None],  # `WanPipeline` puts zeros in the place of padding
@@ -75,29 +131,38 @@ class ClipLoss:
         return velocity
 
 
-def make_fit(plan: list[Level], width: int = 192, depth: int = 5, seed: int = 0) -> Fit:
-    """A training run that has not begun."""
-    torch.manual_seed(seed)
-    pipe = build_pipeline(width, depth)
-    net = nn.ModuleDict({name: getattr(pipe, name) for name in LEARNED})
-    return Fit(net, plan, ClipLoss(pipe, net), Rates(lr=1.5e-3), seed)
+def learning_parts(pipe: WanPipeline) -> dict[str, Any]:
+    """The parts that learn, by name."""
+    return {name: getattr(pipe, name) for name in LEARNED}
+
+
+def export(state: dict[str, Any], pipe: WanPipeline, out: Path) -> None:
+    """Write the averaged weights as a pipeline folder in half precision, from which training can also go on."""
+    others = {"vae": pipe.vae.half(), "scheduler": pipe.scheduler, "tokenizer": pipe.tokenizer}
+    save_half(learning_parts(pipe), state, out, others)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/sprites_wan"))
-    parser.add_argument("--samples", type=int, default=40_000, help="clips to see at the coarsest level")
-    parser.add_argument("--batch", type=int, default=32, help="largest batch")
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--checkpoint-minutes", type=float, default=4.0)
-    parser.add_argument("--export", type=Path, help="only write the averaged weights of the last checkpoint here")
+    runs = Path("runs/sprites-wan")
+    parser.add_argument("--vae", type=Path, default=runs / "vae" / "weights")
+    parser.add_argument("--mix", choices=list(MIXES), default="coarse", help="of sizes")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    add_options(parser, runs / "flow", 1_000_000, 6, WEIGHTS)
     args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    pipe = build_latent_pipeline(load_vae(args.vae), args.width, args.layers)
     if args.export:
-        save_half(build_pipeline(args.width, args.layers), LEARNED, averaged(args.out), args.export)
+        if not (args.out / CHECKPOINT).is_file():
+            raise ModelError(f"no checkpoint in {args.out}; run the training script with --out {args.out} first")
+        export(torch.load(args.out / CHECKPOINT, weights_only=True, map_location="cpu"), pipe, args.export)
         return
-    fit = make_fit(levels(args.samples, args.batch), args.width, args.layers)
-    run(fit, args.out, args.checkpoint_minutes)
+    objective = Objective(pipe, args.batch, MIXES[args.mix], args.device)
+    settings = Settings(lr=args.lr, bfloat16=not args.float32)
+    training = Training(objective.net, objective, settings, args.device)
+    run_with(args, training, learning_parts(pipe), args.out, args.samples)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,267 @@
+"""`sprites-wan` in latents: its autoencoder, its objective, its training and what it exports."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from hasten.errors import ModelError
+from torch import Tensor
+
+from hasten_zoo.sprites_wan import data, load_sprites_wan, train, train_vae
+from hasten_zoo.sprites_wan.data import LARGE, SMALL, Clip, all_clips, draw, draw_batch, jittered
+from hasten_zoo.sprites_wan.grade import judge, locate
+from hasten_zoo.sprites_wan.model import TEXT_TOKENS, build_latent_pipeline, build_pipeline
+from hasten_zoo.sprites_wan.vae import SpriteVAE, load_vae
+from hasten_zoo.training import CHECKPOINT, Settings, Training
+
+TINY: train.Mix = ({32: 0.5, 64: 0.5}, {5: 0.5, 9: 0.5})
+
+
+def tiny_vae() -> SpriteVAE:
+    torch.manual_seed(0)
+    return SpriteVAE(encoder_width=8, decoder_width=8, head_width=8)
+
+
+def objective(batch: int = 1, mix: train.Mix = TINY) -> train.Objective:
+    pipe = build_latent_pipeline(tiny_vae(), 32, 1)
+    return train.Objective(pipe, batch, mix)
+
+
+# --- data
+
+
+def test_a_batch_of_clips_is_the_clips() -> None:
+    clips = [jittered(clip, Random(i), LARGE) for i, clip in enumerate(all_clips()[::100])]
+    expected, times = torch.stack([draw(clip, 5, LARGE) for clip in clips]), torch.linspace(0, 1, 5)
+    assert torch.allclose(draw_batch(clips, times, LARGE), expected, atol=1e-5)
+    assert torch.allclose(draw_batch(clips, times.expand(len(clips), -1), LARGE), expected, atol=1e-5)
+
+
+def test_the_large_canvas_tells_every_motion_from_every_other() -> None:
+    """What the grader calls right for one motion it calls wrong for all others, whatever the start."""
+    for asked in range(len(data.MOTIONS)):
+        for shown in range(len(data.MOTIONS)):
+            centres, sizes = data.path(Clip(0, shown, 0), 5, LARGE)
+            wanted, wanted_sizes = data.path(Clip(0, asked, 0), 5, LARGE)
+            moved = centres - wanted
+            near = bool(((moved - moved[0]).abs() <= LARGE.side / 12).all())
+            alike = near and torch.allclose(sizes, wanted_sizes)
+            assert alike == (asked == shown), (data.MOTIONS[asked], data.MOTIONS[shown])
+
+
+def test_a_verdict_names_what_is_wrong() -> None:
+    clip = Clip(2, data.MOTIONS.index("moving left fast"), 1)
+    other = Clip(6, clip.motion, clip.background)
+    still = Clip(clip.item, 0, clip.background)
+    good, wrong, held = (judge(clip, draw(shown, LARGE.frames, LARGE)) for shown in (clip, other, still))
+    assert (good.object, good.motion) == (True, True)
+    assert (wrong.object, wrong.motion) == (False, True)
+    assert not held.motion
+    blurred = draw(clip, LARGE.frames, LARGE)
+    blurred = torch.nn.functional.avg_pool2d(blurred, 7, 1, 3, count_include_pad=False)
+    assert judge(clip, blurred).psnr < good.psnr - 5
+
+
+@pytest.mark.parametrize("canvas", [SMALL, LARGE], ids=["48", "64"])
+def test_the_nearest_sprite_is_the_one_with_the_least_error(canvas: data.Canvas) -> None:
+    """Against drawing every sprite at every place."""
+    clip = Clip(9, data.MOTIONS.index("zooming in"), 2, (2.3, -1.7))
+    noise = torch.randn(3, canvas.side, canvas.side, generator=torch.Generator().manual_seed(0))
+    for u, around, reach in ((0, (20.25, 30.5), 5.0), (4, (canvas.side - 9.0, 8.0), 12.5)):  # the second over the edge
+        frame = draw(clip, 5, canvas)[u] + 0.1 * noise
+        size = float(data.path(clip, 5, canvas)[1][u])
+        steps = torch.arange(-reach, reach + 1, 2)
+        places = torch.cartesian_prod(steps, steps) + torch.tensor(around)
+        errors = []
+        for item in range(len(data.OBJECTS)):
+            layer = data.place(torch.full((len(places),), item), places, torch.full((len(places),), size), canvas)
+            shown = layer[:, :3] + (1 - layer[:, 3:]) * data.background(2, canvas)
+            errors.append((shown - frame).square().mean((1, 2, 3)))
+        least = torch.stack(errors)
+        best = divmod(int(least.argmin()), len(places))
+        item, centre, error = locate(frame, 2, size, around, reach)
+        assert item == best[0]
+        assert torch.equal(centre, places[best[1]])
+        assert error == pytest.approx(float(least.min()), rel=1e-3)
+
+
+# --- autoencoder
+
+
+def test_a_fresh_autoencoder_has_the_shapes_of_the_pipeline() -> None:
+    vae = tiny_vae()
+    video = torch.rand(2, 3, 5, 32, 24) * 2 - 1
+    (latents,) = vae.encode(video, return_dict=False)
+    assert latents.shape == (2, 8, 3, 8, 6)
+    assert vae.decode(latents, return_dict=False)[0].shape == video.shape
+
+
+def test_the_latent_between_two_frames_is_at_first_their_mean() -> None:
+    vae = tiny_vae()
+    before, after = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4)
+    assert torch.equal(vae.middle(before, after), (before + after) / 2)
+
+
+def test_every_latent_frame_is_encoded_by_itself() -> None:
+    """A shorter clip, or a frame alone, has the latents that it has within a longer one."""
+    vae = tiny_vae().eval()
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    (whole,) = vae.encode(video, return_dict=False)
+    for i in range(3):
+        (alone,) = vae.encode(video[:, :, 2 * i : 2 * i + 1], return_dict=False)
+        assert torch.allclose(alone, whole[:, :, i : i + 1], atol=1e-5)
+
+
+def test_the_autoencoder_learns_and_its_export_says_how_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_vae, "SpriteVAE", tiny_vae)
+    before = train_vae.round_trip(tiny_vae(), clips=2)
+    train_vae.main(["--out", str(tmp_path), "--samples", "720", "--batch", "4", "--lr", "1e-2"])
+    measured = json.loads((tmp_path / "weights" / "round_trip.json").read_text())
+    assert measured["psnr_encoded"] > before["psnr_encoded"] + 3
+    vae = load_vae(tmp_path / "weights")
+    video = torch.stack([draw(clip, 5, LARGE) for clip in all_clips()[::37]]).transpose(1, 2) * 2 - 1
+    with torch.no_grad():
+        latents = vae.eval().encode(video, return_dict=False)[0].transpose(0, 1).flatten(1)
+    scaled = (latents - torch.tensor(vae.config.latents_mean)[:, None]) / torch.tensor(vae.config.latents_std)[:, None]
+    assert scaled.mean(1).abs().max() < 0.2
+    assert (scaled.std(1) - 1).abs().max() < 0.2
+
+
+def test_a_decoder_learns_on_without_touching_the_latents(tmp_path: Path) -> None:
+    tiny_vae().save_pretrained(tmp_path / "weights")
+    train_vae.main(["--out", str(tmp_path), "--samples", "720", "--batch", "4", "--lr", "1e-2", "--decoder"])
+    first, second = load_vae(tmp_path / "weights").eval(), load_vae(tmp_path / "decoder" / "weights").eval()
+    video = draw(all_clips()[5], 5, LARGE).transpose(0, 1)[None] * 2 - 1
+    with torch.no_grad():
+        latents = first.encode(video, return_dict=False)[0]
+        assert torch.allclose(second.encode(video, return_dict=False)[0], latents, atol=5e-3)  # half precision
+    before, after = train_vae.round_trip(first, clips=2), train_vae.round_trip(second, clips=2)
+    assert after["psnr_encoded"] > before["psnr_encoded"] + 3
+    assert second.config.latents_mean == first.config.latents_mean
+
+
+def test_a_missing_autoencoder_is_named_with_the_command(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no autoencoder in .*; train one with python -m .*train_vae"):
+        load_vae(tmp_path)
+
+
+# --- objective
+
+
+def test_every_batch_has_about_as_many_tokens() -> None:
+    assert train.clips_of(6, 64, 17) == 6
+    for sides, frames in train.MIXES.values():
+        assert sum(sides.values()) == pytest.approx(1)
+        assert sum(frames.values()) == pytest.approx(1)
+        for side in sides:
+            for count in frames:
+                tokens = train.clips_of(6, side, count) * count * (side // 8) ** 2
+                assert 0.85 * 6 * 1088 < tokens <= 6 * 1088
+
+
+def test_the_loss_asks_for_what_the_pipeline_does() -> None:
+    """One step from pure noise: the pipeline's answer is the noise minus the velocity that training predicts."""
+    torch.manual_seed(0)
+    pipe = build_latent_pipeline(tiny_vae(), 32, 1)
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight)
+    pipe.set_progress_bar_config(disable=True)
+    loss = train.Objective(pipe, 1, TINY)
+    noise, row = torch.randn(1, 8, 5, 16, 16), 5
+    with torch.no_grad():
+        answer = pipe(
+            [loss.clips[row].caption], height=64, width=64, num_frames=9, num_inference_steps=1, guidance_scale=1.0,
+            max_sequence_length=TEXT_TOKENS, latents=noise, output_type="latent",
+        ).frames  # fmt: skip
+        velocity = loss.predict(noise, torch.ones(1), torch.tensor([row]))
+    assert torch.allclose(answer, noise - velocity, atol=1e-4)
+
+
+def test_clean_latents_are_those_of_the_clip_at_each_size() -> None:
+    loss = objective()
+    for side, frames in ((64, 5), (32, 9)):
+        latents = loss.latents([7], side, frames, Random(3))
+        clip = jittered(loss.clips[7], Random(3), LARGE)
+        small = torch.nn.functional.interpolate(draw(clip, frames, LARGE), (side, side), mode="area")
+        expected = loss.vae.encode_frames(small * 2 - 1)
+        assert latents.shape == (1, 8, frames, side // 4, side // 4)
+        assert torch.allclose(latents[0].transpose(0, 1), expected, atol=1e-4)
+
+
+def test_sizes_and_empty_captions_come_as_often_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, seen, shapes = objective(2), list[int](), Counter[tuple[int, int]]()
+
+    def spy(noisy: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        seen.extend(rows.tolist())
+        shapes[noisy.shape[3] * 4, noisy.shape[2]] += 1
+        return noisy
+
+    monkeypatch.setattr(loss, "predict", spy)
+    monkeypatch.setattr(
+        loss, "latents", lambda rows, side, frames, rng: torch.zeros(len(rows), 8, frames, side // 4, 1)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        loss(generator)
+    assert seen.count(len(loss.clips)) / len(seen) == pytest.approx(0.1, abs=0.02)
+    assert set(shapes) == {(side, frames) for side in TINY[0] for frames in TINY[1]}
+    assert min(shapes.values()) > 30
+    assert not any(clip.held_out for clip in loss.clips)
+
+
+# --- training
+
+
+def test_training_learns_and_repeats() -> None:
+    def losses(steps: int) -> list[float]:
+        torch.manual_seed(0)
+        made = objective(1, ({32: 1.0}, {5: 1.0}))
+        training = Training(made.net, made, Settings(lr=5e-3, warmup_steps=5))
+        return [float(training.step().value.detach()) for _ in range(steps)]
+
+    first = losses(40)
+    assert losses(4) == first[:4]
+    assert sum(first[-8:]) < 0.8 * sum(first[:8])
+
+
+def test_training_goes_on_from_its_export(tmp_path: Path) -> None:
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    exported = tmp_path / "weights"
+    common = ["--vae", str(tmp_path / "vae"), "--batch", "1", "--width", "32", "--layers", "1"]
+    train.main([*common, "--committed", str(tmp_path / "none"), "--out", str(tmp_path / "a"), "--samples", "2"])
+    train.main([*common, "--out", str(tmp_path / "a"), "--export", str(exported)])
+    state = torch.load(tmp_path / "a" / CHECKPOINT, weights_only=True)
+    train.main([*common, "--committed", str(exported), "--out", str(tmp_path / "b"), "--samples", "1"])
+    again = torch.load(tmp_path / "b" / CHECKPOINT, weights_only=True)
+    assert again["position"][:2] == state["position"][:2]  # it had seen enough
+    for name, value in state["average"].items():
+        assert torch.equal(again["net"][name], value.half().float()), name
+
+
+def test_weights_of_the_edition_in_pixels_are_not_gone_on_from(tmp_path: Path) -> None:
+    """They have no position, and other shapes."""
+    old = build_pipeline(32, 1)
+    old.transformer.save_pretrained(tmp_path / "weights" / "transformer")
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    options = ["--vae", str(tmp_path / "vae"), "--batch", "1", "--width", "32", "--layers", "1", "--samples", "1"]
+    train.main([*options, "--committed", str(tmp_path / "weights"), "--out", str(tmp_path / "out")])
+    assert torch.load(tmp_path / "out" / CHECKPOINT, weights_only=True)["position"][0] == 1
+
+
+def test_a_weights_folder_says_which_edition_it_is(tmp_path: Path) -> None:
+    """Exchanging the folder is all it takes: canvas, guidance and what was fitted follow."""
+    pipe = build_latent_pipeline(tiny_vae(), 32, 1)
+    made = train.Objective(pipe, 1, TINY)
+    training = Training(made.net, made, Settings())
+    train.export(copy.deepcopy(training.state()), pipe, tmp_path)
+    large, shipped = load_sprites_wan(tmp_path), load_sprites_wan()
+    assert (large.call["height"], large.call["num_frames"], large.sizes) == (64, 33, ((64, 64),))
+    assert large.call["guidance_scale"] == 3.0
+    assert large.fitted == {}
+    assert large.prompts == shipped.prompts
+    assert next(large.pipe.vae.parameters()).dtype == torch.float32
