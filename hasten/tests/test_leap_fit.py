@@ -289,18 +289,13 @@ def test_the_surrogate_ranks_lists_as_the_model_does():
 def test_more_starts_end_nearer_than_one():
     errors = [
         fit_leap(Toy(), [toy_call(0), toy_call(1)], [4], trials=trials, rounds=rounds).report["4"]
-        for trials, rounds in ((1, 0), (8, 0), (1, 2), (8, 2))
+        for trials, rounds in ((1, 0), (6, 0), (1, 2), (6, 2))
     ]
     figures = [told["relative_squared_error"] for told in errors]
     assert figures[1] < figures[0]  # closed forms alone: the nearest of several
     assert figures[3] < 0.1 * figures[2]
     assert figures[3] < figures[1]
-    assert [told["trials"] for told in errors] == [
-        1,
-        7,
-        1,
-        7,
-    ]  # there is no solver with fewer evaluations to begin with
+    assert [told["trials"] for told in errors] == [1, 5, 1, 5]  # nothing with fewer evaluations to begin with
 
 
 # --- the joint refinement
@@ -325,18 +320,18 @@ def test_refinement_lowers_the_error_and_moves_the_times_between_the_steps():
         assert held_out.exact(better.timesteps, better.rows).error < held_out.exact(closed.timesteps, closed.rows).error
 
 
-def test_a_round_is_judged_by_calls_that_it_does_not_learn_from():
-    """One call is where it should be: every move makes it worse, so no step is taken in the round that it judges."""
+def test_a_round_leaves_a_part_of_the_calls_out_and_another_one_each_time():
+    """One call wants something else than the others: they come off better in the round that does not learn from it."""
     own = fitter(Toy(), [toy_call(i) for i in range(4)], ridge=1e-9)
     with own.evaluator.probing():
         closed = own.fit(at(own, (0, 6, 12, 17)))
-        own.references.states[0][-1] = combine(closed.columns[0], closed.rows[-1])
+        own.references.states[0][-1] = 1.03 * own.references.states[0][-1]
         start = own.exact(closed.timesteps, closed.rows)
-        assert refine(own, start, 1) is start
-        better = refine(own, start, 2)  # another call judges the second round
-    assert start.errors[0] < 1e-9 < better.errors[0]
-    assert better.error < start.error
-    assert better.errors[1] < start.errors[1]
+        rounds = [refine(own, start, 1, first=first) for first in (0, 1, 4)]
+    without, learned, again = (sum(leap.errors[1:]) for leap in rounds)
+    assert without < 0.5 * sum(start.errors[1:])
+    assert without < 0.5 * learned
+    assert again == without
 
 
 def test_closed_forms_are_asked_on_the_other_half_of_the_calls():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -37,10 +37,6 @@ class Leap:
     def error(self) -> float:
         """Squared error of the final states of all calls, relative to their size."""
         return sum(self.errors)
-
-    def error_of(self, calls: Iterable[int]) -> float:
-        """The part of the error that some calls have, by their places among those that it was fitted to."""
-        return sum(self.errors[i] for i in calls)
 
 
 class Fitter:

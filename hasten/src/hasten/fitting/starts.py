@@ -19,10 +19,10 @@ __all__ = ["MOST_STARTS", "Start", "best_start", "extended", "plain_solvers"]
 
 Times = tuple[float, ...]
 
-POWERS = (1.15, 1.3, 1.0, 1.45)  # of spreads of times: above 1 they are denser where the noise is strong
-WEIGHTS = (0.02, 0.3)  # of the states on the way, in the surrogate
+POWERS = (1.15, 1.3, 1.0)  # of spreads of times: above 1 they are denser where the noise is strong
+WEIGHT = 0.3  # of the states on the way, in the surrogate
 PART = 4  # the share of the calls on which a start is tried, as a divisor
-MOST_STARTS = len(POWERS) + len(WEIGHTS) + 2  # with the best plain solver, and the one with an evaluation less
+MOST_STARTS = len(POWERS) + 3  # with the best plain solver, the one with fewer evaluations, and the surrogate's list
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ def _starts(
         yield f"plain {label}", lambda: fitter.score(exact.timesteps, exact.rows, exact, count)
     for power in POWERS[1:]:
         yield from closed(f"spread, power {power:g}", spread(count, total, power))
-    for weight in WEIGHTS:
-        yield from closed(f"spanned, weight {weight:g}", surrogate.best(count, weight))
+    yield from closed("spanned", surrogate.best(count, WEIGHT))
 
 
 def _lengthened(fitter: Fitter, leap: Leap, count: int) -> Leap:
