@@ -161,7 +161,10 @@ def tune(
     width: options.Width = None,
     guidance: options.Guidance = None,
     trials: Annotated[
-        int, options.number(Range(1, options.MOST_COUNT), "Lists of steps to look at for each number.")
+        int,
+        options.number(
+            Range(1, options.MOST_COUNT), "Lists of steps to look at for each number; of LEAP, six starts at most."
+        ),
     ] = 40,
     rounds: Annotated[int, options.number(Range(0, options.MOST_COUNT), "Rounds of LEAP's refinement.")] = 3,
     guidances: Annotated[
