@@ -29,6 +29,7 @@ from solvable import STEPS, Net, Toy, curved, noise, relative, toy_call
 from hasten.bench.learned_solvers import SOLVERS, fit_learned_solver, optimal_steps
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, UnknownNameError
+from hasten.fitting import starts
 from hasten.fitting.evaluator import Evaluator
 from hasten.fitting.leap import fit_leap
 from hasten.fitting.leap_fitter import Fitter
@@ -272,6 +273,81 @@ def test_one_evaluation_more_is_never_worse_before_anything_else_is_done():
         assert own.exact(longer.timesteps, longer.rows).error == pytest.approx(longer.error, rel=1e-4)
     assert len(longer.timesteps) == 4
     assert longer.error <= leap.error
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_a_new_evaluation_leaves_the_others_as_they_were_wherever_it_stands(place):
+    own = fitter(Toy(), [toy_call(0), toy_call(1)], ridge=1e-9)
+    with own.evaluator.probing():
+        leap = own.fit(at(own, (0, 6, 13)))
+        assert starts._inserted(own, leap, place).error <= (1 + 1e-5) * leap.error
+
+
+def test_a_given_last_row_is_fitted_anew_where_that_is_nearer():
+    own = fitter(Toy(), [toy_call(0), toy_call(1)], ridge=1e-9)
+    with own.evaluator.probing():
+        leap = own.fit(at(own, (0, 6, 13)))
+        bent = [*leap.rows[:-1], [1.1 * number for number in leap.rows[-1]]]
+        assert own.exact(leap.timesteps, bent).error > 2 * leap.error
+        assert own.score(leap.timesteps, bent).error == pytest.approx(leap.error, rel=1e-4)
+
+
+def test_starts_are_moved_before_one_is_chosen():
+    own = fitter(Toy(), [toy_call(0), toy_call(1)], ridge=1e-6)
+    surrogate, settings = Surrogate(own.references, 1), {"trials": 6, "progress": lambda *_: None}
+    with own.evaluator.probing():
+        closed, moved = (
+            starts.best_start(own, surrogate, {}, None, 4, move=move, **settings) for move in (False, True)
+        )
+    assert closed.leap.error == closed.unmoved
+    assert moved.leap.error < 0.5 * closed.leap.error
+    assert moved.leap.error < 0.5 * moved.unmoved
+
+
+def test_lists_that_coincide_are_tried_once():
+    fit = fit_leap(Toy(steps=4), [toy_call(0, num_inference_steps=4)], [4], rounds=0)
+    assert fit.report["4"]["trials"] == 2  # all steps, and the best plain solver
+
+
+def test_a_fit_that_goes_on_from_another_begins_with_its_solvers():
+    calls = [toy_call(0), toy_call(1)]
+    known = None
+    for count in (3, 4, 5, 6, 7):
+        known = fit_leap(Toy(), calls, [count], known=known, rounds=1)
+    errors = [told["relative_squared_error"] for told in known.report.values()]
+    assert errors == sorted(errors, reverse=True)
+    assert fit_leap(Toy(), calls, [7], known=known, rounds=1, trials=40).report == known.report  # 40 are as many as 6
+
+
+def test_a_schedule_that_ends_at_time_0_is_refined_too():
+    pipe = Toy(noise, DDIMScheduler(clip_sample=False))  # leading spacing: its last time is 0
+    own = fitter(pipe, [toy_call(0), toy_call(1)], ridge=1e-6)
+    with own.evaluator.probing():
+        closed = own.fit(at(own, (0, 6, 12, 19)))
+        assert closed.timesteps[-1] == 0
+        assert refine(own, closed, 2).error < 0.9 * closed.error
+        assert extended(own, closed).timesteps == tuple(sorted(set(extended(own, closed).timesteps), reverse=True))
+
+
+def test_a_start_that_leaves_what_the_model_knows_only_loses():
+    """The model has no answer a little outside of what the references visit."""
+    own = fitter(Toy(), [toy_call(0), toy_call(1)])
+    most = max(float(path[:-1].abs().max()) for path in own.references.states)
+
+    def fenced(x, t):
+        return torch.where(x.abs() > 1.01 * most, torch.tensor(float("nan")), curved(x, t))
+
+    fit = fit_leap(Toy(fenced), [toy_call(0), toy_call(1)], [2, 3, 4])
+    assert all(0 <= told["relative_squared_error"] < 0.1 for told in fit.report.values())
+
+
+def test_progress_counts_rounds_as_well():
+    seen = []
+    fit_leap(Toy(), [toy_call(0), toy_call(1)], [4], rounds=2, progress=lambda *told: seen.append(told[:3]))
+    steps = [done for count, done, total in seen if count == 4]
+    assert steps == sorted(steps)
+    assert {7, 8} <= set(steps)
+    assert steps[-1] == 8 == next(total for count, _, total in seen if count == 4)
 
 
 def test_the_surrogate_ranks_lists_as_the_model_does():

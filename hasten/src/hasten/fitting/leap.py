@@ -13,9 +13,9 @@ and training sees what it will meet in use.
 
 Times and coefficients are refined together (`refine.py`), and where that ends depends on where it began. So it begins
 at several places (`starts.py`): spreads of times, times whose answers span the references' states best (`surrogate.py`,
-no evaluations), the best plain solver, which is a point of the same family, and so is the solver with one evaluation
-less. Each is refined a little on a few calls, and the best goes on; so the result is never worse on its prompts than
-the best plain solver, or than with fewer evaluations.
+no evaluations), the best plain solver, which is a point of the same family, and so is the solver with fewer
+evaluations. Each is refined a little on a few calls, and the best goes on; so the result is never worse on its prompts
+than the best plain solver, or than with fewer evaluations.
 
 All this goes by the answers with guidance alone: with the differences there are twice as many numbers, which fit a few
 prompts at any times. They come last, as far as they help prompts that they were not fitted to.
@@ -26,6 +26,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count as count_from
 from typing import Annotated, Any
 
 import numpy as np
@@ -80,7 +81,8 @@ def fit_leap(
         guidances: scales at which coefficients are fitted, at the same times; three serve all scales between them. By
             default the one of the calls.
         held_out: other calls, on which the error is reported beside that of the training.
-        trials: most starts of the refinement that are tried for each number; 1 takes a spread of times.
+        trials: most starts of the refinement that are tried for each number; 1 takes a spread of times, and from 3 on
+            the best plain solver and the solver with fewer evaluations are among them.
         rounds: of the joint refinement of times and coefficients; 0 leaves it out.
         ridge: how strongly coefficients are drawn to those of the plain sampler.
         known: an earlier result, perhaps of a fit that was cut short; what was fitted to the same prompts with the
@@ -109,6 +111,7 @@ def fit_leap(
     }
     for name, (hint, value) in arguments.items():
         accepted("fit_leap", name, hint, value)
+    trials = min(trials, MOST_STARTS)
     Replay(held_out)
     _check_counts(evaluations, Replay(calls).steps(pipe))
     fit = _Fit(pipe, calls, guidances, held_out, ridge, progress)
@@ -119,8 +122,9 @@ def fit_leap(
         result = known
     for count in sorted(evaluations):
         if str(count) in result.report:
-            fit.recall(unpacked(result.tensors)[str(count)])
             continue
+        if fewer := [int(name) for name in result.report if int(name) < count]:
+            fit.recall(unpacked(result.tensors)[str(max(fewer))])
         table, report = fit.solver(count, trials, rounds)
         tensors = result.tensors | packed({count: table})
         result = Calibration(LEAP, tensors, result.fingerprint, result.report | {str(count): report}, options)
@@ -188,7 +192,6 @@ class _Fit:
             self._held = _At(pipe, others, ridge, tick)
         self.total = middle.total
         self._before: Leap | None = None
-        self._recalled: Mapping[str, Any] | None = None
         self._surrogate = Surrogate(middle, COLUMNS[GUIDED])
         self.fingerprint = _fingerprint(pipe, middle, self._scales[self._middle])
         self.options = self._options(middle)
@@ -223,30 +226,27 @@ class _Fit:
     # --- one number of evaluations
 
     def recall(self, table: Mapping[str, Any]) -> None:
-        """Let a table of an earlier fit be a start of the next one."""
-        self._recalled = table
-
-    def _extendable(self) -> Leap | None:
-        """The solver with fewer evaluations."""
-        if self._recalled is not None:
-            times, rows = self._recalled["timesteps"], self._recalled[GUIDED][self._middle]
-            self._before = self._at[self._middle].fitters[GUIDED].exact(times, rows)
-            self._recalled = None
-        return self._before
+        """Let a table of an earlier fit be a start of the next one, if that is not the one that was just made."""
+        times, rows = tuple(table["timesteps"]), table[GUIDED][self._middle]
+        if self._before is None or self._before.timesteps != times:
+            middle = self._at[self._middle]
+            with middle.evaluator.probing():
+                self._before = middle.fitters[GUIDED].exact(times, rows)
 
     def solver(self, count: int, trials: int, rounds: int) -> tuple[Table, dict[str, Any]]:
         """The table for a number of evaluations, and what is to be told of it."""
-        trials = min(trials, MOST_STARTS)
         middle = self._at[self._middle]
         made_before = sum(at.evaluator.made for at in self._all)
 
         def tick(done: int, error: float) -> None:
             if self._progress is not None:
-                self._progress(count, min(done, trials + rounds), trials + rounds, error)
+                self._progress(count, done, trials + rounds, error)
+
+        refined = count_from(trials + 1)
 
         with middle.evaluator.probing():
             start = self._start(middle, count, trials, rounds > 0, tick)
-            best = refine(middle.fitters[GUIDED], start.leap, rounds, lambda error: tick(trials, error))
+            best = refine(middle.fitters[GUIDED], start.leap, rounds, lambda error: tick(next(refined), error))
             found = {GUIDED: best}
             if PASSES in middle.fitters:
                 found[PASSES] = _with_differences(middle.fitters[PASSES], middle.fitters[GUIDED], best, rounds)
@@ -259,7 +259,12 @@ class _Fit:
             _frozen(rows[GUIDED]),
             _frozen(rows[PASSES]) if PASSES in rows else None,
         )
-        tick(trials + rounds, best.error)
+        if len(self._at) > 1:  # the last rows were fitted together
+            with middle.evaluator.probing():
+                found = {
+                    form: middle.fitters[form].exact(best.timesteps, fits[self._middle]) for form, fits in rows.items()
+                }
+        tick(trials + rounds, found[GUIDED].error)
         report = self._report(start, found, {form: fits[self._middle] for form, fits in rows.items()})
         report["evaluations_of_fit"] = sum(at.evaluator.made for at in self._all) - made_before
         return table, report
@@ -271,7 +276,7 @@ class _Fit:
             at.fitters[GUIDED],
             self._surrogate,
             plain,
-            self._extendable(),
+            self._before,
             count,
             trials=trials,
             move=move,

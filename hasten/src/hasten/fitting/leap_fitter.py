@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +23,8 @@ class Leap:
     Attributes:
         timesteps: where the model is evaluated, as the model counts time.
         rows: see `hasten.solvers.multistep`.
-        errors: squared error of the final states of each call, relative to the size of those of all calls.
+        errors: squared error of the final states of each call, relative to the size of those of all calls; infinite
+            where the model gave no finite answer.
         columns: for each call `x_0, g_0, (d_0,) ...`.
         calls: numbers of the calls that it was fitted to.
     """
@@ -157,6 +159,8 @@ class Fitter:
         equations = NormalEquations(size)
         for i, call in enumerate(self.calls):
             equations.add(columns[i][:size], self.references.goal(call, level))
+        if not bool(equations.gram.isfinite().all()):  # the model has no answer there; the solver's error says so
+            return list(prior)
         return equations.solve(prior, self._ridge)
 
     def _leap(self, times: tuple[float, ...], rows: list[Row], columns: list[list[Tensor]]) -> Leap:
@@ -165,4 +169,7 @@ class Fitter:
             goal = self.references.states[call][-1]
             errors.append(float((combine(columns[i], rows[-1]) - goal).double().square().sum()))
             size += float(goal.double().square().sum())
-        return Leap(times, rows, tuple(error / size for error in errors), columns, self.calls)
+        relative = [error / size for error in errors]
+        return Leap(
+            times, rows, tuple(one if math.isfinite(one) else math.inf for one in relative), columns, self.calls
+        )

@@ -67,7 +67,8 @@ class Move:
         if self.along is not None:
             return SIZE * step
         before, own, later = (*timesteps, 0.0)[self.row - 1 : self.row + 2]
-        return min(4 * step, 0.25) * min(before - own, own - later)
+        gaps = [gap for gap in (before - own, own - later) if gap > 0]  # the last time may be 0
+        return min(4 * step, 0.25) * min(gaps)
 
 
 def refine(
@@ -144,7 +145,7 @@ def _tried(fitter: Fitter, leap: Leap, moves: list[Move], delta: Row, free: bool
     timesteps, rows = leap.timesteps, leap.rows
     for move, by in zip(moves, delta, strict=False):
         timesteps, rows = move.applied(timesteps, rows, by)
-    if not all(a > b for a, b in pairwise([*timesteps, 0.0])):
+    if not all(a > b for a, b in pairwise(timesteps)) or timesteps[-1] < 0:
         return None
     if free:
         rows = [*rows[:-1], [a + b for a, b in zip(rows[-1], delta[len(moves) :], strict=True)]]

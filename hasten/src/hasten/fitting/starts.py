@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from hasten.caching.schedule import spread
@@ -21,6 +22,7 @@ Times = tuple[float, ...]
 
 POWERS = (1.15, 1.3, 1.0)  # of spreads of times: above 1 they are denser where the noise is strong
 WEIGHT = 0.3  # of the states on the way, in the surrogate
+FEW = 3  # plain solvers, the best on the first call, that all calls judge
 PART = 4  # the share of the calls on which a start is tried, as a divisor
 MOST_STARTS = len(POWERS) + 3  # with the best plain solver, the one with fewer evaluations, and the surrogate's list
 
@@ -86,47 +88,47 @@ def best_start(
         plain: solvers with `count` evaluations.
         before: the best solver with fewer evaluations, of the same calls.
         count: evaluations.
-        trials: most starts; with one the first spread of times is taken as it is.
+        trials: most starts; with one the first spread of times is taken as it is, and from three on the solver with
+            fewer evaluations and the best plain solver are among them.
         move: whether starts are refined; else the nearest closed form is taken.
         progress: called with starts so far and the best error.
     """
-    closed, grid = fitter.restricted(fitter.calls), fitter.references.plain.timesteps
-    best_plain = _best_plain(fitter, plain) if trials > 1 else None
+    best_plain = _best_plain(fitter, plain) if trials > 2 else None
     best: Start | None = None
     tried = 0
-    for name, made in _starts(closed, surrogate, grid, best_plain, before, count):
-        if tried == trials:
-            break
+    for name, made in islice(_starts(fitter, surrogate, best_plain, before, count), trials):
         tried += 1
         leap = made()
-        moved = _moved(fitter, leap) if move and trials > 1 else leap
-        if best is None or moved.error < best.leap.error:  # the columns of the others are let go of: they are large
-            best = Start(name, moved, leap.error, None, tried)
+        unmoved = leap.error
+        if move and trials > 1:
+            leap = _moved(fitter, leap)
+        if best is None or leap.error < best.leap.error:
+            best = Start(name, leap, unmoved, None, tried)
         progress(tried, best.leap.error)
+        del leap  # columns are large: those of the best start alone are held while the next one is made
     assert best is not None
-    told = None if best_plain is None else (best_plain[0], best_plain[1].error)
+    told = None if best_plain is None else (best_plain[0], best_plain[2])
     return replace(best, plain=told, trials=tried)
 
 
-def _best_plain(fitter: Fitter, plain: dict[str, PlainSolver]) -> tuple[str, Leap] | None:
-    """The plain solver that is the best on the first call, and how it does on all."""
+def _best_plain(fitter: Fitter, plain: dict[str, PlainSolver]) -> tuple[str, PlainSolver, float] | None:
+    """The plain solver that is the best on all calls, of the few that are the best on the first; its error."""
     first = fitter.restricted(fitter.calls[:1])
     scores = {label: first.plain(solver).error for label, solver in plain.items()}
-    if not scores:
-        return None
-    label = min(scores, key=lambda label: scores[label])
-    return label, fitter.plain(plain[label])
+    few = sorted(scores, key=lambda label: scores[label])[:FEW]
+    told = [(label, plain[label], fitter.plain(plain[label]).error) for label in few]
+    return min(told, key=lambda one: one[2], default=None)
 
 
 def _starts(
     fitter: Fitter,
     surrogate: Surrogate,
-    grid: Sequence[float],
-    plain: tuple[str, Leap] | None,
+    plain: tuple[str, PlainSolver, float] | None,
     before: Leap | None,
     count: int,
 ) -> Iterator[tuple[str, Callable[[], Leap]]]:
     """What a fit may begin with, by name: how to make it. Of equal lists the first is given alone."""
+    grid = fitter.references.plain.timesteps
     known: set[Times] = set()
 
     def closed(name: str, steps: Sequence[int]) -> Iterator[tuple[str, Callable[[], Leap]]]:
@@ -135,15 +137,15 @@ def _starts(
             known.add(times)
             yield name, lambda: fitter.fit(times)
 
-    total = len(grid)
-    yield from closed(f"spread, power {POWERS[0]:g}", spread(count, total, POWERS[0]))
+    yield from closed(f"spread, power {POWERS[0]:g}", spread(count, len(grid), POWERS[0]))
     if before is not None:
-        yield "one evaluation more", lambda: _lengthened(fitter, before, count)
+        yield "fewer evaluations", lambda: _lengthened(fitter, before, count)
     if plain is not None:
-        label, exact = plain
-        yield f"plain {label}", lambda: fitter.score(exact.timesteps, exact.rows, exact, count)
+        label, solver, _ = plain
+        rows = [fitter.widened(row) for row in solver.rows]
+        yield f"plain {label}", lambda: fitter.score(solver.timesteps, rows)
     for power in POWERS[1:]:
-        yield from closed(f"spread, power {power:g}", spread(count, total, power))
+        yield from closed(f"spread, power {power:g}", spread(count, len(grid), power))
     yield from closed("spanned", surrogate.best(count, WEIGHT))
 
 
@@ -166,7 +168,9 @@ def extended(fitter: Fitter, leap: Leap) -> Leap:
     The new evaluation stands halfway between two others, or before the end. The others go on as if it were not there,
     so it alone has to be made; then the last row is fitted anew.
     """
-    return min((_inserted(fitter, leap, place) for place in range(1, len(leap.rows) + 1)), key=lambda one: one.error)
+    whole = [*leap.timesteps, 0.0]
+    places = [place for place in range(1, len(whole)) if whole[place] < whole[place - 1]]  # the last time may be 0
+    return min((_inserted(fitter, leap, place) for place in places), key=lambda one: one.error)
 
 
 def _inserted(fitter: Fitter, leap: Leap, place: int) -> Leap:
