@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
-from hasten.errors import ModelError
+from hasten.errors import ConfigError, ModelError
+from hasten.io import write_sealed
 from torch import Tensor
 
-from hasten_zoo.sprites_wan import data, load_sprites_wan, train, train_vae
+from hasten_zoo.sprites_wan import WEIGHTS, data, evaluate, load_sprites_wan, ordered_clips, train, train_vae
 from hasten_zoo.sprites_wan.data import LARGE, SMALL, Clip, all_clips, draw, draw_batch, jittered
 from hasten_zoo.sprites_wan.grade import judge, locate
 from hasten_zoo.sprites_wan.model import TEXT_TOKENS, build_latent_pipeline, build_pipeline
@@ -26,6 +29,11 @@ TINY: train.Mix = ({32: 0.5, 64: 0.5}, {5: 0.5, 9: 0.5})
 def tiny_vae() -> SpriteVAE:
     torch.manual_seed(0)
     return SpriteVAE(encoder_width=8, decoder_width=8, head_width=8)
+
+
+def write_vae(folder: Path, vae: SpriteVAE | None = None) -> None:
+    """As an export does, without measuring anything."""
+    write_sealed(folder, lambda scratch: (vae or tiny_vae()).save_pretrained(scratch))
 
 
 def objective(batch: int = 1, mix: train.Mix = TINY) -> train.Objective:
@@ -66,6 +74,33 @@ def test_a_verdict_names_what_is_wrong() -> None:
     blurred = draw(clip, LARGE.frames, LARGE)
     blurred = torch.nn.functional.avg_pool2d(blurred, 7, 1, 3, count_include_pad=False)
     assert judge(clip, blurred).psnr < good.psnr - 5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_a_clip_that_is_not_a_picture_is_wrong(value: float) -> None:
+    lemon = next(clip for clip in ordered_clips() if clip.caption.startswith("lemon"))
+    verdict = judge(lemon, torch.full((33, 3, 64, 64), value))
+    assert (verdict.object, verdict.motion) == (False, False)
+    assert math.isfinite(verdict.psnr)
+    once = draw(lemon, LARGE.frames, LARGE)
+    once[3, 0, 5, 7] = value  # in a frame that is not looked at
+    assert judge(lemon, once).object == math.isfinite(value)
+
+
+@pytest.mark.parametrize("canvas", [SMALL, LARGE], ids=["48", "64"])
+def test_true_clips_are_right_and_empty_ones_are_wrong(canvas: data.Canvas) -> None:
+    """All held-out captions, from any start; noise changes neither."""
+    generator, rng = torch.Generator().manual_seed(0), Random(0)
+    for clip in [clip for clip in ordered_clips() if clip.held_out]:
+        empty = data.background(clip.background, canvas).expand(canvas.frames, -1, -1, -1)
+        noise = 0.08 * torch.randn(empty.shape, generator=generator)
+        shown = draw(jittered(clip, rng, canvas), canvas.frames, canvas)
+        for true in (draw(clip, canvas.frames, canvas), shown + noise):
+            verdict = judge(clip, true)
+            assert (verdict.object, verdict.motion) == (True, True), clip.caption
+        for bare in (empty, empty + noise):
+            verdict = judge(clip, bare)
+            assert (verdict.object, verdict.motion) == (False, False), clip.caption
 
 
 @pytest.mark.parametrize("canvas", [SMALL, LARGE], ids=["48", "64"])
@@ -134,7 +169,7 @@ def test_the_autoencoder_learns_and_its_export_says_how_well(tmp_path: Path, mon
 
 
 def test_a_decoder_learns_on_without_touching_the_latents(tmp_path: Path) -> None:
-    tiny_vae().save_pretrained(tmp_path / "weights")
+    write_vae(tmp_path / "weights")
     train_vae.main(["--out", str(tmp_path), "--samples", "720", "--batch", "4", "--lr", "1e-2", "--decoder"])
     first, second = load_vae(tmp_path / "weights").eval(), load_vae(tmp_path / "decoder" / "weights").eval()
     video = draw(all_clips()[5], 5, LARGE).transpose(0, 1)[None] * 2 - 1
@@ -151,7 +186,66 @@ def test_a_missing_autoencoder_is_named_with_the_command(tmp_path: Path) -> None
         load_vae(tmp_path)
 
 
+def test_only_the_autoencoder_that_was_written_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is a KeyframeVAE, expected a SpriteVAE; train one"):
+        load_vae(WEIGHTS / "vae")
+    tiny_vae().save_pretrained(tmp_path / "unsealed")
+    with pytest.raises(ModelError, match=r"digests\.json.*Export it again"):
+        load_vae(tmp_path / "unsealed")
+    write_vae(tmp_path / "cut")
+    weights = next((tmp_path / "cut").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="Export it again") as caught:
+        load_vae(tmp_path / "cut")
+    assert "\n" not in str(caught.value)
+    write_sealed(tmp_path / "resealed", lambda scratch: shutil.copytree(tmp_path / "cut", scratch, dirs_exist_ok=True))
+    with pytest.raises(ModelError, match="Export it again") as caught:
+        load_vae(tmp_path / "resealed")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_autoencoder_of_an_exported_pipeline_is_loaded(tmp_path: Path) -> None:
+    write_sealed(tmp_path, lambda scratch: tiny_vae().save_pretrained(scratch / "vae"))
+    assert torch.equal(load_vae(tmp_path / "vae").decoder[0].weight, tiny_vae().decoder[0].weight)
+
+
+def test_a_decoder_of_another_encoder_is_not_gone_on_from(tmp_path: Path) -> None:
+    write_vae(tmp_path / "weights")
+    options = ["--out", str(tmp_path), "--batch", "1", "--decoder"]
+    train_vae.main([*options, "--samples", "1"])
+    train_vae.main([*options, "--samples", "4"])  # the same encoder
+    other = tiny_vae()
+    torch.nn.init.normal_(other.encoder[1].weight)
+    write_vae(tmp_path / "weights", other)
+    for more in (["--samples", "7"], ["--export"]):
+        with pytest.raises(ModelError, match=r"of another encoder than the exported one.*delete the folder"):
+            train_vae.main([*options, *more])
+
+
+def test_an_autoencoder_is_not_exported_without_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no checkpoint in .*; run the training script"):
+        train_vae.main(["--out", str(tmp_path), "--export"])
+
+
 # --- objective
+
+
+@pytest.mark.parametrize("width", [0, -64, 16, 33, 48, 96, 100])
+def test_a_width_without_whole_heads_is_refused(width: int) -> None:
+    with pytest.raises(ConfigError, match=f"the width {width} .*choose 32 or a multiple of 64"):
+        build_latent_pipeline(tiny_vae(), width, 1)
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_the_transformer_is_as_wide_as_asked(width: int) -> None:
+    config = build_latent_pipeline(tiny_vae(), width, 1).transformer.config
+    assert config.num_attention_heads * config.attention_head_dim == width
+
+
+@pytest.mark.parametrize("prompts", [0, -1])
+def test_an_evaluation_of_nothing_is_refused_before_loading(tmp_path: Path, prompts: int) -> None:
+    with pytest.raises(ConfigError, match=f"{prompts} prompts leave nothing to evaluate; give --prompts 1 or more"):
+        evaluate.main(["--prompts", str(prompts), "--weights", str(tmp_path / "none")])
 
 
 def test_every_batch_has_about_as_many_tokens() -> None:
@@ -230,7 +324,7 @@ def test_training_learns_and_repeats() -> None:
 
 
 def test_training_goes_on_from_its_export(tmp_path: Path) -> None:
-    tiny_vae().save_pretrained(tmp_path / "vae")
+    write_vae(tmp_path / "vae")
     exported = tmp_path / "weights"
     common = ["--vae", str(tmp_path / "vae"), "--batch", "1", "--width", "32", "--layers", "1"]
     train.main([*common, "--committed", str(tmp_path / "none"), "--out", str(tmp_path / "a"), "--samples", "2"])
@@ -247,7 +341,7 @@ def test_weights_of_the_edition_in_pixels_are_not_gone_on_from(tmp_path: Path) -
     """They have no position, and other shapes."""
     old = build_pipeline(32, 1)
     old.transformer.save_pretrained(tmp_path / "weights" / "transformer")
-    tiny_vae().save_pretrained(tmp_path / "vae")
+    write_vae(tmp_path / "vae")
     options = ["--vae", str(tmp_path / "vae"), "--batch", "1", "--width", "32", "--layers", "1", "--samples", "1"]
     train.main([*options, "--committed", str(tmp_path / "weights"), "--out", str(tmp_path / "out")])
     assert torch.load(tmp_path / "out" / CHECKPOINT, weights_only=True)["position"][0] == 1

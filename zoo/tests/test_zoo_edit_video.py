@@ -10,6 +10,7 @@ import pytest
 import torch
 from hasten.bench import subject
 from hasten.errors import ConfigError, ModelError
+from hasten.io import write_sealed
 from hasten.quality.metrics import psnr
 from hasten.solvers import LeapScheduler
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def kontext(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps and its export."""
     out = tmp_path_factory.mktemp("wan")
-    SpriteVAE(encoder_width=8, decoder_width=8, head_width=8).save_pretrained(out / "vae")
+    write_sealed(out / "vae", SpriteVAE(encoder_width=8, decoder_width=8, head_width=8).save_pretrained)
     run = ["--out", str(out), "--vae", str(out / "vae"), "--committed", str(out / "none"), *CLIP_RUN]
     clips_train.main(run)
     clips_train.main([*run, "--export", str(out / "weights")])

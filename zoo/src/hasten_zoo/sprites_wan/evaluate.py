@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from hasten.bench.sheet import image_grid
 from hasten.bench.subject import Subject
+from hasten.errors import ConfigError
 from hasten.quality.metrics import psnr
 from torch import Tensor
 
@@ -75,7 +76,14 @@ def evaluate(
     guidance: float | None = None,
     bfloat16: bool = False,
 ) -> dict[str, Any]:
-    """Generate, judge, write; returns what `evaluation.json` holds. Without `guidance` the model's own is used."""
+    """Generate, judge, write; returns what `evaluation.json` holds. Without `guidance` the model's own is used.
+
+    Raises:
+        ConfigError: for less than one prompt.
+        ModelError: if the weights are missing or damaged.
+    """
+    if prompts < 1:
+        raise ConfigError(f"{prompts} prompts leave nothing to evaluate; give --prompts 1 or more")
     model = load_sprites_wan(weights)
     model.pipe.set_progress_bar_config(disable=True)
     guidance = float(model.call["guidance_scale"]) if guidance is None else guidance

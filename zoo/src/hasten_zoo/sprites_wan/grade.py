@@ -15,6 +15,7 @@ from hasten_zoo.sprites_wan.data import LARGE, OBJECTS, SMALL, Canvas, Clip, bac
 __all__ = ["Verdict", "canvas_of", "is_right", "judge", "locate"]
 
 GRID = 2  # pixels between the places that are tried
+BARE = 0.9  # a frame shows nothing unless a sprite leaves less than this share of the background's own error
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Verdict:
         object: whether the nearest sprite is the one asked for, in every frame that was looked at.
         motion: whether the ways from the first of these frames to the others are those of the motion asked for.
         psnr: mean over these frames, in dB, against the frame with the nearest sprite at its place; in one that is well
-            drawn it is limited by the grid of the places.
+            drawn it is limited by the grid of the places. Never below 0, and 0 for
+            a clip with values that are not finite.
     """
 
     object: bool
@@ -103,6 +105,9 @@ def judge(clip: Clip, video: Tensor) -> Verdict:
     In each the nearest sprite (mean squared error over objects and places) is looked for. The way from the first frame
     to each of the others must be that of the motion up to a twelfth of the side: 4 pixels of 48, 5.3 of 64.
 
+    If in one of them the nearest sprite leaves nine tenths or more of the error of the bare background, that frame
+    shows nothing, and the clip is wrong in both; so is one with values that are not finite.
+
     Args:
         clip: what was asked for; its start does not matter.
         video: `[F, 3, 48, 48]` or `[F, 3, 64, 64]` in [0, 1].
@@ -111,19 +116,24 @@ def judge(clip: Clip, video: Tensor) -> Verdict:
         ConfigError: for a video of another size, or of fewer than three frames.
     """
     canvas = canvas_of(video)
+    if not bool(torch.isfinite(video).all()):
+        return Verdict(False, False, 0.0)
     tolerance = canvas.side / 12
     centres, sizes = path(clip, len(video), canvas)
-    right, moved, errors = True, [], []
+    behind = background(clip.background, canvas)
+    right, shown, moved, errors = True, True, [], []
     for i in torch.linspace(0, len(video) - 1, canvas.looks).long().tolist():
         y, x = centres[i].tolist()
         reach = canvas.jitter + tolerance + 5
-        item, centre, error = locate(video[i].float().cpu(), clip.background, float(sizes[i]), (y, x), reach)
+        frame = video[i].float().cpu()
+        item, centre, error = locate(frame, clip.background, float(sizes[i]), (y, x), reach)
+        shown = shown and error < BARE * float((frame - behind).square().mean())
         right = right and item == clip.item
         moved.append(centre - centres[i])
         errors.append(error)
     motion = all(bool(((drift - moved[0]).abs() <= tolerance).all()) for drift in moved[1:])
-    decibels = -10 * torch.tensor(errors).clamp(min=1e-6).log10()
-    return Verdict(right, motion, float(decibels.mean()))
+    decibels = -10 * torch.tensor(errors).nan_to_num(1.0).clamp(1e-6, 1.0).log10()
+    return Verdict(right and shown, motion and shown, float(decibels.mean()))
 
 
 def is_right(clip: Clip, video: Tensor) -> bool:

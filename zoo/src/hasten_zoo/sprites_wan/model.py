@@ -21,6 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
+from hasten.errors import ConfigError
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -101,7 +102,18 @@ def build_pipeline(width: int = 192, layers: int = 5) -> WanPipeline:
 
 
 def build_latent_pipeline(vae: SpriteVAE | None = None, width: int = 256, layers: int = 6) -> WanPipeline:
-    """A fresh, untrained pipeline around an autoencoder (a fresh one if None); `width` is a multiple of 32."""
+    """A fresh, untrained pipeline around an autoencoder (a fresh one if None).
+
+    Args:
+        vae: the autoencoder.
+        width: of the transformer: 32, or a multiple of 64 (heads of 64 channels).
+        layers: of the transformer.
+
+    Raises:
+        ConfigError: for another width.
+    """
+    if width != 32 and (width < 64 or width % 64):
+        raise ConfigError(f"the width {width} is not made of whole heads; choose 32 or a multiple of 64, as 256")
     tokenizer, text_encoder = _text_parts()
     head = min(64, width)
     transformer = WanTransformer3DModel(

@@ -9,7 +9,8 @@ of half the size: coarse stages, which resize latents, then see what a large mod
 those that the transformer trains on, at all its sizes.
 
 With `--decoder` the encoder stays as it was exported, and with it the latents and every transformer that learned them:
-the decoder alone goes on, at less noise, for sharper pictures.
+the decoder, and with it the predictor of the latents of the frames between, goes on, at less noise, for sharper
+pictures.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from hasten.errors import ModelError
 from hasten.io import write_atomically, write_sealed
 from torch import Tensor
 from torch.nn import functional as F
@@ -117,6 +119,19 @@ def _measure_latents(vae: SpriteVAE) -> None:
     vae.register_to_config(latents_mean=z.mean(1).tolist(), latents_std=z.std(1).tolist())
 
 
+def _check_encoder(vae: SpriteVAE, folder: Path) -> None:
+    """Refuse a checkpoint of a decoder whose encoder is not that of `vae`."""
+    if not (folder / CHECKPOINT).is_file():
+        return
+    learned = torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")["net"]
+    kept = {name: value for name, value in vae.state_dict().items() if name.startswith(("encoder.", "norm."))}
+    if not all(name in learned and torch.equal(learned[name], value) for name, value in kept.items()):
+        raise ModelError(
+            f"the checkpoint in {folder} is of another encoder than the exported one, expected the same; "
+            "delete the folder to start from the exported weights"
+        )
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/sprites-wan/vae"))
@@ -133,8 +148,14 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     out = args.out / "decoder" if args.decoder else args.out
     vae = load_vae(args.out / "weights") if args.decoder else SpriteVAE()
+    if args.decoder:
+        _check_encoder(vae, out)
+    if args.export and not (out / CHECKPOINT).is_file():
+        raise ModelError(
+            f"no checkpoint in {out}; run the training script with the same options, but without --export, first"
+        )
     if not args.export:
-        cooldown = (round(0.5 * args.samples), round(0.5 * args.samples))
+        cooldown = (round(0.5 * args.samples), max(1, round(0.5 * args.samples)))
         settings = Settings(lr=args.lr, cooldown=cooldown, ema=0.995, bfloat16=True)
         vae.encoder.requires_grad_(not args.decoder)
         vae = vae.to(memory_format=torch.channels_last)  # a third less time

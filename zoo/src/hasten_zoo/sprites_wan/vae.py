@@ -22,6 +22,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
 from hasten.errors import ModelError
+from hasten.io import check_sealed, read_json
 from torch import Tensor, nn
 
 from hasten_zoo.emoji_styles.vae import Block
@@ -29,6 +30,7 @@ from hasten_zoo.emoji_styles.vae import Block
 __all__ = ["CHANNELS", "SpriteVAE", "load_vae"]
 
 CHANNELS, DOWN = 8, 4
+LIST = "digests.json"  # of a sealed folder
 
 
 class SpriteVAE(ModelMixin, ConfigMixin):
@@ -122,12 +124,26 @@ class SpriteVAE(ModelMixin, ConfigMixin):
 
 
 def load_vae(folder: Path) -> SpriteVAE:
-    """A trained autoencoder, float32.
+    """A trained autoencoder, float32, as `train_vae` exported it or as a part of an exported pipeline.
 
     Raises:
-        ModelError: if there is none in the folder.
+        ModelError: if there is none in the folder, it is of another class, or its files are not as they were written.
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"no autoencoder in {folder}; train one with python -m hasten_zoo.sprites_wan.train_vae")
-    vae: SpriteVAE = SpriteVAE.from_pretrained(folder).float()
+    in_pipeline = not (folder / LIST).is_file() and (folder.parent / LIST).is_file()  # which is sealed as a whole
+    remedy = "Export it again with python -m hasten_zoo.sprites_wan.train_vae --export."
+    check_sealed(folder.parent if in_pipeline else folder, ModelError, remedy)
+    config = read_json(folder / "config.json", error=ModelError)
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind != SpriteVAE.__name__:
+        raise ModelError(
+            f"the autoencoder in {folder} is a {kind}, expected a SpriteVAE; "
+            "train one with python -m hasten_zoo.sprites_wan.train_vae"
+        )
+    try:
+        vae: SpriteVAE = SpriteVAE.from_pretrained(folder).float()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"the autoencoder in {folder} cannot be read ({reason}). {remedy}") from error
     return vae
