@@ -25,3 +25,10 @@ def test_the_code_of_a_card_runs(card):
     drawn = [value for name, value in scope.items() if name in ("image", "video", "again", "drawn")]
     assert bool(drawn) == bool(blocks)
     assert all(torch.isfinite(value).all() for value in drawn if isinstance(value, torch.Tensor))
+
+
+def test_no_weights_say_where_on_a_disk_they_were_read_from() -> None:
+    configs = sorted(Path(hasten_zoo.__file__).parent.glob("*/weights/**/*.json"))
+    assert len(configs) > 20
+    for config in configs:
+        assert '"_name_or_path": "/' not in config.read_text(encoding="utf-8"), config

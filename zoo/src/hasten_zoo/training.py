@@ -209,6 +209,10 @@ def save_half(
             part.half().save_pretrained(scratch / name, max_shard_size="15MB")
         for name, part in (others or {}).items():
             part.save_pretrained(scratch / name)
+        for config in scratch.glob("*/config.json"):  # diffusers notes where a part was read from
+            content = read_json(config, error=ModelError)
+            content.pop("_name_or_path", None)
+            write_atomically(config, json.dumps(content, indent=2) + "\n")
         write_atomically(scratch / POSITION, json.dumps({"steps": steps, "samples": samples}) + "\n")
 
     write_sealed(folder, fill)
