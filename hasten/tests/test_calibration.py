@@ -422,7 +422,8 @@ def test_gram_gives_the_error_of_any_forecast():
     weights = [1.3, -0.5, 0.1]
     forecast = sum(w * features[0, s] for w, s in zip(weights, (7, 4, 1), strict=True))
     assert forecast_error(gram, 9, (7, 4, 1), weights) == pytest.approx(
-        float((forecast - features[0, 9]).square().mean()), rel=1e-4
+        float((forecast - features[0, 9]).square().mean()),
+        rel=1e-3,  # a small difference of large float32 products
     )
 
 

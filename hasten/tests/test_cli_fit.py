@@ -77,7 +77,7 @@ def test_tune_learns_compares_and_goes_on_where_it_was(emoji, monkeypatch, capsy
         best = next(row for row in result["rows"] if row["id"] == result["tune"]["best"][str(count)])
         assert best["psnr"] == max(r["psnr"] for (_, n), r in rows.items() if n == count and r["library"] == "hasten")
     assert "computed steps" in out
-    assert "num_inference_steps=5" in out.replace("\n", " ")
+    assert "num_inference_steps=4" in out.replace("\n", " ")  # LEAP, which is far ahead there
     assert "<svg" in (tmp_path / "tune.html").read_text()
     steps = Calibration.load(tmp_path / "steps.safetensors")
     leap = Calibration.load(tmp_path / "leap.safetensors")

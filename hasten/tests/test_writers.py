@@ -29,6 +29,7 @@ EXCEPTIONS = {
     "zoo/src/hasten_zoo/training.py: save_pretrained": "fills the scratch folder of write_sealed",
     "zoo/src/hasten_zoo/emoji_flux/train.py: save_pretrained": "fills the scratch folder of write_sealed",
     "zoo/src/hasten_zoo/emoji_styles/train_vae.py: save_pretrained": "fills the scratch folder of write_sealed",
+    "zoo/src/hasten_zoo/sprites_wan/train_vae.py: save_pretrained": "fills the scratch folder of write_sealed",
     "zoo/src/hasten_zoo/fashion_dit/data.py: write_bytes": "published files, unpacked into a temporary folder",
     "zoo/src/hasten_zoo/emoji_styles/data.py: np.lib.format.open_memmap": "gigabytes; the index comes last",
     "benchmarks/killed.py: open": "what a command says, in a temporary folder",
