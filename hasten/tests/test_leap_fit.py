@@ -280,7 +280,9 @@ def test_a_new_evaluation_leaves_the_others_as_they_were_wherever_it_stands(plac
     own = fitter(Toy(), [toy_call(0), toy_call(1)], ridge=1e-9)
     with own.evaluator.probing():
         leap = own.fit(at(own, (0, 6, 13)))
-        assert starts._inserted(own, leap, place).error <= (1 + 1e-5) * leap.error
+        made = starts._inserted(own, leap, place)
+        assert made.error <= (1 + 1e-5) * leap.error
+        assert own.exact(made.timesteps, made.rows).error == pytest.approx(made.error, rel=1e-4)
 
 
 def test_a_given_last_row_is_fitted_anew_where_that_is_nearer():
