@@ -21,13 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arms import STEPS, arm_of, drawn
 from hasten.bench import subject
-from hasten.bench.arms import Accelerated
 from hasten.bench.edits import edit_figures, edit_of
 from hasten.bench.environment import environment
-from hasten.bench.plain import plain_arms
-from hasten.bench.requests import caching_method, parse_request
-from hasten.bench.sampling import Attach, count_flops, draw_sample
 from hasten.io import write_atomically
 from hasten.quality.metrics import Lpips, psnr
 from hasten.resolution.layouts import PixelLayout
@@ -36,7 +33,6 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
-STEPS = 50
 FLOAT = 1e-5
 PROMPTS = {"emoji-flux": 16, "emoji-kontext": 12}
 EDIT = "specedit:discrepancy=latent:draft={}:mixed={}:final=0:coverage={}"
@@ -85,18 +81,6 @@ ARMS: dict[str, list[tuple[str, str]]] = {
 }
 
 
-def arm_of(text: str) -> tuple[Attach, int]:
-    """What switches an arm on, and its sampler steps."""
-    name, _, count = text.partition("@")
-    if name in ("euler", "unipc"):
-        (arm,) = plain_arms([int(count)], (name,))
-        return arm.attach, arm.steps
-    request = parse_request(name)
-    if request.resolution is not None:
-        return Accelerated(request.caching, request.resolution), request.steps(STEPS)
-    return Accelerated(caching_method(name).with_computed_steps(int(count), STEPS)), STEPS
-
-
 def truths(model: subject.Subject, prompts: list[str]) -> list[Tensor]:
     """What should be drawn, `[3, H, W]` in [0, 1] each."""
     edits = [edit_of(model, prompt) for prompt in prompts]
@@ -129,15 +113,8 @@ def rows(model: subject.Subject, prompts: list[str]) -> list[dict[str, Any]]:
     full: list[Tensor] = []
     base: list[int] = []
     for kind, text in track(ARMS[model.name], description=model.name):
-        attach, steps = arm_of(text)
-        flops, images = list[int](), list[Tensor]()
-        for seed, prompt in enumerate(prompts):
-            if flops and "specedit" not in text:  # what others compute does not depend on the image
-                images.append(draw_sample(model, attach, steps, prompt, seed, {}).image)
-                continue
-            counted, sample = count_flops(model, attach, steps, prompt, seed, {})
-            flops.append(counted)
-            images.append(sample.image)
+        steps = arm_of(text)[1]
+        images, flops = drawn(model, text, prompts, {})
         if not found:
             full, base = images, flops
         edits = [edit_figures(model, p, image) for p, image in zip(prompts, images, strict=True)]

@@ -27,11 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from hasten.bench.arms import Accelerated
+from arms import STEPS, drawn
 from hasten.bench.environment import environment
-from hasten.bench.plain import plain_samplers
-from hasten.bench.requests import caching_method, parse_request
-from hasten.bench.sampling import Attach, count_flops, draw_sample
 from hasten.io import write_atomically
 from hasten.quality.metrics import Lpips, psnr
 from hasten_zoo.emoji_styles import HERE, WEIGHTS, load_emoji_styles
@@ -39,10 +36,9 @@ from hasten_zoo.emoji_styles.augment import caption, plain_views, render
 from hasten_zoo.emoji_styles.data import load_emoji_styles_data
 from hasten_zoo.emoji_styles.evaluate import spread
 from hasten_zoo.emoji_styles.judge import Judge
-from rich.progress import track
 from torch import Tensor
 
-STEPS, SIZE, RESAMPLES = 50, 128, 2000
+SIZE, RESAMPLES = 128, 2000
 PLAIN = ("euler", "unipc", "dpmpp", "unipc:spacing=beta", "dpmpp:spacing=beta")
 DEFAULT = "hicache:order=1:sigma=0.66:guided_sigma=0.55"  # what `accelerate(pipe)` takes, on even steps
 CACHES = ("reuse", "taylorseer:order=1", "hicache", "foca", "freqca", DEFAULT)
@@ -56,18 +52,6 @@ ARMS = (
     "spectral:stages=12/12+foca:interval=4:warmup=1",
 )
 HIGHER = {"full_psnr": 1, "full_lpips": -1, "truth_psnr": 1, "truth_lpips": -1, "concept": 1, "style": 1}  # is better
-
-
-def arm_of(text: str) -> tuple[Attach, int]:
-    """What switches an arm on, and its sampler steps. `name@n`: a sampler of n steps or a cache of n computed ones."""
-    name, _, count = text.partition("@")
-    samplers = plain_samplers()
-    if name in samplers:
-        return samplers[name], int(count)
-    request = parse_request(name)
-    if request.resolution is not None:
-        return Accelerated(request.caching, request.resolution), request.steps(STEPS)
-    return Accelerated(caching_method(name).with_computed_steps(int(count), STEPS)), STEPS
 
 
 class Bed:
@@ -85,18 +69,8 @@ class Bed:
         self.full: list[Tensor] = []
 
     def draw(self, text: str) -> tuple[list[Tensor], list[int]]:
-        """Images `[3, 128, 128]` in [0, 1] and the operations of each; only SpecEdit's depend on the image."""
-        attach, steps = arm_of(text)
-        images, flops = list[Tensor](), list[int]()
-        for seed, pair in enumerate(track(self.pairs, description=text)):
-            given = (self.model, attach, steps, caption(pair), seed, self.call)
-            if flops and "specedit" not in text:
-                images.append(draw_sample(*given).image)
-                continue
-            counted, sample = count_flops(*given)
-            flops.append(counted)
-            images.append(sample.image)
-        return images, flops
+        """Images `[3, 128, 128]` in [0, 1] of all pairs, and the operations that were counted."""
+        return drawn(self.model, text, [caption(pair) for pair in self.pairs], self.call)
 
     def figures(self, images: list[Tensor]) -> dict[str, list[float]]:
         """Of every image, in the order of the prompts."""
@@ -150,19 +124,22 @@ def main() -> None:
     whole["trained_on_samples"] = json.loads((options.weights / "training.json").read_text())["samples"]
 
     def measure(text: str) -> dict[str, Any]:
-        if text in rows:
-            return dict(rows[text])
-        images, flops = bed.draw(text)
-        base = rows[f"euler@{STEPS}"]["flops"] if rows else float(np.mean(flops))
+        if text not in rows:
+            add(text, *bed.draw(text))
+        return dict(rows[text])
+
+    def add(text: str, images: list[Tensor], flops: list[int]) -> None:
+        base = rows[full]["flops"] if rows else float(np.mean(flops))
         rows[text] = {"flops": float(np.mean(flops)), "ratio": round(base / float(np.mean(flops)), 4)}
         rows[text]["figures"] = bed.figures(images)
         rows[text]["means"] = {name: round(float(np.mean(v)), 4) for name, v in rows[text]["figures"].items()}
         write_atomically(options.json, json.dumps(whole, indent=1) + "\n")
-        return dict(rows[text])
 
     full = f"euler@{STEPS}"
-    measure(full)
-    bed.full = bed.draw(full)[0]
+    reference = bed.draw(full)
+    if full not in rows:
+        add(full, *reference)
+    bed.full = reference[0]
     for text in ARMS if options.arms is None else options.arms.split(";"):
         row = measure(text)
         steps = math.ceil(STEPS / row["ratio"] - 1e-6)
