@@ -225,6 +225,9 @@ def test_a_decoder_of_another_encoder_is_not_gone_on_from(tmp_path: Path) -> Non
 def test_an_autoencoder_is_not_exported_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no checkpoint in .*; run the training script"):
         train_vae.main(["--out", str(tmp_path), "--export"])
+    with pytest.raises(ConfigError, match="--samples must be at least 1, got 0"):
+        train_vae.main(["--out", str(tmp_path), "--samples", "0"])
+    assert not list(tmp_path.iterdir())
 
 
 # --- objective

@@ -25,10 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.activations import GELU
 from hasten.errors import ModelError
 from hasten.io import add_line, check_sealed, read_json, write_atomically, write_sealed
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hasten_zoo.optimizers import MuonAdamW, adamw
 
 __all__ = [
     "Loss",
@@ -38,6 +41,7 @@ __all__ = [
     "attention_for",
     "compile_blocks",
     "load_half",
+    "read_checkpoint",
     "run",
     "run_with",
     "save_half",
@@ -75,11 +79,12 @@ class Settings:
     """How to descend.
 
     Attributes:
-        lr: constant rate of AdamW.
+        lr: constant rate.
         warmup_steps: steps over which the rate rises, at the start and after a start from bare weights.
         cooldown: (first sample, number of samples) over which the rate falls to zero, or None.
         ema: decay of the running average per step, approached from below in the first steps.
         bfloat16: whether matrix products and convolutions run in bfloat16 (weights stay float32).
+        muon: whether Muon moves the matrices of blocks, see `MuonAdamW`; otherwise AdamW moves everything.
     """
 
     lr: float = 1e-3
@@ -90,6 +95,7 @@ class Settings:
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.98)
     bfloat16: bool = False
+    muon: bool = False
     seed: int = 0
 
 
@@ -116,12 +122,12 @@ class Training:
         if self.settings.bfloat16:
             fuse_norms(self.net)
         self.loss = loss
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.settings.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=self.settings.betas, fused=True)
+        how = (self.settings.lr, self.settings.betas, self.settings.weight_decay)
+        self.optimizer: MuonAdamW | torch.optim.AdamW
+        if self.settings.muon:
+            self.optimizer = MuonAdamW(self.net, *how)
+        else:
+            self.optimizer = adamw([p for p in self.net.parameters() if p.requires_grad], *how)
         self.average = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
         self.generator = torch.Generator(self.device).manual_seed(self.settings.seed)
         self.steps = self.samples = 0
@@ -167,16 +173,20 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a saved state; `settings` may have changed since."""
+        """Take up a saved state; `settings` may have changed since. Another optimizer starts afresh, with a warm-up."""
         self.net.load_state_dict(state["net"])
         self.average = {k: v.to(self.device) for k, v in state["average"].items()}
-        self.optimizer.load_state_dict(state["optimizer"])
+        same_kind = state["optimizer"].keys() == self.optimizer.state_dict().keys()
+        if same_kind:
+            self.optimizer.load_state_dict(state["optimizer"])
         randomness = state["generator"].cpu()
         if randomness.shape == self.generator.get_state().shape:
             self.generator.set_state(randomness)
         else:  # the checkpoint comes from another kind of device
             self.generator.manual_seed(self.settings.seed + state["position"][0])
         self.steps, self.samples, self.warm_from = state["position"]
+        if not same_kind:
+            self.warm_from = self.steps
 
     def start_from(self, weights: dict[str, Tensor], steps: int, samples: int) -> None:
         """Go on from bare weights at a position: a fresh optimizer, which is warmed up again, and fresh randomness."""
@@ -230,6 +240,24 @@ def load_half(parts: Mapping[str, Any], folder: Path) -> tuple[dict[str, Tensor]
     return read.state_dict(), position["steps"], position["samples"]
 
 
+def read_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state that `run` left in `folder`.
+
+    Raises:
+        ModelError: if there is none, or it cannot be read.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        raise ModelError(f"no checkpoint in {folder}; run the training script with --out {folder} first")
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
+    except Exception as error:
+        raise ModelError(
+            f"{path} is damaged ({type(error).__name__}); remove it, and training starts again from what is committed"
+        ) from error
+    return state
+
+
 @contextmanager
 def _stopping() -> Iterator[list[bool]]:
     """A list that is no longer empty once the process was asked to end (SIGTERM, or control-C)."""
@@ -265,7 +293,7 @@ def run(
         fall: share of `minutes`, at the end, over which the rate falls to zero; for a run that nothing follows.
     """
     if (folder / CHECKPOINT).exists():
-        training.restore(torch.load(folder / CHECKPOINT, weights_only=True, map_location=training.device))
+        training.restore(read_checkpoint(folder, training.device))
     elif fallback is not None:
         training.start_from(*fallback())
     started = saved = lined = time.monotonic()
@@ -304,6 +332,7 @@ def add_options(parser: argparse.ArgumentParser, out: Path, samples: int, batch:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="no bfloat16")
+    parser.add_argument("--adamw", action="store_true", help="AdamW for everything, instead of Muon for matrices")
     parser.add_argument(
         "--compile", action="store_true", help="compile the transformer's blocks, which took two minutes on a GPU"
     )
@@ -312,8 +341,31 @@ def add_options(parser: argparse.ArgumentParser, out: Path, samples: int, batch:
     parser.add_argument("--export", type=Path, help="only write the averaged weights of the last checkpoint here")
 
 
+def swift_gelu(x: Tensor) -> Tensor:
+    """GELU with the approximation by tanh, written with a sigmoid: a third of the time in compiled code of a CPU."""
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
+class SwiftGELU(nn.Module):
+    """`swift_gelu` in place of `nn.GELU`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swift_gelu(x)
+
+
+def swift_activations(net: nn.Module) -> None:
+    """Replace every GELU with the approximation by tanh, by its faster form: the same function to rounding."""
+    for module in list(net.modules()):
+        if isinstance(module, GELU) and module.approximate == "tanh":
+            module.gelu = swift_gelu
+        for name, child in module.named_children():
+            if isinstance(child, nn.GELU) and child.approximate == "tanh":
+                setattr(module, name, SwiftGELU())
+
+
 def compile_blocks(transformer: nn.Module) -> None:
     """Compile block by block, and all sizes share their graphs: compiling takes long enough as it is."""
+    swift_activations(transformer)
     for stack in (part for part in transformer.children() if isinstance(part, nn.ModuleList)):
         for block in stack:
             block.compile(dynamic=True)

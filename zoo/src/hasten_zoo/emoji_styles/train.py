@@ -37,6 +37,7 @@ from hasten_zoo.training import (
     Training,
     add_options,
     attention_for,
+    read_checkpoint,
     run_with,
     save_half,
 )
@@ -205,7 +206,7 @@ def main() -> None:
     net = nn.ModuleDict(parts)
     latents = load_latents(args.latents)
     objective = Objective(net, latents, Captions(data, latents, pipe.tokenizer), args.batch, args.device)
-    settings = Settings(lr=args.lr, cooldown=cooldown, bfloat16=not args.float32)
+    settings = Settings(lr=args.lr, cooldown=cooldown, bfloat16=not args.float32, muon=not args.adamw)
     training = Training(net, objective, settings, args.device)
     run_with(args, training, parts, folder, total)
 
@@ -215,7 +216,7 @@ def start_cooldown(trunk: Path, samples: int) -> tuple[int, tuple[int, int]]:
     folder = trunk / "cooldown"
     plan = folder / "plan.json"
     if not plan.exists():
-        position = torch.load(trunk / CHECKPOINT, weights_only=True, map_location="cpu")["position"]
+        position = read_checkpoint(trunk)["position"]
         with (trunk / CHECKPOINT).open("rb") as checkpoint:
             write_atomically(folder / CHECKPOINT, partial(shutil.copyfileobj, checkpoint))
         write_atomically(plan, json.dumps({"start": position[1], "length": samples}) + "\n")

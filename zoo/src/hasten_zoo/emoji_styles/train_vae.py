@@ -23,7 +23,7 @@ from hasten_zoo.emoji_styles.augment import draw_views, plain_views, render
 from hasten_zoo.emoji_styles.data import EmojiStyles, load_emoji_styles_data
 from hasten_zoo.emoji_styles.perceptual import Perceptual
 from hasten_zoo.emoji_styles.vae import EmojiVAE
-from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, run
+from hasten_zoo.training import Loss, Settings, Training, read_checkpoint, run
 
 BATCH = 8  # images of 128 pixels; the same number of pixels for other sizes
 CROP = 64  # pixels; side of the part that LPIPS sees
@@ -128,7 +128,7 @@ def main() -> None:
         settings = Settings(lr=args.lr, cooldown=cooldown, ema=0.995, bfloat16=True)
         training = Training(vae, Objective(vae, data, device=args.device), settings, args.device)
         run(training, args.out, args.samples, args.minutes, checkpoint_minutes=2)
-    state = torch.load(args.out / CHECKPOINT, weights_only=True, map_location="cpu")
+    state = read_checkpoint(args.out)
     print(json.dumps(export(state["average"], EmojiVAE(), data, args.out / "weights")))
 
 

@@ -26,15 +26,7 @@ from hasten_zoo.emoji_styles_edit import WEIGHTS
 from hasten_zoo.emoji_styles_edit.data import CORNERS, SIZE, place, to_style
 from hasten_zoo.emoji_styles_edit.latents import STEP, SceneLatents, load_scenes
 from hasten_zoo.emoji_styles_edit.model import build_pipeline
-from hasten_zoo.training import (
-    CHECKPOINT,
-    Loss,
-    Settings,
-    Training,
-    add_options,
-    attention_for,
-    run_with,
-)
+from hasten_zoo.training import Loss, Settings, Training, add_options, attention_for, read_checkpoint, run_with
 from hasten_zoo.words import token_ids
 
 SIDE = SIZE // 16  # tokens
@@ -143,13 +135,13 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     pipe = build_pipeline(load_styles(args.start))
     if args.export:
-        export(torch.load(args.out / CHECKPOINT, weights_only=True, map_location="cpu"), pipe, args.export)
+        export(read_checkpoint(args.out), pipe, args.export)
         return
     parts = learning_parts(pipe)
     net = nn.ModuleDict(parts)
     edits = Edits(load_scenes(args.latents), pipe.tokenizer, args.device)
     objective = Objective(net, edits, args.batch, args.device)
-    settings = Settings(lr=args.lr, ema=0.995, bfloat16=not args.float32)
+    settings = Settings(lr=args.lr, ema=0.995, bfloat16=not args.float32, muon=not args.adamw)
     training = Training(net, objective, settings, args.device)
     run_with(args, training, parts, args.out, args.samples)
 

@@ -37,13 +37,13 @@ from hasten_zoo.emoji_styles.model import TEXT_TOKENS, load_pipeline, shift
 from hasten_zoo.emoji_styles.train import SHARES, Velocity, export, image_positions, learning_parts, samples_of
 from hasten_zoo.emoji_styles_turbo import WEIGHTS
 from hasten_zoo.training import (
-    CHECKPOINT,
     Loss,
     Settings,
     Training,
     add_options,
     attention_for,
     compile_blocks,
+    read_checkpoint,
     run_with,
 )
 from hasten_zoo.words import token_ids
@@ -235,9 +235,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     pipe = load_pipeline(args.teacher)
     if args.export:
-        export(torch.load(args.out / CHECKPOINT, weights_only=True, map_location="cpu"), pipe, args.export)
+        export(read_checkpoint(args.out), pipe, args.export)
         return
-    settings = Settings(lr=args.lr, warmup_steps=100, ema=0.995, bfloat16=not args.float32)
+    settings = Settings(lr=args.lr, warmup_steps=100, ema=0.995, bfloat16=not args.float32, muon=not args.adamw)
     training, objective = make_training(pipe, read_judge(HERE)[0], args.batch, settings, args.device)
     if args.compile:
         compile_blocks(objective.teacher.net["transformer"])

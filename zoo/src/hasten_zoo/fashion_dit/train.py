@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from hasten_zoo.fashion_dit import WEIGHTS
 from hasten_zoo.fashion_dit.data import load_fashion_data, scaled
 from hasten_zoo.fashion_dit.model import NO_CLASS, build_pipeline, without_label_dropout
-from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, add_options, attention_for, run_with, save_half
+from hasten_zoo.training import (
+    Loss,
+    Settings,
+    Training,
+    add_options,
+    attention_for,
+    read_checkpoint,
+    run_with,
+    save_half,
+)
 
 LABEL_LEFT_OUT = 0.1
 SNR_CAP = 5.0
@@ -75,7 +84,7 @@ def main() -> None:
     torch.manual_seed(0)
     pipe = build_pipeline()
     if args.export:
-        export(torch.load(args.out / CHECKPOINT, weights_only=True, map_location="cpu"), pipe, args.export)
+        export(read_checkpoint(args.out), pipe, args.export)
         return
     data = load_fashion_data(args.data)
     parts = {"transformer": without_label_dropout(pipe.transformer)}

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from diffusers import WanPipeline
-from hasten.errors import ModelError
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,7 +30,7 @@ from hasten_zoo.sprites_wan import WEIGHTS
 from hasten_zoo.sprites_wan.data import LARGE, all_clips, draw_batch, jittered
 from hasten_zoo.sprites_wan.model import LEARNED, SHIFT, build_latent_pipeline
 from hasten_zoo.sprites_wan.vae import DOWN, load_vae
-from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, add_options, run_with, save_half
+from hasten_zoo.training import Loss, Settings, Training, add_options, read_checkpoint, run_with, save_half
 from hasten_zoo.words import token_ids
 
 __all__ = ["MIXES", "Mix", "Objective", "clips_of", "export", "learning_parts", "main"]
@@ -155,12 +154,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     pipe = build_latent_pipeline(load_vae(args.vae), args.width, args.layers)
     if args.export:
-        if not (args.out / CHECKPOINT).is_file():
-            raise ModelError(f"no checkpoint in {args.out}; run the training script with --out {args.out} first")
-        export(torch.load(args.out / CHECKPOINT, weights_only=True, map_location="cpu"), pipe, args.export)
+        export(read_checkpoint(args.out), pipe, args.export)
         return
     objective = Objective(pipe, args.batch, MIXES[args.mix], args.device)
-    settings = Settings(lr=args.lr, bfloat16=not args.float32)
+    settings = Settings(lr=args.lr, bfloat16=not args.float32, muon=not args.adamw)
     training = Training(objective.net, objective, settings, args.device)
     run_with(args, training, learning_parts(pipe), args.out, args.samples)
 

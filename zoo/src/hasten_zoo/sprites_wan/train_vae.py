@@ -22,14 +22,14 @@ from pathlib import Path
 from random import Random
 
 import torch
-from hasten.errors import ModelError
+from hasten.errors import ConfigError, ModelError
 from hasten.io import write_atomically, write_sealed
 from torch import Tensor
 from torch.nn import functional as F
 
 from hasten_zoo.sprites_wan.data import LARGE, all_clips, draw, draw_batch, jittered
 from hasten_zoo.sprites_wan.vae import SpriteVAE, load_vae
-from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, run
+from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, read_checkpoint, run
 
 __all__ = ["Objective", "export", "main", "round_trip"]
 
@@ -123,7 +123,7 @@ def _check_encoder(vae: SpriteVAE, folder: Path) -> None:
     """Refuse a checkpoint of a decoder whose encoder is not that of `vae`."""
     if not (folder / CHECKPOINT).is_file():
         return
-    learned = torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")["net"]
+    learned = read_checkpoint(folder)["net"]
     kept = {name: value for name, value in vae.state_dict().items() if name.startswith(("encoder.", "norm."))}
     if not all(name in learned and torch.equal(learned[name], value) for name, value in kept.items()):
         raise ModelError(
@@ -150,10 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
     vae = load_vae(args.out / "weights") if args.decoder else SpriteVAE()
     if args.decoder:
         _check_encoder(vae, out)
-    if args.export and not (out / CHECKPOINT).is_file():
-        raise ModelError(
-            f"no checkpoint in {out}; run the training script with the same options, but without --export, first"
-        )
+    if args.samples < 1:
+        raise ConfigError(f"--samples must be at least 1, got {args.samples}")
     if not args.export:
         cooldown = (round(0.5 * args.samples), max(1, round(0.5 * args.samples)))
         settings = Settings(lr=args.lr, cooldown=cooldown, ema=0.995, bfloat16=True)
@@ -163,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
         training = Training(vae, Objective(vae, args.batch, args.device, noise), settings, args.device)
         vae.norm.train(not args.decoder)
         run(training, out, args.samples, args.minutes, checkpoint_minutes=2)
-    state = torch.load(out / CHECKPOINT, weights_only=True, map_location="cpu")
+    state = read_checkpoint(out)
     vae = load_vae(args.out / "weights") if args.decoder else SpriteVAE()
     print(json.dumps(export(state["average"], vae, out / "weights", args.decoder)))
 
