@@ -185,6 +185,14 @@ def test_guided_sigma_serves_the_steps_that_have_two_passes_from_the_first_forec
     assert not torch.equal(one(0.3, None, **guided), one(0.7, None, **guided))
 
 
+def test_a_scale_that_follows_the_features_has_no_guided_sigma(pipe):
+    with pytest.raises(ConfigError, match=r"guided_sigma=0\.4 does nothing"):
+        hasten.HiCache(scale="adaptive", guided_sigma=0.4)
+    with hasten.accelerate(pipe, scale="adaptive") as handle:  # the default's is left out, as with a sigma of one's own
+        assert handle.method.scale == "adaptive"
+        assert handle.method.guided_sigma is None
+
+
 @pytest.mark.parametrize(
     ("passes", "alone"),
     [

@@ -25,6 +25,6 @@ def default_method(given: Collection[str] = ()) -> ScheduledMethod:
     changes: dict[str, Any] = {}
     if {"steps", "searched"} & set(given):
         changes["schedule"] = "uniform"
-    if "sigma" in given:
+    if {"sigma", "scale"} & set(given):
         changes["guided_sigma"] = None
     return replace(chosen, **changes)

@@ -37,6 +37,7 @@ import numpy.typing as npt
 
 from hasten.caching.method import ScheduledMethod
 from hasten.caching.predictors import Hermite, Ladder, Order, Predictor, Scale
+from hasten.errors import ConfigError
 from hasten.parameters import Range
 from hasten.registry import method
 
@@ -96,6 +97,14 @@ class HiCache(ScheduledMethod):
     ladder: Annotated[Ladder, "the official differences, or the true ones at irregular gaps (divided)"] = "recursive"
     scale: Annotated[Literal["fixed", "adaptive"], "`sigma` throughout, or a scale that follows the features"] = "fixed"
     alpha: Annotated[Strength, "of the adaptive scale; larger trusts the slope more"] = 0.3
+
+    def check(self) -> None:
+        super().check()
+        if self.scale == "adaptive" and self.guided_sigma is not None:
+            raise ConfigError(
+                f"{type(self).__name__}: guided_sigma={self.guided_sigma:g} does nothing where the scale follows the "
+                "features; leave it out, or use scale='fixed'"
+            )
 
     @property
     def shared(self) -> Self:
