@@ -37,7 +37,7 @@ NAMES = tuple(COLOURS)
 WHITE = NAMES.index("white")
 COLOURED_SHARE = 0.3
 MIRRORED_SHARE = 0.5
-LARGEST_SHIFT = 0.04  # of the side
+LARGEST_SHIFT = 0.01  # of the side
 STYLE_LEFT_OUT = 1 / 3
 CAPTION_LEFT_OUT = 1 / 10
 
