@@ -372,6 +372,46 @@ def per_expert(run):
     return [[step for step, _ in part.items()] for part in parts], [[s for s, f in p.items() if f] for p in parts]
 
 
+@pytest.mark.parametrize(
+    ("method", "steps", "computed"),
+    [
+        ("foca:computed_steps=4", 12, ([0, 1, 2], [0])),  # of 0, 1, 2, 11 in the whole run
+        ("foca:schedule=even:computed_steps=5", 16, ([0, 4, 8], [0, 6])),  # 0, 4, 8, 11, 15; the fourth moves to 9
+        ("foca:schedule=even:computed_steps=2", 16, ([0], [0])),
+        ("taylorseer:steps=0/1/2/6/12", 16, ([0, 1, 2, 6], [0])),
+        ("hicache:interval=4:schedule=auto", 16, ([0, 3, 6], [0, 3, 6])),
+        ("hicache:interval=4:schedule=auto", 4, ([0], [0, 1])),  # three of four: 0, 2, 3
+    ],
+)
+def test_a_budget_is_for_the_whole_run_of_two_experts(method, steps, computed):
+    pipe = make_wan()
+    with hasten.accelerate(pipe, *registry.parse(method)) as run:
+        film(pipe, steps)
+    parts, full = per_expert(run)
+    assert sum(map(len, parts)) == steps
+    assert full == list(computed)
+
+
+def test_a_budget_that_no_run_has_is_refused_before_the_first_forward():
+    pipe = make_wan()
+    called = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: called.append(1))
+    hasten.accelerate(pipe, "foca", schedule="even", computed_steps=9)
+    with pytest.raises(ScheduleError, match="more than the 8 steps"):
+        film(pipe, 8)
+    assert not called
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_default_serves_runs_that_are_shorter_than_its_warm_up(steps):
+    pipe = make_wan()
+    plain = film(pipe, steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HastenWarning)  # that nothing is skipped
+        with hasten.accelerate(pipe):
+            assert torch.equal(film(pipe, steps), plain)
+
+
 @pytest.mark.parametrize("site", SITES)
 @each_method
 def test_two_experts_have_their_own_warm_up_and_one_summary(method, site):

@@ -19,7 +19,7 @@ from hasten.caching.gates import relative_change
 from hasten.caching.memory import Listener, PassMemory
 from hasten.caching.method import CachingMethod
 from hasten.caching.run import CachingRun
-from hasten.caching.schedule import Decision
+from hasten.caching.schedule import Decision, Part
 from hasten.caching.sites import HiddenSite, OutputSite, Site
 from hasten.caching.span import SpanSite
 from hasten.caching.submodules import ModuleSite
@@ -188,9 +188,8 @@ class CachingEngine(Hook):
         self._numbers.forward(info, decision.computed, hidden, result)
         if info.last:
             state.free()
-        number, step, name = info.run, info.step, info.pass_name
-        computed, reason, indicator = decision.computed, decision.reason, decision.indicator
-        self._records.add(Entry(number, step, name, info.timestep, computed, reason, stopped(start), held, indicator))
+        decided = decision.computed, decision.reason, stopped(start), held, decision.indicator
+        self._records.add(Entry(info.run, info.step, info.pass_name, info.timestep, *decided))
         return result
 
     def _forward(
@@ -253,6 +252,7 @@ class CachingEngine(Hook):
         self.method.check_run(self.facts)
         gate = self.method.gate()
         gate.reduce = partial(context_parallel.sum_over, self.model)
+        gate.part = None if run.part is None else Part(*run.part)
         gate.begin(run.total)
         if run.total is not None and self.method.saves and gate.skips_nothing(run.total):
             self._warn(
@@ -343,7 +343,7 @@ class CachingEngine(Hook):
         if self._adapter is None or self._adapter.layout is None:
             return
         hidden = self._arguments.latents(args, kwargs)
-        dtype = (hidden if isinstance(hidden, Tensor) else hidden[0]).dtype
+        dtype = tensors_in(hidden)[0].dtype
         encoder = self._arguments.named(args, kwargs).get("encoder_hidden_states")
         try:
             image_tokens = math.prod(self._find_layout(args, kwargs).grid)
@@ -372,11 +372,8 @@ class CachingEngine(Hook):
                 f"{min(values):.3g}. Use a larger threshold than that",
             )
         else:
-            self._warn(
-                "idle",
-                f"{name} skipped nothing in a run of {steps} steps. "
-                "Use a shorter warmup, a longer interval, or explicit steps=...",
-            )
+            remedy = "Use a shorter warmup, a longer interval, or explicit steps=..."
+            self._warn("idle", f"{name} skipped nothing in a run of {steps} steps. {remedy}")
 
     def _warn(self, subject: str, message: str) -> None:
         """Once per subject."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.caching.schedule import Decision, Schedule, check_warmup, computed_steps
+from hasten.caching.schedule import Decision, Part, Schedule, check_warmup, computed_steps, of_part
 from hasten.caching.sums import magnitude
 
 __all__ = ["Gate", "Scheduled", "ThresholdGate", "relative_change"]
@@ -22,9 +22,15 @@ TINY = float(torch.finfo(torch.float32).tiny)
 
 
 class Gate(ABC):
-    """Decides which steps are computed."""
+    """Decides which steps are computed.
+
+    Attributes:
+        total: steps of the run, or of the part of it in which the transformer is called.
+        part: where that part lies in the run, if two experts share it.
+    """
 
     total: int | None = None
+    part: Part | None = None
     reduce: Reduce = staticmethod(lambda sums: sums)
 
     def begin(self, total: int | None) -> None:
@@ -62,13 +68,16 @@ class Scheduled(Gate):
 
     def begin(self, total: int | None) -> None:
         super().begin(total)
-        self._now = self._schedule.for_run(total)
+        if self.part is None or total is None:
+            self._now = self._schedule.for_run(total)
+        else:
+            self._now = of_part(self._schedule, self.part, total)
 
     def decide(self, step: int, last_computed: int | None, observed: Tensor | None) -> Decision:
         return self._now.decide(step, last_computed)
 
     def skips_nothing(self, total: int) -> bool:
-        return len(computed_steps(self._schedule, total)) == total
+        return len(computed_steps(self._now, total)) == total
 
 
 class ThresholdGate(Gate):
@@ -87,7 +96,9 @@ class ThresholdGate(Gate):
     def begin(self, total: int | None) -> None:
         super().begin(total)
         if total is not None and self._interval > 1:  # else every step is computed, however few there are
-            check_warmup(self._warmup, total)
+            if self.part is None:
+                check_warmup(self._warmup, total)
+            self._warmup = min(self._warmup, total)
 
     @abstractmethod
     def measure(self, step: int, observed: Tensor | None) -> float | None:

@@ -6,7 +6,7 @@ Steps count up from 0 in the order of execution. A schedule decides once per ste
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Protocol
 
@@ -16,6 +16,7 @@ from hasten.parameters import Declared, Range
 __all__ = [
     "Decision",
     "Explicit",
+    "Part",
     "Schedule",
     "Spread",
     "Uniform",
@@ -23,6 +24,7 @@ __all__ = [
     "check_warmup",
     "computed_steps",
     "learned_list",
+    "of_part",
     "spread",
 ]
 
@@ -70,6 +72,10 @@ class Uniform(Declared):
     interval: Count
     warmup: Count = 3
     last: bool = False
+
+    def shortened(self, total: int) -> Uniform:
+        """With no longer a warm-up than `total` steps."""
+        return replace(self, warmup=min(self.warmup, total))
 
     def decide(self, step: int, last_computed: int | None) -> Decision:
         if step < self.warmup:
@@ -157,12 +163,14 @@ class Spread(Declared):
             if self.unknown is not None:
                 return self.unknown.for_run(None)
             raise _needs_total("a spread schedule")
-        count = self.count if isinstance(self.count, int) else len(computed_steps(self.count, total))
-        if count > total:
+        asked = self.count
+        if isinstance(asked, Uniform):  # of a run that is shorter than its warm-up: every step
+            asked = len(computed_steps(asked.shortened(total), total))
+        if asked > total:
             raise ScheduleError(
-                f"computed_steps={count} is more than the {total} steps of the run; use {total} or less"
+                f"computed_steps={asked} is more than the {total} steps of the run; use {total} or less"
             )
-        return Explicit(spread(count, total, self.power))
+        return Explicit(spread(asked, total, self.power))
 
 
 def spread(count: int, total: int, power: float = 1.0) -> tuple[int, ...]:
@@ -230,6 +238,30 @@ def computed_steps(schedule: Schedule, total: int) -> list[int]:
         ScheduleError: if the schedule cannot serve such a run.
     """
     return _follow(schedule.for_run(total), total)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where the steps of one of two experts lie in the run: its first step, and the steps of the whole run."""
+
+    start: int
+    whole: int
+
+
+def of_part(schedule: Schedule, part: Part, total: int) -> Schedule:
+    """A schedule as it serves the `total` steps of one of two experts.
+
+    Lists and budgets are for the whole run. An expert has no features of the other, so the first computed step of its
+    part becomes its first step. An interval is followed by each expert on its own, with a warm-up of its own.
+
+    Raises:
+        ScheduleError: if it cannot serve the whole run.
+    """
+    if isinstance(schedule, Uniform):
+        return schedule.shortened(total).for_run(total)
+    listed = computed_steps(schedule, part.whole)
+    own = [step - part.start for step in listed if part.start <= step < part.start + total]
+    return Explicit((0, *own[1:]))
 
 
 def _follow(schedule: Schedule, total: int) -> list[int]:

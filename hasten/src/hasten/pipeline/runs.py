@@ -99,6 +99,7 @@ class Run:
     Attributes:
         total: steps of the run, where the scheduler tells.
         timesteps: of these steps, as the scheduler's list had them at the start.
+        part: the first of these steps and the steps of the pipeline's run, if two experts share it.
         late: whether it began in the middle of a pipeline's call, as far as the scheduler tells.
         state: whatever the caller remembers of the run.
         hook: what the run began with, and goes on with.
@@ -113,6 +114,7 @@ class Run:
         self.sampler_timesteps = None if view is None else view.timesteps
         self.timesteps = None if view is None else view.timesteps_of(module, loop)
         self.total = None if self.timesteps is None else len(self.timesteps)
+        self.part = None if view is None else view.part_of(module, loop)
         self._entries: list[float] | None = None  # of the scheduler's list, once they are asked for
         self.guidance = None if view is None else view.guidance
         self.late = view is not None and owner.frame is not None and not view.at_start

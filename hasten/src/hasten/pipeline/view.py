@@ -346,16 +346,33 @@ class PipelineView:
         """
         if self.timesteps is None:
             return None
-        pipe, scheduler = self.pipe, self.scheduler
-        timesteps = self.timesteps[self.begin_index :]
-        if _is_part(loop, self.timesteps):
-            timesteps = loop
-        elif type(scheduler).__name__ == "SCMScheduler":  # its list ends with the time of the finished image
-            timesteps = timesteps[:-1]
-        # Two experts take over from each other at a boundary (Wan 2.2).
-        ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
-        first, second = (unwrap(getattr(pipe, name, None)) for name in _EXPERTS)
-        if ratio is not None and first is not None and second is not None:
-            early = timesteps >= ratio * scheduler.config.num_train_timesteps
-            timesteps = timesteps[early if module is first else ~early]
-        return tuple(timesteps.tolist())
+        timesteps = self._looped(self.timesteps, loop)
+        mine = self._steps_of(module, timesteps)
+        return tuple((timesteps if mine is None else timesteps[mine]).tolist())
+
+    def part_of(self, module: nn.Module, loop: Any = None) -> tuple[int, int] | None:
+        """First step of one of two experts, and steps of the whole run; None where one transformer takes them all."""
+        timesteps = None if self.timesteps is None else self._looped(self.timesteps, loop)
+        mine = None if timesteps is None else self._steps_of(module, timesteps)
+        if mine is None:
+            return None
+        chosen = mine.nonzero()
+        return (int(chosen[0]) if len(chosen) else 0), len(mine)
+
+    def _looped(self, timesteps: Tensor, loop: Any) -> Tensor:
+        """Those of the scheduler's list that the pipeline goes through."""
+        if _is_part(loop, timesteps):
+            looped: Tensor = loop
+            return looped
+        timesteps = timesteps[self.begin_index :]
+        # The list of an SCMScheduler ends with the time of the finished image.
+        return timesteps[:-1] if type(self.scheduler).__name__ == "SCMScheduler" else timesteps
+
+    def _steps_of(self, module: nn.Module, timesteps: Tensor) -> Tensor | None:
+        """Which of these a transformer is called at, if two experts take over from each other (Wan 2.2)."""
+        ratio = getattr(getattr(self.pipe, "config", None), "boundary_ratio", None)
+        first, second = (unwrap(getattr(self.pipe, name, None)) for name in _EXPERTS)
+        if ratio is None or first is None or second is None:
+            return None
+        early = timesteps >= ratio * self.scheduler.config.num_train_timesteps
+        return early if module is first else ~early
