@@ -27,7 +27,7 @@ from hasten.bench.subject import open_model
 from hasten.calibration import Trace
 from hasten.errors import ConfigError, ScheduleError
 from hasten.io import write_atomically
-from held_out import HeldOut
+from held_out import HeldOut, check_weights, weights_of
 from torch import Tensor
 
 ARMS = (
@@ -69,10 +69,12 @@ class Measure:
         self.options, self.out = options, options.out
         self.model = open_model(options.model)
         self.pipe = self.model.pipe
-        self.rows: dict[str, Any] = json.loads(self.out.read_text())["rows"] if self.out.exists() else {}
+        known = json.loads(self.out.read_text()) if self.out.exists() else {}
+        check_weights(known, self.model)
+        self.rows: dict[str, Any] = known.get("rows", {})
         scale = "" if options.guidance is None else f"-{options.guidance:g}"
         self.scale: float | None = options.guidance
-        self.work = options.work / f"{options.model}{scale}-{options.steps}"
+        self.work = options.work / f"{options.model}{scale}-{options.steps}-{weights_of(self.model)}"
         self.work.mkdir(parents=True, exist_ok=True)
         self.held_out = HeldOut(self.model, options.steps, options.learn, options.held_out, options.batch, self.work)
 
@@ -89,10 +91,11 @@ class Measure:
     # --- rows
 
     def note(self, key: str, row: dict[str, Any]) -> None:
-        """Keep a row and write all of them."""
-        self.rows[key] = row
+        """Keep a row, with the commit that it was measured on, and write all of them."""
+        here = environment()
+        self.rows[key] = row | {"commit": here["commit"]}
         about = {name: value for name, value in vars(self.options).items() if not isinstance(value, Path)}
-        content = {"environment": environment(), "options": about, "rows": self.rows}
+        content = {"environment": here, "options": about, "weights": weights_of(self.model), "rows": self.rows}
         write_atomically(self.out, json.dumps(content, indent=1) + "\n")
         print(
             key,

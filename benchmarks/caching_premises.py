@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import hasten
 import torch
+from hasten import models
 from hasten.bench.environment import environment
 from hasten.bench.subject import open_model
+from hasten.caching.arguments import Arguments
 from hasten.caching.calibrated import CalibratedMethod, gram_of
 from hasten.caching.methods import FreqCa, HyCa
 from hasten.caching.methods.freqca import Bands
@@ -28,27 +31,45 @@ from hasten.caching.methods.hyca import CANDIDATES, candidate
 from hasten.calibration import Calibration
 from hasten.io import write_atomically
 from hasten.models import TokenLayout
+from hasten.pipeline.view import denoisers
 from held_out import HeldOut
 from torch import Tensor
 
 KEY = "hidden"
 
 
-def components(features: Tensor, name: str, fit: Calibration | None, pass_name: str, grid: tuple[int, ...]) -> Any:
-    """The components of features `[S, T, N, D]`, by name; they sum to the whole in energy."""
+def components(features: Tensor, name: str, fit: Calibration | None, pass_name: str, layout: TokenLayout) -> Any:
+    """The components of features `[S, T, N, D]`, by name; they sum to the whole in energy.
+
+    N counts the tokens of all images of a call, one image after the other, each in the order of `layout`.
+    """
     if name == "svdcache":
         assert fit is not None
         basis = fit.tensors[f"basis/{pass_name}/{KEY}"]
         principal = features @ basis @ basis.T
         return {"principal": principal, "residual": features - principal}
     if name == "freqca":
-        bands = Bands(TokenLayout(grid), "dct", FreqCa().cutoff)
-        flat = features.flatten(0, 1)
-        low = bands.combine([flat], {"low": [1.0], "high": [0.0]}).view_as(features)
+        bands = Bands(layout, "dct", FreqCa().cutoff)
+        images = features.reshape(-1, math.prod(layout.grid), features.shape[-1])
+        low = bands.combine([images], {"low": [1.0], "high": [0.0]}).view_as(features)
         return {"low": low, "high": features - low}
     assert fit is not None
     labels = fit.tensors[f"clusters/{KEY}"].long()
     return {f"cluster {c}": features[..., labels == c] for c in range(int(labels.max()) + 1)}
+
+
+def layout_in(held_out: HeldOut) -> TokenLayout:
+    """Where the tokens of an image lie, as the transformer is called."""
+    ((_, transformer),) = denoisers(held_out.model.pipe).items()
+    adapter, seen = models.find(transformer), []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(models.layout_of(module, adapter, Arguments(module, adapter).named(args, kwargs)))
+
+    handle = transformer.register_forward_pre_hook(look, with_kwargs=True)
+    held_out.draw(held_out.calls(None, many=1), steps=1)
+    handle.remove()
+    return seen[0]
 
 
 def main() -> None:
@@ -68,14 +89,13 @@ def main() -> None:
     learned = held_out.recorded(options.guidance, learn=True)
     fits = {name: hasten.fit(learned, name) for name in ("svdcache", "hyca")}
     trace = held_out.recorded(options.guidance, learn=False)
-    rows = []
+    layout, rows = layout_in(held_out), []
     for schedule in ("uniform", "even"):
         judge = HyCa(calibration=fits["hyca"], schedule=schedule, computed_steps=options.count)
         first = judge.first_difference
         for name in ("svdcache", "freqca", "hyca"):
             for pass_name, features in trace.steps(KEY, "normed").items():
-                side = round(features.shape[2] ** 0.5)
-                parts = components(features, name, fits.get(name), pass_name, (side, side))
+                parts = components(features, name, fits.get(name), pass_name, layout)
                 rows += errors(judge, features, parts, first, {"schedule": schedule, "of": name, "pass": pass_name})
     content = {
         "environment": environment(),

@@ -6,6 +6,8 @@ seeds from 1000.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +19,11 @@ import numpy as np
 from hasten.bench.plain import plain_samplers
 from hasten.bench.subject import Subject
 from hasten.bench.tune import tuning_calls
-from hasten.calibration import Trace
+from hasten.calibration import Trace, weights_digest
 from hasten.errors import ConfigError
 from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
+from hasten.pipeline.view import denoisers
 from hasten.quality.metrics import over_frames, psnr
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -30,6 +33,27 @@ TRIED = 4  # held-out prompts on which the best plain sampler is chosen
 FAILS = (ConfigError, ValueError, TypeError, ImportError, AssertionError)  # of schedulers that do not fit a pipeline
 
 Calls = list[dict[str, Any]]
+
+
+def guidance_of(model: Subject, scale: float | None) -> dict[str, Any]:
+    """What a call of the model is told for a scale of true guidance, or for none, whatever it would be told else."""
+    true = "true_cfg_scale" in inspect.signature(model.pipe.__call__).parameters
+    name = "true_cfg_scale" if true else "guidance_scale"
+    if scale is None:
+        return {name: 1.0} if name in model.call else {}
+    return {name: scale} | ({"negative_prompt": ""} if true else {})
+
+
+def weights_of(model: Subject) -> str:
+    """A short name for the weights of a model's denoisers: what was measured with others does not count."""
+    digests = [weights_digest(part) for part in denoisers(model.pipe).values()]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:8]
+
+
+def check_weights(known: dict[str, Any], model: Subject) -> None:
+    """End the program if results that are gone on with are of other weights."""
+    if known.get("weights", weights_of(model)) != weights_of(model):
+        raise SystemExit(f"these results are of other weights of {model.name} than it has now: give another --out")
 
 
 @dataclass(frozen=True)
@@ -56,7 +80,7 @@ class HeldOut:
         """Arguments of the held-out calls, or of those to learn from, at a scale of true guidance or without it."""
         prompts = self.model.prompts
         chosen = prompts[-self.learn :] if learn else prompts[: many or self.many]
-        guidance = {} if scale is None else {"true_cfg_scale": scale, "negative_prompt": ""}
+        guidance = guidance_of(self.model, scale)
         return tuning_calls(self.model, chosen, SEED if learn else 0, self.steps, guidance, self.batch)
 
     def draw(self, calls: Calls, steps: int | None = None) -> list[Tensor]:
@@ -76,7 +100,7 @@ class HeldOut:
 
     def references(self, scale: float | None) -> list[Tensor]:
         """The plain sampler's images of the held-out prompts at all steps; drawn once."""
-        file = self.work / f"reference-{self.steps}-{scale}-{self.many}.safetensors"
+        file = self.work / f"reference-{self.steps}-{scale}-{self.many}-{weights_of(self.model)}.safetensors"
         if not file.exists():
             images = self.draw(self.calls(scale))
             write_atomically(file, save({f"{i:04d}": image.contiguous() for i, image in enumerate(images)}))

@@ -31,7 +31,7 @@ from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
 from hasten.quality.metrics import over_frames, psnr
 from hasten.solvers import Leap, LeapScheduler
-from held_out import HeldOut
+from held_out import HeldOut, check_weights, weights_of
 from torch import Tensor
 
 STEPS = 50
@@ -92,6 +92,7 @@ class Measure:
         self.counts = [int(count) for count in numbers(options.counts)]
         self.guidances = numbers(options.guidances)
         known = json.loads(self.out.read_text()) if self.out.exists() else {}
+        check_weights(known, self.model)
         self.rows: dict[str, Any] = known.get("rows", {})
         self.fits: dict[str, Any] = known.get("fits", {})
         self.work = options.work / self.out.stem
@@ -105,6 +106,7 @@ class Measure:
             "environment": environment(),
             "options": about,
             "steps": STEPS,
+            "weights": weights_of(self.model),
             "fits": self.fits,
             "rows": self.rows,
         }

@@ -36,6 +36,7 @@ from hasten_zoo.emoji_styles.augment import caption, plain_views, render
 from hasten_zoo.emoji_styles.data import load_emoji_styles_data
 from hasten_zoo.emoji_styles.evaluate import spread
 from hasten_zoo.emoji_styles.judge import Judge
+from held_out import check_weights, weights_of
 from torch import Tensor
 
 SIZE, RESAMPLES = 128, 2000
@@ -120,6 +121,8 @@ def main() -> None:
     whole: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     rows: dict[str, Any] = whole.setdefault("rows", {})
     bed = Bed(options)
+    check_weights(whole, bed.model)
+    whole["weights"] = weights_of(bed.model)
     whole |= {"environment": environment(), "pairs": options.pairs, "guidance": options.guidance or 3.0}
     whole["trained_on_samples"] = json.loads((options.weights / "training.json").read_text())["samples"]
 
