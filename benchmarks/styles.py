@@ -8,8 +8,9 @@ The prompts are combinations of style and concept that were held out, whose true
 with seed `i`. For every image there are
 
 - the *distance to the full run* of the same noise (PSNR in dB, LPIPS),
-- the *distance to the truth* (LPIPS, and PSNR in dB),
-- the *content*: whether the judge finds the concept (without having seen the held-out images) and the style.
+- the *distance to the truth* (LPIPS, and PSNR in dB), the nearest of the views that the caption leaves open,
+- the *content*: whether the judge finds the style, and the concept: among all images, and (`blind`) without having seen
+  the held-out ones, which finds it in a little more than half of the true images, too (`truth`).
 
 Operations are counted. Beside every arm the plain samplers stand with the smallest number of steps that costs at least
 as much, and the best of them, by each measure, is what the arm is compared with: means and 95 % of a paired bootstrap
@@ -32,7 +33,7 @@ from hasten.bench.environment import environment
 from hasten.io import write_atomically
 from hasten.quality.metrics import Lpips, psnr
 from hasten_zoo.emoji_styles import HERE, WEIGHTS, load_emoji_styles
-from hasten_zoo.emoji_styles.augment import caption, plain_views, render
+from hasten_zoo.emoji_styles.augment import caption, nearest_views, plain_views, render
 from hasten_zoo.emoji_styles.data import load_emoji_styles_data
 from hasten_zoo.emoji_styles.evaluate import spread
 from hasten_zoo.emoji_styles.judge import Judge
@@ -52,7 +53,8 @@ ARMS = (
     "fresco:preset=18+foca:interval=2:warmup=1",
     "spectral:stages=12/12+foca:interval=4:warmup=1",
 )
-HIGHER = {"full_psnr": 1, "full_lpips": -1, "truth_psnr": 1, "truth_lpips": -1, "concept": 1, "style": 1}  # is better
+CONTENT = ("concept", "blind", "style")
+HIGHER = {"full_psnr": 1, "full_lpips": -1, "truth_psnr": 1, "truth_lpips": -1} | dict.fromkeys(CONTENT, 1)  # is better
 
 
 class Bed:
@@ -76,11 +78,13 @@ class Bed:
     def figures(self, images: list[Tensor]) -> dict[str, list[float]]:
         """Of every image, in the order of the prompts."""
         batch = torch.stack(images) * 2 - 1
-        concepts, styles = self.judge.from_training_pairs(batch), self.judge(batch)[0]
+        (styles, concepts), blind = self.judge(batch), self.judge.from_training_pairs(batch)
+        views = (nearest_views(batch, self.truth * 2 - 1, [pair.mirror for pair in self.pairs]) + 1) / 2
         found = {
-            "truth_psnr": [psnr(*pair) for pair in zip(images, self.truth, strict=True)],
-            "truth_lpips": [self.lpips(*pair) for pair in zip(images, self.truth, strict=True)],
+            "truth_psnr": [psnr(*pair) for pair in zip(images, views, strict=True)],
+            "truth_lpips": [self.lpips(*pair) for pair in zip(images, views, strict=True)],
             "concept": [float(a == pair.concept) for a, pair in zip(concepts, self.pairs, strict=True)],
+            "blind": [float(a == pair.concept) for a, pair in zip(blind, self.pairs, strict=True)],
             "style": [float(a == pair.style) for a, pair in zip(styles, self.pairs, strict=True)],
         }
         if self.full:
@@ -123,7 +127,10 @@ def main() -> None:
     bed = Bed(options)
     check_weights(whole, bed.model)
     whole["weights"] = weights_of(bed.model)
-    whole |= {"environment": environment(), "pairs": options.pairs, "guidance": options.guidance or 3.0}
+    asked = {"pairs": options.pairs, "guidance": 3.0 if options.guidance is None else options.guidance}
+    if other := {name: whole[name] for name in asked if whole.get(name, asked[name]) != asked[name]}:
+        raise SystemExit(f"{options.json} was measured with {other}, and {asked} is asked for: give another --json")
+    whole |= {"environment": environment()} | asked
     whole["trained_on_samples"] = json.loads((options.weights / "training.json").read_text())["samples"]
 
     def measure(text: str) -> dict[str, Any]:
@@ -133,7 +140,7 @@ def main() -> None:
 
     def add(text: str, images: list[Tensor], flops: list[int]) -> None:
         base = rows[full]["flops"] if rows else float(np.mean(flops))
-        rows[text] = {"flops": float(np.mean(flops)), "ratio": round(base / float(np.mean(flops)), 4)}
+        rows[text] = {"flops": float(np.mean(flops)), "ratio": base / float(np.mean(flops))}
         rows[text]["figures"] = bed.figures(images)
         rows[text]["means"] = {name: round(float(np.mean(v)), 4) for name, v in rows[text]["figures"].items()}
         write_atomically(options.json, json.dumps(whole, indent=1) + "\n")
@@ -143,13 +150,15 @@ def main() -> None:
     if full not in rows:
         add(full, *reference)
     bed.full = reference[0]
+    of_truth = bed.figures(list(bed.truth))
+    whole["truth"] = {name: round(float(np.mean(of_truth[name])), 4) for name in CONTENT}
     for text in ARMS if options.arms is None else options.arms.split(";"):
         row = measure(text)
         steps = math.ceil(STEPS / row["ratio"] - 1e-6)
         beside = {label: measure(label) for label in (f"{sampler}@{steps}" for sampler in PLAIN)}
         rows[text]["against"] = leads(row, beside) | {"steps": steps}
         write_atomically(options.json, json.dumps(whole, indent=1) + "\n")
-        print(text, row["ratio"], row["means"], flush=True)
+        print(text, round(row["ratio"], 2), row["means"], flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,16 @@ from hasten.errors import ModelError
 from torch import Tensor, nn
 
 from hasten_zoo.emoji_styles import evaluate, train
-from hasten_zoo.emoji_styles.augment import COLOURS, WHITE, Views, caption, draw_views, plain_views, render
+from hasten_zoo.emoji_styles.augment import (
+    COLOURS,
+    WHITE,
+    Views,
+    caption,
+    draw_views,
+    nearest_views,
+    plain_views,
+    render,
+)
 from hasten_zoo.emoji_styles.data import EmojiStyles, Package, PackedPairs, Pair, fetch, held_out_pairs, packed
 from hasten_zoo.emoji_styles.efficientnet import weights_path
 from hasten_zoo.emoji_styles.judge import Judge
@@ -294,6 +303,17 @@ def test_every_caption_of_the_sets_fits() -> None:
     longest = caption(Pair("openmoji", "face with open eyes and hand over mouth", "", True, False), "dark green")
     words = longest.replace(",", " ,").split()
     assert len(words) + 2 <= TEXT_TOKENS
+
+
+def test_the_nearest_view_is_found_among_those_that_a_caption_leaves_open() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.ones(3, 3, 32, 32)
+    truth[:, :, 8:24, 8:24] = torch.rand(3, 3, 16, 16, generator=generator)
+    seen = torch.stack([truth[0].roll((2, -1), (1, 2)), truth[1].flip(-1).roll(3, 2), truth[2].flip(-1)])
+    found = nearest_views(seen, truth, [True, True, False])
+    assert torch.equal(found[:2], seen[:2])
+    assert not torch.equal(found[2], seen[2])  # it has letters, say: mirrored it is another image
+    assert torch.equal(nearest_views(truth, truth, [True] * 3), truth)
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The training loop of the small models: levels from coarse to fine, a running average, log and checkpoints.
 
-A *level* is a size of image or video. Levels are worked off in order; once past the first, every fourth batch
+A *level* is a size of image or video. Levels are worked through in order; once past the first, every fourth batch
 comes from an earlier level, so that the coarse sizes stay native to the model. Running the same command again goes on
 from the last checkpoint.
 """
@@ -64,7 +64,7 @@ class Fit:
 
     Args:
         net: the modules that learn.
-        levels: in the order in which they are worked off.
+        levels: in the order in which they are worked through.
         loss: from the name of a level, the size of a batch and a generator to a scalar loss.
         rates: learning rate and its course.
         seed: of the generator that `loss` draws from.

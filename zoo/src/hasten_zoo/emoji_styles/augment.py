@@ -7,14 +7,16 @@ the seed decides between them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hasten_zoo.emoji_styles.data import EmojiStyles, Pair
 
-__all__ = ["COLOURS", "Views", "caption", "draw_views", "plain_views", "render"]
+__all__ = ["COLOURS", "Views", "caption", "draw_views", "nearest_views", "plain_views", "render"]
 
 COLOURS = {
     "white": (255, 255, 255),
@@ -80,6 +82,25 @@ def render(data: EmojiStyles, rows: Tensor, views: Views, resolution: int) -> Te
     colours = torch.tensor(list(COLOURS.values()), dtype=torch.float32)[views.colour] / 127.5
     alpha = moved[:, 3:].float() / 255
     return (moved[:, :3].float() / 127.5 + (1 - alpha) * colours[:, :, None, None] - 1).clamp(-1, 1)
+
+
+def nearest_views(images: Tensor, truths: Tensor, mirrored: Sequence[bool], reach: int = 6) -> Tensor:
+    """The views of true images, on white, that lie nearest to generated ones: a caption leaves them open.
+
+    Args:
+        images, truths: `[B, 3, R, R]` in [-1, 1].
+        mirrored: whether each may be mirrored.
+        reach: largest shift in pixels, along either axis.
+    """
+    found = []
+    side = images.shape[-1]
+    for image, truth, both in zip(images, truths, mirrored, strict=True):
+        ways = torch.stack([truth, truth.flip(-1)] if both else [truth])
+        framed = F.pad(ways, (reach,) * 4, value=1.0)
+        places = [(i, j) for i in range(2 * reach + 1) for j in range(2 * reach + 1)]
+        views = torch.cat([framed[..., i : i + side, j : j + side] for i, j in places])
+        found.append(views[(views - image).square().mean((1, 2, 3)).argmin()])
+    return torch.stack(found)
 
 
 def caption(pair: Pair | None, colour: str = "white", style: bool = True) -> str:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hasten_zoo.emoji_styles import HERE, WEIGHTS
-from hasten_zoo.emoji_styles.augment import caption, plain_views, render
+from hasten_zoo.emoji_styles.augment import caption, nearest_views, plain_views, render
 from hasten_zoo.emoji_styles.data import EmojiStyles, Pair, load_emoji_styles_data
 from hasten_zoo.emoji_styles.judge import Judge
 from hasten_zoo.emoji_styles.model import load_pipeline
@@ -90,7 +90,7 @@ def diversity(pipe: FluxPipeline, lpips: Perceptual, concepts: Sequence[str], st
     first = generate(pipe, concepts, seeds, steps, guidance)
     second = generate(pipe, concepts, [seed + 10_000 for seed in seeds], steps, guidance)
     within = float(lpips(first, second).median())
-    between = float(lpips(first, second.roll(1, 0)).median())
+    between = float(lpips(first, second.roll(len(concepts) // 2, 0)).median())  # neighbours are alike: they are sorted
     medians = {"two_seeds": round(within, 4), "two_captions": round(between, 4)}
     return medians | {"ratio": round(within / between, 3), "captions": len(concepts)}
 
@@ -151,13 +151,17 @@ def evaluate(weights: Path, data: EmojiStyles, out: Path, images: int, steps: in
         pairs = [data.pairs[i] for i in rows.tolist()]
         true = render(data, rows, plain_views(len(rows)), SIZE)
         drawn = generate(pipe, [caption(pair) for pair in pairs], list(range(len(pairs))), steps, guidance)
+        views = nearest_views(drawn, true, [pair.mirror for pair in pairs])
         distances, nearest = near_copies(data, lpips, drawn)
+        of_truths, _ = near_copies(data, lpips, true)
         result[kind] = {
             "generated": recognised(judge, drawn, pairs),
             "true_images": recognised(judge, true, pairs),
             "true_images_after_round_trip": recognised(judge, through(pipe, true), pairs),
-            "lpips_to_true_image": round(float(lpips(drawn, true).median()), 4),
+            "lpips_to_true_image": round(float(lpips(drawn, views).median()), 4),
+            "db_to_true_image": round(statistics.median(psnr(drawn, views)), 2),
             "near_copies": sum(distance < NEAR_COPY for distance in distances),
+            "true_images_that_are_near_copies": sum(distance < NEAR_COPY for distance in of_truths),
             "lpips_to_nearest_training_image": round(statistics.median(distances), 4),
         }
         shown |= {kind: drawn, f"{kind}/true": true, f"{kind}/nearest": nearest}
