@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from hasten.errors import ModelError
 from torch import Tensor, nn
 
 from hasten_zoo.emoji_styles import evaluate, train
@@ -271,7 +272,22 @@ def test_a_cooldown_leaves_the_trunk_alone(tmp_path: Path) -> None:
     assert copied.samples == 160
     assert copied.learning_rate == 0.0
     assert (tmp_path / CHECKPOINT).read_bytes() == before
-    assert train.start_cooldown(tmp_path, 80) == (160, (80, 80))  # goes on, and does not start over
+    assert train.start_cooldown(tmp_path, 80) == (160, (80, 80))  # over: there is nothing to go on to
+
+
+def test_a_cooldown_goes_on_and_another_begins_once_the_trunk_is_further(tmp_path: Path) -> None:
+    run(_regression(Settings()), tmp_path, samples=80)
+    end, cooldown = train.start_cooldown(tmp_path, 80)
+    run(_regression(Settings(cooldown=cooldown)), tmp_path / "cooldown", samples=120)  # cut short
+    run(_regression(Settings()), tmp_path, samples=400)
+    assert train.start_cooldown(tmp_path, 80) == (end, cooldown)
+    with pytest.raises(ModelError, match="a cooldown of 80 samples is under way"):
+        train.start_cooldown(tmp_path, 160)
+    run(_regression(Settings(cooldown=cooldown)), tmp_path / "cooldown", samples=end)
+    assert train.start_cooldown(tmp_path, 160) == (560, (400, 160))
+    again = _regression(Settings(cooldown=(400, 160)))
+    run(again, tmp_path / "cooldown", samples=560)
+    assert (again.samples, again.learning_rate) == (560, 0.0)
 
 
 def test_every_caption_of_the_sets_fits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +91,29 @@ def test_a_checkpoint_of_the_other_optimizer_gives_weights_and_a_warm_up(muon: b
     assert all(torch.equal(kept["net"][name], value) for name, value in training.net.state_dict().items())
     assert all(torch.equal(kept["average"][name], value) for name, value in training.average.items())
     assert float(training.step().value.detach()) < 1
+
+
+@pytest.mark.parametrize("muon", [True, False])
+def test_a_batch_that_is_not_finite_moves_nothing_but_the_momentum(muon: bool, tmp_path: Path) -> None:
+    training = _training(muon)
+    finite, bad = training.loss, [7]
+
+    def loss(generator: torch.Generator) -> Loss:
+        found = finite(generator)
+        return Loss(found.value * float("nan"), 16, "all") if training.steps in bad else found
+
+    training.loss = loss
+    run(training, tmp_path, samples=160, log_every=10)
+    assert all(bool(value.isfinite().all()) for value in training.net.state_dict().values())
+    assert all(bool(value.isfinite().all()) for value in training.average.values())
+    row = json.loads((tmp_path / "log.jsonl").read_text())
+    assert row["not_finite"] == 1
+    assert 0 < row["loss/all"] < 3
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    bad.extend(range(10, 30))
+    with pytest.raises(ModelError, match=r"10 of the last 10 batches .* smaller --lr"):
+        run(training, tmp_path, samples=480, log_every=10, checkpoint_minutes=0)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
 def test_a_checkpoint_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:

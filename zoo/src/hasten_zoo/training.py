@@ -132,6 +132,7 @@ class Training:
         self.generator = torch.Generator(self.device).manual_seed(self.settings.seed)
         self.steps = self.samples = 0
         self.warm_from = 0  # the step at which the optimizer was fresh
+        self.sound = torch.ones((), dtype=torch.bool)  # whether the gradients of the latest step were finite
         self.fallen = 1.0  # share of the rate that is left of a run that ends with its time; see `run`
 
     @property
@@ -149,7 +150,11 @@ class Training:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16):
             loss = self.loss(self.generator)
         loss.value.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip)
+        self.sound = norm.isfinite()  # one batch that is not must not end a run; not read here, which would wait
+        for parameter in self.net.parameters():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(~self.sound, 0.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
@@ -163,7 +168,7 @@ class Training:
         return loss
 
     def state(self) -> dict[str, Any]:
-        """Everything that `restore` needs to go on as if nothing had happened."""
+        """Everything of its own that `restore` needs to go on; what the loss keeps between its calls is not in it."""
         return {
             "net": self.net.state_dict(),
             "average": self.average,
@@ -291,6 +296,9 @@ def run(
         checkpoint_minutes: between two checkpoints.
         log_every: steps per line of the log.
         fall: share of `minutes`, at the end, over which the rate falls to zero; for a run that nothing follows.
+
+    Raises:
+        ModelError: if the checkpoint cannot be read, or most batches give gradients that are not finite.
     """
     if (folder / CHECKPOINT).exists():
         training.restore(read_checkpoint(folder, training.device))
@@ -298,25 +306,35 @@ def run(
         training.start_from(*fallback())
     started = saved = lined = time.monotonic()
     seen, sums, counts = training.samples, {}, {}  # type: ignore[var-annotated]
+    idle = torch.zeros((), dtype=torch.long, device=training.device)  # batches that moved nothing
     with _stopping() as asked:
         while training.samples < samples and time.monotonic() - started < 60 * minutes and not asked:
             if fall:
                 training.fallen = min(1.0, max(0.0, 1 - (time.monotonic() - started) / (60 * minutes)) / fall)
             loss = training.step()
+            idle = idle + ~training.sound
             for name, value in {"loss": loss.value, **loss.parts}.items():
                 key = f"{name}/{loss.kind}"
-                sums[key] = sums.get(key, 0.0) + value.detach()
-                counts[key] = counts.get(key, 0) + 1
+                sums[key] = sums.get(key, 0.0) + torch.where(training.sound, value.detach(), 0.0)
+                counts[key] = counts.get(key, 0) + training.sound
             if training.steps % log_every == 0:
                 now = time.monotonic()
                 row: dict[str, object] = {"step": training.steps, "samples": training.samples}
-                row |= {key: round(float(value) / counts[key], 5) for key, value in sorted(sums.items())}
+                row |= {key: round(float(value / counts[key]), 5) for key, value in sorted(sums.items())}
+                if idle:
+                    row["not_finite"] = int(idle)
+                if idle > log_every / 2:
+                    raise ModelError(
+                        f"{int(idle)} of the last {log_every} batches gave gradients that are not finite; the last "
+                        f"checkpoint in {folder} is from before: go on from it with a smaller --lr, or with --float32"
+                    )
+                idle = torch.zeros((), dtype=torch.long, device=training.device)
                 row["lr"] = training.optimizer.param_groups[0]["lr"]
                 row["samples_per_second"] = round((training.samples - seen) / (now - lined), 1)
                 row["seconds"] = round(now - started, 1)
                 add_line(folder / LOG, json.dumps(row))
                 lined, seen, sums, counts = now, training.samples, {}, {}
-            if time.monotonic() - saved > 60 * checkpoint_minutes:
+            if time.monotonic() - saved > 60 * checkpoint_minutes and not idle:
                 _save(training, folder)
                 saved = time.monotonic()
     _save(training, folder)

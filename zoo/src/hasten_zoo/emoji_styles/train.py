@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
+from hasten.errors import ModelError
 from hasten.io import write_atomically
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -195,9 +196,8 @@ def main() -> None:
     pipe = fresh_pipeline(data, vae)
     folder = args.out / "cooldown" if args.cooldown else args.out
     if args.export:
-        done = args.out / "cooldown" / CHECKPOINT
-        chosen = done if done.exists() else args.out / CHECKPOINT
-        export(torch.load(chosen, weights_only=True, map_location="cpu"), pipe, args.export)
+        furthest = max((args.out, args.out / "cooldown"), key=_samples_in)
+        export(read_checkpoint(furthest), pipe, args.export)
         return
     cooldown, total = None, args.samples
     if args.cooldown:
@@ -212,16 +212,31 @@ def main() -> None:
 
 
 def start_cooldown(trunk: Path, samples: int) -> tuple[int, tuple[int, int]]:
-    """Copy the trunk's checkpoint unless a cooldown is under way; returns its end and (start, length), in samples."""
+    """Copy the trunk's checkpoint unless a cooldown is under way; returns its end and (start, length), in samples.
+
+    Raises:
+        ModelError: if one of another length is under way.
+    """
     folder = trunk / "cooldown"
     plan = folder / "plan.json"
-    if not plan.exists():
-        position = read_checkpoint(trunk)["position"]
+    planned = json.loads(plan.read_text()) if plan.exists() else None
+    if planned is not None and _samples_in(folder) < planned["start"] + planned["length"]:
+        if planned["length"] != samples:
+            raise ModelError(
+                f"a cooldown of {planned['length']} samples is under way in {folder}, not of {samples}; go on with "
+                "that one, or remove the folder"
+            )
+    elif planned is None or planned["start"] != _samples_in(trunk):
         with (trunk / CHECKPOINT).open("rb") as checkpoint:
             write_atomically(folder / CHECKPOINT, partial(shutil.copyfileobj, checkpoint))
-        write_atomically(plan, json.dumps({"start": position[1], "length": samples}) + "\n")
-    planned = json.loads(plan.read_text())
+        planned = {"start": _samples_in(trunk), "length": samples}
+        write_atomically(plan, json.dumps(planned) + "\n")
     return planned["start"] + planned["length"], (planned["start"], planned["length"])
+
+
+def _samples_in(folder: Path) -> int:
+    """How many samples the checkpoint of a folder has seen; 0 without one."""
+    return int(read_checkpoint(folder)["position"][1]) if (folder / CHECKPOINT).is_file() else 0
 
 
 if __name__ == "__main__":
