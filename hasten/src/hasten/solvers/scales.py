@@ -51,8 +51,7 @@ def check_asked_guidance(asked: Sequence[float], guidances: Sequence[float | Non
     """
     fitted = [one for one in guidances if one is not None]
     if asked and len(fitted) == len(guidances) and not any(_within(one, fitted) for one in asked):
-        here = " and ".join(f"{one:g}" for one in asked)
-        raise ScheduleError(f"LEAP was fitted for guidance {_range(fitted)}, and this run has {here}: {REMEDY}")
+        raise ScheduleError(f"LEAP was fitted for guidance {_range(fitted)}, and this run has {asked[-1]:g}: {REMEDY}")
 
 
 def scale_of_run(
