@@ -62,7 +62,7 @@ def test_guidance_that_a_callback_cuts_off_is_refused() -> None:
     pipe = make()
     pipe.set_progress_bar_config(disable=True)
     cut = {"callback_on_step_end": SDCFGCutoffCallback(0.4), "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-    with pytest.raises(CalibrationError, match="StableDiffusionPipeline asks it there alone.*a callback"):
+    with pytest.raises(CalibrationError, match=r"StableDiffusionPipeline asks it there alone.*a callback"):
         fit_leap(pipe, [toy_call(0, **arguments, **cut)], [3], **QUICK)
 
 
@@ -207,15 +207,14 @@ def test_calls_held_out_later_are_told_for_what_was_known() -> None:
 # --- half precision
 
 
-def test_a_fit_in_half_precision_is_near_to_that_in_single() -> None:
-    (reference,) = Toy()(**toy_call(9, batch=64))
-    errors = {}
-    for dtype, rounds in ((torch.float32, 3), (torch.bfloat16, 3), (torch.bfloat16, 0)):
-        fit = fit_leap(Toy(), [toy_call(i, dtype=dtype, batch=16) for i in range(4)], [5], trials=1, rounds=rounds)
-        errors[dtype, rounds] = relative(Toy(), LeapScheduler.of(fit), 5, reference, batch=64)
-    print(errors)
-    assert errors[torch.bfloat16, 3] < 0.5 * errors[torch.bfloat16, 0]
-    assert errors[torch.bfloat16, 3] < 3 * errors[torch.float32, 3]
+def test_a_fit_in_half_precision_is_as_near_as_one_in_single_where_it_is_used() -> None:
+    half = {"dtype": torch.bfloat16}
+    reference = Toy()(**toy_call(9, batch=64, **half))[0].float()
+    errors = []
+    for more in (half, {}):
+        fit = fit_leap(Toy(), [toy_call(i, batch=16, **more) for i in range(4)], [5], trials=1, rounds=3)
+        errors.append(relative(Toy(), LeapScheduler.of(fit), 5, reference, batch=64, **half))
+    assert errors[0] < 1.3 * errors[1]  # 2.3 with the steps of single precision
 
 
 # --- guidance that the fit does not serve
@@ -225,7 +224,7 @@ def test_a_fit_without_guidance_is_refused_where_there_are_two_passes() -> None:
     pipe = Toy()
     with (
         hasten.accelerate(pipe, hasten.Leap(fit_leap(pipe, [toy_call(0)], [4], **QUICK))),
-        pytest.raises(ScheduleError, match="fitted without guidance.*this run makes two"),
+        pytest.raises(ScheduleError, match=r"fitted without guidance.*this run makes two"),
     ):
         pipe(**{**toy_call(9, guidance_scale=3.0), "num_inference_steps": 4})
 
@@ -249,11 +248,11 @@ def test_a_scheduler_alone_reads_the_guidance_of_the_call() -> None:
     pipe.scheduler = LeapScheduler(tables, guidances=[3.5])
     draw(pipe, 3)
     draw(pipe, 3, guidance_scale=3.5)
-    with pytest.raises(ScheduleError, match="fitted for guidance 3.5, and this run has 30: call the pipeline with"):
+    with pytest.raises(ScheduleError, match=r"fitted for guidance 3\.5, and this run has 30: call the pipeline with"):
         draw(pipe, 3, guidance_scale=30.0)
     pipe.scheduler = LeapScheduler(tables, guidances=[3.0])
     draw(pipe, 3, true_cfg_scale=3.0, negative_prompt="banana")
-    with pytest.raises(ScheduleError, match="fitted for guidance 3, and this run has 1.5"):
+    with pytest.raises(ScheduleError, match=r"fitted for guidance 3, and this run has 1\.5"):
         draw(pipe, 3, true_cfg_scale=1.5, negative_prompt="banana")
 
 

@@ -18,7 +18,8 @@ evaluations. Each is refined a little on a few calls, and the best goes on; so t
 than the best plain solver, or than with fewer evaluations.
 
 All this goes by the answers with guidance alone: with the differences there are twice as many numbers, which fit a few
-prompts at any times. They come last, as far as they help prompts that they were not fitted to.
+prompts at any times. They come last, from zero, or from their closed form where closed forms with them are nearer than
+without on calls that they were not fitted to.
 """
 
 from __future__ import annotations

@@ -334,8 +334,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         if k:
             warnings.warn(
                 f"this run starts at evaluation {k} of {len(self._table.timesteps)}, and LEAP's coefficients hold from "
-                "the first one on: it goes on with DPM-Solver++ 2M at the learned times; for your own scheduler at this "
-                "strength, call hasten.remove(pipe) or put it back",
+                "the first one on: it goes on with DPM-Solver++ 2M at the learned times; for your own scheduler at "
+                "this strength, call hasten.remove(pipe) or put it back",
                 HastenWarning,
                 stacklevel=4,
             )
