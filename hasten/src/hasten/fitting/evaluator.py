@@ -46,6 +46,7 @@ class _Probe(SchedulerMixin, ConfigMixin):
         self.begin_index: int | None = None
         self.mu: float | None = None
         self.asked = False  # whether a call is made for its `set_timesteps` alone
+        self.skips = True  # whether the model need not be run for the first step
 
     def at(self, timestep: float, state: Tensor) -> None:
         """The next call of the pipeline evaluates the model at this time and state."""
@@ -90,19 +91,29 @@ class _Probe(SchedulerMixin, ConfigMixin):
 
 
 class _Bypass:
-    """Lets a denoiser answer the probe's first step with an earlier answer, since nothing is made of it."""
+    """Lets a denoiser answer the probe's first step with an earlier answer, since nothing is made of it.
+
+    Attributes:
+        call: the number of the call that comes.
+        used: whether it made use of an earlier answer.
+    """
 
     def __init__(self, model: nn.Module, probe: _Probe) -> None:
         self._model, self._probe = model, probe
         self._own = vars(model).get("forward")  # of an offload hook, perhaps
         self._forward = model.forward
         self._answers: dict[int, Any] = {}
-        self.call = 0
+        self.begin(0)
+
+    def begin(self, call: int) -> None:
+        """A call of this number comes."""
+        self.call, self.used = call, False
 
     def __enter__(self) -> None:
         @wraps(self._forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._probe.waiting and self.call in self._answers:
+            if self._probe.waiting and self._probe.skips and self.call in self._answers:
+                self.used = True
                 return self._answers[self.call]
             answer = self._forward(*args, **kwargs)
             self._answers.setdefault(self.call, answer)
@@ -126,12 +137,15 @@ class Evaluator:
     Attributes:
         scheduler: the pipeline's own.
         made: evaluations of the model's step so far, one per image.
+        skips: whether the model is left out of the step that puts the state in; not where its first forward of a call
+            leaves something behind for the next one (keys of a reference image).
     """
 
     def __init__(self, pipe: Any, calls: Replay) -> None:
         self._pipe, self._calls = pipe, calls
         self.scheduler = pipe.scheduler
         self.made = 0
+        self.skips = True
 
     @contextmanager
     def probing(self) -> Iterator[None]:
@@ -154,10 +168,13 @@ class Evaluator:
         Raises:
             CalibrationError: if the pipeline does not take one step for each timestep.
         """
-        self._probe.at(timestep, state)
-        for bypass in self._bypasses:
-            bypass.call = call
-        self._pipe(**{**self._calls[call], "num_inference_steps": 2})
+        try:
+            self._run(call, state, timestep)
+        except Exception:  # of whatever the pipeline is made of
+            if not any(bypass.used for bypass in self._bypasses):
+                raise
+            self.skips = False
+            self._run(call, state, timestep)
         if self._probe.seen is None:
             raise CalibrationError(
                 f"{type(self._pipe).__name__} does not take one step for each timestep of its scheduler; LEAP cannot "
@@ -167,16 +184,27 @@ class Evaluator:
         apart = self._probe.apart
         return self._probe.seen, None if apart is None else apart.cpu()
 
+    def _run(self, call: int, state: Tensor, timestep: float) -> None:
+        self._probe.at(timestep, state)
+        self._probe.skips = self.skips
+        for bypass in self._bypasses:
+            bypass.begin(call)
+        self._pipe(**{**self._calls[call], "num_inference_steps": 2})
+
     @property
     def mu(self) -> float | None:
         """The resolution-dependent shift that the pipeline gave its scheduler in the latest evaluation."""
         return self._probe.mu
 
     def arguments(self, count: int) -> dict[str, Any]:
-        """What the pipeline asks of its scheduler's `set_timesteps` for a run of `count` steps; no model is run."""
+        """What the pipeline asks of its scheduler's `set_timesteps` for a run of `count` steps; no model is run.
+
+        Levels of the call's own are left out: they are for its own number of steps.
+        """
+        call = {name: value for name, value in self._calls[0].items() if name not in ("sigmas", "timesteps")}
         self._probe.asked = True
         try:
-            self._pipe(**{**self._calls[0], "num_inference_steps": count})
+            self._pipe(**{**call, "num_inference_steps": count})
         except _AskedError as asked:
             return {"num_inference_steps": count, **asked.given}
         finally:

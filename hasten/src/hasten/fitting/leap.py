@@ -18,7 +18,8 @@ evaluations. Each is refined a little on a few calls, and the best goes on; so t
 than the best plain solver, or than with fewer evaluations.
 
 All this goes by the answers with guidance alone: with the differences there are twice as many numbers, which fit a few
-prompts at any times. They come last, as far as they help prompts that they were not fitted to.
+prompts at any times. They come last, from zero, or from their closed form where closed forms with them are nearer than
+without on calls that they were not fitted to.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import count as count_from
 from typing import Annotated, Any
 
 import numpy as np
 
 from hasten.calibration import Calibration, Fingerprint, model_digest, weights_digest
-from hasten.errors import CalibrationError, ConfigError
-from hasten.fitting.evaluator import Evaluator
+from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError
+from hasten.fitting.group import SCALES, Group, at_scale, check_passes, guidance_of
 from hasten.fitting.guidance import continued, halfway, joined, path_at
 from hasten.fitting.leap_fitter import Fitter, Leap
-from hasten.fitting.references import References, record_references
+from hasten.fitting.references import References
 from hasten.fitting.refine import refine
 from hasten.fitting.starts import MOST_STARTS, Start, best_start, plain_solvers
 from hasten.fitting.surrogate import Surrogate
@@ -46,6 +48,7 @@ from hasten.pipeline.replay import Replay
 from hasten.pipeline.view import denoisers
 from hasten.solvers.content import LEAP, check_pipeline, denoiser_of
 from hasten.solvers.multistep import Row
+from hasten.solvers.scheduler import LeapScheduler
 from hasten.solvers.tables import COLUMNS, Table, packed, unpacked
 
 __all__ = ["fit_leap", "plain_config"]
@@ -53,7 +56,6 @@ __all__ = ["fit_leap", "plain_config"]
 Progress = Callable[[int, int, int, float], None]
 GUIDED, PASSES = "guided", "passes"  # the form that is searched, and the one that follows
 DIRECTIONS = 3  # in which rows are moved where they have numbers for both passes: those that move the state most
-SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
 
 
 def fit_leap(
@@ -79,7 +81,7 @@ def fit_leap(
             generators or latents. Give batches: each evaluation of the fit runs every call once.
         evaluations: numbers of evaluations; those that differ by one or two help each other.
         guidances: scales at which coefficients are fitted, at the same times; three serve all scales between them. By
-            default the one of the calls.
+            default the one of the calls. At all of them the pipeline has to make as many passes.
         held_out: other calls, on which the error is reported beside that of the training.
         trials: most starts of the refinement that are tried for each number; 1 takes a spread of times, and from 3 on
             the best plain solver and the solver with fewer evaluations are among them.
@@ -95,12 +97,18 @@ def fit_leap(
         a calibration to save, to give to `Leap`, or to make a scheduler of: `LeapScheduler.of(calibration, pipe)`.
 
     Raises:
-        CalibrationError: if there are no calls, they cannot be followed, or the scheduler is none that LEAP can follow.
+        CalibrationError: if there are no calls, they cannot be followed (they differ in size or steps, or the model's
+            answer depends on more than state and time), or the scheduler is none that LEAP can follow.
         ConfigError: if a number or a guidance scale does not fit the run.
-        AlreadyAcceleratedError: if the pipeline is accelerated.
+        AlreadyAcceleratedError: if the pipeline is accelerated, or its scheduler is a LeapScheduler.
     """
     check_pipeline(pipe)
     refuse_accelerated(denoisers(pipe).values())
+    if isinstance(pipe.scheduler, LeapScheduler):
+        raise AlreadyAcceleratedError(
+            "the pipeline's scheduler is a LeapScheduler, and a fit learns from the plain one: put the plain scheduler "
+            "back first, such as pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)"
+        )
     if not calls:
         raise CalibrationError("there is nothing to learn from: give at least one call")
     arguments = {
@@ -122,6 +130,9 @@ def fit_leap(
         result = known
     for count in sorted(evaluations):
         if str(count) in result.report:
+            if held_out:  # perhaps others than the known fit was given
+                told = result.report[str(count)] | {"held_out": fit.held_out(unpacked(result.tensors)[str(count)])}
+                result = replace(result, report=result.report | {str(count): told})
             continue
         if fewer := [int(name) for name in result.report if int(name) < count]:
             fit.recall(unpacked(result.tensors)[str(max(fewer))])
@@ -139,22 +150,6 @@ def _check_counts(evaluations: Sequence[int], steps: int | None) -> None:
     accepted("fit_leap", "evaluations", tuple[Annotated[int, Range(1, steps)], ...], evaluations)
 
 
-class _At:
-    """The fit at one guidance scale: its calls, references and evaluator."""
-
-    def __init__(
-        self, pipe: Any, calls: Sequence[Mapping[str, Any]], ridge: float, tick: Callable[[int], None]
-    ) -> None:
-        self.replay = Replay(calls)
-        self.references = record_references(pipe, self.replay, lambda done, total: tick(done))
-        self.evaluator = Evaluator(pipe, self.replay)
-        self.fitters = {
-            form: Fitter(self.evaluator, self.references, ridge, width)
-            for form, width in COLUMNS.items()
-            if form == "guided" or self.references.differences
-        }
-
-
 class _Fit:
     """A fit under way."""
 
@@ -168,12 +163,18 @@ class _Fit:
         progress: Progress | None,
     ) -> None:
         self._pipe, self._progress = pipe, progress
-        name, own = _guidance_of(pipe, calls[0])
-        if guidances and (name is None or len(set(guidances)) < len(guidances)):
-            raise ConfigError(f"guidances have to differ, and the calls have to take one of {', '.join(SCALES)}")
-        self._scales: list[float | None] = list(guidances) or [own]
-        groups = [_at_scale(calls, name, scale) for scale in guidances] or [calls]
-        total, done = (2 * len(groups) - 1 + bool(held_out)) * len(calls), 0
+        name, own = guidance_of(calls[0])
+        if guidances and name is None:
+            raise ConfigError(
+                f"guidances are given, and the calls say by none of {' and '.join(SCALES)} what takes them: give the "
+                "calls that argument of the pipeline, at any scale"
+            )
+        if len(set(guidances)) < len(guidances):
+            raise ConfigError(f"guidances have to differ, got {tuple(guidances)}: leave out what is there twice")
+        scales = sorted(guidances)
+        self._scales: list[float | None] = list(scales) or [own]
+        between, few = halfway(scales), calls[: -(-len(calls) // 2)]
+        total, done = len(self._scales) * len(calls) + len(between) * len(few) + len(held_out), 0
 
         def tick(_: int) -> None:
             nonlocal done
@@ -181,15 +182,18 @@ class _Fit:
             if progress is not None:
                 progress(0, done, max(total, done), 1.0)
 
-        self._at = [_At(pipe, group, ridge, tick) for group in groups]
-        few = calls[: -(-len(calls) // 2)]
-        self._between = [(scale, _At(pipe, _at_scale(few, name, scale), ridge, tick)) for scale in halfway(guidances)]
-        self._middle = min(range(len(groups)), key=lambda i: abs(i - (len(groups) - 1) / 2))
+        groups = [at_scale(calls, name, scale) for scale in scales] or [calls]
+        self._at: list[Group] = []
+        for group in groups:
+            self._at.append(Group(pipe, group, ridge, tick))
+            check_passes(self._at, scales)
+        self._between = [(scale, Group(pipe, at_scale(few, name, scale), ridge, tick)) for scale in between]
+        self._middle = (len(groups) - 1) // 2
         middle = self._at[self._middle].references
         self._held = None
         if held_out:
-            others = _at_scale(held_out, name, self._scales[self._middle]) if guidances else held_out
-            self._held = _At(pipe, others, ridge, tick)
+            others = at_scale(held_out, name, self._scales[self._middle]) if guidances else held_out
+            self._held = Group(pipe, others, ridge, tick)
         self.total = middle.total
         self._before: Leap | None = None
         self._surrogate = Surrogate(middle, COLUMNS[GUIDED])
@@ -197,11 +201,8 @@ class _Fit:
         self.options = self._options(middle)
 
     def _options(self, references: References) -> dict[str, Any]:
-        evaluator = self._at[self._middle].evaluator
-        with evaluator.probing():
-            evaluator(0, references.states[0][0], references.plain.timesteps[0])
-            # FLUX.2's shift depends on the number of steps too, and tells nothing of the image's size then.
-            mu = references.mu if evaluator.mu == references.mu else None
+        # FLUX.2's shift depends on the number of steps too, and tells nothing of the image's size then.
+        mu = references.mu if self._at[self._middle].evaluator.mu == references.mu else None
         return {
             "prediction_type": references.kind,
             "num_train_timesteps": int(self._pipe.scheduler.config.num_train_timesteps),
@@ -220,7 +221,7 @@ class _Fit:
             at.replay.rewind()
 
     @property
-    def _all(self) -> list[_At]:
+    def _all(self) -> list[Group]:
         return [*self._at, *(at for _, at in self._between), *([] if self._held is None else [self._held])]
 
     # --- one number of evaluations
@@ -269,7 +270,7 @@ class _Fit:
         report["evaluations_of_fit"] = sum(at.evaluator.made for at in self._all) - made_before
         return table, report
 
-    def _start(self, at: _At, count: int, trials: int, move: bool, tick: Callable[[int, float], None]) -> Start:
+    def _start(self, at: Group, count: int, trials: int, move: bool, tick: Callable[[int, float], None]) -> Start:
         evaluator, kind = at.evaluator, at.references.kind
         plain = plain_solvers(evaluator.scheduler, evaluator.arguments(count), kind) if trials > 1 else {}
         return best_start(
@@ -318,10 +319,19 @@ class _Fit:
         if form == PASSES:
             report["relative_squared_error_with_both_passes"] = found[form].error
         if self._held is not None:
-            form = [one for one in found if one in self._held.fitters][-1]  # the held-out calls may have no guidance
-            with self._held.evaluator.probing():
-                report["held_out"] = self._held.fitters[form].exact(best.timesteps, rows[form]).error
+            report["held_out"] = self._error_held_out(best.timesteps, rows)
         return report
+
+    def held_out(self, table: Mapping[str, Any]) -> float:
+        """The error of a table of an earlier fit on the calls that are held out, of which there are some."""
+        rows = {form: table[form][self._middle] for form in COLUMNS if form in table}
+        return self._error_held_out(table["timesteps"], rows)
+
+    def _error_held_out(self, timesteps: Sequence[float], rows: Mapping[str, Sequence[Row]]) -> float:
+        assert self._held is not None
+        form = [one for one in rows if one in self._held.fitters][-1]  # the held-out calls may have no guidance
+        with self._held.evaluator.probing():
+            return self._held.fitters[form].exact(timesteps, rows[form]).error
 
 
 def _with_differences(fitter: Fitter, guided: Fitter, leap: Leap, rounds: int) -> Leap:
@@ -333,19 +343,6 @@ def _with_differences(fitter: Fitter, guided: Fitter, leap: Leap, rounds: int) -
     if fitter.elsewhere(leap.timesteps) < guided.elsewhere(leap.timesteps):
         own = min(own, fitter.fit(leap.timesteps), key=lambda one: one.error)
     return refine(fitter, own, min(rounds, 1), times=False, directions=DIRECTIONS)
-
-
-def _guidance_of(pipe: Any, call: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """The argument by which a call sets its guidance scale, and the scale."""
-    for name in SCALES:
-        if call.get(name) is not None:
-            return name, float(call[name])
-    return None, None
-
-
-def _at_scale(calls: Sequence[Mapping[str, Any]], name: str | None, scale: float | None) -> Sequence[Mapping[str, Any]]:
-    """The calls with another guidance scale."""
-    return [{**call, str(name): scale} for call in calls]
 
 
 def _fingerprint(pipe: Any, references: References, guidance: float | None) -> Fingerprint:

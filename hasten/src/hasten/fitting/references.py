@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -40,7 +40,8 @@ class References:
         mixture: weight of the first pass in the mixture; None where it is no plain mixture of two.
         forwards: calls of the denoiser in a step.
         arguments: of the scheduler's `set_timesteps`.
-        digest: of the prompts and the noise that they were drawn from.
+        digest: of the prompts, the noise and what was made of it: of all that the calls are made of.
+        rounding: relative, of the least exact number in the model's answers.
     """
 
     states: list[Tensor]
@@ -54,6 +55,7 @@ class References:
     forwards: int
     arguments: dict[str, Any]
     digest: str
+    rounding: float
 
     @property
     def total(self) -> int:
@@ -98,8 +100,9 @@ class References:
 
 def _digest(calls: Replay, states: Sequence[Tensor]) -> str:
     prompts = json.dumps([call.get("prompt") for call in calls], default=str)
-    noise = b"".join(path[0].numpy().tobytes() for path in states)
-    return hashlib.sha256(prompts.encode() + noise).hexdigest()[:16]
+    # The image differs with whatever a call is made of: embeddings in the place of prompts, images, what it denies.
+    ends = b"".join(path[k].numpy().tobytes() for path in states for k in (0, -1))
+    return hashlib.sha256(prompts.encode() + ends).hexdigest()[:16]
 
 
 def _kept(tensor: Tensor) -> Tensor:
@@ -116,6 +119,7 @@ class _Recorder:
         self.forwards: list[int] = []
         self.mixtures: list[float] = []
         self.dtype = torch.float32
+        self.rounding = torch.finfo(torch.float32).eps  # of the answers, which pipelines may widen for the scheduler
         self.start()
 
     def start(self) -> None:
@@ -158,6 +162,7 @@ class _Recorder:
             self.mixtures.append(mixture_of(answers, output, apart))
         self.forwards.append(len(answers))
         self.dtype = output.dtype
+        self.rounding = max(torch.finfo(one.dtype).eps for one in (*answers, output))
         if not self.states:
             self.states.append(_kept(sample))
         self.outputs.append(_kept(output))
@@ -179,13 +184,15 @@ def record_references(
     a formula that reproduces them.
 
     Raises:
-        CalibrationError: if the calls do not make one scheduler step for each timestep, a state is not finite, or the
-            scheduler is none that LEAP can follow (it draws noise, clips, or evaluates twice in a step).
+        CalibrationError: if the calls do not make one scheduler step for each timestep, they ask for different ones, a
+            state is not finite, or the scheduler is none that LEAP can follow (it draws noise, clips, or evaluates
+            twice in a step).
         ConfigError: for a prediction type that LEAP does not know.
     """
     kind = kind_of(pipe.scheduler)
     states, outputs, differences = [], [], []
     error, plain = 0.0, None
+    first: dict[str, Any] = {}
     with _Recorder(pipe) as recorder:
         for number, call in enumerate(calls):
             recorder.start()
@@ -198,6 +205,8 @@ def record_references(
                     f"call {number}: the state after {bad[0]} steps is not finite; leave out "
                     "that call, or run the model in a wider precision"
                 )
+            first = first or recorder.arguments
+            _check_alike(number, recorder.arguments, first)
             plain = plain or _formula(recorder, kind)
             path = _as_inputs(recorder, kind)
             if len(path) != len(plain.timesteps) + 1:
@@ -232,7 +241,37 @@ def record_references(
         max(recorder.forwards),
         recorder.arguments,
         _digest(calls, states),
+        recorder.rounding,
     )
+
+
+def _check_alike(number: int, own: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Compare what a call asked of the scheduler with what the first one did.
+
+    Raises:
+        CalibrationError: if it is something else.
+    """
+    steps, asked = (
+        next((len(given[name]) for name in ("sigmas", "timesteps") if given.get(name) is not None), None)
+        or given.get("num_inference_steps")
+        for given in (first, own)
+    )
+    if steps != asked:
+        differs = f"has another number of steps ({asked}) than call 0 ({steps})"
+    elif not _same(own.get("mu"), first.get("mu")):
+        differs = f"is of another size than call 0 (its shift mu is {own.get('mu')}, there {first.get('mu')})"
+    elif not all(_same(own.get(name), first.get(name)) for name in ("sigmas", "timesteps")):
+        differs = "has other sigmas or timesteps than call 0"
+    else:
+        return
+    raise CalibrationError(f"call {number} {differs}, and one fit serves one schedule: fit that call by itself")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments of `set_timesteps` are the same number or list."""
+    if one is None or other is None:
+        return one is other
+    return np.shape(one) == np.shape(other) and bool(np.allclose(one, other))
 
 
 def _formula(recorder: _Recorder, kind: str) -> PlainSolver:

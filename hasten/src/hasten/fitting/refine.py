@@ -37,7 +37,7 @@ DAMPING = 1e-2  # of the first step of a round
 TRIES = 4  # dampings in a step, each ten times the one before
 PARTS = 4  # of the calls, of which one is left out of a round's equations
 SMALLEST_GAIN = 0.02  # a step that lowers the error by a smaller share is the last of its round
-SIZE = 0.25  # of the move of a finite difference along a row, in the cube root of float32's rounding
+SIZE = 0.25  # of the move of a finite difference along a row, in the cube root of the answers' rounding
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,14 @@ class Move:
             moved[k] = [number + by * step for number, step in zip(rows[k], change, strict=True)]
         return timesteps, moved
 
-    def size(self, timesteps: Times) -> float:
-        """The step of a finite difference: the best one as far as rounding lets it be small."""
-        step = torch.finfo(torch.float32).eps ** (1 / 3)
+    def size(self, timesteps: Times, rounding: float) -> float:
+        """The step of a finite difference: the best one as far as rounding lets it be small.
+
+        Args:
+            timesteps: of the solver.
+            rounding: relative, of the model's answers.
+        """
+        step = rounding ** (1 / 3)
         if self.along is not None:
             return SIZE * step
         before, own, later = (*timesteps, 0.0)[self.row - 1 : self.row + 2]
@@ -176,7 +181,7 @@ class _Jacobian:
         final = combine(known, leap.rows[-1])
         self.columns: list[Tensor] = []
         for move in moves:
-            size = move.size(leap.timesteps)
+            size = move.size(leap.timesteps, fitter.references.rounding)
             timesteps, rows = move.applied(leap.timesteps, leap.rows, size)
             shared = move.row + (move.along is not None)  # a row is used by the evaluation after it
             first = known[: 1 + fitter.width * shared]

@@ -72,7 +72,7 @@ class Content:
         if not self.guidances or len(self.mixtures) != len(self.guidances) or (several and None in self.guidances):
             raise ValueError("each fit needs a guidance scale and a mixture")
         if any(len(set(scales)) < len(scales) for scales in (self.guidances, _known(self.mixtures))):
-            raise ValueError("two fits have the same guidance")
+            raise ValueError("two fits have the same guidance; fit at scales that differ in what they make")
 
 
 def _known(scales: tuple[float | None, ...]) -> tuple[float | None, ...]:

@@ -24,6 +24,7 @@ from hasten.solvers.asked import asked_by_user, check_asked
 from hasten.solvers.content import LEAP, REMEDY, arguments_of, as_json, check_arguments, refuse_other_model
 from hasten.solvers.formula import Formula, Learned, SecondOrder, signal
 from hasten.solvers.passes import UNWATCHED, Answers, difference, mixture_of
+from hasten.solvers.scales import asked_guidance, check_asked_guidance, scale_of_run
 from hasten.solvers.tables import COLUMNS, interpolated
 
 __all__ = ["LeapScheduler"]
@@ -43,7 +44,6 @@ OWN = (
     "certificate",
     "plain",
 )
-MIXTURE_TOLERANCE = 0.03  # of the guidance scale that a run shows, relative; half precision shows it less exactly
 
 
 class LeapScheduler(SchedulerMixin, ConfigMixin):
@@ -199,7 +199,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         """Choose the table; the times are the learned ones, whatever `sigmas` a pipeline proposes or a user gives.
 
         Raises:
-            ScheduleError: if there is no table for so many evaluations, or the user's sigmas begin at less noise.
+            ScheduleError: if there is no table for so many evaluations, the user's sigmas begin at less noise, or the
+                call asks for a guidance scale outside of what was fitted.
             CalibrationError: if the pipeline that calls has another denoiser.
         """
         asked = asked_by_user(sigmas, timesteps)
@@ -220,6 +221,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self._check_caller()
         self._choose(str(wanted))
         check_asked(asked, {"sigmas": self.sigmas, "timesteps": self.timesteps})
+        self._asked = asked_guidance()
+        check_asked_guidance(self._asked, self._checked.guidances)
         self.timesteps = self.timesteps.to(device)
         self.num_inference_steps = wanted
 
@@ -249,6 +252,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self._checks_all = False
         self._answers = Answers()
         self._unwatched = False
+        self._asked: tuple[float, ...] = ()  # guidance scales among the arguments of the call
         self.owner = current_owner()
 
     @property
@@ -330,8 +334,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         if k:
             warnings.warn(
                 f"this run starts at evaluation {k} of {len(self._table.timesteps)}, and LEAP's coefficients hold from "
-                "the first one on: it goes on with DPM-Solver++ 2M at the learned times; fit_leap with calls of this "
-                "strength learns coefficients for it",
+                "the first one on: it goes on with DPM-Solver++ 2M at the learned times; for your own scheduler at "
+                "this strength, call hasten.remove(pipe) or put it back",
                 HastenWarning,
                 stacklevel=4,
             )
@@ -345,42 +349,13 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
                 "LEAP was fitted with guidance, two passes for each evaluation, and this run makes one: call the "
                 "pipeline with the guidance of the fit, or fit without guidance"
             )
-        scale = self._scale(mixture)
-        scales = self._scales(mixture)
-        return Learned(interpolated(fits, scales, scale), self._levels, kind, COLUMNS[form])
-
-    def _scales(self, mixture: float | None) -> list[float]:
-        """The guidance scales of the fits, in the measure in which the run's is known."""
-        found = self._checked.mixtures if mixture is not None and None not in self._checked.mixtures else ()
-        found = found or self._checked.guidances
-        return [0.0 if one is None else one for one in found]
-
-    def _scale(self, mixture: float | None) -> float:
-        """The guidance scale of the run, as far as it is known, in the measure of `_scales`.
-
-        Raises:
-            ScheduleError: if it is outside of what was fitted.
-        """
-        seen = mixture is not None and None not in self._checked.mixtures
-        scales = self._scales(mixture)
-        scale = mixture if seen else self._checked.guidance
-        if scale is None:
-            if len(scales) > 1:
-                known = ", ".join(f"{one:g}" for one in scales)
-                raise ScheduleError(
-                    f"LEAP was fitted for guidance {known}, and a scheduler does not see the scale: use "
-                    "hasten.accelerate(pipe, hasten.Leap(file)), or LeapScheduler.load(file, pipe, guidance=...)"
-                )
-            return scales[0]
-        low, high = min(scales), max(scales)
-        slack = MIXTURE_TOLERANCE * max(abs(low), abs(high), 1.0)
-        if not low - slack <= scale <= high + slack:
-            fitted = " to ".join(f"{one:g}" for one in dict.fromkeys((low, high)))
+        if apart is not None and self._table.passes is None and set(self._checked.mixtures) == {None}:
             raise ScheduleError(
-                f"LEAP was fitted for guidance {fitted}, and this run has {scale:.4g}: call the pipeline with that "
-                "guidance, or fit for this one (fit_leap(..., guidances=...) serves a range)"
+                "LEAP was fitted without guidance, one pass for each evaluation, and this run makes two: call the "
+                "pipeline without guidance, or fit with it"
             )
-        return scale
+        scale, scales = scale_of_run(self._checked, mixture, self._asked, self.expects_passes)
+        return Learned(interpolated(fits, scales, scale), self._levels, kind, COLUMNS[form])
 
     # --- image to image
 

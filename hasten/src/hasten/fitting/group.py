@@ -1,0 +1,123 @@
+"""Calls of a fit at one guidance scale: their references, and what evaluates the model for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hasten.errors import CalibrationError, ConfigError
+from hasten.fitting.evaluator import Evaluator
+from hasten.fitting.leap_fitter import Fitter
+from hasten.fitting.references import References, record_references
+from hasten.pipeline.replay import Replay
+from hasten.solvers.tables import COLUMNS
+
+__all__ = ["SCALES", "Group", "at_scale", "check_passes", "guidance_of"]
+
+SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
+SAME = 1e-3  # relative difference of two answers of a model to one question, in float32
+ROUNDINGS = 20  # of a narrower dtype, that such answers may differ by: states are rounded on their way in
+
+
+class Group:
+    """The calls of a fit at one guidance scale.
+
+    Args:
+        pipe: the pipeline.
+        calls: arguments of its calls.
+        ridge: see `Fitter`.
+        tick: called after each reference with their number.
+
+    Attributes:
+        replay: the calls.
+        references: their plain trajectories.
+        evaluator: evaluates the model for them.
+        fitters: by form, see `COLUMNS`; that for both passes only where there were two.
+
+    Raises:
+        CalibrationError: if the calls cannot be followed; see `record_references` and `check_answers`.
+    """
+
+    def __init__(
+        self, pipe: Any, calls: Sequence[Mapping[str, Any]], ridge: float, tick: Callable[[int], None]
+    ) -> None:
+        self.replay = Replay(calls)
+        self.references = record_references(pipe, self.replay, lambda done, total: tick(done))
+        self.evaluator = Evaluator(pipe, self.replay)
+        check_answers(self.evaluator, self.references, type(pipe).__name__)
+        self.fitters = {
+            form: Fitter(self.evaluator, self.references, ridge, width)
+            for form, width in COLUMNS.items()
+            if form == "guided" or self.references.differences
+        }
+
+
+def check_answers(evaluator: Evaluator, references: References, name: str) -> None:
+    """Ask the model at an early, a middle and a late state of the first call what it answered there in the reference.
+
+    Args:
+        evaluator: of the calls.
+        references: of the same.
+        name: of the pipeline, for messages.
+
+    Raises:
+        CalibrationError: if an answer is another one.
+    """
+    if _differs(evaluator, references) is None:
+        return
+    evaluator.skips = False  # the first forward of a call may leave something behind without which the next is another
+    found = _differs(evaluator, references)
+    if found is not None:
+        step, apart = found
+        raise CalibrationError(
+            f"the model's answer at step {step} of call 0 is another one when {name} asks it there alone, by "
+            f"{100 * apart:.2g} %: something in the call depends on the number of the step (a guidance or control that "
+            "ends early or changes with the steps, a callback), and LEAP fits answers that depend on state and time "
+            "alone; leave that out of the calls (control_guidance_end=1, use_dynamic_cfg=False, no callback)"
+        )
+
+
+def _differs(evaluator: Evaluator, references: References) -> tuple[int, float] | None:
+    """The first step looked at where the answer is another one, and the relative difference."""
+    allowed = SAME if references.rounding < 1e-6 else max(SAME, ROUNDINGS * references.rounding)
+    last = references.total - 1
+    with evaluator.probing():
+        for step in sorted({0, last // 2, last}):
+            own = references.outputs[0][step]
+            answer, _ = evaluator(0, references.states[0][step], references.plain.timesteps[step])
+            if answer.shape != own.shape:
+                return step, 1.0
+            apart = float((answer - own).norm() / own.norm().clamp_min(torch.finfo(own.dtype).tiny))
+            if not apart <= allowed:
+                return step, apart
+    return None
+
+
+def check_passes(groups: Sequence[Group], scales: Sequence[float]) -> None:
+    """Compare the passes that the pipeline makes at the latest scale with those at the first one.
+
+    Raises:
+        ConfigError: if there is one here and two there.
+    """
+    passes = [2 if group.references.differences else 1 for group in groups]
+    if passes[-1] != passes[0]:
+        raise ConfigError(
+            f"one fit serves scales with as many passes, and the pipeline makes {passes[0]} at guidance {scales[0]:g} "
+            f"and {passes[-1]} at {scales[len(passes) - 1]:g}: leave out the scales with one pass (1 and below, as a "
+            "rule), and fit without guidance for them"
+        )
+
+
+def guidance_of(call: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """The argument by which a call sets its guidance scale, and the scale."""
+    for name in SCALES:
+        if call.get(name) is not None:
+            return name, float(call[name])
+    return None, None
+
+
+def at_scale(calls: Sequence[Mapping[str, Any]], name: str | None, scale: float | None) -> Sequence[Mapping[str, Any]]:
+    """The calls with another guidance scale."""
+    return [{**call, str(name): scale} for call in calls]
