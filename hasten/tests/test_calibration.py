@@ -405,6 +405,10 @@ def test_another_site_is_refused(calibrations):
     refused(make_pipe(), calibrations["l2p"], "calibrated at site 'output', used at 'hidden'", site="hidden")
 
 
+def test_another_site_is_refused_where_the_weights_differ_too(calibrations):
+    refused(make_pipe(3), calibrations["svdcache"], "calibrated at site 'hidden', used at 'module'", site="module")
+
+
 def test_methods_that_do_not_depend_on_the_sampler_go_anywhere(calibrations):
     pipe = make_pipe()
     for name in ("hyca", "svdcache"):

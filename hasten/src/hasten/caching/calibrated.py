@@ -71,13 +71,13 @@ class CalibratedMethod(ScheduledMethod):
         return self.calibration
 
     def check_model(self, model: nn.Module) -> None:
+        if self.fitted.fingerprint.site != self.site:
+            self._refuse([f"calibrated at site {self.fitted.fingerprint.site!r}, used at {self.site!r}"])
         differences = self.fitted.check_model(model)
         if differences and "other weights" in differences[0] and not self.bound_to_run:
             warnings.warn(f"{self.name}: {differences[0]}", HastenWarning, stacklevel=2)
             return
         self._refuse(differences)
-        if self.fitted.fingerprint.site != self.site:
-            self._refuse([f"calibrated at site {self.fitted.fingerprint.site!r}, used at {self.site!r}"])
 
     def check_run(self, run: RunFacts) -> None:
         super().check_run(run)
