@@ -545,8 +545,9 @@ def test_published_lists(calibrations):
 @pytest.mark.parametrize(
     ("params", "says"),
     [
-        ({"fit_by": "gradient"}, "history='full'"),
-        ({"history": "full", "window": 3}, "window belongs to history='masked'"),
+        ({"fit_by": "gradient"}, "fit_by='gradient' does nothing with history='masked'; .* or use history='full'"),
+        ({"history": "full", "window": 3}, "window=3 does nothing with history='full'; .* or use history='masked'"),
+        ({"published": True, "steps": (0, 5)}, r"steps=\(0, 5\) does nothing with published=True"),
     ],
 )
 def test_parameters_of_l2p_that_exclude_each_other(calibrations, params, says):
@@ -640,8 +641,8 @@ def test_assigned_solvers_are_used(recorded, calibrations):
     assert mixed.chosen["hidden"] == ("hold", *("newton",) * (count - 1))
     with pytest.raises(ConfigError, match=f"assigned names {count + 1} solvers, but 'hidden' has {count} clusters"):
         hasten.HyCa(calibration=calibration, assigned=("hold",) * (count + 1))
-    with pytest.raises(ConfigError, match="assigned and solvers"):
-        hasten.HyCa(calibration=calibration, assigned=("hold",) * count, solvers=("hold",))
+    with pytest.raises(ConfigError, match="assigned has 'hold', which is none of solvers="):
+        hasten.HyCa(calibration=calibration, assigned=("hold",) * count, solvers=("newton",))
 
 
 # --- the domain of a fit

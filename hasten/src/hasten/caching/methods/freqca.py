@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from hasten.caching.components import Components, FeatureKey
+from hasten.caching.effects import Effects, With
 from hasten.caching.method import ScheduledMethod
 from hasten.caching.predictors import Hermite, Ladder, Order, Predictor, Scale
 from hasten.caching.projectors import Projector, Whole, gap
@@ -41,7 +42,7 @@ from hasten.caching.sums import Weight, finite, weighted_sum
 from hasten.calibration import Domain
 from hasten.errors import ConfigError
 from hasten.models import TokenLayout
-from hasten.parameters import Range, parameters
+from hasten.parameters import Range
 from hasten.pipeline.transforms import dct_matrix
 from hasten.registry import method
 
@@ -49,6 +50,7 @@ __all__ = ["Bands", "FreqCa"]
 
 Split = Literal["dct", "fft", "none"]
 PAPERS = ("split", "cutoff", "low_order", "order", "sigma", "ladder", "domain")  # what mode="paper" decides
+OWN = With("mode", ("given",))
 # In which channels are taken where a transform works in float32: Fourier's has no other, and coefficients of a DCT, up to
 # sqrt(n) times as large as the numbers that they are made of, may be more than float16 holds.
 CHANNEL_PARTS = 16
@@ -158,6 +160,11 @@ class FreqCa(ScheduledMethod):
         "domain": ("normed", "plain"),
     }
 
+    effects: ClassVar[Effects] = {
+        **dict.fromkeys(PAPERS, (OWN,)),
+        **dict.fromkeys(("cutoff", "low_order"), (OWN, With("split", ("dct", "fft")))),
+    }
+
     site: Literal["hidden"] = "hidden"
     mode: Annotated[
         Literal["paper", "given"], "the published rule, or the other parameters; both are the same bands by default"
@@ -169,13 +176,6 @@ class FreqCa(ScheduledMethod):
     sigma: Annotated[Scale, "of both forecasts"] = 0.71
     ladder: Annotated[Ladder, "the official differences, or the true ones at irregular gaps (divided)"] = "recursive"
     domain: Domain | None = None
-
-    def check(self) -> None:
-        super().check()
-        own = {name: parameter.default for name, parameter in parameters(FreqCa).items() if name in PAPERS}
-        changed = [name for name, default in own.items() if getattr(self, name) != default]
-        if self.mode == "paper" and changed:
-            raise ConfigError(f"FreqCa: mode='paper' decides on {changed[0]}; leave one of them out")
 
     @property
     def kept(self) -> Domain | None:

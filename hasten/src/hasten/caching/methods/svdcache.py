@@ -35,6 +35,7 @@ from torch import Tensor
 
 from hasten.caching.calibrated import CalibratedMethod
 from hasten.caching.components import Components, FeatureKey
+from hasten.caching.effects import Effects, With
 from hasten.caching.multistep import Vector
 from hasten.caching.predictors import Order, Predictor, Reuse, Taylor
 from hasten.caching.projectors import Whole, gap
@@ -128,6 +129,10 @@ class SVDCache(CalibratedMethod):
         "mode": ("velocity", "taylor"),
         "order": (1, 2),
         "beta": (0.3, 0.5, 0.7),
+    }
+    effects: ClassVar[Effects] = {
+        **dict.fromkeys(("beta", "window"), (With("mode", ("velocity", "new-heavy", "literal")),)),
+        "order": (With("mode", ("taylor",)),),
     }
 
     site: Literal["hidden", "module"] = "hidden"
