@@ -243,11 +243,10 @@ def _gather(arms: list[Arm], kept: Partial) -> _Measured:
 def _identity(model: Subject, settings: BenchSettings, process: int) -> dict[str, Any]:
     """All that decides the figures, as plain data."""
     texts = [text for label in settings.methods for _, given in registry.split(label) for text in given.values()]
-    files = [path.stat() for text in texts if (path := Path(text)).is_file()]
     return {
         "settings": asdict(settings) | {"image": str(settings.image)},
         "model": model.name,
-        "files": [(file.st_size, file.st_mtime_ns) for file in files],
+        "files": file_facts(texts),
         "environment": environment(),
         "process": process,
     }
