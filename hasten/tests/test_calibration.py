@@ -273,6 +273,30 @@ def test_what_cannot_be_fitted_is_refused_before_the_first_call(recorded):
     ):
         with pytest.raises(error, match=says):
             hasten.calibrate(pipe, method, [never], **options)
+    short = call(num_inference_steps=3, callback_on_step_end=lambda *_: never())
+    with pytest.raises(CalibrationError, match="takes runs of 4 steps or more, got 3; record longer ones"):
+        hasten.calibrate(pipe, "hyca", [short])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_short_runs_are_fitted_or_refused(recorded, steps):
+    pipe, _ = recorded
+    trace = hasten.record(pipe, [call(num_inference_steps=steps)])
+    for method, fewest in {"hyca": 4, "magcache": 2, "teacache": 2, "svdcache": 1, "l2p": 1}.items():
+        if steps >= fewest:
+            assert all(tensor.isfinite().all() for tensor in hasten.fit(trace, method).tensors.values())
+            continue
+        with pytest.raises(CalibrationError, match=f"{method} is fitted .* of {fewest} steps or more, got {steps}; "):
+            hasten.fit(trace, method)
+
+
+def test_a_domain_that_no_fit_has_is_not_advised(recorded):
+    _, trace = recorded
+    calibration = hasten.fit(trace, "l2p", site="hidden")
+    with pytest.raises(ConfigError, match=r"of the plain domain, got domain='normed'; leave it out$"):
+        hasten.L2P(calibration=calibration, site="hidden", domain="normed")
+    with pytest.raises(ConfigError, match=r"leave it out, or calibrate again with domain=plain$"):
+        hasten.SVDCache(calibration=hasten.fit(trace, "svdcache"), domain="plain")
 
 
 def test_two_experts_are_refused_by_name_before_the_first_call(recorded):

@@ -116,6 +116,10 @@ def test_calls_that_cannot_be_repeated_and_bad_numbers_are_refused():
         hasten.tune_steps(pipe, "taylorseer", [], [4])
     with pytest.raises(ConfigError, match=r"computed_steps must be one or more whole numbers from 2 to 11, got \[12\]"):
         hasten.tune_steps(pipe, "taylorseer", [call(0)], [12], trials=2)
+    never = {"prompt": "a call was made", "num_inference_steps": 12, "generator": torch.Generator(), "nonsense": 1}
+    for method in (hasten.FoCa(schedule="even"), hasten.FoCa(interval=3), hasten.FoCa(computed_steps=4)):
+        with pytest.raises(ConfigError, match=r"sets the computed steps of FoCa itself, .*; give it without"):
+            hasten.tune_steps(pipe, method, [never], [4])
     draw(pipe, 2)
 
 
@@ -204,7 +208,7 @@ def test_values_that_are_all_refused_are_told_before_the_first_call():
     never = [{"prompt": "a call was made", "generator": torch.Generator(), "output_type": "nonsense"}]
     method = hasten.FoCa(computed_steps=4)
     for values, says in (
-        ({"steps": [(0, 4, 8), (0, 3, 7)]}, "none of the values to try for steps can be had: .*steps and computed_steps"),
+        ({"steps": [(0, 4, 8), (0, 3, 7)]}, "values to try for steps can be had: .*steps and computed_steps"),
         ({"form": ["stored"], "interval": [2, 3]}, "none of the values to try for interval .*leave out computed_steps"),
         ({"form": []}, "none of the values to try for form can be had: there are none"),
         ({}, "there are no values to try"),
@@ -236,7 +240,8 @@ def test_settings_that_differ_in_what_does_nothing_are_one_trial():
 
 def test_calibrations_are_told_apart_by_their_content():
     pipe = make_pipe()
-    one, other = (hasten.calibrate(pipe, "svdcache", [{**call(0), "output_type": "latent"}], energy=e) for e in (0.9, 0.3))
+    recorded = hasten.record(pipe, [{**call(0), "output_type": "latent"}])
+    one, other = (hasten.fit(recorded, "svdcache", energy=energy) for energy in (0.9, 0.3))
     start = hasten.SVDCache(calibration=one, computed_steps=4)
     tuned = hasten.tune_method(pipe, start, images(0), values={"calibration": [one, replace(one), other]})
     assert len(tuned.trials) == 2

@@ -34,7 +34,7 @@ from hasten.bench.measurements import (
 from hasten.bench.partial import Partial
 from hasten.bench.peers import Peer, chosen_peers, peer_arms
 from hasten.bench.plain import best_plain_arms, plain_arms
-from hasten.bench.requests import Request, check_counts, parse_request
+from hasten.bench.requests import Request, check_counts, file_facts, parse_request
 from hasten.bench.resolution_arms import staged_arms
 from hasten.bench.result import Result, Settings
 from hasten.bench.sampling import Sample, count_flops, draw_sample

@@ -71,6 +71,7 @@ class CachingMethod(Declared):
     adaptive: ClassVar[bool] = False  # whether a gate decides, by a parameter `threshold`
     tried: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values that a tuner tries, by parameter
     effects: ClassVar[Effects] = {}  # of parameters that have one only beside some values of others
+    fewest_steps: ClassVar[int] = 1  # of the runs that a fit takes
     needs_layout: ClassVar[bool] = False  # whether components() has to know where the image's tokens lie
 
     site: Annotated[

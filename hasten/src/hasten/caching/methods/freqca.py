@@ -51,8 +51,8 @@ __all__ = ["Bands", "FreqCa"]
 Split = Literal["dct", "fft", "none"]
 PAPERS = ("split", "cutoff", "low_order", "order", "sigma", "ladder", "domain")  # what mode="paper" decides
 OWN = With("mode", ("given",))
-# In which channels are taken where a transform works in float32: Fourier's has no other, and coefficients of a DCT, up to
-# sqrt(n) times as large as the numbers that they are made of, may be more than float16 holds.
+# In which channels are taken where a transform works in float32: Fourier's has no other, and coefficients of a DCT, up
+# to sqrt(n) times as large as the numbers that they are made of, may be more than float16 holds.
 CHANNEL_PARTS = 16
 
 

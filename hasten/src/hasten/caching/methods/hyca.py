@@ -161,13 +161,16 @@ class HyCa(CalibratedMethod):
     """Forecast each cluster of channels by the solver that suits it (HyCa)."""
 
     name: ClassVar[str] = "hyca"
+    fewest_steps: ClassVar[int] = 4  # of a difference of third order
     effects: ClassVar[Effects] = {"criterion": (With("assigned", (None,)),)}
 
     site: Literal["hidden", "module"] = "hidden"
     criterion: Annotated[
         Literal["rollout", "one-step"], "error by which a solver is chosen: over this schedule, or one step ahead"
     ] = "rollout"
-    solvers: Annotated[tuple[str, ...] | None, Names(CANDIDATES), "solvers to choose from, also for a tuner; None is all"] = None
+    solvers: Annotated[
+        tuple[str, ...] | None, Names(CANDIDATES), "solvers to choose from, also for a tuner; None is all"
+    ] = None
     assigned: Annotated[
         tuple[str, ...] | None,
         Names(CANDIDATES),

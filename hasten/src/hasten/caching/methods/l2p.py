@@ -219,7 +219,7 @@ class L2P(CalibratedMethod):
     def fit(
         trace: Trace, site: Annotated[Literal["output", "hidden"], "whose features are forecast"] = "output"
     ) -> Fit:
-        """The Gram matrix of each pass, and how well two steps ahead can be told from the past."""
+        """The Gram matrix of each pass, and how well one step ahead can be told from the past."""
         tensors, report = {}, {}
         for name, features in trace.features.items():
             gram = gram_of(features[site])
