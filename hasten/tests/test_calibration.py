@@ -273,6 +273,30 @@ def test_what_cannot_be_fitted_is_refused_before_the_first_call(recorded):
     ):
         with pytest.raises(error, match=says):
             hasten.calibrate(pipe, method, [never], **options)
+    short = call(num_inference_steps=3, callback_on_step_end=lambda *_: never())
+    with pytest.raises(CalibrationError, match="takes runs of 4 steps or more, got 3; record longer ones"):
+        hasten.calibrate(pipe, "hyca", [short])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_short_runs_are_fitted_or_refused(recorded, steps):
+    pipe, _ = recorded
+    trace = hasten.record(pipe, [call(num_inference_steps=steps)])
+    for method, fewest in {"hyca": 4, "magcache": 2, "teacache": 2, "svdcache": 1, "l2p": 1}.items():
+        if steps >= fewest:
+            assert all(tensor.isfinite().all() for tensor in hasten.fit(trace, method).tensors.values())
+            continue
+        with pytest.raises(CalibrationError, match=f"{method} is fitted .* of {fewest} steps or more, got {steps}; "):
+            hasten.fit(trace, method)
+
+
+def test_a_domain_that_no_fit_has_is_not_advised(recorded):
+    _, trace = recorded
+    calibration = hasten.fit(trace, "l2p", site="hidden")
+    with pytest.raises(ConfigError, match=r"of the plain domain, got domain='normed'; leave it out$"):
+        hasten.L2P(calibration=calibration, site="hidden", domain="normed")
+    with pytest.raises(ConfigError, match=r"leave it out, or calibrate again with domain=plain$"):
+        hasten.SVDCache(calibration=hasten.fit(trace, "svdcache"), domain="plain")
 
 
 def test_two_experts_are_refused_by_name_before_the_first_call(recorded):
@@ -403,6 +427,10 @@ def test_not_strict_is_a_warning(calibrations):
 
 def test_another_site_is_refused(calibrations):
     refused(make_pipe(), calibrations["l2p"], "calibrated at site 'output', used at 'hidden'", site="hidden")
+
+
+def test_another_site_is_refused_where_the_weights_differ_too(calibrations):
+    refused(make_pipe(3), calibrations["svdcache"], "calibrated at site 'hidden', used at 'module'", site="module")
 
 
 def test_methods_that_do_not_depend_on_the_sampler_go_anywhere(calibrations):
@@ -541,8 +569,9 @@ def test_published_lists(calibrations):
 @pytest.mark.parametrize(
     ("params", "says"),
     [
-        ({"fit_by": "gradient"}, "history='full'"),
-        ({"history": "full", "window": 3}, "window belongs to history='masked'"),
+        ({"fit_by": "gradient"}, "fit_by='gradient' does nothing with history='masked'; .* or use history='full'"),
+        ({"history": "full", "window": 3}, "window=3 does nothing with history='full'; .* or use history='masked'"),
+        ({"published": True, "steps": (0, 5)}, r"steps=\(0, 5\) does nothing with published=True"),
     ],
 )
 def test_parameters_of_l2p_that_exclude_each_other(calibrations, params, says):
@@ -636,8 +665,8 @@ def test_assigned_solvers_are_used(recorded, calibrations):
     assert mixed.chosen["hidden"] == ("hold", *("newton",) * (count - 1))
     with pytest.raises(ConfigError, match=f"assigned names {count + 1} solvers, but 'hidden' has {count} clusters"):
         hasten.HyCa(calibration=calibration, assigned=("hold",) * (count + 1))
-    with pytest.raises(ConfigError, match="assigned and solvers"):
-        hasten.HyCa(calibration=calibration, assigned=("hold",) * count, solvers=("hold",))
+    with pytest.raises(ConfigError, match="assigned has 'hold', which is none of solvers="):
+        hasten.HyCa(calibration=calibration, assigned=("hold",) * count, solvers=("newton",))
 
 
 # --- the domain of a fit

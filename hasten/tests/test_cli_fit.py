@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,6 +147,14 @@ def test_tune_fits_what_the_method_needs(emoji, monkeypatch, capsys, tmp_path):
     file = tmp_path / "svdcache.safetensors"
     assert Calibration.load(file).fingerprint.domain == "normed"
     assert str(file) in json.loads((tmp_path / "tuned-svdcache.json").read_text())["best"]["4"]["method"]
+    # With another calibration of the same name what was tried has to be tried again.
+    drawn, own = [], closed_loop._Loop._sample
+    monkeypatch.setattr(closed_loop._Loop, "_sample", lambda self, index: drawn.append(index) or own(self, index))
+    assert command(monkeypatch, capsys, "tune", *arguments, *SMALL, "--out", tmp_path)[0] == 0
+    alone = len(drawn)
+    replace(Calibration.load(file), options={"energy": 0.7}).save(file)
+    assert command(monkeypatch, capsys, "tune", *arguments, *SMALL, "--out", tmp_path)[0] == 0
+    assert len(drawn) - alone == alone + 2
 
 
 @pytest.mark.parametrize(

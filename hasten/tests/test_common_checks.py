@@ -24,8 +24,9 @@ from torch import Tensor
 import hasten
 from hasten import registry
 from hasten.caching import CachingMethod
+from hasten.caching.effects import With
 from hasten.calibration import Calibration
-from hasten.errors import ConfigError, HastenError
+from hasten.errors import ConfigError, HastenError, brief
 from hasten.fitting.calibrate import fingerprint_of
 from hasten.parameters import Parameter, Range, choices
 from hasten.resolution import fit_stages
@@ -332,6 +333,7 @@ VALUES: dict[tuple[str, str], Any] = {
     ("dmd", "ridge"): [0.5],
     ("spectrum", "window"): [2],
     ("freqca", "domain"): ["plain"],  # normed is the default on this model
+    ("hicache", "guided_sigma"): [0.3],
     ("hyca", "solvers"): [("hold",)],
     ("hyca", "assigned"): [("hold", "newton")],
     ("hyca", "calibration"): lambda: [calibration("hyca", clusters=8)],
@@ -404,6 +406,14 @@ def alternatives(name: str, parameter: Parameter, now: Any) -> Sequence[Any]:
     return [value for value in values if legal(parameter, value)]
 
 
+def contrary(name: str, condition: With) -> dict[str, Any]:
+    """Parameters with which a condition of an effect does not hold."""
+    declared = METHODS[name].parameters[condition.parameter]
+    others = [declared.default, *alternatives(name, declared, declared.default)]
+    value = next(other for other in others if other not in condition.values)
+    return CONTEXT.get((name, condition.parameter), {}) | {condition.parameter: value}
+
+
 def legal(parameter: Parameter, value: Any) -> bool:
     try:
         parameter.accept(value, "")
@@ -425,6 +435,47 @@ def observed(name: str, params: dict[str, Any], known: dict[str, list[Any]] = {}
         except HastenError as error:
             known[key] = [type(error).__name__, str(error)]
     return known[key]
+
+
+EFFECTS = [
+    pytest.param(name, parameter, condition, id=f"{name}-{parameter}-{condition.parameter}")
+    for name, info in METHODS.items()
+    if info.kind == "caching"
+    for parameter, conditions in info.config.effects.items()
+    for condition in conditions
+]
+
+
+@pytest.mark.parametrize(("name", "parameter", "condition"), EFFECTS)
+def test_a_parameter_that_does_nothing_beside_others_is_refused(
+    name: str, parameter: str, condition: With, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is declared to do nothing is refused by both names with the remedy, goes when the method is changed so, and
+    does nothing indeed."""
+    config, declared = METHODS[name].config, METHODS[name].parameters
+    assert all(legal(declared[condition.parameter], value) for value in condition.values)
+    lacking = contrary(name, condition)
+    fitted = {"calibration": calibration(name)} if METHODS[name].needs_calibration else {}
+    usual, context = (
+        fitted | {key: value() if callable(value) else value for key, value in given.items()}
+        for given in (lacking, CONTEXT.get((name, parameter), {}))
+    )
+    default = declared[parameter].default
+    value = context.get(parameter, next(iter(alternatives(name, declared[parameter], default)), None))
+    assert value != default
+    with pytest.raises(ConfigError) as error:
+        config(**usual | {parameter: value})
+    message = str(error.value)
+    assert f"{parameter}={brief(value)} does nothing with {condition.parameter}=" in message
+    assert "; leave it out, or use " in message
+    assert all(f"{condition.parameter}={able!r}" in message for able in condition.values)
+    if condition.parameter in ("published", "mode") and name != "svdcache":
+        return  # the published lists are for 50 steps; FreqCa's published rule is its defaults, and nothing else
+    able = config(**context | {parameter: value})
+    assert getattr(able.changed(**{key: usual[key] for key in lacking}), parameter) == default
+    without = cached_run(config(**usual))
+    monkeypatch.setattr(config, "effects", {})
+    assert cached_run(config(**usual | {parameter: value})) == without
 
 
 def refused(run: list[Any]) -> bool:

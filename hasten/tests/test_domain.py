@@ -124,5 +124,7 @@ def test_freqca_keeps_normed_tokens_and_the_papers_does_not():
     assert torch.equal(usual, normed)
     assert torch.equal(plain, paper)
     assert not torch.equal(usual, plain)
-    with pytest.raises(ConfigError, match="mode='paper' decides on cutoff"):
+    with pytest.raises(
+        ConfigError, match=r"cutoff=0\.3 does nothing with mode='paper'; leave it out, or use mode='given'"
+    ):
         hasten.FreqCa(mode="paper", cutoff=0.3)

@@ -8,6 +8,7 @@ from pipelines import draw, make_pipe
 
 import hasten
 from hasten.caching import Uniform, computed_steps
+from hasten.caching.default import default_method
 from hasten.caching.method import ScheduledMethod
 from hasten.caching.methods import HiCache, Reuse, TaylorSeer
 from hasten.caching.projectors import Whole
@@ -188,9 +189,15 @@ def test_guided_sigma_serves_the_steps_that_have_two_passes_from_the_first_forec
 def test_a_scale_that_follows_the_features_has_no_guided_sigma(pipe):
     with pytest.raises(ConfigError, match=r"guided_sigma=0\.4 does nothing"):
         hasten.HiCache(scale="adaptive", guided_sigma=0.4)
-    with hasten.accelerate(pipe, scale="adaptive") as handle:  # the default's is left out, as with a sigma of one's own
-        assert handle.method.scale == "adaptive"
-        assert handle.method.guided_sigma is None
+    with hasten.accelerate(pipe, scale="adaptive", alpha=0.2) as handle:  # the default's scales are left out
+        assert (handle.method.scale, handle.method.alpha) == ("adaptive", 0.2)
+        assert (handle.method.sigma, handle.method.guided_sigma) == (hasten.HiCache().sigma, None)
+    with hasten.accelerate(pipe, scale="fixed") as handle:
+        assert handle.method == default_method()
+    with hasten.accelerate(pipe, sigma=0.7) as handle:
+        assert (handle.method.sigma, handle.method.guided_sigma) == (0.7, None)
+    with pytest.raises(ConfigError, match=r"alpha=0\.2 does nothing with scale='fixed'; leave it out, or use scale="):
+        hasten.accelerate(pipe, alpha=0.2)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tiny import TINY, build, first
 from torch import nn
 
 import hasten
-from hasten.caching.memory import finite
+from hasten.caching.sums import finite
 from hasten.errors import HastenWarning
 
 FORECASTS = ["reuse", "taylorseer", "hicache", "foca", "ab-cache", "spectrum", "dmd"]

@@ -13,7 +13,7 @@ import hasten
 from hasten.caching.methods.freqca import Bands, low_mask
 from hasten.caching.methods.hyca import ChannelClusters, descriptors
 from hasten.caching.methods.svdcache import Subspace
-from hasten.caching.sums import weighted_sum
+from hasten.caching.sums import finite, weighted_sum
 from hasten.errors import ConfigError
 from hasten.models import TokenLayout
 from hasten.pipeline.transforms import dct_matrix
@@ -72,6 +72,38 @@ def test_equal_weights_in_all_parts_are_the_whole(grid):
         assert torch.allclose(
             projector.combine(features, dict.fromkeys(projector.components, weights)), whole, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("wide", ["one channel", "all channels"])
+@pytest.mark.parametrize("split", ["subspace", "dct", "fft"])
+def test_an_overflow_of_float16_is_clipped_and_spoils_nothing_else(split, wide):
+    """A forecast of 12e4 is the largest number there is; what is summed on the way to it is larger still."""
+    newest, older = torch.full((1, 256, 64), 100.0), torch.full((1, 256, 64), 100.0)
+    channels = slice(1) if wide == "one channel" else slice(None)
+    newest[..., channels], older[..., channels] = 4e4, -4e4
+    features = [newest.half(), older.half()]
+    if split == "subspace":
+        directions = torch.eye(64)[:, :2] if wide == "one channel" else torch.full((64, 1), 1 / 8)
+        projector, moving, still = Subspace(directions), "principal", "residual"
+    else:
+        projector, moving, still = Bands(TokenLayout((16, 16)), split, 0.1), "low", "high"
+    forecast = finite(projector.combine(features, {moving: [2.0, -1.0], still: [1.0, 0.0]}))
+    assert forecast.isfinite().all()
+    assert torch.allclose(forecast[..., channels].float(), torch.tensor(65504.0), rtol=2e-3)
+    others = forecast[..., 1:] if wide == "one channel" else forecast[..., :0]
+    assert torch.allclose(others.float(), torch.tensor(100.0), atol=0.5)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_splits_in_float16_are_those_in_float32(grid):
+    """Also where a coefficient of the transform is more than float16 holds."""
+    count, every = projectors(grid)
+    features = [4e4 + 100 * tokens(count, seed=i) for i in range(2)]
+    for projector in every[:3]:
+        names = projector.components
+        weights = {names[0]: [0.5, 0.4], names[1]: [1.0, -0.9]}
+        exact = projector.combine([f.half().float() for f in features], weights)
+        assert (projector.combine([f.half() for f in features], weights).float() - exact).abs().max() < 80
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 16])

@@ -1,5 +1,7 @@
 """The search of computed steps, alone and on a pipeline."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -114,6 +116,10 @@ def test_calls_that_cannot_be_repeated_and_bad_numbers_are_refused():
         hasten.tune_steps(pipe, "taylorseer", [], [4])
     with pytest.raises(ConfigError, match=r"computed_steps must be one or more whole numbers from 2 to 11, got \[12\]"):
         hasten.tune_steps(pipe, "taylorseer", [call(0)], [12], trials=2)
+    never = {"prompt": "a call was made", "num_inference_steps": 12, "generator": torch.Generator(), "nonsense": 1}
+    for method in (hasten.FoCa(schedule="even"), hasten.FoCa(interval=3), hasten.FoCa(computed_steps=4)):
+        with pytest.raises(ConfigError, match=r"sets the computed steps of FoCa itself, .*; give it without"):
+            hasten.tune_steps(pipe, method, [never], [4])
     draw(pipe, 2)
 
 
@@ -179,7 +185,8 @@ def test_hyca_starts_from_the_best_single_solver():
     }
     assert len(single) >= 3
     assert tuned.decibels >= max(tuned.trials[text] for text in single)
-    assert tuned.method.solvers is None
+    assert tuned.method.solvers == method.solvers
+    assert {*tuned.method.assigned} <= {*method.solvers}
     assert len(tuned.method.assigned) == 2
 
 
@@ -190,10 +197,56 @@ def test_settings_that_cannot_work_are_passed_over_and_a_start_that_cannot_is_re
     assert tuned.method.warmup in (1, 2)
     with pytest.raises(ScheduleError):
         hasten.tune_method(pipe, hasten.TaylorSeer(computed_steps=40), images(0))
-    with pytest.raises(ConfigError, match="FBCache declares no values to try"):
+    with pytest.raises(ConfigError, match=r"FBCache declares no values to try; .*'threshold': .*--try threshold="):
         hasten.tune_method(pipe, "fbcache", images(0))
     with pytest.raises(ConfigError, match="FoCa has no parameter 'sigma' to tune"):
         hasten.tune_method(pipe, "foca", images(0), values={"sigma": [0.3]})
+
+
+def test_values_that_are_all_refused_are_told_before_the_first_call():
+    pipe = make_pipe()
+    never = [{"prompt": "a call was made", "generator": torch.Generator(), "output_type": "nonsense"}]
+    method = hasten.FoCa(computed_steps=4)
+    for values, says in (
+        ({"steps": [(0, 4, 8), (0, 3, 7)]}, "values to try for steps can be had: .*steps and computed_steps"),
+        ({"form": ["stored"], "interval": [2, 3]}, "none of the values to try for interval .*leave out computed_steps"),
+        ({"form": []}, "none of the values to try for form can be had: there are none"),
+        ({}, "there are no values to try"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            hasten.tune_method(pipe, method, never, values=values)
+    for values in ({"alpha": [0.1, 0.2]}, {"alpha": [0.1, 0.2], "order": [1]}):
+        with pytest.raises(ConfigError, match=r"for alpha can be had: .*alpha=0\.1 does nothing with scale='fixed'"):
+            hasten.tune_method(pipe, "hicache", never, values=values)
+
+
+def test_a_value_may_wait_for_a_change_along_another_axis():
+    values = {"alpha": [0.1, 0.2], "scale": ["fixed", "adaptive"]}
+    tuned = hasten.tune_method(make_pipe(), hasten.HiCache(computed_steps=4), images(0), values=values, trials=6)
+    assert "computed_steps=4:scale=adaptive" in tuned.trials
+    assert all("scale=adaptive" in text for text in tuned.trials if "alpha" in text)
+
+
+def test_settings_that_differ_in_what_does_nothing_are_one_trial():
+    pipe = make_pipe()
+    fitted = hasten.calibrate(pipe, "svdcache", [{**call(0), "output_type": "latent"}])
+    start = hasten.SVDCache(calibration=fitted, computed_steps=4, beta=0.3)
+    tuned = hasten.tune_method(pipe, start, images(0))
+    assert any("mode=taylor" in text for text in tuned.trials)
+    for text in tuned.trials:
+        assert ("beta" in text) <= ("mode=taylor" not in text)
+        assert ("order" in text) <= ("mode=taylor" in text)
+
+
+def test_calibrations_are_told_apart_by_their_content():
+    pipe = make_pipe()
+    recorded = hasten.record(pipe, [{**call(0), "output_type": "latent"}])
+    one, other = (hasten.fit(recorded, "svdcache", energy=energy) for energy in (0.9, 0.3))
+    start = hasten.SVDCache(calibration=one, computed_steps=4)
+    tuned = hasten.tune_method(pipe, start, images(0), values={"calibration": [one, replace(one), other]})
+    assert len(tuned.trials) == 2
+    assert {one.digest, other.digest} == {text.rpartition("calibration=")[2] for text in tuned.trials}
+    assert len({*tuned.trials.values()}) == 2
 
 
 def test_trials_of_a_method_run_out():

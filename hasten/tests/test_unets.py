@@ -18,7 +18,7 @@ from tiny import randn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import hasten
-from hasten.errors import AdapterError, TargetError
+from hasten.errors import AdapterError, CalibrationError, TargetError
 from hasten.models import deep_part
 from hasten.pipeline.runs import Runs
 
@@ -335,3 +335,9 @@ def test_no_step_reads_the_timestep_whether_or_not_the_scheduler_counts(sdxl, mo
     assert many[0] == few[0] <= 2
     with hasten.accelerate(sdxl, "taylorseer", interval=1):
         assert torch.equal(draw(sdxl), plain)
+
+
+@pytest.mark.parametrize("method", ["svdcache", "hyca", "magcache"])
+def test_a_fit_to_blocks_is_refused_before_the_first_call(sdxl: Any, method: str) -> None:
+    with pytest.raises(CalibrationError, match=rf"{method} is fitted .* is a UNet, which has none; take .*site='deep'"):
+        hasten.calibrate(sdxl, method, [lambda: pytest.fail("a call was made")])

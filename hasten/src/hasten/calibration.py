@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -163,6 +164,15 @@ class Calibration:
     def __repr__(self) -> str:
         origin = "" if self.file is None else f", file={self.file!r}"
         return f"Calibration({self.method!r} for {self.fingerprint.model}, {self.fingerprint.steps} steps{origin})"
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what decides on forecasts: the tensors, and what they belong to."""
+        parts = [f"{self.method} {self.fingerprint}".encode()]
+        for name, tensor in sorted(self.tensors.items()):
+            array = np.ascontiguousarray(tensor.detach().cpu().numpy())
+            parts += [f"{name} {array.dtype} {array.shape}".encode(), array.tobytes()]
+        return _digest(b"\0".join(parts))
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, atomically; returns its path.

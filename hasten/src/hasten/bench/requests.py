@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict as plain_dict
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from hasten.errors import ConfigError
 from hasten.resolution.engine import ResolutionMethod
 from hasten.solvers.content import LEAP
 
-__all__ = ["Request", "caching_method", "check_counts", "parse_request", "reported"]
+__all__ = ["Request", "caching_method", "check_counts", "file_facts", "parse_request", "reported"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,12 @@ def caching_method(text: str) -> CachingMethod:
     if request.caching is None or request.resolution is not None:
         raise ConfigError(f"{request.label} is no caching method, and one is needed here, such as foca")
     return request.caching
+
+
+def file_facts(texts: Iterable[str]) -> list[list[int]]:
+    """Size and time of each file among values of parameters: what a measurement that goes on is made with."""
+    files = [path.stat() for text in texts if (path := Path(text)).is_file()]
+    return [[file.st_size, file.st_mtime_ns] for file in files]
 
 
 def check_counts(counts: Sequence[int], steps: int) -> None:

@@ -34,7 +34,7 @@ from hasten.bench.measurements import (
 from hasten.bench.partial import Partial
 from hasten.bench.peers import Peer, chosen_peers, peer_arms
 from hasten.bench.plain import best_plain_arms, plain_arms
-from hasten.bench.requests import Request, check_counts, parse_request
+from hasten.bench.requests import Request, check_counts, file_facts, parse_request
 from hasten.bench.resolution_arms import staged_arms
 from hasten.bench.result import Result, Settings
 from hasten.bench.sampling import Sample, count_flops, draw_sample
@@ -243,11 +243,10 @@ def _gather(arms: list[Arm], kept: Partial) -> _Measured:
 def _identity(model: Subject, settings: BenchSettings, process: int) -> dict[str, Any]:
     """All that decides the figures, as plain data."""
     texts = [text for label in settings.methods for _, given in registry.split(label) for text in given.values()]
-    files = [path.stat() for text in texts if (path := Path(text)).is_file()]
     return {
         "settings": asdict(settings) | {"image": str(settings.image)},
         "model": model.name,
-        "files": [(file.st_size, file.st_mtime_ns) for file in files],
+        "files": file_facts(texts),
         "environment": environment(),
         "process": process,
     }

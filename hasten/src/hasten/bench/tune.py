@@ -267,7 +267,7 @@ class _Tuning:
         if info.needs_calibration and "calibration" not in given:
             text += f":calibration={self._calibrated(name, lists)}"
         takes_lists = name != LeapCache.name and "searched" in info.parameters
-        if takes_lists and not given.keys() & {"searched", "steps", "schedule"}:
+        if takes_lists and not given.keys() & {"searched", "steps", "schedule", "published"}:
             text += f":searched={self._folder / 'steps.safetensors'}"
         return text
 

@@ -15,15 +15,17 @@ from typing import Any
 
 from hasten import registry
 from hasten.bench.environment import environment
-from hasten.bench.requests import caching_method, check_counts
+from hasten.bench.requests import caching_method, check_counts, file_facts
 from hasten.bench.subject import Subject
 from hasten.bench.tune import tuning_calls
+from hasten.calibration import weights_digest
 from hasten.errors import ConfigError
 from hasten.fitting.calibrate import calibrate
 from hasten.fitting.closed_loop import tune_method
 from hasten.io import check_target, read_json, write_atomically
 from hasten.parameters import parameters
 from hasten.pipeline.replay import Replay
+from hasten.pipeline.view import denoisers
 
 __all__ = ["MethodTuning", "run_tune_method", "values_of"]
 
@@ -108,16 +110,21 @@ def run_tune_method(model: Subject, tuning: MethodTuning, folder: Path, progress
     calls = tuning_calls(model, prompts, tuning.seed, tuning.steps, tuning.call, tuning.batch)
     calls = [{**call, "output_type": "pt"} for call in calls]
     text = _calibrated(model, tuning, calls, folder, progress)
+    values = None if tuning.values is None else {name: [*map(str, tried)] for name, tried in tuning.values.items()}
+    given = registry.split(text)[0][1].values()
     identity = {
         "model": model.name,
         "method": text,
-        "values": None if tuning.values is None else {name: list(map(str, v)) for name, v in tuning.values.items()},
+        "values": values,
+        "files": file_facts([*given, *(one for tried in (values or {}).values() for one in tried)]),
+        "weights": {name: weights_digest(denoiser) for name, denoiser in denoisers(model.pipe).items()},
+        "environment": environment(),
         "prompts": prompts,
         "seed": tuning.seed,
         "steps": tuning.steps,
         "call": tuning.call,
     }
-    content: dict[str, Any] = {"identity": identity, "environment": environment(), "best": {}, "trials": {}}
+    content: dict[str, Any] = {"identity": identity, "environment": identity["environment"], "best": {}, "trials": {}}
     if file.exists():
         earlier = read_json(file, remedy="Take it away to begin again.")
         if earlier.get("identity") == identity:

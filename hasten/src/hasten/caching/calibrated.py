@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from hasten.caching.method import ScheduledMethod
 from hasten.caching.schedule import computed_steps
 from hasten.calibration import Calibration, Domain, RunFacts
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
+from hasten.parameters import parameters
 
 __all__ = ["CalibratedMethod", "Gram", "forecast_error", "gram_of"]
 
@@ -46,6 +47,7 @@ class CalibratedMethod(ScheduledMethod):
 
     name: ClassVar[str]
     bound_to_run: ClassVar[bool] = False  # whether the fit holds for one sampling only
+    fit: ClassVar[Callable[..., Any]]  # what makes the calibration of a trace; its options have defaults
 
     calibration: Annotated[Calibration | str | None, "what was fitted to the model, or its file"] = None
     strict: Annotated[bool, "refuse another model or sampling than the calibrated one, instead of warning"] = True
@@ -55,9 +57,11 @@ class CalibratedMethod(ScheduledMethod):
         super().check()
         own = self.fitted.fingerprint.domain
         if self.site == "hidden" and self.domain not in (None, own):
+            able = "domain" in parameters(type(self).fit)
+            again = f", or calibrate again with domain={self.domain}" if able else ""
             raise ConfigError(
                 f"{type(self).__name__}: the calibration is of the {own} domain, got domain={self.domain!r}; leave it "
-                f"out, or calibrate again with domain={self.domain}"
+                f"out{again}"
             )
 
     @property
@@ -71,13 +75,13 @@ class CalibratedMethod(ScheduledMethod):
         return self.calibration
 
     def check_model(self, model: nn.Module) -> None:
+        if self.fitted.fingerprint.site != self.site:
+            self._refuse([f"calibrated at site {self.fitted.fingerprint.site!r}, used at {self.site!r}"])
         differences = self.fitted.check_model(model)
         if differences and "other weights" in differences[0] and not self.bound_to_run:
             warnings.warn(f"{self.name}: {differences[0]}", HastenWarning, stacklevel=2)
             return
         self._refuse(differences)
-        if self.fitted.fingerprint.site != self.site:
-            self._refuse([f"calibrated at site {self.fitted.fingerprint.site!r}, used at {self.site!r}"])
 
     def check_run(self, run: RunFacts) -> None:
         super().check_run(run)

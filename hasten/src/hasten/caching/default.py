@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from hasten import registry
+from hasten.caching.effects import cleared
 from hasten.caching.method import ScheduledMethod
 
 __all__ = ["DEFAULT", "default_method"]
@@ -15,16 +17,17 @@ __all__ = ["DEFAULT", "default_method"]
 # step has several passes, between computed steps that end with the last one. Measured with and without guidance
 # (docs/which-method.md): a whole slope or a parabola is better without it, and worse than the plain sampler with it.
 DEFAULT = "hicache:schedule=auto:order=1:sigma=0.66:guided_sigma=0.55"
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def default_method(given: Collection[str] = ()) -> ScheduledMethod:
+def default_method(given: Mapping[str, Any] = NOTHING) -> ScheduledMethod:
     """The default without what parameters that are given besides take the place of: lists of computed steps that of its
-    schedule, a scale of one's own that of its scale under guidance."""
+    schedule, a scale of one's own that of its scale under guidance, a scale that follows the features that of both."""
     (chosen,) = registry.parse(DEFAULT)
     assert isinstance(chosen, ScheduledMethod)
     changes: dict[str, Any] = {}
-    if {"steps", "searched"} & set(given):
+    if given.keys() & {"steps", "searched"}:
         changes["schedule"] = "uniform"
-    if {"sigma", "scale"} & set(given):
+    if "sigma" in given:
         changes["guided_sigma"] = None
-    return replace(chosen, **changes)
+    return replace(chosen, **cleared(chosen, chosen.effects, given) | changes)

@@ -13,21 +13,13 @@ import torch
 from torch import Tensor
 
 from hasten.caching.components import Components, FeatureKey
-from hasten.caching.sums import buffer_for, fused_on, inner_product, map_tokens
+from hasten.caching.sums import buffer_for, finite, fused_on, inner_product, map_tokens
 from hasten.models import FinalNorm, TokenLayout
 
 __all__ = ["Listener", "PassMemory", "finite"]
 
 Listener = Callable[[str, int, str, Tensor], None]
 AS_IT_IS = nullcontext()
-
-
-def finite(forecast: Tensor) -> Tensor:
-    """Clip a forecast, in place, to the range of its dtype: models in float16 do so, an extrapolation does not."""
-    if forecast.dtype is not torch.float16:
-        return forecast
-    limits = torch.finfo(forecast.dtype)
-    return forecast.clamp_(limits.min, limits.max)
 
 
 class _Ring:

@@ -11,6 +11,7 @@ from torch import nn
 
 from hasten import models
 from hasten.caching.components import Components, FeatureKey
+from hasten.caching.effects import Effects, cleared, refuse_idle
 from hasten.caching.gates import Gate, Scheduled
 from hasten.caching.predictors import Predictor
 from hasten.caching.projectors import Projector, Whole
@@ -69,6 +70,8 @@ class CachingMethod(Declared):
 
     adaptive: ClassVar[bool] = False  # whether a gate decides, by a parameter `threshold`
     tried: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values that a tuner tries, by parameter
+    effects: ClassVar[Effects] = {}  # of parameters that have one only beside some values of others
+    fewest_steps: ClassVar[int] = 1  # of the runs that a fit takes
     needs_layout: ClassVar[bool] = False  # whether components() has to know where the image's tokens lie
 
     site: Annotated[
@@ -77,6 +80,10 @@ class CachingMethod(Declared):
         "feed-forward output (module), a UNet's inner levels (deep)",
     ] = "hidden"
     warmup: Annotated[int, Range(1), "computed steps at the start"] = 3
+
+    def check(self) -> None:
+        super().check()
+        refuse_idle(self, self.effects)
 
     def gate(self) -> Gate:
         """What decides, step by step; a fresh object for each transformer."""
@@ -145,10 +152,18 @@ class CachingMethod(Declared):
         methods = []
         for value in self.tried[axis]:
             try:
-                methods.append(replace(self, **{axis: value}))
+                methods.append(self.changed(**{axis: value}))
             except ConfigError:
                 continue
         return methods
+
+    def changed(self, **values: Any) -> Self:
+        """The method with other values; parameters of it that thereby lose their effect get their defaults back.
+
+        Raises:
+            ConfigError, ScheduleError: if it cannot have them, or one of them does nothing beside the others.
+        """
+        return replace(self, **cleared(self, self.effects, values), **values)
 
     @property
     def saves(self) -> bool:

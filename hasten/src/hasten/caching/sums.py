@@ -22,6 +22,7 @@ __all__ = [
     "Weight",
     "add_into",
     "buffer_for",
+    "finite",
     "fused_on",
     "inner_product",
     "magnitude",
@@ -60,6 +61,14 @@ def weighted_sum(features: Sequence[Tensor], weights: Sequence[Weight]) -> Tenso
     if first.dtype in EXACT:
         return _accumulate(terms)
     return _chunked(terms)
+
+
+def finite(forecast: Tensor) -> Tensor:
+    """Clip a forecast, in place, to the range of its dtype: models in float16 do so, an extrapolation does not."""
+    if forecast.dtype is not torch.float16:
+        return forecast
+    limits = torch.finfo(forecast.dtype)
+    return forecast.clamp_(limits.min, limits.max)
 
 
 def add_into(total: Tensor, other: Tensor) -> Tensor:

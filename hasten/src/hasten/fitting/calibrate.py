@@ -254,6 +254,25 @@ def _options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: known[name].accept(value, method) for name, value in options.items()}
 
 
+def _check_length(method: str, steps: int) -> None:
+    fewest = registry.info(method).config.fewest_steps
+    if steps < fewest:
+        raise CalibrationError(
+            f"{method} is fitted to how features change, which takes runs of {fewest} steps or more, got {steps}; "
+            "record longer ones"
+        )
+
+
+def _check_blocks(target: Any, method: str, site: str) -> None:
+    """Raise a CalibrationError for a model that has nothing at the site; what has blocks shows when it runs."""
+    models_here = [*denoisers(target).values()]
+    if len(models_here) == 1 and site != "output" and models.is_unet(models_here[0]):
+        raise CalibrationError(
+            f"{method} is fitted at site {site!r}, to the blocks of a transformer, and {type(models_here[0]).__name__} "
+            "is a UNet, which has none; take l2p, or a method without a calibration, such as hicache with site='deep'"
+        )
+
+
 def fit(trace: Trace, method: str, **options: Any) -> Calibration:
     """Fit a method to a trace.
 
@@ -266,9 +285,10 @@ def fit(trace: Trace, method: str, **options: Any) -> Calibration:
     Raises:
         UnknownNameError: for a method or an option that does not exist.
         ConfigError: for a method that needs no calibration.
-        CalibrationError: for a trace with a number that is not finite.
+        CalibrationError: for a trace with a number that is not finite, or of fewer steps than the fit takes.
     """
     options = _options(method, options)
+    _check_length(method, trace.fingerprint.steps)
     features = {(name, key): runs for name, keys in trace.features.items() for key, runs in keys.items()}
     for i in range(min((len(runs) for runs in features.values()), default=0)):
         _refuse_non_finite({place: runs[i] for place, runs in features.items()}, i)
@@ -309,6 +329,12 @@ def calibrate(
         >>> run = hasten.accelerate(pipe, "l2p", calibration="l2p.safetensors", schedule="even", interval=7)
     """
     options = _options(method, options)
-    site = "module" if options.get("site") == "module" else "hidden"
+    fitted = options.get("site", registry.info(method).parameters["site"].default)
+    _check_blocks(target, method, fitted)
+    for call in calls or ():
+        steps = call.get("num_inference_steps") if isinstance(call, Mapping) else None
+        if isinstance(steps, int):
+            _check_length(method, steps)
+    site = "module" if fitted == "module" else "hidden"
     trace = record(target, calls, site=site, tokens=tokens, progress=progress)
     return fit(trace, method, **options)

@@ -8,7 +8,7 @@ behind it. So every trial is a run: coordinate descent over the axes of the meth
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from hasten import registry
 from hasten.acceleration import accelerate
 from hasten.caching.method import CachingMethod
-from hasten.errors import AdapterError, CalibrationError, ConfigError, ScheduleError
+from hasten.calibration import Calibration
+from hasten.errors import AdapterError, CalibrationError, ConfigError, HastenError, ScheduleError
 from hasten.parameters import Range, accepted, parameters, write
 from hasten.pipeline.replay import Replay
 
@@ -75,7 +76,7 @@ def tune_method(
 
     Raises:
         CalibrationError: if a call does not give the same result twice.
-        ConfigError: if there is nothing to tune, or the start itself cannot work.
+        ConfigError: if there is nothing to tune, no value of a parameter can be had, or the start cannot work.
     """
     if not calls:
         raise CalibrationError("there is nothing to tune on: give at least one call")
@@ -83,39 +84,70 @@ def tune_method(
     start = registry.build(method) if isinstance(method, str) else method
     if not isinstance(start, CachingMethod):
         raise ConfigError(f"{type(start).__name__} is no caching method, and one is needed here, such as foca")
+    axes = _axes(start, values)
     loop = _Loop(target, Replay(calls), trials, dict(known or {}), keep, progress)
-    return loop.descend(start, _axes(start, values))
+    return loop.descend(start, axes)
 
 
 Axis = Callable[[CachingMethod], list[CachingMethod]]
 
 
+class _Values:
+    """An axis of values of a parameter.
+
+    Args:
+        parameter: its name.
+        values: to try.
+    """
+
+    def __init__(self, parameter: str, values: Sequence[Any]) -> None:
+        self.parameter = parameter
+        self._values = values
+        self.able = False  # whether any of the methods so far could have one of them
+        self.refusal: HastenError | None = None  # of the first one that none could have
+
+    def __call__(self, method: CachingMethod) -> list[CachingMethod]:
+        """The method with each of the values; without those that cannot work."""
+        methods = []
+        for value in self._values:
+            try:
+                methods.append(method.changed(**{self.parameter: value}))
+            except (ConfigError, ScheduleError) as error:
+                self.refusal = self.refusal or error
+        self.able |= bool(methods)
+        return methods
+
+
 def _axes(start: CachingMethod, values: Mapping[str, Sequence[Any]] | None) -> list[Axis]:
     """Ways to change a method."""
     name = type(start).__name__
-    if values is None:
-        axes: list[Axis] = [lambda method, axis=axis: method.along(axis) for axis in start.axes()]  # type: ignore[misc]
-        if not axes:
-            raise ConfigError(f"{name} declares no values to try; name them with values={{'order': (1, 2)}}")
-        return axes
     declared = parameters(type(start))
-    chosen = {}
+    if values is None:
+        along: list[Axis] = [lambda method, axis=axis: method.along(axis) for axis in start.axes()]  # type: ignore[misc]
+        if not along:
+            parameter = "threshold" if start.adaptive else "order"
+            raise ConfigError(
+                f"{name} declares no values to try; give some with values={{{parameter!r}: [...]}}, or "
+                f"--try {parameter}=... on the command line"
+            )
+        return along
+    if not values:
+        raise ConfigError(f"{name}: there are no values to try; give some, or leave out values")
+    axes = []
     for parameter, tried in values.items():
         if parameter not in declared:
-            raise ConfigError(f"{name} has no parameter {parameter!r} to tune")
-        chosen[parameter] = [declared[parameter].accept(value, name) for value in tried]
-    return [lambda method, p=p, tried=tried: changed(method, p, tried) for p, tried in chosen.items()]  # type: ignore[misc]
-
-
-def changed(method: CachingMethod, parameter: str, values: Sequence[Any]) -> list[CachingMethod]:
-    """The method with other values of a parameter; without those that cannot work."""
-    methods = []
-    for value in values:
-        try:
-            methods.append(replace(method, **{parameter: value}))
-        except (ConfigError, ScheduleError):
-            continue
-    return methods
+            raise ConfigError(f"{name} has no parameter {parameter!r} to tune; it has {', '.join(declared)}")
+        axes.append(_Values(parameter, [declared[parameter].accept(value, name) for value in tried]))
+    # What the start cannot have it may have after a change along another axis.
+    for method in [start, *(other for axis in axes for other in axis(start))]:
+        for axis in axes:
+            axis(method)
+    for axis in axes:
+        if not axis.able:
+            raise ConfigError(
+                f"{name}: none of the values to try for {axis.parameter} can be had: {axis.refusal or 'there are none'}"
+            ) from axis.refusal
+    return [*axes]
 
 
 class _Loop:
@@ -193,10 +225,10 @@ class _Loop:
 
 
 def _label(method: CachingMethod) -> str:
-    """The parameters of a method that are not at their defaults, as text; files aside, which do not change."""
+    """The parameters of a method that are not at their defaults, as text; of a calibration its content."""
     texts = []
     for parameter in parameters(type(method)).values():
         value = getattr(method, parameter.name)
-        if value != parameter.default and isinstance(value, (bool, int, float, str, tuple, type(None))):
-            texts.append(f"{parameter.name}={write(value)}")
+        if value != parameter.default:
+            texts.append(f"{parameter.name}={value.digest if isinstance(value, Calibration) else write(value)}")
     return ":".join(texts)

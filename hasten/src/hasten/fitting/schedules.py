@@ -57,7 +57,7 @@ def tune_steps(
 
     Raises:
         CalibrationError: if a call does not give the same result twice, or the pipeline has several transformers.
-        ConfigError: if a number of computed steps does not fit the run.
+        ConfigError: if a number of computed steps does not fit the run, or the method has steps of its own.
     """
     if not calls:
         raise CalibrationError("there is nothing to tune on: give at least one call")
@@ -70,6 +70,7 @@ def tune_steps(
     accepted("tune_steps", "trials", Annotated[int, Range(1)], trials)
     accepted("tune_steps", "seed", Annotated[int, Range(0)], seed)
     _check_counts(computed_steps, replay.steps(target))
+    _check_free(chosen)
 
     def sample(index: int) -> Tensor:
         return torch.as_tensor(target(**replay[index])[0]).float()
@@ -104,6 +105,17 @@ def tune_steps(
     replay.rewind()
     options = {"method": type(chosen).__name__, "trials": trials, "seed": seed, "calls": len(calls)}
     return Calibration(SEARCHED, tensors, fingerprint, report, options)
+
+
+def _check_free(method: ScheduledMethod) -> None:
+    """Raise a ConfigError for a method whose computed steps are not to be changed."""
+    try:
+        replace(method, steps=(0,), warmup=1)
+    except ConfigError as error:
+        raise ConfigError(
+            f"tune_steps sets the computed steps of {type(method).__name__} itself, and it has its own ({error}); give "
+            "it without a schedule, an interval or lists"
+        ) from error
 
 
 def _check_counts(computed_steps: Sequence[int], total: int | None) -> None:

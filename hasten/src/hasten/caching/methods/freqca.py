@@ -34,14 +34,15 @@ import torch
 from torch import Tensor
 
 from hasten.caching.components import Components, FeatureKey
+from hasten.caching.effects import Effects, With
 from hasten.caching.method import ScheduledMethod
 from hasten.caching.predictors import Hermite, Ladder, Order, Predictor, Scale
 from hasten.caching.projectors import Projector, Whole, gap
-from hasten.caching.sums import Weight, weighted_sum
+from hasten.caching.sums import Weight, finite, weighted_sum
 from hasten.calibration import Domain
 from hasten.errors import ConfigError
 from hasten.models import TokenLayout
-from hasten.parameters import Range, parameters
+from hasten.parameters import Range
 from hasten.pipeline.transforms import dct_matrix
 from hasten.registry import method
 
@@ -49,7 +50,10 @@ __all__ = ["Bands", "FreqCa"]
 
 Split = Literal["dct", "fft", "none"]
 PAPERS = ("split", "cutoff", "low_order", "order", "sigma", "ladder", "domain")  # what mode="paper" decides
-CHANNEL_PARTS = 16  # in which a Fourier transform, which needs float32, takes the channels
+OWN = With("mode", ("given",))
+# In which channels are taken where a transform works in float32: Fourier's has no other, and coefficients of a DCT, up
+# to sqrt(n) times as large as the numbers that they are made of, may be more than float16 holds.
+CHANNEL_PARTS = 16
 
 
 @lru_cache(maxsize=32)
@@ -85,11 +89,28 @@ class Bands:
                 f"FreqCa expects tokens [B, N, D] with a {grid} grid from token {first} on, "
                 f"got {tuple(features[0].shape)}; where devices share the tokens of an image, use another method"
             )
-        whole = weighted_sum(features, weights["high"])
-        change = weighted_sum(features, gap(weights, "low", "high"))
-        add = self._add_low_frequencies if self._split == "fft" else self._add_low_coefficients
-        add(whole[:, first:end], change[:, first:end])
+        # An infinity would come out of a transform as NaN.
+        whole = finite(weighted_sum(features, weights["high"]))
+        change = finite(weighted_sum(features, gap(weights, "low", "high")))
+        self._add_low(whole[:, first:end], change[:, first:end])
         return whole
+
+    def _add_low(self, total: Tensor, tokens: Tensor) -> None:
+        """Add the low band of `tokens` `[B, n, D]`, some channels at a time where that takes float32."""
+        if self._split == "dct" and tokens.dtype is not torch.float16:
+            self._add_low_coefficients(total, tokens)
+            return
+        width = tokens.shape[-1]
+        size = -(-width // CHANNEL_PARTS)
+        for start in range(0, width, size):
+            channels = slice(start, start + size)
+            part = tokens[..., channels].float().contiguous()
+            if self._split == "fft":
+                low = self._low_frequencies(part)
+            else:
+                low = torch.zeros_like(part)
+                self._add_low_coefficients(low, part)
+            total[..., channels] += finite(low.to(total.dtype))
 
     def _add_low_coefficients(self, total: Tensor, tokens: Tensor) -> None:
         """Add the low band of `tokens` `[B, n, D]` by a DCT of which only low rows are computed."""
@@ -116,16 +137,13 @@ class Bands:
         rows = [dct_matrix(n, device, dtype)[:m] for n, m in zip(grid, kept, strict=True)]
         return rows, mask[tuple(map(slice, kept))].to(device, dtype)
 
-    def _add_low_frequencies(self, total: Tensor, tokens: Tensor) -> None:
-        """Add the low band of `tokens` `[B, n, D]` along the sequence, some channels at a time."""
-        count, width = tokens.shape[1:]
+    def _low_frequencies(self, tokens: Tensor) -> Tensor:
+        """The low band of `tokens` `[B, n, d]` along the sequence."""
+        count = tokens.shape[1]
         kept = math.floor(self._cutoff * (count // 2) + 1e-9) + 1
-        size = -(-width // CHANNEL_PARTS)
-        for start in range(0, width, size):
-            channels = slice(start, start + size)
-            spectrum = torch.fft.rfft(tokens[..., channels].float(), dim=1)
-            spectrum[:, kept:] = 0
-            total[..., channels] += torch.fft.irfft(spectrum, n=count, dim=1).to(total.dtype)
+        spectrum = torch.fft.rfft(tokens, dim=1)
+        spectrum[:, kept:] = 0
+        return torch.fft.irfft(spectrum, n=count, dim=1)
 
 
 @method("freqca", kind="caching", paper="FreqCa, arXiv:2510.08669")
@@ -142,6 +160,11 @@ class FreqCa(ScheduledMethod):
         "domain": ("normed", "plain"),
     }
 
+    effects: ClassVar[Effects] = {
+        **dict.fromkeys(PAPERS, (OWN,)),
+        **dict.fromkeys(("cutoff", "low_order"), (OWN, With("split", ("dct", "fft")))),
+    }
+
     site: Literal["hidden"] = "hidden"
     mode: Annotated[
         Literal["paper", "given"], "the published rule, or the other parameters; both are the same bands by default"
@@ -153,13 +176,6 @@ class FreqCa(ScheduledMethod):
     sigma: Annotated[Scale, "of both forecasts"] = 0.71
     ladder: Annotated[Ladder, "the official differences, or the true ones at irregular gaps (divided)"] = "recursive"
     domain: Domain | None = None
-
-    def check(self) -> None:
-        super().check()
-        own = {name: parameter.default for name, parameter in parameters(FreqCa).items() if name in PAPERS}
-        changed = [name for name, default in own.items() if getattr(self, name) != default]
-        if self.mode == "paper" and changed:
-            raise ConfigError(f"FreqCa: mode='paper' decides on {changed[0]}; leave one of them out")
 
     @property
     def kept(self) -> Domain | None:

@@ -35,9 +35,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
+from hasten.caching.effects import Effects, With
 from hasten.caching.method import ScheduledMethod
 from hasten.caching.predictors import Hermite, Ladder, Order, Predictor, Scale
-from hasten.errors import ConfigError
 from hasten.parameters import Range
 from hasten.registry import method
 
@@ -86,6 +86,11 @@ class HiCache(ScheduledMethod):
         "order": (1, 2),
         "domain": ("plain", "normed"),
     }
+    effects: ClassVar[Effects] = {
+        "sigma": (With("scale", ("fixed",)),),
+        "guided_sigma": (With("scale", ("fixed",)),),
+        "alpha": (With("scale", ("adaptive",)),),
+    }
 
     order: Annotated[Order, "highest difference; `order + 1` features are kept; 0 is reuse"] = 2
     sigma: Annotated[Scale, "scale of the basis; smaller trusts the slope less; the paper's for FLUX.1-dev is 0.5"] = (
@@ -97,14 +102,6 @@ class HiCache(ScheduledMethod):
     ladder: Annotated[Ladder, "the official differences, or the true ones at irregular gaps (divided)"] = "recursive"
     scale: Annotated[Literal["fixed", "adaptive"], "`sigma` throughout, or a scale that follows the features"] = "fixed"
     alpha: Annotated[Strength, "of the adaptive scale; larger trusts the slope more"] = 0.3
-
-    def check(self) -> None:
-        super().check()
-        if self.scale == "adaptive" and self.guided_sigma is not None:
-            raise ConfigError(
-                f"{type(self).__name__}: guided_sigma={self.guided_sigma:g} does nothing where the scale follows the "
-                "features; leave it out, or use scale='fixed'"
-            )
 
     @property
     def shared(self) -> Self:

@@ -29,7 +29,7 @@ are z-scored over channels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -40,6 +40,7 @@ from torch import Tensor
 
 from hasten.caching.calibrated import CalibratedMethod, Gram, forecast_error, gram_of
 from hasten.caching.components import Components, FeatureKey
+from hasten.caching.effects import Effects, With
 from hasten.caching.multistep import SOLVERS, Multistep
 from hasten.caching.predictors import Hermite, Predictor, Reuse, Taylor
 from hasten.caching.projectors import Whole
@@ -160,12 +161,16 @@ class HyCa(CalibratedMethod):
     """Forecast each cluster of channels by the solver that suits it (HyCa)."""
 
     name: ClassVar[str] = "hyca"
+    fewest_steps: ClassVar[int] = 4  # of a difference of third order
+    effects: ClassVar[Effects] = {"criterion": (With("assigned", (None,)),)}
 
     site: Literal["hidden", "module"] = "hidden"
     criterion: Annotated[
         Literal["rollout", "one-step"], "error by which a solver is chosen: over this schedule, or one step ahead"
     ] = "rollout"
-    solvers: Annotated[tuple[str, ...] | None, Names(CANDIDATES), "solvers to choose from; None is all"] = None
+    solvers: Annotated[
+        tuple[str, ...] | None, Names(CANDIDATES), "solvers to choose from, also for a tuner; None is all"
+    ] = None
     assigned: Annotated[
         tuple[str, ...] | None,
         Names(CANDIDATES),
@@ -177,8 +182,12 @@ class HyCa(CalibratedMethod):
         super().check()
         if self.assigned is None:
             return
-        if self.solvers is not None:
-            raise ConfigError("HyCa: assigned and solvers both say which solvers are used; leave one out")
+        others = sorted(set(self.assigned) - set(self.solvers or CANDIDATES))
+        if others:
+            raise ConfigError(
+                f"HyCa: assigned has {others[0]!r}, which is none of solvers={self.solvers}; leave out solvers, or "
+                "assign one of them"
+            )
         for key, grams in self._grams.items():
             if len(grams) != len(self.assigned):
                 raise ConfigError(
@@ -194,9 +203,9 @@ class HyCa(CalibratedMethod):
         now = next(iter(self.chosen.values()))
         names = [name for name in self.solvers or CANDIDATES if name != "hold"]
         if axis == "every cluster":
-            return [replace(self, solvers=None, assigned=(name,) * len(now)) for name in names]
+            return [self.changed(assigned=(name,) * len(now)) for name in names]
         i = int(axis)
-        return [replace(self, solvers=None, assigned=(*now[:i], name, *now[i + 1 :])) for name in names]
+        return [self.changed(assigned=(*now[:i], name, *now[i + 1 :])) for name in names]
 
     @property
     def _grams(self) -> dict[str, Tensor]:

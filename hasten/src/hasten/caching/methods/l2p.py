@@ -34,6 +34,7 @@ import torch
 
 from hasten.caching.calibrated import CalibratedMethod, Gram, forecast_error, gram_of
 from hasten.caching.components import Components, FeatureKey
+from hasten.caching.effects import Effects, With
 from hasten.caching.multistep import Vector
 from hasten.caching.predictors import ALL
 from hasten.caching.projectors import Whole
@@ -158,6 +159,12 @@ class L2P(CalibratedMethod):
     name: ClassVar[str] = "l2p"
     bound_to_run: ClassVar[bool] = True
     tried: ClassVar[Mapping[str, tuple[Any, ...]]] = {"ridge": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1), "window": (2, 3, 4)}
+    effects: ClassVar[Effects] = {
+        "fit_by": (With("history", ("full",)),),
+        "ridge": (With("fit_by", ("closed",)),),
+        "window": (With("history", ("masked",)),),
+        **dict.fromkeys(("steps", "schedule", "searched"), (With("published", (False,)),)),
+    }
 
     site: Literal["output", "hidden"] = "output"
     fit_by: Annotated[Literal["closed", "gradient"], "ridge regression, or the paper's training"] = "closed"
@@ -169,13 +176,6 @@ class L2P(CalibratedMethod):
     ] = None
     window: Annotated[int | None, Range(1), "computed steps that a masked forecast uses; None is all of them"] = None
     published: Annotated[bool, "take the published list of computed steps that is as long as the schedule"] = False
-
-    def check(self) -> None:
-        super().check()
-        if self.fit_by == "gradient" and self.history == "masked":
-            raise ConfigError("L2P: fit_by='gradient' learns from the full history; use history='full' with it")
-        if self.window is not None and self.history == "full":
-            raise ConfigError("L2P: window belongs to history='masked'; leave it out")
 
     def plan(self) -> Schedule:
         plan = super().plan()
@@ -219,7 +219,7 @@ class L2P(CalibratedMethod):
     def fit(
         trace: Trace, site: Annotated[Literal["output", "hidden"], "whose features are forecast"] = "output"
     ) -> Fit:
-        """The Gram matrix of each pass, and how well two steps ahead can be told from the past."""
+        """The Gram matrix of each pass, and how well one step ahead can be told from the past."""
         tensors, report = {}, {}
         for name, features in trace.features.items():
             gram = gram_of(features[site])

@@ -14,7 +14,7 @@ Departures: norms are taken over all image tokens at once; the curve is that of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,8 @@ declare_contents("magcache", {"ratios": Array("float", ("L",), low=0)})
 @dataclass(frozen=True, kw_only=True)
 class MagCache(AdaptiveMethod):
     """Skip while the magnitude of the blocks' change is predictable (MagCache)."""
+
+    fewest_steps: ClassVar[int] = 2
 
     threshold: float = 0.06
     interval: int = 4

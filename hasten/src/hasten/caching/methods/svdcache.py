@@ -24,6 +24,7 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -34,10 +35,11 @@ from torch import Tensor
 
 from hasten.caching.calibrated import CalibratedMethod
 from hasten.caching.components import Components, FeatureKey
+from hasten.caching.effects import Effects, With
 from hasten.caching.multistep import Vector
 from hasten.caching.predictors import Order, Predictor, Reuse, Taylor
 from hasten.caching.projectors import Whole, gap
-from hasten.caching.sums import Weight, weighted_sum
+from hasten.caching.sums import Weight, finite, weighted_sum
 from hasten.calibration import Domain, Fit, Trace, declare_contents
 from hasten.errors import CalibrationError
 from hasten.io import Array, orthonormal
@@ -61,6 +63,8 @@ class Subspace:
     def __init__(self, basis: Tensor) -> None:
         self._basis = basis
         self._moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        # A coefficient is up to sqrt(D) times as large as the numbers that it is made of, which float16 may not hold.
+        self._gain = math.sqrt(len(basis))
 
     def combine(self, features: Sequence[Tensor], weights: Mapping[str, Sequence[Weight]]) -> Tensor:
         width = features[0].shape[-1]
@@ -72,9 +76,14 @@ class Subspace:
         basis = self._moved.get(place)
         if basis is None:
             basis = self._moved[place] = self._basis.to(*place)
-        whole = weighted_sum(features, weights["residual"])
-        change = weighted_sum(features, gap(weights, "principal", "residual"))
-        whole.view(-1, width).addmm_(change.view(-1, width) @ basis, basis.T)
+        # An infinity would come out of the products as NaN.
+        whole = finite(weighted_sum(features, weights["residual"]))
+        change = finite(weighted_sum(features, gap(weights, "principal", "residual")))
+        if change.dtype is torch.float16:
+            coefficients = change.view(-1, width) @ (basis / self._gain)
+            whole.view(-1, width).addmm_(coefficients, basis.T, alpha=self._gain)
+        else:
+            whole.view(-1, width).addmm_(change.view(-1, width) @ basis, basis.T)
         return whole
 
 
@@ -120,6 +129,10 @@ class SVDCache(CalibratedMethod):
         "mode": ("velocity", "taylor"),
         "order": (1, 2),
         "beta": (0.3, 0.5, 0.7),
+    }
+    effects: ClassVar[Effects] = {
+        **dict.fromkeys(("beta", "window"), (With("mode", ("velocity", "new-heavy", "literal")),)),
+        "order": (With("mode", ("taylor",)),),
     }
 
     site: Literal["hidden", "module"] = "hidden"

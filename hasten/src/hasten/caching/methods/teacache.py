@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -86,6 +86,8 @@ declare_contents("teacache", {"coefficients": Array("float", ("P",))})
 @dataclass(frozen=True, kw_only=True)
 class TeaCache(AdaptiveMethod):
     """Skip while the accumulated change of the first block's input is small (TeaCache)."""
+
+    fewest_steps: ClassVar[int] = 2
 
     threshold: float = 0.25
     warmup: int = 1
