@@ -221,7 +221,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self._check_caller()
         self._choose(str(wanted))
         check_asked(asked, {"sigmas": self.sigmas, "timesteps": self.timesteps})
-        self._asked = asked_guidance()
+        self._asked: tuple[float, ...] = asked_guidance()
         check_asked_guidance(self._asked, self._checked.guidances)
         self.timesteps = self.timesteps.to(device)
         self.num_inference_steps = wanted
@@ -252,7 +252,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self._checks_all = False
         self._answers = Answers()
         self._unwatched = False
-        self._asked: tuple[float, ...] = ()  # guidance scales among the arguments of the call
+        self._asked = ()  # guidance scales among the arguments of the call
         self.owner = current_owner()
 
     @property
