@@ -56,23 +56,26 @@ def _start(pipe: FluxPipeline, n: int) -> tuple[Tensor, Tensor]:
 def _sampled(net: nn.ModuleDict, noise: Tensor, text: Tensor, steps: int) -> Tensor:
     """Plain Euler steps without guidance."""
     x = noise
-    for high, low in pairwise(train.sigmas(steps, TOKENS)):
+    for high, low in pairwise(train.sigmas(steps)):
         x = x + (low - high) * predict(net, x, high.expand(len(x)), text.long(), image_positions(SIZE))
     return x
 
 
-@pytest.mark.parametrize("size", [64, 128, 192])
-@pytest.mark.parametrize("steps", [4, 16])
-def test_windows_are_the_steps_of_the_pipelines_own_sampler(pipe: FluxPipeline, steps: int, size: int) -> None:
-    tokens, c = (size // 16) ** 2, pipe.scheduler.config
-    mu = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
-    pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    assert torch.allclose(train.sigmas(steps, tokens), pipe.scheduler.sigmas, atol=1e-6)
+@pytest.mark.parametrize("steps", [4, 8, 16])
+def test_windows_are_the_steps_of_the_students_sampler_and_at_128_pixels_of_the_teachers(
+    pipe: FluxPipeline, steps: int
+) -> None:
+    c = pipe.scheduler.config
+    mu = calculate_shift(64, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+    for scheduler in (pipe.scheduler, train.student_scheduler()):
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        assert torch.allclose(train.sigmas(steps), scheduler.sigmas, atol=1e-6)
 
 
 def test_the_teacher_with_one_substep_draws_what_its_pipeline_draws(pipe: FluxPipeline) -> None:
     pipe.set_progress_bar_config(disable=True)
     _, teacher = _training(pipe)
+    pipe.scheduler = train.student_scheduler()
     noise, _ = _start(pipe, 2)
     prompts = ["noto, red apple", "left arrow on navy"]
     call = {"height": SIZE, "width": SIZE, "output_type": "latent", "max_sequence_length": 16}
@@ -114,14 +117,17 @@ def test_the_loss_is_nothing_for_the_straight_velocity_of_each_window(
     objective, seen = training.loss, []
 
     def knowing(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        borders, levels = objective.ways.borders, train.sigmas(4, TOKENS)
+        borders, levels = objective.pools[SIZE].borders, train.sigmas(4)
         window = (t[:, None] <= levels[None, :-1] + 1e-6).sum(1) - 1
-        rows = torch.arange(len(x))
-        start, end, high, low = borders[window, rows], borders[window + 1, rows], levels[window], levels[window + 1]
-        velocity = (end - start) / (low - high)[:, None, None]
-        assert torch.allclose(x, start + (t - high)[:, None, None] * velocity, atol=1e-4)
+        high, low = levels[window], levels[window + 1]
+        share = ((high - t) / (high - low))[:, None, None, None]
+        states = torch.lerp(borders[window], borders[window + 1], share)  # of all ways of the pool, at these times
+        distance = (states - x[:, None]).abs().amax((2, 3))
+        assert float(distance.amin(1).max()) < 1e-4
+        way, rows = distance.argmin(1), torch.arange(len(x))
+        assert torch.equal(text, objective.pools[SIZE].text[way].long())
         seen.extend((high - t).tolist())
-        return velocity
+        return (borders[window + 1, way] - borders[window, way]) / (low - high)[rows, None, None]
 
     monkeypatch.setitem(objective.velocities, SIZE, knowing)
     generator = torch.Generator().manual_seed(0)
@@ -130,14 +136,23 @@ def test_the_loss_is_nothing_for_the_straight_velocity_of_each_window(
     assert np.mean([abs(distance) < 1e-6 for distance in seen]) == pytest.approx(train.AT_START, abs=0.1)
 
 
-def test_ways_are_used_several_times_and_then_replaced(pipe: FluxPipeline) -> None:
-    training, _ = _training(pipe)
-    used = []
-    for _ in range(2 * train.STEPS_PER_WAY):
+def test_the_oldest_ways_of_the_pool_are_replaced(pipe: FluxPipeline) -> None:
+    training, _ = _training(pipe, batch=2)
+    states = []
+    for _ in range(2 * train.STEPS_PER_WAY + 1):
         training.step()
-        used.append(training.loss.ways)
-    assert len({id(ways) for ways in used}) == 2
-    assert used[0] is used[train.STEPS_PER_WAY - 1] is not used[train.STEPS_PER_WAY]
+        states.append(training.loss.pools[SIZE].borders.clone())
+    assert states[0].shape == (5, 2 * train.POOL, TOKENS, 64)
+    assert torch.equal(states[0], states[train.STEPS_PER_WAY - 1])
+    changed = (states[0] != states[-1]).any(-1).any(-1)
+    assert changed[:, :4].all()  # two batches
+    assert not changed[:, 4:].any()
+
+
+def test_a_student_of_eight_windows_has_eight_steps_to_learn(pipe: FluxPipeline) -> None:
+    _, objective = train.make_training(pipe, PAIRS, 2, Settings(), sizes=[SIZE], windows=8)
+    objective(torch.Generator().manual_seed(0))
+    assert len(objective.pools[SIZE].borders) == len(objective.levels) == 9
 
 
 def test_times_are_exact_under_bfloat16(pipe: FluxPipeline) -> None:
@@ -199,6 +214,7 @@ def test_distilling_makes_four_steps_nearer_to_the_teachers_many(pipe: FluxPipel
     assert learned[4] < 0.6 * own[4] < own[4] < untrained
     assert learned[8] < 1.2 * learned[4]  # the windows are straight
 
+    pipe.scheduler = train.student_scheduler()
     export(training.state(), pipe, tmp_path)
     loaded = load_pipeline(tmp_path)
     loaded.set_progress_bar_config(disable=True)
@@ -222,6 +238,9 @@ def test_the_command_goes_on_from_its_checkpoint_and_exports(
     student, teacher = (load_pipeline(tmp_path / name).transformer.state_dict() for name in ("weights", "teacher"))
     assert student.keys() == teacher.keys()
     assert not torch.equal(student["proj_out.weight"], teacher["proj_out.weight"])
+    scheduler = load_pipeline(tmp_path / "weights").scheduler
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.25, 4), mu=0.1)
+    assert torch.allclose(scheduler.sigmas, train.sigmas(4), atol=1e-6)  # whatever the size
 
 
 def test_an_exported_student_is_a_subject(pipe: FluxPipeline, tmp_path: Path) -> None:

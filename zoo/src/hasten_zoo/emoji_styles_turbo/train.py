@@ -2,15 +2,17 @@
 
     python -m hasten_zoo.emoji_styles_turbo.train --device cuda --minutes 3 --batch 1024 --fall 0.4
     python -m hasten_zoo.emoji_styles_turbo.train --export zoo/src/hasten_zoo/emoji_styles_turbo/weights
+    python -m hasten_zoo.emoji_styles_turbo.train --windows 8 --out runs/emoji-styles-turbo-8    # a student of 8 steps
 
-Piecewise rectified flow (Yan et al., 2024, arXiv:2405.07510): the windows are the steps of the 4-step sampler. The
-teacher goes through each with guidance in several substeps; the student, which starts as the teacher, learns the one
-velocity that leads along the straight line from the window's start to its end, at the start (all that 4 steps need)
-and in between (8 steps and more). Other than in the paper, windows do not start from noised images but follow one
-another on the teacher's own way from noise, so that the student learns the teacher's images, and no images are needed.
+Piecewise rectified flow (Yan et al., 2024, arXiv:2405.07510): the windows are the steps of the 4-step sampler, at every
+size those of 128 pixels, so that a coarse stage hands over to a fine one at the border of a window. The teacher goes
+through each with guidance in several substeps; the student, which starts as the teacher, learns the one velocity that
+leads along the straight line from the window's start to its end, at the start (all that 4 steps need) and in between (8
+steps and more). Other than in the paper, windows do not start from noised images but follow one another on the
+teacher's own way from noise, so that the student learns the teacher's images, and no images are needed.
 
 The teacher's substeps are Adams-Bashforth steps of second order: with 16 of them it is nearer to the exact solution
-than with 50 Euler steps. A batch of its ways is used for several of the student's steps.
+than with 50 Euler steps. The student draws from a pool of such ways, of which the oldest are replaced all the time.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,13 +54,20 @@ WINDOWS = 4  # steps of the sampler that the student is for
 SUBSTEPS = 4  # of the teacher in a window
 GUIDANCE = 3.0
 AT_START = 0.5  # share of the student's samples that lie at the start of their window; others anywhere in it
-STEPS_PER_WAY = 8  # the student's steps that a batch of the teacher's ways is used for
+POOL = 8  # batches of the teacher's ways that are kept for each size
+STEPS_PER_WAY = 8  # the student's steps until one of these is replaced
+SHIFT = shift(64)  # of times, at every size
 
 
-def sigmas(steps: int, tokens: int) -> Tensor:
-    """`[steps + 1]` noise levels from 1 to 0 of the pipeline's sampler for a number of image tokens."""
-    u, s = torch.linspace(1, 0, steps + 1), shift(tokens)
-    return s * u / (1 + (s - 1) * u)
+def sigmas(steps: int) -> Tensor:
+    """`[steps + 1]` noise levels from 1 to 0 of the student's sampler."""
+    u = torch.linspace(1, 0, steps + 1)
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
+
+
+def student_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The sampler of the student's steps, whose levels are the same at every size."""
+    return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
 
 
 def keep_times(transformer: nn.Module) -> None:
@@ -134,7 +143,7 @@ class Teacher:
             "img_ids": image_positions(size, str(noise.device)),
             "return_dict": False,
         }
-        levels = sigmas(windows * substeps, noise.shape[1])
+        levels = sigmas(windows * substeps)
         times = levels.to(noise.device)
         x, borders, before = noise, [noise], None
         lengths = [end - start for start, end in pairwise(levels.tolist())]
@@ -152,18 +161,25 @@ class Teacher:
         return torch.stack(borders)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ways:
-    """A batch of the teacher's ways: their borders, captions and size in pixels, and the noise levels of borders."""
+    """Ways of the teacher at one size: `[W + 1, P, N, 64]` borders of windows and `[P, 16]` captions."""
 
     borders: Tensor
     text: Tensor
-    size: int
-    levels: Tensor
+    oldest: int = 0  # the first of the batch that is replaced next
+    uses: int = 0  # since the latest batch came
+
+    def replace(self, borders: Tensor, text: Tensor) -> None:
+        """Put a batch of new ways in the place of the oldest."""
+        place = slice(self.oldest, self.oldest + len(text))
+        self.borders[:, place], self.text[place] = borders, text
+        self.oldest = (self.oldest + len(text)) % len(self.text)
+        self.uses = 0
 
 
 class Objective:
-    """The loss of the velocity that is constant in each window, on a fresh draw from the teacher's latest ways."""
+    """The loss of the velocity that is constant in each window, on a fresh draw from the pool of the teacher's ways."""
 
     def __init__(
         self,
@@ -173,39 +189,46 @@ class Objective:
         batch: int,
         device: str = "cpu",
         sizes: Sequence[int] = tuple(SHARES),
+        windows: int = WINDOWS,
     ) -> None:
         self.teacher, self.captions, self.batch, self.device = teacher, captions, batch, device
-        self.sizes = list(sizes)
+        self.sizes, self.windows = list(sizes), windows
         self.shares = torch.tensor([SHARES[size] for size in sizes], device=device)
         self.velocities = {size: Velocity(net, image_positions(size, device)) for size in sizes}
-        self.ways: Ways | None = None
-        self.uses = 0
+        self.levels = sigmas(windows).to(device)
+        self.pools: dict[int, Ways] = {}
 
-    def new_ways(self, generator: torch.Generator) -> Ways:
-        """Let the teacher go its way from fresh noise, for fresh captions."""
-        size = self.sizes[int(torch.multinomial(self.shares, 1, generator=generator))]
+    def new_ways(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Let the teacher go a batch of ways from fresh noise, for fresh captions: borders and captions."""
         n, tokens = samples_of(self.batch, size), (size // 16) ** 2
         text = self.captions.draw(n, generator)
         noise = torch.randn(n, tokens, 64, generator=generator, device=self.device)
-        borders = self.teacher.way(noise, text, size)
-        return Ways(borders, text, size, sigmas(WINDOWS, tokens).to(self.device))
+        return self.teacher.way(noise, text, size, self.windows), text
+
+    def pool(self, size: int, generator: torch.Generator) -> Ways:
+        """The ways of a size, with a new batch where it is time."""
+        if size not in self.pools:
+            borders, text = zip(*(self.new_ways(size, generator) for _ in range(POOL)), strict=True)
+            self.pools[size] = Ways(torch.cat(borders, 1), torch.cat(text))
+        pool = self.pools[size]
+        if pool.uses == STEPS_PER_WAY:
+            pool.replace(*self.new_ways(size, generator))
+        pool.uses += 1
+        return pool
 
     def __call__(self, generator: torch.Generator) -> Loss:
         with attention_for(self.device):
-            if self.ways is None or self.uses == STEPS_PER_WAY:
-                self.ways, self.uses = self.new_ways(generator), 0
-            self.uses += 1
-            ways = self.ways
-            n = samples_of(self.batch, ways.size)
+            size = self.sizes[int(torch.multinomial(self.shares, 1, generator=generator))]
+            pool, n = self.pool(size, generator), samples_of(self.batch, size)
             draw: dict[str, Any] = {"generator": generator, "device": self.device}
-            window = torch.randint(WINDOWS, (n,), **draw)
+            way, window = torch.randint(len(pool.text), (n,), **draw), torch.randint(self.windows, (n,), **draw)
             share = torch.rand(n, **draw) * (torch.rand(n, **draw) >= AT_START)
-            start, end = (ways.borders[border, torch.arange(n, device=self.device)] for border in (window, window + 1))
-            high, low = ways.levels[window], ways.levels[window + 1]
+            start, end = pool.borders[window, way], pool.borders[window + 1, way]
+            high, low = self.levels[window], self.levels[window + 1]
             there = torch.lerp(start, end, share[:, None, None])
-            velocity = self.velocities[ways.size](there, torch.lerp(high, low, share), ways.text.long())
+            velocity = self.velocities[size](there, torch.lerp(high, low, share), pool.text[way].long())
             wanted = (start - end) / (high - low)[:, None, None]
-            return Loss(F.mse_loss(velocity.float(), wanted), n, str(ways.size))
+            return Loss(F.mse_loss(velocity.float(), wanted), n, str(size))
 
 
 def make_training(
@@ -215,12 +238,13 @@ def make_training(
     settings: Settings,
     device: str = "cpu",
     sizes: Sequence[int] = tuple(SHARES),
+    windows: int = WINDOWS,
 ) -> tuple[Training, Objective]:
     """A training that has not begun; `pipe` is the teacher, and its learning parts become the student."""
     net = nn.ModuleDict(learning_parts(pipe))
     frozen = copy.deepcopy(net).to(device, torch.bfloat16 if settings.bfloat16 else torch.float32).eval()
     captions = Captions(pairs, pipe.tokenizer, device)
-    objective = Objective(net, Teacher(frozen, captions.empty), captions, batch, device, sizes)
+    objective = Objective(net, Teacher(frozen, captions.empty), captions, batch, device, sizes, windows)
     keep_times(net["transformer"])
     return Training(net, objective, settings, device), objective
 
@@ -228,6 +252,7 @@ def make_training(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="weights of emoji-styles")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="steps that the student is for")
     add_options(parser, Path("runs/emoji-styles-turbo"), 3_000_000, 32, WEIGHTS)
     parser.set_defaults(lr=5e-4)
     args = parser.parse_args(arguments)
@@ -235,10 +260,13 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     pipe = load_pipeline(args.teacher)
     if args.export:
+        pipe.scheduler = student_scheduler()
         export(read_checkpoint(args.out), pipe, args.export)
         return
     settings = Settings(lr=args.lr, warmup_steps=100, ema=0.995, bfloat16=not args.float32, muon=not args.adamw)
-    training, objective = make_training(pipe, read_judge(HERE)[0], args.batch, settings, args.device)
+    training, objective = make_training(
+        pipe, read_judge(HERE)[0], args.batch, settings, args.device, windows=args.windows
+    )
     if args.compile:
         compile_blocks(objective.teacher.net["transformer"])
     run_with(args, training, learning_parts(pipe), args.out, args.samples)
