@@ -133,12 +133,14 @@ def test_scenes_come_back_from_disk_and_are_what_the_autoencoder_says(
     encoded = encode_scenes(styles_pipe.vae, data, scenes, batch=4)
     save_scenes(encoded, tmp_path)
     loaded = load_scenes(tmp_path)
-    assert torch.equal(loaded.values, encoded.values)
+    assert list(loaded.values) == [128, 64]
     assert vars(loaded) | {"values": 0} == vars(encoded) | {"values": 0}
     _, second, _ = render_scenes(data, scenes)
-    with torch.no_grad():
-        exact = styles_pipe.vae.encode(second).latents
-    assert (loaded.values[:, 1] * STEP - exact).abs().max() <= STEP / 2 + 1e-5
+    for size, values in loaded.values.items():
+        assert torch.equal(values, encoded.values[size])
+        with torch.no_grad():
+            exact = styles_pipe.vae.encode(nn.functional.interpolate(second, (size, size), mode="area")).latents
+        assert (values[:, 1] * STEP - exact).abs().max() <= STEP / 2 + 1e-5
 
 
 def test_missing_scenes_are_said(tmp_path: Path) -> None:
@@ -155,14 +157,19 @@ def marked(data: EmojiStyles) -> SceneLatents:
     scenes = _once(data)
     there, back = scene_texts(scenes)
     pairs = [data.pairs[i] for i in scenes.rows.tolist()]
-    marks = torch.arange(2 * len(pairs), dtype=torch.int8).view(-1, 2, 1, 1, 1).expand(-1, -1, 16, 16, 16)
+    marks = torch.arange(2 * len(pairs), dtype=torch.int8).view(-1, 2, 1, 1, 1)
+    values = {128: marks.expand(-1, -1, 16, 16, 16), 64: marks.expand(-1, -1, 16, 8, 8)}
     corner = torch.where(scenes.item >= 0, scenes.corner, -1).tolist()
-    return SceneLatents(marks, [p.style for p in pairs], [p.concept for p in pairs], there, back, corner)
+    return SceneLatents(values, [p.style for p in pairs], [p.concept for p in pairs], there, back, corner)
 
 
-def test_an_edit_leads_from_its_source_to_its_target(marked: SceneLatents, pipe: FluxKontextPipeline) -> None:
+@pytest.mark.parametrize(("size", "heaviest"), [(128, 9), (64, 4)])
+def test_an_edit_leads_from_its_source_to_its_target(
+    marked: SceneLatents, pipe: FluxKontextPipeline, size: int, heaviest: int
+) -> None:
     edits = train.Edits(marked, pipe.tokenizer)
-    targets, sources, text, weight = edits.draw(2000, torch.Generator().manual_seed(0))
+    targets, sources, text, weight = edits.draw(2000, torch.Generator().manual_seed(0), size)
+    side = size // 16
     texts = pipe.tokenizer.batch_decode(text, skip_special_tokens=True)
     kinds: dict[str, int] = {}
     for k, said in enumerate(texts):
@@ -178,10 +185,10 @@ def test_an_edit_leads_from_its_source_to_its_target(marked: SceneLatents, pipe:
         elif said:
             assert i == j
             assert (source % 2, target % 2, said) in ((0, 1, marked.there[i]), (1, 0, marked.back[i]))
-            heavy = (weight[k] > 1).view(train.SIDE, train.SIDE)
-            assert int(heavy.sum()) == (9 if marked.corner[i] >= 0 else 0)
+            heavy = (weight[k] > 1).view(side, side)
+            assert int(heavy.sum()) == (heaviest if marked.corner[i] >= 0 else 0)
             if marked.corner[i] >= 0:
-                rows, columns = heavy.nonzero().float().mean(0) > train.SIDE / 2
+                rows, columns = heavy.nonzero().float().mean(0) > (side - 1) / 2
                 assert CORNERS[marked.corner[i]] == f"{'bottom' if rows else 'top'} {'right' if columns else 'left'}"
     assert kinds["make it"] / 2000 == pytest.approx(train.STYLE_SHARE * 0.9, abs=0.04)
     assert kinds[""] / 2000 == pytest.approx(train.EMPTY_SHARE, abs=0.03)
@@ -202,16 +209,18 @@ def test_it_starts_from_emoji_styles_with_more_words(styles_pipe: FluxPipeline, 
     assert pipe.tokenizer.unk_token_id not in {token for row in longest for token in row}
 
 
-def test_training_asks_for_what_the_pipeline_does(pipe: FluxKontextPipeline, data: EmojiStyles) -> None:
+@pytest.mark.parametrize("size", [128, 64])
+def test_training_asks_for_what_the_pipeline_does(pipe: FluxKontextPipeline, data: EmojiStyles, size: int) -> None:
     """One step from pure noise: the pipeline's answer is the noise minus the velocity that training predicts."""
-    velocity = train.EditVelocity(nn.ModuleDict(learning_parts(pipe)))
-    image, _, _ = render_scenes(data, _once(data).part(slice(0, 1)))
+    velocity = train.EditVelocity(nn.ModuleDict(learning_parts(pipe)), size)
+    image = render_scenes(data, _once(data).part(slice(0, 1)))[0]
+    image = nn.functional.interpolate(image, (size, size), mode="area")
     text = pipe.tokenizer("make it flat", padding="max_length", max_length=16, return_tensors="pt").input_ids
-    noise = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, (size // 16) ** 2, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        source = pipe._pack_latents(pipe.vae.encode(image).latents, 1, 16, 16, 16)
+        source = pipe._pack_latents(pipe.vae.encode(image).latents, 1, 16, size // 8, size // 8)
         answer = pipe(
-            image, "make it flat", height=SIZE, width=SIZE, max_area=SIZE**2, _auto_resize=False,
+            image, "make it flat", height=size, width=size, max_area=size**2, _auto_resize=False,
             num_inference_steps=1, max_sequence_length=16, latents=noise, output_type="latent",
         ).images  # fmt: skip
         expected = noise - velocity(noise, source, torch.ones(1), text)
@@ -224,7 +233,8 @@ def test_training_asks_for_what_the_pipeline_does(pipe: FluxKontextPipeline, dat
 def test_it_learns_to_keep_and_to_change(pipe: FluxKontextPipeline) -> None:
     """Two images of one concept: given one of them and a style, the target is known, and noise tells nothing new."""
     torch.manual_seed(0)
-    values = (torch.randn(3, 2, 16, 1, 1).expand(-1, -1, -1, 16, 16) / STEP).round().clamp(-127, 127).to(torch.int8)
+    images = (torch.randn(3, 2, 16, 1, 1) / STEP).round().clamp(-127, 127).to(torch.int8)
+    values = {size: images.expand(-1, -1, -1, size // 8, size // 8) for size in (128, 64)}
     texts = ["make the background red", "make the background navy", "make the background mint"]
     scenes = SceneLatents(values, STYLES, ["star"] * 3, texts, texts[::-1], [-1] * 3)
     net = nn.ModuleDict(learning_parts(pipe))

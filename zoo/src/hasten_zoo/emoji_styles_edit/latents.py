@@ -2,8 +2,9 @@
 
     python -m hasten_zoo.emoji_styles_edit.latents --data runs/emoji-styles/data
 
-`scenes.npy` is `[N, 2, 16, 16, 16]` int8, the first and the second image of each scene at 128 pixels, in steps of 0.1;
-`scenes.json` says what they show. Another `--seed` gives others.
+`scenes-128.npy` is `[N, 2, 16, 16, 16]` int8, the first and the second image of each scene at 128 pixels, in steps of
+0.1; `scenes-64.npy` is `[N, 2, 16, 8, 8]`, the same images shrunk, for coarse stages; `scenes.json` says what they
+show. Another `--seed` gives others.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ import numpy as np
 import torch
 from hasten.io import write_atomically
 from torch import Tensor
+from torch.nn import functional as F
 
 from hasten_zoo.emoji_styles import WEIGHTS
 from hasten_zoo.emoji_styles.data import EmojiStyles, load_emoji_styles_data
 from hasten_zoo.emoji_styles.vae import EmojiVAE
-from hasten_zoo.emoji_styles_edit.data import Scenes, draw_scenes, render_scenes, scene_texts
+from hasten_zoo.emoji_styles_edit.data import SIZE, Scenes, draw_scenes, render_scenes, scene_texts
 
-__all__ = ["STEP", "SceneLatents", "encode", "encode_scenes", "load_scenes", "save_scenes"]
+__all__ = ["SIZES", "STEP", "SceneLatents", "encode", "encode_scenes", "load_scenes", "save_scenes"]
 
 STEP = 0.1
+SIZES = (SIZE, SIZE // 2)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class SceneLatents:
     """What training needs of N scenes.
 
     Attributes:
-        values: `[N, 2, 16, 16, 16]` int8, latents (shifted and scaled) in steps of `STEP`.
+        values: by size in pixels, `[N, 2, 16, S/8, S/8]` int8, latents (shifted and scaled) in steps of `STEP`.
         style: for each scene.
         concept: for each scene; scenes of one concept have their first images in the same view.
         there: the instruction from the first to the second image.
@@ -42,7 +45,7 @@ class SceneLatents:
         corner: number of the corner with an object, -1 where there is none.
     """
 
-    values: Tensor
+    values: dict[int, Tensor]
     style: list[str]
     concept: list[str]
     there: list[str]
@@ -51,7 +54,7 @@ class SceneLatents:
 
 
 def encode(vae: EmojiVAE, images: Tensor) -> Tensor:
-    """`[B, 16, 16, 16]` int8 of images `[B, 3, 128, 128]` in [-1, 1]."""
+    """`[B, 16, S/8, S/8]` int8 of images `[B, 3, S, S]` in [-1, 1]."""
     z: Tensor = vae.encode(images, return_dict=False)[0]
     z = (z - vae.config.shift_factor) * vae.config.scaling_factor
     return (z / STEP).round().clamp(-127, 127).to(torch.int8)
@@ -61,19 +64,22 @@ def encode(vae: EmojiVAE, images: Tensor) -> Tensor:
 def encode_scenes(vae: EmojiVAE, data: EmojiStyles, scenes: Scenes, batch: int = 64) -> SceneLatents:
     """Render and encode scenes."""
     vae.eval()
-    parts = []
+    parts: dict[int, list[Tensor]] = {size: [] for size in SIZES}
     for start in range(0, len(scenes.rows), batch):
-        first, second, _ = render_scenes(data, scenes.part(slice(start, start + batch)))
-        parts.append(torch.stack([encode(vae, first), encode(vae, second)], 1))
+        images = render_scenes(data, scenes.part(slice(start, start + batch)))[:2]
+        for size, found in parts.items():
+            found.append(torch.stack([encode(vae, F.avg_pool2d(image, SIZE // size)) for image in images], 1))
     pairs = [data.pairs[i] for i in scenes.rows.tolist()]
     there, back = scene_texts(scenes)
     corner = torch.where(scenes.item >= 0, scenes.corner, -1).tolist()
-    return SceneLatents(torch.cat(parts), [p.style for p in pairs], [p.concept for p in pairs], there, back, corner)
+    values = {size: torch.cat(found) for size, found in parts.items()}
+    return SceneLatents(values, [p.style for p in pairs], [p.concept for p in pairs], there, back, corner)
 
 
 def save_scenes(scenes: SceneLatents, folder: Path) -> None:
     """Write them."""
-    write_atomically(folder / "scenes.npy", partial(np.save, arr=scenes.values.numpy()))
+    for size, values in scenes.values.items():
+        write_atomically(folder / f"scenes-{size}.npy", partial(np.save, arr=values.numpy()))
     shown = {name: value for name, value in vars(scenes).items() if name != "values"}
     write_atomically(folder / "scenes.json", json.dumps(shown) + "\n")
 
@@ -87,7 +93,8 @@ def load_scenes(folder: Path) -> SceneLatents:
     if not (folder / "scenes.json").is_file():
         raise FileNotFoundError(f"no scenes in {folder}; run python -m hasten_zoo.emoji_styles_edit.latents first")
     shown = json.loads((folder / "scenes.json").read_text())
-    return SceneLatents(torch.from_numpy(np.load(folder / "scenes.npy")), **shown)
+    values = {size: torch.from_numpy(np.load(folder / f"scenes-{size}.npy")) for size in SIZES}
+    return SceneLatents(values, **shown)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,7 +5,8 @@
 
 Rectified flow on the edited image, `x_t = (1 - t) x_0 + t eps` with target `eps - x_0`, given the clean source as
 further tokens and the instruction; one instruction in ten is empty. Tokens in the corner of an added or removed object
-count four times, because they are a seventh of the image. 128 pixels: 64 + 64 tokens.
+count four times, because they are a seventh of the image. Most batches are of 128 pixels (64 + 64 tokens), some of 64
+(16 + 16), so that coarse stages are in the distribution.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from hasten_zoo.emoji_styles_edit.model import build_pipeline
 from hasten_zoo.training import Loss, Settings, Training, add_options, attention_for, read_checkpoint, run_with
 from hasten_zoo.words import token_ids
 
-SIDE = SIZE // 16  # tokens
+SHARES = {SIZE: 0.82, SIZE // 2: 0.18}  # of the batches
 STYLE_SHARE = 0.4  # of the edits are of the style
 BACK_SHARE = 1 / 3  # of the others lead from the second image to the first
 EMPTY_SHARE = 0.1  # of the instructions
@@ -37,11 +38,11 @@ EMPHASIS = 3.0  # extra weight of the tokens of an object
 
 
 class EditVelocity(nn.Module):
-    """The velocity `[B, 64, 64]` of noisy packed latents, given packed sources, times `[B]` and instructions."""
+    """The velocity `[B, N, 64]` of noisy packed latents, given packed sources, times `[B]` and instructions."""
 
-    def __init__(self, net: nn.ModuleDict, device: str = "cpu") -> None:
+    def __init__(self, net: nn.ModuleDict, size: int = SIZE, device: str = "cpu") -> None:
         super().__init__()
-        edited = image_positions(SIZE, device)
+        edited = image_positions(size, device)
         source = edited.clone()
         source[:, 0] = 1
         self.net, self.positions = net, torch.cat([edited, source])
@@ -54,21 +55,22 @@ class Edits:
     """All edits between the images of scenes, by numbers.
 
     Attributes:
-        images: `[2 N, 64, 64]` int8 packed latents, first and second image of each scene in turn.
+        images: by size in pixels, `[2 N, (S/16)^2, 64]` int8 packed latents, first and second image of each scene.
         partners: `[N, P]` scenes of the same concept in other styles, of which the first `count` are meant; a concept
             of one style is its own partner.
         count: `[N]`, at least 1.
         style, there, back: `[N, 16]` token ids of the instructions that lead to a scene's first image from another
             style, to its second image, and back.
         empty: `[16]`.
-        weight: `[N, 64]` of the tokens of edits between its two images.
+        weight: by size, `[N, (S/16)^2]` of the tokens of edits between its two images.
     """
 
     def __init__(self, scenes: SceneLatents, tokenizer: Any, device: str = "cpu") -> None:
         n = len(scenes.style)
-        side = scenes.values.shape[-1]
-        latents = scenes.values.flatten(0, 1).to(device)
-        self.images: Tensor = FluxKontextPipeline._pack_latents(latents, 2 * n, latents.shape[1], side, side)
+        self.images: dict[int, Tensor] = {}
+        for size, values in scenes.values.items():
+            latents, side = values.flatten(0, 1).to(device), size // 8
+            self.images[size] = FluxKontextPipeline._pack_latents(latents, 2 * n, latents.shape[1], side, side)
         members: dict[str, list[int]] = {}
         for i, concept in enumerate(scenes.concept):
             members.setdefault(concept, []).append(i)
@@ -82,16 +84,11 @@ class Edits:
 
         self.style = ids([to_style(style) for style in scenes.style])
         self.there, self.back, self.empty = ids(scenes.there), ids(scenes.back), ids([""])[0]
-        corners = torch.ones(len(CORNERS) + 1, SIDE, SIDE)  # the last one: no object
-        for corner in range(len(CORNERS)):
-            rows, columns = place(corner)
-            corners[corner, rows.start // 16 : -(-rows.stop // 16), columns.start // 16 : -(-columns.stop // 16)] += (
-                EMPHASIS
-            )
-        self.weight = corners.flatten(1).to(device)[torch.tensor(scenes.corner, device=device)]
+        corner = torch.tensor(scenes.corner, device=device)
+        self.weight = {size: _weights(size).to(device)[corner] for size in self.images}
 
-    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Targets and sources `[n, 64, 64]`, token ids `[n, 16]` and weights of tokens `[n, 64]` of random edits."""
+    def draw(self, n: int, generator: torch.Generator, size: int = SIZE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Targets and sources `[n, N, 64]`, token ids `[n, 16]` and weights of tokens `[n, N]` of random edits."""
         draw: dict[str, Any] = {"generator": generator, "device": generator.device}
         row = torch.randint(len(self.count), (n,), **draw)
         chosen = (torch.rand(n, **draw) * self.count[row]).long()
@@ -103,8 +100,20 @@ class Edits:
         text = torch.where(back[:, None], self.back[row], self.there[row])
         text = torch.where(restyled[:, None], self.style[partner], text)
         text = torch.where((torch.rand(n, **draw) < EMPTY_SHARE)[:, None], self.empty, text)
-        weight = torch.where(restyled[:, None], 1.0, self.weight[row])
-        return self.images[target] * STEP, self.images[source] * STEP, text.long(), weight
+        weight = torch.where(restyled[:, None], 1.0, self.weight[size][row])
+        images = self.images[size]
+        return images[target] * STEP, images[source] * STEP, text.long(), weight
+
+
+def _weights(size: int) -> Tensor:
+    """`[corners + 1, (S/16)^2]` weights of tokens for an object in each corner, and for none."""
+    side, token = size // 16, 16 * SIZE // size  # token: its side in pixels of the full size
+    weights = torch.ones(len(CORNERS) + 1, side, side)
+    for corner in range(len(CORNERS)):
+        rows, columns = place(corner)
+        down, across = (slice(s.start // token, -(-s.stop // token)) for s in (rows, columns))
+        weights[corner, down, across] += EMPHASIS
+    return weights.flatten(1)
 
 
 class Objective:
@@ -112,16 +121,19 @@ class Objective:
 
     def __init__(self, net: nn.ModuleDict, edits: Edits, batch: int, device: str = "cpu") -> None:
         self.edits, self.batch, self.device = edits, batch, device
-        self.velocity = EditVelocity(net, device)
+        self.sizes = list(edits.images)
+        self.shares = torch.tensor([SHARES[size] for size in self.sizes], device=device)
+        self.velocities = {size: EditVelocity(net, size, device) for size in self.sizes}
 
     def __call__(self, generator: torch.Generator) -> Loss:
-        clean, source, text, weight = self.edits.draw(self.batch, generator)
+        size = self.sizes[int(torch.multinomial(self.shares, 1, generator=generator))]
+        clean, source, text, weight = self.edits.draw(self.batch, generator, size)
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
         t = shifted_times(len(clean), clean.shape[1], generator)
         with attention_for(self.device):
-            velocity = self.velocity(torch.lerp(clean, noise, t[:, None, None]), source, t, text)
+            velocity = self.velocities[size](torch.lerp(clean, noise, t[:, None, None]), source, t, text)
         error = (velocity.float() - (noise - clean)).square().mean(-1)
-        return Loss((weight * error).sum() / weight.sum(), len(clean), str(SIZE))
+        return Loss((weight * error).sum() / weight.sum(), len(clean), str(size))
 
 
 def main(arguments: list[str] | None = None) -> None:
