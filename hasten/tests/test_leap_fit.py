@@ -460,6 +460,13 @@ def test_the_columns_of_the_refinement_are_derivatives():
             assert torch.allclose((moved - final) / size, column, rtol=0.02, atol=2e-3 * float(column.abs().max()))
 
 
+def test_goals_between_steps_lie_on_the_path():
+    """On a straight path states of many steps are found between those of few."""
+    few, many = (fitter(Toy(lambda x, t: 0 * x + 0.7, steps=n), [toy_call()]).references for n in (5, STEPS))
+    for level, state in zip(many.plain.levels, many.states[0], strict=True):
+        assert torch.allclose(few.goal(0, level), state, atol=1e-5)
+
+
 # --- learned solvers of the literature
 
 
