@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="default: the folder of train_vae, else the committed one")
     parser.add_argument("--latents", type=Path, default=runs / "latents")
     parser.add_argument("--cooldown", type=int, metavar="SAMPLES", help="let the rate fall to zero, in OUT/cooldown")
-    add_options(parser, runs / "flow", 1_200_000, 32, WEIGHTS)
+    add_options(parser, runs / "flow", 1_500_000, 32, WEIGHTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
