@@ -7,7 +7,6 @@ seeds from 1000.
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
 from hasten.pipeline.view import denoisers
 from hasten.quality.metrics import over_frames, psnr
+from hasten.solvers.scales import SCALES
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -33,15 +33,6 @@ TRIED = 4  # held-out prompts on which the best plain sampler is chosen
 FAILS = (ConfigError, ValueError, TypeError, ImportError, AssertionError)  # of schedulers that do not fit a pipeline
 
 Calls = list[dict[str, Any]]
-
-
-def guidance_of(model: Subject, scale: float | None) -> dict[str, Any]:
-    """What a call of the model is told for a scale of true guidance, or for none, whatever it would be told else."""
-    true = "true_cfg_scale" in inspect.signature(model.pipe.__call__).parameters
-    name = "true_cfg_scale" if true else "guidance_scale"
-    if scale is None:
-        return {name: 1.0} if name in model.call else {}
-    return {name: scale} | ({"negative_prompt": ""} if true else {})
 
 
 def weights_of(model: Subject) -> str:
@@ -53,7 +44,7 @@ def weights_of(model: Subject) -> str:
 def check_weights(known: dict[str, Any], model: Subject) -> None:
     """End the program if results that are gone on with are of other weights."""
     if known.get("weights", weights_of(model)) != weights_of(model):
-        raise SystemExit(f"these results are of other weights of {model.name} than it has now: give another --out")
+        raise SystemExit(f"these results are of other weights of {model.name} than it has now: give another file")
 
 
 @dataclass(frozen=True)
@@ -80,7 +71,10 @@ class HeldOut:
         """Arguments of the held-out calls, or of those to learn from, at a scale of true guidance or without it."""
         prompts = self.model.prompts
         chosen = prompts[-self.learn :] if learn else prompts[: many or self.many]
-        guidance = guidance_of(self.model, scale)
+        if scale is None:  # a scale of 1, where the model's own call has another
+            guidance = {"true_cfg_scale": 1.0} if self.model.call.keys() & set(SCALES) else {}
+        else:
+            guidance = {"true_cfg_scale": scale, "negative_prompt": ""}
         return tuning_calls(self.model, chosen, SEED if learn else 0, self.steps, guidance, self.batch)
 
     def draw(self, calls: Calls, steps: int | None = None) -> list[Tensor]:

@@ -12,11 +12,11 @@ from hasten.fitting.evaluator import Evaluator
 from hasten.fitting.leap_fitter import Fitter
 from hasten.fitting.references import References, record_references
 from hasten.pipeline.replay import Replay
+from hasten.solvers.scales import SCALES
 from hasten.solvers.tables import COLUMNS
 
-__all__ = ["SCALES", "Group", "at_scale", "check_passes", "guidance_of"]
+__all__ = ["Group", "at_scale", "check_passes", "guidance_of"]
 
-SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
 SAME = 1e-3  # relative difference of two answers of a model to one question, in float32
 ROUNDINGS = 20  # of a narrower dtype, that such answers may differ by: states are rounded on their way in
 

@@ -35,7 +35,7 @@ import numpy as np
 
 from hasten.calibration import Calibration, Fingerprint, model_digest, weights_digest
 from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError
-from hasten.fitting.group import SCALES, Group, at_scale, check_passes, guidance_of
+from hasten.fitting.group import Group, at_scale, check_passes, guidance_of
 from hasten.fitting.guidance import continued, halfway, joined, path_at
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.fitting.references import References
@@ -48,6 +48,7 @@ from hasten.pipeline.replay import Replay
 from hasten.pipeline.view import denoisers
 from hasten.solvers.content import LEAP, check_pipeline, denoiser_of
 from hasten.solvers.multistep import Row
+from hasten.solvers.scales import SCALES
 from hasten.solvers.scheduler import LeapScheduler
 from hasten.solvers.tables import COLUMNS, Table, packed, unpacked
 

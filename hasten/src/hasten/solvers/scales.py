@@ -12,8 +12,9 @@ from hasten.errors import ScheduleError
 from hasten.pipeline.view import call_arguments, current_owner
 from hasten.solvers.content import Content
 
-__all__ = ["asked_guidance", "check_asked_guidance", "scale_of_run"]
+__all__ = ["SCALES", "asked_guidance", "check_asked_guidance", "scale_of_run"]
 
+SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
 TOLERANCE = 0.03  # of the guidance scale that a run shows, relative; half precision shows it less exactly
 REMEDY = (
     "call the pipeline with that guidance, or fit for this one (fit_leap(..., guidances=...) serves a range); "
@@ -35,8 +36,7 @@ def asked_guidance() -> tuple[float, ...]:
     Pipelines may have two, of which one does nothing: true guidance counts alone where the call makes use of it.
     """
     given = call_arguments(current_owner())
-    names = ("true_cfg_scale", "guidance_scale")
-    known = {name: float(given[name]) for name in names if isinstance(given.get(name), int | float)}
+    known = {name: float(given[name]) for name in SCALES if isinstance(given.get(name), int | float)}
     denies = any(name.startswith("negative_prompt") and value is not None for name, value in given.items())
     if denies and known.get("true_cfg_scale", 1.0) > 1:
         return (known["true_cfg_scale"],)

@@ -152,19 +152,19 @@ def evaluate(weights: Path, data: EmojiStyles, out: Path, images: int, steps: in
         true = render(data, rows, plain_views(len(rows)), SIZE)
         drawn = generate(pipe, [caption(pair) for pair in pairs], list(range(len(pairs))), steps, guidance)
         views = nearest_views(drawn, true, [pair.mirror for pair in pairs])
-        distances, nearest = near_copies(data, lpips, drawn)
-        of_truths, _ = near_copies(data, lpips, true)
+        distances, nearest = near_copies(data, lpips, torch.cat([drawn, true]))
+        of_drawn, of_true = distances[: len(drawn)], distances[len(drawn) :]
         result[kind] = {
             "generated": recognised(judge, drawn, pairs),
             "true_images": recognised(judge, true, pairs),
             "true_images_after_round_trip": recognised(judge, through(pipe, true), pairs),
             "lpips_to_true_image": round(float(lpips(drawn, views).median()), 4),
             "db_to_true_image": round(statistics.median(psnr(drawn, views)), 2),
-            "near_copies": sum(distance < NEAR_COPY for distance in distances),
-            "true_images_that_are_near_copies": sum(distance < NEAR_COPY for distance in of_truths),
-            "lpips_to_nearest_training_image": round(statistics.median(distances), 4),
+            "near_copies": sum(distance < NEAR_COPY for distance in of_drawn),
+            "true_images_that_are_near_copies": sum(distance < NEAR_COPY for distance in of_true),
+            "lpips_to_nearest_training_image": round(statistics.median(of_drawn), 4),
         }
-        shown |= {kind: drawn, f"{kind}/true": true, f"{kind}/nearest": nearest}
+        shown |= {kind: drawn, f"{kind}/true": true, f"{kind}/nearest": nearest[: len(drawn)]}
     result["near_copy_below_lpips"] = NEAR_COPY
     concepts = sorted({data.pairs[i].concept for i in spread(data.rows(held_out=False), 32).tolist()})
     result["diversity"] = diversity(pipe, lpips, concepts, steps, guidance)
