@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from hasten.errors import ModelError
+from hasten.errors import ConfigError, ModelError
 from torch import Tensor, nn
 
 from hasten_zoo.emoji_styles import HERE as STYLES_HERE
@@ -147,6 +147,11 @@ def test_the_oldest_ways_of_the_pool_are_replaced(pipe: FluxPipeline) -> None:
     changed = (states[0] != states[-1]).any(-1).any(-1)
     assert changed[:, :4].all()  # two batches
     assert not changed[:, 4:].any()
+
+
+def test_a_student_without_windows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--windows must be at least 1, got 0"):
+        train.main(["--windows", "0"])
 
 
 def test_a_student_of_eight_windows_has_eight_steps_to_learn(pipe: FluxPipeline) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from hasten.errors import ConfigError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -256,6 +257,8 @@ def main(arguments: list[str] | None = None) -> None:
     add_options(parser, Path("runs/emoji-styles-turbo"), 3_000_000, 32, WEIGHTS)
     parser.set_defaults(lr=5e-4)
     args = parser.parse_args(arguments)
+    if args.windows < 1:
+        raise ConfigError(f"--windows must be at least 1, got {args.windows}; 4 and 8 are usual")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     pipe = load_pipeline(args.teacher)
