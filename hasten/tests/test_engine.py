@@ -239,6 +239,32 @@ def test_guided_sigma_follows_the_passes_that_a_step_has(pipe, passes, alone):
         assert torch.equal(answer, (larger if step in alone else smaller)[step, number]), (step, number)
 
 
+@pytest.mark.parametrize("method", ["foca", "freqca"])
+def test_auto_on_a_bare_transformer_forecasts_as_uniform_does(pipe, method):
+    """Its differences begin with the last warm-up step there, as nobody could know when the method was made."""
+    ids = type(pipe)._prepare_latent_image_ids(1, 8, 8, torch.device("cpu"), torch.float32)
+
+    def answers(schedule):
+        with torch.no_grad(), hasten.accelerate(pipe.transformer, method, schedule=schedule, interval=4) as run:
+            found = [
+                pipe.transformer(
+                    hidden_states=torch.linspace(-1, 1, 64 * 48).view(1, 64, 48) * (1 + 0.01 * step**2),
+                    timestep=torch.tensor([1 - step / 16]),
+                    pooled_projections=torch.ones(1, 64),
+                    encoder_hidden_states=torch.ones(1, 8, 128),
+                    txt_ids=torch.zeros(8, 3),
+                    img_ids=ids,
+                    return_dict=False,
+                )[0]
+                for step in range(16)
+            ]
+            return found, [record.step for record in run.records if record.computed]
+
+    (auto, computed), (uniform, expected) = answers("auto"), answers("uniform")
+    assert computed == expected
+    assert all(torch.equal(one, other) for one, other in zip(auto, uniform, strict=True))
+
+
 def test_without_a_cache_context_the_same_steps_are_full(pipe):
     """Image-to-image pipelines and many others set no context: call the transformer as they do."""
     torch.manual_seed(0)

@@ -535,6 +535,18 @@ def paint(pipe, **kwargs):
     return pipe(**{**text, **size, "generator": torch.Generator().manual_seed(0), **kwargs}).images
 
 
+def test_guided_sigma_serves_guidance_that_a_transformer_gets_in_one_batch():
+    pipe = make_sd3()
+
+    def one(sigma, guided_sigma, **call):
+        with hasten.accelerate(pipe, "hicache", sigma=sigma, guided_sigma=guided_sigma, order=1, interval=3):
+            return paint(pipe, **call)
+
+    assert torch.equal(one(0.7, 0.3), one(0.3, None))
+    assert not torch.equal(one(0.3, None), one(0.7, None))
+    assert torch.equal(one(0.7, 0.3, guidance_scale=1.0), one(0.7, None, guidance_scale=1.0))
+
+
 @pytest.mark.parametrize("site", SITES)
 @each_method
 def test_fused_guidance_is_one_pass(method, site):

@@ -9,6 +9,7 @@ import hasten
 from hasten.caching import Explicit, Spread, Uniform, UniformCount, computed_steps
 from hasten.caching.methods import TaylorSeer
 from hasten.caching.schedule import learned_list
+from hasten.calibration import RunFacts
 from hasten.errors import ConfigError, ScheduleError
 
 COUNTS_E3 = {2: 26, 3: 18, 4: 14, 5: 12, 6: 10, 7: 9, 8: 8, 9: 8, 10: 7, 12: 6}
@@ -97,7 +98,8 @@ def test_a_count_is_the_smallest_interval_that_has_it(count, interval):
 def test_auto_is_even_where_the_number_of_steps_is_known_and_uniform_elsewhere():
     auto, even, uniform = (TaylorSeer(schedule=name, interval=7) for name in ("auto", "even", "uniform"))
     assert computed_steps(auto.plan(), 50) == computed_steps(even.plan(), 50)
-    assert auto.plan().for_run(None) == uniform.plan().for_run(None)
+    assert auto.for_run(RunFacts(50)) is auto
+    assert auto.for_run(RunFacts()) == uniform
     with pytest.raises(ScheduleError, match="has to know how many steps"):
         TaylorSeer(schedule="auto", computed_steps=9).plan().for_run(None)
 

@@ -108,6 +108,20 @@ def test_a_pipeline_with_a_unet_is_accelerated_at_the_output(sdxl):
     assert torch.equal(draw(sdxl), plain)
 
 
+def test_guided_sigma_serves_guidance_that_is_joined_in_one_batch(sdxl):
+    def one(sigma, guided_sigma, **call):
+        settings = {"sigma": sigma, "guided_sigma": guided_sigma, "order": 1, "interval": 3}
+        with hasten.accelerate(sdxl, "hicache", **settings):
+            return draw(sdxl, **call)
+
+    for images in (1, 2):
+        guided = {"guidance_scale": 5.0, "num_images_per_prompt": images}
+        plain = {"guidance_scale": 1.0, "num_images_per_prompt": images}
+        assert torch.equal(one(0.7, 0.3, **plain), one(0.7, None, **plain))
+        assert torch.equal(one(0.7, 0.3, **guided), one(0.3, None, **guided))
+        assert not torch.equal(one(0.3, None, **guided), one(0.7, None, **guided))
+
+
 def test_the_deep_site_forecasts_the_inner_levels_and_computes_the_outermost_one(sdxl):
     plain, before = draw(sdxl), leftovers(sdxl.unet)
     with hasten.accelerate(sdxl, "reuse", interval=1, site="deep"):

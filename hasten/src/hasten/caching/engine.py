@@ -92,8 +92,7 @@ class CachingEngine(Hook):
         self._memory: PassMemory | None = None
         self._said: set[str] = set()
         self._numbers = FiniteCheck(type(method).__name__)
-        self._shared = method.shared
-        self._components: dict[tuple[bool, FeatureKey], Components] = {}
+        self._components: dict[tuple[int, FeatureKey], Components] = {}  # by method: this one, and forms that it holds
         self._remove: Remove | None = None
         self._refuse_other_cache()
 
@@ -204,7 +203,7 @@ class CachingEngine(Hook):
         mixed = _mixed_precision(device.type)
         memory = state.memory(info, (signature(hidden), mixed))
         if memory is None:
-            memory = state.add_memory(info, self._new_memory(info, args, kwargs))
+            memory = state.add_memory(info, self._new_memory(state.method, info, args, kwargs), hidden)
         self._share(state)
         memory.mixed = mixed is not None
         self._memory = memory
@@ -250,7 +249,8 @@ class CachingEngine(Hook):
         self._go_inside(None if run.view is None else run.view.wrapper_of(self.model))
         self.facts = RunFacts(run.total, run.timesteps, run.guidance)
         self.method.check_run(self.facts)
-        gate = self.method.gate()
+        method = self.method.for_run(self.facts)
+        gate = method.gate()
         gate.reduce = partial(context_parallel.sum_over, self.model)
         gate.part = None if run.part is None else Part(*run.part)
         gate.begin(run.total)
@@ -260,7 +260,7 @@ class CachingEngine(Hook):
                 f"{type(self.method).__name__} skips nothing in a run of {run.total} steps: all of them are computed. "
                 "Use a shorter warmup, a longer interval, or explicit steps=...",
             )
-        return CachingRun(gate, self.facts)
+        return CachingRun(method, gate, self.facts)
 
     def _refuse_other_cache(self) -> None:
         other = other_cache(self.model)
@@ -271,30 +271,30 @@ class CachingEngine(Hook):
                 "cache_dit.disable_cache(pipe), or hasten.remove(pipe))"
             )
 
-    def _new_memory(self, info: StepInfo, args: Any, kwargs: Any) -> PassMemory:
-        layout = self._find_layout(args, kwargs) if self.method.needs_layout else None
-        if self.method.site == "module":
+    def _new_memory(self, method: CachingMethod, info: StepInfo, args: Any, kwargs: Any) -> PassMemory:
+        layout = self._find_layout(args, kwargs) if method.needs_layout else None
+        if method.site == "module":
             self._state_cost(args, kwargs)
         mean = partial(_mean, self.model)
-        return PassMemory(partial(self._components_of, False), info.pass_name, layout, mean, self.listener)
+        return PassMemory(partial(self._components_of, method), info.pass_name, layout, mean, self.listener)
 
     def _share(self, state: CachingRun) -> None:
         """Where a step has several passes, as far as is known yet, forecast as the method does then."""
-        if self._shared is self.method:
+        if state.method.shared is state.method:
             return
+        method = state.method.shared if state.shared else state.method
         for memory in state.memories.values():  # each: a pass may have come, or begun anew, since the last change
             if memory.shared != state.shared:
                 memory.shared = state.shared
-                memory.predict_by(partial(self._components_of, state.shared))
+                memory.predict_by(partial(self._components_of, method))
 
-    def _components_of(self, shared: bool, key: FeatureKey) -> Components:
+    def _components_of(self, method: CachingMethod, key: FeatureKey) -> Components:
         """The method's components of a feature key, made once, since they keep tables on the device."""
-        components = self._components.get((shared, key))
+        components = self._components.get((id(method), key))
         if components is None:
             if len(self._components) >= MOST_KEYS:  # images of ever other sizes
                 self._components.clear()
-            method = self._shared if shared else self.method
-            components = self._components[shared, key] = method.components(key)
+            components = self._components[id(method), key] = method.components(key)
         return components
 
     def _find_layout(self, args: Any, kwargs: Any) -> models.TokenLayout:

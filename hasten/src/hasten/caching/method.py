@@ -99,6 +99,10 @@ class CachingMethod(Declared):
     def check_run(self, run: RunFacts) -> None:
         """Raise an error if the method cannot serve the run; called at its first step."""
 
+    def for_run(self, run: RunFacts) -> Self:
+        """The method as it serves a run; called when the run begins, behind `check_run`."""
+        return self
+
     def check_passes(self, passes: Sequence[str]) -> None:
         """Raise an error if the method cannot serve these forwards within a step; called at the second step."""
 
@@ -110,7 +114,7 @@ class CachingMethod(Declared):
     def _components(self) -> Components:
         return Components(self.projector(), self.predictors())
 
-    @property
+    @cached_property
     def shared(self) -> Self:
         """The method as it serves steps of several passes, whose forecasts are mixed. It keeps as many features."""
         return self
@@ -256,8 +260,7 @@ class ScheduledMethod(CachingMethod):
             lists = [steps.tolist() for steps in self.searched.tensors.values()]
             return Explicit(self.learned_list(lists, self.searched))
         if self.schedule in POWERS:
-            unknown = asked if self.schedule == "auto" and isinstance(asked, Uniform) else None
-            return Spread(asked, POWERS[self.schedule], unknown)
+            return Spread(asked, POWERS[self.schedule])
         if isinstance(asked, int):
             return UniformCount(asked, self.warmup, last)
         return replace(asked, last=last)
@@ -281,6 +284,15 @@ class ScheduledMethod(CachingMethod):
                 raise CalibrationError(
                     f"the computed steps were {differences[0]}. Search again with `hasten tune`, or use schedule='even'"
                 )
+
+    def for_run(self, run: RunFacts) -> Self:
+        unknown = run.total is None and self.schedule == "auto" and isinstance(self.asked(), Uniform)
+        return self._uniform if unknown else self
+
+    @cached_property
+    def _uniform(self) -> Self:
+        """The method on the uniform schedule, whose warm-up its differences have to know as well."""
+        return replace(self, schedule="uniform")
 
     @property
     def first_difference(self) -> int:

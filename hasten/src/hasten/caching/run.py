@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable
+from typing import Any
 
 from torch import Tensor
 
 from hasten.caching.gates import Gate
 from hasten.caching.memory import PassMemory
+from hasten.caching.method import CachingMethod
 from hasten.caching.schedule import Decision
 from hasten.calibration import RunFacts
 from hasten.errors import HastenWarning
 from hasten.pipeline.runs import StepInfo
+from hasten.pipeline.view import joined_passes
 
 __all__ = ["CachingRun"]
 
@@ -31,15 +34,18 @@ class CachingRun:
     """State of a run.
 
     Args:
+        method: as it serves the run.
         gate: a fresh one, begun.
         facts: what the pipeline tells of the run.
     """
 
-    def __init__(self, gate: Gate, facts: RunFacts) -> None:
+    def __init__(self, method: CachingMethod, gate: Gate, facts: RunFacts) -> None:
+        self.method = method
         self.gate: Gate | None = gate
         self.facts = facts
         self.memories: dict[str, PassMemory] = {}
         self._signatures: dict[str, Hashable] = {}
+        self._joined: dict[str, bool] = {}  # whether a pass stands for several, by name
         self._last_computed: int | None = None
         self._decision = Decision(True, "first step")
         self._passes = self._passes_before = 0  # of this step so far, and of the one before
@@ -64,11 +70,12 @@ class CachingRun:
 
     @property
     def shared(self) -> bool:
-        """Whether the step has several passes; its first one goes by the step before."""
-        return max(self._passes, self._passes_before) > 1
+        """Whether the step has several passes, or one that joins several; its first one goes by the step before."""
+        return max(self._passes, self._passes_before) > 1 or any(self._joined.values())
 
-    def add_memory(self, info: StepInfo, memory: PassMemory) -> PassMemory:
-        """Begin to remember a pass."""
+    def add_memory(self, info: StepInfo, memory: PassMemory, hidden: Any) -> PassMemory:
+        """Begin to remember a pass, whose latents have another form than those before or are the first ones."""
+        self._joined[info.pass_name] = joined_passes(hidden) > 1
         self.memories[info.pass_name] = memory
         memory.step = info.step
         return memory

@@ -148,20 +148,16 @@ class Spread(Declared):
     Args:
         count: computed steps, or the uniform schedule that has as many.
         power: see above.
-        unknown: what serves a run of nobody knows how many steps; None refuses it.
     """
 
     count: Count | Uniform
     power: Annotated[float, Range(above=0)] = 1.0
-    unknown: Uniform | None = None
 
     def decide(self, step: int, last_computed: int | None) -> Decision:
         raise ScheduleError("a spread schedule decides nothing before `for_run` told it the number of steps")
 
     def for_run(self, total: int | None) -> Schedule:
         if total is None:
-            if self.unknown is not None:
-                return self.unknown.for_run(None)
             raise _needs_total("a spread schedule")
         asked = self.count
         if isinstance(asked, Uniform):  # of a run that is shorter than its warm-up: every step

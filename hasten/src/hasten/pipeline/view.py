@@ -34,6 +34,7 @@ __all__ = [
     "current_owner",
     "denoisers",
     "first_argument",
+    "joined_passes",
     "same_memory",
     "unwrap",
 ]
@@ -134,6 +135,11 @@ class Caller:
         return None if self.frame is None else _locals(self.frame, ["timesteps"]).get("timesteps")
 
     @property
+    def latents(self) -> Any:
+        """What the pipeline's call has under that name, one for each image; None where it has nothing."""
+        return None if self.frame is None else _locals(self.frame, ["latents"]).get("latents")
+
+    @property
     def given(self) -> dict[str, Any] | None:
         """The arguments by name that the pipeline's call was made with; None where that does not show.
 
@@ -170,6 +176,22 @@ def _locals(frame: FrameType, names: Iterable[str]) -> dict[str, Any]:
     if isinstance(local, dict):  # see `first_argument`
         local.clear()
     return found
+
+
+def joined_passes(hidden: Any) -> int:
+    """How many passes, such as those of guidance, the pipeline's call has joined in the batch of the forward under way.
+
+    It repeats the latents of its loop for each. One where that does not show, as in a loop of the user's own.
+
+    Args:
+        hidden: the denoiser's latents, `[B, ...]` or a list of B of them.
+    """
+    latents = Caller().latents
+    if not isinstance(latents, Tensor) or not latents.numel():
+        return 1
+    if isinstance(hidden, Tensor) and hidden.ndim != latents.ndim:
+        return 1  # frames or views of one image in the place of images
+    return max(1, len(hidden) // len(latents))
 
 
 def current_owner() -> Owner:

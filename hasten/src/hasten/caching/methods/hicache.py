@@ -20,7 +20,8 @@ is `1/sqrt(2)`, the whole slope, in place of 1, which overshoots.
 
 True guidance mixes the forecasts of two passes with weights of opposite sign, so their errors add up where the features
 cancel, and a smaller part of the slope serves better: `guided_sigma` (ours) takes the place of `sigma` where a step has
-several passes. Passes that a pipeline joins in one batch cannot be told from one.
+several passes, or one whose batch joins several, as a pipeline's own latents tell: those of another loop, and of
+pipelines that call theirs otherwise (`latents`), cannot be told from one pass.
 
 Which scale serves a model best depends on it: `hasten tune --method hicache` finds it by whole runs.
 """
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import sqrt
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -97,13 +99,14 @@ class HiCache(ScheduledMethod):
         0.5
     )
     guided_sigma: Annotated[
-        Scale | None, "scale in steps of several passes, such as those of true guidance, in place of sigma"
+        Scale | None,
+        "scale in steps of several passes (true guidance), joined in one batch or not, in place of sigma",
     ] = None
     ladder: Annotated[Ladder, "the official differences, or the true ones at irregular gaps (divided)"] = "recursive"
     scale: Annotated[Literal["fixed", "adaptive"], "`sigma` throughout, or a scale that follows the features"] = "fixed"
     alpha: Annotated[Strength, "of the adaptive scale; larger trusts the slope more"] = 0.3
 
-    @property
+    @cached_property
     def shared(self) -> Self:
         return self if self.guided_sigma is None else replace(self, sigma=self.guided_sigma, guided_sigma=None)
 
