@@ -1,5 +1,7 @@
 """What the documentation tells people to write is run as it stands."""
 
+import re
+
 import pages
 import pytest
 import tiny
@@ -9,7 +11,7 @@ from pipelines import draw, make_pipe
 
 import hasten
 from hasten import registry
-from hasten.caching import ScheduledMethod
+from hasten.caching import ScheduledMethod, computed_steps
 from hasten.errors import CertificateError
 from hasten.models import registry as host_registry
 from hasten.parameters import parameters
@@ -128,3 +130,27 @@ def test_every_resolution_method_has_a_page_in_the_navigation():
             assert f"methods/{info.name}.md" in navigation
             for parameter in info.parameters:
                 assert f"`{parameter}`" in text, f"{info.name}: {parameter}"
+
+
+def published_settings():
+    """Expressions of the page's table and how many of 50 steps they compute, None where a gate decides."""
+    rows = re.findall(
+        r"^\| [^|]+ \| `([^`]+)` \| (-|\d+) \|", (DOCS / "how-to/published-settings.md").read_text(), re.M
+    )
+    return [(expression, None if count == "-" else int(count)) for expression, count in rows]
+
+
+@pytest.mark.parametrize(("expression", "count"), published_settings())
+def test_published_settings_can_be_had_and_compute_what_the_page_says(expression, count):
+    ((name, given),) = registry.split(expression)
+    if registry.info(name).needs_calibration:
+        assert {*given} <= {*registry.info(name).parameters}
+        if count is None or "computed_steps" in given:
+            return
+        plan = hasten.FoCa(interval=int(given["interval"]), warmup=int(given.get("warmup", 3))).plan()
+        assert len(computed_steps(plan, 50)) == count
+        return
+    (method,) = registry.parse(expression)
+    assert isinstance(method, ScheduledMethod) == (count is not None)
+    if count is not None:
+        assert len(computed_steps(method.plan(), 50)) == count
