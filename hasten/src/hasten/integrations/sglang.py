@@ -5,7 +5,6 @@
 where the file has an entry `hasten`, whose content is that of a configuration (see `hasten.load`):
 
     hasten:
-      method: foca:schedule=even
       computed_steps: 9
 """
 

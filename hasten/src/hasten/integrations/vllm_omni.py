@@ -1,7 +1,7 @@
 r"""vLLM-Omni: the cache backend `hasten`, registered by the entry point `vllm_omni.general_plugins`.
 
     vllm serve MODEL --omni --cache-backend hasten \
-        --cache-config '{"method": "foca:schedule=even", "computed_steps": 9}'
+        --cache-config '{"computed_steps": 9}'
 
 The engine has no registry of backends: the plug-in stands in for `get_cache_backend`, which every process calls.
 """
