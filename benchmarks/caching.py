@@ -4,6 +4,10 @@ python benchmarks/caching.py --model emoji-flux --out benchmarks/caching-emoji-f
 python benchmarks/caching.py --model emoji-flux --guidance 3 --out benchmarks/caching-emoji-flux-guided.json
 python benchmarks/caching.py --arms "foca;hicache:sigma=0.6" --schedules even --counts 9 --held-out 8 --out try.json
 python benchmarks/caching.py --arms "foca:site=module;hyca:site=module" --counts 9 --out module.json
+python benchmarks/caching.py --arms SINGLES --tune hyca --counts 9 --out benchmarks/caching-emoji-flux.json
+
+`SINGLES` are the solvers that HyCa chooses from, each of them for all clusters. What `--tune` names is measured as
+`hasten tune` leaves it: chosen by whole runs of prompts to learn from, for each schedule and number of steps anew.
 
 Prompts are drawn in batches, prompt `i` with seed `i`; what is fitted learns from the last prompts of the list, with
 seeds from 1000. Every row is written as soon as it is measured: the same command goes on where it was cut short.
@@ -22,8 +26,10 @@ import hasten
 import numpy as np
 from hasten import registry
 from hasten.bench.environment import environment
-from hasten.bench.requests import caching_method
+from hasten.bench.requests import caching_method, reported
 from hasten.bench.subject import open_model
+from hasten.caching.method import CachingMethod
+from hasten.caching.methods.hyca import CANDIDATES
 from hasten.calibration import Trace
 from hasten.errors import ConfigError, ScheduleError
 from hasten.io import write_atomically
@@ -36,6 +42,10 @@ ARMS = (
     "l2p;l2p:history=full:fit_by=gradient:published=true"
 )
 
+SINGLES = ";".join(f"hyca:solvers={name}" for name in CANDIDATES)  # with one solver to choose from
+SHARED = ("model", "guidance", "steps", "learn", "held_out", "batch")  # what all rows of a file have in common
+TRIALS = 80  # most settings that a tuner looks at
+
 
 def main() -> None:
     """Measure what is not there yet."""
@@ -45,7 +55,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--counts", default="12,9,7,5")
     parser.add_argument("--schedules", default="uniform,even")
-    parser.add_argument("--arms", default=ARMS, help="method expressions with semicolons")
+    parser.add_argument("--arms", default=ARMS, help="method expressions with semicolons, or SINGLES")
+    parser.add_argument("--tune", default="", help="method expressions with semicolons, to be tuned first")
     parser.add_argument(
         "--plain",
         action="store_true",
@@ -83,10 +94,13 @@ class Measure:
         counts = [int(count) for count in self.options.counts.split(",")]
         for count in counts:
             self.plain(count)
-        for arm in self.options.arms.split(";"):
-            for schedule in self.options.schedules.split(","):
-                for count in counts:
+        arms = SINGLES if self.options.arms == "SINGLES" else self.options.arms
+        for schedule in self.options.schedules.split(","):
+            for count in counts:
+                for arm in filter(None, arms.split(";")):
                     self.arm(arm, schedule, count)
+                for arm in filter(None, self.options.tune.split(";")):
+                    self.tuned(arm, schedule, count)
 
     # --- rows
 
@@ -94,7 +108,7 @@ class Measure:
         """Keep a row, with the commit that it was measured on, and write all of them."""
         here = environment()
         self.rows[key] = row | {"commit": here["commit"]}
-        about = {name: value for name, value in vars(self.options).items() if not isinstance(value, Path)}
+        about = {name: getattr(self.options, name) for name in SHARED}
         content = {"environment": here, "options": about, "weights": weights_of(self.model), "rows": self.rows}
         write_atomically(self.out, json.dumps(content, indent=1) + "\n")
         print(
@@ -124,15 +138,35 @@ class Measure:
             "schedule": schedule,
             "count": count,
         }
-        fitted = self.fitted(expression)
         try:
-            method = caching_method(f"{fitted}:schedule={schedule}:computed_steps={count}")
+            method = self.method(expression, schedule, count)
         except (ConfigError, ScheduleError) as error:
             self.note(key, row | {"refused": str(error)})
             return
+        self.note(key, row | self.drawn(method))
+
+    def tuned(self, expression: str, schedule: str, count: int) -> None:
+        """A caching method as whole runs of a batch of prompts to learn from choose its parameters."""
+        key = f"{expression}, tuned @ {schedule} {count}"
+        if key in self.rows:
+            return
+        calls = [call | {"output_type": "pt"} for call in self.held_out.calls(self.scale, learn=True)[:1]]
+        start = self.method(expression, schedule, count)
+        found = hasten.tune_method(self.pipe, start, calls, trials=TRIALS)
+        before = reported(start)
+        chosen = {name: value for name, value in reported(found.method).items() if value != before.get(name)}
+        row = {"method": f"{expression}, tuned", "schedule": schedule, "count": count, "chosen": chosen}
+        row |= {"trials": len(found.trials), "settled": found.settled, "tuned_on": len(calls[0]["prompt"])}
+        self.note(key, row | self.drawn(found.method))
+
+    def method(self, expression: str, schedule: str, count: int) -> CachingMethod:
+        """A caching method on a schedule with a number of computed steps."""
+        return caching_method(f"{self.fitted(expression)}:schedule={schedule}:computed_steps={count}")
+
+    def drawn(self, method: CachingMethod) -> dict[str, Any]:
+        """Figures of a method on the held-out prompts."""
         with hasten.accelerate(self.pipe, method):
-            images = self.held_out.draw(self.held_out.calls(self.scale))
-        self.note(key, row | self.measured(images))
+            return self.measured(self.held_out.draw(self.held_out.calls(self.scale)))
 
     def fitted(self, expression: str) -> str:
         """The expression with its calibration, which is made where it is missing."""

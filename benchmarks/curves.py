@@ -1,6 +1,8 @@
 """The measured curve of each method: quality against the number of computed steps, beside the plain samplers.
 
-python benchmarks/curves.py     writes docs/images/curves/NAME.svg from benchmarks/emoji-flux.json
+python benchmarks/curves.py     writes docs/images/curves/NAME.svg
+
+from `caching-emoji-flux.json`, and of methods that are not in it from `emoji-flux.json`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from hasten.bench.result import Result
 from hasten.bench.row import Row
 from hasten.io import write_atomically
 from matplotlib.figure import Figure
-from tables import emoji_flux
+from tables import caching_curves, emoji_flux
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "images" / "curves"
@@ -56,12 +58,34 @@ def draw(result: Result, name: str, labels: list[str]) -> None:
         )
 
 
+def draw_caching(name: str, lines: dict[str, dict[int, float]]) -> None:
+    """One figure of PSNR alone: a method's forms in colour, the plain samplers in grey."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        for title, line in lines.items():
+            plain: Any = {"color": "0.6", "linestyle": "--", "marker": "."} if "plain" in title else {"marker": "o"}
+            axes.plot(*zip(*sorted(line.items()), strict=True), label=title.replace("*", ""), **plain)
+        axes.set_title("PSNR, dB (more is better)", fontsize=10)
+        axes.set_xlabel("computed steps of 50")
+        axes.set_xticks(sorted({count for line in lines.values() for count in line}))
+        axes.grid(color="0.92")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        write_atomically(
+            OUT / f"{name}.svg", partial(figure.savefig, format="svg", metadata=UNSIGNED, facecolor="white")
+        )
+
+
 def main() -> None:
     """Draw all of them."""
     result, _ = emoji_flux()
     labels = [r.method for r in result.rows if r.library == "hasten"]
     for name in dict.fromkeys(label.split(":")[0] for label in labels):
-        draw(result, name, list(dict.fromkeys(label for label in labels if label.split(":")[0] == name)))
+        lines = {title: line for title, line in caching_curves(name).items() if line}
+        if lines:
+            draw_caching(name, lines)
+        else:
+            draw(result, name, list(dict.fromkeys(label for label in labels if label.split(":")[0] == name)))
 
 
 if __name__ == "__main__":

@@ -311,8 +311,34 @@ def forms_table(name: str) -> str:
     return "\n".join([*lines, "", f"{table_of(result).title}. {table_of(result).notes[-1]}."])
 
 
+def caching_curves(name: str) -> dict[str, dict[int, float]]:
+    """Median PSNR of a method's forms by computed steps, and of the plain samplers, where `caching.py` measured it."""
+    arms = _caching_arms(_read(CACHING[0]))
+    own = [(at, method) for at, method in arms if re.match(rf"{re.escape(name)}(:|$)", method)]
+    own = [key for key in own if len(arms[key]) > 1]
+    if not own:
+        return {}
+    titles = {key: f"**{_caching_label(key[1])}**, {key[0]}" for key in own}
+    titles |= {("-", "best plain"): "best plain sampler", ("-", "plain"): "plain Euler"}
+    return {
+        title: {count: row["median"] for count, row in sorted(arms[key].items(), reverse=True) if "median" in row}
+        for key, title in titles.items()
+    }
+
+
 def curve(name: str) -> str:
     """A method's own figures: its chart, and its best form beside the plain samplers."""
+    measured = caching_curves(name)
+    if measured:
+        budgets = sorted({count for line in measured.values() for count in line}, reverse=True)
+        lines = [
+            f"{title} {' / '.join(_cell(line.get(count), 1) for count in budgets)}" for title, line in measured.items()
+        ]
+        return (
+            f"![{name} on emoji-flux, against the number of computed steps](../images/curves/{name}.svg)\n\n"
+            f"Measured on `emoji-flux`, without guidance, median PSNR in dB at {' / '.join(map(str, budgets))} "
+            f"computed steps: {'; '.join(lines)}."
+        )
     counts, arms = _arms(emoji_flux()[0])
 
     def line(title: str) -> str:
@@ -574,28 +600,80 @@ def default_table(names: list[str]) -> str:
 
 
 def caching_table(names: list[str]) -> str:
-    """Markdown of the caching methods beside their ablations, from what `caching.py` wrote."""
+    """Markdown of the caching methods beside their ablations, by what they have at nine computed steps."""
     results = _caching(names)
     heads = ["model", "guidance", "schedule", "method"]
     counts = sorted({row["count"] for result in results for row in result["rows"].values()}, reverse=True)
     heads += [f"{count}, dB" for count in counts] + ["above its ablation at 9 by (95 %)"]
     lines = [_row(heads), "|---|--:|---|---" + "|--:" * (len(heads) - 4) + "|"]
     for result in results:
-        options, arms = result["options"], {}
-        for row in result["rows"].values():
-            arms.setdefault((row.get("schedule", "-"), row["method"]), {})[row["count"]] = row
+        options, arms = result["options"], _caching_arms(result)
         scale = "-" if options["guidance"] is None else f"{options['guidance']:g}"
-        for (schedule, method), rows in sorted(arms.items(), key=lambda arm: (arm[0][0], -_mean(arm[1]))):
-            other = arms.get((schedule, ABLATIONS.get(method, "")), {}).get(9)
-            above = (
-                _lead(rows[9], other) + f" {short_label(other['method'])}"
-                if other and "psnr" in rows.get(9, {})
-                else ""
-            )
-            cells = [options["model"], scale, schedule, short_label(method)]
+        for (schedule, method), rows in sorted(arms.items(), key=lambda arm: (arm[0][0], -_at_nine(arm[1]))):
+            if method.startswith(SINGLE):
+                continue  # in a table of their own
+            other = _ablation(arms, schedule, method)
+            above = "" if other is None else f"{_lead(rows[9], other)} {_caching_label(other['method'])}"
+            cells = [options["model"], scale, schedule, _caching_label(method)]
             lines.append(_row([*cells, *(_cell(rows.get(count, {}).get("median"), 1) for count in counts), above]))
-    lines += ["", f"Medians, against 50 plain steps; {INTERVALS}. {_prompts(names)}"]
+    tuned = "tuned: the solver of each cluster chosen by whole runs of other prompts, for 9 computed steps alone"
+    remarks = f" {tuned}; its ablation is the best single solver." if "tuned" in "".join(lines) else ""
+    lines += ["", f"Medians, against 50 plain steps, best at 9 first; {INTERVALS}.{remarks} {_prompts(names)}"]
     return "\n".join(lines)
+
+
+CachingArms = dict[tuple[str, str], dict[int, dict[str, Any]]]
+
+
+def _caching_arms(result: dict[str, Any]) -> CachingArms:
+    """Rows by schedule and method, and then by the number of computed steps."""
+    arms: CachingArms = {}
+    for row in result["rows"].values():
+        arms.setdefault((row.get("schedule", "-"), row["method"]), {})[row["count"]] = row
+    return arms
+
+
+def _ablation(arms: CachingArms, schedule: str, method: str) -> dict[str, Any] | None:
+    """The method without what it adds, at nine computed steps; of HyCa the best of its solvers for all clusters."""
+    own = arms[schedule, method].get(9, {})
+    module = ":site=module" if method.endswith(":site=module") else ""
+    plain = method.removesuffix(module)
+    names = [ABLATIONS[plain].removesuffix(":domain=normed" if module else "") + module] if plain in ABLATIONS else []
+    if plain.startswith("hyca"):
+        names += [other for at, other in arms if at == schedule and other.startswith(SINGLE) and not module]
+    rows = [arms[schedule, name][9] for name in names if 9 in arms.get((schedule, name), {})]
+    known = [row for row in rows if "psnr" in row and "psnr" in own]
+    return max(known, key=lambda row: float(row["mean"]), default=None)
+
+
+def _caching_label(method: str) -> str:
+    name, _, tuned = method.partition(", ")
+    single = f"HyCa's {name.removeprefix(SINGLE)} for all" if name.startswith(SINGLE) else short_label(name)
+    return f"{single}, {tuned}" if tuned else single
+
+
+def _at_nine(rows: dict[int, dict[str, Any]]) -> float:
+    return float(rows.get(9, {}).get("median", 0.0))
+
+
+def hyca_table(name: str) -> str:
+    """Markdown of HyCa beside each of its solvers alone, at nine computed steps."""
+    arms, schedules = _caching_arms(_read(name)), ("uniform", "even")
+    methods = list(dict.fromkeys(method for _, method in arms if method.startswith("hyca")))
+    rows = {method: [arms.get((schedule, method), {}).get(9, {}) for schedule in schedules] for method in methods}
+    lines = [_row(["solvers", *(f"{schedule}, dB" for schedule in schedules)]), "|---" + "|--:" * len(schedules) + "|"]
+    for method, found in sorted(rows.items(), key=lambda item: -max(row.get("mean", 0.0) for row in item[1])):
+        lines.append(_row([_solvers(method, found), *(_cell(row.get("mean"), 2) for row in found)]))
+    lines += ["", f"Means at 9 computed steps, best on either schedule first. {_prompts([name])}"]
+    return "\n".join(lines)
+
+
+def _solvers(method: str, rows: list[dict[str, Any]]) -> str:
+    """What a form of HyCa forecasts its clusters by."""
+    if method == "hyca, tuned":
+        chosen = [f"{row['schedule']} {', '.join(row['chosen']['assigned'])}" for row in rows]
+        return f"by whole runs of {rows[0]['tuned_on']} other prompts: {'; '.join(chosen)}"
+    return f"{method.removeprefix(SINGLE)} for all" if method.startswith(SINGLE) else "each cluster's by the criterion"
 
 
 def premises_table(names: list[str]) -> str:
@@ -640,10 +718,6 @@ def calibration_cost_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{told}; {_made(result)}."])
 
 
-def _mean(rows: dict[int, dict[str, Any]]) -> float:
-    return statistics.fmean(row.get("median", 0.0) for row in rows.values())
-
-
 def _caching(names: list[str]) -> list[dict[str, Any]]:
     return [_read(name) for name in names if (ROOT / "benchmarks" / name).exists()]
 
@@ -669,9 +743,12 @@ ABLATIONS = {
     "freqca": "freqca:split=none",
     "freqca:mode=paper": "reuse",
     "foca": "taylorseer:order=2",
-    "hyca": "taylorseer:order=2:domain=normed",
-    "hyca:assigned=taylor1/taylor1/newton/newton": "taylorseer:order=2",  # chosen by images on four other prompts
+    "foca:domain=normed": "taylorseer:order=2:domain=normed",
+    "hicache": "taylorseer:order=2",
+    "hicache:order=1:sigma=0.66": "taylorseer:order=1",
+    "hyca": "taylorseer:order=2:domain=normed",  # one of its solvers for all; the others are in the file by name
 }
+SINGLE = "hyca:solvers="
 HELD = {"residual": "svdcache", "low": "freqca"}  # components that are reused because a forecast would be worse
 PREMISES = ["caching-premises.json", "caching-premises-guided.json"]
 CACHING = ["caching-emoji-flux.json", "caching-emoji-flux-guided.json", "caching-sprites-wan.json"]
@@ -705,6 +782,7 @@ TABLES = {
     "caching": lambda: caching_table(CACHING),
     "calibration-cost": lambda: calibration_cost_table(_read("calibration-cost.json")),
     "caching-premises": lambda: premises_table(PREMISES),
+    "hyca-solvers": lambda: hyca_table("caching-emoji-flux.json"),
     "caching-module": lambda: caching_table(["caching-module.json"]),
     "leap-second": lambda: second_table(SECOND),
     "resolution": lambda: truth_table(_read("resolution-truth.json")["emoji-flux"], "emoji-flux"),
