@@ -18,28 +18,25 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.activations import GELU
 from hasten.errors import ModelError
 from hasten.io import add_line, check_sealed, read_json, write_atomically, write_sealed
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hasten_zoo.optimizers import MuonAdamW, adamw
+from hasten_zoo.swift import compile_blocks, fuse_norms
 
 __all__ = [
     "Loss",
     "Settings",
     "Training",
     "add_options",
-    "attention_for",
-    "compile_blocks",
     "load_half",
     "read_checkpoint",
     "run",
@@ -50,18 +47,6 @@ __all__ = [
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 POSITION = "training.json"
-
-
-def attention_for(device: str) -> AbstractContextManager[Any]:
-    """For few tokens plain products are faster on a CPU than the fused kernel, whose backward pass is slow."""
-    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
-
-
-def fuse_norms(net: nn.Module) -> None:
-    """Hand float32 to norms that have weights: there is no kernel for them with bfloat16, which autocast gives them."""
-    for module in net.modules():
-        if isinstance(module, nn.RMSNorm) and module.elementwise_affine:
-            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
 
 
 @dataclass(frozen=True)
@@ -355,31 +340,6 @@ def add_options(parser: argparse.ArgumentParser, out: Path, samples: int, batch:
     parser.add_argument("--fall", type=float, default=0.0, help="share of --minutes over which the rate falls to zero")
     parser.add_argument("--committed", type=Path, default=committed, help="weights to go on from without a checkpoint")
     parser.add_argument("--export", type=Path, help="only write the averaged weights of the last checkpoint here")
-
-
-class SwiftGELU(nn.Module):
-    """GELU with the approximation by tanh, written with a sigmoid: a third of the time in compiled code of a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-
-
-def swift_activations(net: nn.Module) -> None:
-    """Replace every GELU with the approximation by tanh, by its faster form: the same function to rounding."""
-    for module in list(net.modules()):
-        if isinstance(module, GELU) and module.approximate == "tanh":
-            module.gelu = SwiftGELU().forward
-        for name, child in module.named_children():
-            if isinstance(child, nn.GELU) and child.approximate == "tanh":
-                setattr(module, name, SwiftGELU())
-
-
-def compile_blocks(transformer: nn.Module) -> None:
-    """Compile block by block, and all sizes share their graphs: compiling takes long enough as it is."""
-    swift_activations(transformer)
-    for stack in (part for part in transformer.children() if isinstance(part, nn.ModuleList)):
-        for block in stack:
-            block.compile(dynamic=True)
 
 
 def run_with(

@@ -31,13 +31,13 @@ from hasten_zoo.emoji_styles.data import PACKAGES, EmojiStyles, load_emoji_style
 from hasten_zoo.emoji_styles.latents import Latents, load_latents
 from hasten_zoo.emoji_styles.model import LEARNING, TEXT_TOKENS, build_pipeline, build_tokenizer, shift
 from hasten_zoo.emoji_styles.vae import EmojiVAE
+from hasten_zoo.swift import attention_for
 from hasten_zoo.training import (
     CHECKPOINT,
     Loss,
     Settings,
     Training,
     add_options,
-    attention_for,
     read_checkpoint,
     run_with,
     save_half,

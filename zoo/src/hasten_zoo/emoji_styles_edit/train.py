@@ -27,7 +27,8 @@ from hasten_zoo.emoji_styles_edit import WEIGHTS
 from hasten_zoo.emoji_styles_edit.data import CORNERS, SIZE, place, to_style
 from hasten_zoo.emoji_styles_edit.latents import STEP, SceneLatents, load_scenes
 from hasten_zoo.emoji_styles_edit.model import build_pipeline
-from hasten_zoo.training import Loss, Settings, Training, add_options, attention_for, read_checkpoint, run_with
+from hasten_zoo.swift import attention_for
+from hasten_zoo.training import Loss, Settings, Training, add_options, read_checkpoint, run_with
 from hasten_zoo.words import token_ids
 
 SHARES = {SIZE: 0.82, SIZE // 2: 0.18}  # of the batches

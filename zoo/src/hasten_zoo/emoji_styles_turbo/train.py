@@ -39,13 +39,12 @@ from hasten_zoo.emoji_styles.judge import read_judge
 from hasten_zoo.emoji_styles.model import TEXT_TOKENS, load_pipeline, shift
 from hasten_zoo.emoji_styles.train import SHARES, Velocity, export, image_positions, learning_parts, samples_of
 from hasten_zoo.emoji_styles_turbo import WEIGHTS
+from hasten_zoo.swift import attention_for, compile_blocks
 from hasten_zoo.training import (
     Loss,
     Settings,
     Training,
     add_options,
-    attention_for,
-    compile_blocks,
     read_checkpoint,
     run_with,
 )

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from hasten_zoo.fashion_dit import WEIGHTS
 from hasten_zoo.fashion_dit.data import load_fashion_data, scaled
 from hasten_zoo.fashion_dit.model import NO_CLASS, build_pipeline, without_label_dropout
+from hasten_zoo.swift import attention_for
 from hasten_zoo.training import (
     Loss,
     Settings,
     Training,
     add_options,
-    attention_for,
     read_checkpoint,
     run_with,
     save_half,
