@@ -33,6 +33,7 @@ from hasten_zoo.emoji_styles.latents import Latents, encode_views, load_latents,
 from hasten_zoo.emoji_styles.model import TEXT_TOKENS, build_pipeline, build_tokenizer, load_pipeline, shift
 from hasten_zoo.emoji_styles.perceptual import Perceptual
 from hasten_zoo.emoji_styles.vae import EmojiVAE
+from hasten_zoo.record import Start
 from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, load_half, run
 
 STYLES = ["noto", "flat", "3d"]
@@ -198,7 +199,7 @@ def test_a_budget_of_time_ends_a_part_and_leaves_a_checkpoint(tmp_path: Path) ->
 def test_bare_weights_warm_the_optimizer_up_again() -> None:
     training = _regression(Settings(lr=1e-2, warmup_steps=10))
     weights = {k: torch.full_like(v, 0.5).half() for k, v in training.net.state_dict().items()}
-    training.start_from(weights, steps=1000, samples=8000)
+    training.start_from(Start(weights, steps=1000, samples=8000))
     assert training.learning_rate == pytest.approx(1e-3)
     for _ in range(10):
         training.step()
@@ -260,13 +261,13 @@ def test_training_learns_and_its_export_draws_and_trains_on(
         assert bool(torch.isfinite(images).all())
 
     parts = train.learning_parts(loaded)
-    weights, steps, samples = load_half(parts, tmp_path)
-    assert (steps, samples) == (training.steps, training.samples)
+    start = load_half(parts, tmp_path)
+    assert (start.steps, start.samples) == (training.steps, training.samples)
     again = _training(loaded, data, latents)
-    again.start_from(weights, steps, samples)
+    again.start_from(start)
     for name, value in training.average.items():
         assert torch.equal(again.net.state_dict()[name], value.half().float())
-    run(again, tmp_path / "again", samples + 1, fallback=lambda: load_half(parts, tmp_path))
+    run(again, tmp_path / "again", start.samples + 1, fallback=lambda: load_half(parts, tmp_path))
     assert (again.steps, again.warm_from) == (41, 40)
 
 

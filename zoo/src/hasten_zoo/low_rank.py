@@ -12,16 +12,33 @@ weights that they are differences from: on others they would be noise, and are r
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from hasten.errors import ConfigError, ModelError
-from hasten.io import Kind, digest_of, read_tensors, write_tensors
+from hasten.io import Kind, check_sealed, digest_of, read_tensors, write_sealed, write_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LowRankLinear", "add_low_rank", "learned", "merge", "read_low_rank", "weights_digest", "write_low_rank"]
+from hasten_zoo.record import Start, export_record, start_of
+
+__all__ = [
+    "DIFFERENCES",
+    "LowRankLinear",
+    "add_low_rank",
+    "learned",
+    "merge",
+    "read_low_rank",
+    "save_differences",
+    "start_from_differences",
+    "weights_digest",
+    "write_low_rank",
+]
+
+DIFFERENCES = "differences.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,8 +65,11 @@ KIND = Kind(
 class LowRankLinear(nn.Module):
     """A linear layer, from `[..., in]` to `[..., out]`, whose matrix is frozen and has a difference that learns.
 
-    The factors are multiplied with the input one after the other: neither the product of the two nor a gradient of the
-    whole matrix is ever made.
+    The matrix is put together in every forward. With some thousand tokens in a batch that is a hundredth of the layer's
+    work, where taking the input through one factor after the other would save the matrix's gradient, but takes three
+    thin products: on a CPU 10 % (256 to 1024, rank 16) to 145 % (256 to 256, rank 32) more time than a plain layer that
+    learns, against 0 to 24 % this way (bfloat16, 2,560 tokens, forward and backward). What is trained is also, bit for
+    bit, what is merged.
 
     Args:
         layer: the plain layer; its parameters become this one's, its bias goes on learning.
@@ -64,7 +84,7 @@ class LowRankLinear(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.down), self.up)
+        return F.linear(x, torch.addmm(self.weight, self.up, self.down), self.bias)
 
     def merged(self) -> nn.Linear:
         """The plain layer with the difference in its matrix."""
@@ -139,16 +159,87 @@ def read_low_rank(path: Path, module: nn.Module, base: str, name: str) -> int:
     Raises:
         ModelError: if the file is missing or damaged, or its differences are from other weights.
     """
+    arrays, header = _read(path, base, name)
+    add_low_rank(module, header.rank)
+    _fill(module, arrays, path, name)
+    return header.rank
+
+
+def save_differences(
+    folder: Path,
+    module: nn.Module,
+    state: Mapping[str, Any],
+    log: Path,
+    rank: int,
+    base: str,
+    others: Mapping[str, Any] | None = None,
+    **entries: int,
+) -> None:
+    """Write the averaged differences of a run and its record as a sealed folder.
+
+    Args:
+        folder: gets `differences.safetensors`, one folder per other part, and what `export_record` writes.
+        module: what learned; overwritten.
+        state: of `Training.state`.
+        log: of the run.
+        rank: see `write_low_rank`.
+        base: see `write_low_rank`.
+        others: parts that are not the base's, by name, written as they are.
+        entries: further ones of `training.json`.
+
+    Raises:
+        FileError: if it cannot be written.
+    """
+    module.load_state_dict(state["average"])
+
+    def fill(scratch: Path) -> None:
+        write_low_rank(scratch / DIFFERENCES, module, rank, base)
+        for name, part in (others or {}).items():
+            part.save_pretrained(scratch / name)
+        export_record(scratch, state, log, **entries)
+
+    write_sealed(folder, fill)
+
+
+def start_from_differences(folder: Path, module: nn.Module, rank: int, base: str, name: str) -> Start:
+    """What `save_differences` wrote, to go on from.
+
+    Args:
+        folder: that was written.
+        module: what learns, with differences of that rank; its weights become those of the folder.
+        rank: of the run.
+        base: see `read_low_rank`.
+        name: see `read_low_rank`.
+
+    Raises:
+        ModelError: if a file is missing, not as it was written, of another rank, or from other weights.
+    """
+    check_sealed(folder, ModelError, "Export the weights again, or start afresh: --committed none.")
+    path = folder / DIFFERENCES
+    arrays, header = _read(path, base, name)
+    if header.rank != rank:
+        raise ModelError(
+            f"{path} holds differences of rank {header.rank}, not {rank}: go on with --rank {header.rank}, or start "
+            "afresh: --committed none"
+        )
+    _fill(module, arrays, path, name)
+    return start_of(folder, module.state_dict())
+
+
+def _read(path: Path, base: str, name: str) -> tuple[dict[str, Any], Header]:
     arrays, header = read_tensors(path, KIND)
     if header.base != base:
         raise ModelError(
             f"{path} holds differences from other weights of {name} ({header.base[:12]}) than these ({base[:12]}); "
-            f"take the weights of {name} that it was trained from, or train it again from these"
+            f"take the weights of {name} that it was trained from, or train it afresh from these (--committed none)"
         )
-    add_low_rank(module, header.rank)
+    return arrays, header
+
+
+def _fill(module: nn.Module, arrays: Mapping[str, Any], path: Path, name: str) -> None:
+    """Copy tensors to where they belong in a module with factors."""
     places = learned(module)
     if {place: tuple(value.shape) for place, value in places.items()} != {k: a.shape for k, a in arrays.items()}:
         raise ModelError(f"{path}: its tensors are not those of differences from {name}. {KIND.remedy}")
     for place, array in arrays.items():
         places[place].copy_(torch.from_numpy(array))
-    return header.rank
