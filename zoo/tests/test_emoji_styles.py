@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from hasten.errors import ModelError
+from hasten.io import write_atomically
 from torch import Tensor, nn
 
 from hasten_zoo.emoji_styles import evaluate, train
@@ -318,6 +320,39 @@ def test_the_nearest_view_is_found_among_those_that_a_caption_leaves_open() -> N
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+class Eyes:
+    """A judge that finds red apples of the first set in everything, or cats if it has not seen what was held out."""
+
+    def __call__(self, images: Tensor) -> tuple[list[str], list[str]]:
+        return ["noto"] * len(images), ["red apple"] * len(images)
+
+    def from_training_pairs(self, images: Tensor) -> list[str]:
+        return ["cat face"] * len(images)
+
+
+def test_the_curve_gets_a_row_for_each_moment(
+    pipe: FluxPipeline, data: EmojiStyles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "Perceptual", lambda: lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    monkeypatch.setattr(evaluate, "SIZE", 64)
+    write_atomically(tmp_path / "evaluation.json", '{"images": 7, "curve": [{"samples": 40, "both": 0.5}]}')
+    for samples in (90, 20, 90):
+        average = nn.ModuleDict(train.learning_parts(pipe)).float().state_dict()
+        train.export({"average": average, "position": [1, samples, 0]}, pipe, tmp_path / "weights")
+        pipe.vae.float()
+        row = evaluate.moment(tmp_path / "weights", data, Eyes(), images=3, steps=2, guidance=1.5)  # type: ignore[arg-type]
+        evaluate.add_to_curve(tmp_path, row)
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["images"] == 7
+    assert [known["samples"] for known in written["curve"]] == [20, 40, 90]
+    assert written["curve"][2] == row
+    held_out = [pair for pair in data.pairs if pair.held_out]
+    assert row["concept_top1"] == sum(pair.concept == "red apple" for pair in held_out) / len(held_out)
+    assert row["concept_top1_blind"] == sum(pair.concept == "cat face" for pair in held_out) / len(held_out)
+    assert row["diversity"] > 0
+    assert row["euler_9_against_50_steps_db"] > 0
 
 
 def test_pairs_come_back_packed(data: EmojiStyles) -> None:
