@@ -26,6 +26,7 @@ EXCEPTIONS = {
     "drape/src/drape/cli.py: open": "a traceback, in a new file of the system's temporary folder",
     "drape/src/drape/detectors/fetch.py: write_bytes": "into the temporary file of drape's writer",
     "zoo/src/hasten_zoo/fit.py: save_pretrained": "fills the scratch folder of write_sealed",
+    "zoo/src/hasten_zoo/low_rank.py: save_pretrained": "fills the scratch folder of write_sealed",
     "zoo/src/hasten_zoo/training.py: save_pretrained": "fills the scratch folder of write_sealed",
     "zoo/src/hasten_zoo/emoji_flux/train.py: save_pretrained": "fills the scratch folder of write_sealed",
     "zoo/src/hasten_zoo/emoji_styles/train_vae.py: save_pretrained": "fills the scratch folder of write_sealed",

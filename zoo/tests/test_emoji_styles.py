@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from hasten.errors import ModelError
+from hasten.io import write_atomically
 from torch import Tensor, nn
 
 from hasten_zoo.emoji_styles import evaluate, train
@@ -33,6 +35,7 @@ from hasten_zoo.emoji_styles.latents import Latents, encode_views, load_latents,
 from hasten_zoo.emoji_styles.model import TEXT_TOKENS, build_pipeline, build_tokenizer, load_pipeline, shift
 from hasten_zoo.emoji_styles.perceptual import Perceptual
 from hasten_zoo.emoji_styles.vae import EmojiVAE
+from hasten_zoo.record import Start
 from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, load_half, run
 
 STYLES = ["noto", "flat", "3d"]
@@ -198,7 +201,7 @@ def test_a_budget_of_time_ends_a_part_and_leaves_a_checkpoint(tmp_path: Path) ->
 def test_bare_weights_warm_the_optimizer_up_again() -> None:
     training = _regression(Settings(lr=1e-2, warmup_steps=10))
     weights = {k: torch.full_like(v, 0.5).half() for k, v in training.net.state_dict().items()}
-    training.start_from(weights, steps=1000, samples=8000)
+    training.start_from(Start(weights, steps=1000, samples=8000))
     assert training.learning_rate == pytest.approx(1e-3)
     for _ in range(10):
         training.step()
@@ -260,13 +263,13 @@ def test_training_learns_and_its_export_draws_and_trains_on(
         assert bool(torch.isfinite(images).all())
 
     parts = train.learning_parts(loaded)
-    weights, steps, samples = load_half(parts, tmp_path)
-    assert (steps, samples) == (training.steps, training.samples)
+    start = load_half(parts, tmp_path)
+    assert (start.steps, start.samples) == (training.steps, training.samples)
     again = _training(loaded, data, latents)
-    again.start_from(weights, steps, samples)
+    again.start_from(start)
     for name, value in training.average.items():
         assert torch.equal(again.net.state_dict()[name], value.half().float())
-    run(again, tmp_path / "again", samples + 1, fallback=lambda: load_half(parts, tmp_path))
+    run(again, tmp_path / "again", start.samples + 1, fallback=lambda: load_half(parts, tmp_path))
     assert (again.steps, again.warm_from) == (41, 40)
 
 
@@ -317,6 +320,39 @@ def test_the_nearest_view_is_found_among_those_that_a_caption_leaves_open() -> N
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+class Eyes:
+    """A judge that finds red apples of the first set in everything, or cats if it has not seen what was held out."""
+
+    def __call__(self, images: Tensor) -> tuple[list[str], list[str]]:
+        return ["noto"] * len(images), ["red apple"] * len(images)
+
+    def from_training_pairs(self, images: Tensor) -> list[str]:
+        return ["cat face"] * len(images)
+
+
+def test_the_curve_gets_a_row_for_each_moment(
+    pipe: FluxPipeline, data: EmojiStyles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "Perceptual", lambda: lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    monkeypatch.setattr(evaluate, "SIZE", 64)
+    write_atomically(tmp_path / "evaluation.json", '{"images": 7, "curve": [{"samples": 40, "both": 0.5}]}')
+    for samples in (90, 20, 90):
+        average = nn.ModuleDict(train.learning_parts(pipe)).float().state_dict()
+        train.export({"average": average, "position": [1, samples, 0]}, pipe, tmp_path / "weights")
+        pipe.vae.float()
+        row = evaluate.moment(tmp_path / "weights", data, Eyes(), images=3, steps=2, guidance=1.5)  # type: ignore[arg-type]
+        evaluate.add_to_curve(tmp_path, row)
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["images"] == 7
+    assert [known["samples"] for known in written["curve"]] == [20, 40, 90]
+    assert written["curve"][2] == row
+    held_out = [pair for pair in data.pairs if pair.held_out]
+    assert row["concept_top1"] == sum(pair.concept == "red apple" for pair in held_out) / len(held_out)
+    assert row["concept_top1_blind"] == sum(pair.concept == "cat face" for pair in held_out) / len(held_out)
+    assert row["diversity"] > 0
+    assert row["euler_9_against_50_steps_db"] > 0
 
 
 def test_pairs_come_back_packed(data: EmojiStyles) -> None:

@@ -10,13 +10,15 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
 from hasten.errors import ConfigError, ModelError
-from torch import Tensor, nn
+from torch import nn
 
 from hasten_zoo.emoji_styles.augment import COLOURS, WHITE
 from hasten_zoo.emoji_styles.data import EmojiStyles, Pair
 from hasten_zoo.emoji_styles.model import build_pipeline as build_styles
 from hasten_zoo.emoji_styles.model import build_tokenizer
-from hasten_zoo.emoji_styles.train import export, learning_parts
+from hasten_zoo.emoji_styles.model import load_pipeline as load_styles
+from hasten_zoo.emoji_styles.train import export as export_styles
+from hasten_zoo.emoji_styles.train import learning_parts
 from hasten_zoo.emoji_styles.vae import EmojiVAE
 from hasten_zoo.emoji_styles_edit import data as edits_data
 from hasten_zoo.emoji_styles_edit import evaluate, is_done, load_emoji_styles_edit, train
@@ -24,7 +26,7 @@ from hasten_zoo.emoji_styles_edit import model as edits_model
 from hasten_zoo.emoji_styles_edit.data import CORNERS, ITEMS, SIZE, Scenes, draw_scenes, render_scenes, scene_texts
 from hasten_zoo.emoji_styles_edit.edits import COUNTS, held_out_edits, read_edits, save_edits
 from hasten_zoo.emoji_styles_edit.latents import STEP, SceneLatents, encode_scenes, load_scenes, save_scenes
-from hasten_zoo.training import Settings, Training
+from hasten_zoo.training import Settings, Training, read_checkpoint
 
 STYLES = ["noto", "flat", "3d"]
 CONCEPTS = ["lemon", "star", "fish", "cat face", "left arrow", "lone ghost"]
@@ -244,23 +246,62 @@ def test_it_learns_to_keep_and_to_change(pipe: FluxKontextPipeline) -> None:
     assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
 
 
-def test_the_command_goes_on_from_its_checkpoint_and_exports(
-    styles_pipe: FluxPipeline, data: EmojiStyles, tmp_path: Path
-) -> None:
-    save_scenes(encode_scenes(styles_pipe.vae, data, _once(data)), tmp_path / "latents")
-    state = {"average": nn.ModuleDict(learning_parts(styles_pipe)).state_dict(), "position": [0, 0, 0]}
-    export(state, styles_pipe, tmp_path / "start")
-    common = ["--start", str(tmp_path / "start"), "--out", str(tmp_path), "--committed", str(tmp_path / "none")]
-    common += ["--latents", str(tmp_path / "latents")]
-    train.main([*common, "--samples", "4", "--batch", "2"])
-    train.main([*common, "--samples", "8", "--batch", "2", "--minutes", "1", "--fall", "0.5"])
-    train.main([*common, "--export", str(tmp_path / "weights")])
+def _save_styles(pipe: FluxPipeline, folder: Path) -> None:
+    average = nn.ModuleDict(learning_parts(pipe)).state_dict()
+    export_styles({"average": average, "position": [0, 0, 0]}, pipe, folder)
+
+
+@pytest.fixture
+def start(styles_pipe: FluxPipeline, data: EmojiStyles, tmp_path: Path) -> Path:
+    """Weights of the tiny one to start from, as they are read: in half precision; scenes are beside them."""
+    _save_styles(styles_pipe, tmp_path / "start")
+    save_scenes(encode_scenes(load_styles(tmp_path / "start").vae, data, _once(data)), tmp_path / "latents")
+    return tmp_path / "start"
+
+
+def _run(start: Path, *arguments: str) -> None:
+    folder = start.parent
+    common = ["--start", str(start), "--latents", str(folder / "latents"), "--out", str(folder), "--batch", "2"]
+    train.main([*common, "--committed", "none", *arguments])
+
+
+def test_the_command_goes_on_from_its_checkpoint_and_exports(start: Path, tmp_path: Path) -> None:
+    _run(start, "--samples", "4", "--rank", "4")
+    _run(start, "--samples", "8", "--rank", "4", "--minutes", "1", "--fall", "0.5")
+    _run(start, "--export", str(tmp_path / "weights"))
     assert json.loads((tmp_path / "weights" / "training.json").read_text())["samples"] == 8
-    loaded = edits_model.load_pipeline(tmp_path / "weights")
-    assert isinstance(loaded, FluxKontextPipeline)
+    loaded, plain = edits_model.load_pipeline(tmp_path / "weights", start), load_styles(start)
+    assert type(loaded) is FluxKontextPipeline
     assert "remove" in loaded.tokenizer.get_vocab()
-    drawn: Tensor = loaded.transformer.proj_out.weight
-    assert not torch.equal(drawn, styles_pipe.transformer.proj_out.weight.float())
+    average, factors = read_checkpoint(tmp_path)["average"], 0
+    for part, module in learning_parts(loaded).items():
+        assert not module.training
+        before = getattr(plain, part).state_dict()
+        for name, value in module.state_dict().items():
+            place = f"{part}.{name}".removesuffix("weight")
+            if f"{place}up" in average:
+                up, down = (average[f"{place}{factor}"].half().float() for factor in ("up", "down"))
+                torch.testing.assert_close(value - before[name], up @ down, atol=1e-6, rtol=1e-3)
+                factors += 1
+            else:
+                assert torch.equal(value, average[f"{part}.{name}"].half().float())
+    assert factors > 20
+    with pytest.raises(ModelError, match=r"a run with --rank 4, now it is 5"):
+        _run(start, "--samples", "8", "--rank", "5", "--minutes", "1", "--fall", "0.5")
+
+
+def test_an_editor_on_other_weights_is_refused(start: Path, tmp_path: Path) -> None:
+    _run(start, "--samples", "2", "--rank", "4")
+    other = load_styles(start)
+    other.transformer.proj_out.bias.data += 1
+    _save_styles(other, tmp_path / "other")
+    with pytest.raises(ModelError, match=r"a run with weights it starts from [0-9a-f]+, now"):
+        _run(tmp_path / "other", "--samples", "4", "--rank", "4")
+    with pytest.raises(ModelError, match="started from other weights of emoji-styles; name their folder with --start"):
+        _run(tmp_path / "other", "--export", str(tmp_path / "weights"))
+    _run(start, "--export", str(tmp_path / "weights"))
+    with pytest.raises(ModelError, match="holds differences from other weights of emoji-styles"):
+        edits_model.load_pipeline(tmp_path / "weights", tmp_path / "other")
 
 
 # --- held-out edits -------------------------------------------------------------------------------------------------
@@ -315,13 +356,14 @@ def test_an_edit_is_done_if_it_is_nearer_to_the_target_and_keeps_the_rest(data: 
         assert is_done(edit, spoiled) == bool(edit.mask.all())
 
 
-def test_an_exported_editor_is_a_subject(pipe: FluxKontextPipeline, data: EmojiStyles, tmp_path: Path) -> None:
-    state = {"average": nn.ModuleDict(learning_parts(pipe)).state_dict(), "position": [0, 0, 0]}
-    save_edits(held_out_edits(data, dict.fromkeys(COUNTS, 1)), pipe.vae, tmp_path / "edits.safetensors")
+def test_an_exported_editor_is_a_subject(start: Path, data: EmojiStyles, tmp_path: Path) -> None:
+    edits = held_out_edits(data, dict.fromkeys(COUNTS, 1))
+    save_edits(edits, load_styles(start).vae, tmp_path / "edits.safetensors")
     with pytest.raises(ModelError, match="no emoji-styles-edit weights"):
-        load_emoji_styles_edit(tmp_path / "weights", tmp_path / "edits.safetensors")
-    export(state, pipe, tmp_path / "weights")
-    model = load_emoji_styles_edit(tmp_path / "weights", tmp_path / "edits.safetensors")
+        load_emoji_styles_edit(tmp_path / "weights", tmp_path / "edits.safetensors", start)
+    _run(start, "--samples", "2", "--rank", "4")
+    _run(start, "--export", str(tmp_path / "weights"))
+    model = load_emoji_styles_edit(tmp_path / "weights", tmp_path / "edits.safetensors", start)
     model.pipe.set_progress_bar_config(disable=True)
     assert [edit.prompt for edit in model.edits] == model.prompts
     assert model.grade is not None

@@ -19,6 +19,7 @@ from hasten_zoo import emoji_flux, emoji_styles, emoji_tokens, sprites_stream
 from hasten_zoo.emoji_styles.judge import read_judge
 from hasten_zoo.emoji_tokens.features import FeatureNet
 from hasten_zoo.emoji_tokens.tokenizer import VQTokenizer
+from hasten_zoo.low_rank import DIFFERENCES
 from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, run
 
 ROOT = Path(hasten_zoo.__file__).parent
@@ -42,7 +43,7 @@ def test_the_bundled_weights_are_those_of_their_list(folder: Path) -> None:
 def test_every_bundled_pipeline_has_a_list() -> None:
     assert {folder.parent.name for folder in SEALED} == {
         path.parents[2].name for path in ROOT.rglob("weights/transformer/config.json")
-    }
+    } | {path.parents[1].name for path in ROOT.rglob(f"weights/{DIFFERENCES}")}
 
 
 def _flipped(path: Path) -> None:

@@ -13,7 +13,8 @@ from hasten.errors import ModelError
 from torch import Tensor, nn
 
 from hasten_zoo.optimizers import MuonAdamW
-from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, read_checkpoint, run, swift_activations
+from hasten_zoo.swift import swift_activations
+from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, read_checkpoint, run
 
 
 class Net(nn.Module):

@@ -12,56 +12,37 @@ lets the rate fall to zero over the last samples; it works on a copy in a folder
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.activations import GELU
 from hasten.errors import ModelError
 from hasten.io import add_line, check_sealed, read_json, write_atomically, write_sealed
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hasten_zoo.optimizers import MuonAdamW, adamw
+from hasten_zoo.record import LOG, Start, export_record, hours_of, start_of
+from hasten_zoo.swift import fuse_norms
 
 __all__ = [
     "Loss",
     "Settings",
     "Training",
-    "add_options",
-    "attention_for",
-    "compile_blocks",
     "load_half",
     "read_checkpoint",
     "run",
-    "run_with",
     "save_half",
 ]
 
 CHECKPOINT = "checkpoint.pt"
-LOG = "log.jsonl"
-POSITION = "training.json"
-
-
-def attention_for(device: str) -> AbstractContextManager[Any]:
-    """For few tokens plain products are faster on a CPU than the fused kernel, whose backward pass is slow."""
-    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
-
-
-def fuse_norms(net: nn.Module) -> None:
-    """Hand float32 to norms that have weights: there is no kernel for them with bfloat16, which autocast gives them."""
-    for module in net.modules():
-        if isinstance(module, nn.RMSNorm) and module.elementwise_affine:
-            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
 
 
 @dataclass(frozen=True)
@@ -107,6 +88,7 @@ class Training:
         loss: from a generator on `device` to the loss of a fresh batch. All randomness must come from the generator.
         settings: see `Settings`.
         device: `"cpu"` or `"cuda"`.
+        terms: what must stay the same while the run lasts, by name: a checkpoint of a run on other terms is refused.
     """
 
     def __init__(
@@ -115,6 +97,7 @@ class Training:
         loss: Callable[[torch.Generator], Loss],
         settings: Settings | None = None,
         device: str = "cpu",
+        terms: Mapping[str, str | float] | None = None,
     ) -> None:
         self.settings = settings or Settings()
         self.device = torch.device(device)
@@ -128,12 +111,17 @@ class Training:
             self.optimizer = MuonAdamW(self.net, *how)
         else:
             self.optimizer = adamw([p for p in self.net.parameters() if p.requires_grad], *how)
-        self.average = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
+        named = self.net.state_dict(keep_vars=True)
+        self.average = {k: v.detach().clone() for k, v in named.items()}
+        self.frozen = {k for k, v in named.items() if isinstance(v, nn.Parameter) and not v.requires_grad}
         self.generator = torch.Generator(self.device).manual_seed(self.settings.seed)
+        self.terms = dict(terms or {})
         self.steps = self.samples = 0
         self.warm_from = 0  # the step at which the optimizer was fresh
         self.sound = torch.ones((), dtype=torch.bool)  # whether the gradients of the latest step were finite
-        self.fallen = 1.0  # share of the rate that is left of a run that ends with its time; see `run`
+        self.seconds, self.timed_from = 0.0, 0  # of training in all parts, and the samples before they were counted
+        self.ends_from: float | None = None  # the seconds at which a part began that the rate falls to zero in
+        self.fallen = 1.0  # share of the rate that is left in that part; see `run`
 
     @property
     def learning_rate(self) -> float:
@@ -161,7 +149,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         decay = min(self.settings.ema, (1 + self.steps) / (10 + self.steps))
         current = self.net.state_dict()
-        names = [k for k, v in self.average.items() if v.is_floating_point()]
+        names = [k for k, v in self.average.items() if v.is_floating_point() and k not in self.frozen]
         torch._foreach_lerp_([self.average[k] for k in names], [current[k] for k in names], 1 - decay)
         self.steps += 1
         self.samples += loss.samples
@@ -175,10 +163,24 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "position": [self.steps, self.samples, self.warm_from],
+            "time": [self.seconds, self.timed_from],
+            "ends_from": self.ends_from,
+            "terms": dict(self.terms),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a saved state; `settings` may have changed since. Another optimizer starts afresh, with a warm-up."""
+        """Take up a saved state; `settings` may have changed since. Another optimizer starts afresh, with a warm-up.
+
+        Raises:
+            ModelError: if the terms have changed.
+        """
+        for name, value in state.get("terms", {}).items():
+            if self.terms.get(name) != value:
+                now = f"now it is {self.terms[name]}" if name in self.terms else "now it is not given"
+                raise ModelError(
+                    f"the checkpoint is of a run with {name} {value}, {now}; go on with {value}, or train in another "
+                    "folder (--out)"
+                )
         self.net.load_state_dict(state["net"])
         self.average = {k: v.to(self.device) for k, v in state["average"].items()}
         same_kind = state["optimizer"].keys() == self.optimizer.state_dict().keys()
@@ -190,34 +192,41 @@ class Training:
         else:  # the checkpoint comes from another kind of device
             self.generator.manual_seed(self.settings.seed + state["position"][0])
         self.steps, self.samples, self.warm_from = state["position"]
+        self.seconds, self.timed_from = state.get("time", (0.0, 0))
+        self.ends_from = state.get("ends_from")
         if not same_kind:
             self.warm_from = self.steps
 
-    def start_from(self, weights: dict[str, Tensor], steps: int, samples: int) -> None:
-        """Go on from bare weights at a position: a fresh optimizer, which is warmed up again, and fresh randomness."""
-        full = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    def start_from(self, start: Start) -> None:
+        """Go on from bare weights: a fresh optimizer, which is warmed up again, and fresh randomness."""
+        full = {k: v.float() if v.is_floating_point() else v for k, v in start.weights.items()}
         self.net.load_state_dict(full)
         self.average = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
-        self.steps, self.samples, self.warm_from = steps, samples, steps
-        self.generator.manual_seed(self.settings.seed + steps)
+        self.steps, self.samples, self.warm_from = start.steps, start.samples, start.steps
+        self.seconds, self.timed_from = start.seconds, start.timed_from
+        self.generator.manual_seed(self.settings.seed + start.steps)
 
 
 def save_half(
-    parts: Mapping[str, Any], state: dict[str, Any], folder: Path, others: Mapping[str, Any] | None = None
+    parts: Mapping[str, Any],
+    state: dict[str, Any],
+    folder: Path,
+    others: Mapping[str, Any] | None = None,
+    log: Path | None = None,
 ) -> None:
-    """Write a run's averaged weights in half precision, and its position beside them, as a sealed folder.
+    """Write a run's averaged weights in half precision, and its record beside them, as a sealed folder.
 
     Args:
         parts: models of diffusers or transformers by name, as they were in the `ModuleDict` that learned; overwritten.
         state: of `Training.state`.
-        folder: gets one folder per part, in pieces of at most 15 MB, and `training.json`.
+        folder: gets one folder per part, in pieces of at most 15 MB, and what `export_record` writes.
         others: further parts by name, written as they are.
+        log: of the run.
 
     Raises:
         FileError: if it cannot be written.
     """
     nn.ModuleDict(parts).load_state_dict(state["average"])
-    steps, samples, _ = state["position"]
 
     def fill(scratch: Path) -> None:
         for name, part in parts.items():
@@ -228,21 +237,20 @@ def save_half(
             content = read_json(config, error=ModelError)
             content.pop("_name_or_path", None)
             write_atomically(config, json.dumps(content, indent=2) + "\n")
-        write_atomically(scratch / POSITION, json.dumps({"steps": steps, "samples": samples}) + "\n")
+        export_record(scratch, state, log)
 
     write_sealed(folder, fill)
 
 
-def load_half(parts: Mapping[str, Any], folder: Path) -> tuple[dict[str, Tensor], int, int]:
-    """What `save_half` wrote for `parts`, whose classes say how to read it: weights, steps, samples.
+def load_half(parts: Mapping[str, Any], folder: Path) -> Start:
+    """What `save_half` wrote for `parts`, whose classes say how to read it.
 
     Raises:
         ModelError: if a file is missing, or not as it was written.
     """
     check_sealed(folder, ModelError, "Export the weights again, or train from the start in another folder.")
     read = nn.ModuleDict({name: type(part).from_pretrained(folder / name) for name, part in parts.items()})
-    position = read_json(folder / POSITION, error=ModelError)
-    return read.state_dict(), position["steps"], position["samples"]
+    return start_of(folder, read.state_dict())
 
 
 def read_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -280,7 +288,7 @@ def run(
     folder: Path,
     samples: int,
     minutes: float = math.inf,
-    fallback: Callable[[], tuple[dict[str, Tensor], int, int]] | None = None,
+    fallback: Callable[[], Start] | None = None,
     checkpoint_minutes: float = 5.0,
     log_every: int = 50,
     fall: float = 0.0,
@@ -292,26 +300,41 @@ def run(
         folder: for `checkpoint.pt` and `log.jsonl`.
         samples: in total, earlier parts counted.
         minutes: budget of this part, wall clock.
-        fallback: weights, steps and samples to start from if there is no checkpoint; see `load_half`.
+        fallback: gives what to start from if there is no checkpoint; see `load_half`.
         checkpoint_minutes: between two checkpoints.
         log_every: steps per line of the log.
-        fall: share of `minutes`, at the end, over which the rate falls to zero; for a run that nothing follows.
+        fall: share of `minutes`, at the end, over which the rate falls to zero; for a part that nothing follows. If it
+            was interrupted, it goes on where it was: its `minutes` are those of all its pieces.
 
     Raises:
-        ModelError: if the checkpoint cannot be read, or most batches give gradients that are not finite.
+        ModelError: if the checkpoint cannot be read or is of a run on other terms (`fall` and its `minutes` among
+            them), or most batches give gradients that are not finite.
     """
+    if fall:
+        training.terms |= {"--fall": fall, "--minutes": minutes}
     if (folder / CHECKPOINT).exists():
-        training.restore(read_checkpoint(folder, training.device))
+        state = read_checkpoint(folder, training.device)
+        training.restore(state)
+        if "time" not in state:  # it was written before 0.2
+            training.seconds = 3600 * hours_of(folder / LOG)
     elif fallback is not None:
-        training.start_from(*fallback())
+        start = fallback()
+        training.start_from(start)
+        if not (folder / LOG).exists():
+            write_atomically(folder / LOG, "".join(json.dumps(row) + "\n" for row in start.curve))
+    before = training.seconds
+    if fall and training.ends_from is None:
+        training.ends_from = before
+    begun = before if training.ends_from is None else training.ends_from
     started = saved = lined = time.monotonic()
     seen, sums, counts = training.samples, {}, {}  # type: ignore[var-annotated]
     idle = torch.zeros((), dtype=torch.long, device=training.device)  # batches that moved nothing
     with _stopping() as asked:
-        while training.samples < samples and time.monotonic() - started < 60 * minutes and not asked:
+        while training.samples < samples and training.seconds - begun < 60 * minutes and not asked:
             if fall:
-                training.fallen = min(1.0, max(0.0, 1 - (time.monotonic() - started) / (60 * minutes)) / fall)
+                training.fallen = min(1.0, max(0.0, 1 - (training.seconds - begun) / (60 * minutes)) / fall)
             loss = training.step()
+            training.seconds = before + time.monotonic() - started
             idle = idle + ~training.sound
             for name, value in {"loss": loss.value, **loss.parts}.items():
                 key = f"{name}/{loss.kind}"
@@ -331,68 +354,13 @@ def run(
                 idle = torch.zeros((), dtype=torch.long, device=training.device)
                 row["lr"] = training.optimizer.param_groups[0]["lr"]
                 row["samples_per_second"] = round((training.samples - seen) / (now - lined), 1)
-                row["seconds"] = round(now - started, 1)
+                row["hours"] = round(training.seconds / 3600, 4)
                 add_line(folder / LOG, json.dumps(row))
                 lined, seen, sums, counts = now, training.samples, {}, {}
             if time.monotonic() - saved > 60 * checkpoint_minutes and not idle:
                 _save(training, folder)
                 saved = time.monotonic()
     _save(training, folder)
-
-
-def add_options(parser: argparse.ArgumentParser, out: Path, samples: int, batch: int, committed: Path) -> None:
-    """The options that every training script has, with the defaults of one."""
-    parser.add_argument("--out", type=Path, default=out)
-    parser.add_argument("--samples", type=int, default=samples, help="images to see in total, earlier parts counted")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="budget of this part")
-    parser.add_argument("--batch", type=int, default=batch)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--float32", action="store_true", help="no bfloat16")
-    parser.add_argument("--adamw", action="store_true", help="AdamW for everything, instead of Muon for matrices")
-    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks (minutes on a GPU)")
-    parser.add_argument("--fall", type=float, default=0.0, help="share of --minutes over which the rate falls to zero")
-    parser.add_argument("--committed", type=Path, default=committed, help="weights to go on from without a checkpoint")
-    parser.add_argument("--export", type=Path, help="only write the averaged weights of the last checkpoint here")
-
-
-class SwiftGELU(nn.Module):
-    """GELU with the approximation by tanh, written with a sigmoid: a third of the time in compiled code of a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-
-
-def swift_activations(net: nn.Module) -> None:
-    """Replace every GELU with the approximation by tanh, by its faster form: the same function to rounding."""
-    for module in list(net.modules()):
-        if isinstance(module, GELU) and module.approximate == "tanh":
-            module.gelu = SwiftGELU().forward
-        for name, child in module.named_children():
-            if isinstance(child, nn.GELU) and child.approximate == "tanh":
-                setattr(module, name, SwiftGELU())
-
-
-def compile_blocks(transformer: nn.Module) -> None:
-    """Compile block by block, and all sizes share their graphs: compiling takes long enough as it is."""
-    swift_activations(transformer)
-    for stack in (part for part in transformer.children() if isinstance(part, nn.ModuleList)):
-        for block in stack:
-            block.compile(dynamic=True)
-
-
-def run_with(
-    args: argparse.Namespace, training: Training, parts: Mapping[str, Any], folder: Path, samples: int
-) -> None:
-    """Train as the options of `add_options` ask, from the committed weights of `parts` where there is no checkpoint."""
-    if args.compile:
-        compile_blocks(parts["transformer"])
-    if args.fall and not (0 < args.fall <= 1 and args.minutes < math.inf):
-        raise SystemExit(f"--fall must be a share above 0 up to 1, of --minutes, got {args.fall:g}; give both")
-    known = (args.committed / POSITION).is_file()  # weights of another script's have none
-    fallback = (lambda: load_half(parts, args.committed)) if known else None
-    run(training, folder, samples, args.minutes, fallback, fall=args.fall)
 
 
 def _save(training: Training, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from diffusers import FluxPipeline
     from hasten.bench.subject import Subject
 
 __all__ = ["load_emoji_styles", "open_styles"]
@@ -26,11 +28,13 @@ def load_emoji_styles(weights: Path = WEIGHTS) -> Subject:
 
     See `open_styles`.
     """
-    return open_styles("emoji-styles", weights, CALL | GUIDED)
+    from hasten_zoo.emoji_styles.model import load_pipeline
+
+    return open_styles("emoji-styles", weights, CALL | GUIDED, load_pipeline)
 
 
-def open_styles(name: str, weights: Path, call: dict[str, Any]) -> Subject:
-    """A pipeline of this class with its prompts, from a folder that its training script exported.
+def open_styles(name: str, weights: Path, call: dict[str, Any], load: Callable[[Path], FluxPipeline]) -> Subject:
+    """A pipeline of this class with its prompts, from a folder that its training script exported and `load` reads.
 
     The prompts are style and concept of the pairs it was trained on, shuffled. It is graded by whether concept and
     style that `Judge` finds in an image are those of the prompt; there is no grader without the judge's network.
@@ -45,14 +49,13 @@ def open_styles(name: str, weights: Path, call: dict[str, Any]) -> Subject:
 
     from hasten_zoo.emoji_styles.augment import caption
     from hasten_zoo.emoji_styles.judge import Judge, read_judge
-    from hasten_zoo.emoji_styles.model import load_pipeline
 
-    if not (weights / "transformer").is_dir():
+    if not (weights / "training.json").is_file():
         raise ModelError(f"no {name} weights in {weights}; export some with the training script")
     check_sealed(weights, ModelError, "Reinstall hasten-zoo, or export them again.")
     pairs = [pair for pair in read_judge(HERE)[0] if not pair.held_out]
     try:
-        pipe = load_pipeline(weights)
+        pipe = load(weights)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the {name} files in {weights} cannot be read ({error}); export them again") from error
     judge = Judge.load(HERE) if Judge.available(HERE) else None

@@ -1,8 +1,9 @@
 """How good `emoji-styles` is, against the true images.
 
     python -m hasten_zoo.emoji_styles.evaluate --data runs/emoji-styles/data
+    python -m hasten_zoo.emoji_styles.evaluate --curve MILESTONE MILESTONE ...     # weights folders
 
-Needs the images (`data.py`) and the judge's networks. Writes `evaluation.json` and `contact_sheet.png`, by default
+Needs the images (`data.py`) and the judge's networks. Writes `evaluation.json` and `contact_sheet.webp`, by default
 beside the card. What is measured:
 
 - *held out*, *known*: images of pairs that were held out or trained on, generated with guidance; how often the judge
@@ -11,6 +12,9 @@ beside the card. What is measured:
 - *near copies*: generated images that hardly differ (LPIPS) from an image that was trained on;
 - *hardness*: PSNR of 9 plain Euler steps against 50, of the same seed;
 - *round trip*: PSNR of held-out images through the autoencoder.
+
+`--curve` measures what can be measured from few images (held-out pairs recognised, diversity, hardness) for weights of
+several moments of the training, and adds a row for each to the `curve` in `evaluation.json`.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FluxPipeline
+from hasten.io import write_atomically
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -131,6 +136,43 @@ def spread(rows: Tensor, count: int) -> Tensor:
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(7))[:count]]
 
 
+def diversity_of(pipe: FluxPipeline, lpips: Perceptual, data: EmojiStyles, steps: int, guidance: float) -> Any:
+    """`diversity` for the concepts of 32 known pairs."""
+    concepts = sorted({data.pairs[i].concept for i in spread(data.rows(held_out=False), 32).tolist()})
+    return diversity(pipe, lpips, concepts, steps, guidance)
+
+
+def hardness(pipe: FluxPipeline, data: EmojiStyles, guidance: float) -> float:
+    """Median PSNR in dB of 9 plain Euler steps to 50 steps, for captions of 32 known pairs."""
+    prompts = [caption(data.pairs[i]) for i in spread(data.rows(held_out=False), 32).tolist()]
+    few, many = (generate(pipe, prompts, list(range(len(prompts))), n, guidance) for n in (9, 50))
+    return round(statistics.median(psnr(few, many)), 2)
+
+
+@torch.inference_mode()
+def moment(weights: Path, data: EmojiStyles, judge: Judge, images: int, steps: int, guidance: float) -> dict[str, Any]:
+    """The row of the curve for one weights folder."""
+    pipe = load_pipeline(weights)
+    pipe.set_progress_bar_config(disable=True)
+    rows = spread(data.rows(held_out=True), images).tolist()
+    pairs = [data.pairs[i] for i in rows]
+    drawn = generate(pipe, [caption(pair) for pair in pairs], list(range(len(pairs))), steps, guidance)
+    row = {"samples": json.loads((weights / "training.json").read_text())["samples"], "images": len(pairs)}
+    row |= {"steps": steps, "guidance": guidance} | recognised(judge, drawn, pairs)
+    row["diversity"] = diversity_of(pipe, Perceptual(), data, steps, guidance)["ratio"]
+    return row | {"euler_9_against_50_steps_db": hardness(pipe, data, guidance)}
+
+
+def add_to_curve(out: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Put a row into the curve of `evaluation.json`, in the place of one of as many samples; returns the curve."""
+    path = out / "evaluation.json"
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    others = [known for known in result.get("curve", []) if known["samples"] != row["samples"]]
+    result["curve"] = sorted([*others, row], key=lambda known: known["samples"])
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    return result["curve"]
+
+
 @torch.inference_mode()
 def evaluate(weights: Path, data: EmojiStyles, out: Path, images: int, steps: int, guidance: float) -> dict[str, Any]:
     """Generate, measure, write; returns what `evaluation.json` holds."""
@@ -166,18 +208,17 @@ def evaluate(weights: Path, data: EmojiStyles, out: Path, images: int, steps: in
         }
         shown |= {kind: drawn, f"{kind}/true": true, f"{kind}/nearest": nearest[: len(drawn)]}
     result["near_copy_below_lpips"] = NEAR_COPY
-    concepts = sorted({data.pairs[i].concept for i in spread(data.rows(held_out=False), 32).tolist()})
-    result["diversity"] = diversity(pipe, lpips, concepts, steps, guidance)
-    prompts = [caption(data.pairs[i]) for i in spread(data.rows(held_out=False), 32).tolist()]
-    seeds = list(range(len(prompts)))
+    result["diversity"] = diversity_of(pipe, lpips, data, steps, guidance)
     for scale in (1.0, guidance):
-        few, many = (generate(pipe, prompts, seeds, n, scale) for n in (9, 50))
-        result[f"euler_9_against_50_steps_db_guidance_{scale:g}"] = round(statistics.median(psnr(few, many)), 2)
+        result[f"euler_9_against_50_steps_db_guidance_{scale:g}"] = hardness(pipe, data, scale)
     result["round_trip_db"] = {str(n): round(float(round_trip(pipe.vae, data, n)[0].mean()), 2) for n in (64, 128, 192)}
     seeds_of_one = generate(pipe, ["red apple"] * 12, list(range(12)), steps, guidance)
     rows_shown = [shown[name][:12] for name in ("held_out", "held_out/true", "known", "known/nearest")]
     page = sheet([*rows_shown, seeds_of_one], columns=12)
-    write_evaluation(out, result, page)
+    earlier = out / "evaluation.json"
+    curve = json.loads(earlier.read_text()).get("curve") if earlier.is_file() else None
+    result |= {"curve": curve} if curve else {}
+    write_evaluation(out, result, page, "webp")
     return result
 
 
@@ -189,10 +230,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200, help="of held-out pairs, and as many of known ones")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--curve", type=Path, nargs="+", metavar="WEIGHTS", help="only add these to the curve")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     data = load_emoji_styles_data(args.data)
+    if args.curve:
+        judge = Judge.load(HERE)
+        for weights in args.curve:
+            row = moment(weights, data, judge, args.images, args.steps, args.guidance)
+            add_to_curve(args.out, row)
+            print(json.dumps(row))
+        return
     result = evaluate(args.weights, data, args.out, args.images, args.steps, args.guidance)
     print(json.dumps(result, indent=1))
 

@@ -22,9 +22,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from hasten_zoo.emoji_styles.augment import COLOURS
 from hasten_zoo.emoji_styles.vae import EmojiVAE
+from hasten_zoo.low_rank import weights_digest
 from hasten_zoo.words import WordTokenizer, word_tokenizer
 
-__all__ = ["LEARNING", "TEXT_TOKENS", "build_pipeline", "build_tokenizer", "load_pipeline", "shift"]
+__all__ = ["LEARNING", "TEXT_TOKENS", "build_pipeline", "build_tokenizer", "digest", "load_pipeline", "shift"]
 
 TEXT_TOKENS = 16
 LEARNING = ("transformer", "text_encoder", "text_encoder_2")  # the parts that the flow trains
@@ -114,6 +115,11 @@ def _silence(transformer: FluxTransformer2DModel) -> None:
         if isinstance(module, nn.Linear) and (name.endswith("norm.linear") or ".norm1" in name or name == "proj_out"):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+
+
+def digest(pipe: FluxPipeline) -> str:
+    """`weights_digest` of all parts that have weights, for models that are differences from this one."""
+    return weights_digest(nn.ModuleDict({name: getattr(pipe, name) for name in (*LEARNING, "vae")}))
 
 
 def load_pipeline(folder: Path) -> FluxPipeline:

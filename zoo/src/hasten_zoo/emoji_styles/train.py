@@ -26,22 +26,15 @@ from hasten.io import write_atomically
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hasten_zoo.command import add_options, run_with
 from hasten_zoo.emoji_styles.augment import CAPTION_LEFT_OUT, COLOURS, STYLE_LEFT_OUT, caption
 from hasten_zoo.emoji_styles.data import PACKAGES, EmojiStyles, load_emoji_styles_data
 from hasten_zoo.emoji_styles.latents import Latents, load_latents
 from hasten_zoo.emoji_styles.model import LEARNING, TEXT_TOKENS, build_pipeline, build_tokenizer, shift
 from hasten_zoo.emoji_styles.vae import EmojiVAE
-from hasten_zoo.training import (
-    CHECKPOINT,
-    Loss,
-    Settings,
-    Training,
-    add_options,
-    attention_for,
-    read_checkpoint,
-    run_with,
-    save_half,
-)
+from hasten_zoo.record import LOG
+from hasten_zoo.swift import attention_for
+from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, read_checkpoint, save_half
 from hasten_zoo.words import token_ids
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -174,10 +167,10 @@ def learning_parts(pipe: FluxPipeline) -> dict[str, Any]:
     return {name: getattr(pipe, name) for name in LEARNING}
 
 
-def export(state: dict[str, Any], pipe: FluxPipeline, out: Path) -> None:
+def export(state: dict[str, Any], pipe: FluxPipeline, out: Path, log: Path | None = None) -> None:
     """Write the averaged weights as a pipeline folder in half precision, from which training can also go on."""
     others = {"vae": pipe.vae.half(), "scheduler": pipe.scheduler, "tokenizer": pipe.tokenizer}
-    save_half(learning_parts(pipe), state, out, others)
+    save_half(learning_parts(pipe), state, out, others, log)
 
 
 def main() -> None:
@@ -197,7 +190,7 @@ def main() -> None:
     folder = args.out / "cooldown" if args.cooldown else args.out
     if args.export:
         furthest = max((args.out, args.out / "cooldown"), key=_samples_in)
-        export(read_checkpoint(furthest), pipe, args.export)
+        export(read_checkpoint(furthest), pipe, args.export, furthest / LOG)
         return
     cooldown, total = None, args.samples
     if args.cooldown:
@@ -212,7 +205,9 @@ def main() -> None:
 
 
 def start_cooldown(trunk: Path, samples: int) -> tuple[int, tuple[int, int]]:
-    """Copy the trunk's checkpoint unless a cooldown is under way; returns its end and (start, length), in samples.
+    """Copy the trunk's checkpoint and log unless a cooldown is under way; returns its end and (start, length).
+
+    All in samples.
 
     Raises:
         ModelError: if one of another length is under way.
@@ -227,8 +222,10 @@ def start_cooldown(trunk: Path, samples: int) -> tuple[int, tuple[int, int]]:
                 "that one, or remove the folder"
             )
     elif planned is None or planned["start"] != _samples_in(trunk):
-        with (trunk / CHECKPOINT).open("rb") as checkpoint:
-            write_atomically(folder / CHECKPOINT, partial(shutil.copyfileobj, checkpoint))
+        for name in (LOG, CHECKPOINT):
+            if (trunk / name).is_file():
+                with (trunk / name).open("rb") as file:
+                    write_atomically(folder / name, partial(shutil.copyfileobj, file))
         planned = {"start": _samples_in(trunk), "length": samples}
         write_atomically(plan, json.dumps(planned) + "\n")
     return planned["start"] + planned["length"], (planned["start"], planned["length"])

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hasten_zoo.emoji_styles import WEIGHTS as STYLES
+
 if TYPE_CHECKING:
     from hasten.bench.subject import Edit, Subject
 
@@ -40,11 +42,13 @@ def is_done(edit: Edit, image: Tensor) -> bool:
     return kept and bool(to_target[edit.mask].mean() < to_source[edit.mask].mean())
 
 
-def load_emoji_styles_edit(weights: Path = WEIGHTS, edits: Path = EDITS) -> Subject:
+def load_emoji_styles_edit(weights: Path = WEIGHTS, edits: Path = EDITS, styles: Path = STYLES) -> Subject:
     """The trained pipeline with its held-out edits; `weights` may be a folder written by the script's `--export`.
 
+    The folder `styles` has the weights of `emoji-styles` that it differs from.
+
     Raises:
-        ModelError: if the files are missing or damaged.
+        ModelError: if the files are missing or damaged, or were trained from others than those in `styles`.
     """
     # Imported here, so that training does not load the bench.
     from hasten.bench.subject import Subject
@@ -54,11 +58,11 @@ def load_emoji_styles_edit(weights: Path = WEIGHTS, edits: Path = EDITS) -> Subj
     from hasten_zoo.emoji_styles_edit.edits import read_edits
     from hasten_zoo.emoji_styles_edit.model import load_pipeline
 
-    if not (weights / "transformer").is_dir():
+    if not (weights / "training.json").is_file():
         raise ModelError(f"no emoji-styles-edit weights in {weights}; export some with the training script")
     check_sealed(weights, ModelError, "Reinstall hasten-zoo, or export them again.")
     try:
-        pipe = load_pipeline(weights)
+        pipe = load_pipeline(weights, styles)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"the emoji-styles-edit files in {weights} cannot be read ({error}); export them again"

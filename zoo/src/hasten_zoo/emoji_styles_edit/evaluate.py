@@ -5,7 +5,7 @@
 Needs the images and the judge's networks. For each sort of edit: distance of the result to the true target, and of
 the target after the autoencoder (the ceiling) and of the source (what doing nothing gives) to it, medians; how often an
 edit is done (see `is_done`); for objects the PSNR to the source outside the mask; for styles how often the judge finds
-the style asked for. Writes `evaluation.json` and `contact_sheet.png` (from above: source, target, result, for styles,
+the style asked for. Writes `evaluation.json` and `contact_sheet.webp` (from above: source, target, result, for styles,
 backgrounds and objects), by default beside the card.
 """
 
@@ -22,6 +22,7 @@ from diffusers import FluxKontextPipeline
 from torch import Tensor
 
 from hasten_zoo.emoji_styles import HERE as STYLES
+from hasten_zoo.emoji_styles import WEIGHTS as STYLES_WEIGHTS
 from hasten_zoo.emoji_styles.data import EmojiStyles, load_emoji_styles_data
 from hasten_zoo.emoji_styles.evaluate import BATCH, psnr, recognised, sheet, through
 from hasten_zoo.emoji_styles.judge import Judge
@@ -53,9 +54,11 @@ def _middle(values: list[float]) -> float:
 
 
 @torch.inference_mode()
-def evaluate(weights: Path, data: EmojiStyles, out: Path, edits: int, steps: int, guidance: float) -> dict[str, Any]:
+def evaluate(
+    weights: Path, styles: Path, data: EmojiStyles, out: Path, edits: int, steps: int, guidance: float
+) -> dict[str, Any]:
     """Edit, measure, write; returns what `evaluation.json` holds."""
-    pipe = load_pipeline(weights)
+    pipe = load_pipeline(weights, styles)
     pipe.set_progress_bar_config(disable=True)
     judge, lpips = Judge.load(STYLES), Perceptual()
     position = json.loads((weights / "training.json").read_text())
@@ -89,7 +92,7 @@ def evaluate(weights: Path, data: EmojiStyles, out: Path, edits: int, steps: int
         result[what] = row
         rows += [before[:SHOWN], after[:SHOWN], made[:SHOWN]]
     page = sheet(rows, columns=SHOWN)
-    write_evaluation(out, result, page)
+    write_evaluation(out, result, page, "webp")
     return result
 
 
@@ -97,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/emoji-styles/data"))
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--styles", type=Path, default=STYLES_WEIGHTS, help="weights of emoji-styles")
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--edits", type=int, default=64, help="of each sort")
     parser.add_argument("--steps", type=int, default=50)
@@ -105,7 +109,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     data = load_emoji_styles_data(args.data)
-    print(json.dumps(evaluate(args.weights, data, args.out, args.edits, args.steps, args.guidance), indent=1))
+    result = evaluate(args.weights, args.styles, data, args.out, args.edits, args.steps, args.guidance)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,40 +1,50 @@
 """Train `emoji-styles-edit` from `emoji-styles` (resumable; CPU or GPU) or export its weights.
 
+    python -m hasten_zoo.emoji_styles_edit.train --compile --minutes 120 --fall 0.3        # two hours on one core
     python -m hasten_zoo.emoji_styles_edit.train --device cuda --minutes 3 --batch 512 --fall 0.3
     python -m hasten_zoo.emoji_styles_edit.train --export zoo/src/hasten_zoo/emoji_styles_edit/weights
 
 Rectified flow on the edited image, `x_t = (1 - t) x_0 + t eps` with target `eps - x_0`, given the clean source as
 further tokens and the instruction; one instruction in ten is empty. Tokens in the corner of an added or removed object
 count four times, because they are a seventh of the image. Most batches are of 128 pixels (64 + 64 tokens), some of 64
-(16 + 16), so that coarse stages are in the distribution.
+(16 + 16), so that coarse stages are in the distribution. What learns are low-rank differences from `emoji-styles` (see
+`low_rank`), moved by AdamW, and tables of embeddings, norms and biases as a whole.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxKontextPipeline
+from hasten.errors import ModelError
 from torch import Tensor, nn
 
+from hasten_zoo.command import add_options, run_with
 from hasten_zoo.emoji_styles import WEIGHTS as START
+from hasten_zoo.emoji_styles.model import digest
 from hasten_zoo.emoji_styles.model import load_pipeline as load_styles
-from hasten_zoo.emoji_styles.train import export, image_positions, learning_parts, predict, shifted_times
+from hasten_zoo.emoji_styles.train import image_positions, learning_parts, predict, shifted_times
 from hasten_zoo.emoji_styles_edit import WEIGHTS
 from hasten_zoo.emoji_styles_edit.data import CORNERS, SIZE, place, to_style
 from hasten_zoo.emoji_styles_edit.latents import STEP, SceneLatents, load_scenes
-from hasten_zoo.emoji_styles_edit.model import build_pipeline
-from hasten_zoo.training import Loss, Settings, Training, add_options, attention_for, read_checkpoint, run_with
-from hasten_zoo.words import token_ids
+from hasten_zoo.emoji_styles_edit.model import BASE, build_pipeline, learning
+from hasten_zoo.low_rank import add_low_rank, save_differences, start_from_differences
+from hasten_zoo.record import LOG
+from hasten_zoo.swift import attention_for
+from hasten_zoo.training import Loss, Settings, Training, read_checkpoint
+from hasten_zoo.words import WordTokenizer, token_ids
 
 SHARES = {SIZE: 0.82, SIZE // 2: 0.18}  # of the batches
 STYLE_SHARE = 0.4  # of the edits are of the style
 BACK_SHARE = 1 / 3  # of the others lead from the second image to the first
 EMPTY_SHARE = 0.1  # of the instructions
 EMPHASIS = 3.0  # extra weight of the tokens of an object
+RANK = 24
 
 
 class EditVelocity(nn.Module):
@@ -136,26 +146,50 @@ class Objective:
         return Loss((weight * error).sum() / weight.sum(), len(clean), str(size))
 
 
+def export(out: Path, net: nn.ModuleDict, base: str, tokenizer: WordTokenizer, folder: Path) -> None:
+    """Write the averaged differences of the run in `out` into a folder.
+
+    Args:
+        out: of the run.
+        net: what learns, as it was before; overwritten.
+        base: `digest` of the `emoji-styles` that it is from.
+        tokenizer: with the words of instructions.
+        folder: to write.
+
+    Raises:
+        ModelError: if there is no checkpoint, or it started from other weights.
+    """
+    state = read_checkpoint(out)
+    rank = state["terms"]["--rank"]
+    if state["terms"]["weights it starts from"] != base:
+        raise ModelError(f"the run in {out} started from other weights of emoji-styles; name their folder with --start")
+    add_low_rank(net, rank)
+    save_differences(folder, net, state, out / LOG, rank, base, {"tokenizer": tokenizer})
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs = Path("runs/emoji-styles-edit")
     parser.add_argument("--start", type=Path, default=START, help="weights of emoji-styles")
     parser.add_argument("--latents", type=Path, default=runs / "latents")
-    add_options(parser, runs, 2_000_000, 32, WEIGHTS)
+    add_options(parser, runs, 2_000_000, 32, WEIGHTS, RANK)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    pipe = build_pipeline(load_styles(args.start))
+    old = load_styles(args.start)
+    pipe, base = build_pipeline(old), digest(old)
+    net = learning(pipe)
     if args.export:
-        export(read_checkpoint(args.out), pipe, args.export)
+        export(args.out, net, base, pipe.tokenizer, args.export)
         return
-    parts = learning_parts(pipe)
-    net = nn.ModuleDict(parts)
+    add_low_rank(net, args.rank)
     edits = Edits(load_scenes(args.latents), pipe.tokenizer, args.device)
     objective = Objective(net, edits, args.batch, args.device)
-    settings = Settings(lr=args.lr, ema=0.995, bfloat16=not args.float32, muon=not args.adamw)
-    training = Training(net, objective, settings, args.device)
-    run_with(args, training, parts, args.out, args.samples)
+    settings = Settings(lr=args.lr, ema=0.995, bfloat16=not args.float32)
+    terms = {"weights it starts from": base, "--rank": args.rank}
+    training = Training(net, objective, settings, args.device, terms)
+    read = partial(start_from_differences, module=net, rank=args.rank, base=base, name=BASE)
+    run_with(args, training, learning_parts(pipe), args.out, args.samples, read)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Needs the judge's networks, and no images. Captions of held-out and of known pairs are drawn by the teacher with 50, 8
 and 4 guided steps and by the student with 8 and 4 steps without guidance, from the same noise. Measured are distances
 to the teacher's 50 steps (medians of PSNR and LPIPS) and how often concept and style are those of the caption.
-Writes `evaluation.json` and `contact_sheet.png` (from above: teacher 50, student 8 and 4, teacher 8 and 4), by default
+Writes `evaluation.json` and `contact_sheet.webp` (from above: teacher 50, student 8 and 4, teacher 8 and 4), by default
 beside the card.
 """
 
@@ -25,9 +25,10 @@ from hasten_zoo.emoji_styles import WEIGHTS as TEACHER
 from hasten_zoo.emoji_styles.augment import caption
 from hasten_zoo.emoji_styles.evaluate import generate, psnr, recognised, sheet, spread
 from hasten_zoo.emoji_styles.judge import Judge
-from hasten_zoo.emoji_styles.model import load_pipeline
+from hasten_zoo.emoji_styles.model import load_pipeline as load_styles
 from hasten_zoo.emoji_styles.perceptual import Perceptual
 from hasten_zoo.emoji_styles_turbo import HERE, WEIGHTS
+from hasten_zoo.emoji_styles_turbo.model import load_pipeline
 from hasten_zoo.emoji_styles_turbo.train import GUIDANCE
 from hasten_zoo.evaluation import write_evaluation
 
@@ -38,7 +39,7 @@ SHOWN = 12
 @torch.inference_mode()
 def evaluate(weights: Path, teacher: Path, out: Path, images: int) -> dict[str, Any]:
     """Generate, measure, write; returns what `evaluation.json` holds."""
-    pipes = {"teacher": load_pipeline(teacher), "turbo": load_pipeline(weights)}
+    pipes = {"teacher": load_styles(teacher), "turbo": load_pipeline(weights, teacher)}
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
     judge, lpips = Judge.load(STYLES), Perceptual()
@@ -66,7 +67,7 @@ def evaluate(weights: Path, teacher: Path, out: Path, images: int) -> dict[str, 
             result[kind][f"{name}, {steps} steps"] = arm
             rows.append(drawn[:SHOWN])
     page = sheet(rows, columns=SHOWN)
-    write_evaluation(out, result, page)
+    write_evaluation(out, result, page, "webp")
     return result
 
 

@@ -1,5 +1,6 @@
 """Distil `emoji-styles` to 4 steps, guidance built in (resumable; CPU or GPU), or export the weights.
 
+    python -m hasten_zoo.emoji_styles_turbo.train --compile --minutes 120 --fall 0.4       # two hours on one core
     python -m hasten_zoo.emoji_styles_turbo.train --device cuda --minutes 3 --batch 1024 --fall 0.4
     python -m hasten_zoo.emoji_styles_turbo.train --export zoo/src/hasten_zoo/emoji_styles_turbo/weights
     python -m hasten_zoo.emoji_styles_turbo.train --windows 8 --out runs/emoji-styles-turbo-8    # a student of 8 steps
@@ -11,6 +12,10 @@ leads along the straight line from the window's start to its end, at the start (
 steps and more). Other than in the paper, windows do not start from noised images but follow one another on the
 teacher's own way from noise, so that the student learns the teacher's images, and no images are needed.
 
+What learns are low-rank differences of the transformer, as in LCM-LoRA (Luo et al., 2023, arXiv:2311.05556); text
+encoders stay the teacher's. AdamW moves the factors: Muon makes all singular values of a matrix's step alike, which
+says nothing of the product of two factors, of which it would see one at a time.
+
 The teacher's substeps are Adams-Bashforth steps of second order: with 16 of them it is nearer to the exact solution
 than with 50 Euler steps. The student draws from a pool of such ways, of which the oldest are replaced all the time.
 """
@@ -21,39 +26,37 @@ import argparse
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from hasten.errors import ConfigError
+from hasten.errors import ConfigError, ModelError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hasten_zoo.command import add_options, run_with
 from hasten_zoo.emoji_styles import HERE
 from hasten_zoo.emoji_styles import WEIGHTS as TEACHER
 from hasten_zoo.emoji_styles.augment import COLOURED_SHARE, COLOURS, STYLE_LEFT_OUT, caption
 from hasten_zoo.emoji_styles.data import Pair
 from hasten_zoo.emoji_styles.judge import read_judge
-from hasten_zoo.emoji_styles.model import TEXT_TOKENS, load_pipeline, shift
-from hasten_zoo.emoji_styles.train import SHARES, Velocity, export, image_positions, learning_parts, samples_of
+from hasten_zoo.emoji_styles.model import TEXT_TOKENS, digest, load_pipeline, shift
+from hasten_zoo.emoji_styles.train import SHARES, Velocity, image_positions, learning_parts, samples_of
 from hasten_zoo.emoji_styles_turbo import WEIGHTS
-from hasten_zoo.training import (
-    Loss,
-    Settings,
-    Training,
-    add_options,
-    attention_for,
-    compile_blocks,
-    read_checkpoint,
-    run_with,
-)
+from hasten_zoo.emoji_styles_turbo.model import BASE, learning
+from hasten_zoo.low_rank import add_low_rank, save_differences, start_from_differences
+from hasten_zoo.record import LOG
+from hasten_zoo.swift import attention_for, compile_blocks
+from hasten_zoo.training import Loss, Settings, Training, read_checkpoint
 from hasten_zoo.words import token_ids
 
 WINDOWS = 4  # steps of the sampler that the student is for
-SUBSTEPS = 4  # of the teacher in a window
+SUBSTEPS = 4  # of the teacher in a window of four; with more windows it takes as many on its whole way
 GUIDANCE = 3.0
+RANK = 32
 AT_START = 0.5  # share of the student's samples that lie at the start of their window; others anywhere in it
 POOL = 8  # batches of the teacher's ways that are kept for each size
 STEPS_PER_WAY = 8  # the student's steps until one of these is replaced
@@ -194,6 +197,7 @@ class Objective:
     ) -> None:
         self.teacher, self.captions, self.batch, self.device = teacher, captions, batch, device
         self.sizes, self.windows = list(sizes), windows
+        self.substeps = max(2, WINDOWS * SUBSTEPS // windows)  # with one it would fall back to plain Euler steps
         self.shares = torch.tensor([SHARES[size] for size in sizes], device=device)
         self.velocities = {size: Velocity(net, image_positions(size, device)) for size in sizes}
         self.levels = sigmas(windows).to(device)
@@ -204,7 +208,7 @@ class Objective:
         n, tokens = samples_of(self.batch, size), (size // 16) ** 2
         text = self.captions.draw(n, generator)
         noise = torch.randn(n, tokens, 64, generator=generator, device=self.device)
-        return self.teacher.way(noise, text, size, self.windows), text
+        return self.teacher.way(noise, text, size, self.windows, self.substeps), text
 
     def pool(self, size: int, generator: torch.Generator) -> Ways:
         """The ways of a size, with a new batch where it is time."""
@@ -240,22 +244,44 @@ def make_training(
     device: str = "cpu",
     sizes: Sequence[int] = tuple(SHARES),
     windows: int = WINDOWS,
+    rank: int = RANK,
 ) -> tuple[Training, Objective]:
-    """A training that has not begun; `pipe` is the teacher, and its learning parts become the student."""
-    net = nn.ModuleDict(learning_parts(pipe))
+    """A training that has not begun; `pipe` is the teacher, and its transformer becomes the student's."""
+    terms: dict[str, str | float] = {
+        "weights of the teacher": digest(pipe),
+        "--windows": windows,
+        "--rank": rank,
+    }
+    net = nn.ModuleDict(learning_parts(pipe)).to(device).requires_grad_(False)
     frozen = copy.deepcopy(net).to(device, torch.bfloat16 if settings.bfloat16 else torch.float32).eval()
     captions = Captions(pairs, pipe.tokenizer, device)
     objective = Objective(net, Teacher(frozen, captions.empty), captions, batch, device, sizes, windows)
+    add_low_rank(net["transformer"].requires_grad_(True), rank)
     keep_times(net["transformer"])
-    return Training(net, objective, settings, device), objective
+    return Training(learning(pipe), objective, settings, device, terms), objective
+
+
+def export(out: Path, pipe: FluxPipeline, folder: Path) -> None:
+    """Write the averaged differences of the run in `out` from the teacher `pipe`, and the sampler, into a folder.
+
+    Raises:
+        ModelError: if there is no checkpoint, or it is of a student of another teacher.
+    """
+    state, base, net = read_checkpoint(out), digest(pipe), learning(pipe)
+    terms = state["terms"]
+    if terms["weights of the teacher"] != base:
+        raise ModelError(f"the run in {out} had a teacher of other weights; name its folder with --teacher")
+    add_low_rank(net, terms["--rank"])
+    others = {"scheduler": student_scheduler()}
+    log, windows = out / LOG, terms["--windows"]
+    save_differences(folder, net, state, log, terms["--rank"], base, others, windows=windows)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="weights of emoji-styles")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="steps that the student is for")
-    add_options(parser, Path("runs/emoji-styles-turbo"), 3_000_000, 32, WEIGHTS)
-    parser.set_defaults(lr=5e-4)
+    add_options(parser, Path("runs/emoji-styles-turbo"), 3_000_000, 32, WEIGHTS, RANK)
     args = parser.parse_args(arguments)
     if args.windows < 1:
         raise ConfigError(f"--windows must be at least 1, got {args.windows}; 4 and 8 are usual")
@@ -263,16 +289,17 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     pipe = load_pipeline(args.teacher)
     if args.export:
-        pipe.scheduler = student_scheduler()
-        export(read_checkpoint(args.out), pipe, args.export)
+        export(args.out, pipe, args.export)
         return
-    settings = Settings(lr=args.lr, warmup_steps=100, ema=0.995, bfloat16=not args.float32, muon=not args.adamw)
+    settings = Settings(lr=args.lr, warmup_steps=100, ema=0.995, bfloat16=not args.float32)
     training, objective = make_training(
-        pipe, read_judge(HERE)[0], args.batch, settings, args.device, windows=args.windows
+        pipe, read_judge(HERE)[0], args.batch, settings, args.device, windows=args.windows, rank=args.rank
     )
     if args.compile:
         compile_blocks(objective.teacher.net["transformer"])
-    run_with(args, training, learning_parts(pipe), args.out, args.samples)
+    base = str(training.terms["weights of the teacher"])
+    read = partial(start_from_differences, module=training.net, rank=args.rank, base=base, name=BASE)
+    run_with(args, training, learning_parts(pipe), args.out, args.samples, read)
 
 
 if __name__ == "__main__":

@@ -17,19 +17,13 @@ import torch
 from diffusers import DiTPipeline
 from torch import Tensor, nn
 
+from hasten_zoo.command import add_options, run_with
 from hasten_zoo.fashion_dit import WEIGHTS
 from hasten_zoo.fashion_dit.data import load_fashion_data, scaled
 from hasten_zoo.fashion_dit.model import NO_CLASS, build_pipeline, without_label_dropout
-from hasten_zoo.training import (
-    Loss,
-    Settings,
-    Training,
-    add_options,
-    attention_for,
-    read_checkpoint,
-    run_with,
-    save_half,
-)
+from hasten_zoo.record import LOG
+from hasten_zoo.swift import attention_for
+from hasten_zoo.training import Loss, Settings, Training, read_checkpoint, save_half
 
 LABEL_LEFT_OUT = 0.1
 SNR_CAP = 5.0
@@ -69,9 +63,10 @@ class Objective:
         return Loss((weight * error).mean(), n, "32", {"unweighted": error.detach().mean()})
 
 
-def export(state: dict[str, object], pipe: DiTPipeline, out: Path) -> None:
+def export(state: dict[str, object], pipe: DiTPipeline, out: Path, log: Path | None = None) -> None:
     """Write the averaged weights as a pipeline folder in half precision, from which training can also go on."""
-    save_half({"transformer": pipe.transformer}, state, out, {"vae": pipe.vae, "scheduler": pipe.scheduler})
+    others = {"vae": pipe.vae, "scheduler": pipe.scheduler}
+    save_half({"transformer": pipe.transformer}, state, out, others, log)
 
 
 def main() -> None:
@@ -84,7 +79,7 @@ def main() -> None:
     torch.manual_seed(0)
     pipe = build_pipeline()
     if args.export:
-        export(read_checkpoint(args.out), pipe, args.export)
+        export(read_checkpoint(args.out), pipe, args.export, args.out / LOG)
         return
     data = load_fashion_data(args.data)
     parts = {"transformer": without_label_dropout(pipe.transformer)}

@@ -25,12 +25,14 @@ from diffusers import WanPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hasten_zoo.command import add_options, run_with
 from hasten_zoo.fit import logit_normal_times
+from hasten_zoo.record import LOG
 from hasten_zoo.sprites_wan import WEIGHTS
 from hasten_zoo.sprites_wan.data import LARGE, all_clips, draw_batch, jittered
 from hasten_zoo.sprites_wan.model import LEARNED, SHIFT, build_latent_pipeline
 from hasten_zoo.sprites_wan.vae import DOWN, load_vae
-from hasten_zoo.training import Loss, Settings, Training, add_options, read_checkpoint, run_with, save_half
+from hasten_zoo.training import Loss, Settings, Training, read_checkpoint, save_half
 from hasten_zoo.words import token_ids
 
 __all__ = ["MIXES", "Mix", "Objective", "clips_of", "export", "learning_parts", "main"]
@@ -135,10 +137,10 @@ def learning_parts(pipe: WanPipeline) -> dict[str, Any]:
     return {name: getattr(pipe, name) for name in LEARNED}
 
 
-def export(state: dict[str, Any], pipe: WanPipeline, out: Path) -> None:
+def export(state: dict[str, Any], pipe: WanPipeline, out: Path, log: Path | None = None) -> None:
     """Write the averaged weights as a pipeline folder in half precision, from which training can also go on."""
     others = {"vae": pipe.vae.half(), "scheduler": pipe.scheduler, "tokenizer": pipe.tokenizer}
-    save_half(learning_parts(pipe), state, out, others)
+    save_half(learning_parts(pipe), state, out, others, log)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -154,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     pipe = build_latent_pipeline(load_vae(args.vae), args.width, args.layers)
     if args.export:
-        export(read_checkpoint(args.out), pipe, args.export)
+        export(read_checkpoint(args.out), pipe, args.export, args.out / LOG)
         return
     objective = Objective(pipe, args.batch, MIXES[args.mix], args.device)
     settings = Settings(lr=args.lr, bfloat16=not args.float32, muon=not args.adamw)
