@@ -16,7 +16,7 @@ from hasten.bench.result import Result
 from hasten.bench.row import Row
 from hasten.io import write_atomically
 from matplotlib.figure import Figure
-from tables import emoji_flux
+from page_tables.bench import emoji_flux
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "images" / "curves"
