@@ -19,6 +19,7 @@ from page_tables.caching import caching_table, calibration_cost_table, default_t
 from page_tables.common import read, result_of
 from page_tables.costs import cost_table, memory_table, overhead_table, shape_table
 from page_tables.coverage import coverage, denoisers_table, matrix_table
+from page_tables.judged import fashion_table, styles_table
 from page_tables.leap import ablation_table, fits_table, pipelines_table, second_table
 from page_tables.quality import certificates_table
 from page_tables.resolution import (
@@ -65,6 +66,8 @@ TABLES = {
     "calibration-cost": lambda: calibration_cost_table(read("calibration-cost.json")),
     "caching-premises": lambda: premises_table(PREMISES),
     "caching-module": lambda: caching_table(["caching-module.json"]),
+    "fashion": lambda: fashion_table("fashion-dit.json"),
+    "styles": lambda: styles_table(["styles.json", "styles-unguided.json"]),
     "leap-second": lambda: second_table(SECOND),
     "resolution": lambda: truth_table(read("resolution-truth.json")["emoji-flux"], "emoji-flux"),
     "edit": lambda: truth_table(read("resolution-truth.json")["emoji-kontext"], "emoji-kontext"),
