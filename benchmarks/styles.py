@@ -85,7 +85,7 @@ DISTILLED = (
     "bottleneck:stages=2/2",
     "specedit:draft=1:mixed=2:final=1",
     "default@2",
-    "taylorseer:warmup=1:schedule=even@3",
+    "taylorseer:schedule=even@3",
     "fbcache@3",
 )
 CONTENT = ("concept", "blind", "style")
