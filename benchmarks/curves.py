@@ -18,7 +18,8 @@ from hasten.bench.result import Result
 from hasten.bench.row import Row
 from hasten.io import write_atomically
 from matplotlib.figure import Figure
-from tables import caching_curves, emoji_flux
+from page_tables.bench import emoji_flux
+from page_tables.caching import MEASURED, caching_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "images" / "curves"
@@ -81,7 +82,7 @@ def main() -> None:
     result, _ = emoji_flux()
     labels = [r.method for r in result.rows if r.library == "hasten"]
     for name in dict.fromkeys(label.split(":")[0] for label in labels):
-        lines = {title: line for title, line in caching_curves(name).items() if line}
+        lines = {title: line for title, line in caching_curves(name, MEASURED).items() if line}
         if lines:
             draw_caching(name, lines)
         else:

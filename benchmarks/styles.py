@@ -3,6 +3,7 @@
     python benchmarks/styles.py --json benchmarks/styles.json
     python benchmarks/styles.py --guidance 1 --json benchmarks/styles-unguided.json
     python benchmarks/styles.py --arms "fresco:preset=18;foca:schedule=even@9" --pairs 16 --json try.json
+    python benchmarks/styles.py --arms "" --turbo runs/emoji-styles-turbo/weights --json benchmarks/styles.json
 
 The prompts are combinations of style and concept that were held out, whose true images are known; prompt `i` is drawn
 with seed `i`. For every image there are
@@ -15,6 +16,11 @@ with seed `i`. For every image there are
 Operations are counted. Beside every arm the plain samplers stand with the smallest number of steps that costs at least
 as much, and the best of them, by each measure, is what the arm is compared with: means and 95 % of a paired bootstrap
 over the prompts. Every arm is written as soon as it is measured, and the same command goes on where it was cut short.
+
+What has to be fitted or matched (see `fits.py`, which reads the arms) is, in `--work`, on captions that the model was
+trained on, with seeds that no arm draws. `--turbo` is a folder with weights of `emoji-styles-turbo`: its arms, with
+`turbo ` before them, are measured against the same full run of the model that it was distilled from, and what is added
+to its four steps against them. An arm that cannot run has the reason in the place of figures.
 Needs the images of `hasten_zoo.emoji_styles.data`.
 """
 
@@ -23,13 +29,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import warnings
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from arms import STEPS, drawn
+from fits import PEER, Fits, check_texts
+from hasten.bench.arms import one_line
 from hasten.bench.environment import environment
+from hasten.bench.peers import PEERS
+from hasten.bench.subject import Subject
+from hasten.bench.thresholds import Trials
+from hasten.bench.tune import tuning_calls
+from hasten.errors import ConfigError, HastenError, HastenWarning
 from hasten.io import write_atomically
 from hasten.quality.metrics import Lpips, psnr
 from hasten_zoo.emoji_styles import HERE, WEIGHTS, load_emoji_styles
@@ -37,21 +53,40 @@ from hasten_zoo.emoji_styles.augment import caption, nearest_views, plain_views,
 from hasten_zoo.emoji_styles.data import load_emoji_styles_data
 from hasten_zoo.emoji_styles.evaluate import spread
 from hasten_zoo.emoji_styles.judge import Judge
+from hasten_zoo.emoji_styles_turbo import load_emoji_styles_turbo
 from held_out import check_weights, weights_of
 from torch import Tensor
 
 SIZE, RESAMPLES = 128, 2000
+LEARNED, LEARNED_SEED, BATCH = 16, 1000, 4  # captions that fits learn from, the last of the model's
+TRIED, TRIED_SEED = 2, 2000  # captions on which thresholds are matched, the first of the model's
 PLAIN = ("euler", "unipc", "dpmpp", "unipc:spacing=beta", "dpmpp:spacing=beta")
-DEFAULT = "hicache:order=1:sigma=0.66:guided_sigma=0.55"  # what `accelerate(pipe)` takes, on even steps
-CACHES = ("reuse", "taylorseer:order=1", "hicache", "foca", "freqca", DEFAULT)
+CACHES = ("reuse", "taylorseer:order=1", "hicache", "foca", "freqca", "svdcache", "hyca", "l2p")
+GATED = ("fbcache", "teacache", "magcache", "easycache", "speca")
+LEAP_COUNTS = (12, 9, 7, 5)
 ARMS = (
+    *(f"default@{n}" for n in LEAP_COUNTS),
+    *(f"leap@{n}" for n in LEAP_COUNTS),
     *(f"fresco:preset={n}" for n in (30, 18, 11, 9)),
     *(f"ralu:preset={n}" for n in (18, 10)),
     *(f"bottleneck:stages={n}" for n in ("9/9", "5/6", "4/5")),
     *(f"spectral:stages={n}" for n in ("6/12", "6/6", "3/4")),
     *(f"{cache}:schedule=even@{n}" for n in (12, 9, 7) for cache in CACHES),
+    *(f"{cache}@{n}" for n in (12, 9) for cache in GATED),
+    *(f"{PEER}{peer.name}@{n}" for n in (12, 9) for peer in PEERS),
     "fresco:preset=18+foca:interval=2:warmup=1",
     "spectral:stages=12/12+foca:interval=4:warmup=1",
+)
+TURBO, TURBO_STEPS = "turbo ", 4
+DISTILLED = (
+    "euler@4",
+    "euler@8",
+    "fresco:stages=2/1/1:shares=0.5",
+    "bottleneck:stages=2/2",
+    "specedit:draft=1:mixed=2:final=1",
+    "default@2",
+    "taylorseer:schedule=even@3",
+    "fbcache@3",
 )
 CONTENT = ("concept", "blind", "style")
 HIGHER = {"full_psnr": 1, "full_lpips": -1, "truth_psnr": 1, "truth_lpips": -1} | dict.fromkeys(CONTENT, 1)  # is better
@@ -66,14 +101,44 @@ class Bed:
         self.pairs = [data.pairs[i] for i in rows.tolist()]
         self.truth = (render(data, rows, plain_views(len(rows)), SIZE) + 1) / 2
         self.model = load_emoji_styles(options.weights)
-        self.model.pipe.set_progress_bar_config(disable=True)
+        self.turbo = None if options.turbo is None else load_emoji_styles_turbo(options.turbo)
         self.call = {} if options.guidance is None else {"true_cfg_scale": options.guidance}
+        self.work: Path = options.work
+        self.fits = self.prepared(self.model, STEPS, self.call, LEAP_COUNTS)
         self.judge, self.lpips = Judge.load(HERE), Lpips()
         self.full: list[Tensor] = []
 
-    def draw(self, text: str) -> tuple[list[Tensor], list[int]]:
-        """Images `[3, 128, 128]` in [0, 1] of all pairs, and the operations that were counted."""
-        return drawn(self.model, text, [caption(pair) for pair in self.pairs], self.call)
+    def prepared(self, model: Subject, steps: int, call: dict[str, Any], counts: Sequence[int]) -> Fits:
+        """What a model's arms are fitted to: captions that it was trained on, with seeds of their own."""
+        model.pipe.set_progress_bar_config(disable=True)
+        calls = tuning_calls(model, model.prompts[-LEARNED:], LEARNED_SEED, steps, call, BATCH)
+        trials = partial(Trials, model, model.prompts[:TRIED], TRIED_SEED, steps, call)
+        scale = call.get("true_cfg_scale", "own")
+        return Fits(model.pipe, calls, counts, trials, self.work / f"{weights_of(model)}-{steps}-guidance-{scale}")
+
+    @cached_property
+    def turbo_fits(self) -> Fits:
+        """The same of the distilled model."""
+        assert self.turbo is not None
+        return self.prepared(self.turbo, TURBO_STEPS, {}, ())
+
+    def draw(self, text: str) -> tuple[list[Tensor], list[int], dict[str, Any]]:
+        """Images `[3, 128, 128]` in [0, 1] of all pairs, the operations that were counted, and the arm's parameters.
+
+        Raises:
+            ConfigError: for an arm that cannot run.
+        """
+        distilled = text.startswith(TURBO)
+        model, fits = (self.turbo, self.turbo_fits) if distilled else (self.model, self.fits)
+        assert model is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", HastenWarning)  # which thresholds skip too much, while they are searched
+            arm = fits.arm(text.removeprefix(TURBO))
+        if arm.error:
+            raise ConfigError(arm.error)
+        prompts = [caption(pair) for pair in self.pairs]
+        told = "".join(f":{name}={value}" for name, value in arm.params.items() if name.endswith("threshold"))
+        return *drawn(model, text + told, prompts, {} if distilled else self.call, arm), arm.params
 
     def figures(self, images: list[Tensor]) -> dict[str, list[float]]:
         """Of every image, in the order of the prompts."""
@@ -120,13 +185,26 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=64, help="held-out combinations of style and concept")
     parser.add_argument("--guidance", type=float, help="of the pipeline's own, 3 by default")
     parser.add_argument("--arms", help="arms with semicolons, instead of all")
+    parser.add_argument("--turbo", type=Path, help="weights of emoji-styles-turbo, to measure its arms as well")
+    parser.add_argument("--work", type=Path, default=Path("runs/emoji-styles/fits"))
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
+    if options.turbo is not None and options.guidance is not None:
+        parser.error("--turbo is with the guidance of the model that it was distilled from: leave --guidance out")
+    torch.set_num_threads(options.threads)
+    arms = list(ARMS) if options.arms is None else [text for text in options.arms.split(";") if text]
+    check_texts(arms)
+    if options.turbo is not None:
+        arms += [TURBO + text for text in DISTILLED]
     whole: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     rows: dict[str, Any] = whole.setdefault("rows", {})
     bed = Bed(options)
     check_weights(whole, bed.model)
     whole["weights"] = weights_of(bed.model)
+    if bed.turbo is not None:
+        check_weights({"weights": whole.get("turbo_weights", weights_of(bed.turbo))}, bed.turbo)
+        whole["turbo_weights"] = weights_of(bed.turbo)
     asked = {"pairs": options.pairs, "guidance": 3.0 if options.guidance is None else options.guidance}
     if other := {name: whole[name] for name in asked if whole.get(name, asked[name]) != asked[name]}:
         raise SystemExit(f"{options.json} was measured with {other}, and {asked} is asked for: give another --json")
@@ -135,14 +213,23 @@ def main() -> None:
 
     def measure(text: str) -> dict[str, Any]:
         if text not in rows:
-            add(text, *bed.draw(text))
+            try:
+                found = bed.draw(text)
+            except (HastenError, ValueError) as error:
+                rows[text] = {"refused": one_line(error)}
+                write()
+            else:
+                add(text, *found)
         return dict(rows[text])
 
-    def add(text: str, images: list[Tensor], flops: list[int]) -> None:
+    def add(text: str, images: list[Tensor], flops: list[int], params: dict[str, Any]) -> None:
         base = rows[full]["flops"] if rows else float(np.mean(flops))
-        rows[text] = {"flops": float(np.mean(flops)), "ratio": base / float(np.mean(flops))}
+        rows[text] = {"flops": float(np.mean(flops)), "ratio": base / float(np.mean(flops)), "params": params}
         rows[text]["figures"] = bed.figures(images)
         rows[text]["means"] = {name: round(float(np.mean(v)), 4) for name, v in rows[text]["figures"].items()}
+        write()
+
+    def write() -> None:
         write_atomically(options.json, json.dumps(whole, indent=1) + "\n")
 
     full = f"euler@{STEPS}"
@@ -152,12 +239,20 @@ def main() -> None:
     bed.full = reference[0]
     of_truth = bed.figures(list(bed.truth))
     whole["truth"] = {name: round(float(np.mean(of_truth[name])), 4) for name in CONTENT}
-    for text in ARMS if options.arms is None else options.arms.split(";"):
+    for text in arms:
         row = measure(text)
-        steps = math.ceil(STEPS / row["ratio"] - 1e-6)
-        beside = {label: measure(label) for label in (f"{sampler}@{steps}" for sampler in PLAIN)}
+        if "refused" in row:
+            print(text, row["refused"], flush=True)
+            continue
+        if text.startswith(f"{TURBO}euler") or not text.startswith(TURBO):
+            steps = math.ceil(STEPS / row["ratio"] - 1e-6)
+            beside = {label: measure(label) for label in (f"{sampler}@{steps}" for sampler in PLAIN)}
+        else:  # what is added to the distilled model, beside that with fewer steps
+            own = measure(f"{TURBO}euler@{TURBO_STEPS}")
+            steps = math.ceil(TURBO_STEPS * row["flops"] / own["flops"] - 1e-6)
+            beside = {label: measure(label) for label in [f"{TURBO}euler@{steps}"]}
         rows[text]["against"] = leads(row, beside) | {"steps": steps}
-        write_atomically(options.json, json.dumps(whole, indent=1) + "\n")
+        write()
         print(text, round(row["ratio"], 2), row["means"], flush=True)
 
 

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from leap_pipelines import dit
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import hasten
 from hasten.errors import AdapterError
 from hasten.pipeline.runs import Runs
 from hasten.pipeline.view import Caller, Owner, PipelineView, alive, current_owner
@@ -305,3 +307,16 @@ def test_a_timestep_without_numbers_is_named():
     with FakeTensorMode(), pytest.raises(AdapterError, match="without numbers"):
         Runs(nn.Identity()).label(torch.ones(1), latents)
     assert Runs(nn.Identity()).label(torch.ones(1), latents)[1].timestep == 1.0
+
+
+@pytest.mark.parametrize("images", [1, 2, 4, 8])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_time_of_every_image_is_not_taken_for_the_list_of_steps(images, guidance):
+    """DiT's pipeline has the time of the step, once per image and pass, under the name that others have the list."""
+    pipe = dit()
+    pipe.set_progress_bar_config(disable=True)
+    with hasten.accelerate(pipe, "reuse", schedule="even", computed_steps=3) as run:
+        pipe([3] * images, guidance_scale=guidance, num_inference_steps=8, output_type="np")
+        facts = run.engines["transformer"].facts
+    assert facts.timesteps == tuple(pipe.scheduler.timesteps.tolist())
+    assert [record.step for record in run.records if record.computed] == [0, 4, 7]

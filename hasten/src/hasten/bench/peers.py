@@ -27,7 +27,6 @@ import torch
 from torch import nn
 
 from hasten.bench.arms import Arm, one_line
-from hasten.bench.sampling import draw_sample
 from hasten.bench.thresholds import Match, Trial, Trials, match_computed_steps
 from hasten.caching import Uniform, computed_steps
 from hasten.errors import AdapterError, ConfigError, ModelError, unknown
@@ -96,15 +95,8 @@ class Search:
     def _calibrated(self) -> tuple[float, ...]:
         params = {"num_inference_steps": self.total, "calibrate": True}
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            for i, prompt in enumerate(self.trials.prompts):
-                draw_sample(
-                    self.trials.model,
-                    OnACopy(_magcache, params),
-                    self.total,
-                    prompt,
-                    self.trials.seed + i,
-                    self.trials.call,
-                )
+            for i in range(len(self.trials.prompts)):
+                self.trials.draw(OnACopy(_magcache, params), i, self.total)
         curves = [ast.literal_eval(line) for line in printed.getvalue().splitlines() if line.startswith("[1.0,")]
         if not curves:
             raise ModelError("the calibration of diffusers' MagCache printed no curve; another version of diffusers?")

@@ -21,7 +21,7 @@ from hasten.models.probe import require_stacks
 from hasten.pipeline.handle import Acceleration
 from hasten.pipeline.view import denoisers
 
-__all__ = ["Attach", "Sample", "call_arguments", "count_flops", "counted_layer", "draw_sample", "plain"]
+__all__ = ["Attach", "Sample", "call_arguments", "count_flops", "counted_layer", "counting", "draw_sample", "plain"]
 
 Attach = Callable[[Any], AbstractContextManager[Acceleration | None]]
 
@@ -71,7 +71,7 @@ def counted_layer(model: nn.Module) -> str:
 
 
 @contextmanager
-def _counting(pipe: Any, attach: Attach) -> Iterator[tuple[Acceleration | None, Counter[str]]]:
+def counting(pipe: Any, attach: Attach) -> Iterator[tuple[Acceleration | None, Counter[str]]]:
     """Switch an arm on and count the calls of the transformers and of their counted layers."""
     models = {name: getattr(pipe, name) for name in denoisers(pipe)}
     names = {name: counted_layer(model) for name, model in models.items()}
@@ -142,7 +142,7 @@ def draw_sample(model: Subject, attach: Attach, steps: int, prompt: str, seed: i
 
     arguments = call_arguments(model, [prompt], call) | {"num_inference_steps": steps, "output_type": "pt"}
     generator = torch.Generator("cpu").manual_seed(seed)
-    with _counting(model.pipe, attach) as (acceleration, counts):
+    with counting(model.pipe, attach) as (acceleration, counts):
         _sync()
         started = time.perf_counter()
         output = model.pipe(prompt=prompt, generator=generator, callback_on_step_end=keep, **arguments)

@@ -66,9 +66,10 @@ class Trials:
 
     @cached_property
     def _references(self) -> list[Sample]:
-        return [self._draw_sample(plain, i, self.steps) for i in range(len(self.prompts))]
+        return [self.draw(plain, i, self.steps) for i in range(len(self.prompts))]
 
-    def _draw_sample(self, attach: Attach, index: int, steps: int) -> Sample:
+    def draw(self, attach: Attach, index: int, steps: int) -> Sample:
+        """What is drawn of prompt `index`; a model that is called in another way has its own."""
         return draw_sample(self.model, attach, steps, self.prompts[index], self.seed + index, self.call)
 
     @cached_property
@@ -99,7 +100,7 @@ class Trials:
         """Computed steps and PSNR (dB) of an arm with a number of sampler steps, means over the trial's prompts."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HastenWarning)  # a threshold that skips nothing is part of the search
-            samples = [self._draw_sample(attach, i, steps) for i in range(len(self.prompts))]
+            samples = [self.draw(attach, i, steps) for i in range(len(self.prompts))]
         pairs = list(zip(samples, self._references, strict=True))
         return (
             statistics.fmean(self.steps * sample.layer_calls / reference.layer_calls for sample, reference in pairs),

@@ -293,8 +293,14 @@ def same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def _is_part(loop: Any, timesteps: Tensor) -> bool:
-    """Whether a tensor is a slice of the scheduler's list."""
-    return isinstance(loop, Tensor) and loop.dim() == 1 and len(loop) > 0 and same_memory(loop, timesteps)
+    """Whether a tensor is a slice of the scheduler's list.
+
+    A single entry, or one that is repeated, is the time of a step: pipelines as DiT's have it under the list's name,
+    once per image of the batch.
+    """
+    if not isinstance(loop, Tensor) or loop.dim() != 1 or not same_memory(loop, timesteps):
+        return False
+    return loop.stride(0) > 0 and len(loop) > min(1, len(timesteps) - 1)
 
 
 class PipelineView:

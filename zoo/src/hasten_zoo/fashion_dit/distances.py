@@ -6,19 +6,48 @@ by nearest neighbours (arXiv:1904.06991).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
-__all__ = ["frechet", "precision_recall"]
+__all__ = ["Gaussian", "frechet", "precision_recall"]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The Gaussian of a set of features, in float64: what a set that is compared often is kept as.
+
+    Attributes:
+        mean: `[D]`.
+        covariance: `[D, D]`.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Gaussian:
+        """That of features `[N, D]`."""
+        wide = features.double()
+        return cls(wide.mean(0), wide.T.cov())
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Square root of the covariance."""
+        return _root(self.covariance)
+
+    def distance(self, other: Gaussian) -> float:
+        """Squared Frechet distance."""
+        values = torch.linalg.eigvalsh(self.root @ other.covariance @ self.root).clamp(min=0)
+        traces = self.covariance.trace() + other.covariance.trace() - 2 * values.sqrt().sum()
+        return float((self.mean - other.mean).square().sum() + traces)
 
 
 def frechet(first: Tensor, second: Tensor) -> float:
     """Squared Frechet distance of the Gaussians of two sets of features `[N, D]` and `[M, D]`, computed in float64."""
-    a, b = first.double(), second.double()
-    root = _root(a.T.cov())
-    values = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0)
-    traces = a.var(0).sum() + b.var(0).sum() - 2 * values.sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + traces)
+    return Gaussian.of(first).distance(Gaussian.of(second))
 
 
 def _root(matrix: Tensor) -> Tensor:
