@@ -13,6 +13,7 @@ from hasten.bench.subject import Subject
 from torch import Tensor
 
 STEPS = 50  # of the full run
+BY_IMAGE = ("specedit", "dvg", "threshold=")  # in the texts of arms that compute less of one image than of another
 
 
 def arm_of(text: str) -> tuple[Attach, int]:
@@ -30,12 +31,12 @@ def arm_of(text: str) -> tuple[Attach, int]:
 def drawn(model: Subject, text: str, prompts: Sequence[str], call: dict[str, Any]) -> tuple[list[Tensor], list[int]]:
     """Images `[3, H, W]` in [0, 1], prompt `i` from seed `i`, and the operations that were counted.
 
-    What others than SpecEdit compute does not depend on the image: it is counted once.
+    Where what is computed does not depend on the image, it is counted once.
     """
     attach, steps = arm_of(text)
     images, flops = list[Tensor](), list[int]()
     for seed, prompt in enumerate(prompts):
-        if flops and "specedit" not in text:
+        if flops and not any(name in text for name in BY_IMAGE):
             images.append(draw_sample(model, attach, steps, prompt, seed, call).image)
             continue
         counted, sample = count_flops(model, attach, steps, prompt, seed, call)

@@ -14,7 +14,8 @@ with seed `i`. For every image there are
 
 Operations are counted. Beside every arm the plain samplers stand with the smallest number of steps that costs at least
 as much, and the best of them, by each measure, is what the arm is compared with: means and 95 % of a paired bootstrap
-over the prompts. Every arm is written as soon as it is measured, and the same command goes on where it was cut short.
+over the prompts. In the same way Fresco is compared with the nearest Bottleneck and the nearest RALU that cost at least
+as much as it does. Every arm is written as soon as it is measured, and the same command goes on where it was cut short.
 Needs the images of `hasten_zoo.emoji_styles.data`.
 """
 
@@ -22,32 +23,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from arms import STEPS, drawn
-from hasten.bench.environment import environment
-from hasten.io import write_atomically
 from hasten.quality.metrics import Lpips, psnr
 from hasten_zoo.emoji_styles import HERE, WEIGHTS, load_emoji_styles
 from hasten_zoo.emoji_styles.augment import caption, nearest_views, plain_views, render
 from hasten_zoo.emoji_styles.data import load_emoji_styles_data
 from hasten_zoo.emoji_styles.evaluate import spread
 from hasten_zoo.emoji_styles.judge import Judge
-from held_out import check_weights, weights_of
+from leads import Results, Row, against_plain, rival_leads
 from torch import Tensor
 
-SIZE, RESAMPLES = 128, 2000
+SIZE = 128
 PLAIN = ("euler", "unipc", "dpmpp", "unipc:spacing=beta", "dpmpp:spacing=beta")
 DEFAULT = "hicache:order=1:sigma=0.66:guided_sigma=0.55"  # what `accelerate(pipe)` takes, on even steps
 CACHES = ("reuse", "taylorseer:order=1", "hicache", "foca", "freqca", DEFAULT)
 ARMS = (
     *(f"fresco:preset={n}" for n in (30, 18, 11, 9)),
     *(f"ralu:preset={n}" for n in (18, 10)),
-    *(f"bottleneck:stages={n}" for n in ("9/9", "5/6", "4/5")),
+    *(f"bottleneck:stages={n}" for n in ("15/14", "9/9", "5/6", "4/5")),
     *(f"spectral:stages={n}" for n in ("6/12", "6/6", "3/4")),
     *(f"{cache}:schedule=even@{n}" for n in (12, 9, 7) for cache in CACHES),
     "fresco:preset=18+foca:interval=2:warmup=1",
@@ -55,6 +53,14 @@ ARMS = (
 )
 CONTENT = ("concept", "blind", "style")
 HIGHER = {"full_psnr": 1, "full_lpips": -1, "truth_psnr": 1, "truth_lpips": -1} | dict.fromkeys(CONTENT, 1)  # is better
+
+
+def _alone(method: str, text: str) -> bool:
+    """Whether an arm is this method without a cache."""
+    return text.startswith(f"{method}:") and "+" not in text
+
+
+RIVALS = {method: partial(_alone, method) for method in ("bottleneck", "ralu")}  # of Fresco
 
 
 class Bed:
@@ -90,26 +96,7 @@ class Bed:
         if self.full:
             found["full_psnr"] = [psnr(*pair) for pair in zip(images, self.full, strict=True)]
             found["full_lpips"] = [self.lpips(*pair) for pair in zip(images, self.full, strict=True)]
-        return {name: [round(float(value), 5) for value in values] for name, values in found.items()}
-
-
-def leads(row: dict[str, Any], plain: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """By measure: the best of some plain rows, and how far a row is ahead of it, above 0 where it is better."""
-    found: dict[str, Any] = {}
-    rng = np.random.default_rng(0)
-    for name, sign in HIGHER.items():
-        if name not in row["figures"]:
-            continue
-        own = np.array(row["figures"][name])
-        best = max(plain, key=lambda label: sign * float(np.mean(plain[label]["figures"][name])))
-        ahead = sign * (own - np.array(plain[best]["figures"][name]))
-        means = rng.choice(ahead, (RESAMPLES, len(ahead))).mean(1)
-        found[name] = {
-            "best": best,
-            "mean": round(float(ahead.mean()), 4),
-            "interval": [round(float(one), 4) for one in np.quantile(means, (0.025, 0.975))],
-        }
-    return found
+        return found
 
 
 def main() -> None:
@@ -122,43 +109,34 @@ def main() -> None:
     parser.add_argument("--arms", help="arms with semicolons, instead of all")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    whole: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
-    rows: dict[str, Any] = whole.setdefault("rows", {})
     bed = Bed(options)
-    check_weights(whole, bed.model)
-    whole["weights"] = weights_of(bed.model)
     asked = {"pairs": options.pairs, "guidance": 3.0 if options.guidance is None else options.guidance}
-    if other := {name: whole[name] for name in asked if whole.get(name, asked[name]) != asked[name]}:
-        raise SystemExit(f"{options.json} was measured with {other}, and {asked} is asked for: give another --json")
-    whole |= {"environment": environment()} | asked
-    whole["trained_on_samples"] = json.loads((options.weights / "training.json").read_text())["samples"]
+    results = Results(options.json, bed.model, asked)
+    rows = results.rows
+    results.whole["trained_on_samples"] = json.loads((options.weights / "training.json").read_text())["samples"]
 
-    def measure(text: str) -> dict[str, Any]:
+    def measure(text: str) -> Row:
         if text not in rows:
-            add(text, *bed.draw(text))
-        return dict(rows[text])
-
-    def add(text: str, images: list[Tensor], flops: list[int]) -> None:
-        base = rows[full]["flops"] if rows else float(np.mean(flops))
-        rows[text] = {"flops": float(np.mean(flops)), "ratio": base / float(np.mean(flops))}
-        rows[text]["figures"] = bed.figures(images)
-        rows[text]["means"] = {name: round(float(np.mean(v)), 4) for name, v in rows[text]["figures"].items()}
-        write_atomically(options.json, json.dumps(whole, indent=1) + "\n")
+            images, flops = bed.draw(text)
+            results.add(text, flops, bed.figures(images))
+        return rows[text]
 
     full = f"euler@{STEPS}"
-    reference = bed.draw(full)
+    reference, flops = bed.draw(full)
     if full not in rows:
-        add(full, *reference)
-    bed.full = reference[0]
+        results.add(full, flops, bed.figures(reference))
+    bed.full = reference
     of_truth = bed.figures(list(bed.truth))
-    whole["truth"] = {name: round(float(np.mean(of_truth[name])), 4) for name in CONTENT}
+    results.whole["truth"] = {name: round(float(np.mean(of_truth[name])), 4) for name in CONTENT}
     for text in ARMS if options.arms is None else options.arms.split(";"):
         row = measure(text)
-        steps = math.ceil(STEPS / row["ratio"] - 1e-6)
-        beside = {label: measure(label) for label in (f"{sampler}@{steps}" for sampler in PLAIN)}
-        rows[text]["against"] = leads(row, beside) | {"steps": steps}
-        write_atomically(options.json, json.dumps(whole, indent=1) + "\n")
+        row["against"] = against_plain(text, measure, STEPS, HIGHER, PLAIN)
+        results.write()
         print(text, round(row["ratio"], 2), row["means"], flush=True)
+    for text in rows:  # rivals may have been measured after it
+        if _alone("fresco", text):
+            rows[text]["rivals"] = rival_leads(rows, text, RIVALS, HIGHER)
+    results.write()
 
 
 if __name__ == "__main__":
