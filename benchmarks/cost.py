@@ -19,10 +19,10 @@ import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from hasten import DVG, RALU, Bottleneck, Fresco
 from hasten.bench.environment import environment
+from hasten.bench.sampling import flop_counter
 from hasten.io import write_atomically
 from hasten.resolution.plan import feasible
 from hasten.resolution.planned import stage_lengths
-from torch.utils.flop_counter import FlopCounterMode
 
 OUT = Path(__file__).parent / "cost.json"
 TEXT, FINE, STEPS = 512, 4096, 50  # 1024x1024 pixels
@@ -46,7 +46,7 @@ def _wan() -> WanTransformer3DModel:
 
 
 def _counted(model: torch.nn.Module, **arguments: Any) -> float:
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     with counter, torch.no_grad():
         model(**arguments)
     return counter.get_total_flops() / 1e12

@@ -31,7 +31,7 @@ from fits import DEFAULT, PEER, Fits, check_texts
 from hasten.bench.arms import one_line
 from hasten.bench.environment import environment
 from hasten.bench.peers import PEERS
-from hasten.bench.sampling import Attach, Sample, counting, plain
+from hasten.bench.sampling import Attach, Sample, counting, flop_counter, plain
 from hasten.bench.subject import Subject, check_device
 from hasten.bench.thresholds import Trials
 from hasten.errors import HastenWarning
@@ -46,7 +46,6 @@ from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 STEPS = 50
 COUNTS = (12, 9, 7, 5)
@@ -117,7 +116,7 @@ class Bed:
         """Images `[N, 1, 32, 32]` in [-1, 1] of an arm, and its cost: operations are counted in the first batch."""
         images: list[Tensor] = []
         started = time.process_time()
-        with counting(self.model.pipe, attach) as (_, calls), FlopCounterMode(display=False) as counter:
+        with counting(self.model.pipe, attach) as (_, calls), flop_counter() as counter:
             images.append(generate(self.model.pipe, self.batch, self.guidance, steps)[0].cpu())
         flops = counter.get_total_flops()
         layer = calls["layer"]

@@ -15,7 +15,8 @@ with seed `i`. For every image there are
 
 Operations are counted. Beside every arm the plain samplers stand with the smallest number of steps that costs at least
 as much, and the best of them, by each measure, is what the arm is compared with: means and 95 % of a paired bootstrap
-over the prompts. Every arm is written as soon as it is measured, and the same command goes on where it was cut short.
+over the prompts. In the same way Fresco is compared with the nearest Bottleneck and the nearest RALU that cost at least
+as much as it does. Every arm is written as soon as it is measured, and the same command goes on where it was cut short.
 
 What has to be fitted or matched (see `fits.py`, which reads the arms) is, in `--work`, on captions that the model was
 trained on, with seeds that no arm draws. `--turbo` is a folder with weights of `emoji-styles-turbo`: its arms, with
@@ -40,13 +41,11 @@ import torch
 from arms import STEPS, drawn
 from fits import PEER, Fits, check_texts
 from hasten.bench.arms import one_line
-from hasten.bench.environment import environment
 from hasten.bench.peers import PEERS
 from hasten.bench.subject import Subject
 from hasten.bench.thresholds import Trials
 from hasten.bench.tune import tuning_calls
 from hasten.errors import ConfigError, HastenError, HastenWarning
-from hasten.io import write_atomically
 from hasten.quality.metrics import Lpips, psnr
 from hasten_zoo.emoji_styles import HERE, WEIGHTS, load_emoji_styles
 from hasten_zoo.emoji_styles.augment import caption, nearest_views, plain_views, render
@@ -55,9 +54,10 @@ from hasten_zoo.emoji_styles.evaluate import spread
 from hasten_zoo.emoji_styles.judge import Judge
 from hasten_zoo.emoji_styles_turbo import load_emoji_styles_turbo
 from held_out import check_weights, weights_of
+from leads import Results, Row, against_plain, leads, rival_leads
 from torch import Tensor
 
-SIZE, RESAMPLES = 128, 2000
+SIZE = 128
 LEARNED, LEARNED_SEED, BATCH = 16, 1000, 4  # captions that fits learn from, the last of the model's
 TRIED, TRIED_SEED = 2, 2000  # captions on which thresholds are matched, the first of the model's
 PLAIN = ("euler", "unipc", "dpmpp", "unipc:spacing=beta", "dpmpp:spacing=beta")
@@ -69,7 +69,7 @@ ARMS = (
     *(f"leap@{n}" for n in LEAP_COUNTS),
     *(f"fresco:preset={n}" for n in (30, 18, 11, 9)),
     *(f"ralu:preset={n}" for n in (18, 10)),
-    *(f"bottleneck:stages={n}" for n in ("9/9", "5/6", "4/5")),
+    *(f"bottleneck:stages={n}" for n in ("15/14", "9/9", "5/6", "4/5")),
     *(f"spectral:stages={n}" for n in ("6/12", "6/6", "3/4")),
     *(f"{cache}:schedule=even@{n}" for n in (12, 9, 7) for cache in CACHES),
     *(f"{cache}@{n}" for n in (12, 9) for cache in GATED),
@@ -90,6 +90,14 @@ DISTILLED = (
 )
 CONTENT = ("concept", "blind", "style")
 HIGHER = {"full_psnr": 1, "full_lpips": -1, "truth_psnr": 1, "truth_lpips": -1} | dict.fromkeys(CONTENT, 1)  # is better
+
+
+def _alone(method: str, text: str) -> bool:
+    """Whether an arm is this method without a cache."""
+    return text.startswith(f"{method}:") and "+" not in text
+
+
+RIVALS = {method: partial(_alone, method) for method in ("bottleneck", "ralu")}  # of Fresco
 
 
 class Bed:
@@ -155,26 +163,7 @@ class Bed:
         if self.full:
             found["full_psnr"] = [psnr(*pair) for pair in zip(images, self.full, strict=True)]
             found["full_lpips"] = [self.lpips(*pair) for pair in zip(images, self.full, strict=True)]
-        return {name: [round(float(value), 5) for value in values] for name, values in found.items()}
-
-
-def leads(row: dict[str, Any], plain: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """By measure: the best of some plain rows, and how far a row is ahead of it, above 0 where it is better."""
-    found: dict[str, Any] = {}
-    rng = np.random.default_rng(0)
-    for name, sign in HIGHER.items():
-        if name not in row["figures"]:
-            continue
-        own = np.array(row["figures"][name])
-        best = max(plain, key=lambda label: sign * float(np.mean(plain[label]["figures"][name])))
-        ahead = sign * (own - np.array(plain[best]["figures"][name]))
-        means = rng.choice(ahead, (RESAMPLES, len(ahead))).mean(1)
-        found[name] = {
-            "best": best,
-            "mean": round(float(ahead.mean()), 4),
-            "interval": [round(float(one), 4) for one in np.quantile(means, (0.025, 0.975))],
-        }
-    return found
+        return found
 
 
 def main() -> None:
@@ -197,63 +186,54 @@ def main() -> None:
     check_texts(arms)
     if options.turbo is not None:
         arms += [TURBO + text for text in DISTILLED]
-    whole: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
-    rows: dict[str, Any] = whole.setdefault("rows", {})
     bed = Bed(options)
-    check_weights(whole, bed.model)
-    whole["weights"] = weights_of(bed.model)
-    if bed.turbo is not None:
-        check_weights({"weights": whole.get("turbo_weights", weights_of(bed.turbo))}, bed.turbo)
-        whole["turbo_weights"] = weights_of(bed.turbo)
     asked = {"pairs": options.pairs, "guidance": 3.0 if options.guidance is None else options.guidance}
-    if other := {name: whole[name] for name in asked if whole.get(name, asked[name]) != asked[name]}:
-        raise SystemExit(f"{options.json} was measured with {other}, and {asked} is asked for: give another --json")
-    whole |= {"environment": environment()} | asked
-    whole["trained_on_samples"] = json.loads((options.weights / "training.json").read_text())["samples"]
+    results = Results(options.json, bed.model, asked)
+    rows = results.rows
+    if bed.turbo is not None:
+        check_weights({"weights": results.whole.get("turbo_weights", weights_of(bed.turbo))}, bed.turbo)
+        results.whole["turbo_weights"] = weights_of(bed.turbo)
+    results.whole["trained_on_samples"] = json.loads((options.weights / "training.json").read_text())["samples"]
 
-    def measure(text: str) -> dict[str, Any]:
+    def measure(text: str) -> Row:
         if text not in rows:
             try:
-                found = bed.draw(text)
+                images, flops, params = bed.draw(text)
             except (HastenError, ValueError) as error:
                 rows[text] = {"refused": one_line(error)}
-                write()
+                results.write()
             else:
-                add(text, *found)
-        return dict(rows[text])
+                results.add(text, flops, bed.figures(images), params=params)
+        return rows[text]
 
-    def add(text: str, images: list[Tensor], flops: list[int], params: dict[str, Any]) -> None:
-        base = rows[full]["flops"] if rows else float(np.mean(flops))
-        rows[text] = {"flops": float(np.mean(flops)), "ratio": base / float(np.mean(flops)), "params": params}
-        rows[text]["figures"] = bed.figures(images)
-        rows[text]["means"] = {name: round(float(np.mean(v)), 4) for name, v in rows[text]["figures"].items()}
-        write()
-
-    def write() -> None:
-        write_atomically(options.json, json.dumps(whole, indent=1) + "\n")
+    def against(text: str, row: Row) -> Row:
+        if text.startswith(f"{TURBO}euler") or not text.startswith(TURBO):
+            return against_plain(text, measure, STEPS, HIGHER, PLAIN)
+        # What is added to the distilled model stands beside that with fewer steps.
+        own = measure(f"{TURBO}euler@{TURBO_STEPS}")
+        steps = math.ceil(TURBO_STEPS * row["flops"] / own["flops"] - 1e-6)
+        beside = f"{TURBO}euler@{steps}"
+        return leads(row, {beside: measure(beside)}, HIGHER) | {"steps": steps}
 
     full = f"euler@{STEPS}"
-    reference = bed.draw(full)
+    reference, flops, _ = bed.draw(full)
     if full not in rows:
-        add(full, *reference)
-    bed.full = reference[0]
+        results.add(full, flops, bed.figures(reference), params={})
+    bed.full = reference
     of_truth = bed.figures(list(bed.truth))
-    whole["truth"] = {name: round(float(np.mean(of_truth[name])), 4) for name in CONTENT}
+    results.whole["truth"] = {name: round(float(np.mean(of_truth[name])), 4) for name in CONTENT}
     for text in arms:
         row = measure(text)
         if "refused" in row:
             print(text, row["refused"], flush=True)
             continue
-        if text.startswith(f"{TURBO}euler") or not text.startswith(TURBO):
-            steps = math.ceil(STEPS / row["ratio"] - 1e-6)
-            beside = {label: measure(label) for label in (f"{sampler}@{steps}" for sampler in PLAIN)}
-        else:  # what is added to the distilled model, beside that with fewer steps
-            own = measure(f"{TURBO}euler@{TURBO_STEPS}")
-            steps = math.ceil(TURBO_STEPS * row["flops"] / own["flops"] - 1e-6)
-            beside = {label: measure(label) for label in [f"{TURBO}euler@{steps}"]}
-        rows[text]["against"] = leads(row, beside) | {"steps": steps}
-        write()
+        row["against"] = against(text, row)
+        results.write()
         print(text, round(row["ratio"], 2), row["means"], flush=True)
+    for text in rows:  # rivals may have been measured after it
+        if _alone("fresco", text) and "refused" not in rows[text]:
+            rows[text]["rivals"] = rival_leads(rows, text, RIVALS, HIGHER)
+    results.write()
 
 
 if __name__ == "__main__":

@@ -22,11 +22,10 @@ import models
 from harness import Bench, Device
 from hasten import registry
 from hasten.bench.peers import chosen_peers
-from hasten.bench.sampling import counted_layer
+from hasten.bench.sampling import counted_layer, flop_counter
 from hasten.errors import HastenError
 from models import Rig
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 METHODS = ("reuse", "taylorseer", "hicache", "foca", "freqca", "svdcache", "hyca")
 SITES = ("hidden", "output")
@@ -155,7 +154,7 @@ def timed(
 
 def step_flops(rig: Rig, steps: int) -> float:
     """Operations of one call, counted."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         rig.draw(steps)
     return float(counter.get_total_flops())
 

@@ -11,6 +11,8 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from hasten_zoo.emoji_flux import load_emoji_flux
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from hasten.bench import subject
 from hasten.bench.arms import method_arms
@@ -18,12 +20,27 @@ from hasten.bench.plain import plain_arms
 from hasten.bench.requests import caching_method, parse_request
 from hasten.bench.result import read_result
 from hasten.bench.runner import BenchSettings, run_bench
+from hasten.bench.sampling import flop_counter
 from hasten.bench.sheet import bench_sheet, contact_sheet
 from hasten.caching import Uniform, computed_steps
 from hasten.caching.methods import HiCache
 from hasten.cli import main as cli
 from hasten.errors import ConfigError, ModelError, UnknownNameError
 from hasten.io import digest_of
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(8, 12)])
+def test_operations_of_attention_are_counted_whatever_kernel_computes_it(mask):
+    query, key = torch.zeros(2, 3, 8, 16), torch.zeros(2, 3, 12, 16)
+
+    def counted(*kernels):
+        with sdpa_kernel(list(kernels)), flop_counter() as counter:
+            scaled_dot_product_attention(query, key, key, attn_mask=mask)
+        return counter.get_total_flops()
+
+    products = counted(SDPBackend.MATH)  # two matrix products, which PyTorch counts itself
+    assert products > 0
+    assert counted(SDPBackend.FLASH_ATTENTION) == products
 
 
 def command(monkeypatch, capsys, *arguments):

@@ -18,12 +18,15 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from pipelines import draw, make_pipe
 from test_variants import VARIANTS, run_once
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import hasten
 from hasten import RALU, Bottleneck, Fresco, Spectral
 from hasten.errors import AdapterError, AlreadyAcceleratedError, ConfigError, HastenError, ScheduleError, TargetError
 from hasten.resolution import RegionMethod, fit_stages
 from hasten.resolution.layouts import PixelLayout
+from hasten.resolution.methods.fresco import relative_change
 from hasten.resolution.packed import _of_images
 from hasten.resolution.regions import PromotionInput
 
@@ -277,6 +280,185 @@ def test_the_rewind_goes_back_as_far_as_it_must(pipe: Any) -> None:
     assert run.stages.records[-1].next_sigma == 0
 
 
+# --- what has settled
+
+
+CHANCES = (3, 2, 2, 2)
+
+
+def settling(threshold: float, **parameters: Any) -> Fresco:
+    return Fresco(stages=CHANCES, jump="r1", threshold=threshold, **parameters)
+
+
+def fine_after(run: Any, image: int = 0) -> list[int]:
+    """Of the 64 coarse tokens how many are fine, after each stage but the last."""
+    return [int(layout.fine.sum()) for layout in run.stages.plans if layout.image == image]
+
+
+@pytest.mark.parametrize(("threshold", "expected"), [(1e6, [64]), (0.0, [0, 0, 64])], ids=["all at once", "none"])
+def test_limits_of_the_threshold(pipe: Any, threshold: float, expected: list[int]) -> None:
+    with hasten.accelerate(pipe, settling(threshold)) as run:
+        latents = generate(pipe)
+    assert fine_after(run) == expected
+    switch = {1: 3, 3: 7}[len(expected)]
+    with hasten.accelerate(pipe, Fresco(stages=(switch, STEPS - switch), jump="r1")):
+        assert torch.equal(generate(pipe), latents)
+
+
+def test_tokens_are_promoted_once_they_change_less_than_the_threshold(pipe: Any) -> None:
+    """The model's estimate changes ever less from step to step, and in the lower rows more than in the upper ones."""
+    changes: list[Tensor] = []
+    signs = 3.0 * torch.tensor([1.0, -1.0]).repeat(24)
+
+    def forward(*_: Any, hidden_states: Tensor, timestep: Tensor, img_ids: Tensor, **__: Any) -> tuple[Tensor]:
+        sigma = timestep.view(-1, 1, 1)
+        return ((hidden_states - signs - (img_ids[:, 1:2] + 4) * sigma**4) / sigma,)
+
+    pipe.transformer.forward = forward
+
+    class Looked(Fresco):
+        def settled(self, promotion: PromotionInput, coarse: Tensor) -> Tensor:
+            changes.append(relative_change(promotion.snapshots[-self.window :], coarse).reshape(coarse.shape))
+            return super().settled(promotion, coarse)
+
+    with hasten.accelerate(pipe, Looked(stages=CHANCES, jump="r1", threshold=0.0, window=2)):
+        generate(pipe)
+    threshold = float(changes[0].quantile(0.3))
+    changes.clear()
+    with hasten.accelerate(pipe, Looked(stages=CHANCES, jump="r1", threshold=threshold, window=2)) as run:
+        generate(pipe)
+    first, second, last = (layout.fine for layout in run.stages.plans)
+    assert 0 < first.sum() < second.sum() < 64
+    assert last.all()
+    assert (changes[0][first] < threshold).all()
+    assert (changes[0][~first] >= threshold).all()
+    assert torch.equal(second, first | (changes[1] < threshold))
+    tokens = [64 + 3 * int(fine.sum()) for fine in (first, second)]
+    assert [record.tokens for record in run.stages.records] == [64] * 3 + tokens[:1] * 2 + tokens[1:] * 2 + [256] * 2
+    assert [record.switched for record in run.stages.records] == [step in (2, 4, 6) for step in range(STEPS)]
+    costs = [record.cost for record in run.stages.records]
+    assert costs[0] < costs[3] < costs[5] < costs[7] == 1
+
+
+def test_images_of_a_batch_settle_one_by_one(pipe: Any) -> None:
+    with hasten.accelerate(pipe, settling(0.0)) as run:
+        generate(pipe)
+    seen: list[int] = []
+    for threshold in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8):  # one at which the two images differ
+        with hasten.accelerate(pipe, settling(threshold, units="hr_units")) as run:
+            alone = torch.cat([generate(pipe, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
+            seen = [int(layout.fine.sum()) for layout in run.stages.plans if layout.step == 2]
+            if len(seen) < 2 or seen[0] == seen[1]:
+                continue
+            generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+            together = generate(pipe, prompt=["red apple"] * 2, generator=generators)
+            break
+    assert seen[0] != seen[1]
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_change_is_relative_to_the_coarse_tokens_of_the_image() -> None:
+    snapshots = list(still_and_moving(4).snapshots)
+    every = torch.ones(2, 2, dtype=torch.bool)
+    change = relative_change(snapshots, every)
+    torch.testing.assert_close(relative_change([10 * tokens + 7 for tokens in snapshots], every), change)
+    assert change[0].argsort(descending=True, stable=True).tolist() == [0, 3, 1, 2]
+    assert change[0, 1:3].tolist() == [0, 0]
+    others = torch.tensor([[False, True], [True, True]])  # the first is fine already: it is no part of the measure
+    assert relative_change(snapshots, others)[0, 3] > 5 * change[0, 3]
+    snapshots[-1] = snapshots[-1].clone()
+    snapshots[-1][:, 0] = 1e6
+    torch.testing.assert_close(
+        relative_change(snapshots, others)[0, 3], relative_change(list(still_and_moving(4).snapshots), others)[0, 3]
+    )
+
+
+def test_a_preset_with_a_threshold_has_three_mixed_stages() -> None:
+    for name, done in {"30": [11, 14, 17, 20], "18": [6, 8, 10, 12], "11": [3, 5, 6, 7], "9": [3, 4, 5, 6]}.items():
+        method = Fresco(preset=name, jump="r1", threshold=0.1)  # type: ignore[arg-type]
+        promotions = method.promotions(torch.empty(0), (16, 16))
+        assert [promotion.after for promotion in promotions] == done
+        assert [promotion.share for promotion in promotions] == [None] * 3 + [1.0]
+        assert method.num_inference_steps == int(name)
+
+
+# --- the weight of coarse tokens in attention
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_a_coarse_token_with_a_weight_of_four_draws_as_much_attention_as_four(pipe: Any, weight: float) -> None:
+    """Each coarse token is put into the sequence four times: a forward without weights then says the same of it."""
+    seen: list[tuple[dict[str, Any], Tensor]] = []
+    handle = pipe.transformer.register_forward_hook(
+        lambda _, __, kwargs, output: seen.append((kwargs, output[0])), with_kwargs=True
+    )
+    with hasten.accelerate(pipe, Fresco(stages=(2, 2, 2), shares=0.3, coarse_weight=weight)) as run:
+        generate(pipe, 6)
+    handle.remove()
+    for (given, answer), record in zip(seen, run.stages.records, strict=True):
+        mixed = record.coarse > 0 and record.fine > 0
+        assert bool(given.get("joint_attention_kwargs")) == (mixed and weight != 1)
+        if not mixed:
+            continue
+        order = torch.cat([torch.arange(record.coarse).repeat(4), torch.arange(record.coarse, record.tokens)])
+        copied = {"hidden_states": given["hidden_states"][:, order], "img_ids": given["img_ids"][order]}
+        with torch.no_grad():
+            other = pipe.transformer(**{**given, **copied, "joint_attention_kwargs": None})[0]
+        same = torch.allclose(other, answer[:, order], atol=1e-5, rtol=1e-4)
+        assert same == (weight == 4)
+
+
+def test_weights_do_not_change_what_is_counted(pipe: Any) -> None:
+    counted = []
+    for weight in (1.0, 4.0):
+        counter = FlopCounterMode(display=False)
+        with hasten.accelerate(pipe, Fresco(stages=(2, 2, 2), shares=0.3, coarse_weight=weight)) as run:
+            with counter, sdpa_kernel(SDPBackend.MATH):
+                generate(pipe, 6)
+            counted.append((counter.get_total_flops(), run.stages.report().flops_ratio))
+    assert counted[0] == counted[1]
+    assert counted[0][0] > 0
+
+
+def test_weights_keep_what_a_pipeline_says_of_its_attention_and_refuse_another_mask(pipe: Any) -> None:
+    with hasten.accelerate(pipe, Fresco(stages=(2, 2, 2), shares=0.3, coarse_weight=4.0)):
+        seen: list[Any] = []
+        handle = pipe.transformer.register_forward_pre_hook(
+            lambda _, __, kwargs: seen.append(kwargs["joint_attention_kwargs"]), with_kwargs=True
+        )
+        generate(pipe, 6, joint_attention_kwargs={"scale": 1.0})
+        handle.remove()
+        assert [sorted(each) for each in seen] == [["scale"]] * 2 + [["attention_mask", "scale"]] * 2 + [["scale"]] * 2
+        with pytest.raises(AdapterError, match="attention_mask in joint_attention_kwargs"):
+            generate(pipe, 6, joint_attention_kwargs={"attention_mask": torch.zeros(1, 1, 1, 1)})
+
+
+def test_attention_that_takes_no_weights_is_refused(pipe: Any) -> None:
+    method = Fresco(stages=(3, 3, 3), coarse_weight=4.0)
+    qwen = VARIANTS["qwen edit"].make()
+    with pytest.raises(TargetError, match="as FLUX's does, and not that of QwenImageTransformer2DModel"):
+        hasten.accelerate(qwen, method)
+    layer = pipe.transformer.single_transformer_blocks[0].attn
+    own = layer.processor
+
+    class Other(type(own)):  # type: ignore[misc]
+        pass
+
+    layer.processor = Other()
+    with pytest.raises(TargetError, match="the transformer has Other"):
+        hasten.accelerate(pipe, method)
+    layer.processor = own
+    with hasten.accelerate(pipe, method):
+        own._attention_backend = "_native_flash"  # meanwhile
+        with pytest.raises(TargetError, match=r"not '_native_flash'.*set_attention_backend\('native'\)"):
+            generate(pipe)
+        own._attention_backend, own._parallel_config = None, object()
+        with pytest.raises(TargetError, match="over several devices"):
+            generate(pipe)
+        own._parallel_config = None
+        assert generate(pipe).isfinite().all()
+
+
 # --- life
 
 
@@ -368,6 +550,13 @@ def test_the_spectral_switch_takes_any_number_of_steps(pipe: Any) -> None:
         (lambda: Fresco(stages=(3, 3, 3, 3), shares=(0.4, 0.2)), "shares must rise"),
         (lambda: Fresco(stages=(1, 3, 3)), "2 coarse steps"),
         (lambda: Fresco(noise="independent", jump="r2"), "independent"),
+        (lambda: Fresco(threshold=0.1), "with r2 every promotion"),
+        (lambda: Fresco(threshold=0.1, jump="r1", shares=0.3), "leave shares out"),
+        (lambda: Fresco(threshold=0.1, jump="r1", score="edges"), "score='edges'"),
+        (lambda: Fresco(threshold=0.1, jump="r1", stages=(1, 2, 3)), "the first has 2 steps"),
+        (lambda: Fresco(threshold=0.1, jump="r1", stages=(4, 5)), "three stages or more"),
+        (lambda: Fresco(threshold=0.1, jump="r1", stages=(3, 0, 3)), "all but the first from 1"),
+        (lambda: Fresco(coarse_weight=8.0), "coarse_weight"),
         (lambda: RALU(stages=fit_stages((3, 4), (0.7, 0.0))), "three stages"),
     ],
 )

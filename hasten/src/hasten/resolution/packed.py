@@ -9,6 +9,7 @@ one list of positions per forward: images whose token sets are equal share a for
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import AdapterError, ConfigError, ScheduleError
+from hasten.models.key_bias import with_key_bias
 from hasten.models.rope import PositionProxy, position_proxy, use_positions
 from hasten.pipeline.hooks import Forward
 from hasten.pipeline.scheduler import NoiseLevels
@@ -141,6 +143,7 @@ class _Group:
         units: the frame of the positions.
         references: token set of each reference image.
         counts: tokens of each image, the generated one first.
+        bias: on the keys of all images' tokens in attention, `[S]`; None for none.
         ids: FLUX's, `[S, 3]`; None for a model that makes its positions from `img_shapes`.
         proxy: what makes positions for such a model.
     """
@@ -150,6 +153,7 @@ class _Group:
     units: Units
     references: Sequence[TokenSet]
     counts: tuple[int, ...]
+    bias: Tensor | None = None
     ids: Tensor | None = None
     proxy: PositionProxy | None = None
 
@@ -162,6 +166,14 @@ class PackedEngine(ResolutionEngine[Run, Record, Plan]):
         self.pixels = PixelLayout.of(pipe.vae)
 
     # --- what a method decides
+
+    @property
+    def coarse_weight(self) -> float:
+        """Weight in attention of a coarse token of the generated image beside fine ones, 1 being that of any other.
+
+        Another one needs a transformer that `check_key_bias` lets pass.
+        """
+        return 1.0
 
     @abstractmethod
     def begin_tokens(self, number: int, levels: NoiseLevels, grids: Sequence[tuple[int, int]], hidden: Tensor) -> Run:
@@ -193,8 +205,8 @@ class PackedEngine(ResolutionEngine[Run, Record, Plan]):
         """
 
     @abstractmethod
-    def units(self, run: Run) -> Units:
-        """The frame of the positions at this step."""
+    def units(self, run: Run, own: TokenSet) -> Units:
+        """The frame of the positions at this step, of images with these tokens."""
 
     @abstractmethod
     def move(self, run: Run, image: int, velocity: tuple[Tensor, Tensor]) -> None:
@@ -249,6 +261,8 @@ class PackedEngine(ResolutionEngine[Run, Record, Plan]):
         given = arguments["hidden_states"]
         hidden = torch.cat([part.float() for part in parts], 1).to(given.dtype)
         replaced = _of_images(arguments, group.images, len(given)) | {"hidden_states": hidden}
+        if group.bias is not None:
+            replaced = with_key_bias(replaced, group.bias.to(given.dtype))
         if group.proxy is None:
             return forward(**{**replaced, "img_ids": group.ids})
         shapes = [[(1, 1, count) for count in group.counts]] * len(hidden)
@@ -257,9 +271,10 @@ class PackedEngine(ResolutionEngine[Run, Record, Plan]):
 
     def _regroup(self, run: Run, module: Any, *, shapes: bool) -> None:
         """Make the groups again if an image's tokens or the frame of the positions changed."""
-        units, now = self.units(run), {image: group for group in run.groups for image in group.images}
+        now = {image: group for group in run.groups for image in group.images}
         if now and all(
-            now[image].tokens is state.tokens and now[image].units == units for image, state in enumerate(run.states)
+            now[image].tokens is state.tokens and now[image].units == self.units(run, state.tokens)
+            for image, state in enumerate(run.states)
         ):
             return
         alike: dict[bytes, list[int]] = {}
@@ -270,12 +285,16 @@ class PackedEngine(ResolutionEngine[Run, Record, Plan]):
             tokens = run.states[images[0]].tokens
             for image in images:
                 run.states[image].tokens = tokens
-            references = self.reference_sets(run, tokens)
+            references, units = self.reference_sets(run, tokens), self.units(run, tokens)
             placed = [each.image_tokens(units) for each in (tokens, *references)]
             counts, device = tuple(each.count for each in (tokens, *references)), tokens.fine.device
             ids = None if shapes else flux_ids(placed, device)
             proxy = position_proxy(module, *qwen_positions(placed), device) if shapes else None
-            run.groups.append(_Group(tuple(images), tokens, units, references, counts, ids, proxy))
+            bias = None
+            if self.coarse_weight != 1 and tokens.coarse_count and tokens.fine_count:
+                bias = torch.zeros(sum(counts), device=device)
+                bias[: tokens.coarse_count] = math.log(self.coarse_weight)
+            run.groups.append(_Group(tuple(images), tokens, units, references, counts, bias, ids, proxy))
 
     def size(self, run: Run, arguments: Mapping[str, Any]) -> ForwardSize:
         text = arguments.get("encoder_hidden_states")
@@ -294,13 +313,14 @@ class PackedEngine(ResolutionEngine[Run, Record, Plan]):
     def advance(self, run: Run, step: SamplerStep) -> tuple[Tensor | None, bool]:
         if not run.states:
             return None, False
-        before = run.counts
+        before = [state.tokens.count for state in run.states]
         for image, state in enumerate(run.states):
             velocity = state.tokens.collect(step.prediction[image : image + 1]).float()
             self.move(run, image, state.tokens.scatter(velocity))
         self.moved(run)
         step.skip()
-        preview, switched = _cat([state.preview() for state in run.states]), run.counts != before
+        preview = _cat([state.preview() for state in run.states])
+        switched = [state.tokens.count for state in run.states] != before
         if all(state.complete for state in run.states):
             run.states, run.groups = [], []  # the pipeline is given the true latents from here on
         return preview, switched

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hasten.errors import ConfigError
+from hasten.models.key_bias import check_key_bias
 from hasten.pipeline.scheduler import NoiseLevels
 from hasten.resolution.discrepancy import latents_to_vae
 from hasten.resolution.engine import ResolutionMethod
@@ -46,11 +47,11 @@ class Promotion:
 
     Attributes:
         after: steps that are done by then.
-        share: of all coarse tokens that are fine from then on; 1 for all.
+        share: of all coarse tokens that are fine from then on; 1 for all; None for those that have `settled`.
     """
 
     after: int
-    share: float = 1.0
+    share: float | None = 1.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class RegionMethod(ResolutionMethod):
     """Base of the methods, frozen dataclasses."""
 
     units: Units = "lr_units"
+    coarse_weight: float = 1.0
 
     @abstractmethod
     def promotions(self, sigmas: Tensor, size: tuple[int, int]) -> tuple[Promotion, ...]:
@@ -148,13 +150,22 @@ class RegionMethod(ResolutionMethod):
         """`[B, n]`, the highest are promoted first; not asked for when all tokens are."""
         raise AssertionError(f"{type(self).__name__} promotes all tokens at once")
 
+    def settled(self, promotion: PromotionInput, coarse: Tensor) -> Tensor:
+        """Which tokens a promotion without a share takes, as many as there may be: `[h, w]` bool on the device.
+
+        Args:
+            promotion: what is known.
+            coarse: tokens that are still coarse, `[h, w]` bool; what is said of others does not count.
+        """
+        raise AssertionError(f"{type(self).__name__} promotes shares")
+
     @abstractmethod
     def promote(self, state: MixedState, new: Tensor, promotion: PromotionInput) -> float:
         """Make tokens fine.
 
         Args:
             state: at `promotion.level`; changed in place.
-            new: `[h, w]` bool.
+            new: `[h, w]` bool, coarse tokens; there may be none.
             promotion: what is known.
 
         Returns:
@@ -170,14 +181,14 @@ class RegionRun(PackedRun):
     """What is remembered of the call under way.
 
     Attributes:
-        promotions: share of the coarse tokens that are fine from then on, by the number of steps done.
+        promotions: share of the coarse tokens that are fine from then on (see `Promotion`), by the steps done.
         snapshots: of the coarse tokens in the steps so far, for each image.
         references: token set of each reference image.
         generators: of each image's own noise.
         level: noise level after the promotion that has just happened.
     """
 
-    promotions: Mapping[int, float]
+    promotions: Mapping[int, float | None]
     snapshots: list[list[Tensor]] = field(default_factory=list)
     references: Sequence[TokenSet] = ()
     generators: Sequence[torch.Generator] = ()
@@ -201,9 +212,19 @@ class RegionEngine(PackedEngine[RegionRun, RegionRecord, Layout]):
     )
     method: RegionMethod
 
+    @property
+    def coarse_weight(self) -> float:
+        return self.method.coarse_weight
+
+    def check(self) -> None:
+        if self.coarse_weight != 1:
+            for module in self._modules:
+                check_key_bias(module, f"coarse_weight of {self.name}")
+
     def begin_tokens(
         self, number: int, levels: NoiseLevels, grids: Sequence[tuple[int, int]], hidden: Tensor
     ) -> RegionRun:
+        self.check()  # another attention may have been set
         method, (rows, columns) = self.method, grids[0]
         if method.num_inference_steps is not None:
             check_total(self.name, "its stages", method.num_inference_steps, len(levels))
@@ -239,8 +260,8 @@ class RegionEngine(PackedEngine[RegionRun, RegionRecord, Layout]):
         fine = hidden.split([rows * columns for rows, columns in run.grids], 1)[1:]
         return [(tokens[:, :0], tokens) for tokens in fine]  # no coarse ones
 
-    def units(self, run: RegionRun) -> Units:
-        return self.method.units if run.step >= min(run.promotions) else "lr_units"
+    def units(self, run: RegionRun, own: TokenSet) -> Units:
+        return self.method.units if own.fine_count else "lr_units"
 
     def move(self, run: RegionRun, image: int, velocity: tuple[Tensor, Tensor]) -> None:
         state, (coarse, fine) = run.states[image], velocity
@@ -248,13 +269,13 @@ class RegionEngine(PackedEngine[RegionRun, RegionRecord, Layout]):
         clean = state.coarse - sigma * coarse
         run.snapshots[image].append(self.method.snapshot(state.coarse, coarse, clean))
         state.move(coarse, fine, after - sigma)
-        share = run.promotions.get(run.step + 1)
-        if share is None:
+        if run.step + 1 not in run.promotions:
             return
         mask = state.tokens.fine
         size, draw = (mask.shape[0], mask.shape[1]), partial(self._fresh_noise, run, image)
         promotion = PromotionInput(self.pipe, size, clean, run.snapshots[image], after, draw, self.pixels)
-        run.level = self.method.promote(state, self._chosen(state, share, promotion), promotion)
+        chosen = self._chosen(state, run.promotions[run.step + 1], promotion)
+        run.level = self.method.promote(state, chosen, promotion)
         self.plans.append(Layout(run.number, run.step, image, state.tokens.fine))
 
     def moved(self, run: RegionRun) -> None:
@@ -267,8 +288,10 @@ class RegionEngine(PackedEngine[RegionRun, RegionRecord, Layout]):
         coarse, fine = run.counts
         return RegionRecord(**common, coarse=coarse, fine=fine)
 
-    def _chosen(self, state: MixedState, share: float, promotion: PromotionInput) -> Tensor:
+    def _chosen(self, state: MixedState, share: float | None, promotion: PromotionInput) -> Tensor:
         tokens = state.tokens
+        if share is None:
+            return self.method.settled(promotion, ~tokens.fine) & ~tokens.fine
         if share >= 1:
             return ~tokens.fine
         total, taken = tokens.fine.numel(), tokens.fine_count // 4
@@ -287,8 +310,9 @@ class RegionEngine(PackedEngine[RegionRun, RegionRecord, Layout]):
 
 def _check_promotions(name: str, promotions: Sequence[Promotion], total: int) -> None:
     after, shares = [p.after for p in promotions], [p.share for p in promotions]
-    if shares[-1] < 1 or after != sorted(set(after)) or not 0 < after[0] <= after[-1] < total:
-        steps = ", ".join(f"{share:.0%} after {done}" for share, done in zip(shares, after, strict=True))
+    if shares[-1] != 1 or after != sorted(set(after)) or not 0 < after[0] <= after[-1] < total:
+        named = ["what has settled" if share is None else f"{share:.0%}" for share in shares]
+        steps = ", ".join(f"{what} after {done}" for what, done in zip(named, after, strict=True))
         raise ConfigError(
             f"{name} promotes {steps} of {total} steps; the last promotion has to take all tokens, and a step at full "
             "size has to follow it"

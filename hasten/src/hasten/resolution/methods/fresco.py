@@ -10,8 +10,15 @@ A promotion, with the field `E` bound to the coordinates, and `sigma'` the level
     jump="r2"   the state goes back to sigma'' = 2 sigma' / (1 + sigma') with its noise exchanged for the field's: the
                 Hadamard children of the paper with the right norm; the levels that follow are spread again
 
+Promotions: one after each stage but the last, which takes all that are left. How many tokens the others take is a
+share; or, with a threshold, those that have settled by then, whose clean estimate changed over the last steps by less
+than so many standard deviations of the image's. A preset's mixed stage then has three parts.
+
 Scores: the variance of a token's clean estimate over the last steps, the least first ("temporal_low", the paper's), or
 the greatest; variance over its channels; for comparison edges of the decoded estimate, and chance.
+
+Attention in mixed stages counts a coarse token once; with `coarse_weight=4`, which adds log 4 to the scores of its key,
+it counts as much as four tokens would (not of the paper).
 
 The paper's text was not available: the split of the steps comes from its FLOPs, rules and score from two readings
 of it. Departure: pixels are enlarged, not packed tokens.
@@ -19,8 +26,9 @@ of it. Departure: pixels are enlarged, not packed tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -42,7 +50,7 @@ from hasten.resolution.regions import (
     temporal_variance,
 )
 
-__all__ = ["Fresco"]
+__all__ = ["Fresco", "relative_change"]
 
 Preset = Literal["30", "18", "11", "9"]
 PRESETS: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
@@ -81,6 +89,12 @@ class Fresco(RegionMethod):
         Snapshot, "what the variance over steps is taken of: clean estimates, states or velocities"
     ] = "x0"
     window: Annotated[int, Range(2), "number of last steps in that variance"] = 4
+    threshold: Annotated[
+        float | None,
+        Range(0),
+        "relative change over the last steps below which a token is promoted at the end of any stage but the last two, "
+        "instead of shares; with jump='r1'",
+    ] = None
     jump: Annotated[
         Jump, "a promotion: the clean estimate noised again (r1), or the state taken back with its noise exchanged (r2)"
     ] = "r2"
@@ -88,31 +102,61 @@ class Fresco(RegionMethod):
         Noise, "coarse noise: the low-pass of the fine one (dc), one of four (anchor); or other noise at promotions"
     ] = "dc"
     units: Annotated[Units, "frame of the positions in mixed stages"] = "lr_units"
+    coarse_weight: Annotated[
+        float,
+        Range(1, 4),
+        "weight of a coarse token in attention in mixed stages: that of a fine one (1) to that of the four for which "
+        "it stands (4); FLUX alone takes another than 1",
+    ] = 1.0
     smooth: Annotated[float, Range(0, 1), "share of a 3x3 mean in promoted clean estimates, with jump='r1'"] = 0.0
     shift: Annotated[float, Range(above=0), "of the levels that follow a promotion with jump='r2'"] = 3.0
 
     def check(self) -> None:
         super().check()
         stages, shares = self._split
-        if self.stages is not None and self.shares is None and len(stages) != len(PRESETS[self.preset][0]):
+        if self.threshold is not None:
+            self._check_threshold(stages)
+        elif self.shares is None and len(stages) > len(PRESETS[self.preset][0]):
             raise ConfigError(f"stages={self.stages} need shares, one for each of the {len(stages) - 2} between")
         if len(stages) != len(shares) + 2 or min(stages[1:]) < 1:
             raise ConfigError(
                 f"stages are two or more numbers of steps, all but the first from 1, and shares one for each stage "
                 f"between the first and the last; got stages={stages}, shares={shares}"
             )
-        if any(a >= b for a, b in pairwise(shares)):
+        if any(a is not None and b is not None and a >= b for a, b in pairwise(shares)):
             raise ConfigError(f"shares must rise, got {shares}")
         if shares and self.score.startswith("temporal") and stages[0] == 1:
             raise ConfigError("a variance over steps needs 2 coarse steps; give stages with more, or another score")
         if self.noise == "independent" and self.jump == "r2":
             raise ConfigError("noise='independent' is for jump='r1'; the rewind exchanges the field's noise")
 
+    def _check_threshold(self, stages: tuple[int, ...]) -> None:
+        if self.shares is not None:
+            raise ConfigError("threshold decides how many tokens are promoted; leave shares out, or the threshold")
+        if self.score != "temporal_low":
+            raise ConfigError(f"threshold promotes what changes least and knows no score={self.score!r}; leave it out")
+        if self.jump == "r2":
+            raise ConfigError(
+                "threshold is for jump='r1': with r2 every promotion takes the whole image back, however few tokens "
+                "have settled"
+            )
+        if len(stages) < 3 or stages[0] < 2:
+            raise ConfigError(
+                f"threshold needs three stages or more, of which the first has 2 steps or more, got stages={stages}"
+            )
+
     @property
-    def _split(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    def _split(self) -> tuple[tuple[int, ...], tuple[float | None, ...]]:
+        """Steps of each stage, and the share of each promotion but the last; None where the threshold decides."""
         stages, shares = PRESETS[self.preset]
-        given = (self.shares,) if isinstance(self.shares, float) else self.shares
-        return self.stages or stages, shares if given is None else given
+        if self.threshold is not None:
+            first, mixed, last = stages
+            given = self.stages or (first, *_parts(mixed), last)
+            return given, (None,) * (len(given) - 2)
+        stages = self.stages or stages
+        if self.shares is None:
+            return stages, shares if len(stages) > 2 else ()
+        return stages, (self.shares,) if isinstance(self.shares, float) else self.shares
 
     @property
     def num_inference_steps(self) -> int:
@@ -123,8 +167,16 @@ class Fresco(RegionMethod):
         stages, shares = self._split
         if stages[0] == 0:
             return ()
-        done = [sum(stages[: k + 1]) for k in range(len(stages) - 1)]
+        done = list(accumulate(stages[:-1]))
         return tuple(Promotion(*pair) for pair in zip(done, (*shares, 1.0), strict=True))
+
+    def _latest(self, promotion: PromotionInput) -> Sequence[Tensor]:
+        return promotion.snapshots[-self.window :]
+
+    def settled(self, promotion: PromotionInput, coarse: Tensor) -> Tensor:
+        change = relative_change(self._latest(promotion), coarse)
+        assert self.threshold is not None
+        return change.reshape(coarse.shape) < self.threshold
 
     def coarse_noise(self, noise: Tensor) -> Tensor:
         return anchor_noise(noise) if self.noise == "anchor" else low_noise(noise)
@@ -142,10 +194,7 @@ class Fresco(RegionMethod):
         if self.score == "random":
             return promotion.fresh_noise()[:, : clean.shape[1], 0]
         kind, direction = self.score.split("_")
-        if kind == "temporal":
-            scores = temporal_variance(promotion.snapshots[-self.window :])
-        else:
-            scores = channel_variance(clean)
+        scores = temporal_variance(self._latest(promotion)) if kind == "temporal" else channel_variance(clean)
         return scores if direction == "high" else -scores
 
     def promote(self, state: MixedState, new: Tensor, promotion: PromotionInput) -> float:
@@ -169,3 +218,33 @@ class Fresco(RegionMethod):
         state.fine = torch.where(children(new), promoted, remaining)
         state.tokens = TokenSet(state.tokens.fine | new)
         return level
+
+
+def _parts(steps: int) -> tuple[int, ...]:
+    """A mixed stage in three parts of nearly equal length, the longer ones first."""
+    return tuple((steps + 2 - part) // 3 for part in range(3))
+
+
+def relative_change(snapshots: Sequence[Tensor], coarse: Tensor) -> Tensor:
+    """How much each token changed over the last steps, in standard deviations of the image.
+
+    The deviation of a token over the steps (root mean square over its channels), over that of the image's coarse
+    tokens in the last step: 0 for a token that stands still, near 1 for one that becomes another.
+
+    Args:
+        snapshots: `[1, n, C]` each.
+        coarse: tokens whose values say how much there is in the image, `[h, w]` bool, one at least.
+
+    Returns:
+        `[1, n]`.
+
+    Raises:
+        ConfigError: for fewer than two snapshots.
+    """
+    counted = coarse.reshape(1, -1, 1)
+    last = snapshots[-1]
+    # Sums over the mask: choosing the tokens by it would wait for the device.
+    count = counted.sum() * last.shape[-1]
+    mean = (last * counted).sum() / count
+    spread = ((last - mean).square() * counted).sum() / count
+    return (temporal_variance(snapshots) / spread.clamp(min=torch.finfo(last.dtype).tiny)).sqrt()

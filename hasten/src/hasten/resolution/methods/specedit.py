@@ -238,7 +238,7 @@ class SpecEditEngine(PackedEngine[EditRun, EditRecord, EditMap]):
         coarse = pack(resized(self.pipe, latents, size)) if pixels else self.pixels.shrink(fine, size)
         return _Source((size[0] // 2, size[1] // 2), coarse, fine)
 
-    def units(self, run: EditRun) -> Units:
+    def units(self, run: EditRun, own: TokenSet) -> Units:
         return self.method.units if run.step >= self.method.draft else "lr_units"
 
     def reference_sets(self, run: EditRun, own: TokenSet) -> Sequence[TokenSet]:

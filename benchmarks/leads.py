@@ -1,0 +1,151 @@
+"""Results that are gone on with, and how far an arm is ahead of others on the same prompts: for benchmarks with rows.
+
+A row has the operations of an arm and its figures, a list per measure with a number for each prompt. Whether more is
+better a measure's sign says: 1, or -1 where less is. Figures may lack a number (None), as that of what an edit has
+left alone where it may change everything; such prompts are left out of the measure.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hasten.bench.environment import environment
+from hasten.bench.plain import plain_samplers
+from hasten.bench.subject import Subject
+from hasten.io import write_atomically
+from held_out import FAILS, check_weights, weights_of
+
+RESAMPLES = 2000
+ALIKE = 1e-6  # difference of operations that is none
+
+Row = dict[str, Any]
+Figures = Mapping[str, Sequence[float | None]]
+
+
+class Results:
+    """Rows by the text of their arm in a JSON file, which is written whenever one is added.
+
+    Args:
+        file: may be there; what it has is not measured again.
+        model: whose rows they are.
+        asked: what else rows depend on, by name. Rows that were measured with something else end the program.
+    """
+
+    def __init__(self, file: Path, model: Subject, asked: Mapping[str, Any]) -> None:
+        known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        check_weights(known, model)
+        if other := {name: known[name] for name in asked if known.get(name, asked[name]) != asked[name]}:
+            raise SystemExit(f"{file} was measured with {other}, and {dict(asked)} is asked for: give another --json")
+        self.file, self.whole = file, known | {"weights": weights_of(model), "environment": environment()} | dict(asked)
+        self.rows: dict[str, Row] = self.whole.setdefault("rows", {})
+
+    def add(self, text: str, flops: Sequence[int], figures: Figures, **more: Any) -> Row:
+        """Write a new row; the first one is the full run, to which the operations of all are compared."""
+        own = float(np.mean(flops))
+        base = next(iter(self.rows.values()))["flops"] if self.rows else own
+        rounded = {
+            name: [None if value is None else round(float(value), 5) for value in values]
+            for name, values in figures.items()
+        }
+        means = {
+            name: round(float(known.mean()), 4) for name, values in rounded.items() if len(known := _known(values))
+        }
+        self.rows[text] = {"flops": own, "ratio": base / own, **more, "figures": rounded, "means": means}
+        self.write()
+        return self.rows[text]
+
+    def write(self) -> None:
+        """Write everything."""
+        write_atomically(self.file, json.dumps(self.whole, indent=1) + "\n")
+
+
+def _known(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([value for value in values if value is not None], np.float64)
+
+
+def paired(ahead: Sequence[float]) -> dict[str, Any]:
+    """The mean of differences between two arms on the same prompts, and 95 % of a bootstrap over the prompts."""
+    values = np.asarray(ahead, np.float64)
+    means = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(1)
+    return {
+        "mean": round(float(values.mean()), 4),
+        "interval": [round(float(one), 4) for one in np.quantile(means, (0.025, 0.975))],
+    }
+
+
+def leads(row: Row, others: Mapping[str, Row], signs: Mapping[str, int]) -> dict[str, Any]:
+    """By measure: the best of some other rows, and how far a row is ahead of it, above 0 where it is better.
+
+    Args:
+        row: whose lead it is.
+        others: rows of the same prompts.
+        signs: of the measures. What has none of one (the full run has no distance to itself) is left out of it.
+    """
+    found: dict[str, Any] = {}
+    for name, sign in signs.items():
+        known = {
+            label: float(other["means"][name]) for label, other in others.items() if name in other.get("means", {})
+        }
+        if name not in row["means"] or not known:
+            continue
+        best = max(known, key=lambda label: sign * known[label])
+        pairs = zip(row["figures"][name], others[best]["figures"][name], strict=True)
+        ahead = [sign * (own - other) for own, other in pairs if own is not None and other is not None]
+        found[name] = {"best": best, **paired(ahead)}
+    return found
+
+
+def nearest(row: Row, others: Mapping[str, Row]) -> str | None:
+    """Of other rows that cost at least as much as a row, the one that costs least; None if all cost less."""
+    costly = {label: other["flops"] for label, other in others.items() if other["flops"] >= (1 - ALIKE) * row["flops"]}
+    return min(costly, key=lambda label: costly[label], default=None)
+
+
+def rival_leads(
+    rows: Mapping[str, Row], arm: str, families: Mapping[str, Callable[[str], bool]], signs: Mapping[str, int]
+) -> dict[str, Any]:
+    """How far an arm is ahead of the nearest row of each family that costs at least as much; None where all cost less.
+
+    Args:
+        rows: by the text of their arm.
+        arm: which of them.
+        families: by name, whether the text of an arm is of it.
+        signs: of the measures.
+    """
+    found: dict[str, Any] = {}
+    for family, belongs in families.items():
+        rival = nearest(rows[arm], {text: row for text, row in rows.items() if belongs(text) and "flops" in row})
+        if rival is None:
+            found[family] = None
+            continue
+        cost = round(rows[rival]["flops"] / rows[arm]["flops"], 4)
+        found[family] = {"rival": rival, "cost": cost, **leads(rows[arm], {rival: rows[rival]}, signs)}
+    return found
+
+
+def against_plain(
+    text: str, measure: Callable[[str], Row], steps: int, signs: Mapping[str, int], samplers: Sequence[str] = ()
+) -> dict[str, Any]:
+    """How far an arm is ahead of the best plain sampler with the fewest steps that cost at least as much, by measure.
+
+    Args:
+        text: the arm.
+        measure: its row, and those of plain samplers by `name@steps`.
+        steps: of the full run.
+        signs: of the measures.
+        samplers: solvers and spacings to try; all by default. Those that the model does not have are named.
+    """
+    row = measure(text)
+    count = math.ceil(steps / row["ratio"] - ALIKE)
+    beside, lacking = dict[str, Row](), list[str]()
+    for sampler in samplers or plain_samplers():
+        try:
+            beside[f"{sampler}@{count}"] = measure(f"{sampler}@{count}")
+        except FAILS:
+            lacking.append(sampler)
+    return leads(row, beside, signs) | {"steps": count} | ({"lacking": lacking} if lacking else {})
