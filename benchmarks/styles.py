@@ -105,7 +105,7 @@ class Bed:
 
     def __init__(self, options: argparse.Namespace) -> None:
         data = load_emoji_styles_data(options.data)
-        rows = spread(data.rows(held_out=True), options.pairs)
+        rows = spread(data.taught(held_out=True), options.pairs)
         self.pairs = [data.pairs[i] for i in rows.tolist()]
         self.truth = (render(data, rows, plain_views(len(rows)), SIZE) + 1) / 2
         self.model = load_emoji_styles(options.weights)

@@ -53,7 +53,7 @@ def open_styles(name: str, weights: Path, call: dict[str, Any], load: Callable[[
     if not (weights / "training.json").is_file():
         raise ModelError(f"no {name} weights in {weights}; export some with the training script")
     check_sealed(weights, ModelError, "Reinstall hasten-zoo, or export them again.")
-    pairs = [pair for pair in read_judge(HERE)[0] if not pair.held_out]
+    pairs = [pair for pair in read_judge(HERE)[0] if pair.taught and not pair.held_out]
     try:
         pipe = load(weights)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -102,7 +102,7 @@ def diversity(pipe: FluxPipeline, lpips: Perceptual, concepts: Sequence[str], st
 
 def near_copies(data: EmojiStyles, lpips: Perceptual, images: Tensor) -> tuple[list[float], Tensor]:
     """LPIPS of each image to the nearest training image (either way round), and those images `[B, 3, R, R]`."""
-    rows = data.rows(held_out=False)
+    rows = data.taught(held_out=False)
     coarse = []
     for part in rows.split(256):
         small = F.avg_pool2d(render(data, part, plain_views(len(part)), 64), 4)
@@ -138,13 +138,13 @@ def spread(rows: Tensor, count: int) -> Tensor:
 
 def diversity_of(pipe: FluxPipeline, lpips: Perceptual, data: EmojiStyles, steps: int, guidance: float) -> Any:
     """`diversity` for the concepts of 32 known pairs."""
-    concepts = sorted({data.pairs[i].concept for i in spread(data.rows(held_out=False), 32).tolist()})
+    concepts = sorted({data.pairs[i].concept for i in spread(data.taught(held_out=False), 32).tolist()})
     return diversity(pipe, lpips, concepts, steps, guidance)
 
 
 def hardness(pipe: FluxPipeline, data: EmojiStyles, guidance: float) -> float:
     """Median PSNR in dB of 9 plain Euler steps to 50 steps, for captions of 32 known pairs."""
-    prompts = [caption(data.pairs[i]) for i in spread(data.rows(held_out=False), 32).tolist()]
+    prompts = [caption(data.pairs[i]) for i in spread(data.taught(held_out=False), 32).tolist()]
     few, many = (generate(pipe, prompts, list(range(len(prompts))), n, guidance) for n in (9, 50))
     return round(statistics.median(psnr(few, many)), 2)
 
@@ -154,7 +154,7 @@ def moment(weights: Path, data: EmojiStyles, judge: Judge, images: int, steps: i
     """The row of the curve for one weights folder."""
     pipe = load_pipeline(weights)
     pipe.set_progress_bar_config(disable=True)
-    rows = spread(data.rows(held_out=True), images).tolist()
+    rows = spread(data.taught(held_out=True), images).tolist()
     pairs = [data.pairs[i] for i in rows]
     drawn = generate(pipe, [caption(pair) for pair in pairs], list(range(len(pairs))), steps, guidance)
     row = {"samples": json.loads((weights / "training.json").read_text())["samples"], "images": len(pairs)}
@@ -189,7 +189,7 @@ def evaluate(weights: Path, data: EmojiStyles, out: Path, images: int, steps: in
     }
     shown: dict[str, Tensor] = {}
     for kind in ("held_out", "known"):
-        rows = spread(data.rows(held_out=kind == "held_out"), images)
+        rows = spread(data.taught(held_out=kind == "held_out"), images)
         pairs = [data.pairs[i] for i in rows.tolist()]
         true = render(data, rows, plain_views(len(rows)), SIZE)
         drawn = generate(pipe, [caption(pair) for pair in pairs], list(range(len(pairs))), steps, guidance)

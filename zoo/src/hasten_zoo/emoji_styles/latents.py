@@ -2,7 +2,7 @@
 
     python -m hasten_zoo.emoji_styles.latents --data runs/emoji-styles/data --vae runs/emoji-styles/vae/weights
 
-Each training pair is encoded in several views per size (mirrored, shifted, on a colour). Another `--seed` gives other
+Each training pair of a concept that is taught is encoded in several views per size (mirrored, shifted, on a colour). Another `--seed` gives other
 views: a new part of the training is best given new ones.
 
 Shapes: per size S `latents-S.npy` is `[V, N, 16, S/8, S/8]` float16 and `colours-S.npy` is `[V, N]` uint8, for V views
@@ -27,7 +27,7 @@ from hasten_zoo.emoji_styles.vae import EmojiVAE
 
 __all__ = ["VIEWS", "Latents", "encode_views", "load_latents"]
 
-VIEWS = {128: 4, 64: 2, 192: 1}  # per training pair
+VIEWS = {128: 16, 64: 8, 192: 4}  # per training pair
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Latents:
 def encode_views(vae: EmojiVAE, data: EmojiStyles, size: int, views: int, seed: int, batch: int = 64) -> Latents:
     """Encode `views` random views of every training pair at one size."""
     generator = torch.Generator().manual_seed(seed)
-    rows = data.rows(held_out=False)
+    rows = data.taught(held_out=False)
     vae.eval()
     side = size // 8
     values = torch.empty(views, len(rows), vae.config.latent_channels, side, side, dtype=torch.float16)

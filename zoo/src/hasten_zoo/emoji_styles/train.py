@@ -66,7 +66,7 @@ class Captions:
     """
 
     def __init__(self, data: EmojiStyles, latents: dict[int, Latents], tokenizer: Any) -> None:
-        pairs = [data.pairs[i] for i in data.rows(held_out=False).tolist()]
+        pairs = [data.pairs[i] for i in data.taught(held_out=False).tolist()]
         names = list(COLOURS)
 
         self.empty = token_ids(tokenizer, [""])[0]

@@ -47,9 +47,9 @@ class TrueEdit:
 def _candidates(data: EmojiStyles, what: What, generator: torch.Generator) -> Iterator[TrueEdit]:
     """One edit for every held-out pair, in random order."""
     known: dict[str, list[int]] = {}
-    for i in data.rows(held_out=False).tolist():
+    for i in data.taught(held_out=False).tolist():
         known.setdefault(data.pairs[i].concept, []).append(i)
-    rows = data.rows(held_out=True)
+    rows = data.taught(held_out=True)
     for row in rows[torch.randperm(len(rows), generator=generator)].tolist():
         pair = data.pairs[row]
         if what == "style":

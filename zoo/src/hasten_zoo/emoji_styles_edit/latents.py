@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     data = load_emoji_styles_data(args.data)
-    scenes = draw_scenes(data.pairs, data.rows(held_out=False), torch.Generator().manual_seed(args.seed))
+    scenes = draw_scenes(data.pairs, data.taught(held_out=False), torch.Generator().manual_seed(args.seed))
     save_scenes(encode_scenes(EmojiVAE.from_pretrained(args.vae), data, scenes), args.out)
 
 

@@ -99,7 +99,7 @@ class Captions:
     """
 
     def __init__(self, pairs: Sequence[Pair], tokenizer: Any, device: str = "cpu") -> None:
-        known = [pair for pair in pairs if not pair.held_out]
+        known = [pair for pair in pairs if pair.taught and not pair.held_out]
         texts = [caption(pair, colour, style) for style in (False, True) for colour in COLOURS for pair in known]
         self.ids = token_ids(tokenizer, texts).to(device).view(2, len(COLOURS), len(known), TEXT_TOKENS)
         self.empty = token_ids(tokenizer, [""])[0].to(device)
