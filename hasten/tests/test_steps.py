@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hasten
 from hasten.errors import AdapterError
+from hasten.pipeline.caller import Caller, Owner, alive, current_owner
 from hasten.pipeline.runs import Runs
-from hasten.pipeline.view import Caller, Owner, PipelineView, alive, current_owner
+from hasten.pipeline.view import PipelineView
 
 LATENTS = torch.zeros(1, 64, 48)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ CONCEPTS = ["red apple", "left arrow", "cat face"]
 @pytest.fixture
 def data() -> EmojiStyles:
     """Nine pairs, the last one held out; an image is a coloured rectangle that is not symmetric."""
-    pairs = [Pair(style, c, "Food", "arrow" not in c, False) for style in STYLES for c in CONCEPTS]
+    pairs = [Pair(style, c, "Food & Drink", "arrow" not in c, False) for style in STYLES for c in CONCEPTS]
     pairs[-1] = Pair(**{**vars(pairs[-1]), "held_out": True})
     random = np.random.default_rng(0)
     images = {}
@@ -104,7 +105,7 @@ def test_another_archive_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_captions() -> None:
-    pair = Pair("noto", "red apple", "Food", True, False)
+    pair = Pair("noto", "red apple", "Food & Drink", True, False)
     assert caption(pair) == "noto, red apple"
     assert caption(pair, "sky blue", style=False) == "red apple on sky blue"
     assert caption(None, "sky blue") == ""
@@ -155,6 +156,21 @@ def test_style_and_caption_are_left_out_as_often_as_said(
     assert styled == pytest.approx(0.9 * 2 / 3, abs=0.03)
     assert "3d , cat face" not in {text.split(" on ")[0] for text in seen}  # held out
     assert any(text.endswith("on sky blue") for text in seen)
+
+
+def test_concepts_that_are_not_taught_are_neither_encoded_nor_asked_for(data: EmojiStyles, vae: EmojiVAE) -> None:
+    left_out = "red apple"
+    pairs = [replace(pair, category="Flags") if pair.concept == left_out else pair for pair in data.pairs]
+    fewer = EmojiStyles(pairs, data.images)
+    assert len(fewer.rows(held_out=False)) == len(data.rows(held_out=False))  # what the autoencoder learns from
+    taught = {fewer.pairs[i].concept for i in fewer.taught(held_out=False).tolist()}
+    assert taught == {pair.concept for pair in data.pairs} - {left_out}
+    latents = {size: encode_views(vae, fewer, size, 2, seed=size) for size in (64, 128, 192)}
+    tokenizer = build_tokenizer(STYLES, CONCEPTS)
+    ids = train.Captions(fewer, latents, tokenizer).ids[128]
+    said = tokenizer.batch_decode(ids.flatten(0, -2), skip_special_tokens=True)
+    assert said
+    assert not any(left_out in text for text in said)
 
 
 def test_captions_that_do_not_fit_are_refused(data: EmojiStyles, latents: dict[int, Latents]) -> None:

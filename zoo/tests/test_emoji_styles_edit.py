@@ -35,8 +35,12 @@ CONCEPTS = ["lemon", "star", "fish", "cat face", "left arrow", "lone ghost"]
 @pytest.fixture(scope="module")
 def data() -> EmojiStyles:
     """Sixteen pairs; "flat, star" is held out and a ghost is known in one style. An image is a coloured rectangle."""
-    pairs = [Pair(s, c, "", "arrow" not in c, (s, c) == ("flat", "star")) for s in STYLES for c in CONCEPTS[:-1]]
-    pairs.append(Pair("noto", "lone ghost", "", True, False))
+    pairs = [
+        Pair(s, c, "Animals & Nature", "arrow" not in c, (s, c) == ("flat", "star"))
+        for s in STYLES
+        for c in CONCEPTS[:-1]
+    ]
+    pairs.append(Pair("noto", "lone ghost", "Animals & Nature", True, False))
     random = np.random.default_rng(0)
     stored = np.zeros((len(pairs), SIZE, SIZE, 4), np.uint8)
     for image in stored:
@@ -324,8 +328,8 @@ def test_held_out_edits_lead_to_held_out_pairs_or_change_them(data: EmojiStyles)
 
 
 def test_distinct_edits_differ_in_their_instructions(data: EmojiStyles) -> None:
-    pairs = [Pair(p.style, p.concept, "", True, p.concept == "star") for p in data.pairs[:10]]
-    pairs += [Pair("3d", "star", "", True, False), *data.pairs[11:]]
+    pairs = [Pair(p.style, p.concept, "Animals & Nature", True, p.concept == "star") for p in data.pairs[:10]]
+    pairs += [Pair("3d", "star", "Animals & Nature", True, False), *data.pairs[11:]]
     edits = held_out_edits(EmojiStyles(pairs, data.images), {"style": 2, "background": 2}, distinct=True)
     assert len({true.edit.prompt for true in edits}) == len(edits) == 4
 

@@ -29,7 +29,7 @@ from hasten_zoo.training import Settings, Training, read_checkpoint
 
 STYLES, CONCEPTS = ["noto", "flat"], ["red apple", "left arrow", "cat face"]
 SIZE, TOKENS, RANK = 64, 16, 4
-PAIRS = [Pair(style, c, "Food", True, (style, c) == ("flat", "cat face")) for style in STYLES for c in CONCEPTS]
+PAIRS = [Pair(style, c, "Food & Drink", True, (style, c) == ("flat", "cat face")) for style in STYLES for c in CONCEPTS]
 
 
 @pytest.fixture

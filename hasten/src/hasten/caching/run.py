@@ -14,8 +14,8 @@ from hasten.caching.method import CachingMethod
 from hasten.caching.schedule import Decision
 from hasten.calibration import RunFacts
 from hasten.errors import HastenWarning
+from hasten.pipeline.caller import joined_passes
 from hasten.pipeline.runs import StepInfo
-from hasten.pipeline.view import joined_passes
 
 __all__ = ["CachingRun"]
 

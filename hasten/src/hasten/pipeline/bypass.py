@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hasten.errors import CopyError, HastenWarning
-from hasten.pipeline.view import first_argument
+from hasten.pipeline.caller import first_argument
 
 __all__ = ["Watch", "copy_error"]
 

@@ -23,9 +23,9 @@ from torch import nn
 
 from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenWarning
 from hasten.pipeline.bypass import Watch, copy_error
+from hasten.pipeline.caller import Caller
 from hasten.pipeline.compiled import one_graph_error
 from hasten.pipeline.instead import active
-from hasten.pipeline.view import Caller
 
 __all__ = [
     "Forward",

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from hasten.errors import AdapterError, HastenWarning
-from hasten.pipeline.view import Caller, Owner, PipelineView, alive, current_owner, same_memory
+from hasten.pipeline.caller import Caller, Owner, alive, current_owner
+from hasten.pipeline.view import PipelineView, same_memory
 
 __all__ = ["Run", "Runs", "StepInfo", "sample_shape", "signature"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from hasten.calibration import TIMESTEP_TOLERANCE
+from hasten.pipeline.caller import call_arguments, current_owner
 from hasten.pipeline.runs import Run
-from hasten.pipeline.view import call_arguments, current_owner
 from hasten.quality.model_facts import ModelFacts
 
 __all__ = ["SCALES", "Call", "Conditions", "pipeline_name", "scheduler_facts"]

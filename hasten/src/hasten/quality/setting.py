@@ -18,9 +18,10 @@ from hasten.caching.methods import Reuse
 from hasten.calibration import Calibration
 from hasten.errors import CertificateError, ConfigError
 from hasten.io import digest_of
+from hasten.pipeline.caller import Caller
 from hasten.pipeline.hooks import still
 from hasten.pipeline.runs import Run
-from hasten.pipeline.view import Caller, denoisers
+from hasten.pipeline.view import denoisers
 from hasten.quality.certificate import Certificate, certificates, shipped
 from hasten.quality.conditions import Call
 from hasten.quality.model_facts import ModelFacts

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from hasten.errors import HastenWarning, ScheduleError
-from hasten.pipeline.view import Caller
+from hasten.pipeline.caller import Caller
 
 __all__ = ["asked_by_user", "check_asked"]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hasten.pipeline.view import Caller, Owner, alive, current_owner, same_memory
+from hasten.pipeline.caller import Caller, Owner, alive, current_owner
+from hasten.pipeline.view import same_memory
 
 __all__ = ["hand_over"]
 

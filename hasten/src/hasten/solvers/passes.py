@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hasten.pipeline.caller import Caller, Owner, current_owner
 from hasten.pipeline.hooks import Forward, Hook, Remove, attach
-from hasten.pipeline.view import Caller, Owner, current_owner, denoisers
+from hasten.pipeline.view import denoisers
 
 __all__ = ["UNWATCHED", "Answers", "PassesHook", "difference", "mixture_of", "watch_passes"]
 

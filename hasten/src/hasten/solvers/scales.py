@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hasten.errors import ScheduleError
-from hasten.pipeline.view import call_arguments, current_owner
+from hasten.pipeline.caller import call_arguments, current_owner
 from hasten.solvers.content import Content
 
 __all__ = ["SCALES", "asked_guidance", "check_asked_guidance", "scale_of_run"]

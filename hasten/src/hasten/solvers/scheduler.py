@@ -18,8 +18,8 @@ from torch import Tensor
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
 from hasten.io import Limits, describe, digest_of, read_json, write_atomically
+from hasten.pipeline.caller import Caller, Owner, current_owner
 from hasten.pipeline.numbers import check_step, checks_all
-from hasten.pipeline.view import Caller, Owner, current_owner
 from hasten.solvers.asked import asked_by_user, check_asked
 from hasten.solvers.content import LEAP, REMEDY, arguments_of, as_json, check_arguments, refuse_other_model
 from hasten.solvers.formula import Formula, Learned, SecondOrder, signal

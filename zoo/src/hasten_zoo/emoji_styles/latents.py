@@ -2,8 +2,8 @@
 
     python -m hasten_zoo.emoji_styles.latents --data runs/emoji-styles/data --vae runs/emoji-styles/vae/weights
 
-Each training pair of a concept that is taught is encoded in several views per size (mirrored, shifted, on a colour). Another `--seed` gives other
-views: a new part of the training is best given new ones.
+Each training pair of a concept that is taught is encoded in several views per size (mirrored, shifted, on a colour).
+Another `--seed` gives other views: a new part of the training is best given new ones.
 
 Shapes: per size S `latents-S.npy` is `[V, N, 16, S/8, S/8]` float16 and `colours-S.npy` is `[V, N]` uint8, for V views
 of N training pairs; latents are shifted and scaled, as the transformer sees them.

@@ -50,7 +50,8 @@ def evaluate(weights: Path, teacher: Path, out: Path, images: int) -> dict[str, 
     rows: list[Tensor] = []
     for kind in ("held_out", "known"):
         chosen = spread(
-            torch.tensor([i for i, p in enumerate(judge.pairs) if p.taught and p.held_out == (kind == "held_out")]), images
+            torch.tensor([i for i, p in enumerate(judge.pairs) if p.taught and p.held_out == (kind == "held_out")]),
+            images,
         )
         pairs = [judge.pairs[i] for i in chosen.tolist()]
         prompts, seeds = [caption(pair) for pair in pairs], list(range(len(pairs)))
