@@ -20,7 +20,7 @@ import torch
 from harness import Bench
 from hasten.io import write_atomically
 from hasten_zoo.emoji_styles import train
-from hasten_zoo.emoji_styles.data import PACKAGES, SIZES, EmojiStyles, Pair, load_emoji_styles_data
+from hasten_zoo.emoji_styles.data import PACKAGES, SIZES, TAUGHT, EmojiStyles, Pair, load_emoji_styles_data
 from hasten_zoo.emoji_styles.latents import Latents, save_latents
 
 LEAST_SECONDS = 60  # compiling takes a third of it
@@ -83,7 +83,7 @@ def run_training(*arguments: str) -> None:
 
 def tiny_data(folder: Path) -> Path:
     """Data and latents of three images, in the form of the real ones."""
-    pairs = [Pair(style, "red apple", "Food", True, False) for style in list(PACKAGES)[:3]]
+    pairs = [Pair(style, "red apple", TAUGHT[0], True, False) for style in list(PACKAGES)[:3]]
     write_atomically(folder / "data" / "index.json", json.dumps({"pairs": [asdict(pair) for pair in pairs]}))
     for size in SIZES:
         images = np.zeros((len(pairs), size, size, 4), np.uint8)
@@ -91,6 +91,6 @@ def tiny_data(folder: Path) -> Path:
     data: EmojiStyles = load_emoji_styles_data(folder / "data")
     generator = torch.Generator().manual_seed(0)
     for size in SIZES:
-        values = torch.randn(1, len(data.rows(held_out=False)), 16, size // 8, size // 8, generator=generator)
+        values = torch.randn(1, len(data.taught(held_out=False)), 16, size // 8, size // 8, generator=generator)
         save_latents(Latents(values.half(), torch.zeros(values.shape[:2], dtype=torch.uint8)), folder / "latents", size)
     return folder

@@ -171,6 +171,8 @@ def test_concepts_that_are_not_taught_are_neither_encoded_nor_asked_for(data: Em
     said = tokenizer.batch_decode(ids.flatten(0, -2), skip_special_tokens=True)
     assert said
     assert not any(left_out in text for text in said)
+    with pytest.raises(ModelError, match=r"of \d+ images, and \d+ are trained on; make them again"):
+        train.Captions(data, latents, tokenizer)
 
 
 def test_captions_that_do_not_fit_are_refused(data: EmojiStyles, latents: dict[int, Latents]) -> None:

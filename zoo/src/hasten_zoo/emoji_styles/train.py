@@ -63,12 +63,20 @@ class Captions:
     Attributes:
         ids: by size, `[V, N, 2, 16]` for the views of `Latents`, without (0) and with (1) the style.
         empty: `[16]`, the empty caption.
+
+    Raises:
+        ModelError: if the latents are not those of the training pairs.
     """
 
     def __init__(self, data: EmojiStyles, latents: dict[int, Latents], tokenizer: Any) -> None:
         pairs = [data.pairs[i] for i in data.taught(held_out=False).tolist()]
         names = list(COLOURS)
-
+        for size, views in latents.items():
+            if views.colours.shape[1] != len(pairs):
+                raise ModelError(
+                    f"the latents of {size} pixels are of {views.colours.shape[1]} images, and {len(pairs)} are "
+                    "trained on; make them again with python -m hasten_zoo.emoji_styles.latents"
+                )
         self.empty = token_ids(tokenizer, [""])[0]
         self.ids = {}
         for size, views in latents.items():
