@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hasten
 from hasten.errors import AlreadyAcceleratedError, ConfigError, CopyError, HastenWarning, TargetError
-from hasten.pipeline import runs, view
+from hasten.pipeline import caller, runs
 
 METHODS = {
     "fresco": hasten.Fresco(stages=(3, 3, 3), shares=0.3),
@@ -130,7 +130,7 @@ def test_after_a_cancelled_call_others_and_the_next_are_as_ever(pipe: Any, name:
 def test_a_call_in_the_frame_of_one_that_has_gone_is_another_run(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every call of a pipeline got the frame of the one before."""
 
-    class Recycled(view.Caller):
+    class Recycled(caller.Caller):
         def __init__(self) -> None:
             super().__init__()
             self.owner = self.owner._replace(frame=None if self.pipe is None else 1)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hasten
 from hasten.errors import AdapterError
-from hasten.pipeline.caller import Caller, Owner, alive, current_owner
+from hasten.pipeline.caller import Caller, Owner, alive, current_owner, joined_passes
 from hasten.pipeline.runs import Runs
 from hasten.pipeline.view import PipelineView
 
@@ -321,3 +321,37 @@ def test_the_time_of_every_image_is_not_taken_for_the_list_of_steps(images, guid
         facts = run.engines["transformer"].facts
     assert facts.timesteps == tuple(pipe.scheduler.timesteps.tolist())
     assert [record.step for record in run.records if record.computed] == [0, 4, 7]
+
+
+class _Probe(torch.nn.Module):
+    """A denoiser that says how many passes its batch joins."""
+
+    def forward(self, hidden):
+        return joined_passes(hidden)
+
+
+class _Loops(DiffusionPipeline):
+    """Calls its denoiser itself, or in a loop of another function, where frames stand in the batch."""
+
+    def __init__(self, guides):
+        super().__init__()
+        self.probe, self.guides = _Probe(), guides
+
+    @property
+    def do_classifier_free_guidance(self):
+        return self.guides
+
+    def frames(self, latents):
+        return self.probe(latents)
+
+    def __call__(self, repeats, elsewhere=False):
+        latents = torch.zeros(2, 4)
+        batch = latents.repeat(repeats, 1)
+        return self.frames(batch) if elsewhere else self.probe(batch)
+
+
+def test_a_batch_joins_passes_where_its_own_loop_repeats_its_latents_to_guide():
+    guided, plain = _Loops(guides=True), _Loops(guides=False)
+    assert [guided(1), guided(2), guided(3)] == [1, 2, 3]
+    assert guided(3, elsewhere=True) == 1  # frames of one image in a loop of their own
+    assert plain(4) == 1  # views of one image in a batch

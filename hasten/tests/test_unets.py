@@ -18,7 +18,7 @@ from tiny import randn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import hasten
-from hasten.errors import AdapterError, CalibrationError, TargetError
+from hasten.errors import AdapterError, CalibrationError, ScheduleError, TargetError
 from hasten.models import deep_part
 from hasten.pipeline.runs import Runs
 
@@ -274,6 +274,15 @@ def test_as_many_steps_are_computed_as_were_asked_for(sdxl, part, steps):
         # A UNet has none of the methods that tell a transformer of the end of a call; its features go all the same.
         assert not run.engines["unet"].runs.under_way
     handle.remove()
+
+
+def test_a_loop_of_one_step_is_a_run_of_one_step(sdxl):
+    """Image to image that starts at the very end, under a scheduler that does not say where it begins."""
+    pipe, call = part_of(sdxl, "ddim img2img")
+    call = {"prompt": "a fish", "output_type": "latent", **call, "strength": 0.07}
+    fails = pytest.raises(ScheduleError, match=r"\b1 step\b|1 steps of the run")
+    with hasten.accelerate(pipe, "taylorseer", schedule="even", computed_steps=3), fails:
+        pipe(**call, generator=torch.Generator().manual_seed(0))
 
 
 def test_leap_on_a_unet_is_nearer_than_as_many_plain_steps(sdxl, tmp_path):

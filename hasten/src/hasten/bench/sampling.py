@@ -33,6 +33,11 @@ __all__ = [
     "plain",
 ]
 
+ATTENTION = (  # kernels of CPUs, of Apple's devices, and of back-ends that bring their own
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_attention_math_for_mps",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
 Attach = Callable[[Any], AbstractContextManager[Acceleration | None]]
 
 
@@ -174,11 +179,10 @@ def draw_sample(model: Subject, attach: Attach, steps: int, prompt: str, seed: i
 def flop_counter() -> FlopCounterMode:
     """Counts operations of matrix products, convolutions and attention, on CPUs too.
 
-    PyTorch's counter knows the attention of every device but the CPU's (2.13: not in its registry), which would be
-    counted as nothing.
+    PyTorch's counter knows the kernels of CUDA alone (2.13); attention in others would be counted as nothing.
     """
-    cpu: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={cpu: _attention_flops})
+    others = [getattr(torch.ops.aten, name) for name in ATTENTION if hasattr(torch.ops.aten, name)]
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(others, _attention_flops))
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:

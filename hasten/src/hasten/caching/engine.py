@@ -92,7 +92,7 @@ class CachingEngine(Hook):
         self._memory: PassMemory | None = None
         self._said: set[str] = set()
         self._numbers = FiniteCheck(type(method).__name__)
-        self._components: dict[tuple[int, FeatureKey], Components] = {}  # by method: this one, and forms that it holds
+        self._components: dict[tuple[int, FeatureKey], tuple[CachingMethod, Components]] = {}
         self._remove: Remove | None = None
         self._refuse_other_cache()
 
@@ -290,11 +290,12 @@ class CachingEngine(Hook):
 
     def _components_of(self, method: CachingMethod, key: FeatureKey) -> Components:
         """The method's components of a feature key, made once, since they keep tables on the device."""
-        components = self._components.get((id(method), key))
-        if components is None:
+        owner, components = self._components.get((id(method), key), (None, None))
+        if components is None or owner is not method:  # an identity may be given again
             if len(self._components) >= MOST_KEYS:  # images of ever other sizes
                 self._components.clear()
-            components = self._components[id(method), key] = method.components(key)
+            components = method.components(key)
+            self._components[id(method), key] = method, components
         return components
 
     def _find_layout(self, args: Any, kwargs: Any) -> models.TokenLayout:

@@ -100,7 +100,10 @@ class CachingMethod(Declared):
         """Raise an error if the method cannot serve the run; called at its first step."""
 
     def for_run(self, run: RunFacts) -> Self:
-        """The method as it serves a run; called when the run begins, behind `check_run`."""
+        """The method as it serves a run; called when the run begins, behind `check_run`.
+
+        Another object should be made once and held (`cached_property`): what it keeps on the device is kept with it.
+        """
         return self
 
     def check_passes(self, passes: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ __all__ = ["check_key_bias", "with_key_bias"]
 
 PROCESSORS = (FluxAttnProcessor, FluxIPAdapterAttnProcessor)
 # Of diffusers, which add a mask of real numbers. Flash and Sage attention refuse masks.
-BACKENDS = ("native", "_native_math", "_native_efficient", "_native_cudnn")
+BACKENDS = ("native", "_native_math", "_native_efficient")
 
 
 def check_key_bias(transformer: nn.Module, wanted: str) -> None:

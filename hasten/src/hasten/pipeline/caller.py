@@ -108,9 +108,20 @@ class Caller:
         return None if self.frame is None else _locals(self.frame, ["timesteps"]).get("timesteps")
 
     @property
-    def latents(self) -> Any:
-        """What the pipeline's call has under that name, one for each image; None where it has nothing."""
-        return None if self.frame is None else _locals(self.frame, ["latents"]).get("latents")
+    def loop(self) -> dict[str, Any]:
+        """What the function that calls the module under way has as `latents` and as `do_classifier_free_guidance`.
+
+        What it has not, the functions further out have, up to the pipeline's call.
+        """
+        caller, frame = self.frame, sys._getframe(1)
+        while self.frame is not None and frame is not self.frame:
+            assert frame.f_back is not None
+            caller, frame = frame.f_back if frame.f_code is _MODULE_CALL else caller, frame.f_back
+        found: dict[str, Any] = {}
+        while caller is not None:
+            found = _locals(caller, ["latents", "do_classifier_free_guidance"]) | found
+            caller = None if caller is self.frame else caller.f_back
+        return found
 
     @property
     def given(self) -> dict[str, Any] | None:
@@ -154,13 +165,18 @@ def _locals(frame: FrameType, names: Iterable[str]) -> dict[str, Any]:
 def joined_passes(hidden: Any) -> int:
     """How many passes, such as those of guidance, the pipeline's call has joined in the batch of the forward under way.
 
-    It repeats the latents of its loop for each. One where that does not show, as in a loop of the user's own.
+    It repeats the latents of its loop for each. One where that does not show, as in a loop of the user's own, and where
+    the pipeline says that it does not guide: then a larger batch is one of views or frames.
 
     Args:
         hidden: the denoiser's latents, `[B, ...]` or a list of B of them.
     """
-    latents = Caller().latents
+    caller = Caller()
+    loop = caller.loop
+    latents = loop.get("latents")
     if not isinstance(latents, Tensor) or not latents.numel():
+        return 1
+    if not loop.get("do_classifier_free_guidance", getattr(caller.pipe, "do_classifier_free_guidance", True)):
         return 1
     if isinstance(hidden, Tensor) and hidden.ndim != latents.ndim:
         return 1  # frames or views of one image in the place of images

@@ -86,12 +86,13 @@ def same_memory(one: Tensor, other: Tensor) -> bool:
 def _is_part(loop: Any, timesteps: Tensor) -> bool:
     """Whether a tensor is a slice of the scheduler's list.
 
-    A single entry, or one that is repeated, is the time of a step: pipelines as DiT's have it under the list's name,
-    once per image of the batch.
+    The first entry alone, or one that is repeated, is the time of a step: pipelines as DiT's have it under the list's
+    name, once per image of the batch. A later entry alone is a loop of one step, as image to image may have it.
     """
     if not isinstance(loop, Tensor) or loop.dim() != 1 or not same_memory(loop, timesteps):
         return False
-    return loop.stride(0) > 0 and len(loop) > min(1, len(timesteps) - 1)
+    several = len(loop) > min(1, len(timesteps) - 1)
+    return loop.stride(0) > 0 and (several or loop.storage_offset() > timesteps.storage_offset())
 
 
 class PipelineView:

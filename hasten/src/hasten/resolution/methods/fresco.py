@@ -127,6 +127,11 @@ class Fresco(RegionMethod):
             raise ConfigError(f"shares must rise, got {shares}")
         if shares and self.score.startswith("temporal") and stages[0] == 1:
             raise ConfigError("a variance over steps needs 2 coarse steps; give stages with more, or another score")
+        if self.coarse_weight != 1 and not shares:
+            raise ConfigError(
+                f"coarse_weight={self.coarse_weight:g} is for stages of coarse and fine tokens, which two stages have "
+                "none of; leave it out, or give three stages"
+            )
         if self.noise == "independent" and self.jump == "r2":
             raise ConfigError("noise='independent' is for jump='r1'; the rewind exchanges the field's noise")
 
@@ -135,6 +140,10 @@ class Fresco(RegionMethod):
             raise ConfigError("threshold decides how many tokens are promoted; leave shares out, or the threshold")
         if self.score != "temporal_low":
             raise ConfigError(f"threshold promotes what changes least and knows no score={self.score!r}; leave it out")
+        if self.snapshot_of != "x0":
+            raise ConfigError(
+                f"threshold is a change of clean estimates, not of snapshot_of={self.snapshot_of!r}; leave that out"
+            )
         if self.jump == "r2":
             raise ConfigError(
                 "threshold is for jump='r1': with r2 every promotion takes the whole image back, however few tokens "
@@ -233,7 +242,8 @@ def relative_change(snapshots: Sequence[Tensor], coarse: Tensor) -> Tensor:
 
     Args:
         snapshots: `[1, n, C]` each.
-        coarse: tokens whose values say how much there is in the image, `[h, w]` bool, one at least.
+        coarse: tokens whose values say how much there is in the image, `[h, w]` bool; without one the change is none
+            that a threshold is above.
 
     Returns:
         `[1, n]`.
@@ -244,7 +254,7 @@ def relative_change(snapshots: Sequence[Tensor], coarse: Tensor) -> Tensor:
     counted = coarse.reshape(1, -1, 1)
     last = snapshots[-1]
     # Sums over the mask: choosing the tokens by it would wait for the device.
-    count = counted.sum() * last.shape[-1]
+    count = (counted.sum() * last.shape[-1]).clamp(min=1)
     mean = (last * counted).sum() / count
     spread = ((last - mean).square() * counted).sum() / count
     return (temporal_variance(snapshots) / spread.clamp(min=torch.finfo(last.dtype).tiny)).sqrt()
