@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hasten_zoo.emoji_styles import HERE as STYLES_HERE
+from hasten_zoo.emoji_styles.judge import read_judge
 from hasten_zoo.emoji_styles.model import build_pipeline, build_tokenizer
 from hasten_zoo.emoji_styles.vae import EmojiVAE
 from hasten_zoo.emoji_styles_edit import CALL, EDITS, is_done
@@ -88,7 +90,7 @@ def edit_model() -> Subject:
     torch.manual_seed(0)
     vae = EmojiVAE(block_out_channels=(12, 48, 8, 8), blocks=(0, 0), decoder_blocks=(0, 0)).eval()
     pipe = build_edit(build_pipeline(build_tokenizer(["noto"], ["lemon"]), vae, width=32, double=1, single=1))
-    known = {edit.prompt: edit for edit in read_edits(EDITS, vae)}
+    known = {edit.prompt: edit for edit in read_edits(EDITS, vae, read_judge(STYLES_HERE)[0])}
     chosen = [next(edit for text, edit in known.items() if text.startswith(word)) for word in ("add", "make it")]
 
     def grade(images: torch.Tensor, prompts: list[str]) -> list[bool]:
