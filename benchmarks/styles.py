@@ -109,7 +109,7 @@ class Bed:
         self.pairs = [data.pairs[i] for i in rows.tolist()]
         self.truth = (render(data, rows, plain_views(len(rows)), SIZE) + 1) / 2
         self.model = load_emoji_styles(options.weights)
-        self.turbo = None if options.turbo is None else load_emoji_styles_turbo(options.turbo)
+        self.turbo = None if options.turbo is None else load_emoji_styles_turbo(options.turbo, styles=options.weights)
         self.call = {} if options.guidance is None else {"true_cfg_scale": options.guidance}
         self.work: Path = options.work
         self.fits = self.prepared(self.model, STEPS, self.call, LEAP_COUNTS)

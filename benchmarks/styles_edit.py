@@ -2,6 +2,7 @@
 
     python benchmarks/styles_edit.py --json benchmarks/styles-edit.json
     python benchmarks/styles_edit.py --kinds added removed --edits 4 --arms "specedit" --json try.json
+    python benchmarks/styles_edit.py --weights EDIT --styles STYLES --json try.json     # folders of one training
 
 The edits are those that come with the model, whose true results are known; edit `i` is drawn with seed `i`. Sorts: the
 `style`; the `background`'s colour; an object in a corner, `added` or `removed`. For every edit there are
@@ -15,12 +16,14 @@ The edits are those that come with the model, whose true results are known; edit
 Operations are counted for each edit, since an arm computes more where more is edited. Beside every arm, for all edits
 and for each sort with the operations that it takes there, stands the best of all plain samplers (solvers and spacings)
 with the fewest steps that cost at least as much, by each measure: means and 95 % of a paired bootstrap over the edits.
-Every arm is written as soon as it is measured, and the same command goes on where it was cut short.
+Every arm is written as soon as it is measured, and the same command goes on where it was cut short, unless the file of
+edits is another one by then. An arm that cannot run has the reason in the place of figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -29,10 +32,13 @@ from typing import Any
 import numpy as np
 import torch
 from arms import STEPS, drawn
+from fits import check_texts
+from hasten.bench.arms import one_line
 from hasten.bench.edits import edit_of
 from hasten.bench.subject import Edit, Subject
+from hasten.errors import HastenError
 from hasten.quality.metrics import Lpips, psnr
-from hasten_zoo.emoji_styles_edit import WEIGHTS, load_emoji_styles_edit
+from hasten_zoo.emoji_styles_edit import EDITS, STYLES, WEIGHTS, load_emoji_styles_edit
 from leads import Results, Row, against_plain
 from torch import Tensor
 
@@ -66,15 +72,22 @@ def kind_of(prompt: str) -> str:
 
 
 def chosen(model: Subject, kinds: Sequence[str], most: int | None) -> list[str]:
-    """Instructions of these sorts in the model's order, so many of each at most."""
+    """Instructions of these sorts in the model's order, so many of each at most; the program ends if there are none."""
     found: list[str] = []
     for kind in kinds:
         found += [prompt for prompt in model.prompts if kind_of(prompt) == kind][:most]
+    if not found:
+        limit = "" if most is None else f", at most {most} of each"
+        raise SystemExit(
+            f"no edits of {model.name} are {' or '.join(kinds)}{limit}: name other --kinds, or more --edits"
+        )
     return found
 
 
 def part(row: Row, places: Sequence[int], base: Row) -> Row:
-    """The row of some of the edits, with the operations of those."""
+    """The row of some of the edits, with the operations of those; that of a refused arm as it is."""
+    if "refused" in row:
+        return row
     figures = {name: [values[i] for i in places] for name, values in row["figures"].items()}
     known = {name: [value for value in values if value is not None] for name, values in figures.items()}
     own, full = (float(np.mean([each["operations"][i] for i in places])) for each in (row, base))
@@ -124,6 +137,13 @@ def _rest(edit: Edit, image: Tensor, other: Tensor) -> float | None:
     return psnr(image, other, outside) if bool(outside.any()) else None
 
 
+def asked(prompts: Sequence[str], kinds: Sequence[str], guidance: float | None, file: Path = EDITS) -> dict[str, Any]:
+    """What rows depend on beside the weights: earlier ones of another file of edits are not gone on with."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    edits = {"number": len(prompts), "file": digest}
+    return {"edits": edits, "kinds": list(kinds), "guidance": 1.0 if guidance is None else guidance}
+
+
 def run(bed: Bed, results: Results, arms: Sequence[str]) -> None:
     """Measure what is not there yet, and compare."""
     rows, full = results.rows, f"euler@{STEPS}"
@@ -134,13 +154,21 @@ def run(bed: Bed, results: Results, arms: Sequence[str]) -> None:
 
     def measure(text: str) -> Row:
         if text not in rows:
-            images, flops = bed.draw(text)
-            results.add(text, flops, bed.figures(images), operations=flops)
+            try:
+                images, flops = bed.draw(text)
+            except (HastenError, ValueError) as error:
+                rows[text] = {"refused": one_line(error)}
+                results.write()
+            else:
+                results.add(text, flops, bed.figures(images), operations=flops)
         return rows[text]
 
     kinds = [kind_of(prompt) for prompt in bed.prompts]
     for text in arms:
         row = measure(text)
+        if "refused" in row:
+            print(text, row["refused"], flush=True)
+            continue
         row["against"] = against_plain(text, measure, STEPS, SIGNS)
         row["by_kind"] = {}
         for kind in dict.fromkeys(kinds):
@@ -158,17 +186,19 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--styles", type=Path, default=STYLES, help="weights of emoji-styles that it differs from")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--edits", type=int, help="of each sort at most; all that come with the model by default")
     parser.add_argument("--guidance", type=float, help="without guidance by default")
     parser.add_argument("--arms", help="arms with semicolons, instead of all")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    model = load_emoji_styles_edit(options.weights)
+    arms = ARMS if options.arms is None else [text for text in options.arms.split(";") if text]
+    check_texts(arms)
+    model = load_emoji_styles_edit(options.weights, styles=options.styles)
     prompts = chosen(model, options.kinds, options.edits)
-    asked = {"edits": len(prompts), "kinds": options.kinds, "guidance": options.guidance or 1.0}
-    results = Results(options.json, model, asked)
-    run(Bed(model, prompts, options.guidance), results, ARMS if options.arms is None else options.arms.split(";"))
+    results = Results(options.json, model, asked(prompts, options.kinds, options.guidance))
+    run(Bed(model, prompts, options.guidance), results, arms)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hasten_zoo.emoji_styles import HERE as STYLES_HERE
+from hasten_zoo.emoji_styles.judge import read_judge
 from hasten_zoo.emoji_styles.model import build_pipeline, build_tokenizer
 from hasten_zoo.emoji_styles.vae import EmojiVAE
 from hasten_zoo.emoji_styles_edit import CALL, EDITS, is_done
@@ -88,7 +90,7 @@ def edit_model() -> Subject:
     torch.manual_seed(0)
     vae = EmojiVAE(block_out_channels=(12, 48, 8, 8), blocks=(0, 0), decoder_blocks=(0, 0)).eval()
     pipe = build_edit(build_pipeline(build_tokenizer(["noto"], ["lemon"]), vae, width=32, double=1, single=1))
-    known = {edit.prompt: edit for edit in read_edits(EDITS, vae)}
+    known = {edit.prompt: edit for edit in read_edits(EDITS, vae, read_judge(STYLES_HERE)[0])}
     chosen = [next(edit for text, edit in known.items() if text.startswith(word)) for word in ("add", "make it")]
 
     def grade(images: torch.Tensor, prompts: list[str]) -> list[bool]:
@@ -112,8 +114,10 @@ def test_the_benchmark_of_edits_runs_on_an_untrained_model(
         edits["run"](bed, results, arms)
         return dict(json.loads(file.read_text()))
 
-    first = measured([arm])
+    refused = "default@2"  # of `fits`, which edits have none of
+    first = measured([refused, arm])
     rows = first["rows"]
+    assert list(rows[refused]) == ["refused"]
     assert next(iter(rows)) == "euler@5"
     assert rows[arm]["ratio"] > 1
     assert len(rows[arm]["operations"]) == 2
@@ -124,9 +128,42 @@ def test_the_benchmark_of_edits_runs_on_an_untrained_model(
     assert rows[arm]["figures"]["rest_full"][0] is None
     assert {"full_psnr", "truth_lpips", "edited", "done"} <= rows[arm]["against"].keys()
     monkeypatch.setattr(edits["Bed"], "figures", lambda *_: pytest.fail("measured again"))
-    assert measured([arm])["rows"] == rows
+    assert measured([refused, arm])["rows"] == rows
     with pytest.raises(SystemExit, match="give another --json"):
         measured([arm], asked=3)
     file.write_text(json.dumps(first | {"weights": "0" * 8}))
     with pytest.raises(SystemExit, match="other weights"):
         measured([arm])
+
+
+def test_edits_of_no_sort_that_is_asked_for_end_the_benchmark(edit_model: Subject) -> None:
+    chosen = script("styles_edit.py")["chosen"]
+    assert chosen(edit_model, ["removed", "added"], None) == [edit_model.prompts[0]]
+    with pytest.raises(SystemExit, match="no edits of emoji-styles-edit are removed or background: name other --kinds"):
+        chosen(edit_model, ["removed", "background"], None)
+
+
+def test_results_of_another_file_of_edits_are_not_gone_on_with(edit_model: Subject, tmp_path: Path) -> None:
+    edits, file = script("styles_edit.py"), tmp_path / "edits.json"
+    content, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    content.write_bytes(EDITS.read_bytes())
+    other.write_bytes(EDITS.read_bytes() + b" ")
+    asked = [edits["asked"](edit_model.prompts, ["added"], None, path) for path in (EDITS, content, other)]
+    edits["Results"](file, edit_model, asked[0]).write()
+    edits["Results"](file, edit_model, asked[1])
+    with pytest.raises(SystemExit, match="give another --json"):
+        edits["Results"](file, edit_model, asked[2])
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"edits": 2}))  # from before the file was asked for
+    with pytest.raises(SystemExit, match="give another --json"):
+        edits["Results"](file, edit_model, asked[0])
+
+
+def test_arms_of_edits_can_be_read_and_those_that_cannot_end_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits = script("styles_edit.py")
+    edits["check_texts"](edits["ARMS"])
+    monkeypatch.setitem(edits["main"].__globals__, "load_emoji_styles_edit", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("sys.argv", ["styles_edit.py", "--arms", "specedti", "--json", str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit, match="arm 'specedti'"):
+        edits["main"]()

@@ -320,6 +320,38 @@ def test_a_cooldown_goes_on_and_another_begins_once_the_trunk_is_further(tmp_pat
     assert (again.samples, again.learning_rate) == (560, 0.0)
 
 
+def test_a_cooldown_that_is_over_is_not_made_longer_without_a_word(tmp_path: Path) -> None:
+    run(_regression(Settings()), tmp_path, samples=80)
+    end, cooldown = train.start_cooldown(tmp_path, 80)
+    run(_regression(Settings(cooldown=cooldown)), tmp_path / "cooldown", samples=end)
+    with pytest.raises(
+        ModelError, match=r"the cooldown of 80 samples in .* is over, .* for a cooldown of 160 from there"
+    ):
+        train.start_cooldown(tmp_path, 160)
+    with pytest.raises(ModelError, match="no checkpoint in"):
+        train.start_cooldown(tmp_path / "nowhere", 80)
+
+
+def test_a_cooldown_that_was_cut_short_while_it_was_copied_starts_where_the_trunk_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(_regression(Settings()), tmp_path, samples=80)
+    end, cooldown = train.start_cooldown(tmp_path, 400)
+    run(_regression(Settings(cooldown=cooldown)), tmp_path / "cooldown", samples=end)
+    run(_regression(Settings()), tmp_path, samples=240)
+
+    def killed(path: Path, content: Any) -> Path:
+        if path.name == "plan.json":
+            raise KeyboardInterrupt
+        return write_atomically(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.start_cooldown(tmp_path, 400)
+    assert train.start_cooldown(tmp_path, 400) == (640, (240, 400))
+
+
 def test_every_caption_of_the_sets_fits() -> None:
     longest = caption(Pair("openmoji", "face with open eyes and hand over mouth", "", True, False), "dark green")
     words = longest.replace(",", " ,").split()

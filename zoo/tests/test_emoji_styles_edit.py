@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,9 @@ from diffusers import FluxKontextPipeline, FluxPipeline
 from hasten.errors import ConfigError, ModelError
 from torch import nn
 
+from hasten_zoo.emoji_styles import HERE as STYLES_HERE
+from hasten_zoo.emoji_styles import WEIGHTS as STYLES_WEIGHTS
+from hasten_zoo.emoji_styles import judge
 from hasten_zoo.emoji_styles.augment import COLOURS, WHITE
 from hasten_zoo.emoji_styles.data import EmojiStyles, Pair
 from hasten_zoo.emoji_styles.model import build_pipeline as build_styles
@@ -20,8 +25,8 @@ from hasten_zoo.emoji_styles.model import load_pipeline as load_styles
 from hasten_zoo.emoji_styles.train import export as export_styles
 from hasten_zoo.emoji_styles.train import learning_parts
 from hasten_zoo.emoji_styles.vae import EmojiVAE
+from hasten_zoo.emoji_styles_edit import EDITS, evaluate, is_done, load_emoji_styles_edit, train
 from hasten_zoo.emoji_styles_edit import data as edits_data
-from hasten_zoo.emoji_styles_edit import evaluate, is_done, load_emoji_styles_edit, train
 from hasten_zoo.emoji_styles_edit import model as edits_model
 from hasten_zoo.emoji_styles_edit.data import CORNERS, ITEMS, SIZE, Scenes, draw_scenes, render_scenes, scene_texts
 from hasten_zoo.emoji_styles_edit.edits import COUNTS, held_out_edits, read_edits, save_edits
@@ -320,11 +325,28 @@ def test_held_out_edits_lead_to_held_out_pairs_or_change_them(data: EmojiStyles)
     assert style.mask.all()
     assert background.prompt.startswith("make the background")
     assert item.kind == "local"
-    changed = (item.source - item.target).abs().amax(0) > 1e-6
-    assert changed.any()
-    assert not (changed & ~item.mask).any()
     again = held_out_edits(data, {"style": 1, "background": 1, "object": 1})
     assert all(torch.equal(a.edit.target, b.edit.target) for a, b in zip(edits, again, strict=True))
+
+
+def _flat_colours(image: torch.Tensor) -> int:
+    """How many colours an image has that are not those of edges, of a few pixels each."""
+    _, pixels = image.flatten(1).round(decimals=2).unique(dim=1, return_counts=True)
+    return int((pixels > 60).sum())
+
+
+def test_objects_are_added_and_removed_where_the_instruction_says(data: EmojiStyles) -> None:
+    shown = {"add": 0, "remove": 0}
+    for seed in range(12):
+        (true,) = held_out_edits(data, {"object": 1}, seed)
+        edit, word = true.edit, true.edit.prompt.split()[0]
+        changed = (edit.source - edit.target).abs().amax(0) > 1e-6
+        assert changed.any()
+        assert not (changed & ~edit.mask).any()
+        before, after = (_flat_colours(image) for image in (edit.source, edit.target))
+        assert (before, after) == ((2, 3) if word == "add" else (3, 2))  # the rectangle, what is behind it, an object
+        shown[word] += 1
+    assert min(shown.values()) > 2
 
 
 def test_distinct_edits_differ_in_their_instructions(data: EmojiStyles) -> None:
@@ -338,17 +360,32 @@ def test_edits_come_back_from_their_file(data: EmojiStyles, styles_pipe: FluxPip
     path, vae = tmp_path / "edits.safetensors", styles_pipe.vae
     edits = held_out_edits(data, dict.fromkeys(COUNTS, 1))
     save_edits(edits, vae, path)
-    for true, read in zip(edits, read_edits(path, vae), strict=True):
+    for true, read in zip(edits, read_edits(path, vae, data.pairs), strict=True):
         assert (read.prompt, read.kind) == (true.edit.prompt, true.edit.kind)
         assert torch.equal(read.mask, true.edit.mask)
         with torch.no_grad():
             through = vae.decode(vae.encode(true.edit.target[None] * 2 - 1).latents).sample.clamp(-1, 1)[0]
         assert (read.target * 2 - 1 - through).abs().mean() < 0.02
+    for other in ({"held_out": False}, {"category": "Objects"}):
+        pairs = [replace(pair, **other) if pair.held_out else pair for pair in data.pairs]
+        with pytest.raises(
+            ModelError, match=r"the pair flat, star, which is not one of the 0 that are held out of what"
+        ):
+            read_edits(path, vae, pairs)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(ModelError, match=r"edits\.safetensors"):
-        read_edits(path, vae)
+        read_edits(path, vae, data.pairs)
+
+
+def test_the_edits_that_come_with_the_model_are_of_pairs_that_are_measured() -> None:
+    vae = EmojiVAE.from_pretrained(STYLES_WEIGHTS / "vae").eval()
+    edits = read_edits(EDITS, vae, judge.read_judge(STYLES_HERE)[0])
+    words = Counter(edit.prompt.split()[0] for edit in edits)
+    assert len({edit.prompt for edit in edits}) == words.total() == sum(COUNTS.values())
+    assert min(words["add"], words["remove"]) > COUNTS["object"] / 3
+    assert EDITS.stat().st_size <= 700_000
 
 
 def test_an_edit_is_done_if_it_is_nearer_to_the_target_and_keeps_the_rest(data: EmojiStyles) -> None:
@@ -360,13 +397,18 @@ def test_an_edit_is_done_if_it_is_nearer_to_the_target_and_keeps_the_rest(data: 
         assert is_done(edit, spoiled) == bool(edit.mask.all())
 
 
-def test_an_exported_editor_is_a_subject(start: Path, data: EmojiStyles, tmp_path: Path) -> None:
+def test_an_exported_editor_is_a_subject(
+    start: Path, data: EmojiStyles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edits = held_out_edits(data, dict.fromkeys(COUNTS, 1))
     save_edits(edits, load_styles(start).vae, tmp_path / "edits.safetensors")
     with pytest.raises(ModelError, match="no emoji-styles-edit weights"):
         load_emoji_styles_edit(tmp_path / "weights", tmp_path / "edits.safetensors", start)
     _run(start, "--samples", "2", "--rank", "4")
     _run(start, "--export", str(tmp_path / "weights"))
+    with pytest.raises(ModelError, match="the pair flat, star, which is not one of the 164"):
+        load_emoji_styles_edit(tmp_path / "weights", tmp_path / "edits.safetensors", start)
+    monkeypatch.setattr(judge, "read_judge", lambda _: (data.pairs, {}))
     model = load_emoji_styles_edit(tmp_path / "weights", tmp_path / "edits.safetensors", start)
     model.pipe.set_progress_bar_config(disable=True)
     assert [edit.prompt for edit in model.edits] == model.prompts

@@ -342,8 +342,9 @@ def test_evaluation_is_of_the_student_beside_its_teacher(
     _run(monkeypatch, teacher, tmp_path, "--export", str(tmp_path / "weights"))
     monkeypatch.setattr(evaluate, "ARMS", (("teacher", 3), ("turbo", 3), ("turbo", 2)))
     monkeypatch.setattr(evaluate, "spread", lambda rows, count: torch.tensor([judge.pairs.index(p) for p in known[:2]]))
-    result = evaluate.evaluate(tmp_path / "weights", teacher, tmp_path, 2)
+    result = evaluate.evaluate(tmp_path / "weights", teacher, tmp_path, 200)
     arms = result["known"]
+    assert result["images"] == {"held_out": 2, "known": 2}
     assert "psnr_to_full_db" not in arms["teacher, 3 steps"]
     assert arms["turbo, 3 steps"]["psnr_to_full_db"] < 60  # nearly the same weights, without guidance
     assert arms["teacher, 3 steps"]["forwards"] == 2 * arms["turbo, 3 steps"]["forwards"] == 6

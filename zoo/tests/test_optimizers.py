@@ -117,6 +117,22 @@ def test_a_batch_that_is_not_finite_moves_nothing_but_the_momentum(muon: bool, t
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
+def test_a_sort_of_batch_that_was_never_finite_has_no_loss_in_the_curve(tmp_path: Path) -> None:
+    training = _training(True)
+    finite = training.loss
+
+    def loss(generator: torch.Generator) -> Loss:
+        found = finite(generator)
+        return Loss(found.value * float("nan"), 16, "large") if training.steps == 3 else found
+
+    training.loss = loss
+    run(training, tmp_path, samples=160, log_every=10)
+    row = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row["not_finite"] == 1
+    assert "loss/all" in row
+    assert "loss/large" not in row
+
+
 def test_a_checkpoint_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no checkpoint in .*; run the training script"):
         read_checkpoint(tmp_path)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from hasten.errors import ModelError
+from hasten.errors import HastenWarning, ModelError
 from torch import nn
 
 from hasten_zoo.record import CURVE, LOG, POSITION, export_record, read_log, start_of, thinned
@@ -101,10 +102,13 @@ def test_a_run_from_exported_weights_takes_up_their_record(tmp_path: Path) -> No
 def test_a_part_that_ends_with_its_time_goes_on_falling_where_it_was_interrupted(tmp_path: Path) -> None:
     minutes = 1 / 60
     first = _training()
-    run(first, tmp_path, 200, minutes, fall=1.0)  # interrupted after 50 steps
+    with pytest.warns(HastenWarning):
+        run(first, tmp_path, 200, minutes, fall=1.0)  # interrupted after 50 steps
     assert 0.05 < first.fallen < 1
     second = _training()
-    run(second, tmp_path, 10**9, minutes, fall=1.0, log_every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HastenWarning)  # it falls to the end
+        run(second, tmp_path, 10**9, minutes, fall=1.0, log_every=1)
     rates = [row["lr"] for row in read_log(tmp_path / LOG)]
     assert rates[0] <= 1e-2 * first.fallen
     assert rates == sorted(rates, reverse=True)
@@ -112,6 +116,18 @@ def test_a_part_that_ends_with_its_time_goes_on_falling_where_it_was_interrupted
     assert second.seconds == pytest.approx(60 * minutes, rel=0.2)
 
 
+def test_samples_that_end_a_run_before_its_rate_has_fallen_are_named(tmp_path: Path) -> None:
+    message = r"all --samples 8 were seen in .* of the 5 --minutes, .* fell to 1 of itself, .* with more --samples"
+    with pytest.warns(HastenWarning, match=message):
+        run(_training(), tmp_path, 8, 5.0, fall=0.5)
+    with pytest.warns(HastenWarning, match=message):
+        run(_training(), tmp_path, 8, 5.0, fall=0.5)  # also where there is nothing left to do
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HastenWarning)
+        run(_training(), tmp_path / "constant", 8, 5.0)
+
+
+@pytest.mark.filterwarnings("ignore:all --samples")
 @pytest.mark.parametrize(
     ("fall", "minutes", "message"),
     [
@@ -132,6 +148,7 @@ def test_a_run_that_ends_with_its_time_is_not_gone_on_with_otherwise(
     assert read_checkpoint(tmp_path)["position"][1] == 16
 
 
+@pytest.mark.filterwarnings("ignore:all --samples")
 def test_a_run_may_end_later_than_it_was_thought_of(tmp_path: Path) -> None:
     run(_training(), tmp_path, 40)
     training = _training()

@@ -68,8 +68,9 @@ class LowRankLinear(nn.Module):
     The matrix is put together in every forward. With some thousand tokens in a batch that is a hundredth of the layer's
     work, where taking the input through one factor after the other would save the matrix's gradient, but takes three
     thin products: on a CPU 10 % (256 to 1024, rank 16) to 145 % (256 to 256, rank 32) more time than a plain layer that
-    learns, against 0 to 24 % this way (bfloat16, 2,560 tokens, forward and backward). What is trained is also, bit for
-    bit, what is merged.
+    learns, against 0 to 24 % this way (bfloat16, 2,560 tokens, forward and backward). In float32 what is trained is
+    also, bit for bit, what is merged. Under autocast the sum is put together in bfloat16, and a file holds the factors
+    in half precision: there the merged layer differs from the trained one by that rounding.
 
     Args:
         layer: the plain layer; its parameters become this one's, its bias goes on learning.

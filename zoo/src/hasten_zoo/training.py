@@ -16,6 +16,7 @@ import json
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hasten.errors import ModelError
+from hasten.errors import HastenWarning, ModelError
 from hasten.io import add_line, check_sealed, read_json, write_atomically, write_sealed
 from torch import Tensor, nn
 
@@ -304,7 +305,8 @@ def run(
         checkpoint_minutes: between two checkpoints.
         log_every: steps per line of the log.
         fall: share of `minutes`, at the end, over which the rate falls to zero; for a part that nothing follows. If it
-            was interrupted, it goes on where it was: its `minutes` are those of all its pieces.
+            was interrupted, it goes on where it was: its `minutes` are those of all its pieces. Where `samples` end it
+            before them, a warning says so.
 
     Raises:
         ModelError: if the checkpoint cannot be read or is of a run on other terms (`fall` and its `minutes` among
@@ -326,13 +328,17 @@ def run(
     if fall and training.ends_from is None:
         training.ends_from = before
     begun = before if training.ends_from is None else training.ends_from
+
+    def fallen() -> float:
+        return min(1.0, max(0.0, 1 - (training.seconds - begun) / (60 * minutes)) / fall)
+
     started = saved = lined = time.monotonic()
     seen, sums, counts = training.samples, {}, {}  # type: ignore[var-annotated]
     idle = torch.zeros((), dtype=torch.long, device=training.device)  # batches that moved nothing
     with _stopping() as asked:
         while training.samples < samples and training.seconds - begun < 60 * minutes and not asked:
             if fall:
-                training.fallen = min(1.0, max(0.0, 1 - (training.seconds - begun) / (60 * minutes)) / fall)
+                training.fallen = fallen()
             loss = training.step()
             training.seconds = before + time.monotonic() - started
             idle = idle + ~training.sound
@@ -343,7 +349,7 @@ def run(
             if training.steps % log_every == 0:
                 now = time.monotonic()
                 row: dict[str, object] = {"step": training.steps, "samples": training.samples}
-                row |= {key: round(float(value / counts[key]), 5) for key, value in sorted(sums.items())}
+                row |= {key: round(float(value / counts[key]), 5) for key, value in sorted(sums.items()) if counts[key]}
                 if idle:
                     row["not_finite"] = int(idle)
                 if idle > log_every / 2:
@@ -361,6 +367,13 @@ def run(
                 _save(training, folder)
                 saved = time.monotonic()
     _save(training, folder)
+    if fall and training.samples >= samples and (left := fallen()):
+        warnings.warn(
+            f"all --samples {samples} were seen in {(training.seconds - begun) / 60:.3g} of the {minutes:g} --minutes, "
+            f"and the rate fell to {left:.2g} of itself, not to zero; go on with more --samples, the rest as it is",
+            HastenWarning,
+            stacklevel=2,
+        )
 
 
 def _save(training: Training, folder: Path) -> None:

@@ -182,7 +182,7 @@ def evaluate(weights: Path, data: EmojiStyles, out: Path, images: int, steps: in
     position = json.loads((weights / "training.json").read_text())
     result: dict[str, Any] = {
         "trained_on_samples": position["samples"],
-        "images": images,
+        "images": {},
         "steps": steps,
         "guidance": guidance,
         "judge": judge.description,
@@ -191,6 +191,7 @@ def evaluate(weights: Path, data: EmojiStyles, out: Path, images: int, steps: in
     for kind in ("held_out", "known"):
         rows = spread(data.taught(held_out=kind == "held_out"), images)
         pairs = [data.pairs[i] for i in rows.tolist()]
+        result["images"][kind] = len(pairs)  # there may be fewer than are asked for
         true = render(data, rows, plain_views(len(rows)), SIZE)
         drawn = generate(pipe, [caption(pair) for pair in pairs], list(range(len(pairs))), steps, guidance)
         views = nearest_views(drawn, true, [pair.mirror for pair in pairs])
@@ -227,7 +228,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/emoji-styles/data"))
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--images", type=int, default=200, help="of held-out pairs, and as many of known ones")
+    parser.add_argument("--images", type=int, default=200, help="of held-out pairs and of known ones, at most")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--curve", type=Path, nargs="+", metavar="WEIGHTS", help="only add these to the curve")

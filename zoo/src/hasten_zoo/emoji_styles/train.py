@@ -218,7 +218,8 @@ def start_cooldown(trunk: Path, samples: int) -> tuple[int, tuple[int, int]]:
     All in samples.
 
     Raises:
-        ModelError: if one of another length is under way.
+        ModelError: if one of another length is under way, or is over and the trunk has not moved on since; or if the
+            trunk has no checkpoint.
     """
     folder = trunk / "cooldown"
     plan = folder / "plan.json"
@@ -230,12 +231,19 @@ def start_cooldown(trunk: Path, samples: int) -> tuple[int, tuple[int, int]]:
                 "that one, or remove the folder"
             )
     elif planned is None or planned["start"] != _samples_in(trunk):
+        read_checkpoint(trunk)  # there has to be one
+        plan.unlink(missing_ok=True)  # comes last again: a copy that was cut short must not go on with an old start
         for name in (LOG, CHECKPOINT):
             if (trunk / name).is_file():
                 with (trunk / name).open("rb") as file:
                     write_atomically(folder / name, partial(shutil.copyfileobj, file))
-        planned = {"start": _samples_in(trunk), "length": samples}
+        planned = {"start": _samples_in(folder), "length": samples}  # the trunk may have moved on since
         write_atomically(plan, json.dumps(planned) + "\n")
+    elif planned["length"] != samples:
+        raise ModelError(
+            f"the cooldown of {planned['length']} samples in {folder} is over, and {trunk} has not moved on since it "
+            f"began; remove that folder for a cooldown of {samples} from there, or train on without --cooldown first"
+        )
     return planned["start"] + planned["length"], (planned["start"], planned["length"])
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hasten_zoo.emoji_styles import HERE as STYLES_HERE
 from hasten_zoo.emoji_styles import WEIGHTS as STYLES
 
 if TYPE_CHECKING:
@@ -48,13 +49,15 @@ def load_emoji_styles_edit(weights: Path = WEIGHTS, edits: Path = EDITS, styles:
     The folder `styles` has the weights of `emoji-styles` that it differs from.
 
     Raises:
-        ModelError: if the files are missing or damaged, or were trained from others than those in `styles`.
+        ModelError: if the files are missing or damaged, or were trained from others than those in `styles`; or if an
+            edit is of a pair that is not taught, or not held out.
     """
     # Imported here, so that training does not load the bench.
     from hasten.bench.subject import Subject
     from hasten.errors import ConfigError, ModelError
     from hasten.io import check_sealed
 
+    from hasten_zoo.emoji_styles.judge import read_judge
     from hasten_zoo.emoji_styles_edit.edits import read_edits
     from hasten_zoo.emoji_styles_edit.model import load_pipeline
 
@@ -67,7 +70,7 @@ def load_emoji_styles_edit(weights: Path = WEIGHTS, edits: Path = EDITS, styles:
         raise ModelError(
             f"the emoji-styles-edit files in {weights} cannot be read ({error}); export them again"
         ) from error
-    known = {edit.prompt: edit for edit in read_edits(edits, pipe.vae)}
+    known = {edit.prompt: edit for edit in read_edits(edits, pipe.vae, read_judge(STYLES_HERE)[0])}
 
     def grade(images: Tensor, prompts: list[str]) -> list[bool]:
         missing = [prompt for prompt in prompts if prompt not in known]

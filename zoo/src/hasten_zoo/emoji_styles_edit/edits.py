@@ -2,8 +2,9 @@
 
     python -m hasten_zoo.emoji_styles_edit.edits --data runs/emoji-styles/data     # writes edits.safetensors
 
-Each leads to the image of a pair of style and concept that no training has seen, or changes it. The file holds what
-the model comes with: latents of sources and targets (in steps of 0.1, as in training), instructions that differ from
+Each leads to the image of a pair of style and concept that no training has seen, or changes it; the concept is one that
+is taught. About half of the edits of objects add one, the others lead back and remove it. The file holds what the model
+comes with: latents of sources and targets (in steps of 0.1, as in training), instructions that differ from
 one another, and masks. Images decoded from it are as near to the published ones as the model's own can come.
 """
 
@@ -32,6 +33,7 @@ from hasten_zoo.emoji_styles_edit.latents import STEP, encode
 __all__ = ["TrueEdit", "held_out_edits", "read_edits", "save_edits"]
 
 What = Literal["style", "background", "object"]
+BACK_SHARE = 0.5  # of the edits of objects remove one
 COUNTS: dict[What, int] = {"style": 7, "background": 14, "object": 43}  # of the file; there are seven styles
 
 
@@ -63,7 +65,10 @@ def _candidates(data: EmojiStyles, what: What, generator: torch.Generator) -> It
             if what == "object" and int(scenes.item[0]) < 0:
                 continue
             (before,), (after,), (mask,) = render_scenes(data, scenes)
-            prompt = scene_texts(scenes)[0][0]
+            (there,), (back,) = scene_texts(scenes)
+            prompt = there
+            if what == "object" and float(torch.rand((), generator=generator)) < BACK_SHARE:
+                prompt, before, after = back, after, before
             mask = mask if what == "object" else torch.ones_like(mask)
         kind: Literal["local", "global"] = "local" if what == "object" else "global"
         yield TrueEdit(Edit(prompt, (before + 1) / 2, (after + 1) / 2, mask, kind), what, pair)
@@ -131,13 +136,25 @@ def save_edits(edits: Sequence[TrueEdit], vae: EmojiVAE, path: Path) -> None:
 
 
 @torch.inference_mode()
-def read_edits(path: Path, vae: EmojiVAE) -> list[Edit]:
+def read_edits(path: Path, vae: EmojiVAE, pairs: Sequence[Pair]) -> list[Edit]:
     """What `save_edits` wrote, decoded.
 
+    Args:
+        path: of the file.
+        vae: that decodes it.
+        pairs: all there are of style and concept; they say which are taught, and which are held out.
+
     Raises:
-        ModelError: if the file is missing or damaged.
+        ModelError: if the file is missing or damaged, or an edit is of a pair that is not taught, or not held out.
     """
     arrays, said = read_tensors(path, KIND)
+    measured = {(pair.style, pair.concept) for pair in pairs if pair.taught and pair.held_out}
+    for style, concept in zip(said.style, said.concept, strict=True):
+        if (style, concept) not in measured:
+            raise ModelError(
+                f"{path}: an edit is of the pair {style}, {concept}, which is not one of the {len(measured)} that are "
+                f"held out of what is taught. {KIND.remedy}"
+            )
     try:
         check_arrays(arrays, ARRAYS, {"edits": len(said.prompts), "channels": 16, "side": SIZE // 8, "rows": SIZE})
     except ValueError as error:

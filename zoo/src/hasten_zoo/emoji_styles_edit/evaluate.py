@@ -62,11 +62,12 @@ def evaluate(
     pipe.set_progress_bar_config(disable=True)
     judge, lpips = Judge.load(STYLES), Perceptual()
     position = json.loads((weights / "training.json").read_text())
-    result: dict[str, Any] = {"trained_on_edits": position["samples"], "edits": edits, "steps": steps}
+    result: dict[str, Any] = {"trained_on_edits": position["samples"], "edits": {}, "steps": steps}
     result |= {"guidance": guidance, "judge": judge.description}
     rows: list[Tensor] = []
     for what in COUNTS:
         chosen = held_out_edits(data, {what: edits})
+        result["edits"][what] = len(chosen)  # there may be fewer than are asked for
         true = [found.edit for found in chosen]
         sources, targets = (torch.stack([getattr(edit, name) for edit in true]) for name in ("source", "target"))
         drawn = apply_edits(pipe, sources, [edit.prompt for edit in true], steps, guidance)
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--styles", type=Path, default=STYLES_WEIGHTS, help="weights of emoji-styles")
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--edits", type=int, default=64, help="of each sort")
+    parser.add_argument("--edits", type=int, default=64, help="of each sort, at most")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1)

@@ -46,7 +46,7 @@ def evaluate(weights: Path, teacher: Path, out: Path, images: int) -> dict[str, 
     trained = {name: json.loads((folder / "training.json").read_text()) for name, folder in
                (("windows", weights), ("teacher_samples", teacher))}  # fmt: skip
     result: dict[str, Any] = {f"trained_on_{name}": position["samples"] for name, position in trained.items()}
-    result |= {"images": images, "guidance_of_teacher": GUIDANCE, "judge": judge.description}
+    result |= {"images": {}, "guidance_of_teacher": GUIDANCE, "judge": judge.description}
     rows: list[Tensor] = []
     for kind in ("held_out", "known"):
         chosen = spread(
@@ -55,6 +55,7 @@ def evaluate(weights: Path, teacher: Path, out: Path, images: int) -> dict[str, 
         )
         pairs = [judge.pairs[i] for i in chosen.tolist()]
         prompts, seeds = [caption(pair) for pair in pairs], list(range(len(pairs)))
+        result["images"][kind] = len(pairs)  # there may be fewer than are asked for
         result[kind] = {}
         full: Tensor | None = None
         for name, steps in ARMS:
