@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from hasten_zoo.emoji_styles_edit.model import build_pipeline as build_edit
 from test_readme import script
 
 from hasten.bench.subject import Subject
+from hasten.bench.thresholds import Trials
 
 SIGNS = {"psnr": 1, "lpips": -1}
 
@@ -65,21 +68,47 @@ def test_a_rival_costs_at_least_as_much_and_no_more_than_it_must() -> None:
     assert (found["ralu"]["rival"], found["ralu"]["cost"], found["ralu"]["psnr"]["mean"]) == ("ralu:b", 1.0, 1.0)
 
 
-def test_plain_samplers_cost_at_least_as_much() -> None:
-    against_plain = script("leads.py")["against_plain"]
-    asked: list[str] = []
+def pipeline(flops: dict[str, float], asked: list[str] | None = None) -> Callable[[str], dict[str, Any]]:
+    """Measures arms of given operations, and plain samplers whose calls cost 7 apart from steps of 2 each."""
 
     def measure(text: str) -> dict[str, Any]:
-        asked.append(text)
-        if text.startswith("dpmpp"):
+        if asked is not None:
+            asked.append(text)
+        name, _, count = text.partition("@")
+        if name == "dpmpp":
             raise ValueError("not for this model")
-        return row(1.0, [30.0, 31.0]) | {"ratio": 4.2}
+        return row(flops[text] if text in flops else 7.0 + 2.0 * int(count), [30.0, 31.0])
 
-    found = against_plain("fresco", measure, 50, SIGNS, ("euler", "unipc", "dpmpp"))
-    assert asked == ["fresco", "euler@12", "unipc@12", "dpmpp@12"]  # 50 / 4.2 is 11.9
-    assert (found["steps"], found["lacking"], found["psnr"]["mean"]) == (12, ["dpmpp"], 0.0)
-    measure = lambda _: row(1.0, [30.0]) | {"ratio": 5.0}  # noqa: E731
-    assert against_plain("fresco", measure, 50, SIGNS, ("euler",))["steps"] == 10
+    return measure
+
+
+def test_plain_samplers_are_the_cheapest_that_cost_at_least_as_much() -> None:
+    against_plain = script("leads.py")["against_plain"]
+    asked: list[str] = []
+    arms = {"exact": 7.0 + 2.0 * 12, "more": 7.0 + 2.0 * 12.1, "less": 7.0 + 2.0 * 11.5, "cheap": 3.0, "dear": 115.0}
+    measure = pipeline(arms, asked)
+    found = {arm: against_plain(arm, measure, 50, SIGNS, ("euler", "unipc", "dpmpp")) for arm in arms}
+    assert {arm: one["steps"] for arm, one in found.items()} == {
+        "exact": 12,  # not 14, though the full run of 107 costs 3.45 times as much
+        "more": 13,
+        "less": 12,
+        "cheap": 1,
+        "dear": 54,
+    }
+    assert {"euler@12", "unipc@12", "dpmpp@12"} <= set(asked)
+    assert (found["exact"]["lacking"], found["exact"]["psnr"]["mean"]) == (["dpmpp"], 0.0)
+
+
+def test_the_number_of_plain_steps_is_checked_on_what_the_rival_costs() -> None:
+    against_plain = script("leads.py")["against_plain"]
+    flops = {"arm": 31.0, "euler@12": 30.0, "unipc@13": 30.5}  # these steps cost less than the others
+    found = against_plain("arm", pipeline(flops), 50, SIGNS, ("euler", "unipc"))
+    assert (found["steps"], found["lacking"], found["psnr"]["best"]) == (13, ["unipc"], "euler@13")
+
+
+def test_prompts_that_two_arms_do_not_share_give_no_lead() -> None:
+    leads = script("leads.py")["leads"]
+    assert leads(row(1.0, [30.0, None]), {"a": row(1.0, [None, 31.0])}, SIGNS) == {}
 
 
 @pytest.fixture
@@ -130,3 +159,48 @@ def test_the_benchmark_of_edits_runs_on_an_untrained_model(
     file.write_text(json.dumps(first | {"weights": "0" * 8}))
     with pytest.raises(SystemExit, match="other weights"):
         measured([arm])
+    file.write_text(json.dumps({name: value for name, value in first.items() if name != "weights"}))
+    with pytest.raises(SystemExit, match=r"edits\.json does not say of which weights"):
+        measured([arm])
+
+
+def test_rows_say_their_commit_and_what_could_not_run_is_tried_again_on_another(
+    edit_model: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, file = script("leads.py")["Results"], tmp_path / "rows.json"
+    on = partial(monkeypatch.setitem, results.__init__.__globals__, "environment")
+    on(lambda: {"commit": "first"})
+    first = results(file, edit_model, {})
+    first.add("full", [10], {"psnr": [float("inf"), 30.0], "done": [1.0, None]})
+    first.lack("peer", "failed", "RuntimeError: no such file")
+    with pytest.raises(ValueError, match="not finite: psnr"):
+        first.add("broken", [10], {"psnr": [float("nan"), 30.0]})
+    assert (first.has("full"), first.has("peer"), first.has("broken")) == (True, True, False)
+    on(lambda: {"commit": "second"})
+    second = results(file, edit_model, {})
+    assert (second.has("full"), second.has("peer")) == (True, False)
+    second.add("peer", [5], {"psnr": [20.0, 30.0]})
+    rows = json.loads(file.read_text(), parse_constant=lambda text: pytest.fail(text))["rows"]
+    assert {text: one["commit"] for text, one in rows.items()} == {"full": "first", "peer": "second"}
+    assert rows["full"]["means"] == {"psnr": 65.0, "done": 1.0}  # identical images are at the ceiling of 100 dB
+    assert "failed" not in rows["peer"]
+
+
+def test_fits_are_kept_apart_by_what_they_learn_from(
+    edit_model: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = script("fits.py")["Fits"]
+
+    def folder(prompts: tuple[str, ...] = ("a", "b"), seed: int = 1000, batch: int = 2, tried: int = 2000) -> Path:
+        calls = [
+            {"prompt": list(prompts[i : i + batch]), "generator": [torch.Generator().manual_seed(seed + i)]}
+            for i in range(0, len(prompts), batch)
+        ]
+        trials = partial(Trials, edit_model, ["c"], tried, 50, {})
+        return Path(fits(edit_model.pipe, calls, (), trials, tmp_path).folder)
+
+    found = [folder(), folder(("a", "c")), folder(seed=1), folder(batch=1), folder(tried=1)]
+    assert len(set(found)) == len(found)
+    assert folder() == found[0]
+    monkeypatch.setattr("hasten.__version__", "another")
+    assert folder() not in found
