@@ -204,3 +204,56 @@ def test_fits_are_kept_apart_by_what_they_learn_from(
     assert folder() == found[0]
     monkeypatch.setattr("hasten.__version__", "another")
     assert folder() not in found
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, content: dict[str, Any]) -> str:
+    """The page's table of a result of ours."""
+    tables = script("tables.py")
+    table = tables["styles_table" if file == "styles.json" else "fashion_table"]
+    for function in (table, table.__globals__["read"]):
+        monkeypatch.setitem(function.__globals__, "ROOT", tmp_path)
+    (tmp_path / "benchmarks").mkdir(exist_ok=True)
+    about = {"environment": {"hasten": "1", "torch": "2", "device": "cpu"}}
+    (tmp_path / "benchmarks" / file).write_text(json.dumps(content | about))
+    return str(table([file] if file == "styles.json" else file))
+
+
+def test_what_is_added_to_the_distilled_model_is_not_shown_as_better_than_plain_samplers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def lead(value: float) -> dict[str, Any]:
+        return {"steps": 3, "full_psnr": {"best": "x", "mean": value, "interval": [value, value]}}
+
+    known = {"ratio": 9.0, "means": {"full_psnr": 20.0}}
+    rows = {
+        "foca:schedule=even@9": known | {"against": lead(1.5)},
+        "turbo default@2": known | {"against": lead(2.5), "against_four": lead(-3.5)},
+        "l2p:schedule=even@7": {"failed": "RuntimeError: no file"},
+    }
+    content = {"guidance": 1.0, "pairs": 4, "plain": ["euler", "unipc"], "truth": {"blind": 0.5}, "rows": rows}
+    shown = judged(monkeypatch, tmp_path, "styles.json", content)
+    above, below = shown.split("added to the distilled model")
+    assert "+1.5" in above
+    assert "+2.5" not in above
+    assert "best of 2 chosen by hand (plain, plain UniPC)" in above
+    (cells,) = [line for line in below.splitlines() if "default" in line]
+    assert cells.index("| 3 |") < cells.index("+2.5") < cells.index("-3.5")
+    assert "l2p, even steps, 7 (guidance 1): RuntimeError: no file" in below
+
+
+def test_arms_without_figures_are_named_with_their_guidance_and_number(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def one(arm: str, count: int, scale: float, **more: Any) -> dict[str, Any]:
+        return {"arm": arm, "computed_steps": count, "guidance": scale} | more
+
+    rows = [
+        one("full", 50, 4.0, frechet=1.0),
+        one("fbcache", 9, 4.0, frechet=2.0, really_computed=7.9),
+        one("fbcache", 5, 4.0, refused="no threshold"),
+        one("fbcache", 9, 1.5, refused="no threshold"),
+    ]
+    shown = judged(monkeypatch, tmp_path, "fashion.json", {"images": 8, "floor": {"frechet": 0.5}, "rows": rows})
+    assert "| 7.9 |" in shown
+    told = "fbcache, 5 (guidance 4): no threshold; fbcache, 9 (guidance 1.5): no threshold."
+    assert shown.endswith(f"Not measured: {told}")
