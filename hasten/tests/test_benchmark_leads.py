@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,3 +258,57 @@ def test_arms_without_figures_are_named_with_their_guidance_and_number(
     assert "| 7.9 |" in shown
     told = "fbcache, 5 (guidance 4): no threshold; fbcache, 9 (guidance 1.5): no threshold."
     assert shown.endswith(f"Not measured: {told}")
+
+
+def test_an_error_of_a_fit_costs_the_arm_alone_and_is_tried_again_on_another_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fashion = script("fashion.py")
+    measure, file = object.__new__(fashion["Measure"]), tmp_path / "fashion.json"
+    measure.rows, measure.about, measure.options = [], {}, SimpleNamespace(json=file)
+
+    def fail(text: str) -> None:
+        raise RuntimeError(f"no fit\nof {text}")
+
+    bed = SimpleNamespace(guidance=4.0, fits=SimpleNamespace(arm=fail))
+    for commit in ("first", "second"):
+        monkeypatch.setitem(
+            fashion["Measure"].write.__globals__, "environment", lambda commit=commit: {"commit": commit}
+        )
+        for name in ("foca", "fbcache"):
+            measure.arm(bed, name, 9, torch.zeros(1), {})
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["foca", "fbcache"]  # the older rows are replaced
+    assert rows[0]["failed"] == "RuntimeError: no fit of foca@9"
+    assert "foca@9 at guidance 4: " in capsys.readouterr().out
+    settled = fashion["is_settled"]
+    assert [settled(rows[0], commit) for commit in ("first", "second")] == [False, True]
+
+
+def test_rows_of_caches_that_were_measured_in_another_way_are_not_gone_on_with(
+    edit_model: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    caching, out = script("caching.py"), tmp_path / "caching.json"
+    monkeypatch.setitem(caching["Measure"].__init__.__globals__, "open_model", lambda _: edit_model)
+    options = {"model": "any", "guidance": None, "steps": 50, "learn": 16, "held_out": 32, "batch": 8}
+
+    def gone_on(**changed: int) -> Any:
+        return caching["Measure"](SimpleNamespace(out=out, work=tmp_path, **options | changed))
+
+    known = {"options": options, "weights": caching["weights_of"](edit_model), "rows": {"a": {"psnr": [1.0]}}}
+    out.write_text(json.dumps(known))
+    assert gone_on().has("a")
+    with pytest.raises(SystemExit, match=r"caching\.json was measured with \{'held_out': 32\}"):
+        gone_on(held_out=8)
+
+
+def test_solvers_that_tuning_left_alone_or_that_one_schedule_lacks_have_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    table = script("tables.py")["hyca_table"]
+    monkeypatch.setitem(table.__globals__["read"].__globals__, "ROOT", tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    tuned = {"method": "hyca, tuned", "schedule": "even", "count": 9, "mean": 31.5, "chosen": {}, "tuned_on": 8}
+    options = {"model": "emoji-flux", "held_out": 4}
+    (tmp_path / "benchmarks" / "one.json").write_text(json.dumps({"options": options, "rows": {"a": tuned}}))
+    assert "| by whole runs of 8 other prompts: even as fitted | - | 31.50 |" in table("one.json")
