@@ -25,6 +25,7 @@ from typing import Any
 import hasten
 import numpy as np
 from hasten import registry
+from hasten.bench.arms import one_line
 from hasten.bench.environment import environment
 from hasten.bench.requests import caching_method, reported
 from hasten.bench.subject import open_model
@@ -81,7 +82,11 @@ class Measure:
         self.model = open_model(options.model)
         self.pipe = self.model.pipe
         known = json.loads(self.out.read_text()) if self.out.exists() else {}
-        check_weights(known, self.model)
+        check_weights(known, self.model, self.out)
+        asked = {name: getattr(options, name) for name in SHARED}
+        measured = known.get("options", {}) if known else asked
+        if other := {name: measured.get(name) for name in SHARED if measured.get(name) != asked[name]}:
+            raise SystemExit(f"{self.out} was measured with {other}, and {asked} is asked for: give another --out")
         self.rows: dict[str, Any] = known.get("rows", {})
         scale = "" if options.guidance is None else f"-{options.guidance:g}"
         self.scale: float | None = options.guidance
@@ -117,6 +122,11 @@ class Measure:
             flush=True,
         )
 
+    def has(self, key: str) -> bool:
+        """Whether a row is not to be measured: it has figures, or this same commit could not run it."""
+        row = self.rows.get(key)
+        return row is not None and ("psnr" in row or row.get("commit") == environment()["commit"])
+
     def measured(self, images: Sequence[Tensor]) -> dict[str, Any]:
         """Figures of a row: PSNR of every prompt, and what they come to."""
         values = self.held_out.quality(images, self.scale)
@@ -131,7 +141,7 @@ class Measure:
     def arm(self, expression: str, schedule: str, count: int) -> None:
         """A caching method on a schedule with a number of computed steps."""
         key = f"{expression} @ {schedule} {count}"
-        if key in self.rows:
+        if self.has(key):
             return
         row: dict[str, Any] = {
             "method": expression,
@@ -141,21 +151,25 @@ class Measure:
         try:
             method = self.method(expression, schedule, count)
         except (ConfigError, ScheduleError) as error:
-            self.note(key, row | {"refused": str(error)})
+            self.note(key, row | {"refused": one_line(error)})
             return
         self.note(key, row | self.drawn(method))
 
     def tuned(self, expression: str, schedule: str, count: int) -> None:
         """A caching method as whole runs of a batch of prompts to learn from choose its parameters."""
         key = f"{expression}, tuned @ {schedule} {count}"
-        if key in self.rows:
+        if self.has(key):
             return
         calls = [call | {"output_type": "pt"} for call in self.held_out.calls(self.scale, learn=True)[:1]]
-        start = self.method(expression, schedule, count)
-        found = hasten.tune_method(self.pipe, start, calls, trials=TRIALS)
+        row: dict[str, Any] = {"method": f"{expression}, tuned", "schedule": schedule, "count": count}
+        try:
+            start = self.method(expression, schedule, count)
+            found = hasten.tune_method(self.pipe, start, calls, trials=TRIALS)
+        except (ConfigError, ScheduleError) as error:
+            self.note(key, row | {"refused": one_line(error)})
+            return
         before = reported(start)
-        chosen = {name: value for name, value in reported(found.method).items() if value != before.get(name)}
-        row = {"method": f"{expression}, tuned", "schedule": schedule, "count": count, "chosen": chosen}
+        row["chosen"] = {name: value for name, value in reported(found.method).items() if value != before.get(name)}
         row |= {"trials": len(found.trials), "settled": found.settled, "tuned_on": len(calls[0]["prompt"])}
         self.note(key, row | self.drawn(found.method))
 

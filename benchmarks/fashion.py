@@ -11,7 +11,9 @@ resample by resample. Its best is chosen on the same images, so that it is rathe
 
 Calibrations and thresholds are fitted for each guidance, in `--work`, from images that no arm draws (seeds of their
 own). A gate decides for a whole batch. Every arm is written as soon as it is measured, and the same command goes on
-where it was stopped. Arms are read by `fits.py`; those of other libraries are `peer:NAME`.
+where it was stopped. Arms are read by `fits.py`; those of other libraries are `peer:NAME`. An
+arm without figures has the reason in their place, `refused` or (an error that nobody expected) `failed`, and is tried
+again on another commit.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ class Bed:
         folder = options.work / f"{weights_of(model)}-guidance-{guidance:g}"
         trials = partial(BatchTrials, model, [""], 0, STEPS, {"guidance_scale": guidance}, batch=options.batch)
         self.fits = Fits(model.pipe, self.calls(), options.counts, trials, folder)
-        self.kept = folder / f"full-{self.count}.safetensors"
+        self.kept = folder / f"full-{self.count}-by-{self.batch}.safetensors"  # whose cost is a batch's
         self.labels = torch.arange(self.count) % len(CLASSES)
 
     def calls(self) -> list[dict[str, Any]]:
@@ -153,6 +155,16 @@ def interval(values: Sequence[float]) -> list[float]:
     return [round(float(found.quantile(q)), 3) for q in (0.025, 0.975)]
 
 
+def key_of(row: dict[str, Any]) -> tuple[float, str, int]:
+    """What a row is of."""
+    return row["guidance"], row["arm"], row["computed_steps"]
+
+
+def is_settled(row: dict[str, Any], commit: str) -> bool:
+    """Whether an arm is not to be measured again: it has figures, or this same commit could not run it."""
+    return "frechet" in row or row["commit"] == commit
+
+
 def against(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """How far a row's distance is below that of the best plain sampler with as many steps, above 0 where it is better;
     None where there is none."""
@@ -178,7 +190,7 @@ class Measure:
         pipe.set_progress_bar_config(disable=True)
         self.model = Subject("fashion-dit", pipe.to(options.device), list(CLASSES))
         known: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
-        check_weights(known, self.model)
+        check_weights(known, self.model, options.json)
         asked = {"images": options.images, "batch": options.batch}
         if other := {name: known[name] for name in asked if known.get(name, asked[name]) != asked[name]}:
             raise SystemExit(f"{options.json} was measured with {other}, and {asked} is asked for: give another --json")
@@ -194,7 +206,8 @@ class Measure:
     def run(self) -> None:
         """Measure what is not there yet."""
         for guidance in self.options.guidance:
-            known = {(row["arm"], row["computed_steps"]) for row in self.rows if row["guidance"] == guidance}
+            here = [row for row in self.rows if row["guidance"] == guidance]
+            known = {(row["arm"], row["computed_steps"]) for row in here if is_settled(row, environment()["commit"])}
             wanted = [(arm, count) for count in self.options.counts for arm in self.options.arms]
             if missing := [key for key in wanted if key not in known]:
                 bed = Bed(self.model, guidance, self.options)
@@ -207,18 +220,18 @@ class Measure:
     def arm(self, bed: Bed, name: str, count: int, full: Tensor, whole: dict[str, float]) -> None:
         """Measure an arm, or note why it cannot run."""
         row: dict[str, Any] = {"guidance": bed.guidance, "arm": name, "computed_steps": count}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", HastenWarning)  # which thresholds skip too much, while they are searched
-            arm = bed.fits.arm(f"{name}@{count}")
-        if arm.error:
-            self.write(row | {"refused": arm.error})
-            return
-        if arm.computed_steps != count:
-            self.write(row | {"refused": f"{arm.computed_steps} steps would be computed, not {count}"})
-            return
         try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", HastenWarning)  # which thresholds skip too much, while it is searched
+                arm = bed.fits.arm(f"{name}@{count}")
+            if arm.error:
+                self.write(row | {"refused": arm.error})
+                return
+            if arm.computed_steps != count:
+                self.write(row | {"refused": f"{arm.computed_steps} steps would be computed, not {count}"})
+                return
             images, cost = bed.draw(arm.attach, arm.steps)
-        except Exception as error:  # of whatever kind in another library; the other arms can be measured
+        except Exception as error:  # of whatever kind in a fit or another library; the other arms can be measured
             self.write(row | {"failed": one_line(error)})
             return
         row |= cost | {"flops_ratio": round(whole["flops"] / cost["flops"], 3), "note": arm.note, "params": arm.params}
@@ -235,9 +248,11 @@ class Measure:
         self.write(row | self.judge(images, labels) | {"frechet_interval": interval(found), "resampled": found})
 
     def write(self, row: dict[str, Any]) -> None:
-        """Keep a row, with the commit that it was measured on, and write all of them."""
+        """Keep a row in the place of an older one, with the commit that it was measured on, and write all of them."""
         here = environment()
-        self.rows.append(row | {"commit": here["commit"]})
+        if reason := {kind: row[kind] for kind in ("refused", "failed") if kind in row}:
+            print(f"{row['arm']}@{row['computed_steps']} at guidance {row['guidance']:g}: {reason}", flush=True)
+        self.rows = [other for other in self.rows if key_of(other) != key_of(row)] + [row | {"commit": here["commit"]}]
         for one in self.rows:
             one["against"] = against(one, self.rows)
         content = {"environment": here} | self.about | {"rows": self.rows}

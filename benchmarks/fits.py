@@ -7,14 +7,17 @@ Everything is fitted to calls that no arm draws. What was found is kept, so that
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import hasten
+import torch
 from arms import arm_of
 from hasten import registry
 from hasten.bench.arms import Arm, method_arms, one_line
@@ -33,6 +36,7 @@ __all__ = ["DEFAULT", "PEER", "Fits"]
 
 DEFAULT, PEER = "default", "peer:"
 TOKENS = 4096  # of a feature that are recorded per call
+NOT_FITTED_TO = ("model", "progress", "recall")  # of the trials
 
 
 class Fits:
@@ -43,7 +47,8 @@ class Fits:
         calls: arguments of the calls to learn from, each with generators of its own.
         counts: numbers of evaluations that LEAP is fitted for.
         trials: draws what thresholds are matched on.
-        folder: where calibrations and trials are kept; one per weights, guidance and number of steps.
+        folder: one per weights, guidance and number of steps. What was fitted is in one of its folders for each set of
+            calls and trials and each version of hasten, so that none serves what was asked for in another way.
     """
 
     def __init__(
@@ -54,10 +59,11 @@ class Fits:
         trials: Callable[..., Trials],
         folder: Path,
     ) -> None:
-        self.pipe, self.calls, self.counts, self.folder = pipe, calls, counts, folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tried = folder / "trials.json"
+        self.pipe, self.calls, self.counts = pipe, calls, counts
         self.trials = trials(recall=self.recall)
+        self.folder = folder / digest(calls, self.trials)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tried = self.folder / "trials.json"
 
     def arm(self, text: str) -> Arm:
         """What an arm's text says, ready to run; one that cannot run has an `error`."""
@@ -151,6 +157,24 @@ class Fits:
     def note(self, key: str, values: Sequence[float]) -> None:
         """Keep numbers in the folder."""
         write_atomically(self.tried, json.dumps(self.known() | {key: list(values)}, indent=1) + "\n")
+
+
+def digest(calls: Sequence[dict[str, Any]], trials: Trials) -> str:
+    """A short name for all that fits depend on apart from the model and the method: the prompts, seeds, batches, steps
+    and arguments of the calls and of the trials, and hasten's version.
+
+    Raises:
+        TypeError: for arguments of calls that are neither plain values nor generators.
+    """
+
+    def seed(value: Any) -> int:
+        if not isinstance(value, torch.Generator):
+            raise TypeError(f"calls to learn from take plain values and generators, got {type(value).__name__}")
+        return value.initial_seed()
+
+    tried = {one.name: getattr(trials, one.name) for one in fields(trials) if one.name not in NOT_FITTED_TO}
+    told = json.dumps([hasten.__version__, TOKENS, list(calls), tried], default=seed, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
 def check_texts(texts: Sequence[str]) -> None:

@@ -41,10 +41,18 @@ def weights_of(model: Subject) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:8]
 
 
-def check_weights(known: dict[str, Any], model: Subject) -> None:
-    """End the program if results that are gone on with are of other weights."""
-    if known.get("weights", weights_of(model)) != weights_of(model):
-        raise SystemExit(f"these results are of other weights of {model.name} than it has now: give another file")
+def check_weights(known: dict[str, Any], model: Subject, file: Path) -> None:
+    """End the program if results that are gone on with are of other weights, or do not say of which.
+
+    Args:
+        known: what the file has; empty if it is to be made.
+        model: whose weights it has to have.
+        file: to be named.
+    """
+    if known and "weights" not in known:
+        raise SystemExit(f"{file} does not say of which weights of {model.name} it is: give another file")
+    if known and known["weights"] != weights_of(model):
+        raise SystemExit(f"{file} is of other weights of {model.name} than it has now: give another file")
 
 
 @dataclass(frozen=True)

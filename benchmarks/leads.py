@@ -2,7 +2,8 @@
 
 A row has the operations of an arm and its figures, a list per measure with a number for each prompt. Whether more is
 better a measure's sign says: 1, or -1 where less is. Figures may lack a number (None), as that of what an edit has
-left alone where it may change everything; such prompts are left out of the measure.
+left alone where it may change everything; such prompts are left out of the measure. An arm without figures has the
+reason in their place: `refused` if it cannot run, `failed` after an error that nobody expected.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from hasten.bench.environment import environment
 from hasten.bench.plain import plain_samplers
 from hasten.bench.subject import Subject
 from hasten.io import write_atomically
+from hasten.quality.metrics import PSNR_CEILING
 from held_out import FAILS, check_weights, weights_of
 
 RESAMPLES = 2000
 ALIKE = 1e-6  # difference of operations that is none
+FEW = 2  # steps of the plain sampler that tell, beside those of its full run, what every step costs
 
 Row = dict[str, Any]
 Figures = Mapping[str, Sequence[float | None]]
@@ -38,24 +41,47 @@ class Results:
 
     def __init__(self, file: Path, model: Subject, asked: Mapping[str, Any]) -> None:
         known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-        check_weights(known, model)
+        check_weights(known, model, file)
         if other := {name: known[name] for name in asked if known.get(name, asked[name]) != asked[name]}:
             raise SystemExit(f"{file} was measured with {other}, and {dict(asked)} is asked for: give another --json")
-        self.file, self.whole = file, known | {"weights": weights_of(model), "environment": environment()} | dict(asked)
+        here = environment()
+        self.file, self.commit = file, here["commit"]
+        self.whole = known | {"weights": weights_of(model), "environment": here} | dict(asked)
         self.rows: dict[str, Row] = self.whole.setdefault("rows", {})
 
+    def has(self, text: str) -> bool:
+        """Whether an arm is not to be measured: it has figures, or this same commit could not run it."""
+        row = self.rows.get(text)
+        return row is not None and ("figures" in row or row.get("commit") == self.commit)
+
     def add(self, text: str, flops: Sequence[int], figures: Figures, **more: Any) -> Row:
-        """Write a new row; the first one is the full run, to which the operations of all are compared."""
+        """Write a new row, with the commit that it was measured on; the first one is the full run, to which the
+        operations of all are compared. PSNR of identical images is the ceiling.
+
+        Raises:
+            ValueError: for figures that are not numbers; nothing is written.
+        """
         own = float(np.mean(flops))
         base = next(iter(self.rows.values()))["flops"] if self.rows else own
         rounded = {
-            name: [None if value is None else round(float(value), 5) for value in values]
+            name: [None if value is None else round(min(float(value), PSNR_CEILING), 5) for value in values]
             for name, values in figures.items()
         }
+        if bad := [name for name, values in rounded.items() if not np.isfinite(_known(values)).all()]:
+            raise ValueError(f"figures that are not finite: {', '.join(bad)}")
         means = {
             name: round(float(known.mean()), 4) for name, values in rounded.items() if len(known := _known(values))
         }
-        self.rows[text] = {"flops": own, "ratio": base / own, **more, "figures": rounded, "means": means}
+        row = {"flops": own, "ratio": base / own, **more, "figures": rounded, "means": means}
+        return self._keep(text, row)
+
+    def lack(self, text: str, kind: str, reason: str) -> Row:
+        """Write why an arm has no figures, and print it; `kind` is `refused` or `failed`."""
+        print(f"{text} {kind.upper()}: {reason}", flush=True)
+        return self._keep(text, {kind: reason})
+
+    def _keep(self, text: str, row: Row) -> Row:
+        self.rows[text] = row | {"commit": self.commit}
         self.write()
         return self.rows[text]
 
@@ -84,7 +110,8 @@ def leads(row: Row, others: Mapping[str, Row], signs: Mapping[str, int]) -> dict
     Args:
         row: whose lead it is.
         others: rows of the same prompts.
-        signs: of the measures. What has none of one (the full run has no distance to itself) is left out of it.
+        signs: of the measures. What has none of one (the full run has no distance to itself) is left out of it, and
+            so is a measure of which both have figures on no prompt.
     """
     found: dict[str, Any] = {}
     for name, sign in signs.items():
@@ -96,7 +123,8 @@ def leads(row: Row, others: Mapping[str, Row], signs: Mapping[str, int]) -> dict
         best = max(known, key=lambda label: sign * known[label])
         pairs = zip(row["figures"][name], others[best]["figures"][name], strict=True)
         ahead = [sign * (own - other) for own, other in pairs if own is not None and other is not None]
-        found[name] = {"best": best, **paired(ahead)}
+        if ahead:
+            found[name] = {"best": best, **paired(ahead)}
     return found
 
 
@@ -128,6 +156,26 @@ def rival_leads(
     return found
 
 
+def plain_count(flops: float, row_of: Callable[[int], Row], most: int) -> int:
+    """The fewest steps of a plain sampler that cost at least as much as an arm.
+
+    A call costs something apart from its steps (text encoders, the VAE): that, and what a step costs, are taken from
+    a run of few steps and a long one. What it comes to is checked on a run of so many steps.
+
+    Args:
+        flops: of the arm.
+        row_of: the sampler's row, by steps.
+        most: steps of the long run.
+    """
+    few, many = row_of(FEW)["flops"], row_of(most)["flops"]
+    step = (many - few) / (most - FEW)
+    least = (1 - ALIKE) * flops
+    count = max(1, math.ceil((least - few) / step) + FEW)
+    while row_of(count)["flops"] < least:
+        count += 1
+    return count
+
+
 def against_plain(
     text: str, measure: Callable[[str], Row], steps: int, signs: Mapping[str, int], samplers: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -135,17 +183,23 @@ def against_plain(
 
     Args:
         text: the arm.
-        measure: its row, and those of plain samplers by `name@steps`.
+        measure: its row, and those of plain samplers by `name@steps`; that of one that cannot run has no operations.
         steps: of the full run.
         signs: of the measures.
-        samplers: solvers and spacings to try; all by default. Those that the model does not have are named.
+        samplers: solvers and spacings to try; all by default. Those that the model does not have, and those that cost
+            less than the arm, are named.
     """
     row = measure(text)
-    count = math.ceil(steps / row["ratio"] - ALIKE)
+    count = plain_count(row["flops"], lambda n: measure(f"euler@{n}"), steps)
     beside, lacking = dict[str, Row](), list[str]()
     for sampler in samplers or plain_samplers():
+        label = f"{sampler}@{count}"
         try:
-            beside[f"{sampler}@{count}"] = measure(f"{sampler}@{count}")
+            rival = measure(label)
         except FAILS:
+            rival = {}
+        if rival.get("flops", 0) >= (1 - ALIKE) * row["flops"]:
+            beside[label] = rival
+        else:
             lacking.append(sampler)
     return leads(row, beside, signs) | {"steps": count} | ({"lacking": lacking} if lacking else {})

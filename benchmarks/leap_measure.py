@@ -92,7 +92,7 @@ class Measure:
         self.counts = [int(count) for count in numbers(options.counts)]
         self.guidances = numbers(options.guidances)
         known = json.loads(self.out.read_text()) if self.out.exists() else {}
-        check_weights(known, self.model)
+        check_weights(known, self.model, options.out)
         self.rows: dict[str, Any] = known.get("rows", {})
         self.fits: dict[str, Any] = known.get("fits", {})
         self.work = options.work / self.out.stem

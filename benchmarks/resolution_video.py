@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 from arms import STEPS, arm_of
+from hasten.bench.arms import one_line
 from hasten.bench.sampling import Sample, count_flops, draw_sample
 from hasten.bench.subject import Subject
-from hasten.errors import ConfigError
+from hasten.errors import HastenError
 from hasten.quality.metrics import Lpips, over_frames, psnr, temporal_error
 from hasten_zoo.sprites_wan import WEIGHTS, load_sprites_wan, ordered_clips
 from leads import Results, Row, against_plain, rival_leads
@@ -112,7 +113,7 @@ def main() -> None:
     rows, refused = results.rows, results.whole.setdefault("refused", {})
 
     def measure(text: str) -> Row:
-        if text not in rows:
+        if not results.has(text):
             samples, flops = bed.draw(text)
             results.add(text, flops, bed.figures([sample.image for sample in samples]), **plans_of(samples))
         return rows[text]
@@ -127,10 +128,11 @@ def main() -> None:
     for text in ARMS if options.arms is None else options.arms.split(";"):
         try:
             row = measure(text)
-        except ConfigError as error:
-            refused[text] = " ".join(str(error).split())
+        except (HastenError, ValueError) as error:
+            refused[text] = one_line(error)
             print(text, "refused:", refused[text], flush=True)
             continue
+        refused.pop(text, None)  # of an older commit
         row["against"] = against_plain(text, measure, STEPS, SIGNS)
         results.write()
         print(text, round(row["ratio"], 2), row["means"], flush=True)

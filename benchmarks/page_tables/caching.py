@@ -124,7 +124,8 @@ def hyca_table(name: str) -> str:
         table_row(["solvers", *(f"{schedule}, dB" for schedule in schedules)]),
         "|---" + "|--:" * len(schedules) + "|",
     ]
-    for method, found in sorted(rows.items(), key=lambda item: -max(row.get("mean", 0.0) for row in item[1])):
+    known = {method: found for method, found in rows.items() if any("mean" in row for row in found)}
+    for method, found in sorted(known.items(), key=lambda item: -max(row.get("mean", 0.0) for row in item[1])):
         lines.append(table_row([_solvers(method, found), *(cell(row.get("mean"), 2) for row in found)]))
     lines += ["", f"Means at 9 computed steps, best on either schedule first. {_prompts([name])}"]
     return "\n".join(lines)
@@ -133,8 +134,9 @@ def hyca_table(name: str) -> str:
 def _solvers(method: str, rows: list[dict[str, Any]]) -> str:
     """What a form of HyCa forecasts its clusters by."""
     if method == "hyca, tuned":
-        chosen = [f"{row['schedule']} {', '.join(row['chosen']['assigned'])}" for row in rows]
-        return f"by whole runs of {rows[0]['tuned_on']} other prompts: {'; '.join(chosen)}"
+        tuned = [row for row in rows if "chosen" in row]  # on some of the schedules, perhaps
+        chosen = [f"{row['schedule']} {', '.join(row['chosen'].get('assigned', [])) or 'as fitted'}" for row in tuned]
+        return f"by whole runs of {tuned[0]['tuned_on']} other prompts: {'; '.join(chosen)}"
     return f"{method.removeprefix(SINGLE)} for all" if method.startswith(SINGLE) else "each cluster's by the criterion"
 
 

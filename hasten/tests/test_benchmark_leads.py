@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from hasten_zoo.emoji_styles_edit.model import build_pipeline as build_edit
 from test_readme import script
 
 from hasten.bench.subject import Subject
+from hasten.bench.thresholds import Trials
 
 SIGNS = {"psnr": 1, "lpips": -1}
 
@@ -67,21 +71,47 @@ def test_a_rival_costs_at_least_as_much_and_no_more_than_it_must() -> None:
     assert (found["ralu"]["rival"], found["ralu"]["cost"], found["ralu"]["psnr"]["mean"]) == ("ralu:b", 1.0, 1.0)
 
 
-def test_plain_samplers_cost_at_least_as_much() -> None:
-    against_plain = script("leads.py")["against_plain"]
-    asked: list[str] = []
+def pipeline(flops: dict[str, float], asked: list[str] | None = None) -> Callable[[str], dict[str, Any]]:
+    """Measures arms of given operations, and plain samplers whose calls cost 7 apart from steps of 2 each."""
 
     def measure(text: str) -> dict[str, Any]:
-        asked.append(text)
-        if text.startswith("dpmpp"):
+        if asked is not None:
+            asked.append(text)
+        name, _, count = text.partition("@")
+        if name == "dpmpp":
             raise ValueError("not for this model")
-        return row(1.0, [30.0, 31.0]) | {"ratio": 4.2}
+        return row(flops[text] if text in flops else 7.0 + 2.0 * int(count), [30.0, 31.0])
 
-    found = against_plain("fresco", measure, 50, SIGNS, ("euler", "unipc", "dpmpp"))
-    assert asked == ["fresco", "euler@12", "unipc@12", "dpmpp@12"]  # 50 / 4.2 is 11.9
-    assert (found["steps"], found["lacking"], found["psnr"]["mean"]) == (12, ["dpmpp"], 0.0)
-    measure = lambda _: row(1.0, [30.0]) | {"ratio": 5.0}  # noqa: E731
-    assert against_plain("fresco", measure, 50, SIGNS, ("euler",))["steps"] == 10
+    return measure
+
+
+def test_plain_samplers_are_the_cheapest_that_cost_at_least_as_much() -> None:
+    against_plain = script("leads.py")["against_plain"]
+    asked: list[str] = []
+    arms = {"exact": 7.0 + 2.0 * 12, "more": 7.0 + 2.0 * 12.1, "less": 7.0 + 2.0 * 11.5, "cheap": 3.0, "dear": 115.0}
+    measure = pipeline(arms, asked)
+    found = {arm: against_plain(arm, measure, 50, SIGNS, ("euler", "unipc", "dpmpp")) for arm in arms}
+    assert {arm: one["steps"] for arm, one in found.items()} == {
+        "exact": 12,  # not 14, though the full run of 107 costs 3.45 times as much
+        "more": 13,
+        "less": 12,
+        "cheap": 1,
+        "dear": 54,
+    }
+    assert {"euler@12", "unipc@12", "dpmpp@12"} <= set(asked)
+    assert (found["exact"]["lacking"], found["exact"]["psnr"]["mean"]) == (["dpmpp"], 0.0)
+
+
+def test_the_number_of_plain_steps_is_checked_on_what_the_rival_costs() -> None:
+    against_plain = script("leads.py")["against_plain"]
+    flops = {"arm": 31.0, "euler@12": 30.0, "unipc@13": 30.5}  # these steps cost less than the others
+    found = against_plain("arm", pipeline(flops), 50, SIGNS, ("euler", "unipc"))
+    assert (found["steps"], found["lacking"], found["psnr"]["best"]) == (13, ["unipc"], "euler@13")
+
+
+def test_prompts_that_two_arms_do_not_share_give_no_lead() -> None:
+    leads = script("leads.py")["leads"]
+    assert leads(row(1.0, [30.0, None]), {"a": row(1.0, [None, 31.0])}, SIGNS) == {}
 
 
 @pytest.fixture
@@ -134,6 +164,158 @@ def test_the_benchmark_of_edits_runs_on_an_untrained_model(
     file.write_text(json.dumps(first | {"weights": "0" * 8}))
     with pytest.raises(SystemExit, match="other weights"):
         measured([arm])
+    file.write_text(json.dumps({name: value for name, value in first.items() if name != "weights"}))
+    with pytest.raises(SystemExit, match=r"edits\.json does not say of which weights"):
+        measured([arm])
+
+
+def test_rows_say_their_commit_and_what_could_not_run_is_tried_again_on_another(
+    edit_model: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, file = script("leads.py")["Results"], tmp_path / "rows.json"
+    on = partial(monkeypatch.setitem, results.__init__.__globals__, "environment")
+    on(lambda: {"commit": "first"})
+    first = results(file, edit_model, {})
+    first.add("full", [10], {"psnr": [float("inf"), 30.0], "done": [1.0, None]})
+    first.lack("peer", "failed", "RuntimeError: no such file")
+    with pytest.raises(ValueError, match="not finite: psnr"):
+        first.add("broken", [10], {"psnr": [float("nan"), 30.0]})
+    assert (first.has("full"), first.has("peer"), first.has("broken")) == (True, True, False)
+    on(lambda: {"commit": "second"})
+    second = results(file, edit_model, {})
+    assert (second.has("full"), second.has("peer")) == (True, False)
+    second.add("peer", [5], {"psnr": [20.0, 30.0]})
+    rows = json.loads(file.read_text(), parse_constant=lambda text: pytest.fail(text))["rows"]
+    assert {text: one["commit"] for text, one in rows.items()} == {"full": "first", "peer": "second"}
+    assert rows["full"]["means"] == {"psnr": 65.0, "done": 1.0}  # identical images are at the ceiling of 100 dB
+    assert "failed" not in rows["peer"]
+
+
+def test_fits_are_kept_apart_by_what_they_learn_from(
+    edit_model: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = script("fits.py")["Fits"]
+
+    def folder(prompts: tuple[str, ...] = ("a", "b"), seed: int = 1000, batch: int = 2, tried: int = 2000) -> Path:
+        calls = [
+            {"prompt": list(prompts[i : i + batch]), "generator": [torch.Generator().manual_seed(seed + i)]}
+            for i in range(0, len(prompts), batch)
+        ]
+        trials = partial(Trials, edit_model, ["c"], tried, 50, {})
+        return Path(fits(edit_model.pipe, calls, (), trials, tmp_path).folder)
+
+    found = [folder(), folder(("a", "c")), folder(seed=1), folder(batch=1), folder(tried=1)]
+    assert len(set(found)) == len(found)
+    assert folder() == found[0]
+    monkeypatch.setattr("hasten.__version__", "another")
+    assert folder() not in found
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, content: dict[str, Any]) -> str:
+    """The page's table of a result of ours."""
+    tables = script("tables.py")
+    table = tables["styles_table" if file == "styles.json" else "fashion_table"]
+    for function in (table, table.__globals__["read"]):
+        monkeypatch.setitem(function.__globals__, "ROOT", tmp_path)
+    (tmp_path / "benchmarks").mkdir(exist_ok=True)
+    about = {"environment": {"hasten": "1", "torch": "2", "device": "cpu"}}
+    (tmp_path / "benchmarks" / file).write_text(json.dumps(content | about))
+    return str(table([file] if file == "styles.json" else file))
+
+
+def test_what_is_added_to_the_distilled_model_is_not_shown_as_better_than_plain_samplers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def lead(value: float) -> dict[str, Any]:
+        return {"steps": 3, "full_psnr": {"best": "x", "mean": value, "interval": [value, value]}}
+
+    known = {"ratio": 9.0, "means": {"full_psnr": 20.0}}
+    rows = {
+        "foca:schedule=even@9": known | {"against": lead(1.5)},
+        "turbo default@2": known | {"against": lead(2.5), "against_four": lead(-3.5)},
+        "l2p:schedule=even@7": {"failed": "RuntimeError: no file"},
+    }
+    content = {"guidance": 1.0, "pairs": 4, "plain": ["euler", "unipc"], "truth": {"blind": 0.5}, "rows": rows}
+    shown = judged(monkeypatch, tmp_path, "styles.json", content)
+    above, below = shown.split("added to the distilled model")
+    assert "+1.5" in above
+    assert "+2.5" not in above
+    assert "best of 2 chosen by hand (plain, plain UniPC)" in above
+    (cells,) = [line for line in below.splitlines() if "default" in line]
+    assert cells.index("| 3 |") < cells.index("+2.5") < cells.index("-3.5")
+    assert "l2p, even steps, 7 (guidance 1): RuntimeError: no file" in below
+
+
+def test_arms_without_figures_are_named_with_their_guidance_and_number(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def one(arm: str, count: int, scale: float, **more: Any) -> dict[str, Any]:
+        return {"arm": arm, "computed_steps": count, "guidance": scale} | more
+
+    rows = [
+        one("full", 50, 4.0, frechet=1.0),
+        one("fbcache", 9, 4.0, frechet=2.0, really_computed=7.9),
+        one("fbcache", 5, 4.0, refused="no threshold"),
+        one("fbcache", 9, 1.5, refused="no threshold"),
+    ]
+    shown = judged(monkeypatch, tmp_path, "fashion.json", {"images": 8, "floor": {"frechet": 0.5}, "rows": rows})
+    assert "| 7.9 |" in shown
+    told = "fbcache, 5 (guidance 4): no threshold; fbcache, 9 (guidance 1.5): no threshold."
+    assert shown.endswith(f"Not measured: {told}")
+
+
+def test_an_error_of_a_fit_costs_the_arm_alone_and_is_tried_again_on_another_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fashion = script("fashion.py")
+    measure, file = object.__new__(fashion["Measure"]), tmp_path / "fashion.json"
+    measure.rows, measure.about, measure.options = [], {}, SimpleNamespace(json=file)
+
+    def fail(text: str) -> None:
+        raise RuntimeError(f"no fit\nof {text}")
+
+    bed = SimpleNamespace(guidance=4.0, fits=SimpleNamespace(arm=fail))
+    for commit in ("first", "second"):
+        monkeypatch.setitem(
+            fashion["Measure"].write.__globals__, "environment", lambda commit=commit: {"commit": commit}
+        )
+        for name in ("foca", "fbcache"):
+            measure.arm(bed, name, 9, torch.zeros(1), {})
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["foca", "fbcache"]  # the older rows are replaced
+    assert rows[0]["failed"] == "RuntimeError: no fit of foca@9"
+    assert "foca@9 at guidance 4: " in capsys.readouterr().out
+    settled = fashion["is_settled"]
+    assert [settled(rows[0], commit) for commit in ("first", "second")] == [False, True]
+
+
+def test_rows_of_caches_that_were_measured_in_another_way_are_not_gone_on_with(
+    edit_model: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    caching, out = script("caching.py"), tmp_path / "caching.json"
+    monkeypatch.setitem(caching["Measure"].__init__.__globals__, "open_model", lambda _: edit_model)
+    options = {"model": "any", "guidance": None, "steps": 50, "learn": 16, "held_out": 32, "batch": 8}
+
+    def gone_on(**changed: int) -> Any:
+        return caching["Measure"](SimpleNamespace(out=out, work=tmp_path, **options | changed))
+
+    known = {"options": options, "weights": caching["weights_of"](edit_model), "rows": {"a": {"psnr": [1.0]}}}
+    out.write_text(json.dumps(known))
+    assert gone_on().has("a")
+    with pytest.raises(SystemExit, match=r"caching\.json was measured with \{'held_out': 32\}"):
+        gone_on(held_out=8)
+
+
+def test_solvers_that_tuning_left_alone_or_that_one_schedule_lacks_have_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    table = script("tables.py")["hyca_table"]
+    monkeypatch.setitem(table.__globals__["read"].__globals__, "ROOT", tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    tuned = {"method": "hyca, tuned", "schedule": "even", "count": 9, "mean": 31.5, "chosen": {}, "tuned_on": 8}
+    options = {"model": "emoji-flux", "held_out": 4}
+    (tmp_path / "benchmarks" / "one.json").write_text(json.dumps({"options": options, "rows": {"a": tuned}}))
+    assert "| by whole runs of 8 other prompts: even as fitted | - | 31.50 |" in table("one.json")
 
 
 def test_edits_of_no_sort_that_is_asked_for_end_the_benchmark(edit_model: Subject) -> None:
