@@ -467,3 +467,12 @@ def test_the_judge_knows_published_images_and_held_out_ones_can_be_kept_from_it(
     assert concepts == [pair.concept for pair in data.pairs]
     assert styles[:8] == [pair.style for pair in data.pairs[:8]]
     assert judge.from_training_pairs(images)[:8] == concepts[:8]
+
+
+def test_folders_without_weights_end_an_evaluation_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate", "--data", str(tmp_path / "none"), "--curve", str(tmp_path / "absent")])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert f"no weights in {tmp_path / 'absent'}: name a folder" in capsys.readouterr().err

@@ -234,6 +234,9 @@ def main() -> None:
     parser.add_argument("--curve", type=Path, nargs="+", metavar="WEIGHTS", help="only add these to the curve")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    for folder in args.curve or [args.weights]:
+        if not (folder / "training.json").is_file():
+            parser.error(f"no weights in {folder}: name a folder that the training script's --export wrote")
     torch.set_num_threads(args.threads)
     data = load_emoji_styles_data(args.data)
     if args.curve:
