@@ -8,12 +8,15 @@ from typing import Any
 from hasten.bench.arms import Accelerated, Arm
 from hasten.bench.plain import plain_samplers
 from hasten.bench.requests import caching_method, parse_request
-from hasten.bench.sampling import Attach, count_flops, draw_sample
+from hasten.bench.sampling import Attach, count_flops
 from hasten.bench.subject import Subject
+from hasten.bench.tune import tuning_calls
 from torch import Tensor
 
 STEPS = 50  # of the full run
-BY_IMAGE = ("specedit", "dvg", "threshold=")  # in the texts of arms that compute less of one image than of another
+# In the texts of arms that may compute less of one image than of another, and so decide for a batch as a whole.
+BY_IMAGE = ("specedit", "dvg", "threshold=", "peer:")
+BATCH = 8  # of the others: half the time per image
 
 
 def arm_of(text: str, total: int = STEPS) -> tuple[Attach, int]:
@@ -34,15 +37,16 @@ def drawn(
 ) -> tuple[list[Tensor], list[int]]:
     """Images `[3, H, W]` in [0, 1], prompt `i` from seed `i`, and the operations that were counted.
 
-    Where what is computed does not depend on the image, it is counted once.
+    Where what is computed does not depend on the image, it is counted once, and the other images come in batches.
     """
     attach, steps = arm_of(text) if arm is None else (arm.attach, arm.steps)
+    alone = prompts if any(name in text for name in BY_IMAGE) else prompts[:1]
     images, flops = list[Tensor](), list[int]()
-    for seed, prompt in enumerate(prompts):
-        if flops and not any(name in text for name in BY_IMAGE):
-            images.append(draw_sample(model, attach, steps, prompt, seed, call).image)
-            continue
+    for seed, prompt in enumerate(alone):
         counted, sample = count_flops(model, attach, steps, prompt, seed, call)
         flops.append(counted)
         images.append(sample.image)
+    for arguments in tuning_calls(model, prompts[len(alone) :], len(alone), steps, call, BATCH):
+        with attach(model.pipe):
+            images += list(model.pipe(**arguments | {"output_type": "pt"})[0].float().cpu())
     return images, flops
