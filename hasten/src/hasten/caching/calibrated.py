@@ -113,10 +113,26 @@ class CalibratedMethod(ScheduledMethod):
 
     def mean_error(self, gram: Gram, weigh: Callable[[int, list[int]], Sequence[float]]) -> float:
         """Mean squared error of a predictor over the skipped steps of this schedule, on the calibrated runs."""
-        computed = self.calibrated_steps()
-        errors = []
-        for step in range(self.fitted.fingerprint.steps):
-            stored = [earlier for earlier in reversed(computed) if earlier < step]
-            if step not in computed:
-                errors.append(forecast_error(gram, step, stored, weigh(step, stored)))
+        errors = [forecast_error(gram, step, stored, weigh(step, stored)) for step, stored in self._skipped()]
         return float(np.mean(errors)) if errors else 0.0
+
+    def drift(self, gram: Gram, weigh: Callable[[int, list[int]], Sequence[float]]) -> float:
+        """Mean square of what the errors of a predictor add up to over the skipped steps of this schedule.
+
+        A sampler adds up velocities, each times the length of its step, and with them their errors. Errors that point
+        the same way from step to step lead the image away; errors that change sign do not, however large they are.
+        """
+        times = np.asarray([*self.fitted.fingerprint.timesteps, 0.0])
+        lengths = np.abs(np.diff(times)) / max(times.max() - times.min(), 1e-12)
+        total = np.zeros(len(gram))
+        for step, stored in self._skipped():
+            total[step] -= lengths[step]
+            for earlier, weight in zip(stored, weigh(step, stored), strict=False):
+                total[earlier] += lengths[step] * float(weight)
+        return float(max(total @ gram @ total, 0.0))
+
+    def _skipped(self) -> list[tuple[int, list[int]]]:
+        """The skipped steps of this schedule, each with the computed steps before it, the latest first."""
+        computed = self.calibrated_steps()
+        skipped = sorted(set(range(self.fitted.fingerprint.steps)) - set(computed))
+        return [(step, [earlier for earlier in reversed(computed) if earlier < step]) for step in skipped]

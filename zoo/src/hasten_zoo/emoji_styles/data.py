@@ -25,6 +25,7 @@ import io
 import json
 import subprocess
 import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from hasten.errors import ModelError
 from hasten.io import write_atomically
 from PIL import Image
 from torch import Tensor
@@ -141,17 +143,35 @@ class Pair:
         return self.category in TAUGHT
 
 
+class Carried:
+    """The images of some of `N` pairs, asked for by the numbers that they have among all (see `carry.py`)."""
+
+    def __init__(self, values: npt.NDArray[np.uint8], rows: Sequence[int], pairs: int) -> None:
+        self.values, self.place = values, np.full(pairs, -1)
+        self.place[list(rows)] = np.arange(len(rows))
+
+    def __getitem__(self, rows: Any) -> npt.NDArray[np.uint8]:
+        places = self.place[rows]
+        if (places < 0).any():
+            raise ModelError(
+                f"{int((places < 0).sum())} of the images asked for were not carried to this machine; use the folder "
+                "that python -m hasten_zoo.emoji_styles.data writes"
+            )
+        found: npt.NDArray[np.uint8] = self.values[places]
+        return found
+
+
 @dataclass(frozen=True)
 class EmojiStyles:
     """All pairs and their images.
 
     Attributes:
         pairs: `N` records in the order of the images.
-        images: by size, `[N, R, R, 4]` uint8 premultiplied, usually memory-mapped.
+        images: by size, `[N, R, R, 4]` uint8 premultiplied, usually memory-mapped; some may have been left behind.
     """
 
     pairs: list[Pair]
-    images: dict[int, npt.NDArray[np.uint8]]
+    images: Mapping[int, npt.NDArray[np.uint8] | Carried]
 
     @property
     def concepts(self) -> list[str]:
@@ -191,8 +211,11 @@ def load_emoji_styles_data(folder: Path) -> EmojiStyles:
     """
     if not (folder / "index.json").is_file():
         raise FileNotFoundError(f"no images in {folder}; run python -m hasten_zoo.emoji_styles.data --out {folder}")
-    pairs = [Pair(**row) for row in json.loads((folder / "index.json").read_text())["pairs"]]
+    index = json.loads((folder / "index.json").read_text())
+    pairs = [Pair(**row) for row in index["pairs"]]
     images = {size: np.load(folder / f"images-{size}.npy", mmap_mode="r") for size in SIZES}
+    if "carried" in index:
+        return EmojiStyles(pairs, {size: Carried(x, index["carried"], len(pairs)) for size, x in images.items()})
     return EmojiStyles(pairs, images)
 
 

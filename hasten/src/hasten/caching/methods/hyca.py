@@ -12,11 +12,12 @@ with one coefficient vector of length D for each kept feature: one pass over mem
 The error of any solver on a cluster follows from the Gram matrix of the cluster's channels, which is what the
 calibration keeps, so that solvers are chosen when the method is built, for the schedule in use. `criterion`:
 
-* `"rollout"`: error over the skipped steps of the schedule in use, at the true horizons;
+* `"drift"`: what the errors of all skipped steps of the schedule in use add up to, each times the length of its step,
+  as the sampler adds up velocities: errors of one sign lead the image away, others cancel;
+* `"rollout"`: their mean square, at the true horizons;
 * `"one-step"`: the paper's, one step ahead from three successive steps.
 
-Neither error ranks solvers as the images do, since a forecast's error goes on into the steps behind it. `assigned`
-names the solver of each cluster instead, as `hasten tune --method hyca` finds it for a schedule by whole runs.
+`assigned` names the solver of each cluster instead, as `hasten tune --method hyca` finds it for a schedule by whole runs.
 
 Features are those behind the model's final norm where that is known (`domain`): the norm passes on the ratio of
 channels alone, which solvers that differ from channel to channel would change.
@@ -166,8 +167,9 @@ class HyCa(CalibratedMethod):
 
     site: Literal["hidden", "module"] = "hidden"
     criterion: Annotated[
-        Literal["rollout", "one-step"], "error by which a solver is chosen: over this schedule, or one step ahead"
-    ] = "rollout"
+        Literal["drift", "rollout", "one-step"],
+        "error by which a solver is chosen: what errors add up to over this schedule, their mean square, or one step ahead",
+    ] = "drift"
     solvers: Annotated[
         tuple[str, ...] | None, Names(CANDIDATES), "solvers to choose from, also for a tuner; None is all"
     ] = None
@@ -230,6 +232,8 @@ class HyCa(CalibratedMethod):
         return min(errors, key=lambda name: errors[name])
 
     def _error(self, gram: Gram, solver: Predictor) -> float:
+        if self.criterion == "drift":
+            return self.drift(gram, solver.weights)
         if self.criterion == "rollout":
             return self.mean_error(gram, solver.weights)
         last = len(gram)
@@ -272,7 +276,8 @@ class HyCa(CalibratedMethod):
             if different > 1:
                 found = kmeans2(table, different, minit="++", seed=seed)[1]
                 labels = np.unique(found, return_inverse=True)[1].astype(np.int64)  # an empty cluster is none
-            grams = [gram_of(steps[..., torch.from_numpy(labels == c)]) for c in range(labels.max() + 1)]
+            mixed = trace.mixed(key, domain)
+            grams = [gram_of(mixed[..., torch.from_numpy(labels == c)]) for c in range(labels.max() + 1)]
             tensors[f"clusters/{key}"] = torch.from_numpy(labels).to(torch.int32)
             tensors[f"grams/{key}"] = torch.from_numpy(np.stack(grams))
             report[key] = {
