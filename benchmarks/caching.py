@@ -180,7 +180,8 @@ class Measure:
     def drawn(self, method: CachingMethod) -> dict[str, Any]:
         """Figures of a method on the held-out prompts."""
         with hasten.accelerate(self.pipe, method):
-            return self.measured(self.held_out.draw(self.held_out.calls(self.scale)))
+            images = self.held_out.draw(self.held_out.calls(self.scale))
+        return self.measured(images)  # which may have to draw the full run first
 
     def fitted(self, expression: str) -> str:
         """The expression with its calibration, which is made where it is missing."""

@@ -29,6 +29,7 @@ from hasten.caching.predictors import Hermite, Reuse, Taylor
 from hasten.caching.schedule import Explicit, Uniform
 from hasten.calibration import Calibration, Fingerprint, Trace, same_weights, weights_digest
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError, UnknownNameError
+from hasten.fitting.calibrate import merge
 from hasten.pipeline.hooks import hooks_on
 
 STEPS = 12
@@ -595,7 +596,7 @@ def test_each_cluster_gets_the_solver_that_suits_it():
     lines = t * torch.randn(1, 1, 50, 3, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(1, 30, 50, 3, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
-    for criterion in ("rollout", "one-step"):
+    for criterion in ("rollout", "one-step"):  # by what errors add up to noise is no reason to hold
         method = hyca_of(torch.cat([lines, noise], -1), labels, criterion=criterion, interval=4)
         straight, held = method.chosen["hidden"]
         assert straight not in ("hold", "hermite", "bdf2-damped")
@@ -611,12 +612,81 @@ def test_the_chosen_mixture_is_no_worse_than_any_single_solver(recorded):
 
     def error(names):
         return sum(
-            size * mixed.mean_error(gram, mixed.solver(name).weights)
+            size * mixed.drift(gram, mixed.solver(name).weights)
             for gram, name, size in zip(grams, names, sizes, strict=True)
         )
 
     own = error(mixed.chosen["hidden"])
     assert all(own <= error([name] * len(grams)) + 1e-9 for name in CANDIDATES)
+
+
+def test_errors_that_cancel_from_step_to_step_do_not_count():
+    """On lines under a larger noise, a held feature has the smaller errors, and a line the smaller sum of them."""
+    t = torch.arange(40.0)[None, :, None, None]
+    slope = torch.randn(1, 1, 200, 4, generator=torch.Generator().manual_seed(0))
+    features = 0.4 * t * slope + torch.randn(1, 40, 200, 4, generator=torch.Generator().manual_seed(1))
+    labels = torch.zeros(4, dtype=torch.long)
+
+    def measured(criterion):
+        method = hyca_of(features, labels, criterion=criterion, solvers=("hold", "taylor1"), interval=6)
+        computed = method.calibrated_steps()
+        errors = []
+        for step in sorted(set(range(40)) - set(computed)):
+            stored = [earlier for earlier in reversed(computed) if earlier < step]
+            weights = method.solver(method.chosen["hidden"][0]).weights(step, stored)
+            forecast = sum(w * features[0, i] for i, w in zip(stored, weights, strict=False))
+            errors.append(forecast - features[0, step])
+        stacked = torch.stack(errors)
+        return method.chosen["hidden"][0], float(stacked.square().mean()), float(stacked.sum(0).square().mean())
+
+    held, squares, total = measured("rollout")
+    line, more_squares, less_total = measured("drift")
+    assert (held, line) == ("hold", "taylor1")
+    assert squares < more_squares
+    assert less_total < 0.7 * total
+
+
+def test_steps_count_by_their_length():
+    """What a solver does over short steps matters less to the image than what it does over long ones."""
+    random = torch.Generator().manual_seed(0)
+    turns = torch.randn(2, 200, 4, generator=random)
+    flat, bent = torch.zeros(20, 200, 4), torch.arange(20.0)[:, None, None] * turns[0]
+    features = torch.cat([flat, bent])[None] + 0.3 * torch.arange(40.0)[None, :, None, None] * turns[1]
+    labels = torch.zeros(4, dtype=torch.long)
+    method = hyca_of(features, labels, interval=6)
+    gram = np.asarray(method.fitted.tensors["grams/hidden"][0])
+
+    def drifts(timesteps):
+        own = replace(method.fitted, fingerprint=replace(method.fitted.fingerprint, timesteps=timesteps))
+        return replace(method, calibration=own).drift(gram, Reuse().weights)
+
+    early_long = (*np.linspace(1000, 50, 20), *np.linspace(48, 2, 20))
+    late_long = (*np.linspace(1000, 952, 20), *np.linspace(950, 50, 20))
+    assert drifts(tuple(early_long)) < 0.5 * drifts(tuple(late_long))  # the second half moves more
+
+
+def test_solvers_are_chosen_for_what_guidance_makes_of_two_passes():
+    """Errors in which the passes differ count by the scale, those that they share do not."""
+    features = [torch.randn(1, 12, 50, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    passes = dict(zip(("cond", "uncond"), ({"hidden": x} for x in features), strict=True))
+    fingerprint = Fingerprint("M", "", "", "", tuple(range(12)), ("cond", "uncond"), None, "hidden")
+    guided = Trace(passes, fingerprint, scale=3.0)
+    alone = Trace({"cond": {"hidden": features[1] + 3 * (features[0] - features[1])}}, fingerprint)
+    grams = [hasten.fit(trace, "hyca", clusters=1).tensors["grams/hidden"] for trace in (guided, alone)]
+    assert torch.allclose(*grams, rtol=1e-4)
+    unknown = hasten.fit(Trace(passes, fingerprint), "hyca", clusters=1).tensors["grams/hidden"]
+    assert not torch.allclose(grams[0], unknown, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("scales", "known"), [((3.0, 3.0), 3.0), ((3.0, 2.0), None)], ids=["the same in all calls", "several"]
+)
+def test_a_trace_knows_the_guidance_scale_of_its_calls(scales, known):
+    calls = [call(i, true_cfg_scale=scale, negative_prompt="banana") for i, scale in enumerate(scales)]
+    trace = hasten.record(make_pipe(), calls)
+    assert trace.scale == known
+    assert merge([trace, trace]).scale == known
+    assert merge([trace, replace(trace, scale=1.5)]).scale is None
 
 
 def test_clusters_are_found_again():

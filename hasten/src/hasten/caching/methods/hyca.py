@@ -17,7 +17,8 @@ calibration keeps, so that solvers are chosen when the method is built, for the 
 * `"rollout"`: their mean square, at the true horizons;
 * `"one-step"`: the paper's, one step ahead from three successive steps.
 
-`assigned` names the solver of each cluster instead, as `hasten tune --method hyca` finds it for a schedule by whole runs.
+`assigned` names the solver of each cluster instead, as `hasten tune --method hyca` finds it for a schedule by whole
+runs.
 
 Features are those behind the model's final norm where that is known (`domain`): the norm passes on the ratio of
 channels alone, which solvers that differ from channel to channel would change.
@@ -168,7 +169,7 @@ class HyCa(CalibratedMethod):
     site: Literal["hidden", "module"] = "hidden"
     criterion: Annotated[
         Literal["drift", "rollout", "one-step"],
-        "error by which a solver is chosen: what errors add up to over this schedule, their mean square, or one step ahead",
+        "error by which a solver is chosen: what errors add up to over this schedule, their mean square, or one step's",
     ] = "drift"
     solvers: Annotated[
         tuple[str, ...] | None, Names(CANDIDATES), "solvers to choose from, also for a tuner; None is all"
