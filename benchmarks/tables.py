@@ -27,7 +27,7 @@ from page_tables.common import read, result_of
 from page_tables.costs import cost_table, memory_table, overhead_table, shape_table
 from page_tables.coverage import coverage, denoisers_table, matrix_table
 from page_tables.judged import fashion_table, styles_table
-from page_tables.leap import ablation_table, fits_table, pipelines_table, second_table
+from page_tables.leap import ablation_table, fits_table, pipelines_table, range_table, second_table
 from page_tables.quality import certificates_table
 from page_tables.resolution import (
     cells_table,
@@ -42,7 +42,7 @@ from page_tables.resolution import (
 from reference import part as reference_part
 
 PREMISES = ["caching-premises.json", "caching-premises-guided.json"]
-CACHING = [MEASURED, "caching-emoji-flux-guided.json", "caching-sprites-wan.json"]
+CACHING = [MEASURED, "caching-emoji-flux-guided.json", "caching-emoji-kontext.json", "caching-sprites-wan.json"]
 DEFAULTS = [
     "default-emoji-flux.json",
     "default-emoji-flux-guided.json",
@@ -53,6 +53,7 @@ DEFAULTS = [
     "default-emoji-kontext.json",
     "default-emoji-kontext-28.json",
     "default-emoji-kontext-guided.json",
+    "default-emoji-kontext-28-guided.json",
 ]
 SECOND = ["leap-flux-guided.json", "leap-flux.json", "leap-wan.json", "leap-kontext.json"]
 TABLES = {
@@ -77,6 +78,7 @@ TABLES = {
     "fashion": lambda: fashion_table("fashion-dit.json"),
     "styles": lambda: styles_table(["styles.json", "styles-unguided.json"]),
     "leap-second": lambda: second_table(SECOND),
+    "leap-range": lambda: range_table(read("leap-flux-range.json")),
     "resolution": lambda: truth_table(read("resolution-truth.json")["emoji-flux"], "emoji-flux"),
     "edit": lambda: truth_table(read("resolution-truth.json")["emoji-kontext"], "emoji-kontext"),
     "resolution-cells": lambda: cells_table(read("resolution-truth.json")),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
+import numpy as np
 from page_tables.common import ROOT, cell, read, table_row
 
 HIDDEN = ("seconds", "closed_form", "relative_squared_error", "evaluations")
@@ -65,6 +67,28 @@ def pipelines_table(result: dict[str, Any]) -> str:
         lines.append(table_row([name, f"{row['pipeline']}, {row['scheduler']}", told]))
     environment = result["environment"]
     lines += ["", f"Tiny random weights, 12 steps; diffusers {environment['diffusers']}, torch {environment['torch']}."]
+    return "\n".join(lines)
+
+
+def range_table(result: dict[str, Any]) -> str:
+    """Markdown of one file for a range of guidance, beside a fit for each scale."""
+    rows, against, options = result["rows"], result["against"], result["options"]
+    count = int(options["counts"])
+    lines = [
+        table_row(["guidance", "euler, dB", "one file, dB", "own fit, dB", "one file is above its own fit by (95 %)"])
+    ]
+    lines.append("|--:|--:|--:|--:|--:|")
+    for scale in sorted({row["guidance"] for row in rows.values()}):
+        place = f"{count}, guidance {scale:g}"
+        own = f"leap, own fit, {place}"
+        found = [rows[name]["median"] for name in (f"euler, {place}", f"leap, one file, {place}", own)]
+        one, other = (rows[f"leap, {name}, {place}"]["psnr"] for name in ("one file", "own fit"))
+        text, interval = f"{statistics.median(np.subtract(one, other)):+.1f}", against[own]
+        if interval["low"] < interval["high"]:  # the scale at which all else is compared has none
+            text += f" ({interval['low']:+.1f} to {interval['high']:+.1f})"
+        lines.append(table_row([f"{scale:g}", *(cell(figure, 1) for figure in found), text]))
+    about = f"{options['model']}, {count} evaluations, medians over {options['held_out']} held-out prompts, against 50"
+    lines += ["", f"{about} plain steps; the file was fitted at {options['guidances'].replace(',', ', ')}."]
     return "\n".join(lines)
 
 

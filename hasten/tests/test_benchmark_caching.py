@@ -10,8 +10,9 @@ from test_readme import script
 
 
 def run(monkeypatch, out, work):
-    few = ["--steps", "6", "--counts", "3", "--schedules", "even", "--arms", "reuse", "--learn", "2", "--held-out", "2", "--batch", "2"]
-    monkeypatch.setattr(sys, "argv", ["caching.py", *few, "--work", str(work), "--out", str(out)])
+    few = {"steps": 6, "counts": 3, "schedules": "even", "arms": "reuse", "learn": 2, "held-out": 2, "batch": 2}
+    options = [word for name, value in few.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["caching.py", *options, "--work", str(work), "--out", str(out)])
     script("caching.py")["main"]()
     return json.loads(out.read_text())
 
