@@ -7,6 +7,7 @@ import statistics
 from typing import Any
 
 import numpy as np
+
 from page_tables.common import ROOT, cell, read, table_row
 
 HIDDEN = ("seconds", "closed_form", "relative_squared_error", "evaluations")

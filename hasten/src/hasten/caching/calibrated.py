@@ -129,7 +129,7 @@ class CalibratedMethod(ScheduledMethod):
             total[step] -= lengths[step]
             for earlier, weight in zip(stored, weigh(step, stored), strict=False):
                 total[earlier] += lengths[step] * float(weight)
-        return float(max(total @ gram @ total, 0.0))
+        return max(float(total @ gram @ total), 0.0)
 
     def _skipped(self) -> list[tuple[int, list[int]]]:
         """The skipped steps of this schedule, each with the computed steps before it, the latest first."""
