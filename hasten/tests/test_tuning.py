@@ -186,8 +186,9 @@ def test_hyca_starts_from_the_best_single_solver():
     assert len(single) >= 3
     assert tuned.decibels >= max(tuned.trials[text] for text in single)
     assert tuned.method.solvers == method.solvers
-    assert {*tuned.method.assigned} <= {*method.solvers}
-    assert len(tuned.method.assigned) == 2
+    (chosen,) = tuned.method.chosen.values()
+    assert {*chosen} <= {*method.solvers}
+    assert len(chosen) == 2
 
 
 def test_settings_that_cannot_work_are_passed_over_and_a_start_that_cannot_is_refused():
