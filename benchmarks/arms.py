@@ -14,7 +14,7 @@ from hasten.bench.tune import tuning_calls
 from torch import Tensor
 
 STEPS = 50  # of the full run
-# In the texts of arms that may compute less of one image than of another, and so decide for a batch as a whole.
+# In the texts of arms that decide image by image what they compute; in a batch they would decide for all at once.
 BY_IMAGE = ("specedit", "dvg", "threshold=", "peer:")
 BATCH = 8  # of the others: half the time per image
 

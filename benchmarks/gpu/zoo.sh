@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the models of the zoo on a machine with a GPU, without a network, in under ten minutes:
+# Train the models of the zoo on a machine with a GPU, without a network, within some ten minutes:
 #
 #     python -m hasten_zoo.emoji_styles.carry --pack taught.zip       # where the images are
 #     python -m hasten_zoo.sprites_wan.train_vae                      # once, on a CPU
@@ -7,8 +7,10 @@
 #
 # emoji-styles goes on from its committed weights, with sprites-wan beside it; then emoji-styles-turbo and -edit beside
 # one another: none of them fills a GPU alone. SCALE multiplies all minutes. Weights come back as DIR/NAME.tar.aa, ...,
-# in pieces of 15 MB, without the autoencoders, as soon as a model is exported; a failure of one ends no other.
-# DEVICE, PYTHON and the batches (STYLES, WAN, TURBO, EDIT) can be set, so that it can be tried on a CPU.
+# in pieces of 15 MB, as soon as a model is exported; a failure of one ends no other, and the last status says so.
+# The autoencoders stay behind: `cat NAME.tar.* | tar x`, and copy the folder vae that it was trained with into it.
+# DEVICE, PYTHON, THREADS and the batches (STYLES, WAN, TURBO, EDIT) can be set, so that it can be tried on a CPU; SEED
+# gives other views of the images.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -18,12 +20,13 @@ wan_vae=${3:?give the autoencoder of sprites-wan}
 scale=${4:-1}
 python=${PYTHON:-python3} device=${DEVICE:-cuda}
 work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 mkdir -p "$out" "$work/log"
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export PYTHONPATH="$root/hasten/src:$root/zoo/src${PYTHONPATH:+:$PYTHONPATH}"
 if compgen -G "$here/wheels/*.whl" >/dev/null && [ "$device" != cpu ]; then
   "$python" -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-compile --no-cache-dir \
-    --target "$work/site" "$here"/wheels/*.whl
+    --target "$work/site" "$here"/wheels/*.whl || exit 1
   PYTHONPATH="$PYTHONPATH:$work/site"
 fi
 
@@ -37,6 +40,7 @@ step() { # step NAME MODULE ARGUMENTS...: its output goes to log/NAME; what happ
 }
 
 give() { # give NAME: the exported weights, to the results
+  rm -f "$out/$1.tar."*
   tar cf - -C "$work" --exclude=vae "$1" | split -b 15m - "$out/$1.tar."
 }
 
@@ -68,12 +72,14 @@ train_styles() {
   local run=(--data "$work/data" --vae "$vae" --out "$work/run-styles")
   step unpack emoji_styles.carry --unpack "$taught" --data "$work/data" || return
   step scenes emoji_styles_edit.latents --data "$work/data" --vae "$vae" --out "$work/scenes" --threads 2 &
+  local scenes=$!
   step latents emoji_styles.latents --data "$work/data" --vae "$vae" --out "$work/latents" --device "$device" \
-    --threads "${THREADS:-10}" --seed "${SEED:-4000}" || return
-  step styles $styles "${run[@]}" "${common[@]}" --latents "$work/latents" --batch "${STYLES:-2048}" --lr 2e-3 \
-    --minutes "$(minutes 6)" --fall 0.3 && step styles-export $styles "${run[@]}" --export "$work/styles" || return
-  give styles
-  wait # for the scenes
+    --threads "${THREADS:-10}" --seed "${SEED:-4000}" &&
+    step styles $styles "${run[@]}" "${common[@]}" --latents "$work/latents" --batch "${STYLES:-2048}" --lr 2e-3 \
+    --minutes "$(minutes 6)" --fall 0.3 && step styles-export $styles "${run[@]}" --export "$work/styles" && give styles
+  local status=$?
+  wait "$scenes" || status=$?
+  [ "$status" = 0 ] || return
   train_turbo &
   train_edit &
   wait
@@ -83,11 +89,10 @@ train_wan &
 train_styles &
 wait
 tail -qn 1 "$work"/run-*/log.jsonl
-for log in "$work"/log/*; do
-  if grep -q Error "$log"; then
-    echo "--- ${log##*/}" && tail -n 5 "$log"
-  fi
+failed=$(sed -n 's/.* s: \(.*\) ended with [1-9].*/\1/p' "$work/log/times")
+for name in $failed; do
+  echo "--- $name" && tail -n 5 "$work/log/$name"
 done
 tar czf "$out/logs.tar.gz" -C "$work" log $(cd "$work" && ls run-*/log.jsonl)
 ls -l "$out"
-rm -rf "$work"
+[ -z "$failed" ]

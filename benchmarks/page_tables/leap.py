@@ -89,7 +89,8 @@ def range_table(result: dict[str, Any]) -> str:
             text += f" ({interval['low']:+.1f} to {interval['high']:+.1f})"
         lines.append(table_row([f"{scale:g}", *(cell(figure, 1) for figure in found), text]))
     about = f"{options['model']}, {count} evaluations, medians over {options['held_out']} held-out prompts, against 50"
-    lines += ["", f"{about} plain steps; the file was fitted at {options['guidances'].replace(',', ', ')}."]
+    fitted = f"the file was fitted at {options['guidances'].replace(',', ', ')}"
+    lines += ["", f"{about} plain steps; {fitted}. The last column is a median of paired differences."]
     return "\n".join(lines)
 
 

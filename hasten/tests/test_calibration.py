@@ -29,7 +29,6 @@ from hasten.caching.predictors import Hermite, Reuse, Taylor
 from hasten.caching.schedule import Explicit, Uniform
 from hasten.calibration import Calibration, Fingerprint, Trace, same_weights, weights_digest
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError, UnknownNameError
-from hasten.fitting.calibrate import merge
 from hasten.pipeline.hooks import hooks_on
 
 STEPS = 12
@@ -585,7 +584,8 @@ def test_parameters_of_l2p_that_exclude_each_other(calibrations, params, says):
 
 def hyca_of(features, labels, **params):
     grams = torch.from_numpy(np.stack([gram_of(features[..., labels == c]) for c in range(int(labels.max()) + 1)]))
-    fingerprint = Fingerprint("M", "", "", "", tuple(range(features.shape[1])), ("cond",), None, "hidden")
+    times = tuple(range(features.shape[1], 0, -1))
+    fingerprint = Fingerprint("M", "", "", "", times, ("cond",), None, "hidden")
     tensors = {"clusters/hidden": labels.to(torch.int32), "grams/hidden": grams}
     return hasten.HyCa(calibration=Calibration("hyca", tensors, fingerprint), **params)
 
@@ -596,7 +596,7 @@ def test_each_cluster_gets_the_solver_that_suits_it():
     lines = t * torch.randn(1, 1, 50, 3, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(1, 30, 50, 3, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
-    for criterion in ("rollout", "one-step"):  # by what errors add up to noise is no reason to hold
+    for criterion in ("rollout", "one-step"):  # noise is no reason to hold for the sum of errors
         method = hyca_of(torch.cat([lines, noise], -1), labels, criterion=criterion, interval=4)
         straight, held = method.chosen["hidden"]
         assert straight not in ("hold", "hermite", "bdf2-damped")
@@ -637,7 +637,10 @@ def test_errors_that_cancel_from_step_to_step_do_not_count():
             forecast = sum(w * features[0, i] for i, w in zip(stored, weights, strict=False))
             errors.append(forecast - features[0, step])
         stacked = torch.stack(errors)
-        return method.chosen["hidden"][0], float(stacked.square().mean()), float(stacked.sum(0).square().mean())
+        total = float(stacked.mean(0).square().mean()) * (len(errors) / 40) ** 2
+        gram = np.asarray(method.fitted.tensors["grams/hidden"][0])
+        assert method.drift(gram, method.solver(method.chosen["hidden"][0]).weights) == pytest.approx(total, rel=1e-3)
+        return method.chosen["hidden"][0], float(stacked.square().mean()), total
 
     held, squares, total = measured("rollout")
     line, more_squares, less_total = measured("drift")
@@ -665,28 +668,37 @@ def test_steps_count_by_their_length():
     assert drifts(tuple(early_long)) < 0.5 * drifts(tuple(late_long))  # the second half moves more
 
 
-def test_solvers_are_chosen_for_what_guidance_makes_of_two_passes():
-    """Errors in which the passes differ count by the scale, those that they share do not."""
-    features = [torch.randn(1, 12, 50, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    passes = dict(zip(("cond", "uncond"), ({"hidden": x} for x in features), strict=True))
-    fingerprint = Fingerprint("M", "", "", "", tuple(range(12)), ("cond", "uncond"), None, "hidden")
-    guided = Trace(passes, fingerprint, scale=3.0)
-    alone = Trace({"cond": {"hidden": features[1] + 3 * (features[0] - features[1])}}, fingerprint)
-    grams = [hasten.fit(trace, "hyca", clusters=1).tensors["grams/hidden"] for trace in (guided, alone)]
-    assert torch.allclose(*grams, rtol=1e-4)
-    unknown = hasten.fit(Trace(passes, fingerprint), "hyca", clusters=1).tensors["grams/hidden"]
-    assert not torch.allclose(grams[0], unknown, rtol=0.1)
+def test_steps_count_alike_where_their_lengths_are_not_known(recorded):
+    """Times that do not fall to zero: two evaluations at one time, logarithms of noise levels, a list that rises."""
+    _, trace = recorded
+    fitted = hasten.fit(trace, "hyca", clusters=1)
+    (gram,) = (np.asarray(gram) for gram in fitted.tensors["grams/hidden"])
+
+    def drift(times):
+        own = replace(fitted, fingerprint=replace(fitted.fingerprint, timesteps=tuple(times)))
+        return hasten.HyCa(calibration=own, interval=3).drift(gram, Reuse().weights)
+
+    alike = drift(np.arange(STEPS, 0, -1))
+    twice, logarithms, rising = (
+        np.repeat(np.arange(STEPS // 2, 0, -1), 2),
+        np.linspace(1.1, -1.5, STEPS),
+        np.arange(STEPS),
+    )
+    assert drift(twice) == drift(logarithms) == drift(rising) == pytest.approx(alike)
+    assert drift(np.linspace(1000, 1, STEPS) ** 2) != pytest.approx(alike, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("scales", "known"), [((3.0, 3.0), 3.0), ((3.0, 2.0), None)], ids=["the same in all calls", "several"]
-)
-def test_a_trace_knows_the_guidance_scale_of_its_calls(scales, known):
-    calls = [call(i, true_cfg_scale=scale, negative_prompt="banana") for i, scale in enumerate(scales)]
-    trace = hasten.record(make_pipe(), calls)
-    assert trace.scale == known
-    assert merge([trace, trace]).scale == known
-    assert merge([trace, replace(trace, scale=1.5)]).scale is None
+def test_with_guidance_solvers_are_chosen_by_the_mean_square(recorded):
+    _, trace = recorded
+    twice = Trace(
+        {**trace.features, "uncond": trace.features["cond"]}, replace(trace.fingerprint, passes=("cond", "uncond"))
+    )
+    for runs, criterion, other in ((trace, "drift", "rollout"), (twice, "rollout", "drift")):
+        fitted = hasten.fit(runs, "hyca", clusters=4)
+        chosen, asked, unlike = (
+            hasten.HyCa(calibration=fitted, interval=4, criterion=name).chosen for name in (None, criterion, other)
+        )
+        assert chosen == asked != unlike
 
 
 def test_clusters_are_found_again():

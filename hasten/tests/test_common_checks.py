@@ -305,7 +305,7 @@ CONTEXT: dict[tuple[str, str], dict[str, Any]] = {
     ("teacache", "per_sample"): {"threshold": 0.4},
     ("freqca", "low_order"): {"cutoff": 0.5},
     ("hyca", "assigned"): {"calibration": lambda: calibration("hyca", clusters=2)},
-    ("hyca", "criterion"): {"calibration": lambda: calibration("hyca", clusters=4)},
+    ("hyca", "criterion"): {"criterion": "rollout", "calibration": lambda: calibration("hyca", clusters=4)},
     ("hyca", "strict"): {"calibration": lambda: calibration("hyca", site="module")},
     ("svdcache", "strict"): {"calibration": lambda: calibration("svdcache", site="module")},
     ("svdcache", "order"): {"mode": "taylor"},

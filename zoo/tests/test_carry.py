@@ -30,6 +30,7 @@ def folder(tmp_path: Path) -> Path:
     out = tmp_path / "data"
     out.mkdir()
     large = random.integers(0, 255, (len(pairs), 384, 384, 4), dtype=np.uint8)
+    large[0, ..., 3] = 255  # opaque
     large[..., :3] = np.minimum(large[..., :3], large[..., 3:])  # premultiplied
     for size in SIZES:
         k = 384 // size
@@ -59,11 +60,19 @@ def test_an_image_that_was_left_behind_is_refused(folder: Path, tmp_path: Path) 
         render(there, torch.tensor([0, 1]), plain_views(2), 128)
 
 
-@pytest.mark.parametrize("content", [b"no zip", None])
-def test_another_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
+def test_all_images_are_not_replaced_by_some(folder: Path, tmp_path: Path) -> None:
+    carry.pack(folder, tmp_path / "taught.zip")
+    with pytest.raises(ModelError, match="has the images of all pairs"):
+        carry.unpack(tmp_path / "taught.zip", folder)
+    carry.unpack(tmp_path / "taught.zip", tmp_path / "there")
+    assert carry.unpack(tmp_path / "taught.zip", tmp_path / "there") == 3  # what was carried may be carried again
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"no zip", "not a file that --pack wrote"), (None, "there is no file")])
+def test_another_file_is_refused(tmp_path: Path, content: bytes | None, says: str) -> None:
     file = tmp_path / "taught.zip"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ModelError, match="not a file that --pack wrote"):
+    with pytest.raises(ModelError, match=says):
         carry.unpack(file, tmp_path / "there")
     assert not (tmp_path / "there").exists()

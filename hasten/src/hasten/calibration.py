@@ -89,12 +89,10 @@ class Trace:
             `"output"` is `[S, T, M]` with M sampled numbers. `"normed"` is `"hidden"` as the model's final norm leaves
             it, where that norm is known.
         fingerprint: what they belong to.
-        scale: of the guidance that mixed two passes, where all calls named the same.
     """
 
     features: dict[str, dict[str, Tensor]]
     fingerprint: Fingerprint
-    scale: float | None = None
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -132,14 +130,6 @@ class Trace:
     def steps(self, key: str, domain: Domain) -> dict[str, Tensor]:
         """The features under a cache key in a domain, `[S, T, N, D]` float32 by pass."""
         return {name: slots["normed" if domain == "normed" else key].float() for name, slots in self.features.items()}
-
-    def mixed(self, key: str, domain: Domain) -> Tensor:
-        """The features `[S, T, N, D]` as guidance mixes them, which makes their errors larger; the runs of all passes
-        one after the other where the scale is not known."""
-        passes = [*self.steps(key, domain).values()]
-        if self.scale is None or len(passes) != 2:
-            return torch.cat(passes)
-        return torch.lerp(passes[1], passes[0], self.scale)
 
 
 @dataclass(frozen=True)

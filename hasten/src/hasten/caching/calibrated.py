@@ -121,13 +121,17 @@ class CalibratedMethod(ScheduledMethod):
 
         A sampler adds up velocities, each times the length of its step, and with them their errors. Errors that point
         the same way from step to step lead the image away; errors that change sign do not, however large they are.
+        Steps are as long as their times are apart; where these do not fall to zero (two evaluations at one time,
+        logarithms, a list that nobody knows), all count the same.
         """
-        times = np.asarray([*self.fitted.fingerprint.timesteps, 0.0])
-        lengths = np.abs(np.diff(times)) / max(times.max() - times.min(), 1e-12)
+        lengths = -np.diff([*self.fitted.fingerprint.timesteps, 0.0])
+        if not (lengths[:-1] > 0).all() or lengths[-1] < 0:
+            lengths = np.ones(len(lengths))
+        lengths = lengths / lengths.sum()
         total = np.zeros(len(gram))
         for step, stored in self._skipped():
             total[step] -= lengths[step]
-            for earlier, weight in zip(stored, weigh(step, stored), strict=False):
+            for earlier, weight in zip(stored, weigh(step, stored), strict=True):
                 total[earlier] += lengths[step] * float(weight)
         return max(float(total @ gram @ total), 0.0)
 

@@ -19,7 +19,6 @@ from hasten.errors import AdapterError, CalibrationError, ConfigError, unknown
 from hasten.parameters import Range, accepted, parameters
 from hasten.pipeline.handle import Acceleration
 from hasten.pipeline.view import denoisers
-from hasten.solvers.scales import asked_guidance
 
 __all__ = ["Tape", "calibrate", "engine_of", "fingerprint_of", "fit", "merge", "record"]
 
@@ -52,11 +51,8 @@ class Tape:
         self._forward: tuple[str, int] | None = None  # whose samples are still on the device
         self._samples: list[tuple[tuple[str, str], Tensor]] = []
         self.runs: list[dict[tuple[str, str], Tensor]] = []
-        self.asked: set[tuple[float, ...]] = set()  # guidance scales that the calls named
 
     def __call__(self, pass_name: str, step: int, slot: str, tensor: Tensor) -> None:
-        if self._forward is None:
-            self.asked.add(asked_guidance())
         if (pass_name, step) != self._forward:
             self._gather()
             self._forward = (pass_name, step)
@@ -150,8 +146,7 @@ def record(
         if site == "hidden" and norm is not None:
             for slots in features.values():
                 slots["normed"] = norm(slots["hidden"])
-    scales = {asked[0] for asked in tape.asked if len(asked) == 1}
-    return Trace(features, fingerprint, scales.pop() if len(scales) == len(tape.asked) == 1 else None)
+    return Trace(features, fingerprint)
 
 
 def _norm(model: nn.Module) -> models.FinalNorm | None:
@@ -227,8 +222,7 @@ def merge(traces: Sequence[Trace]) -> Trace:
         name: {slot: torch.cat([trace.features[name][slot] for trace in traces]) for slot in slots}
         for name, slots in first.features.items()
     }
-    scales = {trace.scale for trace in traces}
-    return Trace(features, first.fingerprint, first.scale if len(scales) == 1 else None)
+    return Trace(features, first.fingerprint)
 
 
 def _watch(target: Any, site: str) -> Acceleration:

@@ -1,4 +1,4 @@
-"""Carry the images that are taught to a machine without npm or network, a GPU's perhaps, in one file of 20 MB.
+"""Carry the images that are taught to a machine without npm or network, a GPU's perhaps, in one file of 22 MB.
 
     python -m hasten_zoo.emoji_styles.carry --pack taught.zip --data runs/emoji-styles/data
     python -m hasten_zoo.emoji_styles.carry --unpack taught.zip --data runs/emoji-styles/data     # over there
@@ -55,17 +55,20 @@ def unpack(file: Path, data: Path) -> int:
     """Write a folder that `load_emoji_styles_data` opens; returns how many pairs it has images of.
 
     Raises:
-        ModelError: if the file is none of `pack`'s.
+        ModelError: if the file is none of `pack`'s, or the folder has all images.
     """
+    if (data / "index.json").is_file() and "carried" not in json.loads((data / "index.json").read_text()):
+        raise ModelError(
+            f"{data} has the images of all pairs, which those of the file would replace; give another --data"
+        )
     try:
         with zipfile.ZipFile(file) as archive:
             index = json.loads(archive.read("index.json"))
             rows = index["carried"]
-            images = {
-                size: np.stack([np.asarray(Image.open(io.BytesIO(archive.read(_name(size, row))))) for row in rows])
-                for size in PACKED
-            }
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            images = {size: np.stack([_decoded(archive.read(_name(size, row))) for row in rows]) for size in PACKED}
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no file {file}; write it with --pack where the images are") from error
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ModelError(f"{file} is not a file that --pack wrote ({type(error).__name__}); pack it again") from error
     small = images[128].reshape(len(rows), 64, 2, 64, 2, 4).astype(np.float32).mean((2, 4))
     images[64] = small.round().astype(np.uint8)
@@ -85,6 +88,10 @@ def _encoded(image: npt.NDArray[np.uint8]) -> bytes:
     target = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(target, "WEBP", lossless=True, exact=True, quality=60)
     return target.getvalue()
+
+
+def _decoded(content: bytes) -> npt.NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGBA"))  # an opaque image comes back without alpha
 
 
 def main(arguments: list[str] | None = None) -> None:

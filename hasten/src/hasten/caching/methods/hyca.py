@@ -14,7 +14,7 @@ calibration keeps, so that solvers are chosen when the method is built, for the 
 
 * `"drift"`: what the errors of all skipped steps of the schedule in use add up to, each times the length of its step,
   as the sampler adds up velocities: errors of one sign lead the image away, others cancel;
-* `"rollout"`: their mean square, at the true horizons;
+* `"rollout"`: their mean square, at the true horizons; better with guidance, under which errors do not merely add up;
 * `"one-step"`: the paper's, one step ahead from three successive steps.
 
 `assigned` names the solver of each cluster instead, as `hasten tune --method hyca` finds it for a schedule by whole
@@ -168,9 +168,10 @@ class HyCa(CalibratedMethod):
 
     site: Literal["hidden", "module"] = "hidden"
     criterion: Annotated[
-        Literal["drift", "rollout", "one-step"],
-        "error by which a solver is chosen: what errors add up to over this schedule, their mean square, or one step's",
-    ] = "drift"
+        Literal["drift", "rollout", "one-step"] | None,
+        "error by which a solver is chosen: of the sum over this schedule, its mean square, or one step ahead; None is "
+        "drift where one pass was calibrated, else rollout",
+    ] = None
     solvers: Annotated[
         tuple[str, ...] | None, Names(CANDIDATES), "solvers to choose from, also for a tuner; None is all"
     ] = None
@@ -233,9 +234,10 @@ class HyCa(CalibratedMethod):
         return min(errors, key=lambda name: errors[name])
 
     def _error(self, gram: Gram, solver: Predictor) -> float:
-        if self.criterion == "drift":
+        criterion = self.criterion or ("drift" if len(self.fitted.fingerprint.passes) == 1 else "rollout")
+        if criterion == "drift":
             return self.drift(gram, solver.weights)
-        if self.criterion == "rollout":
+        if criterion == "rollout":
             return self.mean_error(gram, solver.weights)
         last = len(gram)
         return sum(
@@ -277,8 +279,7 @@ class HyCa(CalibratedMethod):
             if different > 1:
                 found = kmeans2(table, different, minit="++", seed=seed)[1]
                 labels = np.unique(found, return_inverse=True)[1].astype(np.int64)  # an empty cluster is none
-            mixed = trace.mixed(key, domain)
-            grams = [gram_of(mixed[..., torch.from_numpy(labels == c)]) for c in range(labels.max() + 1)]
+            grams = [gram_of(steps[..., torch.from_numpy(labels == c)]) for c in range(labels.max() + 1)]
             tensors[f"clusters/{key}"] = torch.from_numpy(labels).to(torch.int32)
             tensors[f"grams/{key}"] = torch.from_numpy(np.stack(grams))
             report[key] = {
