@@ -69,8 +69,8 @@ def caching_table(names: list[str]) -> str:
         options, arms = result["options"], _caching_arms(result)
         scale = "-" if options["guidance"] is None else f"{options['guidance']:g}"
         for (schedule, method), rows in sorted(arms.items(), key=lambda arm: (arm[0][0], -_at_nine(arm[1]))):
-            if method.startswith(SINGLE):
-                continue  # in a table of their own
+            if method.startswith(SINGLE) or not any("median" in row for row in rows.values()):
+                continue  # in a table of their own, or refused everywhere
             other = _ablation(arms, schedule, method)
             above = "" if other is None else f"{_lead(rows[9], other)} {_caching_label(other['method'])}"
             cells = [options["model"], scale, schedule, _caching_label(method)]
