@@ -34,7 +34,7 @@ from hasten.caching.methods.hyca import CANDIDATES
 from hasten.calibration import Trace
 from hasten.errors import ConfigError, ScheduleError
 from hasten.io import write_atomically
-from held_out import HeldOut, check_weights, weights_of
+from held_out import HeldOut, check_asked, check_weights, weights_of
 from torch import Tensor
 
 ARMS = (
@@ -84,9 +84,8 @@ class Measure:
         known = json.loads(self.out.read_text()) if self.out.exists() else {}
         check_weights(known, self.model, self.out)
         asked = {name: getattr(options, name) for name in SHARED}
-        measured = known.get("options", {}) if known else asked
-        if other := {name: measured.get(name) for name in SHARED if measured.get(name) != asked[name]}:
-            raise SystemExit(f"{self.out} was measured with {other}, and {asked} is asked for: give another --out")
+        if known:
+            check_asked(dict.fromkeys(SHARED) | known.get("options", {}), asked, self.out, "--out")
         self.rows: dict[str, Any] = known.get("rows", {})
         scale = "" if options.guidance is None else f"-{options.guidance:g}"
         self.scale: float | None = options.guidance

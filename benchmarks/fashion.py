@@ -43,7 +43,7 @@ from hasten_zoo.fashion_dit.data import load_fashion_data, scaled
 from hasten_zoo.fashion_dit.distances import Gaussian
 from hasten_zoo.fashion_dit.evaluate import Judge, generate
 from hasten_zoo.fashion_dit.model import load_pipeline
-from held_out import check_weights, weights_of
+from held_out import check_asked, check_weights, weights_of
 from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save
@@ -192,8 +192,7 @@ class Measure:
         known: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
         check_weights(known, self.model, options.json)
         asked = {"images": options.images, "batch": options.batch}
-        if other := {name: known[name] for name in asked if known.get(name, asked[name]) != asked[name]}:
-            raise SystemExit(f"{options.json} was measured with {other}, and {asked} is asked for: give another --json")
+        check_asked(known, asked, options.json, "--json")
         data = load_fashion_data(options.data)
         self.judge = Judge(data, options.images)
         self.real = Gaussian.of(self.judge.real)

@@ -7,7 +7,7 @@ seeds from 1000.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,19 @@ def check_weights(known: dict[str, Any], model: Subject, file: Path) -> None:
         raise SystemExit(f"{file} does not say of which weights of {model.name} it is: give another file")
     if known and known["weights"] != weights_of(model):
         raise SystemExit(f"{file} is of other weights of {model.name} than it has now: give another file")
+
+
+def check_asked(known: dict[str, Any], asked: Mapping[str, Any], file: Path, option: str) -> None:
+    """End the program if results that are gone on with were measured with something else.
+
+    Args:
+        known: what the file has, by name; what it does not have is as it is asked for.
+        asked: what results depend on, by name.
+        file: to be named.
+        option: that gives the file.
+    """
+    if other := {name: known[name] for name in asked if known.get(name, asked[name]) != asked[name]}:
+        raise SystemExit(f"{file} was measured with {other}, and {dict(asked)} is asked for: give another {option}")
 
 
 @dataclass(frozen=True)

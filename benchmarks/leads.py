@@ -20,7 +20,7 @@ from hasten.bench.plain import plain_samplers
 from hasten.bench.subject import Subject
 from hasten.io import write_atomically
 from hasten.quality.metrics import PSNR_CEILING
-from held_out import FAILS, check_weights, weights_of
+from held_out import FAILS, check_asked, check_weights, weights_of
 
 RESAMPLES = 2000
 ALIKE = 1e-6  # difference of operations that is none
@@ -42,8 +42,7 @@ class Results:
     def __init__(self, file: Path, model: Subject, asked: Mapping[str, Any]) -> None:
         known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         check_weights(known, model, file)
-        if other := {name: known[name] for name in asked if known.get(name, asked[name]) != asked[name]}:
-            raise SystemExit(f"{file} was measured with {other}, and {dict(asked)} is asked for: give another --json")
+        check_asked(known, asked, file, "--json")
         here = environment()
         self.file, self.commit = file, here["commit"]
         self.whole = known | {"weights": weights_of(model), "environment": here} | dict(asked)

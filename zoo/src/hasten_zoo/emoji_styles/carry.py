@@ -25,7 +25,7 @@ from hasten.errors import ModelError
 from hasten.io import write_atomically
 from PIL import Image
 
-from hasten_zoo.emoji_styles.data import SIZES, load_emoji_styles_data
+from hasten_zoo.emoji_styles.data import SIZES, boxed, load_emoji_styles_data
 from hasten_zoo.emoji_styles_edit.data import item_rows
 
 __all__ = ["pack", "unpack"]
@@ -36,8 +36,8 @@ PACKED = (192, 128)
 def pack(data: Path, file: Path) -> int:
     """Write the images that are taught into one file; returns how many pairs they are of."""
     known = load_emoji_styles_data(data)
-    taught = [known.taught(held_out).tolist() for held_out in (False, True)]
-    rows = sorted({*taught[0], *taught[1], *item_rows(known.pairs).values()})
+    taught = (i for i, pair in enumerate(known.pairs) if pair.taught)
+    rows = sorted({*taught, *item_rows(known.pairs).values()})
     index = json.loads((data / "index.json").read_text()) | {"carried": rows}
 
     def fill(target: IO[bytes]) -> None:
@@ -70,8 +70,7 @@ def unpack(file: Path, data: Path) -> int:
         raise ModelError(f"there is no file {file}; write it with --pack where the images are") from error
     except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ModelError(f"{file} is not a file that --pack wrote ({type(error).__name__}); pack it again") from error
-    small = images[128].reshape(len(rows), 64, 2, 64, 2, 4).astype(np.float32).mean((2, 4))
-    images[64] = small.round().astype(np.uint8)
+    images[64] = np.stack([boxed(image.astype(np.float32), 64) for image in images[128]])
     data.mkdir(parents=True, exist_ok=True)
     (data / "index.json").unlink(missing_ok=True)  # comes last: arrays without an index are not whole
     for size in SIZES:

@@ -43,6 +43,7 @@ __all__ = [
     "EmojiStyles",
     "Package",
     "Pair",
+    "boxed",
     "fetch",
     "held_out_pairs",
     "load_emoji_styles_data",
@@ -313,9 +314,9 @@ def _premultiplied(image: Image.Image) -> npt.NDArray[np.float32]:
     return np.asarray(square, dtype=np.float32)
 
 
-def _boxed(image: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.uint8]:
-    """Exact box average of `[384, 384, 4]` to `[size, size, 4]`."""
-    k = RENDERED // size
+def boxed(image: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.uint8]:
+    """Exact box average of `[R, R, 4]`, R a multiple of the size, to `[size, size, 4]`."""
+    k = len(image) // size
     mean = image.reshape(size, k, size, k, 4).mean((1, 3))
     return np.round(mean).astype(np.uint8)
 
@@ -368,7 +369,7 @@ def prepare(out: Path, packages: Path) -> int:
                 drawn = resvg_py.svg_to_bytes(svg_string=_svg(icons[style], icon), skip_system_fonts=True)
             image = _premultiplied(Image.open(io.BytesIO(drawn)))
             for size, store in stores.items():
-                store[i] = _boxed(image, size)
+                store[i] = boxed(image, size)
             category = categories[names[code]]
             pair = Pair(style, concept, category, _mirrors(concept, category), (style, concept) in held_out)
             pairs.append(asdict(pair))
