@@ -34,7 +34,7 @@ from hasten.fitting.evaluator import Evaluator
 from hasten.fitting.leap import fit_leap
 from hasten.fitting.leap_fitter import Fitter
 from hasten.fitting.references import record_references
-from hasten.fitting.refine import _Jacobian, _moves, refine
+from hasten.fitting.refine import Jacobian, moves_of, refine
 from hasten.fitting.starts import extended, plain_solvers
 from hasten.fitting.surrogate import Surrogate
 from hasten.fitting.symbolic import prepared, read_off
@@ -449,8 +449,8 @@ def test_the_columns_of_the_refinement_are_derivatives():
     own = fitter(Toy(lambda x, t: 0.5 * x + t / 1000), [toy_call()], ridge=1e-9)
     with own.evaluator.probing():
         leap = own.fit(at(own, (0, 8, 14)))
-        moves = _moves(own, leap, True, 2)
-        columns = _Jacobian(own, leap, 0, moves).columns
+        moves = moves_of(own, leap, True, 2)
+        columns = Jacobian(own, leap, 0, moves).columns
         final = combine(leap.columns[0], leap.rows[-1])
         assert [move.along is None for move in moves] == [False] * 4 + [True] * 2
         for move, column in zip(moves, columns, strict=True):

@@ -1,24 +1,30 @@
-"""One list of times with coefficients for several guidance scales, between which they are interpolated.
+"""One solver for a range of guidance: times and coefficients at some scales, between which both are interpolated.
 
-Coefficients that were fitted at each scale alone lie anywhere in the flat valley of their error, and a polynomial
-through them misses it between the scales. So each fit goes on from the one in the middle, which keeps them near to each
-other; then the last rows of all scales are fitted together, on the paths that the interpolated rows make at the scales
-and halfway between them: the last row mends what the others miss.
+Solvers that were fitted at each scale alone lie anywhere in the flat valley of their error, and a polynomial through
+them misses it between the scales. So each goes on from its neighbour, beginning in the middle; then all are refined
+together, by the Gauss-Newton steps of `refine.py`, on the paths that the interpolated solver makes at the scales and
+halfway between them. What a number at one scale does to a path at another is its weight in the interpolation, so a
+Jacobian for each path is all that this takes. Errors differ by orders of magnitude over a range (at guidance 5 seventy
+times that at 1.5, on `emoji-flux`), and what counts is by how much each falls: the sum of their logarithms is made
+small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from hasten.fitting.leap_fitter import Fitter, Leap
-from hasten.fitting.refine import refine
-from hasten.solvers.multistep import NormalEquations, Row
+from hasten.fitting.refine import DAMPING, SMALLEST_GAIN, STEPS, TRIES, Jacobian, Move, learning, moves_of, refine
+from hasten.solvers.multistep import NormalEquations, Row, combine
 from hasten.solvers.tables import interpolated, lagrange
 
-__all__ = ["continued", "halfway", "joined", "path_at"]
+__all__ = ["Family", "Path", "continued", "halfway", "refined_together"]
 
-RIDGE = 1e-9
+Times = tuple[float, ...]
+SMALLEST = 1e-14  # of the squared errors whose logarithms are summed
 
 
 def halfway(scales: Sequence[float]) -> list[float]:
@@ -26,42 +32,162 @@ def halfway(scales: Sequence[float]) -> list[float]:
     return [0.5 * (a + b) for a, b in pairwise(sorted(scales))]
 
 
-def continued(fitter: Fitter, leap: Leap, rounds: int, directions: int | None = None) -> Leap:
-    """A solver for one scale from that for another, with the same times.
+@dataclass(frozen=True)
+class Family:
+    """Solvers with as many evaluations, one for each of some guidance scales.
+
+    Attributes:
+        scales: rising.
+        timesteps: of each solver.
+        rows: of each solver.
+    """
+
+    scales: tuple[float, ...]
+    timesteps: tuple[Times, ...]
+    rows: tuple[list[Row], ...]
+
+    def at(self, scale: float) -> tuple[Times, list[Row]]:
+        """Times and rows at a scale."""
+        (times,) = interpolated([[one] for one in self.timesteps], self.scales, scale)
+        return tuple(times), interpolated(self.rows, self.scales, scale)
+
+    def moved(self, moves: Sequence[Move], delta: Row) -> Family:
+        """The family after a step: for each scale the moves, then what is added to the last row."""
+        size = len(delta) // len(self.scales)
+        times, rows = [], []
+        for i, (own_times, own_rows) in enumerate(zip(self.timesteps, self.rows, strict=True)):
+            part = delta[i * size : (i + 1) * size]
+            for move, by in zip(moves, part, strict=False):
+                own_times, own_rows = move.applied(own_times, own_rows, by)
+            last = [a + b for a, b in zip(own_rows[-1], part[len(moves) :], strict=True)]
+            times.append(own_times)
+            rows.append([*own_rows[:-1], last])
+        return Family(self.scales, tuple(times), tuple(rows))
+
+
+@dataclass(frozen=True)
+class Path:
+    """A scale at which a family is judged.
+
+    Attributes:
+        scale: of the guidance.
+        fitter: of calls with it.
+    """
+
+    scale: float
+    fitter: Fitter
+
+    def is_passable(self, family: Family) -> bool:
+        """Whether the family's times fall here."""
+        times, _ = family.at(self.scale)
+        return all(a > b for a, b in pairwise(times)) and times[-1] >= 0
+
+    def run(self, family: Family) -> Leap | None:
+        """What the family does here; None where its times do not fall."""
+        if not self.is_passable(family):
+            return None
+        times, rows = family.at(self.scale)
+        with self.fitter.evaluator.probing():
+            return self.fitter.exact(times, rows)
+
+
+def continued(leaps: Sequence[Leap | None], fitters: Sequence[Fitter], rounds: int) -> list[Leap]:
+    """Solvers for all scales, each going on from its neighbour on the side of the one that is known.
 
     Args:
-        fitter: at the scale, while its evaluator is probing.
-        leap: at the other one.
-        rounds: of the refinement.
-        directions: most directions of each row in it; None for all.
+        leaps: that for one scale, and None for the others.
+        fitters: at the scales.
+        rounds: of the refinement of each.
     """
-    return refine(fitter, fitter.score(leap.timesteps, leap.rows), rounds, times=False, directions=directions)
+    found = list(leaps)
+    known = next(i for i, leap in enumerate(found) if leap is not None)
+    for i in [*range(known + 1, len(found)), *range(known - 1, -1, -1)]:
+        before, fitter = found[i - 1 if i > known else i + 1], fitters[i]
+        assert before is not None
+        with fitter.evaluator.probing():
+            found[i] = refine(fitter, fitter.score(before.timesteps, before.rows), rounds)
+    return [leap for leap in found if leap is not None]
 
 
-def joined(
-    fits: Sequence[list[Row]], scales: Sequence[float], paths: Sequence[tuple[float, Fitter, Leap]]
-) -> list[list[Row]]:
-    """The rows at all scales with last rows that are fitted together.
+def refined_together(
+    family: Family,
+    paths: Sequence[Path],
+    rounds: int,
+    progress: Callable[[float], None] | None = None,
+    *,
+    times: bool = True,
+    directions: int | None = None,
+) -> Family:
+    """A family that is nearer to the references at all paths together.
 
     Args:
-        fits: rows at each scale.
-        scales: of the fits.
-        paths: at some scales: the scale, the fitter there, and what `interpolated` rows do there.
+        family: with times that fall at all paths.
+        paths: where to look; the one nearest to the middle says in which directions rows are moved.
+        rounds: at most; see `refine`.
+        progress: called with the mean of the relative squared errors' logarithms after each round.
+        times, directions: see `refine`.
     """
-    size = len(fits[0][-1])
-    equations = NormalEquations(size * len(scales))
-    for scale, fitter, leap in paths:
-        weights = lagrange(scales, scale)
-        norm = sum(float(fitter.references.states[call][-1].double().square().sum()) for call in fitter.calls) ** 0.5
-        for columns, call in zip(leap.columns, fitter.calls, strict=True):
-            wide = [weight / norm * column.double() for weight in weights for column in columns[:size]]
-            equations.add(wide, fitter.references.states[call][-1].double() / norm)
-    solved = equations.solve([number for rows in fits for number in rows[-1]], RIDGE)
-    return [[*rows[:-1], solved[i * size : (i + 1) * size]] for i, rows in enumerate(fits)]
+    middle = len(paths) // 2
+    leaps = _run(family, paths)
+    assert leaps is not None
+    for turn in range(rounds):
+        start, damping = family, DAMPING
+        chosen = moves_of(paths[middle].fitter, leaps[middle], times, directions)
+        jacobians = [_jacobians(path.fitter, leap, chosen, turn) for path, leap in zip(paths, leaps, strict=True)]
+        for _ in range(STEPS):
+            before = _score(leaps)
+            equations = _equations(family, paths, leaps, jacobians, len(chosen))
+            for _ in range(TRIES):
+                tried = family.moved(chosen, equations.damped(damping))
+                found = _run(tried, paths)
+                if found is not None and _score(found) < before:
+                    family, leaps, damping = tried, found, max(damping / 10, 1e-8)
+                    break
+                damping *= 10
+            if _score(leaps) > before + math.log(1 - SMALLEST_GAIN):
+                break
+        if progress is not None:
+            progress(_score(leaps))
+        if family is start and turn:
+            break
+    return family
 
 
-def path_at(
-    fitter: Fitter, times: Sequence[float], fits: Sequence[list[Row]], scales: Sequence[float], scale: float
-) -> Leap:
-    """What interpolated rows do at a scale, while the fitter's evaluator is probing."""
-    return fitter.exact(times, interpolated(fits, scales, scale))
+def _run(family: Family, paths: Sequence[Path]) -> list[Leap] | None:
+    found: list[Leap] = []
+    for path in paths:
+        leap = path.run(family)
+        if leap is None or not math.isfinite(leap.error):
+            return None
+        found.append(leap)
+    return found
+
+
+def _score(leaps: Sequence[Leap]) -> float:
+    return sum(math.log(leap.error + SMALLEST) for leap in leaps) / len(leaps)
+
+
+def _jacobians(fitter: Fitter, leap: Leap, moves: list[Move], turn: int) -> Mapping[int, Jacobian]:
+    with fitter.evaluator.probing():
+        return {i: Jacobian(fitter, leap, i, moves) for i in learning(len(fitter.calls), turn)}
+
+
+def _equations(
+    family: Family,
+    paths: Sequence[Path],
+    leaps: Sequence[Leap],
+    jacobians: Sequence[Mapping[int, Jacobian]],
+    moves: int,
+) -> NormalEquations:
+    """In the moves and the last row of all scales, each path weighted by the inverse of its error."""
+    last = len(leaps[0].rows[-1])
+    whole = NormalEquations(len(family.scales) * (moves + last))
+    for path, leap, derivatives in zip(paths, leaps, jacobians, strict=True):
+        states = path.fitter.references.states
+        size = sum(float(states[call][-1].double().square().sum()) for call in path.fitter.calls)
+        own = NormalEquations(moves + last)
+        for i, known in derivatives.items():
+            goal = states[path.fitter.calls[i]][-1]
+            own.add([*known.columns, *leap.columns[i][:last]], goal - combine(leap.columns[i], leap.rows[-1]))
+        whole.include(own, lagrange(family.scales, path.scale), 1 / (size * (leap.error + SMALLEST)))
+    return whole

@@ -36,7 +36,7 @@ import numpy as np
 from hasten.calibration import Calibration, Fingerprint, model_digest, weights_digest
 from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError
 from hasten.fitting.group import Group, at_scale, check_passes, guidance_of
-from hasten.fitting.guidance import continued, halfway, joined, path_at
+from hasten.fitting.guidance import Family, Path, continued, halfway, refined_together
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.fitting.references import References
 from hasten.fitting.refine import refine
@@ -250,24 +250,21 @@ class _Fit:
             start = self._start(middle, count, trials, rounds > 0, tick)
             best = refine(middle.fitters[GUIDED], start.leap, rounds, lambda error: tick(next(refined), error))
             found = {GUIDED: best}
-            if PASSES in middle.fitters:
+            if PASSES in middle.fitters and len(self._at) == 1:
                 found[PASSES] = _with_differences(middle.fitters[PASSES], middle.fitters[GUIDED], best, rounds)
         self._before = best
-        rows = {form: self._rows(form, own, rounds) for form, own in found.items()}
-        levels = tuple(middle.references.level_at(time) for time in best.timesteps)
-        table = Table(
-            best.timesteps,
-            levels,
-            _frozen(rows[GUIDED]),
-            _frozen(rows[PASSES]) if PASSES in rows else None,
-        )
-        if len(self._at) > 1:  # the last rows were fitted together
+        if len(self._at) == 1:
+            table = self._table({form: [own.rows] for form, own in found.items()}, [best.timesteps])
+        else:
+            families = self._families(best, rounds)
+            table = self._table({form: own.rows for form, own in families.items()}, families[GUIDED].timesteps)
             with middle.evaluator.probing():
                 found = {
-                    form: middle.fitters[form].exact(best.timesteps, fits[self._middle]) for form, fits in rows.items()
+                    form: middle.fitters[form].exact(own.timesteps[self._middle], own.rows[self._middle])
+                    for form, own in families.items()
                 }
         tick(trials + rounds, found[GUIDED].error)
-        report = self._report(start, found, {form: fits[self._middle] for form, fits in rows.items()})
+        report = self._report(start, found)
         report["evaluations_of_fit"] = sum(at.evaluator.made for at in self._all) - made_before
         return table, report
 
@@ -285,23 +282,44 @@ class _Fit:
             progress=tick,
         )
 
-    def _rows(self, form: str, own: Leap, rounds: int) -> list[list[Row]]:
-        """Coefficients at all guidance scales for the times that were found, from those at the scale in the middle."""
-        middle, directions = self._at[self._middle], DIRECTIONS if form == PASSES else None
-        fits = []
-        for at in self._at:
-            with at.evaluator.probing():
-                fits.append(own.rows if at is middle else continued(at.fitters[form], own, rounds, directions).rows)
-        if len(fits) == 1:
-            return fits
-        scales = [scale for scale in self._scales if scale is not None]
-        paths = []
-        for scale, at in [*zip(scales, self._at, strict=True), *self._between]:
-            with at.evaluator.probing():
-                paths.append((scale, at.fitters[form], path_at(at.fitters[form], own.timesteps, fits, scales, scale)))
-        return joined(fits, scales, paths)
+    def _families(self, best: Leap, rounds: int) -> dict[str, Family]:
+        """Times and coefficients for all guidance scales, from those for the scale in the middle, by form."""
+        scales = tuple(scale for scale in self._scales if scale is not None)
+        judged = sorted([*zip(scales, self._at, strict=True), *self._between], key=lambda one: one[0])
 
-    def _report(self, start: Start, found: Mapping[str, Leap], rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+        def paths(form: str) -> list[Path]:
+            return [Path(scale, at.fitters[form]) for scale, at in judged]
+
+        fitters = [at.fitters[GUIDED] for at in self._at]
+        known = [best if at is self._at[self._middle] else None for at in self._at]
+        leaps = continued(known, fitters, rounds)
+        family = Family(scales, tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps))
+        if not all(path.is_passable(family) for path in paths(GUIDED)):
+            family = Family(scales, (best.timesteps,) * len(scales), (best.rows,) * len(scales))
+        found = {GUIDED: refined_together(family, paths(GUIDED), rounds)}
+        if PASSES in self._at[self._middle].fitters:
+            widened = tuple(
+                [fit.fitters[PASSES].widened(row) for row in rows]
+                for fit, rows in zip(self._at, found[GUIDED].rows, strict=True)
+            )
+            wide = replace(found[GUIDED], rows=widened)
+            found[PASSES] = refined_together(wide, paths(PASSES), min(rounds, 1), times=False, directions=DIRECTIONS)
+        return found
+
+    def _table(self, rows: Mapping[str, Sequence[Sequence[Row]]], timesteps: Sequence[tuple[float, ...]]) -> Table:
+        level_at = self._at[self._middle].references.level_at
+        levels = tuple(tuple(level_at(time) for time in times) for times in timesteps)
+        several = len(timesteps) > 1
+        return Table(
+            timesteps[self._middle],
+            levels[self._middle],
+            _frozen(rows[GUIDED]),
+            _frozen(rows[PASSES]) if PASSES in rows else None,
+            tuple(timesteps) if several else None,
+            levels if several else None,
+        )
+
+    def _report(self, start: Start, found: Mapping[str, Leap]) -> dict[str, Any]:
         best = found[GUIDED]
         middle = self._at[self._middle].references
         report: dict[str, Any] = {
@@ -320,7 +338,7 @@ class _Fit:
         if form == PASSES:
             report["relative_squared_error_with_both_passes"] = found[form].error
         if self._held is not None:
-            report["held_out"] = self._error_held_out(best.timesteps, rows)
+            report["held_out"] = self._error_held_out(best.timesteps, {form: own.rows for form, own in found.items()})
         return report
 
     def held_out(self, table: Mapping[str, Any]) -> float:

@@ -28,7 +28,7 @@ from torch import Tensor
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.solvers.multistep import NormalEquations, Row, combine
 
-__all__ = ["Move", "refine"]
+__all__ = ["Jacobian", "Move", "learning", "moves_of", "refine"]
 
 Times = tuple[float, ...]
 
@@ -102,9 +102,9 @@ def refine(
     free, idle = moves is None, 0
     for turn in range(first, first + rounds):
         start, damping = leap, DAMPING
-        learn = _learning(len(fitter.calls), turn)
-        chosen = _moves(fitter, start, times, directions) if moves is None else moves(start)
-        jacobian = {i: _Jacobian(fitter, start, i, chosen) for i in learn}
+        learn = learning(len(fitter.calls), turn)
+        chosen = moves_of(fitter, start, times, directions) if moves is None else moves(start)
+        jacobian = {i: Jacobian(fitter, start, i, chosen) for i in learn}
         for _ in range(STEPS):
             before = leap.error
             leap, damping = _step(fitter, leap, chosen, jacobian, damping, free)
@@ -118,7 +118,7 @@ def refine(
     return leap
 
 
-def _learning(calls: int, turn: int) -> list[int]:
+def learning(calls: int, turn: int) -> list[int]:
     """Numbers of the calls that a round learns from: all but a part, or the only one."""
     parts = min(calls, PARTS)
     return [i for i in range(calls) if parts == 1 or i % parts != turn % parts]
@@ -128,7 +128,7 @@ def _step(
     fitter: Fitter,
     leap: Leap,
     moves: list[Move],
-    jacobian: Mapping[int, _Jacobian],
+    jacobian: Mapping[int, Jacobian],
     damping: float,
     free: bool,
 ) -> tuple[Leap, float]:
@@ -157,7 +157,7 @@ def _tried(fitter: Fitter, leap: Leap, moves: list[Move], delta: Row, free: bool
     return fitter.exact(timesteps, rows)
 
 
-def _moves(fitter: Fitter, leap: Leap, times: bool, directions: int | None) -> list[Move]:
+def moves_of(fitter: Fitter, leap: Leap, times: bool, directions: int | None) -> list[Move]:
     """The directions of all rows but the last, each of which moves the state by the same length, and the times."""
     moves = []
     size = sum(float(fitter.references.states[call][0].double().square().sum()) for call in fitter.calls) ** 0.5
@@ -173,7 +173,7 @@ def _moves(fitter: Fitter, leap: Leap, times: bool, directions: int | None) -> l
     return moves + [Move(k, None) for k in range(1, len(leap.timesteps)) if times]
 
 
-class _Jacobian:
+class Jacobian:
     """Derivatives of the final state of one call with respect to the moves."""
 
     def __init__(self, fitter: Fitter, leap: Leap, index: int, moves: list[Move]) -> None:

@@ -60,10 +60,6 @@ class Content:
     def __post_init__(self) -> None:
         if not self.tables:
             raise ValueError("it has no table")
-        for count, table in self.tables.items():
-            if not (count.isascii() and count.isdigit() and count == str(int(count))):
-                raise ValueError(f"a table is for {count!r} evaluations, expected a number")
-            table.check(int(count), len(self.guidances))
         if self.num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}, expected at least 1")
         if not self.noise_scale > 0:
@@ -71,8 +67,13 @@ class Content:
         several = len(self.guidances) > 1
         if not self.guidances or len(self.mixtures) != len(self.guidances) or (several and None in self.guidances):
             raise ValueError("each fit needs a guidance scale and a mixture")
-        if any(len(set(scales)) < len(scales) for scales in (self.guidances, _known(self.mixtures))):
+        if any(len(set(known)) < len(known) for known in (self.guidances, _known(self.mixtures))):
             raise ValueError("two fits have the same guidance; fit at scales that differ in what they make")
+        scales = [0.0 if scale is None else scale for scale in self.guidances]
+        for count, table in self.tables.items():
+            if not (count.isascii() and count.isdigit() and count == str(int(count))):
+                raise ValueError(f"a table is for {count!r} evaluations, expected a number")
+            table.check(int(count), scales)
 
 
 def _known(scales: tuple[float | None, ...]) -> tuple[float | None, ...]:

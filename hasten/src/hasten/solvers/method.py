@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from hasten.calibration import Calibration
 from hasten.errors import AlreadyAcceleratedError
-from hasten.parameters import Declared
+from hasten.parameters import MOST_GUIDANCE, Declared, Range
 from hasten.pipeline.hooks import Remove
 from hasten.registry import method
 from hasten.solvers.content import LEAP, check_pipeline
@@ -24,6 +24,10 @@ class Leap(Declared):
     """Sample with learned times and coefficients in place of the pipeline's scheduler (LEAP)."""
 
     calibration: Annotated[Calibration | str | None, "what `hasten tune` or `fit_leap` learned"] = None
+    guidance: Annotated[
+        Annotated[float, Range(0, MOST_GUIDANCE)] | None,
+        "guidance scale of loops of your own, for a file that serves a range; a pipeline's call shows its own",
+    ] = None
 
     def check(self) -> None:
         object.__setattr__(self, "calibration", Calibration.of(LEAP, self.calibration))
@@ -31,7 +35,7 @@ class Leap(Declared):
     def scheduler(self, pipe: Any = None) -> LeapScheduler:
         """The scheduler to put in place of the pipeline's own; see `LeapScheduler.load`."""
         assert isinstance(self.calibration, Calibration)
-        return LeapScheduler.of(self.calibration, pipe)
+        return LeapScheduler.of(self.calibration, pipe, self.guidance)
 
     def engine(self, pipe: Any) -> AttachedLeap:
         """What puts scheduler and hook into a pipeline; nothing is changed yet.

@@ -34,6 +34,18 @@ class NormalEquations:
         self.gram += (flat @ flat.T).cpu()
         self._right += (flat @ goal.double().flatten()).cpu()
 
+    def include(self, other: NormalEquations, shares: Sequence[float], weight: float) -> None:
+        """Add equations in numbers that are each a sum of some of ours: `other` has one where we have a group.
+
+        Args:
+            other: equations in `n` numbers; here are `len(shares)` groups of `n`.
+            shares: of the groups in that sum.
+            weight: of the equations.
+        """
+        part = torch.tensor(shares, dtype=torch.float64)
+        self.gram += weight * torch.kron(torch.outer(part, part), other.gram)
+        self._right += weight * torch.kron(part, other._right)
+
     def solve(self, prior: Sequence[float], ridge: float) -> Row:
         """The coefficients, drawn towards `prior` by `ridge`."""
         towards = torch.tensor(prior, dtype=torch.float64)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from hasten.errors import ScheduleError
 from hasten.pipeline.caller import call_arguments, current_owner
 from hasten.solvers.content import Content
+from hasten.solvers.tables import Table
 
-__all__ = ["SCALES", "asked_guidance", "check_asked_guidance", "scale_of_run"]
+__all__ = ["SCALES", "asked_guidance", "check_asked_guidance", "check_mixture", "scale_of_run", "scale_of_times"]
 
 SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
 TOLERANCE = 0.03  # of the guidance scale that a run shows, relative; half precision shows it less exactly
@@ -90,9 +91,57 @@ def scale_of_run(
                 "hasten.accelerate(pipe, hasten.Leap(file)), or LeapScheduler.load(file, pipe, guidance=...)"
             )
         return guidances[0], guidances
+    _refuse_outside(scale, guidances)
+    return scale, guidances
+
+
+def scale_of_times(content: Content, table: Table, asked: Sequence[float], hooked: bool) -> float | None:
+    """The guidance scale that says at what times a run evaluates the model; None if they are the same at all scales.
+
+    Args:
+        content: of the scheduler.
+        table: of the run.
+        asked, hooked: see `scale_of_run`.
+
+    Raises:
+        ScheduleError: if times differ, and the scale does not show before the first evaluation.
+    """
+    if table.timesteps_by_scale is None:
+        return None
+    scales = [one for one in content.guidances if one is not None]
+    served = [one for one in asked if _within(one, scales)] if hooked else []
+    scale = served[0] if served else content.guidance
+    if scale is None:
+        raise ScheduleError(
+            f"LEAP was fitted for guidance {_range(scales)} with other times at each scale, and the scale does not "
+            "show here: name it, by hasten.Leap(file, guidance=...) or LeapScheduler.load(file, pipe, guidance=...); "
+            "with hasten.Leap(file) a call of the pipeline shows it"
+        )
+    _refuse_outside(scale, scales)
+    return min(max(scale, min(scales)), max(scales))
+
+
+def check_mixture(content: Content, mixture: float | None, scale: float) -> None:
+    """Compare what the passes of a run were mixed of with the scale that its times are for, where they tell the scale.
+
+    Raises:
+        ScheduleError: if it is another one.
+    """
+    guidances = [one for one in content.guidances if one is not None]
+    mixtures = [one for one in content.mixtures if one is not None]
+    if mixture is None or len(mixtures) != len(content.mixtures):
+        return
+    own = _own_measure(mixture, guidances, mixtures)
+    if own is not None and not _within(own, [scale]):
+        raise ScheduleError(
+            f"this run was called with guidance {scale:.4g} and mixes its passes with {own:.4g} from its first "
+            "evaluation on; LEAP's times are for the guidance of the call: leave out what changes it (a callback)"
+        )
+
+
+def _refuse_outside(scale: float, guidances: Sequence[float]) -> None:
     if not _within(scale, guidances):
         raise ScheduleError(f"LEAP was fitted for guidance {_range(guidances)}, and this run has {scale:.4g}: {REMEDY}")
-    return scale, guidances
 
 
 def _within(scale: float, fitted: Sequence[float]) -> bool:

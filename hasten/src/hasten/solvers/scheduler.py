@@ -24,7 +24,13 @@ from hasten.solvers.asked import asked_by_user, check_asked
 from hasten.solvers.content import LEAP, REMEDY, arguments_of, as_json, check_arguments, refuse_other_model
 from hasten.solvers.formula import Formula, Learned, SecondOrder, signal
 from hasten.solvers.passes import UNWATCHED, Answers, difference, mixture_of
-from hasten.solvers.scales import asked_guidance, check_asked_guidance, scale_of_run
+from hasten.solvers.scales import (
+    asked_guidance,
+    check_asked_guidance,
+    check_mixture,
+    scale_of_run,
+    scale_of_times,
+)
 from hasten.solvers.tables import COLUMNS, interpolated
 
 __all__ = ["LeapScheduler"]
@@ -115,7 +121,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = noise_scale
         self.expects_passes = False  # whether a hook hands the passes to `observe`
         self.taken: deque[int] = deque(maxlen=MOST_TAKEN)  # numbers of the latest evaluations, run after run
-        self._choose(max(tables, key=int))
+        self._choose(max(tables, key=int), self._checked.guidance)
 
     @classmethod
     def load(cls, path: str | Path, pipe: Any = None, guidance: float | None = None) -> Self:
@@ -219,10 +225,12 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
                 stacklevel=2,
             )
         self._check_caller()
-        self._choose(str(wanted))
+        scales = asked_guidance()
+        check_asked_guidance(scales, self._checked.guidances)
+        table = self._checked.tables[str(wanted)]
+        self._choose(str(wanted), scale_of_times(self._checked, table, scales, self.expects_passes))
+        self._asked: tuple[float, ...] = scales
         check_asked(asked, {"sigmas": self.sigmas, "timesteps": self.timesteps})
-        self._asked: tuple[float, ...] = asked_guidance()
-        check_asked_guidance(self._asked, self._checked.guidances)
         self.timesteps = self.timesteps.to(device)
         self.num_inference_steps = wanted
 
@@ -237,11 +245,14 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         """What a copy or a pickle has: all but the pipeline that was compared, and whose run it was."""
         return {name: value for name, value in vars(self).items() if name not in ("_known", "owner")}
 
-    def _choose(self, count: str) -> None:
-        self._table = self._checked.tables[count]
+    def _choose(self, count: str, scale: float | None) -> None:
+        """Take a table; `scale` is the guidance that its times are for, where they differ."""
+        self._table, self._scale = self._checked.tables[count], scale
+        known = [0.0 if one is None else one for one in self._checked.guidances]
+        times, levels = (self._table.timesteps, self._table.levels) if scale is None else self._table.at(known, scale)
         # A new tensor for every run: what watches the pipeline tells runs apart by it.
-        self.timesteps = torch.tensor(self._table.timesteps, dtype=torch.float32)
-        self._levels = [*self._table.levels, 0.0]
+        self.timesteps = torch.tensor(times, dtype=torch.float32)
+        self._levels = [*levels, 0.0]
         kind = self._checked.prediction_type
         self.sigmas = torch.tensor(
             self._levels if kind == "flow_prediction" else [s / max(signal(s, kind), 1e-12) for s in self._levels]
@@ -354,7 +365,11 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
                 "LEAP was fitted without guidance, one pass for each evaluation, and this run makes two: call the "
                 "pipeline without guidance, or fit with it"
             )
-        scale, scales = scale_of_run(self._checked, mixture, self._asked, self.expects_passes)
+        if self._scale is not None and self._table.timesteps_by_scale is not None:
+            check_mixture(self._checked, mixture, self._scale)
+            scale, scales = self._scale, [0.0 if one is None else one for one in self._checked.guidances]
+        else:
+            scale, scales = scale_of_run(self._checked, mixture, self._asked, self.expects_passes)
         return Learned(interpolated(fits, scales, scale), self._levels, kind, COLUMNS[form])
 
     # --- image to image

@@ -16,6 +16,7 @@ __all__ = ["ARRAYS", "COLUMNS", "Table", "interpolated", "lagrange", "packed", "
 
 Rows = tuple[tuple[float, ...], ...]
 COLUMNS = {"guided": 1, "passes": 2}  # columns per evaluation of a form
+LOOKS = 65  # at times between guidance scales, when a table is checked
 
 # G guidance scales; rows of n evaluations are padded with zeros.
 ARRAYS = {
@@ -23,6 +24,8 @@ ARRAYS = {
     "{n}/levels": Array("float", ("n",), (decreasing,), low=0, high=1),
     "{n}/guided": Array("float", ("G", "n", "w")),
     "{n}/passes": Array("float", ("G", "n", "v"), needed=False),
+    "{n}/timesteps_by_scale": Array("float", ("G", "n"), low=0, needed=False),
+    "{n}/levels_by_scale": Array("float", ("G", "n"), low=0, high=1, needed=False),
 }
 
 
@@ -36,28 +39,49 @@ class Table:
             `sqrt(1 - s^2) x + s noise` of a variance-preserving model.
         guided: for each guidance scale the rows over the guided outputs alone; row `k` has `2 + k` numbers.
         passes: likewise over the guided outputs and the differences of the passes; row `k` has `3 + 2 k` numbers.
+        timesteps_by_scale: those for each guidance scale, where they differ; `timesteps` are those in the middle then.
+        levels_by_scale: likewise.
     """
 
     timesteps: tuple[float, ...]
     levels: tuple[float, ...]
     guided: tuple[Rows, ...]
     passes: tuple[Rows, ...] | None = None
+    timesteps_by_scale: tuple[tuple[float, ...], ...] | None = None
+    levels_by_scale: tuple[tuple[float, ...], ...] | None = None
 
-    def check(self, count: int, scales: int) -> None:
-        """Raise ValueError for a table that is none of `count` evaluations at so many guidance scales."""
-        if {len(self.timesteps), len(self.levels)} != {count}:
-            raise ValueError(f"the table for {count} evaluations does not have {count} times and levels")
-        for name in ("timesteps", "levels"):
-            if complaint := decreasing(np.asarray(getattr(self, name))):
-                raise ValueError(f"{name} of the table for {count} evaluations: {complaint}")
-        if self.timesteps[-1] < 0 or not 0 < self.levels[-1] <= self.levels[0] <= 1:
-            raise ValueError(f"the times of the table for {count} evaluations must be within the run")
+    def at(self, scales: Sequence[float], scale: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Times and levels at a guidance scale, of the scales that the table is for."""
+        if self.timesteps_by_scale is None or self.levels_by_scale is None:
+            return self.timesteps, self.levels
+        weights = lagrange(scales, scale)
+
+        def between(several: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+            columns = zip(*several, strict=True)  # differences, so that what is the same everywhere stays so exactly
+            return tuple(at[0] + sum(w * (one - at[0]) for w, one in zip(weights, at, strict=True)) for at in columns)
+
+        return between(self.timesteps_by_scale), between(self.levels_by_scale)
+
+    def check(self, count: int, scales: Sequence[float]) -> None:
+        """Raise ValueError for a table that is none of `count` evaluations at these guidance scales."""
+        _check_times(count, self.timesteps, self.levels)
+        by_scale = (self.timesteps_by_scale, self.levels_by_scale)
+        if None in by_scale and by_scale != (None, None):
+            raise ValueError(f"the table for {count} evaluations has times by scale without levels, or these alone")
+        for several in by_scale:
+            if several is not None and [len(one) for one in several] != [count] * len(scales):
+                raise ValueError(f"the table for {count} evaluations does not have {count} times for each scale")
+        if self.timesteps_by_scale is not None:
+            for scale in np.linspace(min(scales), max(scales), LOOKS):
+                _check_times(count, *self.at(scales, float(scale)))
         for form, columns in COLUMNS.items():
             rows = getattr(self, form)
             if rows is None:
                 continue
-            if len(rows) != scales:
-                raise ValueError(f"the table for {count} evaluations has {len(rows)} fits for {scales} guidance scales")
+            if len(rows) != len(scales):
+                raise ValueError(
+                    f"the table for {count} evaluations has {len(rows)} fits for {len(scales)} guidance scales"
+                )
             if any([len(row) for row in one] != [1 + columns * (k + 1) for k in range(count)] for one in rows):
                 raise ValueError(f"the table for {count} evaluations does not have {count} rows that grow by {columns}")
 
@@ -71,7 +95,20 @@ class Table:
             rows = getattr(self, form)
             if rows is not None:
                 found[form] = torch.stack([_padded(one) for one in rows])
+        for name in ("timesteps_by_scale", "levels_by_scale"):
+            if getattr(self, name) is not None:
+                found[name] = torch.tensor(getattr(self, name), dtype=torch.float64)
         return found
+
+
+def _check_times(count: int, timesteps: Sequence[float], levels: Sequence[float]) -> None:
+    if {len(timesteps), len(levels)} != {count}:
+        raise ValueError(f"the table for {count} evaluations does not have {count} times and levels")
+    for name, numbers in (("timesteps", timesteps), ("levels", levels)):
+        if complaint := decreasing(np.asarray(numbers)):
+            raise ValueError(f"{name} of the table for {count} evaluations: {complaint}")
+    if timesteps[-1] < 0 or not 0 < levels[-1] <= levels[0] <= 1:
+        raise ValueError(f"the times of the table for {count} evaluations must be within the run")
 
 
 def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
