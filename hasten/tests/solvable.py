@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 STEPS = 20
@@ -84,6 +84,23 @@ class Toy:
             output = self._answer(scale(x, t), float(t), guidance_scale).to(dtype)
             x = self.scheduler.step(output, t, x, return_dict=False)[0]
         return (x,)
+
+
+class Called(Toy, DiffusionPipeline):
+    """The same as a pipeline of diffusers, whose call shows its arguments."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        DiffusionPipeline.__init__(self)
+        self.register_to_config()
+        Toy.__init__(self, **kwargs)
+
+    def __call__(
+        self,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int = STEPS,
+        guidance_scale: float | None = None,
+    ) -> tuple[Tensor]:
+        return Toy.__call__(self, generator, num_inference_steps, guidance_scale)
 
 
 def toy_call(seed: int = 0, **more: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, UniPCMultistepScheduler
 from pipelines import asking, draw, make_pipe
-from solvable import STEPS, Toy, noise, relative, toy_call
+from solvable import STEPS, Called, Toy, noise, relative, toy_call
 
 import hasten
 from hasten.calibration import Calibration
@@ -26,6 +26,14 @@ from hasten.solvers.tables import interpolated
 
 GUIDED = {"guidance_scale": 3.0}
 TABLE = {"timesteps": [1000.0, 500.0], "levels": [1.0, 0.5], "guided": [[[1.0, -0.5], [1.0, -0.5, -0.5]]]}
+SCALES = {"guidances": [1.5, 3.0], "mixtures": [1.5, 3.0]}
+BY_SCALE = {"timesteps_by_scale": [[1000.0, 500.0], [1000.0, 300.0]], "levels_by_scale": [[1.0, 0.5], [1.0, 0.3]]}
+RANGE = TABLE | {"guided": TABLE["guided"] * 2} | BY_SCALE
+CROSSING = TABLE | {  # falls at each of three scales, and not everywhere between
+    "guided": TABLE["guided"] * 3,
+    "timesteps_by_scale": [[1000.0, 500.0], [1000.0, 990.0], [1000.0, 500.0]],
+    "levels_by_scale": [[1.0, 0.5], [1.0, 0.99], [1.0, 0.5]],
+}
 
 
 # --- the formula
@@ -149,14 +157,52 @@ def test_leap_has_a_name_and_stands_alone(guided, tmp_path):
 
 @pytest.mark.parametrize("scale", [1.5, 2.0, 3.0, 4.0, 5.0])
 def test_one_file_serves_a_range_of_guidance(guided, scale):
-    """With the hook, which sees the scale, and without, where it is told."""
-    pipe, reference = Toy(), reference_at(scale)
+    """In a pipeline's call, which shows the scale; in a loop of one's own and without a hook, where it is told."""
+    pipe, reference = Called(), reference_at(scale)
     with hasten.accelerate(pipe, hasten.Leap(guided)):
         shared = relative(pipe, None, 4, reference, guidance_scale=scale)
     plain = relative(pipe, None, 4, reference, guidance_scale=scale)
-    assert shared < 0.05 * plain
+    assert shared < 0.02 * plain
+    with hasten.accelerate(loop := Toy(), hasten.Leap(guided, guidance=scale)):
+        assert relative(loop, None, 4, reference, guidance_scale=scale) == pytest.approx(shared, rel=1e-3)
     told = LeapScheduler.of(guided, pipe, guidance=scale)
     assert relative(pipe, told, 4, reference, guidance_scale=scale) < 0.5 * plain
+
+
+@pytest.mark.parametrize("scale", [1.5, 2.0, 4.0, 5.0])
+def test_a_range_is_as_near_as_a_fit_of_its_own(scale):
+    """At the ends, where the times of the middle do not suit, and between the scales, where nothing was fitted."""
+    calls, settings = [toy_call(i, **GUIDED) for i in range(4)], {"trials": 6, "rounds": 2}
+    shared = fit_leap(Toy(), calls, [4], guidances=(1.5, 3.0, 5.0), **settings)
+    own = fit_leap(Toy(), [toy_call(i, guidance_scale=scale) for i in range(4)], [4], **settings)
+    errors = []
+    for fit in (shared, own):
+        with hasten.accelerate(pipe := Called(), hasten.Leap(fit)):
+            errors.append(relative(pipe, None, 4, reference_at(scale), guidance_scale=scale))
+    assert errors[0] < 1.1 * errors[1]
+
+
+def test_times_go_with_the_guidance_and_a_scale_that_does_not_show_is_asked_for(guided):
+    pipe, taken = Called(), {}
+    for scale in (1.5, 2.0, 5.0):
+        with hasten.accelerate(pipe, hasten.Leap(guided)):
+            pipe(**toy_call(9, guidance_scale=scale) | {"num_inference_steps": 4})
+            taken[scale] = pipe.scheduler.timesteps
+    assert not torch.allclose(taken[1.5], taken[5.0], rtol=1e-3)
+    assert taken[1.5][0] == taken[2.0][0] == taken[5.0][0]  # all runs begin with the same noise
+    with (
+        hasten.accelerate(loop := Toy(), hasten.Leap(guided)),
+        pytest.raises(ScheduleError, match="does not show here"),
+    ):
+        loop(**toy_call(9, **GUIDED) | {"num_inference_steps": 4})
+
+
+def test_passes_that_are_mixed_otherwise_than_the_call_says_are_refused(guided):
+    """Times are chosen by the call's guidance before anything shows how the passes are mixed."""
+    with hasten.accelerate(pipe := Toy(), hasten.Leap(guided, guidance=3.0)):
+        pipe(**toy_call(9, guidance_scale=3.0) | {"num_inference_steps": 4})
+        with pytest.raises(ScheduleError, match="called with guidance 3 and mixes its passes with 2"):
+            pipe(**toy_call(9, guidance_scale=2.0) | {"num_inference_steps": 4})
 
 
 def test_interpolation_is_exact_for_quadratic_coefficients():
@@ -166,18 +212,36 @@ def test_interpolation_is_exact_for_quadratic_coefficients():
 
 
 def test_other_guidance_is_refused(guided):
-    pipe = Toy()
+    pipe = Called()
     with hasten.accelerate(pipe, hasten.Leap(guided)):
         for scale in (1.0, 7.0):
             with pytest.raises(ScheduleError, match=f"fitted for guidance 1.5 to 5, and this run has {scale:g}"):
                 pipe(**toy_call(9, guidance_scale=scale) | {"num_inference_steps": 4})
-        with pytest.raises(ScheduleError, match="two passes for each evaluation, and this run makes one"):
+        with pytest.raises(ScheduleError, match=r"does not show here.*guidance=\.\.\."):
             pipe(**toy_call(9) | {"num_inference_steps": 4})
+    one = pytest.raises(ScheduleError, match="two passes for each evaluation, and this run makes one")
+    with hasten.accelerate(loop := Toy(), hasten.Leap(guided, guidance=3.0)), one:
+        loop(**toy_call(9) | {"num_inference_steps": 4})
     pipe.scheduler = LeapScheduler.of(guided, pipe)
-    with pytest.raises(ScheduleError, match=r"does not see the scale.*guidance=\.\.\."):
+    with pytest.raises(ScheduleError, match=r"does not show here.*guidance=\.\.\."):
         pipe(**toy_call(9, **GUIDED) | {"num_inference_steps": 4})
     pipe.scheduler = LeapScheduler.of(guided, pipe, guidance=7.0)
     with pytest.raises(ScheduleError, match="this run has 7"):
+        pipe(**toy_call(9, **GUIDED) | {"num_inference_steps": 4})
+
+
+def test_a_file_with_the_same_times_at_all_scales_sees_the_scale_by_the_passes(guided):
+    """As files of before 0.2.0 have them."""
+    tensors = {name: tensor for name, tensor in guided.tensors.items() if not name.endswith("by_scale")}
+    older = Calibration(guided.method, tensors, guided.fingerprint, guided.report, guided.options)
+    with hasten.accelerate(loop := Toy(), hasten.Leap(older)):
+        for scale in (1.5, 4.0):
+            loop(**toy_call(9, guidance_scale=scale) | {"num_inference_steps": 4})
+        with pytest.raises(ScheduleError, match=r"guidance 1\.5 to 5, and this run has 7:"):
+            loop(**toy_call(9, guidance_scale=7.0) | {"num_inference_steps": 4})
+    pipe = Called()
+    pipe.scheduler = LeapScheduler.of(older, pipe)
+    with pytest.raises(ScheduleError, match=r"does not see the scale.*guidance=\.\.\."):
         pipe(**toy_call(9, **GUIDED) | {"num_inference_steps": 4})
 
 
@@ -481,6 +545,10 @@ def test_a_changed_file_is_refused(fitted, tmp_path):
         ({"tables": {"2": TABLE | {"guided": [[[1.0, 1.0], [1.0, 1.0]]]}}}, "2 rows that grow by 1"),
         ({"tables": {"2": TABLE | {"passes": [[[1.0, 1.0], [1.0, 1.0, 1.0]]]}}}, "2 rows that grow by 2"),
         ({"tables": {"2": TABLE}, "guidances": [1.5, 3.0], "mixtures": [1.5, 3.0]}, "1 fits for 2"),
+        ({"tables": {"2": RANGE | {"levels_by_scale": None}}, **SCALES}, "without levels"),
+        ({"tables": {"2": RANGE | {"timesteps_by_scale": [[1000.0, 500.0]]}}, **SCALES}, "2 times for each scale"),
+        ({"tables": {"2": RANGE | {"timesteps_by_scale": [[1000.0, 500.0], [1000.0]]}}, **SCALES}, "for each scale"),
+        ({"tables": {"2": CROSSING}, "guidances": [1.0, 2.0, 5.0], "mixtures": [1.0, 2.0, 5.0]}, "does not decrease"),
         ({"tables": {"2": TABLE}, "prediction_type": "sample"}, "epsilon"),
         ({"tables": {"2": TABLE}, "noise_scale": 0.0}, "positive"),
     ],

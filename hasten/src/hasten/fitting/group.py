@@ -15,8 +15,10 @@ from hasten.pipeline.replay import Replay
 from hasten.solvers.scales import SCALES
 from hasten.solvers.tables import COLUMNS
 
-__all__ = ["Group", "at_scale", "check_passes", "guidance_of"]
+__all__ = ["DIRECTIONS", "GUIDED", "PASSES", "Group", "at_scale", "check_passes", "guidance_of"]
 
+GUIDED, PASSES = "guided", "passes"  # the form that is searched, and the one that follows
+DIRECTIONS = 3  # in which rows are moved where they have numbers for both passes: those that move the state most
 SAME = 1e-3  # relative difference of two answers of a model to one question, in float32
 ROUNDINGS = 20  # of a narrower dtype, that such answers may differ by: states are rounded on their way in
 
@@ -50,7 +52,7 @@ class Group:
         self.fitters = {
             form: Fitter(self.evaluator, self.references, ridge, width)
             for form, width in COLUMNS.items()
-            if form == "guided" or self.references.differences
+            if form == GUIDED or self.references.differences
         }
 
 

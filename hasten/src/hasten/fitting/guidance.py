@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from hasten.fitting.group import DIRECTIONS, GUIDED, PASSES, Group
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.fitting.refine import DAMPING, SMALLEST_GAIN, STEPS, TRIES, Jacobian, Move, learning, moves_of, refine
 from hasten.solvers.multistep import NormalEquations, Row, combine
 from hasten.solvers.tables import interpolated, lagrange
 
-__all__ = ["Family", "Path", "continued", "halfway", "refined_together"]
+__all__ = ["Family", "Path", "continued", "families_from", "halfway", "refined_together"]
 
 Times = tuple[float, ...]
 SMALLEST = 1e-14  # of the squared errors whose logarithms are summed
@@ -89,6 +90,38 @@ class Path:
         times, rows = family.at(self.scale)
         with self.fitter.evaluator.probing():
             return self.fitter.exact(times, rows)
+
+
+def families_from(
+    best: Leap, fitted: Mapping[float, Group], between: Mapping[float, Group], rounds: int
+) -> dict[str, Family]:
+    """Solvers for a range of guidance from that for the scale in its middle, by form.
+
+    Args:
+        best: the solver over guided outputs for the scale in the middle.
+        fitted: calls at each scale that is to have numbers of its own, rising.
+        between: calls at further scales, where the interpolated solver is judged as well.
+        rounds: of the refinement of each, and of all together.
+    """
+    scales, groups, middle = tuple(fitted), list(fitted.values()), (len(fitted) - 1) // 2
+    judged = sorted([*fitted.items(), *between.items()], key=lambda one: one[0])
+
+    def paths(form: str) -> list[Path]:
+        return [Path(scale, group.fitters[form]) for scale, group in judged]
+
+    known = [best if i == middle else None for i in range(len(groups))]
+    leaps = continued(known, [group.fitters[GUIDED] for group in groups], rounds)
+    family = Family(scales, tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps))
+    del leaps  # columns are large
+    if not all(path.is_passable(family) for path in paths(GUIDED)):
+        family = Family(scales, (best.timesteps,) * len(scales), (best.rows,) * len(scales))
+    found = {GUIDED: refined_together(family, paths(GUIDED), rounds)}
+    wider = groups[middle].fitters.get(PASSES)
+    if wider is not None:
+        rows = tuple([wider.widened(row) for row in own] for own in found[GUIDED].rows)
+        wide = replace(found[GUIDED], rows=rows)
+        found[PASSES] = refined_together(wide, paths(PASSES), min(rounds, 1), times=False, directions=DIRECTIONS)
+    return found
 
 
 def continued(leaps: Sequence[Leap | None], fitters: Sequence[Fitter], rounds: int) -> list[Leap]:

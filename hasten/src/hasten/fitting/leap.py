@@ -35,8 +35,8 @@ import numpy as np
 
 from hasten.calibration import Calibration, Fingerprint, model_digest, weights_digest
 from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError
-from hasten.fitting.group import Group, at_scale, check_passes, guidance_of
-from hasten.fitting.guidance import Family, Path, continued, halfway, refined_together
+from hasten.fitting.group import DIRECTIONS, GUIDED, PASSES, Group, at_scale, check_passes, guidance_of
+from hasten.fitting.guidance import families_from, halfway
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.fitting.references import References
 from hasten.fitting.refine import refine
@@ -55,8 +55,6 @@ from hasten.solvers.tables import COLUMNS, Table, packed, unpacked
 __all__ = ["fit_leap", "plain_config"]
 
 Progress = Callable[[int, int, int, float], None]
-GUIDED, PASSES = "guided", "passes"  # the form that is searched, and the one that follows
-DIRECTIONS = 3  # in which rows are moved where they have numbers for both passes: those that move the state most
 
 
 def fit_leap(
@@ -256,7 +254,8 @@ class _Fit:
         if len(self._at) == 1:
             table = self._table({form: [own.rows] for form, own in found.items()}, [best.timesteps])
         else:
-            families = self._families(best, rounds)
+            scales = [scale for scale in self._scales if scale is not None]
+            families = families_from(best, dict(zip(scales, self._at, strict=True)), dict(self._between), rounds)
             table = self._table({form: own.rows for form, own in families.items()}, families[GUIDED].timesteps)
             with middle.evaluator.probing():
                 found = {
@@ -281,30 +280,6 @@ class _Fit:
             move=move,
             progress=tick,
         )
-
-    def _families(self, best: Leap, rounds: int) -> dict[str, Family]:
-        """Times and coefficients for all guidance scales, from those for the scale in the middle, by form."""
-        scales = tuple(scale for scale in self._scales if scale is not None)
-        judged = sorted([*zip(scales, self._at, strict=True), *self._between], key=lambda one: one[0])
-
-        def paths(form: str) -> list[Path]:
-            return [Path(scale, at.fitters[form]) for scale, at in judged]
-
-        fitters = [at.fitters[GUIDED] for at in self._at]
-        known = [best if at is self._at[self._middle] else None for at in self._at]
-        leaps = continued(known, fitters, rounds)
-        family = Family(scales, tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps))
-        if not all(path.is_passable(family) for path in paths(GUIDED)):
-            family = Family(scales, (best.timesteps,) * len(scales), (best.rows,) * len(scales))
-        found = {GUIDED: refined_together(family, paths(GUIDED), rounds)}
-        if PASSES in self._at[self._middle].fitters:
-            widened = tuple(
-                [fit.fitters[PASSES].widened(row) for row in rows]
-                for fit, rows in zip(self._at, found[GUIDED].rows, strict=True)
-            )
-            wide = replace(found[GUIDED], rows=widened)
-            found[PASSES] = refined_together(wide, paths(PASSES), min(rounds, 1), times=False, directions=DIRECTIONS)
-        return found
 
     def _table(self, rows: Mapping[str, Sequence[Sequence[Row]]], timesteps: Sequence[tuple[float, ...]]) -> Table:
         level_at = self._at[self._middle].references.level_at
