@@ -27,14 +27,17 @@ from diffusers import (
 from solvable import STEPS, Net, Toy, curved, noise, relative, toy_call
 
 from hasten.bench.learned_solvers import SOLVERS, fit_learned_solver, optimal_steps
+from hasten.caching.schedule import spread
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, UnknownNameError
 from hasten.fitting import starts
 from hasten.fitting.evaluator import Evaluator
+from hasten.fitting.group import Group
+from hasten.fitting.guidance import Family, Path, families_from, halfway, refined_together
 from hasten.fitting.leap import fit_leap
 from hasten.fitting.leap_fitter import Fitter
 from hasten.fitting.references import record_references
-from hasten.fitting.refine import Jacobian, moves_of, refine
+from hasten.fitting.refine import Jacobian, kept_apart, moves_of, refine
 from hasten.fitting.starts import extended, plain_solvers
 from hasten.fitting.surrogate import Surrogate
 from hasten.fitting.symbolic import prepared, read_off
@@ -604,3 +607,56 @@ def test_bad_fits_are_refused():
         fit_leap(Toy(noise, DDIMScheduler(prediction_type="sample")), [toy_call(0)], [4])
     with pytest.raises(CalibrationError, match="not of 'leap'"):
         Calibration.of("leap", Calibration("l2p", {}, fit_leap(Toy(), [toy_call()], [2], trials=1).fingerprint))
+
+
+# --- a range of guidance
+
+
+def family_of_fits(scales, count=4):
+    """Fits at some scales that know nothing of one another, and paths at them and between."""
+    paths = [
+        Path(scale, fitter(Toy(), [toy_call(i, guidance_scale=scale) for i in range(4)]))
+        for scale in sorted([*scales, *halfway(scales)])
+    ]
+    own = {path.scale: path.fitter for path in paths}
+    leaps = []
+    for scale in scales:
+        with own[scale].evaluator.probing():
+            leaps.append(refine(own[scale], own[scale].fit(at(own[scale], spread(count, STEPS, 1.0))), 2))
+    return Family(tuple(scales), tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps)), paths
+
+
+def test_solvers_for_a_range_are_refined_where_they_are_interpolated():
+    family, paths = family_of_fits((1.5, 3.0, 5.0))
+    before = [path.run(family).error for path in paths]
+    told = []
+    found = refined_together(family, paths, 2, told.append)
+    after = [path.run(found).error for path in paths]
+    assert after[1] < before[1] / 10  # nothing was fitted there
+    assert after[3] < before[3] / 10
+    assert max(after) < max(before[::2]) / 5
+    assert told == sorted(told, reverse=True)
+    assert told[-1] == pytest.approx(sum(map(math.log, after)) / len(after), abs=1e-3)
+
+
+def test_times_go_as_far_as_their_order_allows():
+    assert kept_apart((9.0, 6.0, 2.0), (9.0, 5.0, 3.0)) == (9.0, 5.0, 3.0)
+    for wrong in ((9.0, 2.0, 8.0), (9.0, 6.0, -4.0), (9.0, 9.5, 2.0)):
+        held = kept_apart((9.0, 6.0, 2.0), wrong)
+        assert all(a > b for a, b in pairwise((*held, 0.0)))
+        assert held != (9.0, 6.0, 2.0)
+    assert kept_apart((9.0, 6.0, 0.0), (9.0, 5.0, -1.0)) == (9.0, 5.0, 0.0)  # a last time of 0 stays, and alone
+
+
+def test_a_range_begins_with_the_middle_where_neighbours_cross_between(monkeypatch):
+    """Times may fall at each scale and not halfway; then all scales begin with the solver in the middle."""
+    monkeypatch.setattr(Path, "is_passable", lambda self, family: len(set(family.timesteps)) == 1)
+    groups = {
+        scale: Group(Toy(), [toy_call(i, guidance_scale=scale) for i in range(2)], 1e-6, lambda done: None)
+        for scale in (1.5, 3.0, 5.0)
+    }
+    middle = groups[3.0].fitters["guided"]
+    with middle.evaluator.probing():
+        best = middle.fit(at(middle, spread(3, STEPS, 1.0)))
+    found = families_from(best, groups, {}, 1)["guided"]
+    assert set(found.timesteps) == {best.timesteps}  # what moves them apart is refused above

@@ -18,7 +18,18 @@ from itertools import pairwise
 
 from hasten.fitting.group import DIRECTIONS, GUIDED, PASSES, Group
 from hasten.fitting.leap_fitter import Fitter, Leap
-from hasten.fitting.refine import DAMPING, SMALLEST_GAIN, STEPS, TRIES, Jacobian, Move, learning, moves_of, refine
+from hasten.fitting.refine import (
+    DAMPING,
+    SMALLEST_GAIN,
+    STEPS,
+    TRIES,
+    Jacobian,
+    Move,
+    kept_apart,
+    learning,
+    moves_of,
+    refine,
+)
 from hasten.solvers.multistep import NormalEquations, Row, combine
 from hasten.solvers.tables import interpolated, lagrange
 
@@ -56,12 +67,12 @@ class Family:
         """The family after a step: for each scale the moves, then what is added to the last row."""
         size = len(delta) // len(self.scales)
         times, rows = [], []
-        for i, (own_times, own_rows) in enumerate(zip(self.timesteps, self.rows, strict=True)):
-            part = delta[i * size : (i + 1) * size]
+        for i, (before, own_rows) in enumerate(zip(self.timesteps, self.rows, strict=True)):
+            part, own_times = delta[i * size : (i + 1) * size], before
             for move, by in zip(moves, part, strict=False):
                 own_times, own_rows = move.applied(own_times, own_rows, by)
             last = [a + b for a, b in zip(own_rows[-1], part[len(moves) :], strict=True)]
-            times.append(own_times)
+            times.append(kept_apart(before, own_times))
             rows.append([*own_rows[:-1], last])
         return Family(self.scales, tuple(times), tuple(rows))
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.solvers.multistep import NormalEquations, Row, combine
 
-__all__ = ["Jacobian", "Move", "learning", "moves_of", "refine"]
+__all__ = ["Jacobian", "Move", "kept_apart", "learning", "moves_of", "refine"]
 
 Times = tuple[float, ...]
 
@@ -140,21 +140,31 @@ def _step(
         equations.add([*derivatives.columns, *leap.columns[i][:last]], goal - combine(leap.columns[i], leap.rows[-1]))
     for _ in range(TRIES):
         found = _tried(fitter, leap, moves, equations.damped(damping), free)
-        if found is not None and found.error < leap.error:
+        if found.error < leap.error:
             return found, max(damping / 10, 1e-8)
         damping *= 10
     return leap, damping
 
 
-def _tried(fitter: Fitter, leap: Leap, moves: list[Move], delta: Row, free: bool) -> Leap | None:
+def _tried(fitter: Fitter, leap: Leap, moves: list[Move], delta: Row, free: bool) -> Leap:
     timesteps, rows = leap.timesteps, leap.rows
     for move, by in zip(moves, delta, strict=False):
         timesteps, rows = move.applied(timesteps, rows, by)
-    if not all(a > b for a, b in pairwise(timesteps)) or timesteps[-1] < 0:
-        return None
+    timesteps = kept_apart(leap.timesteps, timesteps)
     if free:
         rows = [*rows[:-1], [a + b for a, b in zip(rows[-1], delta[len(moves) :], strict=True)]]
     return fitter.exact(timesteps, rows)
+
+
+def kept_apart(before: Times, after: Times) -> Times:
+    """Times on the way from some to others, as far as no distance between two, or to the end, falls below half.
+
+    A step that would let times cross is a step too far, and not one in a wrong direction.
+    """
+    after = (*after[:-1], max(after[-1], 0.0))
+    gaps = [(a - b, c - d) for (a, b), (c, d) in zip(pairwise([*before, 0.0]), pairwise([*after, 0.0]), strict=True)]
+    share = min((0.5 * old / (old - new) for old, new in gaps if new < 0.5 * old), default=1.0)
+    return after if share == 1.0 else tuple(a + share * (b - a) for a, b in zip(before, after, strict=True))
 
 
 def moves_of(fitter: Fitter, leap: Leap, times: bool, directions: int | None) -> list[Move]:
