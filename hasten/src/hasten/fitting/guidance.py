@@ -25,9 +25,9 @@ from hasten.fitting.refine import (
     TRIES,
     Jacobian,
     Move,
-    kept_apart,
     learning,
     moves_of,
+    passable_share,
     refine,
 )
 from hasten.solvers.multistep import NormalEquations, Row, combine
@@ -67,14 +67,23 @@ class Family:
         """The family after a step: for each scale the moves, then what is added to the last row."""
         size = len(delta) // len(self.scales)
         times, rows = [], []
-        for i, (before, own_rows) in enumerate(zip(self.timesteps, self.rows, strict=True)):
-            part, own_times = delta[i * size : (i + 1) * size], before
+        for i, (own_times, own_rows) in enumerate(zip(self.timesteps, self.rows, strict=True)):
+            part = delta[i * size : (i + 1) * size]
             for move, by in zip(moves, part, strict=False):
                 own_times, own_rows = move.applied(own_times, own_rows, by)
             last = [a + b for a, b in zip(own_rows[-1], part[len(moves) :], strict=True)]
-            times.append(kept_apart(before, own_times))
+            times.append((*own_times[:-1], max(own_times[-1], 0.0)))
             rows.append([*own_rows[:-1], last])
         return Family(self.scales, tuple(times), tuple(rows))
+
+    def kept_apart(self, before: Family, scales: Sequence[float]) -> Family:
+        """The family with times on the way from those of another, as far as those at some scales stay apart."""
+        share = min(passable_share(before.at(scale)[0], self.at(scale)[0]) for scale in scales)
+        times = (
+            tuple(a + share * (b - a) for a, b in zip(old, new, strict=True))
+            for old, new in zip(before.timesteps, self.timesteps, strict=True)
+        )
+        return replace(self, timesteps=tuple(times))
 
 
 @dataclass(frozen=True)
@@ -122,11 +131,11 @@ def families_from(
 
     known = [best if i == middle else None for i in range(len(groups))]
     leaps = continued(known, [group.fitters[GUIDED] for group in groups], rounds)
-    family = Family(scales, tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps))
+    chain = Family(scales, tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps))
+    same = Family(scales, (best.timesteps,) * len(scales), (best.rows,) * len(scales))
     del leaps  # columns are large
-    if not all(path.is_passable(family) for path in paths(GUIDED)):
-        family = Family(scales, (best.timesteps,) * len(scales), (best.rows,) * len(scales))
-    found = {GUIDED: refined_together(family, paths(GUIDED), rounds)}
+    begin = min((chain, same), key=lambda one: _score(_run(one, paths(GUIDED))))
+    found = {GUIDED: refined_together(begin, paths(GUIDED), rounds)}
     wider = groups[middle].fitters.get(PASSES)
     if wider is not None:
         rows = tuple([wider.widened(row) for row in own] for own in found[GUIDED].rows)
@@ -182,7 +191,8 @@ def refined_together(
             before = _score(leaps)
             equations = _equations(family, paths, leaps, jacobians, len(chosen))
             for _ in range(TRIES):
-                tried = family.moved(chosen, equations.damped(damping))
+                moved = family.moved(chosen, equations.damped(damping))
+                tried = moved.kept_apart(family, [path.scale for path in paths])
                 found = _run(tried, paths)
                 if found is not None and _score(found) < before:
                     family, leaps, damping = tried, found, max(damping / 10, 1e-8)
@@ -207,7 +217,9 @@ def _run(family: Family, paths: Sequence[Path]) -> list[Leap] | None:
     return found
 
 
-def _score(leaps: Sequence[Leap]) -> float:
+def _score(leaps: Sequence[Leap] | None) -> float:
+    if leaps is None:
+        return math.inf
     return sum(math.log(leap.error + SMALLEST) for leap in leaps) / len(leaps)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.solvers.multistep import NormalEquations, Row, combine
 
-__all__ = ["Jacobian", "Move", "kept_apart", "learning", "moves_of", "refine"]
+__all__ = ["Jacobian", "Move", "kept_apart", "learning", "moves_of", "passable_share", "refine"]
 
 Times = tuple[float, ...]
 
@@ -157,14 +157,19 @@ def _tried(fitter: Fitter, leap: Leap, moves: list[Move], delta: Row, free: bool
 
 
 def kept_apart(before: Times, after: Times) -> Times:
-    """Times on the way from some to others, as far as no distance between two, or to the end, falls below half.
+    """Times on the way from some to others, as far as `passable_share` says; the last one stops at 0."""
+    after = (*after[:-1], max(after[-1], 0.0))
+    share = passable_share(before, after)
+    return tuple(a + share * (b - a) for a, b in zip(before, after, strict=True))
+
+
+def passable_share(before: Times, after: Times) -> float:
+    """The share of the way from some times to others on which no distance between two, or to the end, falls below half.
 
     A step that would let times cross is a step too far, and not one in a wrong direction.
     """
-    after = (*after[:-1], max(after[-1], 0.0))
     gaps = [(a - b, c - d) for (a, b), (c, d) in zip(pairwise([*before, 0.0]), pairwise([*after, 0.0]), strict=True)]
-    share = min((0.5 * old / (old - new) for old, new in gaps if new < 0.5 * old), default=1.0)
-    return after if share == 1.0 else tuple(a + share * (b - a) for a, b in zip(before, after, strict=True))
+    return min((0.5 * old / (old - new) for old, new in gaps if new < 0.5 * old), default=1.0)
 
 
 def moves_of(fitter: Fitter, leap: Leap, times: bool, directions: int | None) -> list[Move]:
