@@ -259,20 +259,29 @@ def _expected(hint: Any, limit: Limit = None, many: bool = False) -> str:
     hint, limit = _narrowed(hint, limit)
     origin, args = get_origin(hint), get_args(hint)
     if members := _members(hint):
-        return " or ".join(_expected(member, limit, many) for member in members)
+        return _either([one for member in members for one in _alternatives(member, limit, many)])
     if origin is tuple:
         several = _expected(args[0], limit, many=True)
         return f"one or more {several}" if args[-1] is ... else f"{'groups of ' * many}{len(args)} {several}"
-    listed = choices(hint, limit)
-    if listed:
-        *most, last = map(repr, listed)
-        return f"{', '.join(most)} or {last}" if most else last
+    if listed := choices(hint, limit):
+        return _either([repr(one) for one in listed])
     if hint in (int, float):
         noun = {int: "whole number", float: "number"}[hint]
         return f"{noun + 's' if many else 'a ' + noun} {limit if isinstance(limit, Range) else ''}".strip()
     text = str(limit) if isinstance(limit, Text) else "the path of a file"
     known = {str: text, bool: "True or False", NoneType: "None"}
     return known.get(hint, f"a {getattr(hint, '__name__', hint)}") + ("s" if many and hint not in known else "")
+
+
+def _alternatives(hint: Any, limit: Limit, many: bool) -> list[str]:
+    own, _ = _narrowed(hint, limit)
+    listed = () if get_origin(own) is tuple else choices(hint, limit)
+    return [repr(one) for one in listed] or [_expected(hint, limit, many)]
+
+
+def _either(texts: Sequence[str]) -> str:
+    *most, last = texts
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def accepted(owner: str, name: str, hint: Any, value: Any) -> Any:
