@@ -68,7 +68,10 @@ class Toy:
             cond, uncond = net(x, t)[0], net(other, t)[0]
         return uncond + scale * (cond - uncond)
 
-    def __call__(
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        return self.run(*args, **kwargs)
+
+    def run(
         self,
         generator: torch.Generator | None = None,
         num_inference_steps: int = STEPS,
@@ -100,7 +103,7 @@ class Called(Toy, DiffusionPipeline):
         num_inference_steps: int = STEPS,
         guidance_scale: float | None = None,
     ) -> tuple[Tensor]:
-        return Toy.__call__(self, generator, num_inference_steps, guidance_scale)
+        return self.run(generator, num_inference_steps, guidance_scale)
 
 
 def toy_call(seed: int = 0, **more: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import pickle
 import warnings
 import weakref
 from itertools import pairwise
@@ -20,6 +21,7 @@ from hasten.calibration import Calibration
 from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError, HastenWarning, ScheduleError
 from hasten.fitting.leap import fit_leap
 from hasten.pipeline.hooks import hooks_on
+from hasten.quality.setting import FULL, FixedLeap, Setting
 from hasten.solvers import LeapScheduler
 from hasten.solvers.formula import Learned, SecondOrder, signal
 from hasten.solvers.tables import interpolated
@@ -27,13 +29,19 @@ from hasten.solvers.tables import interpolated
 GUIDED = {"guidance_scale": 3.0}
 TABLE = {"timesteps": [1000.0, 500.0], "levels": [1.0, 0.5], "guided": [[[1.0, -0.5], [1.0, -0.5, -0.5]]]}
 SCALES = {"guidances": [1.5, 3.0], "mixtures": [1.5, 3.0]}
-BY_SCALE = {"timesteps_by_scale": [[1000.0, 500.0], [1000.0, 300.0]], "levels_by_scale": [[1.0, 0.5], [1.0, 0.3]]}
+NOISE = {"noise_timesteps": [0.0, 1000.0], "noise_levels": [0.0, 1.0]}
+BY_SCALE = NOISE | {"timesteps_by_scale": [[1000.0, 500.0], [1000.0, 300.0]]}
 RANGE = TABLE | {"guided": TABLE["guided"] * 2} | BY_SCALE
-CROSSING = TABLE | {  # falls at each of three scales, and not everywhere between
-    "guided": TABLE["guided"] * 3,
-    "timesteps_by_scale": [[1000.0, 500.0], [1000.0, 990.0], [1000.0, 500.0]],
-    "levels_by_scale": [[1.0, 0.5], [1.0, 0.99], [1.0, 0.5]],
-}
+CROSSING = (
+    TABLE
+    | NOISE
+    | {  # falls at each of three scales, and not everywhere between
+        "guided": TABLE["guided"] * 3,
+        "timesteps": [1000.0, 990.0],
+        "levels": [1.0, 0.99],
+        "timesteps_by_scale": [[1000.0, 500.0], [1000.0, 990.0], [1000.0, 500.0]],
+    }
+)
 
 
 # --- the formula
@@ -192,7 +200,7 @@ def test_times_go_with_the_guidance_and_a_scale_that_does_not_show_is_asked_for(
     assert taken[1.5][0] == taken[2.0][0] == taken[5.0][0]  # all runs begin with the same noise
     with (
         hasten.accelerate(loop := Toy(), hasten.Leap(guided)),
-        pytest.raises(ScheduleError, match="does not show here"),
+        pytest.raises(ScheduleError, match="does not show its own"),
     ):
         loop(**toy_call(9, **GUIDED) | {"num_inference_steps": 4})
 
@@ -201,8 +209,73 @@ def test_passes_that_are_mixed_otherwise_than_the_call_says_are_refused(guided):
     """Times are chosen by the call's guidance before anything shows how the passes are mixed."""
     with hasten.accelerate(pipe := Toy(), hasten.Leap(guided, guidance=3.0)):
         pipe(**toy_call(9, guidance_scale=3.0) | {"num_inference_steps": 4})
-        with pytest.raises(ScheduleError, match="called with guidance 3 and mixes its passes with 2"):
+        with pytest.raises(ScheduleError, match="said to have, and its passes are mixed with 2 otherwise"):
             pipe(**toy_call(9, guidance_scale=2.0) | {"num_inference_steps": 4})
+
+
+def test_a_call_that_shows_its_guidance_decides_without_a_hook_too(guided, tmp_path):
+    """Whatever the scheduler was told, and after it was saved, copied and pickled."""
+    pipe, reference = Called(), reference_at(1.5)
+    plain = relative(pipe, LeapScheduler.of(guided, pipe, guidance=1.5), 4, reference, guidance_scale=1.5)
+    LeapScheduler.of(guided, pipe, guidance=5.0).save_pretrained(tmp_path)
+    told = LeapScheduler.from_pretrained(tmp_path)
+    for scheduler in (LeapScheduler.of(guided, pipe), told, copy.deepcopy(told), pickle.loads(pickle.dumps(told))):
+        assert relative(pipe, scheduler, 4, reference, guidance_scale=1.5) == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_little_outside_of_a_range_is_at_its_end(guided):
+    pipe = Called()
+    with hasten.accelerate(pipe, hasten.Leap(guided)):
+        pipe(**toy_call(9, guidance_scale=1.4) | {"num_inference_steps": 4})
+        taken = pipe.scheduler.timesteps
+        pipe(**toy_call(9, guidance_scale=1.5) | {"num_inference_steps": 4})
+        assert torch.equal(taken, pipe.scheduler.timesteps)
+        with pytest.raises(ScheduleError, match=r"this run has 1\.3"):
+            pipe(**toy_call(9, guidance_scale=1.3) | {"num_inference_steps": 4})
+
+
+class Embedded(Called):
+    """Takes its guidance into the denoiser, and has true guidance, unused, among its arguments."""
+
+    def __call__(self, generator=None, num_inference_steps=STEPS, guidance_scale=3.5, true_cfg_scale=1.0, **_):
+        self.transformer.field = lambda x, t: torch.sin(guidance_scale * x + t / 200) - 0.3 * x
+        return self.run(generator, num_inference_steps)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 3.0])
+def test_the_argument_that_a_fit_was_given_its_scales_by_is_the_one_that_counts(scale):
+    """True guidance of 1 is within the range, and says nothing."""
+    calls = [toy_call(i, guidance_scale=2.0, true_cfg_scale=1.0) for i in range(2)]
+    fit = fit_leap(Embedded(), calls, [4], guidances=(1.0, 2.0, 3.0), trials=3, rounds=1)
+    pipe = Embedded()
+    (reference,) = pipe(**toy_call(9, guidance_scale=scale))
+    own = relative(pipe, LeapScheduler.of(fit, pipe), 4, reference, guidance_scale=scale)
+    with hasten.accelerate(pipe, hasten.Leap(fit)):
+        assert relative(pipe, None, 4, reference, guidance_scale=scale) == pytest.approx(own, rel=1e-4)
+    with hasten.accelerate(loop := Toy(), hasten.Leap(fit, guidance=scale)):
+        loop.transformer.field = pipe.transformer.field
+        assert relative(loop, None, 4, reference) == pytest.approx(own, rel=1e-4)
+
+
+def test_levels_of_a_range_are_those_of_its_times_for_variance_preserving_models():
+    """Between the scales as at them: what is noised to the level of a time has the noise that the model expects."""
+    plain = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    calls = [toy_call(i, guidance_scale=3.0) for i in range(2)]
+    fit = fit_leap(Toy(noise, plain), calls, [4], guidances=(1.5, 3.0, 8.0), trials=3, rounds=1)
+    for scale in (1.5, 2.0, 5.5):
+        scheduler = LeapScheduler.of(fit, guidance=scale)
+        kept = plain.alphas_cumprod[scheduler.timesteps.round().long().clamp(0, 999)]
+        noised = scheduler.add_noise(torch.zeros(4, 1), torch.ones(4, 1), scheduler.timesteps)
+        assert noised[:, 0] == pytest.approx((1 - kept).sqrt(), abs=0.02)
+
+
+def test_a_fixed_number_of_evaluations_serves_a_range(guided):
+    pipe, reference = Called(), reference_at(2.0)
+    own = relative(pipe, LeapScheduler.of(guided, pipe), 4, reference, guidance_scale=2.0)
+    fixed = FixedLeap.make(hasten.Leap(guided), 4, Setting(FULL))
+    assert relative(pipe, fixed, 50, reference, guidance_scale=2.0) == pytest.approx(own, rel=1e-4)
+    told = FixedLeap.make(hasten.Leap(guided, guidance=2.0), 4, Setting(FULL))
+    assert relative(Toy(), told, 50, reference, guidance_scale=2.0) == pytest.approx(own, rel=1e-4)
 
 
 def test_interpolation_is_exact_for_quadratic_coefficients():
@@ -217,23 +290,26 @@ def test_other_guidance_is_refused(guided):
         for scale in (1.0, 7.0):
             with pytest.raises(ScheduleError, match=f"fitted for guidance 1.5 to 5, and this run has {scale:g}"):
                 pipe(**toy_call(9, guidance_scale=scale) | {"num_inference_steps": 4})
-        with pytest.raises(ScheduleError, match=r"does not show here.*guidance=\.\.\."):
+        with pytest.raises(ScheduleError, match=r"does not show its own.*guidance=\.\.\."):
             pipe(**toy_call(9) | {"num_inference_steps": 4})
     one = pytest.raises(ScheduleError, match="two passes for each evaluation, and this run makes one")
     with hasten.accelerate(loop := Toy(), hasten.Leap(guided, guidance=3.0)), one:
         loop(**toy_call(9) | {"num_inference_steps": 4})
-    pipe.scheduler = LeapScheduler.of(guided, pipe)
-    with pytest.raises(ScheduleError, match=r"does not show here.*guidance=\.\.\."):
-        pipe(**toy_call(9, **GUIDED) | {"num_inference_steps": 4})
-    pipe.scheduler = LeapScheduler.of(guided, pipe, guidance=7.0)
-    with pytest.raises(ScheduleError, match="this run has 7"):
-        pipe(**toy_call(9, **GUIDED) | {"num_inference_steps": 4})
+    loop.scheduler = LeapScheduler.of(guided, loop)
+    with pytest.raises(ScheduleError, match=r"does not show its own.*guidance=\.\.\."):
+        loop(**toy_call(9, **GUIDED) | {"num_inference_steps": 4})
+    for make in (lambda: LeapScheduler.of(guided, pipe, guidance=7.0), lambda: hasten.Leap(guided, 7.0).scheduler()):
+        with pytest.raises(ConfigError, match=r"fitted for, 1\.5 to 5, got 7"):
+            make()
 
 
 def test_a_file_with_the_same_times_at_all_scales_sees_the_scale_by_the_passes(guided):
-    """As files of before 0.2.0 have them."""
-    tensors = {name: tensor for name, tensor in guided.tensors.items() if not name.endswith("by_scale")}
-    older = Calibration(guided.method, tensors, guided.fingerprint, guided.report, guided.options)
+    """As files have them that were fitted before times went with the scale."""
+    tensors = {
+        name: tensor for name, tensor in guided.tensors.items() if "by_scale" not in name and "noise" not in name
+    }
+    options = {name: value for name, value in guided.options.items() if name != "guidance_argument"}
+    older = Calibration(guided.method, tensors, guided.fingerprint, guided.report, options)
     with hasten.accelerate(loop := Toy(), hasten.Leap(older)):
         for scale in (1.5, 4.0):
             loop(**toy_call(9, guidance_scale=scale) | {"num_inference_steps": 4})
@@ -545,9 +621,13 @@ def test_a_changed_file_is_refused(fitted, tmp_path):
         ({"tables": {"2": TABLE | {"guided": [[[1.0, 1.0], [1.0, 1.0]]]}}}, "2 rows that grow by 1"),
         ({"tables": {"2": TABLE | {"passes": [[[1.0, 1.0], [1.0, 1.0, 1.0]]]}}}, "2 rows that grow by 2"),
         ({"tables": {"2": TABLE}, "guidances": [1.5, 3.0], "mixtures": [1.5, 3.0]}, "1 fits for 2"),
-        ({"tables": {"2": RANGE | {"levels_by_scale": None}}, **SCALES}, "without levels"),
+        ({"tables": {"2": RANGE | {"noise_levels": None}}, **SCALES}, "without levels"),
+        ({"tables": {"2": RANGE | {"noise_levels": [0.0]}}, **SCALES}, "without levels"),
         ({"tables": {"2": RANGE | {"timesteps_by_scale": [[1000.0, 500.0]]}}, **SCALES}, "2 times for each scale"),
         ({"tables": {"2": RANGE | {"timesteps_by_scale": [[1000.0, 500.0], [1000.0]]}}, **SCALES}, "for each scale"),
+        ({"tables": {"2": RANGE | {"timesteps_by_scale": [[1000.0, 500.0], [999.0, 300.0]]}}, **SCALES}, "go together"),
+        ({"tables": {"2": RANGE | {"timesteps": [1000.0, 400.0]}}, **SCALES}, "go together"),
+        ({"tables": {"2": TABLE | NOISE | {"timesteps_by_scale": [[1000.0, 500.0]]}}}, "for each scale"),
         ({"tables": {"2": CROSSING}, "guidances": [1.0, 2.0, 5.0], "mixtures": [1.0, 2.0, 5.0]}, "does not decrease"),
         ({"tables": {"2": TABLE}, "prediction_type": "sample"}, "epsilon"),
         ({"tables": {"2": TABLE}, "noise_scale": 0.0}, "positive"),

@@ -33,11 +33,11 @@ from hasten.errors import CalibrationError, ConfigError, UnknownNameError
 from hasten.fitting import guidance, starts
 from hasten.fitting.evaluator import Evaluator
 from hasten.fitting.group import Group
-from hasten.fitting.guidance import Family, Path, families_from, halfway, refined_together
+from hasten.fitting.guidance import Family, Place, families_from, halfway, refined_together
 from hasten.fitting.leap import fit_leap
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.fitting.references import record_references
-from hasten.fitting.refine import Jacobian, kept_apart, moves_of, refine
+from hasten.fitting.refine import Jacobian, Move, kept_apart, moves_of, refine
 from hasten.fitting.starts import extended, plain_solvers
 from hasten.fitting.surrogate import Surrogate
 from hasten.fitting.symbolic import prepared, read_off
@@ -614,29 +614,38 @@ def test_bad_fits_are_refused():
 
 def family_of_fits(scales, count=4):
     """Fits at some scales that know nothing of one another, and paths at them and between."""
-    paths = [
-        Path(scale, fitter(Toy(), [toy_call(i, guidance_scale=scale) for i in range(4)]))
+    places = [
+        Place(scale, fitter(Toy(), [toy_call(i, guidance_scale=scale) for i in range(4)]))
         for scale in sorted([*scales, *halfway(scales)])
     ]
-    own = {path.scale: path.fitter for path in paths}
+    own = {place.scale: place.fitter for place in places}
     leaps = []
     for scale in scales:
         with own[scale].evaluator.probing():
             leaps.append(refine(own[scale], own[scale].fit(at(own[scale], spread(count, STEPS, 1.0))), 2))
-    return Family(tuple(scales), tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps)), paths
+    return Family(tuple(scales), tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps)), places
 
 
 def test_solvers_for_a_range_are_refined_where_they_are_interpolated():
-    family, paths = family_of_fits((1.5, 3.0, 5.0))
-    before = [path.run(family).error for path in paths]
+    family, places = family_of_fits((1.5, 3.0, 5.0))
+    before = [place.run(family).error for place in places]
     told = []
-    found = refined_together(family, paths, 2, told.append)
-    after = [path.run(found).error for path in paths]
+    found = refined_together(family, places, 2, told.append)
+    after = [place.run(found).error for place in places]
     assert after[1] < before[1] / 10  # nothing was fitted there
     assert after[3] < before[3] / 10
     assert sum(map(math.log, after)) < sum(map(math.log, before)) - 10
     assert told == sorted(told, reverse=True)
-    assert told[-1] == pytest.approx(sum(map(math.log, after)) / len(after), abs=1e-3)
+    assert told[-1] == pytest.approx(math.exp(sum(map(math.log, after)) / len(after)), rel=1e-3)
+
+
+def test_last_rows_for_a_range_are_fitted_together_without_a_round():
+    family, places = family_of_fits((1.5, 3.0, 5.0))
+    found = refined_together(family, places, 0)
+    assert [rows[:-1] for rows in found.rows] == [rows[:-1] for rows in family.rows]
+    assert found.timesteps == family.timesteps
+    scores = [sum(math.log(place.run(one).error) for place in places) for one in (family, found)]
+    assert scores[1] < scores[0] - 1
 
 
 def test_times_go_as_far_as_their_order_allows():
@@ -646,6 +655,22 @@ def test_times_go_as_far_as_their_order_allows():
         assert all(a > b for a, b in pairwise((*held, 0.0)))
         assert held != (9.0, 6.0, 2.0)
     assert kept_apart((9.0, 6.0, 0.0), (9.0, 5.0, -1.0)) == (9.0, 5.0, 0.0)  # a last time of 0 stays, and alone
+
+
+def test_times_of_a_range_stay_apart_between_its_scales():
+    """Each list falls at its scale, and where they are interpolated they would cross."""
+    rows = [[1.0, 0.0], [1.0, 0.0, 0.0]]
+    family = Family((1.0, 3.0, 5.0), ((9.0, 5.0),) * 3, (rows,) * 3)
+    moves = [Move(1, None)]
+    found = family.moved(moves, [3.9, 0.0, 0.0, 0.0, -4.9, 0.0, 0.0, 0.0, 3.9, 0.0, 0.0, 0.0])
+    wished = Family((1.0, 3.0, 5.0), ((9.0, 8.9), (9.0, 0.1), (9.0, 8.9)), (rows,) * 3)
+    assert not Family((1.0, 3.0, 5.0), ((9.0, 8.9), (9.0, 8.9), (9.0, 0.1)), (rows,) * 3).is_passable()
+    assert wished.is_passable()
+    assert found.is_passable()
+    assert found.timesteps[0][1] > 5.0 > found.timesteps[1][1] > 0.1
+    still = Family((1.0, 3.0, 5.0), ((9.0, 5.0, 0.0),) * 3, ([*rows, [1.0, 0.0, 0.0, 0.0]],) * 3)
+    step = [1.0, 2.0, 0.0, 0.0, 0.0, 0.0] + [1.0, 0.0, 0.0, 0.0, 0.0, 0.0] * 2
+    assert [times[1:] for times in still.moved([Move(1, None), Move(2, None)], step).timesteps] == [(6.0, 0.0)] * 3
 
 
 def test_a_range_begins_with_the_middle_where_neighbours_are_too_far_apart(monkeypatch):
@@ -666,3 +691,5 @@ def test_a_range_begins_with_the_middle_where_neighbours_are_too_far_apart(monke
     between = {4.0: Group(Toy(), [toy_call(0, guidance_scale=4.0)], 1e-6, lambda done: None)}
     found = families_from(best, groups, between, 0)["guided"]
     assert found.timesteps == (best.timesteps,) * 3
+    monkeypatch.undo()
+    assert len(set(families_from(best, groups, between, 1)["guided"].timesteps)) == 3

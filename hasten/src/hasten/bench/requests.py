@@ -79,6 +79,8 @@ def parse_request(text: str) -> Request:
         if not given:
             return Request(label, leap=True)
         (solver,) = registry.parse(text)
+        if solver.guidance is not None:
+            raise ConfigError(f"{label!r}: leave guidance out; the calls that are measured show their own")
         return Request(label, leap=True, calibration=solver.calibration)
     if LEAP in names:
         raise ConfigError(f"{label!r}: leap is a scheduler, and other methods need the model's own; measure them apart")

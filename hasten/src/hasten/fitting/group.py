@@ -15,10 +15,9 @@ from hasten.pipeline.replay import Replay
 from hasten.solvers.scales import SCALES
 from hasten.solvers.tables import COLUMNS
 
-__all__ = ["DIRECTIONS", "GUIDED", "PASSES", "Group", "at_scale", "check_passes", "guidance_of"]
+__all__ = ["GUIDED", "PASSES", "Group", "at_scale", "check_passes", "guidance_of"]
 
 GUIDED, PASSES = "guided", "passes"  # the form that is searched, and the one that follows
-DIRECTIONS = 3  # in which rows are moved where they have numbers for both passes: those that move the state most
 SAME = 1e-3  # relative difference of two answers of a model to one question, in float32
 ROUNDINGS = 20  # of a narrower dtype, that such answers may differ by: states are rounded on their way in
 
@@ -113,11 +112,11 @@ def check_passes(groups: Sequence[Group], scales: Sequence[float]) -> None:
 
 
 def guidance_of(call: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """The argument by which a call sets its guidance scale, and the scale."""
-    for name in SCALES:
-        if call.get(name) is not None:
-            return name, float(call[name])
-    return None, None
+    """The argument by which a call sets its guidance scale, and the scale; true guidance of 1 is none."""
+    given = {name: float(call[name]) for name in SCALES if call.get(name) is not None}
+    if given.get("true_cfg_scale", 2.0) <= 1 and len(given) > 1:
+        del given["true_cfg_scale"]
+    return next(iter(given.items()), (None, None))
 
 
 def at_scale(calls: Sequence[Mapping[str, Any]], name: str | None, scale: float | None) -> Sequence[Mapping[str, Any]]:

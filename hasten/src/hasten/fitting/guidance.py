@@ -16,10 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from hasten.fitting.group import DIRECTIONS, GUIDED, PASSES, Group
+from torch import Tensor
+
+from hasten.errors import CalibrationError
+from hasten.fitting.group import GUIDED, PASSES, Group
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.fitting.refine import (
     DAMPING,
+    DIRECTIONS,
     SMALLEST_GAIN,
     STEPS,
     TRIES,
@@ -31,12 +35,14 @@ from hasten.fitting.refine import (
     refine,
 )
 from hasten.solvers.multistep import NormalEquations, Row, combine
-from hasten.solvers.tables import interpolated, lagrange
+from hasten.solvers.tables import interpolated, lagrange, looks, times_at
 
-__all__ = ["Family", "Path", "continued", "families_from", "halfway", "refined_together"]
+__all__ = ["Family", "Place", "continued", "families_from", "halfway", "refined_together"]
 
 Times = tuple[float, ...]
-SMALLEST = 1e-14  # of the squared errors whose logarithms are summed
+Columns = Mapping[int, Sequence[Tensor]]  # of a Jacobian, for the calls that are learned from
+SMALLEST = 1e-14  # is added to the squared errors whose logarithms are summed
+RIDGE = 1e-8  # damping where last rows alone are fitted
 
 
 def halfway(scales: Sequence[float]) -> list[float]:
@@ -58,36 +64,40 @@ class Family:
     timesteps: tuple[Times, ...]
     rows: tuple[list[Row], ...]
 
-    def at(self, scale: float) -> tuple[Times, list[Row]]:
-        """Times and rows at a scale."""
-        (times,) = interpolated([[one] for one in self.timesteps], self.scales, scale)
-        return tuple(times), interpolated(self.rows, self.scales, scale)
+    def times(self, scale: float) -> Times:
+        """Times at a scale."""
+        return times_at(self.timesteps, self.scales, scale)
+
+    def is_passable(self) -> bool:
+        """Whether times fall, and not below 0, all over the range."""
+        found = map(self.times, looks(self.scales))
+        return all(times[-1] >= 0 and all(a > b for a, b in pairwise(times)) for times in found)
 
     def moved(self, moves: Sequence[Move], delta: Row) -> Family:
-        """The family after a step: for each scale the moves, then what is added to the last row."""
+        """The family after a step: for each scale the moves, then what is added to the last row.
+
+        Times go only as far as they stay apart all over the range. A last time of 0 stays.
+        """
         size = len(delta) // len(self.scales)
         times, rows = [], []
-        for i, (own_times, own_rows) in enumerate(zip(self.timesteps, self.rows, strict=True)):
-            part = delta[i * size : (i + 1) * size]
+        for i, (old, own_rows) in enumerate(zip(self.timesteps, self.rows, strict=True)):
+            part, new = delta[i * size : (i + 1) * size], old
             for move, by in zip(moves, part, strict=False):
-                own_times, own_rows = move.applied(own_times, own_rows, by)
+                new, own_rows = move.applied(new, own_rows, by)
             last = [a + b for a, b in zip(own_rows[-1], part[len(moves) :], strict=True)]
-            times.append((*own_times[:-1], max(own_times[-1], 0.0)))
+            times.append((*new[:-1], max(new[-1], 0.0) if old[-1] > 0 else old[-1]))
             rows.append([*own_rows[:-1], last])
-        return Family(self.scales, tuple(times), tuple(rows))
-
-    def kept_apart(self, before: Family, scales: Sequence[float]) -> Family:
-        """The family with times on the way from those of another, as far as those at some scales stay apart."""
-        share = min(passable_share(before.at(scale)[0], self.at(scale)[0]) for scale in scales)
-        times = (
+        whole = Family(self.scales, tuple(times), tuple(rows))
+        share = min(passable_share(self.times(scale), whole.times(scale)) for scale in looks(self.scales))
+        short = (
             tuple(a + share * (b - a) for a, b in zip(old, new, strict=True))
-            for old, new in zip(before.timesteps, self.timesteps, strict=True)
+            for old, new in zip(self.timesteps, times, strict=True)
         )
-        return replace(self, timesteps=tuple(times))
+        return replace(whole, timesteps=tuple(short))
 
 
 @dataclass(frozen=True)
-class Path:
+class Place:
     """A scale at which a family is judged.
 
     Attributes:
@@ -98,22 +108,19 @@ class Path:
     scale: float
     fitter: Fitter
 
-    def is_passable(self, family: Family) -> bool:
-        """Whether the family's times fall here."""
-        times, _ = family.at(self.scale)
-        return all(a > b for a, b in pairwise(times)) and times[-1] >= 0
-
-    def run(self, family: Family) -> Leap | None:
-        """What the family does here; None where its times do not fall."""
-        if not self.is_passable(family):
-            return None
-        times, rows = family.at(self.scale)
+    def run(self, family: Family) -> Leap:
+        """What the family does here."""
+        rows = interpolated(family.rows, family.scales, self.scale)
         with self.fitter.evaluator.probing():
-            return self.fitter.exact(times, rows)
+            return self.fitter.exact(family.times(self.scale), rows)
 
 
 def families_from(
-    best: Leap, fitted: Mapping[float, Group], between: Mapping[float, Group], rounds: int
+    best: Leap,
+    fitted: Mapping[float, Group],
+    between: Mapping[float, Group],
+    rounds: int,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[str, Family]:
     """Solvers for a range of guidance from that for the scale in its middle, by form.
 
@@ -122,25 +129,40 @@ def families_from(
         fitted: calls at each scale that is to have numbers of its own, rising.
         between: calls at further scales, where the interpolated solver is judged as well.
         rounds: of the refinement of each, and of all together.
+        progress: see `refined_together`; of the guided outputs.
     """
     scales, groups, middle = tuple(fitted), list(fitted.values()), (len(fitted) - 1) // 2
     judged = sorted([*fitted.items(), *between.items()], key=lambda one: one[0])
 
-    def paths(form: str) -> list[Path]:
-        return [Path(scale, group.fitters[form]) for scale, group in judged]
+    def places(form: str) -> list[Place]:
+        return [Place(scale, group.fitters[form]) for scale, group in judged]
 
     known = [best if i == middle else None for i in range(len(groups))]
     leaps = continued(known, [group.fitters[GUIDED] for group in groups], rounds)
     chain = Family(scales, tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps))
     same = Family(scales, (best.timesteps,) * len(scales), (best.rows,) * len(scales))
     del leaps  # columns are large
-    begin = min((chain, same), key=lambda one: _score(_run(one, paths(GUIDED))))
-    found = {GUIDED: refined_together(begin, paths(GUIDED), rounds)}
-    wider = groups[middle].fitters.get(PASSES)
-    if wider is not None:
-        rows = tuple([wider.widened(row) for row in own] for own in found[GUIDED].rows)
-        wide = replace(found[GUIDED], rows=rows)
-        found[PASSES] = refined_together(wide, paths(PASSES), min(rounds, 1), times=False, directions=DIRECTIONS)
+    begin = min((chain, same), key=lambda one: _score(_run(one, places(GUIDED))))
+    found = {GUIDED: refined_together(begin, places(GUIDED), rounds, progress)}
+    if PASSES in groups[middle].fitters:
+        starts = _wide_starts(found[GUIDED], groups, middle)
+        begin = min((with_last_rows(one, places(PASSES)) for one in starts), key=lambda one: one[1])[0]
+        found[PASSES] = refined_together(begin, places(PASSES), min(rounds, 1), times=False, directions=DIRECTIONS)
+    return found
+
+
+def _wide_starts(guided: Family, groups: Sequence[Group], middle: int) -> list[Family]:
+    """Families that know what each pass says: from zero, and from closed forms if they are nearer on other calls."""
+    wide, narrow = groups[middle].fitters[PASSES], groups[middle].fitters[GUIDED]
+    found = [replace(guided, rows=tuple([wide.widened(row) for row in rows] for rows in guided.rows))]
+    with groups[middle].evaluator.probing():
+        nearer = wide.elsewhere(guided.timesteps[middle]) < narrow.elsewhere(guided.timesteps[middle])
+    if nearer:
+        rows = []
+        for group, times in zip(groups, guided.timesteps, strict=True):
+            with group.evaluator.probing():
+                rows.append(group.fitters[PASSES].fit(times).rows)
+        found.append(replace(guided, rows=tuple(rows)))
     return found
 
 
@@ -162,58 +184,78 @@ def continued(leaps: Sequence[Leap | None], fitters: Sequence[Fitter], rounds: i
     return [leap for leap in found if leap is not None]
 
 
+def with_last_rows(family: Family, places: Sequence[Place]) -> tuple[Family, float]:
+    """The family with last rows that are fitted together, unless that is worse, and its score."""
+    leaps = _run(family, places)
+    if leaps is not None:
+        every: list[Columns] = [dict.fromkeys(range(len(place.fitter.calls)), ()) for place in places]
+        step = _equations(family, places, leaps, every, 0).damped(RIDGE)
+        family, leaps = _better(family, leaps, family.moved([], step), places)
+    return family, _score(leaps)
+
+
 def refined_together(
     family: Family,
-    paths: Sequence[Path],
+    places: Sequence[Place],
     rounds: int,
     progress: Callable[[float], None] | None = None,
     *,
     times: bool = True,
     directions: int | None = None,
 ) -> Family:
-    """A family that is nearer to the references at all paths together.
+    """A family that is nearer to the references at all places together.
 
     Args:
-        family: with times that fall at all paths.
-        paths: where to look; the one nearest to the middle says in which directions rows are moved.
-        rounds: at most; see `refine`.
-        progress: called with the mean of the relative squared errors' logarithms after each round.
+        family: with times that fall all over its range.
+        places: where to look; the one in their middle says in which directions rows are moved.
+        rounds: at most; see `refine`. Last rows are fitted together without any.
+        progress: called with the geometric mean of the relative squared errors after each round.
         times, directions: see `refine`.
+
+    Raises:
+        CalibrationError: if the model gave no finite answer at some scale.
     """
-    middle = len(paths) // 2
-    leaps = _run(family, paths)
-    assert leaps is not None
+    family, _ = with_last_rows(family, places)
+    leaps, idle = _run(family, places), 0
+    if leaps is None:
+        known = ", ".join(f"{scale:g}" for scale in family.scales)
+        raise CalibrationError(f"the model's answers are not finite somewhere in guidance {known}; fit a smaller range")
     for turn in range(rounds):
         start, damping = family, DAMPING
-        chosen = moves_of(paths[middle].fitter, leaps[middle], times, directions)
-        jacobians = [_jacobians(path.fitter, leap, chosen, turn) for path, leap in zip(paths, leaps, strict=True)]
+        chosen = moves_of(places[len(places) // 2].fitter, leaps[len(places) // 2], times, directions)
+        jacobians = [_jacobian(place.fitter, leap, chosen, turn) for place, leap in zip(places, leaps, strict=True)]
         for _ in range(STEPS):
-            before = _score(leaps)
-            equations = _equations(family, paths, leaps, jacobians, len(chosen))
+            before, own = _score(leaps), family
+            equations = _equations(family, places, leaps, jacobians, len(chosen))
             for _ in range(TRIES):
-                moved = family.moved(chosen, equations.damped(damping))
-                tried = moved.kept_apart(family, [path.scale for path in paths])
-                found = _run(tried, paths)
-                if found is not None and _score(found) < before:
-                    family, leaps, damping = tried, found, max(damping / 10, 1e-8)
+                family, leaps = _better(own, leaps, own.moved(chosen, equations.damped(damping)), places)
+                damping = damping * 10 if family is own else max(damping / 10, RIDGE)
+                if family is not own:
                     break
-                damping *= 10
             if _score(leaps) > before + math.log(1 - SMALLEST_GAIN):
                 break
         if progress is not None:
-            progress(_score(leaps))
-        if family is start and turn:
+            progress(math.exp(_score(leaps)))
+        idle = idle + 1 if family is start else 0
+        if idle == min(2, max(len(place.fitter.calls) for place in places)):
             break
     return family
 
 
-def _run(family: Family, paths: Sequence[Path]) -> list[Leap] | None:
+def _better(family: Family, leaps: list[Leap], other: Family, places: Sequence[Place]) -> tuple[Family, list[Leap]]:
+    found = _run(other, places)
+    return (family, leaps) if found is None or _score(found) >= _score(leaps) else (other, found)
+
+
+def _run(family: Family, places: Sequence[Place]) -> list[Leap] | None:
+    """What a family does at all places; None where its times do not fall, or the model has no answer."""
+    if not family.is_passable():
+        return None
     found: list[Leap] = []
-    for path in paths:
-        leap = path.run(family)
-        if leap is None or not math.isfinite(leap.error):
+    for place in places:
+        found.append(place.run(family))
+        if not math.isfinite(found[-1].error):
             return None
-        found.append(leap)
     return found
 
 
@@ -223,27 +265,22 @@ def _score(leaps: Sequence[Leap] | None) -> float:
     return sum(math.log(leap.error + SMALLEST) for leap in leaps) / len(leaps)
 
 
-def _jacobians(fitter: Fitter, leap: Leap, moves: list[Move], turn: int) -> Mapping[int, Jacobian]:
+def _jacobian(fitter: Fitter, leap: Leap, moves: list[Move], turn: int) -> Columns:
     with fitter.evaluator.probing():
-        return {i: Jacobian(fitter, leap, i, moves) for i in learning(len(fitter.calls), turn)}
+        return {i: Jacobian(fitter, leap, i, moves).columns for i in learning(len(fitter.calls), turn)}
 
 
 def _equations(
-    family: Family,
-    paths: Sequence[Path],
-    leaps: Sequence[Leap],
-    jacobians: Sequence[Mapping[int, Jacobian]],
-    moves: int,
+    family: Family, places: Sequence[Place], leaps: Sequence[Leap], jacobians: Sequence[Columns], moves: int
 ) -> NormalEquations:
-    """In the moves and the last row of all scales, each path weighted by the inverse of its error."""
+    """In the moves and the last row of all scales, each place weighted by the inverse of its error."""
     last = len(leaps[0].rows[-1])
     whole = NormalEquations(len(family.scales) * (moves + last))
-    for path, leap, derivatives in zip(paths, leaps, jacobians, strict=True):
-        states = path.fitter.references.states
-        size = sum(float(states[call][-1].double().square().sum()) for call in path.fitter.calls)
-        own = NormalEquations(moves + last)
-        for i, known in derivatives.items():
-            goal = states[path.fitter.calls[i]][-1]
-            own.add([*known.columns, *leap.columns[i][:last]], goal - combine(leap.columns[i], leap.rows[-1]))
-        whole.include(own, lagrange(family.scales, path.scale), 1 / (size * (leap.error + SMALLEST)))
+    for place, leap, columns in zip(places, leaps, jacobians, strict=True):
+        own, size = NormalEquations(moves + last), 0.0
+        for i, known in columns.items():
+            goal = place.fitter.references.states[place.fitter.calls[i]][-1]
+            own.add([*known, *leap.columns[i][:last]], goal - combine(leap.columns[i], leap.rows[-1]))
+            size += float(goal.double().square().sum())
+        whole.include(own, lagrange(family.scales, place.scale), 1 / (size * (leap.error + SMALLEST)))
     return whole

@@ -35,11 +35,11 @@ import numpy as np
 
 from hasten.calibration import Calibration, Fingerprint, model_digest, weights_digest
 from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError
-from hasten.fitting.group import DIRECTIONS, GUIDED, PASSES, Group, at_scale, check_passes, guidance_of
+from hasten.fitting.group import GUIDED, PASSES, Group, at_scale, check_passes, guidance_of
 from hasten.fitting.guidance import families_from, halfway
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.fitting.references import References
-from hasten.fitting.refine import refine
+from hasten.fitting.refine import DIRECTIONS, refine
 from hasten.fitting.starts import MOST_STARTS, Start, best_start, plain_solvers
 from hasten.fitting.surrogate import Surrogate
 from hasten.parameters import MOST_GUIDANCE, Range, accepted
@@ -79,7 +79,7 @@ def fit_leap(
         calls: arguments of its calls, with the steps, size and guidance that the references are to have, each with
             generators or latents. Give batches: each evaluation of the fit runs every call once.
         evaluations: numbers of evaluations; those that differ by one or two help each other.
-        guidances: scales at which coefficients are fitted, at the same times; three serve all scales between them. By
+        guidances: scales at which times and coefficients are fitted; three serve all scales between them. By
             default the one of the calls. At all of them the pipeline has to make as many passes.
         held_out: other calls, on which the error is reported beside that of the training.
         trials: most starts of the refinement that are tried for each number; 1 takes a spread of times, and from 3 on
@@ -163,6 +163,7 @@ class _Fit:
     ) -> None:
         self._pipe, self._progress = pipe, progress
         name, own = guidance_of(calls[0])
+        self._argument = name
         if guidances and name is None:
             raise ConfigError(
                 f"guidances are given, and the calls say by none of {' and '.join(SCALES)} what takes them: give the "
@@ -186,7 +187,10 @@ class _Fit:
         for group in groups:
             self._at.append(Group(pipe, group, ridge, tick))
             check_passes(self._at, scales)
-        self._between = [(scale, Group(pipe, at_scale(few, name, scale), ridge, tick)) for scale in between]
+        self._between: dict[float, Group] = {}
+        for scale in between:
+            self._between[scale] = Group(pipe, at_scale(few, name, scale), ridge, tick)
+            check_passes([self._at[0], self._between[scale]], [scales[0], scale])
         self._middle = (len(groups) - 1) // 2
         middle = self._at[self._middle].references
         self._held = None
@@ -207,6 +211,7 @@ class _Fit:
             "num_train_timesteps": int(self._pipe.scheduler.config.num_train_timesteps),
             "shift_mu": mu,
             "guidances": self._scales,
+            "guidance_argument": self._argument,
             "mixtures": [at.references.mixture for at in self._at],
             "noise_scale": references.plain.noise_scale,
             "plain": plain_config(self._pipe.scheduler),
@@ -221,7 +226,7 @@ class _Fit:
 
     @property
     def _all(self) -> list[Group]:
-        return [*self._at, *(at for _, at in self._between), *([] if self._held is None else [self._held])]
+        return [*self._at, *self._between.values(), *([] if self._held is None else [self._held])]
 
     # --- one number of evaluations
 
@@ -238,31 +243,35 @@ class _Fit:
         middle = self._at[self._middle]
         made_before = sum(at.evaluator.made for at in self._all)
 
+        total, refined = trials + rounds * min(2, len(self._at)), count_from(trials + 1)
+
         def tick(done: int, error: float) -> None:
             if self._progress is not None:
-                self._progress(count, done, trials + rounds, error)
+                self._progress(count, done, total, error)
 
-        refined = count_from(trials + 1)
+        def tick_round(error: float) -> None:
+            tick(next(refined), error)
 
         with middle.evaluator.probing():
             start = self._start(middle, count, trials, rounds > 0, tick)
-            best = refine(middle.fitters[GUIDED], start.leap, rounds, lambda error: tick(next(refined), error))
+            best = refine(middle.fitters[GUIDED], start.leap, rounds, tick_round)
             found = {GUIDED: best}
             if PASSES in middle.fitters and len(self._at) == 1:
                 found[PASSES] = _with_differences(middle.fitters[PASSES], middle.fitters[GUIDED], best, rounds)
-        self._before = best
         if len(self._at) == 1:
             table = self._table({form: [own.rows] for form, own in found.items()}, [best.timesteps])
         else:
             scales = [scale for scale in self._scales if scale is not None]
-            families = families_from(best, dict(zip(scales, self._at, strict=True)), dict(self._between), rounds)
+            fitted = dict(zip(scales, self._at, strict=True))
+            families = families_from(best, fitted, self._between, rounds, tick_round)
             table = self._table({form: own.rows for form, own in families.items()}, families[GUIDED].timesteps)
             with middle.evaluator.probing():
                 found = {
                     form: middle.fitters[form].exact(own.timesteps[self._middle], own.rows[self._middle])
                     for form, own in families.items()
                 }
-        tick(trials + rounds, found[GUIDED].error)
+        self._before = found[GUIDED]
+        tick(total, found[GUIDED].error)
         report = self._report(start, found)
         report["evaluations_of_fit"] = sum(at.evaluator.made for at in self._all) - made_before
         return table, report
@@ -282,16 +291,16 @@ class _Fit:
         )
 
     def _table(self, rows: Mapping[str, Sequence[Sequence[Row]]], timesteps: Sequence[tuple[float, ...]]) -> Table:
-        level_at = self._at[self._middle].references.level_at
-        levels = tuple(tuple(level_at(time) for time in times) for times in timesteps)
-        several = len(timesteps) > 1
+        references = self._at[self._middle].references
+        middle, several = timesteps[self._middle], len(timesteps) > 1
+        noise = references.noise if several else (None, None)
         return Table(
-            timesteps[self._middle],
-            levels[self._middle],
+            middle,
+            tuple(references.level_at(time) for time in middle),
             _frozen(rows[GUIDED]),
             _frozen(rows[PASSES]) if PASSES in rows else None,
             tuple(timesteps) if several else None,
-            levels if several else None,
+            *noise,
         )
 
     def _report(self, start: Start, found: Mapping[str, Leap]) -> dict[str, Any]:

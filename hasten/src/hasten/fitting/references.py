@@ -17,6 +17,7 @@ from torch import Tensor
 from hasten.errors import CalibrationError
 from hasten.fitting.symbolic import PlainSolver, kind_of, prepared, read_off, relative_error, scales_of, why_not_linear
 from hasten.pipeline.replay import Replay
+from hasten.solvers.formula import level_at
 from hasten.solvers.passes import difference, mixture_of, watch_passes
 
 __all__ = ["References", "record_references"]
@@ -67,14 +68,16 @@ class References:
         """How many images there are."""
         return sum(path.shape[1] for path in self.states)
 
-    def level_at(self, timestep: float) -> float:
-        """Noise level at a time: between the steps of a flow in proportion, else along the arc of signal and noise."""
+    @property
+    def noise(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Times of the plain sampler and noise levels there, rising from 0; other solvers may begin earlier."""
         first = self.plain.timesteps[0]
-        times = [0.0, *self.plain.timesteps[::-1], max(1.1 * first, first + 1)]  # other solvers may begin earlier
-        levels = np.array([*self.plain.levels[::-1], 1.0])
-        if self.kind == "flow_prediction":
-            return float(np.interp(timestep, times, levels))
-        return float(np.sin(np.interp(timestep, times, np.arcsin(levels))))
+        times = (0.0, *self.plain.timesteps[::-1], max(1.1 * first, first + 1))
+        return times, (*self.plain.levels[::-1], 1.0)
+
+    def level_at(self, timestep: float) -> float:
+        """Noise level at a time."""
+        return level_at(timestep, *self.noise, self.kind)
 
     def at(self, position: float) -> float:
         """The timestep at a position counted in steps of the plain sampler, `0 <= position < T`."""

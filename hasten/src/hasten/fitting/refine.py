@@ -37,6 +37,7 @@ DAMPING = 1e-2  # of the first step of a round
 TRIES = 4  # dampings in a step, each ten times the one before
 PARTS = 4  # of the calls, of which one is left out of a round's equations
 SMALLEST_GAIN = 0.02  # a step that lowers the error by a smaller share is the last of its round
+DIRECTIONS = 3  # where rows have numbers for both passes: those that move the state most
 SIZE = 0.25  # of the move of a finite difference along a row, in the cube root of the answers' rounding
 
 

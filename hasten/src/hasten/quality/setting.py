@@ -53,10 +53,9 @@ class FixedLeap(LeapScheduler):
             setting: whose certificate, if it has one, a call has to meet.
         """
         assert leap.calibration is not None
-        made = cls.of(leap.calibration)  # type: ignore[arg-type]
+        made = cls.of(leap.calibration, guidance=leap.guidance)  # type: ignore[arg-type]
         made._evaluations = evaluations
-        made.set_timesteps(evaluations)
-        made.num_inference_steps = None  # no call did
+        made._choose(made._checked.count(evaluations), leap.guidance)
         made._setting = setting
         return made
 

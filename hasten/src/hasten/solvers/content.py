@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from hasten.calibration import Calibration, declare_contents, model_digest, same_weights
-from hasten.errors import CalibrationError, ConfigError
+from hasten.errors import CalibrationError, ConfigError, ScheduleError
 from hasten.io import conform
 from hasten.pipeline.view import denoisers
 from hasten.solvers.tables import ARRAYS, Table, unpacked
@@ -30,6 +30,7 @@ LEAP = "leap"  # what a calibration of this scheduler is called
 REMEDY = "Make it again with `hasten tune`."
 # What `fit_leap` writes into the options of a calibration for the scheduler.
 OPTIONS = ("prediction_type", "num_train_timesteps", "shift_mu", "guidances", "mixtures", "noise_scale", "plain")
+MORE = ("guidance_argument",)  # likewise, where calls name their guidance
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Content:
     fingerprint: Owner | None
     certificate: dict[str, Any] | None
     plain: dict[str, Any] | None
+    guidance_argument: str | None = None
 
     def __post_init__(self) -> None:
         if not self.tables:
@@ -73,7 +75,25 @@ class Content:
         for count, table in self.tables.items():
             if not (count.isascii() and count.isdigit() and count == str(int(count))):
                 raise ValueError(f"a table is for {count!r} evaluations, expected a number")
-            table.check(int(count), scales)
+            table.check(int(count), scales, self.prediction_type)
+
+    def count(self, wanted: int | None, asked: Collection[str] = ()) -> str:
+        """A number of evaluations as tables are called.
+
+        Args:
+            wanted: the number.
+            asked: names of other arguments of the call, which do not go with LEAP's times.
+
+        Raises:
+            ScheduleError: if there is no table for it.
+        """
+        if str(wanted) not in self.tables:
+            known = ", ".join(sorted(self.tables, key=int))
+            rest = f" and leave {' and '.join(asked)} out" if asked else ""
+            raise ScheduleError(
+                f"LEAP was fitted for {known} evaluations, not for {wanted}; use num_inference_steps={known}{rest}"
+            )
+        return str(wanted)
 
 
 def _known(scales: tuple[float | None, ...]) -> tuple[float | None, ...]:
@@ -100,7 +120,7 @@ def check_arguments(content: Mapping[str, Any]) -> Content:
 def arguments_of(calibration: Calibration) -> dict[str, Any]:
     """Arguments of the scheduler of a fit."""
     own = calibration.fingerprint
-    options = {name: calibration.options[name] for name in OPTIONS if name in calibration.options}
+    options = {name: calibration.options[name] for name in (*OPTIONS, *MORE) if name in calibration.options}
     return {
         "tables": unpacked(calibration.tensors),
         "fingerprint": {"model": own.model, "config": own.config, "weights": own.weights},

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from hasten.solvers.multistep import Row
 
-__all__ = ["Formula", "Learned", "SecondOrder", "carried", "signal"]
+__all__ = ["Formula", "Learned", "SecondOrder", "carried", "level_at", "signal"]
 
 
 def signal(level: float, kind: str) -> float:
@@ -24,6 +25,19 @@ def carried(level: float, later: float, kind: str) -> float:
         return 1.0
     before, after = signal(level, kind), signal(later, kind)
     return after / before if kind == "epsilon" else before * after + level * later
+
+
+def level_at(timestep: float, times: Sequence[float], levels: Sequence[float], kind: str) -> float:
+    """Noise level at a time: between those of a flow in proportion, else along the arc of signal and noise.
+
+    Args:
+        timestep: the time.
+        times, levels: known ones, rising.
+        kind: prediction type.
+    """
+    if kind == "flow_prediction":
+        return float(np.interp(timestep, times, levels))
+    return float(np.sin(np.interp(timestep, times, np.arcsin(levels))))
 
 
 class Formula(Protocol):

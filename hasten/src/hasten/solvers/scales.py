@@ -7,13 +7,22 @@ they made (`mixtures`). A run shows the one by the arguments of its pipeline's c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 
-from hasten.errors import ScheduleError
+from hasten.errors import ConfigError, ScheduleError
 from hasten.pipeline.caller import call_arguments, current_owner
 from hasten.solvers.content import Content
-from hasten.solvers.tables import Table
+from hasten.solvers.tables import Table, lagrange
 
-__all__ = ["SCALES", "asked_guidance", "check_asked_guidance", "check_mixture", "scale_of_run", "scale_of_times"]
+__all__ = [
+    "SCALES",
+    "asked_guidance",
+    "check_asked_guidance",
+    "check_told",
+    "nearest",
+    "scale_of_run",
+    "scale_of_times",
+]
 
 SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
 TOLERANCE = 0.03  # of the guidance scale that a run shows, relative; half precision shows it less exactly
@@ -31,16 +40,23 @@ CONVENTIONS: tuple[Callable[[float], float], ...] = (
 )
 
 
-def asked_guidance() -> tuple[float, ...]:
+def asked_guidance(argument: str | None) -> tuple[float, ...]:
     """The guidance scales among the arguments of the pipeline's call; none where it does not show.
 
-    Pipelines may have two, of which one does nothing: true guidance counts alone where the call makes use of it.
+    Pipelines may have two, of which one does nothing: where a fit does not say by which it was given its scales, true
+    guidance counts alone if the call makes use of it, and else not if it is 1 or less.
+
+    Args:
+        argument: by which the fit was given its scales.
     """
     given = call_arguments(current_owner())
-    known = {name: float(given[name]) for name in SCALES if isinstance(given.get(name), int | float)}
+    known = {name: float(given[name]) for name in SCALES if isinstance(given.get(name), Real)}
+    if argument is not None:
+        return (known[argument],) if argument in known else ()
     denies = any(name.startswith("negative_prompt") and value is not None for name, value in given.items())
-    if denies and known.get("true_cfg_scale", 1.0) > 1:
-        return (known["true_cfg_scale"],)
+    true = known.pop("true_cfg_scale", 1.0)
+    if true > 1:
+        return (true,) if denies else (*known.values(), true)
     return tuple(known.values())
 
 
@@ -50,13 +66,13 @@ def check_asked_guidance(asked: Sequence[float], guidances: Sequence[float | Non
     Raises:
         ScheduleError: if none of it is among them or between.
     """
-    fitted = [one for one in guidances if one is not None]
+    fitted = _numbers(guidances)
     if asked and len(fitted) == len(guidances) and not any(_within(one, fitted) for one in asked):
         raise ScheduleError(f"LEAP was fitted for guidance {_range(fitted)}, and this run has {asked[-1]:g}: {REMEDY}")
 
 
 def scale_of_run(
-    content: Content, mixture: float | None, asked: Sequence[float], hooked: bool
+    content: Content, mixture: float | None, asked: Sequence[float], hooked: bool, timed: float | None = None
 ) -> tuple[float, list[float]]:
     """The guidance scale of a run and those of the fits, in one measure.
 
@@ -65,13 +81,18 @@ def scale_of_run(
         mixture: the weight of the first pass, where both were seen.
         asked: what the call asks for; see `asked_guidance`.
         hooked: whether the scheduler serves whatever scale the run has, and not the one that it was told.
+        timed: the scale that the run's times are for, where they differ.
 
     Raises:
-        ScheduleError: if it is not known, or outside of what was fitted.
+        ScheduleError: if it is not known, outside of what was fitted, or not that of the times.
     """
+    if timed is not None:
+        _check_mixture(content, mixture, timed, bool(asked))
+        return nearest(timed, _numbers(content.guidances)), _numbers(content.guidances)
     guidances = [0.0 if one is None else one for one in content.guidances]
     named = None not in content.guidances
-    served = [one for one in asked if named and _within(one, guidances)] if hooked else []
+    shows = hooked or content.guidance_argument is not None
+    served = [one for one in asked if named and _within(one, guidances)] if shows else []
     mixtures = [one for one in content.mixtures if one is not None]
     if mixture is not None and len(mixtures) == len(content.mixtures):
         if _within(mixture, mixtures):
@@ -95,48 +116,81 @@ def scale_of_run(
     return scale, guidances
 
 
-def scale_of_times(content: Content, table: Table, asked: Sequence[float], hooked: bool) -> float | None:
+def scale_of_times(content: Content, table: Table, asked: Sequence[float]) -> float | None:
     """The guidance scale that says at what times a run evaluates the model; None if they are the same at all scales.
 
     Args:
         content: of the scheduler.
         table: of the run.
-        asked, hooked: see `scale_of_run`.
+        asked: what the call asks for.
 
     Raises:
         ScheduleError: if times differ, and the scale does not show before the first evaluation.
     """
     if table.timesteps_by_scale is None:
         return None
-    scales = [one for one in content.guidances if one is not None]
-    served = [one for one in asked if _within(one, scales)] if hooked else []
-    scale = served[0] if served else content.guidance
+    scales = _numbers(content.guidances)
+    scale = next((one for one in asked if _within(one, scales)), content.guidance)
     if scale is None:
         raise ScheduleError(
-            f"LEAP was fitted for guidance {_range(scales)} with other times at each scale, and the scale does not "
-            "show here: name it, by hasten.Leap(file, guidance=...) or LeapScheduler.load(file, pipe, guidance=...); "
-            "with hasten.Leap(file) a call of the pipeline shows it"
+            f"LEAP was fitted for guidance {_range(scales)} with other times at each scale, and this run does not show "
+            "its own: name it, hasten.Leap(file, guidance=...) or LeapScheduler.load(file, pipe, guidance=...)"
         )
-    _refuse_outside(scale, scales)
+    return scale
+
+
+def nearest(scale: float, scales: Sequence[float]) -> float:
+    """A scale, or the end of the range that it is a little outside of."""
     return min(max(scale, min(scales)), max(scales))
 
 
-def check_mixture(content: Content, mixture: float | None, scale: float) -> None:
-    """Compare what the passes of a run were mixed of with the scale that its times are for, where they tell the scale.
+def _check_mixture(content: Content, mixture: float | None, scale: float, shown: bool) -> None:
+    """Compare what the passes of a run were mixed of with the scale that its times are for.
+
+    Args:
+        content: of the scheduler.
+        mixture: the weight of the first pass, where both were seen.
+        scale: of the times.
+        shown: whether the call showed it, or else it was named; the weights of some pipelines differ with every prompt.
 
     Raises:
         ScheduleError: if it is another one.
     """
-    guidances = [one for one in content.guidances if one is not None]
-    mixtures = [one for one in content.mixtures if one is not None]
+    guidances, mixtures = _numbers(content.guidances), _numbers(content.mixtures)
     if mixture is None or len(mixtures) != len(content.mixtures):
         return
     own = _own_measure(mixture, guidances, mixtures)
-    if own is not None and not _within(own, [scale]):
+    if own is None:
+        weights = lagrange(guidances, nearest(scale, guidances))
+        expected = sum(w * one for w, one in zip(weights, mixtures, strict=True))
+        wrong = not shown and not _within(mixture, [expected])
+    else:
+        wrong = not _within(own, [scale])
+    if wrong:
+        with_ = "" if own is None else f" with {own:.4g}"
+        remedy = "leave out what changes it (a callback)" if shown else "name the one that it has"
         raise ScheduleError(
-            f"this run was called with guidance {scale:.4g} and mixes its passes with {own:.4g} from its first "
-            "evaluation on; LEAP's times are for the guidance of the call: leave out what changes it (a callback)"
+            f"LEAP's times are those for guidance {scale:.4g}, which this run was "
+            f"{'called with' if shown else 'said to have'}, and its passes are mixed{with_} otherwise: {remedy}"
         )
+
+
+def check_told(content: Content) -> None:
+    """Raise a ConfigError if the scale that a scheduler was told is none that its fit serves."""
+    if content.guidance is None:
+        return
+    scales = _numbers(content.guidances)
+    if not scales:
+        raise ConfigError("this LEAP was fitted without guidance, or the calls did not name it: leave guidance out")
+    if not _within(content.guidance, scales):
+        raise ConfigError(
+            f"guidance must be one that LEAP was fitted for, {_range(scales)}, got {content.guidance:g}; fit for this "
+            "one (fit_leap(..., guidances=...) serves a range)"
+        )
+
+
+def _numbers(scales: Sequence[float | None]) -> list[float]:
+    return [one for one in scales if one is not None]
 
 
 def _refuse_outside(scale: float, guidances: Sequence[float]) -> None:

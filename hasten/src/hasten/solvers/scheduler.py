@@ -27,7 +27,8 @@ from hasten.solvers.passes import UNWATCHED, Answers, difference, mixture_of
 from hasten.solvers.scales import (
     asked_guidance,
     check_asked_guidance,
-    check_mixture,
+    check_told,
+    nearest,
     scale_of_run,
     scale_of_times,
 )
@@ -49,6 +50,7 @@ OWN = (
     "fingerprint",
     "certificate",
     "plain",
+    "guidance_argument",
 )
 
 
@@ -67,11 +69,12 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         shift_mu: the resolution-dependent shift that the tables belong to; None if the pipeline has none.
         guidances: the guidance scales of the fits in each table; None where the calls did not name one.
         mixtures: the weight of the first pass in the mixture for each of them, where it was seen.
-        guidance: at which to use the tables without a hook, which tells it otherwise.
+        guidance: scale of runs that do not show theirs.
         noise_scale: of the noise that a run begins with.
         fingerprint: `model`, `config` and `weights` of the denoiser that the tables belong to.
         certificate: figures that were measured with the tables, as the file carries them.
         plain: configuration of the plain scheduler; its entries stand in `config` too, for `X.from_config`.
+        guidance_argument: of the pipeline's call, which shows the scale.
         digest: of all these, written by `save_pretrained`; files without it are refused.
 
     Raises:
@@ -104,6 +107,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         fingerprint: dict[str, str] | None = None,
         certificate: dict[str, Any] | None = None,
         plain: dict[str, Any] | None = None,
+        guidance_argument: str | None = None,
         digest: str | None = None,
     ) -> None:
         if not tables:
@@ -116,6 +120,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
             raise ConfigError(f"no usable LeapScheduler ({error}). {REMEDY}") from error
         if digest not in (None, own):
             raise ConfigError(f"this LeapScheduler was damaged or changed after it was saved. {REMEDY}")
+        check_told(self._checked)
         others = {name: value for name, value in (plain or {}).items() if name not in (*OWN, "digest")}
         self.register_to_config(digest=own, **{name: v for name, v in others.items() if not name.startswith("_")})
         self.init_noise_sigma = noise_scale
@@ -211,12 +216,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         """
         asked = asked_by_user(sigmas, timesteps)
         wanted = num_inference_steps or next((len(x) for x in (sigmas, timesteps) if x is not None), None)
-        if str(wanted) not in self.config.tables:
-            known = ", ".join(sorted(self.config.tables, key=int))
-            rest = f" and leave {' and '.join(asked)} out" if asked else ""
-            raise ScheduleError(
-                f"LEAP was fitted for {known} evaluations, not for {wanted}; use num_inference_steps={known}{rest}"
-            )
+        count = self._checked.count(wanted, asked)
         own = self.config.shift_mu
         if mu is not None and own is not None and abs(mu - own) > 1e-3:
             warnings.warn(
@@ -225,10 +225,10 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
                 stacklevel=2,
             )
         self._check_caller()
-        scales = asked_guidance()
+        scales = asked_guidance(self._checked.guidance_argument)
         check_asked_guidance(scales, self._checked.guidances)
-        table = self._checked.tables[str(wanted)]
-        self._choose(str(wanted), scale_of_times(self._checked, table, scales, self.expects_passes))
+        table = self._checked.tables[count]
+        self._choose(count, scale_of_times(self._checked, table, scales))
         self._asked: tuple[float, ...] = scales
         check_asked(asked, {"sigmas": self.sigmas, "timesteps": self.timesteps})
         self.timesteps = self.timesteps.to(device)
@@ -246,10 +246,12 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         return {name: value for name, value in vars(self).items() if name not in ("_known", "owner")}
 
     def _choose(self, count: str, scale: float | None) -> None:
-        """Take a table; `scale` is the guidance that its times are for, where they differ."""
+        """Take a table; `scale` is the guidance that its times are for, where they differ and it is known already."""
         self._table, self._scale = self._checked.tables[count], scale
-        known = [0.0 if one is None else one for one in self._checked.guidances]
-        times, levels = (self._table.timesteps, self._table.levels) if scale is None else self._table.at(known, scale)
+        times, levels = self._table.timesteps, self._table.levels
+        if scale is not None:
+            known = [one for one in self._checked.guidances if one is not None]
+            times, levels = self._table.at(known, nearest(scale, known), self._checked.prediction_type)
         # A new tensor for every run: what watches the pipeline tells runs apart by it.
         self.timesteps = torch.tensor(times, dtype=torch.float32)
         self._levels = [*levels, 0.0]
@@ -334,7 +336,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         """Whether the run under way cannot go on without what each pass says."""
         if self._formula is not None:
             return self._formula.columns == 2
-        return self.expects_passes and (self._table.passes is not None or len(self._checked.guidances) > 1)
+        unknown = len(self._checked.guidances) > 1 and self._scale is None  # the passes show it
+        return self.expects_passes and (self._table.passes is not None or unknown)
 
     def _begin(self, k: int, output: Tensor, answers: list[Tensor], apart: Tensor | None) -> Formula:
         """The formula for a run that begins at evaluation `k`."""
@@ -365,11 +368,9 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
                 "LEAP was fitted without guidance, one pass for each evaluation, and this run makes two: call the "
                 "pipeline without guidance, or fit with it"
             )
-        if self._scale is not None and self._table.timesteps_by_scale is not None:
-            check_mixture(self._checked, mixture, self._scale)
-            scale, scales = self._scale, [0.0 if one is None else one for one in self._checked.guidances]
-        else:
-            scale, scales = scale_of_run(self._checked, mixture, self._asked, self.expects_passes)
+        if self._table.timesteps_by_scale is not None and self._scale is None:
+            raise ScheduleError("LEAP's times depend on the guidance: call set_timesteps before each run")
+        scale, scales = scale_of_run(self._checked, mixture, self._asked, self.expects_passes, self._scale)
         return Learned(interpolated(fits, scales, scale), self._levels, kind, COLUMNS[form])
 
     # --- image to image

@@ -10,22 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.io import Array, decreasing
+from hasten.io import Array, decreasing, increasing
+from hasten.solvers.formula import level_at
 
-__all__ = ["ARRAYS", "COLUMNS", "Table", "interpolated", "lagrange", "packed", "unpacked"]
+__all__ = ["ARRAYS", "COLUMNS", "Table", "interpolated", "lagrange", "looks", "packed", "times_at", "unpacked"]
 
+Times = tuple[float, ...]
 Rows = tuple[tuple[float, ...], ...]
 COLUMNS = {"guided": 1, "passes": 2}  # columns per evaluation of a form
 LOOKS = 65  # at times between guidance scales, when a table is checked
 
-# G guidance scales; rows of n evaluations are padded with zeros.
+# G guidance scales, K known levels of noise; rows of n evaluations are padded with zeros.
 ARRAYS = {
     "{n}/timesteps": Array("float", ("n",), (decreasing,), low=0),
     "{n}/levels": Array("float", ("n",), (decreasing,), low=0, high=1),
     "{n}/guided": Array("float", ("G", "n", "w")),
     "{n}/passes": Array("float", ("G", "n", "v"), needed=False),
     "{n}/timesteps_by_scale": Array("float", ("G", "n"), low=0, needed=False),
-    "{n}/levels_by_scale": Array("float", ("G", "n"), low=0, high=1, needed=False),
+    "{n}/noise_timesteps": Array("float", ("K",), (increasing,), low=0, needed=False),
+    "{n}/noise_levels": Array("float", ("K",), low=0, high=1, needed=False),
 }
 
 
@@ -40,40 +43,45 @@ class Table:
         guided: for each guidance scale the rows over the guided outputs alone; row `k` has `2 + k` numbers.
         passes: likewise over the guided outputs and the differences of the passes; row `k` has `3 + 2 k` numbers.
         timesteps_by_scale: those for each guidance scale, where they differ; `timesteps` are those in the middle then.
-        levels_by_scale: likewise.
+        noise_timesteps, noise_levels: where those are given: noise levels at the times of the plain sampler, rising.
     """
 
-    timesteps: tuple[float, ...]
-    levels: tuple[float, ...]
+    timesteps: Times
+    levels: Times
     guided: tuple[Rows, ...]
     passes: tuple[Rows, ...] | None = None
-    timesteps_by_scale: tuple[tuple[float, ...], ...] | None = None
-    levels_by_scale: tuple[tuple[float, ...], ...] | None = None
+    timesteps_by_scale: tuple[Times, ...] | None = None
+    noise_timesteps: Times | None = None
+    noise_levels: Times | None = None
 
-    def at(self, scales: Sequence[float], scale: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Times and levels at a guidance scale, of the scales that the table is for."""
-        if self.timesteps_by_scale is None or self.levels_by_scale is None:
+    def at(self, scales: Sequence[float], scale: float, kind: str) -> tuple[Times, Times]:
+        """Times and levels at a guidance scale.
+
+        Args:
+            scales: that the table is for.
+            scale: of the run.
+            kind: prediction type.
+        """
+        if self.timesteps_by_scale is None:
             return self.timesteps, self.levels
-        weights = lagrange(scales, scale)
+        assert self.noise_timesteps is not None
+        assert self.noise_levels is not None
+        times = times_at(self.timesteps_by_scale, scales, scale)
+        return times, tuple(level_at(time, self.noise_timesteps, self.noise_levels, kind) for time in times)
 
-        def between(several: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-            columns = zip(*several, strict=True)  # differences, so that what is the same everywhere stays so exactly
-            return tuple(at[0] + sum(w * (one - at[0]) for w, one in zip(weights, at, strict=True)) for at in columns)
-
-        return between(self.timesteps_by_scale), between(self.levels_by_scale)
-
-    def check(self, count: int, scales: Sequence[float]) -> None:
+    def check(self, count: int, scales: Sequence[float], kind: str) -> None:
         """Raise ValueError for a table that is none of `count` evaluations at these guidance scales."""
         _check_times(count, self.timesteps, self.levels)
-        by_scale = (self.timesteps_by_scale, self.levels_by_scale)
-        if None in by_scale and by_scale != (None, None):
-            raise ValueError(f"the table for {count} evaluations has times by scale without levels, or these alone")
-        for several in by_scale:
-            if several is not None and [len(one) for one in several] != [count] * len(scales):
+        several, noise = self.timesteps_by_scale, (self.noise_timesteps, self.noise_levels)
+        if several is not None:
+            if [len(one) for one in several] != [count] * len(scales) or len(scales) < 2:
                 raise ValueError(f"the table for {count} evaluations does not have {count} times for each scale")
-        if self.timesteps_by_scale is not None:
-            for scale in np.linspace(min(scales), max(scales), LOOKS):
-                _check_times(count, *self.at(scales, float(scale)))
+            if noise[0] is None or noise[1] is None or len(noise[0]) != len(noise[1]):
+                raise ValueError(f"the table for {count} evaluations has times by scale without levels of noise")
+            if len({one[0] for one in several}) > 1 or several[(len(scales) - 1) // 2] != self.timesteps:
+                raise ValueError(f"the table for {count} evaluations has times by scale that do not go together")
+            for scale in looks(scales):
+                _check_times(count, *self.at(scales, scale, kind))
         for form, columns in COLUMNS.items():
             rows = getattr(self, form)
             if rows is None:
@@ -95,7 +103,7 @@ class Table:
             rows = getattr(self, form)
             if rows is not None:
                 found[form] = torch.stack([_padded(one) for one in rows])
-        for name in ("timesteps_by_scale", "levels_by_scale"):
+        for name in ("timesteps_by_scale", "noise_timesteps", "noise_levels"):
             if getattr(self, name) is not None:
                 found[name] = torch.tensor(getattr(self, name), dtype=torch.float64)
         return found
@@ -149,6 +157,18 @@ def lagrange(scales: Sequence[float], scale: float) -> list[float]:
         others = [other for j, other in enumerate(scales) if j != i]
         weights.append(float(np.prod([(scale - other) / (own - other) for other in others])))
     return weights
+
+
+def times_at(several: Sequence[Times], scales: Sequence[float], scale: float) -> Times:
+    """Times at a guidance scale, by the polynomial through those at the fitted scales."""
+    weights = lagrange(scales, scale)
+    columns = zip(*several, strict=True)  # differences, so that what is the same everywhere stays so exactly
+    return tuple(at[0] + sum(w * (one - at[0]) for w, one in zip(weights, at, strict=True)) for at in columns)
+
+
+def looks(scales: Sequence[float]) -> list[float]:
+    """Scales at which times by scale are looked at: over the range as closely as it takes to see them cross."""
+    return [float(scale) for scale in np.linspace(min(scales), max(scales), LOOKS)]
 
 
 def interpolated(fits: Sequence[Sequence[Sequence[float]]], scales: Sequence[float], scale: float) -> list[list[float]]:

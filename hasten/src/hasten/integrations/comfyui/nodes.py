@@ -185,23 +185,27 @@ class LeapSample:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        return {"required": {"file": (_files(),), "evaluations": ("INT", {"default": 9, "min": 1, "max": 1000})}}
+        about = "guidance of the sampler, for a file that serves a range; 0 for a file with one scale"
+        guidance = ("FLOAT", {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1, "tooltip": about})
+        count = ("INT", {"default": 9, "min": 1, "max": 1000})
+        return {"required": {"file": (_files(),), "evaluations": count}, "optional": {"guidance": guidance}}
 
-    def make(self, file: str, evaluations: int) -> tuple[Any, Tensor]:
+    def make(self, file: str, evaluations: int, guidance: float = 0.0) -> tuple[Any, Tensor]:
         """The sampler, and its noise levels `[evaluations + 1]` float32.
 
         Raises:
             CalibrationError: for a file that holds no LEAP.
-            ConfigError: for a model that is no flow, or evaluations that were not learned.
+            ConfigError: for a model that is no flow, or a guidance that was not learned.
+            ScheduleError: for evaluations that were not learned, or a range of guidance without a scale.
         """
         from comfy.samplers import KSAMPLER  # type: ignore[import-not-found]
 
         calibration = Calibration.of(LEAP, _load(file))
-        scheduler = LeapScheduler.of(calibration)
+        scheduler = LeapScheduler.of(calibration, guidance=guidance or None)
         if not str(scheduler.config.prediction_type).startswith("flow"):
             raise ConfigError(f"{file} is for a variance-preserving model; this node samples flow-matching models")
         scheduler.set_timesteps(evaluations)
-        options = {"calibration": calibration, "evaluations": evaluations}
+        options = {"calibration": calibration, "evaluations": evaluations, "guidance": guidance or None}
         return KSAMPLER(leap_sample, options), scheduler.sigmas.clone()
 
 
@@ -216,6 +220,7 @@ def leap_sample(
     *,
     calibration: Calibration,
     evaluations: int,
+    guidance: float | None = None,
 ) -> Tensor:
     """Sample a flow-matching model; the interface is that of ComfyUI's samplers.
 
@@ -228,11 +233,12 @@ def leap_sample(
         disable: of the progress bar, which is ComfyUI's.
         calibration: LEAP's fit.
         evaluations: which of its tables.
+        guidance: the scale, for a fit that serves a range.
 
     Raises:
         ConfigError: for other noise levels.
     """
-    scheduler = LeapScheduler.of(calibration)  # its state is this run's own
+    scheduler = LeapScheduler.of(calibration, guidance=guidance)  # its state is this run's own
     scheduler.set_timesteps(evaluations)
     own = scheduler.sigmas
     if len(sigmas) != len(own) or float((sigmas.cpu().float() - own).abs().max()) > SIGMA_TOLERANCE:
