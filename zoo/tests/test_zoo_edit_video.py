@@ -362,7 +362,8 @@ def test_missing_and_damaged_weights_are_named(load: object, tmp_path: Path) -> 
 
 
 def test_the_zoo_names_the_models() -> None:
-    assert subject.names() == ["emoji-flux", "emoji-kontext", "sprites-wan"]
+    styles = ["emoji-styles", "emoji-styles-edit", "emoji-styles-turbo"]
+    assert subject.names() == ["emoji-flux", "emoji-kontext", *styles, "sprites-wan"]
 
 
 def test_the_shipped_editing_model_does_held_out_edits() -> None:
