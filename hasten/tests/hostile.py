@@ -172,6 +172,10 @@ def _leap_tables() -> dict[str, Any]:
         times = torch.linspace(1000, 100, count, dtype=torch.float64)
         generator = torch.Generator().manual_seed(count)
         found = {"timesteps": times, "levels": times / 1000}
+        if count == 3:
+            found["timesteps_by_scale"] = torch.stack([times, torch.linspace(1000, 50, count, dtype=torch.float64)])
+            found["noise_timesteps"] = torch.linspace(0, 1000, 11, dtype=torch.float64)
+            found["noise_levels"] = found["noise_timesteps"] / 1000
         for form, width in (("guided", 1), ("passes", 2)):
             rows = torch.zeros(2, count, 1 + width * count, dtype=torch.float64)
             for k in range(count):
