@@ -31,7 +31,7 @@ from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
 from hasten.quality.metrics import over_frames, psnr
 from hasten.solvers import Leap, LeapScheduler
-from held_out import HeldOut, check_weights, weights_of
+from held_out import HeldOut, check_asked, check_weights, weights_of
 from torch import Tensor
 
 STEPS = 50
@@ -50,6 +50,7 @@ def main() -> None:
         help="further scales at which that file is used, beside a fit of its own",
     )
     parser.add_argument("--counts", default="9,7,5")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the full runs")
     parser.add_argument("--learn", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
@@ -93,11 +94,12 @@ class Measure:
         self.guidances = numbers(options.guidances)
         known = json.loads(self.out.read_text()) if self.out.exists() else {}
         check_weights(known, self.model, options.out)
+        check_asked(known, {"steps": options.steps}, options.out, "--out")
         self.rows: dict[str, Any] = known.get("rows", {})
         self.fits: dict[str, Any] = known.get("fits", {})
         self.work = options.work / self.out.stem
         self.work.mkdir(parents=True, exist_ok=True)
-        self.held_out = HeldOut(self.model, STEPS, options.learn, options.held_out, options.batch, self.work)
+        self.held_out = HeldOut(self.model, options.steps, options.learn, options.held_out, options.batch, self.work)
 
     def write(self) -> None:
         """Write everything measured so far, with what can be computed from it."""
@@ -105,7 +107,7 @@ class Measure:
         content = {
             "environment": environment(),
             "options": about,
-            "steps": STEPS,
+            "steps": self.options.steps,
             "weights": weights_of(self.model),
             "fits": self.fits,
             "rows": self.rows,

@@ -26,7 +26,7 @@ from page_tables.caching import (
 from page_tables.common import read, result_of
 from page_tables.costs import cost_table, memory_table, overhead_table, shape_table
 from page_tables.coverage import coverage, denoisers_table, matrix_table
-from page_tables.judged import fashion_table, styles_table
+from page_tables.judged import fashion_table, leap_or_distilled_table, styles_table
 from page_tables.leap import ablation_table, fits_table, pipelines_table, range_table, second_table
 from page_tables.quality import certificates_table
 from page_tables.resolution import (
@@ -55,7 +55,7 @@ DEFAULTS = [
     "default-emoji-kontext-guided.json",
     "default-emoji-kontext-28-guided.json",
 ]
-SECOND = ["leap-flux-guided.json", "leap-flux.json", "leap-wan.json", "leap-kontext.json"]
+SECOND = ["leap-flux-guided.json", "leap-flux.json", "leap-wan.json", "leap-kontext.json", "leap-turbo.json"]
 TABLES = {
     "front": front_table,
     "gpu": gpu_table,
@@ -77,6 +77,7 @@ TABLES = {
     "caching-module": lambda: caching_table(["caching-module.json"]),
     "fashion": lambda: fashion_table("fashion-dit.json"),
     "styles": lambda: styles_table(["styles.json", "styles-unguided.json"]),
+    "leap-or-distilled": lambda: leap_or_distilled_table("styles.json"),
     "leap-second": lambda: second_table(SECOND),
     "leap-range": lambda: range_table(read("leap-flux-range.json")),
     "resolution": lambda: truth_table(read("resolution-truth.json")["emoji-flux"], "emoji-flux"),

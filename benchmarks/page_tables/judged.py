@@ -1,4 +1,4 @@
-"""Tables of the models that tell good images from bad ones, on `docs/which-method.md`; nothing until they are measured.
+"""Tables of the models that tell good images from bad ones, nothing until they are measured.
 
 `fashion-dit.json` judges by the distribution of images, `styles.json` and `styles-unguided.json` by the true image.
 """
@@ -87,6 +87,30 @@ def styles_table(names: list[str]) -> str:
         f"{one['truth']['blind']:.0%} of the true ones; intervals by a paired bootstrap over prompts; {made_on(one)}."
     )
     return "\n".join(["## By the true image", "", *lines, "", told, *_distilled_table(distilled), *_refusals(refused)])
+
+
+def leap_or_distilled_table(name: str) -> str:
+    """Markdown of LEAP and of the distilled model side by side, as `styles.py` measured them; empty without a file."""
+    if not (ROOT / "benchmarks" / name).exists():
+        return ""
+    result = read(name)
+    titles = {"full_psnr": "PSNR to the full run, dB", "full_lpips": "LPIPS to the full run"}
+    titles |= {"truth_lpips": "LPIPS to the truth", "blind": "concept found", "style": "style found"}
+    lines = [table_row(["", "forwards", "FLOPs, times fewer", *titles.values()]), "|---" + "|--:" * 7 + "|"]
+    for arm, row in result["rows"].items():
+        text, _, count = arm.rpartition("@")
+        own = {"euler": "50 plain steps", "leap": "LEAP", "turbo euler": "the distilled model"}.get(text)
+        if own is None or "means" not in row or (text == "euler" and count != "50"):
+            continue
+        forwards = int(count) * (1 if text.startswith(TURBO) else 2)
+        cells = [own if text == "euler" else f"{own}, {count} steps", str(forwards), cell(row["ratio"], 1)]
+        digits = {"full_psnr": 1, "full_lpips": 3, "truth_lpips": 3, "blind": 2, "style": 2}
+        lines.append(table_row([*cells, *(cell(row["means"].get(one), digits[one]) for one in titles)]))
+    told = (
+        f"emoji-styles, guidance {result['guidance']:g}, {result['pairs']} held-out combinations of style and concept, "
+        f"means; {made_on(result)}."
+    )
+    return "\n".join([*lines, "", told])
 
 
 def _distilled_table(found: list[tuple[str, dict[str, Any]]]) -> list[str]:

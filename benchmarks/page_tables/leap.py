@@ -10,6 +10,8 @@ import numpy as np
 
 from page_tables.common import ROOT, cell, read, table_row
 
+STEPS = 50  # of the full runs, unless a file says otherwise
+
 HIDDEN = ("seconds", "closed_form", "relative_squared_error", "evaluations")
 
 
@@ -103,6 +105,7 @@ def second_table(names: list[str]) -> str:
             continue
         result = read(name)
         model, prompts = result["options"]["model"], result["options"]["held_out"]
+        model += "" if result["steps"] == STEPS else f" (against {result['steps']} steps)"
         for key, row in result["rows"].items():
             lead, scale = result["against"].get(key), row["guidance"]
             above = "" if lead is None else f"{lead['lead']:.1f} ({lead['low']:.1f} to {lead['high']:.1f})"
@@ -110,5 +113,6 @@ def second_table(names: list[str]) -> str:
             figure = cell(row.get("median", row.get("float32")), 1)
             scale = "-" if scale is None else f"{scale:g}"
             lines.append(table_row([f"{model}, {prompts} prompts", scale, str(row["count"]), sampler, figure, above]))
-    lines += ["", "Held-out prompts, against 50 plain steps; intervals by a paired bootstrap over prompts."]
+    about = f"Held-out prompts, against {STEPS} plain steps where no other number is said"
+    lines += ["", f"{about}; intervals by a paired bootstrap over prompts."]
     return "\n".join(lines)

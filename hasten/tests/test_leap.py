@@ -10,6 +10,7 @@ import warnings
 import weakref
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, UniPCMultistepScheduler
@@ -26,7 +27,8 @@ from hasten.solvers import LeapScheduler
 from hasten.solvers.formula import Learned, SecondOrder, signal
 from hasten.solvers.tables import interpolated
 
-GUIDED = {"guidance_scale": 3.0}
+SAVED = "5ab52ff93e98093fd20fcca3e72bc0d38dbfdad0822a869d934113e123e7f785"
+GUIDED, FOUR = {"guidance_scale": 3.0}, {"guidance_scale": 4.0}
 TABLE = {"timesteps": [1000.0, 500.0], "levels": [1.0, 0.5], "guided": [[[1.0, -0.5], [1.0, -0.5, -0.5]]]}
 SCALES = {"guidances": [1.5, 3.0], "mixtures": [1.5, 3.0]}
 NOISE = {"noise_timesteps": [0.0, 1000.0], "noise_levels": [0.0, 1.0]}
@@ -209,7 +211,7 @@ def test_passes_that_are_mixed_otherwise_than_the_call_says_are_refused(guided):
     """Times are chosen by the call's guidance before anything shows how the passes are mixed."""
     with hasten.accelerate(pipe := Toy(), hasten.Leap(guided, guidance=3.0)):
         pipe(**toy_call(9, guidance_scale=3.0) | {"num_inference_steps": 4})
-        with pytest.raises(ScheduleError, match="said to have, and its passes are mixed with 2 otherwise"):
+        with pytest.raises(ScheduleError, match="said to have, but its passes are mixed for 2: name"):
             pipe(**toy_call(9, guidance_scale=2.0) | {"num_inference_steps": 4})
 
 
@@ -232,6 +234,41 @@ def test_a_little_outside_of_a_range_is_at_its_end(guided):
         assert torch.equal(taken, pipe.scheduler.timesteps)
         with pytest.raises(ScheduleError, match=r"this run has 1\.3"):
             pipe(**toy_call(9, guidance_scale=1.3) | {"num_inference_steps": 4})
+
+
+class Both(Called):
+    """Guidance that does nothing, and true guidance by a negative prompt."""
+
+    def __call__(
+        self,
+        generator=None,
+        num_inference_steps=STEPS,
+        guidance_scale=3.5,
+        true_cfg_scale=1.0,
+        negative_prompt=None,
+        **_,
+    ):
+        return self.run(generator, num_inference_steps, true_cfg_scale if negative_prompt else None)
+
+
+def test_guidance_that_does_nothing_or_cannot_be_read_is_told_from_what_counts():
+    calls = [toy_call(0, guidance_scale=3.0, true_cfg_scale=4.0)]  # without a negative prompt, true guidance is none
+    fit = fit_leap(Both(), calls, [3], trials=1, rounds=0)
+    assert fit.options["guidance_argument"] == "guidance_scale"
+    assert fit.options["guidances"] == [3.0]
+    pipe, few = Both(), {"num_inference_steps": 3}
+    pipe.scheduler = LeapScheduler.of(fit, pipe)
+    for value in (3.0, np.float32(3.0), torch.tensor(3.0), np.array([3.0])):
+        pipe(**toy_call(9, guidance_scale=value) | few)
+    with pytest.raises(ScheduleError, match="this run has true guidance 4"):
+        pipe(**toy_call(9, guidance_scale=3.0, true_cfg_scale=4.0, negative_prompt="x") | few)
+    with pytest.raises(ScheduleError, match=r"guidance_scale of this call is \[3\.0\], and LEAP needs one number"):
+        pipe(**toy_call(9, guidance_scale=[3.0]) | few)
+    with pytest.raises(ConfigError, match="guidance_scale of the calls must be a number"):
+        fit_leap(Both(), [toy_call(0, guidance_scale=[3.0])], [3])
+    for calls in ([toy_call(0, true_cfg_scale=3.0)], [toy_call(0, guidance_scale=3.0)]):  # this one embeds nothing
+        with pytest.raises(ConfigError, match="does nothing in these calls"):
+            fit_leap(Both(), calls, [3], guidances=(2.0, 4.0), trials=1, rounds=0)
 
 
 class Embedded(Called):
@@ -267,6 +304,14 @@ def test_levels_of_a_range_are_those_of_its_times_for_variance_preserving_models
         kept = plain.alphas_cumprod[scheduler.timesteps.round().long().clamp(0, 999)]
         noised = scheduler.add_noise(torch.zeros(4, 1), torch.ones(4, 1), scheduler.timesteps)
         assert noised[:, 0] == pytest.approx((1 - kept).sqrt(), abs=0.02)
+
+
+def test_a_range_whose_plain_sampler_ends_at_time_0_is_saved_and_read(tmp_path):
+    plain = DDIMScheduler(clip_sample=False)  # "leading" spacing
+    calls = [toy_call(i, **GUIDED) for i in range(2)]
+    fit = fit_leap(Toy(noise, plain), calls, [3], guidances=tuple(np.float32([2, 3, 4])), trials=3, rounds=1)
+    read = Calibration.load(fit.save(tmp_path / "leap.safetensors"))
+    assert torch.equal(LeapScheduler.of(read, guidance=2.5).timesteps, LeapScheduler.of(fit, guidance=2.5).timesteps)
 
 
 def test_a_fixed_number_of_evaluations_serves_a_range(guided):
@@ -315,10 +360,22 @@ def test_a_file_with_the_same_times_at_all_scales_sees_the_scale_by_the_passes(g
             loop(**toy_call(9, guidance_scale=scale) | {"num_inference_steps": 4})
         with pytest.raises(ScheduleError, match=r"guidance 1\.5 to 5, and this run has 7:"):
             loop(**toy_call(9, guidance_scale=7.0) | {"num_inference_steps": 4})
-    pipe = Called()
-    pipe.scheduler = LeapScheduler.of(older, pipe)
-    with pytest.raises(ScheduleError, match=r"does not see the scale.*guidance=\.\.\."):
-        pipe(**toy_call(9, **GUIDED) | {"num_inference_steps": 4})
+    loop.scheduler = LeapScheduler.of(older, loop)
+    with pytest.raises(ScheduleError, match=r"does not show its own: name it.*guidance=\.\.\."):
+        loop(**toy_call(9, **GUIDED) | {"num_inference_steps": 4})
+    pipe, reference = Called(), reference_at(4.0)
+    own, told = (relative(pipe, LeapScheduler.of(older, pipe, scale), 4, reference, **FOUR) for scale in (4.0, 1.5))
+    assert own == told  # the call shows it
+
+
+def test_schedulers_that_were_saved_before_fits_named_the_argument_are_read(tmp_path):
+    """The digest is one that the code of then wrote."""
+    config = {"_class_name": "LeapScheduler", "_diffusers_version": "0.36.0", "tables": {"2": TABLE}}
+    config |= {"prediction_type": "flow_prediction", "num_train_timesteps": 1000, "shift_mu": None}
+    config |= {"guidances": [None], "mixtures": [None], "guidance": None, "noise_scale": 1.0, "fingerprint": None}
+    config |= {"certificate": None, "plain": None, "digest": SAVED}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    assert LeapScheduler.from_pretrained(tmp_path).timesteps.tolist() == TABLE["timesteps"]
 
 
 def test_another_pipeline_with_the_same_denoiser_hands_nothing_over(guided):
@@ -623,6 +680,8 @@ def test_a_changed_file_is_refused(fitted, tmp_path):
         ({"tables": {"2": TABLE}, "guidances": [1.5, 3.0], "mixtures": [1.5, 3.0]}, "1 fits for 2"),
         ({"tables": {"2": RANGE | {"noise_levels": None}}, **SCALES}, "without levels"),
         ({"tables": {"2": RANGE | {"noise_levels": [0.0]}}, **SCALES}, "without levels"),
+        ({"tables": {"2": RANGE | {"noise_levels": [0.0, 2.0]}}, **SCALES}, "rise within 0 and 1"),
+        ({"tables": {"2": RANGE | {"noise_timesteps": [9.0, 0.0]}}, **SCALES}, "does not increase"),
         ({"tables": {"2": RANGE | {"timesteps_by_scale": [[1000.0, 500.0]]}}, **SCALES}, "2 times for each scale"),
         ({"tables": {"2": RANGE | {"timesteps_by_scale": [[1000.0, 500.0], [1000.0]]}}, **SCALES}, "for each scale"),
         ({"tables": {"2": RANGE | {"timesteps_by_scale": [[1000.0, 500.0], [999.0, 300.0]]}}, **SCALES}, "go together"),

@@ -668,6 +668,8 @@ def test_times_of_a_range_stay_apart_between_its_scales():
     assert wished.is_passable()
     assert found.is_passable()
     assert found.timesteps[0][1] > 5.0 > found.timesteps[1][1] > 0.1
+    bent = family.moved(moves, [0.0] * 4 + [3.9, 0.0, 0.0, 0.0] + [-4.9, 0.0, 0.0, 0.0])  # highest between two scales
+    assert min(9.0 - bent.times(1.0 + 0.05 * i)[1] for i in range(81)) > 1.99  # half of the distance that there was
     still = Family((1.0, 3.0, 5.0), ((9.0, 5.0, 0.0),) * 3, ([*rows, [1.0, 0.0, 0.0, 0.0]],) * 3)
     step = [1.0, 2.0, 0.0, 0.0, 0.0, 0.0] + [1.0, 0.0, 0.0, 0.0, 0.0, 0.0] * 2
     assert [times[1:] for times in still.moved([Move(1, None), Move(2, None)], step).timesteps] == [(6.0, 0.0)] * 3

@@ -80,7 +80,7 @@ def parse_request(text: str) -> Request:
             return Request(label, leap=True)
         (solver,) = registry.parse(text)
         if solver.guidance is not None:
-            raise ConfigError(f"{label!r}: leave guidance out; the calls that are measured show their own")
+            raise ConfigError(f"{label!r}: leave guidance out; the calls of the pipeline show their own")
         return Request(label, leap=True, calibration=solver.calibration)
     if LEAP in names:
         raise ConfigError(f"{label!r}: leap is a scheduler, and other methods need the model's own; measure them apart")

@@ -11,11 +11,12 @@ from hasten.errors import CalibrationError, ConfigError
 from hasten.fitting.evaluator import Evaluator
 from hasten.fitting.leap_fitter import Fitter
 from hasten.fitting.references import References, record_references
+from hasten.parameters import accepted
 from hasten.pipeline.replay import Replay
-from hasten.solvers.scales import SCALES
+from hasten.solvers.scales import SCALES, denies_something
 from hasten.solvers.tables import COLUMNS
 
-__all__ = ["GUIDED", "PASSES", "Group", "at_scale", "check_passes", "guidance_of"]
+__all__ = ["GUIDED", "PASSES", "Group", "at_scale", "check_differ", "check_passes", "guidance_of"]
 
 GUIDED, PASSES = "guided", "passes"  # the form that is searched, and the one that follows
 SAME = 1e-3  # relative difference of two answers of a model to one question, in float32
@@ -111,10 +112,35 @@ def check_passes(groups: Sequence[Group], scales: Sequence[float]) -> None:
         )
 
 
+def check_differ(groups: Sequence[Group], scales: Sequence[float], name: str | None) -> None:
+    """Ask at the latest scale what was asked at the first one.
+
+    Raises:
+        ConfigError: if the answer is the same.
+    """
+    first, last = groups[0].references, groups[-1]
+    with last.evaluator.probing():
+        answer, _ = last.evaluator(0, first.states[0][0], first.plain.timesteps[0])
+    if len(groups) > 1 and torch.equal(answer, first.outputs[0][0]):
+        raise ConfigError(
+            f"{name} does nothing in these calls: the model's answers are the same with {scales[0]:g} and "
+            f"{scales[len(groups) - 1]:g}; true guidance needs a negative prompt"
+        )
+
+
 def guidance_of(call: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """The argument by which a call sets its guidance scale, and the scale; true guidance of 1 is none."""
-    given = {name: float(call[name]) for name in SCALES if call.get(name) is not None}
-    if given.get("true_cfg_scale", 2.0) <= 1 and len(given) > 1:
+    """The argument by which a call sets its guidance scale, and the scale.
+
+    Beside another scale, true guidance counts where there is a negative prompt and it is above 1.
+
+    Raises:
+        ConfigError: if it is no number.
+    """
+    given: dict[str, float] = {}
+    for name in (name for name in SCALES if call.get(name) is not None):
+        given[name] = accepted("fit_leap", f"{name} of the calls", float, call[name])
+    true = given.get("true_cfg_scale")
+    if true is not None and len(given) > 1 and not (true > 1 and denies_something(call)):
         del given["true_cfg_scale"]
     return next(iter(given.items()), (None, None))
 

@@ -35,7 +35,7 @@ import numpy as np
 
 from hasten.calibration import Calibration, Fingerprint, model_digest, weights_digest
 from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError
-from hasten.fitting.group import GUIDED, PASSES, Group, at_scale, check_passes, guidance_of
+from hasten.fitting.group import GUIDED, PASSES, Group, at_scale, check_differ, check_passes, guidance_of
 from hasten.fitting.guidance import families_from, halfway
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.fitting.references import References
@@ -89,7 +89,8 @@ def fit_leap(
         known: an earlier result, perhaps of a fit that was cut short; what was fitted to the same prompts with the
             same settings is taken over.
         keep: called with the result so far after each number, such as `lambda fit: fit.save(path)`.
-        progress: called with (number of evaluations, trials and rounds so far, of how many, relative squared error);
+        progress: called with (number of evaluations, trials and rounds so far, of how many, relative squared error: of
+            a range that in its middle, and while all is refined together the geometric mean over it);
             while the references are drawn with (0, calls so far, of how many, 1).
 
     Returns:
@@ -125,7 +126,9 @@ def fit_leap(
     _check_counts(evaluations, fit.total)  # a run may have other steps than it was asked for
     options = fit.options | {"trials": trials, "rounds": rounds, "ridge": ridge}
     result = Calibration(LEAP, {}, fit.fingerprint, {}, options)
-    if known is not None and (known.fingerprint, known.options) == (result.fingerprint, result.options):
+    # A fit at one scale that does not say by which argument is as good as one that does.
+    unsaid = {} if guidances else {"guidance_argument": result.options["guidance_argument"]}
+    if known is not None and (known.fingerprint, unsaid | known.options) == (result.fingerprint, result.options):
         result = known
     for count in sorted(evaluations):
         if str(count) in result.report:
@@ -171,7 +174,7 @@ class _Fit:
             )
         if len(set(guidances)) < len(guidances):
             raise ConfigError(f"guidances have to differ, got {tuple(guidances)}: leave out what is there twice")
-        scales = sorted(guidances)
+        scales = sorted(map(float, guidances))
         self._scales: list[float | None] = list(scales) or [own]
         between, few = halfway(scales), calls[: -(-len(calls) // 2)]
         total, done = len(self._scales) * len(calls) + len(between) * len(few) + len(held_out), 0
@@ -187,6 +190,7 @@ class _Fit:
         for group in groups:
             self._at.append(Group(pipe, group, ridge, tick))
             check_passes(self._at, scales)
+            check_differ(self._at, scales, name)
         self._between: dict[float, Group] = {}
         for scale in between:
             self._between[scale] = Group(pipe, at_scale(few, name, scale), ridge, tick)

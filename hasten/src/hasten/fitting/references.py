@@ -71,9 +71,13 @@ class References:
     @property
     def noise(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Times of the plain sampler and noise levels there, rising from 0; other solvers may begin earlier."""
-        first = self.plain.timesteps[0]
-        times = (0.0, *self.plain.timesteps[::-1], max(1.1 * first, first + 1))
-        return times, (*self.plain.levels[::-1], 1.0)
+        times, levels = self.plain.timesteps[::-1], self.plain.levels[::-1]
+        beyond = max(1.1 * times[-1], times[-1] + 1)
+        if times[0] == 0:  # a last step at time 0 with noise left
+            levels = levels[1:]
+        else:
+            times = [0.0, *times]
+        return (*times, beyond), (*levels, 1.0)
 
     def level_at(self, timestep: float) -> float:
         """Noise level at a time."""

@@ -16,6 +16,7 @@ from hasten.calibration import TIMESTEP_TOLERANCE
 from hasten.pipeline.caller import call_arguments, current_owner
 from hasten.pipeline.runs import Run
 from hasten.quality.model_facts import ModelFacts
+from hasten.solvers.scales import denies_something
 
 __all__ = ["SCALES", "Call", "Conditions", "pipeline_name", "scheduler_facts"]
 
@@ -24,7 +25,6 @@ SCALES = ("guidance_scale", "true_cfg_scale", "guidance_scale_2", "strength")
 # Those that choose the timesteps, where a scheduler of ours does not show them.
 SPACING = ("sigmas", "timesteps", "denoising_start", "denoising_end")
 OTHER_TIMES = "certified at other timesteps"
-PROMPTS_AGAINST = ("negative_prompt", "negative_prompt_embeds")  # without one, pipelines leave true guidance out
 FOR_ATTENTION = ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
 
 
@@ -72,8 +72,7 @@ class Call:
             return int(value) if isinstance(value, Integral) else None
 
         guidance = {name: _scale(given[name]) for name in SCALES if given.get(name) is not None}
-        against = [name for name in PROMPTS_AGAINST if name in given]
-        if "true_cfg_scale" in guidance and against and all(given[name] is None for name in against):
+        if "true_cfg_scale" in guidance and denies_something(given) is False:
             guidance["true_cfg_scale"] = 1.0
         strengths = [(given.get(name) or {}).get("scale") for name in FOR_ATTENTION]
         return cls(

@@ -16,6 +16,7 @@ from hasten.solvers.tables import ARRAYS, Table, unpacked
 
 __all__ = [
     "LEAP",
+    "MORE",
     "REMEDY",
     "Content",
     "arguments_of",
@@ -30,7 +31,7 @@ LEAP = "leap"  # what a calibration of this scheduler is called
 REMEDY = "Make it again with `hasten tune`."
 # What `fit_leap` writes into the options of a calibration for the scheduler.
 OPTIONS = ("prediction_type", "num_train_timesteps", "shift_mu", "guidances", "mixtures", "noise_scale", "plain")
-MORE = ("guidance_argument",)  # likewise, where calls name their guidance
+MORE = ("guidance_argument",)  # likewise, where calls name their guidance; earlier files lack them
 
 
 @dataclass(frozen=True)

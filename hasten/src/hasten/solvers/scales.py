@@ -6,24 +6,30 @@ they made (`mixtures`). A run shows the one by the arguments of its pipeline's c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
+from typing import Any
 
-from hasten.errors import ConfigError, ScheduleError
+from torch import Tensor
+
+from hasten.errors import ConfigError, ScheduleError, brief
 from hasten.pipeline.caller import call_arguments, current_owner
 from hasten.solvers.content import Content
 from hasten.solvers.tables import Table, lagrange
 
 __all__ = [
+    "PROMPTS_AGAINST",
     "SCALES",
     "asked_guidance",
     "check_asked_guidance",
     "check_told",
+    "denies_something",
     "nearest",
     "scale_of_run",
     "scale_of_times",
 ]
 
+PROMPTS_AGAINST = ("negative_prompt", "negative_prompt_embeds")
 SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
 TOLERANCE = 0.03  # of the guidance scale that a run shows, relative; half precision shows it less exactly
 REMEDY = (
@@ -43,21 +49,48 @@ CONVENTIONS: tuple[Callable[[float], float], ...] = (
 def asked_guidance(argument: str | None) -> tuple[float, ...]:
     """The guidance scales among the arguments of the pipeline's call; none where it does not show.
 
-    Pipelines may have two, of which one does nothing: where a fit does not say by which it was given its scales, true
-    guidance counts alone if the call makes use of it, and else not if it is 1 or less.
+    Pipelines may have two, of which one does nothing: true guidance counts alone where the call makes use of it, by a
+    negative prompt. A fit that says by which argument it was given its scales asks for that one.
 
     Args:
         argument: by which the fit was given its scales.
+
+    Raises:
+        ScheduleError: for what is no number, or true guidance beside the embedded one that the fit is for.
     """
     given = call_arguments(current_owner())
-    known = {name: float(given[name]) for name in SCALES if isinstance(given.get(name), Real)}
-    if argument is not None:
-        return (known[argument],) if argument in known else ()
-    denies = any(name.startswith("negative_prompt") and value is not None for name, value in given.items())
+    known = {name: _number(name, given[name]) for name in SCALES if given.get(name) is not None}
     true = known.pop("true_cfg_scale", 1.0)
+    denies = denies_something(given)
+    if denies is False:
+        true = 1.0
+    if argument == "true_cfg_scale":
+        return (true,) if "true_cfg_scale" in given else ()
+    if argument is not None:
+        if denies and true > 1:
+            raise ScheduleError(
+                f"this run has true guidance {true:g} (true_cfg_scale with a negative prompt), and LEAP was fitted "
+                f"without it: leave it out, or fit with it; {REMEDY.partition('; ')[2]}"
+            )
+        return tuple(known.values())
     if true > 1:
         return (true,) if denies else (*known.values(), true)
     return tuple(known.values())
+
+
+def denies_something(given: Mapping[str, Any]) -> bool | None:
+    """Whether a call has a negative prompt, without which pipelines leave true guidance out; None if it cannot have."""
+    against = [value is not None for name, value in given.items() if name in PROMPTS_AGAINST]
+    return any(against) if against else None
+
+
+def _number(name: str, value: Any) -> float:
+    """A scale that a call gives, perhaps as an array of one number."""
+    if getattr(value, "size", None) == 1 or (isinstance(value, Tensor) and value.numel() == 1):
+        value = value.item()
+    if isinstance(value, Real):
+        return float(value)
+    raise ScheduleError(f"{name} of this call is {brief(value)}, and LEAP needs one number to go by")
 
 
 def check_asked_guidance(asked: Sequence[float], guidances: Sequence[float | None]) -> None:
@@ -91,14 +124,14 @@ def scale_of_run(
         return nearest(timed, _numbers(content.guidances)), _numbers(content.guidances)
     guidances = [0.0 if one is None else one for one in content.guidances]
     named = None not in content.guidances
-    shows = hooked or content.guidance_argument is not None
+    shows = hooked or content.guidance_argument is not None or len(asked) == 1
     served = [one for one in asked if named and _within(one, guidances)] if shows else []
     mixtures = [one for one in content.mixtures if one is not None]
     if mixture is not None and len(mixtures) == len(content.mixtures):
         if _within(mixture, mixtures):
-            return mixture, mixtures
+            return nearest(mixture, mixtures), mixtures
         if served:  # pipelines that bring the mixture to another length have other weights with every prompt
-            return served[0], guidances
+            return nearest(served[0], guidances), guidances
         own = _own_measure(mixture, guidances, mixtures) if named else None
         if own is None:
             raise ScheduleError(f"LEAP was fitted for another guidance than this run has: {REMEDY}")
@@ -108,12 +141,12 @@ def scale_of_run(
         if len(guidances) > 1:
             known = ", ".join(f"{one:g}" for one in guidances)
             raise ScheduleError(
-                f"LEAP was fitted for guidance {known}, and a scheduler does not see the scale: use "
-                "hasten.accelerate(pipe, hasten.Leap(file)), or LeapScheduler.load(file, pipe, guidance=...)"
+                f"LEAP was fitted for guidance {known}, and this run does not show its own: name it, "
+                "LeapScheduler.load(file, pipe, guidance=...), or use hasten.accelerate(pipe, hasten.Leap(file))"
             )
         return guidances[0], guidances
     _refuse_outside(scale, guidances)
-    return scale, guidances
+    return nearest(scale, guidances), guidances
 
 
 def scale_of_times(content: Content, table: Table, asked: Sequence[float]) -> float | None:
@@ -167,11 +200,11 @@ def _check_mixture(content: Content, mixture: float | None, scale: float, shown:
     else:
         wrong = not _within(own, [scale])
     if wrong:
-        with_ = "" if own is None else f" with {own:.4g}"
-        remedy = "leave out what changes it (a callback)" if shown else "name the one that it has"
+        mixed = "another one" if own is None else f"{own:.4g}"
+        remedy = "leave out what changes it, such as a callback" if shown else "name the one that it has"
         raise ScheduleError(
             f"LEAP's times are those for guidance {scale:.4g}, which this run was "
-            f"{'called with' if shown else 'said to have'}, and its passes are mixed{with_} otherwise: {remedy}"
+            f"{'called with' if shown else 'said to have'}, but its passes are mixed for {mixed}: {remedy}"
         )
 
 

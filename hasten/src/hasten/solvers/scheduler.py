@@ -21,7 +21,7 @@ from hasten.io import Limits, describe, digest_of, read_json, write_atomically
 from hasten.pipeline.caller import Caller, Owner, current_owner
 from hasten.pipeline.numbers import check_step, checks_all
 from hasten.solvers.asked import asked_by_user, check_asked
-from hasten.solvers.content import LEAP, REMEDY, arguments_of, as_json, check_arguments, refuse_other_model
+from hasten.solvers.content import LEAP, MORE, REMEDY, arguments_of, as_json, check_arguments, refuse_other_model
 from hasten.solvers.formula import Formula, Learned, SecondOrder, signal
 from hasten.solvers.passes import UNWATCHED, Answers, difference, mixture_of
 from hasten.solvers.scales import (
@@ -74,7 +74,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         fingerprint: `model`, `config` and `weights` of the denoiser that the tables belong to.
         certificate: figures that were measured with the tables, as the file carries them.
         plain: configuration of the plain scheduler; its entries stand in `config` too, for `X.from_config`.
-        guidance_argument: of the pipeline's call, which shows the scale.
+        guidance_argument: name of the argument of the pipeline's call that sets the scale; None if the fit does not
+            say.
         digest: of all these, written by `save_pretrained`; files without it are refused.
 
     Raises:
@@ -115,12 +116,12 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(guidances=guidances or [None], mixtures=mixtures or [None])
         content = as_json({name: self.config[name] for name in OWN})
         try:
-            self._checked, own = check_arguments(content), digest_of(content)
+            self._checked = check_arguments(content)
+            own = digest_of({name: value for name, value in content.items() if name not in MORE or value is not None})
         except ValueError as error:
             raise ConfigError(f"no usable LeapScheduler ({error}). {REMEDY}") from error
         if digest not in (None, own):
             raise ConfigError(f"this LeapScheduler was damaged or changed after it was saved. {REMEDY}")
-        check_told(self._checked)
         others = {name: value for name, value in (plain or {}).items() if name not in (*OWN, "digest")}
         self.register_to_config(digest=own, **{name: v for name, v in others.items() if not name.startswith("_")})
         self.init_noise_sigma = noise_scale
@@ -135,26 +136,33 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         Args:
             path: the file.
             pipe: a pipeline whose denoiser is to be compared with the one that the tables were fitted to.
-            guidance: the scale at which the pipeline will be called, for a file that was fitted at several.
+            guidance: the scale of runs that do not show theirs, for a file that was fitted at several.
 
         Raises:
             CalibrationError: if the file is damaged, no LEAP file, or belongs to another model than `pipe`'s.
-            ConfigError: if a guidance scale is needed, or lies outside of those that were fitted.
+            ConfigError: if the guidance scale lies outside of those that were fitted.
         """
         return cls.of(Calibration.of(LEAP, path), pipe, guidance)
 
     @classmethod
     def of(cls, calibration: Calibration, pipe: Any = None, guidance: float | None = None) -> Self:
         """The scheduler of a fit; see `load`."""
-        scheduler = cls(**arguments_of(calibration), guidance=guidance)
+        scheduler = cls(**arguments_of(calibration), guidance=None if guidance is None else float(guidance))
+        check_told(scheduler._checked)
         if pipe is not None:
             scheduler.check_model(pipe)
         return scheduler
 
     def at_guidance(self, guidance: float) -> Self:
-        """The same tables at another guidance scale, for use without a hook."""
+        """The same tables for runs that do not show their guidance, at this scale.
+
+        Raises:
+            ConfigError: if it is none that was fitted for.
+        """
         own = {name: as_json(self.config[name]) for name in OWN}
-        return type(self)(**own | {"guidance": guidance})
+        made = type(self)(**own | {"guidance": float(guidance)})
+        check_told(made._checked)
+        return made
 
     def check_model(self, pipe: Any) -> None:
         """Compare the denoiser of a pipeline with the one that the tables belong to.
@@ -247,11 +255,12 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
 
     def _choose(self, count: str, scale: float | None) -> None:
         """Take a table; `scale` is the guidance that its times are for, where they differ and it is known already."""
-        self._table, self._scale = self._checked.tables[count], scale
+        self._table = self._checked.tables[count]
+        self._scale = None if self._table.timesteps_by_scale is None else scale
         times, levels = self._table.timesteps, self._table.levels
-        if scale is not None:
+        if self._scale is not None:
             known = [one for one in self._checked.guidances if one is not None]
-            times, levels = self._table.at(known, nearest(scale, known), self._checked.prediction_type)
+            times, levels = self._table.at(known, nearest(self._scale, known), self._checked.prediction_type)
         # A new tensor for every run: what watches the pipeline tells runs apart by it.
         self.timesteps = torch.tensor(times, dtype=torch.float32)
         self._levels = [*levels, 0.0]

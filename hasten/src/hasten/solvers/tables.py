@@ -76,8 +76,12 @@ class Table:
         if several is not None:
             if [len(one) for one in several] != [count] * len(scales) or len(scales) < 2:
                 raise ValueError(f"the table for {count} evaluations does not have {count} times for each scale")
-            if noise[0] is None or noise[1] is None or len(noise[0]) != len(noise[1]):
+            if noise[0] is None or noise[1] is None or len(noise[0]) != len(noise[1]) or len(noise[0]) < 2:
                 raise ValueError(f"the table for {count} evaluations has times by scale without levels of noise")
+            if complaint := increasing(np.asarray(noise[0])):
+                raise ValueError(f"noise_timesteps of the table for {count} evaluations: {complaint}")
+            if not 0 <= noise[1][0] < noise[1][-1] <= 1 or np.any(np.diff(noise[1]) < 0):
+                raise ValueError(f"noise_levels of the table for {count} evaluations must rise within 0 and 1")
             if len({one[0] for one in several}) > 1 or several[(len(scales) - 1) // 2] != self.timesteps:
                 raise ValueError(f"the table for {count} evaluations has times by scale that do not go together")
             for scale in looks(scales):

@@ -185,8 +185,8 @@ class LeapSample:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        about = "guidance of the sampler, for a file that serves a range; 0 for a file with one scale"
-        guidance = ("FLOAT", {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.1, "tooltip": about})
+        about = "the guider's CFG, for a file that serves a range: change both together; 0 for a file with one scale"
+        guidance = ("FLOAT", {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.05, "tooltip": about})
         count = ("INT", {"default": 9, "min": 1, "max": 1000})
         return {"required": {"file": (_files(),), "evaluations": count}, "optional": {"guidance": guidance}}
 
