@@ -94,8 +94,7 @@ def leap_or_distilled_table(name: str) -> str:
     if not (ROOT / "benchmarks" / name).exists():
         return ""
     result = read(name)
-    titles = {"full_psnr": "PSNR to the full run, dB", "full_lpips": "LPIPS to the full run"}
-    titles |= {"truth_lpips": "LPIPS to the truth", "blind": "concept found", "style": "style found"}
+    titles = SHOWN | {"full_lpips": "LPIPS to the full run", "style": "style found"}
     lines = [table_row(["", "forwards", "FLOPs, times fewer", *titles.values()]), "|---" + "|--:" * 7 + "|"]
     for arm, row in result["rows"].items():
         text, _, count = arm.rpartition("@")
@@ -104,7 +103,7 @@ def leap_or_distilled_table(name: str) -> str:
             continue
         forwards = int(count) * (1 if text.startswith(TURBO) else 2)
         cells = [own if text == "euler" else f"{own}, {count} steps", str(forwards), cell(row["ratio"], 1)]
-        digits = {"full_psnr": 1, "full_lpips": 3, "truth_lpips": 3, "blind": 2, "style": 2}
+        digits = DIGITS | {"full_lpips": DIGITS["truth_lpips"], "style": DIGITS["blind"]}
         lines.append(table_row([*cells, *(cell(row["means"].get(one), digits[one]) for one in titles)]))
     told = (
         f"emoji-styles, guidance {result['guidance']:g}, {result['pairs']} held-out combinations of style and concept, "

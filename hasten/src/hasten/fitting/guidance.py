@@ -31,6 +31,7 @@ from hasten.fitting.refine import (
     Move,
     learning,
     moves_of,
+    on_the_way,
     passable_share,
     refine,
 )
@@ -89,11 +90,8 @@ class Family:
             rows.append([*own_rows[:-1], last])
         whole = Family(self.scales, tuple(times), tuple(rows))
         share = min(passable_share(self.times(scale), whole.times(scale)) for scale in looks(self.scales))
-        short = (
-            tuple(a + share * (b - a) for a, b in zip(old, new, strict=True))
-            for old, new in zip(self.timesteps, times, strict=True)
-        )
-        return replace(whole, timesteps=tuple(short))
+        short = tuple(on_the_way(old, new, share) for old, new in zip(self.timesteps, times, strict=True))
+        return replace(whole, timesteps=short)
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,8 @@ def families_from(
     found = {GUIDED: refined_together(begin, places(GUIDED), rounds, progress)}
     if PASSES in groups[middle].fitters:
         starts = _wide_starts(found[GUIDED], groups, middle)
-        begin = min((with_last_rows(one, places(PASSES)) for one in starts), key=lambda one: one[1])[0]
+        fitted_starts = (with_last_rows(one, places(PASSES)) for one in starts)
+        begin = min(fitted_starts, key=lambda one: _score(one[1]))[0]  # what the starts do is large, and goes
         found[PASSES] = refined_together(begin, places(PASSES), min(rounds, 1), times=False, directions=DIRECTIONS)
     return found
 
@@ -184,14 +183,14 @@ def continued(leaps: Sequence[Leap | None], fitters: Sequence[Fitter], rounds: i
     return [leap for leap in found if leap is not None]
 
 
-def with_last_rows(family: Family, places: Sequence[Place]) -> tuple[Family, float]:
-    """The family with last rows that are fitted together, unless that is worse, and its score."""
+def with_last_rows(family: Family, places: Sequence[Place]) -> tuple[Family, list[Leap] | None]:
+    """The family with last rows that are fitted together, unless that is worse, and what it does; see `_run`."""
     leaps = _run(family, places)
     if leaps is not None:
         every: list[Columns] = [dict.fromkeys(range(len(place.fitter.calls)), ()) for place in places]
         step = _equations(family, places, leaps, every, 0).damped(RIDGE)
         family, leaps = _better(family, leaps, family.moved([], step), places)
-    return family, _score(leaps)
+    return family, leaps
 
 
 def refined_together(
@@ -215,8 +214,8 @@ def refined_together(
     Raises:
         CalibrationError: if the model gave no finite answer at some scale.
     """
-    family, _ = with_last_rows(family, places)
-    leaps, idle = _run(family, places), 0
+    family, leaps = with_last_rows(family, places)
+    idle = 0
     if leaps is None:
         known = ", ".join(f"{scale:g}" for scale in family.scales)
         raise CalibrationError(f"the model's answers are not finite somewhere in guidance {known}; fit a smaller range")

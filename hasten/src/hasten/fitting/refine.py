@@ -28,7 +28,7 @@ from torch import Tensor
 from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.solvers.multistep import NormalEquations, Row, combine
 
-__all__ = ["Jacobian", "Move", "kept_apart", "learning", "moves_of", "passable_share", "refine"]
+__all__ = ["Jacobian", "Move", "kept_apart", "learning", "moves_of", "on_the_way", "passable_share", "refine"]
 
 Times = tuple[float, ...]
 
@@ -160,7 +160,11 @@ def _tried(fitter: Fitter, leap: Leap, moves: list[Move], delta: Row, free: bool
 def kept_apart(before: Times, after: Times) -> Times:
     """Times on the way from some to others, as far as `passable_share` says; the last one stops at 0."""
     after = (*after[:-1], max(after[-1], 0.0))
-    share = passable_share(before, after)
+    return on_the_way(before, after, passable_share(before, after))
+
+
+def on_the_way(before: Times, after: Times, share: float) -> Times:
+    """Times that are a share of the way from some to others."""
     return tuple(a + share * (b - a) for a, b in zip(before, after, strict=True))
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "check_asked_guidance",
     "check_told",
     "denies_something",
+    "known_scales",
     "nearest",
     "scale_of_run",
     "scale_of_times",
@@ -99,7 +100,7 @@ def check_asked_guidance(asked: Sequence[float], guidances: Sequence[float | Non
     Raises:
         ScheduleError: if none of it is among them or between.
     """
-    fitted = _numbers(guidances)
+    fitted = known_scales(guidances)
     if asked and len(fitted) == len(guidances) and not any(_within(one, fitted) for one in asked):
         raise ScheduleError(f"LEAP was fitted for guidance {_range(fitted)}, and this run has {asked[-1]:g}: {REMEDY}")
 
@@ -121,12 +122,12 @@ def scale_of_run(
     """
     if timed is not None:
         _check_mixture(content, mixture, timed, bool(asked))
-        return nearest(timed, _numbers(content.guidances)), _numbers(content.guidances)
+        return nearest(timed, known_scales(content.guidances)), known_scales(content.guidances)
     guidances = [0.0 if one is None else one for one in content.guidances]
     named = None not in content.guidances
     shows = hooked or content.guidance_argument is not None or len(asked) == 1
     served = [one for one in asked if named and _within(one, guidances)] if shows else []
-    mixtures = [one for one in content.mixtures if one is not None]
+    mixtures = known_scales(content.mixtures)
     if mixture is not None and len(mixtures) == len(content.mixtures):
         if _within(mixture, mixtures):
             return nearest(mixture, mixtures), mixtures
@@ -162,7 +163,7 @@ def scale_of_times(content: Content, table: Table, asked: Sequence[float]) -> fl
     """
     if table.timesteps_by_scale is None:
         return None
-    scales = _numbers(content.guidances)
+    scales = known_scales(content.guidances)
     scale = next((one for one in asked if _within(one, scales)), content.guidance)
     if scale is None:
         raise ScheduleError(
@@ -189,7 +190,7 @@ def _check_mixture(content: Content, mixture: float | None, scale: float, shown:
     Raises:
         ScheduleError: if it is another one.
     """
-    guidances, mixtures = _numbers(content.guidances), _numbers(content.mixtures)
+    guidances, mixtures = known_scales(content.guidances), known_scales(content.mixtures)
     if mixture is None or len(mixtures) != len(content.mixtures):
         return
     own = _own_measure(mixture, guidances, mixtures)
@@ -212,7 +213,7 @@ def check_told(content: Content) -> None:
     """Raise a ConfigError if the scale that a scheduler was told is none that its fit serves."""
     if content.guidance is None:
         return
-    scales = _numbers(content.guidances)
+    scales = known_scales(content.guidances)
     if not scales:
         raise ConfigError("this LEAP was fitted without guidance, or the calls did not name it: leave guidance out")
     if not _within(content.guidance, scales):
@@ -222,7 +223,8 @@ def check_told(content: Content) -> None:
         )
 
 
-def _numbers(scales: Sequence[float | None]) -> list[float]:
+def known_scales(scales: Sequence[float | None]) -> list[float]:
+    """Those that have a number."""
     return [one for one in scales if one is not None]
 
 

@@ -28,6 +28,7 @@ from hasten.solvers.scales import (
     asked_guidance,
     check_asked_guidance,
     check_told,
+    known_scales,
     nearest,
     scale_of_run,
     scale_of_times,
@@ -235,8 +236,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self._check_caller()
         scales = asked_guidance(self._checked.guidance_argument)
         check_asked_guidance(scales, self._checked.guidances)
-        table = self._checked.tables[count]
-        self._choose(count, scale_of_times(self._checked, table, scales))
+        self._choose(count, scale_of_times(self._checked, self._checked.tables[count], scales))
         self._asked: tuple[float, ...] = scales
         check_asked(asked, {"sigmas": self.sigmas, "timesteps": self.timesteps})
         self.timesteps = self.timesteps.to(device)
@@ -259,7 +259,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self._scale = None if self._table.timesteps_by_scale is None else scale
         times, levels = self._table.timesteps, self._table.levels
         if self._scale is not None:
-            known = [one for one in self._checked.guidances if one is not None]
+            known = known_scales(self._checked.guidances)
             times, levels = self._table.at(known, nearest(self._scale, known), self._checked.prediction_type)
         # A new tensor for every run: what watches the pipeline tells runs apart by it.
         self.timesteps = torch.tensor(times, dtype=torch.float32)
