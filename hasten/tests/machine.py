@@ -34,6 +34,7 @@ from diffusers import (
 from hasten_zoo.emoji_flux.model import PixelVAE
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from pipelines import own_tokenizers
 from torch import Tensor, nn
 
 import hasten
@@ -602,6 +603,7 @@ class Machine(RuleBasedStateMachine):
             if how == "components":
                 components["scheduler"] = copy.deepcopy(pipe.scheduler)
             new = KINDS[kind](**components)
+        new.register_modules(**own_tokenizers(pipe))
         new.set_progress_bar_config(disable=True)
         if self.staged is not None and self.staged[0] is self.pipes[other]:
             hasten.remove(self.pipes[other])

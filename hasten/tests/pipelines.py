@@ -5,6 +5,7 @@ They stand here and not in `conftest.py` because both projects have a file of th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,14 @@ def make_pipe(seed: int = 0) -> Any:
     pipe = build_pipeline(data.captions, data.images, width=32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def own_tokenizers(pipe: Any) -> dict[str, Any]:
+    """Copies of the tokenizers of a pipeline, as its components.
+
+    A fast tokenizer keeps padding and truncation as state, so that pipelines on two threads must not share one.
+    """
+    return {name: copy.deepcopy(part) for name, part in pipe.components.items() if name.startswith("tokenizer")}
 
 
 def asking(pipe: Any, call: Callable[[], Any], answers: list[Tensor] | None = None) -> Callable[..., Any]:

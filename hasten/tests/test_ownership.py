@@ -24,7 +24,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from endless import Endless, Growth
-from pipelines import asking, draw, make_pipe
+from pipelines import asking, draw, make_pipe, own_tokenizers
 
 import hasten
 from hasten.caching import Uniform, computed_steps
@@ -50,9 +50,7 @@ def randn(*shape, seed=0):
 
 def sharing(pipe, kind=None, scheduler=None):
     """Another pipeline over the same transformer, with a scheduler and tokenizers of its own."""
-    components = {**pipe.components, "scheduler": scheduler or copy.deepcopy(pipe.scheduler)}
-    # A fast tokenizer keeps padding as state, so that threads must not share one.
-    components |= {name: copy.deepcopy(part) for name, part in components.items() if name.startswith("tokenizer")}
+    components = {**pipe.components, **own_tokenizers(pipe), "scheduler": scheduler or copy.deepcopy(pipe.scheduler)}
     other = (kind or type(pipe))(**components)
     other.set_progress_bar_config(disable=True)
     return other

@@ -16,7 +16,7 @@ import pytest
 import torch
 from device import Waits
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
-from pipelines import draw, make_pipe
+from pipelines import draw, make_pipe, own_tokenizers
 from test_dvg import DVG, STEPS, film, wan
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -64,7 +64,7 @@ def pipe() -> Any:
 
 def other(pipe: Any, kind: Any = FluxPipeline, *, own_scheduler: bool = True) -> Any:
     """Another pipeline over the same transformer."""
-    components = dict(pipe.components)
+    components = pipe.components | own_tokenizers(pipe)
     if own_scheduler:
         components["scheduler"] = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
     made = kind(**components)
