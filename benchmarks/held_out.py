@@ -24,7 +24,7 @@ from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
 from hasten.pipeline.view import denoisers
 from hasten.quality.metrics import over_frames, psnr
-from hasten.solvers.scales import SCALES
+from hasten.pipeline.guidance import SCALES
 from safetensors.torch import load_file, save
 from torch import Tensor
 

@@ -1,6 +1,7 @@
 """The engine on an unmodified `FluxPipeline`: exactness, removal, isolation, memory, bad input."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_guided_forecasts_equal_those_of_separate_models(pipe):
 @pytest.mark.parametrize("site", SITES)
 def test_guided_sigma_serves_the_steps_that_have_two_passes_from_the_first_forecast_on(pipe, site):
     settings = {"interval": 3, "order": 1, "site": site}
-    guided = {"true_cfg_scale": 3.0, "negative_prompt": "banana"}
+    guided = {"true_cfg_scale": 5.0, "negative_prompt": "banana"}
 
     def one(sigma, guided_sigma, **call):
         with hasten.accelerate(pipe, "hicache", sigma=sigma, guided_sigma=guided_sigma, **settings):
@@ -184,6 +185,29 @@ def test_guided_sigma_serves_the_steps_that_have_two_passes_from_the_first_forec
     assert torch.equal(one(0.7, 0.3), one(0.7, None))
     assert torch.equal(one(0.7, 0.3, **guided), one(0.3, None, **guided))
     assert not torch.equal(one(0.3, None, **guided), one(0.7, None, **guided))
+
+
+@pytest.mark.parametrize(
+    ("call", "scale"),
+    [
+        ({"true_cfg_scale": 2.0, "negative_prompt": "banana"}, 2.0),
+        ({"true_cfg_scale": torch.tensor(3.5), "negative_prompt": "banana", "guidance_scale": 9.0}, 3.5),
+        ({"true_cfg_scale": 8.0, "negative_prompt": "banana"}, 5.0),
+    ],
+    ids=["weak", "beside the one that the model is told", "strong"],
+)
+def test_the_stronger_guidance_is_the_nearer_the_scale_comes_to_guided_sigma(pipe, call, scale):
+    method = hasten.HiCache(sigma=0.7, guided_sigma=0.3, order=1, interval=3)
+    with hasten.accelerate(pipe, method):
+        mixed = draw(pipe, 9, **call)
+    with hasten.accelerate(pipe, replace(method, sigma=method.guided(scale).sigma, guided_sigma=None)):
+        assert torch.equal(draw(pipe, 9, **call), mixed)
+    scales = [method.guided(one).sigma for one in (1.0, 1.5, 3.0, 5.0)]
+    assert scales == sorted(scales, reverse=True)
+    assert scales[0] == pytest.approx(method.sigma)
+    assert len(set(scales)) == 4
+    assert method.guided(7.5).sigma == method.guided(None).sigma == scales[-1] == pytest.approx(0.3)
+    assert method.guided(0.0).sigma == scales[0]
 
 
 def test_a_scale_that_follows_the_features_has_no_guided_sigma(pipe):

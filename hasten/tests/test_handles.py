@@ -113,7 +113,7 @@ def test_without_a_method_it_is_the_default(pipe):
         assert run.summary().skipped_steps
     with hasten.accelerate(pipe, interval=3, sigma=0.5) as run:
         assert (run.method.order, run.method.sigma, run.method.interval) == (1, 0.5, 3)
-        assert run.method.shared.sigma == 0.5  # a scale of one's own holds with guidance too
+        assert run.method.guided(3.0).sigma == 0.5  # a scale of one's own holds with guidance too
     with hasten.accelerate(pipe, steps=(0, 2, 7)) as run:
         draw(pipe)
         assert [record.step for record in run.records if record.computed] == [0, 2, 7]

@@ -542,9 +542,10 @@ def test_guided_sigma_serves_guidance_that_a_transformer_gets_in_one_batch():
         with hasten.accelerate(pipe, "hicache", sigma=sigma, guided_sigma=guided_sigma, order=1, interval=3):
             return paint(pipe, **call)
 
-    assert torch.equal(one(0.7, 0.3), one(0.3, None))
+    between = hasten.HiCache(sigma=0.7, guided_sigma=0.3).guided(2.0).sigma
+    for scale, sigma in ((7.5, 0.3), (2.0, between), (1.0, 0.7)):
+        assert torch.equal(one(0.7, 0.3, guidance_scale=scale), one(sigma, None, guidance_scale=scale))
     assert not torch.equal(one(0.3, None), one(0.7, None))
-    assert torch.equal(one(0.7, 0.3, guidance_scale=1.0), one(0.7, None, guidance_scale=1.0))
 
 
 @pytest.mark.parametrize("site", SITES)

@@ -280,12 +280,10 @@ class CachingEngine(Hook):
 
     def _share(self, state: CachingRun) -> None:
         """Where a step has several passes, as far as is known yet, forecast as the method does then."""
-        if state.method.shared is state.method:
-            return
-        method = state.method.shared if state.shared else state.method
+        method = state.serving
         for memory in state.memories.values():  # each: a pass may have come, or begun anew, since the last change
-            if memory.shared != state.shared:
-                memory.shared = state.shared
+            if memory.serves is not method:
+                memory.serves = method
                 memory.predict_by(partial(self._components_of, method))
 
     def _components_of(self, method: CachingMethod, key: FeatureKey) -> Components:

@@ -117,9 +117,12 @@ class CachingMethod(Declared):
     def _components(self) -> Components:
         return Components(self.projector(), self.predictors())
 
-    @cached_property
-    def shared(self) -> Self:
-        """The method as it serves steps of several passes, whose forecasts are mixed. It keeps as many features."""
+    def guided(self, scale: float | None) -> Self:
+        """The method as it serves steps of several passes, whose forecasts are mixed. It keeps as many features.
+
+        Args:
+            scale: of the guidance that mixes them; None where it does not show.
+        """
         return self
 
     def projector(self) -> Projector:

@@ -15,6 +15,7 @@ from hasten.caching.schedule import Decision
 from hasten.calibration import RunFacts
 from hasten.errors import HastenWarning
 from hasten.pipeline.caller import joined_passes
+from hasten.pipeline.guidance import mixing_scale
 from hasten.pipeline.runs import StepInfo
 
 __all__ = ["CachingRun"]
@@ -49,6 +50,7 @@ class CachingRun:
         self._last_computed: int | None = None
         self._decision = Decision(True, "first step")
         self._passes = self._passes_before = 0  # of this step so far, and of the one before
+        self._guided: CachingMethod | None = None  # the method as it serves steps of several passes, once there are any
         self.step = 0
 
     def memory(self, info: StepInfo, signature: Hashable) -> PassMemory | None:
@@ -69,9 +71,13 @@ class CachingRun:
         return memory
 
     @property
-    def shared(self) -> bool:
-        """Whether the step has several passes, or one that joins several; its first one goes by the step before."""
-        return max(self._passes, self._passes_before) > 1 or any(self._joined.values())
+    def serving(self) -> CachingMethod:
+        """The method as it serves the step under way, whose first pass goes by the step before."""
+        if max(self._passes, self._passes_before) < 2 and not any(self._joined.values()):
+            return self.method
+        if self._guided is None:
+            self._guided = self.method.guided(mixing_scale())
+        return self._guided
 
     def add_memory(self, info: StepInfo, memory: PassMemory, hidden: Any) -> PassMemory:
         """Begin to remember a pass, whose latents have another form than those before or are the first ones."""

@@ -12,8 +12,8 @@ from hasten.fitting.evaluator import Evaluator
 from hasten.fitting.leap_fitter import Fitter
 from hasten.fitting.references import References, record_references
 from hasten.parameters import accepted
+from hasten.pipeline.guidance import SCALES, denies_something
 from hasten.pipeline.replay import Replay
-from hasten.solvers.scales import SCALES, denies_something
 from hasten.solvers.tables import COLUMNS
 
 __all__ = ["GUIDED", "PASSES", "Group", "at_scale", "check_differ", "check_passes", "guidance_of"]

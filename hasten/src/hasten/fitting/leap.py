@@ -43,12 +43,12 @@ from hasten.fitting.refine import DIRECTIONS, refine
 from hasten.fitting.starts import MOST_STARTS, Start, best_start, plain_solvers
 from hasten.fitting.surrogate import Surrogate
 from hasten.parameters import MOST_GUIDANCE, Range, accepted
+from hasten.pipeline.guidance import SCALES
 from hasten.pipeline.hooks import refuse_accelerated
 from hasten.pipeline.replay import Replay
 from hasten.pipeline.view import denoisers
 from hasten.solvers.content import LEAP, check_pipeline, denoiser_of
 from hasten.solvers.multistep import Row
-from hasten.solvers.scales import SCALES
 from hasten.solvers.scheduler import LeapScheduler
 from hasten.solvers.tables import COLUMNS, Table, packed, unpacked
 

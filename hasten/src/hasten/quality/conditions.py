@@ -14,9 +14,9 @@ from torch import nn
 
 from hasten.calibration import TIMESTEP_TOLERANCE
 from hasten.pipeline.caller import call_arguments, current_owner
+from hasten.pipeline.guidance import denies_something
 from hasten.pipeline.runs import Run
 from hasten.quality.model_facts import ModelFacts
-from hasten.solvers.scales import denies_something
 
 __all__ = ["SCALES", "Call", "Conditions", "pipeline_name", "scheduler_facts"]
 

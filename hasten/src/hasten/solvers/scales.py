@@ -6,32 +6,25 @@ they made (`mixtures`). A run shows the one by the arguments of its pipeline's c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from collections.abc import Callable, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from hasten.errors import ConfigError, ScheduleError, brief
 from hasten.pipeline.caller import call_arguments, current_owner
+from hasten.pipeline.guidance import SCALES, denies_something, one_number
 from hasten.solvers.content import Content
 from hasten.solvers.tables import Table, lagrange
 
 __all__ = [
-    "PROMPTS_AGAINST",
-    "SCALES",
     "asked_guidance",
     "check_asked_guidance",
     "check_told",
-    "denies_something",
     "known_scales",
     "nearest",
     "scale_of_run",
     "scale_of_times",
 ]
 
-PROMPTS_AGAINST = ("negative_prompt", "negative_prompt_embeds")
-SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
 TOLERANCE = 0.03  # of the guidance scale that a run shows, relative; half precision shows it less exactly
 REMEDY = (
     "call the pipeline with that guidance, or fit for this one (fit_leap(..., guidances=...) serves a range); "
@@ -79,18 +72,11 @@ def asked_guidance(argument: str | None) -> tuple[float, ...]:
     return tuple(known.values())
 
 
-def denies_something(given: Mapping[str, Any]) -> bool | None:
-    """Whether a call has a negative prompt, without which pipelines leave true guidance out; None if it cannot have."""
-    against = [value is not None for name, value in given.items() if name in PROMPTS_AGAINST]
-    return any(against) if against else None
-
-
 def _number(name: str, value: Any) -> float:
     """A scale that a call gives, perhaps as an array of one number."""
-    if getattr(value, "size", None) == 1 or (isinstance(value, Tensor) and value.numel() == 1):
-        value = value.item()
-    if isinstance(value, Real):
-        return float(value)
+    number = one_number(value)
+    if number is not None:
+        return number
     raise ScheduleError(f"{name} of this call is {brief(value)}, and LEAP needs one number to go by")
 
 

@@ -19,9 +19,11 @@ features (`alpha` is therefore not the published 1.28); its mean runs over the f
 is `1/sqrt(2)`, the whole slope, in place of 1, which overshoots.
 
 True guidance mixes the forecasts of two passes with weights of opposite sign, so their errors add up where the features
-cancel, and a smaller part of the slope serves better: `guided_sigma` (ours) takes the place of `sigma` where a step has
-several passes, or one whose batch joins several, as a pipeline's own latents tell: those of another loop, and of
-pipelines that call theirs otherwise (`latents`), cannot be told from one pass.
+cancel, the more the stronger it is, and a smaller part of the slope serves better: `guided_sigma` (ours) is the scale
+at guidance 5 and above, where a step has several passes, or one whose batch joins several, as a pipeline's own latents
+tell: those of another loop, and of pipelines that call theirs otherwise (`latents`), cannot be told from one pass.
+From guidance 1 to 5 the first order's part of the slope, `2 sigma^2`, falls on a straight line from that of `sigma`
+to that of `guided_sigma`. Where the scale does not show, as in a loop of one's own, it is `guided_sigma`.
 
 Which scale serves a model best depends on it: `hasten tune --method hicache` finds it by whole runs.
 """
@@ -46,6 +48,7 @@ from hasten.registry import method
 __all__ = ["AdaptiveHermite", "HiCache"]
 
 SMALLEST_SCALE = 0.1
+STRONG_GUIDANCE = 5.0  # from which on `guided_sigma` serves alone
 Strength = Annotated[float, Range(above=0)]
 
 
@@ -100,15 +103,24 @@ class HiCache(ScheduledMethod):
     )
     guided_sigma: Annotated[
         Scale | None,
-        "scale in steps of several passes (true guidance), joined in one batch or not, in place of sigma",
+        "scale at guidance 5 and above, where a step has several passes, joined in one batch or not",
     ] = None
     ladder: Annotated[Ladder, "the official differences, or the true ones at irregular gaps (divided)"] = "recursive"
     scale: Annotated[Literal["fixed", "adaptive"], "`sigma` throughout, or a scale that follows the features"] = "fixed"
     alpha: Annotated[Strength, "of the adaptive scale; larger trusts the slope more"] = 0.3
 
+    def guided(self, scale: float | None) -> Self:
+        if self.guided_sigma is None:
+            return self
+        share = 1.0 if scale is None else min(max((scale - 1) / (STRONG_GUIDANCE - 1), 0.0), 1.0)
+        if share not in self._guided:  # one object for one scale, since what it keeps on the device is kept with it
+            squared = self.sigma**2 + share * (self.guided_sigma**2 - self.sigma**2)
+            self._guided[share] = replace(self, sigma=sqrt(squared), guided_sigma=None)
+        return self._guided[share]
+
     @cached_property
-    def shared(self) -> Self:
-        return self if self.guided_sigma is None else replace(self, sigma=self.guided_sigma, guided_sigma=None)
+    def _guided(self) -> dict[float, Self]:
+        return {}
 
     def predictors(self) -> Mapping[str, Predictor]:
         first = self.first_difference
