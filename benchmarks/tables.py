@@ -54,6 +54,10 @@ DEFAULTS = [
     "default-emoji-kontext-28.json",
     "default-emoji-kontext-guided.json",
     "default-emoji-kontext-28-guided.json",
+    "default-emoji-styles.json",
+    "default-emoji-styles-28.json",
+    "default-emoji-styles-guided.json",
+    "default-emoji-styles-28-guided.json",
 ]
 SECOND = ["leap-flux-guided.json", "leap-flux.json", "leap-wan.json", "leap-kontext.json", "leap-turbo.json"]
 TABLES = {
