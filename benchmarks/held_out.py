@@ -22,10 +22,10 @@ from hasten.bench.tune import tuning_calls
 from hasten.calibration import Trace, weights_digest
 from hasten.errors import ConfigError
 from hasten.io import write_atomically
+from hasten.pipeline.guidance import SCALES
 from hasten.pipeline.replay import Replay
 from hasten.pipeline.view import denoisers
 from hasten.quality.metrics import over_frames, psnr
-from hasten.pipeline.guidance import SCALES
 from safetensors.torch import load_file, save
 from torch import Tensor
 
