@@ -189,11 +189,19 @@ def premises_table(names: list[str]) -> str:
 
 def calibration_cost_table(result: dict[str, Any]) -> str:
     """Markdown of `calibration-cost.json`."""
-    lines = [table_row(["method", "evaluations of the model", "recording them, s", "fitting, s"]), "|---|--:|--:|--:|"]
+    heads = ["method", "settings tried", "evaluations of the model", "recording them, s", "fitting or tuning, s"]
+    lines = [table_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
     for name, row in result["rows"].items():
-        cells = [name, f"{result['evaluations']:,}", f"{result['recording_seconds']:.0f}", f"{row['seconds']:.2f}"]
+        cells = [name, "", f"{result['evaluations']:,}", f"{result['recording_seconds']:.0f}", f"{row['seconds']:.2f}"]
+        lines.append(table_row(cells))
+    for name, row in result["tuned"].items():
+        cells = [f"{name}, tuned", str(row["settings"]), f"{row['evaluations']:,}", "", f"{row['seconds']:.0f}"]
         lines.append(table_row(cells))
     told = f"{result['model']}, {result['prompts']} prompts of {result['steps']} steps, processor seconds of one thread"
+    told += (
+        f"; tuned: by whole runs of {result['tuned_prompts']} prompts with {result['computed_steps']} computed steps, "
+        "evaluations counted by the image"
+    )
     return "\n".join([*lines, "", f"{told}; {made_on(result)}."])
 
 
