@@ -92,7 +92,10 @@ class HeldOut:
     @property
     def scale(self) -> str:
         """The argument by which the pipeline takes true guidance."""
-        return next(name for name in SCALES if name in inspect.signature(self.model.pipe.__call__).parameters)
+        taken = inspect.signature(self.model.pipe.__call__).parameters
+        if found := [name for name in SCALES if name in taken]:
+            return found[0]
+        raise SystemExit(f"{self.model.name} takes no guidance scale: leave --guidance out")
 
     def calls(self, scale: float | None, *, learn: bool = False, many: int | None = None) -> Calls:
         """Arguments of the held-out calls, or of those to learn from, at a scale of true guidance or without it."""

@@ -276,14 +276,16 @@ class CachingEngine(Hook):
         if method.site == "module":
             self._state_cost(args, kwargs)
         mean = partial(_mean, self.model)
-        return PassMemory(partial(self._components_of, method), info.pass_name, layout, mean, self.listener)
+        memory = PassMemory(partial(self._components_of, method), info.pass_name, layout, mean, self.listener)
+        memory.method = method
+        return memory
 
     def _share(self, state: CachingRun) -> None:
         """Where a step has several passes, as far as is known yet, forecast as the method does then."""
-        method = state.serving
+        method = state.method_now()
         for memory in state.memories.values():  # each: a pass may have come, or begun anew, since the last change
-            if memory.serves is not method:
-                memory.serves = method
+            if memory.method is not method:
+                memory.method = method
                 memory.predict_by(partial(self._components_of, method))
 
     def _components_of(self, method: CachingMethod, key: FeatureKey) -> Components:

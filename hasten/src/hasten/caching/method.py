@@ -118,12 +118,19 @@ class CachingMethod(Declared):
         return Components(self.projector(), self.predictors())
 
     def guided(self, scale: float | None) -> Self:
-        """The method as it serves steps of several passes, whose forecasts are mixed. It keeps as many features.
+        """The method as it serves steps of several passes, whose forecasts are mixed: for one scale one object.
+
+        It keeps as many features, and is asked for where `follows_guidance`.
 
         Args:
-            scale: of the guidance that mixes them; None where it does not show.
+            scale: of the guidance that mixes them, above 1; None where it does not show.
         """
         return self
+
+    @property
+    def follows_guidance(self) -> bool:
+        """Whether it forecasts otherwise where a step has several passes."""
+        return False
 
     def projector(self) -> Projector:
         """How features are split; whole unless the method says otherwise."""

@@ -50,7 +50,7 @@ class CachingRun:
         self._last_computed: int | None = None
         self._decision = Decision(True, "first step")
         self._passes = self._passes_before = 0  # of this step so far, and of the one before
-        self._guided: CachingMethod | None = None  # the method as it serves steps of several passes, once there are any
+        self._guided: CachingMethod | None = None  # the method as it serves steps of several passes, once it does
         self.step = 0
 
     def memory(self, info: StepInfo, signature: Hashable) -> PassMemory | None:
@@ -70,10 +70,10 @@ class CachingRun:
         memory.step = info.step
         return memory
 
-    @property
-    def serving(self) -> CachingMethod:
+    def method_now(self) -> CachingMethod:
         """The method as it serves the step under way, whose first pass goes by the step before."""
-        if max(self._passes, self._passes_before) < 2 and not any(self._joined.values()):
+        alone = max(self._passes, self._passes_before) < 2 and not any(self._joined.values())
+        if alone or not self.method.follows_guidance:
             return self.method
         if self._guided is None:
             self._guided = self.method.guided(mixing_scale())

@@ -105,7 +105,11 @@ class Caller:
     @property
     def timesteps(self) -> Any:
         """What the pipeline's call has under that name, as its loop goes through it; None where it has nothing."""
-        return None if self.frame is None else _locals(self.frame, ["timesteps"]).get("timesteps")
+        return self.local("timesteps")
+
+    def local(self, name: str) -> Any:
+        """What the pipeline's call has under a name; None where it has nothing."""
+        return None if self.frame is None else _locals(self.frame, [name]).get(name)
 
     @property
     def loop(self) -> dict[str, Any]:

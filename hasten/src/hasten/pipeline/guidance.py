@@ -1,30 +1,42 @@
-"""How much a pipeline's call guides, as its arguments tell."""
+"""How much a pipeline's call guides, as far as it tells."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
-from hasten.pipeline.caller import call_arguments, current_owner
+from hasten.pipeline.caller import Caller, call_arguments
 
 __all__ = ["PROMPTS_AGAINST", "SCALES", "denies_something", "mixing_scale", "one_number"]
 
 PROMPTS_AGAINST = ("negative_prompt", "negative_prompt_embeds")
 SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
+# By which pipelines mix passes in besides, or in another way.
+OTHER_SCALES = ("image_guidance_scale", "img_guidance_scale", "modality_scale", "pag_scale", "stg_scale")
 
 
 def mixing_scale() -> float | None:
-    """The scale by which the pipeline's call under way mixes the passes of a step; None where it does not show.
+    """The scale of the guidance that mixes the passes of a step of the pipeline's call under way.
 
-    Of a call that makes several passes. Where it has a scale of true guidance and one that its model is told, the first
-    one counts if the call makes use of it.
+    Meant for calls that make several passes. Where a call has both `true_cfg_scale` and an embedded `guidance_scale`,
+    the former counts. Of two experts each has its own.
+
+    Returns:
+        the scale as the call gives it; None where it does not show, or where the passes are mixed by something else.
     """
-    given = call_arguments(current_owner())
-    true, other = (one_number(given.get(name)) for name in SCALES)
-    return true if true is not None and true > 1 and denies_something(given) is not False else other
+    caller = Caller()
+    given = call_arguments(caller.owner)
+    if any(one_number(given.get(name)) for name in OTHER_SCALES):
+        return None
+    # Wan and Lucy keep the scale of the expert under way; modular and some other pipelines have a guider.
+    scales = [caller.local("current_guidance_scale"), *(given[name] for name in SCALES if name in given)]
+    scales.append(getattr(getattr(caller.pipe, "guider", None), "guidance_scale", None))
+    scale = one_number(next((value for value in scales if value is not None), None))
+    return scale if scale is not None and scale > 1 else None
 
 
 def denies_something(given: Mapping[str, Any]) -> bool | None:
@@ -34,7 +46,7 @@ def denies_something(given: Mapping[str, Any]) -> bool | None:
 
 
 def one_number(value: Any) -> float | None:
-    """A number, perhaps in an array that has nothing else; None for anything that is not one."""
+    """A finite number, perhaps in an array that has nothing else; None for anything that is not one."""
     if getattr(value, "size", None) == 1 or (isinstance(value, Tensor) and value.numel() == 1):
         value = value.item()
-    return float(value) if isinstance(value, Real) else None
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None

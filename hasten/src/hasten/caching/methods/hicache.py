@@ -22,10 +22,11 @@ True guidance mixes the forecasts of two passes with weights of opposite sign, s
 cancel, the more the stronger it is, and a smaller part of the slope serves better: `guided_sigma` (ours) is the scale
 at guidance 5 and above, where a step has several passes, or one whose batch joins several, as a pipeline's own latents
 tell: those of another loop, and of pipelines that call theirs otherwise (`latents`), cannot be told from one pass.
-From guidance 1 to 5 the first order's part of the slope, `2 sigma^2`, falls on a straight line from that of `sigma`
-to that of `guided_sigma`. Where the scale does not show, as in a loop of one's own, it is `guided_sigma`.
+From guidance 1 to 5 the part of the slope that the first order takes, `2 sigma^2`, goes on a straight line from that of
+`sigma` to that of `guided_sigma`. The guidance is the argument of the pipeline's call, for the whole run; where it does
+not show, as in a loop of one's own, or something else mixes passes in, `guided_sigma` serves.
 
-Which scale serves a model best depends on it: `hasten tune --method hicache` finds it by whole runs.
+Which `sigma` serves a model best depends on it: `hasten tune --method hicache` finds it by whole runs.
 """
 
 from __future__ import annotations
@@ -103,19 +104,25 @@ class HiCache(ScheduledMethod):
     )
     guided_sigma: Annotated[
         Scale | None,
-        "scale at guidance 5 and above, where a step has several passes, joined in one batch or not",
+        "scale where a step has several passes, at guidance 5 and above or unknown; nearer to sigma below",
     ] = None
     ladder: Annotated[Ladder, "the official differences, or the true ones at irregular gaps (divided)"] = "recursive"
     scale: Annotated[Literal["fixed", "adaptive"], "`sigma` throughout, or a scale that follows the features"] = "fixed"
     alpha: Annotated[Strength, "of the adaptive scale; larger trusts the slope more"] = 0.3
 
+    @property
+    def follows_guidance(self) -> bool:
+        return self.guided_sigma is not None
+
     def guided(self, scale: float | None) -> Self:
         if self.guided_sigma is None:
             return self
         share = 1.0 if scale is None else min(max((scale - 1) / (STRONG_GUIDANCE - 1), 0.0), 1.0)
-        if share not in self._guided:  # one object for one scale, since what it keeps on the device is kept with it
-            squared = self.sigma**2 + share * (self.guided_sigma**2 - self.sigma**2)
-            self._guided[share] = replace(self, sigma=sqrt(squared), guided_sigma=None)
+        share = round(share, 2)  # so that a server's many scales make no more than a hundred methods
+        if share not in self._guided:
+            slope = (1 - share) * self.sigma**2 + share * self.guided_sigma**2
+            sigma = self.guided_sigma if share == 1 else sqrt(slope)
+            self._guided.setdefault(share, replace(self, sigma=sigma, guided_sigma=None))
         return self._guided[share]
 
     @cached_property
