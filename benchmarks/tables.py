@@ -46,6 +46,7 @@ CACHING = [MEASURED, "caching-emoji-flux-guided.json", "caching-emoji-kontext.js
 DEFAULTS = [
     "default-emoji-flux.json",
     "default-emoji-flux-guided.json",
+    "default-emoji-flux-weak.json",
     "default-emoji-flux-28.json",
     "default-emoji-flux-28-guided.json",
     "default-sprites-wan.json",

@@ -99,13 +99,13 @@ def test_every_run_goes_by_its_own_scale() -> None:
     assert not torch.equal(together[0], together[2])
 
 
-def test_the_part_of_the_slope_goes_on_a_straight_line_between_guidance_1_and_5() -> None:
+def test_the_part_of_the_slope_goes_with_the_square_of_the_guidance_above_1() -> None:
     def part(scale: float | None) -> float:
         return hermite_coefficient(1, 1.0, METHOD.guided(scale).sigma)
 
     ends = [hermite_coefficient(1, 1.0, sigma) for sigma in (0.7, 0.3)]
-    assert part(3.0) == pytest.approx(sum(ends) / 2)
-    assert part(2.0) == pytest.approx((3 * ends[0] + ends[1]) / 4)
+    assert part(3.0) == pytest.approx((3 * ends[0] + ends[1]) / 4)
+    assert part(2.0) == pytest.approx((15 * ends[0] + ends[1]) / 16)
     assert part(1.0) == pytest.approx(ends[0])
     assert part(5.0) == part(7.5) == part(None) == ends[1]
 

@@ -22,9 +22,10 @@ True guidance mixes the forecasts of two passes with weights of opposite sign, s
 cancel, the more the stronger it is, and a smaller part of the slope serves better: `guided_sigma` (ours) is the scale
 at guidance 5 and above, where a step has several passes, or one whose batch joins several, as a pipeline's own latents
 tell: those of another loop, and of pipelines that call theirs otherwise (`latents`), cannot be told from one pass.
-From guidance 1 to 5 the part of the slope that the first order takes, `2 sigma^2`, goes on a straight line from that of
-`sigma` to that of `guided_sigma`. The guidance is the argument of the pipeline's call, for the whole run; where it does
-not show, as in a loop of one's own, or something else mixes passes in, `guided_sigma` serves.
+From guidance 1 to 5 the part of the slope that the first order takes, `2 sigma^2`, goes from that of `sigma` to that of
+`guided_sigma` with the square of what the guidance is above 1, as the error of the mixture does. The guidance is the
+argument of the pipeline's call, for the whole run; where it does not show, as in a loop of one's own, or something else
+mixes passes in, `guided_sigma` serves.
 
 Which `sigma` serves a model best depends on it: `hasten tune --method hicache` finds it by whole runs.
 """
@@ -120,7 +121,7 @@ class HiCache(ScheduledMethod):
         share = 1.0 if scale is None else min(max((scale - 1) / (STRONG_GUIDANCE - 1), 0.0), 1.0)
         share = round(share, 2)  # so that a server's many scales make no more than a hundred methods
         if share not in self._guided:
-            slope = (1 - share) * self.sigma**2 + share * self.guided_sigma**2
+            slope = (1 - share**2) * self.sigma**2 + share**2 * self.guided_sigma**2
             sigma = self.guided_sigma if share == 1 else sqrt(slope)
             self._guided.setdefault(share, replace(self, sigma=sigma, guided_sigma=None))
         return self._guided[share]
