@@ -13,7 +13,7 @@ from hasten.caching.method import ScheduledMethod
 
 __all__ = ["DEFAULT", "default_method"]
 
-# What `accelerate(pipe)` takes, as a method expression: a straight line with 0.87 of its slope, less of it the stronger
+# What `accelerate(pipe)` takes, as a method expression: a straight line with 7/8 of its slope, less of it the stronger
 # true guidance is, half of it at 5, between computed steps that end with the last one. Measured with and without
 # guidance (docs/which-method.md): a whole slope or a parabola is better without it, and worse than the plain sampler
 # with it.
