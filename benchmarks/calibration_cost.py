@@ -17,6 +17,7 @@ from typing import Any
 import hasten
 from hasten import registry
 from hasten.bench.environment import environment
+from hasten.bench.sampling import counting, plain
 from hasten.bench.subject import open_model
 from hasten.calibration import Trace
 from hasten.io import write_atomically
@@ -60,22 +61,16 @@ def main() -> None:
 def tune(name: str, pipe: Any, held_out: HeldOut, trace: Trace) -> dict[str, Any]:
     """Choose a method's parameters on an even schedule by whole runs, and say what that took.
 
-    Evaluations are counted in images: forwards that run the first block, times their batch.
+    Evaluations are counted in images: forwards that run a block, times their batch.
     """
     calls = [call | {"output_type": "latent"} for call in held_out.calls(None, learn=True)[:1]]
     fitted = {"calibration": hasten.fit(trace, name)} if name in METHODS else {}
     start = registry.build(name, schedule="even", **fitted).with_computed_steps(COMPUTED, STEPS)
-    batches: list[int] = []
-    counting = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
-        lambda _, __, given: batches.append(len(given["hidden_states"])), with_kwargs=True
-    )
     started = time.process_time()
-    try:
+    with counting(pipe, plain) as (_, counts):
         found = hasten.tune_method(pipe, start, calls)
-    finally:
-        counting.remove()
-    seconds = round(time.process_time() - started, 1)
-    row = {"settings": len(found.trials), "evaluations": sum(batches), "seconds": seconds, "settled": found.settled}
+    seconds, evaluations = round(time.process_time() - started, 1), counts["layer"] * BATCH
+    row = {"settings": len(found.trials), "evaluations": evaluations, "seconds": seconds, "settled": found.settled}
     print(name, "tuned", row, flush=True)
     return row
 

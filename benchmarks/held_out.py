@@ -7,7 +7,6 @@ seeds from 1000.
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -89,22 +88,14 @@ class HeldOut:
     batch: int
     work: Path
 
-    @property
-    def scale(self) -> str:
-        """The argument by which the pipeline takes true guidance."""
-        taken = inspect.signature(self.model.pipe.__call__).parameters
-        if found := [name for name in SCALES if name in taken]:
-            return found[0]
-        raise SystemExit(f"{self.model.name} takes no guidance scale: leave --guidance out")
-
     def calls(self, scale: float | None, *, learn: bool = False, many: int | None = None) -> Calls:
         """Arguments of the held-out calls, or of those to learn from, at a scale of true guidance or without it."""
         prompts = self.model.prompts
         chosen = prompts[-self.learn :] if learn else prompts[: many or self.many]
         if scale is None:  # a scale of 1, where the model's own call has another
-            guidance = {self.scale: 1.0} if self.model.call.keys() & set(SCALES) else {}
+            guidance = {"true_cfg_scale": 1.0} if self.model.call.keys() & set(SCALES) else {}
         else:
-            guidance = {self.scale: scale, "negative_prompt": ""}
+            guidance = {"true_cfg_scale": scale, "negative_prompt": ""}
         return tuning_calls(self.model, chosen, SEED if learn else 0, self.steps, guidance, self.batch)
 
     def draw(self, calls: Calls, steps: int | None = None) -> list[Tensor]:

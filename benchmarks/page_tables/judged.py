@@ -92,16 +92,14 @@ def styles_table(names: list[str]) -> str:
 
 
 def _nearest_plain(rows: dict[str, Any], samplers: list[str]) -> set[str]:
-    """The names of all rows but those of plain samplers that are not the nearest to the full run at their steps."""
+    """The names of all rows, of plain samplers with as many steps that of the nearest to the full run alone."""
     plain: dict[str, list[str]] = {}
     for name in rows:
         sampler, _, steps = name.rpartition("@")
         if sampler in samplers:
             plain.setdefault(steps, []).append(name)
-    behind = [
-        sorted(names, key=lambda name: -rows[name]["means"].get("full_psnr", 0.0))[1:] for names in plain.values()
-    ]
-    return set(rows).difference(*behind)
+    nearest = {max(names, key=lambda name: rows[name]["means"].get("full_psnr", 0.0)) for names in plain.values()}
+    return {name for name in rows if name in nearest or name.rpartition("@")[0] not in samplers}
 
 
 def leap_or_distilled_table(name: str) -> str:
@@ -110,6 +108,7 @@ def leap_or_distilled_table(name: str) -> str:
         return ""
     result = read(name)
     titles = SHOWN | {"full_lpips": "LPIPS to the full run", "style": "style found"}
+    digits = DIGITS | {"full_lpips": DIGITS["truth_lpips"], "style": DIGITS["blind"]}
     lines = [table_row(["", "forwards", "FLOPs, times fewer", *titles.values()]), "|---" + "|--:" * 7 + "|"]
     for arm, row in sorted(result["rows"].items(), key=lambda item: item[1].get("ratio", 0.0)):
         text, _, count = arm.rpartition("@")
@@ -118,7 +117,6 @@ def leap_or_distilled_table(name: str) -> str:
             continue
         forwards = int(count) * (1 if text.startswith(TURBO) else 2)
         cells = [own if text == "euler" else f"{own}, {count} steps", str(forwards), cell(row["ratio"], 1)]
-        digits = DIGITS | {"full_lpips": DIGITS["truth_lpips"], "style": DIGITS["blind"]}
         lines.append(table_row([*cells, *(cell(row["means"].get(one), digits[one]) for one in titles)]))
     told = (
         f"emoji-styles, guidance {result['guidance']:g}, {result['pairs']} held-out combinations of style and concept, "

@@ -282,6 +282,8 @@ class CachingEngine(Hook):
 
     def _share(self, state: CachingRun) -> None:
         """Where a step has several passes, as far as is known yet, forecast as the method does then."""
+        if not state.method.follows_guidance:
+            return
         method = state.method_now()
         for memory in state.memories.values():  # each: a pass may have come, or begun anew, since the last change
             if memory.method is not method:

@@ -106,7 +106,7 @@ class PassMemory:
         self.step = 0
         self.bytes = 0  # of the features held
         self.mixed = False  # whether the forward under way is in mixed precision
-        self.method: Any = None  # whose forecasts it makes
+        self.method: object = None  # whose forecasts it makes
         # What the site has to know of the results beside their features.
         self.forms: dict[str, Any] = {}
 

@@ -71,9 +71,8 @@ class CachingRun:
         return memory
 
     def method_now(self) -> CachingMethod:
-        """The method as it serves the step under way, whose first pass goes by the step before."""
-        alone = max(self._passes, self._passes_before) < 2 and not any(self._joined.values())
-        if alone or not self.method.follows_guidance:
+        """The method, if it follows guidance, as it serves the step, whose first pass goes by the step before."""
+        if max(self._passes, self._passes_before) < 2 and not any(self._joined.values()):
             return self.method
         if self._guided is None:
             self._guided = self.method.guided(mixing_scale())

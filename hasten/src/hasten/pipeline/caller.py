@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from diffusers import DiffusionPipeline, ModularPipeline
 from torch import Tensor, nn
 
-__all__ = ["Caller", "Owner", "alive", "call_arguments", "current_owner", "first_argument", "joined_passes"]
+__all__ = ["Caller", "Owner", "alive", "current_owner", "first_argument", "joined_passes"]
 
 _CALLBACKS = ("callback_on_step_end", "callback")  # arguments of pipelines' calls
 _MODULE_CALL = nn.Module._wrapped_call_impl.__code__
@@ -128,6 +128,17 @@ class Caller:
         return found
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call, as they stand now; none in a loop of the user's own.
+
+        Pipelines fill in what was not given, such as the size, before the first forward.
+        """
+        if self.frame is None:
+            return {}
+        code = self.frame.f_code
+        return _locals(self.frame, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+    @property
     def given(self) -> dict[str, Any] | None:
         """The arguments by name that the pipeline's call was made with; None where that does not show.
 
@@ -190,19 +201,6 @@ def joined_passes(hidden: Any) -> int:
 def current_owner() -> Owner:
     """The owner of what happens now on this thread."""
     return Caller().owner
-
-
-def call_arguments(owner: Owner) -> dict[str, Any]:
-    """The arguments of the pipeline's call that the owner is, as they stand now; none in a loop of the user's own.
-
-    Pipelines fill in what was not given, such as the size, before the first forward.
-    """
-    caller = Caller()
-    frame = caller.frame
-    if frame is None or caller.owner.frame != owner.frame:
-        return {}
-    code = frame.f_code
-    return _locals(frame, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
 
 
 def alive(owners: Iterable[Owner]) -> set[Owner]:

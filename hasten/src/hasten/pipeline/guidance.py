@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hasten.pipeline.caller import Caller, call_arguments
+from hasten.pipeline.caller import Caller
 
-__all__ = ["PROMPTS_AGAINST", "SCALES", "denies_something", "mixing_scale", "one_number"]
+__all__ = ["SCALES", "denies_something", "mixing_scale", "one_number"]
 
 PROMPTS_AGAINST = ("negative_prompt", "negative_prompt_embeds")
 SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
@@ -29,7 +29,7 @@ def mixing_scale() -> float | None:
         the scale as the call gives it; None where it does not show, or where the passes are mixed by something else.
     """
     caller = Caller()
-    given = call_arguments(caller.owner)
+    given = caller.arguments
     if any(one_number(given.get(name)) for name in OTHER_SCALES):
         return None
     # Wan and Lucy keep the scale of the expert under way; modular and some other pipelines have a guider.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hasten.calibration import TIMESTEP_TOLERANCE
-from hasten.pipeline.caller import call_arguments, current_owner
+from hasten.pipeline.caller import Caller
 from hasten.pipeline.guidance import denies_something
 from hasten.pipeline.runs import Run
 from hasten.quality.model_facts import ModelFacts
@@ -61,7 +61,7 @@ class Call:
     @classmethod
     def under_way(cls, steps: int | None = None) -> Call:
         """What shows of the pipeline's call that this thread is in; nothing in a loop of the user's own."""
-        return replace(cls.given(call_arguments(current_owner())), steps=steps, autocast=_autocast())
+        return replace(cls.given(Caller().arguments), steps=steps, autocast=_autocast())
 
     @classmethod
     def given(cls, given: Mapping[str, Any]) -> Call:

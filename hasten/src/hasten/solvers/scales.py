@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hasten.errors import ConfigError, ScheduleError, brief
-from hasten.pipeline.caller import call_arguments, current_owner
+from hasten.pipeline.caller import Caller
 from hasten.pipeline.guidance import SCALES, denies_something, one_number
 from hasten.solvers.content import Content
 from hasten.solvers.tables import Table, lagrange
@@ -52,7 +52,7 @@ def asked_guidance(argument: str | None) -> tuple[float, ...]:
     Raises:
         ScheduleError: for what is no number, or true guidance beside the embedded one that the fit is for.
     """
-    given = call_arguments(current_owner())
+    given = Caller().arguments
     known = {name: _number(name, given[name]) for name in SCALES if given.get(name) is not None}
     true = known.pop("true_cfg_scale", 1.0)
     denies = denies_something(given)
