@@ -37,6 +37,7 @@ class Group:
         references: their plain trajectories.
         evaluator: evaluates the model for them.
         fitters: by form, see `COLUMNS`; that for both passes only where there were two.
+        made_before: evaluations of checks and yardsticks, before anything is fitted.
 
     Raises:
         CalibrationError: if the calls cannot be followed; see `record_references` and `check_answers`.
@@ -49,11 +50,13 @@ class Group:
         self.references = record_references(pipe, self.replay, lambda done, total: tick(done))
         self.evaluator = Evaluator(pipe, self.replay)
         check_answers(self.evaluator, self.references, type(pipe).__name__)
+        guided = Fitter(self.evaluator, self.references, ridge, COLUMNS[GUIDED])
         self.fitters = {
-            form: Fitter(self.evaluator, self.references, ridge, width)
+            form: guided.narrowed(width)
             for form, width in COLUMNS.items()
             if form == GUIDED or self.references.differences
         }
+        self.made_before = self.evaluator.made
 
 
 def check_answers(evaluator: Evaluator, references: References, name: str) -> None:

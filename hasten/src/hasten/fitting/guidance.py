@@ -208,7 +208,7 @@ def refined_together(
         family: with times that fall all over its range.
         places: where to look; the one in their middle says in which directions rows are moved.
         rounds: at most; see `refine`. Last rows are fitted together without any.
-        progress: called with the geometric mean of the relative squared errors after each round.
+        progress: called with the geometric mean of the errors after each round.
         times, directions: see `refine`.
 
     Raises:
@@ -276,10 +276,11 @@ def _equations(
     last = len(leaps[0].rows[-1])
     whole = NormalEquations(len(family.scales) * (moves + last))
     for place, leap, columns in zip(places, leaps, jacobians, strict=True):
-        own, size = NormalEquations(moves + last), 0.0
+        own, images = NormalEquations(moves + last), 0
         for i, known in columns.items():
-            goal = place.fitter.references.states[place.fitter.calls[i]][-1]
-            own.add([*known, *leap.columns[i][:last]], goal - combine(leap.columns[i], leap.rows[-1]))
-            size += float(goal.double().square().sum())
-        whole.include(own, lagrange(family.scales, place.scale), 1 / (size * (leap.error + SMALLEST)))
+            call = place.fitter.calls[i]
+            goal, images = place.fitter.references.states[call][-1], images + len(place.fitter.roots[call])
+            missing = goal - combine(leap.columns[i], leap.rows[-1])
+            own.add([*known, *leap.columns[i][:last]], missing, place.fitter.roots[call])
+        whole.include(own, lagrange(family.scales, place.scale), 1 / (images * (leap.error + SMALLEST)))
     return whole

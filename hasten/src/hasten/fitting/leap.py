@@ -9,7 +9,7 @@ where `g_j` is the model's answer with guidance and `d_j` the difference of the 
 Reference trajectories of the plain sampler are drawn once. Then, evaluation after evaluation, the model is asked at the
 state that the fast sampler itself has reached, and row `k` brings it as near to the reference's state at the next time
 as the known columns allow: a small linear system for the whole training batch. No gradient passes through the model,
-and training sees what it will meet in use.
+and training sees what it will meet in use. Every image counts the same, however hard it is (`leap_fitter.py`).
 
 Times and coefficients are refined together (`refine.py`), and where that ends depends on where it began. So it begins
 at several places (`starts.py`): spreads of times, times whose answers span the references' states best (`surrogate.py`,
@@ -89,9 +89,9 @@ def fit_leap(
         known: an earlier result, perhaps of a fit that was cut short; what was fitted to the same prompts with the
             same settings is taken over.
         keep: called with the result so far after each number, such as `lambda fit: fit.save(path)`.
-        progress: called with (number of evaluations, trials and rounds so far, of how many, relative squared error: of
-            a range that in its middle, and while all is refined together the geometric mean over it);
-            while the references are drawn with (0, calls so far, of how many, 1).
+        progress: called with (number of evaluations, trials and rounds so far, of how many, the squared error relative
+            to that of the first-order solver: of a range that in its middle, and while all is refined together the
+            geometric mean over it); while the references are drawn with (0, calls so far, of how many, 1).
 
     Returns:
         a calibration to save, to give to `Leap`, or to make a scheduler of: `LeapScheduler.of(calibration, pipe)`.
@@ -203,7 +203,7 @@ class _Fit:
             self._held = Group(pipe, others, ridge, tick)
         self.total = middle.total
         self._before: Leap | None = None
-        self._surrogate = Surrogate(middle, COLUMNS[GUIDED])
+        self._surrogate = Surrogate(middle, COLUMNS[GUIDED], self._at[self._middle].fitters[GUIDED].roots)
         self.fingerprint = _fingerprint(pipe, middle, self._scales[self._middle])
         self.options = self._options(middle)
 
@@ -312,19 +312,19 @@ class _Fit:
         middle = self._at[self._middle].references
         report: dict[str, Any] = {
             "steps": _steps(middle, best.timesteps),
-            "relative_squared_error": best.error,
+            **best.told,
             "start": start.name,
             "at_the_start": start.unmoved,
             "trials": start.trials,
-            "plain": None
-            if start.plain is None
-            else {"sampler": start.plain[0], "relative_squared_error": start.plain[1]},
+            "plain": None if start.plain is None else {"sampler": start.plain[0], **start.plain[1]},
             "formula_error": middle.error,
-            "evaluations_of_references": sum(at.references.total * at.references.prompts for at in self._all),
+            "evaluations_of_references": sum(
+                at.references.total * at.references.prompts + at.made_before for at in self._all
+            ),
         }
         form = list(found)[-1]
         if form == PASSES:
-            report["relative_squared_error_with_both_passes"] = found[form].error
+            report["relative_squared_error_with_both_passes"] = found[form].squared
         if self._held is not None:
             report["held_out"] = self._error_held_out(best.timesteps, {form: own.rows for form, own in found.items()})
         return report
@@ -338,7 +338,7 @@ class _Fit:
         assert self._held is not None
         form = [one for one in rows if one in self._held.fitters][-1]  # the held-out calls may have no guidance
         with self._held.evaluator.probing():
-            return self._held.fitters[form].exact(timesteps, rows[form]).error
+            return self._held.fitters[form].exact(timesteps, rows[form]).squared
 
 
 def _with_differences(fitter: Fitter, guided: Fitter, leap: Leap, rounds: int) -> Leap:

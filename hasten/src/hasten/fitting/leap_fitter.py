@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from hasten.fitting.evaluator import Evaluator
@@ -15,6 +16,11 @@ from hasten.solvers.multistep import NormalEquations, Row, combine
 
 __all__ = ["Fitter", "Leap"]
 
+YARDSTICK = 8  # evaluations of the first-order solver that errors of an image are relative to
+LEAST = 1e-2  # of the mean yardstick that one has at least: an image that costs nothing is not to count for all others
+EXACT = 1e-4  # of the images' size: a mean yardstick of less is none
+TINY = 1e-100  # where images are all zeros
+
 
 @dataclass(frozen=True)
 class Leap:
@@ -23,8 +29,9 @@ class Leap:
     Attributes:
         timesteps: where the model is evaluated, as the model counts time.
         rows: see `hasten.solvers.multistep`.
-        errors: squared error of the final states of each call, relative to the size of those of all calls; infinite
-            where the model gave no finite answer.
+        errors: squared error of the final states of each call, each image's relative to its yardstick, over the number
+            of images of all calls; infinite where the model gave no finite answer.
+        squared: squared error of all final states, relative to their size.
         columns: for each call `x_0, g_0, (d_0,) ...`.
         calls: numbers of the calls that it was fitted to.
     """
@@ -32,33 +39,75 @@ class Leap:
     timesteps: tuple[float, ...]
     rows: list[Row]
     errors: tuple[float, ...]
+    squared: float
     columns: list[list[Tensor]] = field(default_factory=list, repr=False)
     calls: tuple[int, ...] = ()
 
     @property
     def error(self) -> float:
-        """Squared error of the final states of all calls, relative to their size."""
+        """Squared error of the final states, each image's relative to its yardstick: the mean over all images."""
         return sum(self.errors)
+
+    @property
+    def told(self) -> dict[str, float]:
+        """Both errors of all calls, as a report has them."""
+        return {"relative_squared_error": self.squared, "relative_to_first_order": self.error}
 
 
 class Fitter:
     """Fits solvers to references.
+
+    Some images are harder than others: a few hold most of a sum of squared errors, and dozens of numbers can be fitted
+    to those few. So errors of an image are relative to a *yardstick*, what the first-order solver with a few
+    evaluations leaves of it, and every image counts the same.
 
     Args:
         evaluator: evaluates the model.
         references: the trajectories.
         ridge: how strongly coefficients are drawn to their prior, see `NormalEquations`.
         width: columns per evaluation: 1, or 2 with the differences of the passes.
+        yardsticks: squared errors of the images of each call, `[B]`; by default they are measured.
+
+    Attributes:
+        roots: of the weights of the images of each call, `[B]`.
     """
 
-    def __init__(self, evaluator: Evaluator, references: References, ridge: float, width: int) -> None:
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        references: References,
+        ridge: float,
+        width: int,
+        yardsticks: Sequence[Tensor] | None = None,
+    ) -> None:
         self.evaluator, self.references, self.width = evaluator, references, width
         self._ridge = ridge
         self.calls = tuple(range(len(references.states)))
+        self._yardsticks = self._measured() if yardsticks is None else yardsticks
+        self.roots = [yardstick.rsqrt() for yardstick in self._yardsticks]
+
+    def _measured(self) -> list[Tensor]:
+        """What the first-order solver leaves of each image; the size of each where that is not finite."""
+        total = self.references.total
+        count = min(YARDSTICK, max(1, total // 2))
+        times = [self.references.at(total * k / count) for k in range(count)]
+        rows = self.prior(times, [*(self.references.level_at(time) for time in times), 0.0])
+        with self.evaluator.probing():
+            paths = [self.follow(call, times, rows, []) for call in self.calls]
+        found = [self._left(call, path, rows[-1]) for call, path in zip(self.calls, paths, strict=True)]
+        sizes = [_squares(self.references.states[call][-1]) for call in self.calls]
+        if not bool(torch.cat(found).isfinite().all()):
+            found = sizes
+        least = LEAST * max(torch.cat(found).mean(), EXACT * torch.cat(sizes).mean()).clamp_min(TINY)
+        return [own.clamp_min(least) for own in found]
+
+    def _left(self, call: int, columns: Sequence[Tensor], row: Row) -> Tensor:
+        """The squared error of the final state of each image of a call, `[B]`, on the CPU."""
+        return _squares(combine(columns, row) - self.references.states[call][-1])
 
     def narrowed(self, width: int) -> Fitter:
         """A fitter of the same references with another number of columns."""
-        return Fitter(self.evaluator, self.references, self._ridge, width)
+        return Fitter(self.evaluator, self.references, self._ridge, width, self._yardsticks)
 
     def restricted(self, calls: Sequence[int]) -> Fitter:
         """A fitter that looks at some of the calls alone."""
@@ -158,18 +207,22 @@ class Fitter:
     def _row(self, size: int, level: float, columns: Sequence[Sequence[Tensor]], prior: Row) -> Row:
         equations = NormalEquations(size)
         for i, call in enumerate(self.calls):
-            equations.add(columns[i][:size], self.references.goal(call, level))
+            equations.add(columns[i][:size], self.references.goal(call, level), self.roots[call])
         if not bool(equations.gram.isfinite().all()):  # the model has no answer there; the solver's error says so
             return list(prior)
         return equations.solve(prior, self._ridge)
 
     def _leap(self, times: tuple[float, ...], rows: list[Row], columns: list[list[Tensor]]) -> Leap:
-        errors, size = [], 0.0
-        for i, call in enumerate(self.calls):
-            goal = self.references.states[call][-1]
-            errors.append(float((combine(columns[i], rows[-1]) - goal).double().square().sum()))
-            size += float(goal.double().square().sum())
-        relative = [error / size for error in errors]
-        return Leap(
-            times, rows, tuple(one if math.isfinite(one) else math.inf for one in relative), columns, self.calls
-        )
+        left = [self._left(call, own, rows[-1]) for call, own in zip(self.calls, columns, strict=True)]
+        images = sum(map(len, left))
+        size = sum(float(_squares(self.references.states[call][-1]).sum()) for call in self.calls)
+        relative = [
+            float((own * self.roots[call].square()).sum()) / images for call, own in zip(self.calls, left, strict=True)
+        ]
+        errors = tuple(one if math.isfinite(one) else math.inf for one in relative)
+        return Leap(times, rows, errors, float(torch.cat(left).sum()) / size, columns, self.calls)
+
+
+def _squares(states: Tensor) -> Tensor:
+    """Sum of the squares of each image, `[B]`, on the CPU in float64."""
+    return states.double().flatten(1).square().sum(1).cpu()

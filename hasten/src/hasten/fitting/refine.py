@@ -94,7 +94,7 @@ def refine(
         fitter: of the calls that the solver was fitted to, while its evaluator is probing.
         leap: what to start from.
         rounds: at most; each leaves a part of the calls out of its equations, where there are several.
-        progress: called with the relative squared error after each round.
+        progress: called with the error (`Leap.error`) after each round.
         first: number of the first round, which says what part of the calls it leaves out.
         times: whether the times are moved, too; the first one stays.
         directions: most directions of each row but the last; None for all.
@@ -138,7 +138,8 @@ def _step(
     equations = NormalEquations(len(moves) + last)
     for i, derivatives in jacobian.items():
         goal = fitter.references.states[fitter.calls[i]][-1]
-        equations.add([*derivatives.columns, *leap.columns[i][:last]], goal - combine(leap.columns[i], leap.rows[-1]))
+        missing = goal - combine(leap.columns[i], leap.rows[-1])
+        equations.add([*derivatives.columns, *leap.columns[i][:last]], missing, fitter.roots[fitter.calls[i]])
     for _ in range(TRIES):
         found = _tried(fitter, leap, moves, equations.damped(damping), free)
         if found.error < leap.error:

@@ -34,15 +34,15 @@ class Start:
     Attributes:
         name: where its times came from.
         leap: the solver, fitted to all calls; moved already, unless it was not to be.
-        unmoved: its error as it was before.
-        plain: the best plain solver's name, and its error on all calls; None if none was looked at.
+        unmoved: its relative squared error as it was before.
+        plain: the best plain solver's name, and its errors on all calls (`Leap.told`); None if none was looked at.
         trials: how many starts were tried.
     """
 
     name: str
     leap: Leap
     unmoved: float
-    plain: tuple[str, float] | None
+    plain: tuple[str, dict[str, float]] | None
     trials: int
 
 
@@ -99,7 +99,7 @@ def best_start(
     for name, made in islice(_starts(fitter, surrogate, best_plain, before, count), trials):
         tried += 1
         leap = made()
-        unmoved = leap.error
+        unmoved = leap.squared
         if move and trials > 1:
             leap = _moved(fitter, leap)
         if best is None or leap.error < best.leap.error:
@@ -111,19 +111,20 @@ def best_start(
     return replace(best, plain=told, trials=tried)
 
 
-def _best_plain(fitter: Fitter, plain: dict[str, PlainSolver]) -> tuple[str, PlainSolver, float] | None:
+def _best_plain(fitter: Fitter, plain: dict[str, PlainSolver]) -> tuple[str, PlainSolver, dict[str, float]] | None:
     """The plain solver that is the best on all calls, of the few that are the best on the first; its error."""
     first = fitter.restricted(fitter.calls[:1])
     scores = {label: first.plain(solver).error for label, solver in plain.items()}
     few = sorted(scores, key=lambda label: scores[label])[:FEW]
-    told = [(label, plain[label], fitter.plain(plain[label]).error) for label in few]
-    return min(told, key=lambda one: one[2], default=None)
+    made = [(label, fitter.plain(plain[label])) for label in few]
+    best = min(made, key=lambda one: one[1].error, default=None)
+    return None if best is None else (best[0], plain[best[0]], best[1].told)
 
 
 def _starts(
     fitter: Fitter,
     surrogate: Surrogate,
-    plain: tuple[str, PlainSolver, float] | None,
+    plain: tuple[str, PlainSolver, dict[str, float]] | None,
     before: Leap | None,
     count: int,
 ) -> Iterator[tuple[str, Callable[[], Leap]]]:
@@ -192,5 +193,5 @@ def _inserted(fitter: Fitter, leap: Leap, place: int) -> Leap:
         output, apart = fitter.evaluator(call, combine(known, halfway), time)
         own = [output] if apart is None or width == 1 else [output, apart]
         columns.append([*known[:cut], *own, *known[cut:]])
-    made = Leap((*times[:place], time, *times[place:]), rows, leap.errors, columns, fitter.calls)
+    made = Leap((*times[:place], time, *times[place:]), rows, leap.errors, leap.squared, columns, fitter.calls)
     return fitter.score(made.timesteps, rows, made, len(made.timesteps))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hasten.caching.schedule import spread
 from hasten.fitting.references import References
@@ -31,9 +32,10 @@ class Surrogate:
     Args:
         references: the trajectories.
         width: columns per evaluation; 2 with the differences of the passes.
+        roots: of the weights of the images of each call, `[B]`.
     """
 
-    def __init__(self, references: References, width: int) -> None:
+    def __init__(self, references: References, width: int, roots: Sequence[Tensor]) -> None:
         self.total, self._width = references.total, width
         gram = torch.zeros(1 + width * self.total, 1 + width * self.total, dtype=torch.float64)
         for call, path in enumerate(references.states):
@@ -42,7 +44,8 @@ class Surrogate:
                 references.outputs[call],
                 *(references.differences[call : call + 1] if width == 2 else []),
             ]
-            flat = torch.cat(parts).flatten(1).double()
+            images = torch.cat(parts).double()
+            flat = (images.flatten(2) * roots[call][:, None]).flatten(1)
             gram += flat @ flat.T
         rows = np.zeros((self.total, len(gram)))
         for k, row in enumerate(references.plain.rows):

@@ -28,11 +28,17 @@ class NormalEquations:
         self.gram = torch.zeros(size, size, dtype=torch.float64)
         self._right = torch.zeros(size, dtype=torch.float64)
 
-    def add(self, columns: Sequence[Tensor], goal: Tensor) -> None:
-        """Add a batch: what the columns have to be combined to."""
-        flat = torch.stack([column.double().flatten() for column in columns])
+    def add(self, columns: Sequence[Tensor], goal: Tensor, roots: Tensor | None = None) -> None:
+        """Add a batch: what the columns have to be combined to.
+
+        Args:
+            columns: each `[B, ...]`.
+            goal: likewise.
+            roots: of the weights of the images, `[B]`; 1 by default.
+        """
+        flat = torch.stack([_weighted(column, roots) for column in columns])
         self.gram += (flat @ flat.T).cpu()
-        self._right += (flat @ goal.double().flatten()).cpu()
+        self._right += (flat @ _weighted(goal, roots)).cpu()
 
     def include(self, other: NormalEquations, shares: Sequence[float], weight: float) -> None:
         """Add equations in numbers that are each a sum of some of ours: `other` has one where we have a group.
@@ -60,6 +66,11 @@ class NormalEquations:
         left = self.gram / scale[:, None] / scale + damping * torch.eye(len(scale), dtype=torch.float64)
         solution = torch.linalg.lstsq(left, (self._right / scale)[:, None], driver="gelsd").solution[:, 0]
         return (solution / scale).tolist()
+
+
+def _weighted(batch: Tensor, roots: Tensor | None) -> Tensor:
+    numbers = batch.double()
+    return (numbers if roots is None else numbers.flatten(1) * roots.to(batch.device)[:, None]).flatten()
 
 
 def combine(columns: Sequence[Tensor], row: Sequence[float]) -> Tensor:
