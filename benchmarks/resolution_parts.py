@@ -1,10 +1,14 @@
 """Which part of Fresco costs what: its runs as they are, and with the coarse stage taken from the full run.
 
     python benchmarks/resolution_parts.py --json benchmarks/resolution-parts.json
+    python benchmarks/resolution_parts.py --model emoji-styles --json benchmarks/resolution-parts.json
 
 `given` replaces the coarse state, where the first promotion finds it, by the low-pass of the full run's own state at
 the level that the jump leads to. What is then lost is lost by the change of resolution and by steps on tokens of two
-sizes; the difference to the run as it is was lost by the coarse model, which draws another image.
+sizes; the difference to the run as it is was lost by the coarse model, which draws another image. Stages of two sizes
+of tokens, and later changes of resolution without them, tell what the mixed stage costs and what its time.
+
+PSNR to the full run of the same noise, prompt `i` with seed `i`; each model is a part of the file.
 """
 
 from __future__ import annotations
@@ -25,12 +29,18 @@ from hasten.quality.metrics import psnr
 from hasten.resolution.noise import Rewind
 from hasten.resolution.packed import MixedState
 from hasten.resolution.regions import PromotionInput
+from held_out import weights_of
+from leads import paired
 from rich.progress import track
 from torch import Tensor
 
-STEPS, TOKENS = 50, 16
+STEPS, COUNT = 50, 18
+SIDES = ("height", "width")
+PLAIN = (18, 13, 12, 10)
 SPLITS: dict[str, dict[str, Any]] = {
-    "6 coarse, 12 fine": {"stages": (6, 12), "shares": ()},
+    "6 coarse, 12 fine": {"stages": (6, 12)},
+    "9 coarse, 9 fine": {"stages": (9, 9)},
+    "12 coarse, 6 fine": {"stages": (12, 6)},
     "6 coarse, 2 mixed, 10 fine": {"stages": (6, 2, 10), "shares": 0.3},
     "6 coarse, 6 mixed, 6 fine": {"stages": (6, 6, 6), "shares": 0.3},
     "6 coarse, 6 mixed, 6 fine, hr_units": {"stages": (6, 6, 6), "shares": 0.3, "units": "hr_units"},
@@ -64,6 +74,13 @@ class Given(Fresco):
         return super().promote(state, new, promotion)
 
 
+def noise_of(model: subject.Subject, seed: int) -> Tensor:
+    """What a run of this seed begins with, as the pipeline itself draws it."""
+    drawn = [model.call.get(side) or model.pipe.default_sample_size * model.pipe.vae_scale_factor for side in SIDES]
+    channels, generator = model.pipe.transformer.config.in_channels // 4, torch.Generator().manual_seed(seed)
+    return model.pipe.prepare_latents(1, channels, *drawn, torch.float32, torch.device("cpu"), generator)[0]
+
+
 def draw(model: subject.Subject, prompt: str, noise: Tensor, steps: int, method: Fresco | None) -> Any:
     """An image, and the full run where there is no method."""
     states = [noise]
@@ -80,35 +97,44 @@ def draw(model: subject.Subject, prompt: str, noise: Tensor, steps: int, method:
     return image, Full(model.pipe.scheduler.sigmas.clone(), states)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args()
-    model = subject.load("emoji-flux")
-    model.pipe.set_progress_bar_config(disable=True)
+def measured(model: subject.Subject, prompts: int) -> dict[str, Any]:
+    """PSNR of all splits and of plain steps: medians, and what is lost where the coarse stage is the model's own."""
     figures: dict[str, dict[str, list[float]]] = {name: {"own": [], "given": []} for name in SPLITS}
-    plain: dict[int, list[float]] = {18: [], 13: [], 12: [], 10: []}
-    for seed, prompt in enumerate(track(model.prompts[: options.prompts])):
-        noise = torch.randn(1, TOKENS**2, 48, generator=torch.Generator().manual_seed(seed))
+    plain: dict[int, list[float]] = {count: [] for count in PLAIN}
+    for seed, prompt in enumerate(track(model.prompts[:prompts])):
+        noise = noise_of(model, seed)
         reference, full = draw(model, prompt, noise, STEPS, None)
         for count, values in plain.items():
             values.append(psnr(draw(model, prompt, noise, count, None)[0], reference))
         for name, split in SPLITS.items():
             for kind, method in (("own", Fresco(**split)), ("given", Given(**split, full=full))):
-                figures[name][kind].append(psnr(draw(model, prompt, noise, 18, method), reference))
-    result = {
+                figures[name][kind].append(psnr(draw(model, prompt, noise, COUNT, method), reference))
+    rows: dict[str, Any] = {}
+    for name, kinds in figures.items():
+        rows[name] = {kind: round(statistics.median(values), 2) for kind, values in kinds.items()}
+        rows[name]["lost"] = paired([given - own for own, given in zip(*kinds.values(), strict=True)])
+    return {
         "environment": environment(),
-        "prompts": options.prompts,
+        "weights": weights_of(model),
+        "prompts": prompts,
         "plain": {str(count): round(statistics.median(values), 2) for count, values in plain.items()},
-        "rows": {
-            name: {kind: round(statistics.median(values), 2) for kind, values in kinds.items()}
-            for name, kinds in figures.items()
-        },
+        "rows": rows,
     }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="emoji-flux", choices=["emoji-flux", "emoji-styles"])
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    model = subject.load(options.model)
+    model.pipe.set_progress_bar_config(disable=True)
+    result = json.loads(options.json.read_text()) if options.json.exists() else {}
+    result[options.model] = measured(model, options.prompts)
     write_atomically(options.json, json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["plain"]), json.dumps(result["rows"], indent=1))
+    print(json.dumps(result[options.model], indent=1))
 
 
 if __name__ == "__main__":
