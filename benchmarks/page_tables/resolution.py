@@ -155,13 +155,21 @@ def density_table(result: dict[str, Any]) -> str:
 
 def parts_table(result: dict[str, Any]) -> str:
     """Markdown of `resolution-parts.json`."""
-    lines = [table_row(["18 steps", "as it is", "coarse stage given"]), "|---|--:|--:|"]
-    for name, kinds in result["rows"].items():
-        lines.append(table_row([name, cell(kinds["own"], 1), cell(kinds["given"], 1)]))
-    plain = ", ".join(f"{cell(value, 1)} with {count}" for count, value in result["plain"].items())
+    heads = ["model", "18 steps", "as it is", "coarse stage given", "lost by the coarse model (95 %)"]
+    lines = [table_row(heads), "|---|---|--:|--:|--:|"]
+    for model, part in result.items():
+        for name, kinds in part["rows"].items():
+            low, high = kinds["lost"]["interval"]
+            lost = f"{kinds['lost']['mean']:.1f} ({low:.1f} to {high:.1f})"
+            lines.append(table_row([model, name, cell(kinds["own"], 1), cell(kinds["given"], 1), lost]))
+    plain = "; ".join(
+        f"{model}: " + ", ".join(f"{cell(value, 1)} with {count}" for count, value in part["plain"].items())
+        for model, part in result.items()
+    )
+    part = next(iter(result.values()))
     lines += [
         "",
-        f"emoji-flux, PSNR in dB to 50 plain steps from the same noise, medians over {result['prompts']} prompts; "
-        f"plain steps: {plain}.",
+        f"PSNR in dB to 50 plain steps from the same noise, medians over {part['prompts']} prompts, and the mean of "
+        f"what is lost; {made_on(part)}. Plain steps, {plain}.",
     ]
     return "\n".join(lines)
