@@ -79,13 +79,15 @@ def main() -> None:
     guided = {} if options.guidance is None else {"true_cfg_scale": options.guidance, "negative_prompt": ""}
     replay = Replay(tuning_calls(model, model.prompts[: options.images], 0, STEPS, guided, 1))
     references = record_references(model.pipe, replay, lambda _done, _total: None)
+    guided_alone = Fitter(Evaluator(model.pipe, replay), references, 1e-6, COLUMNS["guided"])
     rows = []
     for count in options.counts:
         for form, width in COLUMNS.items():
             if form == "passes" and not references.differences:
                 continue
-            fitter = Fitter(Evaluator(model.pipe, replay), references, 1e-6, width)
-            times = [references.plain.timesteps[step] for step in Surrogate(references, width).best(count, WEIGHT)]
+            fitter = guided_alone.narrowed(width)
+            steps = Surrogate(references, width, fitter.roots).best(count, WEIGHT)
+            times = [references.plain.timesteps[step] for step in steps]
             with fitter.evaluator.probing():
                 rows.append({"evaluations": count, "columns": form, **measured(fitter, times)})
             print({name: value for name, value in rows[-1].items() if name not in ("together", "alone")}, flush=True)

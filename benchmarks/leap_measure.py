@@ -276,7 +276,7 @@ class Measure:
                 }
             }
             self.fits[f"{name}, {count}"] = {
-                "error": found.error,
+                **found.figures,
                 "evaluations_of_fit": evaluator.made,
             }
             replay.rewind()

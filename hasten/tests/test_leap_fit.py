@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
+from statistics import geometric_mean
 
 import pytest
 import torch
@@ -35,7 +38,7 @@ from hasten.fitting.evaluator import Evaluator
 from hasten.fitting.group import Group
 from hasten.fitting.guidance import Family, Place, families_from, halfway, refined_together
 from hasten.fitting.leap import fit_leap
-from hasten.fitting.leap_fitter import Fitter, Leap
+from hasten.fitting.leap_fitter import Fitter, Leap, yardsticks
 from hasten.fitting.references import record_references
 from hasten.fitting.refine import Jacobian, Move, kept_apart, moves_of, refine
 from hasten.fitting.starts import extended, plain_solvers
@@ -63,7 +66,7 @@ def at(own, steps):
 def error(pipe, calls, steps, ridge=0.0):
     own = fitter(pipe, calls, ridge)
     with own.evaluator.probing():
-        return own.fit(at(own, steps)).squared
+        return own.fit(at(own, steps)).relative_squared_error
 
 
 # --- the closed form
@@ -116,56 +119,93 @@ def test_all_steps_with_a_strong_ridge_are_the_plain_sampler():
     for pipe in (Toy(), Toy(noise, DDIMScheduler(**UNCLIPPED))):
         own = fitter(pipe, [toy_call()], ridge=1e6)
         with own.evaluator.probing():
-            assert own.fit(at(own, range(STEPS))).squared < 1e-10
+            assert own.fit(at(own, range(STEPS))).relative_squared_error < 1e-10
 
 
-def test_an_image_that_is_hard_counts_as_much_as_the_others():
-    """A field that is stronger for one of the images: of a sum of squares it would have nearly all."""
+def hard_and_easy():
+    """A fitter of four images, one of which has nearly all of a sum of squared errors, and a fitter by such sums."""
 
     def field(x, t):
         strength = torch.ones(len(x), 1, 1)
-        strength[0] = 8.0
-        return strength * torch.tanh(strength * x) * t / 1000
+        strength[0] = 10.0
+        return strength * curved(x, t)
 
-    own, alike = (fitter(Toy(field), [toy_call()]) for _ in range(2))
+    own, alike = (fitter(Toy(field), [toy_call()], ridge=1e-9) for _ in range(2))
     alike.roots = [torch.ones_like(roots) for roots in alike.roots]
+    return own, alike
+
+
+def left_of_each(own, leap):
+    """The squared error of each image."""
+    return (combine(leap.columns[0], leap.rows[-1]) - own.references.states[0][-1]).flatten(1).square().sum(1)
+
+
+def test_an_image_that_is_hard_counts_as_much_as_the_others():
     left = []
-    for one in (own, alike):
-        with one.evaluator.probing():
-            leap = one.fit(at(one, (0, 6, 13)))
-        apart = combine(leap.columns[0], leap.rows[-1]) - one.references.states[0][-1]
-        left.append(apart.flatten(1).norm(dim=1))
-    assert (left[0][1:] < 0.75 * left[1][1:]).all()
+    for own in hard_and_easy():
+        with own.evaluator.probing():
+            left.append(left_of_each(own, own.fit(at(own, (0, 6, 13)))))
+    assert (left[0][1:] < 0.1 * left[1][1:]).all()
     assert left[0][0] > left[1][0]
 
 
-def test_yardsticks_are_asked_for_once_and_told():
-    pipe, calls = Toy(fused=True), [toy_call(i, guidance_scale=2.0) for i in range(2)]
-    group = Group(pipe, calls, 1e-6, lambda _: None)
-    images, checks = 8, 3
-    assert group.made_before == 8 * images + checks * 4
-    fit = fit_leap(pipe, calls, [2], trials=1, rounds=0)
-    assert fit.report["2"]["evaluations_of_references"] == STEPS * images + group.made_before
+@pytest.mark.parametrize("together", [False, True])
+def test_an_image_that_is_hard_counts_as_much_as_the_others_in_the_refinement(together):
+    """Steps by a sum of squares would be for the hard one alone, and none of them would be taken."""
+    own, _ = hard_and_easy()
+    with own.evaluator.probing():
+        start = own.fit(at(own, (0, 6, 13)))
+    if together:
+        family = refined_together(Family((2.0,), (start.timesteps,), (start.rows,)), [Place(2.0, own)], 2)
+        found = Place(2.0, own).run(family)
+    else:
+        with own.evaluator.probing():
+            found = refine(own, start, 2)
+    assert found.error < 0.7 * start.error
 
 
-def test_an_image_that_costs_nothing_does_not_count_for_all():
-    """It would weigh without end, and a fit would be for it alone. Where all cost nothing, all are alike."""
+def test_the_surrogate_looks_at_all_images_alike():
+    """Where one image is a hundred times as large as another, which needs other times."""
+    own = fitter(Toy(lambda x, t: torch.sin(x * 3 + t / 100)), [toy_call()])
+    large = torch.tensor([1e6, 1.0, 1.0, 1.0], dtype=torch.float64)
+    lost = [
+        Surrogate(own.references, 1, [roots]).left_out((0, 6, 13), 0.3) for roots in (large.sqrt(), 1 / large.sqrt())
+    ]
+    first = [Surrogate(_alone(own.references, i), 1, [torch.ones(1)]).left_out((0, 6, 13), 0.3) for i in range(4)]
+    assert lost[0] == pytest.approx(first[0], rel=0.05)
+    assert lost[1] != pytest.approx(first[0], rel=0.05)
 
-    def strength_of(numbers):
-        strength = torch.tensor(numbers)[:, None, None]
-        own = fitter(Toy(lambda x, t: strength * torch.tanh(strength * x) * t / 1000), [toy_call()])
-        return own.roots[0] / own.roots[0].max()
 
-    easy = strength_of([0.0, 1.0, 1.0, 1.0])
-    assert easy.isfinite().all()
-    assert easy[0] == 1
-    assert (easy[1:] > 0.03).all()
-    assert strength_of([0.0] * 4).tolist() == [1.0] * 4
-    (scheduler := FlowMatchEulerDiscreteScheduler(shift=3.0)).set_timesteps(STEPS)
-    known = scheduler.timesteps.tolist()
-    lost = fitter(Toy(lambda x, t: x / 4 if t in known else x * math.inf), [toy_call()])
-    sizes = lost.references.states[0][-1].double().flatten(1).norm(dim=1)
-    assert torch.allclose(lost.roots[0] * sizes, torch.ones(4, dtype=torch.float64))
+def _alone(references, image):
+    """The references of one image."""
+    return replace(
+        references,
+        states=[path[:, image : image + 1] for path in references.states],
+        outputs=[path[:, image : image + 1] for path in references.outputs],
+    )
+
+
+def test_yardsticks_are_told_of():
+    calls = [toy_call(i, guidance_scale=2.0) for i in range(2)]
+    images, checks = 8, 3 * 4
+    fit = fit_leap(Toy(fused=True), calls, [2], trials=1, rounds=0)
+    assert fit.report["2"]["evaluations_of_references"] == STEPS * images
+    assert fit.report["2"]["evaluations_of_checks"] == 8 * images + checks
+
+
+def test_yardsticks_are_not_spoilt_by_one_image():
+    numbers = partial(torch.tensor, dtype=torch.float64)
+    left = [numbers([math.inf, 2.0]), numbers([1.0, 1e15, math.nan, 0.0])]
+    sizes = [numbers([50.0, 60.0]), numbers([70.0, 80.0, 90.0, 100.0])]
+    (one, two), (three, four, five, six) = (own.tolist() for own in yardsticks(left, sizes))
+    assert (one, two, three, four, five) == (50.0, 2.0, 1.0, 80.0, 90.0)  # an image's own size at most
+    assert 0 < six < 1  # what costs nothing does not count for all
+    (most_are_easy,) = yardsticks([numbers([1e5, 1.0, 2.0])], [numbers([1e5] * 3)])
+    assert most_are_easy.tolist() == [1e5, 1.0, 2.0]
+    (nothing,) = yardsticks([numbers([0.0, 0.0])], [numbers([4.0, 9.0])])
+    assert nothing[1] / nothing[0] == pytest.approx(9 / 4)  # relative to its own size
+    (of_zeros,) = yardsticks([numbers([0.0])], [numbers([0.0])])
+    assert of_zeros > 0
 
 
 def test_the_start_is_a_column_of_its_own():
@@ -173,7 +213,7 @@ def test_the_start_is_a_column_of_its_own():
     own = fitter(Toy(lambda x, t: 2.0 * x), [toy_call()])
     with own.evaluator.probing():
         free = own.fit(at(own, (0,)))
-    assert free.squared < 1e-10
+    assert free.relative_squared_error < 1e-10
     assert free.rows[0][0] != 1.0 or free.rows[0][1] != -1.0
 
 
@@ -283,7 +323,7 @@ def test_plain_solvers_are_read_off_exactly(name, count):
     own = fitter(pipe, [toy_call()])
     with own.evaluator.probing():
         solvers = plain_solvers(own.evaluator.scheduler, own.evaluator.arguments(count), own.references.kind)
-        errors = {label: own.plain(solver).squared for label, solver in solvers.items()}
+        errors = {label: own.plain(solver).relative_squared_error for label, solver in solvers.items()}
     assert {"euler", "unipc"} <= set(solvers)
     (reference,) = pipe(**toy_call())
     for label, found in errors.items():
@@ -353,9 +393,9 @@ def test_starts_are_moved_before_one_is_chosen():
         closed, moved = (
             starts.best_start(own, surrogate, {}, None, 4, move=move, **settings) for move in (False, True)
         )
-    assert closed.leap.squared == closed.unmoved
+    assert closed.leap.figures == closed.unmoved
     assert moved.leap.error < 0.5 * closed.leap.error
-    assert moved.leap.squared < 0.5 * moved.unmoved
+    assert moved.leap.error < 0.5 * moved.unmoved["relative_to_first_order"]
 
 
 def test_lists_that_coincide_are_tried_once():
@@ -488,12 +528,11 @@ def test_variance_preserving_models_have_their_times_refined_too():
 
 def test_steps_that_go_too_far_are_not_taken():
     own = fitter(Toy(lambda x, t: torch.sin(6 * x + t / 50) - 0.3 * x), [toy_call(0), toy_call(1)], ridge=1e-9)
-    seen = []
     with own.evaluator.probing():
         closed = own.fit(at(own, (0, 6, 12, 17)))
-        better = refine(own, closed, 6, seen.append)
-    assert seen == sorted(seen, reverse=True)
-    assert better.error < closed.error
+        errors = [refine(own, closed, rounds).error for rounds in range(5)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < closed.error
 
 
 def test_the_columns_of_the_refinement_are_derivatives():
@@ -573,7 +612,7 @@ def test_calls_that_are_held_out_need_no_guidance():
         fit = fit_leap(Toy(), [toy_call(0, guidance_scale=1.5)], [2], held_out=[call], trials=1, rounds=0)
         table, own = unpacked(fit.tensors)["2"], fitter(Toy(), [call], width=COLUMNS[form])
         with own.evaluator.probing():
-            assert fit.report["2"]["held_out"] == own.exact(table["timesteps"], table[form][0]).squared
+            assert fit.report["2"]["held_out"] == own.exact(table["timesteps"], table[form][0]).relative_squared_error
 
 
 def test_a_fit_goes_on_where_it_was_cut_short():
@@ -684,8 +723,9 @@ def test_solvers_for_a_range_are_refined_where_they_are_interpolated():
     assert after[1] < before[1] / 10  # nothing was fitted there
     assert after[3] < before[3] / 10
     assert sum(map(math.log, after)) < sum(map(math.log, before)) - 10
-    assert told == sorted(told, reverse=True)
-    assert told[-1] == pytest.approx(math.exp(sum(map(math.log, after)) / len(after)), rel=1e-3)
+    assert told[-1] < told[0]
+    squared = [place.run(found).relative_squared_error for place in places]
+    assert told[-1] == pytest.approx(geometric_mean(squared), rel=1e-3)
 
 
 def test_last_rows_for_a_range_are_fitted_together_without_a_round():

@@ -2,7 +2,8 @@
 
 All of them are points of LEAP's family of rows with part of the numbers fixed, learned from the error of the final
 image. Their papers take gradients through the model; here the same numbers are found by Gauss-Newton steps with finite
-differences (`hasten.fitting.refine`), from the same calls and at the same cost, so what differs is the family.
+differences (`hasten.fitting.refine`), from the same calls, by the same errors (relative to each image's yardstick, see
+`hasten.fitting.leap_fitter`) and at the same cost, so what differs is the family.
 
 * `bns`: bespoke non-stationary solvers (Shaul et al., arXiv:2403.01329): `x_{k+1} = a_k x_0 + sum_{j<=k} b_kj u_j`, all
   numbers free, and the times; from Euler's.

@@ -37,7 +37,6 @@ class Group:
         references: their plain trajectories.
         evaluator: evaluates the model for them.
         fitters: by form, see `COLUMNS`; that for both passes only where there were two.
-        made_before: evaluations of checks and yardsticks, before anything is fitted.
 
     Raises:
         CalibrationError: if the calls cannot be followed; see `record_references` and `check_answers`.
@@ -56,7 +55,6 @@ class Group:
             for form, width in COLUMNS.items()
             if form == GUIDED or self.references.differences
         }
-        self.made_before = self.evaluator.made
 
 
 def check_answers(evaluator: Evaluator, references: References, name: str) -> None:

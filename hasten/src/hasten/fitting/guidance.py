@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import geometric_mean
 
 from torch import Tensor
 
@@ -208,7 +209,7 @@ def refined_together(
         family: with times that fall all over its range.
         places: where to look; the one in their middle says in which directions rows are moved.
         rounds: at most; see `refine`. Last rows are fitted together without any.
-        progress: called with the geometric mean of the errors after each round.
+        progress: called with the geometric mean of the relative squared errors after each round.
         times, directions: see `refine`.
 
     Raises:
@@ -234,7 +235,7 @@ def refined_together(
             if _score(leaps) > before + math.log(1 - SMALLEST_GAIN):
                 break
         if progress is not None:
-            progress(math.exp(_score(leaps)))
+            progress(geometric_mean([leap.relative_squared_error + SMALLEST for leap in leaps]))
         idle = idle + 1 if family is start else 0
         if idle == min(2, max(len(place.fitter.calls) for place in places)):
             break

@@ -37,7 +37,7 @@ from hasten.calibration import Calibration, Fingerprint, model_digest, weights_d
 from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError
 from hasten.fitting.group import GUIDED, PASSES, Group, at_scale, check_differ, check_passes, guidance_of
 from hasten.fitting.guidance import families_from, halfway
-from hasten.fitting.leap_fitter import Fitter, Leap
+from hasten.fitting.leap_fitter import YARDSTICK, Fitter, Leap
 from hasten.fitting.references import References
 from hasten.fitting.refine import DIRECTIONS, refine
 from hasten.fitting.starts import MOST_STARTS, Start, best_start, plain_solvers
@@ -89,9 +89,9 @@ def fit_leap(
         known: an earlier result, perhaps of a fit that was cut short; what was fitted to the same prompts with the
             same settings is taken over.
         keep: called with the result so far after each number, such as `lambda fit: fit.save(path)`.
-        progress: called with (number of evaluations, trials and rounds so far, of how many, the squared error relative
-            to that of the first-order solver: of a range that in its middle, and while all is refined together the
-            geometric mean over it); while the references are drawn with (0, calls so far, of how many, 1).
+        progress: called with (number of evaluations, trials and rounds so far, of how many, relative squared error: of
+            a range that in its middle, and while all is refined together the geometric mean over it);
+            while the references are drawn with (0, calls so far, of how many, 1).
 
     Returns:
         a calibration to save, to give to `Leap`, or to make a scheduler of: `LeapScheduler.of(calibration, pipe)`.
@@ -133,7 +133,7 @@ def fit_leap(
     for count in sorted(evaluations):
         if str(count) in result.report:
             if held_out:  # perhaps others than the known fit was given
-                told = result.report[str(count)] | {"held_out": fit.held_out(unpacked(result.tensors)[str(count)])}
+                told = result.report[str(count)] | fit.held_out(unpacked(result.tensors)[str(count)])
                 result = replace(result, report=result.report | {str(count): told})
             continue
         if fewer := [int(name) for name in result.report if int(name) < count]:
@@ -204,6 +204,7 @@ class _Fit:
         self.total = middle.total
         self._before: Leap | None = None
         self._surrogate = Surrogate(middle, COLUMNS[GUIDED], self._at[self._middle].fitters[GUIDED].roots)
+        self._checks = sum(at.evaluator.made for at in self._all)
         self.fingerprint = _fingerprint(pipe, middle, self._scales[self._middle])
         self.options = self._options(middle)
 
@@ -221,6 +222,7 @@ class _Fit:
             "plain": plain_config(self._pipe.scheduler),
             "prompts": references.prompts,
             "learned_from": references.digest,
+            "yardstick": YARDSTICK,
         }
 
     def rewind(self) -> None:
@@ -275,7 +277,7 @@ class _Fit:
                     for form, own in families.items()
                 }
         self._before = found[GUIDED]
-        tick(total, found[GUIDED].error)
+        tick(total, found[GUIDED].relative_squared_error)
         report = self._report(start, found)
         report["evaluations_of_fit"] = sum(at.evaluator.made for at in self._all) - made_before
         return table, report
@@ -312,33 +314,38 @@ class _Fit:
         middle = self._at[self._middle].references
         report: dict[str, Any] = {
             "steps": _steps(middle, best.timesteps),
-            **best.told,
+            **best.figures,
             "start": start.name,
-            "at_the_start": start.unmoved,
+            **_of("at_the_start", start.unmoved),
             "trials": start.trials,
             "plain": None if start.plain is None else {"sampler": start.plain[0], **start.plain[1]},
             "formula_error": middle.error,
-            "evaluations_of_references": sum(
-                at.references.total * at.references.prompts + at.made_before for at in self._all
-            ),
+            "evaluations_of_references": sum(at.references.total * at.references.prompts for at in self._all),
+            "evaluations_of_checks": self._checks,
         }
         form = list(found)[-1]
         if form == PASSES:
-            report["relative_squared_error_with_both_passes"] = found[form].squared
+            report |= {f"{name}_with_both_passes": error for name, error in found[form].figures.items()}
         if self._held is not None:
-            report["held_out"] = self._error_held_out(best.timesteps, {form: own.rows for form, own in found.items()})
+            report |= self._held_out(best.timesteps, {form: own.rows for form, own in found.items()})
         return report
 
-    def held_out(self, table: Mapping[str, Any]) -> float:
-        """The error of a table of an earlier fit on the calls that are held out, of which there are some."""
+    def held_out(self, table: Mapping[str, Any]) -> dict[str, float]:
+        """The errors of a table of an earlier fit on the calls that are held out, of which there are some."""
         rows = {form: table[form][self._middle] for form in COLUMNS if form in table}
-        return self._error_held_out(table["timesteps"], rows)
+        return self._held_out(table["timesteps"], rows)
 
-    def _error_held_out(self, timesteps: Sequence[float], rows: Mapping[str, Sequence[Row]]) -> float:
+    def _held_out(self, timesteps: Sequence[float], rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:
         assert self._held is not None
         form = [one for one in rows if one in self._held.fitters][-1]  # the held-out calls may have no guidance
         with self._held.evaluator.probing():
-            return self._held.fitters[form].exact(timesteps, rows[form]).squared
+            return _of("held_out", self._held.fitters[form].exact(timesteps, rows[form]).figures)
+
+
+def _of(name: str, figures: Mapping[str, float]) -> dict[str, float]:
+    """Both errors (`Leap.figures`) of something else than the solver, as a report has them."""
+    squared, relative = figures.values()
+    return {name: squared, f"{name}_relative_to_first_order": relative}
 
 
 def _with_differences(fitter: Fitter, guided: Fitter, leap: Leap, rounds: int) -> Leap:

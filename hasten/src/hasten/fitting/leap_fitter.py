@@ -14,12 +14,12 @@ from hasten.fitting.references import References
 from hasten.fitting.symbolic import PlainSolver, first_order
 from hasten.solvers.multistep import NormalEquations, Row, combine
 
-__all__ = ["Fitter", "Leap"]
+__all__ = ["Fitter", "Leap", "yardsticks"]
 
 YARDSTICK = 8  # evaluations of the first-order solver that errors of an image are relative to
-LEAST = 1e-2  # of the mean yardstick that one has at least: an image that costs nothing is not to count for all others
-EXACT = 1e-4  # of the images' size: a mean yardstick of less is none
-TINY = 1e-100  # where images are all zeros
+FLOOR = 1e-2  # of the median yardstick: none is less, so that an image which costs nothing does not count for all
+NEGLIGIBLE = 1e-6  # of an image's own size: nor is it less than this
+TINY = 1e-100  # for images of zeros
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Leap:
         rows: see `hasten.solvers.multistep`.
         errors: squared error of the final states of each call, each image's relative to its yardstick, over the number
             of images of all calls; infinite where the model gave no finite answer.
-        squared: squared error of all final states, relative to their size.
+        relative_squared_error: of all final states, relative to their size.
         columns: for each call `x_0, g_0, (d_0,) ...`.
         calls: numbers of the calls that it was fitted to.
     """
@@ -39,7 +39,7 @@ class Leap:
     timesteps: tuple[float, ...]
     rows: list[Row]
     errors: tuple[float, ...]
-    squared: float
+    relative_squared_error: float
     columns: list[list[Tensor]] = field(default_factory=list, repr=False)
     calls: tuple[int, ...] = ()
 
@@ -49,27 +49,27 @@ class Leap:
         return sum(self.errors)
 
     @property
-    def told(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """Both errors of all calls, as a report has them."""
-        return {"relative_squared_error": self.squared, "relative_to_first_order": self.error}
+        return {"relative_squared_error": self.relative_squared_error, "relative_to_first_order": self.error}
 
 
 class Fitter:
     """Fits solvers to references.
 
     Some images are harder than others: a few hold most of a sum of squared errors, and dozens of numbers can be fitted
-    to those few. So errors of an image are relative to a *yardstick*, what the first-order solver with a few
-    evaluations leaves of it, and every image counts the same.
+    to those few. So errors of an image are relative to its *yardstick*, the squared error of the first-order solver
+    with eight evaluations, and every image counts the same.
 
     Args:
-        evaluator: evaluates the model.
+        evaluator: evaluates the model; not while it is probing, where yardsticks are to be measured.
         references: the trajectories.
         ridge: how strongly coefficients are drawn to their prior, see `NormalEquations`.
         width: columns per evaluation: 1, or 2 with the differences of the passes.
-        yardsticks: squared errors of the images of each call, `[B]`; by default they are measured.
+        known: yardsticks of the images of each call, `[B]`; by default they are measured.
 
     Attributes:
-        roots: of the weights of the images of each call, `[B]`.
+        roots: square roots of the weights of the images of each call, `[B]`; see `NormalEquations`.
     """
 
     def __init__(
@@ -78,28 +78,23 @@ class Fitter:
         references: References,
         ridge: float,
         width: int,
-        yardsticks: Sequence[Tensor] | None = None,
+        known: Sequence[Tensor] | None = None,
     ) -> None:
         self.evaluator, self.references, self.width = evaluator, references, width
         self._ridge = ridge
         self.calls = tuple(range(len(references.states)))
-        self._yardsticks = self._measured() if yardsticks is None else yardsticks
+        self._yardsticks = self._measured() if known is None else known
         self.roots = [yardstick.rsqrt() for yardstick in self._yardsticks]
 
     def _measured(self) -> list[Tensor]:
-        """What the first-order solver leaves of each image; the size of each where that is not finite."""
+        """The yardsticks, from a run of the first-order solver for each call, on steps of the plain sampler."""
         total = self.references.total
         count = min(YARDSTICK, max(1, total // 2))
-        times = [self.references.at(total * k / count) for k in range(count)]
+        times = [self.references.plain.timesteps[round(total * k / count)] for k in range(count)]
         rows = self.prior(times, [*(self.references.level_at(time) for time in times), 0.0])
         with self.evaluator.probing():
-            paths = [self.follow(call, times, rows, []) for call in self.calls]
-        found = [self._left(call, path, rows[-1]) for call, path in zip(self.calls, paths, strict=True)]
-        sizes = [_squares(self.references.states[call][-1]) for call in self.calls]
-        if not bool(torch.cat(found).isfinite().all()):
-            found = sizes
-        least = LEAST * max(torch.cat(found).mean(), EXACT * torch.cat(sizes).mean()).clamp_min(TINY)
-        return [own.clamp_min(least) for own in found]
+            left = [self._left(call, self.follow(call, times, rows, []), rows[-1]) for call in self.calls]
+        return yardsticks(left, [_squares(self.references.states[call][-1]) for call in self.calls])
 
     def _left(self, call: int, columns: Sequence[Tensor], row: Row) -> Tensor:
         """The squared error of the final state of each image of a call, `[B]`, on the CPU."""
@@ -221,6 +216,21 @@ class Fitter:
         ]
         errors = tuple(one if math.isfinite(one) else math.inf for one in relative)
         return Leap(times, rows, errors, float(torch.cat(left).sum()) / size, columns, self.calls)
+
+
+def yardsticks(left: Sequence[Tensor], sizes: Sequence[Tensor]) -> list[Tensor]:
+    """What errors of images are divided by.
+
+    Args:
+        left: squared errors of the images of each call, `[B]`; may be without end.
+        sizes: sums of squares of the images themselves, which no yardstick exceeds.
+    """
+    capped = [torch.minimum(own.nan_to_num(nan=math.inf), size) for own, size in zip(left, sizes, strict=True)]
+    middle = FLOOR * torch.cat(capped).median()
+    return [
+        torch.maximum(own, NEGLIGIBLE * size).clamp_min(middle.clamp_min(TINY))
+        for own, size in zip(capped, sizes, strict=True)
+    ]
 
 
 def _squares(states: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 The closed form brings every state near to the reference's, but only the last one is seen. So coefficients and times are
 moved together: with `x_T(theta)` the final states of the training batch,
 
-    (J^T J + damping diag(J^T J)) delta = J^T (X_T - x_T(theta))
+    (J^T W J + damping diag(J^T W J)) delta = J^T W (X_T - x_T(theta))
 
-(Levenberg and Marquardt). The columns of `J` for the last row are the solver's columns themselves; the others come from
-finite differences: one parameter is moved, and the evaluations that follow it are made again, about `n^3 / 6` per image
-and round for all of them; where that is too many, a row is moved along the directions that move its state most. A
-Jacobian serves several steps.
+(Levenberg and Marquardt; `W` makes every image count the same, see `leap_fitter.py`). The columns of `J` for the last
+row are the solver's columns themselves; the others come from finite differences: one parameter is moved, and the
+evaluations that follow it are made again, about `n^3 / 6` per image and round for all of them; where that is too many,
+a row is moved along the directions that move its state most. A Jacobian serves several steps.
 
 Dozens of numbers fit a few images better than they fit others. So each round leaves a part of the calls out of its
 equations, and a step is taken only as far as the error of all calls, those included, falls. The parts take turns.
@@ -94,7 +94,7 @@ def refine(
         fitter: of the calls that the solver was fitted to, while its evaluator is probing.
         leap: what to start from.
         rounds: at most; each leaves a part of the calls out of its equations, where there are several.
-        progress: called with the error (`Leap.error`) after each round.
+        progress: called with the relative squared error after each round.
         first: number of the first round, which says what part of the calls it leaves out.
         times: whether the times are moved, too; the first one stays.
         directions: most directions of each row but the last; None for all.
@@ -112,7 +112,7 @@ def refine(
             if leap.error > (1 - SMALLEST_GAIN) * before:
                 break
         if progress is not None:
-            progress(leap.error)
+            progress(leap.relative_squared_error)
         idle = idle + 1 if leap is start else 0
         if idle == min(2, len(fitter.calls)):
             break

@@ -34,14 +34,14 @@ class Start:
     Attributes:
         name: where its times came from.
         leap: the solver, fitted to all calls; moved already, unless it was not to be.
-        unmoved: its relative squared error as it was before.
-        plain: the best plain solver's name, and its errors on all calls (`Leap.told`); None if none was looked at.
+        unmoved: its errors (`Leap.figures`) as they were before.
+        plain: the best plain solver's name, and its errors on all calls; None if none was looked at.
         trials: how many starts were tried.
     """
 
     name: str
     leap: Leap
-    unmoved: float
+    unmoved: dict[str, float]
     plain: tuple[str, dict[str, float]] | None
     trials: int
 
@@ -91,7 +91,7 @@ def best_start(
         trials: most starts; with one the first spread of times is taken as it is, and from three on the solver with
             fewer evaluations and the best plain solver are among them.
         move: whether starts are refined; else the nearest closed form is taken.
-        progress: called with starts so far and the best error.
+        progress: called with starts so far and the relative squared error of the best.
     """
     best_plain = _best_plain(fitter, plain) if trials > 2 else None
     best: Start | None = None
@@ -99,12 +99,12 @@ def best_start(
     for name, made in islice(_starts(fitter, surrogate, best_plain, before, count), trials):
         tried += 1
         leap = made()
-        unmoved = leap.squared
+        unmoved = leap.figures
         if move and trials > 1:
             leap = _moved(fitter, leap)
         if best is None or leap.error < best.leap.error:
             best = Start(name, leap, unmoved, None, tried)
-        progress(tried, best.leap.error)
+        progress(tried, best.leap.relative_squared_error)
         del leap  # columns are large: those of the best start alone are held while the next one is made
     assert best is not None
     told = None if best_plain is None else (best_plain[0], best_plain[2])
@@ -118,7 +118,7 @@ def _best_plain(fitter: Fitter, plain: dict[str, PlainSolver]) -> tuple[str, Pla
     few = sorted(scores, key=lambda label: scores[label])[:FEW]
     made = [(label, fitter.plain(plain[label])) for label in few]
     best = min(made, key=lambda one: one[1].error, default=None)
-    return None if best is None else (best[0], plain[best[0]], best[1].told)
+    return None if best is None else (best[0], plain[best[0]], best[1].figures)
 
 
 def _starts(
@@ -193,5 +193,7 @@ def _inserted(fitter: Fitter, leap: Leap, place: int) -> Leap:
         output, apart = fitter.evaluator(call, combine(known, halfway), time)
         own = [output] if apart is None or width == 1 else [output, apart]
         columns.append([*known[:cut], *own, *known[cut:]])
-    made = Leap((*times[:place], time, *times[place:]), rows, leap.errors, leap.squared, columns, fitter.calls)
+    made = Leap(
+        (*times[:place], time, *times[place:]), rows, leap.errors, leap.relative_squared_error, columns, fitter.calls
+    )
     return fitter.score(made.timesteps, rows, made, len(made.timesteps))

@@ -32,7 +32,7 @@ class Surrogate:
     Args:
         references: the trajectories.
         width: columns per evaluation; 2 with the differences of the passes.
-        roots: of the weights of the images of each call, `[B]`.
+        roots: square roots of the weights of the images of each call, `[B]`.
     """
 
     def __init__(self, references: References, width: int, roots: Sequence[Tensor]) -> None:
@@ -44,8 +44,7 @@ class Surrogate:
                 references.outputs[call],
                 *(references.differences[call : call + 1] if width == 2 else []),
             ]
-            images = torch.cat(parts).double()
-            flat = (images.flatten(2) * roots[call][:, None]).flatten(1)
+            flat = torch.cat(parts).flatten(2).double().mul_(roots[call][:, None]).flatten(1)
             gram += flat @ flat.T
         rows = np.zeros((self.total, len(gram)))
         for k, row in enumerate(references.plain.rows):
@@ -55,7 +54,7 @@ class Surrogate:
         self._sizes = np.einsum("kc,ck->k", rows, self._right)
 
     def left_out(self, steps: Sequence[int], weight: float) -> float:
-        """The share of the final state that is not spanned, and `weight` times that of the states on the way.
+        """The share of the final states, weighted, that is not spanned, and `weight` times that of those on the way.
 
         Args:
             steps: of the reference at which the model is evaluated.

@@ -34,7 +34,7 @@ class NormalEquations:
         Args:
             columns: each `[B, ...]`.
             goal: likewise.
-            roots: of the weights of the images, `[B]`; 1 by default.
+            roots: square roots of the weights of the images, `[B]`; 1 by default.
         """
         flat = torch.stack([_weighted(column, roots) for column in columns])
         self.gram += (flat @ flat.T).cpu()
