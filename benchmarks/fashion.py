@@ -115,20 +115,24 @@ class Bed:
         return calls
 
     def draw(self, attach: Attach, steps: int) -> tuple[Tensor, dict[str, float]]:
-        """Images `[N, 1, 32, 32]` in [-1, 1] of an arm, and its cost: operations are counted in the first batch."""
+        """Images `[N, 1, 32, 32]` in [-1, 1] of an arm, and its cost: operations are counted in the first batch.
+
+        Each batch is a call of its own: what is switched on for one, such as a peer, begins anew.
+        """
         images: list[Tensor] = []
         started = time.process_time()
         with counting(self.model.pipe, attach) as (_, calls), flop_counter() as counter:
             images.append(generate(self.model.pipe, self.batch, self.guidance, steps)[0].cpu())
         flops = counter.get_total_flops()
-        layer = calls["layer"]
-        with counting(self.model.pipe, attach) as (_, calls):
-            for start in range(self.batch, self.count, self.batch):
-                many = min(self.batch, self.count - start)
+        layers = calls["layer"]
+        for start in range(self.batch, self.count, self.batch):
+            many = min(self.batch, self.count - start)
+            with counting(self.model.pipe, attach) as (_, calls):
                 images.append(generate(self.model.pipe, many, self.guidance, steps, start)[0].cpu())
+            layers += calls["layer"]
         cost = {
             "flops": flops,
-            "layer_calls": (layer + calls["layer"]) / len(images),
+            "layer_calls": layers / len(images),
             "cpu_seconds": round(time.process_time() - started, 1),
         }
         return torch.cat(images), cost
