@@ -76,9 +76,9 @@ class Given(Fresco):
 
 def noise_of(model: subject.Subject, seed: int) -> Tensor:
     """What a run of this seed begins with, as the pipeline itself draws it."""
-    drawn = [model.call.get(side) or model.pipe.default_sample_size * model.pipe.vae_scale_factor for side in SIDES]
+    sizes = [model.call.get(side) or model.pipe.default_sample_size * model.pipe.vae_scale_factor for side in SIDES]
     channels, generator = model.pipe.transformer.config.in_channels // 4, torch.Generator().manual_seed(seed)
-    return model.pipe.prepare_latents(1, channels, *drawn, torch.float32, torch.device("cpu"), generator)[0]
+    return model.pipe.prepare_latents(1, channels, *sizes, torch.float32, torch.device("cpu"), generator)[0]
 
 
 def draw(model: subject.Subject, prompt: str, noise: Tensor, steps: int, method: Fresco | None) -> Any:

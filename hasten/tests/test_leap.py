@@ -183,7 +183,7 @@ def test_one_file_serves_a_range_of_guidance(guided, scale):
 @pytest.mark.parametrize("scale", [1.5, 2.0, 4.0, 5.0])
 def test_a_range_is_as_near_as_a_fit_of_its_own(scale):
     """At the ends, where the times of the middle do not suit, and between the scales, where nothing was fitted."""
-    calls, settings = [toy_call(i, **GUIDED) for i in range(4)], {"trials": 6, "rounds": 2}
+    calls, settings = [toy_call(i, **GUIDED) for i in range(4)], {"trials": 6, "rounds": 4}
     shared = fit_leap(Toy(), calls, [4], guidances=(1.5, 3.0, 5.0), **settings)
     call = {"guidance_scale": scale}
     own = fit_leap(Toy(), [toy_call(i, **call) for i in range(4)], [4], **settings)
@@ -191,7 +191,7 @@ def test_a_range_is_as_near_as_a_fit_of_its_own(scale):
     for fit in (shared, own):
         with hasten.accelerate(pipe := Called(), hasten.Leap(fit)):
             errors.append([relative(pipe, None, 4, reference_at(scale, seed=i), i, **call) for i in range(9, 15)])
-    assert geometric_mean(errors[0]) < 1.5 * geometric_mean(errors[1])
+    assert geometric_mean(errors[0]) < 1.1 * geometric_mean(errors[1])
 
 
 def test_times_go_with_the_guidance_and_a_scale_that_does_not_show_is_asked_for(guided):

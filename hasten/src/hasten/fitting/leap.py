@@ -344,8 +344,8 @@ class _Fit:
 
 def _of(name: str, figures: Mapping[str, float]) -> dict[str, float]:
     """Both errors (`Leap.figures`) of something else than the solver, as a report has them."""
-    squared, relative = figures.values()
-    return {name: squared, f"{name}_relative_to_first_order": relative}
+    relative = "relative_to_first_order"
+    return {name: figures["relative_squared_error"], f"{name}_{relative}": figures[relative]}
 
 
 def _with_differences(fitter: Fitter, guided: Fitter, leap: Leap, rounds: int) -> Leap:

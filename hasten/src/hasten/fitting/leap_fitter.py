@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hasten.fitting.evaluator import Evaluator
-from hasten.fitting.references import References
+from hasten.fitting.references import References, squares
 from hasten.fitting.symbolic import PlainSolver, first_order
 from hasten.solvers.multistep import NormalEquations, Row, combine
 
@@ -66,10 +66,10 @@ class Fitter:
         references: the trajectories.
         ridge: how strongly coefficients are drawn to their prior, see `NormalEquations`.
         width: columns per evaluation: 1, or 2 with the differences of the passes.
-        known: yardsticks of the images of each call, `[B]`; by default they are measured.
+        roots: of the weights of the images, see below; by default the yardsticks are measured.
 
     Attributes:
-        roots: square roots of the weights of the images of each call, `[B]`; see `NormalEquations`.
+        roots: square roots of the weights of the images of each call, `[B]`: of the inverse of their yardsticks.
     """
 
     def __init__(
@@ -78,31 +78,30 @@ class Fitter:
         references: References,
         ridge: float,
         width: int,
-        known: Sequence[Tensor] | None = None,
+        roots: Sequence[Tensor] | None = None,
     ) -> None:
         self.evaluator, self.references, self.width = evaluator, references, width
         self._ridge = ridge
         self.calls = tuple(range(len(references.states)))
-        self._yardsticks = self._measured() if known is None else known
-        self.roots = [yardstick.rsqrt() for yardstick in self._yardsticks]
+        self.roots = [yardstick.rsqrt() for yardstick in self._yardsticks()] if roots is None else roots
 
-    def _measured(self) -> list[Tensor]:
-        """The yardsticks, from a run of the first-order solver for each call, on steps of the plain sampler."""
+    def _yardsticks(self) -> list[Tensor]:
+        """What errors of images are divided by: from runs of the first-order solver on steps of the plain sampler."""
         total = self.references.total
         count = min(YARDSTICK, max(1, total // 2))
         times = [self.references.plain.timesteps[round(total * k / count)] for k in range(count)]
         rows = self.prior(times, [*(self.references.level_at(time) for time in times), 0.0])
         with self.evaluator.probing():
             left = [self._left(call, self.follow(call, times, rows, []), rows[-1]) for call in self.calls]
-        return yardsticks(left, [_squares(self.references.states[call][-1]) for call in self.calls])
+        return yardsticks(left, self.references.sizes)
 
     def _left(self, call: int, columns: Sequence[Tensor], row: Row) -> Tensor:
         """The squared error of the final state of each image of a call, `[B]`, on the CPU."""
-        return _squares(combine(columns, row) - self.references.states[call][-1])
+        return squares(combine(columns, row) - self.references.states[call][-1])
 
     def narrowed(self, width: int) -> Fitter:
         """A fitter of the same references with another number of columns."""
-        return Fitter(self.evaluator, self.references, self._ridge, width, self._yardsticks)
+        return Fitter(self.evaluator, self.references, self._ridge, width, self.roots)
 
     def restricted(self, calls: Sequence[int]) -> Fitter:
         """A fitter that looks at some of the calls alone."""
@@ -210,7 +209,7 @@ class Fitter:
     def _leap(self, times: tuple[float, ...], rows: list[Row], columns: list[list[Tensor]]) -> Leap:
         left = [self._left(call, own, rows[-1]) for call, own in zip(self.calls, columns, strict=True)]
         images = sum(map(len, left))
-        size = sum(float(_squares(self.references.states[call][-1]).sum()) for call in self.calls)
+        size = sum(float(self.references.sizes[call].sum()) for call in self.calls)
         relative = [
             float((own * self.roots[call].square()).sum()) / images for call, own in zip(self.calls, left, strict=True)
         ]
@@ -231,8 +230,3 @@ def yardsticks(left: Sequence[Tensor], sizes: Sequence[Tensor]) -> list[Tensor]:
         torch.maximum(own, NEGLIGIBLE * size).clamp_min(middle.clamp_min(TINY))
         for own, size in zip(capped, sizes, strict=True)
     ]
-
-
-def _squares(states: Tensor) -> Tensor:
-    """Sum of the squares of each image, `[B]`, on the CPU in float64."""
-    return states.double().flatten(1).square().sum(1).cpu()

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from hasten.pipeline.replay import Replay
 from hasten.solvers.formula import level_at
 from hasten.solvers.passes import difference, mixture_of, watch_passes
 
-__all__ = ["References", "record_references"]
+__all__ = ["References", "record_references", "squares"]
 
 EXACT = 1e-4  # largest relative error of a state where everything is float32
 ROUNDINGS = 40  # of half precision, in which some schedulers keep the state
@@ -68,6 +68,11 @@ class References:
         """How many images there are."""
         return sum(path.shape[1] for path in self.states)
 
+    @cached_property
+    def sizes(self) -> list[Tensor]:
+        """Squares of the final images of each call, summed, `[B]`."""
+        return [squares(path[-1]) for path in self.states]
+
     @property
     def noise(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Times of the plain sampler and noise levels there, rising from 0; other solvers may begin earlier."""
@@ -103,6 +108,11 @@ class References:
         return path[later - 1] * (math.sin(angles[1] - angles[2]) / width) + path[later] * (
             math.sin(angles[0] - angles[1]) / width
         )
+
+
+def squares(states: Tensor) -> Tensor:
+    """The sum of the squares of each image, `[B]`, on the CPU in float64."""
+    return states.double().flatten(1).square().sum(1).cpu()
 
 
 def _digest(calls: Replay, states: Sequence[Tensor]) -> str:
