@@ -28,6 +28,7 @@ from hasten.bench.thresholds import Trials
 from hasten.caching.default import default_method
 from hasten.calibration import Calibration, Trace
 from hasten.errors import ConfigError, HastenError
+from hasten.fitting.leap_fitter import YARDSTICK
 from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
 from hasten.solvers.content import LEAP
@@ -124,6 +125,8 @@ class Fits:
         """LEAP for all numbers of evaluations."""
         file = self.folder / "leap.safetensors"
         known = Calibration.load(file) if file.exists() else None
+        if known is not None and known.options.get("yardstick") != YARDSTICK:
+            known = None  # of another objective
         missing = [count for count in self.counts if known is None or str(count) not in known.report]
         if not missing:
             assert known is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hasten_zoo.emoji_flux import LEAP as KNOWN_LEAP
 from hasten_zoo.emoji_styles import HERE as STYLES_HERE
 from hasten_zoo.emoji_styles.judge import read_judge
 from hasten_zoo.emoji_styles.model import build_pipeline, build_tokenizer
@@ -22,6 +24,8 @@ from test_readme import script
 
 from hasten.bench.subject import Subject
 from hasten.bench.thresholds import Trials
+from hasten.calibration import Calibration
+from hasten.fitting.leap_fitter import YARDSTICK
 
 SIGNS = {"psnr": 1, "lpips": -1}
 
@@ -209,6 +213,28 @@ def test_fits_are_kept_apart_by_what_they_learn_from(
     assert folder() == found[0]
     monkeypatch.setattr("hasten.__version__", "another")
     assert folder() not in found
+
+
+def test_a_kept_fit_of_leap_that_made_another_error_small_is_made_again(
+    edit_model: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [{"prompt": ["a"], "generator": [torch.Generator().manual_seed(0)]}]
+    known = Calibration.load(KNOWN_LEAP)
+    of_today, of_another = (replace(known, options=known.options | {"yardstick": YARDSTICK + i}) for i in (0, 1))
+    trials = partial(Trials, edit_model, ["c"], 1, 50, {})
+    asked: list[Calibration | None] = []
+
+    def fit(*_: object, known: Calibration | None, **more: object) -> Calibration:
+        asked.append(known)
+        return of_today
+
+    monkeypatch.setattr("hasten.fit_leap", fit)
+    before = replace(known, options={name: one for name, one in known.options.items() if name != "yardstick"})
+    for kept in (of_today, of_another, before):
+        fits = script("fits.py")["Fits"](edit_model.pipe, calls, (9,), trials, tmp_path)
+        kept.save(fits.folder / "leap.safetensors")
+        assert fits.leap.options == of_today.options
+    assert asked == [None, None]
 
 
 def judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, content: dict[str, Any]) -> str:
