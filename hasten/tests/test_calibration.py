@@ -840,10 +840,10 @@ def test_each_pass_has_a_basis_of_its_own(recorded):
 
 def test_moving_averages_by_hand():
     velocity = MovingAverage("velocity", beta=0.5, window=4)
-    # slopes 2 (gap 5) and 1 (gap 2), newest first, shares 2/3 and 1/3
+    # slopes 2 and 1, newest first, shares 2/3 and 1/3, each for as long as it lasted: 5 and 2 steps
     values = {10: 20.0, 5: 10.0, 3: 8.0}
     weights = velocity.weights(13, (10, 5, 3))
-    assert sum(w * v for w, v in zip(weights, values.values(), strict=True)) == pytest.approx(20 + 3 * (2 * 2 + 1) / 3)
+    assert sum(w * v for w, v in zip(weights, values.values(), strict=True)) == pytest.approx(20 + 3 * (2 * 5 + 1) / 6)
     assert velocity.weights(13, (10,)) == [1.0]
     assert MovingAverage("new-heavy", 0.9, 3).weights(9, (8, 4, 2)) == pytest.approx(
         np.array([0.9, 0.09, 0.009]) / 0.999

@@ -9,7 +9,7 @@ whole features are kept and a skipped step projects one tensor: `F^ = reuse + (f
 The paper speaks of an exponential moving average with weight 0.9 and of extrapolation. The readings, as `mode`:
 
 * `"velocity"`: a moving average of the slopes between computed steps, extrapolated from the newest feature,
-  `F0 + x v`, `v <- beta v + (1 - beta) (F0 - F1) / gap`, corrected for its start;
+  `F0 + x c / g`, `c <- beta c + (1 - beta) (F0 - F1)`, `g <- beta g + (1 - beta) gap`;
 * `"taylor"`: the Taylor forecast of order `order`;
 * `"new-heavy"`: a moving average of features that gives the newest a weight of `beta`;
 * `"literal"`: a moving average of features that gives the newest a weight of `1 - beta`, as printed: it lags.
@@ -19,7 +19,7 @@ channels alone, which a forecast of some of them would change. The basis is of f
 which has no part in a forecast of changes, and else takes the first directions for itself.
 
 Departures: both of these; averages run over the computed steps that are kept (`window`), started again at the oldest of
-them.
+them; a slope weighs as long as it lasted, so that those of the first steps, one apart, do not lead long intervals.
 """
 
 from __future__ import annotations
@@ -104,16 +104,17 @@ class MovingAverage:
         if self.mode == "velocity":
             if len(stored) < 2:
                 return [1.0]
-            slopes = [(unit[i] - unit[i + 1]) / (stored[i] - stored[i + 1]) for i in range(len(stored) - 1)]
-            return (unit[0] + (target - stored[0]) * _average(slopes, 1 - self.beta)).tolist()
+            lengths = -np.diff(np.asarray(stored, np.float64))
+            slope = _average(-np.diff(unit, axis=0), 1 - self.beta) / _average(lengths, 1 - self.beta)
+            return (unit[0] + (target - stored[0]) * slope).tolist()
         newest = self.beta if self.mode == "new-heavy" else 1 - self.beta
-        return _average(list(unit), newest).tolist()
+        return _average(unit, newest).tolist()
 
 
-def _average(values: Sequence[Vector], newest: float) -> Vector:
+def _average(values: Vector, newest: float) -> Vector:
     """Exponential moving average of values, newest first, corrected for its start."""
-    shares = np.asarray([newest * (1 - newest) ** i for i in range(len(values))])
-    return np.asarray(sum(share * value for share, value in zip(shares / shares.sum(), values, strict=True)))
+    shares = newest * (1 - newest) ** np.arange(len(values))
+    return np.asarray(np.tensordot(shares / shares.sum(), values, 1))
 
 
 declare_contents("svdcache", {"basis/{pass_}/{key}": Array("float", ("D", "k"), (orthonormal,))})
