@@ -28,6 +28,7 @@ from page_tables.costs import cost_table, memory_table, overhead_table, shape_ta
 from page_tables.coverage import coverage, denoisers_table, matrix_table
 from page_tables.judged import fashion_table, leap_or_distilled_table, styles_table
 from page_tables.leap import ablation_table, fits_table, pipelines_table, range_table, second_table
+from page_tables.peers import peers_table
 from page_tables.quality import certificates_table
 from page_tables.resolution import (
     cells_table,
@@ -60,6 +61,7 @@ DEFAULTS = [
     "default-emoji-styles-guided.json",
     "default-emoji-styles-28-guided.json",
 ]
+STYLES = ["styles.json", "styles-unguided.json"]
 SECOND = ["leap-flux-guided.json", "leap-flux.json", "leap-wan.json", "leap-kontext.json", "leap-turbo.json"]
 TABLES = {
     "front": front_table,
@@ -80,8 +82,9 @@ TABLES = {
     "caching-premises": lambda: premises_table(PREMISES),
     "hyca-solvers": lambda: hyca_table(MEASURED),
     "caching-module": lambda: caching_table(["caching-module.json"]),
+    "peers": lambda: peers_table(["front", "peers-guided"], STYLES, "fashion-dit.json"),
     "fashion": lambda: fashion_table("fashion-dit.json"),
-    "styles": lambda: styles_table(["styles.json", "styles-unguided.json"]),
+    "styles": lambda: styles_table(STYLES),
     "leap-or-distilled": lambda: leap_or_distilled_table("styles.json"),
     "leap-second": lambda: second_table(SECOND),
     "leap-range": lambda: range_table(read("leap-flux-range.json")),

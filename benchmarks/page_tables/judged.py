@@ -46,7 +46,7 @@ def fashion_table(name: str) -> str:
             shown = rows.get(AT, {})
             lead = shown.get("against")
             above = "" if lead is None else f"{lead['ahead']:+.2f} {_interval(lead, 2)}"
-            cells = [f"{scale:g}", _arm(arm), *(cell(rows.get(n, {}).get("frechet"), 2) for n in counts)]
+            cells = [f"{scale:g}", arm_title(arm), *(cell(rows.get(n, {}).get("frechet"), 2) for n in counts)]
             cells += [cell(shown.get("really_computed"), 1), above]
             lines.append(table_row([*cells, cell(shown.get("recall"), 2), cell(shown.get("psnr"), 1)]))
     told = (
@@ -77,10 +77,10 @@ def styles_table(names: list[str]) -> str:
         nearest = _nearest_plain(rows, result["plain"])
         for name, row in sorted(rows.items(), key=lambda item: item[1]["ratio"]):
             if "against_four" not in row and name in nearest:
-                cells = [scale, _arm(name), cell(row["ratio"], 2)]
+                cells = [scale, arm_title(name), cell(row["ratio"], 2)]
                 lines.append(table_row(cells + _measures(row, "against")))
     one = results[0]
-    plain = ", ".join(_arm(name) for name in one["plain"])
+    plain = ", ".join(arm_title(name) for name in one["plain"])
     told = (
         f"emoji-styles, {one['pairs']} held-out combinations of style and concept, means; plain samplers with the "
         f"fewest steps that cost at least as many operations, by each measure the best of {len(one['plain'])} chosen "
@@ -134,7 +134,7 @@ def _distilled_table(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
         heads += [title, "better than it with so many steps by (95 %)", "better than it with its four by (95 %)"]
     lines = [table_row(heads), "|---" + "|--:" * (len(heads) - 1) + "|"]
     for name, row in sorted(found, key=lambda item: item[1]["ratio"]):
-        cells = [_arm(name.removeprefix(TURBO)), cell(row["ratio"], 2), str(row["against"]["steps"])]
+        cells = [arm_title(name.removeprefix(TURBO)), cell(row["ratio"], 2), str(row["against"]["steps"])]
         lines.append(table_row(cells + _measures(row, "against", "against_four")))
     told = (
         "The rival is the distilled model alone, not a plain sampler: with the fewest steps that cost at least as "
@@ -164,7 +164,8 @@ def _interval(lead: dict[str, Any], digits: int) -> str:
     return f"({low:+.{digits}f} to {high:+.{digits}f})"
 
 
-def _arm(text: str) -> str:
+def arm_title(text: str) -> str:
+    """An arm of a script's file as tables show it, ours in bold."""
     name, _, count = text.partition("@")
     distilled = "distilled, " if name.startswith(TURBO) else ""
     name = name.removeprefix(TURBO)
@@ -187,7 +188,7 @@ def _refusals(refused: list[Refusal]) -> list[str]:
     """Arms that have no figures, with the guidance and the reason; arms with one reason together."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for arm, scale, reason in refused:
-        reasons.setdefault((reason, scale), []).append(_arm(arm).replace("**", ""))
+        reasons.setdefault((reason, scale), []).append(arm_title(arm).replace("**", ""))
     told = "; ".join(
         f"{', '.join(arms)} (guidance {scale}): {reason.rstrip('.')}" for (reason, scale), arms in reasons.items()
     )

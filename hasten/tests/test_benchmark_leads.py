@@ -375,3 +375,48 @@ def test_arms_of_edits_can_be_read_and_those_that_cannot_end_the_benchmark(
     monkeypatch.setattr("sys.argv", ["styles_edit.py", "--arms", "specedti", "--json", str(tmp_path / "none.json")])
     with pytest.raises(SystemExit, match="arm 'specedti'"):
         edits["main"]()
+
+
+def test_the_table_of_peers_has_the_best_of_each_and_a_second_line_where_that_costs_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    table = script("tables.py")["peers_table"]
+    for function in (table.__globals__["_groups"], table.__globals__["read"]):
+        monkeypatch.setitem(function.__globals__, "ROOT", tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+
+    def one(psnr: list[float], flops: float) -> dict[str, Any]:
+        return {"flops": flops, "figures": {"full_psnr": psnr}, "means": {"full_lpips": 0.5 / psnr[0]}}
+
+    rows = {
+        "leap@9": one([50.0, 52.0], 10.0),
+        "foca:schedule=even@9": one([40.0, 42.0], 10.0),
+        "hicache:schedule=even@9": one([30.0, 62.0], 10.0),
+        "peer:dbcache@9": one([39.0, 39.0], 20.0),
+        "peer:hermite@9": one([33.0, 35.0], 10.0),
+        "unipc@9": one([38.0, 38.0], 9.0),
+        "turbo foca@9": one([90.0, 90.0], 1.0),
+        "fresco:preset=18": one([90.0, 90.0], 1.0),
+        "foca:schedule=even@7": one([40.0, 42.0], 10.0),
+        "unipc@7": one([38.0, 38.0], 9.0),
+        "peer:hermite@7": {"refused": "no such thing"},
+    }
+    styles = {"plain": ["unipc"], "guidance": 3.0, "rows": rows}
+    fashion = [
+        {"guidance": 1.5, "computed_steps": 9, "arm": arm, "flops": flops, "psnr": psnr, "frechet": 3.0}
+        for arm, flops, psnr in [("foca", 1.0, 39.0), ("peer:hermite", 1.0, 34.0), ("dpmpp:spacing=beta", 1.0, 36.0)]
+    ]
+    for name, content in (("styles.json", styles), ("fashion.json", {"rows": fashion})):
+        (tmp_path / "benchmarks" / name).write_text(json.dumps(content))
+    lines = table([], ["styles.json", "absent.json"], "fashion.json").splitlines()[2:-2]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [line[3:9] for line in cells] == [
+        ["**hicache, even steps**", "46.0", "dbcache (another library)", "39.0", "+7.0 (-9.0 to +23.0)", "2.00"],
+        ["**hicache, even steps**", "46.0", "hermite (another library)", "34.0", "+12.0 (-3.0 to +27.0)", "1.00"],
+        ["**foca**", "39.0", "hermite (another library)", "34.0", "+5.0", "1.00"],
+    ]
+    assert [line[11:] for line in cells] == [
+        ["plain UniPC", "38.0", "+8.0 (-8.0 to +24.0)"],
+        ["plain UniPC", "38.0", "+8.0 (-8.0 to +24.0)"],
+        ["plain DPM-Solver++, beta", "36.0", "+3.0"],
+    ]
