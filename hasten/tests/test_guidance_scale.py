@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from typing import Any
 
 import diffusers
@@ -18,7 +20,7 @@ from test_unets import sdxl  # noqa: F401 - a fixture
 
 import hasten
 from hasten.caching.predictors import hermite_coefficient
-from hasten.pipeline.guidance import mixing_scale
+from hasten.pipeline.guidance import FROM_ZERO, mixing_scale
 
 METHOD = hasten.HiCache(sigma=0.7, guided_sigma=0.3, order=1, interval=3)
 
@@ -37,9 +39,16 @@ class Other(DiffusionPipeline):
         return mixing_scale()
 
 
+class ZImagePipeline(Other):
+    """Of the name of one that counts from 0."""
+
+
 @pytest.mark.parametrize(
     ("pipe", "call", "scale"),
     [
+        (ZImagePipeline, {"guidance_scale": 4.0}, 5.0),
+        (ZImagePipeline, {"guidance_scale": 0.5}, 1.5),
+        (ZImagePipeline, {"guidance_scale": 0.0}, None),
         (Embedded, {"true_cfg_scale": 4, "negative_prompt": "cat"}, 4.0),
         (Embedded, {"true_cfg_scale": np.float32(2.5), "negative_prompt": "cat"}, 2.5),
         (Embedded, {"true_cfg_scale": torch.tensor([2.5])}, 2.5),
@@ -62,6 +71,17 @@ def test_the_scale_that_mixes_passes_is_that_of_the_call(pipe: Any, call: dict[s
     assert mixing_scale() is None
 
 
+@pytest.mark.parametrize("name", [name for name in dir(diffusers) if re.search("(?<!Modular)Pipeline$", name)])
+def test_pipelines_that_count_from_zero_are_those_of_the_list(name: str) -> None:
+    """By what they compute: a prediction away from the one that is denied, added to the one that is asked for."""
+    try:
+        source = inspect.getsource(getattr(diffusers, name).__call__)
+    except (TypeError, RuntimeError, ImportError):
+        pytest.skip("cannot be imported here")
+    adds = re.search(r"= (\w+) \+ (?:self\.|current_)?guidance_scale \* \(\s*\1 - ", source)
+    assert bool(adds) == name.startswith(FROM_ZERO)
+
+
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     """The scales that the method is asked for."""
     scales: list[float | None] = []
@@ -81,10 +101,12 @@ def test_each_of_two_experts_has_its_own_scale(monkeypatch: pytest.MonkeyPatch) 
 def test_a_guider_tells_its_scale(sdxl: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     scales = logged(monkeypatch)
     pipe = assembled(diffusers.StableDiffusionXLAutoBlocks(), sdxl.components)
-    pipe.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=2.0))
-    with hasten.accelerate(pipe, METHOD):
-        draw_modular(pipe, height=16, width=16)
-    assert scales == [2.0]
+    for from_zero in (False, True):
+        guider = diffusers.ClassifierFreeGuidance(guidance_scale=2.0, use_original_formulation=from_zero)
+        pipe.update_components(guider=guider)
+        with hasten.accelerate(pipe, METHOD):
+            draw_modular(pipe, height=16, width=16)
+    assert scales == [2.0, 3.0]
 
 
 def test_every_run_goes_by_its_own_scale() -> None:

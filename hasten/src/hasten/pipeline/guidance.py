@@ -17,6 +17,8 @@ PROMPTS_AGAINST = ("negative_prompt", "negative_prompt_embeds")
 SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
 # By which pipelines mix passes in besides, or in another way.
 OTHER_SCALES = ("image_guidance_scale", "img_guidance_scale", "modality_scale", "pag_scale", "stg_scale")
+# How the names of pipelines begin that count from 0: cond + scale (cond - uncond).
+FROM_ZERO = ("Cosmos2", "CosmosTextToWorld", "CosmosVideoToWorld", "Krea2", "ZImage")
 
 
 def mixing_scale() -> float | None:
@@ -26,7 +28,7 @@ def mixing_scale() -> float | None:
     the former counts. Of two experts each has its own.
 
     Returns:
-        the scale as the call gives it; None where it does not show, or where the passes are mixed by something else.
+        the scale, 1 being none; None where it does not show, or where the passes are mixed by something else.
     """
     caller = Caller()
     given = caller.arguments
@@ -34,8 +36,15 @@ def mixing_scale() -> float | None:
         return None
     # Wan and Lucy keep the scale of the expert under way; modular and some other pipelines have a guider.
     scales = [caller.local("current_guidance_scale"), *(given[name] for name in SCALES if name in given)]
-    scales.append(getattr(getattr(caller.pipe, "guider", None), "guidance_scale", None))
+    guider = getattr(caller.pipe, "guider", None)
+    scales.append(getattr(guider, "guidance_scale", None))
     scale = one_number(next((value for value in scales if value is not None), None))
+    if guider is None:
+        from_zero = any(kind.__name__.startswith(FROM_ZERO) for kind in type(caller.pipe).__mro__)
+    else:
+        from_zero = getattr(guider, "use_original_formulation", False)
+    if scale is not None and from_zero:
+        scale += 1
     return scale if scale is not None and scale > 1 else None
 
 
