@@ -34,7 +34,7 @@ from hasten.caching.methods.hyca import CANDIDATES
 from hasten.calibration import Trace
 from hasten.errors import ConfigError, ScheduleError
 from hasten.io import write_atomically
-from held_out import HeldOut, check_asked, check_weights, weights_of
+from held_out import HeldOut, check_asked, check_weights, is_settled, weights_of
 from torch import Tensor
 
 ARMS = (
@@ -122,9 +122,8 @@ class Measure:
         )
 
     def has(self, key: str) -> bool:
-        """Whether a row is not to be measured: it has figures, or this same commit could not run it."""
-        row = self.rows.get(key)
-        return row is not None and ("psnr" in row or row.get("commit") == environment()["commit"])
+        """Whether a row is not to be measured."""
+        return is_settled(self.rows.get(key), environment()["commit"])
 
     def measured(self, images: Sequence[Tensor]) -> dict[str, Any]:
         """Figures of a row: PSNR of every prompt, and what they come to."""

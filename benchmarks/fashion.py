@@ -43,7 +43,7 @@ from hasten_zoo.fashion_dit.data import load_fashion_data, scaled
 from hasten_zoo.fashion_dit.distances import Gaussian
 from hasten_zoo.fashion_dit.evaluate import Judge, generate
 from hasten_zoo.fashion_dit.model import load_pipeline
-from held_out import check_asked, check_weights, weights_of
+from held_out import check_asked, check_weights, is_settled, weights_of
 from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save
@@ -162,11 +162,6 @@ def interval(values: Sequence[float]) -> list[float]:
 def key_of(row: dict[str, Any]) -> tuple[float, str, int]:
     """What a row is of."""
     return row["guidance"], row["arm"], row["computed_steps"]
-
-
-def is_settled(row: dict[str, Any], commit: str) -> bool:
-    """Whether an arm is not to be measured again: it has figures, or this same commit could not run it."""
-    return "frechet" in row or row["commit"] == commit
 
 
 def against(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

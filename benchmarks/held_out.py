@@ -41,6 +41,11 @@ def weights_of(model: Subject) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:8]
 
 
+def is_settled(row: Mapping[str, Any] | None, commit: str) -> bool:
+    """Whether an arm is not to be measured again: its row has figures, or this same commit could not run it."""
+    return row is not None and (row.keys().isdisjoint(("refused", "failed")) or row.get("commit") == commit)
+
+
 def check_weights(known: dict[str, Any], model: Subject, file: Path) -> None:
     """End the program if results that are gone on with are of other weights, or do not say of which.
 

@@ -20,7 +20,7 @@ from hasten.bench.plain import plain_samplers
 from hasten.bench.subject import Subject
 from hasten.io import write_atomically
 from hasten.quality.metrics import PSNR_CEILING
-from held_out import FAILS, check_asked, check_weights, weights_of
+from held_out import FAILS, check_asked, check_weights, is_settled, weights_of
 
 RESAMPLES = 2000
 ALIKE = 1e-6  # difference of operations that is none
@@ -49,9 +49,8 @@ class Results:
         self.rows: dict[str, Row] = self.whole.setdefault("rows", {})
 
     def has(self, text: str) -> bool:
-        """Whether an arm is not to be measured: it has figures, or this same commit could not run it."""
-        row = self.rows.get(text)
-        return row is not None and ("figures" in row or row.get("commit") == self.commit)
+        """Whether an arm is not to be measured."""
+        return is_settled(self.rows.get(text), self.commit)
 
     def add(self, text: str, flops: Sequence[int], figures: Figures, **more: Any) -> Row:
         """Write a new row, with the commit that it was measured on; the first one is the full run, to which the

@@ -44,6 +44,7 @@ from reference import part as reference_part
 
 PREMISES = ["caching-premises.json", "caching-premises-guided.json"]
 CACHING = [MEASURED, "caching-emoji-flux-guided.json", "caching-emoji-kontext.json", "caching-sprites-wan.json"]
+CACHING += ["caching-emoji-styles.json", "caching-emoji-styles-guided.json"]
 DEFAULTS = [
     "default-emoji-flux.json",
     "default-emoji-flux-guided.json",
