@@ -42,9 +42,9 @@ def clean_and_noise(x, signal, noise):
     return MEAN + signal * SPREAD**2 / variance * rest, noise / variance * rest
 
 
-def flow(scheduler, steps):
-    """A run of a flow-matching model."""
-    scheduler.set_timesteps(steps, sigmas=np.linspace(1, 1 / steps, steps))
+def flow(scheduler, steps, **levels):
+    """A run of a flow-matching model, by default with levels that its pipeline asks for."""
+    scheduler.set_timesteps(steps, **(levels or {"sigmas": np.linspace(1, 1 / steps, steps)}))
     scheduler.set_begin_index(0)
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     for timestep in scheduler.timesteps:
@@ -63,6 +63,26 @@ def variance_preserving(scheduler, steps):
         _, noise = clean_and_noise(x, kept**0.5, (1 - kept) ** 0.5)
         x = scheduler.step(noise, timestep, scheduler.scale_model_input(x, timestep), return_dict=False)[0]
     return x
+
+
+@pytest.mark.parametrize(("solver", "share"), [("euler", 0.95), ("unipc", 0.8), ("dpmpp", 0.8)])
+def test_few_steps_of_linear_spacing_do_not_lose_the_last_of_them(solver, share):
+    """As they do at the levels of a scheduler's own, where a pipeline, as Wan's, asks it for none."""
+    own = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    exact = flow(own, 2000)
+    errors, last = {}, {}
+    for spacing in ("", "linear"):
+        with Sampler(solver, spacing)(pipe := SimpleNamespace(scheduler=own)):
+            errors[spacing] = float((flow(pipe.scheduler, 9, sigmas=None) - exact).norm())
+            last[spacing] = float(pipe.scheduler.sigmas[-2])
+    assert last["linear"] == pytest.approx(3 / 11)  # 1 / 9, shifted
+    assert last[""] < 0.01
+    assert errors["linear"] < share * errors[""]
+
+
+def test_linear_spacing_is_refused_where_a_pipeline_asks_for_levels_of_its_own(pipe):
+    with Sampler("unipc", "linear")(pipe), pytest.raises(ConfigError, match="ask for no levels of their own"):
+        pipe("red apple", num_inference_steps=5, output_type="latent", **CALL)
 
 
 @pytest.mark.parametrize("spacing", ["", "karras", "exponential", "beta"])
@@ -89,9 +109,9 @@ def test_solvers_of_a_variance_preserving_model_come_to_the_same_sample(solver, 
     own = DDIMScheduler(**config, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading")
     pipe = SimpleNamespace(scheduler=own)
     exact = variance_preserving(own, 1000)
-    if (solver, spacing) == ("unipc", "lambda"):
+    if (solver, spacing) == ("unipc", "lambda") or spacing == "linear":
         with (
-            pytest.raises(ConfigError, match="UniPCMultistepScheduler has no lambda spacing"),
+            pytest.raises(ConfigError, match=f"MultistepScheduler has no {spacing} spacing"),
             Sampler(solver, spacing)(pipe),
         ):
             pass

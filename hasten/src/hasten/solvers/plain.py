@@ -4,6 +4,9 @@ A model's own spacing is what its pipeline asks the scheduler for. The others ar
 diffusers offer: Karras, exponential and beta spacing of the noise levels, and steps uniform in lambda (half the
 logarithm of the signal-to-noise ratio). For a flow-matching model the class of its own scheduler makes the noise
 levels, and every solver follows them; for a variance-preserving one each solver makes its own.
+
+Pipelines that ask the scheduler of a flow for no levels (Wan, Stable Diffusion 3) get some that end at a thousandth,
+and lose the last of a few steps to it. The solvers of diffusers end at one n-th there, as the linear spacing does.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
@@ -22,12 +26,14 @@ from hasten.errors import ConfigError
 __all__ = ["SOLVERS", "SPACINGS", "Sampler", "is_flow"]
 
 SOLVERS = ("euler", "unipc", "dpmpp")
+LINEAR = "linear"
 SPACINGS = {
     "": "",
     "karras": "use_karras_sigmas",
     "exponential": "use_exponential_sigmas",
     "beta": "use_beta_sigmas",
     "lambda": "use_lu_lambdas",
+    LINEAR: "",  # from 1 to 1 / n in equal steps, before the shift; no setting of a scheduler
 }
 NEARLY_ONE = 1 - 1e-6  # of noise: at 1 the signal-to-noise ratio has no logarithm
 
@@ -80,6 +86,28 @@ class _DPMSolver(_Following, DPMSolverMultistepScheduler):
     """DPM-Solver++ 2M along another scheduler's noise levels."""
 
 
+class _Linear:
+    """A scheduler of a flow with levels in equal steps from 1 to 1 / n, where its pipeline asks for none."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Prepare a run.
+
+        Raises:
+            ConfigError: if the pipeline asks for levels of its own.
+        """
+        if sigmas is not None or num_inference_steps is None:
+            raise ConfigError("linear spacing is for pipelines that ask for no levels of their own, and this one does")
+        prepare: Any = super()
+        levels = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        prepare.set_timesteps(num_inference_steps, device, sigmas=levels, **({} if mu is None else {"mu": mu}))
+
+
 FOLLOWING: dict[str, Any] = {"unipc": _UniPC, "dpmpp": _DPMSolver}
 VARIANCE_PRESERVING = {"unipc": UniPCMultistepScheduler, "dpmpp": DPMSolverMultistepScheduler}
 
@@ -119,7 +147,12 @@ class Sampler:
             pipe.scheduler = original
 
     def _flow(self, original: Any) -> Any:
-        leader = _spaced(type(original), original.config, self.spacing)
+        kind: Any = type(original)
+        if self.spacing == LINEAR and "sigmas" in inspect.signature(kind.set_timesteps).parameters:
+            linear: Any = type(f"Linear{kind.__name__}", (_Linear, kind), {})
+            leader = linear.from_config(original.config)
+        else:
+            leader = _spaced(kind, original.config, self.spacing)
         if self.solver == "euler":
             return leader
         # The solver keeps the pipeline's settings, from which pipelines compute a shift; the leader heeds them.
@@ -147,6 +180,6 @@ def _spaced(kind: Any, config: Any, spacing: str, **more: Any) -> Any:
         ConfigError: if the class does not have it.
     """
     flag = SPACINGS[spacing]
-    if flag and flag not in inspect.signature(kind.__init__).parameters:
+    if spacing and flag not in inspect.signature(kind.__init__).parameters:
         raise ConfigError(f"{kind.__name__} has no {spacing} spacing")
     return kind.from_config(config, **({flag: True} if flag else {}), **more)
