@@ -17,6 +17,7 @@ from page_tables.judged import arm_title
 OURS, PEER, PLAIN = "hasten", "peer", "plain"
 AS_MANY = 1.1  # times our operations: more than that, and the best of those that stay below has a line too
 NO_CACHES = ("leap", "leapcache")  # what learns from runs of the model is compared on pages of its own
+FASHION = "fashion-dit"
 UNMARKED = "peer:"  # before the arms of other libraries in files of scripts
 
 
@@ -28,15 +29,15 @@ class Measured:
         name: as the table shows it.
         whose: `OURS`, `PEER` or `PLAIN`.
         psnr: dB to the full run of each prompt, or their mean alone.
-        flops: operations per image.
-        looks: perceptual distance, less is nearer.
+        flops: operations per image, NaN where they are not counted.
+        looks: perceptual distance, less is nearer; None where it is not measured.
     """
 
     name: str
     whose: str
     psnr: tuple[float, ...]
     flops: float
-    looks: float
+    looks: float | None
 
     @property
     def mean(self) -> float:
@@ -55,7 +56,7 @@ class Group:
 
     def best(self, whose: str, most: float = math.inf) -> Measured | None:
         """The arm with the highest mean, of those with at most so many operations."""
-        some = (arm for arm in self.arms if arm.whose == whose and arm.flops <= most)
+        some = (arm for arm in self.arms if arm.whose == whose and not arm.flops > most)
         return max(some, key=lambda arm: arm.mean, default=None)
 
 
@@ -79,7 +80,8 @@ def peers_table(benches: list[str], styles: list[str], fashion: str) -> str:
         peers = dict.fromkeys(group.best(PEER, most) for most in (math.inf, AS_MANY * own.flops))
         lines += [_line(group, own, peer, plain) for peer in peers if peer is not None]
     told = (
-        "Mean PSNR to the full run, without LEAP and what stands on it; the best of each kind by that mean; mean "
+        "Mean PSNR to the full run, without LEAP and what stands on it; the best of each kind by that mean, and how "
+        "many of ours were measured there; mean "
         "leads, with intervals by a paired bootstrap over prompts where images are compared one by one. Perceptual "
         "distance: LPIPS to the full run; fashion-dit: Frechet distance to real images. Thresholds of gates are "
         "those that compute as many steps."
@@ -88,9 +90,12 @@ def peers_table(benches: list[str], styles: list[str], fashion: str) -> str:
 
 
 def _line(group: Group, own: Measured, peer: Measured, plain: Measured) -> str:
+    digits = 2 if group.model == FASHION else 4
     cells = [group.model, "-" if group.guidance == 1 else f"{group.guidance:g}", str(group.count)]
-    cells += [own.name, cell(own.mean, 1), peer.name, cell(peer.mean, 1), _ahead(own, peer)]
-    cells += [f"{peer.flops / own.flops:.2f}", *(cell(arm.looks, 4 if arm.looks < 1 else 2) for arm in (own, peer))]
+    measured = sum(arm.whose == OURS for arm in group.arms)
+    cells += [f"{own.name} (of {measured})", cell(own.mean, 1), peer.name, cell(peer.mean, 1), _ahead(own, peer)]
+    cost = peer.flops / own.flops
+    cells += [cell(None if math.isnan(cost) else cost, 2), *(cell(arm.looks, digits) for arm in (own, peer))]
     return table_row([*cells, plain.name, cell(plain.mean, 1), _ahead(own, plain)])
 
 
@@ -123,19 +128,23 @@ def _of_bench(result: Any) -> Iterator[Group]:
 def _of_row(row: Row) -> Measured:
     whose = row.library if row.library in (OURS, PLAIN) else PEER
     psnr = tuple(float(one["psnr"]) for one in row.per_prompt)
-    return Measured(f"**{row.name}**" if whose == OURS else row.name, whose, psnr, row.flops or 0, row.lpips or 0)
+    name = f"**{row.name}**" if whose == OURS else row.name
+    return Measured(name, whose, psnr, math.nan if row.flops is None else row.flops, row.lpips)
 
 
 def _of_styles(result: dict[str, Any]) -> Iterator[Group]:
     rows = {name: row for name, row in result["rows"].items() if "full_psnr" in row.get("figures", {})}
     split = {name: name.partition("@") for name in rows}
+
+    def looks(name: str) -> float | None:
+        return rows[name]["means"].get("full_lpips")
+
     for count in sorted({int(count) for _, _, count in split.values() if count}, reverse=True):
         arms = [
-            Measured(arm_title(arm), whose, tuple(rows[name]["figures"]["full_psnr"]), rows[name]["flops"], looks)
+            Measured(arm_title(arm), whose, tuple(rows[name]["figures"]["full_psnr"]), rows[name]["flops"], looks(name))
             for name, (arm, _, steps) in split.items()
             if steps == str(count)
             and (whose := _whose(arm, result["plain"])) is not None
-            and (looks := rows[name]["means"]["full_lpips"]) is not None
         ]
         yield Group("emoji-styles", result["guidance"], count, tuple(arms))
 
@@ -150,7 +159,7 @@ def _of_fashion(result: dict[str, Any]) -> Iterator[Group]:
             if (row["guidance"], row["computed_steps"]) == (scale, count)
             and (whose := _whose(row["arm"], plain)) is not None
         ]
-        yield Group("fashion-dit", scale, count, tuple(arms))
+        yield Group(FASHION, scale, count, tuple(arms))
 
 
 def _whose(arm: str, plain: Iterable[str]) -> str | None:

@@ -381,7 +381,7 @@ def test_the_table_of_peers_has_the_best_of_each_and_a_second_line_where_that_co
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     table = script("tables.py")["peers_table"]
-    for function in (table.__globals__["_groups"], table.__globals__["read"]):
+    for function in (table.__globals__["_groups"], table.__globals__["read"], table.__globals__["result_of"]):
         monkeypatch.setitem(function.__globals__, "ROOT", tmp_path)
     (tmp_path / "benchmarks").mkdir()
 
@@ -403,20 +403,42 @@ def test_the_table_of_peers_has_the_best_of_each_and_a_second_line_where_that_co
     }
     styles = {"plain": ["unipc"], "guidance": 3.0, "rows": rows}
     fashion = [
-        {"guidance": 1.5, "computed_steps": 9, "arm": arm, "flops": flops, "psnr": psnr, "frechet": 3.0}
-        for arm, flops, psnr in [("foca", 1.0, 39.0), ("peer:hermite", 1.0, 34.0), ("dpmpp:spacing=beta", 1.0, 36.0)]
+        {"guidance": 1.5, "computed_steps": 9, "arm": arm, "flops": flops, "psnr": psnr, "frechet": frechet}
+        for arm, flops, psnr, frechet in [
+            ("foca", 1.0, 39.0, 3.0),
+            ("peer:hermite", 1.0, 34.0, 4.0),
+            ("dpmpp:spacing=beta", 1.0, 36.0, 3.0),
+        ]
     ]
     for name, content in (("styles.json", styles), ("fashion.json", {"rows": fashion})):
         (tmp_path / "benchmarks" / name).write_text(json.dumps(content))
     lines = table([], ["styles.json", "absent.json"], "fashion.json").splitlines()[2:-2]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert [line[3:9] for line in cells] == [
-        ["**hicache, even steps**", "46.0", "dbcache (another library)", "39.0", "+7.0 (-9.0 to +23.0)", "2.00"],
-        ["**hicache, even steps**", "46.0", "hermite (another library)", "34.0", "+12.0 (-3.0 to +27.0)", "1.00"],
-        ["**foca**", "39.0", "hermite (another library)", "34.0", "+5.0", "1.00"],
-    ]
-    assert [line[11:] for line in cells] == [
-        ["plain UniPC", "38.0", "+8.0 (-8.0 to +24.0)"],
-        ["plain UniPC", "38.0", "+8.0 (-8.0 to +24.0)"],
-        ["plain DPM-Solver++, beta", "36.0", "+3.0"],
-    ]
+    own = ["emoji-styles", "3", "9", "**hicache, even steps** (of 2)", "46.0"]
+    plain = ["plain UniPC", "38.0", "+8.0 (-8.0 to +24.0)"]
+    dear = ["dbcache (another library)", "39.0", "+7.0 (-9.0 to +23.0)", "2.00", "0.0167", "0.0128"]
+    cheap = ["hermite (another library)", "34.0", "+12.0 (-3.0 to +27.0)", "1.00", "0.0167", "0.0152"]
+    assert cells[:2] == [own + dear + plain, own + cheap + plain]
+    assert " | ".join(cells[2]) == (
+        "fashion-dit | 1.5 | 9 | **foca** (of 1) | 39.0 | hermite (another library) | 34.0 | +5.0 | 1.00 | 3.00 | 4.00 "
+        "| plain DPM-Solver++, beta | 36.0 | +3.0"
+    )
+    assert len(cells) == 3
+
+
+def test_the_table_of_peers_of_a_bench_is_by_its_library_and_number() -> None:
+    tables = script("tables.py")
+    front = tables["read"]("front.json")["rows"]
+    lines = tables["peers_table"](["front"], [], "").splitlines()[2:-2]
+    for line in lines:
+        model, guidance, count, own, mean, peer, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+        assert (model, guidance) == ("emoji-flux", "-")
+        rows = [row for row in front if row["budget"] == int(count) and row["psnr"] is not None]
+        means = {row["id"]: sum(one["psnr"] for one in row["per_prompt"]) / 32 for row in rows}
+        own_rows = [row for row in rows if row["library"] == "hasten" and row["method"] != "leap"]
+        caches = {row["id"]: means[row["id"]] for row in own_rows}
+        assert mean == f"{max(caches.values()):.1f}"
+        assert own.endswith(f"(of {len(caches)})")
+        library = peer.rpartition("(")[2].rstrip(")")
+        assert library in {row["library"] for row in rows} - {"hasten", "plain"}
+    assert {line.split("|")[3].strip() for line in lines} == {"12", "9", "7", "5"}

@@ -1,6 +1,7 @@
 """Recording, fitting, saving and refusing calibrations; L2P, HyCa and SVD-Cache."""
 
 import json
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from pipelines import draw, make_pipe
 
 import hasten
+from hasten import registry
 from hasten.bench import subject
 from hasten.caching import computed_steps
 from hasten.caching.calibrated import forecast_error, gram_of
@@ -699,6 +701,19 @@ def test_with_guidance_solvers_are_chosen_by_the_mean_square(recorded):
             hasten.HyCa(calibration=fitted, interval=4, criterion=name).chosen for name in (None, criterion, other)
         )
         assert chosen == asked != unlike
+
+
+@pytest.mark.parametrize("name", ["hyca", "svdcache"])
+def test_guidance_that_was_not_calibrated_is_warned_of(recorded, calibrations, name):
+    pipe, _ = recorded
+    method = registry.info(name).config(calibration=calibrations[name], interval=4)
+    guided = {"true_cfg_scale": 3.0, "negative_prompt": "banana"}
+    with hasten.accelerate(pipe, method):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", HastenWarning)
+            draw(pipe, STEPS)
+        with pytest.warns(HastenWarning, match=f"{name}: calibrated on the passes cond, this run has uncond too"):
+            draw(pipe, STEPS, **guided)
 
 
 def test_clusters_are_found_again():

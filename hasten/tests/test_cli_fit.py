@@ -144,7 +144,7 @@ def test_tune_chooses_the_parameters_of_one_method_and_goes_on(emoji, monkeypatc
 def test_tune_fits_what_the_method_needs(emoji, monkeypatch, capsys, tmp_path):
     arguments = ("--method", "svdcache", "--try", "mode=velocity,taylor", "--computed-steps", 4, "--prompts", 2)
     assert command(monkeypatch, capsys, "tune", *arguments, *SMALL, "--out", tmp_path)[0] == 0
-    file = tmp_path / "svdcache.safetensors"
+    (file,) = tmp_path.glob("svdcache-*.safetensors")
     assert Calibration.load(file).fingerprint.domain == "normed"
     assert str(file) in json.loads((tmp_path / "tuned-svdcache.json").read_text())["best"]["4"]["method"]
     # With another calibration of the same name what was tried has to be tried again.
@@ -155,6 +155,24 @@ def test_tune_fits_what_the_method_needs(emoji, monkeypatch, capsys, tmp_path):
     replace(Calibration.load(file), options={"energy": 0.7}).save(file)
     assert command(monkeypatch, capsys, "tune", *arguments, *SMALL, "--out", tmp_path)[0] == 0
     assert len(drawn) - alone == alone + 2
+    # Nor is one for another guidance or number of steps taken for one for these.
+    for others, steps in ((("--guidance", 3), 10), (("--steps", 12), 12)):
+        assert command(monkeypatch, capsys, "tune", *arguments, *SMALL, *others, "--out", tmp_path)[0] == 0
+        method = json.loads((tmp_path / "tuned-svdcache.json").read_text())["best"]["4"]["method"]
+        fingerprint = registry.parse(method)[0].fitted.fingerprint
+        assert fingerprint.steps == steps
+        assert fingerprint.passes == (("cond", "uncond") if "--guidance" in others else ("cond",))
+    assert len([*tmp_path.glob("svdcache-*.safetensors")]) == 3
+
+
+def test_tune_says_where_settings_are_left_untried(emoji, monkeypatch, capsys, tmp_path):
+    arguments = ("--method", "hicache:schedule=even", "--try", "sigma=0.4,0.6", "--computed-steps", 4, "--prompts", 2)
+    for trials, said in ((2, True), (9, False)):
+        code, out, _ = command(
+            monkeypatch, capsys, "tune", *arguments, *SMALL, "--trials", trials, "--out", tmp_path / str(trials)
+        )
+        assert code == 0
+        assert ("4 computed steps: 2 trials left settings untried" in " ".join(out.split())) == said
 
 
 @pytest.mark.parametrize(
@@ -164,6 +182,8 @@ def test_tune_fits_what_the_method_needs(emoji, monkeypatch, capsys, tmp_path):
         (("--method", "hicache", "--max-error", "0.1"), "leave out --max-error"),
         (("--method", "hicache", "--try", "sigm=0.4"), "--try takes a parameter of hicache"),
         (("--method", "hicache", "--try", "sigma=2"), "sigma must be"),
+        (("--method", "hicache", "--try", "sigma=0.4", "--try", "sigma=0.5"), "--try has sigma twice"),
+        (("--method", "foca", "--try", "sigma=0.4"), "--try takes a parameter of foca (site, "),
         (("--method", "dvg+foca"), "--method tunes one caching method"),
     ],
 )

@@ -78,7 +78,8 @@ def test_pipelines_that_count_from_zero_are_those_of_the_list(name: str) -> None
         source = inspect.getsource(getattr(diffusers, name).__call__)
     except (TypeError, RuntimeError, ImportError):
         pytest.skip("cannot be imported here")
-    adds = re.search(r"= (\w+) \+ (?:self\.|current_)?guidance_scale \* \(\s*\1 - ", source)
+    scale = r"(?:self\.|current_)?guidance_scale"
+    adds = re.search(rf"= (\w+) \+ {scale} \* \(\s*\1 - |\({scale} \+ 1\.?0?\) \* \w+ - {scale} \*", source)
     assert bool(adds) == name.startswith(FROM_ZERO)
 
 

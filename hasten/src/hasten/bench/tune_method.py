@@ -6,6 +6,7 @@ expression. A run that was cut short goes on from it; another request begins it 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,7 +85,12 @@ def values_of(method: str, texts: Sequence[str]) -> dict[str, list[Any]] | None:
     for text in texts:
         parameter, _, listed = text.partition("=")
         if parameter not in declared or not listed:
-            raise ConfigError(f"--try takes a parameter of {name} and values, such as sigma=0.4,0.5; got {text!r}")
+            raise ConfigError(
+                f"--try takes a parameter of {name} ({', '.join(declared)}), = and values with commas between; got "
+                f"{text!r}"
+            )
+        if parameter in values:
+            raise ConfigError(f"--try has {parameter} twice: give all its values at once, {parameter}=A,B,C")
         values[parameter] = [declared[parameter].read(one, name) for one in listed.split(",")]
     return values
 
@@ -109,20 +115,22 @@ def run_tune_method(model: Subject, tuning: MethodTuning, folder: Path, progress
     prompts = known[-tuning.prompts :]
     calls = tuning_calls(model, prompts, tuning.seed, tuning.steps, tuning.call, tuning.batch)
     calls = [{**call, "output_type": "pt"} for call in calls]
-    text = _calibrated(model, tuning, calls, folder, progress)
-    values = None if tuning.values is None else {name: [*map(str, tried)] for name, tried in tuning.values.items()}
-    given = registry.split(text)[0][1].values()
-    identity = {
+    facts = {
         "model": model.name,
-        "method": text,
-        "values": values,
-        "files": file_facts([*given, *(one for tried in (values or {}).values() for one in tried)]),
         "weights": {name: weights_digest(denoiser) for name, denoiser in denoisers(model.pipe).items()},
-        "environment": environment(),
         "prompts": prompts,
         "seed": tuning.seed,
         "steps": tuning.steps,
         "call": tuning.call,
+    }
+    text = _calibrated(model, tuning, calls, folder, facts, progress)
+    values = None if tuning.values is None else {name: [*map(str, tried)] for name, tried in tuning.values.items()}
+    given = registry.split(text)[0][1].values()
+    identity = facts | {
+        "method": text,
+        "values": values,
+        "files": file_facts([*given, *(one for tried in (values or {}).values() for one in tried)]),
+        "environment": environment(),
     }
     content: dict[str, Any] = {"identity": identity, "environment": identity["environment"], "best": {}, "trials": {}}
     if file.exists():
@@ -161,14 +169,21 @@ def run_tune_method(model: Subject, tuning: MethodTuning, folder: Path, progress
 
 
 def _calibrated(
-    model: Subject, tuning: MethodTuning, calls: Sequence[dict[str, Any]], folder: Path, progress: Progress
+    model: Subject,
+    tuning: MethodTuning,
+    calls: Sequence[dict[str, Any]],
+    folder: Path,
+    facts: dict[str, Any],
+    progress: Progress,
 ) -> str:
-    """The expression of the method, with a calibration where it needs one."""
+    """The expression of the method, with a calibration where it needs one: one of these facts, whose file bears their
+    digest, so that none of another model, guidance or number of steps is taken for it."""
     ((name, given),) = registry.split(tuning.method)
     info = registry.info(name)
     if not info.needs_calibration or "calibration" in given:
         return tuning.method
-    file = folder / f"{name}.safetensors"
+    told = json.dumps([facts, given.get("site"), environment()["hasten"]], sort_keys=True, default=str)
+    file = folder / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}.safetensors"
     if not file.exists():
         replay, pipe = Replay(calls), model.pipe
         runs = [partial(lambda i: pipe(**replay[i]), i) for i in range(len(replay))]

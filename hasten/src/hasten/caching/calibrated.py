@@ -89,8 +89,16 @@ class CalibratedMethod(ScheduledMethod):
             self._refuse(self.fitted.check_run(run))
 
     def check_passes(self, passes: Sequence[str]) -> None:
+        known = self.fitted.fingerprint.passes
         if self.bound_to_run:
             self._refuse(self.fitted.check_passes(passes))
+        elif others := [name for name in passes if name not in known]:
+            warnings.warn(
+                f"{self.name}: calibrated on the passes {', '.join(known)}, this run has {', '.join(others)} too, "
+                f"which take what was fitted to {known[0]}: calibrate with calls that guide as this one does",
+                HastenWarning,
+                stacklevel=2,
+            )
 
     def _refuse(self, differences: list[str]) -> None:
         if not differences:

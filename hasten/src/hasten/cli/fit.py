@@ -311,6 +311,10 @@ def tune_one(model: str, tuning: MethodTuning, device: str | None, out: Path) ->
     for count, best in found["best"].items():
         table.add_row(count, f"{best['decibels']:.2f}", f"{best['at_the_start']:.2f}", best["method"])
     console.print(table)
+    for count, best in found["best"].items():
+        if not best["settled"]:
+            tried = len(found["trials"][count])
+            console.print(f"{count} computed steps: {tried} trials left settings untried; --trials takes more")
     console.print(f"all trials: [bold]{out / f'tuned-{tuning.name}.json'}[/bold]")
 
 

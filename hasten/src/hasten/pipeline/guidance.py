@@ -18,7 +18,7 @@ SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines ta
 # By which pipelines mix passes in besides, or in another way.
 OTHER_SCALES = ("image_guidance_scale", "img_guidance_scale", "modality_scale", "pag_scale", "stg_scale")
 # How the names of pipelines begin that count from 0: cond + scale (cond - uncond).
-FROM_ZERO = ("Cosmos2", "CosmosTextToWorld", "CosmosVideoToWorld", "Krea2", "ZImage")
+FROM_ZERO = ("Cosmos2", "CosmosTextToWorld", "CosmosVideoToWorld", "Kandinsky3", "Krea2", "ZImage")
 
 
 def mixing_scale() -> float | None:
