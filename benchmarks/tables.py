@@ -53,6 +53,8 @@ DEFAULTS = [
     "default-emoji-flux-28-guided.json",
     "default-sprites-wan.json",
     "default-sprites-wan-guided.json",
+    "default-sprites-wan-28.json",
+    "default-sprites-wan-28-guided.json",
     "default-emoji-kontext.json",
     "default-emoji-kontext-28.json",
     "default-emoji-kontext-guided.json",

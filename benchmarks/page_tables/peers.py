@@ -143,8 +143,7 @@ def _of_styles(result: dict[str, Any]) -> Iterator[Group]:
         arms = [
             Measured(arm_title(arm), whose, tuple(rows[name]["figures"]["full_psnr"]), rows[name]["flops"], looks(name))
             for name, (arm, _, steps) in split.items()
-            if steps == str(count)
-            and (whose := _whose(arm, result["plain"])) is not None
+            if steps == str(count) and (whose := _whose(arm, result["plain"])) is not None
         ]
         yield Group("emoji-styles", result["guidance"], count, tuple(arms))
 
@@ -173,4 +172,3 @@ def _whose(arm: str, plain: Iterable[str]) -> str | None:
 
 def _learns(arm: str) -> bool:
     return arm.partition(":")[0] in NO_CACHES
-
