@@ -140,7 +140,10 @@ def _solvers(method: str, rows: list[dict[str, Any]]) -> str:
         tuned = [row for row in rows if "chosen" in row]  # on some of the schedules, perhaps
         chosen = [f"{row['schedule']} {', '.join(row['chosen'].get('assigned', [])) or 'as fitted'}" for row in tuned]
         return f"by whole runs of {tuned[0]['tuned_on']} other prompts: {'; '.join(chosen)}"
-    return f"{method.removeprefix(SINGLE)} for all" if method.startswith(SINGLE) else "each cluster's by the criterion"
+    if method.startswith(SINGLE):
+        return f"{method.removeprefix(SINGLE)} for all"
+    criterion = method.partition("criterion=")[2]
+    return f"each cluster's by {f'`{criterion}`' if criterion else 'the default criterion'}"
 
 
 def caching_curves(name: str, file: str) -> dict[str, dict[int, float]]:
