@@ -76,6 +76,7 @@ WRONG = [
     (("methods", "focca"), "Did you mean 'foca'?"),
     ((*CALIBRATE, "--methods", "l2q"), "Did you mean 'l2p'?"),
     ((*CALIBRATE, "--methods", "taylorseer"), "taylorseer has nothing to calibrate"),
+    ((*CALIBRATE, "--methods", "hyca,hyca:clusters=2"), "--methods has hyca twice"),
     ((*CALIBRATE, "--methods", ""), "--methods names what to fit"),
     ((*CALIBRATE, "--methods", "hyca:clusters=none"), "clusters must be a whole number"),
     ((*CALIBRATE, "--methods", "hyca:site=module,l2p"), "in a command of their own"),

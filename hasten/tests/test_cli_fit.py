@@ -185,6 +185,9 @@ def test_tune_says_where_settings_are_left_untried(emoji, monkeypatch, capsys, t
         (("--method", "hicache", "--try", "sigma=0.4", "--try", "sigma=0.5"), "--try has sigma twice"),
         (("--method", "foca", "--try", "sigma=0.4"), "--try takes a parameter of foca (site, "),
         (("--method", "dvg+foca"), "--method tunes one caching method"),
+        (("--method", "leap"), "LEAP is fitted by hasten tune without --method"),
+        (("--method", "teacache"), "how many teacache computes its threshold says"),
+        (("--method", "foca", "--search", "foca"), "--search is for tuning without --method"),
     ],
 )
 def test_bad_requests_to_tune_a_method(emoji, monkeypatch, capsys, tmp_path, arguments, says):

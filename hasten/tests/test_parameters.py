@@ -80,6 +80,7 @@ REFUSED = [
     ("pair", (1, 9), "2 whole numbers from 0 below 9, got (1, 9)"),
     ("pairs", [(0, 2)], "one or more groups of 2 numbers from 0 to 1 or None, got [(0, 2)]"),
     ("named", "flix", "'flux', 'wan' or one or more numbers, got 'flix'; did you mean 'flux'?"),
+    ("names", "a", "one or more 'a' or 'b' or None, got 'a'; did you mean ('a',)?"),
     ("names", ("a", "c"), "one or more 'a' or 'b' or None, got ('a', 'c')"),
     ("size", 0, "a number above 0 or 'plan', got 0"),
     ("file", "", "the path of a file or None, got ''"),

@@ -154,7 +154,9 @@ class Parameter:
 
     def _refusal(self, value: Any, owner: str) -> ConfigError:
         near = difflib.get_close_matches(str(value), [str(choice) for choice in choices(self.hint)], n=1, cutoff=0.5)
-        remedy = f"; did you mean {near[0]!r}?" if near else ""
+        # The right word alone is one where several are taken.
+        meant = (value,) if near and near[0] == value else near[0] if near else None
+        remedy = "" if meant is None else f"; did you mean {meant!r}?"
         if not near and self.default is not MISSING:
             remedy = f"; leave it out for {self.default!r}"
         return ConfigError(f"{owner}: {self.name} must be {self.expected}, got {brief(value)}{remedy}")

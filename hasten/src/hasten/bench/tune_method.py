@@ -27,6 +27,7 @@ from hasten.io import check_target, read_json, write_atomically
 from hasten.parameters import parameters
 from hasten.pipeline.replay import Replay
 from hasten.pipeline.view import denoisers
+from hasten.solvers.content import LEAP
 
 __all__ = ["MethodTuning", "run_tune_method", "values_of"]
 
@@ -65,6 +66,13 @@ class MethodTuning:
         check_counts(self.computed_steps, self.steps)
         if len(registry.split(self.method)) != 1:
             raise ConfigError(f"--method tunes one caching method, such as foca:schedule=even; got {self.method!r}")
+        if self.name == LEAP:
+            raise ConfigError("--method tunes a caching method; LEAP is fitted by hasten tune without --method")
+        if "computed_steps" not in registry.info(self.name).parameters:
+            raise ConfigError(
+                f"--method tunes a method for numbers of computed steps, and how many {self.name} computes its "
+                "threshold says: take one with a schedule, such as foca"
+            )
 
     @property
     def name(self) -> str:
@@ -137,7 +145,8 @@ def run_tune_method(model: Subject, tuning: MethodTuning, folder: Path, progress
         earlier = read_json(file, remedy="Take it away to begin again.")
         if earlier.get("identity") == identity:
             content |= {"best": earlier["best"], "trials": earlier["trials"]}
-    for count in tuning.computed_steps:
+    methods = {count: caching_method(f"{text}:computed_steps={count}") for count in tuning.computed_steps}
+    for count, method in methods.items():
         label = f"{tuning.name}, {count} steps"
 
         def keep(figures: dict[str, float | None], count: int = count) -> None:
@@ -150,7 +159,7 @@ def run_tune_method(model: Subject, tuning: MethodTuning, folder: Path, progress
         progress(label, 0, tuning.trials)
         tuned = tune_method(
             model.pipe,
-            caching_method(f"{text}:computed_steps={count}"),
+            method,
             calls,
             values=tuning.values,
             trials=tuning.trials,

@@ -113,6 +113,11 @@ def _fits(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
             if fitter is None:
                 raise ConfigError(f"{name} has nothing to calibrate; the methods that have are {', '.join(able)}")
             wanted.append((name, from_text(fitter, given, f"the fit of {name}")))
+    named = [name for name, _ in wanted]
+    if twice := next((name for name in named if named.count(name) > 1), None):
+        raise ConfigError(
+            f"--methods has {twice} twice, and both would be {twice}.safetensors: fit one of them with another --out"
+        )
     if len({options.get("site") == "module" for _, options in wanted}) > 1:
         raise ConfigError("methods at site=module are recorded apart: calibrate them in a command of their own")
     return wanted
@@ -199,6 +204,8 @@ def tune(
     if method:
         if max_error is not None or quality is not None:
             raise ConfigError("--method tunes for numbers of computed steps; leave out --max-error and --quality")
+        if search != "leap":
+            raise ConfigError("--search is for tuning without --method; leave one of them out")
         from hasten.bench.tune_method import MethodTuning, values_of
 
         tune_one(
