@@ -83,6 +83,8 @@ def test_few_steps_of_linear_spacing_do_not_lose_the_last_of_them(solver, share)
 def test_linear_spacing_is_refused_where_a_pipeline_asks_for_levels_of_its_own(pipe):
     with Sampler("unipc", "linear")(pipe), pytest.raises(ConfigError, match="ask for no levels of their own"):
         pipe("red apple", num_inference_steps=5, output_type="latent", **CALL)
+    with pytest.raises(ConfigError, match="ask for no levels of their own"):  # asked for beside their number
+        flow(Sampler("unipc", "linear").scheduler(pipe.scheduler), 9)
 
 
 @pytest.mark.parametrize("spacing", ["", "karras", "exponential", "beta"])
