@@ -45,7 +45,7 @@ def fashion_table(name: str) -> str:
         for arm, rows in sorted(arms.items(), key=lambda item: _distance(item[1])):
             shown = rows.get(AT, {})
             lead = shown.get("against")
-            above = "" if lead is None else f"{lead['ahead']:+.2f} {_interval(lead, 2)}"
+            above = "" if lead is None else f"{lead['ahead']:+.2f} {interval(lead, 2)}"
             cells = [f"{scale:g}", arm_title(arm), *(cell(rows.get(n, {}).get("frechet"), 2) for n in counts)]
             cells += [cell(shown.get("really_computed"), 1), above]
             lines.append(table_row([*cells, cell(shown.get("recall"), 2), cell(shown.get("psnr"), 1)]))
@@ -151,7 +151,7 @@ def _measures(row: dict[str, Any], *leads: str) -> list[str]:
         cells.append(cell(row["means"].get(measure), digits))
         for name in leads:
             lead = row.get(name, {}).get(measure)
-            cells.append("" if lead is None else f"{lead['mean']:+.{digits}f} {_interval(lead, digits)}")
+            cells.append("" if lead is None else f"{lead['mean']:+.{digits}f} {interval(lead, digits)}")
     return cells
 
 
@@ -159,7 +159,8 @@ def _distance(rows: dict[int, dict[str, Any]]) -> float:
     return statistics.fmean(row["frechet"] for row in rows.values())
 
 
-def _interval(lead: dict[str, Any], digits: int) -> str:
+def interval(lead: dict[str, Any], digits: int) -> str:
+    """The interval of a lead, as tables show it."""
     low, high = lead["interval"]
     return f"({low:+.{digits}f} to {high:+.{digits}f})"
 

@@ -12,7 +12,7 @@ from hasten.bench.row import Row
 from leads import paired
 
 from page_tables.common import ROOT, cell, read, result_of, table_row
-from page_tables.judged import arm_title
+from page_tables.judged import arm_title, interval
 
 OURS, PEER, PLAIN = "hasten", "peer", "plain"
 AS_MANY = 1.1  # times our operations: more than that, and the best of those that stay below has a line too
@@ -103,8 +103,7 @@ def _ahead(own: Measured, other: Measured) -> str:
     if len(own.psnr) == 1:
         return f"{own.mean - other.mean:+.1f}"
     lead = paired([a - b for a, b in zip(own.psnr, other.psnr, strict=True)])
-    low, high = lead["interval"]
-    return f"{lead['mean']:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{lead['mean']:+.1f} {interval(lead, 1)}"
 
 
 def _groups(benches: list[str], styles: list[str], fashion: str) -> Iterator[Group]:

@@ -6,7 +6,6 @@ expression. A run that was cut short goes on from it; another request begins it 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from hasten.calibration import weights_digest
 from hasten.errors import ConfigError
 from hasten.fitting.calibrate import calibrate
 from hasten.fitting.closed_loop import tune_method
-from hasten.io import check_target, read_json, write_atomically
+from hasten.io import check_target, digest_of, read_json, write_atomically
 from hasten.parameters import parameters
 from hasten.pipeline.replay import Replay
 from hasten.pipeline.view import denoisers
@@ -191,8 +190,7 @@ def _calibrated(
     info = registry.info(name)
     if not info.needs_calibration or "calibration" in given:
         return tuning.method
-    told = json.dumps([facts, given.get("site"), environment()["hasten"]], sort_keys=True, default=str)
-    file = folder / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}.safetensors"
+    file = folder / f"{name}-{digest_of([facts, given.get('site'), environment()['hasten']])[:8]}.safetensors"
     if not file.exists():
         replay, pipe = Replay(calls), model.pipe
         runs = [partial(lambda i: pipe(**replay[i]), i) for i in range(len(replay))]
