@@ -379,8 +379,9 @@ def per_expert(run):
         ("foca:schedule=even:computed_steps=5", 16, ([0, 4, 8], [0, 6])),  # 0, 4, 8, 11, 15; the fourth moves to 9
         ("foca:schedule=even:computed_steps=2", 16, ([0], [0])),
         ("taylorseer:steps=0/1/2/6/12", 16, ([0, 1, 2, 6], [0])),
-        ("hicache:interval=4:schedule=auto", 16, ([0, 3, 6], [0, 3, 6])),
-        ("hicache:interval=4:schedule=auto", 4, ([0], [0, 1])),  # three of four: 0, 2, 3
+        ("hicache:interval=4:schedule=auto", 16, ([0, 2, 5, 8], [0, 5])),  # 0, 2, 5, 8, 11, 14; the fifth moves to 9
+        ("hicache:interval=4:schedule=auto", 4, ([0, 1], [0])),  # three of four: 0, 1, 3
+        ("hicache:interval=4:schedule=even", 4, ([0], [0, 1])),  # 0, 2, 3
     ],
 )
 def test_a_budget_is_for_the_whole_run_of_two_experts(method, steps, computed):

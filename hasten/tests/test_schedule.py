@@ -69,7 +69,7 @@ def test_a_uniform_schedule_by_count_is_exact_or_names_the_counts_there_are(coun
     assert f"take one of {', '.join(map(str, sorted(intervals)))}, another warmup" in str(error.value)
 
 
-@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(["even", "early"]))
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(["even", "early", "auto"]))
 def test_spread_schedules_have_any_number(count, total, name):
     method = TaylorSeer(schedule=name, computed_steps=count)
     if count > total:
@@ -95,9 +95,37 @@ def test_a_count_is_the_smallest_interval_that_has_it(count, interval):
     assert computed_steps(plan, 50) == computed_steps(TaylorSeer(interval=interval).plan(), 50)
 
 
-def test_auto_is_even_where_the_number_of_steps_is_known_and_uniform_elsewhere():
-    auto, even, uniform = (TaylorSeer(schedule=name, interval=7) for name in ("auto", "even", "uniform"))
-    assert computed_steps(auto.plan(), 50) == computed_steps(even.plan(), 50)
+@pytest.mark.parametrize(
+    ("count", "total", "listed"),
+    [
+        (12, 50, [0, 3, 6, 10, 14, 19, 23, 28, 33, 38, 43, 48]),
+        (9, 50, [0, 4, 9, 14, 20, 27, 33, 40, 47]),
+        (7, 50, [0, 5, 12, 20, 28, 37, 46]),
+        (10, 28, [0, 2, 4, 7, 10, 13, 16, 19, 23, 26]),
+        (10, 20, [0, 1, 3, 5, 7, 9, 12, 14, 16, 19]),  # gaps of two: the last step is one of them
+        (1, 50, [0]),
+    ],
+)
+def test_the_computed_steps_of_auto(count, total, listed):
+    assert computed_steps(TaylorSeer(schedule="auto", computed_steps=count).plan(), total) == listed
+
+
+@given(st.integers(2, 60), st.integers(2, 100))
+def test_auto_is_denser_early_and_leaves_less_than_half_a_gap_behind_it(count, total):
+    if count > total:
+        return
+    steps = computed_steps(TaylorSeer(schedule="auto", computed_steps=count).plan(), total)
+    even = computed_steps(TaylorSeer(schedule="even", computed_steps=count).plan(), total)
+    gap = (total - 1) / (count - 1)
+    assert 0 <= total - 1 - steps[-1] < gap / 2
+    assert all(a <= b for a, b in zip(steps, even, strict=True))
+    if gap >= 3 and count > 2:
+        assert steps[-1] < total - 1
+        assert steps[1] - steps[0] < steps[-1] - steps[-2]
+
+
+def test_auto_is_uniform_where_the_number_of_steps_is_not_known():
+    auto, uniform = (TaylorSeer(schedule=name, interval=7) for name in ("auto", "uniform"))
     assert auto.for_run(RunFacts(50)) is auto
     assert auto.for_run(RunFacts()) == uniform
     with pytest.raises(ScheduleError, match="has to know how many steps"):

@@ -34,7 +34,7 @@ __all__ = ["SEARCHED", "CachingMethod", "Feature", "ScheduledMethod", "SiteName"
 SiteName = Literal["hidden", "output", "module", "deep"]
 SEARCHED = "steps"  # what a calibration of lists of computed steps is called
 INTERVAL = 5
-POWERS = {"even": 1.0, "early": 1.3, "auto": 1.0}  # of the schedules that are spread
+SPREADS = {"even": (1.0, 0.0), "early": (1.3, 0.0), "auto": (1.2, 0.4)}  # power and tail of schedules of that kind
 
 
 def _check_lists(calibration: Calibration) -> None:
@@ -202,8 +202,10 @@ class ScheduledMethod(CachingMethod):
 
     The schedules: `"uniform"` is a warm-up, then every `interval` steps (the papers' rule); `"last"` the same, and the
     last step; `"even"` spreads as many as uniform has evenly from the first step to the last; `"early"` spreads them
-    so, but denser early; `"searched"` takes a list of `searched`. All but the first need a pipeline, which tells how
-    many steps there are; so does `computed_steps`. `"auto"` is even there, and uniform on a bare transformer.
+    so, but denser early; `"auto"` a little denser early, and not quite to the last step where gaps are three steps and
+    more (the default's own; measured in docs/which-method.md); `"searched"` takes a list of `searched`. All but the
+    first need a pipeline, which tells how many steps there are; so does `computed_steps`. On a bare transformer
+    `"auto"` is uniform.
     """
 
     schedule: Annotated[
@@ -246,7 +248,7 @@ class ScheduledMethod(CachingMethod):
         """Refuse two parameters that say different things about the computed steps."""
         usual = {name: parameter.default for name, parameter in parameters(type(self)).items()}
         given = {name for name in usual if getattr(self, name) != usual[name]}
-        spread = "searched" in given or self.schedule in POWERS
+        spread = "searched" in given or self.schedule in SPREADS
         conflicts = {
             "steps": {"interval", "computed_steps", "searched", "schedule"},
             "computed_steps": {"interval", "warmup"} if spread else {"interval"},
@@ -272,8 +274,8 @@ class ScheduledMethod(CachingMethod):
         if isinstance(self.searched, Calibration):
             lists = [steps.tolist() for steps in self.searched.tensors.values()]
             return Explicit(self.learned_list(lists, self.searched))
-        if self.schedule in POWERS:
-            return Spread(asked, POWERS[self.schedule])
+        if self.schedule in SPREADS:
+            return Spread(asked, *SPREADS[self.schedule])
         if isinstance(asked, int):
             return UniformCount(asked, self.warmup, last)
         return replace(asked, last=last)

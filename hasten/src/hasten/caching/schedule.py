@@ -139,19 +139,22 @@ class UniformCount(Declared):
 
 @dataclass(frozen=True)
 class Spread(Declared):
-    """Computed steps that are spread from the first step to the last.
+    """Computed steps that are spread from the first step to the last, or nearly to it.
 
-    Step `i` of `n` falls on `(T - 1) (i / (n - 1))^power`: a power of 1 spreads them evenly, a larger one puts more of
-    them early. The usual schedules spend their warm-up at the start and leave the end, where detail forms, to
+    Step `i` of `n` falls on `E (i / (n - 1))^power`, where `E` is the last of the `T` steps of the run, `T - 1`, less
+    `tail` of the mean gap `(T - 1) / (n - 1)`, in whole steps: a power of 1 spreads them evenly, a larger one puts more
+    of them early. The usual schedules spend their warm-up at the start and leave the end, where detail forms, to
     extrapolation.
 
     Args:
         count: computed steps, or the uniform schedule that has as many.
         power: see above.
+        tail: see above; 0 computes the last step.
     """
 
     count: Count | Uniform
     power: Annotated[float, Range(above=0)] = 1.0
+    tail: Annotated[float, Range(0, 0.5)] = 0.0
 
     def decide(self, step: int, last_computed: int | None) -> Decision:
         raise ScheduleError("a spread schedule decides nothing before `for_run` told it the number of steps")
@@ -166,7 +169,8 @@ class Spread(Declared):
             raise ScheduleError(
                 f"computed_steps={asked} is more than the {total} steps of the run; use {total} or less"
             )
-        return Explicit(spread(asked, total, self.power))
+        skipped = int(self.tail * (total - 1) / (asked - 1)) if asked > 1 else 0
+        return Explicit(spread(asked, total - skipped, self.power))
 
 
 def spread(count: int, total: int, power: float = 1.0) -> tuple[int, ...]:
