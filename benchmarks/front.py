@@ -4,7 +4,7 @@ python benchmarks/front.py     writes docs/images/front.svg; `benchmarks/tables.
 
 `front.json` is what this wrote, on a machine that does nothing else (a busy one gets a table without times):
 
-    hasten bench --model emoji-flux --methods leap,hicache:order=1:sigma=0.66:schedule=even,foca:schedule=even,reuse \
+    hasten bench --model emoji-flux --methods leap,hicache:order=1:sigma=0.66:schedule=auto,foca:schedule=even,reuse \
         --peers --computed-steps 12,9,7,5 --prompts 32 --json benchmarks/front.json
 """
 
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 __all__ = ["COUNT", "busy", "chosen", "front_table", "title"]
 
 COUNT = 9
-DEFAULT = "hicache:order=1:sigma=0.66:schedule=even"  # of `hasten.accelerate(pipe)`, where there is no guidance
+DEFAULT = "hicache:order=1:sigma=0.66:schedule=auto"  # of `hasten.accelerate(pipe)`, where there is no guidance
 FOLDER = Path(__file__).parent
 OUT = FOLDER.parent / "docs" / "images" / "front.svg"
 COLUMNS = ("psnr", "lpips", "flops_ratio", "latency_ratio", "cache_bytes")

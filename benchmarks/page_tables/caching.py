@@ -14,8 +14,6 @@ from page_tables.common import ROOT, cell, made_on, read, table_row
 
 INTERVALS = "mean leads, with intervals by a paired bootstrap over prompts"
 SHIPPED = DEFAULT.replace(":schedule=auto", "")  # arms name their schedule apart
-# Without guidance the default is these, too.
-ALIKE = ("hicache:order=1:sigma=0.66:guided_sigma=0.55", "hicache:order=1:sigma=0.66")
 ABLATIONS = {
     "svdcache": "reuse",
     "svdcache:mode=taylor": "taylorseer:order=2:domain=normed",
@@ -46,8 +44,7 @@ def default_table(names: list[str]) -> str:
     lines = [table_row(heads), "|---|--:|--:|--:|---|--:|---|"]
     for result in _caching(names):
         rows, options = result["rows"], result["options"]
-        known = (SHIPPED, *ALIKE) if options["guidance"] is None else (SHIPPED,)
-        own = {row["count"]: row for row in rows.values() if row["method"] in known and row["schedule"] == "even"}
+        own = {row["count"]: row for row in rows.values() if (row["method"], row.get("schedule")) == (SHIPPED, "auto")}
         for count, row in sorted(own.items(), reverse=True):
             plain = rows.get(f"best plain @ {count}")
             if plain is None:

@@ -76,6 +76,10 @@ WRONG = [
     (("methods", "focca"), "Did you mean 'foca'?"),
     ((*CALIBRATE, "--methods", "l2q"), "Did you mean 'l2p'?"),
     ((*CALIBRATE, "--methods", "taylorseer"), "taylorseer has nothing to calibrate"),
+    (
+        (*CALIBRATE, "--methods", "l2p,hyca", "--steps", "3"),
+        "hyca is fitted to how features change, which takes runs of 4 steps or more",
+    ),
     ((*CALIBRATE, "--methods", "hyca,hyca:clusters=2"), "--methods has hyca twice"),
     ((*CALIBRATE, "--methods", ""), "--methods names what to fit"),
     ((*CALIBRATE, "--methods", "hyca:clusters=none"), "clusters must be a whole number"),

@@ -179,7 +179,7 @@ def test_tune_says_where_settings_are_left_untried(emoji, monkeypatch, capsys, t
     ("arguments", "says"),
     [
         (("--try", "sigma=0.4"), "--try names values for --method"),
-        (("--method", "hicache", "--max-error", "0.1"), "leave out --max-error"),
+        (("--method", "hicache", "--max-error", "0.1"), "of computed steps; leave --max-error out"),
         (("--method", "hicache", "--try", "sigm=0.4"), "--try takes a parameter of hicache"),
         (("--method", "hicache", "--try", "sigma=2"), "sigma must be"),
         (("--method", "hicache", "--try", "sigma=0.4", "--try", "sigma=0.5"), "--try has sigma twice"),
@@ -187,7 +187,11 @@ def test_tune_says_where_settings_are_left_untried(emoji, monkeypatch, capsys, t
         (("--method", "dvg+foca"), "--method tunes one caching method"),
         (("--method", "leap"), "LEAP is fitted by hasten tune without --method"),
         (("--method", "teacache"), "how many teacache computes its threshold says"),
-        (("--method", "foca", "--search", "foca"), "--search is for tuning without --method"),
+        (("--method", "foca", "--search", "foca"), "leave --search out"),
+        (("--method", "foca", "--held-out", "2"), "leave --held-out out"),
+        (("--method", "foca", "--guidances", "2,3"), "leave --guidances out"),
+        (("--method", "foca", "--rounds", "3"), "leave --rounds out"),
+        (("--method", "foca", "--min-psnr", "30"), "leave --min-psnr out"),
     ],
 )
 def test_bad_requests_to_tune_a_method(emoji, monkeypatch, capsys, tmp_path, arguments, says):

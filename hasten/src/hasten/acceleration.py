@@ -129,9 +129,9 @@ def accelerate(
         methods: a method's name or object, such as `"hicache"` or `hasten.HiCache(interval=7)`; or a caching method and
             one with stages, `hasten.DVG(), hasten.FoCa(interval=3)`: the cache then starts again in each stage; or
             `hasten.Leap(file)`, on a pipeline with any denoiser, whose scheduler it replaces meanwhile. Without
-            a method it is HiCache with a damped straight line on an even schedule, which guidance does not break.
-            Or a configuration that `hasten.load` read. Or a method that chooses history, for a pipeline of streaming
-            video that has an adapter, or its transformer: `hasten.FocusedForcing(budget=6)`.
+            a method it is HiCache with a damped straight line, which guidance does not break, on computed steps that
+            are denser early. Or a configuration that `hasten.load` read. Or a method that chooses history, for a
+            pipeline of streaming video that has an adapter, or its transformer: `hasten.FocusedForcing(budget=6)`.
         quality: instead of a method, a tier that is certified for the model (`"lossless"`, `"high"`, `"draft"`), the
             path of a certificate, or `"exact"` for the full run.
         audit: with `quality`, the share of calls for which the full run is made too and the tolerance checked; the

@@ -58,9 +58,11 @@ def calibrate(
     from hasten.bench.environment import environment, processes
     from hasten.bench.recording import Recording
     from hasten.bench.tune import tuning_calls
-    from hasten.fitting.calibrate import fit, merge
+    from hasten.fitting.calibrate import check_length, fit, merge
 
     wanted = _fits(options.names(methods))
+    for name, _ in wanted:
+        check_length(name, steps)
     (site,) = {"module" if chosen.get("site") == "module" else "hidden" for _, chosen in wanted}
     call, own = options.call_of(height, width, guidance), options.own_prompts(prompts_file)
     _check_prompts(prompts, own)
@@ -128,7 +130,15 @@ def _check_prompts(asked: int, known: Sequence[str]) -> None:
         raise ConfigError(f"--prompts {asked} asks for more than the {len(known)} prompts there are")
 
 
+# What `tune --method` heeds.
+OF_ONE_METHOD = {
+    *("model", "computed_steps", "method", "tried", "prompts", "prompts_file", "seed", "steps", "height", "width"),
+    *("guidance", "trials", "device", "out"),
+}
+
+
 def tune(
+    context: typer.Context,
     model: options.ModelName = "emoji-flux",
     computed_steps: Annotated[
         str | None, typer.Option(help="Exact numbers of computed steps, with commas; 12,9,7 by default.")
@@ -202,10 +212,10 @@ def tune(
     Example: hasten tune --model emoji-flux --computed-steps 9 --max-lpips 0.02
     """
     if method:
-        if max_error is not None or quality is not None:
-            raise ConfigError("--method tunes for numbers of computed steps; leave out --max-error and --quality")
-        if search != "leap":
-            raise ConfigError("--search is for tuning without --method; leave one of them out")
+        others = {name: f"--{name.replace('_', '-')}" for name in context.params if name not in OF_ONE_METHOD}
+        options.refuse_given(
+            context, others, "--method chooses the parameters of one method for numbers of computed steps"
+        )
         from hasten.bench.tune_method import MethodTuning, values_of
 
         tune_one(

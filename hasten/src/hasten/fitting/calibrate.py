@@ -20,7 +20,7 @@ from hasten.parameters import Range, accepted, parameters
 from hasten.pipeline.handle import Acceleration
 from hasten.pipeline.view import denoisers
 
-__all__ = ["Tape", "calibrate", "engine_of", "fingerprint_of", "fit", "merge", "record"]
+__all__ = ["Tape", "calibrate", "check_length", "engine_of", "fingerprint_of", "fit", "merge", "record"]
 
 Call = Mapping[str, Any] | Callable[[], Any]
 Progress = Callable[[int, int], None]
@@ -254,7 +254,12 @@ def _options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: known[name].accept(value, method) for name, value in options.items()}
 
 
-def _check_length(method: str, steps: int) -> None:
+def check_length(method: str, steps: int) -> None:
+    """Refuse runs that are too short for a method's fit.
+
+    Raises:
+        CalibrationError: naming how many steps it takes.
+    """
     fewest = registry.info(method).config.fewest_steps
     if steps < fewest:
         raise CalibrationError(
@@ -288,7 +293,7 @@ def fit(trace: Trace, method: str, **options: Any) -> Calibration:
         CalibrationError: for a trace with a number that is not finite, or of fewer steps than the fit takes.
     """
     options = _options(method, options)
-    _check_length(method, trace.fingerprint.steps)
+    check_length(method, trace.fingerprint.steps)
     features = {(name, key): runs for name, keys in trace.features.items() for key, runs in keys.items()}
     for i in range(min((len(runs) for runs in features.values()), default=0)):
         _refuse_non_finite({place: runs[i] for place, runs in features.items()}, i)
@@ -334,7 +339,7 @@ def calibrate(
     for call in calls or ():
         steps = call.get("num_inference_steps") if isinstance(call, Mapping) else None
         if isinstance(steps, int):
-            _check_length(method, steps)
+            check_length(method, steps)
     site = "module" if fitted == "module" else "hidden"
     trace = record(target, calls, site=site, tokens=tokens, progress=progress)
     return fit(trace, method, **options)
