@@ -109,10 +109,10 @@ class Fits:
     def trace(self, site: str = "hidden") -> Trace:
         """What the transformer does in the calls to learn from; in one of them at the module site, which is large."""
         if site not in self.traces:
-            replay = Replay(self.calls)
-            again = [partial(lambda i: self.pipe(**replay[i]), i) for i in range(len(replay))]
-            some = again[:1] if site == "module" else again
-            self.traces[site] = hasten.record(self.pipe, some, site=site, tokens=TOKENS)
+            with Replay(self.calls) as replay:
+                again = [partial(lambda i: self.pipe(**replay[i]), i) for i in range(len(replay))]
+                some = again[:1] if site == "module" else again
+                self.traces[site] = hasten.record(self.pipe, some, site=site, tokens=TOKENS)
         return self.traces[site]
 
     @cached_property

@@ -105,16 +105,16 @@ class HeldOut:
 
     def draw(self, calls: Calls, steps: int | None = None) -> list[Tensor]:
         """Images `[3, H, W]` or clips `[F, 3, H, W]` in [0, 1]."""
-        replay, images = Replay(calls), []
-        for arguments in replay:
-            given = {"output_type": "pt", "num_inference_steps": steps or self.steps}
-            images += list(self.model.pipe(**{**arguments, **given})[0].float())
-        replay.rewind()
+        given = {"output_type": "pt", "num_inference_steps": steps or self.steps}
+        images: list[Tensor] = []
+        with Replay(calls) as replay:  # a sampler that fails on the way leaves the noise to the next one as it was
+            for arguments in replay:
+                images += list(self.model.pipe(**{**arguments, **given})[0].float())
         return images
 
     def recorded(self, scale: float | None, *, learn: bool, site: str = "hidden", many: int | None = None) -> Trace:
         """What the transformer does in the calls to learn from or the held-out ones, or so many of them; all tokens."""
-        replay = Replay(self.calls(scale, learn=learn))
+        replay = Replay(self.calls(scale, learn=learn))  # of calls that nobody else has
         calls = [partial(lambda i: self.model.pipe(**replay[i]), i) for i in range(len(replay))]
         return hasten.record(self.model.pipe, calls[:many], site=site, tokens=4096)
 

@@ -2,7 +2,7 @@
 and the learned solvers of the literature.
 
 python benchmarks/leap_measure.py --model emoji-flux --guidance 3 --counts 9,7 --out benchmarks/leap-flux-guided.json
-python benchmarks/leap_measure.py --model emoji-flux --counts 16,14,12,10,9,8,7,6,5,4 --old --out leap-flux.json
+python benchmarks/leap_measure.py --model emoji-flux --counts 16,14,12,10,9,8,7,6,5,4 --out leap-flux.json
 
 Everything that is finished is kept in `--work` and in the JSON: the same command goes on where it was cut short.
 """
@@ -62,11 +62,7 @@ def main() -> None:
         help=f"learned solvers to fit as well: {','.join(SOLVERS)}",
     )
     parser.add_argument("--learned-counts", default="9,7")
-    parser.add_argument(
-        "--old",
-        action="store_true",
-        help="measure the file that comes with the model as well",
-    )
+    parser.add_argument("--old", type=Path, help="a file of release 0.1.0 to measure as well: from its tag")
     parser.add_argument("--half", action="store_true", help="measure LEAP in bfloat16 as well")
     parser.add_argument(
         "--ablation",
@@ -180,8 +176,8 @@ class Measure:
             self.leap(fit, count, scale, "leap")
             if fit.fingerprint.passes[1:]:
                 self.leap(fit, count, scale, "leap, scheduler alone", hook=False)
-        if self.options.old:
-            self.old(scale)
+        if self.options.old is not None:
+            self.old(self.options.old, scale)
         if self.guidances:
             self.range()
         for name in filter(None, self.options.learned.split(",")):
@@ -240,9 +236,9 @@ class Measure:
         draw = self.held_out.plain(best)
         self.measure("best plain", count, scale, lambda calls: draw(calls, count), sampler=best, tried=tried)
 
-    def old(self, scale: float | None) -> None:
-        """The file that comes with the model: coefficients of release 0.1.0, fitted without guidance."""
-        fit = Calibration.load(self.model.fitted["leap"])
+    def old(self, file: Path, scale: float | None) -> None:
+        """Coefficients of release 0.1.0, fitted without guidance."""
+        fit = Calibration.load(file)
         for count in (count for count in self.counts if str(count) in fit.report):
             self.leap(fit, count, scale, "leap 0.1.0", hook=False)
 
@@ -259,7 +255,7 @@ class Measure:
 
     def learned(self, name: str, count: int, scale: float | None) -> None:
         """A learned solver of the literature, at LEAP's rounds of refinement."""
-        replay = Replay(self.held_out.calls(scale, learn=True))
+        replay = Replay(self.held_out.calls(scale, learn=True))  # of calls that nobody else has
         evaluator, table = Evaluator(self.pipe, replay), None
 
         def draw(calls: list[dict[str, Any]]) -> list[Tensor]:
@@ -279,7 +275,6 @@ class Measure:
                 **found.figures,
                 "evaluations_of_fit": evaluator.made,
             }
-            replay.rewind()
             return self.scheduled(
                 LeapScheduler(table, prediction_type=fitter.references.kind),
                 calls,

@@ -37,11 +37,12 @@ def default_table(names: list[str]) -> str:
         "guidance",
         "computed",
         "default, dB",
+        "on even steps, dB",
         "best plain sampler, dB",
         "above by (95 %)",
         "worst prompt, dB",
     ]
-    lines = [table_row(heads), "|---|--:|--:|--:|---|--:|---|"]
+    lines = [table_row(heads), "|---|--:|--:|--:|--:|---|--:|---|"]
     for result in _caching(names):
         rows, options = result["rows"], result["options"]
         own = {row["count"]: row for row in rows.values() if (row["method"], row.get("schedule")) == (SHIPPED, "auto")}
@@ -51,7 +52,9 @@ def default_table(names: list[str]) -> str:
                 continue
             scale = "-" if options["guidance"] is None else f"{options['guidance']:g}"
             worst, value = row["worst"]
-            cells = [options["model"], scale, f"{count} of {options['steps']}", cell(row["median"], 1)]
+            even = rows.get(f"{SHIPPED} @ even {count}", {})
+            cells = [options["model"], scale, f"{count} of {options['steps']}"]
+            cells += [cell(one.get("median"), 1) for one in (row, even)]
             cells += [f"{cell(plain['median'], 1)} ({plain['sampler']})", _lead(row, plain), f"{value:.1f} ({worst})"]
             lines.append(table_row(cells))
     lines += ["", f"Medians, against the full run; {INTERVALS}. {_prompts(names)}"]

@@ -22,7 +22,7 @@ from hasten_zoo.emoji_styles_edit.edits import read_edits
 from hasten_zoo.emoji_styles_edit.model import build_pipeline as build_edit
 from test_readme import script
 
-from hasten.bench.subject import Subject
+from hasten.bench.subject import Subject, open_model
 from hasten.bench.thresholds import Trials
 from hasten.calibration import Calibration
 from hasten.fitting.leap_fitter import YARDSTICK
@@ -442,3 +442,15 @@ def test_the_table_of_peers_of_a_bench_is_by_its_library_and_number() -> None:
         library = peer.rpartition("(")[2].rstrip(")")
         assert library in {row["library"] for row in rows} - {"hasten", "plain"}
     assert {line.split("|")[3].strip() for line in lines} == {"12", "9", "7", "5"}
+
+
+def test_a_sampler_that_fails_on_the_way_leaves_its_noise_to_the_next_one(tmp_path: Path) -> None:
+    """Linear spacing is refused in the call, by pipelines that ask for levels of their own."""
+    model = open_model("emoji-flux")
+    model.pipe.set_progress_bar_config(disable=True)
+    held_out = script("held_out.py")["HeldOut"](model, 6, 2, 2, 2, tmp_path)
+    best, tried = held_out.best_plain(3, None)
+    assert "euler:spacing=linear" not in tried
+    for label in ("euler", "unipc", best):
+        images = held_out.plain(label)(held_out.calls(None), 3)
+        assert tried[label] == pytest.approx(sum(held_out.quality(images, None)) / 2, abs=0.01)

@@ -123,6 +123,33 @@ def test_calls_that_cannot_be_repeated_and_bad_numbers_are_refused():
     draw(pipe, 2)
 
 
+INTERRUPTED = {
+    "tune_steps": lambda pipe, calls, stop: hasten.tune_steps(pipe, "taylorseer", calls, [4], trials=2, progress=stop),
+    "tune_method": lambda pipe, calls, stop: hasten.tune_method(pipe, hasten.HiCache(interval=3), calls, progress=stop),
+    "fit_leap": lambda pipe, calls, stop: hasten.fit_leap(pipe, calls[:1], [4], held_out=calls[1:], progress=stop),
+    "fit_leapcache": lambda pipe, calls, stop: hasten.fit_leapcache(pipe, calls, [[0, 4, 8]], progress=stop),
+}
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_what_is_cut_short_leaves_the_noise_of_its_calls_as_it_was(name):
+    """Or the same calls, given again to go on with, would be others."""
+    calls = [call(0, 1), call(2, 3)]
+    generators = [generator for one in calls for generator in one["generator"]]
+    before = [generator.get_state() for generator in generators]
+    told = []
+
+    def stop(*done):
+        told.append(done)
+        if any(not torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True)):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        INTERRUPTED[name](make_pipe(), calls, stop)
+    assert told
+    assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True))
+
+
 # --- parameters by whole runs
 
 

@@ -285,9 +285,10 @@ class _Tuning:
 
     @cached_property
     def _trace(self) -> Any:
-        replay, pipe = Replay(self._calls), self._model.pipe
-        calls = [partial(lambda i: pipe(**replay[i]), i) for i in range(len(replay))]
-        return record(pipe, calls, progress=lambda done, total: self._progress("recording", done, total))
+        pipe = self._model.pipe
+        with Replay(self._calls) as replay:
+            calls = [partial(lambda i: pipe(**replay[i]), i) for i in range(len(replay))]
+            return record(pipe, calls, progress=lambda done, total: self._progress("recording", done, total))
 
     # --- a bound instead of a number
 

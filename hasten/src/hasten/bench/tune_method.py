@@ -192,10 +192,11 @@ def _calibrated(
         return tuning.method
     file = folder / f"{name}-{digest_of([facts, given.get('site'), environment()['hasten']])[:8]}.safetensors"
     if not file.exists():
-        replay, pipe = Replay(calls), model.pipe
-        runs = [partial(lambda i: pipe(**replay[i]), i) for i in range(len(replay))]
+        pipe = model.pipe
         site: dict[str, Any] = (
             {"site": given["site"]} if "site" in given and "site" in parameters(info.config.fit) else {}
         )
-        calibrate(pipe, name, runs, progress=partial(progress, f"recording for {name}"), **site).save(file)
+        with Replay(calls) as replay:
+            runs = [partial(lambda i: pipe(**replay[i]), i) for i in range(len(replay))]
+            calibrate(pipe, name, runs, progress=partial(progress, f"recording for {name}"), **site).save(file)
     return f"{tuning.method}:calibration={file}"

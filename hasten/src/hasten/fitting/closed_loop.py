@@ -85,8 +85,8 @@ def tune_method(
     if not isinstance(start, CachingMethod):
         raise ConfigError(f"{type(start).__name__} is no caching method, and one is needed here, such as foca")
     axes = _axes(start, values)
-    loop = _Loop(target, Replay(calls), trials, dict(known or {}), keep, progress)
-    return loop.descend(start, axes)
+    with Replay(calls) as replay:
+        return _Loop(target, replay, trials, dict(known or {}), keep, progress).descend(start, axes)
 
 
 Axis = Callable[[CachingMethod], list[CachingMethod]]
@@ -175,28 +175,23 @@ class _Loop:
 
     def descend(self, best: CachingMethod, axes: Sequence[Axis]) -> Tuned:
         """Coordinate descent."""
-        try:
-            given = self._figure(best)
-            if given is None:
-                raise self._refusal or ConfigError(
-                    f"{_label(best)!r} did not work in an earlier run; start with another"
-                )
-            start = figure = given
-            settled = False
-            while not settled:
-                settled = True
-                for axis in axes:
-                    for other in axis(best):
-                        if _label(other) not in self._figures and len(self._figures) >= self._most:
-                            return Tuned(best, figure, start, self._figures, settled=False)
-                        found = self._figure(other)
-                        if found is not None and found > figure:
-                            best, figure, settled = other, found, False
-                        if self._progress is not None:
-                            self._progress(len(self._figures), self._most, figure)
-            return Tuned(best, figure, start, self._figures, settled=True)
-        finally:
-            self._replay.rewind()
+        given = self._figure(best)
+        if given is None:
+            raise self._refusal or ConfigError(f"{_label(best)!r} did not work in an earlier run; start with another")
+        start = figure = given
+        settled = False
+        while not settled:
+            settled = True
+            for axis in axes:
+                for other in axis(best):
+                    if _label(other) not in self._figures and len(self._figures) >= self._most:
+                        return Tuned(best, figure, start, self._figures, settled=False)
+                    found = self._figure(other)
+                    if found is not None and found > figure:
+                        best, figure, settled = other, found, False
+                    if self._progress is not None:
+                        self._progress(len(self._figures), self._most, figure)
+        return Tuned(best, figure, start, self._figures, settled=True)
 
     def _figure(self, method: CachingMethod) -> float | None:
         """Mean decibels of a method over all images; None for one that this model cannot have."""

@@ -120,30 +120,29 @@ def fit_leap(
     for name, (hint, value) in arguments.items():
         accepted("fit_leap", name, hint, value)
     trials = min(trials, MOST_STARTS)
-    Replay(held_out)
-    _check_counts(evaluations, Replay(calls).steps(pipe))
-    fit = _Fit(pipe, calls, guidances, held_out, ridge, progress)
-    _check_counts(evaluations, fit.total)  # a run may have other steps than it was asked for
-    options = fit.options | {"trials": trials, "rounds": rounds, "ridge": ridge}
-    result = Calibration(LEAP, {}, fit.fingerprint, {}, options)
-    # A fit at one scale that does not say by which argument is as good as one that does.
-    unsaid = {} if guidances else {"guidance_argument": result.options["guidance_argument"]}
-    if known is not None and (known.fingerprint, unsaid | known.options) == (result.fingerprint, result.options):
-        result = known
-    for count in sorted(evaluations):
-        if str(count) in result.report:
-            if held_out:  # perhaps others than the known fit was given
-                told = result.report[str(count)] | fit.held_out(unpacked(result.tensors)[str(count)])
-                result = replace(result, report=result.report | {str(count): told})
-            continue
-        if fewer := [int(name) for name in result.report if int(name) < count]:
-            fit.recall(unpacked(result.tensors)[str(max(fewer))])
-        table, report = fit.solver(count, trials, rounds)
-        tensors = result.tensors | packed({count: table})
-        result = Calibration(LEAP, tensors, result.fingerprint, result.report | {str(count): report}, options)
-        if keep is not None:
-            keep(result)
-    fit.rewind()
+    with Replay(held_out), Replay(calls) as replay:
+        _check_counts(evaluations, replay.steps(pipe))
+        fit = _Fit(pipe, calls, guidances, held_out, ridge, progress)
+        _check_counts(evaluations, fit.total)  # a run may have other steps than it was asked for
+        options = fit.options | {"trials": trials, "rounds": rounds, "ridge": ridge}
+        result = Calibration(LEAP, {}, fit.fingerprint, {}, options)
+        # A fit at one scale that does not say by which argument is as good as one that does.
+        unsaid = {} if guidances else {"guidance_argument": result.options["guidance_argument"]}
+        if known is not None and (known.fingerprint, unsaid | known.options) == (result.fingerprint, result.options):
+            result = known
+        for count in sorted(evaluations):
+            if str(count) in result.report:
+                if held_out:  # perhaps others than the known fit was given
+                    told = result.report[str(count)] | fit.held_out(unpacked(result.tensors)[str(count)])
+                    result = replace(result, report=result.report | {str(count): told})
+                continue
+            if fewer := [int(name) for name in result.report if int(name) < count]:
+                fit.recall(unpacked(result.tensors)[str(max(fewer))])
+            table, report = fit.solver(count, trials, rounds)
+            tensors = result.tensors | packed({count: table})
+            result = Calibration(LEAP, tensors, result.fingerprint, result.report | {str(count): report}, options)
+            if keep is not None:
+                keep(result)
     return result
 
 
@@ -224,11 +223,6 @@ class _Fit:
             "learned_from": references.digest,
             "yardstick": YARDSTICK,
         }
-
-    def rewind(self) -> None:
-        """Leave the generators of all calls as they were."""
-        for at in self._all:
-            at.replay.rewind()
 
     @property
     def _all(self) -> list[Group]:

@@ -55,39 +55,42 @@ def fit_leapcache(
     """
     if not calls:
         raise CalibrationError("there is nothing to learn from: give at least one call")
-    replay = Replay(calls)
     for name, value, least in (("sweeps", sweeps, 1), ("window", window, 1), ("tokens", tokens, 1)):
         accepted("fit_leapcache", name, Annotated[int, Range(least)], value)
     accepted("fit_leapcache", "ridge", Annotated[float, Range(0)], ridge)
-    _check_lists(lists, replay.steps(pipe))
-    finals: list[Tensor] = []
+    with Replay(calls) as replay:
+        _check_lists(lists, replay.steps(pipe))
+        finals: list[Tensor] = []
 
-    def sample(index: int) -> None:
-        finals.append(torch.as_tensor(pipe(**replay[index])[0]).float())
+        def sample(index: int) -> None:
+            finals.append(torch.as_tensor(pipe(**replay[index])[0]).float())
 
-    trace = record(pipe, [partial(sample, i) for i in range(len(replay))], tokens=tokens)
-    fingerprint, total = trace.fingerprint, trace.fingerprint.steps
-    _check_lists(lists, total)  # a run may have other steps than it was asked for
-    tensors: dict[str, Tensor] = {}
-    report = {}
-    for given in lists:
-        steps = tuple(int(step) for step in given)
-        goal = {name: slots["hidden"] for name, slots in trace.features.items()}
-        known = {name: features[:, list(steps)] for name, features in goal.items()}
-        best, errors = None, []
-        for sweep in range(sweeps):
-            tables = {name: learned_table(known[name], goal[name], steps, window, ridge) for name in goal}
-            method = LeapCache(calibration=_calibration(tables, steps, fingerprint), interval=2, warmup=len(steps))
-            known, error = _sample(pipe, replay, method, finals, tokens)
-            errors.append(error)
-            if best is None or error < best[0]:
-                best = (error, tables)
-            if progress is not None:
-                progress(len(steps), sweep + 1, best[0])
-        assert best is not None
-        tensors |= _calibration(best[1], steps, fingerprint).tensors
-        report[str(len(steps))] = {"steps": list(steps), "relative_squared_error": best[0], "error_per_sweep": errors}
-    replay.rewind()
+        trace = record(pipe, [partial(sample, i) for i in range(len(replay))], tokens=tokens)
+        fingerprint, total = trace.fingerprint, trace.fingerprint.steps
+        _check_lists(lists, total)  # a run may have other steps than it was asked for
+        tensors: dict[str, Tensor] = {}
+        report = {}
+        for given in lists:
+            steps = tuple(int(step) for step in given)
+            goal = {name: slots["hidden"] for name, slots in trace.features.items()}
+            known = {name: features[:, list(steps)] for name, features in goal.items()}
+            best, errors = None, []
+            for sweep in range(sweeps):
+                tables = {name: learned_table(known[name], goal[name], steps, window, ridge) for name in goal}
+                method = LeapCache(calibration=_calibration(tables, steps, fingerprint), interval=2, warmup=len(steps))
+                known, error = _sample(pipe, replay, method, finals, tokens)
+                errors.append(error)
+                if best is None or error < best[0]:
+                    best = (error, tables)
+                if progress is not None:
+                    progress(len(steps), sweep + 1, best[0])
+            assert best is not None
+            tensors |= _calibration(best[1], steps, fingerprint).tensors
+            report[str(len(steps))] = {
+                "steps": list(steps),
+                "relative_squared_error": best[0],
+                "error_per_sweep": errors,
+            }
     options = {"sweeps": sweeps, "window": window, "ridge": ridge, "prompts": sum(map(len, finals))}
     return Calibration(LeapCache.name, tensors, fingerprint, report, options)
 

@@ -66,43 +66,42 @@ def tune_steps(
         raise ConfigError(
             f"{type(chosen).__name__} computes no listed steps; search with a method that does, such as foca"
         )
-    replay = Replay(calls)
     accepted("tune_steps", "trials", Annotated[int, Range(1)], trials)
     accepted("tune_steps", "seed", Annotated[int, Range(0)], seed)
-    _check_counts(computed_steps, replay.steps(target))
-    _check_free(chosen)
+    with Replay(calls) as replay:
+        _check_counts(computed_steps, replay.steps(target))
+        _check_free(chosen)
 
-    def sample(index: int) -> Tensor:
-        return torch.as_tensor(target(**replay[index])[0]).float()
+        def sample(index: int) -> Tensor:
+            return torch.as_tensor(target(**replay[index])[0]).float()
 
-    with accelerate(target, "reuse", interval=1) as run:
-        engine_of(run)  # refuses several before any call
-        references = [sample(i) for i in range(len(calls))]
-        if not torch.equal(sample(0), references[0]):
-            raise CalibrationError(
-                "a call gave another result the second time: give it a generator or latents of its own"
-            )
-        fingerprint = fingerprint_of(target, run, "hidden")
-    total = fingerprint.steps
-    _check_counts(computed_steps, total)  # a run may have other steps than it was asked for
-    scale = torch.cat([reference.flatten() for reference in references]).square().mean().item()
+        with accelerate(target, "reuse", interval=1) as run:
+            engine_of(run)  # refuses several before any call
+            references = [sample(i) for i in range(len(calls))]
+            if not torch.equal(sample(0), references[0]):
+                raise CalibrationError(
+                    "a call gave another result the second time: give it a generator or latents of its own"
+                )
+            fingerprint = fingerprint_of(target, run, "hidden")
+        total = fingerprint.steps
+        _check_counts(computed_steps, total)  # a run may have other steps than it was asked for
+        scale = torch.cat([reference.flatten() for reference in references]).square().mean().item()
 
-    def loss_of(steps: tuple[int, ...]) -> float:
-        with accelerate(target, replace(chosen, steps=steps, warmup=1)):
-            errors = [(sample(i) - reference).square().mean() for i, reference in enumerate(references)]
-        return float(torch.stack(errors).mean()) / scale
+        def loss_of(steps: tuple[int, ...]) -> float:
+            with accelerate(target, replace(chosen, steps=steps, warmup=1)):
+                errors = [(sample(i) - reference).square().mean() for i, reference in enumerate(references)]
+            return float(torch.stack(errors).mean()) / scale
 
-    tensors, report = {}, {}
-    for count in computed_steps:
+        tensors, report = {}, {}
+        for count in computed_steps:
 
-        def tick(done: int, most: int, best: float, count: int = count) -> None:
-            if progress is not None:
-                progress(count, done, most, best)
+            def tick(done: int, most: int, best: float, count: int = count) -> None:
+                if progress is not None:
+                    progress(count, done, most, best)
 
-        found = search_steps(spread(count, total, START), total, loss_of, trials=trials, seed=seed, progress=tick)
-        tensors[f"steps/{count}"] = torch.tensor(found.steps)
-        report[str(count)] = figures(found)
-    replay.rewind()
+            found = search_steps(spread(count, total, START), total, loss_of, trials=trials, seed=seed, progress=tick)
+            tensors[f"steps/{count}"] = torch.tensor(found.steps)
+            report[str(count)] = figures(found)
     options = {"method": type(chosen).__name__, "trials": trials, "seed": seed, "calls": len(calls)}
     return Calibration(SEARCHED, tensors, fingerprint, report, options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -15,6 +15,8 @@ __all__ = ["Replay"]
 
 class Replay:
     """The arguments of calls; each time they are taken, their generators are where they were at first.
+
+    As a context it leaves them there, too, however it ends: the same calls are the same again.
 
     Args:
         calls: keyword arguments of a pipeline, perhaps with a `generator` or a list of them.
@@ -56,8 +58,10 @@ class Replay:
         """The kind of result that a call asks for itself."""
         return str(self._calls[index].get("output_type", "latent"))
 
-    def rewind(self) -> None:
-        """Leave all generators as they were at first."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for index in range(len(self)):
             self._rewind(index)
 
