@@ -5,8 +5,10 @@ python benchmarks/caching.py --model emoji-flux --guidance 3 --out benchmarks/ca
 python benchmarks/caching.py --arms "foca;hicache:sigma=0.6" --schedules even --counts 9 --held-out 8 --out try.json
 python benchmarks/caching.py --arms "foca:site=module;hyca:site=module" --counts 9 --out module.json
 python benchmarks/caching.py --arms SINGLES --tune hyca --counts 9 --out benchmarks/caching-emoji-flux.json
+python benchmarks/caching.py --plain --schedules auto,even --counts 12,9,7 --arms DEFAULT --out benchmarks/default-emoji-flux.json
 
-`SINGLES` are the solvers that HyCa chooses from, each of them for all clusters. What `--tune` names is measured as
+`SINGLES` are the solvers that HyCa chooses from, each of them for all clusters; `DEFAULT` is what `accelerate(pipe)`
+takes, without its schedule. What `--tune` names is measured as
 `hasten tune` leaves it: chosen by whole runs of prompts to learn from, for each schedule and number of steps anew.
 
 Prompts are drawn in batches, prompt `i` with seed `i`; what is fitted learns from the last prompts of the list, with
@@ -29,6 +31,7 @@ from hasten.bench.arms import one_line
 from hasten.bench.environment import environment
 from hasten.bench.requests import caching_method, reported
 from hasten.bench.subject import open_model
+from hasten.caching.default import DEFAULT
 from hasten.caching.method import CachingMethod
 from hasten.caching.methods.hyca import CANDIDATES
 from hasten.calibration import Trace
@@ -43,7 +46,10 @@ ARMS = (
     "l2p;l2p:history=full:fit_by=gradient:published=true"
 )
 
-SINGLES = ";".join(f"hyca:solvers={name}" for name in CANDIDATES)  # with one solver to choose from
+NAMED = {
+    "SINGLES": ";".join(f"hyca:solvers={name}" for name in CANDIDATES),  # with one solver to choose from
+    "DEFAULT": DEFAULT.replace(":schedule=auto", ""),  # arms name their schedule apart
+}
 SHARED = ("model", "guidance", "steps", "learn", "held_out", "batch")  # what all rows of a file have in common
 TRIALS = 80  # most settings that a tuner looks at
 
@@ -56,7 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--counts", default="12,9,7,5")
     parser.add_argument("--schedules", default="uniform,even")
-    parser.add_argument("--arms", default=ARMS, help="method expressions with semicolons, or SINGLES")
+    parser.add_argument("--arms", default=ARMS, help=f"method expressions with semicolons, or {' or '.join(NAMED)}")
     parser.add_argument("--tune", default="", help="method expressions with semicolons, to be tuned first")
     parser.add_argument(
         "--plain",
@@ -98,7 +104,7 @@ class Measure:
         counts = [int(count) for count in self.options.counts.split(",")]
         for count in counts:
             self.plain(count)
-        arms = SINGLES if self.options.arms == "SINGLES" else self.options.arms
+        arms = NAMED.get(self.options.arms, self.options.arms)
         for schedule in self.options.schedules.split(","):
             for count in counts:
                 for arm in filter(None, arms.split(";")):

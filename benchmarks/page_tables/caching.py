@@ -46,6 +46,8 @@ def default_table(names: list[str]) -> str:
     for result in _caching(names):
         rows, options = result["rows"], result["options"]
         own = {row["count"]: row for row in rows.values() if (row["method"], row.get("schedule")) == (SHIPPED, "auto")}
+        if not own:
+            raise SystemExit(f"the result of {options['model']} at guidance {options['guidance']} has no default in it")
         for count, row in sorted(own.items(), reverse=True):
             plain = rows.get(f"best plain @ {count}")
             if plain is None:

@@ -17,7 +17,7 @@ from torch import nn
 import hasten
 from hasten import models
 from hasten.bench.subject import load
-from hasten.caching.schedule import Spread, computed_steps
+from hasten.caching.schedule import computed_steps
 from hasten.errors import CalibrationError, ConfigError, HastenError
 from hasten.integrations import comfyui
 from hasten.integrations.comfyui import nodes
@@ -343,8 +343,12 @@ def test_steps_of_every_run_are_those_of_its_sigmas():
         sample(patched, KSampler(euler), sigmas(3))
     assert not hooks_on(patched.model.diffusion_model)
     assert torch.equal(sample(patched, KSampler(euler), sigmas(0), noise=torch.ones(1)), torch.ones(1))
-    method = listed(hasten.FoCa(computed_steps=4, schedule="even"), 10)
-    assert list(method.steps) == computed_steps(Spread(4), 10)
+    for schedule in nodes.Accelerate.INPUT_TYPES()["required"]["schedule"][0]:
+        method = hasten.FoCa(computed_steps=4, schedule=schedule)
+        assert list(listed(method, 10).steps) == computed_steps(method.plan(), 10)
+        patched, session = accelerated(Patcher(denoiser()), "foca", 4, schedule)
+        sample(patched, KSampler(euler), sigmas(10))
+        assert session.summary.computed_steps == 4
 
 
 def test_a_sampler_of_two_evaluations_is_warned_of(caplog):

@@ -44,8 +44,10 @@ def test_the_default_is_nearer_to_the_full_run_than_its_rivals(model, scale):
 
     default = cached(computed_steps=COUNT)
     assert default > cached(computed_steps=COUNT, schedule="uniform") + 2
-    if scale:  # whole slopes between steps that are spread evenly lose there
-        assert default > cached(computed_steps=COUNT, schedule="even") + 1
+    # With guidance the steps are worth decibels; without it they have to be level with even ones.
+    assert default > cached(computed_steps=COUNT, schedule="even") + (1 if scale else -0.5)
+    if scale:
+        assert default > cached(computed_steps=COUNT, sigma=0.7) + 0.2  # nearly all of the slope
     for sampler in ("unipc:spacing=beta", "dpmpp:spacing=beta"):
         with plain_samplers()[sampler](model.pipe):
             assert default > quality(drawn(model, scale, COUNT)) + 1

@@ -606,6 +606,15 @@ def test_optimal_steps_is_the_best_list_of_its_objective():
 # --- calls, and a fit that is cut short
 
 
+def test_every_scale_of_a_range_begins_with_the_same_noise() -> None:
+    calls, groups = [toy_call(0), toy_call(1)], []
+    for scale in (1.5, 3.0):
+        groups.append(Group(Toy(), [{**one, "guidance_scale": scale} for one in calls], 1e-6, lambda _: None))
+    first, second = (group.references.states[0] for group in groups)
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[-1], second[-1])
+
+
 def test_calls_that_are_held_out_need_no_guidance():
     """Those that have none are drawn with the rows over the outputs alone."""
     for call, form in ((toy_call(5), "guided"), (toy_call(5, guidance_scale=1.5), "passes")):

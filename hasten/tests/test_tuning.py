@@ -134,14 +134,14 @@ INTERRUPTED = {
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_what_is_cut_short_leaves_the_noise_of_its_calls_as_it_was(name):
     """Or the same calls, given again to go on with, would be others."""
-    calls = [call(0, 1), call(2, 3)]
+    calls = [call(0, 1), call(2, 3)]  # of fit_leap the second one is held out
     generators = [generator for one in calls for generator in one["generator"]]
     before = [generator.get_state() for generator in generators]
     told = []
 
     def stop(*done):
         told.append(done)
-        if any(not torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True)):
+        if not torch.equal(generators[-1].get_state(), before[-1]):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -258,7 +258,7 @@ class CachingEngine(Hook):
             self._warn(
                 "idle",
                 f"{type(self.method).__name__} skips nothing in a run of {run.total} steps: all of them are computed. "
-                "Use a shorter warmup, a longer interval, or explicit steps=...",
+                "Use a shorter warmup, a longer interval, fewer computed_steps, or explicit steps=...",
             )
         return CachingRun(method, gate, self.facts)
 
@@ -375,7 +375,7 @@ class CachingEngine(Hook):
                 f"{min(values):.3g}. Use a larger threshold than that",
             )
         else:
-            remedy = "Use a shorter warmup, a longer interval, or explicit steps=..."
+            remedy = "Use a shorter warmup, a longer interval, fewer computed_steps, or explicit steps=..."
             self._warn("idle", f"{name} skipped nothing in a run of {steps} steps. {remedy}")
 
     def _warn(self, subject: str, message: str) -> None:

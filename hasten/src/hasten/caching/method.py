@@ -34,7 +34,7 @@ __all__ = ["SEARCHED", "CachingMethod", "Feature", "ScheduledMethod", "SiteName"
 SiteName = Literal["hidden", "output", "module", "deep"]
 SEARCHED = "steps"  # what a calibration of lists of computed steps is called
 INTERVAL = 5
-SPREADS = {"even": (1.0, 0.0), "early": (1.3, 0.0), "auto": (1.2, 0.4)}  # power and tail of schedules of that kind
+SPREADS = {"even": (1.0, 0.0), "early": (1.3, 0.0), "auto": (1.2, 0.4)}  # power and tail of `Spread`
 
 
 def _check_lists(calibration: Calibration) -> None:
@@ -202,10 +202,10 @@ class ScheduledMethod(CachingMethod):
 
     The schedules: `"uniform"` is a warm-up, then every `interval` steps (the papers' rule); `"last"` the same, and the
     last step; `"even"` spreads as many as uniform has evenly from the first step to the last; `"early"` spreads them
-    so, but denser early; `"auto"` a little denser early, and not quite to the last step where gaps are three steps and
-    more (the default's own; measured in docs/which-method.md); `"searched"` takes a list of `searched`. All but the
-    first need a pipeline, which tells how many steps there are; so does `computed_steps`. On a bare transformer
-    `"auto"` is uniform.
+    so, but denser early; `"auto"`, the default's own, a little denser early, and not quite to the last step where gaps
+    are two and a half steps and more in the mean (docs/which-method.md); `"searched"` takes a list of `searched`. All
+    but the first need a pipeline, which tells how many steps there are; so does `computed_steps`. On a bare
+    transformer `"auto"` is uniform.
     """
 
     schedule: Annotated[

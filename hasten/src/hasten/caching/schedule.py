@@ -143,8 +143,8 @@ class Spread(Declared):
 
     Step `i` of `n` falls on `E (i / (n - 1))^power`, where `E` is the last of the `T` steps of the run, `T - 1`, less
     `tail` of the mean gap `(T - 1) / (n - 1)`, in whole steps: a power of 1 spreads them evenly, a larger one puts more
-    of them early. The usual schedules spend their warm-up at the start and leave the end, where detail forms, to
-    extrapolation.
+    of them early. The usual schedules spend their warm-up at the start and leave a whole interval at the end, where
+    detail forms, to extrapolation.
 
     Args:
         count: computed steps, or the uniform schedule that has as many.

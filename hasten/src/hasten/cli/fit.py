@@ -132,8 +132,20 @@ def _check_prompts(asked: int, known: Sequence[str]) -> None:
 
 # What `tune --method` heeds.
 OF_ONE_METHOD = {
-    *("model", "computed_steps", "method", "tried", "prompts", "prompts_file", "seed", "steps", "height", "width"),
-    *("guidance", "trials", "device", "out"),
+    "model",
+    "computed_steps",
+    "method",
+    "tried",
+    "prompts",
+    "prompts_file",
+    "seed",
+    "steps",
+    "height",
+    "width",
+    "guidance",
+    "trials",
+    "device",
+    "out",
 }
 
 

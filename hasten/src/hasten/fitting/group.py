@@ -45,11 +45,11 @@ class Group:
     def __init__(
         self, pipe: Any, calls: Sequence[Mapping[str, Any]], ridge: float, tick: Callable[[int], None]
     ) -> None:
-        self.replay = Replay(calls)
-        self.references = record_references(pipe, self.replay, lambda done, total: tick(done))
-        self.evaluator = Evaluator(pipe, self.replay)
-        check_answers(self.evaluator, self.references, type(pipe).__name__)
-        guided = Fitter(self.evaluator, self.references, ridge, COLUMNS[GUIDED])
+        with Replay(calls) as self.replay:  # groups of one fit share generators, and each begins with the same noise
+            self.references = record_references(pipe, self.replay, lambda done, total: tick(done))
+            self.evaluator = Evaluator(pipe, self.replay)
+            check_answers(self.evaluator, self.references, type(pipe).__name__)
+            guided = Fitter(self.evaluator, self.references, ridge, COLUMNS[GUIDED])
         self.fitters = {
             form: guided.narrowed(width)
             for form, width in COLUMNS.items()

@@ -96,7 +96,7 @@ class Accelerate:
                 "model": ("MODEL",),
                 "method": (names, {"default": "foca"}),
                 "computed_steps": ("INT", {"default": 9, "min": 1, "max": 1000}),
-                "schedule": (["auto", "even", "uniform", "early", "last"], {"default": "auto"}),
+                "schedule": (["even", "auto", "uniform", "early", "last"], {"default": "even"}),
             },
             "optional": {"calibration": ("HASTEN_CALIBRATION",)},
         }
