@@ -5,7 +5,7 @@ python benchmarks/caching.py --model emoji-flux --guidance 3 --out benchmarks/ca
 python benchmarks/caching.py --arms "foca;hicache:sigma=0.6" --schedules even --counts 9 --held-out 8 --out try.json
 python benchmarks/caching.py --arms "foca:site=module;hyca:site=module" --counts 9 --out module.json
 python benchmarks/caching.py --arms SINGLES --tune hyca --counts 9 --out benchmarks/caching-emoji-flux.json
-python benchmarks/caching.py --plain --schedules auto,even --counts 12,9,7 --arms DEFAULT --out benchmarks/default-emoji-flux.json
+python benchmarks/caching.py --arms DEFAULT --plain --schedules auto,even --out benchmarks/default-emoji-flux.json
 
 `SINGLES` are the solvers that HyCa chooses from, each of them for all clusters; `DEFAULT` is what `accelerate(pipe)`
 takes, without its schedule. What `--tune` names is measured as
