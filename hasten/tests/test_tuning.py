@@ -150,6 +150,14 @@ def test_what_is_cut_short_leaves_the_noise_of_its_calls_as_it_was(name):
     assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True))
 
 
+def test_a_fit_that_comes_to_its_end_leaves_the_noise_as_it_was_too():
+    calls = [call(0, 1), call(2, 3)]
+    generators = [generator for one in calls for generator in one["generator"]]
+    before = [generator.get_state() for generator in generators]
+    hasten.fit_leap(make_pipe(), calls[:1], [4], held_out=calls[1:], trials=1, rounds=0)
+    assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True))
+
+
 # --- parameters by whole runs
 
 
