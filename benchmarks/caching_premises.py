@@ -90,7 +90,7 @@ def main() -> None:
     fits = {name: hasten.fit(learned, name) for name in ("svdcache", "hyca")}
     trace = held_out.recorded(options.guidance, learn=False)
     layout, rows = layout_in(held_out), []
-    for schedule in ("uniform", "even"):
+    for schedule in ("uniform", "even", "auto"):
         judge = HyCa(calibration=fits["hyca"], schedule=schedule, computed_steps=options.count)
         first = judge.first_difference
         for name in ("svdcache", "freqca", "hyca"):

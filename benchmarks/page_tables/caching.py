@@ -165,8 +165,8 @@ def caching_curves(name: str, file: str) -> dict[str, dict[int, float]]:
 
 def premises_table(names: list[str]) -> str:
     """Markdown of the errors of forecasts by component, from what `caching_premises.py` wrote."""
-    lines = [table_row(["guidance", "schedule", "system", "component", "reused", "forecast", "by", "premise"])]
-    lines.append("|---|---|---|---|--:|--:|---|---|")
+    lines = [table_row(["model", "guidance", "schedule", "system", "component", "reused", "forecast", "by", "premise"])]
+    lines.append("|---" * 5 + "|--:|--:|---|---|")
     told = []
     for result in (read(name) for name in names if (ROOT / "benchmarks" / name).exists()):
         scale = "-" if result["guidance"] is None else f"{result['guidance']:g}"
@@ -182,7 +182,7 @@ def premises_table(names: list[str]) -> str:
                 verdict = f"{row['oracle']:.3f} with the best of every cluster"
             elif row["component"] == "whole":
                 continue
-            cells = [scale, row["schedule"], row["of"], row["component"], f"{errors['hold']:.3f}"]
+            cells = [result["model"], scale, row["schedule"], row["of"], row["component"], f"{errors['hold']:.3f}"]
             lines.append(table_row([*cells, f"{errors[best]:.3f}", best, verdict]))
         told.append(
             f"{result['model']}, {result['prompts']} held-out prompts, {result['computed_steps']} computed steps"
