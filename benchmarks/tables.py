@@ -42,7 +42,8 @@ from page_tables.resolution import (
 )
 from reference import part as reference_part
 
-PREMISES = ["caching-premises.json", "caching-premises-guided.json"]
+PREMISES = ["caching-premises.json", "caching-premises-guided.json", "caching-premises-kontext.json"]
+PREMISES += ["caching-premises-wan.json", "caching-premises-styles-guided.json"]
 CACHING = [MEASURED, "caching-emoji-flux-guided.json", "caching-emoji-kontext.json", "caching-sprites-wan.json"]
 CACHING += ["caching-emoji-styles.json", "caching-emoji-styles-guided.json"]
 DEFAULTS = [
