@@ -149,10 +149,11 @@ def _solvers(method: str, rows: list[dict[str, Any]]) -> str:
 
 
 def caching_curves(name: str, file: str) -> dict[str, dict[int, float]]:
-    """Median PSNR of a method's forms and of the plain samplers by computed steps, from what `caching.py` wrote."""
+    """Median PSNR of a method's forms and of the plain samplers by computed steps, from what `caching.py` wrote; HyCa's
+    solvers alone have a table of their own."""
     arms = _caching_arms(read(file))
     own = [(at, method) for at, method in arms if re.match(rf"{re.escape(name)}(:|$)", method)]
-    own = [key for key in own if len(arms[key]) > 1]
+    own = [(at, method) for at, method in own if len(arms[at, method]) > 1 and not method.startswith(SINGLE)]
     if not own:
         return {}
     titles = {key: f"**{_caching_label(key[1])}**, {key[0]}" for key in own}

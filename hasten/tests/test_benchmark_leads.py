@@ -454,3 +454,9 @@ def test_a_sampler_that_fails_on_the_way_leaves_its_noise_to_the_next_one(tmp_pa
     for label in ("euler", "unipc", best):
         images = held_out.plain(label)(held_out.calls(None), 3)
         assert tried[label] == pytest.approx(sum(held_out.quality(images, None)) / 2, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["hyca", "foca", "hicache", "taylorseer", "freqca", "svdcache", "l2p", "reuse"])
+def test_the_curves_of_a_method_are_few_enough_to_be_told_apart(name: str) -> None:
+    curves = script("curves.py")
+    assert 3 <= len(curves["caching_curves"](name, curves["MEASURED"])) <= 12
