@@ -31,13 +31,13 @@ from hasten.bench.arms import one_line
 from hasten.bench.environment import environment
 from hasten.bench.requests import caching_method, reported
 from hasten.bench.subject import open_model
-from hasten.caching.default import DEFAULT
 from hasten.caching.method import CachingMethod
 from hasten.caching.methods.hyca import CANDIDATES
 from hasten.calibration import Trace
 from hasten.errors import ConfigError, ScheduleError
 from hasten.io import write_atomically
 from held_out import HeldOut, check_asked, check_weights, is_settled, weights_of
+from page_tables.caching import SHIPPED
 from torch import Tensor
 
 ARMS = (
@@ -48,7 +48,7 @@ ARMS = (
 
 NAMED = {
     "SINGLES": ";".join(f"hyca:solvers={name}" for name in CANDIDATES),  # with one solver to choose from
-    "DEFAULT": DEFAULT.replace(":schedule=auto", ""),  # arms name their schedule apart
+    "DEFAULT": SHIPPED,
 }
 SHARED = ("model", "guidance", "steps", "learn", "held_out", "batch")  # what all rows of a file have in common
 TRIALS = 80  # most settings that a tuner looks at

@@ -114,7 +114,8 @@ def draw() -> None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 3.4), layout="constrained")
         axes = figure.add_subplot()
-        for (what, row), colour in zip(chosen(found).items(), COLOURS, strict=False):
+        arms = chosen(found)
+        for (what, row), colour in zip(arms.items(), COLOURS[: len(arms)], strict=True):
             best = what == "best plain sampler"  # another one at each number of steps
             of = found.best_plain() if best else [r for r in found.measured if (r.method, r.library) == _arm(row)]
             points = sorted((r.budget, r.psnr) for r in of if r.budget and r.psnr is not None)

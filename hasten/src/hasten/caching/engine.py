@@ -43,6 +43,7 @@ WHOLE = (
 )
 MOST_KEYS = 4096  # feature keys whose components are kept
 LARGE = 256 * 2**20  # bytes that are worth a word before they are kept
+FEWER = "Use a shorter warmup, a longer interval, fewer computed_steps, or explicit steps=..."
 
 
 def _tensor(result: Any) -> Tensor:
@@ -255,11 +256,8 @@ class CachingEngine(Hook):
         gate.part = None if run.part is None else Part(*run.part)
         gate.begin(run.total)
         if run.total is not None and self.method.saves and gate.skips_nothing(run.total):
-            self._warn(
-                "idle",
-                f"{type(self.method).__name__} skips nothing in a run of {run.total} steps: all of them are computed. "
-                "Use a shorter warmup, a longer interval, fewer computed_steps, or explicit steps=...",
-            )
+            told = f"{type(self.method).__name__} skips nothing in a run of {run.total} steps: all of them are computed"
+            self._warn("idle", f"{told}. {FEWER}")
         return CachingRun(method, gate, self.facts)
 
     def _refuse_other_cache(self) -> None:
@@ -375,8 +373,7 @@ class CachingEngine(Hook):
                 f"{min(values):.3g}. Use a larger threshold than that",
             )
         else:
-            remedy = "Use a shorter warmup, a longer interval, fewer computed_steps, or explicit steps=..."
-            self._warn("idle", f"{name} skipped nothing in a run of {steps} steps. {remedy}")
+            self._warn("idle", f"{name} skipped nothing in a run of {steps} steps. {FEWER}")
 
     def _warn(self, subject: str, message: str) -> None:
         """Once per subject."""
