@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class Fits:
         """What the transformer does in the calls to learn from; in one of them at the module site, which is large."""
         if site not in self.traces:
             with Replay(self.calls) as replay:
-                again = [partial(lambda i: self.pipe(**replay[i]), i) for i in range(len(replay))]
+                again = replay.runs(self.pipe)
                 some = again[:1] if site == "module" else again
                 self.traces[site] = hasten.record(self.pipe, some, site=site, tokens=TOKENS)
         return self.traces[site]

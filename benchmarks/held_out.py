@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +114,7 @@ class HeldOut:
     def recorded(self, scale: float | None, *, learn: bool, site: str = "hidden", many: int | None = None) -> Trace:
         """What the transformer does in the calls to learn from or the held-out ones, or so many of them; all tokens."""
         replay = Replay(self.calls(scale, learn=learn))  # of calls that nobody else has
-        calls = [partial(lambda i: self.model.pipe(**replay[i]), i) for i in range(len(replay))]
-        return hasten.record(self.model.pipe, calls[:many], site=site, tokens=4096)
+        return hasten.record(self.model.pipe, replay.runs(self.model.pipe)[:many], site=site, tokens=4096)
 
     def references(self, scale: float | None) -> list[Tensor]:
         """The plain sampler's images of the held-out prompts at all steps; drawn once."""

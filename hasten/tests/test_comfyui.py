@@ -28,8 +28,12 @@ from hasten.pipeline.hooks import hooks_on
 WIDTH, STEPS = 16, 10
 
 
+def manual_seed(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=manual_seed(seed))
 
 
 # --- small denoisers
@@ -369,13 +373,36 @@ def test_the_summary_says_what_the_run_saved():
     assert nodes.Summarise.IS_CHANGED() != nodes.Summarise.IS_CHANGED()
 
 
+class Trained(nn.Module):
+    """The transformer of `emoji-flux` with one prompt: packed latents `[1, 1, T, C]` to their velocity."""
+
+    def __init__(self, pipe):
+        super().__init__()
+        self.transformer = pipe.transformer
+        states, pooled, text_ids = pipe.encode_prompt(prompt="red apple", prompt_2=None)
+        self.noise, image_ids = pipe.prepare_latents(
+            1, pipe.transformer.config.in_channels // 4, 64, 64, torch.float32, states.device, manual_seed(5)
+        )
+        self.given = {
+            "encoder_hidden_states": states,
+            "pooled_projections": pooled,
+            "txt_ids": text_ids,
+            "img_ids": image_ids,
+        }
+
+    def forward(self, x, timestep, context):
+        return self.transformer(x[:, 0], timestep=timestep, **self.given, return_dict=False)[0][:, None]
+
+
 def test_leap_is_what_its_scheduler_does_with_the_levels_of_the_node(core):
-    fit = load("emoji-flux").fitted["leap"]
+    subject = load("emoji-flux")
+    fit = subject.fitted["leap"]
     (core / "hasten").mkdir(parents=True)
     (core / "hasten" / "leap.safetensors").write_bytes(fit.read_bytes())
     assert nodes.LeapSample.INPUT_TYPES()["required"]["file"] == (["leap.safetensors"],)
     sampler, levels = nodes.LeapSample().make("leap.safetensors", 5)
-    net, noise = denoiser(), randn(1, 4, 4, 4, seed=5)
+    net = Trained(subject.pipe)
+    noise = net.noise[:, None]
     seen = []
     sampler.options["callback"] = seen.append
     fast = sample(Patcher(net), sampler, levels, noise=noise)
@@ -384,16 +411,16 @@ def test_leap_is_what_its_scheduler_does_with_the_levels_of_the_node(core):
     x = noise
     with torch.inference_mode():
         for level, timestep in zip(scheduler.sigmas, scheduler.timesteps, strict=False):
-            x = scheduler.step(net(x, level[None], context=randn(1, 3, WIDTH, seed=2)), timestep, x).prev_sample
-    assert torch.allclose(fast, x, atol=1e-5)
+            x = scheduler.step(net(x, level[None], context=None), timestep, x).prev_sample
+    assert torch.allclose(fast, x, atol=1e-4)
     assert [one["i"] for one in seen] == list(range(5))
-    fine = sample(Patcher(net), KSampler(euler), sigmas(400), noise=noise)
+    fine = sample(Patcher(net), KSampler(euler), sigmas(100), noise=noise)
     coarse = sample(Patcher(net), KSampler(euler), sigmas(5), noise=noise)
-    assert (fast - fine).norm() < (coarse - fine).norm()
+    assert (fast - fine).norm() < (coarse - fine).norm() / 2
     with pytest.raises(ConfigError, match="not those of the LEAP node"):
         sample(Patcher(net), sampler, sigmas(5))
     with pytest.raises(HastenError, match="evaluations"):
-        nodes.LeapSample().make("leap.safetensors", 6)
+        nodes.LeapSample().make("leap.safetensors", 11)
 
 
 def test_calibrations_come_from_the_models_folder(core):

@@ -11,7 +11,14 @@ import hasten
 from hasten import registry
 from hasten.caching import Uniform, computed_steps
 from hasten.caching.default import DEFAULT
-from hasten.errors import AlreadyAcceleratedError, ConfigError, HastenError, ScheduleError, TargetError
+from hasten.errors import (
+    AlreadyAcceleratedError,
+    ConfigError,
+    HastenError,
+    ScheduleError,
+    TargetError,
+    UnknownNameError,
+)
 from hasten.pipeline.hooks import hooks_on
 
 
@@ -179,6 +186,24 @@ def test_what_a_notebook_shows(pipe):
         assert part in shown
     assert "stages" not in shown
     assert run.summary().to_dict()["computed_steps"] == 5
+
+
+def test_text_that_is_no_name_is_refused_with_what_reads_it(pipe, tmp_path):
+    text = "hicache:order=1:interval=4"
+    with hasten.accelerate(pipe, "hicache", order=1, interval=4) as run:
+        fast, saved = draw(pipe), str(run.save(tmp_path / "run.yaml"))
+    for given in (text, saved):
+        with pytest.raises(ConfigError) as told:
+            hasten.accelerate(pipe, given)
+        assert not hooks_on(pipe.transformer)
+        remedy = str(told.value).partition("give ")[2].partition("), or")[0].rstrip(")") + "))"
+        with eval(remedy, {"accelerate": hasten.accelerate, "hasten": hasten, "pipe": pipe}):
+            assert torch.equal(draw(pipe), fast)
+    with pytest.raises(ConfigError, match="is an expression"):
+        hasten.accelerate(pipe, "dvg+foca")
+    for unknown in ("focca", "focca:interval=3"):
+        with pytest.raises(UnknownNameError, match="Did you mean 'foca'"):
+            hasten.accelerate(pipe, unknown)
 
 
 def test_names_of_the_package():

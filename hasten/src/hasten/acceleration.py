@@ -71,6 +71,7 @@ def _chosen_in(configuration: Configuration) -> tuple[tuple[Any, ...], dict[str,
 
 def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | ResolutionMethod | Leap:
     if isinstance(chosen, str):
+        _check_name(chosen)
         chosen = registry.build(chosen, **params)
     elif isinstance(chosen, (CachingMethod, ResolutionMethod, Leap)) and params:
         for name in params:
@@ -82,6 +83,18 @@ def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | ResolutionMe
     if not isinstance(chosen, (CachingMethod, ResolutionMethod, Leap)):
         raise ConfigError(f"a method is a name or a method object such as hasten.HiCache(), got {chosen!r}")
     return chosen
+
+
+def _check_name(text: str) -> None:
+    """Refuse the path of a configuration and an expression, and say what reads them."""
+    if text.endswith((".yaml", ".yml", ".json")):
+        raise ConfigError(f"{text!r} is a path, not a method; give accelerate(pipe, hasten.load({text!r}))")
+    if ":" in text or "+" in text:
+        registry.info(text.partition("+")[0].partition(":")[0].strip())
+        raise ConfigError(
+            f"{text!r} is an expression, not a name; give accelerate(pipe, *hasten.registry.parse({text!r})), or the "
+            "name and its parameters as arguments"
+        )
 
 
 def _streaming(methods: tuple[Any, ...], params: dict[str, Any]) -> StreamingMethod | None:

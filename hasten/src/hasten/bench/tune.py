@@ -285,10 +285,9 @@ class _Tuning:
 
     @cached_property
     def _trace(self) -> Any:
-        pipe = self._model.pipe
+        pipe, tick = self._model.pipe, partial(self._progress, "recording")
         with Replay(self._calls) as replay:
-            calls = [partial(lambda i: pipe(**replay[i]), i) for i in range(len(replay))]
-            return record(pipe, calls, progress=lambda done, total: self._progress("recording", done, total))
+            return record(pipe, replay.runs(pipe), progress=tick)
 
     # --- a bound instead of a number
 

@@ -197,6 +197,6 @@ def _calibrated(
             {"site": given["site"]} if "site" in given and "site" in parameters(info.config.fit) else {}
         )
         with Replay(calls) as replay:
-            runs = [partial(lambda i: pipe(**replay[i]), i) for i in range(len(replay))]
-            calibrate(pipe, name, runs, progress=partial(progress, f"recording for {name}"), **site).save(file)
+            made = calibrate(pipe, name, replay.runs(pipe), progress=partial(progress, f"recording for {name}"), **site)
+        made.save(file)
     return f"{tuning.method}:calibration={file}"

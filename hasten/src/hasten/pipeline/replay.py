@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -44,6 +45,13 @@ class Replay:
         """The arguments of a call, for latents as the result."""
         self._rewind(index)
         return {**self._calls[index], "output_type": "latent"}
+
+    def runs(self, pipe: Any) -> list[Callable[[], Any]]:
+        """Functions that make the calls, one each, as `record` and `calibrate` take them."""
+        return [partial(self._run, pipe, index) for index in range(len(self))]
+
+    def _run(self, pipe: Any, index: int) -> Any:
+        return pipe(**self[index])
 
     def steps(self, pipe: Any) -> int | None:
         """Steps of the pipeline's runs, as far as the first call or the pipeline's own default says it."""
