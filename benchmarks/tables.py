@@ -40,6 +40,7 @@ from page_tables.resolution import (
     toy_table,
     truth_table,
 )
+from page_tables.stages import clips_against_table, edits_table
 from reference import part as reference_part
 
 PREMISES = ["caching-premises.json", "caching-premises-guided.json", "caching-premises-kontext.json"]
@@ -101,6 +102,8 @@ TABLES = {
     "resolution-density": lambda: density_table(read("resolution-video.json")),
     "resolution-parts": lambda: parts_table(read("resolution-parts.json")),
     "resolution-toy": lambda: toy_table(read("resolution-toy.json")),
+    "edits": lambda: edits_table("styles-edit.json"),
+    "clips": lambda: clips_against_table("video.json"),
     "video": lambda: bench_table("sprites-wan"),
     "streaming": lambda: bench_table("sprites-stream"),
     "streaming-two-threads": lambda: bench_table("sprites-stream-two-threads"),

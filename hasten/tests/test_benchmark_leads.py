@@ -161,6 +161,17 @@ def test_the_benchmark_of_edits_runs_on_an_untrained_model(
     assert "rest_full" not in style  # all of the image may change
     assert rows[arm]["figures"]["rest_full"][0] is None
     assert {"full_psnr", "truth_lpips", "edited", "done"} <= rows[arm]["against"].keys()
+    table = stages(monkeypatch, "edits_table", first | {"edits": {"number": 2}, "guidance": 1.0})
+    above, below = table.split("By the sort of edit:")
+    (shown,) = [line.split(" | ") for line in above.splitlines() if "specedit" in line]
+    assert shown[1] == f"{rows[arm]['ratio']:.2f}"
+    assert shown[2] == f"{rows[arm]['means']['truth_lpips']:.4f}"
+    assert shown[3].startswith(f"{rows[arm]['against']['truth_lpips']['mean']:+.4f} (")
+    by_kind = {
+        line.split(" | ")[0].split(", ")[-1]: line.split(" | ") for line in below.splitlines() if "mixed" in line
+    }
+    assert {kind: cells[6] == "-" for kind, cells in by_kind.items()} == {"added (1)": False, "style (1)": True}
+    assert below.endswith(f"Not measured: default, 2: {rows[refused]['refused'].rstrip('.')}.")
     monkeypatch.setattr(edits["Bed"], "figures", lambda *_: pytest.fail("measured again"))
     assert measured([refused, arm])["rows"] == rows
     with pytest.raises(SystemExit, match="give another --json"):
@@ -235,6 +246,43 @@ def test_a_kept_fit_of_leap_that_made_another_error_small_is_made_again(
         kept.save(fits.folder / "leap.safetensors")
         assert fits.leap.options == of_today.options
     assert asked == [None, None]
+
+
+def stages(monkeypatch: pytest.MonkeyPatch, name: str, content: dict[str, Any]) -> str:
+    """A table of methods with stages of some content of a file."""
+    table = script("tables.py")[name]
+    assert table("no-such-file.json") == ""
+    monkeypatch.setitem(table.__globals__, "read", lambda _: content)
+    return str(table("tables.py"))
+
+
+def test_clips_are_shown_beside_plain_samplers_and_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    leads = script("leads.py")
+    signs = {"full_psnr": 1, "right": 1}
+
+    def clips(flops: float, psnr: list[float], right: list[float]) -> dict[str, Any]:
+        figures = {"full_psnr": psnr, "right": right}
+        means = {name: sum(values) / len(values) for name, values in figures.items()}
+        return {"flops": flops, "ratio": 10 / flops, "figures": figures, "means": means}
+
+    rows = {
+        "euler@50": clips(10.0, [60.0, 60.0], [1.0, 1.0]),
+        "euler@25": clips(5.0, [20.0, 24.0], [1.0, 0.0]),
+        "dvg:budget=0.5": clips(5.0, [23.0, 27.0], [1.0, 1.0]),
+        "dvg:budget=0.5:compress=space": clips(5.5, [22.0, 22.0], [0.0, 1.0]),
+    }
+    arm = rows["dvg:budget=0.5"]
+    arm["against"] = leads["leads"](arm, {"euler@25": rows["euler@25"]}, signs) | {"steps": 25}
+    forms = {form: lambda text, form=form: f"compress={form}" in text for form in ("space", "time")}
+    arm["rivals"] = leads["rival_leads"](rows, "dvg:budget=0.5", forms, signs)
+    about = {"hasten": "1", "torch": "2", "device": "cpu"}
+    content = {"environment": about, "prompts": 2, "size": [33, 64, 64], "guidance": 3.0, "rows": rows}
+    table = stages(monkeypatch, "clips_against_table", content | {"refused": {"dvg:budget=0.1": "no plan."}})
+    first, second = [line.split(" | ") for line in table.splitlines() if line.startswith("| **dvg")]
+    assert first[1:4] == ["2.00", "25.0", "+3.0 (+3.0 to +3.0)"]
+    assert second[1:3] == ["leaving out pixels alone, 1.10 of the operations", "+3.0 (+1.0 to +5.0)"]
+    assert "2 held-out captions, 33 frames of 64x64, guidance 3" in table
+    assert table.endswith("Not measured: dvg, budget=0.1: no plan.")
 
 
 def judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, content: dict[str, Any]) -> str:
