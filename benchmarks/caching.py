@@ -95,7 +95,8 @@ class Measure:
         self.rows: dict[str, Any] = known.get("rows", {})
         scale = "" if options.guidance is None else f"-{options.guidance:g}"
         self.scale: float | None = options.guidance
-        self.work = options.work / f"{options.model}{scale}-{options.steps}-{weights_of(self.model)}"
+        learned = f"{options.learn}-{options.batch}-{weights_of(self.model)}"  # what the fits in it depend on
+        self.work = options.work / f"{options.model}{scale}-{options.steps}-{learned}"
         self.work.mkdir(parents=True, exist_ok=True)
         self.held_out = HeldOut(self.model, options.steps, options.learn, options.held_out, options.batch, self.work)
 

@@ -378,6 +378,9 @@ def test_rows_of_caches_that_were_measured_in_another_way_are_not_gone_on_with(
     assert gone_on().has("a")
     with pytest.raises(SystemExit, match=r"caching\.json was measured with \{'held_out': 32\}"):
         gone_on(held_out=8)
+    out.unlink()
+    folders = {gone_on().work, gone_on(learn=8).work, gone_on(batch=4).work}
+    assert len(folders) == 3  # what is fitted to other calls is not taken
 
 
 def test_solvers_that_tuning_left_alone_or_that_one_schedule_lacks_have_a_row(
