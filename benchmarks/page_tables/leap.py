@@ -97,22 +97,30 @@ def range_table(result: dict[str, Any]) -> str:
 
 
 def second_table(names: list[str]) -> str:
-    """Markdown of what `leap_measure.py` wrote: medians, and LEAP's lead with its interval."""
-    heads = ["model", "guidance", "evaluations", "sampler", "PSNR, dB", "LEAP is above by (95 %)"]
-    lines = [table_row(heads), "|---|--:|--:|---|--:|--:|"]
-    for name in names:
-        if not (ROOT / "benchmarks" / name).exists():
-            continue
-        result = read(name)
-        model, prompts = result["options"]["model"], result["options"]["held_out"]
-        model += "" if result["steps"] == STEPS else f" (against {result['steps']} steps)"
-        for key, row in result["rows"].items():
-            lead, scale = result["against"].get(key), row["guidance"]
-            above = "" if lead is None else f"{lead['lead']:.1f} ({lead['low']:.1f} to {lead['high']:.1f})"
-            sampler = f"{row['name']} ({row['sampler']})" if "sampler" in row else row["name"]
-            figure = cell(row.get("median", row.get("float32")), 1)
-            scale = "-" if scale is None else f"{scale:g}"
-            lines.append(table_row([f"{model}, {prompts} prompts", scale, str(row["count"]), sampler, figure, above]))
-    about = f"Held-out prompts, against {STEPS} plain steps where no other number is said"
-    lines += ["", f"{about}; intervals by a paired bootstrap over prompts."]
-    return "\n".join(lines)
+    """Markdown of what `leap_measure.py` wrote, a table per file: medians by sampler and number of evaluations, and by
+    how much LEAP is above, with the interval."""
+    tables = [_measured(read(name)) for name in names if (ROOT / "benchmarks" / name).exists()]
+    about = f"PSNR in dB on held-out prompts, medians, against {STEPS} plain steps where no other number is said; below"
+    return "\n".join([*tables, f"{about} it by how much LEAP is above, with 95 % of a paired bootstrap over prompts."])
+
+
+def _measured(result: dict[str, Any]) -> str:
+    """The table of one file, with its heading."""
+    rows = list(result["rows"].items())
+    counts = sorted({row["count"] for _, row in rows}, reverse=True)
+    samplers = sorted({row["name"]: None for _, row in rows}, key=lambda name: name != "leap")
+    cells: dict[tuple[str, int], str] = {}
+    for key, row in rows:
+        lead, sampler = result["against"].get(key), str(row.get("sampler", "")).replace(":spacing=", ", ")
+        above = "" if lead is None else f"{lead['lead']:+.1f} ({lead['low']:+.1f} to {lead['high']:+.1f})"
+        figure = cell(row.get("median", row.get("float32")), 1)
+        cells[row["name"], row["count"]] = "<br>".join(filter(None, (figure, above, sampler)))
+    options = result["options"]
+    scale = "without guidance" if options["guidance"] is None else f"guidance {options['guidance']:g}"
+    against = "" if result["steps"] == STEPS else f", against {result['steps']} steps"
+    lines = [f"**{options['model']}, {scale}**, {options['held_out']} prompts{against}", ""]
+    lines += [table_row(["evaluations", *map(str, counts)]), "|---" + "|--:" * len(counts) + "|"]
+    for name in samplers:
+        shown = f"**{name}**" if name == "leap" else name
+        lines.append(table_row([shown, *(cells.get((name, count), "") for count in counts)]))
+    return "\n".join([*lines, ""])
