@@ -606,13 +606,19 @@ def test_optimal_steps_is_the_best_list_of_its_objective():
 # --- calls, and a fit that is cut short
 
 
-def test_every_scale_of_a_range_begins_with_the_same_noise() -> None:
-    calls, groups = [toy_call(0), toy_call(1)], []
-    for scale in (1.5, 3.0):
-        groups.append(Group(Toy(), [{**one, "guidance_scale": scale} for one in calls], 1e-6, lambda _: None))
-    first, second = (group.references.states[0] for group in groups)
-    assert torch.equal(first[0], second[0])
-    assert not torch.equal(first[-1], second[-1])
+def test_every_scale_of_a_range_begins_with_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups share the generators of the calls, and what is checked between them moves these on."""
+    groups: list[Group] = []
+    monkeypatch.setattr("hasten.fitting.leap.Group", lambda *given: groups.append(Group(*given)) or groups[-1])
+    calls = [toy_call(i, guidance_scale=3.0) for i in range(2)]
+    noise = [torch.randn(4, 2, 8, generator=toy_call(i)["generator"]) for i in range(2)]
+    fit_leap(Toy(), calls, [2], guidances=(1.5, 3.0, 5.0), rounds=0)
+    assert [len(group.references.states) for group in groups] == [2, 2, 2, 1, 1]  # the scales, and halfway between
+    for group in groups:
+        for states, own in zip(group.references.states, noise, strict=False):
+            assert torch.equal(states[0].float(), own)
+    ends = {tuple(group.references.states[0][-1].flatten().tolist()) for group in groups}
+    assert len(ends) == len(groups)
 
 
 def test_calls_that_are_held_out_need_no_guidance():
@@ -773,23 +779,50 @@ def test_times_of_a_range_stay_apart_between_its_scales():
     assert [times[1:] for times in still.moved([Move(1, None), Move(2, None)], step).timesteps] == [(6.0, 0.0)] * 3
 
 
-def test_a_range_begins_with_the_middle_where_neighbours_are_too_far_apart(monkeypatch):
+def test_a_range_begins_with_the_same_times_where_neighbours_are_too_far_apart(monkeypatch):
     """Solvers may be near at each scale, and the ones between have times that cross."""
 
     def far_apart(leaps, fitters, rounds):
-        lists = ([1000.0, 990.0, 980.0], leaps[1].timesteps, [1000.0, 20.0, 10.0])
-        return [Leap(tuple(times), leaps[1].rows, (0.0,), 0.0) for times in lists]
+        lists = ([1000.0, 990.0, 980.0], leaps[2].timesteps, [1000.0, 20.0, 10.0])
+        return [Leap(tuple(times), leaps[2].rows, (0.0,), 0.0) for times in lists]
 
     monkeypatch.setattr(guidance, "continued", far_apart)
     groups = {
-        scale: Group(Toy(), [toy_call(i, guidance_scale=scale) for i in range(2)], 1e-6, lambda done: None)
+        scale: Group(Toy(), Replay([toy_call(i, guidance_scale=scale) for i in range(2)]), 1e-6, lambda done: None)
         for scale in (1.5, 3.0, 5.0)
     }
-    middle = groups[3.0].fitters["guided"]
-    with middle.evaluator.probing():
-        best = middle.fit(at(middle, spread(3, STEPS, 1.0)))
-    between = {4.0: Group(Toy(), [toy_call(0, guidance_scale=4.0)], 1e-6, lambda done: None)}
+    hardest = groups[5.0].fitters["guided"]
+    with hardest.evaluator.probing():
+        best = hardest.fit(at(hardest, spread(3, STEPS, 1.0)))
+    between = {4.0: Group(Toy(), Replay([toy_call(0, guidance_scale=4.0)]), 1e-6, lambda done: None)}
     found = families_from(best, groups, between, 0)["guided"]
     assert found.timesteps == (best.timesteps,) * 3
     monkeypatch.undo()
     assert len(set(families_from(best, groups, between, 1)["guided"].timesteps)) == 3
+
+
+def test_a_range_begins_with_its_highest_scale() -> None:
+    """Where errors are largest: what is searched, and what the report tells, are those of a fit at that scale alone."""
+    settings = {"trials": 4, "rounds": 1}
+    held_out = [toy_call(9, guidance_scale=3.0)]
+    calls = [toy_call(i, guidance_scale=3.0) for i in range(2)]
+    shared = fit_leap(Toy(), calls, [4], guidances=(1.5, 3.0, 5.0), held_out=held_out, **settings).report["4"]
+    highest = [toy_call(i, guidance_scale=5.0) for i in range(2)]
+    own = fit_leap(Toy(), highest, [4], held_out=[toy_call(9, guidance_scale=5.0)], **settings).report["4"]
+    assert shared["guidance"] == 5.0
+    assert "guidance" not in own
+    for name in ("start", "at_the_start", "plain"):
+        assert shared[name] == own[name]
+    assert shared["held_out"] == pytest.approx(own["held_out"], rel=1.0)
+
+
+def test_a_range_goes_on_with_more_evaluations_as_if_it_had_not_stopped() -> None:
+    calls, options = [toy_call(i, guidance_scale=3.0) for i in range(2)], {"guidances": (1.5, 5.0), "rounds": 1}
+    whole = fit_leap(Toy(), calls, [3, 4], **options)
+    part = fit_leap(Toy(), calls, [3], **options)
+    again = fit_leap(Toy(), calls, [3, 4], known=part, **options)
+    assert whole.tensors.keys() == again.tensors.keys()
+    for name, tensor in whole.tensors.items():
+        assert torch.allclose(tensor, again.tensors[name], rtol=1e-6, atol=1e-9), name
+    told = fit_leap(Toy(), calls, [4], known=again, held_out=[toy_call(9, guidance_scale=3.0)], **options)
+    assert told.report["4"]["held_out"] < 10 * told.report["4"]["relative_squared_error"] + 1e-6

@@ -16,7 +16,7 @@ from hasten.pipeline.guidance import SCALES, denies_something
 from hasten.pipeline.replay import Replay
 from hasten.solvers.tables import COLUMNS
 
-__all__ = ["GUIDED", "PASSES", "Group", "at_scale", "check_differ", "check_passes", "guidance_of"]
+__all__ = ["GUIDED", "PASSES", "Group", "check_differ", "check_passes", "guidance_of"]
 
 GUIDED, PASSES = "guided", "passes"  # the form that is searched, and the one that follows
 SAME = 1e-3  # relative difference of two answers of a model to one question, in float32
@@ -28,12 +28,12 @@ class Group:
 
     Args:
         pipe: the pipeline.
-        calls: arguments of its calls.
+        replay: the calls; groups of one fit, which share generators, are changes of one replay, and each begins with
+            the same noise.
         ridge: see `Fitter`.
         tick: called after each reference with their number.
 
     Attributes:
-        replay: the calls.
         references: their plain trajectories.
         evaluator: evaluates the model for them.
         fitters: by form, see `COLUMNS`; that for both passes only where there were two.
@@ -42,14 +42,11 @@ class Group:
         CalibrationError: if the calls cannot be followed; see `record_references` and `check_answers`.
     """
 
-    def __init__(
-        self, pipe: Any, calls: Sequence[Mapping[str, Any]], ridge: float, tick: Callable[[int], None]
-    ) -> None:
-        with Replay(calls) as self.replay:  # groups of one fit share generators, and each begins with the same noise
-            self.references = record_references(pipe, self.replay, lambda done, total: tick(done))
-            self.evaluator = Evaluator(pipe, self.replay)
-            check_answers(self.evaluator, self.references, type(pipe).__name__)
-            guided = Fitter(self.evaluator, self.references, ridge, COLUMNS[GUIDED])
+    def __init__(self, pipe: Any, replay: Replay, ridge: float, tick: Callable[[int], None]) -> None:
+        self.references = record_references(pipe, replay, lambda done, total: tick(done))
+        self.evaluator = Evaluator(pipe, replay)
+        check_answers(self.evaluator, self.references, type(pipe).__name__)
+        guided = Fitter(self.evaluator, self.references, ridge, COLUMNS[GUIDED])
         self.fitters = {
             form: guided.narrowed(width)
             for form, width in COLUMNS.items()
@@ -146,8 +143,3 @@ def guidance_of(call: Mapping[str, Any]) -> tuple[str | None, float | None]:
     if true is not None and len(given) > 1 and not (true > 1 and denies_something(call)):
         del given["true_cfg_scale"]
     return next(iter(given.items()), (None, None))
-
-
-def at_scale(calls: Sequence[Mapping[str, Any]], name: str | None, scale: float | None) -> Sequence[Mapping[str, Any]]:
-    """The calls with another guidance scale."""
-    return [{**call, str(name): scale} for call in calls]

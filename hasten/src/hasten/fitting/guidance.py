@@ -1,12 +1,13 @@
 """One solver for a range of guidance: times and coefficients at some scales, between which both are interpolated.
 
 Solvers that were fitted at each scale alone lie anywhere in the flat valley of their error, and a polynomial through
-them misses it between the scales. So each goes on from its neighbour, beginning in the middle; then all are refined
-together, by the Gauss-Newton steps of `refine.py`, on the paths that the interpolated solver makes at the scales and
-halfway between them. What a number at one scale does to a path at another is its weight in the interpolation, so a
-Jacobian for each path is all that this takes. Errors differ by orders of magnitude over a range (at guidance 5 seventy
-times that at 1.5, on `emoji-flux`), and what counts is by how much each falls: the sum of their logarithms is made
-small.
+them misses it between the scales. So each goes on from its neighbour, beginning with the highest, where errors are
+largest and valleys differ most (on `emoji-flux` a range that began in the middle was 2 dB behind at its upper end);
+then all are refined together, by the Gauss-Newton steps of `refine.py`, on the paths that the interpolated solver makes
+at the scales and halfway between them. What a number at one scale does to a path at another is its weight in the
+interpolation, so a Jacobian for each path is all that this takes. Errors differ by orders of magnitude over a range (at
+guidance 5 seventy times that at 1.5, on `emoji-flux`), and what counts is by how much each falls: the sum of their
+logarithms is made small.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from hasten.fitting.refine import (
 from hasten.solvers.multistep import NormalEquations, Row, combine
 from hasten.solvers.tables import interpolated, lagrange, looks, times_at
 
-__all__ = ["Family", "Place", "continued", "families_from", "halfway", "refined_together"]
+__all__ = ["Family", "Place", "continued", "families_from", "halfway", "middle_of", "refined_together"]
 
 Times = tuple[float, ...]
 Columns = Mapping[int, Sequence[Tensor]]  # of a Jacobian, for the calls that are learned from
@@ -50,6 +51,11 @@ RIDGE = 1e-8  # damping where last rows alone are fitted
 def halfway(scales: Sequence[float]) -> list[float]:
     """The scales in the middle between neighbours."""
     return [0.5 * (a + b) for a, b in pairwise(sorted(scales))]
+
+
+def middle_of(scales: Sequence[object]) -> int:
+    """The place of the scale in the middle, whose times and guidance a file has where none is said."""
+    return (len(scales) - 1) // 2
 
 
 @dataclass(frozen=True)
@@ -121,42 +127,42 @@ def families_from(
     rounds: int,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Family]:
-    """Solvers for a range of guidance from that for the scale in its middle, by form.
+    """Solvers for a range of guidance from that for its highest scale, by form.
 
     Args:
-        best: the solver over guided outputs for the scale in the middle.
+        best: the solver over guided outputs for the highest scale.
         fitted: calls at each scale that is to have numbers of its own, rising.
         between: calls at further scales, where the interpolated solver is judged as well.
         rounds: of the refinement of each, and of all together.
         progress: see `refined_together`; of the guided outputs.
     """
-    scales, groups, middle = tuple(fitted), list(fitted.values()), (len(fitted) - 1) // 2
+    scales, groups, hardest = tuple(fitted), list(fitted.values()), len(fitted) - 1
     judged = sorted([*fitted.items(), *between.items()], key=lambda one: one[0])
 
     def places(form: str) -> list[Place]:
         return [Place(scale, group.fitters[form]) for scale, group in judged]
 
-    known = [best if i == middle else None for i in range(len(groups))]
+    known = [best if i == hardest else None for i in range(len(groups))]
     leaps = continued(known, [group.fitters[GUIDED] for group in groups], rounds)
     chain = Family(scales, tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps))
     same = Family(scales, (best.timesteps,) * len(scales), (best.rows,) * len(scales))
     del leaps  # columns are large
     begin = min((chain, same), key=lambda one: _score(_run(one, places(GUIDED))))
     found = {GUIDED: refined_together(begin, places(GUIDED), rounds, progress)}
-    if PASSES in groups[middle].fitters:
-        starts = _wide_starts(found[GUIDED], groups, middle)
+    if PASSES in groups[hardest].fitters:
+        starts = _wide_starts(found[GUIDED], groups, hardest)
         fitted_starts = (with_last_rows(one, places(PASSES)) for one in starts)
         begin = min(fitted_starts, key=lambda one: _score(one[1]))[0]  # what the starts do is large, and goes
         found[PASSES] = refined_together(begin, places(PASSES), min(rounds, 1), times=False, directions=DIRECTIONS)
     return found
 
 
-def _wide_starts(guided: Family, groups: Sequence[Group], middle: int) -> list[Family]:
+def _wide_starts(guided: Family, groups: Sequence[Group], hardest: int) -> list[Family]:
     """Families that know what each pass says: from zero, and from closed forms if they are nearer on other calls."""
-    wide, narrow = groups[middle].fitters[PASSES], groups[middle].fitters[GUIDED]
+    wide, narrow = groups[hardest].fitters[PASSES], groups[hardest].fitters[GUIDED]
     found = [replace(guided, rows=tuple([wide.widened(row) for row in rows] for rows in guided.rows))]
-    with groups[middle].evaluator.probing():
-        nearer = wide.elsewhere(guided.timesteps[middle]) < narrow.elsewhere(guided.timesteps[middle])
+    with groups[hardest].evaluator.probing():
+        nearer = wide.elsewhere(guided.timesteps[hardest]) < narrow.elsewhere(guided.timesteps[hardest])
     if nearer:
         rows = []
         for group, times in zip(groups, guided.timesteps, strict=True):

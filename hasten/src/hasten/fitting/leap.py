@@ -35,8 +35,8 @@ import numpy as np
 
 from hasten.calibration import Calibration, Fingerprint, model_digest, weights_digest
 from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError
-from hasten.fitting.group import GUIDED, PASSES, Group, at_scale, check_differ, check_passes, guidance_of
-from hasten.fitting.guidance import families_from, halfway
+from hasten.fitting.group import GUIDED, PASSES, Group, check_differ, check_passes, guidance_of
+from hasten.fitting.guidance import families_from, halfway, middle_of
 from hasten.fitting.leap_fitter import YARDSTICK, Fitter, Leap
 from hasten.fitting.references import References
 from hasten.fitting.refine import DIRECTIONS, refine
@@ -90,7 +90,7 @@ def fit_leap(
             same settings is taken over.
         keep: called with the result so far after each number, such as `lambda fit: fit.save(path)`.
         progress: called with (number of evaluations, trials and rounds so far, of how many, relative squared error: of
-            a range that in its middle, and while all is refined together the geometric mean over it);
+            a range that at its highest scale, and while all is refined together the geometric mean over it);
             while the references are drawn with (0, calls so far, of how many, 1).
 
     Returns:
@@ -120,9 +120,9 @@ def fit_leap(
     for name, (hint, value) in arguments.items():
         accepted("fit_leap", name, hint, value)
     trials = min(trials, MOST_STARTS)
-    with Replay(held_out), Replay(calls) as replay:
+    with Replay(held_out) as others, Replay(calls) as replay:
         _check_counts(evaluations, replay.steps(pipe))
-        fit = _Fit(pipe, calls, guidances, held_out, ridge, progress)
+        fit = _Fit(pipe, replay, guidances, others, ridge, progress)
         _check_counts(evaluations, fit.total)  # a run may have other steps than it was asked for
         options = fit.options | {"trials": trials, "rounds": rounds, "ridge": ridge}
         result = Calibration(LEAP, {}, fit.fingerprint, {}, options)
@@ -157,9 +157,9 @@ class _Fit:
     def __init__(
         self,
         pipe: Any,
-        calls: Sequence[Mapping[str, Any]],
+        calls: Replay,
         guidances: Sequence[float],
-        held_out: Sequence[Mapping[str, Any]],
+        held_out: Replay,
         ridge: float,
         progress: Progress | None,
     ) -> None:
@@ -175,8 +175,8 @@ class _Fit:
             raise ConfigError(f"guidances have to differ, got {tuple(guidances)}: leave out what is there twice")
         scales = sorted(map(float, guidances))
         self._scales: list[float | None] = list(scales) or [own]
-        between, few = halfway(scales), calls[: -(-len(calls) // 2)]
-        total, done = len(self._scales) * len(calls) + len(between) * len(few) + len(held_out), 0
+        between, few = halfway(scales), -(-len(calls) // 2)
+        total, done = len(self._scales) * len(calls) + len(between) * few + len(held_out), 0
 
         def tick(_: int) -> None:
             nonlocal done
@@ -184,7 +184,10 @@ class _Fit:
             if progress is not None:
                 progress(0, done, max(total, done), 1.0)
 
-        groups = [at_scale(calls, name, scale) for scale in scales] or [calls]
+        def at(scale: float, of: Replay = calls, count: int | None = None) -> Replay:
+            return of.changed(count, **{str(name): scale})
+
+        groups = [at(scale) for scale in scales] or [calls]
         self._at: list[Group] = []
         for group in groups:
             self._at.append(Group(pipe, group, ridge, tick))
@@ -192,24 +195,23 @@ class _Fit:
             check_differ(self._at, scales, name)
         self._between: dict[float, Group] = {}
         for scale in between:
-            self._between[scale] = Group(pipe, at_scale(few, name, scale), ridge, tick)
+            self._between[scale] = Group(pipe, at(scale, count=few), ridge, tick)
             check_passes([self._at[0], self._between[scale]], [scales[0], scale])
-        self._middle = (len(groups) - 1) // 2
-        middle = self._at[self._middle].references
+        self._hardest = len(groups) - 1  # of the highest scale, where errors are largest: a range begins there
+        hardest = self._at[self._hardest].references
         self._held = None
         if held_out:
-            others = at_scale(held_out, name, self._scales[self._middle]) if guidances else held_out
-            self._held = Group(pipe, others, ridge, tick)
-        self.total = middle.total
+            self._held = Group(pipe, at(scales[-1], held_out) if scales else held_out, ridge, tick)
+        self.total = hardest.total
         self._before: Leap | None = None
-        self._surrogate = Surrogate(middle, COLUMNS[GUIDED], self._at[self._middle].fitters[GUIDED].roots)
+        self._surrogate = Surrogate(hardest, COLUMNS[GUIDED], self._at[self._hardest].fitters[GUIDED].roots)
         self._checks = sum(at.evaluator.made for at in self._all)
-        self.fingerprint = _fingerprint(pipe, middle, self._scales[self._middle])
-        self.options = self._options(middle)
+        self.fingerprint = _fingerprint(pipe, hardest, self._scales[middle_of(self._scales)])
+        self.options = self._options(hardest)
 
     def _options(self, references: References) -> dict[str, Any]:
         # FLUX.2's shift depends on the number of steps too, and tells nothing of the image's size then.
-        mu = references.mu if self._at[self._middle].evaluator.mu == references.mu else None
+        mu = references.mu if self._at[self._hardest].evaluator.mu == references.mu else None
         return {
             "prediction_type": references.kind,
             "num_train_timesteps": int(self._pipe.scheduler.config.num_train_timesteps),
@@ -232,15 +234,20 @@ class _Fit:
 
     def recall(self, table: Mapping[str, Any]) -> None:
         """Let a table of an earlier fit be a start of the next one, if that is not the one that was just made."""
-        times, rows = tuple(table["timesteps"]), table[GUIDED][self._middle]
+        times, rows = self._times_of(table), table[GUIDED][self._hardest]
         if self._before is None or self._before.timesteps != times:
-            middle = self._at[self._middle]
-            with middle.evaluator.probing():
-                self._before = middle.fitters[GUIDED].exact(times, rows)
+            hardest = self._at[self._hardest]
+            with hardest.evaluator.probing():
+                self._before = hardest.fitters[GUIDED].exact(times, rows)
+
+    def _times_of(self, table: Mapping[str, Any]) -> tuple[float, ...]:
+        """The times of a table of an earlier fit at the scale at which a range begins."""
+        several = table.get("timesteps_by_scale")
+        return tuple(table["timesteps"] if several is None else several[self._hardest])
 
     def solver(self, count: int, trials: int, rounds: int) -> tuple[Table, dict[str, Any]]:
         """The table for a number of evaluations, and what is to be told of it."""
-        middle = self._at[self._middle]
+        hardest = self._at[self._hardest]
         made_before = sum(at.evaluator.made for at in self._all)
 
         total, refined = trials + rounds * min(2, len(self._at)), count_from(trials + 1)
@@ -252,12 +259,12 @@ class _Fit:
         def tick_round(error: float) -> None:
             tick(next(refined), error)
 
-        with middle.evaluator.probing():
-            start = self._start(middle, count, trials, rounds > 0, tick)
-            best = refine(middle.fitters[GUIDED], start.leap, rounds, tick_round)
+        with hardest.evaluator.probing():
+            start = self._start(hardest, count, trials, rounds > 0, tick)
+            best = refine(hardest.fitters[GUIDED], start.leap, rounds, tick_round)
             found = {GUIDED: best}
-            if PASSES in middle.fitters and len(self._at) == 1:
-                found[PASSES] = _with_differences(middle.fitters[PASSES], middle.fitters[GUIDED], best, rounds)
+            if PASSES in hardest.fitters and len(self._at) == 1:
+                found[PASSES] = _with_differences(hardest.fitters[PASSES], hardest.fitters[GUIDED], best, rounds)
         if len(self._at) == 1:
             table = self._table({form: [own.rows] for form, own in found.items()}, [best.timesteps])
         else:
@@ -265,9 +272,9 @@ class _Fit:
             fitted = dict(zip(scales, self._at, strict=True))
             families = families_from(best, fitted, self._between, rounds, tick_round)
             table = self._table({form: own.rows for form, own in families.items()}, families[GUIDED].timesteps)
-            with middle.evaluator.probing():
+            with hardest.evaluator.probing():
                 found = {
-                    form: middle.fitters[form].exact(own.timesteps[self._middle], own.rows[self._middle])
+                    form: hardest.fitters[form].exact(own.timesteps[self._hardest], own.rows[self._hardest])
                     for form, own in families.items()
                 }
         self._before = found[GUIDED]
@@ -291,8 +298,8 @@ class _Fit:
         )
 
     def _table(self, rows: Mapping[str, Sequence[Sequence[Row]]], timesteps: Sequence[tuple[float, ...]]) -> Table:
-        references = self._at[self._middle].references
-        middle, several = timesteps[self._middle], len(timesteps) > 1
+        references = self._at[self._hardest].references
+        middle, several = timesteps[middle_of(timesteps)], len(timesteps) > 1
         noise = references.noise if several else (None, None)
         return Table(
             middle,
@@ -305,15 +312,16 @@ class _Fit:
 
     def _report(self, start: Start, found: Mapping[str, Leap]) -> dict[str, Any]:
         best = found[GUIDED]
-        middle = self._at[self._middle].references
+        hardest = self._at[self._hardest].references
         report: dict[str, Any] = {
-            "steps": _steps(middle, best.timesteps),
+            **({"guidance": self._scales[self._hardest]} if len(self._at) > 1 else {}),
+            "steps": _steps(hardest, best.timesteps),
             **best.figures,
             "start": start.name,
             **_of("at_the_start", start.unmoved),
             "trials": start.trials,
             "plain": None if start.plain is None else {"sampler": start.plain[0], **start.plain[1]},
-            "formula_error": middle.error,
+            "formula_error": hardest.error,
             "evaluations_of_references": sum(at.references.total * at.references.prompts for at in self._all),
             "evaluations_of_checks": self._checks,
         }
@@ -326,8 +334,8 @@ class _Fit:
 
     def held_out(self, table: Mapping[str, Any]) -> dict[str, float]:
         """The errors of a table of an earlier fit on the calls that are held out, of which there are some."""
-        rows = {form: table[form][self._middle] for form in COLUMNS if form in table}
-        return self._held_out(table["timesteps"], rows)
+        rows = {form: table[form][self._hardest] for form in COLUMNS if form in table}
+        return self._held_out(self._times_of(table), rows)
 
     def _held_out(self, timesteps: Sequence[float], rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:
         assert self._held is not None

@@ -46,6 +46,12 @@ class Replay:
         self._rewind(index)
         return {**self._calls[index], "output_type": "latent"}
 
+    def changed(self, count: int | None = None, **arguments: Any) -> Replay:
+        """The same calls, or the first ones, with the same noise and other arguments."""
+        found = Replay([{**call, **arguments} for call in self._calls[:count]])
+        found._states = self._states[:count]  # where the generators are now does not matter
+        return found
+
     def runs(self, pipe: Any) -> list[Callable[[], Any]]:
         """Functions that make the calls, one each, as `record` and `calibrate` take them."""
         return [partial(self._run, pipe, index) for index in range(len(self))]
