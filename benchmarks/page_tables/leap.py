@@ -101,12 +101,15 @@ def second_table(names: list[str]) -> str:
     how much LEAP is above, with the interval."""
     tables = [_measured(read(name)) for name in names if (ROOT / "benchmarks" / name).exists()]
     about = f"PSNR in dB on held-out prompts, medians, against {STEPS} plain steps where no other number is said; below"
-    return "\n".join([*tables, f"{about} it by how much LEAP is above, with 95 % of a paired bootstrap over prompts."])
+    about += " it by how much LEAP is above, with 95 % of a paired bootstrap over prompts, and the solver and spacing of "
+    about += "the best plain sampler; in bfloat16 against the full run in float32"
+    return "\n".join([*tables, f"{about}."])
 
 
 def _measured(result: dict[str, Any]) -> str:
     """The table of one file, with its heading."""
     rows = list(result["rows"].items())
+    assert len({row["guidance"] for _, row in rows}) == 1, f"{result['options']['model']}: several scales in one table"
     counts = sorted({row["count"] for _, row in rows}, reverse=True)
     samplers = sorted({row["name"]: None for _, row in rows}, key=lambda name: name != "leap")
     cells: dict[tuple[str, int], str] = {}

@@ -71,7 +71,7 @@ def clips_against_table(name: str) -> str:
     for text, row in arms.items():
         for form, lead in row.get("rivals", {}).items():
             if lead is not None:
-                title = f"{FORMS[form]}, {lead['cost']:.2f} of the operations"
+                title = f"{FORMS[form]}, {lead['cost']:.2f} times the operations"
                 rivals.append(table_row([arm_title(text), title, *(_lead(lead.get(m), CLIPS[m][1]) for m in CLIPS)]))
     frames, height, width = result["size"]
     told = (

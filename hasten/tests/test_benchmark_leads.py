@@ -280,7 +280,7 @@ def test_clips_are_shown_beside_plain_samplers_and_both_forms(monkeypatch: pytes
     table = stages(monkeypatch, "clips_against_table", content | {"refused": {"dvg:budget=0.1": "no plan."}})
     first, second = [line.split(" | ") for line in table.splitlines() if line.startswith("| **dvg")]
     assert first[1:4] == ["2.00", "25.0", "+3.0 (+3.0 to +3.0)"]
-    assert second[1:3] == ["leaving out pixels alone, 1.10 of the operations", "+3.0 (+1.0 to +5.0)"]
+    assert second[1:3] == ["leaving out pixels alone, 1.10 times the operations", "+3.0 (+1.0 to +5.0)"]
     assert "2 held-out captions, 33 frames of 64x64, guidance 3" in table
     assert table.endswith("Not measured: dvg, budget=0.1: no plan.")
 

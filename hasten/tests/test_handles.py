@@ -201,7 +201,14 @@ def test_text_that_is_no_name_is_refused_with_what_reads_it(pipe, tmp_path):
             assert torch.equal(draw(pipe), fast)
     with pytest.raises(ConfigError, match="is an expression"):
         hasten.accelerate(pipe, "dvg+foca")
-    for unknown in ("focca", "focca:interval=3"):
+    for expression in ("foca:calibration=x.json", " foca"):
+        with pytest.raises(ConfigError, match="is an expression"):
+            hasten.accelerate(pipe, expression)
+    with pytest.raises(ConfigError, match=r"quality='certs/high\.JSON' for a certificate"):
+        hasten.accelerate(pipe, "certs/high.JSON")
+    with pytest.raises(ConfigError, match="is not parameter=value"):
+        hasten.accelerate(pipe, "foca:")
+    for unknown in ("focca", "focca:interval=3", "foca+"):
         with pytest.raises(UnknownNameError, match="Did you mean 'foca'"):
             hasten.accelerate(pipe, unknown)
 

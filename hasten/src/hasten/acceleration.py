@@ -86,15 +86,21 @@ def _method(chosen: Any, params: dict[str, Any]) -> CachingMethod | ResolutionMe
 
 
 def _check_name(text: str) -> None:
-    """Refuse the path of a configuration and an expression, and say what reads them."""
-    if text.endswith((".yaml", ".yml", ".json")):
-        raise ConfigError(f"{text!r} is a path, not a method; give accelerate(pipe, hasten.load({text!r}))")
-    if ":" in text or "+" in text:
-        registry.info(text.partition("+")[0].partition(":")[0].strip())
+    """Refuse an expression and the path of a file, and say what reads them."""
+    first = registry.PLUS.split(text)[0].partition(":")[0].strip()
+    if first != text and first in {info.name for info in registry.methods()}:
+        registry.split(text)  # a slip in it is told first
         raise ConfigError(
             f"{text!r} is an expression, not a name; give accelerate(pipe, *hasten.registry.parse({text!r})), or the "
             "name and its parameters as arguments"
         )
+    if text.lower().endswith((".yaml", ".yml", ".json")):
+        raise ConfigError(
+            f"{text!r} is a path, not a method; give accelerate(pipe, hasten.load({text!r})), or quality={text!r} for "
+            "a certificate"
+        )
+    if first != text:
+        registry.info(first)  # names the nearest
 
 
 def _streaming(methods: tuple[Any, ...], params: dict[str, Any]) -> StreamingMethod | None:

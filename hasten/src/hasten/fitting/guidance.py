@@ -2,9 +2,9 @@
 
 Solvers that were fitted at each scale alone lie anywhere in the flat valley of their error, and a polynomial through
 them misses it between the scales. So each goes on from its neighbour, beginning with the highest, where errors are
-largest and valleys differ most (on `emoji-flux` a range that began in the middle was 2 dB behind at its upper end);
-then all are refined together, by the Gauss-Newton steps of `refine.py`, on the paths that the interpolated solver makes
-at the scales and halfway between them. What a number at one scale does to a path at another is its weight in the
+largest, so that what a common valley costs is paid where they are smallest; then all are refined together, by the
+Gauss-Newton steps of `refine.py`, on the paths that the interpolated solver makes at the scales and halfway between
+them. What a number at one scale does to a path at another is its weight in the
 interpolation, so a Jacobian for each path is all that this takes. Errors differ by orders of magnitude over a range (at
 guidance 5 seventy times that at 1.5, on `emoji-flux`), and what counts is by how much each falls: the sum of their
 logarithms is made small.
@@ -40,7 +40,7 @@ from hasten.fitting.refine import (
 from hasten.solvers.multistep import NormalEquations, Row, combine
 from hasten.solvers.tables import interpolated, lagrange, looks, times_at
 
-__all__ = ["Family", "Place", "continued", "families_from", "halfway", "middle_of", "refined_together"]
+__all__ = ["Family", "Place", "continued", "families_from", "halfway", "refined_together"]
 
 Times = tuple[float, ...]
 Columns = Mapping[int, Sequence[Tensor]]  # of a Jacobian, for the calls that are learned from
@@ -51,11 +51,6 @@ RIDGE = 1e-8  # damping where last rows alone are fitted
 def halfway(scales: Sequence[float]) -> list[float]:
     """The scales in the middle between neighbours."""
     return [0.5 * (a + b) for a, b in pairwise(sorted(scales))]
-
-
-def middle_of(scales: Sequence[object]) -> int:
-    """The place of the scale in the middle, whose times and guidance a file has where none is said."""
-    return (len(scales) - 1) // 2
 
 
 @dataclass(frozen=True)

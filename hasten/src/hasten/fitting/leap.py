@@ -36,7 +36,7 @@ import numpy as np
 from hasten.calibration import Calibration, Fingerprint, model_digest, weights_digest
 from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError
 from hasten.fitting.group import GUIDED, PASSES, Group, check_differ, check_passes, guidance_of
-from hasten.fitting.guidance import families_from, halfway, middle_of
+from hasten.fitting.guidance import families_from, halfway
 from hasten.fitting.leap_fitter import YARDSTICK, Fitter, Leap
 from hasten.fitting.references import References
 from hasten.fitting.refine import DIRECTIONS, refine
@@ -50,7 +50,7 @@ from hasten.pipeline.view import denoisers
 from hasten.solvers.content import LEAP, check_pipeline, denoiser_of
 from hasten.solvers.multistep import Row
 from hasten.solvers.scheduler import LeapScheduler
-from hasten.solvers.tables import COLUMNS, Table, packed, unpacked
+from hasten.solvers.tables import COLUMNS, Table, middle_of, packed, unpacked
 
 __all__ = ["fit_leap", "plain_config"]
 
@@ -81,7 +81,8 @@ def fit_leap(
         evaluations: numbers of evaluations; those that differ by one or two help each other.
         guidances: scales at which times and coefficients are fitted; three serve all scales between them. By
             default the one of the calls. At all of them the pipeline has to make as many passes.
-        held_out: other calls, on which the error is reported beside that of the training.
+        held_out: other calls, on which the error is reported beside that of the training. For a range both are those at
+            its highest scale, whatever the calls say.
         trials: most starts of the refinement that are tried for each number; 1 takes a spread of times, and from 3 on
             the best plain solver and the solver with fewer evaluations are among them.
         rounds: of the joint refinement of times and coefficients; 0 leaves it out.

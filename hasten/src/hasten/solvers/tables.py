@@ -13,7 +13,18 @@ from torch import Tensor
 from hasten.io import Array, decreasing, increasing
 from hasten.solvers.formula import level_at
 
-__all__ = ["ARRAYS", "COLUMNS", "Table", "interpolated", "lagrange", "looks", "packed", "times_at", "unpacked"]
+__all__ = [
+    "ARRAYS",
+    "COLUMNS",
+    "Table",
+    "interpolated",
+    "lagrange",
+    "looks",
+    "middle_of",
+    "packed",
+    "times_at",
+    "unpacked",
+]
 
 Times = tuple[float, ...]
 Rows = tuple[tuple[float, ...], ...]
@@ -82,7 +93,7 @@ class Table:
                 raise ValueError(f"noise_timesteps of the table for {count} evaluations: {complaint}")
             if not 0 <= noise[1][0] < noise[1][-1] <= 1 or np.any(np.diff(noise[1]) < 0):
                 raise ValueError(f"noise_levels of the table for {count} evaluations must rise within 0 and 1")
-            if len({one[0] for one in several}) > 1 or several[(len(scales) - 1) // 2] != self.timesteps:
+            if len({one[0] for one in several}) > 1 or several[middle_of(scales)] != self.timesteps:
                 raise ValueError(f"the table for {count} evaluations has times by scale that do not go together")
             for scale in looks(scales):
                 _check_times(count, *self.at(scales, scale, kind))
@@ -152,6 +163,11 @@ def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
             content = [[row[:end] for row, end in zip(one, ends, strict=True)] for one in content]
         tables.setdefault(count, {})[entry] = content
     return tables
+
+
+def middle_of(scales: Sequence[object]) -> int:
+    """The place of the scale in the middle, whose times and guidance a file has where none is said."""
+    return (len(scales) - 1) // 2
 
 
 def lagrange(scales: Sequence[float], scale: float) -> list[float]:
