@@ -101,8 +101,8 @@ def second_table(names: list[str]) -> str:
     how much LEAP is above, with the interval."""
     tables = [_measured(read(name)) for name in names if (ROOT / "benchmarks" / name).exists()]
     about = f"PSNR in dB on held-out prompts, medians, against {STEPS} plain steps where no other number is said; below"
-    about += " it by how much LEAP is above, with 95 % of a paired bootstrap over prompts, and the solver and spacing of "
-    about += "the best plain sampler; in bfloat16 against the full run in float32"
+    about += " it by how much LEAP is above, with 95 % of a paired bootstrap over prompts, and the solver and spacing "
+    about += "of the best plain sampler; in bfloat16 against the full run in float32"
     return "\n".join([*tables, f"{about}."])
 
 
