@@ -295,9 +295,9 @@ def test_peers_are_chosen_by_name():
 
 def test_the_reference_model_brings_a_leap_fit(emoji):
     trials = Trials(emoji, emoji.prompts[:1], 0, 50, {})
-    fitted, absent = method_arms([parse_request("leap")], [9, 10], 50, trials)
+    fitted, absent = method_arms([parse_request("leap")], [9, 11], 50, trials)
     assert (fitted.steps, fitted.computed_steps, fitted.error) == (9, 9, "")
-    assert "fitted for 5, 7, 9, 12 evaluations" in absent.error
+    assert "fitted for 4, 5, 6, 7, 8, 9, 10, 12, 14, 16 evaluations" in absent.error
     sample, few, whole = (
         draw_sample(emoji, attach, steps, emoji.prompts[0], 0, {"max_sequence_length": 8})
         for attach, steps in ((fitted.attach, 9), (plain, 9), (plain, 50))

@@ -557,7 +557,10 @@ def test_a_certified_scheduler_is_in_place_for_the_same_calls_and_goes_again(emo
         with run.using(computed_steps=7) as seven:
             drawn(emoji, seven)
         assert (run.summary().steps, run.summary().computed_steps) == (50, 7)
-        for count, message in ((8, "fitted for 5, 7, 9, 12 evaluations, not for 8"), ("9", "computed_steps must be")):
+        for count, message in (
+            (11, "fitted for 4, 5, .*, 16 evaluations, not for 11"),
+            ("9", "computed_steps must be"),
+        ):
             with pytest.raises(ConfigError, match=message), run.using(computed_steps=count):
                 pass
         with pytest.raises(CertificateError, match=r"leave torch\.autocast"), torch.autocast("cpu", torch.bfloat16):
