@@ -7,8 +7,8 @@ python benchmarks/front.py     writes docs/images/front.svg; `benchmarks/tables.
     hasten bench --model emoji-flux --methods leap,hicache:order=1:sigma=0.66:schedule=auto,foca:schedule=even,\
 foca:domain=normed:schedule=auto,reuse --peers --computed-steps 12,9,7,5 --prompts 32 --json benchmarks/front.json
 
-The rows of LEAP are those of the same command with `--methods leap,reuse` an hour later, when the fit that comes with the
-model had been exchanged; the rows that both have are the same to the last digit. Their times are of another load.
+The rows of LEAP are those of the same command with `--methods leap,reuse`, after the fit that comes with the model had
+been exchanged; the rows that both have are the same to the last digit. Their times are of another load.
 """
 
 from __future__ import annotations
