@@ -4,10 +4,9 @@ Solvers that were fitted at each scale alone lie anywhere in the flat valley of 
 them misses it between the scales. So each goes on from its neighbour, beginning with the highest, where errors are
 largest, so that what a common valley costs is paid where they are smallest; then all are refined together, by the
 Gauss-Newton steps of `refine.py`, on the paths that the interpolated solver makes at the scales and halfway between
-them. What a number at one scale does to a path at another is its weight in the
-interpolation, so a Jacobian for each path is all that this takes. Errors differ by orders of magnitude over a range (at
-guidance 5 seventy times that at 1.5, on `emoji-flux`), and what counts is by how much each falls: the sum of their
-logarithms is made small.
+them. What a number at one scale does to a path at another is its weight in the interpolation, so a Jacobian for each
+path is all that this takes. Errors differ by orders of magnitude over a range (at guidance 5 seventy times that at 1.5,
+on `emoji-flux`), and what counts is by how much each falls: the sum of their logarithms is made small.
 """
 
 from __future__ import annotations
