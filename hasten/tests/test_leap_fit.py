@@ -782,9 +782,9 @@ def test_times_of_a_range_stay_apart_between_its_scales():
 def test_a_range_begins_with_the_same_times_where_neighbours_are_too_far_apart(monkeypatch):
     """Solvers may be near at each scale, and the ones between have times that cross."""
 
-    def far_apart(leaps, fitters, rounds):
-        lists = ([1000.0, 990.0, 980.0], leaps[2].timesteps, [1000.0, 20.0, 10.0])
-        return [Leap(tuple(times), leaps[2].rows, (0.0,), 0.0) for times in lists]
+    def far_apart(best, fitters, rounds):
+        lists = ([1000.0, 990.0, 980.0], best.timesteps, [1000.0, 20.0, 10.0])
+        return [Leap(tuple(times), best.rows, (0.0,), 0.0) for times in lists]
 
     monkeypatch.setattr(guidance, "continued", far_apart)
     groups = {

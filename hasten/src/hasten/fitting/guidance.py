@@ -130,33 +130,33 @@ def families_from(
         rounds: of the refinement of each, and of all together.
         progress: see `refined_together`; of the guided outputs.
     """
-    scales, groups, hardest = tuple(fitted), list(fitted.values()), len(fitted) - 1
+    scales, groups = tuple(fitted), list(fitted.values())
     judged = sorted([*fitted.items(), *between.items()], key=lambda one: one[0])
 
     def places(form: str) -> list[Place]:
         return [Place(scale, group.fitters[form]) for scale, group in judged]
 
-    known = [best if i == hardest else None for i in range(len(groups))]
-    leaps = continued(known, [group.fitters[GUIDED] for group in groups], rounds)
+    leaps = continued(best, [group.fitters[GUIDED] for group in groups], rounds)
     chain = Family(scales, tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps))
     same = Family(scales, (best.timesteps,) * len(scales), (best.rows,) * len(scales))
     del leaps  # columns are large
     begin = min((chain, same), key=lambda one: _score(_run(one, places(GUIDED))))
     found = {GUIDED: refined_together(begin, places(GUIDED), rounds, progress)}
-    if PASSES in groups[hardest].fitters:
-        starts = _wide_starts(found[GUIDED], groups, hardest)
+    if PASSES in groups[-1].fitters:
+        starts = _wide_starts(found[GUIDED], groups)
         fitted_starts = (with_last_rows(one, places(PASSES)) for one in starts)
         begin = min(fitted_starts, key=lambda one: _score(one[1]))[0]  # what the starts do is large, and goes
         found[PASSES] = refined_together(begin, places(PASSES), min(rounds, 1), times=False, directions=DIRECTIONS)
     return found
 
 
-def _wide_starts(guided: Family, groups: Sequence[Group], hardest: int) -> list[Family]:
+def _wide_starts(guided: Family, groups: Sequence[Group]) -> list[Family]:
     """Families that know what each pass says: from zero, and from closed forms if they are nearer on other calls."""
-    wide, narrow = groups[hardest].fitters[PASSES], groups[hardest].fitters[GUIDED]
+    hardest, times = groups[-1], guided.timesteps[-1]
+    wide, narrow = hardest.fitters[PASSES], hardest.fitters[GUIDED]
     found = [replace(guided, rows=tuple([wide.widened(row) for row in rows] for rows in guided.rows))]
-    with groups[hardest].evaluator.probing():
-        nearer = wide.elsewhere(guided.timesteps[hardest]) < narrow.elsewhere(guided.timesteps[hardest])
+    with hardest.evaluator.probing():
+        nearer = wide.elsewhere(times) < narrow.elsewhere(times)
     if nearer:
         rows = []
         for group, times in zip(groups, guided.timesteps, strict=True):
@@ -166,22 +166,19 @@ def _wide_starts(guided: Family, groups: Sequence[Group], hardest: int) -> list[
     return found
 
 
-def continued(leaps: Sequence[Leap | None], fitters: Sequence[Fitter], rounds: int) -> list[Leap]:
-    """Solvers for all scales, each going on from its neighbour on the side of the one that is known.
+def continued(best: Leap, fitters: Sequence[Fitter], rounds: int) -> list[Leap]:
+    """Solvers for all scales, each going on from its neighbour above.
 
     Args:
-        leaps: that for one scale, and None for the others.
-        fitters: at the scales.
+        best: that for the highest scale.
+        fitters: at the scales, rising.
         rounds: of the refinement of each.
     """
-    found = list(leaps)
-    known = next(i for i, leap in enumerate(found) if leap is not None)
-    for i in [*range(known + 1, len(found)), *range(known - 1, -1, -1)]:
-        before, fitter = found[i - 1 if i > known else i + 1], fitters[i]
-        assert before is not None
+    found = [best]
+    for fitter in reversed(fitters[:-1]):
         with fitter.evaluator.probing():
-            found[i] = refine(fitter, fitter.score(before.timesteps, before.rows), rounds)
-    return [leap for leap in found if leap is not None]
+            found.append(refine(fitter, fitter.score(found[-1].timesteps, found[-1].rows), rounds))
+    return found[::-1]
 
 
 def with_last_rows(family: Family, places: Sequence[Place]) -> tuple[Family, list[Leap] | None]:

@@ -198,21 +198,21 @@ class _Fit:
         for scale in between:
             self._between[scale] = Group(pipe, at(scale, count=few), ridge, tick)
             check_passes([self._at[0], self._between[scale]], [scales[0], scale])
-        self._hardest = len(groups) - 1  # of the highest scale, where errors are largest: a range begins there
-        hardest = self._at[self._hardest].references
+        self._hardest = self._at[-1]  # at the highest scale, where errors are largest: a range begins there
+        hardest = self._hardest.references
         self._held = None
         if held_out:
             self._held = Group(pipe, at(scales[-1], held_out) if scales else held_out, ridge, tick)
         self.total = hardest.total
         self._before: Leap | None = None
-        self._surrogate = Surrogate(hardest, COLUMNS[GUIDED], self._at[self._hardest].fitters[GUIDED].roots)
+        self._surrogate = Surrogate(hardest, COLUMNS[GUIDED], self._hardest.fitters[GUIDED].roots)
         self._checks = sum(at.evaluator.made for at in self._all)
         self.fingerprint = _fingerprint(pipe, hardest, self._scales[middle_of(self._scales)])
         self.options = self._options(hardest)
 
     def _options(self, references: References) -> dict[str, Any]:
         # FLUX.2's shift depends on the number of steps too, and tells nothing of the image's size then.
-        mu = references.mu if self._at[self._hardest].evaluator.mu == references.mu else None
+        mu = references.mu if self._hardest.evaluator.mu == references.mu else None
         return {
             "prediction_type": references.kind,
             "num_train_timesteps": int(self._pipe.scheduler.config.num_train_timesteps),
@@ -235,20 +235,19 @@ class _Fit:
 
     def recall(self, table: Mapping[str, Any]) -> None:
         """Let a table of an earlier fit be a start of the next one, if that is not the one that was just made."""
-        times, rows = self._times_of(table), table[GUIDED][self._hardest]
+        times, rows = self._times_of(table), table[GUIDED][-1]
         if self._before is None or self._before.timesteps != times:
-            hardest = self._at[self._hardest]
-            with hardest.evaluator.probing():
-                self._before = hardest.fitters[GUIDED].exact(times, rows)
+            with self._hardest.evaluator.probing():
+                self._before = self._hardest.fitters[GUIDED].exact(times, rows)
 
     def _times_of(self, table: Mapping[str, Any]) -> tuple[float, ...]:
         """The times of a table of an earlier fit at the scale at which a range begins."""
         several = table.get("timesteps_by_scale")
-        return tuple(table["timesteps"] if several is None else several[self._hardest])
+        return tuple(table["timesteps"] if several is None else several[-1])
 
     def solver(self, count: int, trials: int, rounds: int) -> tuple[Table, dict[str, Any]]:
         """The table for a number of evaluations, and what is to be told of it."""
-        hardest = self._at[self._hardest]
+        hardest = self._hardest
         made_before = sum(at.evaluator.made for at in self._all)
 
         total, refined = trials + rounds * min(2, len(self._at)), count_from(trials + 1)
@@ -275,8 +274,7 @@ class _Fit:
             table = self._table({form: own.rows for form, own in families.items()}, families[GUIDED].timesteps)
             with hardest.evaluator.probing():
                 found = {
-                    form: hardest.fitters[form].exact(own.timesteps[self._hardest], own.rows[self._hardest])
-                    for form, own in families.items()
+                    form: hardest.fitters[form].exact(own.timesteps[-1], own.rows[-1]) for form, own in families.items()
                 }
         self._before = found[GUIDED]
         tick(total, found[GUIDED].relative_squared_error)
@@ -299,7 +297,7 @@ class _Fit:
         )
 
     def _table(self, rows: Mapping[str, Sequence[Sequence[Row]]], timesteps: Sequence[tuple[float, ...]]) -> Table:
-        references = self._at[self._hardest].references
+        references = self._hardest.references
         middle, several = timesteps[middle_of(timesteps)], len(timesteps) > 1
         noise = references.noise if several else (None, None)
         return Table(
@@ -313,9 +311,9 @@ class _Fit:
 
     def _report(self, start: Start, found: Mapping[str, Leap]) -> dict[str, Any]:
         best = found[GUIDED]
-        hardest = self._at[self._hardest].references
+        hardest = self._hardest.references
         report: dict[str, Any] = {
-            **({"guidance": self._scales[self._hardest]} if len(self._at) > 1 else {}),
+            **({"guidance": self._scales[-1]} if len(self._at) > 1 else {}),
             "steps": _steps(hardest, best.timesteps),
             **best.figures,
             "start": start.name,
@@ -335,7 +333,7 @@ class _Fit:
 
     def held_out(self, table: Mapping[str, Any]) -> dict[str, float]:
         """The errors of a table of an earlier fit on the calls that are held out, of which there are some."""
-        rows = {form: table[form][self._hardest] for form in COLUMNS if form in table}
+        rows = {form: table[form][-1] for form in COLUMNS if form in table}
         return self._held_out(self._times_of(table), rows)
 
     def _held_out(self, timesteps: Sequence[float], rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:
