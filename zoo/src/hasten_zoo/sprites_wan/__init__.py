@@ -10,17 +10,16 @@ from hasten.errors import ConfigError, ModelError
 from hasten.io import check_sealed
 from torch import Tensor
 
-from hasten_zoo.sprites_wan.data import LARGE, SMALL, Clip, all_clips
+from hasten_zoo.sprites_wan.data import LARGE, Clip, all_clips
 from hasten_zoo.sprites_wan.grade import is_right, locate
-from hasten_zoo.sprites_wan.model import TEXT_TOKENS, KeyframeVAE, load_pipeline
+from hasten_zoo.sprites_wan.model import TEXT_TOKENS, load_pipeline
 
 __all__ = ["is_right", "load_sprites_wan", "locate", "ordered_clips"]
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
-# What was fitted to the weights of a canvas: `hasten tune --computed-steps 9,7` on four captions.
-LEAPS = {SMALL: HERE / "leap.safetensors", LARGE: HERE / "leap-64x33.safetensors"}
-GUIDANCE = {SMALL: 1.0, LARGE: 3.0}
+LEAP = HERE / "leap.safetensors"
+GUIDANCE = 3.0
 
 
 def ordered_clips() -> list[Clip]:
@@ -33,8 +32,7 @@ def ordered_clips() -> list[Clip]:
 def load_sprites_wan(weights: Path = WEIGHTS) -> Subject:
     """The trained pipeline with its captions, those that training left out first.
 
-    `weights` may be a folder written by the training script's `--export`. The canvas (48 pixels and 17 frames, or 64
-    and 33) is that of the weights' autoencoder.
+    `weights` may be a folder written by the training script's `--export`.
 
     Raises:
         ModelError: if the files are missing or damaged.
@@ -49,7 +47,6 @@ def load_sprites_wan(weights: Path = WEIGHTS) -> Subject:
         pipe = load_pipeline(weights)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the sprites-wan files in {weights} cannot be read ({error}); reinstall hasten") from error
-    canvas = SMALL if isinstance(pipe.vae, KeyframeVAE) else LARGE
     by_caption = {clip.caption: clip for clip in ordered_clips()}
 
     def grade(videos: Tensor, prompts: list[str]) -> list[bool]:
@@ -63,15 +60,15 @@ def load_sprites_wan(weights: Path = WEIGHTS) -> Subject:
         pipe=pipe,
         prompts=list(by_caption),
         call={
-            "height": canvas.side,
-            "width": canvas.side,
-            "num_frames": canvas.frames,
+            "height": LARGE.side,
+            "width": LARGE.side,
+            "num_frames": LARGE.frames,
             "num_inference_steps": 50,
-            "guidance_scale": GUIDANCE[canvas],
+            "guidance_scale": GUIDANCE,
             "max_sequence_length": TEXT_TOKENS,
         },
         grade=grade,
-        fitted={"leap": LEAPS[canvas]} if weights == WEIGHTS and LEAPS[canvas].is_file() else {},
-        sizes=((canvas.side, canvas.side),),
+        fitted={"leap": LEAP} if weights == WEIGHTS and LEAP.is_file() else {},
+        sizes=((LARGE.side, LARGE.side),),
         about="Wan 2.1 in small: clips of one moving emoji",
     )

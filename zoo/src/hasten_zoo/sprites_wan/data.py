@@ -59,7 +59,6 @@ class Canvas:
         drop: height of falls.
         zoom: size of the object in the first and in the last frame.
         cell: of the checks.
-        looks: frames that a grader looks at.
     """
 
     side: int
@@ -73,11 +72,10 @@ class Canvas:
     drop: float
     zoom: tuple[float, float]
     cell: int
-    looks: int
 
 
-SMALL = Canvas(48, 17, 20.0, 24, 3.0, 8.0, 22.0, 10.0, 22.0, (12.0, 34.0), 3, 3)
-LARGE = Canvas(64, 33, 28.0, 40, 4.0, 11.0, 28.0, 12.0, 28.0, (16.0, 46.0), 4, 5)
+SMALL = Canvas(48, 17, 20.0, 24, 3.0, 8.0, 22.0, 10.0, 22.0, (12.0, 34.0), 3)  # of `sprites-stream`
+LARGE = Canvas(64, 33, 28.0, 40, 4.0, 11.0, 28.0, 12.0, 28.0, (16.0, 46.0), 4)
 SIDE, SPRITE = SMALL.side, SMALL.sprite
 OBJECTS = (
     *("lemon", "banana", "strawberry", "grapes", "tomato", "carrot", "doughnut", "cookie", "butterfly", "fish"),

@@ -10,10 +10,11 @@ from hasten.errors import ConfigError
 from torch import Tensor
 from torch.nn import functional
 
-from hasten_zoo.sprites_wan.data import LARGE, OBJECTS, SMALL, Canvas, Clip, background, path, place
+from hasten_zoo.sprites_wan.data import LARGE, OBJECTS, Clip, background, path, place
 
-__all__ = ["Verdict", "canvas_of", "is_right", "judge", "locate"]
+__all__ = ["Verdict", "is_right", "judge", "locate"]
 
+LOOKS = 5  # frames that are looked at
 GRID = 2  # pixels between the places that are tried
 BARE = 0.9  # a frame shows nothing unless a sprite leaves less than this share of the background's own error
 
@@ -35,28 +36,13 @@ class Verdict:
     psnr: float
 
 
-def canvas_of(video: Tensor) -> Canvas:
-    """The canvas of a video `[F, 3, S, S]`.
-
-    Raises:
-        ConfigError: for a video of another size, or of fewer than three frames.
-    """
-    for canvas in (SMALL, LARGE):
-        if video.ndim == 4 and video.shape[1:] == (3, canvas.side, canvas.side) and len(video) >= 3:
-            return canvas
-    raise ConfigError(
-        f"expected a video [F, 3, 48, 48] or [F, 3, 64, 64] with F >= 3, got {list(video.shape)}; "
-        'draw it with the model\'s call and output_type="pt"'
-    )
-
-
 def locate(
     frame: Tensor, where: int, size: float, around: tuple[float, float], reach: float
 ) -> tuple[int, Tensor, float]:
     """The object and the place that explain a frame best, on a grid of two pixels.
 
     Args:
-        frame: `[3, S, S]` in [0, 1].
+        frame: `[3, 64, 64]` in [0, 1].
         where: index of the background.
         size: of the object, pixels.
         around: the middle (y, x) of the places to try.
@@ -65,8 +51,7 @@ def locate(
     Returns:
         Index of the object, its centre `[2]` (y, x), and the mean squared error that remains.
     """
-    canvas = SMALL if frame.shape[-1] == SMALL.side else LARGE
-    behind = background(where, canvas)
+    behind = background(where, LARGE)
     apart = frame - behind
     first = torch.tensor(around) - reach
     count = int(2 * reach // GRID) + 1
@@ -75,7 +60,7 @@ def locate(
     corner = (first - size / 2).floor() - 1
     everyone = torch.arange(len(OBJECTS))
     centres, sizes = (first - corner).expand(len(everyone), 2), torch.full((len(everyone),), size)
-    colour, opaque = place(everyone, centres, sizes, replace(canvas, side=side)).split([3, 1], 1)
+    colour, opaque = place(everyone, centres, sizes, replace(LARGE, side=side)).split([3, 1], 1)
     # |colour + (1 - opaque) behind - frame|^2, less |apart|^2, is a sum of products of a part of the sprite and a part
     # of the image, so that one convolution gives it for all sprites and places.
     image = torch.cat(
@@ -92,7 +77,7 @@ def locate(
     )
     top, left = (int(value) for value in corner)
     span = side + GRID * (count - 1)
-    reached = functional.pad(image, (-left, left + span - canvas.side, -top, top + span - canvas.side))
+    reached = functional.pad(image, (-left, left + span - LARGE.side, -top, top + span - LARGE.side))
     errors = functional.conv2d(reached[None], sprites, stride=GRID)[0] + apart.square().sum()
     item, row, column = (int(i) for i in torch.unravel_index(errors.argmin(), errors.shape))
     error = float(errors[item, row, column]) / frame.numel()
@@ -100,31 +85,35 @@ def locate(
 
 
 def judge(clip: Clip, video: Tensor) -> Verdict:
-    """Look at three frames (five of a large clip) from the first to the last, evenly spread.
+    """Look at frames from the first to the last, evenly spread.
 
     In each the nearest sprite (mean squared error over objects and places) is looked for. The way from the first frame
-    to each of the others must be that of the motion up to a twelfth of the side: 4 pixels of 48, 5.3 of 64.
+    to each of the others must be that of the motion up to a twelfth of the side, 5.3 pixels.
 
     If in one of them the nearest sprite leaves nine tenths or more of the error of the bare background, that frame
     shows nothing, and the clip is wrong in both; so is one with values that are not finite.
 
     Args:
         clip: what was asked for; its start does not matter.
-        video: `[F, 3, 48, 48]` or `[F, 3, 64, 64]` in [0, 1].
+        video: `[F, 3, 64, 64]` in [0, 1].
 
     Raises:
         ConfigError: for a video of another size, or of fewer than three frames.
     """
-    canvas = canvas_of(video)
+    if video.ndim != 4 or video.shape[1:] != (3, LARGE.side, LARGE.side) or len(video) < 3:
+        raise ConfigError(
+            f"expected a video [F, 3, 64, 64] with F >= 3, got {list(video.shape)}; "
+            'draw it with the model\'s call and output_type="pt"'
+        )
     if not bool(torch.isfinite(video).all()):
         return Verdict(False, False, 0.0)
-    tolerance = canvas.side / 12
-    centres, sizes = path(clip, len(video), canvas)
-    behind = background(clip.background, canvas)
+    tolerance = LARGE.side / 12
+    centres, sizes = path(clip, len(video), LARGE)
+    behind = background(clip.background, LARGE)
     right, shown, moved, errors = True, True, [], []
-    for i in torch.linspace(0, len(video) - 1, canvas.looks).long().tolist():
+    for i in torch.linspace(0, len(video) - 1, LOOKS).long().tolist():
         y, x = centres[i].tolist()
-        reach = canvas.jitter + tolerance + 5
+        reach = LARGE.jitter + tolerance + 5
         frame = video[i].float().cpu()
         item, centre, error = locate(frame, clip.background, float(sizes[i]), (y, x), reach)
         shown = shown and error < BARE * float((frame - behind).square().mean())

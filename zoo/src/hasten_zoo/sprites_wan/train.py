@@ -30,7 +30,7 @@ from hasten_zoo.fit import logit_normal_times
 from hasten_zoo.record import LOG
 from hasten_zoo.sprites_wan import WEIGHTS
 from hasten_zoo.sprites_wan.data import LARGE, all_clips, draw_batch, jittered
-from hasten_zoo.sprites_wan.model import LEARNED, SHIFT, build_latent_pipeline
+from hasten_zoo.sprites_wan.model import LEARNED, SHIFT, build_pipeline
 from hasten_zoo.sprites_wan.vae import DOWN, load_vae
 from hasten_zoo.training import Loss, Settings, Training, read_checkpoint, save_half
 from hasten_zoo.words import token_ids
@@ -148,13 +148,13 @@ def main(arguments: list[str] | None = None) -> None:
     runs = Path("runs/sprites-wan")
     parser.add_argument("--vae", type=Path, default=runs / "vae" / "weights")
     parser.add_argument("--mix", choices=list(MIXES), default="coarse", help="of sizes")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=5)
     add_options(parser, runs / "flow", 1_000_000, 6, WEIGHTS)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    pipe = build_latent_pipeline(load_vae(args.vae), args.width, args.layers)
+    pipe = build_pipeline(load_vae(args.vae), args.width, args.layers)
     if args.export:
         export(read_checkpoint(args.out), pipe, args.export, args.out / LOG)
         return

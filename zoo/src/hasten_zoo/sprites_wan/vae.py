@@ -138,7 +138,7 @@ def load_vae(folder: Path) -> SpriteVAE:
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind != SpriteVAE.__name__:
         raise ModelError(
-            f"the autoencoder in {folder} is a {kind}, expected a SpriteVAE; "
+            f"the autoencoder in {folder} is of class {kind}, expected SpriteVAE; "
             "train one with python -m hasten_zoo.sprites_wan.train_vae"
         )
     try:
