@@ -32,7 +32,7 @@ from hasten.calibration import Calibration
 from hasten.io import write_atomically
 from hasten.models import TokenLayout
 from hasten.pipeline.view import denoisers
-from held_out import HeldOut
+from held_out import HeldOut, weights_of
 from torch import Tensor
 
 KEY = "hidden"
@@ -103,6 +103,7 @@ def main() -> None:
         "guidance": options.guidance,
         "computed_steps": options.count,
         "steps": options.steps,
+        "weights": weights_of(held_out.model),
         "prompts": options.held_out,
         "rows": rows,
     }

@@ -10,7 +10,7 @@ from typing import Any
 from hasten.bench.labels import short_label
 from hasten.caching.default import DEFAULT
 
-from page_tables.common import ROOT, cell, made_on, read, table_row
+from page_tables.common import ROOT, cell, made_on, model_of, read, table_row
 
 INTERVALS = "mean leads, with intervals by a paired bootstrap over prompts"
 SHIPPED = DEFAULT.replace(":schedule=auto", "")  # arms name their schedule apart
@@ -55,7 +55,7 @@ def default_table(names: list[str]) -> str:
             scale = "-" if options["guidance"] is None else f"{options['guidance']:g}"
             worst, value = row["worst"]
             even = rows.get(f"{SHIPPED} @ even {count}", {})
-            cells = [options["model"], scale, f"{count} of {options['steps']}"]
+            cells = [model_of(result), scale, f"{count} of {options['steps']}"]
             cells += [cell(one.get("median"), 1) for one in (row, even)]
             cells += [f"{cell(plain['median'], 1)} ({plain['sampler']})", _lead(row, plain), f"{value:.1f} ({worst})"]
             lines.append(table_row(cells))
@@ -78,7 +78,7 @@ def caching_table(names: list[str]) -> str:
                 continue  # in a table of their own, or refused everywhere
             other = _ablation(arms, schedule, method)
             above = "" if other is None else f"{_lead(rows[9], other)} {_caching_label(other['method'])}"
-            cells = [options["model"], scale, schedule, _caching_label(method)]
+            cells = [model_of(result), scale, schedule, _caching_label(method)]
             lines.append(table_row([*cells, *(cell(rows.get(count, {}).get("median"), 1) for count in counts), above]))
     tuned = "tuned: the solver of each cluster chosen by whole runs of other prompts, for 9 computed steps alone"
     remarks = f" {tuned}; its ablation is the best single solver." if "tuned" in "".join(lines) else ""
@@ -183,10 +183,10 @@ def premises_table(names: list[str]) -> str:
                 verdict = f"{row['oracle']:.3f} with the best of every cluster"
             elif row["component"] == "whole":
                 continue
-            cells = [result["model"], scale, row["schedule"], row["of"], row["component"], f"{errors['hold']:.3f}"]
+            cells = [model_of(result), scale, row["schedule"], row["of"], row["component"], f"{errors['hold']:.3f}"]
             lines.append(table_row([*cells, f"{errors[best]:.3f}", best, verdict]))
         told.append(
-            f"{result['model']}, {result['prompts']} held-out prompts, {result['computed_steps']} computed steps"
+            f"{model_of(result)}, {result['prompts']} held-out prompts, {result['computed_steps']} computed steps"
         )
     lines += [
         "",
@@ -219,7 +219,7 @@ def _caching(names: list[str]) -> list[dict[str, Any]]:
 
 
 def _prompts(names: list[str]) -> str:
-    told = {f"{r['options']['model']}: {r['options']['held_out']} held-out prompts" for r in _caching(names)}
+    told = {f"{model_of(r)}: {r['options']['held_out']} held-out prompts" for r in _caching(names)}
     return f"{'; '.join(sorted(told))}." if told else "Not measured yet."
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from hasten.bench.result import read_result
 
 ROOT = Path(__file__).resolve().parents[2]
+EARLIER = {"e5d4f369": "first edition"}  # weights that a model does not come with any more, by their digest
 
 
 def cell(value: float | None, digits: int) -> str:
@@ -25,6 +26,13 @@ def made_on(result: dict[str, Any]) -> str:
     """Versions and device that a file of a script names."""
     environment = result["environment"]
     return f"hasten {environment['hasten']}, torch {environment['torch']}, {environment['device']}"
+
+
+def model_of(result: dict[str, Any]) -> str:
+    """The model of a file of a script, with its edition where that is an earlier one."""
+    name: str = result["model"] if "model" in result else result["options"]["model"]
+    edition = EARLIER.get(result.get("weights", ""))
+    return name if edition is None else f"{name}, {edition}"
 
 
 def result_of(name: str) -> Any:
