@@ -325,6 +325,17 @@ def test_a_strength_that_leaves_nothing_to_skip_is_told(pipe, strength, warned):
     assert all("run of 3 steps" in message for message in said)
 
 
+def test_a_run_of_one_step_is_told_as_one(pipe):
+    """Turbo models are called with one step."""
+    with (
+        hasten.accelerate(pipe, "reuse", warmup=1),
+        pytest.warns(HastenWarning, match=r"skips nothing in a run of 1 step: all"),
+    ):
+        draw(pipe, 1)
+    with hasten.accelerate(pipe, "reuse"), pytest.raises(ScheduleError, match=r"longer than the run of 1 step; use"):
+        draw(pipe, 1)
+
+
 @each_method
 def test_few_step_models(pipe, method):
     with hasten.accelerate(pipe, method, warmup=1, interval=2) as run:

@@ -73,7 +73,7 @@ def test_a_uniform_schedule_by_count_is_exact_or_names_the_counts_there_are(coun
 def test_spread_schedules_have_any_number(count, total, name):
     method = TaylorSeer(schedule=name, computed_steps=count)
     if count > total:
-        with pytest.raises(ScheduleError, match=f"computed_steps={count} is more than the {total} steps"):
+        with pytest.raises(ScheduleError, match=f"computed_steps={count} is more than the {total} step"):
             computed_steps(method.plan(), total)
     else:
         assert len(computed_steps(method.plan(), total)) == count

@@ -19,7 +19,7 @@ from hasten.caching.gates import relative_change
 from hasten.caching.memory import Listener, PassMemory
 from hasten.caching.method import CachingMethod
 from hasten.caching.run import CachingRun
-from hasten.caching.schedule import Decision, Part
+from hasten.caching.schedule import Decision, Part, told_steps
 from hasten.caching.sites import HiddenSite, OutputSite, Site
 from hasten.caching.span import SpanSite
 from hasten.caching.submodules import ModuleSite
@@ -256,7 +256,7 @@ class CachingEngine(Hook):
         gate.part = None if run.part is None else Part(*run.part)
         gate.begin(run.total)
         if run.total is not None and self.method.saves and gate.skips_nothing(run.total):
-            told = f"{type(self.method).__name__} skips nothing in a run of {run.total} steps: all of them are computed"
+            told = f"{type(self.method).__name__} skips nothing in a run of {told_steps(run.total)}: all are computed"
             self._warn("idle", f"{told}. {FEWER}")
         return CachingRun(method, gate, self.facts)
 
@@ -373,7 +373,7 @@ class CachingEngine(Hook):
                 f"{min(values):.3g}. Use a larger threshold than that",
             )
         else:
-            self._warn("idle", f"{name} skipped nothing in a run of {steps} steps. {FEWER}")
+            self._warn("idle", f"{name} skipped nothing in a run of {told_steps(steps)}. {FEWER}")
 
     def _warn(self, subject: str, message: str) -> None:
         """Once per subject."""

@@ -26,9 +26,15 @@ __all__ = [
     "learned_list",
     "of_part",
     "spread",
+    "told_steps",
 ]
 
 Count = Annotated[int, Range(1)]
+
+
+def told_steps(count: int) -> str:
+    """A number of steps in words, for messages: `1 step`, `2 steps`."""
+    return f"{count} step{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class UniformCount(Declared):
         if self.count not in known:
             counts = ", ".join(map(str, sorted(known)))
             raise ScheduleError(
-                f"a uniform schedule with warmup={self.warmup} cannot compute {self.count} of {total} steps; "
+                f"a uniform schedule with warmup={self.warmup} cannot compute {self.count} of {told_steps(total)}; "
                 f"take one of {counts}, another warmup, or schedule='even', which has any number"
             )
         return Uniform(known[self.count], self.warmup, self.last).for_run(total)
@@ -167,7 +173,7 @@ class Spread(Declared):
             asked = len(computed_steps(asked.shortened(total), total))
         if asked > total:
             raise ScheduleError(
-                f"computed_steps={asked} is more than the {total} steps of the run; use {total} or less"
+                f"computed_steps={asked} is more than the {told_steps(total)} of the run; use {total} or less"
             )
         skipped = int(self.tail * (total - 1) / (asked - 1)) if asked > 1 else 0
         return Explicit(spread(asked, total - skipped, self.power))
@@ -193,7 +199,7 @@ def check_warmup(warmup: int, total: int) -> None:
     """
     if warmup > total:
         raise ScheduleError(
-            f"a warm-up of {warmup} computed steps is longer than the run of {total} steps; "
+            f"a warm-up of {warmup} computed steps is longer than the run of {told_steps(total)}; "
             f"use warmup={max(1, total // 3)} or run more steps"
         )
 
@@ -226,7 +232,7 @@ class Explicit(Declared):
     def for_run(self, total: int | None) -> Schedule:
         if total is not None and self.steps[-1] >= total:
             raise ScheduleError(
-                f"computed step {self.steps[-1]} lies outside the run of {total} steps (0 to {total - 1})"
+                f"computed step {self.steps[-1]} lies outside the run of {told_steps(total)} (0 to {total - 1})"
             )
         return self
 
