@@ -41,7 +41,7 @@ CASES: dict[
         ("fresco:preset=18+foca:interval=2:warmup=1", 18, (64, 128)),
     ],
     "emoji-kontext": [("specedit:discrepancy=latent:selector=top", 20, (64, 128))],
-    "sprites-wan": [("dvg:budget=0.5", 20, (48, 96))],
+    "sprites-wan": [("dvg:budget=0.5", 20, (64, 128))],
 }
 
 
