@@ -41,12 +41,12 @@ from rich.progress import track
 from torch import Tensor
 
 BUDGETS = (0.46, 0.52)  # that all forms can meet on the 8x8 tokens of a frame
-COSTLIER = 0.6  # of either form alone, for what costs a little more than the largest of them
-SCREENED = 3  # clips on which all plain samplers are tried
-FORMS = ("space", "time")
+# Of either form alone, for what costs a little more; time has to take whole frames, whose steps these are.
+ALONE = {"space": (*BUDGETS, 0.6), "time": (*BUDGETS, 0.49, 0.575, 0.6)}
+SCREENED, SCREENED_AT = 3, STEPS // 2  # clips on which all plain samplers are tried, and steps of each
 ARMS = (
     *(f"dvg:budget={budget}{lead}" for budget in BUDGETS for lead in ("", ":lead=1")),
-    *(f"dvg:budget={budget}:compress={form}" for budget in (*BUDGETS, COSTLIER) for form in FORMS),
+    *(f"dvg:budget={budget}:compress={form}" for form, budgets in ALONE.items() for budget in budgets),
 )
 DISTANCES = {"full_psnr": 1, "full_lpips": -1, "temporal_error": -1}
 SIGNS = DISTANCES | {"right": 1}
@@ -56,7 +56,7 @@ def _form(compress: str, text: str) -> bool:
     return f"compress={compress}" in text
 
 
-RIVALS = {compress: partial(_form, compress) for compress in FORMS}
+RIVALS = {compress: partial(_form, compress) for compress in ALONE}
 
 
 class Bed:
@@ -70,11 +70,17 @@ class Bed:
         self.lpips = Lpips()
         self.full: list[Tensor] = []
 
-    def draw(self, text: str, many: int | None = None) -> tuple[list[Sample], list[int]]:
-        """All clips of an arm or the first ones, and the operations of each; those with one plan are counted once."""
+    def first(self, text: str) -> list[Tensor]:
+        """The first clips of a plain sampler."""
+        attach, steps = arm_of(text)
+        prompts = enumerate(self.prompts[:SCREENED])
+        return [draw_sample(self.model, attach, steps, prompt, seed, self.call).image for seed, prompt in prompts]
+
+    def draw(self, text: str) -> tuple[list[Sample], list[int]]:
+        """All clips of an arm, and the operations of each; those of clips with one plan are counted once."""
         attach, steps = arm_of(text)
         samples, known, flops = list[Sample](), dict[str, int](), list[int]()
-        for seed, prompt in enumerate(track(self.prompts[:many], description=text, transient=True)):
+        for seed, prompt in enumerate(track(self.prompts, description=text, transient=True)):
             sample = draw_sample(self.model, attach, steps, prompt, seed, self.call)
             if sample.plan not in known:
                 known[sample.plan] = count_flops(self.model, attach, steps, prompt, seed, self.call)[0]
@@ -83,7 +89,7 @@ class Bed:
         return samples, flops
 
     def figures(self, clips: list[Tensor]) -> dict[str, list[float | None]]:
-        """Of every clip `[F, 3, H, W]` in [0, 1], in the order of the captions."""
+        """Of clips `[F, 3, H, W]` in [0, 1], in the order of the captions; there may be fewer."""
         assert self.model.grade is not None
         found: dict[str, list[float | None]] = {
             "right": [float(right) for right in self.model.grade(torch.stack(clips), self.prompts[: len(clips)])]
@@ -105,11 +111,10 @@ def screen(bed: Bed, tried: dict[str, Any], write: Callable[[], None]) -> list[s
         write: called after each of them.
     """
     for name in plain_samplers():
-        if name not in tried:
+        if not isinstance(tried.get(name), dict):
             try:
-                samples, _ = bed.draw(f"{name}@{STEPS // 2}", SCREENED)
-                figures = bed.figures([sample.image for sample in samples])
-                tried[name] = {measure: fmean(float(x or 0) for x in figures[measure]) for measure in DISTANCES}
+                figures = bed.figures(bed.first(f"{name}@{SCREENED_AT}"))
+                tried[name] = {measure: fmean(x for x in figures[measure] if x is not None) for measure in DISTANCES}
             except FAILS as error:
                 tried[name] = one_line(error)
             write()
@@ -140,7 +145,7 @@ def main() -> None:
     bed = Bed(options)
     size = [bed.model.call[name] for name in ("num_frames", "height", "width")]
     guidance = bed.model.call["guidance_scale"] if options.guidance is None else options.guidance
-    asked = {"prompts": len(bed.prompts), "size": size, "guidance": guidance}
+    asked = {"prompts": len(bed.prompts), "size": size, "guidance": guidance, "screened_on": [SCREENED, SCREENED_AT]}
     results = Results(options.json, bed.model, asked)
     rows, refused = results.rows, results.whole.setdefault("refused", {})
 

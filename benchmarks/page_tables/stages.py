@@ -76,8 +76,9 @@ def clips_against_table(name: str) -> str:
     frames, height, width = result["size"]
     told = (
         f"{result['prompts']} held-out captions, {frames} frames of {height}x{width}, guidance {result['guidance']:g}, "
-        "means, beside the best of all plain samplers (solvers and spacings) with the fewest steps that cost at least "
-        f"as many operations; intervals by a paired bootstrap over clips; {made_on(result)}."
+        "means, beside the best of the plain samplers with the fewest steps that cost at least as many operations, of "
+        "all solvers and spacings those that were nearest to the full run on the first clips; intervals by a paired "
+        f"bootstrap over clips; {made_on(result)}."
     )
     refused = {text: {"refused": reason} for text, reason in result.get("refused", {}).items()}
     return "\n".join([*lines, "", told, "", *rivals, *_refused(refused)])

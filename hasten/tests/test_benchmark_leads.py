@@ -511,3 +511,38 @@ def test_a_sampler_that_fails_on_the_way_leaves_its_noise_to_the_next_one(tmp_pa
 def test_the_curves_of_a_method_are_few_enough_to_be_told_apart(name: str) -> None:
     curves = script("curves.py")
     assert 3 <= len(curves["caching_curves"](name, curves["MEASURED"])) <= 12
+
+
+NEAR = {"euler": (31.0, 0.2, 0.5), "unipc": (30.0, 0.1, 0.6), "dpmpp": (10.0, 0.9, 0.9)}  # PSNR, LPIPS, changes
+
+
+class FakeBed:
+    """Clips are names, and figures are known by name."""
+
+    def __init__(self) -> None:
+        self.drawn: list[str] = []
+
+    def first(self, text: str) -> str:
+        name, _, steps = text.partition("@")
+        assert int(steps) > 1
+        self.drawn.append(name)
+        if name not in NEAR:
+            raise ValueError(f"{name} has no such spacing")
+        return name
+
+    def figures(self, clips: str) -> dict[str, list[float]]:
+        measures = ("full_psnr", "full_lpips", "temporal_error")
+        return {name: [value - 0.01, value + 0.01] for name, value in zip(measures, NEAR[clips], strict=True)}
+
+
+def test_all_plain_samplers_are_tried_on_the_first_clips_and_the_nearest_go_on() -> None:
+    screen, written = script("resolution_video.py")["screen"], list[int]()
+    tried: dict[str, Any] = {}
+    bed = FakeBed()
+    assert screen(bed, tried, lambda: written.append(len(tried))) == ["euler", "unipc"]  # by any measure of distance
+    assert written == list(range(1, len(tried) + 1))
+    assert set(bed.drawn) == set(tried) > {"euler", "unipc", "dpmpp", "euler:spacing=karras"}
+    assert tried["euler:spacing=karras"] == "ValueError: euler:spacing=karras has no such spacing"
+    again = FakeBed()
+    assert screen(again, tried, lambda: None) == ["euler", "unipc"]
+    assert not {"euler", "unipc", "dpmpp"} & set(again.drawn)  # what is known is not drawn again, what failed is tried

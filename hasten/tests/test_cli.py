@@ -235,7 +235,7 @@ def test_models_lists_what_is_installed_and_known(monkeypatch, capsys):
     code, text, _ = command(monkeypatch, capsys, "models")
     assert code == 0
     text = " ".join(text.split())
-    for word in ("emoji-flux", "64x64, 32x32", "images", "edits", "clips", "17 frames", "sprites-stream", "video"):
+    for word in ("emoji-flux", "64x64, 32x32", "images", "edits", "clips", "33 frames", "sprites-stream", "video"):
         assert word in text
     assert "FluxTransformer2DModel" in text
     assert "with a UNet (sites output and deep)" in text

@@ -8,7 +8,7 @@ from pipelines import draw
 import hasten
 from hasten.caching import Explicit, Spread, Uniform, UniformCount, computed_steps
 from hasten.caching.methods import TaylorSeer
-from hasten.caching.schedule import learned_list
+from hasten.caching.schedule import learned_list, told_steps
 from hasten.calibration import RunFacts
 from hasten.errors import ConfigError, ScheduleError
 
@@ -73,7 +73,9 @@ def test_a_uniform_schedule_by_count_is_exact_or_names_the_counts_there_are(coun
 def test_spread_schedules_have_any_number(count, total, name):
     method = TaylorSeer(schedule=name, computed_steps=count)
     if count > total:
-        with pytest.raises(ScheduleError, match=f"computed_steps={count} is more than the {total} step"):
+        with pytest.raises(
+            ScheduleError, match=f"computed_steps={count} is more than the {told_steps(total)} of the run"
+        ):
             computed_steps(method.plan(), total)
     else:
         assert len(computed_steps(method.plan(), total)) == count

@@ -27,13 +27,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from hasten_zoo.fit import Level, Rates, run
 from hasten_zoo.sprites_stream import ModelConfig, conditions, draw, new_stream, paths, random_world, roll_out
 from hasten_zoo.sprites_stream import evaluate as evaluation
-from hasten_zoo.sprites_stream.data import NAMED, UNNAMED
+from hasten_zoo.sprites_stream.data import NAMED, SIDE, UNNAMED
 from hasten_zoo.sprites_stream.grade import grade
 from hasten_zoo.sprites_stream.model import CausalVideoTransformer, load_model, save_model
 from hasten_zoo.sprites_stream.reference import WEIGHTS, load_sprites_stream, worlds_of
 from hasten_zoo.sprites_stream.rollout import noise_levels, rolled_chunks
 from hasten_zoo.sprites_stream.train import export, main, make_fit
-from hasten_zoo.sprites_wan.data import SIDE
 
 TINY = ModelConfig(patch=12, width=32, heads=2, layers=2)
 WORLD = random_world(Random(0))

@@ -339,6 +339,7 @@ def _result(
         flops = (measured.flops[arm.id], measured.flops["baseline"])
         rows.append(measured_row(arm, measured.measurements[arm.id], plain, settings.steps, flops, images))
     height, width = plain[0].size
+    call = model.call | settings.call
     return Result(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
@@ -351,7 +352,7 @@ def _result(
             width=width,
             frames=plain[0].frames,
             steps=settings.steps,
-            guidance=float(settings.call.get("true_cfg_scale", settings.call.get("guidance_scale", 1.0))),
+            guidance=float(call.get("true_cfg_scale", call.get("guidance_scale", 1.0))),
             call=settings.call,
             image=None if settings.image is None else settings.image.name,
             processes=processes().num_processes,

@@ -23,6 +23,7 @@ from hasten.caching.schedule import (
     UniformCount,
     computed_steps,
     learned_list,
+    told_steps,
 )
 from hasten.calibration import Calibration, Domain, RunFacts, declare_contents
 from hasten.errors import AdapterError, CalibrationError, ConfigError, ScheduleError
@@ -323,6 +324,6 @@ class ScheduledMethod(CachingMethod):
         found = len(computed_steps(method.plan(), total))
         if found != count:
             raise ScheduleError(
-                f"{type(self).__name__}: {found} of {total} steps are computed, not {count}; leave out steps"
+                f"{type(self).__name__}: {found} of {told_steps(total)} computed, not {count}; leave out steps"
             )
         return method

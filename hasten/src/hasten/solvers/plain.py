@@ -5,8 +5,9 @@ diffusers offer: Karras, exponential and beta spacing of the noise levels, and s
 logarithm of the signal-to-noise ratio). For a flow-matching model the class of its own scheduler makes the noise
 levels, and every solver follows them; for a variance-preserving one each solver makes its own.
 
-Pipelines that ask the scheduler of a flow for no levels (Wan, Stable Diffusion 3) get some that end at a thousandth,
-and lose the last of a few steps to it. The solvers of diffusers end at one n-th there, as the linear spacing does.
+Pipelines that ask the scheduler of a flow for no levels (Wan, Stable Diffusion 3) get some that end at a thousandth
+(before the shift), and lose the last of a few steps to it. The solvers of diffusers end at one n-th there, as the
+linear spacing does.
 """
 
 from __future__ import annotations

@@ -10,16 +10,18 @@ Videos are `[F, 3, 48, 48]` float32 in [0, 1], of any length; sprites and backgr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
 from torch import Tensor
 
-from hasten_zoo.sprites_wan.data import BACKGROUNDS, OBJECTS, SIDE, SPRITE, background, place
+from hasten_zoo.sprites_wan.data import BACKGROUNDS, CANVAS, OBJECTS, background, place
 
-__all__ = ["NAMED", "UNNAMED", "World", "conditions", "draw", "paths", "random_world"]
+__all__ = ["NAMED", "SIDE", "SPRITE", "STREAM", "UNNAMED", "World", "conditions", "draw", "paths", "random_world"]
 
+STREAM = replace(CANVAS, side=48, sprite=20.0, cutout=24, cell=3)
+SIDE, SPRITE = STREAM.side, STREAM.sprite
 NAMED = 24  # frames
 PERIODS = (24, 32, 48)  # frames to and fro
 REACH = 64.0  # pixels from the middle to the turning points; beyond 34 it is out of sight
@@ -75,9 +77,9 @@ def paths(world: World, frames: int) -> Tensor:
 
 def draw(world: World, frames: int) -> Tensor:
     """The video `[F, 3, 48, 48]`."""
-    image = background(world.background).expand(frames, -1, -1, -1)
+    image = background(world.background, STREAM).expand(frames, -1, -1, -1)
     for item, centres in zip(world.items, paths(world, frames), strict=True):
-        layer = place(torch.full((frames,), item), centres, torch.full((frames,), SPRITE))
+        layer = place(torch.full((frames,), item), centres, torch.full((frames,), SPRITE), STREAM)
         image = layer[:, :3] + (1 - layer[:, 3:]) * image
     return image
 

@@ -6,8 +6,8 @@ import torch
 from hasten.errors import ConfigError
 from torch import Tensor
 
-from hasten_zoo.sprites_stream.data import World, paths
-from hasten_zoo.sprites_wan.data import OBJECTS, SIDE, SPRITE, background, place
+from hasten_zoo.sprites_stream.data import SIDE, SPRITE, STREAM, World, paths
+from hasten_zoo.sprites_wan.data import OBJECTS, background, place
 
 __all__ = ["grade"]
 
@@ -24,7 +24,9 @@ def _find(half: Tensor, behind: Tensor, row: float, around: Tensor, reach: float
     rows = slice(HALF, SIDE) if lower else slice(0, HALF)
     best = (float("inf"), 0, centres[0])
     for item in range(len(OBJECTS)):
-        layer = place(torch.full((len(centres),), item), centres, torch.full((len(centres),), SPRITE))[:, :, rows]
+        layer = place(torch.full((len(centres),), item), centres, torch.full((len(centres),), SPRITE), STREAM)[
+            :, :, rows
+        ]
         errors = (layer[:, :3] + (1 - layer[:, 3:]) * behind - half).square().flatten(1).mean(1)
         least = int(errors.argmin())
         best = min(best, (float(errors[least]), item, centres[least]), key=lambda found: found[0])
@@ -45,7 +47,7 @@ def grade(world: World, video: Tensor, every: int = 3, reach: float = 6.0) -> di
     """
     if video.ndim != 4 or video.shape[1:] != (3, SIDE, SIDE):
         raise ConfigError(f"expected a video [F, 3, {SIDE}, {SIDE}], got {list(video.shape)}")
-    centres, behind = paths(world, len(video)), background(world.background)
+    centres, behind = paths(world, len(video)), background(world.background, STREAM)
     grid = torch.stack(torch.meshgrid(torch.arange(SIDE) + 0.5, torch.arange(SIDE) + 0.5, indexing="ij"), -1)
     curves: dict[str, list[float]] = {"identity": [], "motion": [], "background": []}
     for frame in range(0, len(video), every):

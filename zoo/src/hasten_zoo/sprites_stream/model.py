@@ -28,8 +28,7 @@ from hasten.streaming.rotation import undo_rotation
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from hasten_zoo.sprites_stream.data import UNNAMED
-from hasten_zoo.sprites_wan.data import SPRITE
+from hasten_zoo.sprites_stream.data import SPRITE, UNNAMED
 from hasten_zoo.weights import read_weights, write_weights
 
 __all__ = ["CausalVideoTransformer", "ModelConfig", "load_model", "new_stream", "save_model"]

@@ -10,7 +10,7 @@ from hasten.errors import ConfigError, ModelError
 from hasten.io import check_sealed
 from torch import Tensor
 
-from hasten_zoo.sprites_wan.data import LARGE, Clip, all_clips
+from hasten_zoo.sprites_wan.data import CANVAS, Clip, all_clips
 from hasten_zoo.sprites_wan.grade import is_right, locate
 from hasten_zoo.sprites_wan.model import TEXT_TOKENS, load_pipeline
 
@@ -60,15 +60,15 @@ def load_sprites_wan(weights: Path = WEIGHTS) -> Subject:
         pipe=pipe,
         prompts=list(by_caption),
         call={
-            "height": LARGE.side,
-            "width": LARGE.side,
-            "num_frames": LARGE.frames,
+            "height": CANVAS.side,
+            "width": CANVAS.side,
+            "num_frames": CANVAS.frames,
             "num_inference_steps": 50,
             "guidance_scale": GUIDANCE,
             "max_sequence_length": TEXT_TOKENS,
         },
         grade=grade,
         fitted={"leap": LEAP} if weights == WEIGHTS and LEAP.is_file() else {},
-        sizes=((LARGE.side, LARGE.side),),
+        sizes=((CANVAS.side, CANVAS.side),),
         about="Wan 2.1 in small: clips of one moving emoji",
     )

@@ -25,12 +25,9 @@ from hasten_zoo.emoji_kontext.data import cutouts
 
 __all__ = [
     "BACKGROUNDS",
-    "LARGE",
+    "CANVAS",
     "MOTIONS",
     "OBJECTS",
-    "SIDE",
-    "SMALL",
-    "SPRITE",
     "Canvas",
     "Clip",
     "all_clips",
@@ -74,9 +71,7 @@ class Canvas:
     cell: int
 
 
-SMALL = Canvas(48, 17, 20.0, 24, 3.0, 8.0, 22.0, 10.0, 22.0, (12.0, 34.0), 3)  # of `sprites-stream`
-LARGE = Canvas(64, 33, 28.0, 40, 4.0, 11.0, 28.0, 12.0, 28.0, (16.0, 46.0), 4)
-SIDE, SPRITE = SMALL.side, SMALL.sprite
+CANVAS = Canvas(64, 33, 28.0, 40, 4.0, 11.0, 28.0, 12.0, 28.0, (16.0, 46.0), 4)
 OBJECTS = (
     *("lemon", "banana", "strawberry", "grapes", "tomato", "carrot", "doughnut", "cookie", "butterfly", "fish"),
     *("crab", "penguin", "dog face", "pig face", "sunflower", "frog face"),
@@ -121,13 +116,13 @@ def all_clips() -> list[Clip]:
     ]
 
 
-def jittered(clip: Clip, rng: Random, canvas: Canvas = SMALL) -> Clip:
+def jittered(clip: Clip, rng: Random, canvas: Canvas = CANVAS) -> Clip:
     """The clip from another start."""
     start = (rng.uniform(-canvas.jitter, canvas.jitter), rng.uniform(-canvas.jitter, canvas.jitter))
     return Clip(clip.item, clip.motion, clip.background, start)
 
 
-def path(clip: Clip, frames: int, canvas: Canvas = SMALL) -> tuple[Tensor, Tensor]:
+def path(clip: Clip, frames: int, canvas: Canvas = CANVAS) -> tuple[Tensor, Tensor]:
     """Centres `[F, 2]` (y, x) and sizes `[F]` of the object in pixels."""
     return _path_at(clip, torch.linspace(0, 1, frames), canvas)
 
@@ -160,7 +155,7 @@ def _sprites(side: int) -> Tensor:
 
 
 @cache
-def background(index: int, canvas: Canvas = SMALL) -> Tensor:
+def background(index: int, canvas: Canvas = CANVAS) -> Tensor:
     """`[3, S, S]`: plain white, two vertical gradients, or checks."""
     side = canvas.side
     down = torch.linspace(0, 1, side)[None, :, None].expand(3, side, side)
@@ -176,7 +171,7 @@ def background(index: int, canvas: Canvas = SMALL) -> Tensor:
     return top + (bottom - top) * down
 
 
-def place(items: Tensor, centres: Tensor, sizes: Tensor, canvas: Canvas = SMALL) -> Tensor:
+def place(items: Tensor, centres: Tensor, sizes: Tensor, canvas: Canvas = CANVAS) -> Tensor:
     """Premultiplied colours and opacity `[N, 4, S, S]` of sprites `[N]` at centres `[N, 2]` of sizes `[N]`."""
     side = canvas.side
     pixel = torch.arange(side, device=centres.device) + 0.5
@@ -187,13 +182,13 @@ def place(items: Tensor, centres: Tensor, sizes: Tensor, canvas: Canvas = SMALL)
     return functional.grid_sample(sprites, grid, mode="bilinear", align_corners=False)
 
 
-def draw(clip: Clip, frames: int, canvas: Canvas = SMALL) -> Tensor:
+def draw(clip: Clip, frames: int, canvas: Canvas = CANVAS) -> Tensor:
     """The clip as `[F, 3, S, S]`."""
     layer = place(torch.full((frames,), clip.item), *path(clip, frames, canvas), canvas)
     return layer[:, :3] + (1 - layer[:, 3:]) * background(clip.background, canvas)
 
 
-def draw_batch(clips: Sequence[Clip], times: Tensor, canvas: Canvas = SMALL, device: str = "cpu") -> Tensor:
+def draw_batch(clips: Sequence[Clip], times: Tensor, canvas: Canvas = CANVAS, device: str = "cpu") -> Tensor:
     """Clips as `[B, F, 3, S, S]` at times `[F]` or, each at its own, `[B, F]` in [0, 1]; faster than one by one."""
     if times.ndim == 1:
         ways = [_path_at(Clip(0, motion, 0), times, canvas) for motion in range(len(MOTIONS))]

@@ -3,10 +3,10 @@
     python -m hasten_zoo.sprites_wan.evaluate                       # all held-out captions, with the model's guidance
     python -m hasten_zoo.sprites_wan.evaluate --bfloat16 --prompts 12 --steps 20 --weights FOLDER --out FOLDER
 
-Generates a clip per caption. A clip is right if in each frame that is looked at (the first, the last and one or three
-spaced evenly between) the nearest sprite is the object, and the way between them is that of the motion up to a twelfth
-of the side; see `hasten_zoo.sprites_wan.grade`. Writes `evaluation.json` and `contact_sheet.png` (a row of five frames
-for each of the first captions) beside the model's card, or into `--out`.
+Generates a clip per caption. A clip is right if in each of five frames, evenly spread from the first to the last, the
+nearest sprite is the object, and the way between them is that of the motion up to a twelfth of the side; see
+`hasten_zoo.sprites_wan.grade`. Writes `evaluation.json` and `contact_sheet.png` (a row of five frames for each of the
+first captions) beside the model's card, or into `--out`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from hasten.errors import ConfigError
 from torch import Tensor
 from torch.nn import functional
 
-from hasten_zoo.sprites_wan.data import LARGE, OBJECTS, Clip, background, path, place
+from hasten_zoo.sprites_wan.data import CANVAS, OBJECTS, Clip, background, path, place
 
 __all__ = ["Verdict", "is_right", "judge", "locate"]
 
@@ -51,7 +51,7 @@ def locate(
     Returns:
         Index of the object, its centre `[2]` (y, x), and the mean squared error that remains.
     """
-    behind = background(where, LARGE)
+    behind = background(where, CANVAS)
     apart = frame - behind
     first = torch.tensor(around) - reach
     count = int(2 * reach // GRID) + 1
@@ -60,7 +60,7 @@ def locate(
     corner = (first - size / 2).floor() - 1
     everyone = torch.arange(len(OBJECTS))
     centres, sizes = (first - corner).expand(len(everyone), 2), torch.full((len(everyone),), size)
-    colour, opaque = place(everyone, centres, sizes, replace(LARGE, side=side)).split([3, 1], 1)
+    colour, opaque = place(everyone, centres, sizes, replace(CANVAS, side=side)).split([3, 1], 1)
     # |colour + (1 - opaque) behind - frame|^2, less |apart|^2, is a sum of products of a part of the sprite and a part
     # of the image, so that one convolution gives it for all sprites and places.
     image = torch.cat(
@@ -77,7 +77,7 @@ def locate(
     )
     top, left = (int(value) for value in corner)
     span = side + GRID * (count - 1)
-    reached = functional.pad(image, (-left, left + span - LARGE.side, -top, top + span - LARGE.side))
+    reached = functional.pad(image, (-left, left + span - CANVAS.side, -top, top + span - CANVAS.side))
     errors = functional.conv2d(reached[None], sprites, stride=GRID)[0] + apart.square().sum()
     item, row, column = (int(i) for i in torch.unravel_index(errors.argmin(), errors.shape))
     error = float(errors[item, row, column]) / frame.numel()
@@ -100,20 +100,20 @@ def judge(clip: Clip, video: Tensor) -> Verdict:
     Raises:
         ConfigError: for a video of another size, or of fewer than three frames.
     """
-    if video.ndim != 4 or video.shape[1:] != (3, LARGE.side, LARGE.side) or len(video) < 3:
+    if video.ndim != 4 or video.shape[1:] != (3, CANVAS.side, CANVAS.side) or len(video) < 3:
         raise ConfigError(
             f"expected a video [F, 3, 64, 64] with F >= 3, got {list(video.shape)}; "
             'draw it with the model\'s call and output_type="pt"'
         )
     if not bool(torch.isfinite(video).all()):
         return Verdict(False, False, 0.0)
-    tolerance = LARGE.side / 12
-    centres, sizes = path(clip, len(video), LARGE)
-    behind = background(clip.background, LARGE)
+    tolerance = CANVAS.side / 12
+    centres, sizes = path(clip, len(video), CANVAS)
+    behind = background(clip.background, CANVAS)
     right, shown, moved, errors = True, True, [], []
     for i in torch.linspace(0, len(video) - 1, LOOKS).long().tolist():
         y, x = centres[i].tolist()
-        reach = LARGE.jitter + tolerance + 5
+        reach = CANVAS.jitter + tolerance + 5
         frame = video[i].float().cpu()
         item, centre, error = locate(frame, clip.background, float(sizes[i]), (y, x), reach)
         shown = shown and error < BARE * float((frame - behind).square().mean())

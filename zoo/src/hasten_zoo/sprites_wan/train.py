@@ -29,7 +29,7 @@ from hasten_zoo.command import add_options, run_with
 from hasten_zoo.fit import logit_normal_times
 from hasten_zoo.record import LOG
 from hasten_zoo.sprites_wan import WEIGHTS
-from hasten_zoo.sprites_wan.data import LARGE, all_clips, draw_batch, jittered
+from hasten_zoo.sprites_wan.data import CANVAS, all_clips, draw_batch, jittered
 from hasten_zoo.sprites_wan.model import LEARNED, SHIFT, build_pipeline
 from hasten_zoo.sprites_wan.vae import DOWN, load_vae
 from hasten_zoo.training import Loss, Settings, Training, read_checkpoint, save_half
@@ -58,7 +58,7 @@ MIXES: dict[str, Mix] = {
 
 def clips_of(batch: int, side: int, frames: int) -> int:
     """How many clips have about as many tokens as `batch` full ones."""
-    full = FULL * (LARGE.side // PATCH) ** 2
+    full = FULL * (CANVAS.side // PATCH) ** 2
     return max(1, batch * full // (frames * (side // PATCH) ** 2))
 
 
@@ -106,15 +106,15 @@ class Objective:
         t = logit_normal_times(count, SHIFT, generator)
         left_out = [len(self.clips) if rng.random() < CAPTION_LEFT_OUT else row for row in rows]
         velocity = self.predict(torch.lerp(clean, noise, t[:, None, None, None, None]), t, torch.tensor(left_out))
-        kind = "full" if (side, frames) == (LARGE.side, FULL) else str(side)
+        kind = "full" if (side, frames) == (CANVAS.side, FULL) else str(side)
         return Loss(functional.mse_loss(velocity.float(), noise - clean), count, kind)
 
     @torch.no_grad()
     def latents(self, rows: list[int], side: int, frames: int, rng: Random) -> Tensor:
         """Clean latents `[B, 8, F, side/4, side/4]` of some clips, each from a start of its own."""
-        clips = [jittered(self.clips[row], rng, LARGE) for row in rows]
-        video = draw_batch(clips, torch.linspace(0, 1, frames), LARGE, self.device).flatten(0, 1)
-        if side != LARGE.side:
+        clips = [jittered(self.clips[row], rng, CANVAS) for row in rows]
+        video = draw_batch(clips, torch.linspace(0, 1, frames), CANVAS, self.device).flatten(0, 1)
+        if side != CANVAS.side:
             video = functional.interpolate(video, (side, side), mode="area")
         found = self.vae.encode_frames(video * 2 - 1).float().unflatten(0, (len(clips), frames)).transpose(1, 2)
         return (found - self.mean) / self.std
