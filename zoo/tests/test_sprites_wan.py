@@ -46,18 +46,18 @@ def objective(batch: int = 1, mix: train.Mix = TINY) -> train.Objective:
 
 
 def test_a_batch_of_clips_is_the_clips() -> None:
-    clips = [jittered(clip, Random(i), CANVAS) for i, clip in enumerate(all_clips()[::100])]
-    expected, times = torch.stack([draw(clip, 5, CANVAS) for clip in clips]), torch.linspace(0, 1, 5)
-    assert torch.allclose(draw_batch(clips, times, CANVAS), expected, atol=1e-5)
-    assert torch.allclose(draw_batch(clips, times.expand(len(clips), -1), CANVAS), expected, atol=1e-5)
+    clips = [jittered(clip, Random(i)) for i, clip in enumerate(all_clips()[::100])]
+    expected, times = torch.stack([draw(clip, 5) for clip in clips]), torch.linspace(0, 1, 5)
+    assert torch.allclose(draw_batch(clips, times), expected, atol=1e-5)
+    assert torch.allclose(draw_batch(clips, times.expand(len(clips), -1)), expected, atol=1e-5)
 
 
 def test_the_large_canvas_tells_every_motion_from_every_other() -> None:
     """What the grader calls right for one motion it calls wrong for all others, whatever the start."""
     for asked in range(len(data.MOTIONS)):
         for shown in range(len(data.MOTIONS)):
-            centres, sizes = data.path(Clip(0, shown, 0), 5, CANVAS)
-            wanted, wanted_sizes = data.path(Clip(0, asked, 0), 5, CANVAS)
+            centres, sizes = data.path(Clip(0, shown, 0), 5)
+            wanted, wanted_sizes = data.path(Clip(0, asked, 0), 5)
             moved = centres - wanted
             near = bool(((moved - moved[0]).abs() <= CANVAS.side / 12).all())
             alike = near and torch.allclose(sizes, wanted_sizes)
@@ -68,11 +68,11 @@ def test_a_verdict_names_what_is_wrong() -> None:
     clip = Clip(2, data.MOTIONS.index("moving left fast"), 1)
     other = Clip(6, clip.motion, clip.background)
     still = Clip(clip.item, 0, clip.background)
-    good, wrong, held = (judge(clip, draw(shown, CANVAS.frames, CANVAS)) for shown in (clip, other, still))
+    good, wrong, held = (judge(clip, draw(shown, CANVAS.frames)) for shown in (clip, other, still))
     assert (good.object, good.motion) == (True, True)
     assert (wrong.object, wrong.motion) == (False, True)
     assert not held.motion
-    blurred = draw(clip, CANVAS.frames, CANVAS)
+    blurred = draw(clip, CANVAS.frames)
     blurred = torch.nn.functional.avg_pool2d(blurred, 7, 1, 3, count_include_pad=False)
     assert judge(clip, blurred).psnr < good.psnr - 5
 
@@ -83,7 +83,7 @@ def test_a_clip_that_is_not_a_picture_is_wrong(value: float) -> None:
     verdict = judge(lemon, torch.full((33, 3, 64, 64), value))
     assert (verdict.object, verdict.motion) == (False, False)
     assert math.isfinite(verdict.psnr)
-    once = draw(lemon, CANVAS.frames, CANVAS)
+    once = draw(lemon, CANVAS.frames)
     once[3, 0, 5, 7] = value  # in a frame that is not looked at
     assert judge(lemon, once).object == math.isfinite(value)
 
@@ -92,10 +92,10 @@ def test_true_clips_are_right_and_empty_ones_are_wrong() -> None:
     """All held-out captions, from any start; noise changes neither."""
     generator, rng = torch.Generator().manual_seed(0), Random(0)
     for clip in [clip for clip in ordered_clips() if clip.held_out]:
-        empty = data.background(clip.background, CANVAS).expand(CANVAS.frames, -1, -1, -1)
+        empty = data.background(clip.background).expand(CANVAS.frames, -1, -1, -1)
         noise = 0.08 * torch.randn(empty.shape, generator=generator)
-        shown = draw(jittered(clip, rng, CANVAS), CANVAS.frames, CANVAS)
-        for true in (draw(clip, CANVAS.frames, CANVAS), shown + noise):
+        shown = draw(jittered(clip, rng), CANVAS.frames)
+        for true in (draw(clip, CANVAS.frames), shown + noise):
             verdict = judge(clip, true)
             assert (verdict.object, verdict.motion) == (True, True), clip.caption
         for bare in (empty, empty + noise):
@@ -108,14 +108,14 @@ def test_the_nearest_sprite_is_the_one_with_the_least_error() -> None:
     clip = Clip(9, data.MOTIONS.index("zooming in"), 2, (2.3, -1.7))
     noise = torch.randn(3, CANVAS.side, CANVAS.side, generator=torch.Generator().manual_seed(0))
     for u, around, reach in ((0, (20.25, 30.5), 5.0), (4, (CANVAS.side - 9.0, 8.0), 12.5)):  # the second over the edge
-        frame = draw(clip, 5, CANVAS)[u] + 0.1 * noise
-        size = float(data.path(clip, 5, CANVAS)[1][u])
+        frame = draw(clip, 5)[u] + 0.1 * noise
+        size = float(data.path(clip, 5)[1][u])
         steps = torch.arange(-reach, reach + 1, 2)
         places = torch.cartesian_prod(steps, steps) + torch.tensor(around)
         errors = []
         for item in range(len(data.OBJECTS)):
-            layer = data.place(torch.full((len(places),), item), places, torch.full((len(places),), size), CANVAS)
-            shown = layer[:, :3] + (1 - layer[:, 3:]) * data.background(2, CANVAS)
+            layer = data.place(torch.full((len(places),), item), places, torch.full((len(places),), size))
+            shown = layer[:, :3] + (1 - layer[:, 3:]) * data.background(2)
             errors.append((shown - frame).square().mean((1, 2, 3)))
         least = torch.stack(errors)
         best = divmod(int(least.argmin()), len(places))
@@ -159,7 +159,7 @@ def test_the_autoencoder_learns_and_its_export_says_how_well(tmp_path: Path, mon
     measured = json.loads((tmp_path / "weights" / "round_trip.json").read_text())
     assert measured["psnr_encoded"] > before["psnr_encoded"] + 3
     vae = load_vae(tmp_path / "weights")
-    video = torch.stack([draw(clip, 5, CANVAS) for clip in all_clips()[::37]]).transpose(1, 2) * 2 - 1
+    video = torch.stack([draw(clip, 5) for clip in all_clips()[::37]]).transpose(1, 2) * 2 - 1
     with torch.no_grad():
         latents = vae.eval().encode(video, return_dict=False)[0].transpose(0, 1).flatten(1)
     scaled = (latents - torch.tensor(vae.config.latents_mean)[:, None]) / torch.tensor(vae.config.latents_std)[:, None]
@@ -171,7 +171,7 @@ def test_a_decoder_learns_on_without_touching_the_latents(tmp_path: Path) -> Non
     write_vae(tmp_path / "weights")
     train_vae.main(["--out", str(tmp_path), "--samples", "720", "--batch", "4", "--lr", "1e-2", "--decoder"])
     first, second = load_vae(tmp_path / "weights").eval(), load_vae(tmp_path / "decoder" / "weights").eval()
-    video = draw(all_clips()[5], 5, CANVAS).transpose(0, 1)[None] * 2 - 1
+    video = draw(all_clips()[5], 5).transpose(0, 1)[None] * 2 - 1
     with torch.no_grad():
         latents = first.encode(video, return_dict=False)[0]
         assert torch.allclose(second.encode(video, return_dict=False)[0], latents, atol=5e-3)  # half precision
@@ -284,8 +284,8 @@ def test_clean_latents_are_those_of_the_clip_at_each_size() -> None:
     loss = objective()
     for side, frames in ((64, 5), (32, 9)):
         latents = loss.latents([7], side, frames, Random(3))
-        clip = jittered(loss.clips[7], Random(3), CANVAS)
-        small = torch.nn.functional.interpolate(draw(clip, frames, CANVAS), (side, side), mode="area")
+        clip = jittered(loss.clips[7], Random(3))
+        small = torch.nn.functional.interpolate(draw(clip, frames), (side, side), mode="area")
         expected = loss.vae.encode_frames(small * 2 - 1)
         assert latents.shape == (1, 8, frames, side // 4, side // 4)
         assert torch.allclose(latents[0].transpose(0, 1), expected, atol=1e-4)

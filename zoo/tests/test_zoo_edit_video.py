@@ -148,7 +148,7 @@ def test_objects_stay_in_the_image() -> None:
     canvas = clips_data.CANVAS
     for motion in range(len(clips_data.MOTIONS)):
         for corner in (-canvas.jitter, canvas.jitter):
-            centres, sizes = clips_data.path(clips_data.Clip(0, motion, 0, (corner, corner)), 9, canvas)
+            centres, sizes = clips_data.path(clips_data.Clip(0, motion, 0, (corner, corner)), 9)
             assert (centres + sizes[:, None] / 2).max() <= canvas.side + 1
             assert (centres - sizes[:, None] / 2).min() >= -1
 
@@ -185,10 +185,10 @@ def test_the_grade_of_clips_asks_for_object_and_motion(motion: str) -> None:
     canvas = clips_data.CANVAS
     index, frames = clips_data.MOTIONS.index(motion), canvas.frames
     clip = clips_data.Clip(2, index, 1)
-    video = clips_data.draw(clips_data.jittered(clip, Random(0), canvas), frames, canvas)
+    video = clips_data.draw(clips_data.jittered(clip, Random(0)), frames)
     assert sprites_wan.is_right(clip, video)
     assert not sprites_wan.is_right(clips_data.Clip(5, index, 1), video)
-    assert not sprites_wan.is_right(clip, clips_data.draw(clips_data.Clip(2, 0, 1), frames, canvas))  # still
+    assert not sprites_wan.is_right(clip, clips_data.draw(clips_data.Clip(2, 0, 1), frames))  # still
 
 
 def test_the_grade_of_clips_refuses_other_sizes() -> None:
@@ -317,7 +317,7 @@ def test_exported_wan_loads_and_draws(wan: Path) -> None:
     assert clips[model.prompts[0]].held_out
     assert not clips[model.prompts[-1]].held_out
     assert model.grade is not None
-    truth = clips_data.draw(clips[model.prompts[0]], 33, clips_data.CANVAS)
+    truth = clips_data.draw(clips[model.prompts[0]], 33)
     assert model.grade(truth[None], model.prompts[:1]) == [True]
     with pytest.raises(ConfigError, match="no clip has the caption 'fly'"):
         model.grade(videos[:1], ["fly"])

@@ -116,34 +116,34 @@ def all_clips() -> list[Clip]:
     ]
 
 
-def jittered(clip: Clip, rng: Random, canvas: Canvas = CANVAS) -> Clip:
+def jittered(clip: Clip, rng: Random) -> Clip:
     """The clip from another start."""
-    start = (rng.uniform(-canvas.jitter, canvas.jitter), rng.uniform(-canvas.jitter, canvas.jitter))
+    start = (rng.uniform(-CANVAS.jitter, CANVAS.jitter), rng.uniform(-CANVAS.jitter, CANVAS.jitter))
     return Clip(clip.item, clip.motion, clip.background, start)
 
 
-def path(clip: Clip, frames: int, canvas: Canvas = CANVAS) -> tuple[Tensor, Tensor]:
+def path(clip: Clip, frames: int) -> tuple[Tensor, Tensor]:
     """Centres `[F, 2]` (y, x) and sizes `[F]` of the object in pixels."""
-    return _path_at(clip, torch.linspace(0, 1, frames), canvas)
+    return _path_at(clip, torch.linspace(0, 1, frames))
 
 
-def _path_at(clip: Clip, u: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
+def _path_at(clip: Clip, u: Tensor) -> tuple[Tensor, Tensor]:
     """As `path`, at times `[F]` in [0, 1]."""
     frames = len(u)
-    offset, size, name = torch.zeros(frames, 2), torch.full((frames,), canvas.sprite), MOTIONS[clip.motion]
+    offset, size, name = torch.zeros(frames, 2), torch.full((frames,), CANVAS.sprite), MOTIONS[clip.motion]
     if name.startswith("moving"):
         _, direction, speed = name.split()
-        way = canvas.slow if speed == "slowly" else canvas.fast
+        way = CANVAS.slow if speed == "slowly" else CANVAS.fast
         offset = (u - 0.5)[:, None] * torch.tensor(DIRECTIONS[direction]) * way
     elif name == "circling":
         angle = 2 * math.pi * u
-        offset = canvas.radius * torch.stack([-angle.cos(), angle.sin()], 1)
+        offset = CANVAS.radius * torch.stack([-angle.cos(), angle.sin()], 1)
     elif name == "zooming in":
-        size = canvas.zoom[0] + (canvas.zoom[1] - canvas.zoom[0]) * u
+        size = CANVAS.zoom[0] + (CANVAS.zoom[1] - CANVAS.zoom[0]) * u
     elif name == "falling and bouncing":
-        height = canvas.drop / 2 - canvas.drop * (1.5 * math.pi * u).cos().abs()
+        height = CANVAS.drop / 2 - CANVAS.drop * (1.5 * math.pi * u).cos().abs()
         offset = torch.stack([height, torch.zeros(frames)], 1)
-    return canvas.side / 2 + offset + torch.tensor(clip.start), size
+    return CANVAS.side / 2 + offset + torch.tensor(clip.start), size
 
 
 @cache
@@ -182,26 +182,26 @@ def place(items: Tensor, centres: Tensor, sizes: Tensor, canvas: Canvas = CANVAS
     return functional.grid_sample(sprites, grid, mode="bilinear", align_corners=False)
 
 
-def draw(clip: Clip, frames: int, canvas: Canvas = CANVAS) -> Tensor:
+def draw(clip: Clip, frames: int) -> Tensor:
     """The clip as `[F, 3, S, S]`."""
-    layer = place(torch.full((frames,), clip.item), *path(clip, frames, canvas), canvas)
-    return layer[:, :3] + (1 - layer[:, 3:]) * background(clip.background, canvas)
+    layer = place(torch.full((frames,), clip.item), *path(clip, frames))
+    return layer[:, :3] + (1 - layer[:, 3:]) * background(clip.background)
 
 
-def draw_batch(clips: Sequence[Clip], times: Tensor, canvas: Canvas = CANVAS, device: str = "cpu") -> Tensor:
+def draw_batch(clips: Sequence[Clip], times: Tensor, device: str = "cpu") -> Tensor:
     """Clips as `[B, F, 3, S, S]` at times `[F]` or, each at its own, `[B, F]` in [0, 1]; faster than one by one."""
     if times.ndim == 1:
-        ways = [_path_at(Clip(0, motion, 0), times, canvas) for motion in range(len(MOTIONS))]
+        ways = [_path_at(Clip(0, motion, 0), times) for motion in range(len(MOTIONS))]
         motions = torch.tensor([clip.motion for clip in clips])
         starts = torch.tensor([clip.start for clip in clips])
         centres = torch.stack([way[0] for way in ways])[motions] + starts[:, None]
         sizes = torch.stack([way[1] for way in ways])[motions]
     else:
-        ways = [_path_at(clip, u, canvas) for clip, u in zip(clips, times, strict=True)]
+        ways = [_path_at(clip, u) for clip, u in zip(clips, times, strict=True)]
         centres, sizes = torch.stack([way[0] for way in ways]), torch.stack([way[1] for way in ways])
     items = torch.tensor([clip.item for clip in clips]).repeat_interleave(times.shape[-1])
-    layer = place(items.to(device), centres.flatten(0, 1).to(device), sizes.flatten().to(device), canvas)
-    behind = torch.stack([background(i, canvas) for i in range(len(BACKGROUNDS))]).to(device)
+    layer = place(items.to(device), centres.flatten(0, 1).to(device), sizes.flatten().to(device))
+    behind = torch.stack([background(i) for i in range(len(BACKGROUNDS))]).to(device)
     behind = behind[torch.tensor([clip.background for clip in clips], device=device)]
     layer = layer.unflatten(0, sizes.shape)
     return layer[:, :, :3] + (1 - layer[:, :, 3:]) * behind[:, None]

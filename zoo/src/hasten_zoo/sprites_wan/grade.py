@@ -51,7 +51,7 @@ def locate(
     Returns:
         Index of the object, its centre `[2]` (y, x), and the mean squared error that remains.
     """
-    behind = background(where, CANVAS)
+    behind = background(where)
     apart = frame - behind
     first = torch.tensor(around) - reach
     count = int(2 * reach // GRID) + 1
@@ -108,8 +108,8 @@ def judge(clip: Clip, video: Tensor) -> Verdict:
     if not bool(torch.isfinite(video).all()):
         return Verdict(False, False, 0.0)
     tolerance = CANVAS.side / 12
-    centres, sizes = path(clip, len(video), CANVAS)
-    behind = background(clip.background, CANVAS)
+    centres, sizes = path(clip, len(video))
+    behind = background(clip.background)
     right, shown, moved, errors = True, True, [], []
     for i in torch.linspace(0, len(video) - 1, LOOKS).long().tolist():
         y, x = centres[i].tolist()

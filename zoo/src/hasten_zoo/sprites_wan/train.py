@@ -112,8 +112,8 @@ class Objective:
     @torch.no_grad()
     def latents(self, rows: list[int], side: int, frames: int, rng: Random) -> Tensor:
         """Clean latents `[B, 8, F, side/4, side/4]` of some clips, each from a start of its own."""
-        clips = [jittered(self.clips[row], rng, CANVAS) for row in rows]
-        video = draw_batch(clips, torch.linspace(0, 1, frames), CANVAS, self.device).flatten(0, 1)
+        clips = [jittered(self.clips[row], rng) for row in rows]
+        video = draw_batch(clips, torch.linspace(0, 1, frames), self.device).flatten(0, 1)
         if side != CANVAS.side:
             video = functional.interpolate(video, (side, side), mode="area")
         found = self.vae.encode_frames(video * 2 - 1).float().unflatten(0, (len(clips), frames)).transpose(1, 2)

@@ -49,10 +49,10 @@ class Objective:
     def __call__(self, generator: torch.Generator) -> Loss:
         rng = Random(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
         side = rng.choices(list(SIDES), list(SIDES.values()))[0]
-        clips = [jittered(rng.choice(self.clips), rng, CANVAS) for _ in range(self.batch)]
+        clips = [jittered(rng.choice(self.clips), rng) for _ in range(self.batch)]
         firsts = torch.tensor([rng.randrange(0, CANVAS.frames - 2, 2) for _ in clips])
         times = (firsts[:, None] + torch.arange(3)) / (CANVAS.frames - 1)
-        three = draw_batch(clips, times, CANVAS, self.device).flatten(0, 1)
+        three = draw_batch(clips, times, self.device).flatten(0, 1)
         frames = F.interpolate(three, (side, side), mode="area") * 2 - 1
         frames = frames.unflatten(0, (len(clips), 3))
         outer: Tensor = self.vae.encode_frames(torch.cat([frames[:, 0], frames[:, 2]]))
@@ -77,7 +77,7 @@ def round_trip(vae: SpriteVAE, clips: int = 24) -> dict[str, float]:
     vae.eval()
     chosen = [clip for clip in all_clips() if clip.held_out]
     chosen = chosen[:: max(1, len(chosen) // clips)][:clips]
-    video = torch.stack([draw(clip, CANVAS.frames, CANVAS) for clip in chosen]).transpose(1, 2) * 2 - 1
+    video = torch.stack([draw(clip, CANVAS.frames) for clip in chosen]).transpose(1, 2) * 2 - 1
     decoded = vae.decode(vae.encode(video, return_dict=False)[0], return_dict=False)[0].clamp(-1, 1)
     decibels = -10 * ((decoded - video) / 2).square().mean((1, 3, 4)).log10()
     return {
@@ -109,8 +109,8 @@ def export(average: dict[str, Tensor], vae: SpriteVAE, out: Path, same_latents: 
 def _measure_latents(vae: SpriteVAE) -> None:
     """Take mean and deviation of the latents anew; the average of what training saw lags behind the weights."""
     rng = Random(0)
-    clips = [jittered(clip, rng, CANVAS) for clip in all_clips()[::5] if not clip.held_out]
-    video = torch.stack([draw(clip, 9, CANVAS) for clip in clips]).transpose(1, 2) * 2 - 1
+    clips = [jittered(clip, rng) for clip in all_clips()[::5] if not clip.held_out]
+    video = torch.stack([draw(clip, 9) for clip in clips]).transpose(1, 2) * 2 - 1
     vae.norm.reset_running_stats()
     vae.norm.momentum = None
     vae.train().encode(video)
