@@ -2,11 +2,11 @@
 
     python benchmarks/pictures.py specedit out/emoji-kontext.json
     python benchmarks/pictures.py fresco out/emoji-flux-resolution.json
-    python benchmarks/pictures.py dvg out/sprites-wan.json
+    python benchmarks/pictures.py dvg
     python benchmarks/pictures.py streaming
 
-The JSON and its folder of images are those of `hasten bench` on the page's model; `streaming` rolls out one world by
-itself. Each writes `docs/images/PAGE.png`, or what `--out` says.
+The JSON and its folder of images are those of `hasten bench` on the page's model; `dvg` draws its clips and `streaming`
+rolls out one world by itself. Each writes `docs/images/PAGE.png`, or what `--out` says.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from arms import arm_of
 from hasten.bench import subject
+from hasten.bench.sampling import draw_sample
 from hasten.bench.sheet import contact_sheet, film_strip, to_pil
 from hasten.bench.streams import parse_streaming
 from hasten.io import write_atomically
 from hasten.streaming import FullHistory
 from hasten_zoo.emoji_flux.data import load_emoji_set
+from hasten_zoo.sprites_wan import load_sprites_wan, ordered_clips
 from PIL import Image
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -76,18 +79,13 @@ PAGES = {
         },
         truth=True,
     ),
-    "dvg": Page(
-        {
-            "euler-50": "plain|50 steps",
-            "euler-24": "plain|24 steps",
-            "dvg:budget=0.5-50": "dvg|budget 0.5",
-            "dvg:budget=0.522:compress=space-50": "dvg|pixels only",
-            "dvg:budget=0.5:compress=time-50": "dvg|frames only",
-            "dvg:budget=0.5+foca:interval=3:warmup=1-50": "dvg + foca|19 computed",
-        },
-        captions=6,
-        side=48,
-    ),
+}
+CLIPS = {  # of resolution_video.py
+    "euler@50": "plain|50 steps",
+    "euler@26": "plain|26 steps",
+    "dvg:budget=0.52:lead=1": "dvg|half of the pixels and frames",
+    "dvg:budget=0.52:compress=space": "dvg|half of the pixels",
+    "dvg:budget=0.575:compress=time": "dvg|half of the frames",
 }
 STREAMING = {
     "full-history": "full history",
@@ -97,6 +95,7 @@ STREAMING = {
     "dummy-forcing:local=1:history=10": "dummy-forcing",
 }
 FRAMES, SHOWN, SEED = 48, 16, 4
+DRAWN = 6  # clips
 
 
 def no_images(prompt: str, i: int) -> list[Path]:
@@ -151,6 +150,21 @@ def training_images(folder: Path) -> Callable[[str, int], list[Path]]:
     return written
 
 
+def clips_page() -> Image.Image:
+    """Clips of captions that training left out, clip `i` from seed `i`: a few frames of each arm."""
+    model = load_sprites_wan()
+    model.pipe.set_progress_bar_config(disable=True)
+    prompts = [clip.caption for clip in ordered_clips() if clip.held_out][:DRAWN]
+    with tempfile.TemporaryDirectory() as folder:
+        lines = []
+        for seed, prompt in enumerate(prompts):
+            paths = [Path(folder) / f"{seed}-{i}.png" for i in range(len(CLIPS))]
+            for text, path in zip(CLIPS, paths, strict=True):
+                film_strip(draw_sample(model, *arm_of(text), prompt, seed, {}).image).save(path)
+            lines.append(paths)
+        return contact_sheet(lines, prompts, list(CLIPS.values()), side=64)
+
+
 def streaming_page() -> Image.Image:
     """One world as every method rolls it out, a row each."""
     roll = subject.load_streaming("sprites-stream").rollout(FRAMES, 8)
@@ -166,15 +180,18 @@ def streaming_page() -> Image.Image:
         return contact_sheet(lines, list(STREAMING.values()), [heading], side=72)
 
 
+DRAWING = {"dvg": clips_page, "streaming": streaming_page}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", choices=[*PAGES, "streaming"])
-    parser.add_argument("result", type=Path, nargs="?", help="JSON of hasten bench; none for streaming")
+    parser.add_argument("page", choices=[*PAGES, *DRAWING])
+    parser.add_argument("result", type=Path, nargs="?", help=f"JSON of hasten bench; none for {' and '.join(DRAWING)}")
     parser.add_argument("--out", type=Path, help="docs/images/PAGE.png by default")
     args = parser.parse_args(arguments)
     if args.page in PAGES and args.result is None:
         parser.error(f"{args.page} needs the JSON of a bench run")
-    sheet = streaming_page() if args.page == "streaming" else bench_page(PAGES[args.page], args.result)
+    sheet = DRAWING[args.page]() if args.page in DRAWING else bench_page(PAGES[args.page], args.result)
     write_atomically(args.out or IMAGES / f"{args.page}.png", partial(sheet.save, format="png", optimize=True))
 
 

@@ -32,15 +32,13 @@ from page_tables.peers import peers_table
 from page_tables.quality import certificates_table
 from page_tables.resolution import (
     cells_table,
-    clips_table,
-    density_table,
     latency_table,
     parts_table,
     scale_table,
     toy_table,
     truth_table,
 )
-from page_tables.stages import clips_against_table, edits_table
+from page_tables.stages import clips_table, edits_table
 from reference import part as reference_part
 
 PREMISES = ["caching-premises.json", "caching-premises-guided.json", "caching-premises-kontext.json"]
@@ -98,13 +96,10 @@ TABLES = {
     "resolution-cells": lambda: cells_table(read("resolution-truth.json")),
     "resolution-scale": lambda: scale_table(read("resolution-truth.json")["emoji-flux"]),
     "resolution-latency": lambda: latency_table(read("resolution-latency.json")),
-    "resolution-clips": lambda: clips_table(read("resolution-video.json")),
-    "resolution-density": lambda: density_table(read("resolution-video.json")),
     "resolution-parts": lambda: parts_table(read("resolution-parts.json")),
     "resolution-toy": lambda: toy_table(read("resolution-toy.json")),
     "edits": lambda: edits_table("styles-edit.json"),
-    "clips": lambda: clips_against_table("video.json"),
-    "video": lambda: bench_table("sprites-wan"),
+    "clips": lambda: clips_table("video.json"),
     "streaming": lambda: bench_table("sprites-stream"),
     "streaming-two-threads": lambda: bench_table("sprites-stream-two-threads"),
     "streaming-more": lambda: bench_table("sprites-stream-more"),

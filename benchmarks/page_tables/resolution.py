@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from typing import Any
 
 from hasten.bench.labels import short_label
@@ -120,36 +119,6 @@ def toy_table(result: dict[str, Any]) -> str:
         f"({full['low_band']:.2f} and {full['high_band']:.2f} with 50 plain steps); torch "
         f"{result['environment']['torch']}.",
     ]
-    return "\n".join(lines)
-
-
-def clips_table(result: dict[str, Any]) -> str:
-    """Markdown of the clips of `resolution-video.json`: PSNR of each form of compression, by motion."""
-    part = result["measured"]
-    names = [short_label(row["method"]) for row in part["rows"]]
-    lines = [table_row(["clip", "motion", "texture", *names, "nearest"]), "|---" + "|--:" * (len(names) + 2) + "|---|"]
-    figures = list(zip(*(row["psnr"] for row in part["rows"]), strict=True))
-    for clip, values in sorted(zip(part["clips"], figures, strict=True), key=lambda pair: pair[0]["motion"]):
-        nearest = names[max(range(len(values)), key=lambda i: values[i])]
-        cells = [clip["prompt"], cell(clip["motion"], 2), cell(clip["texture"], 3), *(cell(v, 1) for v in values)]
-        lines.append(table_row([*cells, nearest]))
-    lines += ["", f"sprites-wan, PSNR in dB against 50 plain steps from the same noise; {made_on(result)}."]
-    return "\n".join(lines)
-
-
-def density_table(result: dict[str, Any]) -> str:
-    """Markdown of the arms of `resolution-video.json`, medians over the clips."""
-    heads = ["clips", "method", "FLOPs, times fewer", "density", "PSNR dB", "LPIPS", "temporal"]
-    lines = [table_row(heads), "|---|---" + "|--:" * (len(heads) - 2) + "|"]
-    for name in ("chosen", "measured"):
-        for row in result[name]["rows"]:
-            density = statistics.fmean(row["densities"])
-            cells = [f"{len(row['psnr'])}, {name}", short_label(row["method"]), cell(row["flops_ratio"], 2)]
-            cells.append(cell(density, 3))
-            for key, digits in (("psnr", 1), ("lpips", 4), ("temporal_error", 3)):
-                cells.append(cell(statistics.median(row[key]), digits))
-            lines.append(table_row(cells))
-    lines += ["", f"sprites-wan, medians, against 50 plain steps from the same noise; {made_on(result)}."]
     return "\n".join(lines)
 
 

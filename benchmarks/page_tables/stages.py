@@ -55,7 +55,7 @@ def edits_table(name: str) -> str:
     return "\n".join([*lines, "", told, "", "By the sort of edit:", "", *sorts, *_refused(result["rows"])])
 
 
-def clips_against_table(name: str) -> str:
+def clips_table(name: str) -> str:
     """Markdown of clips: DVG beside plain samplers and both of its forms; empty if there is no such file."""
     if not (ROOT / "benchmarks" / name).exists():
         return ""

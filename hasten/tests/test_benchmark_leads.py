@@ -277,7 +277,7 @@ def test_clips_are_shown_beside_plain_samplers_and_both_forms(monkeypatch: pytes
     arm["rivals"] = leads["rival_leads"](rows, "dvg:budget=0.5", forms, signs)
     about = {"hasten": "1", "torch": "2", "device": "cpu"}
     content = {"environment": about, "prompts": 2, "size": [33, 64, 64], "guidance": 3.0, "rows": rows}
-    table = stages(monkeypatch, "clips_against_table", content | {"refused": {"dvg:budget=0.1": "no plan."}})
+    table = stages(monkeypatch, "clips_table", content | {"refused": {"dvg:budget=0.1": "no plan."}})
     first, second = [line.split(" | ") for line in table.splitlines() if line.startswith("| **dvg")]
     assert first[1:4] == ["2.00", "25.0", "+3.0 (+3.0 to +3.0)"]
     assert second[1:3] == ["leaving out pixels alone, 1.10 times the operations", "+3.0 (+1.0 to +5.0)"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
+from hasten.bench.subject import Edit
 from hasten.errors import ConfigError, ModelError
 from torch import nn
 
@@ -395,6 +396,30 @@ def test_an_edit_is_done_if_it_is_nearer_to_the_target_and_keeps_the_rest(data: 
         assert not is_done(edit, edit.source)
         spoiled = torch.where(edit.mask, edit.target, 1 - edit.source)
         assert is_done(edit, spoiled) == bool(edit.mask.all())
+
+
+def test_what_shows_nothing_of_the_target_has_not_done_an_edit() -> None:
+    random = torch.Generator().manual_seed(0)
+    mask = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    mask[8:40, 8:40] = True
+    plain = torch.full((3, SIZE, SIZE), 0.8)
+    thing = torch.where(
+        mask, torch.rand(3, 8, 8, generator=random).repeat_interleave(16, 1).repeat_interleave(16, 2), plain
+    )
+    edits = {
+        "add": Edit("add it", plain, thing, mask, "local"),
+        "remove": Edit("remove it", thing, plain, mask, "local"),
+    }
+    patches = {
+        name: torch.where(mask, edit.target[:, mask].mean(1)[:, None, None], edit.source)
+        for name, edit in edits.items()
+    }
+    for edit in edits.values():
+        assert is_done(edit, torch.lerp(edit.source, edit.target, 0.7))
+        assert not is_done(edit, torch.lerp(edit.source, edit.target, 0.4))  # nearer to the target is not enough
+        assert not is_done(edit, torch.where(mask, 0.2, edit.source))
+    assert not is_done(edits["add"], patches["add"])  # a patch of the right colour is no object
+    assert is_done(edits["remove"], patches["remove"])
 
 
 def test_an_exported_editor_is_a_subject(

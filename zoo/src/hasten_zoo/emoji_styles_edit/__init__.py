@@ -29,18 +29,25 @@ CALL: dict[str, Any] = {
     "max_sequence_length": 16,
 }
 KEPT = 0.01  # mean squared error to the source outside the mask, 20 dB
+CHANGED = 0.25  # error to the target under the mask, as a share of the source's
 
 
 def is_done(edit: Edit, image: Tensor) -> bool:
     """Whether an image `[3, 128, 128]` in [0, 1] is what the instruction asked for.
 
-    It is if, under the edit's mask, it is nearer to the target than to the source (mean squared error), and if the rest
-    of the image is kept (20 dB to the source).
+    It is if the rest of the image is kept (20 dB to the source), and if under the edit's mask the mean squared error to
+    the target is less than a quarter of the source's, and less than that of a patch of the target's mean colour. The
+    latter is not asked where the target is as good as one colour itself (such a patch is 20 dB from it or nearer), as
+    where an object was removed.
     """
     to_target, to_source = ((image.float().cpu() - other).square().mean(0) for other in (edit.target, edit.source))
-    outside = to_source[~edit.mask]
+    outside, inside = to_source[~edit.mask], edit.target[:, edit.mask]
+    patch = float((inside - inside.mean(1, keepdim=True)).square().mean())
+    bar = CHANGED * float((edit.source[:, edit.mask] - inside).square().mean())
+    if patch > KEPT:
+        bar = min(bar, patch)
     kept = not len(outside) or float(outside.mean()) < KEPT
-    return kept and bool(to_target[edit.mask].mean() < to_source[edit.mask].mean())
+    return kept and float(to_target[edit.mask].mean()) < bar
 
 
 def load_emoji_styles_edit(weights: Path = WEIGHTS, edits: Path = EDITS, styles: Path = STYLES) -> Subject:

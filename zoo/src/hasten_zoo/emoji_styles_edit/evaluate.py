@@ -4,9 +4,11 @@
 
 Needs the images and the judge's networks. For each sort of edit: distance of the result to the true target, and of
 the target after the autoencoder (the ceiling) and of the source (what doing nothing gives) to it, medians; how often an
-edit is done (see `is_done`); for objects the PSNR to the source outside the mask; for styles how often the judge finds
-the style asked for. Writes `evaluation.json` and `contact_sheet.webp` (from above: source, target, result, for styles,
-backgrounds and objects), by default beside the card.
+edit is done (see `is_done`), and how often it would be by what takes no model (`stand_ins`): under the mask the target
+after the autoencoder, the target's mean colour, or the source blurred; for objects the same for those added and those
+removed, and the PSNR to the source outside the mask; for styles how often the judge finds the style asked for. Writes
+`evaluation.json` and `contact_sheet.webp` (from above: source, target, result, for styles, backgrounds and objects), by
+default beside the card.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxKontextPipeline
+from hasten.bench.subject import Edit
 from torch import Tensor
+from torch.nn import functional
 
 from hasten_zoo.emoji_styles import HERE as STYLES
 from hasten_zoo.emoji_styles import WEIGHTS as STYLES_WEIGHTS
@@ -33,6 +38,7 @@ from hasten_zoo.emoji_styles_edit.model import load_pipeline
 from hasten_zoo.evaluation import write_evaluation
 
 SHOWN = 12
+BLUR = 31  # pixels, of the blurred source
 
 
 def apply_edits(
@@ -49,6 +55,31 @@ def apply_edits(
     return torch.cat(results)
 
 
+def stand_ins(pipe: FluxKontextPipeline, edits: Sequence[Edit]) -> dict[str, Tensor]:
+    """Images in [0, 1] that need no editing model, by name, to know what being done is worth."""
+    targets = torch.stack([edit.target for edit in edits])
+    blurred = torch.stack([edit.source for edit in edits])
+    blurred = functional.avg_pool2d(functional.pad(blurred, (BLUR // 2,) * 4, mode="replicate"), BLUR, 1)
+    patches = [edit.target[:, edit.mask].mean(1)[:, None, None].expand_as(edit.target) for edit in edits]
+    found = {
+        "target_after_autoencoder": (through(pipe, 2 * targets - 1) + 1) / 2,
+        "mean_colour_of_target": torch.stack(patches),
+        "source_blurred": blurred,
+    }
+    masks, sources = (torch.stack([getattr(edit, name) for edit in edits]) for name in ("mask", "source"))
+    return {name: torch.where(masks[:, None], images, sources) for name, images in found.items()}
+
+
+def done(pipe: FluxKontextPipeline, edits: Sequence[Edit], images: Tensor) -> dict[str, Any]:
+    """How many edits there are, and the shares of them that images in [0, 1] and stand-ins do."""
+
+    def share(of: Tensor) -> float:
+        return round(sum(is_done(edit, image) for edit, image in zip(edits, of, strict=True)) / len(edits), 3)
+
+    others = {name: share(of) for name, of in stand_ins(pipe, edits).items()}
+    return {"edits": len(edits), "done": share(images), "done_by_stand_ins": others}
+
+
 def _middle(values: list[float]) -> float:
     return round(statistics.median(values), 2)
 
@@ -62,19 +93,17 @@ def evaluate(
     pipe.set_progress_bar_config(disable=True)
     judge, lpips = Judge.load(STYLES), Perceptual()
     position = json.loads((weights / "training.json").read_text())
-    result: dict[str, Any] = {"trained_on_edits": position["samples"], "edits": {}, "steps": steps}
+    result: dict[str, Any] = {"trained_on_edits": position["samples"], "steps": steps}
     result |= {"guidance": guidance, "judge": judge.description}
     rows: list[Tensor] = []
     for what in COUNTS:
         chosen = held_out_edits(data, {what: edits})
-        result["edits"][what] = len(chosen)  # there may be fewer than are asked for
         true = [found.edit for found in chosen]
         sources, targets = (torch.stack([getattr(edit, name) for edit in true]) for name in ("source", "target"))
         drawn = apply_edits(pipe, sources, [edit.prompt for edit in true], steps, guidance)
         before, after, made = (2 * images - 1 for images in (sources, targets, drawn))
-        done = [is_done(edit, image) for edit, image in zip(true, drawn, strict=True)]
         row: dict[str, Any] = {
-            "done": round(sum(done) / len(done), 3),
+            **done(pipe, true, drawn),
             "psnr_to_target_db": _middle(psnr(made, after)),
             "psnr_of_target_after_autoencoder_db": _middle(psnr(through(pipe, after), after)),
             "psnr_of_source_to_target_db": _middle(psnr(before, after)),
@@ -82,6 +111,10 @@ def evaluate(
             "lpips_of_source_to_target": round(float(lpips(before, after).median()), 4),
         }
         if what == "object":
+            for name, verb in (("added", "add "), ("removed", "remove ")):
+                some = [i for i, edit in enumerate(true) if edit.prompt.startswith(verb)]
+                if some:
+                    row[name] = done(pipe, [true[i] for i in some], drawn[some])
             kept = through(pipe, before)
             for name, images in (("result", made), ("source_after_autoencoder", kept)):
                 errors = [((a - b) / 2).square().mean(0)[~edit.mask].mean() for a, b, edit in
