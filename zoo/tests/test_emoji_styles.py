@@ -398,6 +398,8 @@ def test_the_curve_gets_a_row_for_each_moment(
     assert written["images"] == 7
     assert [known["samples"] for known in written["curve"]] == [20, 40, 90]
     assert written["curve"][2] == row
+    evaluate.add_to_curve(tmp_path, other := row | {"steps": 3})  # another measurement, beside it
+    assert json.loads((tmp_path / "evaluation.json").read_text())["curve"][2:] == [row, other]
     held_out = [pair for pair in data.pairs if pair.held_out]
     assert row["concept_top1"] == sum(pair.concept == "red apple" for pair in held_out) / len(held_out)
     assert row["concept_top1_blind"] == sum(pair.concept == "cat face" for pair in held_out) / len(held_out)

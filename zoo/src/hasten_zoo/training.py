@@ -332,6 +332,12 @@ def run(
     def fallen() -> float:
         return min(1.0, max(0.0, 1 - (training.seconds - begun) / (60 * minutes)) / fall)
 
+    if training.samples >= samples and not fall:
+        warnings.warn(
+            f"{training.samples} samples were seen already, and --samples is {samples} in total: nothing is trained",
+            HastenWarning,
+            stacklevel=2,
+        )
     started = saved = lined = time.monotonic()
     seen, sums, counts = training.samples, {}, {}  # type: ignore[var-annotated]
     idle = torch.zeros((), dtype=torch.long, device=training.device)  # batches that moved nothing

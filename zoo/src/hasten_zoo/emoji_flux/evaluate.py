@@ -19,7 +19,7 @@ from rich.progress import track
 
 from hasten_zoo.emoji_flux import WEIGHTS, load_emoji_flux, nearest_captions
 from hasten_zoo.emoji_flux.data import load_emoji_set
-from hasten_zoo.evaluation import write_evaluation
+from hasten_zoo.evaluation import add_folders, out_of, write_evaluation
 
 BATCH = 10
 
@@ -56,10 +56,9 @@ def evaluate(weights: Path, prompts: int, steps: int, seed: int, out: Path) -> d
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    add_folders(parser, WEIGHTS)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=WEIGHTS.parent)
     args = parser.parse_args()
-    print(json.dumps(evaluate(args.weights, args.prompts, args.steps, args.seed, args.out), indent=1))
+    print(json.dumps(evaluate(args.weights, args.prompts, args.steps, args.seed, out_of(args)), indent=1))

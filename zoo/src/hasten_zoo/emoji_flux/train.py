@@ -23,6 +23,7 @@ from diffusers import FluxPipeline
 from hasten.io import add_line, write_atomically, write_sealed
 from torch import Tensor, nn
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_flux.data import load_emoji_set
 from hasten_zoo.emoji_flux.model import TEXT_TOKENS, build_pipeline
 
@@ -212,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

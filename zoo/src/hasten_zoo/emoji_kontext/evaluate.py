@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hasten_zoo.emoji_kontext import WEIGHTS, call_arguments, load_emoji_kontext
-from hasten_zoo.evaluation import write_evaluation
+from hasten_zoo.evaluation import add_folders, out_of, write_evaluation
 
 __all__ = ["apply_edits", "evaluate"]
 
@@ -74,10 +74,9 @@ def evaluate(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    add_folders(parser, WEIGHTS)
     parser.add_argument("--edits", type=int, default=64)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=WEIGHTS.parent)
     args = parser.parse_args()
-    print(json.dumps(evaluate(args.weights, args.edits, args.steps, args.seed, args.out), indent=1))
+    print(json.dumps(evaluate(args.weights, args.edits, args.steps, args.seed, out_of(args)), indent=1))

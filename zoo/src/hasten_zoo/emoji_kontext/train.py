@@ -20,6 +20,7 @@ from diffusers import FluxKontextPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_flux import WEIGHTS as EMOJI_FLUX
 from hasten_zoo.emoji_flux.train import shifted_times
 from hasten_zoo.emoji_kontext.data import EditPlan, draw_plan, painter
@@ -121,4 +122,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

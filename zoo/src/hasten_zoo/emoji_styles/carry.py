@@ -25,6 +25,7 @@ from hasten.errors import ModelError
 from hasten.io import write_atomically
 from PIL import Image
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_styles.data import SIZES, boxed, load_emoji_styles_data
 from hasten_zoo.emoji_styles_edit.data import item_rows
 
@@ -104,4 +105,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -38,6 +38,8 @@ from hasten.io import write_atomically
 from PIL import Image
 from torch import Tensor
 
+from hasten_zoo.command import told
+
 __all__ = [
     "PACKAGES",
     "EmojiStyles",
@@ -387,4 +389,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

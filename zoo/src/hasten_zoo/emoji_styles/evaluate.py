@@ -34,6 +34,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_styles import HERE, WEIGHTS
 from hasten_zoo.emoji_styles.augment import caption, nearest_views, plain_views, render
 from hasten_zoo.emoji_styles.data import EmojiStyles, Pair, load_emoji_styles_data
@@ -41,7 +42,7 @@ from hasten_zoo.emoji_styles.judge import Judge
 from hasten_zoo.emoji_styles.model import load_pipeline
 from hasten_zoo.emoji_styles.perceptual import Perceptual
 from hasten_zoo.emoji_styles.train_vae import round_trip
-from hasten_zoo.evaluation import write_evaluation
+from hasten_zoo.evaluation import add_folders, out_of, write_evaluation
 
 BATCH = 16
 SIZE = 128
@@ -158,16 +159,18 @@ def moment(weights: Path, data: EmojiStyles, judge: Judge, images: int, steps: i
     pairs = [data.pairs[i] for i in rows]
     drawn = generate(pipe, [caption(pair) for pair in pairs], list(range(len(pairs))), steps, guidance)
     row = {"samples": json.loads((weights / "training.json").read_text())["samples"], "images": len(pairs)}
+    row["of"] = len(data.taught(held_out=True))  # pairs; rows of others cannot be compared with these
     row |= {"steps": steps, "guidance": guidance} | recognised(judge, drawn, pairs)
     row["diversity"] = diversity_of(pipe, Perceptual(), data, steps, guidance)["ratio"]
     return row | {"euler_9_against_50_steps_db": hardness(pipe, data, guidance)}
 
 
 def add_to_curve(out: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Put a row into the curve of `evaluation.json`, in the place of one of as many samples; returns the curve."""
+    """Put a row into the curve of `evaluation.json`, in the place of the same measurement; returns the curve."""
     path = out / "evaluation.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
-    others = [known for known in result.get("curve", []) if known["samples"] != row["samples"]]
+    same = ("samples", "images", "of", "steps", "guidance")
+    others = [known for known in result.get("curve", []) if any(known.get(key) != row.get(key) for key in same)]
     result["curve"] = sorted([*others, row], key=lambda known: known["samples"])
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     return result["curve"]
@@ -226,8 +229,7 @@ def evaluate(weights: Path, data: EmojiStyles, out: Path, images: int, steps: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/emoji-styles/data"))
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--out", type=Path, default=HERE)
+    add_folders(parser, WEIGHTS)
     parser.add_argument("--images", type=int, default=200, help="of held-out pairs and of known ones, at most")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -243,12 +245,12 @@ def main() -> None:
         judge = Judge.load(HERE)
         for weights in args.curve:
             row = moment(weights, data, judge, args.images, args.steps, args.guidance)
-            add_to_curve(args.out, row)
+            add_to_curve(out_of(args), row)
             print(json.dumps(row))
         return
-    result = evaluate(args.weights, data, args.out, args.images, args.steps, args.guidance)
+    result = evaluate(args.weights, data, out_of(args), args.images, args.steps, args.guidance)
     print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

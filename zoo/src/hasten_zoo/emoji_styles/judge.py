@@ -26,6 +26,7 @@ from hasten.io import Array, Kind, check_arrays, read_tensors, write_tensors
 from torch import Tensor
 from torch.nn import functional as F
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_styles.augment import plain_views, render
 from hasten_zoo.emoji_styles.data import EmojiStyles, PackedPairs, Pair, load_emoji_styles_data, packed
 from hasten_zoo.emoji_styles.efficientnet import EfficientNetLite0, weights_path
@@ -247,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -21,6 +21,8 @@ import torch
 from hasten.io import write_atomically
 from torch import Tensor
 
+from hasten_zoo.command import told
+from hasten_zoo.emoji_styles import WEIGHTS
 from hasten_zoo.emoji_styles.augment import draw_views, render
 from hasten_zoo.emoji_styles.data import EmojiStyles, load_emoji_styles_data
 from hasten_zoo.emoji_styles.vae import EmojiVAE
@@ -39,6 +41,11 @@ class Latents:
 
 
 @torch.inference_mode()
+def vae_folder(runs: Path = Path("runs/emoji-styles"), committed: Path = WEIGHTS) -> Path:
+    """The autoencoder that `train_vae` left, or else the one that comes with the weights."""
+    return next((p for p in (runs / "vae" / "weights", committed / "vae") if p.is_dir()), WEIGHTS / "vae")
+
+
 def encode_views(vae: EmojiVAE, data: EmojiStyles, size: int, views: int, seed: int, batch: int = 64) -> Latents:
     """Encode `views` random views of every training pair at one size."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,7 +93,7 @@ def load_latents(folder: Path) -> dict[int, Latents]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/emoji-styles/data"))
-    parser.add_argument("--vae", type=Path, default=Path("runs/emoji-styles/vae/weights"))
+    parser.add_argument("--vae", type=Path, help="default: the folder of train_vae, else the committed one")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji-styles/latents"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--more", type=int, default=1, help="times as many views as by default (for a GPU)")
@@ -95,10 +102,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     data = load_emoji_styles_data(args.data)
-    vae = EmojiVAE.from_pretrained(args.vae).to(args.device)
+    vae = EmojiVAE.from_pretrained(args.vae or vae_folder()).to(args.device)
     for size, views in VIEWS.items():
         save_latents(encode_views(vae, data, size, args.more * views, args.seed + size), args.out, size)
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -26,10 +26,10 @@ from hasten.io import write_atomically
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hasten_zoo.command import add_options, run_with
+from hasten_zoo.command import add_options, run_with, told
 from hasten_zoo.emoji_styles.augment import CAPTION_LEFT_OUT, COLOURS, STYLE_LEFT_OUT, caption
 from hasten_zoo.emoji_styles.data import PACKAGES, EmojiStyles, load_emoji_styles_data
-from hasten_zoo.emoji_styles.latents import Latents, load_latents
+from hasten_zoo.emoji_styles.latents import Latents, load_latents, vae_folder
 from hasten_zoo.emoji_styles.model import LEARNING, TEXT_TOKENS, build_pipeline, build_tokenizer, shift
 from hasten_zoo.emoji_styles.vae import EmojiVAE
 from hasten_zoo.record import LOG
@@ -193,8 +193,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     data = load_emoji_styles_data(args.data)
-    vae = args.vae or next(p for p in (runs / "vae" / "weights", args.committed / "vae") if p.is_dir())
-    pipe = fresh_pipeline(data, vae)
+    pipe = fresh_pipeline(data, args.vae or vae_folder(runs, args.committed))
     folder = args.out / "cooldown" if args.cooldown else args.out
     if args.export:
         furthest = max((args.out, args.out / "cooldown"), key=_samples_in)
@@ -253,4 +252,4 @@ def _samples_in(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -19,6 +19,7 @@ from hasten.io import write_atomically, write_sealed
 from torch import Tensor
 from torch.nn import functional as F
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_styles.augment import draw_views, plain_views, render
 from hasten_zoo.emoji_styles.data import EmojiStyles, load_emoji_styles_data
 from hasten_zoo.emoji_styles.perceptual import Perceptual
@@ -133,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

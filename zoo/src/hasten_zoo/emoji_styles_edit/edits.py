@@ -23,6 +23,7 @@ from hasten.errors import ModelError
 from hasten.io import Array, Kind, check_arrays, read_tensors, write_tensors
 from torch import Tensor
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_styles import WEIGHTS
 from hasten_zoo.emoji_styles.data import EmojiStyles, Pair, load_emoji_styles_data
 from hasten_zoo.emoji_styles.vae import EmojiVAE
@@ -185,4 +186,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -26,16 +26,17 @@ from hasten.bench.subject import Edit
 from torch import Tensor
 from torch.nn import functional
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_styles import HERE as STYLES
 from hasten_zoo.emoji_styles import WEIGHTS as STYLES_WEIGHTS
 from hasten_zoo.emoji_styles.data import EmojiStyles, load_emoji_styles_data
 from hasten_zoo.emoji_styles.evaluate import BATCH, psnr, recognised, sheet, through
 from hasten_zoo.emoji_styles.judge import Judge
 from hasten_zoo.emoji_styles.perceptual import Perceptual
-from hasten_zoo.emoji_styles_edit import CALL, HERE, WEIGHTS, is_done
+from hasten_zoo.emoji_styles_edit import CALL, WEIGHTS, is_done
 from hasten_zoo.emoji_styles_edit.edits import COUNTS, held_out_edits
 from hasten_zoo.emoji_styles_edit.model import load_pipeline
-from hasten_zoo.evaluation import write_evaluation
+from hasten_zoo.evaluation import add_folders, out_of, write_evaluation
 
 SHOWN = 12
 BLUR = 31  # pixels, of the blurred source
@@ -133,9 +134,8 @@ def evaluate(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/emoji-styles/data"))
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    add_folders(parser, WEIGHTS)
     parser.add_argument("--styles", type=Path, default=STYLES_WEIGHTS, help="weights of emoji-styles")
-    parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--edits", type=int, default=64, help="of each sort, at most")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=1.0)
@@ -143,9 +143,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     data = load_emoji_styles_data(args.data)
-    result = evaluate(args.weights, args.styles, data, args.out, args.edits, args.steps, args.guidance)
+    result = evaluate(args.weights, args.styles, data, out_of(args), args.edits, args.steps, args.guidance)
     print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -21,6 +21,7 @@ from hasten.io import write_atomically
 from torch import Tensor
 from torch.nn import functional as F
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_styles import WEIGHTS
 from hasten_zoo.emoji_styles.data import EmojiStyles, load_emoji_styles_data
 from hasten_zoo.emoji_styles.vae import EmojiVAE
@@ -112,4 +113,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

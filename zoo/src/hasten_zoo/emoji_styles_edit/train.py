@@ -24,7 +24,7 @@ from diffusers import FluxKontextPipeline
 from hasten.errors import ModelError
 from torch import Tensor, nn
 
-from hasten_zoo.command import add_options, run_with
+from hasten_zoo.command import add_options, run_with, told
 from hasten_zoo.emoji_styles import WEIGHTS as START
 from hasten_zoo.emoji_styles.model import digest
 from hasten_zoo.emoji_styles.model import load_pipeline as load_styles
@@ -193,4 +193,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_styles import HERE as STYLES
 from hasten_zoo.emoji_styles import WEIGHTS as TEACHER
 from hasten_zoo.emoji_styles.augment import caption
@@ -27,10 +28,10 @@ from hasten_zoo.emoji_styles.evaluate import generate, psnr, recognised, sheet, 
 from hasten_zoo.emoji_styles.judge import Judge
 from hasten_zoo.emoji_styles.model import load_pipeline as load_styles
 from hasten_zoo.emoji_styles.perceptual import Perceptual
-from hasten_zoo.emoji_styles_turbo import HERE, WEIGHTS
+from hasten_zoo.emoji_styles_turbo import WEIGHTS
 from hasten_zoo.emoji_styles_turbo.model import load_pipeline
 from hasten_zoo.emoji_styles_turbo.train import GUIDANCE
-from hasten_zoo.evaluation import write_evaluation
+from hasten_zoo.evaluation import add_folders, out_of, write_evaluation
 
 ARMS = (("teacher", 50), ("turbo", 8), ("turbo", 4), ("teacher", 8), ("teacher", 4))
 SHOWN = 12
@@ -75,15 +76,14 @@ def evaluate(weights: Path, teacher: Path, out: Path, images: int) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    add_folders(parser, WEIGHTS)
     parser.add_argument("--teacher", type=Path, default=TEACHER)
-    parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--images", type=int, default=100, help="of held-out pairs, and as many of known ones")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(json.dumps(evaluate(args.weights, args.teacher, args.out, args.images), indent=1))
+    print(json.dumps(evaluate(args.weights, args.teacher, out_of(args), args.images), indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -37,7 +37,7 @@ from hasten.errors import ConfigError, ModelError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hasten_zoo.command import add_options, run_with
+from hasten_zoo.command import add_options, run_with, told
 from hasten_zoo.emoji_styles import HERE
 from hasten_zoo.emoji_styles import WEIGHTS as TEACHER
 from hasten_zoo.emoji_styles.augment import COLOURED_SHARE, COLOURS, STYLE_LEFT_OUT, caption
@@ -303,4 +303,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

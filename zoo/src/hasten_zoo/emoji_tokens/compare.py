@@ -36,6 +36,7 @@ from hasten.tokens.shards import TokenShards, write_shards
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_tokens import load_tokenizer
 from hasten_zoo.emoji_tokens.data import HELD_OUT, OBJECTS, TRAIN, batches
 from hasten_zoo.emoji_tokens.evaluate import quality
@@ -297,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

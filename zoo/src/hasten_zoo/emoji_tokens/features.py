@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_tokens.data import BACKGROUNDS, HELD_OUT, OBJECTS, TRAIN, Images, images
 from hasten_zoo.weights import read_weights, write_weights
 
@@ -152,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

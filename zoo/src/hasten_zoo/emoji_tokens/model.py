@@ -23,6 +23,7 @@ from hasten.tokens.refiner import Refiner
 from hasten.tokens.sample import Sampling, sample_clusters
 from torch import Tensor
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_tokens import WEIGHTS, VQTokenizer, load_tokenizer
 from hasten_zoo.emoji_tokens.data import OBJECTS
 
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from hasten.io import add_line, write_atomically
 
+from hasten_zoo.command import told
 from hasten_zoo.emoji_tokens.data import TRAIN, images
 from hasten_zoo.emoji_tokens.tokenizer import TokenizerConfig, VQTokenizer
 
@@ -92,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -30,6 +30,8 @@ from hasten.io import write_atomically
 from torch import Tensor
 from torch.nn import functional as F
 
+from hasten_zoo.command import told
+
 __all__ = ["FashionData", "load_fashion_data", "prepare", "scaled"]
 
 PACKAGE = "dataset-fashion-mnist"
@@ -131,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -22,8 +22,9 @@ from diffusers import DiTPipeline
 from PIL import Image
 from torch import Tensor
 
-from hasten_zoo.evaluation import write_evaluation
-from hasten_zoo.fashion_dit import CLASSES, HERE, WEIGHTS
+from hasten_zoo.command import told
+from hasten_zoo.evaluation import add_folders, out_of, write_evaluation
+from hasten_zoo.fashion_dit import CLASSES, WEIGHTS
 from hasten_zoo.fashion_dit.data import FashionData, load_fashion_data, scaled
 from hasten_zoo.fashion_dit.distances import frechet, precision_recall
 from hasten_zoo.fashion_dit.features import FashionFeatures
@@ -116,14 +117,17 @@ def evaluate(weights: Path, data: FashionData, out: Path, images: int, steps: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/fashion-dit/data"))
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--out", type=Path, default=HERE)
+    add_folders(parser, WEIGHTS)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(json.dumps(evaluate(args.weights, load_fashion_data(args.data), args.out, args.images, args.steps), indent=1))
+    print(
+        json.dumps(
+            evaluate(args.weights, load_fashion_data(args.data), out_of(args), args.images, args.steps), indent=1
+        )
+    )
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

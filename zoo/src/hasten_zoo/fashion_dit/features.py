@@ -2,8 +2,9 @@
 
     python -m hasten_zoo.fashion_dit.features --data runs/fashion-dit/data
 
-trains it (five minutes on one core) and writes `features.safetensors` beside the card. Distances in its features are
-not FID, which is defined by another network, and are comparable only with each other.
+trains one (five minutes on one core) into `runs/fashion-dit`. The one that comes with the model lies beside the card:
+distances in its features are comparable only with each other, so it stays. They are not FID, which is defined by
+another network.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hasten.io import Kind
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hasten_zoo.command import told
 from hasten_zoo.fashion_dit import CLASSES, HERE
 from hasten_zoo.fashion_dit.data import FashionData, load_fashion_data, scaled
 from hasten_zoo.weights import read_weights, write_weights
@@ -104,7 +106,7 @@ def train(data: FashionData, epochs: int, seed: int = 0) -> FashionFeatures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/fashion-dit/data"))
-    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--out", type=Path, default=Path("runs/fashion-dit/features.safetensors"))
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -116,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

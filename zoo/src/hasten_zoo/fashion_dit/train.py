@@ -17,7 +17,7 @@ import torch
 from diffusers import DiTPipeline
 from torch import Tensor, nn
 
-from hasten_zoo.command import add_options, run_with
+from hasten_zoo.command import add_options, run_with, told
 from hasten_zoo.fashion_dit import WEIGHTS
 from hasten_zoo.fashion_dit.data import load_fashion_data, scaled
 from hasten_zoo.fashion_dit.model import NO_CLASS, build_pipeline, without_label_dropout
@@ -90,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -17,6 +17,7 @@ from hasten.bench.streams import DEFAULT_METHODS, StreamSettings, parse_streamin
 from hasten.fitting.importance import masked_importance
 from hasten.streaming import FocusedForcing, FullHistory, HeadBudgets, StreamingMethod
 
+from hasten_zoo.command import told
 from hasten_zoo.sprites_stream.model import CausalVideoTransformer, load_model, new_stream
 from hasten_zoo.sprites_stream.reference import WEIGHTS, load_sprites_stream, worlds_of
 from hasten_zoo.sprites_stream.rollout import roll_out
@@ -92,4 +93,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from hasten_zoo.command import told
 from hasten_zoo.fit import Fit, Level, Rates, averaged, run
 from hasten_zoo.sprites_stream.data import NAMED, conditions, draw, random_world
 from hasten_zoo.sprites_stream.model import CausalVideoTransformer, ModelConfig, save_model
@@ -108,4 +109,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

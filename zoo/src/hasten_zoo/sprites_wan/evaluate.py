@@ -23,7 +23,8 @@ from hasten.errors import ConfigError
 from hasten.quality.metrics import psnr
 from torch import Tensor
 
-from hasten_zoo.evaluation import write_evaluation
+from hasten_zoo.command import told
+from hasten_zoo.evaluation import add_folders, out_of, write_evaluation
 from hasten_zoo.sprites_wan import WEIGHTS, load_sprites_wan, ordered_clips
 from hasten_zoo.sprites_wan.data import MOTIONS, OBJECTS
 from hasten_zoo.sprites_wan.grade import Verdict, judge
@@ -115,19 +116,18 @@ def evaluate(
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    add_folders(parser, WEIGHTS)
     parser.add_argument("--prompts", type=int, default=86, help="captions, the held-out ones first")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, help="default: the model's")
     parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16, for a quick look")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=WEIGHTS.parent)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    found = evaluate(args.weights, args.prompts, args.steps, args.seed, args.out, args.guidance, args.bfloat16)
+    found = evaluate(args.weights, args.prompts, args.steps, args.seed, out_of(args), args.guidance, args.bfloat16)
     print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -25,7 +25,7 @@ from diffusers import WanPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hasten_zoo.command import add_options, run_with
+from hasten_zoo.command import add_options, run_with, told
 from hasten_zoo.fit import logit_normal_times
 from hasten_zoo.record import LOG
 from hasten_zoo.sprites_wan import WEIGHTS
@@ -169,4 +169,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -27,6 +27,7 @@ from hasten.io import write_atomically, write_sealed
 from torch import Tensor
 from torch.nn import functional as F
 
+from hasten_zoo.command import told
 from hasten_zoo.sprites_wan.data import CANVAS, all_clips, draw, draw_batch, jittered
 from hasten_zoo.sprites_wan.vae import SpriteVAE, load_vae
 from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, read_checkpoint, run
@@ -167,4 +168,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)
