@@ -125,3 +125,9 @@ def test_a_checkpoint_of_the_release_before_is_gone_on_from(tmp_path: Path) -> N
     assert lines[0] == '{"step": 2}'
     assert '"step": 6' in lines[1]
     assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, "log.jsonl"}
+
+
+def test_all_weights_together_stay_small_enough_for_a_package() -> None:
+    found = [path for path in ROOT.glob("*/weights/**/*.safetensors") if path.is_file()]
+    assert len(found) > 15
+    assert sum(path.stat().st_size for path in found) < 80 * 2**20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,9 @@ from hasten.errors import ConfigError
 from hasten.io import write_atomically
 from PIL import Image
 
-__all__ = ["add_folders", "out_of", "write_evaluation"]
+__all__ = ["FIGURES", "add_folders", "curve_with", "out_of", "write_evaluation"]
+
+FIGURES = "evaluation.json"
 
 
 def add_folders(parser: argparse.ArgumentParser, committed: Path) -> None:
@@ -35,6 +37,19 @@ def out_of(args: argparse.Namespace) -> Path:
     return Path(args.out or committed.parent)
 
 
+def curve_with(out: Path, row: Mapping[str, Any], same: Sequence[str]) -> list[dict[str, Any]]:
+    """The `curve` of a folder's figures with a row for one more moment of a training.
+
+    Args:
+        out: with the figures, if there are any yet.
+        row: to add, in the place of one that measured the same.
+        same: what says what was measured; the first of them is what rows are sorted by.
+    """
+    known = json.loads((out / FIGURES).read_text()).get("curve", []) if (out / FIGURES).is_file() else []
+    others = [other for other in known if any(other.get(key) != row.get(key) for key in same)]
+    return sorted([*others, dict(row)], key=lambda one: one[same[0]])
+
+
 def write_evaluation(
     out: Path, result: Mapping[str, Any], page: Image.Image, kind: Literal["png", "webp"] = "png"
 ) -> None:
@@ -42,6 +57,6 @@ def write_evaluation(
 
     WebP loses what nobody sees, and is a fraction as large where pictures have textures.
     """
-    write_atomically(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    write_atomically(out / FIGURES, json.dumps(result, indent=1) + "\n")
     options: dict[str, Any] = {"optimize": True} if kind == "png" else {"quality": 85, "method": 6}
     write_atomically(out / f"contact_sheet.{kind}", partial(page.save, format=kind, **options))

@@ -42,7 +42,7 @@ from hasten_zoo.emoji_styles.judge import Judge
 from hasten_zoo.emoji_styles.model import load_pipeline
 from hasten_zoo.emoji_styles.perceptual import Perceptual
 from hasten_zoo.emoji_styles.train_vae import round_trip
-from hasten_zoo.evaluation import add_folders, out_of, write_evaluation
+from hasten_zoo.evaluation import FIGURES, add_folders, curve_with, out_of, write_evaluation
 
 BATCH = 16
 SIZE = 128
@@ -167,13 +167,11 @@ def moment(weights: Path, data: EmojiStyles, judge: Judge, images: int, steps: i
 
 def add_to_curve(out: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
     """Put a row into the curve of `evaluation.json`, in the place of the same measurement; returns the curve."""
-    path = out / "evaluation.json"
-    result = json.loads(path.read_text()) if path.is_file() else {}
-    same = ("samples", "images", "of", "steps", "guidance")
-    others = [known for known in result.get("curve", []) if any(known.get(key) != row.get(key) for key in same)]
-    result["curve"] = sorted([*others, row], key=lambda known: known["samples"])
+    path = out / FIGURES
+    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    result["curve"] = curve_with(out, row, ("samples", "images", "of", "steps", "guidance"))
     write_atomically(path, json.dumps(result, indent=1) + "\n")
-    return result["curve"]
+    return list(result["curve"])
 
 
 @torch.inference_mode()
@@ -219,7 +217,7 @@ def evaluate(weights: Path, data: EmojiStyles, out: Path, images: int, steps: in
     seeds_of_one = generate(pipe, ["red apple"] * 12, list(range(12)), steps, guidance)
     rows_shown = [shown[name][:12] for name in ("held_out", "held_out/true", "known", "known/nearest")]
     page = sheet([*rows_shown, seeds_of_one], columns=12)
-    earlier = out / "evaluation.json"
+    earlier = out / FIGURES
     curve = json.loads(earlier.read_text()).get("curve") if earlier.is_file() else None
     result |= {"curve": curve} if curve else {}
     write_evaluation(out, result, page, "webp")

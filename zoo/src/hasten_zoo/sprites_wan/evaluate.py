@@ -24,7 +24,7 @@ from hasten.quality.metrics import psnr
 from torch import Tensor
 
 from hasten_zoo.command import told
-from hasten_zoo.evaluation import add_folders, out_of, write_evaluation
+from hasten_zoo.evaluation import add_folders, curve_with, out_of, write_evaluation
 from hasten_zoo.sprites_wan import WEIGHTS, load_sprites_wan, ordered_clips
 from hasten_zoo.sprites_wan.data import MOTIONS, OBJECTS
 from hasten_zoo.sprites_wan.grade import Verdict, judge
@@ -108,6 +108,9 @@ def evaluate(
     pairs = zip(few, videos[:COMPARED], strict=True)
     decibels = [psnr(a.transpose(0, 1).flatten(1, 2), b.transpose(0, 1).flatten(1, 2)) for a, b in pairs]
     result["psnr_9_steps"] = round(float(torch.tensor(decibels).median()), 2)
+    about = ("trained_on_samples", "prompts", "held_out", "steps", "seed", "guidance_scale", "products")
+    row = {name: result[name] for name in (*about, "right", "right_object", "right_motion")}
+    result["curve"] = curve_with(out, row, about)
     shown = torch.linspace(0, videos.shape[1] - 1, SHEET_FRAMES).long()
     frames = videos[:SHEET_CLIPS, shown].flatten(0, 1)
     write_evaluation(out, result, image_grid(frames, columns=3 * SHEET_FRAMES))
