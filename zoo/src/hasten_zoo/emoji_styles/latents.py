@@ -40,12 +40,12 @@ class Latents:
     colours: Tensor
 
 
-@torch.inference_mode()
 def vae_folder(runs: Path = Path("runs/emoji-styles"), committed: Path = WEIGHTS) -> Path:
     """The autoencoder that `train_vae` left, or else the one that comes with the weights."""
     return next((p for p in (runs / "vae" / "weights", committed / "vae") if p.is_dir()), WEIGHTS / "vae")
 
 
+@torch.inference_mode()
 def encode_views(vae: EmojiVAE, data: EmojiStyles, size: int, views: int, seed: int, batch: int = 64) -> Latents:
     """Encode `views` random views of every training pair at one size."""
     generator = torch.Generator().manual_seed(seed)
