@@ -17,13 +17,14 @@ import numpy as np
 from hasten.bench.plain import plain_samplers
 from hasten.bench.subject import Subject
 from hasten.bench.tune import tuning_calls
-from hasten.calibration import Trace, weights_digest
+from hasten.calibration import Trace
 from hasten.errors import ConfigError
 from hasten.io import write_atomically
 from hasten.pipeline.guidance import SCALES
 from hasten.pipeline.replay import Replay
 from hasten.pipeline.view import denoisers
 from hasten.quality.metrics import over_frames, psnr
+from hasten.weights import spaced_digest
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -36,7 +37,7 @@ Calls = list[dict[str, Any]]
 
 def weights_of(model: Subject) -> str:
     """A short name for the weights of a model's denoisers: what was measured with others does not count."""
-    digests = [weights_digest(part) for part in denoisers(model.pipe).values()]
+    digests = [spaced_digest(part) for part in denoisers(model.pipe).values()]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:8]
 
 

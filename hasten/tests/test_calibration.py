@@ -29,9 +29,10 @@ from hasten.caching.methods.l2p import (
 from hasten.caching.methods.svdcache import MovingAverage, Subspace
 from hasten.caching.predictors import Hermite, Reuse, Taylor
 from hasten.caching.schedule import Explicit, Uniform
-from hasten.calibration import Calibration, Fingerprint, Trace, same_weights, weights_digest
+from hasten.calibration import Calibration, Fingerprint, Trace
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError, UnknownNameError
 from hasten.pipeline.hooks import hooks_on
+from hasten.weights import same_weights, weights_digest
 
 STEPS = 12
 FITTED = ("l2p", "hyca", "svdcache", "magcache", "teacache")
@@ -394,7 +395,19 @@ def test_weights_that_were_trained_further_are_other_weights(calibrations):
     assert own.check_model(model) == ["calibrated for other weights of the same architecture"]
 
 
-@pytest.mark.parametrize("text", ["619eea0fe6d06e54", "wide:", "wide:zz", "wide:0000", "wide:" + "c07f" * 128, ":"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "619eea0fe6d06e54",
+        "wide:",
+        "wide:zz",
+        "wide:0000",
+        "wide:" + "c07f" * 128,
+        "matrices:00",
+        "matrices:" + "c07f" * 512,
+        ":",
+    ],
+)
 def test_a_text_that_is_no_digest_of_weights_is_no_model(text):
     assert not same_weights(text, make_pipe().transformer)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from hasten.errors import CalibrationError
 from hasten.io import Array, Kind, check_arrays, read_tensors, write_tensors
+from hasten.weights import same_weights
 
 __all__ = [
     "Calibration",
@@ -27,15 +27,11 @@ __all__ = [
     "Trace",
     "declare_contents",
     "model_digest",
-    "same_weights",
-    "weights_digest",
 ]
 
 Domain = Literal["plain", "normed"]
 MOST_BYTES = 4 << 30
 TIMESTEP_TOLERANCE = 1e-3  # relative to the largest timestep
-# Relative distance of weights that are the same: after rounding to 16 bits, and to 8 (float8_e5m2: 0.06).
-WIDE, NARROW = 0.005, 0.08
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Fingerprint:
     Attributes:
         model: class of the transformer.
         config: digest of its configuration (its architecture).
-        weights: a few of its weights, see `weights_digest`.
+        weights: a few of its weights, see `hasten.weights`.
         scheduler: class of the scheduler; empty for a bare transformer.
         timesteps: of the sampler, one a step.
         passes: forwards within a step, in order.
@@ -314,52 +310,3 @@ def model_digest(model: nn.Module) -> str:
     """Digest of an architecture: the shapes of all parameters by name."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     return _digest(json.dumps(shapes, sort_keys=True).encode())
-
-
-def weights_digest(model: nn.Module, samples: int = 16) -> str:
-    """A few numbers of some parameters, to be compared by `same_weights`; empty where they are elsewhere (offloaded).
-
-    Returns:
-        `"wide:"` or `"narrow:"` (some are kept in 8 bits), and the numbers as bfloat16 in hexadecimal.
-    """
-    named = sorted(model.named_parameters(), key=lambda item: item[0])
-    numbers, narrow = [], False
-    for _, parameter in named[:: max(1, len(named) // samples)]:
-        if parameter.is_meta:
-            return ""
-        narrow |= type(parameter.data) is not Tensor or parameter.itemsize == 1
-        flat = _wide(parameter).flatten()
-        numbers.append(flat[:: max(1, flat.numel() // 8)][:8].to("cpu", torch.bfloat16))
-    values = torch.cat(numbers).view(torch.int16).numpy() if numbers else np.zeros(0, np.int16)
-    return f"{'narrow' if narrow else 'wide'}:{values.astype('<i2').tobytes().hex()}"
-
-
-def _wide(parameter: Tensor) -> Tensor:
-    """The numbers that a parameter stands for, whatever it is kept in."""
-    data = parameter.detach()
-    rows = getattr(parameter, "SCB", None)  # the largest of each row in bitsandbytes' int8
-    if isinstance(rows, Tensor):
-        return data.float() * rows.to(data.device).float()[:, None] / 127
-    return data.float() if type(data) is Tensor else data.dequantize()
-
-
-def same_weights(digest: str, model: nn.Module) -> bool:
-    """Whether a model has the weights of a digest, as far as its numbers are kept exactly enough to tell."""
-    (kind, own), (here_kind, here) = _numbers(digest), _numbers(weights_digest(model))
-    if not len(own) or not len(here):
-        return digest == "" or not len(here)
-    if len(own) != len(here):
-        return False
-    tolerance = NARROW if "narrow" in (kind, here_kind) else WIDE
-    return bool(np.linalg.norm(own - here) <= tolerance * np.linalg.norm(own))
-
-
-def _numbers(digest: str) -> tuple[str, npt.NDArray[np.float32]]:
-    """Kind and numbers of a digest; none for a text that is no digest."""
-    kind, _, text = digest.partition(":")
-    try:
-        halves = np.frombuffer(bytes.fromhex(text), "<u2")
-    except ValueError:
-        halves = np.zeros(0, "<u2")
-    numbers: npt.NDArray[np.float32] = (halves.astype(np.uint32) << 16).view(np.float32)
-    return kind, numbers

@@ -18,7 +18,6 @@ from hasten.bench.environment import environment
 from hasten.bench.requests import caching_method, check_counts, file_facts
 from hasten.bench.subject import Subject
 from hasten.bench.tune import tuning_calls
-from hasten.calibration import weights_digest
 from hasten.errors import ConfigError
 from hasten.fitting.calibrate import calibrate
 from hasten.fitting.closed_loop import tune_method
@@ -27,6 +26,7 @@ from hasten.parameters import parameters
 from hasten.pipeline.replay import Replay
 from hasten.pipeline.view import denoisers
 from hasten.solvers.content import LEAP
+from hasten.weights import weights_digest
 
 __all__ = ["MethodTuning", "run_tune_method", "values_of"]
 

@@ -14,11 +14,12 @@ from hasten.acceleration import accelerate
 from hasten.caching.engine import CachingEngine
 from hasten.caching.method import Feature
 from hasten.caching.methods import Reuse
-from hasten.calibration import Calibration, Fingerprint, Trace, model_digest, weights_digest
+from hasten.calibration import Calibration, Fingerprint, Trace, model_digest
 from hasten.errors import AdapterError, CalibrationError, ConfigError, unknown
 from hasten.parameters import Range, accepted, parameters
 from hasten.pipeline.handle import Acceleration
 from hasten.pipeline.view import denoisers
+from hasten.weights import weights_digest
 
 __all__ = ["Tape", "calibrate", "check_length", "engine_of", "fingerprint_of", "fit", "merge", "record"]
 

@@ -33,7 +33,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from hasten.calibration import Calibration, Fingerprint, model_digest, weights_digest
+from hasten.calibration import Calibration, Fingerprint, model_digest
 from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError
 from hasten.fitting.group import GUIDED, PASSES, Group, check_differ, check_passes, guidance_of
 from hasten.fitting.guidance import families_from, halfway
@@ -51,6 +51,7 @@ from hasten.solvers.content import LEAP, check_pipeline, denoiser_of
 from hasten.solvers.multistep import Row
 from hasten.solvers.scheduler import LeapScheduler
 from hasten.solvers.tables import COLUMNS, Table, middle_of, packed, unpacked
+from hasten.weights import weights_digest
 
 __all__ = ["fit_leap", "plain_config"]
 

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from hasten.calibration import Calibration, declare_contents, model_digest, same_weights
+from hasten.calibration import Calibration, declare_contents, model_digest
 from hasten.errors import CalibrationError, ConfigError, ScheduleError
 from hasten.io import conform
 from hasten.pipeline.view import denoisers
 from hasten.solvers.tables import ARRAYS, Table, unpacked
+from hasten.weights import same_weights
 
 __all__ = [
     "LEAP",
