@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -118,11 +119,17 @@ class TuneSettings:
             from_text(info.config, given, name)
 
     def check_prompts(self, known: Sequence[str]) -> None:
-        """Raise a `ConfigError` if there are fewer prompts than asked for."""
+        """Raise a `ConfigError` if there are fewer prompts than asked for, or one is among them twice."""
         if self.prompts + self.held_out > len(known):
             raise ConfigError(
                 f"--prompts {self.prompts} and --held-out {self.held_out} ask for more than the {len(known)} prompts "
                 "there are"
+            )
+        used = Counter(known[-self.prompts - self.held_out :])
+        if twice := [prompt for prompt, count in used.items() if count > 1]:
+            raise ConfigError(
+                f"the prompt {twice[0]!r} is there {used[twice[0]]} times: what was learned from a prompt must not be "
+                "compared on it, and one that counts twice decides twice; leave out the others"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,18 @@ from hasten.fitting.references import References, record_references
 from hasten.parameters import accepted
 from hasten.pipeline.guidance import SCALES, denies_something
 from hasten.pipeline.replay import Replay
+from hasten.pipeline.view import denoisers
 from hasten.solvers.tables import COLUMNS
 
-__all__ = ["GUIDED", "PASSES", "Group", "check_differ", "check_passes", "guidance_of"]
+__all__ = [
+    "GUIDED",
+    "PASSES",
+    "Group",
+    "check_differ",
+    "check_passes",
+    "default_guidance",
+    "guidance_of_calls",
+]
 
 GUIDED, PASSES = "guided", "passes"  # the form that is searched, and the one that follows
 SAME = 1e-3  # relative difference of two answers of a model to one question, in float32
@@ -126,6 +136,73 @@ def check_differ(groups: Sequence[Group], scales: Sequence[float], name: str | N
             f"{name} does nothing in these calls: the model's answers are the same with {scales[0]:g} and "
             f"{scales[len(groups) - 1]:g}; true guidance needs a negative prompt"
         )
+
+
+def default_guidance(pipe: Any, references: References, call: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """The argument and the scale by which a call guides that names none: those that the pipeline has by default.
+
+    None where guidance does nothing: neither are there two passes, nor is the model told the scale.
+    """
+    models = denoisers(pipe).values()
+    told = any(getattr(getattr(model, "config", None), "guidance_embeds", False) for model in models)
+    if not (told or references.differences):
+        return None, None
+    known = inspect.signature(pipe.__call__).parameters
+    scales = {name: known[name].default for name in SCALES if name in known}
+    return guidance_of({name: one for name, one in scales.items() if isinstance(one, (int, float))} | dict(call))
+
+
+def guidance_of_calls(
+    calls: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]], scales: Sequence[float]
+) -> tuple[str | None, float | None]:
+    """The argument by which all calls set their guidance scale, and the scale; see `guidance_of`.
+
+    Args:
+        calls: to learn from.
+        held_out: others, with the same guidance or none; a range gives them its own.
+        scales: of a range, in which calls may have any scale.
+
+    Raises:
+        ConfigError: if calls have different guidance, or none where a range is asked for; if scales are there twice,
+            or a call that is held out is learned from, too.
+    """
+    learned = [_asked_for(call) for call in calls]
+    for i, call in enumerate(held_out):
+        if (asked := _asked_for(call)) is not None and asked in learned:
+            raise ConfigError(
+                f"held-out call {i} asks for what call {learned.index(asked)} does, with the same noise: its error "
+                "would be that of the training; hold other prompts out"
+            )
+    found = [guidance_of(call) for call in calls]
+    others = [] if scales else [guidance_of(call) for call in held_out]
+    for name, some in (("call", found), ("held-out call", others)):
+        for i, other in enumerate(some):
+            if other[: 1 if scales else 2] != found[0][: 1 if scales else 2] and (some is found or other[0]):
+                raise ConfigError(
+                    f"one fit is for one guidance: call 0 has {_told(found[0])}, {name} {i} has {_told(other)}; give "
+                    "all the same, or fit a range (guidances=...)"
+                )
+    if scales and found[0][0] is None:
+        raise ConfigError(
+            f"guidances are given, and the calls say by none of {' and '.join(SCALES)} what takes them: give the "
+            "calls that argument of the pipeline, at any scale"
+        )
+    if len(set(scales)) < len(scales):
+        raise ConfigError(f"guidances have to differ, got {tuple(scales)}: leave out what is there twice")
+    return found[0]
+
+
+def _asked_for(call: Mapping[str, Any]) -> tuple[str, tuple[int, ...]] | None:
+    """Prompt and noise of a call, as far as they show."""
+    noise = call.get("generator")
+    generators = [noise] if isinstance(noise, torch.Generator) else list(noise or [])
+    if call.get("prompt") is None or not generators:
+        return None
+    return str(call["prompt"]), tuple(generator.initial_seed() for generator in generators)
+
+
+def _told(guidance: Sequence[Any]) -> str:
+    return "none" if guidance[0] is None else " ".join(map(str, guidance))
 
 
 def guidance_of(call: Mapping[str, Any]) -> tuple[str | None, float | None]:

@@ -34,8 +34,8 @@ from typing import Annotated, Any
 import numpy as np
 
 from hasten.calibration import Calibration, Fingerprint, model_digest
-from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError
-from hasten.fitting.group import GUIDED, PASSES, Group, check_differ, check_passes, guidance_of
+from hasten.errors import AlreadyAcceleratedError, CalibrationError
+from hasten.fitting.group import GUIDED, PASSES, Group, check_differ, check_passes, default_guidance, guidance_of_calls
 from hasten.fitting.guidance import families_from, halfway
 from hasten.fitting.leap_fitter import YARDSTICK, Fitter, Leap
 from hasten.fitting.references import References
@@ -43,7 +43,6 @@ from hasten.fitting.refine import DIRECTIONS, refine
 from hasten.fitting.starts import MOST_STARTS, Start, best_start, plain_solvers
 from hasten.fitting.surrogate import Surrogate
 from hasten.parameters import MOST_GUIDANCE, Range, accepted
-from hasten.pipeline.guidance import SCALES
 from hasten.pipeline.hooks import refuse_accelerated
 from hasten.pipeline.replay import Replay
 from hasten.pipeline.view import denoisers
@@ -166,15 +165,8 @@ class _Fit:
         progress: Progress | None,
     ) -> None:
         self._pipe, self._progress = pipe, progress
-        name, own = guidance_of(calls[0])
+        name, own = guidance_of_calls(list(calls), list(held_out), guidances)
         self._argument = name
-        if guidances and name is None:
-            raise ConfigError(
-                f"guidances are given, and the calls say by none of {' and '.join(SCALES)} what takes them: give the "
-                "calls that argument of the pipeline, at any scale"
-            )
-        if len(set(guidances)) < len(guidances):
-            raise ConfigError(f"guidances have to differ, got {tuple(guidances)}: leave out what is there twice")
         scales = sorted(map(float, guidances))
         self._scales: list[float | None] = list(scales) or [own]
         between, few = halfway(scales), -(-len(calls) // 2)
@@ -195,6 +187,9 @@ class _Fit:
             self._at.append(Group(pipe, group, ridge, tick))
             check_passes(self._at, scales)
             check_differ(self._at, scales, name)
+        if name is None:
+            self._argument, own = default_guidance(pipe, self._at[0].references, calls[0])
+            self._scales = [own]
         self._between: dict[float, Group] = {}
         for scale in between:
             self._between[scale] = Group(pipe, at(scale, count=few), ridge, tick)

@@ -91,6 +91,8 @@ def scales_of(scheduler: Any, kind: str) -> tuple[list[float], list[float]]:
         `[n + 1]` each.
     """
     count = len(scheduler.timesteps)
+    if kind == "flow_prediction" and not hasattr(scheduler, "sigmas"):
+        raise CalibrationError(f"{type(scheduler).__name__} has no noise levels, and LEAP cannot follow it; {_OTHERS}")
     if kind == "flow_prediction":
         return [min(1.0, float(s)) for s in scheduler.sigmas[:count]] + [0.0], [1.0] * (count + 1)
     if hasattr(scheduler, "sigmas"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from hasten.errors import HastenWarning, ScheduleError
 from hasten.pipeline.caller import Caller
 
-__all__ = ["asked_by_user", "check_asked"]
+__all__ = ["asked_by_user", "check_asked", "warn_of_scale"]
 
 EVEN = 0.02  # relative difference of the distances between levels that count as evenly spread
 LATER = 0.95  # of the first level: a run that begins below is one of an image with less noise
@@ -57,3 +57,18 @@ def check_asked(asked: dict[str, npt.NDArray[np.float64]], own: dict[str, Tensor
                 HastenWarning,
                 stacklevel=3,
             )
+
+
+def warn_of_scale(noise_scale: float) -> None:
+    """Warn if a call ends early and hands over its latents, which have another scale than the plain scheduler's.
+
+    Args:
+        noise_scale: of the plain scheduler; 1 where its states are variance-preserving, as LEAP's are.
+    """
+    if abs(noise_scale - 1) > 1e-6 and Caller().arguments.get("denoising_end") is not None:
+        warnings.warn(
+            "this call ends early (denoising_end), and its latents have the scale of LEAP's states, not of the plain "
+            "scheduler's: only a pipeline with LEAP can go on from them",
+            HastenWarning,
+            stacklevel=3,
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import weakref
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import nn
 from hasten.calibration import Calibration, declare_contents, model_digest
 from hasten.errors import CalibrationError, ConfigError, ScheduleError
 from hasten.io import conform
+from hasten.pipeline.caller import Caller
 from hasten.pipeline.view import denoisers
 from hasten.solvers.tables import ARRAYS, Table, unpacked
 from hasten.weights import same_weights
@@ -19,11 +21,13 @@ __all__ = [
     "LEAP",
     "MORE",
     "REMEDY",
+    "Compared",
     "Content",
     "arguments_of",
     "as_json",
     "check_arguments",
     "check_pipeline",
+    "compared",
     "denoiser_of",
     "refuse_other_model",
 ]
@@ -78,6 +82,16 @@ class Content:
             if not (count.isascii() and count.isdigit() and count == str(int(count))):
                 raise ValueError(f"a table is for {count!r} evaluations, expected a number")
             table.check(int(count), scales, self.prediction_type)
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether it was fitted to runs without guidance, as far as it knows."""
+        told = self.fingerprint is not None and {*self.guidances, *self.mixtures} == {None}
+        return told and all(table.passes is None for table in self.tables.values())
+
+    def check_model(self, pipe: Any) -> None:
+        """Raise a CalibrationError if a pipeline's denoiser is another one than it was fitted to."""
+        refuse_other_model(self.fingerprint, pipe)
 
     def count(self, wanted: int | None, asked: Collection[str] = ()) -> str:
         """A number of evaluations as tables are called.
@@ -161,6 +175,30 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     return name, nn.ModuleDict(found) if len(found) > 1 else next(iter(found.values()))
 
 
+class Compared:
+    """A pipeline whose denoiser was compared, and need not be again while it has as many parameters."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe, self._parameters = weakref.ref(pipe), _parameters(pipe)
+
+    def is_still(self, pipe: Any) -> bool:
+        """Whether it is this pipeline, with nothing loaded into its denoiser (or taken out) since."""
+        return self._pipe() is pipe and _parameters(pipe) == self._parameters
+
+
+def compared(known: Compared | None, check: Callable[[Any], None]) -> Compared | None:
+    """What was compared last, after a check of the pipeline whose call this is, if that is another one."""
+    pipe = Caller().pipe
+    if pipe is None or (known is not None and known.is_still(pipe)):
+        return known
+    check(pipe)
+    return Compared(pipe)
+
+
+def _parameters(pipe: Any) -> int:
+    return sum(1 for model in denoisers(pipe).values() for _ in model.parameters())
+
+
 def refuse_other_model(own: Owner | None, pipe: Any) -> None:
     """Raise a CalibrationError if a pipeline's denoiser is another one; offloaded weights are not compared."""
     if own is None:
@@ -168,6 +206,11 @@ def refuse_other_model(own: Owner | None, pipe: Any) -> None:
     name, model = denoiser_of(pipe)
     if own.model != name:
         wrong = f"fitted for {own.model}, this is {name}"
+    elif own.config != model_digest(model) and any(".lora_" in name for name, _ in model.named_parameters()):
+        raise CalibrationError(
+            f"leap: fitted without the adapter that is loaded into this {own.model}. Fit with it on, or unload it "
+            "(pipe.unload_lora_weights())"
+        )
     elif own.config != model_digest(model):
         wrong = f"fitted for a {own.model} of another configuration (size, depth or inputs)"
     elif not same_weights(own.weights, model):

@@ -6,8 +6,9 @@ they made (`mixtures`). A run shows the one by the arguments of its pipeline's c
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 from hasten.errors import ConfigError, ScheduleError, brief
 from hasten.pipeline.caller import Caller
@@ -16,6 +17,7 @@ from hasten.solvers.content import Content
 from hasten.solvers.tables import Table, lagrange
 
 __all__ = [
+    "Steady",
     "asked_guidance",
     "check_asked_guidance",
     "check_told",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 TOLERANCE = 0.03  # of the guidance scale that a run shows, relative; half precision shows it less exactly
+KEPT_SCALES = ("_guidance_scale", "_guidance_scale_2", "_true_cfg_scale", "_guidance_rescale")  # by calls, in pipelines
 REMEDY = (
     "call the pipeline with that guidance, or fit for this one (fit_leap(..., guidances=...) serves a range); "
     "hasten.remove(pipe) or the plain scheduler serves any"
@@ -40,18 +43,48 @@ CONVENTIONS: tuple[Callable[[float], float], ...] = (
 )
 
 
-def asked_guidance(argument: str | None) -> tuple[float, ...]:
+class Steady:
+    """The guidance of a call with a callback, which may change what the passes are mixed by."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe, self._scales = weakref.ref(pipe), _kept_scales(pipe)
+
+    @classmethod
+    def of_call(cls) -> Self | None:
+        """That of the pipeline's call under way; None where nothing can change it."""
+        caller = Caller()
+        able = any(caller.arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
+        return cls(caller.pipe) if able and caller.pipe is not None else None
+
+    def check(self, evaluation: int) -> None:
+        """Raise a ScheduleError if it is not what it was at the first evaluation."""
+        pipe = self._pipe()
+        if pipe is not None and _kept_scales(pipe) != self._scales:
+            raise ScheduleError(
+                f"the guidance of this call is another one from evaluation {evaluation} on, and LEAP was fitted for "
+                "one that stays: leave out the callback that changes it, or put the plain scheduler back "
+                "(hasten.remove(pipe))"
+            )
+
+
+def _kept_scales(pipe: Any) -> list[float | None]:
+    """What a pipeline's call guides by at the moment."""
+    return [one_number(getattr(pipe, name, None)) for name in KEPT_SCALES]
+
+
+def asked_guidance(content: Content) -> tuple[float, ...]:
     """The guidance scales among the arguments of the pipeline's call; none where it does not show.
 
     Pipelines may have two, of which one does nothing: true guidance counts alone where the call makes use of it, by a
     negative prompt. A fit that says by which argument it was given its scales asks for that one.
 
     Args:
-        argument: by which the fit was given its scales.
+        content: of the scheduler, with the argument by which the fit was given its scales.
 
     Raises:
-        ScheduleError: for what is no number, or true guidance beside the embedded one that the fit is for.
+        ScheduleError: for what is no number, or true guidance where the fit is for none, or for the embedded one.
     """
+    argument = content.guidance_argument
     given = Caller().arguments
     known = {name: _number(name, given[name]) for name in SCALES if given.get(name) is not None}
     true = known.pop("true_cfg_scale", 1.0)
@@ -60,7 +93,7 @@ def asked_guidance(argument: str | None) -> tuple[float, ...]:
         true = 1.0
     if argument == "true_cfg_scale":
         return (true,) if "true_cfg_scale" in given else ()
-    if argument is not None:
+    if argument is not None or content.one_pass:
         if denies and true > 1:
             raise ScheduleError(
                 f"this run has true guidance {true:g} (true_cfg_scale with a negative prompt), and LEAP was fitted "

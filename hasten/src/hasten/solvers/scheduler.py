@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-import weakref
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,13 +16,14 @@ from torch import Tensor
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
 from hasten.io import Limits, describe, digest_of, read_json, write_atomically
-from hasten.pipeline.caller import Caller, Owner, current_owner
+from hasten.pipeline.caller import Owner, current_owner
 from hasten.pipeline.numbers import check_step, checks_all
-from hasten.solvers.asked import asked_by_user, check_asked
-from hasten.solvers.content import LEAP, MORE, REMEDY, arguments_of, as_json, check_arguments, refuse_other_model
-from hasten.solvers.formula import Formula, Learned, SecondOrder, signal
+from hasten.solvers.asked import asked_by_user, check_asked, warn_of_scale
+from hasten.solvers.content import LEAP, MORE, REMEDY, Compared, arguments_of, as_json, check_arguments, compared
+from hasten.solvers.formula import Formula, Learned, SecondOrder, level_at, signal
 from hasten.solvers.passes import UNWATCHED, Answers, difference, mixture_of
 from hasten.solvers.scales import (
+    Steady,
     asked_guidance,
     check_asked_guidance,
     check_told,
@@ -93,7 +92,9 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
     timesteps: Tensor
     sigmas: Tensor
     owner: Owner | None = None  # of the run
-    _known: Callable[[], Any] | None = None  # the pipeline that was compared
+    _known: Compared | None = None  # the pipeline that was compared
+    expects_passes = False  # whether a hook hands the passes to `observe`
+    _unwatched = False
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -126,7 +127,6 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         others = {name: value for name, value in (plain or {}).items() if name not in (*OWN, "digest")}
         self.register_to_config(digest=own, **{name: v for name, v in others.items() if not name.startswith("_")})
         self.init_noise_sigma = noise_scale
-        self.expects_passes = False  # whether a hook hands the passes to `observe`
         self.taken: deque[int] = deque(maxlen=MOST_TAKEN)  # numbers of the latest evaluations, run after run
         self._choose(max(tables, key=int), self._checked.guidance)
 
@@ -171,7 +171,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             CalibrationError: if it is another one.
         """
-        refuse_other_model(self._checked.fingerprint, pipe)
+        self._checked.check_model(pipe)
 
     # --- its file, scheduler_config.json
 
@@ -233,8 +233,9 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
                 HastenWarning,
                 stacklevel=2,
             )
-        self._check_caller()
-        scales = asked_guidance(self._checked.guidance_argument)
+        self._known = compared(self._known, self.check_model)
+        warn_of_scale(self._checked.noise_scale)
+        scales = asked_guidance(self._checked)
         check_asked_guidance(scales, self._checked.guidances)
         self._choose(count, scale_of_times(self._checked, self._checked.tables[count], scales))
         self._asked: tuple[float, ...] = scales
@@ -242,16 +243,9 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self.timesteps.to(device)
         self.num_inference_steps = wanted
 
-    def _check_caller(self) -> None:
-        """Compare the denoiser of the pipeline whose call this is, once."""
-        pipe = Caller().pipe
-        if pipe is not None and (self._known is None or self._known() is not pipe):
-            self.check_model(pipe)
-            self._known = weakref.ref(pipe)
-
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle has: all but the pipeline that was compared, and whose run it was."""
-        return {name: value for name, value in vars(self).items() if name not in ("_known", "owner")}
+        """What a copy or a pickle has: all but the pipeline that was compared, its hook, and whose run it was."""
+        return {name: value for name, value in vars(self).items() if name not in ("_known", "owner", "expects_passes")}
 
     def _choose(self, count: str, scale: float | None) -> None:
         """Take a table; `scale` is the guidance that its times are for, where they differ and it is known already."""
@@ -271,9 +265,10 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._formula: Formula | None = None
+        self._steady: Steady | None = None
         self._checks_all = False
         self._answers = Answers()
-        self._unwatched = False
+        self.expects_passes, self._unwatched = self.expects_passes and not self._unwatched, False
         self._asked = ()  # guidance scales among the arguments of the call
         self.owner = current_owner()
 
@@ -321,6 +316,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
             begin = self._begin_index
             self._step_index = self.index_for_timestep(timestep) if begin is None else begin
         k, answers = self._step_index, self._answers.take()
+        if self._steady is not None:
+            self._steady.check(k)
         if self._unwatched and self._needs_passes:
             raise ScheduleError(UNWATCHED)
         state, output = sample.float(), model_output.float()
@@ -352,7 +349,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         """The formula for a run that begins at evaluation `k`."""
         if k == len(self._table.timesteps):
             raise ScheduleError(f"LEAP has taken all {k} steps of its run; go through scheduler.timesteps alone")
-        self._checks_all = checks_all()
+        self._checks_all, self._steady = checks_all(), Steady.of_call()
         kind = self._checked.prediction_type
         if k:
             warnings.warn(
@@ -391,7 +388,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noise a clean sample to the level of a timestep."""
         kind = self._checked.prediction_type
-        levels = [self._levels[self.index_for_timestep(t)] for t in timesteps.flatten()]
+        known = ([0.0, *self.timesteps.tolist()[::-1]], self._levels[::-1])
+        levels = [level_at(float(t), *known, kind) for t in timesteps.flatten()]
         shape = (-1, *[1] * (noise.ndim - 1))
         noisy, clean = torch.tensor(levels).view(shape), torch.tensor([signal(s, kind) for s in levels]).view(shape)
         return clean.to(noise) * original_samples + noisy.to(noise) * noise
