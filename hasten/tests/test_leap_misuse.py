@@ -19,6 +19,7 @@ from hasten.errors import (
     ScheduleError,
 )
 from hasten.fitting.leap import fit_leap
+from hasten.pipeline.guidance import scales_beside
 from hasten.pipeline.hooks import hooks_on
 from hasten.solvers import LeapScheduler
 
@@ -88,6 +89,27 @@ def test_guidance_by_default_is_that_of_the_fit():
         with pytest.raises(ScheduleError, match=r"fitted for guidance 7\.5, and this run has 2"):
             pipe(**sd_call(num_inference_steps=2, guidance_scale=2.0))
         hasten.remove(pipe)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_guides_beside_the_scale_is_part_of_the_fit(alone):
+    pipe = OWN["stable diffusion, ddim"][0]()
+    found = fit_leap(pipe, [sd_call(guidance_scale=3.0)], [2], trials=1, rounds=0)
+    if alone:
+        pipe.scheduler = LeapScheduler.of(found, pipe)
+    else:
+        hasten.accelerate(pipe, hasten.Leap(found))
+    call = sd_call(num_inference_steps=2, guidance_scale=3.0)
+    pipe(**call)
+    pipe(**call, guidance_rescale=0.0)
+    with pytest.raises(ScheduleError, match=r"fitted with guidance_rescale at 0, and this run has 0\.7"):
+        pipe(**call, guidance_rescale=0.7)
+
+
+def test_a_second_scale_that_is_not_given_is_the_first_one():
+    given = {"guidance_scale": 4.0, "guidance_scale_2": 4.0, "other": 1.0}
+    assert scales_beside(given) == scales_beside(given | {"guidance_scale_2": None}) == {"guidance_scale_2": None}
+    assert scales_beside(given | {"guidance_scale_2": 3.0}) == {"guidance_scale_2": 3.0}
 
 
 def test_guidance_that_does_nothing_is_not_that_of_the_fit(plain_fit):

@@ -13,7 +13,7 @@ from hasten.fitting.evaluator import Evaluator
 from hasten.fitting.leap_fitter import Fitter
 from hasten.fitting.references import References, record_references
 from hasten.parameters import accepted
-from hasten.pipeline.guidance import SCALES, denies_something
+from hasten.pipeline.guidance import SCALES, denies_something, one_number, scales_beside
 from hasten.pipeline.replay import Replay
 from hasten.pipeline.view import denoisers
 from hasten.solvers.tables import COLUMNS
@@ -24,8 +24,8 @@ __all__ = [
     "Group",
     "check_differ",
     "check_passes",
-    "default_guidance",
     "guidance_of_calls",
+    "told_guidance",
 ]
 
 GUIDED, PASSES = "guided", "passes"  # the form that is searched, and the one that follows
@@ -138,18 +138,28 @@ def check_differ(groups: Sequence[Group], scales: Sequence[float], name: str | N
         )
 
 
-def default_guidance(pipe: Any, references: References, call: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """The argument and the scale by which a call guides that names none: those that the pipeline has by default.
+def told_guidance(
+    pipe: Any, references: References, call: Mapping[str, Any], named: tuple[str | None, float | None]
+) -> tuple[str | None, float | None, dict[str, float | None]]:
+    """By what argument and at what scale the calls of a fit guide, and what else they guide by, by argument.
 
-    None where guidance does nothing: neither are there two passes, nor is the model told the scale.
+    Args:
+        pipe: the pipeline, whose defaults count where the call gives nothing.
+        references: of the calls.
+        call: one of them.
+        named: what it names itself, see `guidance_of`. A default counts only where guidance does something: there are
+            two passes, or the model is told the scale.
     """
-    models = denoisers(pipe).values()
-    told = any(getattr(getattr(model, "config", None), "guidance_embeds", False) for model in models)
-    if not (told or references.differences):
-        return None, None
-    known = inspect.signature(pipe.__call__).parameters
-    scales = {name: known[name].default for name in SCALES if name in known}
-    return guidance_of({name: one for name, one in scales.items() if isinstance(one, (int, float))} | dict(call))
+    told = any(getattr(getattr(one, "config", None), "guidance_embeds", False) for one in denoisers(pipe).values())
+    known = {name: one.default for name, one in inspect.signature(pipe.__call__).parameters.items()} | dict(call)
+    if named[0] is None and (told or references.differences):
+        named = guidance_of(
+            {name: value for name, value in known.items() if one_number(value) is not None} | dict(call)
+        )
+    beside = scales_beside(known)
+    if named[0] == "true_cfg_scale" and told and "guidance_scale" in known:
+        beside["guidance_scale"] = one_number(known["guidance_scale"])
+    return *named, beside
 
 
 def guidance_of_calls(

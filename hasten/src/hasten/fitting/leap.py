@@ -35,7 +35,7 @@ import numpy as np
 
 from hasten.calibration import Calibration, Fingerprint, model_digest
 from hasten.errors import AlreadyAcceleratedError, CalibrationError
-from hasten.fitting.group import GUIDED, PASSES, Group, check_differ, check_passes, default_guidance, guidance_of_calls
+from hasten.fitting.group import GUIDED, PASSES, Group, check_differ, check_passes, guidance_of_calls, told_guidance
 from hasten.fitting.guidance import families_from, halfway
 from hasten.fitting.leap_fitter import YARDSTICK, Fitter, Leap
 from hasten.fitting.references import References
@@ -166,7 +166,6 @@ class _Fit:
     ) -> None:
         self._pipe, self._progress = pipe, progress
         name, own = guidance_of_calls(list(calls), list(held_out), guidances)
-        self._argument = name
         scales = sorted(map(float, guidances))
         self._scales: list[float | None] = list(scales) or [own]
         between, few = halfway(scales), -(-len(calls) // 2)
@@ -187,9 +186,8 @@ class _Fit:
             self._at.append(Group(pipe, group, ridge, tick))
             check_passes(self._at, scales)
             check_differ(self._at, scales, name)
-        if name is None:
-            self._argument, own = default_guidance(pipe, self._at[0].references, calls[0])
-            self._scales = [own]
+        self._argument, own, self._beside = told_guidance(pipe, self._at[0].references, calls[0], (name, own))
+        self._scales = list(scales) or [own]
         self._between: dict[float, Group] = {}
         for scale in between:
             self._between[scale] = Group(pipe, at(scale, count=few), ridge, tick)
@@ -215,6 +213,7 @@ class _Fit:
             "shift_mu": mu,
             "guidances": self._scales,
             "guidance_argument": self._argument,
+            "guidance_beside": self._beside,
             "mixtures": [at.references.mixture for at in self._at],
             "noise_scale": references.plain.noise_scale,
             "plain": plain_config(self._pipe.scheduler),

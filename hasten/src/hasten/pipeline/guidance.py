@@ -11,12 +11,14 @@ from torch import Tensor
 
 from hasten.pipeline.caller import Caller
 
-__all__ = ["SCALES", "denies_something", "mixing_scale", "one_number"]
+__all__ = ["SCALES", "denies_something", "mixing_scale", "one_number", "scales_beside"]
 
 PROMPTS_AGAINST = ("negative_prompt", "negative_prompt_embeds")
 SCALES = ("true_cfg_scale", "guidance_scale")  # arguments by which pipelines take guidance, the surer one first
 # By which pipelines mix passes in besides, or in another way.
 OTHER_SCALES = ("image_guidance_scale", "img_guidance_scale", "modality_scale", "pag_scale", "stg_scale")
+# What else pipelines take that changes how passes are mixed.
+BESIDE = ("guidance_scale_2", "guidance_rescale", *OTHER_SCALES)
 # How the names of pipelines begin that count from 0: cond + scale (cond - uncond).
 FROM_ZERO = ("Cosmos2", "CosmosTextToWorld", "CosmosVideoToWorld", "Kandinsky3", "Krea2", "ZImage")
 
@@ -46,6 +48,19 @@ def mixing_scale() -> float | None:
     if scale is not None and from_zero:
         scale += 1
     return scale if scale is not None and scale > 1 else None
+
+
+def scales_beside(given: Mapping[str, Any]) -> dict[str, float | None]:
+    """The scales of a call that stand beside the one by which it guides; None for the default of the pipeline.
+
+    Args:
+        given: all arguments of the call, those that were not given too.
+    """
+    found = {name: one_number(given[name]) for name in BESIDE if name in given}
+    # Wan has the scale of the first expert for the second one, unless that has its own.
+    if found.get("guidance_scale_2") == one_number(given.get("guidance_scale")):
+        found |= {"guidance_scale_2": None} if "guidance_scale_2" in found else {}
+    return found
 
 
 def denies_something(given: Mapping[str, Any]) -> bool | None:

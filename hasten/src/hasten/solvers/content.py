@@ -36,7 +36,7 @@ LEAP = "leap"  # what a calibration of this scheduler is called
 REMEDY = "Make it again with `hasten tune`."
 # What `fit_leap` writes into the options of a calibration for the scheduler.
 OPTIONS = ("prediction_type", "num_train_timesteps", "shift_mu", "guidances", "mixtures", "noise_scale", "plain")
-MORE = ("guidance_argument",)  # likewise, where calls name their guidance; earlier files lack them
+MORE = ("guidance_argument", "guidance_beside")  # likewise; earlier files lack them
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Content:
     certificate: dict[str, Any] | None
     plain: dict[str, Any] | None
     guidance_argument: str | None = None
+    guidance_beside: dict[str, float | None] | None = None
 
     def __post_init__(self) -> None:
         if not self.tables:

@@ -7,12 +7,12 @@ they made (`mixtures`). A run shows the one by the arguments of its pipeline's c
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from hasten.errors import ConfigError, ScheduleError, brief
 from hasten.pipeline.caller import Caller
-from hasten.pipeline.guidance import SCALES, denies_something, one_number
+from hasten.pipeline.guidance import SCALES, denies_something, one_number, scales_beside
 from hasten.solvers.content import Content
 from hasten.solvers.tables import Table, lagrange
 
@@ -82,10 +82,12 @@ def asked_guidance(content: Content) -> tuple[float, ...]:
         content: of the scheduler, with the argument by which the fit was given its scales.
 
     Raises:
-        ScheduleError: for what is no number, or true guidance where the fit is for none, or for the embedded one.
+        ScheduleError: for what is no number, true guidance where the fit is for none, or for the embedded one, or
+            another scale beside it than the fit's.
     """
     argument = content.guidance_argument
     given = Caller().arguments
+    _check_beside(content.guidance_beside or {}, given)
     known = {name: _number(name, given[name]) for name in SCALES if given.get(name) is not None}
     true = known.pop("true_cfg_scale", 1.0)
     denies = denies_something(given)
@@ -103,6 +105,17 @@ def asked_guidance(content: Content) -> tuple[float, ...]:
     if true > 1:
         return (true,) if denies else (*known.values(), true)
     return tuple(known.values())
+
+
+def _check_beside(fitted: Mapping[str, float | None], given: Mapping[str, Any]) -> None:
+    """Compare what else a call guides by."""
+    asked = {name: one_number(given[name]) for name in SCALES if name in given} | scales_beside(given)
+    for name, own in fitted.items():
+        here = asked.get(name, own)
+        same = here == own if here is None or own is None else _within(here, [own])
+        if not same:
+            told = ["its default" if one is None else f"{one:g}" for one in (own, here)]
+            raise ScheduleError(f"LEAP was fitted with {name} at {told[0]}, and this run has {told[1]}: {REMEDY}")
 
 
 def _number(name: str, value: Any) -> float:

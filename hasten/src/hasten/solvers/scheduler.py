@@ -19,7 +19,17 @@ from hasten.io import Limits, describe, digest_of, read_json, write_atomically
 from hasten.pipeline.caller import Owner, current_owner
 from hasten.pipeline.numbers import check_step, checks_all
 from hasten.solvers.asked import asked_by_user, check_asked, warn_of_scale
-from hasten.solvers.content import LEAP, MORE, REMEDY, Compared, arguments_of, as_json, check_arguments, compared
+from hasten.solvers.content import (
+    LEAP,
+    MORE,
+    REMEDY,
+    Compared,
+    Content,
+    arguments_of,
+    as_json,
+    check_arguments,
+    compared,
+)
 from hasten.solvers.formula import Formula, Learned, SecondOrder, level_at, signal
 from hasten.solvers.passes import UNWATCHED, Answers, difference, mixture_of
 from hasten.solvers.scales import (
@@ -38,20 +48,7 @@ __all__ = ["LeapScheduler"]
 
 CONFIG = Limits(16 << 20, depth=10)
 MOST_TAKEN = 1000
-OWN = (
-    "tables",
-    "prediction_type",
-    "num_train_timesteps",
-    "shift_mu",
-    "guidances",
-    "mixtures",
-    "guidance",
-    "noise_scale",
-    "fingerprint",
-    "certificate",
-    "plain",
-    "guidance_argument",
-)
+OWN = tuple(Content.__dataclass_fields__)
 
 
 class LeapScheduler(SchedulerMixin, ConfigMixin):
@@ -76,6 +73,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         plain: configuration of the plain scheduler; its entries stand in `config` too, for `X.from_config`.
         guidance_argument: name of the argument of the pipeline's call that sets the scale; None if the fit does not
             say.
+        guidance_beside: what else the calls of the fit guided by, such as `guidance_rescale`, by argument.
         digest: of all these, written by `save_pretrained`; files without it are refused.
 
     Raises:
@@ -111,6 +109,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         certificate: dict[str, Any] | None = None,
         plain: dict[str, Any] | None = None,
         guidance_argument: str | None = None,
+        guidance_beside: dict[str, float | None] | None = None,
         digest: str | None = None,
     ) -> None:
         if not tables:
