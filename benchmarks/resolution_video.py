@@ -12,8 +12,9 @@ of the plain samplers that take the fewest steps that cost at least as much, and
 alone and the one that compresses time alone, each at the least cost that is not less: means and 95 % of a paired
 bootstrap over the clips. All plain samplers (solvers and spacings) are tried on the first clips with half of the steps;
 those that are nearest to the full run there, by any of the measures of distance, are measured on all clips. What the
-frames or pixels of a clip cannot meet is written as `refused`. Every arm is written as soon as it is measured, and the
-same command goes on where it was cut short.
+frames or pixels of a clip cannot meet is written as `refused`. DVG's noise and levels, a cache inside the stages and a
+cache alone are measured beside it. Every arm is written as soon as it is measured, and the same command goes on where
+it was cut short.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ SCREENED, SCREENED_AT = 3, STEPS // 2  # clips on which all plain samplers are t
 ARMS = (
     *(f"dvg:budget={budget}{lead}" for budget in BUDGETS for lead in ("", ":lead=1")),
     *(f"dvg:budget={budget}:compress={form}" for form, budgets in ALONE.items() for budget in budgets),
+    *(f"dvg:budget=0.52:lead=1{more}" for more in (":noise=anchor", ":shifts=none", "+foca:interval=3:warmup=1")),
+    "foca:schedule=even@24",
 )
 DISTANCES = {"full_psnr": 1, "full_lpips": -1, "temporal_error": -1}
 SIGNS = DISTANCES | {"right": 1}
