@@ -12,7 +12,7 @@ from hasten import registry
 from hasten.caching.default import default_method
 from hasten.caching.engine import CachingEngine
 from hasten.caching.method import CachingMethod
-from hasten.errors import ConfigError, unknown
+from hasten.errors import AlreadyAcceleratedError, ConfigError, unknown
 from hasten.pipeline.handle import Acceleration
 from hasten.pipeline.hooks import hooks_on, still
 from hasten.pipeline.summary import Summary
@@ -205,6 +205,7 @@ def accelerate(
         if replace:
             for handle in _handles(modules):
                 handle.remove()
+        _check_apart(modules, solver)
         try:
             for engine in engines.values():
                 engine.attach(target if isinstance(target, nn.Module) and target is not engine.model else None)
@@ -281,6 +282,19 @@ def remove(target: Any) -> None:
     """
     for handle in _handles(denoisers(target)):
         handle.remove()
+
+
+def _check_apart(modules: dict[str, nn.Module], solver: Leap | None) -> None:
+    """Refuse LEAP beside a method that is at work already, and any method beside LEAP."""
+    for handle in _handles(modules):
+        known = handle.methods if isinstance(handle, Acceleration) else [handle]
+        if (solver is not None) != any(isinstance(method, Leap) for method in known):  # two refuse each other
+            names = " and ".join(type(method).__name__ for method in known)
+            raise AlreadyAcceleratedError(
+                f"{names} is at work here already, and LEAP replaces the scheduler, which other methods need; call "
+                ".remove() on the handle that accelerate() returned, or hasten.remove(...), or give "
+                "accelerate(..., replace=True)"
+            )
 
 
 def _modules_of(modules: dict[str, nn.Module]) -> list[nn.Module]:

@@ -57,13 +57,11 @@ class Hook(ABC):
     Attributes:
         kind: what it does, as text for messages; a module has one hook of a kind.
         level: a hook of a higher level stands outside of one of a lower level, whichever came first.
-        alone: whether there may be no other beside it.
         handle: what `accelerate` returned for it, once it has.
     """
 
     kind: ClassVar[str]
     level: ClassVar[int] = 0
-    alone: ClassVar[bool] = False
     handle: Any = None
     _told = False  # of gradients
 
@@ -252,19 +250,13 @@ def attach(module: nn.Module, hook: Hook) -> Remove:
         what takes it away, once; what others put on the module meanwhile stays.
 
     Raises:
-        AlreadyAcceleratedError: if the module has a hook of this kind, or one that it does not go together with.
+        AlreadyAcceleratedError: if the module has a hook of this kind.
     """
     calls: _HookedCalls = module.__dict__.get(_KEY) or _HookedCalls(module)
     if any(other.kind == hook.kind for other in calls.hooks):
         raise AlreadyAcceleratedError(
             f"this {type(module).__name__} is accelerated already ({hook.kind}); call .remove() on the handle that "
             "accelerate() returned, or hasten.remove(...), or give accelerate(..., replace=True)"
-        )
-    if other := next((other for other in calls.hooks if other.alone or hook.alone), None):
-        raise AlreadyAcceleratedError(
-            f"{other.kind} is at work on this {type(module).__name__}, and {hook.kind} does not go together with it; "
-            "call .remove() on the handle that accelerate() returned, or hasten.remove(...), or give "
-            "accelerate(..., replace=True)"
         )
     calls.hooks = tuple(sorted((*calls.hooks, hook), key=lambda other: other.level))
 

@@ -111,7 +111,6 @@ class PassesHook(Hook):
 
     kind: ClassVar[str] = "leap"
     level: ClassVar[int] = 1
-    alone: ClassVar[bool] = True
 
     def __init__(self, pipe: Any, observe: Callable[[Tensor], None]) -> None:
         self._pipe, self._observe = pipe, observe
