@@ -16,7 +16,7 @@ Measures = Mapping[str, tuple[str, int]]  # by name: its title and digits
 EDITED: Measures = {
     "truth_lpips": ("LPIPS to the truth", 4),
     "full_psnr": ("PSNR to the full run, dB", 1),
-    "rest_full": ("outside of the edit, PSNR to the full run, dB", 1),
+    "rest_source": ("outside of the edit, PSNR to the source, dB", 1),
     "done": ("edits done", 2),
 }
 CLIPS: Measures = {
@@ -25,12 +25,13 @@ CLIPS: Measures = {
     "temporal_error": ("error of the change between frames", 3),
     "right": ("object and motion right", 2),
 }
+BY_KIND = re.compile(r"specedit(:draft.*)?(?<!warmup=1)")  # arms whose kinds of edits are told apart
 BUDGETED = re.compile(r"dvg(:budget=[\d.]+)?(:lead=1)?")  # of the arms those that are compared with both forms
 FORMS = {"space": "leaving out pixels alone", "time": "leaving out frames alone"}
 
 
 def edits_table(name: str) -> str:
-    """Markdown of edits: an arm per row, the cheapest last, and those with a mask of SpecEdit by the sort of edit;
+    """Markdown of edits: an arm per row, the cheapest last, and those with a mask of SpecEdit by the kind of edit;
     empty if there is no such file."""
     if not (ROOT / "benchmarks" / name).exists():
         return ""
@@ -41,9 +42,9 @@ def edits_table(name: str) -> str:
         lines.append(
             table_row([arm_title(text), cell(row["ratio"], 2), *_measured(row["means"], row["against"], EDITED)])
         )
-    sorts = _head("arm, sort of edit (how many)", EDITED)
+    sorts = _head("arm, kind of edit (how many)", EDITED)
     for text, row in arms.items():
-        for kind, part in row["by_kind"].items() if text.startswith("specedit") else ():
+        for kind, part in row["by_kind"].items() if BY_KIND.fullmatch(text) else ():
             title = f"{arm_title(text)}, {kind} ({part['edits']})"
             sorts.append(table_row([title, cell(part["ratio"], 2), *_measured(part["means"], part, EDITED)]))
     full = next(iter(result["rows"].values()))["means"]
@@ -53,7 +54,7 @@ def edits_table(name: str) -> str:
         f"the full run is at LPIPS {full['truth_lpips']:.4f} from the truth and does {full['done']:.0%} of the edits; "
         f"intervals by a paired bootstrap over edits; {made_on(result)}."
     )
-    return "\n".join([*lines, "", told, "", "By the sort of edit:", "", *sorts, *_refused(result["rows"])])
+    return "\n".join([*lines, "", told, "", "By the kind of edit:", "", *sorts, *_refused(result["rows"])])
 
 
 def clips_table(name: str) -> str:
