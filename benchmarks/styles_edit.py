@@ -1,4 +1,4 @@
-"""SpecEdit on `emoji-styles-edit` against caches and plain samplers at equal operations, by the sort of edit.
+"""SpecEdit on `emoji-styles-edit` against caches and plain samplers at equal operations, by the kind of edit.
 
     python benchmarks/styles_edit.py --json benchmarks/styles-edit.json
     python benchmarks/styles_edit.py --kinds added removed --edits 4 --arms "specedit" --json try.json

@@ -140,7 +140,7 @@ def test_the_benchmark_of_edits_runs_on_an_untrained_model(
 ) -> None:
     edits, file = script("styles_edit.py"), tmp_path / "edits.json"
     monkeypatch.setitem(edits["run"].__globals__, "STEPS", 5)
-    arm = "specedit:discrepancy=latent:draft=2:mixed=1:final=1"
+    arm = "specedit:draft=2:mixed=1:final=1"
 
     def measured(arms: list[str], asked: int = 2) -> dict[str, Any]:
         results = edits["Results"](file, edit_model, {"edits": asked})
@@ -162,7 +162,7 @@ def test_the_benchmark_of_edits_runs_on_an_untrained_model(
     assert rows[arm]["figures"]["rest_full"][0] is None
     assert {"full_psnr", "truth_lpips", "edited", "done"} <= rows[arm]["against"].keys()
     table = stages(monkeypatch, "edits_table", first | {"edits": {"number": 2}, "guidance": 1.0})
-    above, below = table.split("By the sort of edit:")
+    above, below = table.split("By the kind of edit:")
     (shown,) = [line.split(" | ") for line in above.splitlines() if "specedit" in line]
     assert shown[1] == f"{rows[arm]['ratio']:.2f}"
     assert shown[2] == f"{rows[arm]['means']['truth_lpips']:.4f}"
