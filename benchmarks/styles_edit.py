@@ -45,7 +45,6 @@ from torch import Tensor
 KINDS = {"style": "make it ", "background": "make the background ", "added": "add the ", "removed": "remove the "}
 ARMS = (
     "specedit",
-    "specedit:discrepancy=latent",
     *(f"specedit:draft={d}:mixed={m}:final=0:coverage=3" for d, m in ((8, 8), (6, 4), (4, 3))),
     "specedit:draft=12:mixed=8:final=0:coverage=3+foca:interval=2:warmup=1",
     "fresco:preset=18",

@@ -18,10 +18,11 @@ from hasten.errors import (
     HastenWarning,
     ScheduleError,
 )
+from hasten.fitting.group import guidance_of_calls
 from hasten.fitting.leap import fit_leap
-from hasten.pipeline.guidance import scales_beside
 from hasten.pipeline.hooks import hooks_on
 from hasten.solvers import LeapScheduler
+from hasten.solvers.scales import _check_beside
 
 GUIDED = {"negative_prompt": "blue", "true_cfg_scale": 3.0}
 
@@ -61,7 +62,7 @@ def test_leap_and_a_cache_are_refused_one_after_the_other_as_together(plain_fit,
     methods = {"leap": lambda: hasten.accelerate(pipe, leap), "foca": lambda: hasten.accelerate(pipe, "foca")}
     (second,) = methods.keys() - {first}
     run, scheduler = methods[first](), pipe.scheduler
-    with pytest.raises(AlreadyAcceleratedError, match="is at work here already, and LEAP replaces the scheduler"):
+    with pytest.raises(AlreadyAcceleratedError, match=r"already at work here: .*LEAP replaces the scheduler"):
         methods[second]()
     assert len(hooks_on(pipe.transformer)) == 1
     assert pipe.scheduler is scheduler
@@ -91,6 +92,18 @@ def test_guidance_by_default_is_that_of_the_fit():
         hasten.remove(pipe)
 
 
+def test_calls_of_one_fit_guide_alike_beside_the_scale():
+    pipe = OWN["stable diffusion, ddim"][0]()
+    calls = [sd_call(guidance_scale=3.0), sd_call(1, guidance_scale=3.0, guidance_rescale=0.7)]
+    with pytest.raises(ConfigError, match=r"call 0 has .*'guidance_rescale': 0\.0.*, call 1 has .*0\.7"):
+        fit_leap(pipe, calls, [2], trials=1, rounds=0)
+
+
+def test_the_same_instruction_for_another_image_may_be_held_out():
+    a, b = ({"prompt": "make it blue", "image": object(), "generator": torch.Generator().manual_seed(0)} for _ in "ab")
+    assert guidance_of_calls([a], [b], ()) == (None, None)
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_what_guides_beside_the_scale_is_part_of_the_fit(alone):
     pipe = OWN["stable diffusion, ddim"][0]()
@@ -106,10 +119,25 @@ def test_what_guides_beside_the_scale_is_part_of_the_fit(alone):
         pipe(**call, guidance_rescale=0.7)
 
 
-def test_a_second_scale_that_is_not_given_is_the_first_one():
-    given = {"guidance_scale": 4.0, "guidance_scale_2": 4.0, "other": 1.0}
-    assert scales_beside(given) == scales_beside(given | {"guidance_scale_2": None}) == {"guidance_scale_2": None}
-    assert scales_beside(given | {"guidance_scale_2": 3.0}) == {"guidance_scale_2": 3.0}
+@pytest.mark.parametrize(
+    ("fitted", "first", "second", "served"),
+    [
+        (None, 3.0, None, True),
+        (None, 3.0, 3.0, True),  # as Wan fills it in
+        (None, 3.0, 4.0, False),
+        (4.0, 4.0, None, True),
+        (4.0, 3.0, None, False),
+        (4.0, 3.0, 4.0, True),
+        (3.0, 3.0, 3.0, True),
+    ],
+)
+def test_a_second_scale_that_is_not_given_is_the_first_one(fitted, first, second, served):
+    given = {"guidance_scale": first, "guidance_scale_2": second}
+    if served:
+        _check_beside({"guidance_scale_2": fitted}, given)
+    else:
+        with pytest.raises(ScheduleError, match="LEAP was fitted with guidance_scale_2 at"):
+            _check_beside({"guidance_scale_2": fitted}, given)
 
 
 def test_guidance_that_does_nothing_is_not_that_of_the_fit(plain_fit):
@@ -143,7 +171,7 @@ def test_what_is_learned_from_is_not_held_out():
         fit(make_pipe(), call(0), call(1), held_out=[call(2), call(0)])
     settings = TuneSettings(prompts=2, held_out=2)
     settings.check_prompts(["red apple", "red apple", "blue car", "moon", "sun"])
-    with pytest.raises(ConfigError, match="the prompt 'sun' is there 2 times: what was learned from"):
+    with pytest.raises(ConfigError, match="the prompt 'sun' occurs 2 times: what was learned from"):
         settings.check_prompts(["sun", "red apple", "moon", "sun"])
 
 
@@ -158,9 +186,13 @@ def test_a_callback_that_changes_the_guidance_is_refused_at_the_next_evaluation(
 
     with hasten.accelerate(pipe, hasten.Leap(guided_fit)):
         draw(pipe, 3, **GUIDED, callback_on_step_end=lambda *given: given[3])
-        with pytest.raises(ScheduleError, match="the guidance of this call is another one from evaluation 2 on"):
+        with pytest.raises(ScheduleError, match="guidance of this call changed before evaluation 2, and LEAP needs it"):
             draw(pipe, 3, **GUIDED, callback_on_step_end=change)
-    assert steps == [0, 1]
+        assert steps == [0, 1]
+        draw(pipe, 3, **GUIDED, callback_on_step_end=lambda *given: given[3])
+        again = pickle.loads(pickle.dumps(pipe.scheduler))
+    pipe.scheduler = again
+    draw(pipe, 3, **GUIDED)
 
 
 # --- schedulers that are kept, copied and handed over
@@ -188,7 +220,7 @@ def test_what_a_refiner_is_handed_has_another_scale_and_is_told():
     found = fit_leap(pipe, [sd_call(xl=True)], [4], trials=1, rounds=0)
     with hasten.accelerate(pipe, hasten.Leap(found)):
         pipe(**sd_call(xl=True))
-        with pytest.warns(HastenWarning, match=r"ends early \(denoising_end\).* only a pipeline with LEAP can go on"):
+        with pytest.warns(HastenWarning, match=r"ends early \(denoising_end\).* give LEAP to the pipeline"):
             pipe(**sd_call(xl=True, denoising_end=0.5))
 
 
@@ -219,6 +251,22 @@ def test_an_adapter_is_told_whenever_it_is_loaded(plain_fit):
     pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(CalibrationError, match="without the adapter that is loaded"):
         hasten.accelerate(pipe, hasten.Leap(plain_fit))
+
+
+@pytest.mark.parametrize("how", ["written over", "through .data", "exchanged"])
+def test_other_weights_are_told_in_the_next_call(plain_fit, how):
+    pipe = make_pipe()
+    pipe.scheduler = LeapScheduler.of(plain_fit, pipe)
+    draw(pipe, 3)
+    if how == "exchanged":
+        pipe.transformer = make_pipe(5).transformer
+    for name, weight in pipe.transformer.named_parameters():
+        if name.endswith("to_q.weight") and how == "through .data":  # as a LoRA is fused
+            weight.data += 0.1 * weight.data.roll(1)
+        elif name.endswith("to_q.weight") and how == "written over":
+            torch.nn.init.normal_(weight)
+    with pytest.raises(CalibrationError, match="fitted for other weights"):
+        draw(pipe, 3)
 
 
 def test_a_scheduler_without_noise_levels_is_refused_by_name():

@@ -41,7 +41,7 @@ def trained(args: argparse.Namespace) -> int:
 
 def test_without_minutes_a_training_ends_by_itself_and_with_them_when_they_are_over(tmp_path: Path) -> None:
     assert trained(options(tmp_path)) == 8
-    with pytest.warns(HastenWarning, match="8 samples were seen already, and --samples is 8 in total: nothing is"):
+    with pytest.warns(HastenWarning, match="8 samples have been seen already, and --samples is 8 in total: nothing is"):
         assert trained(options(tmp_path)) == 8
     assert trained(options(tmp_path, "--minutes", "0.01")) > 8
 

@@ -291,7 +291,7 @@ def _check_apart(modules: dict[str, nn.Module], solver: Leap | None) -> None:
         if (solver is not None) != any(isinstance(method, Leap) for method in known):  # two refuse each other
             names = " and ".join(type(method).__name__ for method in known)
             raise AlreadyAcceleratedError(
-                f"{names} is at work here already, and LEAP replaces the scheduler, which other methods need; call "
+                f"already at work here: {names}. LEAP replaces the scheduler, which other methods need; call "
                 ".remove() on the handle that accelerate() returned, or hasten.remove(...), or give "
                 "accelerate(..., replace=True)"
             )

@@ -1,7 +1,7 @@
 """A short text that tells the weights of one model from those of another of the same architecture.
 
 It holds a few numbers of some matrices, at least one of each kind: matrices are of one kind if their names differ in
-numbers alone, as those of all blocks do. They are compared matrix by matrix, since what is fused into a model (a LoRA)
+the numbers of blocks and layers alone. They are compared matrix by matrix, since what is fused into a model (a LoRA)
 changes some kinds and leaves the others, and all biases and norms, as they were. Texts of before 0.2 are of every n-th
 parameter by name, most of which are biases where blocks have as many of them as of matrices; they are still read.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 __all__ = ["same_weights", "spaced_digest", "weights_digest"]
 
 MATRICES, NUMBERS = 64, 8  # at most, and of each
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a block or a layer, as a whole part of a name: not in attn1 and attn2
 GOLDEN = 0.618  # where in the depth of the model the next kind is looked at: far from all before
 # Relative distance of weights that are the same: after rounding to 16 bits, and to 8 (float8_e5m2: 0.06).
 WIDE, NARROW = 0.005, 0.08
@@ -64,7 +65,7 @@ def _chosen(model: nn.Module) -> list[Tensor]:
     named = list(model.named_parameters())
     kinds: dict[str, list[Tensor]] = {}
     for name, parameter in [one for one in named if one[1].ndim > 1] or named:
-        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(parameter)
+        kinds.setdefault(NUMBER.sub("#", name), []).append(parameter)
     names = sorted(kinds)
     if len(names) > MATRICES:
         names = [names[round(i)] for i in np.linspace(0, len(names) - 1, MATRICES)]

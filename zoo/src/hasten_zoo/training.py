@@ -334,7 +334,8 @@ def run(
 
     if training.samples >= samples and not fall:
         warnings.warn(
-            f"{training.samples} samples were seen already, and --samples is {samples} in total: nothing is trained",
+            f"{training.samples} samples have been seen already, and --samples is {samples} in total: nothing is "
+            "trained",
             HastenWarning,
             stacklevel=2,
         )

@@ -128,8 +128,8 @@ class TuneSettings:
         used = Counter(known[-self.prompts - self.held_out :])
         if twice := [prompt for prompt, count in used.items() if count > 1]:
             raise ConfigError(
-                f"the prompt {twice[0]!r} is there {used[twice[0]]} times: what was learned from a prompt must not be "
-                "compared on it, and one that counts twice decides twice; leave out the others"
+                f"the prompt {twice[0]!r} occurs {used[twice[0]]} times: what was learned from a prompt must not be "
+                "compared on it, and one that counts twice decides twice; remove the duplicates"
             )
 
 

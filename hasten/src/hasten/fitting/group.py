@@ -139,27 +139,37 @@ def check_differ(groups: Sequence[Group], scales: Sequence[float], name: str | N
 
 
 def told_guidance(
-    pipe: Any, references: References, call: Mapping[str, Any], named: tuple[str | None, float | None]
+    pipe: Any, references: References, calls: Sequence[Mapping[str, Any]], named: tuple[str | None, float | None]
 ) -> tuple[str | None, float | None, dict[str, float | None]]:
     """By what argument and at what scale the calls of a fit guide, and what else they guide by, by argument.
 
     Args:
-        pipe: the pipeline, whose defaults count where the call gives nothing.
+        pipe: the pipeline, whose defaults count where a call gives nothing.
         references: of the calls.
-        call: one of them.
-        named: what it names itself, see `guidance_of`. A default counts only where guidance does something: there are
-            two passes, or the model is told the scale.
+        calls: all of them.
+        named: what they name themselves, see `guidance_of`. A default counts only where guidance does something: there
+            are two passes, or the model is told the scale.
+
+    Raises:
+        ConfigError: if they differ in what else they guide by.
     """
     told = any(getattr(getattr(one, "config", None), "guidance_embeds", False) for one in denoisers(pipe).values())
-    known = {name: one.default for name, one in inspect.signature(pipe.__call__).parameters.items()} | dict(call)
-    if named[0] is None and (told or references.differences):
-        named = guidance_of(
-            {name: value for name, value in known.items() if one_number(value) is not None} | dict(call)
+    defaults = {name: one.default for name, one in inspect.signature(pipe.__call__).parameters.items()}
+    if told or references.differences:
+        scales = {name: one for name in SCALES if (one := one_number(defaults.get(name))) is not None}
+        named = guidance_of(scales | dict(calls[0]))
+    several = []
+    for call in calls:
+        beside = scales_beside(defaults | dict(call))
+        if named[0] == "true_cfg_scale" and told and "guidance_scale" in defaults:
+            beside["guidance_scale"] = one_number((defaults | dict(call))["guidance_scale"])
+        several.append(beside)
+    if (other := next((i for i, beside in enumerate(several) if beside != several[0]), None)) is not None:
+        raise ConfigError(
+            f"one fit is for one guidance: call 0 has {several[0]}, call {other} has {several[other]}; give all the "
+            "same"
         )
-    beside = scales_beside(known)
-    if named[0] == "true_cfg_scale" and told and "guidance_scale" in known:
-        beside["guidance_scale"] = one_number(known["guidance_scale"])
-    return *named, beside
+    return *named, several[0]
 
 
 def guidance_of_calls(
@@ -204,6 +214,8 @@ def guidance_of_calls(
 
 def _asked_for(call: Mapping[str, Any]) -> tuple[str, tuple[int, ...]] | None:
     """Prompt and noise of a call, as far as they show."""
+    if any("image" in name or "video" in name for name in call):  # one instruction for two images
+        return None
     noise = call.get("generator")
     generators = [noise] if isinstance(noise, torch.Generator) else list(noise or [])
     if call.get("prompt") is None or not generators:

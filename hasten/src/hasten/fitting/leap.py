@@ -186,7 +186,8 @@ class _Fit:
             self._at.append(Group(pipe, group, ridge, tick))
             check_passes(self._at, scales)
             check_differ(self._at, scales, name)
-        self._argument, own, self._beside = told_guidance(pipe, self._at[0].references, calls[0], (name, own))
+        argument, own, self._beside = told_guidance(pipe, self._at[0].references, list(calls), (name, own))
+        self._argument = name if scales else argument
         self._scales = list(scales) or [own]
         self._between: dict[float, Group] = {}
         for scale in between:

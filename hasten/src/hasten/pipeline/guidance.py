@@ -51,16 +51,12 @@ def mixing_scale() -> float | None:
 
 
 def scales_beside(given: Mapping[str, Any]) -> dict[str, float | None]:
-    """The scales of a call that stand beside the one by which it guides; None for the default of the pipeline.
+    """The scales of a call that stand beside the one by which it guides; None for what was not given.
 
     Args:
         given: all arguments of the call, those that were not given too.
     """
-    found = {name: one_number(given[name]) for name in BESIDE if name in given}
-    # Wan has the scale of the first expert for the second one, unless that has its own.
-    if found.get("guidance_scale_2") == one_number(given.get("guidance_scale")):
-        found |= {"guidance_scale_2": None} if "guidance_scale_2" in found else {}
-    return found
+    return {name: one_number(given[name]) for name in BESIDE if name in given}
 
 
 def denies_something(given: Mapping[str, Any]) -> bool | None:

@@ -68,7 +68,8 @@ def warn_of_scale(noise_scale: float) -> None:
     if abs(noise_scale - 1) > 1e-6 and Caller().arguments.get("denoising_end") is not None:
         warnings.warn(
             "this call ends early (denoising_end), and its latents have the scale of LEAP's states, not of the plain "
-            "scheduler's: only a pipeline with LEAP can go on from them",
+            "scheduler's: give LEAP to the pipeline that goes on from them as well, or to neither "
+            "(hasten.remove(pipe))",
             HastenWarning,
             stacklevel=3,
         )

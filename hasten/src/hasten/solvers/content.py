@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +11,6 @@ from torch import nn
 from hasten.calibration import Calibration, declare_contents, model_digest
 from hasten.errors import CalibrationError, ConfigError, ScheduleError
 from hasten.io import conform
-from hasten.pipeline.caller import Caller
 from hasten.pipeline.view import denoisers
 from hasten.solvers.tables import ARRAYS, Table, unpacked
 from hasten.weights import same_weights
@@ -21,13 +19,11 @@ __all__ = [
     "LEAP",
     "MORE",
     "REMEDY",
-    "Compared",
     "Content",
     "arguments_of",
     "as_json",
     "check_arguments",
     "check_pipeline",
-    "compared",
     "denoiser_of",
     "refuse_other_model",
 ]
@@ -174,30 +170,6 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     found = denoisers(pipe)
     name = "+".join(type(model).__name__ for model in found.values())
     return name, nn.ModuleDict(found) if len(found) > 1 else next(iter(found.values()))
-
-
-class Compared:
-    """A pipeline whose denoiser was compared, and need not be again while it has as many parameters."""
-
-    def __init__(self, pipe: Any) -> None:
-        self._pipe, self._parameters = weakref.ref(pipe), _parameters(pipe)
-
-    def is_still(self, pipe: Any) -> bool:
-        """Whether it is this pipeline, with nothing loaded into its denoiser (or taken out) since."""
-        return self._pipe() is pipe and _parameters(pipe) == self._parameters
-
-
-def compared(known: Compared | None, check: Callable[[Any], None]) -> Compared | None:
-    """What was compared last, after a check of the pipeline whose call this is, if that is another one."""
-    pipe = Caller().pipe
-    if pipe is None or (known is not None and known.is_still(pipe)):
-        return known
-    check(pipe)
-    return Compared(pipe)
-
-
-def _parameters(pipe: Any) -> int:
-    return sum(1 for model in denoisers(pipe).values() for _ in model.parameters())
 
 
 def refuse_other_model(own: Owner | None, pipe: Any) -> None:

@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
+from torch import Tensor
+
 from hasten.errors import ConfigError, ScheduleError, brief
 from hasten.pipeline.caller import Caller
 from hasten.pipeline.guidance import SCALES, denies_something, one_number, scales_beside
@@ -53,23 +55,27 @@ class Steady:
     def of_call(cls) -> Self | None:
         """That of the pipeline's call under way; None where nothing can change it."""
         caller = Caller()
-        able = any(caller.arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
+        given = caller.arguments
+        able = any(given.get(name) is not None for name in ("callback_on_step_end", "callback"))
+        able = able and not given.get("use_dynamic_cfg")  # with which CogVideoX changes it itself, in the fit as well
         return cls(caller.pipe) if able and caller.pipe is not None else None
 
     def check(self, evaluation: int) -> None:
         """Raise a ScheduleError if it is not what it was at the first evaluation."""
         pipe = self._pipe()
-        if pipe is not None and _kept_scales(pipe) != self._scales:
-            raise ScheduleError(
-                f"the guidance of this call is another one from evaluation {evaluation} on, and LEAP was fitted for "
-                "one that stays: leave out the callback that changes it, or put the plain scheduler back "
-                "(hasten.remove(pipe))"
-            )
+        if pipe is None:
+            return
+        for before, now in zip(self._scales, _kept_scales(pipe), strict=True):
+            if now is not before and (isinstance(now, Tensor) or now != before):
+                raise ScheduleError(
+                    f"the guidance of this call changed before evaluation {evaluation}, and LEAP needs it constant: "
+                    "leave out the callback that changes it, or put the plain scheduler back (hasten.remove(pipe))"
+                )
 
 
-def _kept_scales(pipe: Any) -> list[float | None]:
-    """What a pipeline's call guides by at the moment."""
-    return [one_number(getattr(pipe, name, None)) for name in KEPT_SCALES]
+def _kept_scales(pipe: Any) -> list[Any]:
+    """What a pipeline's call guides by at the moment; a tensor is another one if it is another object."""
+    return [getattr(pipe, name, None) for name in KEPT_SCALES]
 
 
 def asked_guidance(content: Content) -> tuple[float, ...]:
@@ -112,6 +118,11 @@ def _check_beside(fitted: Mapping[str, float | None], given: Mapping[str, Any]) 
     asked = {name: one_number(given[name]) for name in SCALES if name in given} | scales_beside(given)
     for name, own in fitted.items():
         here = asked.get(name, own)
+        if name == "guidance_scale_2":  # of Wan's second expert, which has the first one's unless it is given its own
+            first = asked.get("guidance_scale")
+            own, here = (
+                (None, None if here == first else here) if own is None else (own, first if here is None else here)
+            )
         same = here == own if here is None or own is None else _within(here, [own])
         if not same:
             told = ["its default" if one is None else f"{one:g}" for one in (own, here)]

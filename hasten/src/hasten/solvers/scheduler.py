@@ -16,20 +16,10 @@ from torch import Tensor
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, HastenWarning, ScheduleError
 from hasten.io import Limits, describe, digest_of, read_json, write_atomically
-from hasten.pipeline.caller import Owner, current_owner
+from hasten.pipeline.caller import Caller, Owner, current_owner
 from hasten.pipeline.numbers import check_step, checks_all
 from hasten.solvers.asked import asked_by_user, check_asked, warn_of_scale
-from hasten.solvers.content import (
-    LEAP,
-    MORE,
-    REMEDY,
-    Compared,
-    Content,
-    arguments_of,
-    as_json,
-    check_arguments,
-    compared,
-)
+from hasten.solvers.content import LEAP, MORE, REMEDY, Content, arguments_of, as_json, check_arguments
 from hasten.solvers.formula import Formula, Learned, SecondOrder, level_at, signal
 from hasten.solvers.passes import UNWATCHED, Answers, difference, mixture_of
 from hasten.solvers.scales import (
@@ -46,6 +36,7 @@ from hasten.solvers.tables import COLUMNS, interpolated
 
 __all__ = ["LeapScheduler"]
 
+PASSING = ("owner", "expects_passes", "_steady")  # of the pipeline and the call under way
 CONFIG = Limits(16 << 20, depth=10)
 MOST_TAKEN = 1000
 OWN = tuple(Content.__dataclass_fields__)
@@ -90,9 +81,9 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
     timesteps: Tensor
     sigmas: Tensor
     owner: Owner | None = None  # of the run
-    _known: Compared | None = None  # the pipeline that was compared
     expects_passes = False  # whether a hook hands the passes to `observe`
     _unwatched = False
+    _steady: Steady | None = None
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -232,7 +223,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
                 HastenWarning,
                 stacklevel=2,
             )
-        self._known = compared(self._known, self.check_model)
+        if (pipe := Caller().pipe) is not None:
+            self.check_model(pipe)  # at every call: weights may be exchanged, and adapters loaded
         warn_of_scale(self._checked.noise_scale)
         scales = asked_guidance(self._checked)
         check_asked_guidance(scales, self._checked.guidances)
@@ -244,7 +236,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle has: all but the pipeline that was compared, its hook, and whose run it was."""
-        return {name: value for name, value in vars(self).items() if name not in ("_known", "owner", "expects_passes")}
+        return {name: value for name, value in vars(self).items() if name not in PASSING}
 
     def _choose(self, count: str, scale: float | None) -> None:
         """Take a table; `scale` is the guidance that its times are for, where they differ and it is known already."""
@@ -264,7 +256,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._formula: Formula | None = None
-        self._steady: Steady | None = None
+        self._steady = None
         self._checks_all = False
         self._answers = Answers()
         self.expects_passes, self._unwatched = self.expects_passes and not self._unwatched, False
@@ -333,7 +325,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         if last or self._checks_all:
             check_step("LEAP", k, model_output, previous, self._checks_all)
         if last:
-            self._formula = None
+            self._formula = self._steady = None
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
     @property
