@@ -52,6 +52,7 @@ def test_without_minutes_a_training_ends_by_itself_and_with_them_when_they_are_o
         (("--minutes", "-5"), "--minutes: must be above 0, got -5"),
         (("--minutes", "nan"), "--minutes: must be above 0, got nan"),
         (("--batch", "0"), "--batch: must be at least 1, got 0"),
+        (("--batch", "many"), "--batch: must be a number, got 'many'"),
         (("--samples", "0"), "--samples: must be at least 1, got 0"),
         (("--lr", "0"), "--lr: must be above 0, got 0"),
         (("--device", "nowhere"), "--device: nowhere cannot be used here"),

@@ -247,9 +247,12 @@ def test_the_transformer_is_as_wide_as_asked(width: int) -> None:
 
 
 @pytest.mark.parametrize("prompts", [0, -1])
-def test_an_evaluation_of_nothing_is_refused_before_loading(tmp_path: Path, prompts: int) -> None:
-    with pytest.raises(ConfigError, match=f"{prompts} prompts leave nothing to evaluate; give --prompts 1 or more"):
+def test_an_evaluation_of_nothing_is_refused_before_loading(
+    tmp_path: Path, prompts: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
         evaluate.main(["--prompts", str(prompts), "--weights", str(tmp_path / "none")])
+    assert f"--prompts: must be at least 1, got {prompts}" in capsys.readouterr().err
 
 
 def test_every_batch_has_about_as_many_tokens() -> None:
@@ -338,7 +341,7 @@ def test_training_goes_on_from_its_export(tmp_path: Path) -> None:
     write_vae(tmp_path / "vae")
     exported = tmp_path / "weights"
     common = ["--vae", str(tmp_path / "vae"), "--batch", "1", "--width", "32", "--layers", "1"]
-    train.main([*common, "--committed", str(tmp_path / "none"), "--out", str(tmp_path / "a"), "--samples", "2"])
+    train.main([*common, "--committed", "none", "--out", str(tmp_path / "a"), "--samples", "2"])
     train.main([*common, "--out", str(tmp_path / "a"), "--export", str(exported)])
     state = torch.load(tmp_path / "a" / CHECKPOINT, weights_only=True)
     train.main([*common, "--committed", str(exported), "--out", str(tmp_path / "b"), "--samples", "1"])
@@ -354,7 +357,9 @@ def test_weights_that_do_not_say_what_they_have_seen_are_not_gone_on_from(tmp_pa
     other.transformer.save_pretrained(tmp_path / "weights" / "transformer")
     write_vae(tmp_path / "vae")
     options = ["--vae", str(tmp_path / "vae"), "--batch", "1", "--width", "32", "--layers", "1", "--samples", "1"]
-    train.main([*options, "--committed", str(tmp_path / "weights"), "--out", str(tmp_path / "out")])
+    with pytest.raises(ModelError, match=r"no weights of a training in .*weights; give another --committed, or none"):
+        train.main([*options, "--committed", str(tmp_path / "weights"), "--out", str(tmp_path / "out")])
+    train.main([*options, "--committed", "none", "--out", str(tmp_path / "out")])
     assert torch.load(tmp_path / "out" / CHECKPOINT, weights_only=True)["position"][0] == 1
 
 

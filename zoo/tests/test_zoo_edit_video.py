@@ -47,7 +47,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few steps and its export."""
     out = tmp_path_factory.mktemp("wan")
     write_sealed(out / "vae", SpriteVAE(encoder_width=8, decoder_width=8, head_width=8).save_pretrained)
-    run = ["--out", str(out), "--vae", str(out / "vae"), "--committed", str(out / "none"), *CLIP_RUN]
+    run = ["--out", str(out), "--vae", str(out / "vae"), "--committed", "none", *CLIP_RUN]
     clips_train.main(run)
     clips_train.main([*run, "--export", str(out / "weights")])
     return out

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from hasten.errors import HastenError, ModelError
@@ -17,9 +17,10 @@ from hasten_zoo.record import POSITION, Start
 from hasten_zoo.swift import compile_blocks
 from hasten_zoo.training import Training, load_half, run
 
-__all__ = ["add_options", "run_with", "told"]
+__all__ = ["add_options", "at_least_one", "run_with", "told"]
 
 NOTHING = "none"
+N = TypeVar("N", int, float)
 
 
 def told(main: Callable[[], None]) -> None:
@@ -32,7 +33,7 @@ def told(main: Callable[[], None]) -> None:
 
 def positive(text: str) -> float:
     """An option's number above 0."""
-    number = float(text)
+    number = _number(text, float)
     if not number > 0:
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return number
@@ -40,10 +41,17 @@ def positive(text: str) -> float:
 
 def at_least_one(text: str) -> int:
     """An option's whole number from 1 on."""
-    number = int(text)
+    number = _number(text, int)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return number
+
+
+def _number(text: str, kind: type[N]) -> N:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
 
 
 def device(text: str) -> str:

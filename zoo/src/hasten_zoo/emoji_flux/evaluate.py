@@ -17,6 +17,7 @@ from hasten.bench.sheet import image_grid
 from hasten.quality.metrics import psnr
 from rich.progress import track
 
+from hasten_zoo.command import at_least_one, told
 from hasten_zoo.emoji_flux import WEIGHTS, load_emoji_flux, nearest_captions
 from hasten_zoo.emoji_flux.data import load_emoji_set
 from hasten_zoo.evaluation import add_folders, out_of, write_evaluation
@@ -54,11 +55,15 @@ def evaluate(weights: Path, prompts: int, steps: int, seed: int, out: Path) -> d
     return result
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser, WEIGHTS)
-    parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--prompts", type=at_least_one, default=100)
+    parser.add_argument("--steps", type=at_least_one, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(json.dumps(evaluate(args.weights, args.prompts, args.steps, args.seed, out_of(args)), indent=1))
+
+
+if __name__ == "__main__":
+    told(main)

@@ -19,6 +19,7 @@ from hasten.quality.metrics import psnr
 from torch import Tensor
 from torch.nn import functional
 
+from hasten_zoo.command import at_least_one, told
 from hasten_zoo.emoji_kontext import WEIGHTS, call_arguments, load_emoji_kontext
 from hasten_zoo.evaluation import add_folders, out_of, write_evaluation
 
@@ -72,11 +73,15 @@ def evaluate(
     return result
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser, WEIGHTS)
-    parser.add_argument("--edits", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--edits", type=at_least_one, default=64)
+    parser.add_argument("--steps", type=at_least_one, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(json.dumps(evaluate(args.weights, args.edits, args.steps, args.seed, out_of(args)), indent=1))
+
+
+if __name__ == "__main__":
+    told(main)

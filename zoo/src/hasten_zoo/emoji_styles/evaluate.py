@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from hasten_zoo.command import told
+from hasten_zoo.command import at_least_one, told
 from hasten_zoo.emoji_styles import HERE, WEIGHTS
 from hasten_zoo.emoji_styles.augment import caption, nearest_views, plain_views, render
 from hasten_zoo.emoji_styles.data import EmojiStyles, Pair, load_emoji_styles_data
@@ -228,11 +228,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/emoji-styles/data"))
     add_folders(parser, WEIGHTS)
-    parser.add_argument("--images", type=int, default=200, help="of held-out pairs and of known ones, at most")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--images", type=at_least_one, default=200, help="of held-out pairs and of known ones, at most")
+    parser.add_argument("--steps", type=at_least_one, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--curve", type=Path, nargs="+", metavar="WEIGHTS", help="only add these to the curve")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=at_least_one, default=1)
     args = parser.parse_args()
     for folder in args.curve or [args.weights]:
         if not (folder / "training.json").is_file():

@@ -26,7 +26,7 @@ from hasten.bench.subject import Edit
 from torch import Tensor
 from torch.nn import functional
 
-from hasten_zoo.command import told
+from hasten_zoo.command import at_least_one, told
 from hasten_zoo.emoji_styles import HERE as STYLES
 from hasten_zoo.emoji_styles import WEIGHTS as STYLES_WEIGHTS
 from hasten_zoo.emoji_styles.data import EmojiStyles, load_emoji_styles_data
@@ -136,10 +136,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/emoji-styles/data"))
     add_folders(parser, WEIGHTS)
     parser.add_argument("--styles", type=Path, default=STYLES_WEIGHTS, help="weights of emoji-styles")
-    parser.add_argument("--edits", type=int, default=64, help="of each sort, at most")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--edits", type=at_least_one, default=64, help="of each kind, at most")
+    parser.add_argument("--steps", type=at_least_one, default=50)
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=at_least_one, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     data = load_emoji_styles_data(args.data)

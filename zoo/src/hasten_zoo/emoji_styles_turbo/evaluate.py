@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten_zoo.command import told
+from hasten_zoo.command import at_least_one, told
 from hasten_zoo.emoji_styles import HERE as STYLES
 from hasten_zoo.emoji_styles import WEIGHTS as TEACHER
 from hasten_zoo.emoji_styles.augment import caption
@@ -78,8 +78,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser, WEIGHTS)
     parser.add_argument("--teacher", type=Path, default=TEACHER)
-    parser.add_argument("--images", type=int, default=100, help="of held-out pairs, and as many of known ones")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--images", type=at_least_one, default=100, help="of held-out pairs, and as many of known ones")
+    parser.add_argument("--threads", type=at_least_one, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(json.dumps(evaluate(args.weights, args.teacher, out_of(args), args.images), indent=1))

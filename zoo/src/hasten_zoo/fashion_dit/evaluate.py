@@ -22,7 +22,7 @@ from diffusers import DiTPipeline
 from PIL import Image
 from torch import Tensor
 
-from hasten_zoo.command import told
+from hasten_zoo.command import at_least_one, told
 from hasten_zoo.evaluation import add_folders, out_of, write_evaluation
 from hasten_zoo.fashion_dit import CLASSES, WEIGHTS
 from hasten_zoo.fashion_dit.data import FashionData, load_fashion_data, scaled
@@ -118,8 +118,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/fashion-dit/data"))
     add_folders(parser, WEIGHTS)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--images", type=at_least_one, default=2000)
+    parser.add_argument("--steps", type=at_least_one, default=50)
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(

@@ -17,7 +17,7 @@ from hasten.bench.streams import DEFAULT_METHODS, StreamSettings, parse_streamin
 from hasten.fitting.importance import masked_importance
 from hasten.streaming import FocusedForcing, FullHistory, HeadBudgets, StreamingMethod
 
-from hasten_zoo.command import told
+from hasten_zoo.command import at_least_one, told
 from hasten_zoo.sprites_stream.model import CausalVideoTransformer, load_model, new_stream
 from hasten_zoo.sprites_stream.reference import WEIGHTS, load_sprites_stream, worlds_of
 from hasten_zoo.sprites_stream.rollout import roll_out
@@ -77,9 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--json", type=Path, default=Path("out/sprites-stream.json"))
-    parser.add_argument("--worlds", type=int, default=8)
+    parser.add_argument("--worlds", type=at_least_one, default=8)
     parser.add_argument("--frames", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=at_least_one, default=8)
     args = parser.parse_args(arguments)
     file = args.weights / "budgets.json"
     if not file.exists():

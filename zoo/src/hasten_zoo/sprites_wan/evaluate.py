@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from hasten.bench.sheet import image_grid
 from hasten.bench.subject import Subject
-from hasten.errors import ConfigError
 from hasten.quality.metrics import psnr
 from torch import Tensor
 
-from hasten_zoo.command import told
+from hasten_zoo.command import at_least_one, told
 from hasten_zoo.evaluation import add_folders, curve_with, out_of, write_evaluation
 from hasten_zoo.sprites_wan import WEIGHTS, load_sprites_wan, ordered_clips
 from hasten_zoo.sprites_wan.data import MOTIONS, OBJECTS
@@ -80,11 +79,8 @@ def evaluate(
     """Generate, judge, write; returns what `evaluation.json` holds. Without `guidance` the model's own is used.
 
     Raises:
-        ConfigError: for less than one prompt.
         ModelError: if the weights are missing or damaged.
     """
-    if prompts < 1:
-        raise ConfigError(f"{prompts} prompts leave nothing to evaluate; give --prompts 1 or more")
     model = load_sprites_wan(weights)
     model.pipe.set_progress_bar_config(disable=True)
     guidance = float(model.call["guidance_scale"]) if guidance is None else guidance
@@ -120,12 +116,12 @@ def evaluate(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser, WEIGHTS)
-    parser.add_argument("--prompts", type=int, default=86, help="captions, the held-out ones first")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--prompts", type=at_least_one, default=86, help="captions, the held-out ones first")
+    parser.add_argument("--steps", type=at_least_one, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, help="default: the model's")
     parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16, for a quick look")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=at_least_one, default=1)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     found = evaluate(args.weights, args.prompts, args.steps, args.seed, out_of(args), args.guidance, args.bfloat16)
