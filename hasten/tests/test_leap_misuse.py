@@ -148,10 +148,17 @@ def test_guidance_that_does_nothing_is_not_that_of_the_fit(plain_fit):
     draw(pipe, 3, guidance_scale=1.0)
 
 
-def test_true_guidance_is_refused_by_a_fit_without_it(plain_fit):
+def test_true_guidance_with_a_fit_without_it_is_told(plain_fit):
     pipe = make_pipe()
     pipe.scheduler = LeapScheduler.of(plain_fit, pipe)
-    with pytest.raises(ScheduleError, match=r"this run has true guidance 3 .* and LEAP was fitted without it"):
+    with pytest.warns(HastenWarning, match=r"LEAP was fitted without guidance, and this run has 3: .* fit with it"):
+        draw(pipe, 3, **GUIDED)
+    pipe = make_pipe()
+    with (
+        hasten.accelerate(pipe, hasten.Leap(plain_fit)),
+        pytest.warns(HastenWarning),
+        pytest.raises(ScheduleError, match="LEAP was fitted without guidance, one pass"),
+    ):
         draw(pipe, 3, **GUIDED)
 
 

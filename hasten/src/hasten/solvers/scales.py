@@ -6,13 +6,14 @@ they made (`mixtures`). A run shows the one by the arguments of its pipeline's c
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor
 
-from hasten.errors import ConfigError, ScheduleError, brief
+from hasten.errors import ConfigError, HastenWarning, ScheduleError, brief
 from hasten.pipeline.caller import Caller
 from hasten.pipeline.guidance import SCALES, denies_something, one_number, scales_beside
 from hasten.solvers.content import Content
@@ -88,8 +89,8 @@ def asked_guidance(content: Content) -> tuple[float, ...]:
         content: of the scheduler, with the argument by which the fit was given its scales.
 
     Raises:
-        ScheduleError: for what is no number, true guidance where the fit is for none, or for the embedded one, or
-            another scale beside it than the fit's.
+        ScheduleError: for what is no number, true guidance beside the embedded one that the fit is for, or another
+            scale beside it than the fit's.
     """
     argument = content.guidance_argument
     given = Caller().arguments
@@ -101,7 +102,15 @@ def asked_guidance(content: Content) -> tuple[float, ...]:
         true = 1.0
     if argument == "true_cfg_scale":
         return (true,) if "true_cfg_scale" in given else ()
-    if argument is not None or content.one_pass:
+    if argument is None and content.one_pass and denies and true > 1:
+        warnings.warn(
+            f"LEAP was fitted without guidance, and this run has {true:g}: its image can be farther from the full "
+            "run's than plain steps are; fit with it (fit_leap, the calls with their guidance), or call without it",
+            HastenWarning,
+            stacklevel=4,
+        )
+        return tuple(known.values())
+    if argument is not None:
         if denies and true > 1:
             raise ScheduleError(
                 f"this run has true guidance {true:g} (true_cfg_scale with a negative prompt), and LEAP was fitted "
