@@ -29,7 +29,7 @@ from hasten.bench.streams import parse_streaming
 from hasten.io import write_atomically
 from hasten.streaming import FullHistory
 from hasten_zoo.emoji_flux.data import load_emoji_set
-from hasten_zoo.sprites_wan import load_sprites_wan, ordered_clips
+from hasten_zoo.sprites_wan import load_sprites_wan
 from PIL import Image
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -154,7 +154,7 @@ def clips_page() -> Image.Image:
     """Clips of captions that training left out, clip `i` from seed `i`: a few frames of each arm."""
     model = load_sprites_wan()
     model.pipe.set_progress_bar_config(disable=True)
-    prompts = [clip.caption for clip in ordered_clips() if clip.held_out][:DRAWN]
+    prompts = model.prompts[:DRAWN]  # the held-out ones come first
     with tempfile.TemporaryDirectory() as folder:
         lines = []
         for seed, prompt in enumerate(prompts):

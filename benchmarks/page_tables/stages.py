@@ -25,13 +25,12 @@ CLIPS: Measures = {
     "temporal_error": ("error of the change between frames", 3),
     "right": ("object and motion right", 2),
 }
-BY_KIND = re.compile(r"specedit(:draft.*)?(?<!warmup=1)")  # arms whose kinds of edits are told apart
 BUDGETED = re.compile(r"dvg(:budget=[\d.]+)?(:lead=1)?")  # of the arms those that are compared with both forms
 FORMS = {"space": "leaving out pixels alone", "time": "leaving out frames alone"}
 
 
 def edits_table(name: str) -> str:
-    """Markdown of edits: an arm per row, the cheapest last, and those with a mask of SpecEdit by the kind of edit;
+    """Markdown of edits: an arm per row, the cheapest last, and SpecEdit alone by the kind of edit;
     empty if there is no such file."""
     if not (ROOT / "benchmarks" / name).exists():
         return ""
@@ -44,7 +43,7 @@ def edits_table(name: str) -> str:
         )
     sorts = _head("arm, kind of edit (how many)", EDITED)
     for text, row in arms.items():
-        for kind, part in row["by_kind"].items() if BY_KIND.fullmatch(text) else ():
+        for kind, part in row["by_kind"].items() if text.startswith("specedit") and "+" not in text else ():
             title = f"{arm_title(text)}, {kind} ({part['edits']})"
             sorts.append(table_row([title, cell(part["ratio"], 2), *_measured(part["means"], part, EDITED)]))
     full = next(iter(result["rows"].values()))["means"]

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from hasten.errors import HastenError, ModelError
+from hasten.bench.subject import check_device
+from hasten.errors import ConfigError, HastenError, ModelError
 
 from hasten_zoo.record import POSITION, Start
 from hasten_zoo.swift import compile_blocks
@@ -57,9 +57,9 @@ def _number(text: str, kind: type[N]) -> N:
 def device(text: str) -> str:
     """An option's device, if this torch can use it."""
     try:
-        torch.zeros(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be used here: {str(error).splitlines()[0]}") from error
+        check_device(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here: {error}") from error
     return text
 
 

@@ -13,7 +13,7 @@ from hasten.errors import ConfigError
 from hasten.io import write_atomically
 from PIL import Image
 
-__all__ = ["FIGURES", "add_folders", "curve_with", "out_of", "write_evaluation"]
+__all__ = ["FIGURES", "add_folders", "curve_of", "curve_with", "out_of", "write_evaluation"]
 
 FIGURES = "evaluation.json"
 
@@ -37,6 +37,14 @@ def out_of(args: argparse.Namespace) -> Path:
     return Path(args.out or committed.parent)
 
 
+def curve_of(out: Path) -> list[dict[str, Any]]:
+    """The `curve` of a folder's figures; empty where there is none yet."""
+    found: list[dict[str, Any]] = []
+    if (out / FIGURES).is_file():
+        found = json.loads((out / FIGURES).read_text()).get("curve", found)
+    return found
+
+
 def curve_with(out: Path, row: Mapping[str, Any], same: Sequence[str]) -> list[dict[str, Any]]:
     """The `curve` of a folder's figures with a row for one more moment of a training.
 
@@ -45,8 +53,7 @@ def curve_with(out: Path, row: Mapping[str, Any], same: Sequence[str]) -> list[d
         row: to add, in the place of one that measured the same.
         same: what says what was measured; the first of them is what rows are sorted by.
     """
-    known = json.loads((out / FIGURES).read_text()).get("curve", []) if (out / FIGURES).is_file() else []
-    others = [other for other in known if any(other.get(key) != row.get(key) for key in same)]
+    others = [other for other in curve_of(out) if any(other.get(key) != row.get(key) for key in same)]
     return sorted([*others, dict(row)], key=lambda one: one[same[0]])
 
 

@@ -160,10 +160,10 @@ def told_guidance(
         named = guidance_of(scales | dict(calls[0]))
     several = []
     for call in calls:
-        beside = scales_beside(defaults | dict(call))
-        if named[0] == "true_cfg_scale" and told and "guidance_scale" in defaults:
-            beside["guidance_scale"] = one_number((defaults | dict(call))["guidance_scale"])
-        several.append(beside)
+        given = defaults | dict(call)
+        several.append(scales_beside(given))
+        if named[0] == "true_cfg_scale" and told and "guidance_scale" in given:
+            several[-1]["guidance_scale"] = one_number(given["guidance_scale"])
     if (other := next((i for i, beside in enumerate(several) if beside != several[0]), None)) is not None:
         raise ConfigError(
             f"one fit is for one guidance: call 0 has {several[0]}, call {other} has {several[other]}; give all the "

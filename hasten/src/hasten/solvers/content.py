@@ -86,10 +86,6 @@ class Content:
         told = self.fingerprint is not None and {*self.guidances, *self.mixtures} == {None}
         return told and all(table.passes is None for table in self.tables.values())
 
-    def check_model(self, pipe: Any) -> None:
-        """Raise a CalibrationError if a pipeline's denoiser is another one than it was fitted to."""
-        refuse_other_model(self.fingerprint, pipe)
-
     def count(self, wanted: int | None, asked: Collection[str] = ()) -> str:
         """A number of evaluations as tables are called.
 

@@ -129,9 +129,10 @@ def _check_beside(fitted: Mapping[str, float | None], given: Mapping[str, Any]) 
         here = asked.get(name, own)
         if name == "guidance_scale_2":  # of Wan's second expert, which has the first one's unless it is given its own
             first = asked.get("guidance_scale")
-            own, here = (
-                (None, None if here == first else here) if own is None else (own, first if here is None else here)
-            )
+            if own is None and here == first:
+                here = None
+            elif own is not None and here is None:
+                here = first
         same = here == own if here is None or own is None else _within(here, [own])
         if not same:
             told = ["its default" if one is None else f"{one:g}" for one in (own, here)]

@@ -19,7 +19,16 @@ from hasten.io import Limits, describe, digest_of, read_json, write_atomically
 from hasten.pipeline.caller import Caller, Owner, current_owner
 from hasten.pipeline.numbers import check_step, checks_all
 from hasten.solvers.asked import asked_by_user, check_asked, warn_of_scale
-from hasten.solvers.content import LEAP, MORE, REMEDY, Content, arguments_of, as_json, check_arguments
+from hasten.solvers.content import (
+    LEAP,
+    MORE,
+    REMEDY,
+    Content,
+    arguments_of,
+    as_json,
+    check_arguments,
+    refuse_other_model,
+)
 from hasten.solvers.formula import Formula, Learned, SecondOrder, level_at, signal
 from hasten.solvers.passes import UNWATCHED, Answers, difference, mixture_of
 from hasten.solvers.scales import (
@@ -161,7 +170,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             CalibrationError: if it is another one.
         """
-        self._checked.check_model(pipe)
+        refuse_other_model(self._checked.fingerprint, pipe)
 
     # --- its file, scheduler_config.json
 
@@ -235,7 +244,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = wanted
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle has: all but the pipeline that was compared, its hook, and whose run it was."""
+        """What a copy or a pickle has: all but the hook, and what belongs to the run under way."""
         return {name: value for name, value in vars(self).items() if name not in PASSING}
 
     def _choose(self, count: str, scale: float | None) -> None:

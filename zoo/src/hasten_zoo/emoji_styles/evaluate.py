@@ -42,7 +42,7 @@ from hasten_zoo.emoji_styles.judge import Judge
 from hasten_zoo.emoji_styles.model import load_pipeline
 from hasten_zoo.emoji_styles.perceptual import Perceptual
 from hasten_zoo.emoji_styles.train_vae import round_trip
-from hasten_zoo.evaluation import FIGURES, add_folders, curve_with, out_of, write_evaluation
+from hasten_zoo.evaluation import FIGURES, add_folders, curve_of, curve_with, out_of, write_evaluation
 
 BATCH = 16
 SIZE = 128
@@ -217,9 +217,8 @@ def evaluate(weights: Path, data: EmojiStyles, out: Path, images: int, steps: in
     seeds_of_one = generate(pipe, ["red apple"] * 12, list(range(12)), steps, guidance)
     rows_shown = [shown[name][:12] for name in ("held_out", "held_out/true", "known", "known/nearest")]
     page = sheet([*rows_shown, seeds_of_one], columns=12)
-    earlier = out / FIGURES
-    curve = json.loads(earlier.read_text()).get("curve") if earlier.is_file() else None
-    result |= {"curve": curve} if curve else {}
+    if curve := curve_of(out):
+        result["curve"] = curve
     write_evaluation(out, result, page, "webp")
     return result
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,16 @@ def stand_ins(pipe: FluxKontextPipeline, edits: Sequence[Edit]) -> dict[str, Ten
     return {name: torch.where(masks[:, None], images, sources) for name, images in found.items()}
 
 
-def done(pipe: FluxKontextPipeline, edits: Sequence[Edit], images: Tensor) -> dict[str, Any]:
-    """How many edits there are, and the shares of them that images in [0, 1] and stand-ins do."""
+def verdicts(pipe: FluxKontextPipeline, edits: Sequence[Edit], images: Tensor) -> dict[str, list[bool]]:
+    """For each edit whether images in [0, 1] do it, and whether stand-ins do, by name."""
+    every = {"result": images, **stand_ins(pipe, edits)}
+    return {name: [is_done(*pair) for pair in zip(edits, of, strict=True)] for name, of in every.items()}
 
-    def share(of: Tensor) -> float:
-        return round(sum(is_done(edit, image) for edit, image in zip(edits, of, strict=True)) / len(edits), 3)
 
-    others = {name: share(of) for name, of in stand_ins(pipe, edits).items()}
-    return {"edits": len(edits), "done": share(images), "done_by_stand_ins": others}
+def done(found: Mapping[str, Sequence[bool]], places: Sequence[int]) -> dict[str, Any]:
+    """How many edits there are at some places, and the shares of them that are done."""
+    shares = {name: round(sum(of[i] for i in places) / len(places), 3) for name, of in found.items()}
+    return {"edits": len(places), "done": shares.pop("result"), "done_by_stand_ins": shares}
 
 
 def _middle(values: list[float]) -> float:
@@ -99,12 +101,13 @@ def evaluate(
     rows: list[Tensor] = []
     for what in COUNTS:
         chosen = held_out_edits(data, {what: edits})
-        true = [found.edit for found in chosen]
+        true = [one.edit for one in chosen]
         sources, targets = (torch.stack([getattr(edit, name) for edit in true]) for name in ("source", "target"))
         drawn = apply_edits(pipe, sources, [edit.prompt for edit in true], steps, guidance)
         before, after, made = (2 * images - 1 for images in (sources, targets, drawn))
+        found = verdicts(pipe, true, drawn)
         row: dict[str, Any] = {
-            **done(pipe, true, drawn),
+            **done(found, range(len(true))),
             "psnr_to_target_db": _middle(psnr(made, after)),
             "psnr_of_target_after_autoencoder_db": _middle(psnr(through(pipe, after), after)),
             "psnr_of_source_to_target_db": _middle(psnr(before, after)),
@@ -115,14 +118,14 @@ def evaluate(
             for name, verb in (("added", "add "), ("removed", "remove ")):
                 some = [i for i, edit in enumerate(true) if edit.prompt.startswith(verb)]
                 if some:
-                    row[name] = done(pipe, [true[i] for i in some], drawn[some])
+                    row[name] = done(found, some)
             kept = through(pipe, before)
             for name, images in (("result", made), ("source_after_autoencoder", kept)):
                 errors = [((a - b) / 2).square().mean(0)[~edit.mask].mean() for a, b, edit in
                           zip(images, before, true, strict=True)]  # fmt: skip
                 row[f"psnr_unedited_{name}_db"] = _middle([-10 * float(error.log10()) for error in errors])
         if what == "style":
-            pairs = [found.pair for found in chosen]
+            pairs = [one.pair for one in chosen]
             row |= {"found": recognised(judge, made, pairs), "found_in_targets": recognised(judge, after, pairs)}
         result[what] = row
         rows += [before[:SHOWN], after[:SHOWN], made[:SHOWN]]
