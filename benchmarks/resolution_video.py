@@ -29,12 +29,14 @@ from typing import Any
 
 import torch
 from arms import STEPS, arm_of
+from fits import check_texts
 from hasten.bench.arms import one_line
 from hasten.bench.plain import plain_samplers
 from hasten.bench.sampling import Sample, count_flops, draw_sample
 from hasten.bench.subject import Subject
 from hasten.errors import HastenError
 from hasten.quality.metrics import Lpips, over_frames, psnr, temporal_error
+from hasten_zoo.command import at_least_one, told
 from hasten_zoo.sprites_wan import WEIGHTS, load_sprites_wan, ordered_clips
 from held_out import FAILS
 from leads import Results, Row, against_plain, rival_leads
@@ -140,11 +142,13 @@ def main() -> None:
     """Measure what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--prompts", type=int, default=32, help="of the captions that training left out")
+    parser.add_argument("--prompts", type=at_least_one, default=32, help="of the captions that training left out")
     parser.add_argument("--guidance", type=float, help="the model's own by default")
     parser.add_argument("--arms", help="arms with semicolons, instead of all")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
+    arms = ARMS if options.arms is None else options.arms.split(";")
+    check_texts(arms)
     bed = Bed(options)
     size = [bed.model.call[name] for name in ("num_frames", "height", "width")]
     guidance = bed.model.call["guidance_scale"] if options.guidance is None else options.guidance
@@ -166,7 +170,7 @@ def main() -> None:
         samples, _ = bed.draw(full)
     bed.full = [sample.image for sample in samples]
     samplers = screen(bed, results.whole.setdefault("screened", {}), results.write)
-    for text in ARMS if options.arms is None else options.arms.split(";"):
+    for text in arms:
         try:
             row = measure(text)
         except (HastenError, ValueError) as error:
@@ -185,4 +189,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    main()
+    told(main)

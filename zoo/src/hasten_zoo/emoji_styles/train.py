@@ -26,7 +26,7 @@ from hasten.io import write_atomically
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hasten_zoo.command import add_options, run_with, told
+from hasten_zoo.command import add_options, at_least_one, run_with, told
 from hasten_zoo.emoji_styles.augment import CAPTION_LEFT_OUT, COLOURS, STYLE_LEFT_OUT, caption
 from hasten_zoo.emoji_styles.data import PACKAGES, EmojiStyles, load_emoji_styles_data
 from hasten_zoo.emoji_styles.latents import Latents, load_latents, vae_folder
@@ -187,7 +187,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=runs / "data")
     parser.add_argument("--vae", type=Path, help="default: the folder of train_vae, else the committed one")
     parser.add_argument("--latents", type=Path, default=runs / "latents")
-    parser.add_argument("--cooldown", type=int, metavar="SAMPLES", help="let the rate fall to zero, in OUT/cooldown")
+    parser.add_argument(
+        "--cooldown", type=at_least_one, metavar="SAMPLES", help="let the rate fall to zero, in OUT/cooldown"
+    )
     add_options(parser, runs / "flow", 1_500_000, 32, WEIGHTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -19,7 +19,7 @@ from hasten.io import Kind
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hasten_zoo.command import told
+from hasten_zoo.command import at_least_one, told
 from hasten_zoo.fashion_dit import CLASSES, HERE
 from hasten_zoo.fashion_dit.data import FashionData, load_fashion_data, scaled
 from hasten_zoo.weights import read_weights, write_weights
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/fashion-dit/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/fashion-dit/features.safetensors"))
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=at_least_one, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = load_fashion_data(args.data)
