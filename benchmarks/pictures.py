@@ -12,22 +12,23 @@ rolls out one world by itself. Each writes `docs/images/PAGE.png`, or what `--ou
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from arms import arm_of
 from hasten.bench import subject
+from hasten.bench.result import Result, read_result
 from hasten.bench.sampling import draw_sample
 from hasten.bench.sheet import contact_sheet, film_strip, to_pil
 from hasten.bench.streams import parse_streaming
+from hasten.errors import ReportError
 from hasten.io import write_atomically
 from hasten.streaming import FullHistory
+from hasten_zoo.command import told
 from hasten_zoo.emoji_flux.data import load_emoji_set
 from hasten_zoo.sprites_wan import load_sprites_wan
 from PIL import Image
@@ -104,11 +105,22 @@ def no_images(prompt: str, i: int) -> list[Path]:
 
 
 def bench_page(page: Page, result_file: Path) -> Image.Image:
-    """A sheet of some arms of a bench result."""
-    result = json.loads(result_file.read_text())
-    rows: dict[str, dict[str, Any]] = {row["id"]: row for row in result["rows"]}
-    rows["euler-50"] = result["baseline"]
-    prompts = result["settings"]["prompts"][: page.captions]
+    """A sheet of some arms of a bench result.
+
+    Raises:
+        ReportError: if the file is no such result, or lacks an arm or images.
+    """
+    result = read_result(result_file)
+    if not isinstance(result, Result):
+        raise ReportError(f"{result_file}: a result of a streaming model, and the page shows images")
+    wanted = "emoji-kontext" if page.edits else "emoji-flux"
+    if result.model != wanted:
+        raise ReportError(f"{result_file}: a result of {result.model}, and the page shows {wanted}")
+    images = {row.id: row.images for row in result.measured} | {"euler-50": result.baseline.images}
+    prompts = result.settings.prompts[: page.captions]
+    for arm in page.arms:
+        if len(images.get(arm) or ()) < len(prompts):
+            raise ReportError(f"{result_file} has no images of {arm}, which the page shows; measure it with the others")
     with ExitStack() as stack:
         own: Callable[[str, int], list[Path]] = no_images
         headings = list(page.arms.values())
@@ -119,7 +131,7 @@ def bench_page(page: Page, result_file: Path) -> Image.Image:
             own = training_images(Path(stack.enter_context(tempfile.TemporaryDirectory())))
             headings = ["caption's|image", *headings]
         lines = [
-            [*own(prompt, i), *(result_file.parent / rows[arm]["images"][i] for arm in page.arms)]
+            [*own(prompt, i), *(result_file.parent / images[arm][i] for arm in page.arms)]
             for i, prompt in enumerate(prompts)
         ]
         return contact_sheet(lines, prompts, headings, side=page.side)
@@ -191,9 +203,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.page in PAGES and args.result is None:
         parser.error(f"{args.page} needs the JSON of a bench run")
+    if args.page in DRAWING and args.result is not None:
+        parser.error(f"{args.page} draws its own images, and takes no JSON")
     sheet = DRAWING[args.page]() if args.page in DRAWING else bench_page(PAGES[args.page], args.result)
     write_atomically(args.out or IMAGES / f"{args.page}.png", partial(sheet.save, format="png", optimize=True))
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable
@@ -70,10 +71,28 @@ def test_damaged_weights_are_refused_before_they_are_loaded(
     folder = shutil.copytree(emoji_flux.WEIGHTS, tmp_path / "weights")
     assert emoji_flux.load_emoji_flux(folder).pipe is not None
     damage(folder)
-    monkeypatch.setattr("hasten_zoo.emoji_flux.model.load_pipeline", lambda _: pytest.fail("it was loaded"))
+    for name in ("WordTokenizer", "FlowMatchEulerDiscreteScheduler", "PixelVAE", "FluxTransformer2DModel"):
+        reader = f"hasten_zoo.emoji_flux.model.{name}.from_pretrained"
+        monkeypatch.setattr(reader, lambda *given, **named: pytest.fail("it was loaded"))
     with pytest.raises(ModelError, match="Reinstall") as caught:
         emoji_flux.load_emoji_flux(folder)
     assert str(caught.value).isprintable()
+
+
+MODELS = ("emoji_flux", "emoji_kontext", "emoji_styles", "fashion_dit", "sprites_wan")
+FROM_STYLES = ("emoji_styles_edit", "emoji_styles_turbo")  # differences from emoji-styles
+
+
+@pytest.mark.parametrize("module", [*MODELS, *FROM_STYLES])
+def test_a_folder_that_is_not_there_is_named_wherever_models_are_read(module: str, tmp_path: Path) -> None:
+    """Trainings and evaluations read pipelines, too, and not only what hands out models."""
+    load = importlib.import_module(f"hasten_zoo.{module}.model").load_pipeline
+    name, folder = module.replace("_", "-"), tmp_path / "nowhere"
+    with pytest.raises(ModelError, match=rf"no {name} weights in {folder}; .* -m hasten_zoo.{module}.train --export$"):
+        load(folder)
+    if module in FROM_STYLES:
+        with pytest.raises(ModelError, match=f"no emoji-styles weights in {folder}"):
+            load(tmp_path, folder)
 
 
 @pytest.mark.parametrize("name", CONTAINERS)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
+from hasten_zoo.reading import reading
 from hasten_zoo.words import WordTokenizer, word_tokenizer
 
 __all__ = ["PixelVAE", "build_pipeline", "build_tokenizer", "load_pipeline"]
@@ -144,9 +145,13 @@ def _without_bars() -> Iterator[None]:
 
 
 def load_pipeline(folder: Path) -> FluxPipeline:
-    """Load a pipeline folder that the training script exported; only local files are read."""
-    tokenizer = WordTokenizer.from_pretrained(folder / "tokenizer")
-    with _without_bars():
+    """Load a pipeline folder that the training script exported; only local files are read.
+
+    Raises:
+        ModelError: if a file is missing, or not as it was written.
+    """
+    with reading("emoji-flux", folder), _without_bars():
+        tokenizer = WordTokenizer.from_pretrained(folder / "tokenizer")
         return FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
             vae=PixelVAE.from_pretrained(folder / "vae"),

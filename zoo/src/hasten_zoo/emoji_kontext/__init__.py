@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 from hasten.bench.subject import Subject
-from hasten.errors import ConfigError, ModelError
-from hasten.io import check_sealed
+from hasten.errors import ConfigError
 from torch import Tensor
 from torch.nn import functional
 
@@ -79,16 +78,7 @@ def load_emoji_kontext(weights: Path = WEIGHTS) -> Subject:
     Raises:
         ModelError: if the files are missing or damaged.
     """
-    if not (weights / "transformer").is_dir():
-        raise ModelError(
-            f"no emoji-kontext weights in {weights}; reinstall hasten, or export some with "
-            "python -m hasten_zoo.emoji_kontext.train --export"
-        )
-    check_sealed(weights, ModelError, "Reinstall hasten-zoo, or export them again.")
-    try:
-        pipe = load_pipeline(weights)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the emoji-kontext files in {weights} cannot be read ({error}); reinstall hasten") from error
+    pipe = load_pipeline(weights)
     plans = {plan.prompt: plan for plan in held_out_plans(EDITS)}
 
     def grade(images: Tensor, prompts: list[str]) -> list[bool]:

@@ -17,6 +17,7 @@ from hasten_zoo.emoji_flux.model import PixelVAE
 from hasten_zoo.emoji_flux.model import build_pipeline as build_emoji_flux
 from hasten_zoo.emoji_flux.model import load_pipeline as load_emoji_flux
 from hasten_zoo.emoji_kontext.data import BACKGROUNDS, CORNERS, EFFECTS, ITEMS, TINTS
+from hasten_zoo.reading import reading
 from hasten_zoo.words import WordTokenizer
 
 __all__ = ["LEARNED", "TEXT_TOKENS", "build_pipeline", "load_pipeline", "start_from"]
@@ -55,14 +56,19 @@ def build_pipeline(start: Path | None = None, width: int = 128) -> FluxKontextPi
 
 
 def load_pipeline(folder: Path) -> FluxKontextPipeline:
-    """Load a pipeline folder that the training script exported, in float32; only local files are read."""
-    tokenizer = WordTokenizer.from_pretrained(folder / "tokenizer")
-    return FluxKontextPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        vae=PixelVAE.from_pretrained(folder / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder").float(),
-        tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2").float(),
-        tokenizer_2=tokenizer,
-        transformer=FluxTransformer2DModel.from_pretrained(folder / "transformer").float(),
-    )
+    """Load a pipeline folder that the training script exported, in float32; only local files are read.
+
+    Raises:
+        ModelError: if a file is missing, or not as it was written.
+    """
+    with reading("emoji-kontext", folder):
+        tokenizer = WordTokenizer.from_pretrained(folder / "tokenizer")
+        return FluxKontextPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+            vae=PixelVAE.from_pretrained(folder / "vae"),
+            text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder").float(),
+            tokenizer=tokenizer,
+            text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2").float(),
+            tokenizer_2=tokenizer,
+            transformer=FluxTransformer2DModel.from_pretrained(folder / "transformer").float(),
+        )

@@ -44,20 +44,12 @@ def open_styles(name: str, weights: Path, call: dict[str, Any], load: Callable[[
     """
     # Imported here, so that training does not load the bench.
     from hasten.bench.subject import Subject
-    from hasten.errors import ModelError
-    from hasten.io import check_sealed
 
     from hasten_zoo.emoji_styles.augment import caption
     from hasten_zoo.emoji_styles.judge import Judge, read_judge
 
-    if not (weights / "training.json").is_file():
-        raise ModelError(f"no {name} weights in {weights}; export some with the training script")
-    check_sealed(weights, ModelError, "Reinstall hasten-zoo, or export them again.")
     pairs = [pair for pair in read_judge(HERE)[0] if pair.taught and not pair.held_out]
-    try:
-        pipe = load(weights)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the {name} files in {weights} cannot be read ({error}); export them again") from error
+    pipe = load(weights)
     judge = Judge.load(HERE) if Judge.available(HERE) else None
 
     def grade(images: Tensor, prompts: list[str]) -> list[bool]:

@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from hasten_zoo.emoji_styles.augment import COLOURS
 from hasten_zoo.emoji_styles.vae import EmojiVAE
 from hasten_zoo.low_rank import weights_digest
+from hasten_zoo.reading import reading
 from hasten_zoo.words import WordTokenizer, word_tokenizer
 
 __all__ = ["LEARNING", "TEXT_TOKENS", "build_pipeline", "build_tokenizer", "digest", "load_pipeline", "shift"]
@@ -123,14 +124,19 @@ def digest(pipe: FluxPipeline) -> str:
 
 
 def load_pipeline(folder: Path) -> FluxPipeline:
-    """Load a pipeline folder that the training script exported; only local files are read."""
-    tokenizer = WordTokenizer.from_pretrained(folder / "tokenizer")
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        vae=EmojiVAE.from_pretrained(folder / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-        tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32),
-        tokenizer_2=tokenizer,
-        transformer=FluxTransformer2DModel.from_pretrained(folder / "transformer"),
-    )
+    """Load a pipeline folder that the training script exported; only local files are read.
+
+    Raises:
+        ModelError: if a file is missing, or not as it was written.
+    """
+    with reading("emoji-styles", folder):
+        tokenizer = WordTokenizer.from_pretrained(folder / "tokenizer")
+        return FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+            vae=EmojiVAE.from_pretrained(folder / "vae"),
+            text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+            tokenizer=tokenizer,
+            text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32),
+            tokenizer_2=tokenizer,
+            transformer=FluxTransformer2DModel.from_pretrained(folder / "transformer"),
+        )

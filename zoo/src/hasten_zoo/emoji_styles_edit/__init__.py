@@ -61,22 +61,13 @@ def load_emoji_styles_edit(weights: Path = WEIGHTS, edits: Path = EDITS, styles:
     """
     # Imported here, so that training does not load the bench.
     from hasten.bench.subject import Subject
-    from hasten.errors import ConfigError, ModelError
-    from hasten.io import check_sealed
+    from hasten.errors import ConfigError
 
     from hasten_zoo.emoji_styles.judge import read_judge
     from hasten_zoo.emoji_styles_edit.edits import read_edits
     from hasten_zoo.emoji_styles_edit.model import load_pipeline
 
-    if not (weights / "training.json").is_file():
-        raise ModelError(f"no emoji-styles-edit weights in {weights}; export some with the training script")
-    check_sealed(weights, ModelError, "Reinstall hasten-zoo, or export them again.")
-    try:
-        pipe = load_pipeline(weights, styles)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"the emoji-styles-edit files in {weights} cannot be read ({error}); export them again"
-        ) from error
+    pipe = load_pipeline(weights, styles)
     known = {edit.prompt: edit for edit in read_edits(edits, pipe.vae, read_judge(STYLES_HERE)[0])}
 
     def grade(images: Tensor, prompts: list[str]) -> list[bool]:

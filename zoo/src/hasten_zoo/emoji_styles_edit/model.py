@@ -20,6 +20,7 @@ from hasten_zoo.emoji_styles.model import build_pipeline as build_styles
 from hasten_zoo.emoji_styles.model import load_pipeline as load_styles
 from hasten_zoo.emoji_styles_edit.data import instructions
 from hasten_zoo.low_rank import DIFFERENCES, merge, read_low_rank
+from hasten_zoo.reading import reading
 from hasten_zoo.words import WordTokenizer
 
 __all__ = ["BASE", "STYLES", "as_kontext", "build_pipeline", "learning", "load_pipeline"]
@@ -63,9 +64,10 @@ def load_pipeline(folder: Path, styles: Path = WEIGHTS) -> FluxKontextPipeline:
         ModelError: if a file is missing or damaged, or was trained from other weights of `emoji-styles`.
     """
     old = load_styles(styles)
-    pipe = build_pipeline(old, WordTokenizer.from_pretrained(folder / "tokenizer"))
-    net = learning(pipe)
-    read_low_rank(folder / DIFFERENCES, net, digest(old), BASE)
+    with reading("emoji-styles-edit", folder):
+        pipe = build_pipeline(old, WordTokenizer.from_pretrained(folder / "tokenizer"))
+        net = learning(pipe)
+        read_low_rank(folder / DIFFERENCES, net, digest(old), BASE)
     merge(net)
     net.eval()
     return pipe

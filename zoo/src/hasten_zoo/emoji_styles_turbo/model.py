@@ -11,6 +11,7 @@ from hasten_zoo.emoji_styles import WEIGHTS as STYLES
 from hasten_zoo.emoji_styles.model import digest
 from hasten_zoo.emoji_styles.model import load_pipeline as load_styles
 from hasten_zoo.low_rank import DIFFERENCES, merge, read_low_rank
+from hasten_zoo.reading import reading
 
 __all__ = ["BASE", "learning", "load_pipeline"]
 
@@ -30,7 +31,8 @@ def load_pipeline(folder: Path, styles: Path = STYLES) -> FluxPipeline:
     """
     pipe = load_styles(styles)
     net = learning(pipe)
-    read_low_rank(folder / DIFFERENCES, net, digest(pipe), BASE)
+    with reading("emoji-styles-turbo", folder):
+        read_low_rank(folder / DIFFERENCES, net, digest(pipe), BASE)
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     merge(net)
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     return pipe

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from hasten.errors import ModelError
-from hasten.io import check_sealed
 from torch import nn
 
 from hasten_zoo.emoji_flux.model import PixelVAE
 from hasten_zoo.fashion_dit import CLASSES
+from hasten_zoo.reading import reading
 
 __all__ = ["NO_CLASS", "build_pipeline", "load_pipeline", "without_label_dropout"]
 
@@ -52,13 +51,13 @@ def load_pipeline(folder: Path) -> DiTPipeline:
     Raises:
         ModelError: if a file is missing, or not as it was written.
     """
-    check_sealed(folder, ModelError, "Export the weights again with python -m hasten_zoo.fashion_dit.train.")
-    return DiTPipeline(
-        DiTTransformer2DModel.from_pretrained(folder / "transformer"),
-        PixelVAE.from_pretrained(folder / "vae"),
-        DDIMScheduler.from_pretrained(folder / "scheduler"),
-        id2label=dict(enumerate(CLASSES)),
-    )
+    with reading("fashion-dit", folder):
+        return DiTPipeline(
+            DiTTransformer2DModel.from_pretrained(folder / "transformer"),
+            PixelVAE.from_pretrained(folder / "vae"),
+            DDIMScheduler.from_pretrained(folder / "scheduler"),
+            id2label=dict(enumerate(CLASSES)),
+        )
 
 
 def without_label_dropout(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from hasten_zoo.emoji_flux.model import build_tokenizer
+from hasten_zoo.reading import reading
 from hasten_zoo.sprites_wan.data import all_clips
 from hasten_zoo.sprites_wan.vae import CHANNELS, SpriteVAE
 from hasten_zoo.words import WordTokenizer
@@ -70,11 +71,16 @@ def build_pipeline(vae: SpriteVAE | None = None, width: int = 192, layers: int =
 
 
 def load_pipeline(folder: Path) -> WanPipeline:
-    """Load a pipeline folder that the training script exported, in float32; only local files are read."""
-    return WanPipeline(
-        tokenizer=WordTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder").float(),
-        vae=SpriteVAE.from_pretrained(folder / "vae").float().eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        transformer=WanTransformer3DModel.from_pretrained(folder / "transformer").float(),
-    )
+    """Load a pipeline folder that the training script exported, in float32; only local files are read.
+
+    Raises:
+        ModelError: if a file is missing, or not as it was written.
+    """
+    with reading("sprites-wan", folder):
+        return WanPipeline(
+            tokenizer=WordTokenizer.from_pretrained(folder / "tokenizer"),
+            text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder").float(),
+            vae=SpriteVAE.from_pretrained(folder / "vae").float().eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+            transformer=WanTransformer3DModel.from_pretrained(folder / "transformer").float(),
+        )
