@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import pickle
 import warnings
 import weakref
@@ -25,8 +26,9 @@ from hasten.fitting.leap import fit_leap
 from hasten.pipeline.hooks import hooks_on
 from hasten.quality.setting import FULL, FixedLeap, Setting
 from hasten.solvers import LeapScheduler
+from hasten.solvers.content import MORE
 from hasten.solvers.formula import Learned, SecondOrder, signal
-from hasten.solvers.tables import interpolated
+from hasten.solvers.tables import Axis, interpolated
 
 SAVED = "5ab52ff93e98093fd20fcca3e72bc0d38dbfdad0822a869d934113e123e7f785"
 GUIDED, FOUR = {"guidance_scale": 3.0}, {"guidance_scale": 4.0}
@@ -326,9 +328,36 @@ def test_a_fixed_number_of_evaluations_serves_a_range(guided):
 
 
 def test_interpolation_is_exact_for_quadratic_coefficients():
-    fits = [[[1.0 + s, s * s]] for s in (1.5, 3.0, 5.0)]
-    assert interpolated(fits, (1.5, 3.0, 5.0), 2.2)[0] == pytest.approx([3.2, 2.2 * 2.2])
-    assert interpolated(fits[:1], (1.5,), 2.2)[0] == fits[0][0]
+    scales = (1.5, 3.0, 5.0)
+    fits = [[[1.0 + s, s * s]] for s in scales]
+    assert interpolated(fits, Axis(scales), 2.2)[0] == pytest.approx([3.2, 2.2 * 2.2])
+    assert interpolated(fits[:1], Axis((1.5,)), 2.2)[0] == fits[0][0]
+    fits = [[[1.0 + math.log(s), math.log(s) ** 2]] for s in scales]
+    found = interpolated(fits, Axis(scales, logarithmic=True), 2.2)[0]
+    assert found == pytest.approx([1.0 + math.log(2.2), math.log(2.2) ** 2])
+
+
+def test_a_file_says_over_what_it_is_interpolated():
+    """Files of before are read as they were made."""
+    scales = [1.5, 6.0]
+    given = {"tables": {"2": RANGE}, "guidances": scales, "mixtures": scales}
+    for over, halfway in ((None, 3.75), ("logarithm", 3.0)):
+        scheduler = LeapScheduler(**given, interpolated_over=over, guidance=halfway)
+        assert scheduler.timesteps.tolist() == pytest.approx([1000.0, 400.0])  # 500 at one end, 300 at the other
+        again = LeapScheduler.from_config(dict(scheduler.config))
+        assert again.timesteps.tolist() == scheduler.timesteps.tolist()
+    assert LeapScheduler(**given).config.digest == LeapScheduler(**given, interpolated_over=None).config.digest
+
+
+def test_a_range_is_fitted_over_the_logarithm_where_there_is_one():
+    settings = {"trials": 1, "rounds": 0}
+    fit = fit_leap(Toy(), [toy_call(0, **GUIDED)], [3], guidances=(1.5, 6.0), **settings)
+    assert fit.options["interpolated_over"] == "logarithm"
+    ends = [LeapScheduler.of(fit, guidance=scale).timesteps for scale in (1.5, 6.0)]
+    assert LeapScheduler.of(fit, guidance=3.0).timesteps.tolist() == pytest.approx((0.5 * sum(ends)).tolist())
+    for scales in ((0.0, 3.0), ()):
+        other = fit_leap(Toy(), [toy_call(0, **GUIDED)], [3], guidances=scales, **settings)
+        assert "interpolated_over" not in other.options
 
 
 def test_other_guidance_is_refused(guided):
@@ -355,7 +384,7 @@ def test_a_file_with_the_same_times_at_all_scales_sees_the_scale_by_the_passes(g
     tensors = {
         name: tensor for name, tensor in guided.tensors.items() if "by_scale" not in name and "noise" not in name
     }
-    options = {name: value for name, value in guided.options.items() if name != "guidance_argument"}
+    options = {name: value for name, value in guided.options.items() if name not in MORE}
     older = Calibration(guided.method, tensors, guided.fingerprint, guided.report, options)
     with hasten.accelerate(loop := Toy(), hasten.Leap(older)):
         for scale in (1.5, 4.0):
@@ -690,6 +719,12 @@ def test_a_changed_file_is_refused(fitted, tmp_path):
         ({"tables": {"2": RANGE | {"timesteps": [1000.0, 400.0]}}, **SCALES}, "go together"),
         ({"tables": {"2": TABLE | NOISE | {"timesteps_by_scale": [[1000.0, 500.0]]}}}, "for each scale"),
         ({"tables": {"2": CROSSING}, "guidances": [1.0, 2.0, 5.0], "mixtures": [1.0, 2.0, 5.0]}, "does not decrease"),
+        ({"tables": {"2": RANGE}, **SCALES, "interpolated_over": "scale"}, "logarithm"),
+        ({"tables": {"2": RANGE}, **SCALES, "guidances": [0.0, 3.0], "interpolated_over": "logarithm"}, "positive"),
+        (
+            {"tables": {"2": TABLE | {"guided": RANGE["guided"]}}, **SCALES, "interpolated_over": "logarithm"},
+            "by scale",
+        ),
         ({"tables": {"2": TABLE}, "prediction_type": "sample"}, "epsilon"),
         ({"tables": {"2": TABLE}, "noise_scale": 0.0}, "positive"),
     ],

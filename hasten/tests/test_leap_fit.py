@@ -33,12 +33,12 @@ from hasten.bench.learned_solvers import SOLVERS, fit_learned_solver, optimal_st
 from hasten.caching.schedule import spread
 from hasten.calibration import Calibration
 from hasten.errors import CalibrationError, ConfigError, UnknownNameError
-from hasten.fitting import guidance, starts
+from hasten.fitting import starts
 from hasten.fitting.evaluator import Evaluator
 from hasten.fitting.group import Group
-from hasten.fitting.guidance import Family, Place, families_from, halfway, refined_together
+from hasten.fitting.guidance import Family, Place, axis_of, families_from, halfway, refined_together
 from hasten.fitting.leap import fit_leap
-from hasten.fitting.leap_fitter import Fitter, Leap, yardsticks
+from hasten.fitting.leap_fitter import Fitter, yardsticks
 from hasten.fitting.references import record_references
 from hasten.fitting.refine import Jacobian, Move, kept_apart, moves_of, refine
 from hasten.fitting.starts import extended, plain_solvers
@@ -47,7 +47,7 @@ from hasten.fitting.symbolic import prepared, read_off
 from hasten.pipeline.replay import Replay
 from hasten.solvers import LeapScheduler
 from hasten.solvers.multistep import NormalEquations, combine
-from hasten.solvers.tables import COLUMNS, unpacked
+from hasten.solvers.tables import COLUMNS, Axis, unpacked
 
 pytestmark = pytest.mark.filterwarnings("ignore:The `scale_model_input` function")
 UNCLIPPED = {"clip_sample": False, "timestep_spacing": "trailing"}
@@ -156,7 +156,7 @@ def test_an_image_that_is_hard_counts_as_much_as_the_others_in_the_refinement(to
     with own.evaluator.probing():
         start = own.fit(at(own, (0, 6, 13)))
     if together:
-        family = refined_together(Family((2.0,), (start.timesteps,), (start.rows,)), [Place(2.0, own)], 2)
+        family = refined_together(Family(Axis((2.0,)), (start.timesteps,), (start.rows,)), [Place(2.0, own)], 2)
         found = Place(2.0, own).run(family)
     else:
         with own.evaluator.probing():
@@ -719,14 +719,14 @@ def family_of_fits(scales, count=4):
     """Fits at some scales that know nothing of one another, and paths at them and between."""
     places = [
         Place(scale, fitter(Toy(), [toy_call(i, guidance_scale=scale) for i in range(4)]))
-        for scale in sorted([*scales, *halfway(scales)])
+        for scale in sorted([*scales, *halfway(axis_of(scales))])
     ]
     own = {place.scale: place.fitter for place in places}
     leaps = []
     for scale in scales:
         with own[scale].evaluator.probing():
             leaps.append(refine(own[scale], own[scale].fit(at(own[scale], spread(count, STEPS, 1.0))), 2))
-    return Family(tuple(scales), tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps)), places
+    return Family(axis_of(scales), tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps)), places
 
 
 def test_solvers_for_a_range_are_refined_where_they_are_interpolated():
@@ -764,51 +764,89 @@ def test_times_go_as_far_as_their_order_allows():
 def test_times_of_a_range_stay_apart_between_its_scales():
     """Each list falls at its scale, and where they are interpolated they would cross."""
     rows = [[1.0, 0.0], [1.0, 0.0, 0.0]]
-    family = Family((1.0, 3.0, 5.0), ((9.0, 5.0),) * 3, (rows,) * 3)
+    family = Family(Axis((1.0, 3.0, 5.0)), ((9.0, 5.0),) * 3, (rows,) * 3)
     moves = [Move(1, None)]
     found = family.moved(moves, [3.9, 0.0, 0.0, 0.0, -4.9, 0.0, 0.0, 0.0, 3.9, 0.0, 0.0, 0.0])
-    wished = Family((1.0, 3.0, 5.0), ((9.0, 8.9), (9.0, 0.1), (9.0, 8.9)), (rows,) * 3)
-    assert not Family((1.0, 3.0, 5.0), ((9.0, 8.9), (9.0, 8.9), (9.0, 0.1)), (rows,) * 3).is_passable()
+    wished = Family(Axis((1.0, 3.0, 5.0)), ((9.0, 8.9), (9.0, 0.1), (9.0, 8.9)), (rows,) * 3)
+    assert not Family(Axis((1.0, 3.0, 5.0)), ((9.0, 8.9), (9.0, 8.9), (9.0, 0.1)), (rows,) * 3).is_passable()
     assert wished.is_passable()
     assert found.is_passable()
     assert found.timesteps[0][1] > 5.0 > found.timesteps[1][1] > 0.1
     bent = family.moved(moves, [0.0] * 4 + [3.9, 0.0, 0.0, 0.0] + [-4.9, 0.0, 0.0, 0.0])  # highest between two scales
     assert min(9.0 - bent.times(1.0 + 0.05 * i)[1] for i in range(81)) > 1.99  # half of the distance that there was
-    still = Family((1.0, 3.0, 5.0), ((9.0, 5.0, 0.0),) * 3, ([*rows, [1.0, 0.0, 0.0, 0.0]],) * 3)
+    still = Family(Axis((1.0, 3.0, 5.0)), ((9.0, 5.0, 0.0),) * 3, ([*rows, [1.0, 0.0, 0.0, 0.0]],) * 3)
     step = [1.0, 2.0, 0.0, 0.0, 0.0, 0.0] + [1.0, 0.0, 0.0, 0.0, 0.0, 0.0] * 2
     assert [times[1:] for times in still.moved([Move(1, None), Move(2, None)], step).timesteps] == [(6.0, 0.0)] * 3
 
 
-def test_a_range_begins_with_the_same_times_where_neighbours_are_too_far_apart(monkeypatch):
-    """Solvers may be near at each scale, and the ones between have times that cross."""
-
-    def far_apart(best, fitters, rounds):
-        lists = ([1000.0, 990.0, 980.0], best.timesteps, [1000.0, 20.0, 10.0])
-        return [Leap(tuple(times), best.rows, (0.0,), 0.0) for times in lists]
-
-    monkeypatch.setattr(guidance, "continued", far_apart)
-    groups = {
-        scale: Group(Toy(), Replay([toy_call(i, guidance_scale=scale) for i in range(2)]), 1e-6, lambda done: None)
-        for scale in (1.5, 3.0, 5.0)
+def groups_at(scales, calls=2):
+    return {
+        scale: Group(Toy(), Replay([toy_call(i, guidance_scale=scale) for i in range(calls)]), 1e-6, lambda done: None)
+        for scale in scales
     }
-    hardest = groups[5.0].fitters["guided"]
-    with hardest.evaluator.probing():
-        best = hardest.fit(at(hardest, spread(3, STEPS, 1.0)))
-    between = {4.0: Group(Toy(), Replay([toy_call(0, guidance_scale=4.0)]), 1e-6, lambda done: None)}
-    found = families_from(best, groups, between, 0)["guided"]
-    assert found.timesteps == (best.timesteps,) * 3
-    monkeypatch.undo()
-    assert len(set(families_from(best, groups, between, 1)["guided"].timesteps)) == 3
 
 
-def test_a_range_begins_with_its_highest_scale() -> None:
+def closed_at(group, count, power):
+    own = group.fitters["guided"]
+    with own.evaluator.probing():
+        return own.fit(at(own, spread(count, STEPS, power)))
+
+
+def test_a_range_is_looked_at_within_its_ends_and_in_the_middle_between_its_scales():
+    assert halfway(axis_of((6.0, 1.5, 24.0))) == pytest.approx([3.0, 12.0])  # by as many times as often
+    assert halfway(axis_of((0.0, 4.0))) == [2.0]
+    for axis in (axis_of((1.5, 6.0, 24.0)), axis_of((0.0, 4.0))):
+        looks = axis.looks()
+        assert (looks[0], looks[-1]) == (axis.scales[0], axis.scales[-1])
+        assert looks == sorted(looks)
+
+
+def test_a_range_begins_with_the_solvers_of_its_scales_where_they_go_together():
+    scales = (1.5, 3.0, 6.0)
+    groups, between = groups_at(scales), groups_at(halfway(axis_of(scales)), 1)
+    alone = []
+    for group in groups.values():
+        own, leap = group.fitters["guided"], closed_at(group, 4, 1.0)
+        with own.evaluator.probing():
+            refined = refine(own, leap, 4)
+        alone.append((refined.timesteps, refined.rows))
+    found = families_from(alone, groups, between, 0)["guided"]
+    assert found.timesteps == tuple(times for times, _ in alone)
+    assert [rows[:-1] for rows in found.rows] == [rows[:-1] for _, rows in alone]
+
+
+def test_a_range_begins_between_the_solvers_of_its_ends_where_neighbours_are_too_far_apart():
+    """Times in proportion, and closed forms: what lies between the scales is as good as what lies at them."""
+    scales = (1.5, 3.0, 6.0)
+    groups, between = groups_at(scales), groups_at(halfway(axis_of(scales)), 1)
+    leaps = [closed_at(groups[scale], 4, power) for scale, power in zip(scales, (1.0, 4.0, 1.6), strict=True)]
+    found = families_from([(leap.timesteps, leap.rows) for leap in leaps], groups, between, 0)["guided"]
+    lowest, _, highest = (leap.timesteps for leap in leaps)
+    assert (found.timesteps[0], found.timesteps[2]) == (lowest, highest)
+    middle = [0.5 * (low + high) for low, high in zip(lowest, highest, strict=True)]
+    assert found.timesteps[1] == pytest.approx(middle)  # twice the lowest, half the highest
+    errors = {}
+    for scale, group in sorted((groups | between).items()):
+        own = group.fitters["guided"]
+        error = Place(scale, own).run(found).error
+        with own.evaluator.probing():
+            errors[scale] = (error, own.fit(found.times(scale)).error)
+    assert all(error < 1.5 * closed for error, closed in errors.values()), errors
+
+
+def test_a_range_tells_of_its_highest_scale() -> None:
     """Where errors are largest: what is searched, and what the report tells, are those of a fit at that scale alone."""
     settings = {"trials": 4, "rounds": 1}
     held_out = [toy_call(9, guidance_scale=3.0)]
     calls = [toy_call(i, guidance_scale=3.0) for i in range(2)]
-    shared = fit_leap(Toy(), calls, [4], guidances=(1.5, 3.0, 5.0), held_out=held_out, **settings).report["4"]
+    fit = fit_leap(Toy(), calls, [4], guidances=(1.5, 3.0, 5.0), held_out=held_out, **settings)
+    shared, table = fit.report["4"], unpacked(fit.tensors)["4"]
     highest = [toy_call(i, guidance_scale=5.0) for i in range(2)]
     own = fit_leap(Toy(), highest, [4], held_out=[toy_call(9, guidance_scale=5.0)], **settings).report["4"]
+    judge = fitter(Toy(), highest)
+    with judge.evaluator.probing():
+        made = judge.exact(table["timesteps_by_scale"][-1], table["guided"][-1])
+    assert shared["relative_squared_error"] == pytest.approx(made.relative_squared_error, rel=1e-3)
     assert shared["guidance"] == 5.0
     assert "guidance" not in own
     for name in ("start", "at_the_start", "plain"):

@@ -21,6 +21,7 @@ from hasten.fitting.references import record_references
 from hasten.pipeline.replay import Replay
 from hasten.solvers import LeapScheduler
 from hasten.solvers.scales import scale_of_run
+from hasten.solvers.tables import Axis
 
 QUICK = {"trials": 1, "rounds": 0}
 
@@ -271,7 +272,7 @@ def test_a_scheduler_alone_reads_the_guidance_of_the_call() -> None:
 def test_a_mixture_that_differs_with_the_prompt_is_served_by_what_the_call_asks_for() -> None:
     """Pipelines may bring the mixture to the length of one pass."""
     content = LeapScheduler({"2": TABLE}, guidances=[3.0], mixtures=[2.0])._checked
-    assert scale_of_run(content, 8.6, (3.0,), True) == (3.0, [3.0])
+    assert scale_of_run(content, 8.6, (3.0,), True) == (3.0, Axis((3.0,)))
     with pytest.raises(ScheduleError, match="fitted for another guidance than this run has: ") as refused:
         scale_of_run(content, 8.6, (), True)
     assert "8.6" not in str(refused.value)

@@ -1,12 +1,16 @@
 """One solver for a range of guidance: times and coefficients at some scales, between which both are interpolated.
 
-Solvers that were fitted at each scale alone lie anywhere in the flat valley of their error, and a polynomial through
-them misses it between the scales. So each goes on from its neighbour, beginning with the highest, where errors are
-largest, so that what a common valley costs is paid where they are smallest; then all are refined together, by the
-Gauss-Newton steps of `refine.py`, on the paths that the interpolated solver makes at the scales and halfway between
-them. What a number at one scale does to a path at another is its weight in the interpolation, so a Jacobian for each
-path is all that this takes. Errors differ by orders of magnitude over a range (at guidance 5 seventy times that at 1.5,
-on `emoji-flux`), and what counts is by how much each falls: the sum of their logarithms is made small.
+A solver is looked for at each scale. Then all are refined together, by the Gauss-Newton steps of `refine.py`, on the
+paths that the interpolated solver makes at the scales and halfway between them. What a number at one scale does to a
+path at another is its weight in the interpolation, so a Jacobian for each path is all that this takes. Errors differ by
+orders of magnitude over a range (at guidance 5 seventy times that at 1.5, on `emoji-flux`), and what counts is by how
+much each falls: the sum of their logarithms is made small.
+
+Solvers that were looked for alone lie anywhere in the flat valley of their error, and a polynomial through them may
+miss it between the scales. So it may begin with those of the two ends alone, if that is nearer: times move between them
+with the scale, and each scale has the closed form of its times, which depends on them smoothly.
+
+Polynomials go over the logarithm of the scale, for what a solver needs changes the faster the smaller the scale is.
 """
 
 from __future__ import annotations
@@ -34,12 +38,11 @@ from hasten.fitting.refine import (
     moves_of,
     on_the_way,
     passable_share,
-    refine,
 )
 from hasten.solvers.multistep import NormalEquations, Row, combine
-from hasten.solvers.tables import interpolated, lagrange, looks, times_at
+from hasten.solvers.tables import Axis, interpolated, times_at
 
-__all__ = ["Family", "Place", "continued", "families_from", "halfway", "refined_together"]
+__all__ = ["Family", "Place", "axis_of", "families_from", "halfway", "refined_together"]
 
 Times = tuple[float, ...]
 Columns = Mapping[int, Sequence[Tensor]]  # of a Jacobian, for the calls that are learned from
@@ -47,9 +50,14 @@ SMALLEST = 1e-14  # is added to the squared errors whose logarithms are summed
 RIDGE = 1e-8  # damping where last rows alone are fitted
 
 
-def halfway(scales: Sequence[float]) -> list[float]:
+def axis_of(scales: Sequence[float]) -> Axis:
+    """How to go between guidance scales: over their logarithm, or over the scale itself where one of them is 0."""
+    return Axis(tuple(sorted(scales)), min(scales) > 0)
+
+
+def halfway(axis: Axis) -> list[float]:
     """The scales in the middle between neighbours."""
-    return [0.5 * (a + b) for a, b in pairwise(sorted(scales))]
+    return [axis.between(low, high, 0.5) for low, high in pairwise(axis.scales)]
 
 
 @dataclass(frozen=True)
@@ -57,22 +65,22 @@ class Family:
     """Solvers with as many evaluations, one for each of some guidance scales.
 
     Attributes:
-        scales: rising.
+        axis: with the scales, rising.
         timesteps: of each solver.
         rows: of each solver.
     """
 
-    scales: tuple[float, ...]
+    axis: Axis
     timesteps: tuple[Times, ...]
     rows: tuple[list[Row], ...]
 
     def times(self, scale: float) -> Times:
         """Times at a scale."""
-        return times_at(self.timesteps, self.scales, scale)
+        return times_at(self.timesteps, self.axis, scale)
 
     def is_passable(self) -> bool:
         """Whether times fall, and not below 0, all over the range."""
-        found = map(self.times, looks(self.scales))
+        found = map(self.times, self.axis.looks())
         return all(times[-1] >= 0 and all(a > b for a, b in pairwise(times)) for times in found)
 
     def moved(self, moves: Sequence[Move], delta: Row) -> Family:
@@ -80,7 +88,7 @@ class Family:
 
         Times go only as far as they stay apart all over the range. A last time of 0 stays.
         """
-        size = len(delta) // len(self.scales)
+        size = len(delta) // len(self.axis.scales)
         times, rows = [], []
         for i, (old, own_rows) in enumerate(zip(self.timesteps, self.rows, strict=True)):
             part, new = delta[i * size : (i + 1) * size], old
@@ -89,8 +97,8 @@ class Family:
             last = [a + b for a, b in zip(own_rows[-1], part[len(moves) :], strict=True)]
             times.append((*new[:-1], max(new[-1], 0.0) if old[-1] > 0 else old[-1]))
             rows.append([*own_rows[:-1], last])
-        whole = Family(self.scales, tuple(times), tuple(rows))
-        share = min(passable_share(self.times(scale), whole.times(scale)) for scale in looks(self.scales))
+        whole = Family(self.axis, tuple(times), tuple(rows))
+        share = min(passable_share(self.times(scale), whole.times(scale)) for scale in self.axis.looks())
         short = tuple(on_the_way(old, new, share) for old, new in zip(self.timesteps, times, strict=True))
         return replace(whole, timesteps=short)
 
@@ -109,38 +117,38 @@ class Place:
 
     def run(self, family: Family) -> Leap:
         """What the family does here."""
-        rows = interpolated(family.rows, family.scales, self.scale)
+        rows = interpolated(family.rows, family.axis, self.scale)
         with self.fitter.evaluator.probing():
             return self.fitter.exact(family.times(self.scale), rows)
 
 
 def families_from(
-    best: Leap,
+    alone: Sequence[tuple[Times, list[Row]]],
     fitted: Mapping[float, Group],
     between: Mapping[float, Group],
     rounds: int,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Family]:
-    """Solvers for a range of guidance from that for its highest scale, by form.
+    """Solvers for a range of guidance from those for each scale alone, by form.
 
     Args:
-        best: the solver over guided outputs for the highest scale.
+        alone: times and rows over the guided outputs, for each scale.
         fitted: calls at each scale that is to have numbers of its own, rising.
         between: calls at further scales, where the interpolated solver is judged as well.
-        rounds: of the refinement of each, and of all together.
+        rounds: of the refinement of all together.
         progress: see `refined_together`; of the guided outputs.
     """
-    scales, groups = tuple(fitted), list(fitted.values())
+    axis, groups = axis_of(list(fitted)), list(fitted.values())
     judged = sorted([*fitted.items(), *between.items()], key=lambda one: one[0])
 
     def places(form: str) -> list[Place]:
         return [Place(scale, group.fitters[form]) for scale, group in judged]
 
-    leaps = continued(best, [group.fitters[GUIDED] for group in groups], rounds)
-    chain = Family(scales, tuple(leap.timesteps for leap in leaps), tuple(leap.rows for leap in leaps))
-    same = Family(scales, (best.timesteps,) * len(scales), (best.rows,) * len(scales))
-    del leaps  # columns are large
-    begin = min((chain, same), key=lambda one: _score(_run(one, places(GUIDED))))
+    ends = Axis((axis.scales[0], axis.scales[-1]), axis.logarithmic)
+    times = tuple(times_at((alone[0][0], alone[-1][0]), ends, scale) for scale in axis.scales)
+    own = Family(axis, tuple(one[0] for one in alone), tuple(one[1] for one in alone))
+    smooth = Family(axis, times, _closed_forms(times, groups, GUIDED))
+    begin = min((own, smooth), key=lambda one: _score(_run(one, places(GUIDED))))
     found = {GUIDED: refined_together(begin, places(GUIDED), rounds, progress)}
     if PASSES in groups[-1].fitters:
         starts = _wide_starts(found[GUIDED], groups)
@@ -148,6 +156,15 @@ def families_from(
         begin = min(fitted_starts, key=lambda one: _score(one[1]))[0]  # what the starts do is large, and goes
         found[PASSES] = refined_together(begin, places(PASSES), min(rounds, 1), times=False, directions=DIRECTIONS)
     return found
+
+
+def _closed_forms(times: Sequence[Times], groups: Sequence[Group], form: str) -> tuple[list[Row], ...]:
+    """The rows of the closed form for each scale's times."""
+    rows = []
+    for group, own in zip(groups, times, strict=True):
+        with group.evaluator.probing():
+            rows.append(group.fitters[form].fit(own).rows)
+    return tuple(rows)
 
 
 def _wide_starts(guided: Family, groups: Sequence[Group]) -> list[Family]:
@@ -158,27 +175,8 @@ def _wide_starts(guided: Family, groups: Sequence[Group]) -> list[Family]:
     with hardest.evaluator.probing():
         nearer = wide.elsewhere(times) < narrow.elsewhere(times)
     if nearer:
-        rows = []
-        for group, times in zip(groups, guided.timesteps, strict=True):
-            with group.evaluator.probing():
-                rows.append(group.fitters[PASSES].fit(times).rows)
-        found.append(replace(guided, rows=tuple(rows)))
+        found.append(replace(guided, rows=_closed_forms(guided.timesteps, groups, PASSES)))
     return found
-
-
-def continued(best: Leap, fitters: Sequence[Fitter], rounds: int) -> list[Leap]:
-    """Solvers for all scales, each going on from its neighbour above.
-
-    Args:
-        best: that for the highest scale.
-        fitters: at the scales, rising.
-        rounds: of the refinement of each.
-    """
-    found = [best]
-    for fitter in reversed(fitters[:-1]):
-        with fitter.evaluator.probing():
-            found.append(refine(fitter, fitter.score(found[-1].timesteps, found[-1].rows), rounds))
-    return found[::-1]
 
 
 def with_last_rows(family: Family, places: Sequence[Place]) -> tuple[Family, list[Leap] | None]:
@@ -215,7 +213,7 @@ def refined_together(
     family, leaps = with_last_rows(family, places)
     idle = 0
     if leaps is None:
-        known = ", ".join(f"{scale:g}" for scale in family.scales)
+        known = ", ".join(f"{scale:g}" for scale in family.axis.scales)
         raise CalibrationError(f"the model's answers are not finite somewhere in guidance {known}; fit a smaller range")
     for turn in range(rounds):
         start, damping = family, DAMPING
@@ -272,7 +270,7 @@ def _equations(
 ) -> NormalEquations:
     """In the moves and the last row of all scales, each place weighted by the inverse of its error."""
     last = len(leaps[0].rows[-1])
-    whole = NormalEquations(len(family.scales) * (moves + last))
+    whole = NormalEquations(len(family.axis.scales) * (moves + last))
     for place, leap, columns in zip(places, leaps, jacobians, strict=True):
         own, images = NormalEquations(moves + last), 0
         for i, known in columns.items():
@@ -280,5 +278,5 @@ def _equations(
             goal, images = place.fitter.references.states[call][-1], images + len(place.fitter.roots[call])
             missing = goal - combine(leap.columns[i], leap.rows[-1])
             own.add([*known, *leap.columns[i][:last]], missing, place.fitter.roots[call])
-        whole.include(own, lagrange(family.scales, place.scale), 1 / (images * (leap.error + SMALLEST)))
+        whole.include(own, family.axis.weights(place.scale), 1 / (images * (leap.error + SMALLEST)))
     return whole

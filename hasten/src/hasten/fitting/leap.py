@@ -36,12 +36,11 @@ import numpy as np
 from hasten.calibration import Calibration, Fingerprint, model_digest
 from hasten.errors import AlreadyAcceleratedError, CalibrationError
 from hasten.fitting.group import GUIDED, PASSES, Group, check_differ, check_passes, guidance_of_calls, told_guidance
-from hasten.fitting.guidance import families_from, halfway
+from hasten.fitting.guidance import Family, axis_of, families_from, halfway
 from hasten.fitting.leap_fitter import YARDSTICK, Fitter, Leap
 from hasten.fitting.references import References
 from hasten.fitting.refine import DIRECTIONS, refine
-from hasten.fitting.starts import MOST_STARTS, Start, best_start, plain_solvers
-from hasten.fitting.surrogate import Surrogate
+from hasten.fitting.starts import MOST_STARTS, Seeker, Start
 from hasten.parameters import MOST_GUIDANCE, Range, accepted
 from hasten.pipeline.hooks import refuse_accelerated
 from hasten.pipeline.replay import Replay
@@ -91,8 +90,8 @@ def fit_leap(
             same settings is taken over.
         keep: called with the result so far after each number, such as `lambda fit: fit.save(path)`.
         progress: called with (number of evaluations, trials and rounds so far, of how many, relative squared error: of
-            a range that at its highest scale, and while all is refined together the geometric mean over it);
-            while the references are drawn with (0, calls so far, of how many, 1).
+            a range that at its highest scale, then at the others, and while all is refined together the geometric mean
+            over it); while the references are drawn with (0, calls so far, of how many, 1).
 
     Returns:
         a calibration to save, to give to `Leap`, or to make a scheduler of: `LeapScheduler.of(calibration, pipe)`.
@@ -168,7 +167,8 @@ class _Fit:
         name, own = guidance_of_calls(list(calls), list(held_out), guidances)
         scales = sorted(map(float, guidances))
         self._scales: list[float | None] = list(scales) or [own]
-        between, few = halfway(scales), -(-len(calls) // 2)
+        self._axis = axis_of(scales) if len(scales) > 1 else None
+        between, few = halfway(self._axis) if self._axis else [], -(-len(calls) // 2)
         total, done = len(self._scales) * len(calls) + len(between) * few + len(held_out), 0
 
         def tick(_: int) -> None:
@@ -193,14 +193,13 @@ class _Fit:
         for scale in between:
             self._between[scale] = Group(pipe, at(scale, count=few), ridge, tick)
             check_passes([self._at[0], self._between[scale]], [scales[0], scale])
-        self._hardest = self._at[-1]  # at the highest scale, where errors are largest: a range begins there
+        self._hardest = self._at[-1]  # at the highest scale, where errors are largest: reports tell of it
         hardest = self._hardest.references
         self._held = None
         if held_out:
             self._held = Group(pipe, at(scales[-1], held_out) if scales else held_out, ridge, tick)
         self.total = hardest.total
-        self._before: Leap | None = None
-        self._surrogate = Surrogate(hardest, COLUMNS[GUIDED], self._hardest.fitters[GUIDED].roots)
+        self._seekers = [Seeker(group.fitters[GUIDED]) for group in self._at]
         self._checks = sum(at.evaluator.made for at in self._all)
         self.fingerprint = _fingerprint(pipe, hardest, self._scales[middle_of(self._scales)])
         self.options = self._options(hardest)
@@ -215,6 +214,7 @@ class _Fit:
             "guidances": self._scales,
             "guidance_argument": self._argument,
             "guidance_beside": self._beside,
+            **({"interpolated_over": "logarithm"} if self._axis and self._axis.logarithmic else {}),
             "mixtures": [at.references.mixture for at in self._at],
             "noise_scale": references.plain.noise_scale,
             "plain": plain_config(self._pipe.scheduler),
@@ -231,66 +231,45 @@ class _Fit:
 
     def recall(self, table: Mapping[str, Any]) -> None:
         """Let a table of an earlier fit be a start of the next one, if that is not the one that was just made."""
-        times, rows = self._times_of(table), table[GUIDED][-1]
-        if self._before is None or self._before.timesteps != times:
-            with self._hardest.evaluator.probing():
-                self._before = self._hardest.fitters[GUIDED].exact(times, rows)
-
-    def _times_of(self, table: Mapping[str, Any]) -> tuple[float, ...]:
-        """The times of a table of an earlier fit at the scale at which a range begins."""
-        several = table.get("timesteps_by_scale")
-        return tuple(table["timesteps"] if several is None else several[-1])
+        for i, seeker in enumerate(self._seekers):
+            seeker.recall(_times_of(table, i), table[GUIDED][i])
 
     def solver(self, count: int, trials: int, rounds: int) -> tuple[Table, dict[str, Any]]:
         """The table for a number of evaluations, and what is to be told of it."""
-        hardest = self._hardest
-        made_before = sum(at.evaluator.made for at in self._all)
+        made_before, hardest = sum(at.evaluator.made for at in self._all), self._seekers[-1]
+        total, done = len(self._seekers) * (trials + rounds) + (rounds if self._axis else 0), count_from(1)
 
-        total, refined = trials + rounds * min(2, len(self._at)), count_from(trials + 1)
-
-        def tick(done: int, error: float) -> None:
+        def tick(error: float) -> None:
             if self._progress is not None:
-                self._progress(count, done, total, error)
+                self._progress(count, min(next(done), total), total, error)
 
-        def tick_round(error: float) -> None:
-            tick(next(refined), error)
-
-        with hardest.evaluator.probing():
-            start = self._start(hardest, count, trials, rounds > 0, tick)
-            best = refine(hardest.fitters[GUIDED], start.leap, rounds, tick_round)
-            found = {GUIDED: best}
-            if PASSES in hardest.fitters and len(self._at) == 1:
-                found[PASSES] = _with_differences(hardest.fitters[PASSES], hardest.fitters[GUIDED], best, rounds)
-        if len(self._at) == 1:
-            table = self._table({form: [own.rows] for form, own in found.items()}, [best.timesteps])
+        start, best = hardest.solver(count, trials, rounds, tick)
+        if self._axis is None:
+            table, found = self._with_differences(best, rounds)
         else:
-            scales = [scale for scale in self._scales if scale is not None]
-            fitted = dict(zip(scales, self._at, strict=True))
-            families = families_from(best, fitted, self._between, rounds, tick_round)
+            alone = [(best.timesteps, best.rows)]
+            for seeker in reversed(self._seekers[:-1]):
+                _, best = seeker.solver(count, trials, rounds, tick)
+                alone.insert(0, (best.timesteps, best.rows))
+            del best  # columns are large
+            fitted = dict(zip(self._axis.scales, self._at, strict=True))
+            families = families_from(alone, fitted, self._between, rounds, tick)
             table = self._table({form: own.rows for form, own in families.items()}, families[GUIDED].timesteps)
-            with hardest.evaluator.probing():
-                found = {
-                    form: hardest.fitters[form].exact(own.timesteps[-1], own.rows[-1]) for form, own in families.items()
-                }
-        self._before = found[GUIDED]
-        tick(total, found[GUIDED].relative_squared_error)
+            found = _at_highest(self._hardest, families)
+        hardest.before = found[GUIDED]
+        done = count_from(total)
+        tick(found[GUIDED].relative_squared_error)
         report = self._report(start, found)
         report["evaluations_of_fit"] = sum(at.evaluator.made for at in self._all) - made_before
         return table, report
 
-    def _start(self, at: Group, count: int, trials: int, move: bool, tick: Callable[[int, float], None]) -> Start:
-        evaluator, kind = at.evaluator, at.references.kind
-        plain = plain_solvers(evaluator.scheduler, evaluator.arguments(count), kind) if trials > 1 else {}
-        return best_start(
-            at.fitters[GUIDED],
-            self._surrogate,
-            plain,
-            self._before,
-            count,
-            trials=trials,
-            move=move,
-            progress=tick,
-        )
+    def _with_differences(self, best: Leap, rounds: int) -> tuple[Table, dict[str, Leap]]:
+        """The table of a solver, with coefficients for the differences as well where there are two passes."""
+        found, fitters = {GUIDED: best}, self._hardest.fitters
+        if PASSES in fitters:
+            with self._hardest.evaluator.probing():
+                found[PASSES] = _with_differences(fitters[PASSES], fitters[GUIDED], best, rounds)
+        return self._table({form: [own.rows] for form, own in found.items()}, [best.timesteps]), found
 
     def _table(self, rows: Mapping[str, Sequence[Sequence[Row]]], timesteps: Sequence[tuple[float, ...]]) -> Table:
         references = self._hardest.references
@@ -330,13 +309,25 @@ class _Fit:
     def held_out(self, table: Mapping[str, Any]) -> dict[str, float]:
         """The errors of a table of an earlier fit on the calls that are held out, of which there are some."""
         rows = {form: table[form][-1] for form in COLUMNS if form in table}
-        return self._held_out(self._times_of(table), rows)
+        return self._held_out(_times_of(table, -1), rows)
 
     def _held_out(self, timesteps: Sequence[float], rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:
         assert self._held is not None
         form = [one for one in rows if one in self._held.fitters][-1]  # the held-out calls may have no guidance
         with self._held.evaluator.probing():
             return _of("held_out", self._held.fitters[form].exact(timesteps, rows[form]).figures)
+
+
+def _times_of(table: Mapping[str, Any], at: int) -> tuple[float, ...]:
+    """The times of a table of an earlier fit at the scale of a number."""
+    several = table.get("timesteps_by_scale")
+    return tuple(table["timesteps"] if several is None else several[at])
+
+
+def _at_highest(group: Group, families: Mapping[str, Family]) -> dict[str, Leap]:
+    """What families do at their highest scale, by form."""
+    with group.evaluator.probing():
+        return {form: group.fitters[form].exact(own.timesteps[-1], own.rows[-1]) for form, own in families.items()}
 
 
 def _of(name: str, figures: Mapping[str, float]) -> dict[str, float]:

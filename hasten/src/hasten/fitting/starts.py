@@ -16,7 +16,7 @@ from hasten.fitting.symbolic import PlainSolver, prepared, read_off
 from hasten.solvers.multistep import Row, combine
 from hasten.solvers.plain import SOLVERS, SPACINGS, Sampler
 
-__all__ = ["MOST_STARTS", "Start", "best_start", "extended", "plain_solvers"]
+__all__ = ["MOST_STARTS", "Seeker", "Start", "best_start", "extended", "plain_solvers"]
 
 Times = tuple[float, ...]
 
@@ -44,6 +44,46 @@ class Start:
     unmoved: dict[str, float]
     plain: tuple[str, dict[str, float]] | None
     trials: int
+
+
+class Seeker:
+    """Looks for solvers at one guidance scale, for one number of evaluations after another.
+
+    Args:
+        fitter: over the guided outputs.
+
+    Attributes:
+        before: the best solver with fewer evaluations; a start of the next one.
+    """
+
+    def __init__(self, fitter: Fitter) -> None:
+        self.before: Leap | None = None
+        self._fitter = fitter
+        self._surrogate = Surrogate(fitter.references, fitter.width, fitter.roots)
+
+    def recall(self, timesteps: Times, rows: Sequence[Row]) -> None:
+        """Let a solver of an earlier fit be a start of the next one, if that is not the one that was just made."""
+        if self.before is None or self.before.timesteps != timesteps:
+            with self._fitter.evaluator.probing():
+                self.before = self._fitter.exact(timesteps, rows)
+
+    def solver(self, count: int, trials: int, rounds: int, progress: Callable[[float], None]) -> tuple[Start, Leap]:
+        """Where the refinement of a solver with `count` evaluations begins, and where it ends.
+
+        Args:
+            count: evaluations.
+            trials: see `best_start`.
+            rounds: of the refinement.
+            progress: called with the relative squared error after each start and each round.
+        """
+        fitter, evaluator, plain = self._fitter, self._fitter.evaluator, {}
+        with evaluator.probing():
+            if trials > 1:
+                plain = plain_solvers(evaluator.scheduler, evaluator.arguments(count), fitter.references.kind)
+            start = best_start(
+                fitter, self._surrogate, plain, self.before, count, trials=trials, move=rounds > 0, progress=progress
+            )
+            return start, refine(fitter, start.leap, rounds, progress)
 
 
 def plain_solvers(scheduler: Any, arguments: dict[str, Any], kind: str) -> dict[str, PlainSolver]:
@@ -74,7 +114,7 @@ def best_start(
     *,
     trials: int,
     move: bool,
-    progress: Callable[[int, float], None],
+    progress: Callable[[float], None],
 ) -> Start:
     """The solver with `count` evaluations to refine.
 
@@ -91,7 +131,7 @@ def best_start(
         trials: most starts; with one the first spread of times is taken as it is, and from three on the solver with
             fewer evaluations and the best plain solver are among them.
         move: whether starts are refined; else the nearest closed form is taken.
-        progress: called with starts so far and the relative squared error of the best.
+        progress: called after each start with the relative squared error of the best.
     """
     best_plain = _best_plain(fitter, plain) if trials > 2 else None
     best: Start | None = None
@@ -104,7 +144,7 @@ def best_start(
             leap = _moved(fitter, leap)
         if best is None or leap.error < best.leap.error:
             best = Start(name, leap, unmoved, None, tried)
-        progress(tried, best.leap.relative_squared_error)
+        progress(best.leap.relative_squared_error)
         del leap  # columns are large: those of the best start alone are held while the next one is made
     assert best is not None
     told = None if best_plain is None else (best_plain[0], best_plain[2])

@@ -12,7 +12,7 @@ from hasten.calibration import Calibration, declare_contents, model_digest
 from hasten.errors import CalibrationError, ConfigError, ScheduleError
 from hasten.io import conform
 from hasten.pipeline.view import denoisers
-from hasten.solvers.tables import ARRAYS, Table, unpacked
+from hasten.solvers.tables import ARRAYS, Axis, Table, unpacked
 from hasten.weights import same_weights
 
 __all__ = [
@@ -32,7 +32,7 @@ LEAP = "leap"  # what a calibration of this scheduler is called
 REMEDY = "Make it again with `hasten tune`."
 # What `fit_leap` writes into the options of a calibration for the scheduler.
 OPTIONS = ("prediction_type", "num_train_timesteps", "shift_mu", "guidances", "mixtures", "noise_scale", "plain")
-MORE = ("guidance_argument", "guidance_beside")  # likewise; earlier files lack them
+MORE = ("guidance_argument", "guidance_beside", "interpolated_over")  # likewise; earlier files lack them
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Content:
     plain: dict[str, Any] | None
     guidance_argument: str | None = None
     guidance_beside: dict[str, float | None] | None = None
+    interpolated_over: Literal["logarithm"] | None = None
 
     def __post_init__(self) -> None:
         if not self.tables:
@@ -74,11 +75,21 @@ class Content:
             raise ValueError("each fit needs a guidance scale and a mixture")
         if any(len(set(known)) < len(known) for known in (self.guidances, _known(self.mixtures))):
             raise ValueError("two fits have the same guidance; fit at scales that differ in what they make")
-        scales = [0.0 if scale is None else scale for scale in self.guidances]
+        if self.interpolated_over is not None:
+            if min(self.axis.scales) <= 0:
+                raise ValueError(f"logarithms are of positive guidance scales, not of {list(self.guidances)}")
+            if any(table.timesteps_by_scale is None for table in self.tables.values()):
+                raise ValueError("what is interpolated over the logarithm of the guidance needs times by scale")
         for count, table in self.tables.items():
             if not (count.isascii() and count.isdigit() and count == str(int(count))):
                 raise ValueError(f"a table is for {count!r} evaluations, expected a number")
-            table.check(int(count), scales, self.prediction_type)
+            table.check(int(count), self.axis, self.prediction_type)
+
+    @property
+    def axis(self) -> Axis:
+        """The guidance scales of the fits, and how to go between them."""
+        scales = (0.0 if scale is None else scale for scale in self.guidances)
+        return Axis(tuple(scales), self.interpolated_over == "logarithm")
 
     @property
     def one_pass(self) -> bool:

@@ -17,7 +17,7 @@ from hasten.errors import ConfigError, HastenWarning, ScheduleError, brief
 from hasten.pipeline.caller import Caller
 from hasten.pipeline.guidance import SCALES, denies_something, one_number, scales_beside
 from hasten.solvers.content import Content
-from hasten.solvers.tables import Table, lagrange
+from hasten.solvers.tables import Axis, Table
 
 __all__ = [
     "Steady",
@@ -160,8 +160,8 @@ def check_asked_guidance(asked: Sequence[float], guidances: Sequence[float | Non
 
 def scale_of_run(
     content: Content, mixture: float | None, asked: Sequence[float], hooked: bool, timed: float | None = None
-) -> tuple[float, list[float]]:
-    """The guidance scale of a run and those of the fits, in one measure.
+) -> tuple[float, Axis]:
+    """The guidance scale of a run and the axis with those of the fits, in one measure.
 
     Args:
         content: of the scheduler.
@@ -175,17 +175,17 @@ def scale_of_run(
     """
     if timed is not None:
         _check_mixture(content, mixture, timed, bool(asked))
-        return nearest(timed, known_scales(content.guidances)), known_scales(content.guidances)
-    guidances = [0.0 if one is None else one for one in content.guidances]
+        return nearest(timed, content.axis.scales), content.axis
+    guidances = content.axis.scales
     named = None not in content.guidances
     shows = hooked or content.guidance_argument is not None or len(asked) == 1
     served = [one for one in asked if named and _within(one, guidances)] if shows else []
     mixtures = known_scales(content.mixtures)
     if mixture is not None and len(mixtures) == len(content.mixtures):
         if _within(mixture, mixtures):
-            return nearest(mixture, mixtures), mixtures
+            return nearest(mixture, mixtures), Axis(tuple(mixtures))
         if served:  # pipelines that bring the mixture to another length have other weights with every prompt
-            return nearest(served[0], guidances), guidances
+            return nearest(served[0], guidances), content.axis
         own = _own_measure(mixture, guidances, mixtures) if named else None
         if own is None:
             raise ScheduleError(f"LEAP was fitted for another guidance than this run has: {REMEDY}")
@@ -198,9 +198,9 @@ def scale_of_run(
                 f"LEAP was fitted for guidance {known}, and this run does not show its own: name it, "
                 "LeapScheduler.load(file, pipe, guidance=...), or use hasten.accelerate(pipe, hasten.Leap(file))"
             )
-        return guidances[0], guidances
+        return guidances[0], content.axis
     _refuse_outside(scale, guidances)
-    return nearest(scale, guidances), guidances
+    return nearest(scale, guidances), content.axis
 
 
 def scale_of_times(content: Content, table: Table, asked: Sequence[float]) -> float | None:
@@ -248,7 +248,7 @@ def _check_mixture(content: Content, mixture: float | None, scale: float, shown:
         return
     own = _own_measure(mixture, guidances, mixtures)
     if own is None:
-        weights = lagrange(guidances, nearest(scale, guidances))
+        weights = Axis(tuple(guidances)).weights(nearest(scale, guidances))  # mixtures go with the scale itself
         expected = sum(w * one for w, one in zip(weights, mixtures, strict=True))
         wrong = not shown and not _within(mixture, [expected])
     else:

@@ -36,7 +36,6 @@ from hasten.solvers.scales import (
     asked_guidance,
     check_asked_guidance,
     check_told,
-    known_scales,
     nearest,
     scale_of_run,
     scale_of_times,
@@ -74,6 +73,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         guidance_argument: name of the argument of the pipeline's call that sets the scale; None if the fit does not
             say.
         guidance_beside: what else the calls of the fit guided by, such as `guidance_rescale`, by argument.
+        interpolated_over: `"logarithm"` if tables are interpolated over that of the scale, and not over the scale.
         digest: of all these, written by `save_pretrained`; files without it are refused.
 
     Raises:
@@ -110,6 +110,7 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         plain: dict[str, Any] | None = None,
         guidance_argument: str | None = None,
         guidance_beside: dict[str, float | None] | None = None,
+        interpolated_over: str | None = None,
         digest: str | None = None,
     ) -> None:
         if not tables:
@@ -253,8 +254,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
         self._scale = None if self._table.timesteps_by_scale is None else scale
         times, levels = self._table.timesteps, self._table.levels
         if self._scale is not None:
-            known = known_scales(self._checked.guidances)
-            times, levels = self._table.at(known, nearest(self._scale, known), self._checked.prediction_type)
+            axis = self._checked.axis
+            times, levels = self._table.at(axis, nearest(self._scale, axis.scales), self._checked.prediction_type)
         # A new tensor for every run: what watches the pipeline tells runs apart by it.
         self.timesteps = torch.tensor(times, dtype=torch.float32)
         self._levels = [*levels, 0.0]
@@ -376,8 +377,8 @@ class LeapScheduler(SchedulerMixin, ConfigMixin):
             )
         if self._table.timesteps_by_scale is not None and self._scale is None:
             raise ScheduleError("LEAP's times depend on the guidance: call set_timesteps before each run")
-        scale, scales = scale_of_run(self._checked, mixture, self._asked, self.expects_passes, self._scale)
-        return Learned(interpolated(fits, scales, scale), self._levels, kind, COLUMNS[form])
+        scale, axis = scale_of_run(self._checked, mixture, self._asked, self.expects_passes, self._scale)
+        return Learned(interpolated(fits, axis, scale), self._levels, kind, COLUMNS[form])
 
     # --- image to image
 

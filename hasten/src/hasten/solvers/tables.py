@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,9 @@ from hasten.solvers.formula import level_at
 __all__ = [
     "ARRAYS",
     "COLUMNS",
+    "Axis",
     "Table",
     "interpolated",
-    "lagrange",
-    "looks",
     "middle_of",
     "packed",
     "times_at",
@@ -44,6 +44,44 @@ ARRAYS = {
 
 
 @dataclass(frozen=True)
+class Axis:
+    """Guidance scales at which something is known, and over what polynomials go between them.
+
+    Attributes:
+        scales: all different.
+        logarithmic: whether over the logarithm of the scale, which is positive then, or over the scale itself.
+    """
+
+    scales: tuple[float, ...]
+    logarithmic: bool = False
+
+    def place(self, scale: float) -> float:
+        """Where a scale is."""
+        return math.log(scale) if self.logarithmic else scale
+
+    def weights(self, scale: float) -> list[float]:
+        """Weights with which values at the scales make the value of their polynomial at another one (Lagrange)."""
+        places, here = [self.place(own) for own in self.scales], self.place(scale)
+        found = []
+        for i, own in enumerate(places):
+            others = [other for j, other in enumerate(places) if j != i]
+            found.append(float(np.prod([(here - other) / (own - other) for other in others])))
+        return found
+
+    def between(self, low: float, high: float, share: float) -> float:
+        """The scale that lies between two at a share of the way."""
+        if share in (0, 1):
+            return high if share else low  # exactly
+        place = (1 - share) * self.place(low) + share * self.place(high)
+        return math.exp(place) if self.logarithmic else place
+
+    def looks(self) -> list[float]:
+        """Scales at which times by scale are looked at: as closely as it takes to see them cross."""
+        low, high = min(self.scales), max(self.scales)
+        return [self.between(low, high, i / (LOOKS - 1)) for i in range(LOOKS)]
+
+
+@dataclass(frozen=True)
 class Table:
     """Times and coefficients for one number of evaluations.
 
@@ -65,11 +103,11 @@ class Table:
     noise_timesteps: Times | None = None
     noise_levels: Times | None = None
 
-    def at(self, scales: Sequence[float], scale: float, kind: str) -> tuple[Times, Times]:
+    def at(self, axis: Axis, scale: float, kind: str) -> tuple[Times, Times]:
         """Times and levels at a guidance scale.
 
         Args:
-            scales: that the table is for.
+            axis: with the scales that the table is for.
             scale: of the run.
             kind: prediction type.
         """
@@ -77,11 +115,12 @@ class Table:
             return self.timesteps, self.levels
         assert self.noise_timesteps is not None
         assert self.noise_levels is not None
-        times = times_at(self.timesteps_by_scale, scales, scale)
+        times = times_at(self.timesteps_by_scale, axis, scale)
         return times, tuple(level_at(time, self.noise_timesteps, self.noise_levels, kind) for time in times)
 
-    def check(self, count: int, scales: Sequence[float], kind: str) -> None:
-        """Raise ValueError for a table that is none of `count` evaluations at these guidance scales."""
+    def check(self, count: int, axis: Axis, kind: str) -> None:
+        """Raise ValueError for a table that is none of `count` evaluations at the guidance scales of an axis."""
+        scales = axis.scales
         _check_times(count, self.timesteps, self.levels)
         several, noise = self.timesteps_by_scale, (self.noise_timesteps, self.noise_levels)
         if several is not None:
@@ -95,8 +134,8 @@ class Table:
                 raise ValueError(f"noise_levels of the table for {count} evaluations must rise within 0 and 1")
             if len({one[0] for one in several}) > 1 or several[middle_of(scales)] != self.timesteps:
                 raise ValueError(f"the table for {count} evaluations has times by scale that do not go together")
-            for scale in looks(scales):
-                _check_times(count, *self.at(scales, scale, kind))
+            for scale in axis.looks():
+                _check_times(count, *self.at(axis, scale, kind))
         for form, columns in COLUMNS.items():
             rows = getattr(self, form)
             if rows is None:
@@ -170,32 +209,18 @@ def middle_of(scales: Sequence[object]) -> int:
     return (len(scales) - 1) // 2
 
 
-def lagrange(scales: Sequence[float], scale: float) -> list[float]:
-    """Weights with which values at some scales make the value of their polynomial at another one."""
-    weights = []
-    for i, own in enumerate(scales):
-        others = [other for j, other in enumerate(scales) if j != i]
-        weights.append(float(np.prod([(scale - other) / (own - other) for other in others])))
-    return weights
-
-
-def times_at(several: Sequence[Times], scales: Sequence[float], scale: float) -> Times:
+def times_at(several: Sequence[Times], axis: Axis, scale: float) -> Times:
     """Times at a guidance scale, by the polynomial through those at the fitted scales."""
-    weights = lagrange(scales, scale)
+    weights = axis.weights(scale)
     columns = zip(*several, strict=True)  # differences, so that what is the same everywhere stays so exactly
     return tuple(at[0] + sum(w * (one - at[0]) for w, one in zip(weights, at, strict=True)) for at in columns)
 
 
-def looks(scales: Sequence[float]) -> list[float]:
-    """Scales at which times by scale are looked at: over the range as closely as it takes to see them cross."""
-    return [float(scale) for scale in np.linspace(min(scales), max(scales), LOOKS)]
-
-
-def interpolated(fits: Sequence[Sequence[Sequence[float]]], scales: Sequence[float], scale: float) -> list[list[float]]:
+def interpolated(fits: Sequence[Sequence[Sequence[float]]], axis: Axis, scale: float) -> list[list[float]]:
     """Rows at a guidance scale: the polynomial through those at the fitted scales (three make it quadratic)."""
     if len(fits) == 1:
         return [list(row) for row in fits[0]]
-    weights = lagrange(scales, scale)
+    weights = axis.weights(scale)
     return [
         [sum(w * number for w, number in zip(weights, numbers, strict=True)) for numbers in zip(*rows, strict=True)]
         for rows in zip(*fits, strict=True)
