@@ -34,6 +34,7 @@ SAVED = "5ab52ff93e98093fd20fcca3e72bc0d38dbfdad0822a869d934113e123e7f785"
 GUIDED, FOUR = {"guidance_scale": 3.0}, {"guidance_scale": 4.0}
 TABLE = {"timesteps": [1000.0, 500.0], "levels": [1.0, 0.5], "guided": [[[1.0, -0.5], [1.0, -0.5, -0.5]]]}
 SCALES = {"guidances": [1.5, 3.0], "mixtures": [1.5, 3.0]}
+LOGARITHM = SCALES | {"interpolated_over": "logarithm"}
 NOISE = {"noise_timesteps": [0.0, 1000.0], "noise_levels": [0.0, 1.0]}
 BY_SCALE = NOISE | {"timesteps_by_scale": [[1000.0, 500.0], [1000.0, 300.0]]}
 RANGE = TABLE | {"guided": TABLE["guided"] * 2} | BY_SCALE
@@ -720,7 +721,7 @@ def test_a_changed_file_is_refused(fitted, tmp_path):
         ({"tables": {"2": TABLE | NOISE | {"timesteps_by_scale": [[1000.0, 500.0]]}}}, "for each scale"),
         ({"tables": {"2": CROSSING}, "guidances": [1.0, 2.0, 5.0], "mixtures": [1.0, 2.0, 5.0]}, "does not decrease"),
         ({"tables": {"2": RANGE}, **SCALES, "interpolated_over": "scale"}, "logarithm"),
-        ({"tables": {"2": RANGE}, **SCALES, "guidances": [0.0, 3.0], "interpolated_over": "logarithm"}, "positive"),
+        ({"tables": {"2": RANGE}, **LOGARITHM, "guidances": [0.0, 3.0]}, "positive"),
         (
             {"tables": {"2": TABLE | {"guided": RANGE["guided"]}}, **SCALES, "interpolated_over": "logarithm"},
             "by scale",

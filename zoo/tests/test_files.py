@@ -12,15 +12,16 @@ import pytest
 import torch
 from hasten.errors import ModelError
 from hasten.io import check_sealed
-from hasten.io.folder import LIST
+from hasten.io.folder import LIST, write_sealed
 from torch import nn
 
 import hasten_zoo
-from hasten_zoo import emoji_flux, emoji_styles, emoji_tokens, sprites_stream
+from hasten_zoo import emoji_flux, emoji_styles, emoji_tokens, sprites_stream, sprites_wan
 from hasten_zoo.emoji_styles.judge import read_judge
 from hasten_zoo.emoji_tokens.features import FeatureNet
 from hasten_zoo.emoji_tokens.tokenizer import VQTokenizer
 from hasten_zoo.low_rank import DIFFERENCES
+from hasten_zoo.reading import reading
 from hasten_zoo.training import CHECKPOINT, Loss, Settings, Training, run
 
 ROOT = Path(hasten_zoo.__file__).parent
@@ -90,9 +91,30 @@ def test_a_folder_that_is_not_there_is_named_wherever_models_are_read(module: st
     name, folder = module.replace("_", "-"), tmp_path / "nowhere"
     with pytest.raises(ModelError, match=rf"no {name} weights in {folder}; .* -m hasten_zoo.{module}.train --export$"):
         load(folder)
+    (tmp_path / "settings.json").write_text("{}")  # as in a folder of a training
+    with pytest.raises(ModelError, match=rf"no {name} weights in {tmp_path};"):
+        load(tmp_path)
     if module in FROM_STYLES:
         with pytest.raises(ModelError, match=f"no emoji-styles weights in {folder}"):
             load(tmp_path, folder)
+
+
+def test_weights_of_another_model_are_refused_in_a_line() -> None:
+    with pytest.raises(ModelError, match="no emoji-styles weights in"):
+        emoji_styles.load_emoji_styles(emoji_flux.WEIGHTS)
+    with pytest.raises(ModelError, match=r"the sprites-wan files in .* cannot be read") as caught:
+        sprites_wan.load_sprites_wan(emoji_flux.WEIGHTS)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_a_reader_says_of_files_itself_is_not_said_twice(tmp_path: Path) -> None:
+    write_sealed(tmp_path, lambda to: (to / "part").write_text("x"))
+    for error, said in (
+        (ModelError("of another base"), r"^of another base$"),
+        (TypeError("one\n two"), r"^the emoji-flux files in .* cannot be read \(one two\); reinstall"),
+    ):
+        with pytest.raises(ModelError, match=said), reading("emoji-flux", tmp_path, "part"):
+            raise error
 
 
 @pytest.mark.parametrize("name", CONTAINERS)

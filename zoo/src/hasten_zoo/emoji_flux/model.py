@@ -150,7 +150,7 @@ def load_pipeline(folder: Path) -> FluxPipeline:
     Raises:
         ModelError: if a file is missing, or not as it was written.
     """
-    with reading("emoji-flux", folder), _without_bars():
+    with reading("emoji-flux", folder, "transformer"), _without_bars():
         tokenizer = WordTokenizer.from_pretrained(folder / "tokenizer")
         return FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),

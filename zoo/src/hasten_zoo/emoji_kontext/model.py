@@ -61,7 +61,7 @@ def load_pipeline(folder: Path) -> FluxKontextPipeline:
     Raises:
         ModelError: if a file is missing, or not as it was written.
     """
-    with reading("emoji-kontext", folder):
+    with reading("emoji-kontext", folder, "transformer"):
         tokenizer = WordTokenizer.from_pretrained(folder / "tokenizer")
         return FluxKontextPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),

@@ -129,7 +129,7 @@ def load_pipeline(folder: Path) -> FluxPipeline:
     Raises:
         ModelError: if a file is missing, or not as it was written.
     """
-    with reading("emoji-styles", folder):
+    with reading("emoji-styles", folder, "transformer", "training.json"):
         tokenizer = WordTokenizer.from_pretrained(folder / "tokenizer")
         return FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),

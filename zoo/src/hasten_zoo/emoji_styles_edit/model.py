@@ -64,7 +64,7 @@ def load_pipeline(folder: Path, styles: Path = WEIGHTS) -> FluxKontextPipeline:
         ModelError: if a file is missing or damaged, or was trained from other weights of `emoji-styles`.
     """
     old = load_styles(styles)
-    with reading("emoji-styles-edit", folder):
+    with reading("emoji-styles-edit", folder, DIFFERENCES, "tokenizer"):
         pipe = build_pipeline(old, WordTokenizer.from_pretrained(folder / "tokenizer"))
         net = learning(pipe)
         read_low_rank(folder / DIFFERENCES, net, digest(old), BASE)

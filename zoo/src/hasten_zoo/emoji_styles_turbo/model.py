@@ -31,7 +31,7 @@ def load_pipeline(folder: Path, styles: Path = STYLES) -> FluxPipeline:
     """
     pipe = load_styles(styles)
     net = learning(pipe)
-    with reading("emoji-styles-turbo", folder):
+    with reading("emoji-styles-turbo", folder, DIFFERENCES, "scheduler"):
         read_low_rank(folder / DIFFERENCES, net, digest(pipe), BASE)
         pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     merge(net)

@@ -51,7 +51,7 @@ def load_pipeline(folder: Path) -> DiTPipeline:
     Raises:
         ModelError: if a file is missing, or not as it was written.
     """
-    with reading("fashion-dit", folder):
+    with reading("fashion-dit", folder, "transformer"):
         return DiTPipeline(
             DiTTransformer2DModel.from_pretrained(folder / "transformer"),
             PixelVAE.from_pretrained(folder / "vae"),

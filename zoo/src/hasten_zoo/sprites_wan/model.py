@@ -76,7 +76,7 @@ def load_pipeline(folder: Path) -> WanPipeline:
     Raises:
         ModelError: if a file is missing, or not as it was written.
     """
-    with reading("sprites-wan", folder):
+    with reading("sprites-wan", folder, "transformer"):
         return WanPipeline(
             tokenizer=WordTokenizer.from_pretrained(folder / "tokenizer"),
             text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder").float(),
