@@ -1,14 +1,16 @@
 """One solver for a range of guidance: times and coefficients at some scales, between which both are interpolated.
 
-A solver is looked for at each scale. Then all are refined together, by the Gauss-Newton steps of `refine.py`, on the
-paths that the interpolated solver makes at the scales and halfway between them. What a number at one scale does to a
-path at another is its weight in the interpolation, so a Jacobian for each path is all that this takes. Errors differ by
-orders of magnitude over a range (at guidance 5 seventy times that at 1.5, on `emoji-flux`), and what counts is by how
-much each falls: the sum of their logarithms is made small.
+Solvers that were looked for at each scale alone lie anywhere in the flat valley of their error, and a polynomial
+through them misses it between the scales. So what a range begins with hangs together. There are two such ways: from the
+highest scale, where errors are largest, each solver goes on from its neighbour; or times move with the scale between
+those of the solvers for the two ends, and each scale has the closed form of its times, which depends on them smoothly.
+A round of refinement says which is the better one.
 
-Solvers that were looked for alone lie anywhere in the flat valley of their error, and a polynomial through them may
-miss it between the scales. So it may begin with those of the two ends alone, if that is nearer: times move between them
-with the scale, and each scale has the closed form of its times, which depends on them smoothly.
+All are refined together, by the Gauss-Newton steps of `refine.py`, on the paths that the interpolated solver makes at
+the scales and halfway between them. What a number at one scale does to a path at another is its weight in the
+interpolation, so a Jacobian for each path is all that this takes. Errors differ by orders of magnitude over a range (at
+guidance 5 seventy times that at 1.5, on `emoji-flux`), and what counts is by how much each falls: the sum of their
+logarithms is made small.
 
 Polynomials go over the logarithm of the scale, for what a solver needs changes the faster the smaller the scale is.
 """
@@ -38,6 +40,7 @@ from hasten.fitting.refine import (
     moves_of,
     on_the_way,
     passable_share,
+    refine,
 )
 from hasten.solvers.multistep import NormalEquations, Row, combine
 from hasten.solvers.tables import Axis, interpolated, times_at
@@ -123,19 +126,21 @@ class Place:
 
 
 def families_from(
-    alone: Sequence[tuple[Times, list[Row]]],
+    lowest: Times,
+    highest: tuple[Times, list[Row]],
     fitted: Mapping[float, Group],
     between: Mapping[float, Group],
     rounds: int,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Family]:
-    """Solvers for a range of guidance from those for each scale alone, by form.
+    """Solvers for a range of guidance from those for its ends, by form.
 
     Args:
-        alone: times and rows over the guided outputs, for each scale.
+        lowest: times of the solver for the lowest scale; the first is that of `highest`.
+        highest: times and rows over the guided outputs for the highest scale.
         fitted: calls at each scale that is to have numbers of its own, rising.
         between: calls at further scales, where the interpolated solver is judged as well.
-        rounds: of the refinement of all together.
+        rounds: of the refinement of each, and of all together.
         progress: see `refined_together`; of the guided outputs.
     """
     axis, groups = axis_of(list(fitted)), list(fitted.values())
@@ -144,18 +149,55 @@ def families_from(
     def places(form: str) -> list[Place]:
         return [Place(scale, group.fitters[form]) for scale, group in judged]
 
-    ends = Axis((axis.scales[0], axis.scales[-1]), axis.logarithmic)
-    times = tuple(times_at((alone[0][0], alone[-1][0]), ends, scale) for scale in axis.scales)
-    own = Family(axis, tuple(one[0] for one in alone), tuple(one[1] for one in alone))
-    smooth = Family(axis, times, _closed_forms(times, groups, GUIDED))
-    begin = min((own, smooth), key=lambda one: _score(_run(one, places(GUIDED))))
-    found = {GUIDED: refined_together(begin, places(GUIDED), rounds, progress)}
+    begins = [
+        _continued(highest, axis, groups, rounds),
+        _smooth(lowest, highest[0], axis, groups),
+        Family(axis, (highest[0],) * len(groups), (highest[1],) * len(groups)),
+    ]
+    found = {GUIDED: _best_refined(begins, places(GUIDED), rounds, progress)}
     if PASSES in groups[-1].fitters:
         starts = _wide_starts(found[GUIDED], groups)
         fitted_starts = (with_last_rows(one, places(PASSES)) for one in starts)
         begin = min(fitted_starts, key=lambda one: _score(one[1]))[0]  # what the starts do is large, and goes
         found[PASSES] = refined_together(begin, places(PASSES), min(rounds, 1), times=False, directions=DIRECTIONS)
     return found
+
+
+def _continued(highest: tuple[Times, list[Row]], axis: Axis, groups: Sequence[Group], rounds: int) -> Family:
+    """Solvers that each go on from their neighbour above."""
+    found = [highest]
+    for group in reversed(groups[:-1]):
+        fitter = group.fitters[GUIDED]
+        with fitter.evaluator.probing():
+            leap = refine(fitter, fitter.score(*found[0]), rounds)
+        found.insert(0, (leap.timesteps, leap.rows))
+    return Family(axis, tuple(times for times, _ in found), tuple(rows for _, rows in found))
+
+
+def _smooth(lowest: Times, highest: Times, axis: Axis, groups: Sequence[Group]) -> Family:
+    """Closed forms of times between those of the two ends."""
+    ends = Axis((axis.scales[0], axis.scales[-1]), axis.logarithmic)
+    times = tuple(times_at((lowest, highest), ends, scale) for scale in axis.scales)
+    return Family(axis, times, _closed_forms(times, groups, GUIDED))
+
+
+def _best_refined(
+    begins: Sequence[Family],
+    places: Sequence[Place],
+    rounds: int,
+    progress: Callable[[float], None] | None,
+) -> Family:
+    """The family that is the best after a round of refinement, refined further.
+
+    Args:
+        begins: of which the last one is looked at where no other has an answer at all places.
+        places, rounds, progress: see `refined_together`.
+    """
+    able = [one for one in begins[:-1] if _run(one, places) is not None] or begins[-1:]
+    first = min(1, rounds)
+    tried = [refined_together(one, places, first) for one in able]
+    best = min(tried, key=lambda one: _score(_run(one, places)))
+    return refined_together(best, places, rounds, progress, begin=first)
 
 
 def _closed_forms(times: Sequence[Times], groups: Sequence[Group], form: str) -> tuple[list[Row], ...]:
@@ -195,6 +237,7 @@ def refined_together(
     rounds: int,
     progress: Callable[[float], None] | None = None,
     *,
+    begin: int = 0,
     times: bool = True,
     directions: int | None = None,
 ) -> Family:
@@ -205,6 +248,7 @@ def refined_together(
         places: where to look; the one in their middle says in which directions rows are moved.
         rounds: at most; see `refine`. Last rows are fitted together without any.
         progress: called with the geometric mean of the relative squared errors after each round.
+        begin: the round to begin with; each leaves other calls out of its equations.
         times, directions: see `refine`.
 
     Raises:
@@ -215,7 +259,7 @@ def refined_together(
     if leaps is None:
         known = ", ".join(f"{scale:g}" for scale in family.axis.scales)
         raise CalibrationError(f"the model's answers are not finite somewhere in guidance {known}; fit a smaller range")
-    for turn in range(rounds):
+    for turn in range(begin, rounds):
         start, damping = family, DAMPING
         chosen = moves_of(places[len(places) // 2].fitter, leaps[len(places) // 2], times, directions)
         jacobians = [_jacobian(place.fitter, leap, chosen, turn) for place, leap in zip(places, leaps, strict=True)]

@@ -90,7 +90,7 @@ def fit_leap(
             same settings is taken over.
         keep: called with the result so far after each number, such as `lambda fit: fit.save(path)`.
         progress: called with (number of evaluations, trials and rounds so far, of how many, relative squared error: of
-            a range that at its highest scale, then at the others, and while all is refined together the geometric mean
+            a range that at its highest scale, then at its lowest, and while all is refined together the geometric mean
             over it); while the references are drawn with (0, calls so far, of how many, 1).
 
     Returns:
@@ -199,7 +199,8 @@ class _Fit:
         if held_out:
             self._held = Group(pipe, at(scales[-1], held_out) if scales else held_out, ridge, tick)
         self.total = hardest.total
-        self._seekers = [Seeker(group.fitters[GUIDED]) for group in self._at]
+        ends = {0, len(self._at) - 1}
+        self._seekers = {end: Seeker(self._at[end].fitters[GUIDED], len(scales) > 1) for end in ends}
         self._checks = sum(at.evaluator.made for at in self._all)
         self.fingerprint = _fingerprint(pipe, hardest, self._scales[middle_of(self._scales)])
         self.options = self._options(hardest)
@@ -230,33 +231,30 @@ class _Fit:
     # --- one number of evaluations
 
     def recall(self, table: Mapping[str, Any]) -> None:
-        """Let a table of an earlier fit be a start of the next one, if that is not the one that was just made."""
-        for i, seeker in enumerate(self._seekers):
-            seeker.recall(_times_of(table, i), table[GUIDED][i])
+        """Let a table with fewer evaluations be a start of the next one."""
+        for end, seeker in self._seekers.items():
+            seeker.before = _times_of(table, end), table[GUIDED][end]
 
     def solver(self, count: int, trials: int, rounds: int) -> tuple[Table, dict[str, Any]]:
         """The table for a number of evaluations, and what is to be told of it."""
-        made_before, hardest = sum(at.evaluator.made for at in self._all), self._seekers[-1]
+        made_before = sum(at.evaluator.made for at in self._all)
         total, done = len(self._seekers) * (trials + rounds) + (rounds if self._axis else 0), count_from(1)
 
         def tick(error: float) -> None:
             if self._progress is not None:
                 self._progress(count, min(next(done), total), total, error)
 
-        start, best = hardest.solver(count, trials, rounds, tick)
+        start, best = self._seekers[len(self._at) - 1].solver(count, trials, rounds, tick)
         if self._axis is None:
             table, found = self._with_differences(best, rounds)
         else:
-            alone = [(best.timesteps, best.rows)]
-            for seeker in reversed(self._seekers[:-1]):
-                _, best = seeker.solver(count, trials, rounds, tick)
-                alone.insert(0, (best.timesteps, best.rows))
-            del best  # columns are large
+            lowest = self._seekers[0].solver(count, trials, rounds, tick)[1].timesteps
             fitted = dict(zip(self._axis.scales, self._at, strict=True))
-            families = families_from(alone, fitted, self._between, rounds, tick)
+            highest = best.timesteps, best.rows
+            del best  # columns are large
+            families = families_from(lowest, highest, fitted, self._between, rounds, tick)
             table = self._table({form: own.rows for form, own in families.items()}, families[GUIDED].timesteps)
             found = _at_highest(self._hardest, families)
-        hardest.before = found[GUIDED]
         done = count_from(total)
         tick(found[GUIDED].relative_squared_error)
         report = self._report(start, found)

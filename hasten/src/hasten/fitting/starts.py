@@ -29,18 +29,16 @@ MOST_STARTS = len(POWERS) + 3  # with the best plain solver, the one with fewer 
 
 @dataclass(frozen=True)
 class Start:
-    """What the refinement of a solver begins with.
+    """What the refinement of a solver began with.
 
     Attributes:
         name: where its times came from.
-        leap: the solver, fitted to all calls; moved already, unless it was not to be.
-        unmoved: its errors (`Leap.figures`) as they were before.
+        unmoved: its errors (`Leap.figures`), as they were before it was moved.
         plain: the best plain solver's name, and its errors on all calls; None if none was looked at.
         trials: how many starts were tried.
     """
 
     name: str
-    leap: Leap
     unmoved: dict[str, float]
     plain: tuple[str, dict[str, float]] | None
     trials: int
@@ -51,21 +49,16 @@ class Seeker:
 
     Args:
         fitter: over the guided outputs.
+        whole: whether all solvers begin where the plain sampler does, as those that are interpolated have to.
 
     Attributes:
-        before: the best solver with fewer evaluations; a start of the next one.
+        before: times and rows of the best solver with fewer evaluations, which is a start of the next one.
     """
 
-    def __init__(self, fitter: Fitter) -> None:
-        self.before: Leap | None = None
-        self._fitter = fitter
+    def __init__(self, fitter: Fitter, whole: bool) -> None:
+        self.before: tuple[Times, list[Row]] | None = None
+        self._fitter, self._first = fitter, fitter.references.plain.timesteps[0] if whole else None
         self._surrogate = Surrogate(fitter.references, fitter.width, fitter.roots)
-
-    def recall(self, timesteps: Times, rows: Sequence[Row]) -> None:
-        """Let a solver of an earlier fit be a start of the next one, if that is not the one that was just made."""
-        if self.before is None or self.before.timesteps != timesteps:
-            with self._fitter.evaluator.probing():
-                self.before = self._fitter.exact(timesteps, rows)
 
     def solver(self, count: int, trials: int, rounds: int, progress: Callable[[float], None]) -> tuple[Start, Leap]:
         """Where the refinement of a solver with `count` evaluations begins, and where it ends.
@@ -80,10 +73,13 @@ class Seeker:
         with evaluator.probing():
             if trials > 1:
                 plain = plain_solvers(evaluator.scheduler, evaluator.arguments(count), fitter.references.kind)
-            start = best_start(
-                fitter, self._surrogate, plain, self.before, count, trials=trials, move=rounds > 0, progress=progress
+            if self._first is not None:
+                plain = {label: solver for label, solver in plain.items() if solver.timesteps[0] == self._first}
+            before = None if self.before is None else fitter.exact(*self.before)
+            start, leap = best_start(
+                fitter, self._surrogate, plain, before, count, trials=trials, move=rounds > 0, progress=progress
             )
-            return start, refine(fitter, start.leap, rounds, progress)
+            return start, refine(fitter, leap, rounds, progress)
 
 
 def plain_solvers(scheduler: Any, arguments: dict[str, Any], kind: str) -> dict[str, PlainSolver]:
@@ -115,8 +111,8 @@ def best_start(
     trials: int,
     move: bool,
     progress: Callable[[float], None],
-) -> Start:
-    """The solver with `count` evaluations to refine.
+) -> tuple[Start, Leap]:
+    """The solver with `count` evaluations to refine: fitted to all calls, and moved already if it is to be.
 
     The error of a closed form says little of where its refinement ends: of six spreads of seven evaluations on
     `emoji-flux`, the one with the best closed form ended worst. So every start is refined a little, on a part of the
@@ -134,21 +130,20 @@ def best_start(
         progress: called after each start with the relative squared error of the best.
     """
     best_plain = _best_plain(fitter, plain) if trials > 2 else None
-    best: Start | None = None
-    tried = 0
+    best: tuple[Start, Leap] | None = None
+    told, tried = None if best_plain is None else (best_plain[0], best_plain[2]), 0
     for name, made in islice(_starts(fitter, surrogate, best_plain, before, count), trials):
         tried += 1
         leap = made()
         unmoved = leap.figures
         if move and trials > 1:
             leap = _moved(fitter, leap)
-        if best is None or leap.error < best.leap.error:
-            best = Start(name, leap, unmoved, None, tried)
-        progress(best.leap.relative_squared_error)
+        if best is None or leap.error < best[1].error:
+            best = Start(name, unmoved, told, tried), leap
+        progress(best[1].relative_squared_error)
         del leap  # columns are large: those of the best start alone are held while the next one is made
     assert best is not None
-    told = None if best_plain is None else (best_plain[0], best_plain[2])
-    return replace(best, plain=told, trials=tried)
+    return replace(best[0], trials=tried), best[1]
 
 
 def _best_plain(fitter: Fitter, plain: dict[str, PlainSolver]) -> tuple[str, PlainSolver, dict[str, float]] | None:
