@@ -339,7 +339,7 @@ def test_interpolation_is_exact_for_quadratic_coefficients():
 
 
 def test_a_file_says_over_what_it_is_interpolated():
-    """Files of before are read as they were made."""
+    """Earlier files are read as they were made."""
     scales = [1.5, 6.0]
     given = {"tables": {"2": RANGE}, "guidances": scales, "mixtures": scales}
     for over, halfway in ((None, 3.75), ("logarithm", 3.0)):
@@ -726,6 +726,7 @@ def test_a_changed_file_is_refused(fitted, tmp_path):
             {"tables": {"2": TABLE | {"guided": RANGE["guided"]}}, **SCALES, "interpolated_over": "logarithm"},
             "by scale",
         ),
+        ({"tables": {"2": RANGE}, **LOGARITHM, "guidances": [3.0, math.nextafter(3.0, 4.0)]}, "same guidance"),
         ({"tables": {"2": TABLE}, "prediction_type": "sample"}, "epsilon"),
         ({"tables": {"2": TABLE}, "noise_scale": 0.0}, "positive"),
     ],

@@ -874,6 +874,31 @@ def test_a_range_tells_of_its_highest_scale() -> None:
     assert shared["held_out"] == pytest.approx(own["held_out"], rel=1.0)
 
 
+def test_a_range_begins_at_one_time_where_plain_solvers_begin_at_others():
+    """With "leading" spacing: fewer steps begin at less noise, and files with several first times cannot be read."""
+    plain = DDIMScheduler(clip_sample=False)
+    calls = [toy_call(i, guidance_scale=3.0) for i in range(2)]
+    fit = fit_leap(Toy(noise, plain), calls, [2, 3], guidances=(1.5, 3.0, 6.0), rounds=1)
+    for table in unpacked(fit.tensors).values():
+        assert len({times[0] for times in table["timesteps_by_scale"]}) == 1
+    LeapScheduler.of(fit)
+
+
+@pytest.mark.parametrize(("calls", "settings"), [(2, {"trials": 4, "rounds": 1}), (4, {"trials": 6, "rounds": 3})])
+def test_a_range_is_as_good_between_its_scales_as_at_them(calls, settings):
+    scales = (1.5, 3.0, 6.0)
+    given = [toy_call(i, guidance_scale=3.0) for i in range(calls)]
+    fit = fit_leap(Toy(), given, [4, 5], guidances=scales, **settings)
+    for table in unpacked(fit.tensors).values():
+        family = Family(axis_of(scales), tuple(map(tuple, table["timesteps_by_scale"])), tuple(table["guided"]))
+        errors = {}
+        for scale in (1.5, 1.8, 2.12, 2.5, 3.0, 3.6, 4.24, 5.0, 6.0):
+            own = fitter(Toy(), [toy_call(9, guidance_scale=scale)])
+            errors[scale] = Place(scale, own).run(family).error
+        worst = max(errors[scale] for scale in scales)
+        assert max(errors.values()) < 4 * worst, errors
+
+
 def test_a_range_goes_on_with_more_evaluations_as_if_it_had_not_stopped() -> None:
     calls, options = [toy_call(i, guidance_scale=3.0) for i in range(2)], {"guidances": (1.5, 5.0), "rounds": 1}
     whole = fit_leap(Toy(), calls, [3, 4], **options)

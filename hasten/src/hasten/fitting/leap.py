@@ -266,7 +266,7 @@ class _Fit:
         found, fitters = {GUIDED: best}, self._hardest.fitters
         if PASSES in fitters:
             with self._hardest.evaluator.probing():
-                found[PASSES] = _with_differences(fitters[PASSES], fitters[GUIDED], best, rounds)
+                found[PASSES] = _wide(fitters[PASSES], fitters[GUIDED], best, rounds)
         return self._table({form: [own.rows] for form, own in found.items()}, [best.timesteps]), found
 
     def _table(self, rows: Mapping[str, Sequence[Sequence[Row]]], timesteps: Sequence[tuple[float, ...]]) -> Table:
@@ -317,7 +317,7 @@ class _Fit:
 
 
 def _times_of(table: Mapping[str, Any], at: int) -> tuple[float, ...]:
-    """The times of a table of an earlier fit at the scale of a number."""
+    """The times of a table of an earlier fit, of the scale that is number `at`."""
     several = table.get("timesteps_by_scale")
     return tuple(table["timesteps"] if several is None else several[at])
 
@@ -334,7 +334,7 @@ def _of(name: str, figures: Mapping[str, float]) -> dict[str, float]:
     return {name: figures["relative_squared_error"], f"{name}_{relative}": figures[relative]}
 
 
-def _with_differences(fitter: Fitter, guided: Fitter, leap: Leap, rounds: int) -> Leap:
+def _wide(fitter: Fitter, guided: Fitter, leap: Leap, rounds: int) -> Leap:
     """A solver with coefficients for the differences as well, at the times of one over the outputs alone.
 
     It starts from the closed form if that is the nearer one, here and on calls that it was not fitted to.

@@ -78,6 +78,8 @@ class Content:
         if self.interpolated_over is not None:
             if min(self.axis.scales) <= 0:
                 raise ValueError(f"logarithms are of positive guidance scales, not of {list(self.guidances)}")
+            if len({self.axis.place(scale) for scale in self.axis.scales}) < len(self.guidances):
+                raise ValueError("two fits have the same guidance, as far as their logarithms tell")
             if any(table.timesteps_by_scale is None for table in self.tables.values()):
                 raise ValueError("what is interpolated over the logarithm of the guidance needs times by scale")
         for count, table in self.tables.items():
