@@ -840,6 +840,18 @@ def test_a_range_goes_on_from_its_highest_scale_where_that_is_nearer():
         assert Place(scale, own).run(found).error < 1.5 * alone.error
 
 
+@pytest.mark.parametrize("error", [0.9, 0.5])
+def test_a_range_that_fits_its_prompts_more_is_taken_where_it_is_clearly_nearer(error, monkeypatch):
+    (_, highest), _, families = families_at((1.5, 3.0, 6.0), 1.0, 1.6)
+    begins = [families["guided"], Family(axis_of((1.5, 3.0, 6.0)), (highest.timesteps,) * 3, (highest.rows,) * 3)]
+    errors = {id(begins[0]): 1.0, id(begins[1]): error}
+    monkeypatch.setattr(guidance, "refined_together", lambda family, *given, **named: family)
+    monkeypatch.setattr(guidance, "_run", lambda family, places: errors[id(family)])
+    monkeypatch.setattr(guidance, "_score", math.log)
+    chosen = guidance._best_refined([*begins, begins[0]], [], 1, None)
+    assert chosen is begins[error < 0.7]
+
+
 def test_a_range_begins_with_the_same_times_where_neighbours_are_too_far_apart(monkeypatch):
     """Solvers may be near at each scale, and the ones between have times that cross."""
     (_, highest), _, _ = families_at((1.5, 3.0, 6.0), 1.0, 1.0)
@@ -882,6 +894,12 @@ def test_a_range_begins_at_one_time_where_plain_solvers_begin_at_others():
     for table in unpacked(fit.tensors).values():
         assert len({times[0] for times in table["timesteps_by_scale"]}) == 1
     LeapScheduler.of(fit)
+    own = fitter(Toy(noise, plain), [toy_call(i, guidance_scale=6.0) for i in range(2)])
+    first = [starts.Seeker(own, whole).solver(2, 6, 1, lambda error: None)[1].timesteps[0] for whole in (False, True)]
+    assert first[0] < first[1] == own.references.plain.timesteps[0]
+    rows = [[1.0, 0.0], [1.0, 0.0, 0.0]]
+    assert Family(Axis((1.0, 3.0)), ((9.0, 5.0), (9.0, 4.0)), (rows,) * 2).is_passable()
+    assert not Family(Axis((1.0, 3.0)), ((9.0, 5.0), (8.0, 4.0)), (rows,) * 2).is_passable()
 
 
 @pytest.mark.parametrize(("calls", "settings"), [(2, {"trials": 4, "rounds": 1}), (4, {"trials": 6, "rounds": 3})])

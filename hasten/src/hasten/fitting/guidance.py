@@ -85,7 +85,9 @@ class Family:
         return times_at(self.timesteps, self.axis, scale)
 
     def is_passable(self) -> bool:
-        """Whether times fall, and not below 0, all over the range."""
+        """Whether times fall, and not below 0, all over the range, from the same one everywhere."""
+        if len({times[0] for times in self.timesteps}) > 1:
+            return False
         found = map(self.times, self.axis.looks())
         return all(times[-1] >= 0 and all(a > b for a, b in pairwise(times)) for times in found)
 
@@ -201,9 +203,9 @@ def _best_refined(
     first = min(1, rounds)
     tried = [refined_together(one, places, first) for one in able]
     scores = [_score(_run(one, places)) for one in tried]
-    other = min(range(len(tried)), key=lambda i: scores[i])
-    best = tried[other if scores[other] < scores[0] + math.log(CLEARLY) else 0]
-    return refined_together(best, places, rounds, progress, begin=first)
+    best = min(range(len(tried)), key=lambda i: scores[i])
+    chosen = tried[best if scores[best] < scores[0] + math.log(CLEARLY) else 0]
+    return refined_together(chosen, places, rounds, progress, begin=first)
 
 
 def _closed_forms(times: Sequence[Times], groups: Sequence[Group], form: str) -> tuple[list[Row], ...]:
