@@ -5,8 +5,8 @@ through them misses it between the scales. So what a range begins with hangs tog
 highest scale, where errors are largest, each solver goes on from its neighbour; or times move with the scale between
 those of the solvers for the two ends, and each scale has the closed form of its times, which depends on them smoothly.
 The first fits more to its prompts: on `emoji-flux` both are as near to the references that they learned from, and on
-others the second is nearer by two decibels at guidance 1.5. So the first is taken where a round of refinement of both
-leaves it clearly less error.
+others the second is nearer by nearly two decibels at guidance 1.5. So the first is taken where a round of refinement of
+both leaves it clearly less error.
 
 All are refined together, by the Gauss-Newton steps of `refine.py`, on the paths that the interpolated solver makes at
 the scales and halfway between them. What a number at one scale does to a path at another is its weight in the

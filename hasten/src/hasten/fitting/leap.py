@@ -15,7 +15,7 @@ Times and coefficients are refined together (`refine.py`), and where that ends d
 at several places (`starts.py`): spreads of times, times whose answers span the references' states best (`surrogate.py`,
 no evaluations), the best plain solver, which is a point of the same family, and so is the solver with fewer
 evaluations. Each is refined a little on a few calls, and the best goes on; so the result is never worse on its prompts
-than the best plain solver, or than with fewer evaluations.
+than the best plain solver, or than with fewer evaluations (but for a range of guidance, see `guidance.py`).
 
 All this goes by the answers with guidance alone: with the differences there are twice as many numbers, which fit a few
 prompts at any times. They come last, from zero, or from their closed form where closed forms with them are nearer than
