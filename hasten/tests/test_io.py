@@ -265,6 +265,15 @@ def test_a_sealed_folder_holds_what_was_written_and_nothing_else(tmp_path: Path)
         check_sealed(folder, ModelError, "Again.")
 
 
+def test_a_sealed_folder_is_of_what_it_says(tmp_path: Path) -> None:
+    folder = write_sealed(tmp_path / "out", _two_files, "this")
+    check_sealed(folder, ModelError, "Again.", "this")
+    check_sealed(folder, ModelError, "Again.")
+    with pytest.raises(ModelError, match=r"out holds 'this', not that\. Again\.$"):
+        check_sealed(folder, ModelError, "Again.", "that")
+    check_sealed(write_sealed(tmp_path / "unnamed", _two_files), ModelError, "Again.", "that")
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "part", "x\0y", "link"])
 def test_a_list_names_files_of_its_own_folder_alone(tmp_path: Path, name: str) -> None:
     folder = write_sealed(tmp_path / "out", _two_files)

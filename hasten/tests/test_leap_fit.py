@@ -880,7 +880,16 @@ def test_a_range_tells_of_its_highest_scale() -> None:
         made = judge.exact(table["timesteps_by_scale"][-1], table["guided"][-1])
     assert shared["relative_squared_error"] == pytest.approx(made.relative_squared_error, rel=1e-3)
     assert shared["guidance"] == 5.0
-    assert "guidance" not in own
+    assert not {"guidance", "by_guidance"} & own.keys()
+    assert list(shared["by_guidance"]) == ["1.5", "2.121", "3", "3.873", "5"]
+    for name, figures in shared["by_guidance"].items():
+        scale = float(name)
+        part = calls if scale in (1.5, 3.0, 5.0) else calls[:1]  # half of the calls between the scales
+        judge = fitter(Toy(), [toy_call(i, guidance_scale=scale) for i in range(len(part))])
+        family = Family(axis_of((1.5, 3.0, 5.0)), tuple(map(tuple, table["timesteps_by_scale"])), table["guided"])
+        expected = Place(scale, judge).run(family).relative_squared_error
+        assert figures["relative_squared_error"] == pytest.approx(expected, rel=0.05), name
+    assert shared["by_guidance"]["5"]["relative_squared_error"] == shared["relative_squared_error"]
     for name in ("start", "at_the_start", "plain"):
         assert shared[name] == own[name]
     assert shared["held_out"] == pytest.approx(own["held_out"], rel=1.0)

@@ -95,15 +95,33 @@ def test_a_folder_that_is_not_there_is_named_wherever_models_are_read(module: st
     with pytest.raises(ModelError, match=rf"no {name} weights in {tmp_path};"):
         load(tmp_path)
     if module in FROM_STYLES:
+        with pytest.raises(ModelError, match=f"no {name} weights in {folder}"):
+            load(folder, folder)  # its own are asked for first
         with pytest.raises(ModelError, match=f"no emoji-styles weights in {folder}"):
-            load(tmp_path, folder)
+            load(ROOT / module / "weights", folder)
 
 
-def test_weights_of_another_model_are_refused_in_a_line() -> None:
-    with pytest.raises(ModelError, match="no emoji-styles weights in"):
-        emoji_styles.load_emoji_styles(emoji_flux.WEIGHTS)
+def _unnamed(folder: Path, out: Path) -> Path:
+    """A copy of a folder whose list names no model."""
+    return write_sealed(out, lambda to: shutil.copytree(folder, to, dirs_exist_ok=True, ignore=lambda *_: [LIST]))
+
+
+@pytest.mark.parametrize("module", [*MODELS, *FROM_STYLES])
+def test_weights_of_another_model_are_refused_in_a_line(module: str) -> None:
+    """Pairs of the models have the same parts in the same shapes, and would draw nonsense with each other's weights."""
+    load = importlib.import_module(f"hasten_zoo.{module}.model").load_pipeline
+    name = module.replace("_", "-")
+    for other in SEALED:
+        if other.parent.name != module:
+            with pytest.raises(ModelError, match=rf"no {name} weights in|holds '.*', not {name}\. Reinstall") as caught:
+                load(other)
+            assert len(str(caught.value).splitlines()) == 1
+
+
+def test_weights_that_tell_no_model_are_read_by_what_is_in_them(tmp_path: Path) -> None:
+    assert emoji_flux.load_emoji_flux(_unnamed(emoji_flux.WEIGHTS, tmp_path / "own")).pipe is not None
     with pytest.raises(ModelError, match=r"the sprites-wan files in .* cannot be read") as caught:
-        sprites_wan.load_sprites_wan(emoji_flux.WEIGHTS)
+        sprites_wan.load_sprites_wan(_unnamed(emoji_flux.WEIGHTS, tmp_path / "other"))
     assert len(str(caught.value).splitlines()) == 1
 
 

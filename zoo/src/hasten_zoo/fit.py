@@ -163,8 +163,8 @@ def averaged(folder: Path) -> dict[str, Tensor]:
     return average
 
 
-def save_half(pipe: Any, names: Sequence[str], average: dict[str, Tensor], out: Path) -> None:
-    """Write a sealed folder: the modules `names` with their averaged weights in half precision, and the small parts."""
+def save_half(pipe: Any, names: Sequence[str], average: dict[str, Tensor], out: Path, of: str) -> None:
+    """Write a folder of the model `of`: the modules `names` with averaged weights in half precision; small parts."""
     nn.ModuleDict({name: getattr(pipe, name) for name in names}).load_state_dict(average)
 
     def fill(folder: Path) -> None:
@@ -172,7 +172,7 @@ def save_half(pipe: Any, names: Sequence[str], average: dict[str, Tensor], out: 
             part = getattr(pipe, name)
             (part.half() if name in names else part).save_pretrained(folder / name)
 
-    write_sealed(out, fill)
+    write_sealed(out, fill, of)
 
 
 def run(

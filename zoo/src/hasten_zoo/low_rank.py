@@ -173,6 +173,7 @@ def save_differences(
     log: Path,
     rank: int,
     base: str,
+    of: str,
     others: Mapping[str, Any] | None = None,
     **entries: int,
 ) -> None:
@@ -185,6 +186,7 @@ def save_differences(
         log: of the run.
         rank: see `write_low_rank`.
         base: see `write_low_rank`.
+        of: name of the model.
         others: parts that are not the base's, by name, written as they are.
         entries: further ones of `training.json`.
 
@@ -199,7 +201,7 @@ def save_differences(
             part.save_pretrained(scratch / name)
         export_record(scratch, state, log, **entries)
 
-    write_sealed(folder, fill)
+    write_sealed(folder, fill, of)
 
 
 def start_from_differences(folder: Path, module: nn.Module, rank: int, base: str, name: str) -> Start:

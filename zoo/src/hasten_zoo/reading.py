@@ -22,12 +22,12 @@ def reading(name: str, folder: Path, *parts: str) -> Iterator[None]:
         parts: files and folders by which they are known.
 
     Raises:
-        ModelError: if there are none, they are not as they were written, or what reads them fails.
+        ModelError: if there are none, they are of another model or not as they were written, or what reads them fails.
     """
     if not all((folder / part).exists() for part in parts):
         script = f"python -m hasten_zoo.{name.replace('-', '_')}.train --export"
         raise ModelError(f"no {name} weights in {folder}; reinstall hasten-zoo, or export some with {script}")
-    check_sealed(folder, ModelError, "Reinstall hasten-zoo, or export them again.")
+    check_sealed(folder, ModelError, "Reinstall hasten-zoo, or export its weights again.", name)
     try:
         yield
     except HastenError:

@@ -212,6 +212,7 @@ def save_half(
     parts: Mapping[str, Any],
     state: dict[str, Any],
     folder: Path,
+    of: str,
     others: Mapping[str, Any] | None = None,
     log: Path | None = None,
 ) -> None:
@@ -221,6 +222,7 @@ def save_half(
         parts: models of diffusers or transformers by name, as they were in the `ModuleDict` that learned; overwritten.
         state: of `Training.state`.
         folder: gets one folder per part, in pieces of at most 15 MB, and what `export_record` writes.
+        of: name of the model.
         others: further parts by name, written as they are.
         log: of the run.
 
@@ -240,7 +242,7 @@ def save_half(
             write_atomically(config, json.dumps(content, indent=2) + "\n")
         export_record(scratch, state, log)
 
-    write_sealed(folder, fill)
+    write_sealed(folder, fill, of)
 
 
 def load_half(parts: Mapping[str, Any], folder: Path) -> Start:

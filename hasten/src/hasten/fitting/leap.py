@@ -36,7 +36,7 @@ import numpy as np
 from hasten.calibration import Calibration, Fingerprint, model_digest
 from hasten.errors import AlreadyAcceleratedError, CalibrationError
 from hasten.fitting.group import GUIDED, PASSES, Group, check_differ, check_passes, guidance_of_calls, told_guidance
-from hasten.fitting.guidance import Family, axis_of, families_from, halfway
+from hasten.fitting.guidance import Family, Place, axis_of, families_from, halfway
 from hasten.fitting.leap_fitter import YARDSTICK, Fitter, Leap
 from hasten.fitting.references import References
 from hasten.fitting.refine import DIRECTIONS, refine
@@ -245,6 +245,7 @@ class _Fit:
                 self._progress(count, min(next(done), total), total, error)
 
         start, best = self._seekers[len(self._at) - 1].solver(count, trials, rounds, tick)
+        over_range: dict[str, Any] = {}
         if self._axis is None:
             table, found = self._with_differences(best, rounds)
         else:
@@ -254,10 +255,13 @@ class _Fit:
             del best  # columns are large
             families = families_from(lowest, highest, fitted, self._between, rounds, tick)
             table = self._table({form: own.rows for form, own in families.items()}, families[GUIDED].timesteps)
-            found = _at_highest(self._hardest, families)
+            found = _made_at(self._axis.scales[-1], self._hardest, families)
+            judged = sorted([*fitted.items(), *self._between.items()], key=lambda one: one[0])
+            by_scale = {f"{scale:.4g}": _figures(_made_at(scale, group, families)) for scale, group in judged}
+            over_range = {"guidance": self._axis.scales[-1], "by_guidance": by_scale}
         done = count_from(total)
         tick(found[GUIDED].relative_squared_error)
-        report = self._report(start, found)
+        report = over_range | self._report(start, found)
         report["evaluations_of_fit"] = sum(at.evaluator.made for at in self._all) - made_before
         return table, report
 
@@ -286,9 +290,8 @@ class _Fit:
         best = found[GUIDED]
         hardest = self._hardest.references
         report: dict[str, Any] = {
-            **({"guidance": self._scales[-1]} if len(self._at) > 1 else {}),
             "steps": _steps(hardest, best.timesteps),
-            **best.figures,
+            **_figures(found),
             "start": start.name,
             **_of("at_the_start", start.unmoved),
             "trials": start.trials,
@@ -297,9 +300,6 @@ class _Fit:
             "evaluations_of_references": sum(at.references.total * at.references.prompts for at in self._all),
             "evaluations_of_checks": self._checks,
         }
-        form = list(found)[-1]
-        if form == PASSES:
-            report |= {f"{name}_with_both_passes": error for name, error in found[form].figures.items()}
         if self._held is not None:
             report |= self._held_out(best.timesteps, {form: own.rows for form, own in found.items()})
         return report
@@ -322,10 +322,17 @@ def _times_of(table: Mapping[str, Any], at: int) -> tuple[float, ...]:
     return tuple(table["timesteps"] if several is None else several[at])
 
 
-def _at_highest(group: Group, families: Mapping[str, Family]) -> dict[str, Leap]:
-    """What families do at their highest scale, by form."""
-    with group.evaluator.probing():
-        return {form: group.fitters[form].exact(own.timesteps[-1], own.rows[-1]) for form, own in families.items()}
+def _made_at(scale: float, group: Group, families: Mapping[str, Family]) -> dict[str, Leap]:
+    """What families do at a scale, by form."""
+    return {form: Place(scale, group.fitters[form]).run(own) for form, own in families.items()}
+
+
+def _figures(found: Mapping[str, Leap]) -> dict[str, float]:
+    """Errors of a solver in its forms, as a report has them."""
+    figures = dict(found[GUIDED].figures)
+    if PASSES in found:
+        figures |= {f"{name}_with_both_passes": error for name, error in found[PASSES].figures.items()}
+    return figures
 
 
 def _of(name: str, figures: Mapping[str, float]) -> dict[str, float]:

@@ -27,9 +27,15 @@ LIST = "digests.json"
 
 @dataclass(frozen=True)
 class _Sealed:
-    """The list: SHA-256 of each file by its path below the folder."""
+    """The list.
+
+    Attributes:
+        files: SHA-256 of each by its path below the folder.
+        of: name of what they are parts of; empty where none was given.
+    """
 
     files: dict[str, str]
+    of: str = ""
 
 
 def write_files(folder: Path, fill: Callable[[Path], object]) -> dict[str, str]:
@@ -73,25 +79,29 @@ def check_files(folder: Path, digests: Mapping[str, str], error: type[HastenErro
             raise error(f"{folder}: {shown(name)} is missing, damaged or changed after it was written. {remedy}")
 
 
-def write_sealed(folder: Path, fill: Callable[[Path], object]) -> Path:
-    """As `write_files`, and writes the list of the digests last; returns the folder."""
-    write_record(folder / LIST, _kind(FileError, ""), {"files": write_files(folder, fill)})
+def write_sealed(folder: Path, fill: Callable[[Path], object], of: str = "") -> Path:
+    """As `write_files`, and writes the list of the digests last, with the name `of`; returns the folder."""
+    write_record(folder / LIST, _kind(FileError, ""), {"files": write_files(folder, fill), "of": of})
     return folder
 
 
-def check_sealed(folder: Path, error: type[HastenError], remedy: str) -> None:
+def check_sealed(folder: Path, error: type[HastenError], remedy: str, of: str = "") -> None:
     """Find out before it is loaded whether a folder holds exactly what `write_sealed` wrote.
 
     Args:
         folder: the folder.
         error: class of the errors.
         remedy: sentence that ends their messages.
+        of: name that the list has to have, unless it has none.
 
     Raises:
-        HastenError: of that class, if the list is missing or damaged, a file is not as it was written, or there is a
-            file that is not in the list.
+        HastenError: of that class, if the list is missing or damaged or has another name, a file is not as it was
+            written, or there is a file that is not in the list.
     """
-    digests = read_record(folder / LIST, _kind(error, remedy)).files
+    sealed = read_record(folder / LIST, _kind(error, remedy))
+    digests = sealed.files
+    if of and sealed.of not in {"", of}:
+        raise error(f"{folder} holds {shown(sealed.of)}, not {of}. {remedy}")
     check_files(folder, digests, error, remedy)
     others = [name for path in _files(folder) if (name := path.relative_to(folder).as_posix()) not in {LIST, *digests}]
     if others:

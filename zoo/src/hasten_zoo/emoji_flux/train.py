@@ -177,7 +177,7 @@ def export(state: dict[str, object], out: Path) -> None:
         for name in ("transformer", "text_encoder", "text_encoder_2", "vae", "scheduler", "tokenizer"):
             getattr(pipe, name).save_pretrained(folder / name)
 
-    write_sealed(out, fill)
+    write_sealed(out, fill, "emoji-flux")
 
 
 def main() -> None:

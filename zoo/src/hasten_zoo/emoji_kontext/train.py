@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, help="only write the averaged weights of the last checkpoint here")
     args = parser.parse_args(arguments)
     if args.export:
-        save_half(build_pipeline(width=args.width), LEARNED, averaged(args.out), args.export)
+        save_half(build_pipeline(width=args.width), LEARNED, averaged(args.out), args.export, "emoji-kontext")
         return
     start = EMOJI_FLUX if args.width == 128 else None
     run(make_fit(levels(args.coarse, args.fine, args.batch), start, args.width), args.out, args.checkpoint_minutes)

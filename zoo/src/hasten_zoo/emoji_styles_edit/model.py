@@ -63,8 +63,8 @@ def load_pipeline(folder: Path, styles: Path = WEIGHTS) -> FluxKontextPipeline:
     Raises:
         ModelError: if a file is missing or damaged, or was trained from other weights of `emoji-styles`.
     """
-    old = load_styles(styles)
     with reading("emoji-styles-edit", folder, DIFFERENCES, "tokenizer"):
+        old = load_styles(styles)
         pipe = build_pipeline(old, WordTokenizer.from_pretrained(folder / "tokenizer"))
         net = learning(pipe)
         read_low_rank(folder / DIFFERENCES, net, digest(old), BASE)

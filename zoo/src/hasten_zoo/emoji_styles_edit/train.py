@@ -164,7 +164,7 @@ def export(out: Path, net: nn.ModuleDict, base: str, tokenizer: WordTokenizer, f
     if state["terms"]["weights it starts from"] != base:
         raise ModelError(f"the run in {out} started from other weights of emoji-styles; name their folder with --start")
     add_low_rank(net, rank)
-    save_differences(folder, net, state, out / LOG, rank, base, {"tokenizer": tokenizer})
+    save_differences(folder, net, state, out / LOG, rank, base, "emoji-styles-edit", {"tokenizer": tokenizer})
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -29,9 +29,9 @@ def load_pipeline(folder: Path, styles: Path = STYLES) -> FluxPipeline:
     Raises:
         ModelError: if a file is missing or damaged, or was trained from other weights of `emoji-styles`.
     """
-    pipe = load_styles(styles)
-    net = learning(pipe)
     with reading("emoji-styles-turbo", folder, DIFFERENCES, "scheduler"):
+        pipe = load_styles(styles)
+        net = learning(pipe)
         read_low_rank(folder / DIFFERENCES, net, digest(pipe), BASE)
         pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     merge(net)

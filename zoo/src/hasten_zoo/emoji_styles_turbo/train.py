@@ -274,7 +274,7 @@ def export(out: Path, pipe: FluxPipeline, folder: Path) -> None:
     add_low_rank(net, terms["--rank"])
     others = {"scheduler": student_scheduler()}
     log, windows = out / LOG, terms["--windows"]
-    save_differences(folder, net, state, log, terms["--rank"], base, others, windows=windows)
+    save_differences(folder, net, state, log, terms["--rank"], base, "emoji-styles-turbo", others, windows=windows)
 
 
 def main(arguments: list[str] | None = None) -> None:

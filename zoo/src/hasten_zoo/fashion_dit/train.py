@@ -66,7 +66,7 @@ class Objective:
 def export(state: dict[str, object], pipe: DiTPipeline, out: Path, log: Path | None = None) -> None:
     """Write the averaged weights as a pipeline folder in half precision, from which training can also go on."""
     others = {"vae": pipe.vae, "scheduler": pipe.scheduler}
-    save_half({"transformer": pipe.transformer}, state, out, others, log)
+    save_half({"transformer": pipe.transformer}, state, out, "fashion-dit", others, log)
 
 
 def main() -> None:

@@ -144,7 +144,7 @@ def learning_parts(pipe: WanPipeline) -> dict[str, Any]:
 def export(state: dict[str, Any], pipe: WanPipeline, out: Path, log: Path | None = None) -> None:
     """Write the averaged weights as a pipeline folder in half precision, from which training can also go on."""
     others = {"vae": pipe.vae.half(), "scheduler": pipe.scheduler, "tokenizer": pipe.tokenizer}
-    save_half(learning_parts(pipe), state, out, others, log)
+    save_half(learning_parts(pipe), state, out, "sprites-wan", others, log)
 
 
 def main(arguments: list[str] | None = None) -> None:
