@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hasten.errors import HastenError
-from hasten.fitting.leap import plain_config
+from hasten.fitting.leap_under_way import plain_config
 from hasten.fitting.references import record_references
 from hasten.pipeline.replay import Replay
 from hasten.solvers import LeapScheduler

@@ -41,7 +41,7 @@ from hasten.fitting.leap import fit_leap
 from hasten.fitting.leap_fitter import Fitter, yardsticks
 from hasten.fitting.references import record_references
 from hasten.fitting.refine import Jacobian, Move, kept_apart, moves_of, refine
-from hasten.fitting.starts import extended, plain_solvers
+from hasten.fitting.starts import _without, extended, plain_solvers, shortened
 from hasten.fitting.surrogate import Surrogate
 from hasten.fitting.symbolic import prepared, read_off
 from hasten.pipeline.replay import Replay
@@ -367,6 +367,85 @@ def test_one_evaluation_more_is_never_worse_before_anything_else_is_done():
     assert longer.error <= leap.error
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_one_evaluation_less_costs_no_more_than_what_it_had_brought(width):
+    scale = {} if width == 1 else {"guidance_scale": 2.0}
+    own = fitter(Toy(), [toy_call(i, **scale) for i in range(2)], ridge=1e-9, width=width)
+    with own.evaluator.probing():
+        leap = refine(own, own.fit(at(own, (0, 6, 13))), 1)
+        shorter = shortened(own, extended(own, leap))
+        assert own.exact(shorter.timesteps, shorter.rows).error == pytest.approx(shorter.error, rel=1e-4)
+    assert len(shorter.timesteps) == 3
+    assert [len(row) for row in shorter.rows] == [1 + width * k for k in (1, 2, 3)]
+    assert shorter.error <= leap.error * (1 + 1e-6)
+
+
+def test_an_evaluation_whose_answer_is_a_combination_of_others_can_be_left_out():
+    """The answers of a field that is constant in space are combinations of two of them where it is linear in time."""
+    own = fitter(Toy(lambda x, t: torch.ones_like(x) * t / 1000), [toy_call(0), toy_call(1)], ridge=0.0)
+    rows = [[1.0, -0.2], [1.0, -0.2, -0.2], [1.0, -0.2, -0.2, -0.2], [1.0, -0.2, -0.2, -0.2, -0.2]]
+    with own.evaluator.probing():
+        leap = own.exact(at(own, (0, 5, 10, 15)), rows)
+        for place in (2, 3):
+            times = (*leap.timesteps[:place], *leap.timesteps[place + 1 :])
+            made = own.exact(times, _without(own, leap, place))
+            for whole, part in zip(leap.columns, made.columns, strict=True):
+                expected = combine(whole, leap.rows[-1])
+                assert torch.allclose(combine(part, made.rows[-1]), expected, atol=1e-5), place
+
+
+def both_ways(monkeypatch, on, **given):
+    if not on:
+        monkeypatch.setattr("hasten.fitting.leap.BOTH_WAYS", 99)
+    calls = [toy_call(i) for i in range(4)]
+    return fit_leap(Toy(), calls, [3, 4, 5, 6, 8], trials=3, rounds=1, **given)
+
+
+def test_solvers_begin_with_those_that_have_more_evaluations_and_are_never_worse(monkeypatch):
+    kept = []
+    both = both_ways(monkeypatch, True, keep=kept.append)
+    one = both_ways(monkeypatch, False)
+    assert len(kept) == 9  # five numbers, and four pairs of neighbours
+    errors = [[told["relative_to_first_order"] for told in fit.report.values()] for fit in (both, one)]
+    assert all(a <= b for a, b in zip(*errors, strict=True))
+    assert sum(errors[0]) < 0.9 * sum(errors[1])
+    assert errors[0] == sorted(errors[0], reverse=True)
+    better = [name for name, told in both.report.items() if told["start"] == "more evaluations"]
+    assert better
+    assert [told.get("tried_from") for told in both.report.values()] == [4, 5, 6, 8, None]
+    judge = fitter(Toy(), [toy_call(i) for i in range(4)])
+    for name, told in both.report.items():
+        assert told["evaluations_of_fit"] > one.report[name]["evaluations_of_fit"] or name == "8"
+        assert told["plain"] == one.report[name]["plain"]
+        assert ("tried_from" in told) == (name != "8")
+        table = unpacked(both.tensors)[name]
+        with judge.evaluator.probing():
+            made = judge.exact(table["timesteps"], table["guided"][0]).relative_squared_error
+        assert told["relative_squared_error"] == pytest.approx(made, rel=1e-3)
+
+
+def test_what_was_begun_both_ways_is_not_tried_again_and_goes_on_where_it_was_cut_short(monkeypatch):
+    kept, seen = [], []
+    both = both_ways(monkeypatch, True, keep=kept.append)
+    again = both_ways(monkeypatch, True, known=both, progress=lambda *told: seen.append(told[0]))
+    assert set(seen) == {0}  # the references alone
+    assert again.report == both.report
+    cut = both_ways(monkeypatch, True, known=kept[6])
+    for name, tensor in both.tensors.items():
+        assert torch.allclose(cut.tensors[name], tensor, rtol=1e-6, atol=1e-9), name
+
+
+def test_fewer_evaluations_that_have_less_error_are_gone_on_from(monkeypatch):
+    both = both_ways(monkeypatch, True)
+    worse = both.report["8"] | {"relative_to_first_order": 1.0}
+    told = both_ways(monkeypatch, True, known=replace(both, report=both.report | {"8": worse})).report
+    assert told["8"]["start"] == "fewer evaluations"
+    assert told["8"]["relative_to_first_order"] <= told["6"]["relative_to_first_order"]
+    assert {name: own for name, own in told.items() if name != "8"} == {
+        name: own for name, own in both.report.items() if name != "8"
+    }
+
+
 @pytest.mark.parametrize("place", [1, 2, 3])
 def test_a_new_evaluation_leaves_the_others_as_they_were_wherever_it_stands(place):
     own = fitter(Toy(), [toy_call(0), toy_call(1)], ridge=1e-9)
@@ -609,7 +688,9 @@ def test_optimal_steps_is_the_best_list_of_its_objective():
 def test_every_scale_of_a_range_begins_with_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups share the generators of the calls, and what is checked between them moves these on."""
     groups: list[Group] = []
-    monkeypatch.setattr("hasten.fitting.leap.Group", lambda *given: groups.append(Group(*given)) or groups[-1])
+    monkeypatch.setattr(
+        "hasten.fitting.leap_under_way.Group", lambda *given: groups.append(Group(*given)) or groups[-1]
+    )
     calls = [toy_call(i, guidance_scale=3.0) for i in range(2)]
     noise = [torch.randn(4, 2, 8, generator=toy_call(i)["generator"]) for i in range(2)]
     fit_leap(Toy(), calls, [2], guidances=(1.5, 3.0, 5.0), rounds=0)

@@ -1,4 +1,4 @@
-"""Where a fit of LEAP starts: lists of times, the plain solvers, and the solver with fewer evaluations."""
+"""Where a fit of LEAP starts: lists of times, the plain solvers, and solvers with fewer evaluations or more."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from hasten.fitting.leap_fitter import Fitter, Leap
 from hasten.fitting.refine import refine
 from hasten.fitting.surrogate import Surrogate
 from hasten.fitting.symbolic import PlainSolver, prepared, read_off
-from hasten.solvers.multistep import Row, combine
+from hasten.solvers.multistep import NormalEquations, Row, combine
 from hasten.solvers.plain import SOLVERS, SPACINGS, Sampler
 
-__all__ = ["MOST_STARTS", "Seeker", "Start", "best_start", "extended", "plain_solvers"]
+__all__ = ["MOST_STARTS", "Seeker", "Start", "best_start", "extended", "plain_solvers", "resized", "shortened"]
 
 Times = tuple[float, ...]
 
 POWERS = (1.15, 1.3, 1.0)  # of spreads of times: above 1 they are denser where the noise is strong
 WEIGHT = 0.3  # of the states on the way, in the surrogate
+RIDGE = 1e-9  # of the combination of columns that takes the place of one
 FEW = 3  # plain solvers, the best on the first call, that all calls judge
 PART = 4  # the share of the calls on which a start is tried, as a divisor
+LENGTHENED = "fewer evaluations"  # the name of that start
 MOST_STARTS = len(POWERS) + 3  # with the best plain solver, the one with fewer evaluations, and the surrogate's list
 
 
@@ -175,7 +177,7 @@ def _starts(
 
     yield from closed(f"spread, power {POWERS[0]:g}", spread(count, len(grid), POWERS[0]))
     if before is not None:
-        yield "fewer evaluations", lambda: _lengthened(fitter, before, count)
+        yield LENGTHENED, lambda: _lengthened(fitter, before, count)
     if plain is not None:
         label, solver, _ = plain
         rows = [fitter.widened(row) for row in solver.rows]
@@ -232,3 +234,54 @@ def _inserted(fitter: Fitter, leap: Leap, place: int) -> Leap:
         (*times[:place], time, *times[place:]), rows, leap.errors, leap.relative_squared_error, columns, fitter.calls
     )
     return fitter.score(made.timesteps, rows, made, len(made.timesteps))
+
+
+def shortened(fitter: Fitter, leap: Leap) -> Leap:
+    """A solver with one evaluation less: that without which the error is least, the first one excepted.
+
+    Rows that used its answer use the combination of earlier columns that is nearest to it, or all rows are the closed
+    form of the times that are left, whichever has less error.
+    """
+    best: Leap | None = None
+    for place in range(1, len(leap.timesteps)):
+        times = (*leap.timesteps[:place], *leap.timesteps[place + 1 :])
+        folded = fitter.score(times, _without(fitter, leap, place), leap, place)
+        closed = fitter.fit(times)
+        best = min([one for one in (best, folded, closed) if one is not None], key=lambda one: one.error)
+    assert best is not None
+    return best
+
+
+def _without(fitter: Fitter, leap: Leap, place: int) -> list[Row]:
+    """The rows of a solver without the evaluation at number `place`."""
+    cut, width = 1 + fitter.width * place, fitter.width
+    shares = []
+    for column in range(cut, cut + width):
+        equations = NormalEquations(cut)
+        for i, call in enumerate(fitter.calls):
+            equations.add(leap.columns[i][:cut], leap.columns[i][column], fitter.roots[call])
+        shares.append(equations.solve([0.0] * cut, RIDGE))
+
+    def folded(row: Row) -> Row:
+        gone = row[cut : cut + width]
+        first = [a + sum(b * own[i] for b, own in zip(gone, shares, strict=True)) for i, a in enumerate(row[:cut])]
+        return [*first, *row[cut + width :]]
+
+    return [*leap.rows[: place - 1], *map(folded, leap.rows[place:])]
+
+
+def resized(fitter: Fitter, leap: Leap, count: int, rounds: int) -> tuple[str, Leap]:
+    """A solver with another number of evaluations to begin with, and what a report calls such a start.
+
+    Args:
+        fitter: while its evaluator is probing.
+        leap: the solver with more evaluations or fewer.
+        count: evaluations.
+        rounds: of refinement after each but the last of several that are left out.
+    """
+    if len(leap.timesteps) < count:
+        return LENGTHENED, _lengthened(fitter, leap, count)
+    leap = shortened(fitter, leap)
+    while len(leap.timesteps) > count:
+        leap = shortened(fitter, refine(fitter, leap, rounds))
+    return "more evaluations", leap
