@@ -406,6 +406,8 @@ def test_solvers_begin_with_those_that_have_more_evaluations_and_are_never_worse
     both = both_ways(monkeypatch, True, keep=kept.append)
     one = both_ways(monkeypatch, False)
     assert len(kept) == 9  # five numbers, and four pairs of neighbours
+    tried = [{name for name, told in result.report.items() if "tried_from" in told} for result in kept[4:]]
+    assert [sorted(now - before) for before, now in pairwise(tried)] == [["6"], ["5"], ["4"], ["3"]]
     errors = [[told["relative_to_first_order"] for told in fit.report.values()] for fit in (both, one)]
     assert all(a <= b for a, b in zip(*errors, strict=True))
     assert sum(errors[0]) < 0.9 * sum(errors[1])
@@ -433,6 +435,15 @@ def test_what_was_begun_both_ways_is_not_tried_again_and_goes_on_where_it_was_cu
     cut = both_ways(monkeypatch, True, known=kept[6])
     for name, tensor in both.tensors.items():
         assert torch.allclose(cut.tensors[name], tensor, rtol=1e-6, atol=1e-9), name
+
+
+def test_a_number_that_is_asked_for_later_is_tried_from_as_well():
+    calls, options = [toy_call(i) for i in range(4)], {"trials": 3, "rounds": 1}
+    part = fit_leap(Toy(), calls, [4, 6], **options)
+    whole = fit_leap(Toy(), calls, [4, 5, 6], known=part, **options)
+    assert part.report["4"]["tried_from"] == 6
+    assert {name: told.get("tried_from") for name, told in whole.report.items()} == {"4": 5, "5": 6, "6": None}
+    assert whole.report["4"]["relative_to_first_order"] <= part.report["4"]["relative_to_first_order"]
 
 
 def test_fewer_evaluations_that_have_less_error_are_gone_on_from(monkeypatch):
