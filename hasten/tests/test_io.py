@@ -269,7 +269,7 @@ def test_a_sealed_folder_is_of_what_it_says(tmp_path: Path) -> None:
     folder = write_sealed(tmp_path / "out", _two_files, "this")
     check_sealed(folder, ModelError, "Again.", "this")
     check_sealed(folder, ModelError, "Again.")
-    with pytest.raises(ModelError, match=r"out holds 'this', not that\. Again\.$"):
+    with pytest.raises(ModelError, match=r"out holds 'this', not that; name a folder of that$"):
         check_sealed(folder, ModelError, "Again.", "that")
     check_sealed(write_sealed(tmp_path / "unnamed", _two_files), ModelError, "Again.", "that")
 

@@ -444,6 +444,53 @@ def test_a_number_that_is_asked_for_later_is_tried_from_as_well():
     assert part.report["4"]["tried_from"] == 6
     assert {name: told.get("tried_from") for name, told in whole.report.items()} == {"4": 5, "5": 6, "6": None}
     assert whole.report["4"]["relative_to_first_order"] <= part.report["4"]["relative_to_first_order"]
+    above = fit_leap(Toy(), calls, [5], known=part, **options)
+    assert {name: told.get("tried_from") for name, told in above.report.items()} == {"4": 5, "5": 6, "6": None}
+
+
+def test_the_way_back_tells_how_far_it_is_and_what_it_kept(monkeypatch):
+    seen = []
+    calls = [toy_call(i) for i in range(2)]
+    fit = fit_leap(Toy(), calls, [3, 7], trials=3, rounds=2, progress=lambda *told: seen.append(told))
+    back = [told[1:] for told in seen[[i for i, told in enumerate(seen) if told[0] == 7][-1] + 1 :]]
+    assert [told[0] for told in seen[-len(back) :]] == [3] * len(back)
+    assert [done for done, _, _ in back] == sorted(done for done, _, _ in back)
+    assert {total for _, total, _ in back} == {5}  # three that are left out before the last, and two rounds
+    assert len(back) > 3
+    assert back[-1] == (5, 5, fit.report["3"]["relative_squared_error"])
+
+
+def test_the_way_back_ends_where_the_model_has_no_answer():
+    """It has one at the times of the plain sampler alone."""
+    grid = set(at(fitter(Toy(), [toy_call(0)]), range(STEPS)))
+
+    def field(x, t):
+        return curved(x, t) * (1.0 if any(abs(float(t) - own) < 1e-3 for own in grid) else math.nan)
+
+    fit = fit_leap(Toy(field), [toy_call(0), toy_call(1)], [2, 3], trials=3, rounds=0)
+    errors = [told["relative_to_first_order"] for told in fit.report.values()]
+    assert all(map(math.isfinite, errors))
+    assert errors[1] <= errors[0]
+
+
+def test_what_is_told_of_a_solver_that_is_no_more_is_gone(monkeypatch):
+    held_out = [toy_call(9)]
+    monkeypatch.setattr("hasten.fitting.leap.BOTH_WAYS", 99)
+    calls, options = [toy_call(i) for i in range(4)], {"trials": 3, "rounds": 1}
+    one = fit_leap(Toy(), calls, [3, 4, 5], held_out=held_out, **options)
+    monkeypatch.undo()
+    both = fit_leap(Toy(), calls, [3, 4, 5], known=one, **options)
+    replaced = [name for name, told in both.report.items() if told["start"] == "more evaluations"]
+    assert replaced
+    for name, told in both.report.items():
+        assert ("held_out" in told) == (name not in replaced)
+    again = fit_leap(Toy(), calls, [3, 4, 5], known=both, held_out=held_out, **options)
+    judge = fitter(Toy(), held_out)
+    for name in replaced:
+        table = unpacked(again.tensors)[name]
+        with judge.evaluator.probing():
+            made = judge.exact(table["timesteps"], table["guided"][0]).relative_squared_error
+        assert again.report[name]["held_out"] == pytest.approx(made, rel=1e-3)
 
 
 def test_fewer_evaluations_that_have_less_error_are_gone_on_from(monkeypatch):
@@ -973,7 +1020,7 @@ def test_a_range_tells_of_its_highest_scale() -> None:
     assert shared["relative_squared_error"] == pytest.approx(made.relative_squared_error, rel=1e-3)
     assert shared["guidance"] == 5.0
     assert not {"guidance", "by_guidance"} & own.keys()
-    assert list(shared["by_guidance"]) == ["1.5", "2.121", "3", "3.873", "5"]
+    assert list(shared["by_guidance"]) == ["1.5", "2.12132", "3", "3.87298", "5"]
     for name, figures in shared["by_guidance"].items():
         scale = float(name)
         part = calls if scale in (1.5, 3.0, 5.0) else calls[:1]  # half of the calls between the scales

@@ -14,10 +14,10 @@ and training sees what it will meet in use. Every image counts the same, however
 Times and coefficients are refined together (`refine.py`), and where that ends depends on where it began. So it begins
 at several places (`starts.py`): spreads of times, times whose answers span the references' states best (`surrogate.py`,
 no evaluations), the best plain solver, which is a point of the same family, and so is the solver with fewer
-evaluations. Each is refined a little on a few calls, and the best goes on. At last the way is gone back, from the most
-evaluations down: a solver without the evaluation whose loss costs least is one more beginning, and on `emoji-kontext`
-it left a third of the error. So the result is never worse on its prompts than the best plain solver, or than with fewer
-evaluations (but for a range of guidance, which goes neither way back, see `guidance.py`).
+evaluations. Each is refined a little on a few calls, and the best goes on. Finally the fit goes back from the most
+evaluations down: a solver without the evaluation whose loss costs least is one more start (`docs/leap.md` has what that
+is worth). So the result is never worse on its prompts than the best plain solver, or than with fewer evaluations (but
+for a range of guidance, for which there is no way back, see `guidance.py`).
 
 All this goes by the answers with guidance alone: with the differences there are twice as many numbers, which fit a few
 prompts at any times. They come last, from zero, or from their closed form where closed forms with them are nearer than
@@ -33,7 +33,7 @@ from typing import Annotated, Any
 
 from hasten.calibration import Calibration
 from hasten.errors import AlreadyAcceleratedError, CalibrationError
-from hasten.fitting.leap_under_way import FitUnderWay, Progress
+from hasten.fitting.leap_under_way import ERROR, FitUnderWay, Progress
 from hasten.fitting.starts import MOST_STARTS
 from hasten.parameters import MOST_GUIDANCE, Range, accepted
 from hasten.pipeline.hooks import refuse_accelerated
@@ -75,8 +75,8 @@ def fit_leap(
         held_out: other calls, on which the error is reported beside that of the training. For a range both are those at
             its highest scale, whatever the calls say.
         trials: most starts of the refinement that are tried for each number; 1 takes a spread of times, and from 3 on
-            the best plain solver and the solver with fewer evaluations are among them, and at last, at one scale, that
-            with more.
+            the best plain solver and the solver with fewer evaluations are among them. At one scale that with more
+            evaluations is another one then.
         rounds: of the joint refinement of times and coefficients; 0 leaves it out.
         ridge: how strongly coefficients are drawn to those of the plain sampler.
         known: an earlier result, perhaps of a fit that was cut short; what was fitted to the same prompts with the
@@ -137,7 +137,7 @@ def fit_leap(
             if keep is not None:
                 keep(result)
         if trials >= BOTH_WAYS and len(guidances) < 2:
-            for better in _both_ways(fit, result, sorted(set(evaluations)), rounds):
+            for better in _both_ways(fit, result, sorted(map(int, result.report)), rounds):
                 result = better
                 if keep is not None:
                     keep(result)
@@ -147,7 +147,7 @@ def fit_leap(
 def _both_ways(fit: FitUnderWay, result: Calibration, counts: Sequence[int], rounds: int) -> Iterator[Calibration]:
     """The result after each attempt to begin solvers with others: from the most evaluations down, and up again.
 
-    Up only where fewer evaluations have come to have less error. What an earlier fit has tried is not tried again.
+    Up only where fewer evaluations have come to have less error. A known fit of the same numbers has tried it all.
     """
     for more, fewer in pairwise(reversed(counts)):
         if result.report[str(fewer)].get("tried_from") != more:
@@ -156,7 +156,7 @@ def _both_ways(fit: FitUnderWay, result: Calibration, counts: Sequence[int], rou
             result = replace(result, report=result.report | {str(fewer): told})
             yield result
     for fewer, more in pairwise(counts):
-        errors = [result.report[str(count)]["relative_to_first_order"] for count in (fewer, more)]
+        errors = [result.report[str(count)][ERROR] for count in (fewer, more)]
         if errors[0] < errors[1]:
             result = _begun_with(fit, result, more, fewer, rounds)
             yield result

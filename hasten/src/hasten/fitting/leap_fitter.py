@@ -202,7 +202,7 @@ class Fitter:
         equations = NormalEquations(size)
         for i, call in enumerate(self.calls):
             equations.add(columns[i][:size], self.references.goal(call, level), self.roots[call])
-        if not bool(equations.gram.isfinite().all()):  # the model has no answer there; the solver's error says so
+        if not equations.is_finite():  # the model has no answer there; the solver's error says so
             return list(prior)
         return equations.solve(prior, self._ridge)
 

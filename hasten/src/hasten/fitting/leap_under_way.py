@@ -23,9 +23,10 @@ from hasten.solvers.multistep import Row
 from hasten.solvers.tables import COLUMNS, Table, middle_of
 from hasten.weights import weights_digest
 
-__all__ = ["FitUnderWay", "Progress", "plain_config"]
+__all__ = ["ERROR", "FitUnderWay", "Progress", "plain_config"]
 
 Progress = Callable[[int, int, int, float], None]
+ERROR = "relative_to_first_order"  # in a report: what is made small
 
 
 class FitUnderWay:
@@ -148,7 +149,7 @@ class FitUnderWay:
             table = self._table({form: own.rows for form, own in families.items()}, families[GUIDED].timesteps)
             found = _made_at(self._axis.scales[-1], self._hardest, families)
             judged = sorted([*fitted.items(), *self._between.items()], key=lambda one: one[0])
-            by_scale = {f"{scale:.4g}": _figures(_made_at(scale, group, families)) for scale, group in judged}
+            by_scale = {f"{scale:.6g}": _figures(_made_at(scale, group, families)) for scale, group in judged}
             over_range = {"guidance": self._axis.scales[-1], "by_guidance": by_scale}
         done = count_from(total)
         tick(found[GUIDED].relative_squared_error)
@@ -168,30 +169,35 @@ class FitUnderWay:
             rounds: of the refinement; after the first it goes on only where the table that there is has more error.
 
         Returns:
-            the table, or None if the one that there is has no more error; and the report of the one that has less.
+            the table, or None if the one that there is has no more error over the guided outputs (of those over both
+            passes nothing is asked); and the report of the one that is kept.
         """
         fitter, evaluator = self._hardest.fitters[GUIDED], self._hardest.evaluator
-        made_before, done, first, known = evaluator.made, count_from(1), min(1, rounds), told["relative_to_first_order"]
+        made_before, first, known = sum(at.evaluator.made for at in self._all), min(1, rounds), told[ERROR]
+        between = max(len(_times_of(other, -1)) - count - 1, 0)  # evaluations that are left out before the last
+        total, done = between * first + max(rounds, 1), count_from(1)
 
         def tick(error: float) -> None:
             if self._progress is not None:
-                self._progress(count, next(done), max(rounds, 1), error)
+                self._progress(count, next(done), total, error)
 
+        table, report = None, dict(told)
         with evaluator.probing():
-            start, leap = resized(fitter, fitter.exact(_times_of(other, -1), other[GUIDED][-1]), count, first)
+            start, leap = resized(fitter, fitter.exact(_times_of(other, -1), other[GUIDED][-1]), count, first, tick)
             unmoved = leap.figures
-            leap = refine(fitter, leap, first, tick)
+            if math.isfinite(leap.error):
+                leap = refine(fitter, leap, first, tick)
             if leap.error < known:
                 leap = refine(fitter, leap, rounds - first, tick, first=first)
-        table, report = None, dict(told)
         if leap.error < known:
             table, found = self._with_differences(leap, rounds)
-            plain = (
-                {name: figure for name, figure in told["plain"].items() if name != "sampler"} if told["plain"] else {}
-            )
-            sampler = (told["plain"]["sampler"], plain) if plain else None
-            report |= self._report(Start(start, unmoved, sampler, told["trials"] + 1), found)
-        report["evaluations_of_fit"] = told["evaluations_of_fit"] + evaluator.made - made_before
+            kept = {name: told[name] for name in ("plain", "tried_from") if name in told}
+            report = self._report(Start(start, unmoved, None, told["trials"]), found) | kept
+        report["trials"] = told["trials"] + 1
+        made = sum(at.evaluator.made for at in self._all) - made_before
+        report["evaluations_of_fit"] = told["evaluations_of_fit"] + made
+        done = count_from(total)
+        tick(report["relative_squared_error"])
         return table, report
 
     def _with_differences(self, best: Leap, rounds: int) -> tuple[Table, dict[str, Leap]]:
@@ -266,8 +272,7 @@ def _figures(found: Mapping[str, Leap]) -> dict[str, float]:
 
 def _of(name: str, figures: Mapping[str, float]) -> dict[str, float]:
     """Both errors (`Leap.figures`) of something else than the solver, as a report has them."""
-    relative = "relative_to_first_order"
-    return {name: figures["relative_squared_error"], f"{name}_{relative}": figures[relative]}
+    return {name: figures["relative_squared_error"], f"{name}_{ERROR}": figures[ERROR]}
 
 
 def _wide(fitter: Fitter, guided: Fitter, leap: Leap, rounds: int) -> Leap:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -237,7 +238,7 @@ def _inserted(fitter: Fitter, leap: Leap, place: int) -> Leap:
 
 
 def shortened(fitter: Fitter, leap: Leap) -> Leap:
-    """A solver with one evaluation less: that without which the error is least, the first one excepted.
+    """A solver with one evaluation fewer, without that whose loss leaves the least error. The first one always stays.
 
     Rows that used its answer use the combination of earlier columns that is nearest to it, or all rows are the closed
     form of the times that are left, whichever has less error.
@@ -245,21 +246,24 @@ def shortened(fitter: Fitter, leap: Leap) -> Leap:
     best: Leap | None = None
     for place in range(1, len(leap.timesteps)):
         times = (*leap.timesteps[:place], *leap.timesteps[place + 1 :])
-        folded = fitter.score(times, _without(fitter, leap, place), leap, place)
+        rows = _without(fitter, leap, place)
+        folded = None if rows is None else fitter.score(times, rows, leap, place)
         closed = fitter.fit(times)
         best = min([one for one in (best, folded, closed) if one is not None], key=lambda one: one.error)
     assert best is not None
     return best
 
 
-def _without(fitter: Fitter, leap: Leap, place: int) -> list[Row]:
-    """The rows of a solver without the evaluation at number `place`."""
+def _without(fitter: Fitter, leap: Leap, place: int) -> list[Row] | None:
+    """The rows of a solver without the evaluation at number `place`; None where the model has no answer."""
     cut, width = 1 + fitter.width * place, fitter.width
     shares = []
     for column in range(cut, cut + width):
         equations = NormalEquations(cut)
         for i, call in enumerate(fitter.calls):
             equations.add(leap.columns[i][:cut], leap.columns[i][column], fitter.roots[call])
+        if not equations.is_finite():
+            return None
         shares.append(equations.solve([0.0] * cut, RIDGE))
 
     def folded(row: Row) -> Row:
@@ -270,7 +274,7 @@ def _without(fitter: Fitter, leap: Leap, place: int) -> list[Row]:
     return [*leap.rows[: place - 1], *map(folded, leap.rows[place:])]
 
 
-def resized(fitter: Fitter, leap: Leap, count: int, rounds: int) -> tuple[str, Leap]:
+def resized(fitter: Fitter, leap: Leap, count: int, rounds: int, progress: Callable[[float], None]) -> tuple[str, Leap]:
     """A solver with another number of evaluations to begin with, and what a report calls such a start.
 
     Args:
@@ -278,10 +282,14 @@ def resized(fitter: Fitter, leap: Leap, count: int, rounds: int) -> tuple[str, L
         leap: the solver with more evaluations or fewer.
         count: evaluations.
         rounds: of refinement after each but the last of several that are left out.
+        progress: called with the relative squared error after each of these rounds.
+
+    Returns:
+        the name, and the solver; one that still has more evaluations where the model has no answer there.
     """
     if len(leap.timesteps) < count:
         return LENGTHENED, _lengthened(fitter, leap, count)
     leap = shortened(fitter, leap)
-    while len(leap.timesteps) > count:
-        leap = shortened(fitter, refine(fitter, leap, rounds))
+    while len(leap.timesteps) > count and math.isfinite(leap.error):
+        leap = shortened(fitter, refine(fitter, leap, rounds, progress))
     return "more evaluations", leap

@@ -101,7 +101,7 @@ def check_sealed(folder: Path, error: type[HastenError], remedy: str, of: str = 
     sealed = read_record(folder / LIST, _kind(error, remedy))
     digests = sealed.files
     if of and sealed.of not in {"", of}:
-        raise error(f"{folder} holds {shown(sealed.of)}, not {of}. {remedy}")
+        raise error(f"{folder} holds {shown(sealed.of)}, not {of}; name a folder of {of}")
     check_files(folder, digests, error, remedy)
     others = [name for path in _files(folder) if (name := path.relative_to(folder).as_posix()) not in {LIST, *digests}]
     if others:

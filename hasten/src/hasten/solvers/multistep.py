@@ -52,6 +52,10 @@ class NormalEquations:
         self.gram += weight * torch.kron(torch.outer(part, part), other.gram)
         self._right += weight * torch.kron(part, other._right)
 
+    def is_finite(self) -> bool:
+        """Whether all that was added is."""
+        return bool(self.gram.isfinite().all() and self._right.isfinite().all())
+
     def solve(self, prior: Sequence[float], ridge: float) -> Row:
         """The coefficients, drawn towards `prior` by `ridge`."""
         towards = torch.tensor(prior, dtype=torch.float64)
