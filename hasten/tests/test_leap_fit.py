@@ -460,14 +460,14 @@ def test_the_way_back_tells_how_far_it_is_and_what_it_kept(monkeypatch):
     assert back[-1] == (5, 5, fit.report["3"]["relative_squared_error"])
 
 
-def test_the_way_back_ends_where_the_model_has_no_answer():
-    """It has one at the times of the plain sampler alone."""
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_model_may_have_answers_at_the_times_of_its_sampler_alone(rounds):
     grid = set(at(fitter(Toy(), [toy_call(0)]), range(STEPS)))
 
     def field(x, t):
         return curved(x, t) * (1.0 if any(abs(float(t) - own) < 1e-3 for own in grid) else math.nan)
 
-    fit = fit_leap(Toy(field), [toy_call(0), toy_call(1)], [2, 3], trials=3, rounds=0)
+    fit = fit_leap(Toy(field), [toy_call(0), toy_call(1)], [2, 3], trials=3, rounds=rounds)
     errors = [told["relative_to_first_order"] for told in fit.report.values()]
     assert all(map(math.isfinite, errors))
     assert errors[1] <= errors[0]

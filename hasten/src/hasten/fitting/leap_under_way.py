@@ -185,8 +185,7 @@ class FitUnderWay:
         with evaluator.probing():
             start, leap = resized(fitter, fitter.exact(_times_of(other, -1), other[GUIDED][-1]), count, first, tick)
             unmoved = leap.figures
-            if math.isfinite(leap.error):
-                leap = refine(fitter, leap, first, tick)
+            leap = refine(fitter, leap, first, tick)
             if leap.error < known:
                 leap = refine(fitter, leap, rounds - first, tick, first=first)
         if leap.error < known:

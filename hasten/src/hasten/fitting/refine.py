@@ -186,6 +186,8 @@ def moves_of(fitter: Fitter, leap: Leap, times: bool, directions: int | None) ->
         equations = NormalEquations(len(row))
         for columns in leap.columns:
             equations.add(columns[: len(row)], columns[0])
+        if not equations.is_finite():  # an answer that is none has the coefficient zero, and stays there
+            continue
         scale = equations.gram.diagonal().clamp_min(1e-300).sqrt()
         strengths, vectors = torch.linalg.eigh(equations.gram / scale[:, None] / scale)
         for i in range(1, min(directions or len(row), len(row)) + 1):

@@ -65,7 +65,12 @@ class NormalEquations:
         return (towards + torch.linalg.lstsq(left, right, driver="gelsd").solution[:, 0]).tolist()
 
     def damped(self, damping: float) -> Row:
-        """The step of Levenberg and Marquardt: each coefficient is drawn to 0, by `damping` times its own weight."""
+        """The step of Levenberg and Marquardt: each coefficient is drawn to 0, by `damping` times its own weight.
+
+        None is taken where what was added is not finite.
+        """
+        if not self.is_finite():
+            return [0.0] * len(self.gram)
         scale = self.gram.diagonal().clamp_min(1e-300).sqrt()
         left = self.gram / scale[:, None] / scale + damping * torch.eye(len(scale), dtype=torch.float64)
         solution = torch.linalg.lstsq(left, (self._right / scale)[:, None], driver="gelsd").solution[:, 0]
