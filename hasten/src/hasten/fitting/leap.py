@@ -33,7 +33,8 @@ from typing import Annotated, Any
 
 from hasten.calibration import Calibration
 from hasten.errors import AlreadyAcceleratedError, CalibrationError
-from hasten.fitting.leap_under_way import ERROR, FitUnderWay, Progress
+from hasten.fitting.leap_fitter import ERROR
+from hasten.fitting.leap_under_way import FitUnderWay, Progress
 from hasten.fitting.starts import MOST_STARTS
 from hasten.parameters import MOST_GUIDANCE, Range, accepted
 from hasten.pipeline.hooks import refuse_accelerated

@@ -16,6 +16,7 @@ from hasten.solvers.multistep import NormalEquations, Row, combine
 
 __all__ = ["Fitter", "Leap", "yardsticks"]
 
+ERROR = "relative_to_first_order"  # in a report: what is made small
 YARDSTICK = 8  # evaluations of the first-order solver that errors of an image are relative to
 FLOOR = 1e-2  # of the median yardstick: none is less, so that an image which costs nothing does not count for all
 NEGLIGIBLE = 1e-6  # of an image's own size: nor is it less than this
@@ -51,7 +52,7 @@ class Leap:
     @property
     def figures(self) -> dict[str, float]:
         """Both errors of all calls, as a report has them."""
-        return {"relative_squared_error": self.relative_squared_error, "relative_to_first_order": self.error}
+        return {"relative_squared_error": self.relative_squared_error, ERROR: self.error}
 
 
 class Fitter:

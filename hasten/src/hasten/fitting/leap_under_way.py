@@ -13,7 +13,7 @@ import numpy as np
 from hasten.calibration import Fingerprint, model_digest
 from hasten.fitting.group import GUIDED, PASSES, Group, check_differ, check_passes, guidance_of_calls, told_guidance
 from hasten.fitting.guidance import Family, Place, axis_of, families_from, halfway
-from hasten.fitting.leap_fitter import YARDSTICK, Fitter, Leap
+from hasten.fitting.leap_fitter import ERROR, YARDSTICK, Fitter, Leap
 from hasten.fitting.references import References
 from hasten.fitting.refine import DIRECTIONS, refine
 from hasten.fitting.starts import Seeker, Start, resized
@@ -23,10 +23,9 @@ from hasten.solvers.multistep import Row
 from hasten.solvers.tables import COLUMNS, Table, middle_of
 from hasten.weights import weights_digest
 
-__all__ = ["ERROR", "FitUnderWay", "Progress", "plain_config"]
+__all__ = ["FitUnderWay", "Progress", "plain_config"]
 
 Progress = Callable[[int, int, int, float], None]
-ERROR = "relative_to_first_order"  # in a report: what is made small
 
 
 class FitUnderWay:
@@ -147,10 +146,11 @@ class FitUnderWay:
             del best  # columns are large
             families = families_from(lowest, highest, fitted, self._between, rounds, tick)
             table = self._table({form: own.rows for form, own in families.items()}, families[GUIDED].timesteps)
-            found = _made_at(self._axis.scales[-1], self._hardest, families)
-            judged = sorted([*fitted.items(), *self._between.items()], key=lambda one: one[0])
-            by_scale = {f"{scale:.6g}": _figures(_made_at(scale, group, families)) for scale, group in judged}
-            over_range = {"guidance": self._axis.scales[-1], "by_guidance": by_scale}
+            by_guidance = {}
+            for scale, group in sorted([*fitted.items(), *self._between.items()], key=lambda one: one[0]):
+                found = _made_at(scale, group, families)  # at last at the highest scale, of which the report tells
+                by_guidance[f"{scale:.6g}"] = _figures(found)
+            over_range = {"guidance": self._axis.scales[-1], "by_guidance": by_guidance}
         done = count_from(total)
         tick(found[GUIDED].relative_squared_error)
         report = over_range | self._report(start, found)
