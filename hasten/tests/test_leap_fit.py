@@ -448,6 +448,20 @@ def test_a_number_that_is_asked_for_later_is_tried_from_as_well():
     assert {name: told.get("tried_from") for name, told in above.report.items()} == {"4": 5, "5": 6, "6": None}
 
 
+def test_what_goes_on_is_checked_before_anything_is_drawn(tmp_path):
+    calls, options = [toy_call(0)], {"trials": 1, "rounds": 0}
+    file = fit_leap(Toy(), calls, [2], **options).save(tmp_path / "leap.safetensors")
+    assert list(fit_leap(Toy(), calls, [3], known=file, **options).report) == ["2", "3"]
+    for wrong, error, message in (
+        ({"known": tmp_path / "none"}, CalibrationError, "no such file"),
+        ({"known": {}}, ConfigError, "a path"),
+        ({"keep": "x"}, ConfigError, "keep must be a function of a calibration, such as .*, got 'x'"),
+        ({"guidances": 3.0}, ConfigError, r"guidances must be .*got 3\.0"),
+    ):
+        with pytest.raises(error, match=message):
+            fit_leap(Idle(), calls, [2], **options | wrong)
+
+
 def test_the_way_back_tells_how_far_it_is_and_what_it_kept(monkeypatch):
     seen = []
     calls = [toy_call(i) for i in range(2)]

@@ -29,10 +29,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 from hasten.calibration import Calibration
-from hasten.errors import AlreadyAcceleratedError, CalibrationError
+from hasten.errors import AlreadyAcceleratedError, CalibrationError, ConfigError
 from hasten.fitting.leap_fitter import ERROR
 from hasten.fitting.leap_under_way import FitUnderWay, Progress
 from hasten.fitting.starts import MOST_STARTS
@@ -59,7 +60,7 @@ def fit_leap(
     trials: int = MOST_STARTS,
     rounds: int = 3,
     ridge: float = 1e-6,
-    known: Calibration | None = None,
+    known: Calibration | str | Path | None = None,
     keep: Callable[[Calibration], object] | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -80,8 +81,8 @@ def fit_leap(
             evaluations is another one then.
         rounds: of the joint refinement of times and coefficients; 0 leaves it out.
         ridge: how strongly coefficients are drawn to those of the plain sampler.
-        known: an earlier result, perhaps of a fit that was cut short; what was fitted to the same prompts with the
-            same settings is taken over.
+        known: an earlier result or its file, perhaps of a fit that was cut short; what was fitted to the same prompts
+            with the same settings is taken over.
         keep: called with the result so far after each number, such as `lambda fit: fit.save(path)`.
         progress: called with (number of evaluations, trials and rounds so far, of how many, relative squared error: of
             a range that at its highest scale, then at its lowest, and while all is refined together the geometric mean
@@ -105,14 +106,20 @@ def fit_leap(
         )
     if not calls:
         raise CalibrationError("there is nothing to learn from: give at least one call")
+    asked = not isinstance(guidances, Sequence) or len(guidances) > 0  # a number is no list, and told so
     arguments = {
         "trials": (Annotated[int, Range(1)], trials),
         "rounds": (Annotated[int, Range(0)], rounds),
         "ridge": (Annotated[float, Range(0)], ridge),
-        **({"guidances": (tuple[Annotated[float, Range(0, MOST_GUIDANCE)], ...], guidances)} if len(guidances) else {}),
+        **({"guidances": (tuple[Annotated[float, Range(0, MOST_GUIDANCE)], ...], guidances)} if asked else {}),
     }
     for name, (hint, value) in arguments.items():
         accepted("fit_leap", name, hint, value)
+    if keep is not None and not callable(keep):
+        raise ConfigError(
+            f"keep must be a function of a calibration, such as `lambda fit: fit.save(path)`, got {keep!r}"
+        )
+    known = None if known is None else Calibration.of(LEAP, known)
     trials = min(trials, MOST_STARTS)
     with Replay(held_out) as others, Replay(calls) as replay:
         _check_counts(evaluations, replay.steps(pipe))
@@ -148,7 +155,8 @@ def fit_leap(
 def _both_ways(fit: FitUnderWay, result: Calibration, counts: Sequence[int], rounds: int) -> Iterator[Calibration]:
     """The result after each attempt to begin solvers with others: from the most evaluations down, and up again.
 
-    Up only where fewer evaluations have come to have less error. A known fit of the same numbers has tried it all.
+    Up only where fewer evaluations have come to have less error. A solver that was tried from one with so many
+    evaluations is not tried again, even if that one has been exchanged by a later fit.
     """
     for more, fewer in pairwise(reversed(counts)):
         if result.report[str(fewer)].get("tried_from") != more:
