@@ -27,6 +27,7 @@ from hasten.fitting.evaluator import Evaluator
 from hasten.fitting.leap import fit_leap
 from hasten.fitting.leap_fitter import Fitter
 from hasten.fitting.references import record_references
+from hasten.fitting.starts import MOST_STARTS
 from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
 from hasten.quality.metrics import over_frames, psnr
@@ -68,6 +69,11 @@ def main() -> None:
         "--ablation",
         default="",
         help="one number of evaluations to take the fit apart at",
+    )
+    parser.add_argument(
+        "--alone",
+        default="",
+        help="numbers of evaluations that are fitted without others beside them as well",
     )
     parser.add_argument("--work", type=Path, default=Path("runs/leap"))
     parser.add_argument("--out", type=Path, required=True)
@@ -185,6 +191,8 @@ class Measure:
                 self.learned(name, int(count), scale)
         if self.options.ablation:
             self.ablation(int(self.options.ablation), scale)
+        for count in numbers(self.options.alone):
+            self.alone(int(count), scale)
         if self.options.half:
             self.half(fit, scale)
         self.write()
@@ -295,6 +303,12 @@ class Measure:
             self.leap(fit, count, scale, name)
             if fit.fingerprint.passes[1:]:
                 self.leap(fit, count, scale, f"{name}, scheduler alone", hook=False)
+
+    def alone(self, count: int, scale: float | None) -> None:
+        """A number of evaluations by itself: with all starts, and without one that has more evaluations."""
+        for name, settings in {"alone": {}, "alone, nothing longer": {"trials": MOST_STARTS - 2}}.items():
+            fit = self.fit(f"{name}, {count}", [count], [scale], **settings)
+            self.leap(fit, count, scale, name)
 
     def half(self, fit: Calibration, scale: float | None) -> None:
         """LEAP in bfloat16, against the plain sampler in bfloat16 and in float32."""

@@ -437,6 +437,29 @@ def test_what_was_begun_both_ways_is_not_tried_again_and_goes_on_where_it_was_cu
         assert torch.allclose(cut.tensors[name], tensor, rtol=1e-6, atol=1e-9), name
 
 
+def test_a_number_alone_begins_with_one_evaluation_more_as_well():
+    calls, fits = [toy_call(i) for i in range(4)], {}
+    for trials in (5, 6):
+        fits[trials] = fit_leap(Toy(), calls, [9], trials=trials, rounds=1).report["9"]
+    assert [fits[trials]["trials"] for trials in (5, 6)] == [5, 6]
+    assert fits[6]["start"] == "more evaluations" != fits[5]["start"]
+    assert fits[6]["relative_to_first_order"] < 0.2 * fits[5]["relative_to_first_order"]
+
+
+def test_one_evaluation_more_is_made_for_the_longest_alone():
+    """Three spreads, the best plain solver and the spanned list; one more; one with fewer; and the way back."""
+
+    def trials(counts, rounds=1, **more):
+        report = fit_leap(Toy(), [toy_call(0, **more)], counts, rounds=rounds).report
+        return {name: told["trials"] for name, told in report.items()}
+
+    assert trials([5]) == {"5": 6}
+    assert trials([3, 4]) == {"3": 5 + 1, "4": 6 + 1}
+    assert trials([19]) == {"19": 6}
+    assert trials([20])["20"] < 6  # a run has no more steps
+    assert trials([5], rounds=0) == {"5": 5}  # nothing is moved
+
+
 def test_a_number_that_is_asked_for_later_is_tried_from_as_well():
     calls, options = [toy_call(i) for i in range(4)], {"trials": 3, "rounds": 1}
     part = fit_leap(Toy(), calls, [4, 6], **options)
@@ -539,7 +562,8 @@ def test_a_given_last_row_is_fitted_anew_where_that_is_nearer():
 
 def test_starts_are_moved_before_one_is_chosen():
     own = fitter(Toy(), [toy_call(0), toy_call(1)], ridge=1e-6)
-    surrogate, settings = Surrogate(own.references, 1, own.roots), {"trials": 6, "progress": lambda *_: None}
+    surrogate = Surrogate(own.references, 1, own.roots)
+    settings = {"trials": 6, "longer": False, "progress": lambda *_: None}
     with own.evaluator.probing():
         (start, closed), (other, moved) = (
             starts.best_start(own, surrogate, {}, None, 4, move=move, **settings) for move in (False, True)
@@ -591,8 +615,8 @@ def test_progress_counts_rounds_as_well():
     fit_leap(Toy(), [toy_call(0), toy_call(1)], [4], rounds=2, progress=lambda *told: seen.append(told[:3]))
     steps = [done for count, done, total in seen if count == 4]
     assert steps == sorted(steps)
-    assert {7, 8} <= set(steps)
-    assert steps[-1] == 8 == next(total for count, _, total in seen if count == 4)
+    assert {8, 9} <= set(steps)
+    assert steps[-1] == 9 == next(total for count, _, total in seen if count == 4)
 
 
 def test_the_surrogate_ranks_lists_as_the_model_does():
@@ -616,7 +640,7 @@ def test_more_starts_end_nearer_than_one():
     assert figures[1] < figures[0]  # closed forms alone: the nearest of several
     assert figures[3] < 0.1 * figures[2]
     assert figures[3] < figures[1]
-    assert [told["trials"] for told in errors] == [1, 5, 1, 5]  # nothing with fewer evaluations to begin with
+    assert [told["trials"] for told in errors] == [1, 5, 1, 6]  # nothing with fewer evaluations to begin with
 
 
 # --- the joint refinement
@@ -1057,7 +1081,9 @@ def test_a_range_begins_at_one_time_where_plain_solvers_begin_at_others():
         assert len({times[0] for times in table["timesteps_by_scale"]}) == 1
     LeapScheduler.of(fit)
     own = fitter(Toy(noise, plain), [toy_call(i, guidance_scale=6.0) for i in range(2)])
-    first = [starts.Seeker(own, whole).solver(2, 6, 1, lambda error: None)[1].timesteps[0] for whole in (False, True)]
+    first = [
+        starts.Seeker(own, whole).solver(2, 6, 1, False, lambda error: None)[1].timesteps[0] for whole in (False, True)
+    ]
     assert first[0] < first[1] == own.references.plain.timesteps[0]
     rows = [[1.0, 0.0], [1.0, 0.0, 0.0]]
     assert Family(Axis((1.0, 3.0)), ((9.0, 5.0), (9.0, 4.0)), (rows,) * 2).is_passable()

@@ -126,8 +126,8 @@ class FitUnderWay:
         for end, seeker in self._seekers.items():
             seeker.before = _times_of(table, end), table[GUIDED][end]
 
-    def solver(self, count: int, trials: int, rounds: int) -> tuple[Table, dict[str, Any]]:
-        """The table for a number of evaluations, and what is to be told of it."""
+    def solver(self, count: int, trials: int, rounds: int, longer: bool) -> tuple[Table, dict[str, Any]]:
+        """The table for a number of evaluations, and what is to be told of it. `longer`: see `best_start`."""
         made_before = sum(at.evaluator.made for at in self._all)
         total, done = len(self._seekers) * (trials + rounds) + (rounds if self._axis else 0), count_from(1)
 
@@ -135,12 +135,12 @@ class FitUnderWay:
             if self._progress is not None:
                 self._progress(count, min(next(done), total), total, error)
 
-        start, best = self._seekers[len(self._at) - 1].solver(count, trials, rounds, tick)
+        start, best = self._seekers[len(self._at) - 1].solver(count, trials, rounds, longer, tick)
         over_range: dict[str, Any] = {}
         if self._axis is None:
             table, found = self._with_differences(best, rounds)
         else:
-            lowest = self._seekers[0].solver(count, trials, rounds, tick)[1].timesteps
+            lowest = self._seekers[0].solver(count, trials, rounds, longer, tick)[1].timesteps
             fitted = dict(zip(self._axis.scales, self._at, strict=True))
             highest = best.timesteps, best.rows
             del best  # columns are large

@@ -26,8 +26,8 @@ WEIGHT = 0.3  # of the states on the way, in the surrogate
 RIDGE = 1e-9  # of the combination of columns that takes the place of one
 FEW = 3  # plain solvers, the best on the first call, that all calls judge
 PART = 4  # the share of the calls on which a start is tried, as a divisor
-LENGTHENED = "fewer evaluations"  # the name of that start
-MOST_STARTS = len(POWERS) + 3  # with the best plain solver, the one with fewer evaluations, and the surrogate's list
+LENGTHENED, SHORTENED = "fewer evaluations", "more evaluations"  # the names of these starts
+MOST_STARTS = len(POWERS) + 4  # the best plain solver, one with fewer evaluations, one with more, the surrogate's list
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,15 @@ class Seeker:
         self._fitter, self._first = fitter, fitter.references.plain.timesteps[0] if whole else None
         self._surrogate = Surrogate(fitter.references, fitter.width, fitter.roots)
 
-    def solver(self, count: int, trials: int, rounds: int, progress: Callable[[float], None]) -> tuple[Start, Leap]:
+    def solver(
+        self, count: int, trials: int, rounds: int, longer: bool, progress: Callable[[float], None]
+    ) -> tuple[Start, Leap]:
         """Where the refinement of a solver with `count` evaluations begins, and where it ends.
 
         Args:
             count: evaluations.
             trials: see `best_start`.
+            longer: see `best_start`.
             rounds: of the refinement.
             progress: called with the relative squared error after each start and each round.
         """
@@ -80,7 +83,15 @@ class Seeker:
                 plain = {label: solver for label, solver in plain.items() if solver.timesteps[0] == self._first}
             before = None if self.before is None else fitter.exact(*self.before)
             start, leap = best_start(
-                fitter, self._surrogate, plain, before, count, trials=trials, move=rounds > 0, progress=progress
+                fitter,
+                self._surrogate,
+                plain,
+                before,
+                count,
+                trials=trials,
+                longer=longer,
+                move=rounds > 0,
+                progress=progress,
             )
             return start, refine(fitter, leap, rounds, progress)
 
@@ -112,6 +123,7 @@ def best_start(
     count: int,
     *,
     trials: int,
+    longer: bool,
     move: bool,
     progress: Callable[[float], None],
 ) -> tuple[Start, Leap]:
@@ -129,13 +141,15 @@ def best_start(
         count: evaluations.
         trials: most starts; with one the first spread of times is taken as it is, and from three on the solver with
             fewer evaluations and the best plain solver are among them.
+        longer: whether one more evaluation that is left out again is a start, too: where no solver has more that this
+            one can begin with.
         move: whether starts are refined; else the nearest closed form is taken.
         progress: called after each start with the relative squared error of the best.
     """
     best_plain = _best_plain(fitter, plain) if trials > 2 else None
     best: tuple[Start, Leap] | None = None
     told, tried = None if best_plain is None else (best_plain[0], best_plain[2]), 0
-    for name, made in islice(_starts(fitter, surrogate, best_plain, before, count), trials):
+    for name, made in islice(_starts(fitter, surrogate, best_plain, before, count, longer and move), trials):
         tried += 1
         leap = made()
         unmoved = leap.figures
@@ -165,6 +179,7 @@ def _starts(
     plain: tuple[str, PlainSolver, dict[str, float]] | None,
     before: Leap | None,
     count: int,
+    longer: bool,
 ) -> Iterator[tuple[str, Callable[[], Leap]]]:
     """What a fit may begin with, by name: how to make it. Of equal lists the first is given alone."""
     grid = fitter.references.plain.timesteps
@@ -186,6 +201,9 @@ def _starts(
     for power in POWERS[1:]:
         yield from closed(f"spread, power {power:g}", spread(count, len(grid), power))
     yield from closed("spanned", surrogate.best(count, WEIGHT))
+    if longer and count < len(grid):
+        times = tuple(grid[step] for step in surrogate.best(count + 1, WEIGHT))
+        yield SHORTENED, lambda: shortened(fitter, _moved(fitter, fitter.fit(times)))
 
 
 def _lengthened(fitter: Fitter, leap: Leap, count: int) -> Leap:
@@ -292,4 +310,4 @@ def resized(fitter: Fitter, leap: Leap, count: int, rounds: int, progress: Calla
     leap = shortened(fitter, leap)
     while len(leap.timesteps) > count and math.isfinite(leap.error):
         leap = shortened(fitter, refine(fitter, leap, rounds, progress))
-    return "more evaluations", leap
+    return SHORTENED, leap
