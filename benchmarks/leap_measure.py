@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import hasten
 import numpy as np
@@ -23,11 +25,11 @@ from hasten.bench.environment import environment
 from hasten.bench.learned_solvers import SOLVERS, fit_learned_solver
 from hasten.bench.subject import open_model
 from hasten.calibration import Calibration
+from hasten.fitting import leap
 from hasten.fitting.evaluator import Evaluator
 from hasten.fitting.leap import fit_leap
 from hasten.fitting.leap_fitter import Fitter
 from hasten.fitting.references import record_references
-from hasten.fitting.starts import MOST_STARTS
 from hasten.io import write_atomically
 from hasten.pipeline.replay import Replay
 from hasten.quality.metrics import over_frames, psnr
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument(
         "--alone",
         default="",
-        help="numbers of evaluations that are fitted without others beside them as well",
+        help="numbers of evaluations to fit by themselves as well, with no others to begin with",
     )
     parser.add_argument("--work", type=Path, default=Path("runs/leap"))
     parser.add_argument("--out", type=Path, required=True)
@@ -305,9 +307,10 @@ class Measure:
                 self.leap(fit, count, scale, f"{name}, scheduler alone", hook=False)
 
     def alone(self, count: int, scale: float | None) -> None:
-        """A number of evaluations by itself: with all starts, and without one that has more evaluations."""
-        for name, settings in {"alone": {}, "alone, nothing longer": {"trials": MOST_STARTS - 2}}.items():
-            fit = self.fit(f"{name}, {count}", [count], [scale], **settings)
+        """A number of evaluations by itself, also without the start that is made of one evaluation more."""
+        for name, ways in {"alone": leap.BOTH_WAYS, "alone, nothing longer": math.inf}.items():
+            with patch.object(leap, "BOTH_WAYS", ways):
+                fit = self.fit(f"{name}, {count}", [count], [scale])
             self.leap(fit, count, scale, name)
 
     def half(self, fit: Calibration, scale: float | None) -> None:

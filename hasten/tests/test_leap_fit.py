@@ -437,30 +437,35 @@ def test_what_was_begun_both_ways_is_not_tried_again_and_goes_on_where_it_was_cu
         assert torch.allclose(cut.tensors[name], tensor, rtol=1e-6, atol=1e-9), name
 
 
-def test_a_number_alone_begins_with_one_evaluation_more_as_well():
+def test_a_number_alone_begins_with_one_evaluation_more_as_well(monkeypatch):
     calls, fits = [toy_call(i) for i in range(4)], {}
-    for trials in (5, 6):
-        fits[trials] = fit_leap(Toy(), calls, [10], trials=trials, rounds=1).report["10"]
-    assert [fits[trials]["trials"] for trials in (5, 6)] == [5, 6]
-    assert fits[6]["start"] == "more evaluations" != fits[5]["start"]
-    assert fits[6]["relative_to_first_order"] < 0.2 * fits[5]["relative_to_first_order"]
+    for ways in (99, 3):
+        monkeypatch.setattr("hasten.fitting.leap.BOTH_WAYS", ways)
+        fits[ways] = fit_leap(Toy(), calls, [10], rounds=1).report["10"]
+    assert fits[3]["trials"] == fits[99]["trials"] + 1
+    assert fits[3]["start"] == "more evaluations" != fits[99]["start"]
+    assert fits[3]["relative_to_first_order"] < 0.2 * fits[99]["relative_to_first_order"]
 
 
 def test_one_evaluation_more_is_made_for_the_longest_alone_and_for_no_range():
-    """Three spreads, the best plain solver and the spanned list; one more; one with fewer; and the way back."""
+    """Beside five starts: one with more that is made for it, one with fewer, and one with more that there is."""
 
     def trials(counts, rounds=1, **more):
-        call = toy_call(0, **({"guidance_scale": 3.0} if more else {}))
+        call = toy_call(0, **({"guidance_scale": 3.0} if "guidances" in more else {}))
         report = fit_leap(Toy(), [call], counts, rounds=rounds, **more).report
         return {name: told["trials"] for name, told in report.items()}
 
     assert trials([5]) == {"5": 6}
     assert trials([3, 4]) == {"3": 5 + 1, "4": 6 + 1}
     assert trials([19]) == {"19": 6}
-    assert trials([20])["20"] < 6  # a run has no more steps
+    assert trials([20]) == {"20": 2}  # a run has no more steps
+    assert trials([5], trials=2) == {"5": 2}
+    assert trials([5], trials=3) == {"5": 4}
     assert trials([5], rounds=0) == {"5": 5}  # nothing is moved
     assert trials([5], guidances=(3.0,)) == {"5": 6}
     assert trials([5], guidances=(2.0, 3.0)) == {"5": 5}
+    known = fit_leap(Toy(), [toy_call(0)], [6], rounds=1)
+    assert trials([4], known=known) == {"6": 6, "4": 6}  # 4 is tried from 6
 
 
 def test_a_number_that_is_asked_for_later_is_tried_from_as_well():

@@ -190,7 +190,7 @@ def tune(
     trials: Annotated[
         int,
         options.number(
-            Range(1, options.MOST_COUNT), "Lists of steps to look at for each number; of LEAP, seven starts at most."
+            Range(1, options.MOST_COUNT), "Lists of steps to look at for each number; of LEAP, six starts at most."
         ),
     ] = 40,
     rounds: Annotated[int, options.number(Range(0, options.MOST_COUNT), "Rounds of LEAP's refinement.")] = 3,

@@ -14,10 +14,11 @@ and training sees what it will meet in use. Every image counts the same, however
 Times and coefficients are refined together (`refine.py`), and where that ends depends on where it began. So it begins
 at several places (`starts.py`): spreads of times, times whose answers span the references' states best (`surrogate.py`,
 no evaluations), the best plain solver, which is a point of the same family, and so is the solver with fewer
-evaluations, or with one more that is left out again. Each is refined a little on a few calls, and the best goes on.
-Finally the fit goes back from the most evaluations down: a solver without the evaluation whose loss costs least is one
-more start (`docs/leap.md` has what that is worth). So the result is never worse on its prompts than the best plain
-solver, or than with fewer evaluations (but for a range of guidance, for which there is no way back, see `guidance.py`).
+evaluations. Each is refined a little on a few calls, and the best goes on. Finally the fit goes back from the most
+evaluations down: a solver without the evaluation whose loss costs least is one more start (`docs/leap.md` has what that
+is worth), and for the longest one such a start is made of one evaluation more. So the result is never worse on its
+prompts than the best plain solver, or than with fewer evaluations (but for a range of guidance, for which there is no
+way back, see `guidance.py`).
 
 All this goes by the answers with guidance alone: with the differences there are twice as many numbers, which fit a few
 prompts at any times. They come last, from zero, or from their closed form where closed forms with them are nearer than
@@ -78,7 +79,7 @@ def fit_leap(
             its highest scale, whatever the calls say.
         trials: most starts of the refinement that are tried for each number; 1 takes a spread of times, and from 3 on
             the best plain solver and the solver with fewer evaluations are among them. At one scale that with more
-            evaluations is another one then; where there is none, one that is made for this alone is the last start.
+            evaluations is another one then, and for the largest number one with an evaluation more that is made for it.
         rounds: of the joint refinement of times and coefficients; 0 leaves it out.
         ridge: how strongly coefficients are drawn to those of the plain sampler.
         known: an earlier result or its file, perhaps of a fit that was cut short; what was fitted to the same prompts
@@ -140,7 +141,7 @@ def fit_leap(
                 continue
             if fewer := [int(name) for name in result.report if int(name) < count]:
                 fit.recall(unpacked(result.tensors)[str(max(fewer))])
-            longest = count >= max(*evaluations, *map(int, result.report), 0)  # nothing to go back from
+            longest = count >= max([*evaluations, *map(int, result.report)])  # there is none to go back from
             table, report = fit.solver(count, trials, rounds, longer=longest and back)
             tensors = result.tensors | packed({count: table})
             result = Calibration(LEAP, tensors, result.fingerprint, result.report | {str(count): report}, options)

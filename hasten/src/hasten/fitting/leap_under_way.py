@@ -129,7 +129,8 @@ class FitUnderWay:
     def solver(self, count: int, trials: int, rounds: int, longer: bool) -> tuple[Table, dict[str, Any]]:
         """The table for a number of evaluations, and what is to be told of it. `longer`: see `best_start`."""
         made_before = sum(at.evaluator.made for at in self._all)
-        total, done = len(self._seekers) * (trials + rounds) + (rounds if self._axis else 0), count_from(1)
+        total = len(self._seekers) * (trials + rounds) + (rounds if self._axis else 0) + longer
+        done = count_from(1)
 
         def tick(error: float) -> None:
             if self._progress is not None:
@@ -140,7 +141,7 @@ class FitUnderWay:
         if self._axis is None:
             table, found = self._with_differences(best, rounds)
         else:
-            lowest = self._seekers[0].solver(count, trials, rounds, longer, tick)[1].timesteps
+            lowest = self._seekers[0].solver(count, trials, rounds, False, tick)[1].timesteps
             fitted = dict(zip(self._axis.scales, self._at, strict=True))
             highest = best.timesteps, best.rows
             del best  # columns are large

@@ -27,7 +27,7 @@ RIDGE = 1e-9  # of the combination of columns that takes the place of one
 FEW = 3  # plain solvers, the best on the first call, that all calls judge
 PART = 4  # the share of the calls on which a start is tried, as a divisor
 LENGTHENED, SHORTENED = "fewer evaluations", "more evaluations"  # the names of these starts
-MOST_STARTS = len(POWERS) + 4  # the best plain solver, one with fewer evaluations, one with more, the surrogate's list
+MOST_STARTS = len(POWERS) + 3  # with the best plain solver, the one with fewer evaluations, and the surrogate's list
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,18 @@ def best_start(
         count: evaluations.
         trials: most starts; with one the first spread of times is taken as it is, and from three on the solver with
             fewer evaluations and the best plain solver are among them.
-        longer: whether one more evaluation that is left out again is a start, too: where no solver has more that this
-            one can begin with.
+        longer: whether the last start, beside these, is a solver with one evaluation more that is made for this alone:
+            for numbers that are not tried from a longer one later. Only where starts are moved.
         move: whether starts are refined; else the nearest closed form is taken.
         progress: called after each start with the relative squared error of the best.
     """
     best_plain = _best_plain(fitter, plain) if trials > 2 else None
     best: tuple[Start, Leap] | None = None
     told, tried = None if best_plain is None else (best_plain[0], best_plain[2]), 0
-    for name, made in islice(_starts(fitter, surrogate, best_plain, before, count, longer and move), trials):
+    starts = list(islice(_starts(fitter, surrogate, best_plain, before, count), trials))
+    if longer and move and count < fitter.references.total:
+        starts.append((SHORTENED, lambda: _one_more_left_out(fitter, surrogate, count)))
+    for name, made in starts:
         tried += 1
         leap = made()
         unmoved = leap.figures
@@ -179,7 +182,6 @@ def _starts(
     plain: tuple[str, PlainSolver, dict[str, float]] | None,
     before: Leap | None,
     count: int,
-    longer: bool,
 ) -> Iterator[tuple[str, Callable[[], Leap]]]:
     """What a fit may begin with, by name: how to make it. Of equal lists the first is given alone."""
     grid = fitter.references.plain.timesteps
@@ -201,15 +203,19 @@ def _starts(
     for power in POWERS[1:]:
         yield from closed(f"spread, power {power:g}", spread(count, len(grid), power))
     yield from closed("spanned", surrogate.best(count, WEIGHT))
-    if longer and count < len(grid):
-        times = tuple(grid[step] for step in surrogate.best(count + 1, WEIGHT))
-        yield SHORTENED, lambda: shortened(fitter, _moved(fitter, fitter.fit(times)))
 
 
 def _lengthened(fitter: Fitter, leap: Leap, count: int) -> Leap:
     while len(leap.timesteps) < count:
         leap = extended(fitter, leap)
     return leap
+
+
+def _one_more_left_out(fitter: Fitter, surrogate: Surrogate, count: int) -> Leap:
+    """A solver with one evaluation more, moved, without the one whose loss costs least."""
+    grid = fitter.references.plain.timesteps
+    times = tuple(grid[step] for step in surrogate.best(count + 1, WEIGHT))
+    return shortened(fitter, _moved(fitter, fitter.fit(times)))
 
 
 def _moved(fitter: Fitter, leap: Leap) -> Leap:
