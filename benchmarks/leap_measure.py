@@ -209,10 +209,9 @@ class Measure:
         """A fit, or what an earlier run kept of it."""
         file = self.work / f"{name}.safetensors"
         known = Calibration.load(file) if file.exists() else None
-        started, asked = (
-            time.process_time(),
-            {"trials": self.options.trials, "rounds": self.options.rounds} | settings,
-        )
+        asked = {"trials": self.options.trials, "rounds": self.options.rounds} | settings
+        check_asked(self.fits.get(name, {}).get("options", {}), asked, self.out, "--out")
+        started = time.process_time()
         scale = scales[len(scales) // 2]
         fitted = fit_leap(
             self.pipe,
