@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
 from typing import Any
-
-import numpy as np
 
 from page_tables.common import ROOT, cell, read, table_row
 
@@ -85,10 +82,7 @@ def range_table(result: dict[str, Any]) -> str:
         place = f"{count}, guidance {scale:g}"
         own = f"leap, own fit, {place}"
         found = [rows[name]["median"] for name in (f"euler, {place}", f"leap, one file, {place}", own)]
-        one, other = (rows[f"leap, {name}, {place}"]["psnr"] for name in ("one file", "own fit"))
-        text, interval = f"{statistics.median(np.subtract(one, other)):+.1f}", against[own]
-        if interval["low"] < interval["high"]:  # the scale at which all else is compared has none
-            text += f" ({interval['low']:+.1f} to {interval['high']:+.1f})"
+        text = "{lead:+.1f} ({low:+.1f} to {high:+.1f})".format(**against[own])
         lines.append(table_row([f"{scale:g}", *(cell(figure, 1) for figure in found), text]))
     about = f"{options['model']}, {count} evaluations, medians over {options['held_out']} held-out prompts, against 50"
     fitted = f"the file was fitted at {options['guidances'].replace(',', ', ')}"
