@@ -73,7 +73,7 @@ def fit_leap(
         calls: arguments of its calls, with the steps, size and guidance that the references are to have, each with
             generators or latents. Give batches: each evaluation of the fit runs every call once.
         evaluations: numbers of evaluations; those that differ by one or two help each other, from below and from above.
-        guidances: scales at which times and coefficients are fitted; three serve all scales between them. By
+        guidances: scales at which times and coefficients are fitted; three or four serve all between. By
             default the one of the calls. At all of them the pipeline has to make as many passes.
         held_out: other calls, on which the error is reported beside that of the training. For a range both are those at
             its highest scale, whatever the calls say.
