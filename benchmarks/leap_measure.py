@@ -46,13 +46,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-flux")
     parser.add_argument("--guidance", type=float, help="true classifier-free guidance; none by default")
-    parser.add_argument("--guidances", default="", help="scales for one file, such as 1.5,3,5")
+    parser.add_argument("--guidances", type=number_list, default="", help="scales for one file, such as 1.5,3,5")
     parser.add_argument(
         "--at",
+        type=number_list,
         default="",
         help="further scales at which that file is used, beside a fit of its own",
     )
-    parser.add_argument("--counts", default="9,7,5")
+    parser.add_argument("--counts", type=number_list, default="9,7,5")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the full runs")
     parser.add_argument("--learn", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=32)
@@ -64,22 +65,30 @@ def main() -> None:
         default="",
         help=f"learned solvers to fit as well: {','.join(SOLVERS)}",
     )
-    parser.add_argument("--learned-counts", default="9,7")
+    parser.add_argument("--learned-counts", type=number_list, default="9,7")
     parser.add_argument("--old", type=Path, help="a file of release 0.1.0 to measure as well: from its tag")
     parser.add_argument("--half", action="store_true", help="measure LEAP in bfloat16 as well")
     parser.add_argument(
         "--ablation",
+        type=number_list,
         default="",
         help="one number of evaluations to take the fit apart at",
     )
     parser.add_argument(
         "--alone",
+        type=number_list,
         default="",
         help="numbers of evaluations to fit by themselves as well, with no others to begin with",
     )
     parser.add_argument("--work", type=Path, default=Path("runs/leap"))
     parser.add_argument("--out", type=Path, required=True)
     Measure(parser.parse_args()).run()
+
+
+def number_list(text: str) -> str:
+    """Numbers with commas as they were written, which is how the results name them."""
+    numbers(text)
+    return text
 
 
 def numbers(text: str) -> list[float]:
@@ -340,12 +349,12 @@ class Measure:
 
         It is that of the file for a range of guidance, where there is one.
         """
-        found, subjects = {}, ("leap", "leap, one file")
+        found, subjects = {}, ("leap, one file", "leap")
         rng = np.random.default_rng(0)
         leaps = {(row["name"], row["count"], row["guidance"]): row for row in self.rows.values()}
         for key, row in self.rows.items():
             place = row["count"], row["guidance"]
-            own = next((leaps[name, *place] for name in reversed(subjects) if (name, *place) in leaps), None)
+            own = next((leaps[name, *place] for name in subjects if (name, *place) in leaps), None)
             if own is None or "psnr" not in row or row["name"] in subjects:
                 continue
             lead = np.asarray(own["psnr"]) - np.asarray(row["psnr"])
